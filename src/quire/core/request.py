@@ -1,0 +1,94 @@
+"""What the core knows of a request.
+
+`NewRequest` crosses into the core once, frozen and checked; `Request` is the core's own record of it.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+
+class SamplingSpec(NamedTuple):
+    """The numbers of one request's sampling, already checked against the model (no strings, no None-means-default).
+
+    Masks and biases are sorted tuples of token ids. `temperature == 0` is greedy. `top_k == 0` is off.
+    `seed` is always a number: whoever builds the request has decided it.
+    `num_logprobs` / `num_prompt_logprobs`: None when not asked for; 0 asks for the chosen token alone.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the request, the model's own end-of-sequence tokens included unless they are ignored."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences whose last token must not follow the rest."""
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewRequest:
+    """A request as the core receives it: every number checked, nothing to look up.
+
+    `request_id` is made by the engine, never by a client. `max_tokens` >= 1 and
+    `len(prompt_token_ids) + max_tokens` fits `max_model_len`; `eos_token_ids` are those of
+    `sampling.stop_token_ids` that are reported as an ordinary stop (`stop_reason` None).
+    `cache_salt` separates prefix caches: requests share blocks only within one salt.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingSpec
+    eos_token_ids: tuple[int, ...] = ()
+    priority: int = 0
+    cache_salt: str = ""
+    arrival_s: float = 0.0
+
+
+class RequestStatus(Enum):
+    """Where a request is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """The core's record of one request: `num_computed` chasing `len(token_ids)`.
+
+    There are no phases. Prefill, decode, a prefix hit and the way back after preemption are all the
+    case `num_computed < len(token_ids)`.
+    """
+
+    new: NewRequest
+    token_ids: list[int]
+    """Everything known: the prompt, then what was sampled."""
+    arrival_index: int
+    """Order of arrival: ties of priority are broken by it, also after preemption."""
+    status: RequestStatus = RequestStatus.WAITING
+    num_computed: int = 0
+    """Tokens whose keys and values are in the cache (or are being put there by a step in flight)."""
+    num_cached: int = 0
+    """Prompt tokens that the prefix cache supplied when the request was first admitted."""
+    row: int | None = None
+    """The permanent row while running."""
+    block_ids: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Chain of the full blocks of `token_ids`, as far as computed."""
+    num_preemptions: int = 0
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.token_ids) - len(self.new.prompt_token_ids)

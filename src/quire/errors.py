@@ -1,0 +1,82 @@
+"""Every exception that Quire raises on purpose.
+
+::
+
+    QuireError
+    ├── InvalidRequestError      the caller's fault: HTTP 400, refused before any work is done
+    │   ├── ModelNotFoundError   404: no such model is served here
+    │   └── PromptTooLongError   400: can never fit, with the numbers
+    ├── OverloadedError          429 or 503: the queue is full, come back after `retry_after_s`
+    ├── RequestFailedError       this request's fault or fate: it alone ends with `error`
+    ├── ConfigurationError       the operator's fault: refused before the engine starts
+    │   ├── ModelFileError       a file of the model is missing, damaged or not supported
+    │   └── UnsupportedModelError  an architecture that Quire does not have
+    └── EngineDeadError          the engine's fault: nothing more can be served by this process
+
+Texts are for people who called Quire: they name the field and the limit, and never carry an
+absolute path, an address or a trace.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class QuireError(Exception):
+    """The root of the tree."""
+
+
+class InvalidRequestError(QuireError, ValueError):
+    """A request that is refused. `param` names the field at fault, if there is one."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """The named model is not served here."""
+
+
+class PromptTooLongError(InvalidRequestError):
+    """The request cannot fit, however long it waits."""
+
+
+class OverloadedError(QuireError):
+    """The queue is full."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class RequestFailedError(QuireError):
+    """One request failed while it ran; its batch-mates did not notice."""
+
+
+class ConfigurationError(QuireError, ValueError):
+    """The engine cannot start as asked. `field` names the argument at fault, if there is one."""
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+
+
+class ModelFileError(ConfigurationError):
+    """A file of the model is missing, damaged or of a kind that Quire does not read."""
+
+
+class UnsupportedModelError(ConfigurationError):
+    """The architecture is not one that Quire has."""
+
+
+class EngineDeadError(QuireError):
+    """The engine stopped for a reason that no single request is to blame for."""
+
+
+def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
+    """`unknown sampling parameter 'top_kk'; did you mean 'top_k'?`"""
+    nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    return f"unknown {kind} {name!r}{hint}"

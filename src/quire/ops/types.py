@@ -1,0 +1,176 @@
+"""The contract between models and devices: about sixteen operations over arrays.
+
+An *array* is what the provider computes with: `numpy.ndarray` on the CPU, `torch.Tensor` on CUDA. On the CPU
+activations are float32; weights and cache are bfloat16, float16 or float32 inside packed objects that
+only their provider looks into.
+
+**Row independence.** The result for one token (or one row of logits) does not depend on which others are
+computed with it, on the number of threads, on how a prompt is cut into chunks, or on `block_size`. Each
+provider keeps reduction orders as fixed functions of the token's own position and the shapes of the weights.
+
+Two-dimensional and three-dimensional inputs may be views: the last dimension (the last two for
+`[tokens, heads, head_dim]`) is contiguous, the first may be strided. Results are fresh contiguous arrays
+unless the operation says that it works in place.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Array = Any
+"""`numpy.ndarray` or `torch.Tensor`."""
+Opaque = Any
+"""Something packed by a provider; only the same provider looks inside."""
+
+StorageType = Literal["bfloat16", "float16", "float32"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """The paged key-value cache of a model, all layers alike."""
+
+    num_layers: int
+    num_blocks: int
+    block_size: int
+    """Tokens in a block."""
+    num_kv_heads: int
+    head_dim: int
+    storage: StorageType
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of one block over all layers, keys and values together."""
+        item = 4 if self.storage == "float32" else 2
+        return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * item
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What is fixed about the attention of one layer."""
+
+    scale: float
+    """Multiplies the scores (usually `head_dim ** -0.5`)."""
+    window: int | None = None
+    """A query at position p sees keys in `(p - window, p]`; None sees all of `[0, p]`."""
+    softcap: float | None = None
+    """Scores become `softcap * tanh(score / softcap)` after scaling (Gemma 2)."""
+    sinks: Array | None = None
+    """`[heads]` float32: a logit for each head that takes part in the softmax and has no value (gpt-oss)."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Ragged rows over the paged cache. Tokens of a row are consecutive; the row's keys and values of
+    positions `[0, starts[r])` are in the cache already, those of this step are written by `attention`.
+
+    ::
+
+        tokens        | row 0: 3 new      | row 1: 1 | row 2: 2 new  |
+        query_starts    0                   3          4               6
+        block_tables  [[7, 2, -], [5, 9, 4], [1, -, -]]   position p of row r lives in block
+                                                           block_tables[r, p // block_size], slot p % block_size
+    """
+
+    positions: Array  # [tokens] int32
+    query_starts: Array  # [rows + 1] int32
+    starts: Array  # [rows] int32: tokens in the cache before this step
+    block_tables: Array  # [rows, max_blocks] int32; entries past a row's last block are not read
+
+
+@dataclass(frozen=True, slots=True)
+class SampleBatch:
+    """Numbers of the rows that sample, each `[rows]`. Temperature 0 is greedy; top_k 0, top_p 1, min_p 0 are off."""
+
+    temperature: Array  # float32
+    top_k: Array  # int32
+    top_p: Array  # float32
+    min_p: Array  # float32
+    seeds: Array  # uint64
+    positions: Array  # int64: index of the token to be sampled in its sequence; the counter of the noise
+
+
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities of raw logits: `chosen` and `rank` are `[rows]`, `top_*` are `[rows, num_top]`, best first
+    (ties: the lower token id first). `rank` counts tokens with a logit strictly above the chosen one's, plus one."""
+
+    chosen: Array  # float32
+    rank: Array  # int32
+    top_ids: Array  # int32
+    top_logprobs: Array  # float32
+
+
+class Ops(Protocol):
+    """A provider of the operations. Formulas, tolerances and sources: `reference.py`."""
+
+    name: str
+
+    def array(self, values: Any, dtype: str) -> Array:
+        """A device array ("int32", "int64", "uint64", "float32") from a numpy array or nested sequence."""
+
+    def to_numpy(self, x: Array) -> Any:
+        """A numpy array of the same values."""
+
+    def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
+        """Pack `weight [out, in]` (numpy: float32, float16 or ml_dtypes.bfloat16) and `bias [out]`."""
+
+    def linear(self, x: Array, packed: Opaque) -> Array:
+        """`x [tokens, in] @ weight.T + bias -> [tokens, out]`."""
+
+    def pack_embedding(self, table: Any, storage: StorageType) -> Opaque:
+        """Pack `table [vocabulary, hidden]` for `embed`."""
+
+    def embed(self, token_ids: Array, packed: Opaque, scale: float = 1.0) -> Array:
+        """`table[token_ids] * scale -> [tokens, hidden]`."""
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension."""
+
+    def add_rms_norm(self, x: Array, residual: Array, weight: Array, eps: float) -> Array:
+        """`residual += x` in place, then `rms_norm(residual)`: one pass."""
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
+        """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension."""
+
+    def rope(self, x: Array, positions: Array, cos: Array, sin: Array) -> None:
+        """Rotate, in place, the first `2 * cos.shape[1]` dimensions of each head of `x [tokens, heads, head_dim]`
+        by halves, with `cos`, `sin [max_positions, rotary_dim / 2]` (RoFormer, arXiv 2104.09864)."""
+
+    def make_cache(self, shape: CacheShape) -> Opaque:
+        """An empty cache; memory is touched only as blocks are written."""
+
+    def attention(
+        self, q: Array, k: Array, v: Array, cache: Opaque, layer: int, batch: AttentionBatch, spec: AttentionSpec
+    ) -> Array:
+        """Write `k, v [tokens, kv_heads, head_dim]` into the cache, then attend causally with
+        `q [tokens, heads, head_dim]` -> `[tokens, heads * head_dim]` (PagedAttention, arXiv 2309.06180)."""
+
+    def activation(self, x: Array, kind: Activation) -> Array:
+        """`kind(x)`, element by element."""
+
+    def activation_multiply(self, gate_up: Array, kind: Activation) -> Array:
+        """`kind(gate_up[:, :n]) * gate_up[:, n:] -> [tokens, n]`."""
+
+    def logits(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> Array:
+        """`linear(x) * scale`, then soft-capped, float32 `[rows, vocabulary]`."""
+
+    def sample(self, logits: Array, batch: SampleBatch) -> Array:
+        """Draw one token for each row of `logits [rows, vocabulary]` -> int32 `[rows]`; -inf is never drawn."""
+
+    def logprobs(self, logits: Array, token_ids: Array, num_top: int) -> Logprobs:
+        """Log-softmax of each row at `token_ids [rows]`, its rank, and the `num_top` best."""
+
+    def rows_finite(self, logits: Array) -> Array:
+        """bool `[rows]`: no NaN, no +inf, and not all -inf."""
+
+    def copy_blocks(self, cache: Opaque, source_ids: Array, target_ids: Array) -> None:
+        """Copy whole blocks, all layers."""
+
+    def moe(self, x: Array, router: Opaque, experts: Opaque, num_active: int, normalize: bool) -> Array:
+        """Mixture of experts: softmax routing, the best `num_active` experts' gated MLPs, weighted sum."""
+
+    def lora(self, x: Array, y: Array, adapters: Opaque, adapter_ids: Array) -> None:
+        """`y += x A^T B^T * scale` in place for each token's adapter; id 0 is none (arXiv 2106.09685)."""
+
+    def pool(self, x: Array, query_starts: Array, kind: Literal["last", "mean", "first"]) -> Array:
+        """One vector for each row of `x [tokens, hidden]` -> `[rows, hidden]`."""
