@@ -1,0 +1,47 @@
+"""Quire: an inference engine for large language models. A paged KV cache, continuous batching, an
+OpenAI-compatible server; small, ready at once, the same on every run.
+
+The names below are loaded when they are first used, so that `import quire` costs nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from quire.config import EngineArgs
+    from quire.engine.async_engine import AsyncLLM
+    from quire.llm import LLM
+    from quire.outputs import CompletionOutput, Logprob, RequestOutput
+    from quire.sampling_params import RequestOutputKind, SamplingParams
+
+_HOME = {
+    "LLM": "quire.llm",
+    "AsyncLLM": "quire.llm",
+    "EngineArgs": "quire.config",
+    "SamplingParams": "quire.sampling_params",
+    "RequestOutputKind": "quire.sampling_params",
+    "RequestOutput": "quire.outputs",
+    "CompletionOutput": "quire.outputs",
+    "Logprob": "quire.outputs",
+}
+
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "EngineArgs",
+    "Logprob",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'quire' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,92 @@
+"""What a caller gets back, with vLLM's fields."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Logprob(NamedTuple):
+    """One token's natural log-probability under the model's own logits."""
+
+    logprob: float
+    rank: int
+    """1 is the most probable token of the vocabulary."""
+    decoded_token: str
+
+
+PositionLogprobs = dict[int, Logprob]
+"""Token id -> `Logprob`: the chosen token first, then the best, best first."""
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sequence of a request. In a stream of kind DELTA it holds only what is new."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    """Sum over the chosen tokens so far, when `logprobs` was asked for."""
+    logprobs: list[PositionLogprobs] | None = None
+    finish_reason: str | None = None
+    """None while it runs; then stop, length, abort or error."""
+    stop_reason: int | str | None = None
+    """The stop string or stop token that ended it; None for the model's own end of sequence."""
+
+    def finished(self) -> bool:
+        """True when nothing more will come."""
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Clock readings of one request, in seconds since the epoch of `time.monotonic`."""
+
+    arrival_s: float
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    finished_s: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The answer to one prompt, whole or as far as it has come."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    """One for each prompt token, the first None."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefix cache supplied."""
+    metrics: RequestMetrics | None = None
+    error: str | None = None
+    """Why it failed, when a sequence ended with `error`."""
+
+
+class Metric(NamedTuple):
+    """One reading of `get_metrics()`. `kind` is counter, gauge or histogram."""
+
+    name: str
+    kind: str
+    value: float
+    """A histogram's count."""
+    total: float = 0.0
+    """A histogram's sum of observations."""
+    buckets: tuple[tuple[float, int], ...] = ()
+    """A histogram's (upper bound, cumulative count), without the infinite one."""
+    help: str = ""
+
+
+@dataclass(slots=True)
+class Decision:
+    """Something that was decided without being asked, and why."""
+
+    name: str
+    value: str
+    reason: str
+    rejected: list[str] = field(default_factory=list)
+    """Each alternative with the reason against it."""

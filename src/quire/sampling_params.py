@@ -1,0 +1,236 @@
+"""`SamplingParams`: how the tokens of one request are drawn, under vLLM's names."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+from quire.errors import InvalidRequestError, unknown_name_message
+
+MAX_N = 128
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_STOP_STRING_BYTES = 1024
+MAX_TOKEN_LIST = 4096
+MAX_BAD_WORDS = 256
+MAX_SEED = 2**63 - 1
+GREEDY_EPSILON = 1e-5
+"""Temperatures below this are greedy, as in vLLM."""
+
+
+class RequestOutputKind(Enum):
+    """What each `RequestOutput` of a stream holds."""
+
+    CUMULATIVE = 0
+    """Everything so far."""
+    DELTA = 1
+    """What is new since the one before."""
+    FINAL_ONLY = 2
+    """One output, at the end."""
+
+
+@dataclass(slots=True, kw_only=True)
+class SamplingParams:
+    """Every field is honoured; a value out of range is refused with `InvalidRequestError` naming the field.
+
+    The order in which they act on the logits of one position: `allowed_token_ids`, `logit_bias`,
+    `min_tokens` (stop tokens masked), `bad_words`, the three penalties, `temperature`, `min_p`, `top_k`,
+    `top_p`, draw. `logprobs` are those of the model's own logits, before any of it.
+    """
+
+    n: int = 1
+    """Sequences to draw for one prompt."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Keep the most probable tokens whose mass reaches this; in (0, 1]."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 (or -1, as older clients send it) keeps all."""
+    min_p: float = 0.0
+    """Drop tokens less probable than this share of the best one's; in [0, 1]."""
+    seed: int | None = None
+    """Makes the draw repeat. None: the engine's seed and the request's number decide."""
+    presence_penalty: float = 0.0
+    """Subtracted once from tokens already generated; in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Subtracted for each time a token was generated; in [-2, 2]."""
+    repetition_penalty: float = 1.0
+    """Divides (positive) or multiplies (negative) logits of tokens in prompt or output; in (0, 2]."""
+    stop: str | Sequence[str] | None = None
+    """Strings that end the text."""
+    stop_token_ids: Sequence[int] | None = None
+    """Tokens that end the text."""
+    bad_words: Sequence[str] | None = None
+    """Words that are never generated."""
+    ignore_eos: bool = False
+    """Go on after the model's end-of-sequence token."""
+    max_tokens: int | None = 16
+    """Tokens to generate at most; None: as many as the model's length allows."""
+    min_tokens: int = 0
+    """No stop of any kind before this many tokens."""
+    logprobs: int | None = None
+    """Log-probabilities of this many best tokens beside the chosen one's."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these tokens; values in [-100, 100]."""
+    allowed_token_ids: Sequence[int] | None = None
+    """Only these may be generated."""
+    detokenize: bool = True
+    """Make text; False leaves `text` empty."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    spaces_between_special_tokens: bool = True
+    """Put spaces between adjacent special tokens when they are shown."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string (or the stop token's text) at the end of the text."""
+    output_kind: RequestOutputKind = field(default=RequestOutputKind.CUMULATIVE)
+    """What a stream yields."""
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            InvalidRequestError: a value of a wrong type or out of range, named.
+        """
+        for name, check in _NUMBER_CHECKS.items():
+            setattr(self, name, check(name, getattr(self, name)))
+        for name in _FLAGS:
+            if type(getattr(self, name)) is not bool:
+                raise _bad(name, "must be true or false")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise _bad("output_kind", "must be a RequestOutputKind")
+        self.stop = _strings("stop", self.stop, MAX_STOP_STRINGS)
+        self.bad_words = _strings("bad_words", self.bad_words, MAX_BAD_WORDS)
+        self.stop_token_ids = _token_ids("stop_token_ids", self.stop_token_ids)
+        self.allowed_token_ids = _token_ids("allowed_token_ids", self.allowed_token_ids)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise _bad("allowed_token_ids", "must not be empty; leave it out to allow every token")
+        self.logit_bias = _bias(self.logit_bias)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _bad("min_tokens", f"must not exceed max_tokens ({self.max_tokens}), got {self.min_tokens}")
+        if self.stop and not self.detokenize:
+            raise _bad("stop", "needs detokenize=True: stop strings are found in text")
+        if self.temperature < GREEDY_EPSILON:
+            self.temperature = 0.0
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "SamplingParams":
+        """Build from names that came from outside.
+
+        Raises:
+            InvalidRequestError: an unknown name (with the nearest known one) or a value out of range.
+        """
+        known = [item.name for item in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise InvalidRequestError(unknown_name_message("sampling parameter", name, known), param=name)
+        return cls(**values)
+
+
+def _bad(name: str, text: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{name} {text}", param=name)
+
+
+def _real(low: float, high: float, *, above: bool = False) -> Callable[[str, Any], float]:
+    def check(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _bad(name, f"must be a number, got {type(value).__name__}")
+        inside = low < value <= high if above else low <= value <= high
+        if not inside or not math.isfinite(value):
+            raise _bad(name, f"must be in {'(' if above else '['}{low:g}, {high:g}], got {value}")
+        return float(value)
+
+    return check
+
+
+def _whole(low: int, high: int, *, optional: bool = False) -> Callable[[str, Any], int | None]:
+    def check(name: str, value: Any) -> int | None:
+        if value is None and optional:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise _bad(name, f"must be a whole number, got {type(value).__name__}")
+        if not low <= value <= high:
+            raise _bad(name, f"must be between {low} and {high}, got {value}")
+        return value
+
+    return check
+
+
+def _top_k(name: str, value: Any) -> int | None:
+    return 0 if type(value) is int and value == -1 else _whole(0, 2**31 - 1)(name, value)
+
+
+def _strings(name: str, value: Any, cap: int) -> list[str]:
+    if value is None:
+        return []
+    items = [value] if isinstance(value, str) else value
+    if isinstance(items, bytes | Mapping) or not isinstance(items, Sequence):
+        raise _bad(name, "must be a string or a list of strings")
+    if len(items) > cap:
+        raise _bad(name, f"may hold at most {cap} strings, got {len(items)}")
+    for item in items:
+        if not isinstance(item, str) or not item:
+            raise _bad(name, "must hold strings that are not empty")
+        try:
+            size = len(item.encode())
+        except UnicodeEncodeError as error:
+            raise _bad(name, "must hold text that is valid Unicode") from error
+        if size > MAX_STOP_STRING_BYTES:
+            raise _bad(name, f"may hold strings of at most {MAX_STOP_STRING_BYTES} bytes")
+    return list(items)
+
+
+def _token_id(name: str, item: Any) -> int:
+    if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < 2**31:
+        raise _bad(name, "must hold token ids (whole numbers that are not negative)")
+    return item
+
+
+def _token_ids(name: str, value: Any) -> list[int] | None:
+    if value is None:
+        return None
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
+        raise _bad(name, "must be a list of token ids")
+    if len(value) > MAX_TOKEN_LIST:
+        raise _bad(name, f"may hold at most {MAX_TOKEN_LIST} token ids, got {len(value)}")
+    return sorted({_token_id(name, item) for item in value})
+
+
+def _bias(value: Any) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise _bad("logit_bias", "must map token ids to numbers")
+    if len(value) > MAX_TOKEN_LIST:
+        raise _bad("logit_bias", f"may hold at most {MAX_TOKEN_LIST} tokens, got {len(value)}")
+    check = _real(-100.0, 100.0)
+    return {_token_id("logit_bias", key): check("logit_bias", item) for key, item in sorted(value.items())}
+
+
+_NUMBER_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "n": _whole(1, MAX_N),
+    "temperature": _real(0.0, 100.0),
+    "top_p": _real(0.0, 1.0, above=True),
+    "top_k": _top_k,
+    "min_p": _real(0.0, 1.0),
+    "seed": _whole(-(2**63), MAX_SEED, optional=True),
+    "presence_penalty": _real(-2.0, 2.0),
+    "frequency_penalty": _real(-2.0, 2.0),
+    "repetition_penalty": _real(0.0, 2.0, above=True),
+    "max_tokens": _whole(1, 2**31 - 1, optional=True),
+    "min_tokens": _whole(0, 2**31 - 1),
+    "logprobs": _whole(0, MAX_LOGPROBS, optional=True),
+    "prompt_logprobs": _whole(0, MAX_LOGPROBS, optional=True),
+}
+_FLAGS = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+)
