@@ -1,0 +1,164 @@
+"""The budgets of scripts/budget.toml, counted with `ast`, and lines of code by folder."""
+
+import ast
+import re
+import tomllib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from scripts.house.tree import Report, Source, native_files, python_files
+
+ENVIRONMENT_NAME = re.compile(r"QUIRE_[A-Z0-9_]+")
+NATIVE_ENVIRONMENT = re.compile(r'getenv\s*\(\s*"(QUIRE_[A-Z0-9_]+)"')
+DUSTBINS = ("utils.py", "util.py", "helpers.py", "misc.py")
+
+
+def read_budget(root: Path) -> dict[str, Any]:
+    """The numbers, by table."""
+    return tomllib.loads((root / "scripts/budget.toml").read_text(encoding="utf-8"))
+
+
+def check_budgets(root: Path, budget: dict[str, Any] | None = None) -> Report:
+    """Count everything that has a budget."""
+    budget = read_budget(root) if budget is None else budget
+    lines = budget["lines"]
+    sources = python_files(root, "src/quire")
+    native = [(path, len(text.splitlines())) for path, text in native_files(root)]
+    breaches = [
+        *_file_sizes([(source.path, source.num_lines) for source in sources], lines["source_file"]),
+        *_file_sizes(native, lines["native_file"]),
+        *_file_sizes(
+            [(file.path, file.num_lines) for file in python_files(root, "tests")], lines["test_file"]
+        ),
+        *_file_sizes(
+            [(file.path, file.num_lines) for file in python_files(root, "scripts")], lines["script_file"]
+        ),
+    ]
+    total = sum(source.num_lines for source in sources)
+    total_native = sum(count for _, count in native)
+    breaches += _over("src/quire", total, lines["source"], "lines of Python")
+    breaches += _over("native", total_native, lines["native"], "lines of C++")
+    for source in sources:
+        breaches += _functions(source, lines["source_function"])
+        breaches += _manners(source)
+    breaches += _fields(sources, budget["fields"])
+    variables = environment_variables(root, sources)
+    breaches += _over(
+        ", ".join(variables),
+        len(variables),
+        budget["names"]["environment_variables"],
+        "environment variables",
+    )
+    return Report(
+        f"{total} of {lines['source']} lines of Python, {total_native} of {lines['native']} of C++, "
+        f"{len(variables)} of {budget['names']['environment_variables']} environment variables",
+        breaches,
+    )
+
+
+def _over(what: str, count: int, limit: int, unit: str) -> list[str]:
+    return [f"{what}: {count} {unit}, the budget is {limit}"] if count > limit else []
+
+
+def _file_sizes(files: list[tuple[str, int]], limit: int) -> list[str]:
+    return [breach for path, count in files for breach in _over(path, count, limit, "lines")]
+
+
+def _functions(source: Source, limit: int) -> list[str]:
+    breaches = []
+    for node in source.nodes:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            count = (node.end_lineno or node.lineno) - node.lineno + 1
+            breaches += _over(f"{source.path}:{node.lineno} {node.name}", count, limit, "lines")
+    return breaches
+
+
+def _manners(source: Source) -> list[str]:
+    """No mixins, no module globals that are rebound, no dustbin files."""
+    breaches = []
+    if source.path.rsplit("/", 1)[-1] in DUSTBINS:
+        breaches.append(f"{source.path}: name the thing, not `{source.path.rsplit('/', 1)[-1]}`")
+    for node in source.nodes:
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Mixin"):
+            breaches.append(f"{source.path}:{node.lineno}: class {node.name}: no mixins")
+        if isinstance(node, ast.Global):
+            breaches.append(
+                f"{source.path}:{node.lineno}: global {', '.join(node.names)}: no globals that change"
+            )
+    return breaches
+
+
+def _fields(sources: list[Source], limits: dict[str, int]) -> list[str]:
+    breaches = []
+    by_path = {source.path: source for source in sources}
+    for place, limit in limits.items():
+        path, class_name = place.split(":")
+        if path not in by_path:
+            continue
+        names = class_fields(by_path[path], class_name)
+        if names is None:
+            breaches.append(f"{path}: no class {class_name}, which scripts/budget.toml counts")
+        else:
+            breaches += _over(place, len(names), limit, "fields")
+    return breaches
+
+
+def class_fields(source: Source, class_name: str) -> set[str] | None:
+    """What an object of the class carries: annotated names of its body and every `self.name = ...`."""
+    for node in source.nodes:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            declared = {
+                item.target.id
+                for item in node.body
+                if isinstance(item, ast.AnnAssign)
+                and isinstance(item.target, ast.Name)
+                and "ClassVar" not in ast.unparse(item.annotation)
+            }
+            return declared | _assigned_to_self(node)
+    return None
+
+
+def _assigned_to_self(class_node: ast.ClassDef) -> set[str]:
+    return {
+        node.attr
+        for node in ast.walk(class_node)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+    }
+
+
+def environment_variables(root: Path, sources: list[Source]) -> list[str]:
+    """Distinct QUIRE_* names: any such string in Python, and arguments of `getenv` in C++."""
+    names = {
+        node.value
+        for source in sources
+        for node in source.nodes
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and ENVIRONMENT_NAME.fullmatch(node.value)
+    }
+    for _, text in native_files(root):
+        names |= set(NATIVE_ENVIRONMENT.findall(text))
+    return sorted(names)
+
+
+def lines_by_folder(root: Path) -> list[tuple[str, int, int]]:
+    """Folder, files and lines: each room of src/quire, then native, tests, scripts."""
+    files: Counter[str] = Counter()
+    lines: Counter[str] = Counter()
+    counted = [
+        (folder, file.path, file.num_lines)
+        for folder in ("src/quire", "tests", "scripts")
+        for file in python_files(root, folder)
+    ]
+    counted += [("native", path, len(text.splitlines())) for path, text in native_files(root)]
+    for folder, path, count in counted:
+        if folder == "src/quire":
+            inner = path.removeprefix("src/quire/")
+            folder = f"src/quire/{inner.split('/')[0]}" if "/" in inner else "src/quire (root)"
+        files[folder] += 1
+        lines[folder] += count
+    return [(folder, files[folder], lines[folder]) for folder in files]
