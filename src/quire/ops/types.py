@@ -118,7 +118,8 @@ class Ops(Protocol):
         """`x [tokens, in] @ weight.T + bias -> [tokens, out]`."""
 
     def pack_embedding(self, table: Any, storage: StorageType) -> Opaque:
-        """Pack `table [vocabulary, hidden]` for `embed`."""
+        """Pack `table [vocabulary, hidden]` for `embed`. The result is also one of `pack_linear`'s: a tied head gives
+        it to `logits`, and nothing is stored twice."""
 
     def embed(self, token_ids: Array, packed: Opaque, scale: float = 1.0) -> Array:
         """`table[token_ids] * scale -> [tokens, hidden]`."""

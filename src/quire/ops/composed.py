@@ -1,0 +1,73 @@
+"""Operations written over other operations: right on every provider, fast where the parts are."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from quire.ops.types import Activation, Array, Opaque
+
+
+class ComposedOps:
+    """A base for providers, which supply `xp`, `linear` and `activation_multiply`."""
+
+    xp: Any
+
+    def linear(self, x: Array, packed: Opaque) -> Array:
+        raise NotImplementedError
+
+    def activation_multiply(self, gate_up: Array, kind: Activation) -> Array:
+        raise NotImplementedError
+
+    def moe(
+        self,
+        x: Array,
+        router: Opaque,
+        experts: Sequence[tuple[Opaque, Opaque]],
+        num_active: int,
+        normalize: bool,
+    ) -> Array:
+        """`p = softmax(linear(x, router))`; y is the sum, over the num_active largest p_e (ties: the lower
+        expert), of `p_e down_e(silu(gate_e x) * up_e x)`, added in the order of expert ids; `normalize`
+        divides by the sum of the chosen p. `experts` are pairs of packed `(gate_up, down)`. arXiv 2401.04088.
+        Tolerance: rel 5e-5."""
+        xp = self.xp
+        scores = self.linear(x, router)
+        weights = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
+        weights = weights / xp.sum(weights, axis=-1, keepdims=True)
+        best = xp.argsort(weights, axis=-1, descending=True, stable=True)[:, :num_active]
+        chosen = xp.take_along_axis(weights, best, axis=-1)
+        if normalize:
+            chosen = chosen / xp.sum(chosen, axis=-1, keepdims=True)
+        out = xp.zeros_like(x)
+        for expert, (gate_up, down) in enumerate(experts):
+            share = xp.sum(xp.where(best == expert, chosen, 0.0), axis=-1)
+            tokens = xp.nonzero(xp.any(best == expert, axis=-1))[0]
+            if tokens.shape[0]:
+                y = self.linear(self.activation_multiply(self.linear(x[tokens, ...], gate_up), "silu"), down)
+                out[tokens, ...] = out[tokens, ...] + share[tokens][:, None] * y
+        return out
+
+    def lora(
+        self, x: Array, y: Array, adapters: Sequence[tuple[Opaque, Opaque, float] | None], adapter_ids: Array
+    ) -> None:
+        """`y += scale B (A x)` in place (arXiv 2106.09685). `adapters[id]` is `(A, B, scale)` with packed
+        `A [rank, in]` and `B [out, rank]`; entry 0 is None. Tolerance: rel 2e-5."""
+        for adapter_id, adapter in enumerate(adapters):
+            if adapter is None:
+                continue
+            a, b, scale = adapter
+            tokens = self.xp.nonzero(adapter_ids == adapter_id)[0]
+            if tokens.shape[0]:
+                y[tokens, ...] = y[tokens, ...] + self.linear(self.linear(x[tokens, ...], a), b) * scale
+
+    def pool(self, x: Array, query_starts: Array, kind: Literal["last", "mean", "first"]) -> Array:
+        """The last, the first or the mean of each row's tokens; no row is empty. Tolerance: rel 2e-6."""
+        xp = self.xp
+        bounds = [int(start) for start in query_starts]
+        rows = []
+        for first, last in itertools.pairwise(bounds):
+            if kind == "mean":
+                rows.append(xp.mean(x[first:last, ...], axis=0))
+            else:
+                rows.append(x[last - 1 if kind == "last" else first, ...])
+        return xp.stack(rows, axis=0) if rows else x[:0, ...]
