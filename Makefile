@@ -3,8 +3,8 @@
 #   make hello        sets up .venv, then asks the embedded model a question (PROMPT="..." for another one)
 #   make test         sets up .venv with the test tools, then runs the tests (ARGS="tests/core -x" for some)
 #
-# Nothing is written outside this folder. A second run sets nothing up unless the package's metadata or its
-# native code changed; Python sources are read from src/ and need no reinstall.
+# Nothing is written outside this folder. A second run sets nothing up unless the package's metadata, its native
+# code or the list of its modules changed; Python sources are read from src/, so an edit needs no reinstall.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -16,20 +16,24 @@ PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 # and the two programs it drives.
 BUILD_TOOLS := "scikit-build-core>=0.11" "nanobind>=2.7" cmake ninja
 BUILT_FROM  := pyproject.toml CMakeLists.txt $(shell find native -type f 2>/dev/null)
+# An editable install knows where each module lies: a new list of modules is a new install.
+MODULES     := $(shell find src/quire -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1)
+BASE        := $(VENV)/.base-$(MODULES)
+TEST        := $(VENV)/.test-$(MODULES)
 
 .PHONY: hello test check bench clean
 export VENV
 
-hello: $(VENV)/.base
+hello: $(BASE)
 	$(VENV)/bin/quire generate "$(PROMPT)"
 
-test: $(VENV)/.test
+test: $(TEST)
 	scripts/test $(ARGS)
 
-check: $(VENV)/.test
+check: $(TEST)
 	scripts/check
 
-bench: $(VENV)/.base
+bench: $(BASE)
 	scripts/bench
 
 clean:
@@ -42,10 +46,10 @@ $(VENV)/.tools:
 	$(PIP) $(BUILD_TOOLS)
 	touch $@
 
-$(VENV)/.base: $(VENV)/.tools $(BUILT_FROM)
+$(BASE): $(VENV)/.tools $(BUILT_FROM)
 	$(PIP) --no-build-isolation --editable .
-	touch $@
+	rm -f $(VENV)/.base-* $(VENV)/.test-* && touch $@
 
-$(VENV)/.test: $(VENV)/.tools $(BUILT_FROM)
+$(TEST): $(VENV)/.tools $(BUILT_FROM)
 	$(PIP) --no-build-isolation --editable ".[test]"
-	touch $(VENV)/.base $@
+	rm -f $(VENV)/.base-* $(VENV)/.test-* && touch $(BASE) $@
