@@ -212,7 +212,10 @@ def _num_blocks(args: EngineArgs, facts: ModelFacts, max_model_len: int) -> tupl
     useful = args.max_num_seqs * math.ceil(max_model_len / args.block_size)
     if facts.device == "cpu" and useful < fits:
         return useful, f"what max_num_seqs={args.max_num_seqs} sequences of {max_model_len} tokens need"
-    return fits, f"gpu_memory_utilization={args.gpu_memory_utilization:g} of {_mib(facts.device_memory_bytes)}"
+    return (
+        fits,
+        f"gpu_memory_utilization={args.gpu_memory_utilization:g} of {_mib(facts.device_memory_bytes)}",
+    )
 
 
 def _mib(size_bytes: int) -> str:

@@ -79,6 +79,7 @@ class Metric(NamedTuple):
     buckets: tuple[tuple[float, int], ...] = ()
     """A histogram's (upper bound, cumulative count), without the infinite one."""
     help: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(slots=True)

@@ -1,0 +1,1 @@
+"""From prompts to outputs: everything above the core that knows text."""

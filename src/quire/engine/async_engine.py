@@ -1,0 +1,269 @@
+"""`AsyncEngine`: the engine in a thread of its own beside an event loop.
+
+::
+
+    event loop                               engine thread
+    generate() -- parse, post Add ---------> add to the core
+       |                                     step, step, step ...
+       await stream  <--- outputs, one call_soon_threadsafe a step for each loop
+       closed early -- post Abort ---------> free its blocks
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+from quire.engine.chat import encode_chat
+from quire.engine.engine import Engine, NumberedOutput
+from quire.engine.inputs import EngineFacts, InputProcessor, ParsedRequest, Prompt
+from quire.errors import EngineDeadError, InvalidRequestError, RequestFailedError
+from quire.outputs import Decision, Metric, RequestOutput
+from quire.sampling_params import SamplingParams
+from quire.text.tokenizer import Tokenizer
+
+INLINE_PROMPT_CHARACTERS = 2048
+"""Prompts up to this long are tokenised on the event loop: it takes less time than a thread's hand-over."""
+
+logger = logging.getLogger("quire")
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Stream:
+    """Outputs of one request on their way to its reader, on the reader's loop."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._outputs: deque[RequestOutput | Exception] = deque()
+        self._ready = asyncio.Event()
+
+    def put(self, output: RequestOutput | Exception) -> None:
+        """On the loop: one more output, or the exception that ends the stream."""
+        self._outputs.append(output)
+        self._ready.set()
+
+    async def get(self) -> RequestOutput:
+        """The next output."""
+        while not self._outputs:
+            self._ready.clear()
+            await self._ready.wait()
+        output = self._outputs.popleft()
+        if isinstance(output, Exception):
+            raise output
+        return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Add:
+    parsed: ParsedRequest
+    stream: _Stream
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    parsed: ParsedRequest
+
+
+@dataclass(frozen=True, slots=True)
+class ServedEngine:
+    """What an `AsyncEngine` is made of."""
+
+    engine: Engine
+    inputs: InputProcessor
+    tokenizer: Tokenizer | None
+    facts: EngineFacts
+    decisions: list[Decision]
+    default_params: Mapping[str, Any]
+    """Sampling defaults of the model's `generation_config.json`."""
+    close: Callable[[], None]
+
+
+class AsyncEngine:
+    """Serves many callers at once: every step computes whatever requests there are."""
+
+    def __init__(self, served: ServedEngine) -> None:
+        self._served = served
+        self._engine = served.engine
+        self._commands: deque[_Add | _Abort] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._dead: Exception | None = None
+        self._streams: dict[int, _Stream] = {}
+        self._text_worker = ThreadPoolExecutor(1, thread_name_prefix="quire-text")
+        self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output, in tokens."""
+        return self._served.facts.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self._served.facts.vocab_size
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """What was decided at start, and why."""
+        return self._served.decisions
+
+    @property
+    def is_healthy(self) -> bool:
+        """False once the engine's thread has stopped."""
+        return self._dead is None and self._thread.is_alive()
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            InvalidRequestError: the model has none.
+        """
+        if self._served.tokenizer is None:
+            raise InvalidRequestError("this model has no tokenizer")
+        return self._served.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """`SamplingParams` with the model's own defaults."""
+        return SamplingParams.from_mapping(self._served.default_params)
+
+    def get_metrics(self) -> list[Metric]:
+        """All metrics now."""
+        return self._engine.get_metrics()
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        self._served.inputs.check_text_size(text)
+        return await self._beside(self.get_tokenizer().encode, text, add_special_tokens=add_special_tokens)
+
+    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Token ids of a conversation; options are those of `quire.engine.chat.encode_chat`."""
+        return await self._beside(encode_chat, self.get_tokenizer(), self._served.inputs, messages, **options)
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncIterator[RequestOutput]:
+        """Outputs of one request as they come; `sampling_params.output_kind` says what each holds.
+
+        Closing the iterator early, or cancelling the task that reads it, aborts the request.
+
+        Raises:
+            InvalidRequestError: the request is refused; nothing was queued.
+            EngineDeadError: the engine stopped.
+        """
+        parse = self._served.inputs.parse
+        options: dict[str, Any] = dict(
+            request_id=request_id, priority=priority, cache_salt=cache_salt, arrival_s=self._engine.clock()
+        )
+        if isinstance(prompt, str) and len(prompt) > INLINE_PROMPT_CHARACTERS:
+            parsed = await self._beside(parse, prompt, sampling_params, **options)
+        else:
+            parsed = parse(prompt, sampling_params, **options)
+        stream, finished = _Stream(), False
+        self._post(_Add(parsed, stream))
+        try:
+            while not finished:
+                output = await stream.get()
+                finished = output.finished
+                yield output
+        finally:
+            if not finished and self._dead is None:
+                self._post(_Abort(parsed))
+
+    async def shutdown(self) -> None:
+        """Stop: requests that still run end with `EngineDeadError`. Calling it again does nothing."""
+        await asyncio.get_running_loop().run_in_executor(None, self.close)
+
+    def close(self) -> None:
+        """`shutdown`, for callers without a loop."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+        self._text_worker.shutdown(wait=False, cancel_futures=True)
+
+    async def _beside(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._text_worker, lambda: function(*args, **kwargs))
+
+    def _post(self, command: _Add | _Abort) -> None:
+        with self._wake:
+            if self._dead is not None or self._stopping:
+                raise EngineDeadError("the engine has stopped")
+            self._commands.append(command)
+            self._wake.notify()
+
+    def _run(self) -> None:
+        failure: Exception = EngineDeadError("the engine was shut down")
+        try:
+            while self._take_commands():
+                if self._engine.has_work:
+                    self._deliver(self._engine.step())
+        except Exception as error:
+            logger.exception("the engine stopped")
+            failure = EngineDeadError(f"the engine stopped: {type(error).__name__}")
+        with self._wake:
+            self._dead = failure
+            waiting = [command.stream for command in self._commands if isinstance(command, _Add)]
+            self._commands.clear()
+        for stream in (*self._streams.values(), *waiting):
+            _call(stream.loop, stream.put, failure)
+        self._streams.clear()
+        self._served.close()
+
+    def _take_commands(self) -> bool:
+        """Wait while there is nothing to do; False when the engine is to stop."""
+        with self._wake:
+            while not (self._commands or self._engine.has_work or self._stopping):
+                self._wake.wait()
+            if self._stopping:
+                return False
+            commands = list(self._commands)
+            self._commands.clear()
+        for command in commands:
+            if isinstance(command, _Add):
+                self._streams[command.parsed.number] = command.stream
+                self._engine.add(command.parsed)
+            else:
+                self._streams.pop(command.parsed.number, None)
+                self._engine.abort(command.parsed)
+        return True
+
+    def _deliver(self, outputs: list[NumberedOutput]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]] = {}
+        for number, output in outputs:
+            stream = self._streams.get(number)
+            if stream is None:
+                continue  # aborted: nobody reads it any more
+            by_loop.setdefault(stream.loop, []).append((stream, output))
+            if output.finished:
+                del self._streams[number]
+        for loop, items in by_loop.items():
+            _call(loop, _put_all, items)
+
+
+def _put_all(items: list[tuple[_Stream, RequestOutput]]) -> None:
+    for stream, output in items:
+        stream.put(output)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(function, *args)
+
+
+def raise_if_failed(output: RequestOutput) -> None:
+    """Raise `RequestFailedError` when a sequence of `output` ended with an error."""
+    if output.error is not None:
+        raise RequestFailedError(output.error)

@@ -1,0 +1,69 @@
+"""Conversations to token ids, checked: the same for the library and the server."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from quire.engine.inputs import InputProcessor
+from quire.errors import InvalidRequestError
+from quire.text.tokenizer import Tokenizer
+
+MAX_MESSAGES = 4096
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    inputs: InputProcessor,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Token ids of a conversation under the model's chat template, or under `chat_template`.
+
+    Args:
+        messages: each with `role` and `content` (text, or a list of `{"type": "text", "text": ...}`).
+        add_generation_prompt: end with the beginning of the assistant's turn.
+        continue_final_message: leave the last message open, to be gone on with.
+
+    Raises:
+        InvalidRequestError: naming the field.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
+        raise InvalidRequestError("messages must be a list of at least one message", param="messages")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequestError(f"messages may hold at most {MAX_MESSAGES}, got {len(messages)}", param="messages")
+    if add_generation_prompt and continue_final_message:
+        raise InvalidRequestError(
+            "continue_final_message and add_generation_prompt exclude each other",
+            param="continue_final_message",
+        )
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InvalidRequestError("messages must hold objects with a role", param="messages")
+    if chat_template is None and not tokenizer.has_chat_template:
+        raise InvalidRequestError("this model has no chat template: use a completion", param="messages")
+    inputs.check_text_size("".join(_texts(messages)))
+    token_ids = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tokenize=True,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        chat_template=chat_template,
+        **(chat_template_kwargs or {}),
+    )
+    if isinstance(token_ids, str):
+        raise InvalidRequestError("chat_template_kwargs may not set tokenize", param="chat_template_kwargs")
+    return token_ids
+
+
+def _texts(value: Any) -> list[str]:
+    """Every string in a message, wherever it stands."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for item in value.values() for text in _texts(item)]
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [text for item in value for text in _texts(item)]
+    return []

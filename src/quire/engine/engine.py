@@ -1,0 +1,117 @@
+"""The engine: checked requests in, `RequestOutput`s out, one step at a time.
+
+It stands between text and the core. It has no thread of its own: `LLM` steps it in the caller's, `AsyncEngine`
+in a thread beside the event loop.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from quire.core.engine_core import EngineCore
+from quire.core.plan import TokenDelta
+from quire.engine.inputs import ParsedRequest
+from quire.engine.metrics import EngineMetrics
+from quire.engine.request_state import RequestState
+from quire.outputs import Metric, RequestOutput
+from quire.text.tokenizer import Tokenizer
+
+
+class NumberedOutput(NamedTuple):
+    """News of the request that `InputProcessor` gave `number`."""
+
+    number: int
+    output: RequestOutput
+
+
+class Engine:
+    """Requests between the text side and the core.
+
+    Args:
+        core: the engine core, which this object alone drives.
+        tokenizer: None when the model has none; then no request may ask for text.
+        clock: seconds, monotonic; the one that the core is given as well.
+    """
+
+    def __init__(
+        self, core: EngineCore, tokenizer: Tokenizer | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.clock = clock
+        self._core = core
+        self._tokenizer = tokenizer
+        self._metrics = EngineMetrics()
+        self._states: dict[str, RequestState] = {}
+        """The core's request id -> the state of the request that it is a sequence of."""
+
+    @property
+    def has_work(self) -> bool:
+        """True while a request has not had its last output."""
+        return bool(self._states) or self._core.has_work
+
+    def add(self, parsed: ParsedRequest) -> None:
+        """Queue a request."""
+        state = RequestState(parsed, self._tokenizer, parsed.sequences[0].arrival_s)
+        for new in parsed.sequences:
+            self._states[new.request_id] = state
+            self._core.add(new)
+
+    def abort(self, parsed: ParsedRequest) -> list[NumberedOutput]:
+        """Drop a request. Its last output, with `finish_reason` abort, unless it had ended."""
+        running = [new.request_id for new in parsed.sequences if new.request_id in self._states]
+        deltas = [delta for key in running for delta in self._core.abort(key)]
+        return self._emit(deltas)
+
+    def step(self) -> list[NumberedOutput]:
+        """Compute one step and give its news."""
+        deltas = self._core.step()
+        record = self._core.last_record
+        self._metrics.observe_step(record)
+        for item in record.scheduled:
+            state = self._states.get(item.request_id)
+            if state is not None and state.metrics.first_scheduled_s is None:
+                state.metrics.first_scheduled_s = record.now_s
+        return self._emit(deltas)
+
+    def get_metrics(self) -> list[Metric]:
+        """All metrics now."""
+        return self._metrics.read(self._core.num_running, self._core.num_waiting)
+
+    def check(self) -> None:
+        """State the invariants of the core."""
+        self._core.check()
+
+    def _emit(self, deltas: Iterable[TokenDelta]) -> list[NumberedOutput]:
+        now_s = self.clock()
+        changed: dict[int, RequestState] = {}
+        for delta in deltas:
+            state = self._states.get(delta.request_id)
+            if state is None:
+                continue  # a stop string ended it, and the core's word of the abort has come
+            changed[state.parsed.number] = state
+            self._observe(state, delta, now_s)
+            if state.apply(delta):
+                self._end(state, delta.request_id, "stop", now_s)
+                self._core.abort(delta.request_id)
+            elif delta.finish_reason is not None:
+                self._end(state, delta.request_id, delta.finish_reason, now_s)
+        outputs = ((state.parsed.number, state.output()) for state in changed.values())
+        return [NumberedOutput(number, output) for number, output in outputs if output is not None]
+
+    def _observe(self, state: RequestState, delta: TokenDelta, now_s: float) -> None:
+        times, count = state.metrics, len(delta.token_ids)
+        if count:
+            if times.first_token_s is None:
+                times.first_token_s = now_s
+                self._metrics.first_token.observe(now_s - times.arrival_s)
+                prompt = len(state.parsed.sequences[0].prompt_token_ids)
+                self._metrics.observe_prompt(prompt, delta.num_cached_tokens)
+            elif times.last_token_s is not None:
+                self._metrics.token_gap.observe((now_s - times.last_token_s) / count)
+            times.last_token_s = now_s
+            self._metrics.observe_tokens(count)
+
+    def _end(self, state: RequestState, request_id: str, reason: str, now_s: float) -> None:
+        del self._states[request_id]
+        state.metrics.finished_s = now_s
+        prompt = len(state.parsed.sequences[0].prompt_token_ids)
+        self._metrics.observe_finished(state.metrics, reason, prompt, state.num_tokens(request_id))

@@ -1,0 +1,204 @@
+"""Prompts and parameters in, checked `NewRequest`s out: the one validator behind every door."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quire.core.request import NewRequest, SamplingSpec
+from quire.errors import InvalidRequestError, PromptTooLongError
+from quire.sampling_params import SamplingParams
+from quire.text.tokenizer import Tokenizer
+
+MAX_PRIORITY = 2**31
+MAX_SALT_BYTES = 256
+
+Prompt = str | Mapping[str, Any] | Sequence[int]
+"""Text, `{"prompt": text}`, `{"prompt_token_ids": ids}` or token ids."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What a request is checked against."""
+
+    max_model_len: int
+    vocab_size: int
+    """Width of the logits: every token id is below it."""
+    eos_token_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedRequest:
+    """A request of `n` sequences: what the core gets, and what the text side keeps."""
+
+    number: int
+    """Unique in this engine; made here, never by a client."""
+    request_id: str
+    """The client's name for it, or ours when it gave none: only shown, never looked up."""
+    prompt: str | None
+    params: SamplingParams
+    sequences: tuple[NewRequest, ...]
+
+
+class InputProcessor:
+    """Tokenises and checks. Numbers requests, so that each has an id and a seed that no client chose."""
+
+    def __init__(self, tokenizer: Tokenizer | None, facts: EngineFacts) -> None:
+        self._tokenizer = tokenizer
+        self._facts = facts
+        self._numbers = itertools.count()
+
+    def parse(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        arrival_s: float = 0.0,
+    ) -> ParsedRequest:
+        """Check everything about a request.
+
+        Raises:
+            InvalidRequestError: naming the field; PromptTooLongError: with the numbers.
+        """
+        text, token_ids = self.tokenize(prompt)
+        if not token_ids:
+            raise InvalidRequestError("prompt must hold at least one token", param="prompt")
+        room = self._facts.max_model_len - len(token_ids)
+        if room < 1:
+            raise PromptTooLongError(
+                f"the prompt has {len(token_ids)} tokens; with one token of output at most "
+                f"{self._facts.max_model_len - 1} fit (max_model_len is {self._facts.max_model_len})",
+                param="prompt",
+            )
+        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+            raise InvalidRequestError(f"priority must be a whole number within {MAX_PRIORITY}", param="priority")
+        if not isinstance(cache_salt, str) or len(cache_salt.encode(errors="replace")) > MAX_SALT_BYTES:
+            raise InvalidRequestError(f"cache_salt must be text of at most {MAX_SALT_BYTES} bytes", param="cache_salt")
+        if params.detokenize and self._tokenizer is None:
+            raise InvalidRequestError("detokenize must be false: this model has no tokenizer", param="detokenize")
+        number = next(self._numbers)
+        spec = self._sampling_spec(params, number)
+        sequences = tuple(
+            NewRequest(
+                request_id=str(number) if params.n == 1 else f"{number}.{index}",
+                prompt_token_ids=token_ids,
+                max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+                sampling=spec._replace(seed=(spec.seed + index) % 2**64),
+                eos_token_ids=() if params.ignore_eos else self._facts.eos_token_ids,
+                priority=priority,
+                cache_salt=cache_salt,
+                arrival_s=arrival_s,
+            )
+            for index in range(params.n)
+        )
+        return ParsedRequest(number, request_id or str(number), text, params, sequences)
+
+    def tokenize(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
+        """The prompt's text, if it has one, and its token ids."""
+        if isinstance(prompt, Mapping):
+            prompt = _prompt_of_mapping(prompt)
+        if isinstance(prompt, str):
+            return prompt, self._encode(prompt)
+        if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+            raise InvalidRequestError("prompt must be text or a list of token ids", param="prompt")
+        self.check_token_ids("prompt_token_ids", prompt)
+        return None, tuple(prompt)
+
+    def check_token_ids(self, field: str, token_ids: Sequence[Any]) -> None:
+        """Every id a whole number below the width of the logits."""
+        vocab_size = self._facts.vocab_size
+        for item in token_ids:
+            if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < vocab_size:
+                raise InvalidRequestError(
+                    f"{field} must hold token ids from 0 to {vocab_size - 1}, got {str(item)[:40]!r}",
+                    param=field,
+                )
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise InvalidRequestError("this model has no tokenizer: send prompt_token_ids", param="prompt")
+        self.check_text_size(text)
+        return tuple(tokenizer.encode(text))
+
+    def check_text_size(self, text: str) -> None:
+        """Refuse, before the work of tokenising, text that has too many bytes for any tokenisation to fit."""
+        if self._tokenizer is None:
+            return
+        try:
+            size = len(text.encode())
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError("prompt must be text that is valid Unicode", param="prompt") from error
+        limit = self._facts.max_model_len * self._tokenizer.max_token_bytes
+        if size > limit:
+            raise PromptTooLongError(
+                f"the prompt has {size} bytes; at most {limit} can fit into max_model_len="
+                f"{self._facts.max_model_len} tokens",
+                param="prompt",
+            )
+
+    def _sampling_spec(self, params: SamplingParams, number: int) -> SamplingSpec:
+        for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            self.check_token_ids(field, list(getattr(params, field) or ()))
+        eos = () if params.ignore_eos else self._facts.eos_token_ids
+        return SamplingSpec(
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=min(params.top_k, self._facts.vocab_size),
+            min_p=params.min_p,
+            seed=_mixed(self._facts.seed, number) if params.seed is None else params.seed % 2**64,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            repetition_penalty=params.repetition_penalty,
+            min_tokens=params.min_tokens,
+            stop_token_ids=tuple(sorted({*(params.stop_token_ids or ()), *eos})),
+            logit_bias=tuple(sorted((params.logit_bias or {}).items())),
+            allowed_token_ids=tuple(params.allowed_token_ids or ()),
+            bad_words=self._bad_words(params),
+            num_logprobs=params.logprobs,
+            num_prompt_logprobs=params.prompt_logprobs,
+        )
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Each word as it stands at the start of a text, and as it stands after a space."""
+        if not params.bad_words:
+            return ()
+        if self._tokenizer is None:
+            raise InvalidRequestError("bad_words needs a tokenizer, and this model has none", param="bad_words")
+        found: set[tuple[int, ...]] = set()
+        for word in params.bad_words:
+            bare = word.lstrip()
+            for text in (bare, " " + bare):
+                found.add(tuple(self._tokenizer.encode(text, add_special_tokens=False)))
+        return tuple(sorted(item for item in found if item))
+
+
+def _prompt_of_mapping(prompt: Mapping[str, Any]) -> str | Sequence[int]:
+    known = {"prompt", "prompt_token_ids"}
+    extra = sorted(str(key) for key in set(prompt) - known)
+    if extra:
+        raise InvalidRequestError(
+            f"a prompt has no field {extra[0]!r}; known: prompt, prompt_token_ids", param="prompt"
+        )
+    if prompt.get("prompt_token_ids") is not None:
+        token_ids = prompt["prompt_token_ids"]
+        if isinstance(token_ids, str | bytes | Mapping) or not isinstance(token_ids, Sequence):
+            raise InvalidRequestError("prompt_token_ids must be a list of token ids", param="prompt_token_ids")
+        return token_ids
+    if not isinstance(prompt.get("prompt"), str):
+        raise InvalidRequestError("prompt must be text", param="prompt")
+    text: str = prompt["prompt"]
+    return text
+
+
+def _mixed(seed: int, number: int) -> int:
+    """A seed for a request that brought none: splitmix64's finaliser over the engine's seed and the request's
+    number (Steele, Lea, Flood, OOPSLA 2014), so that a program gives the same answers on every run."""
+    value = (seed + (number + 1) * 0x9E3779B97F4A7C15) % 2**64
+    value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
+    return value ^ (value >> 31)

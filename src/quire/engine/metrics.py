@@ -1,0 +1,208 @@
+"""Counters and histograms under vLLM's stems, read from step records and finished requests.
+
+Names begin with `quire:`; buckets are vLLM's, so that its boards work unchanged.
+"""
+
+from bisect import bisect_left
+
+from quire.core.plan import StepRecord
+from quire.outputs import Metric, RequestMetrics
+
+FIRST_TOKEN_BUCKETS_S = (
+    *(
+        0.001,
+        0.005,
+        0.01,
+        0.02,
+        0.04,
+        0.06,
+        0.08,
+        0.1,
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        2.5,
+        5.0,
+        7.5,
+        10.0,
+        20.0,
+        40.0,
+        80.0,
+    ),
+    *(160.0, 640.0, 2560.0),
+)
+TOKEN_GAP_BUCKETS_S = (
+    *(
+        0.01,
+        0.025,
+        0.05,
+        0.075,
+        0.1,
+        0.15,
+        0.2,
+        0.3,
+        0.4,
+        0.5,
+        0.75,
+        1.0,
+        2.5,
+        5.0,
+        7.5,
+        10.0,
+        20.0,
+        40.0,
+        80.0,
+    ),
+)
+LATENCY_BUCKETS_S = (
+    *(
+        0.3,
+        0.5,
+        0.8,
+        1.0,
+        1.5,
+        2.0,
+        2.5,
+        5.0,
+        10.0,
+        15.0,
+        20.0,
+        30.0,
+        40.0,
+        50.0,
+        60.0,
+        120.0,
+        240.0,
+        480.0,
+        960.0,
+    ),
+    *(1920.0, 7680.0),
+)
+STEP_TOKEN_BUCKETS = (1.0, *(float(2**power) for power in range(3, 15)))
+LENGTH_BUCKETS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+FINISH_REASONS = ("stop", "length", "abort", "error")
+
+
+class Histogram:
+    """Observations counted by upper bounds."""
+
+    def __init__(self, name: str, text: str, bounds: tuple[float, ...]) -> None:
+        self._name, self._text, self._bounds = name, text, bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count one."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._total += value
+
+    def read(self) -> Metric:
+        """The histogram now."""
+        buckets, seen = [], 0
+        for bound, count in zip(self._bounds, self._counts, strict=False):
+            seen += count
+            buckets.append((bound, seen))
+        return Metric(self._name, "histogram", float(sum(self._counts)), self._total, tuple(buckets), self._text)
+
+
+class EngineMetrics:
+    """Everything that is counted about an engine. One thread writes; readers may see a step half counted."""
+
+    def __init__(self) -> None:
+        self._record: StepRecord | None = None
+        self._counters = {
+            "prompt_tokens": [0, "Prompt tokens of admitted requests."],
+            "prompt_tokens_cached": [0, "Prompt tokens that the prefix cache supplied."],
+            "generation_tokens": [0, "Tokens generated."],
+            "num_preemptions": [0, "Requests that gave their blocks back to run again later."],
+            "prefix_cache_queries": [0, "Tokens looked up in the prefix cache."],
+            "prefix_cache_hits": [0, "Tokens found in the prefix cache."],
+        }
+        self._finished = dict.fromkeys(FINISH_REASONS, 0)
+        seconds = "seconds"
+        self.first_token = Histogram(
+            f"quire:time_to_first_token_{seconds}", "Arrival to first token.", FIRST_TOKEN_BUCKETS_S
+        )
+        self.token_gap = Histogram(
+            f"quire:inter_token_latency_{seconds}",
+            "Time between two tokens of a sequence.",
+            TOKEN_GAP_BUCKETS_S,
+        )
+        self.time_per_token = Histogram(
+            f"quire:request_time_per_output_token_{seconds}", "Mean time per token after the first.",
+            TOKEN_GAP_BUCKETS_S,
+        )  # fmt: skip
+        self.latency = Histogram(f"quire:e2e_request_latency_{seconds}", "Arrival to end.", LATENCY_BUCKETS_S)
+        self.queue_time = Histogram(f"quire:request_queue_time_{seconds}", "Arrival to first step.", LATENCY_BUCKETS_S)
+        self.prefill_time = Histogram(
+            f"quire:request_prefill_time_{seconds}", "First step to first token.", LATENCY_BUCKETS_S
+        )
+        self.decode_time = Histogram(f"quire:request_decode_time_{seconds}", "First token to last.", LATENCY_BUCKETS_S)
+        self.prompt_length = Histogram("quire:request_prompt_tokens", "Tokens in a prompt.", LENGTH_BUCKETS)
+        self.output_length = Histogram("quire:request_generation_tokens", "Tokens generated.", LENGTH_BUCKETS)
+        self.step_tokens = Histogram("quire:iteration_tokens_total", "Tokens computed in a step.", STEP_TOKEN_BUCKETS)
+
+    def observe_step(self, record: StepRecord) -> None:
+        """Count a step."""
+        self._record = record
+        self.step_tokens.observe(sum(item.num_tokens for item in record.scheduled))
+        self._add("prefix_cache_queries", record.num_prefix_queries)
+        self._add("prefix_cache_hits", record.num_prefix_hits)
+        self._add("num_preemptions", sum(item.reason == "preempted" for item in record.stalled))
+
+    def observe_tokens(self, count: int) -> None:
+        """Count generated tokens."""
+        self._add("generation_tokens", count)
+
+    def observe_prompt(self, num_tokens: int, num_cached: int) -> None:
+        """Count a prompt whose first token has come."""
+        self._add("prompt_tokens", num_tokens)
+        self._add("prompt_tokens_cached", num_cached)
+
+    def observe_finished(
+        self, times: RequestMetrics, finish_reason: str, num_prompt_tokens: int, num_output_tokens: int
+    ) -> None:
+        """Count a sequence that ended; its times that were reached."""
+        self._finished[finish_reason] += 1
+        self.prompt_length.observe(num_prompt_tokens)
+        self.output_length.observe(num_output_tokens)
+        if times.finished_s is not None:
+            self.latency.observe(times.finished_s - times.arrival_s)
+        if times.first_scheduled_s is not None:
+            self.queue_time.observe(times.first_scheduled_s - times.arrival_s)
+            if times.first_token_s is not None:
+                self.prefill_time.observe(times.first_token_s - times.first_scheduled_s)
+        if times.first_token_s is not None and times.last_token_s is not None:
+            self.decode_time.observe(times.last_token_s - times.first_token_s)
+            if num_output_tokens > 1:
+                spent = times.last_token_s - times.first_token_s
+                self.time_per_token.observe(spent / (num_output_tokens - 1))
+
+    def read(self, num_running: int, num_waiting: int) -> list[Metric]:
+        """All metrics now."""
+        record = self._record
+        usage = 0.0
+        if record is not None and num_running:
+            usage = 1.0 - record.num_free_blocks / record.num_blocks
+        gauges = [
+            Metric("quire:num_requests_running", "gauge", num_running, help="Requests that hold a row."),
+            Metric("quire:num_requests_waiting", "gauge", num_waiting, help="Requests in the queue."),
+            Metric("quire:kv_cache_usage_perc", "gauge", usage, help="Share of cache blocks held; 1 is all."),
+        ]
+        counters = [
+            Metric(f"quire:{name}_total", "counter", value, help=text)  # type: ignore[arg-type]
+            for name, (value, text) in self._counters.items()
+        ]
+        finished = [
+            Metric(
+                "quire:request_success_total", "counter", count, help="Sequences that ended, by reason.",
+                labels=(("finished_reason", reason),),
+            )
+            for reason, count in self._finished.items()
+        ]  # fmt: skip
+        histograms = [item.read() for item in vars(self).values() if isinstance(item, Histogram)]
+        return [*gauges, *counters, *finished, *histograms]
+
+    def _add(self, name: str, count: int) -> None:
+        self._counters[name][0] += count  # type: ignore[operator]

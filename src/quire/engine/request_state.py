@@ -1,0 +1,179 @@
+"""The text side of a request that runs: deltas of tokens in, `RequestOutput`s out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from quire.core.plan import TokenDelta, TokenLogprobs
+from quire.engine.inputs import ParsedRequest
+from quire.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
+from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.text.detokenizer import IncrementalDetokenizer, StopStrings
+from quire.text.tokenizer import Tokenizer
+
+
+class SequenceText:
+    """Text of one sequence: detokenised as it comes, cut at stop strings."""
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer,
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+        )
+        self._stops = StopStrings(tuple(params.stop or ()), params.include_stop_str_in_output)
+        self._tokens_before_stops = params.min_tokens
+
+    def push(self, token_ids: Sequence[int]) -> tuple[str, str | None]:
+        """New text that is certain, and the stop string that ended it, if one did."""
+        pieces = []
+        for token_id in token_ids:
+            text, stop = self._detokenizer.push((token_id,)), None
+            if self._tokens_before_stops > 1:
+                self._tokens_before_stops -= 1
+            else:
+                text, stop = self._stops.push(text)
+            pieces.append(text)
+            if stop is not None:
+                return "".join(pieces), stop
+        return "".join(pieces), None
+
+    def flush(self) -> tuple[str, str | None]:
+        """What was held back, at the end."""
+        text, stop = self._stops.push(self._detokenizer.flush())
+        return (text, stop) if stop is not None else (text + self._stops.flush(), None)
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """One of the `n` sequences of a request, as far as it has come."""
+
+    index: int
+    text: SequenceText | None
+    pieces: list[str] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[PositionLogprobs] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    has_news: bool = False
+    """Something changed since the last output."""
+    reported_pieces: int = 0
+    """How much of `pieces` a DELTA stream has been given; `reported_tokens` likewise of tokens and logprobs."""
+    reported_tokens: int = 0
+
+
+class RequestState:
+    """A request of `n` sequences between its first delta and its last output.
+
+    `apply` takes deltas, `output` says what the caller should see. After the sequence's final delta nothing
+    more is accepted for it: the core sends exactly one.
+    """
+
+    def __init__(self, parsed: ParsedRequest, tokenizer: Tokenizer | None, arrival_s: float) -> None:
+        params = parsed.params
+        self.parsed = parsed
+        self.metrics = RequestMetrics(arrival_s)
+        self.error: str | None = None
+        self._tokenizer = tokenizer
+        self._num_cached_tokens = 0
+        self._prompt_logprobs: list[PositionLogprobs | None] | None = None
+        if params.prompt_logprobs is not None:
+            self._prompt_logprobs = [None]
+        text_wanted = params.detokenize and tokenizer is not None
+        self._sequences = {
+            new.request_id: SequenceState(
+                index,
+                SequenceText(tokenizer, params) if text_wanted and tokenizer is not None else None,
+                logprobs=None if params.logprobs is None else [],
+                cumulative_logprob=None if params.logprobs is None else 0.0,
+            )
+            for index, new in enumerate(parsed.sequences)
+        }
+
+    @property
+    def finished(self) -> bool:
+        """True when every sequence has ended."""
+        return all(sequence.finish_reason is not None for sequence in self._sequences.values())
+
+    def num_tokens(self, sequence_id: str) -> int:
+        """Tokens generated so far for one sequence, by the core's id."""
+        return len(self._sequences[sequence_id].token_ids)
+
+    def apply(self, delta: TokenDelta) -> bool:
+        """Take a delta in. True when a stop string ended the sequence and the core must be told to drop it."""
+        sequence = self._sequences[delta.request_id]
+        if sequence.finish_reason is not None:
+            return False
+        sequence.has_news = True
+        self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
+        if delta.prompt_logprobs and sequence.index == 0 and self._prompt_logprobs is not None:
+            self._prompt_logprobs += [self._position(item) for item in delta.prompt_logprobs]
+        sequence.token_ids += delta.token_ids
+        if sequence.logprobs is not None and sequence.cumulative_logprob is not None:
+            sequence.logprobs += [self._position(item) for item in delta.logprobs]
+            sequence.cumulative_logprob += sum(item.logprobs[0] for item in delta.logprobs)
+        stopped = self._push_text(sequence, delta)
+        if not stopped and delta.finish_reason is not None:
+            sequence.finish_reason, sequence.stop_reason = delta.finish_reason, delta.stop_reason
+            self.error = self.error or delta.error
+        return stopped and delta.finish_reason is None
+
+    def output(self) -> RequestOutput | None:
+        """What a caller of this `output_kind` is given now; None when that is nothing."""
+        kind, finished = self.parsed.params.output_kind, self.finished
+        if kind is RequestOutputKind.FINAL_ONLY and not finished:
+            return None
+        sequences = list(self._sequences.values())
+        if kind is RequestOutputKind.DELTA:
+            sequences = [item for item in sequences if item.has_news]
+        outputs = [_completion(item, delta=kind is RequestOutputKind.DELTA) for item in sequences]
+        return RequestOutput(
+            request_id=self.parsed.request_id,
+            prompt=self.parsed.prompt,
+            prompt_token_ids=list(self.parsed.sequences[0].prompt_token_ids),
+            outputs=outputs,
+            finished=finished,
+            prompt_logprobs=self._prompt_logprobs,
+            num_cached_tokens=self._num_cached_tokens,
+            metrics=self.metrics,
+            error=self.error,
+        )
+
+    def _push_text(self, sequence: SequenceState, delta: TokenDelta) -> bool:
+        if sequence.text is None:
+            return False
+        token_ids = delta.token_ids
+        if delta.finish_reason == "stop" and not self.parsed.params.include_stop_str_in_output:
+            token_ids = token_ids[:-1]
+        text, stop = sequence.text.push(token_ids)
+        if stop is None and delta.finish_reason is not None:
+            rest, stop = sequence.text.flush()
+            text += rest
+        if text:
+            sequence.pieces.append(text)
+        if stop is not None:
+            sequence.finish_reason, sequence.stop_reason = "stop", stop
+        return stop is not None
+
+    def _position(self, item: TokenLogprobs) -> PositionLogprobs:
+        text_of = self._tokenizer.token_text if self._tokenizer is not None else lambda _: ""
+        found: PositionLogprobs = {}
+        for token_id, logprob, rank in zip(item.token_ids, item.logprobs, item.ranks, strict=True):
+            found.setdefault(token_id, Logprob(logprob, rank, text_of(token_id)))
+        return found
+
+
+def _completion(sequence: SequenceState, *, delta: bool) -> CompletionOutput:
+    pieces, tokens = (sequence.reported_pieces, sequence.reported_tokens) if delta else (0, 0)
+    sequence.has_news = False
+    if delta:
+        sequence.reported_pieces, sequence.reported_tokens = len(sequence.pieces), len(sequence.token_ids)
+    return CompletionOutput(
+        index=sequence.index,
+        text="".join(sequence.pieces[pieces:]),
+        token_ids=sequence.token_ids[tokens:],
+        cumulative_logprob=sequence.cumulative_logprob,
+        logprobs=None if sequence.logprobs is None else sequence.logprobs[tokens:],
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+    )

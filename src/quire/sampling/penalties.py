@@ -1,0 +1,90 @@
+"""Penalties on tokens that have occurred.
+
+With c the number of times a token was generated, and s whether it stands in the prompt or was generated:
+
+    logit = logit / repetition if logit > 0 else logit * repetition      where s    (CTRL, arXiv 1909.05858)
+    logit = logit - frequency * c - presence * (c > 0)                               (OpenAI's definition)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.core.plan import NewRow
+from quire.sampling.features import Logits
+
+
+@dataclass(slots=True)
+class _Seen:
+    presence: np.float32
+    frequency: np.float32
+    repetition: np.float32
+    token_ids: NDArray[np.int64]
+    """Distinct tokens of prompt and output, in order of appearance; `counts` belongs to them."""
+    counts: NDArray[np.float32]
+    slots: dict[int, int]
+    size: int
+
+
+class Penalties:
+    """`presence_penalty`, `frequency_penalty` and `repetition_penalty`; work is in proportion to the number of
+    distinct tokens seen, not to the vocabulary."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, _Seen] = {}
+
+    def add(self, new: NewRow) -> None:
+        """Count what is there, if the request has a penalty."""
+        spec = new.sampling
+        if spec.presence_penalty == 0 and spec.frequency_penalty == 0 and spec.repetition_penalty == 1:
+            return
+        seen = _Seen(
+            np.float32(spec.presence_penalty),
+            np.float32(spec.frequency_penalty),
+            np.float32(spec.repetition_penalty),
+            np.zeros(64, np.int64),
+            np.zeros(64, np.float32),
+            {},
+            0,
+        )
+        for index, token_id in enumerate(new.token_ids):
+            _count(seen, token_id, 1 if index >= new.num_prompt_tokens else 0)
+        self._rows[new.row] = seen
+
+    def remove(self, row: int) -> None:
+        """Forget the row."""
+        self._rows.pop(row, None)
+
+    def observe(self, row: int, token_id: int) -> None:
+        """Count one more."""
+        seen = self._rows.get(row)
+        if seen is not None:
+            _count(seen, token_id, 1)
+
+    def apply(self, logits: Logits, rows: Sequence[int]) -> None:
+        """Penalise."""
+        if not self._rows:
+            return
+        for index, row in enumerate(rows):
+            seen = self._rows.get(row)
+            if seen is None:
+                continue
+            token_ids, counts = seen.token_ids[: seen.size], seen.counts[: seen.size]
+            values = logits[index, token_ids]
+            values = np.where(values > 0, values / seen.repetition, values * seen.repetition)
+            logits[index, token_ids] = values - seen.frequency * counts - seen.presence * (counts > 0)
+
+
+def _count(seen: _Seen, token_id: int, times: int) -> None:
+    slot = seen.slots.get(token_id)
+    if slot is None:
+        slot = seen.size
+        if slot == len(seen.token_ids):
+            seen.token_ids = np.concatenate([seen.token_ids, np.zeros_like(seen.token_ids)])
+            seen.counts = np.concatenate([seen.counts, np.zeros_like(seen.counts)])
+        seen.slots[token_id] = slot
+        seen.token_ids[slot] = token_id
+        seen.size += 1
+    seen.counts[slot] += times
