@@ -104,9 +104,11 @@ class Stalled(NamedTuple):
 
     request_id: str
     reason: str
-    """`no_blocks`, `no_row`, `budget`, `behind` (an earlier one could not be admitted), `preempted`."""
+    """`no_blocks`, `no_row`, `budget`, `preempted`, `after_preemption` (nobody is admitted in a step that
+    took blocks back), `in_flight` (all it knows is computed or being computed); `behind` is never listed."""
     by: str | None = None
-    """The request that took what this one lacked, where one is to blame."""
+    """The request that took what this one lacked, where one is to blame: the preemptor, or the one that
+    got most of the budget."""
 
 
 class ScheduledRequest(NamedTuple):
@@ -120,7 +122,10 @@ class ScheduledRequest(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class StepRecord:
     """What one step did, and for every request that did not advance, why. Metrics, the live view, replay and
-    "why was this slow" all read this record; nothing else observes the scheduler."""
+    "why was this slow" all read this record; nothing else observes the scheduler.
+
+    `stalled` names every running request that did not advance, every one that was preempted, and the head of
+    the waiting queue. All others that wait are `behind` the head by definition and are not listed."""
 
     step_id: int
     now_s: float

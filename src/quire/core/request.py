@@ -76,6 +76,10 @@ class Request:
     """Everything known: the prompt, then what was sampled."""
     arrival_index: int
     """Order of arrival: ties of priority are broken by it, also after preemption."""
+    max_num_tokens: int
+    """Length at which it ends: prompt and `max_tokens`, or `max_model_len` if that is less."""
+    stop_token_ids: frozenset[int]
+    """Those of `new.sampling`, for the look-up that each sampled token needs."""
     status: RequestStatus = RequestStatus.WAITING
     num_computed: int = 0
     """Tokens whose keys and values are in the cache (or are being put there by a step in flight)."""
@@ -85,10 +89,19 @@ class Request:
     """The permanent row while running."""
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
-    """Chain of the full blocks of `token_ids`, as far as computed."""
+    """Chain of the full blocks of `token_ids`, as far as it was needed; it outlives preemption."""
+    num_prompt_logprobs_sent: int = 0
+    """Prompt positions, from the second on, whose log-probabilities were handed out."""
     num_preemptions: int = 0
 
     @property
     def num_output_tokens(self) -> int:
         """Tokens sampled so far."""
         return len(self.token_ids) - len(self.new.prompt_token_ids)
+
+    @property
+    def num_prompt_logprobs_due(self) -> int:
+        """Prompt positions whose log-probabilities were asked for and not yet handed out."""
+        if self.new.sampling.num_prompt_logprobs is None:
+            return 0
+        return len(self.new.prompt_token_ids) - 1 - self.num_prompt_logprobs_sent

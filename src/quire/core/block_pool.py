@@ -1,0 +1,138 @@
+"""The blocks of the paged cache: who holds each, which may be taken next, which remember a text.
+
+::
+
+    head -> plain <-> plain <-> cached <-> cached <-> cached -> (head)
+            taken first         then these, least recently used first
+
+All free blocks stand in one ring. A *plain* block remembers nothing and is put in front, so that memory
+that was touched is used again before fresh memory is. A *cached* block still carries the hash of the text
+whose keys and values it holds; it is put at the back and forgets only when it is taken.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
+
+from quire.core.invariants import require
+
+
+class BlockPool:
+    """`num_blocks` blocks of `block_size` tokens, with reference counts and the map from hash to block.
+
+    Taking, releasing and sharing one block are O(1). The ring is kept in two lists of indices; index
+    `num_blocks` is its head and no block.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.num_free = num_blocks
+        """Blocks that can be taken, cached ones included."""
+        self.num_cached = 0
+        """Free blocks that carry a hash."""
+        self._next = [*range(1, num_blocks + 1), 0]
+        self._previous = [num_blocks, *range(num_blocks)]
+        self._num_holders = [0] * num_blocks
+        self._hash_of: list[bytes | None] = [None] * num_blocks
+        self._block_of: dict[bytes, int] = {}
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks `num_tokens` need."""
+        return -(-num_tokens // self.block_size)
+
+    def take(self, num_blocks: int) -> list[int]:
+        """Hold `num_blocks` free blocks; what they remembered is forgotten. There must be that many."""
+        if num_blocks > self.num_free:
+            raise AssertionError(f"{num_blocks} blocks wanted, {self.num_free} free")
+        taken = []
+        for _ in range(num_blocks):
+            block_id = self._next[self.num_blocks]
+            self._unlink(block_id)
+            self._forget(block_id)
+            self._num_holders[block_id] = 1
+            taken.append(block_id)
+        return taken
+
+    def share(self, block_ids: Iterable[int]) -> None:
+        """One more holder for each block, whether others hold it or it is free and cached."""
+        for block_id in block_ids:
+            if self._num_holders[block_id] == 0:
+                self._unlink(block_id)
+            self._num_holders[block_id] += 1
+
+    def release(self, block_ids: Sequence[int]) -> None:
+        """One holder less for each block of a sequence.
+
+        The last block goes first, so that the end of a text is evicted before its beginning, without
+        which the end could not be found.
+        """
+        for block_id in reversed(block_ids):
+            self._num_holders[block_id] -= 1
+            if self._num_holders[block_id] == 0:
+                self._link(block_id)
+
+    def num_unheld(self, block_ids: Iterable[int]) -> int:
+        """How many of these blocks are free, so that sharing them lowers `num_free`."""
+        return sum(self._num_holders[block_id] == 0 for block_id in block_ids)
+
+    def remember(self, block_id: int, block_hash: bytes) -> None:
+        """Note what a held block contains. The first block with a hash keeps it."""
+        if self._block_of.setdefault(block_hash, block_id) == block_id:
+            self._hash_of[block_id] = block_hash
+
+    def find(self, block_hash: bytes) -> int | None:
+        """The block that has this content, held or free. True until the next `take` or `forget`."""
+        return self._block_of.get(block_hash)
+
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """Held blocks whose content is in doubt: who shares them keeps them, nobody finds them again."""
+        for block_id in block_ids:
+            self._forget(block_id)
+
+    def _forget(self, block_id: int) -> None:
+        block_hash = self._hash_of[block_id]
+        if block_hash is not None:
+            self._hash_of[block_id] = None
+            del self._block_of[block_hash]
+
+    def _unlink(self, block_id: int) -> None:
+        before, after = self._previous[block_id], self._next[block_id]
+        self._next[before], self._previous[after] = after, before
+        self.num_free -= 1
+        self.num_cached -= self._hash_of[block_id] is not None
+
+    def _link(self, block_id: int) -> None:
+        head = self.num_blocks
+        cached = self._hash_of[block_id] is not None
+        before = self._previous[head] if cached else head
+        after = self._next[before]
+        self._next[before] = self._previous[after] = block_id
+        self._previous[block_id], self._next[block_id] = before, after
+        self.num_free += 1
+        self.num_cached += cached
+
+    def free_blocks(self) -> list[int]:
+        """The free blocks in the order in which they would be taken."""
+        blocks: list[int] = []
+        block_id = self._next[self.num_blocks]
+        while block_id != self.num_blocks and len(blocks) <= self.num_blocks:
+            blocks.append(block_id)
+            block_id = self._next[block_id]
+        return blocks
+
+    def check(self, holders: Iterable[Sequence[int]]) -> None:
+        """State what is always true; `holders` are the block tables of all who hold blocks."""
+        free = self.free_blocks()
+        held = Counter(chain.from_iterable(holders))
+        cached = [self._hash_of[block_id] is not None for block_id in free]
+        remembered = {known: block_id for block_id, known in enumerate(self._hash_of) if known is not None}
+        links = [*free, self.num_blocks]
+        require(len(set(free)) == len(free) == self.num_free, "the ring holds each free block once")
+        require(all(self._previous[self._next[link]] == link for link in links), "the ring is whole")
+        require(held == Counter(dict(enumerate(self._num_holders))), "every count equals its holders")
+        require(not held.keys() & set(free), "no held block is free")
+        require(len(free) + len(held) == self.num_blocks, "free, cached and held are all blocks")
+        require(cached == sorted(cached), "plain blocks are taken before cached ones")
+        require(sum(cached) == self.num_cached, "the number of cached blocks is right")
+        require(remembered == self._block_of, "the hash maps are inverse to each other")

@@ -1,0 +1,80 @@
+"""The whole engine in one step: schedule, execute, update, emit."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from quire.core.plan import StepPlan, StepRecord, StepResult, TokenDelta
+from quire.core.request import NewRequest
+from quire.core.scheduler import Scheduler
+
+
+class PlanExecutor(Protocol):
+    """What the core needs of an executor. The contract in full is `quire.executor.base.Executor`."""
+
+    def execute(self, plan: StepPlan) -> Any:
+        """Start a step; what is returned stands for its result."""
+
+    def collect(self, handle: Any) -> StepResult:
+        """Wait for the result."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class EngineCore:
+    """A scheduler, an executor, and the body of the loop between them.
+
+    `clock` gives seconds; the core writes them into its records and decides nothing by them.
+    """
+
+    def __init__(self, scheduler: Scheduler, executor: PlanExecutor, clock: Callable[[], float]) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._clock = clock
+
+    def step(self) -> list[TokenDelta]:
+        """One step for all: every unfinished request is considered, and news of them is returned."""
+        if not self._scheduler.has_work:
+            return []
+        plan = self._scheduler.schedule(self._clock())
+        handle = self._executor.execute(plan)
+        result = self._executor.collect(handle)
+        return self._scheduler.update(plan, result)
+
+    # The overlapping loop belongs here: `execute` plan N + 1 before `collect` of plan N.
+
+    def add(self, new: NewRequest) -> None:
+        """See `Scheduler.add`."""
+        self._scheduler.add(new)
+
+    def abort(self, request_id: str) -> list[TokenDelta]:
+        """See `Scheduler.abort`."""
+        return self._scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return self._scheduler.has_work
+
+    @property
+    def num_running(self) -> int:
+        """See `Scheduler.num_running`."""
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """See `Scheduler.num_waiting`."""
+        return self._scheduler.num_waiting
+
+    @property
+    def last_record(self) -> StepRecord:
+        """What the last step did, and why some did not advance."""
+        return self._scheduler.last_record
+
+    def check(self) -> None:
+        """State what is always true; for tests, and for idle times in production."""
+        self._scheduler.check()
+
+    def close(self) -> None:
+        """Close the executor. Nothing can be computed afterwards."""
+        self._executor.close()

@@ -1,0 +1,381 @@
+"""Decides what each step computes.
+
+There are no phases. A request is `num_computed` chasing `len(token_ids)`; prefill in chunks, decode, a
+prefix hit and the way back after preemption are all that one case. A step
+
+1. gives each running request, in policy order, the tokens it lacks as far as the budget lasts, and the
+   blocks they need; where none is left, the last running request gives up its own (`_advance_running`);
+2. admits waiting requests, in policy order, while budget, rows and blocks last (`_admit_waiting`).
+
+**Admission.** A request enters when all tokens it knows, less what the prefix cache holds, fit the free
+blocks with one block to spare for each request already running; it takes all these blocks at once. So a
+prompt once admitted never waits for blocks until its first token, and nobody running needs to preempt it
+within the next `block_size` tokens. The head of the queue is never overtaken. Nobody is admitted in a step
+that preempted.
+
+**Progress.** Every step in which a request exists computes something, and every request ends:
+
+- The first running request always advances: there is budget (at least one token), and if it needs a block it
+  may take those of every other. Alone it has all `num_blocks`, and these hold `max_model_len` tokens.
+- It is never preempted while it is first, so it ends, and then the next is first.
+- When nothing runs, all rows and blocks are free, so the head of the queue is admitted.
+- With a finite number of requests ordered before it, each request becomes first.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, fields
+from itertools import pairwise
+
+from quire.core.block_pool import BlockPool
+from quire.core.invariants import require
+from quire.core.plan import (
+    RowResult,
+    ScheduledRow,
+    StepPlan,
+    StepRecord,
+    StepResult,
+    TokenDelta,
+    TokenLogprobs,
+)
+from quire.core.policy import Policy, WaitingQueue
+from quire.core.prefix_cache import NullPrefixCache, PrefixCache
+from quire.core.request import NewRequest, Request, RequestStatus
+from quire.core.step import Step
+from quire.errors import ConfigurationError, InvalidRequestError, PromptTooLongError
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What a scheduler may hand out. Raises ConfigurationError when a longest request could never finish."""
+
+    max_num_seqs: int
+    """Rows: requests that run at one time."""
+    max_num_batched_tokens: int
+    """Budget: tokens computed in one step."""
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+
+    def __post_init__(self) -> None:
+        for limit in fields(self):
+            if getattr(self, limit.name) < 1:
+                raise ConfigurationError(f"{limit.name} must be at least 1", field=limit.name)
+        num_tokens = self.num_blocks * self.block_size
+        if num_tokens < self.max_model_len:
+            raise ConfigurationError(
+                f"the cache holds {num_tokens} tokens ({self.num_blocks} blocks of {self.block_size}), "
+                f"less than max_model_len {self.max_model_len}",
+                field="max_model_len",
+            )
+
+
+class Scheduler:
+    """Owns all requests, rows and blocks. Deterministic: the same calls give the same plans.
+
+    `schedule` and `update` alternate today; several plans may be in flight (a request whose last known token
+    is in flight just waits). Every request that `add` accepted gets exactly one final `TokenDelta`: from
+    `abort`, if that came first, otherwise from `update`.
+    """
+
+    def __init__(self, limits: SchedulerLimits, policy: Policy, prefix_cache: PrefixCache | NullPrefixCache) -> None:
+        self.limits = limits
+        self._policy = policy
+        self._prefix_cache = prefix_cache
+        self._pool = BlockPool(limits.num_blocks, limits.block_size)
+        self._requests: dict[str, Request] = {}
+        self._waiting = WaitingQueue(policy)
+        self._running: list[Request] = []
+        """In policy order, always."""
+        self._free_rows = list(reversed(range(limits.max_num_seqs)))
+        self._removed_rows: list[int] = []
+        self._in_flight: dict[int, dict[int, Request]] = {}
+        """Step -> the owners of its rows who still want their results."""
+        self._num_arrived = 0
+        self._num_steps = 0
+        self.last_record = self._record(Step(0, 0), 0.0)
+        """Of the last step; an empty one before the first."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self._requests)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a row."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for admission, the preempted included."""
+        return len(self._waiting)
+
+    def add(self, new: NewRequest) -> None:
+        """Queue a request. The door has checked it; what would break the core is refused here again."""
+        num_prompt_tokens = len(new.prompt_token_ids)
+        if new.request_id in self._requests:
+            raise InvalidRequestError(f"request id {new.request_id!r} is in use", param="request_id")
+        if not num_prompt_tokens or new.max_tokens < 1:
+            raise InvalidRequestError("a request needs a prompt token and max_tokens of at least 1")
+        if num_prompt_tokens >= self.limits.max_model_len:
+            raise PromptTooLongError(
+                f"the prompt has {num_prompt_tokens} tokens; max_model_len {self.limits.max_model_len} "
+                "must leave room for one more"
+            )
+        request = Request(
+            new=new,
+            token_ids=list(new.prompt_token_ids),
+            arrival_index=self._num_arrived,
+            max_num_tokens=min(num_prompt_tokens + new.max_tokens, self.limits.max_model_len),
+            stop_token_ids=frozenset(new.sampling.stop_token_ids),
+        )
+        self._num_arrived += 1
+        self._requests[new.request_id] = request
+        self._waiting.push(request)
+
+    def abort(self, request_id: str) -> list[TokenDelta]:
+        """End a request now. Returns its final delta; nothing when it is unknown or has ended already."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return []
+        self._end(request)
+        return [_final_delta(request, "abort")]
+
+    def schedule(self, now_s: float = 0.0) -> StepPlan:
+        """Decide the next step. `now_s` is only written into the record."""
+        step = Step(self._num_steps, self.limits.max_num_batched_tokens)
+        self._num_steps += 1
+        self._advance_running(step)
+        self._admit_waiting(step)
+        self._in_flight[step.step_id] = step.owners
+        plan = StepPlan(step.step_id, tuple(self._removed_rows), tuple(step.new), tuple(step.scheduled))
+        self._removed_rows.clear()
+        self.last_record = self._record(step, now_s)
+        return plan
+
+    def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
+        """Take in what a step gave; results of requests that ended or were preempted meanwhile are dropped."""
+        require(result.step_id == plan.step_id, "a result answers its own plan")
+        owners = self._in_flight.pop(plan.step_id)
+        deltas: list[TokenDelta] = []
+        for scheduled, row_result in zip(plan.scheduled, result.rows, strict=True):
+            request = owners.get(scheduled.row)
+            if request is not None:
+                delta = self._apply(request, scheduled, row_result)
+                if delta is not None:
+                    deltas.append(delta)
+        return deltas
+
+    # Step 1: those who run.
+
+    def _advance_running(self, step: Step) -> None:
+        # Victims are taken from the end of the list, which this loop has not reached: nothing that was
+        # scheduled is ever taken back.
+        for request in self._running:
+            num_tokens = min(len(request.token_ids) - request.num_computed, step.budget)
+            if num_tokens == 0:
+                if step.budget:
+                    step.stall(request, "in_flight")
+                else:
+                    step.stall_for_budget(request)
+                continue
+            lacking = self._pool.blocks_for(request.num_computed + num_tokens) - len(request.block_ids)
+            if lacking <= 0:
+                step.give(request, num_tokens, ())
+            elif self._make_room(request, lacking, step):
+                new_block_ids = self._pool.take(lacking)
+                request.block_ids += new_block_ids
+                step.give(request, num_tokens, tuple(new_block_ids))
+            else:
+                step.stall(request, "no_blocks")
+
+    def _make_room(self, request: Request, num_blocks: int, step: Step) -> bool:
+        """Preempt from the end of the order until `num_blocks` are free.
+
+        The last request has nobody to preempt: it keeps what it has and waits, until blocks come free or
+        somebody before it takes its own.
+        """
+        while self._pool.num_free < num_blocks and self._running[-1] is not request:
+            victim = self._running[-1]
+            self._preempt(victim)
+            step.victims.append(victim)
+            step.stall(victim, "preempted", by=request.new.request_id)
+        return self._pool.num_free >= num_blocks
+
+    def _preempt(self, victim: Request) -> None:
+        """Back to its place in the queue. The prefix cache keeps its full blocks, so the way back is short."""
+        self._vacate(victim)
+        victim.status = RequestStatus.WAITING
+        victim.num_computed = 0
+        victim.num_preemptions += 1
+        self._waiting.push(victim)
+
+    # Step 2: those who wait.
+
+    def _admit_waiting(self, step: Step) -> None:
+        while (request := self._waiting.head()) is not None:
+            if step.victims:
+                return None if request in step.victims else step.stall(request, "no_blocks")
+            if step.budget == 0:
+                return step.stall_for_budget(request)
+            if not self._free_rows:
+                return step.stall(request, "no_row")
+            if not self._admit(request, step):
+                return step.stall(request, "no_blocks")
+
+    def _admit(self, request: Request, step: Step) -> bool:
+        """Let the head of the queue in, if its blocks and the reserve are there."""
+        match = self._prefix_cache.match(request, self._pool)
+        num_hits = len(match.block_ids) * self.limits.block_size
+        lacking = self._pool.blocks_for(len(request.token_ids)) - len(match.block_ids)
+        reserve = len(self._running)
+        if lacking + self._pool.num_unheld(match.block_ids) + reserve > self._pool.num_free:
+            return False
+        self._waiting.pop()
+        self._pool.share(match.block_ids)
+        request.block_ids = match.block_ids + self._pool.take(lacking)
+        request.num_computed = num_hits
+        if request.num_preemptions == 0:
+            request.num_cached = num_hits
+        request.status = RequestStatus.RUNNING
+        request.row = self._free_rows.pop()
+        insort(self._running, request, key=self._policy.order)
+        step.num_prefix_queries += match.num_tokens_queried
+        step.num_prefix_hits += num_hits
+        step.enter(request)
+        step.give(request, min(len(request.token_ids) - num_hits, step.budget), ())
+        return True
+
+    def _record(self, step: Step, now_s: float) -> StepRecord:
+        return StepRecord(
+            step_id=step.step_id,
+            now_s=now_s,
+            scheduled=tuple(step.advanced),
+            stalled=tuple(step.stalled),
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_free_blocks=self._pool.num_free,
+            num_cached_blocks=self._pool.num_cached,
+            num_blocks=self._pool.num_blocks,
+            num_prefix_queries=step.num_prefix_queries,
+            num_prefix_hits=step.num_prefix_hits,
+        )
+
+    # What a step gave.
+
+    def _apply(self, request: Request, scheduled: ScheduledRow, result: RowResult) -> TokenDelta | None:
+        """Take in the result of one row. Returns the news, if there is any."""
+        if result.error is not None:
+            self._pool.forget(request.block_ids)
+            self._end(request)
+            return _final_delta(request, "error", result.error)
+        if result.row != scheduled.row or bool(result.token_ids) != scheduled.samples:
+            raise AssertionError(f"{result} does not answer {scheduled}")
+        start, end = scheduled.start, scheduled.start + scheduled.num_tokens
+        self._prefix_cache.register(request, self._pool, start, end)
+        ending = None
+        num_kept = 0
+        for token_id in result.token_ids:
+            request.token_ids.append(token_id)
+            num_kept += 1
+            ending = _ending(request)
+            if ending is not None:
+                self._end(request)
+                break
+        prompt_logprobs = _unsent_prompt_logprobs(request, start, result)
+        if not num_kept and not prompt_logprobs:
+            return None
+        return TokenDelta(
+            request.new.request_id,
+            result.token_ids[:num_kept],
+            result.logprobs[:num_kept],
+            prompt_logprobs,
+            request.num_cached,
+            *(ending or ()),
+        )
+
+    # Leaving.
+
+    def _end(self, request: Request) -> None:
+        """The request is finished: nothing of it stays but what the prefix cache remembers."""
+        if request.status is RequestStatus.RUNNING:
+            self._vacate(request)
+            request.status = RequestStatus.FINISHED
+        else:
+            request.status = RequestStatus.FINISHED
+            self._waiting.discard()
+        del self._requests[request.new.request_id]
+
+    def _vacate(self, request: Request) -> None:
+        """Give back the row and the blocks of a running request; its results in flight belong to nobody."""
+        place = bisect_left(self._running, self._policy.order(request), key=self._policy.order)
+        if self._running[place] is not request or request.row is None:
+            raise AssertionError(f"request {request.new.request_id} does not run")
+        del self._running[place]
+        for owners in self._in_flight.values():
+            owners.pop(request.row, None)
+        self._removed_rows.append(request.row)
+        self._free_rows.append(request.row)
+        request.row = None
+        self._pool.release(request.block_ids)
+        request.block_ids = []
+
+    def check(self) -> None:
+        """State what is always true between calls."""
+        self._pool.check(request.block_ids for request in self._running)
+        rows = [request.row for request in self._running]
+        orders = [self._policy.order(request) for request in self._running]
+        waiting = list(self._waiting)
+        require(
+            sorted([*self._free_rows, *(row for row in rows if row is not None)])
+            == list(range(self.limits.max_num_seqs)),
+            "free rows and held rows are all rows",
+        )
+        require(all(before < after for before, after in pairwise(orders)), "those who run are in order")
+        require(len(waiting) == len(self._waiting), "the queue knows its length")
+        require(
+            {id(request) for request in self._requests.values()}
+            == {id(request) for request in [*self._running, *waiting]}
+            and len(self._requests) == len(self._running) + len(waiting),
+            "each request either runs or waits",
+        )
+        for request in waiting:
+            idle = request.row is None and not request.block_ids and request.num_computed == 0
+            require(idle, "who waits holds nothing")
+        for request in self._running:
+            require(request.status is RequestStatus.RUNNING, "who runs is running")
+            num_known = len(request.token_ids)
+            require(request.num_computed <= num_known < request.max_num_tokens, "counts are in order")
+            num_blocks = len(request.block_ids)
+            require(
+                self._pool.blocks_for(request.num_computed) <= num_blocks <= self._pool.blocks_for(num_known),
+                "blocks cover what is computed and nothing unknown",
+            )
+        for owners in self._in_flight.values():
+            require(all(request.row == row for row, request in owners.items()), "owners still run")
+
+
+def _ending(request: Request) -> tuple[str, int | None] | None:
+    """`(finish_reason, stop_reason)` if the request ends with its newest token."""
+    token_id = request.token_ids[-1]
+    if token_id in request.stop_token_ids and request.num_output_tokens > request.new.sampling.min_tokens:
+        return "stop", None if token_id in request.new.eos_token_ids else token_id
+    return ("length", None) if len(request.token_ids) >= request.max_num_tokens else None
+
+
+def _unsent_prompt_logprobs(request: Request, start: int, result: RowResult) -> tuple[TokenLogprobs, ...]:
+    """Those of positions `start + 1 ...` that were not handed out before a preemption."""
+    unsent = result.prompt_logprobs[max(0, request.num_prompt_logprobs_sent - start) :]
+    request.num_prompt_logprobs_sent += len(unsent)
+    return unsent
+
+
+def _final_delta(request: Request, finish_reason: str, error: str | None = None) -> TokenDelta:
+    """The last news of a request that ends without a token."""
+    return TokenDelta(
+        request.new.request_id,
+        (),
+        num_cached_tokens=request.num_cached,
+        finish_reason=finish_reason,
+        error=error,
+    )

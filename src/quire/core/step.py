@@ -1,0 +1,65 @@
+"""One step while it is being made."""
+
+from dataclasses import dataclass, field
+
+from quire.core.plan import NewRow, ScheduledRequest, ScheduledRow, Stalled
+from quire.core.request import Request
+
+
+@dataclass(slots=True)
+class Step:
+    """What the scheduler has decided so far, for the plan and for the record."""
+
+    step_id: int
+    budget: int
+    """Tokens still to give."""
+    new: list[NewRow] = field(default_factory=list)
+    scheduled: list[ScheduledRow] = field(default_factory=list)
+    advanced: list[ScheduledRequest] = field(default_factory=list)
+    stalled: list[Stalled] = field(default_factory=list)
+    victims: list[Request] = field(default_factory=list)
+    owners: dict[int, Request] = field(default_factory=dict)
+    """Row -> the request that the row's result belongs to."""
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
+    _greediest: str | None = None
+
+    def enter(self, request: Request) -> None:
+        """A request has taken its row and its first blocks."""
+        new = request.new
+        self.new.append(
+            NewRow(
+                row=_row(request),
+                request_id=new.request_id,
+                token_ids=tuple(request.token_ids),
+                num_prompt_tokens=len(new.prompt_token_ids),
+                sampling=new.sampling,
+                block_ids=tuple(request.block_ids),
+            )
+        )
+
+    def give(self, request: Request, num_tokens: int, new_block_ids: tuple[int, ...]) -> None:
+        """Schedule the next `num_tokens` of a running request; the blocks for them are there."""
+        row, start = _row(request), request.num_computed
+        request.num_computed = end = start + num_tokens
+        self.budget -= num_tokens
+        samples = end == len(request.token_ids)
+        self.scheduled.append(ScheduledRow(row, start, num_tokens, new_block_ids, samples))
+        self.advanced.append(ScheduledRequest(request.new.request_id, start, num_tokens))
+        self.owners[row] = request
+
+    def stall(self, request: Request, reason: str, by: str | None = None) -> None:
+        """Note why a request does not advance."""
+        self.stalled.append(Stalled(request.new.request_id, reason, by))
+
+    def stall_for_budget(self, request: Request) -> None:
+        """The budget is spent; who got most of it is to blame."""
+        if self._greediest is None:
+            self._greediest = max(self.advanced, key=lambda item: item.num_tokens).request_id
+        self.stall(request, "budget", by=self._greediest)
+
+
+def _row(request: Request) -> int:
+    if request.row is None:
+        raise AssertionError(f"request {request.new.request_id} has no row")
+    return request.row

@@ -1,0 +1,1 @@
+"""Carries a plan to whoever computes it, and the result back."""

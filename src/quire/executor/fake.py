@@ -1,0 +1,152 @@
+"""Answers without a model: for tests of the core, and for timing it.
+
+`FakeExecutor` is a suspicious runner. It keeps its own copy of every row and a cache in which each slot
+holds the *fingerprint* of its text: a number made of the token and all tokens before it, as real keys
+and values are. Before it answers for a row it reads all slots of the row's context back, so that a wrong
+block, a stale prefix hit or a slot overwritten by another row is found at the step that would have used it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from quire.core.plan import NewRow, RowResult, ScheduledRow, StepPlan, StepResult, TokenLogprobs
+from quire.core.request import SamplingSpec
+
+_MASK = (1 << 64) - 1
+
+
+def mix(state: int, value: int) -> int:
+    """64 bits that depend on both numbers (the finaliser of splitmix64)."""
+    state = (state * 0x9E3779B97F4A7C15 + value + 1) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return state ^ (state >> 31)
+
+
+@dataclass(slots=True)
+class _Row:
+    request_id: str
+    num_prompt_tokens: int
+    sampling: SamplingSpec
+    token_ids: list[int]
+    fingerprints: list[int]
+    """Of each known token."""
+    block_ids: list[int]
+    num_computed: int | None
+    """None before the first step of the row: where it starts is then for the plan to say."""
+
+    def append(self, token_id: int) -> None:
+        before = self.fingerprints[-1] if self.fingerprints else 0
+        self.fingerprints.append(mix(before, token_id))
+        self.token_ids.append(token_id)
+
+
+def _never(request_id: str, position: int) -> bool:
+    return False
+
+
+class FakeExecutor:
+    """Deterministic tokens that depend on nothing but the request: its seed and its text so far.
+
+    Raises AssertionError when a plan is not consistent. `fails(request_id, position)` makes a row fail at
+    the step that computes `position`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        vocab_size: int,
+        fails: Callable[[str, int], bool] = _never,
+    ) -> None:
+        self._block_size = block_size
+        self._max_num_seqs = max_num_seqs
+        self._vocab_size = vocab_size
+        self._fails = fails
+        self._rows: dict[int, _Row] = {}
+        self._cache: list[list[int]] = [[0] * block_size for _ in range(num_blocks)]  # fingerprints
+        self._num_steps = 0
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Check the plan, compute it and return the result, which is its own handle."""
+        _require(plan.step_id == self._num_steps, f"step {self._num_steps} comes next, not {plan.step_id}")
+        self._num_steps += 1
+        for row in plan.removed:
+            _require(row in self._rows, f"row {row} is removed but was not held")
+            del self._rows[row]
+        for new in plan.new:
+            self._enter(new)
+        rows = [item.row for item in plan.scheduled]
+        _require(len(set(rows)) == len(rows), "a row is scheduled twice")
+        for item in plan.scheduled:
+            self._write(item)
+        return StepResult(plan.step_id, tuple(self._answer(item) for item in plan.scheduled))
+
+    def collect(self, handle: StepResult) -> StepResult:
+        """The result of `execute`."""
+        return handle
+
+    def close(self) -> None:
+        """Nothing is held outside this object."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows held: those entered and not yet removed."""
+        return len(self._rows)
+
+    def _enter(self, new: NewRow) -> None:
+        _require(0 <= new.row < self._max_num_seqs, f"there is no row {new.row}")
+        _require(new.row not in self._rows, f"row {new.row} is taken")
+        row = _Row(new.request_id, new.num_prompt_tokens, new.sampling, [], [], list(new.block_ids), None)
+        for token_id in new.token_ids:
+            row.append(token_id)
+        self._rows[new.row] = row
+
+    def _write(self, item: ScheduledRow) -> None:
+        """Put the fingerprints of the scheduled tokens into their slots."""
+        _require(item.row in self._rows, f"row {item.row} is scheduled but was not entered")
+        row = self._rows[item.row]
+        row.block_ids.extend(item.new_block_ids)
+        start, end = item.start, item.start + item.num_tokens
+        _require(row.num_computed in (None, start), f"row {item.row} starts at {start}, not {row.num_computed}")
+        _require(start < end <= len(row.token_ids), f"row {item.row}: [{start}, {end}) is not known")
+        _require(item.samples == (end == len(row.token_ids)), f"row {item.row}: samples at its last token only")
+        _require(end <= len(row.block_ids) * self._block_size, f"row {item.row} has too few blocks")
+        row.num_computed = end
+        for position in range(start, end):
+            block_id = row.block_ids[position // self._block_size]
+            self._cache[block_id][position % self._block_size] = row.fingerprints[position]
+
+    def _answer(self, item: ScheduledRow) -> RowResult:
+        """Read the context back, then sample."""
+        row = self._rows[item.row]
+        end = item.start + item.num_tokens
+        for index, first in enumerate(range(0, end, self._block_size)):
+            expected = row.fingerprints[first : min(first + self._block_size, end)]
+            slots = self._cache[row.block_ids[index]][: len(expected)]
+            _require(slots == expected, f"request {row.request_id}: block {index} holds another text")
+        if any(self._fails(row.request_id, position) for position in range(item.start, end)):
+            return RowResult(item.row, (), error="injected fault")
+        prompt_logprobs: Sequence[TokenLogprobs] = ()
+        if row.sampling.num_prompt_logprobs is not None:
+            prompt_logprobs = [
+                _logprobs(row, position) for position in range(item.start + 1, min(end + 1, row.num_prompt_tokens))
+            ]
+        if not item.samples:
+            return RowResult(item.row, (), prompt_logprobs=tuple(prompt_logprobs))
+        token_id = mix(row.fingerprints[-1], row.sampling.seed) % self._vocab_size
+        row.append(token_id)
+        logprobs = () if row.sampling.num_logprobs is None else (_logprobs(row, end),)
+        return RowResult(item.row, (token_id,), logprobs, tuple(prompt_logprobs))
+
+
+def _logprobs(row: _Row, position: int) -> TokenLogprobs:
+    """Of the known token at `position`: a number that depends on the text up to there."""
+    return TokenLogprobs((row.token_ids[position],), (-(row.fingerprints[position] % 4096) / 256,), (1,))
+
+
+def _require(holds: bool, statement: str) -> None:
+    if not holds:
+        raise AssertionError(statement)
