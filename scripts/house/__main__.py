@@ -70,7 +70,10 @@ def main() -> int:
 
 def _passes(name: str) -> bool:
     start = time.perf_counter()
-    report = CHECKS[name][1](ROOT)
+    try:
+        report = CHECKS[name][1](ROOT)
+    except (SyntaxError, ImportError, OSError, RuntimeError, subprocess.SubprocessError) as error:
+        report = Report("could not be done", [f"{type(error).__name__}: {error}"])
     word = "FAIL" if report.breaches else "ok"
     print(f"{word:4} {name:10} {report.summary} [{time.perf_counter() - start:.1f} s]", flush=True)
     for breach in report.breaches:

@@ -53,7 +53,7 @@ LAW: dict[str, Room] = {
         "ops quant models weights sampling speculative lora parallel core.plan", "ml_dtypes msgspec numpy"
     ),
     "executor": _room("runner core.plan", "msgspec"),
-    "engine": _room("core executor.base text structured", "msgspec"),
+    "engine": _room("core executor.base text structured", "msgspec tqdm"),
     "build": _room("weights quant models ops", "ml_dtypes msgspec numpy safetensors tqdm"),
     "server": _room("engine", "anyio fastapi msgspec prometheus_client pydantic starlette uvicorn"),
     "bench": _room("engine", "msgspec numpy tqdm"),

@@ -152,7 +152,7 @@ def check_imports(root: Path) -> Report:
             if fault:
                 breaches.append(f"{source.path}:{item.line}: {fault}")
     breaches += _impure_paths(graph)
-    return Report(f"{count} imports in {len(sources)} files follow the table", breaches)
+    return Report(f"{count} imports in {len(sources)} files, against the table", breaches)
 
 
 def _impure_paths(graph: dict[str, list[Import]]) -> list[str]:

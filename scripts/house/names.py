@@ -36,7 +36,7 @@ def check_names(root: Path) -> Report:
     quire = importlib.import_module("quire")
     exported = list(quire.__all__)
     breaches = compare(written_names(root), exported, [name for name in exported if not _exists(quire, name)])
-    return Report(f"{len(exported)} public names, as listed", breaches)
+    return Report(f"{len(exported)} public names, against the list", breaches)
 
 
 def _exists(module: ModuleType, name: str) -> bool:
