@@ -28,12 +28,8 @@ def check_budgets(root: Path, budget: dict[str, Any] | None = None) -> Report:
     breaches = [
         *_file_sizes([(source.path, source.num_lines) for source in sources], lines["source_file"]),
         *_file_sizes(native, lines["native_file"]),
-        *_file_sizes(
-            [(file.path, file.num_lines) for file in python_files(root, "tests")], lines["test_file"]
-        ),
-        *_file_sizes(
-            [(file.path, file.num_lines) for file in python_files(root, "scripts")], lines["script_file"]
-        ),
+        *_file_sizes([(file.path, file.num_lines) for file in python_files(root, "tests")], lines["test_file"]),
+        *_file_sizes([(file.path, file.num_lines) for file in python_files(root, "scripts")], lines["script_file"]),
     ]
     total = sum(source.num_lines for source in sources)
     total_native = sum(count for _, count in native)
@@ -83,9 +79,7 @@ def _manners(source: Source) -> list[str]:
         if isinstance(node, ast.ClassDef) and node.name.endswith("Mixin"):
             breaches.append(f"{source.path}:{node.lineno}: class {node.name}: no mixins")
         if isinstance(node, ast.Global):
-            breaches.append(
-                f"{source.path}:{node.lineno}: global {', '.join(node.names)}: no globals that change"
-            )
+            breaches.append(f"{source.path}:{node.lineno}: global {', '.join(node.names)}: no globals that change")
     return breaches
 
 
@@ -136,9 +130,7 @@ def environment_variables(root: Path, sources: list[Source]) -> list[str]:
         node.value
         for source in sources
         for node in source.nodes
-        if isinstance(node, ast.Constant)
-        and isinstance(node.value, str)
-        and ENVIRONMENT_NAME.fullmatch(node.value)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and ENVIRONMENT_NAME.fullmatch(node.value)
     }
     for _, text in native_files(root):
         names |= set(NATIVE_ENVIRONMENT.findall(text))

@@ -90,6 +90,4 @@ def _tracked(root: Path) -> list[str]:
     """The text files that a clone holds, new ones that are not ignored included."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
-    return sorted(
-        path for path in listed if path and not path.endswith(BINARY_SUFFIXES) and (root / path).is_file()
-    )
+    return sorted(path for path in listed if path and not path.endswith(BINARY_SUFFIXES) and (root / path).is_file())

@@ -49,9 +49,7 @@ LAW: dict[str, Room] = {
     "speculative": _room("ops core.plan", "numpy"),
     "lora": _room("ops core.plan", "ml_dtypes numpy"),
     "parallel": _room("ops core.plan", "msgspec numpy"),
-    "runner": _room(
-        "ops quant models weights sampling speculative lora parallel core.plan", "ml_dtypes msgspec numpy"
-    ),
+    "runner": _room("ops quant models weights sampling speculative lora parallel core.plan", "ml_dtypes msgspec numpy"),
     "executor": _room("runner core.plan", "msgspec"),
     "engine": _room("core executor.base text structured", "msgspec tqdm"),
     "build": _room("weights quant models ops", "ml_dtypes msgspec numpy safetensors tqdm"),

@@ -35,7 +35,8 @@ def _visit(
     for node in body:
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(alias.name, node.lineno, in_function, for_types)
+                names = _taken_from(alias.asname or alias.name, source)
+                yield Import(alias.name, node.lineno, in_function, for_types, names)
         elif isinstance(node, ast.ImportFrom):
             yield from _from(node, source, known, in_function, for_types)
         elif isinstance(node, ast.Call) and (target := _dynamic(node)):
@@ -46,6 +47,12 @@ def _visit(
             continue
         inside = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         yield from _visit(ast.iter_child_nodes(node), source, known, in_function=inside, for_types=for_types)
+
+
+def _taken_from(name: str, source: Source) -> tuple[str, ...]:
+    """The attributes that a file takes from a module it imports by `name`."""
+    taken = {node.attr for node in source.nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == name}
+    return tuple(sorted(taken))
 
 
 def _from(

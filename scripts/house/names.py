@@ -20,9 +20,7 @@ def compare(written: list[str], exported: list[str], missing: list[str]) -> list
     """Breaches: names only in the list, only in `__all__`, doubled, or without an object behind them."""
     breaches = [f"{name}: in {LIST}, not in quire.__all__" for name in sorted(set(written) - set(exported))]
     breaches += [f"{name}: in quire.__all__, not in {LIST}" for name in sorted(set(exported) - set(written))]
-    breaches += [
-        f"{name}: twice in quire.__all__" for name in sorted(set(exported)) if exported.count(name) > 1
-    ]
+    breaches += [f"{name}: twice in quire.__all__" for name in sorted(set(exported)) if exported.count(name) > 1]
     breaches += [f"{name}: quire.{name} does not exist" for name in missing]
     return breaches
 

@@ -42,9 +42,7 @@ def check_size(root: Path) -> Report:
 def judge(measured: dict[str, Any], limit_mb: float) -> list[str]:
     """Breaches of a measurement: too large, or something that belongs to an extra."""
     total_mb = sum(measured["bytes"].values()) / 1e6
-    breaches = (
-        [f"base install: {total_mb:.1f} MB, the budget is {limit_mb} MB"] if total_mb > limit_mb else []
-    )
+    breaches = [f"base install: {total_mb:.1f} MB, the budget is {limit_mb} MB"] if total_mb > limit_mb else []
     return breaches + [f"the base install pulls in {name}" for name in measured["unwanted"]]
 
 
