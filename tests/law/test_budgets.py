@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from scripts.house.budgets import check_budgets, class_fields, lines_by_folder, read_budget
 from scripts.house.tree import ROOT, Source
 

@@ -1,6 +1,7 @@
 """No data that runs as code, no place that is not the project's, and what the base install may hold."""
 
 import pytest
+
 from scripts.house.forbidden import check_forbidden, dangerous_code, foreign_places
 from scripts.house.size import judge
 from scripts.house.tree import ROOT, Source

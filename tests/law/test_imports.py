@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from scripts.house.core_start import check_core_start
 from scripts.house.imports import check_imports, imports_of
 from scripts.house.tree import ROOT, Source
