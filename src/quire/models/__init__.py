@@ -1,0 +1,1 @@
+"""Models over the operations: an architecture is data (`spec`), one decoder computes it (`decoder`)."""

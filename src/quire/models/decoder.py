@@ -1,0 +1,281 @@
+"""The decoder-only transformer, built from parts over `Ops`.
+
+::
+
+    token ids -> embed [+ positions] ---------------------------------------- residual
+                                      \\                                     /         \\
+       for each layer:                 norm -> attention [-> norm] ------- +           |
+                                       norm -> MLP       [-> norm] --------------------+
+    residual -> norm -> logits
+
+`norm_places` says which of the norms before and after a part are there. The addition to the residual and the
+norm before the next part are one operation, so what leaves a layer is the input of the next one.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from quire.models.rope import rope_tables
+from quire.models.spec import DecoderSpec, LayerSpec, NormSpec, RopeSpec
+from quire.models.weights_map import NameMap, PartSource, decoder_parameters
+from quire.ops.types import Array, AttentionBatch, AttentionSpec, CacheShape, Opaque, Ops, StorageType
+
+Join = Callable[[Array, Array], Array]
+"""`join(x, residual)`: adds `x` to the residual in place and returns the input of the next part."""
+RopeTable = tuple[Array, Array]
+"""`cos, sin [max_model_len, rotary_dim / 2]`"""
+
+
+class RmsNorm:
+    """Root mean square norm; `add` is the form that first adds to the residual."""
+
+    def __init__(self, ops: Ops, spec: NormSpec, weight: Array) -> None:
+        self.ops = ops
+        self.weight = weight
+        self.eps = spec.eps
+
+    def __call__(self, x: Array) -> Array:
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Array, residual: Array) -> Array:
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class LayerNorm:
+    """Norm with mean, variance and bias."""
+
+    def __init__(self, ops: Ops, spec: NormSpec, weight: Array, bias: Array) -> None:
+        self.ops = ops
+        self.weight = weight
+        self.bias = bias
+        self.eps = spec.eps
+
+    def __call__(self, x: Array) -> Array:
+        return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def add(self, x: Array, residual: Array) -> Array:
+        residual += x
+        return self.ops.layer_norm(residual, self.weight, self.bias, self.eps)
+
+
+Norm = RmsNorm | LayerNorm
+
+
+def add(x: Array, residual: Array) -> Array:
+    """The join of a part whose input is the residual itself."""
+    residual += x
+    return residual
+
+
+def norm_then(post_norm: Norm, join: Join) -> Join:
+    """A join that norms the output of a part before it reaches the residual."""
+    return lambda x, residual: join(post_norm(x), residual)
+
+
+class Parts:
+    """Takes parts from their source and packs them, one at a time."""
+
+    def __init__(self, ops: Ops, source: PartSource, spec: DecoderSpec, names: NameMap, storage: StorageType) -> None:
+        self.ops = ops
+        self.storage = storage
+        self._source = source
+        self._norm = spec.norm
+        self._parameters = decoder_parameters(spec, names)
+
+    def linear(self, module: str) -> Opaque:
+        """A packed linear, with its bias if the decoder has one there."""
+        has_bias = f"{module}.bias" in self._parameters
+        bias = self._source.part(f"{module}.bias") if has_bias else None
+        return self.ops.pack_linear(self._source.part(f"{module}.weight"), bias, self.storage)
+
+    def embedding(self, module: str) -> Opaque:
+        """A packed table."""
+        return self.ops.pack_embedding(self._source.part(f"{module}.weight"), self.storage)
+
+    def norm_weight(self, part: str) -> Array:
+        """The weight of an RMS norm as it is applied: a `1 + weight` is added up here, once."""
+        weight = self._source.part(part).astype(np.float32)
+        return self.ops.array(weight + np.float32(self._norm.weight_offset), "float32")
+
+    def norm(self, module: str) -> Norm:
+        """A norm of hidden states."""
+        if self._norm.kind == "rms":
+            return RmsNorm(self.ops, self._norm, self.norm_weight(f"{module}.weight"))
+        weight, bias = (self._source.part(f"{module}.{part}").astype(np.float32) for part in ("weight", "bias"))
+        return LayerNorm(self.ops, self._norm, self.ops.array(weight, "float32"), self.ops.array(bias, "float32"))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parts: matrices as stored, vectors in float32."""
+        item = 4 if self.storage == "float32" else 2
+        shapes = [shape for part in self._parameters.values() for _, shape in part.tensors]
+        return sum(math.prod(shape) * (item if len(shape) == 2 else 4) for shape in shapes)
+
+
+class Attention:
+    """Grouped-query attention with its projections; q, k and v come out of one linear."""
+
+    def __init__(self, parts: Parts, spec: DecoderSpec, i: int, rope_table: RopeTable | None) -> None:
+        layer = spec.layers[i]
+        self.ops = parts.ops
+        self.layer = i
+        self.qkv = parts.linear(f"{i}.qkv")
+        self.o = parts.linear(f"{i}.o")
+        self.spec = AttentionSpec(layer.attention_scale, layer.window, spec.attention_softcap)
+        self.rope_table = rope_table
+        self.shape = (-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
+        self.num_heads = spec.num_heads
+        self.num_qk_heads = spec.num_heads + spec.num_kv_heads
+
+    def __call__(self, x: Array, batch: AttentionBatch, cache: Opaque) -> Array:
+        heads = self.ops.linear(x, self.qkv).reshape(self.shape)
+        qk, v = heads[:, : self.num_qk_heads], heads[:, self.num_qk_heads :]
+        if self.rope_table is not None:
+            self.ops.rope(qk, batch.positions, *self.rope_table)
+        q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
+        return self.ops.linear(self.ops.attention(q, k, v, cache, self.layer, batch, self.spec), self.o)
+
+
+class NormedAttention(Attention):
+    """Attention with an RMS norm of queries and keys before they are rotated."""
+
+    def __init__(self, parts: Parts, spec: DecoderSpec, i: int, rope_table: RopeTable | None) -> None:
+        super().__init__(parts, spec, i, rope_table)
+        self.q_norm = RmsNorm(parts.ops, spec.norm, parts.norm_weight(f"{i}.q_norm.weight"))
+        self.k_norm = RmsNorm(parts.ops, spec.norm, parts.norm_weight(f"{i}.k_norm.weight"))
+        self.q_shape = (-1, spec.num_heads, spec.head_dim)
+        self.k_shape = (-1, spec.num_kv_heads, spec.head_dim)
+        # One norm sees one head, or the whole projection as if it were a single head.
+        per_head = spec.qk_norm == "head"
+        self.q_groups = self.q_shape if per_head else (-1, spec.num_heads * spec.head_dim)
+        self.k_groups = self.k_shape if per_head else (-1, spec.num_kv_heads * spec.head_dim)
+
+    def __call__(self, x: Array, batch: AttentionBatch, cache: Opaque) -> Array:
+        heads = self.ops.linear(x, self.qkv).reshape(self.shape)
+        q, k = heads[:, : self.num_heads], heads[:, self.num_heads : self.num_qk_heads]
+        q = self.q_norm(q.reshape(self.q_groups)).reshape(self.q_shape)
+        k = self.k_norm(k.reshape(self.k_groups)).reshape(self.k_shape)
+        if self.rope_table is not None:
+            self.ops.rope(q, batch.positions, *self.rope_table)
+            self.ops.rope(k, batch.positions, *self.rope_table)
+        v = heads[:, self.num_qk_heads :]
+        return self.ops.linear(self.ops.attention(q, k, v, cache, self.layer, batch, self.spec), self.o)
+
+
+class Mlp:
+    """`down(activation(up(x)))`."""
+
+    def __init__(self, parts: Parts, spec: DecoderSpec, i: int) -> None:
+        self.ops = parts.ops
+        self.activation = spec.activation
+        self.up = parts.linear(f"{i}.up")
+        self.down = parts.linear(f"{i}.down")
+
+    def __call__(self, x: Array) -> Array:
+        ops = self.ops
+        return ops.linear(ops.activation(ops.linear(x, self.up), self.activation), self.down)
+
+
+class GatedMlp(Mlp):
+    """`down(activation(gate(x)) * up(x))` (arXiv 2002.05202); gate and up come out of one linear."""
+
+    def __call__(self, x: Array) -> Array:
+        ops = self.ops
+        return ops.linear(ops.activation_multiply(ops.linear(x, self.up), self.activation), self.down)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer: each part is followed by its join, which makes the input of the next part."""
+
+    attention: Attention
+    after_attention: Join
+    mlp: Mlp
+    after_mlp: Join
+
+
+class Decoder:
+    """A model of any family that `DecoderSpec` can describe; `Model` is the contract."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        names: NameMap,
+        ops: Ops,
+        source: PartSource,
+        storage: StorageType,
+        max_model_len: int,
+    ) -> None:
+        parts = Parts(ops, source, spec, names, storage)
+        self.spec = spec
+        self.max_model_len = max_model_len
+        self.weight_bytes = parts.weight_bytes
+        self._ops = ops
+        self._storage = storage
+        self._embedding = parts.embedding("embedding")
+        self._positions = parts.embedding("positions") if spec.learned_positions else None
+        # What `pack_embedding` returns also serves `logits`, so a tied head costs nothing.
+        self._head = self._embedding if spec.tied_head else parts.embedding("head")
+        self._first_norm, self._layers = _build_layers(parts, spec, _rope_tables(ops, spec.layers, max_model_len))
+
+    def cache_shape(self, num_blocks: int, block_size: int) -> CacheShape:
+        """The cache holds keys and values in the type of the weights."""
+        spec = self.spec
+        return CacheShape(spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, self._storage)
+
+    def forward(self, token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
+        """`[tokens]` -> hidden states after the last norm `[tokens, hidden]`."""
+        residual = self._ops.embed(token_ids, self._embedding, self.spec.embedding_scale)
+        if self._positions is not None:
+            residual += self._ops.embed(batch.positions, self._positions)
+        x = residual if self._first_norm is None else self._first_norm(residual)
+        for layer in self._layers:
+            x = layer.after_attention(layer.attention(x, batch, cache), residual)
+            x = layer.after_mlp(layer.mlp(x), residual)
+        return x
+
+    def logits(self, hidden: Array) -> Array:
+        """`[rows, hidden]` -> `[rows, vocab_size]`."""
+        return self._ops.logits(hidden, self._head, self.spec.logits_scale, self.spec.logits_softcap)
+
+
+def _build_layers(
+    parts: Parts, spec: DecoderSpec, rope_tables: dict[RopeSpec | None, RopeTable | None]
+) -> tuple[Norm | None, list[Layer]]:
+    """The norm before the first layer, if there is one, and the layers."""
+    has_input_norms = spec.norm_places != "post"
+    has_output_norms = spec.norm_places != "pre"
+    attention_kind = Attention if spec.qk_norm == "none" else NormedAttention
+    mlp_kind = GatedMlp if spec.gated_mlp else Mlp
+    input_norms = [parts.norm(f"{i}.attention_norm") if has_input_norms else None for i in range(spec.num_layers)]
+
+    def join(output_norm: str, next_norm: Norm | None) -> Join:
+        plain = add if next_norm is None else next_norm.add
+        return norm_then(parts.norm(output_norm), plain) if has_output_norms else plain
+
+    layers = []
+    for i, layer in enumerate(spec.layers):
+        following = parts.norm("final_norm") if i + 1 == spec.num_layers else input_norms[i + 1]
+        layers.append(
+            Layer(
+                attention=attention_kind(parts, spec, i, rope_tables[layer.rope]),
+                after_attention=join(
+                    f"{i}.attention_post_norm", parts.norm(f"{i}.mlp_norm") if has_input_norms else None
+                ),
+                mlp=mlp_kind(parts, spec, i),
+                after_mlp=join(f"{i}.mlp_post_norm", following),
+            )
+        )
+    return input_norms[0], layers
+
+
+def _rope_tables(ops: Ops, layers: Iterable[LayerSpec], max_model_len: int) -> dict[RopeSpec | None, RopeTable | None]:
+    """One pair of tables for each kind of rotary positions in the model."""
+    tables: dict[RopeSpec | None, RopeTable | None] = {None: None}
+    for spec in {layer.rope for layer in layers if layer.rope is not None}:
+        cos, sin = rope_tables(spec, max_model_len)
+        tables[spec] = (ops.array(cos, "float32"), ops.array(sin, "float32"))
+    return tables

@@ -1,0 +1,1 @@
+"""One short file for each family: `config.json` -> `DecoderSpec`, and the names of its tensors."""

@@ -1,0 +1,38 @@
+"""Gemma 3 text (arXiv 2503.19786): Gemma 2 with norms of q and k, and another theta in sliding layers."""
+
+from dataclasses import replace
+
+from quire.models.families.gemma2 import GEMMA_NAMES, HEAD_DIM, gemma_like
+from quire.models.families.llama import num_layers_of
+from quire.models.hf_config import ConfigReader
+from quire.models.rope_config import RopeDefaults, parse_rope
+from quire.models.spec import DecoderSpec, RopeSpec
+from quire.models.weights_map import NameMap
+
+
+def gemma3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
+    """Gemma3ForCausalLM."""
+    num_layers = num_layers_of(config)
+    pattern = config.integer("sliding_window_pattern", 6)
+    window = config.optional_integer("sliding_window", if_absent=4096)
+    windows = config.windows(num_layers, window, [(i + 1) % pattern != 0 for i in range(num_layers)])
+    full, sliding = _ropes(config, config.integer("head_dim", HEAD_DIM))
+    spec = gemma_like(config, windows, full)
+    layers = (replace(layer, rope=full if layer.window is None else sliding) for layer in spec.layers)
+    logits_softcap = config.optional_number("final_logit_softcapping")
+    spec = replace(spec, layers=tuple(layers), qk_norm="head", logits_softcap=logits_softcap)
+    return spec, GEMMA_NAMES
+
+
+def _ropes(config: ConfigReader, head_dim: int) -> tuple[RopeSpec, RopeSpec]:
+    """Of full and of sliding layers. v4: `rope_theta`, `rope_scaling` and `rope_local_base_freq`."""
+    parameters, scaling = config.nested("rope_parameters"), config.nested("rope_scaling")
+    full = parameters.nested("full_attention") if parameters else scaling
+    sliding = parameters.nested("sliding_attention") if parameters else None
+    empty = ConfigReader({}, "rope_parameters.")
+    full_theta = RopeDefaults(config.number("rope_theta", 1_000_000.0))
+    sliding_theta = RopeDefaults(config.number("rope_local_base_freq", 10_000.0))
+    return (
+        parse_rope(config, full or empty, head_dim, full_theta),
+        parse_rope(config, sliding or empty, head_dim, sliding_theta),
+    )

@@ -1,0 +1,31 @@
+"""What the runner asks of a model, whatever its family."""
+
+from typing import Protocol
+
+from quire.models.spec import DecoderSpec
+from quire.ops.types import Array, AttentionBatch, CacheShape, Opaque
+
+
+class Model(Protocol):
+    """A model with its weights. It keeps no state between calls: what it remembers is in the cache."""
+
+    @property
+    def spec(self) -> DecoderSpec:
+        """The architecture."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Positions that this instance can compute: all positions are below it."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights as stored."""
+
+    def cache_shape(self, num_blocks: int, block_size: int) -> CacheShape:
+        """The key-value cache that `forward` wants."""
+
+    def forward(self, token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
+        """`token_ids [tokens]` int32 -> `[tokens, hidden]` after the last norm. Fills the cache."""
+
+    def logits(self, hidden: Array) -> Array:
+        """Rows of hidden states `[rows, hidden]` -> float32 `[rows, vocab_size]`."""

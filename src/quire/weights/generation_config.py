@@ -1,0 +1,68 @@
+"""What a model's files say about generation: where it ends, and how it is sampled by default."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from quire.errors import ModelFileError
+from quire.weights.json_file import read_json_object
+
+MAX_BYTES = 2**20
+
+_SAMPLING = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+"""transformers' name -> vLLM's; the same keys that vLLM takes from `generation_config.json`."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """`sampling` has vLLM's names; values are numbers as the file has them, not yet validated as parameters."""
+
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    sampling: Mapping[str, int | float]
+
+
+def load_generation_defaults(directory: Path) -> GenerationDefaults:
+    """From `generation_config.json`, and `config.json` for what that one does not say.
+
+    Raises:
+        ModelFileError: a file is damaged, or a value has a wrong type.
+    """
+    path = directory / "generation_config.json"
+    generation = read_json_object(path, MAX_BYTES) if path.exists() else {}
+    config = read_json_object(directory / "config.json", 4 * MAX_BYTES)
+    bos = _ids("bos_token_id", generation, config)
+    return GenerationDefaults(
+        eos_token_ids=_ids("eos_token_id", generation, config),
+        bos_token_id=bos[0] if bos else None,
+        sampling=MappingProxyType(
+            {
+                ours: _number(theirs, generation[theirs])
+                for theirs, ours in _SAMPLING.items()
+                if generation.get(theirs) is not None
+            }
+        ),
+    )
+
+
+def _ids(name: str, *sources: Mapping[str, Any]) -> tuple[int, ...]:
+    value: Any = next((source[name] for source in sources if source.get(name) is not None), [])
+    ids = value if isinstance(value, list) else [value]
+    if any(type(item) is not int or not 0 <= item < 2**31 for item in ids):
+        raise ModelFileError(f"{name} must be a token id or a list of them")
+    return tuple(ids)
+
+
+def _number(name: str, value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ModelFileError(f"generation_config.json: {name} must be a number")
+    return value

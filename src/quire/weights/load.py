@@ -1,0 +1,120 @@
+"""From a directory of Hugging Face files to a model whose weights are packed for one provider."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from numpy.typing import NDArray
+
+from quire.errors import ConfigurationError
+from quire.models.decoder import Decoder
+from quire.models.model import Model
+from quire.models.registry import load_spec
+from quire.models.spec import DecoderSpec
+from quire.models.weights_map import NameMap, Parameter, decoder_parameters
+from quire.ops.types import Ops, StorageType
+from quire.weights.checkpoint import Checkpoint, check_tensors
+from quire.weights.json_file import read_json_object
+
+MAX_CONFIG_BYTES = 4 * 2**20
+_STORAGE_BY_DTYPE: dict[str, StorageType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+Progress = Callable[[int, int], None]
+"""`progress(parts done, parts in all)`, after each part."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What `config.json` says, before any weight is read."""
+
+    spec: DecoderSpec
+    names: NameMap
+    storage: StorageType | None
+    """The type that the config states, if it states one."""
+
+
+def read_model_config(directory: Path) -> ModelConfig:
+    """Read `config.json`.
+
+    Raises:
+        ModelFileError: it is missing or damaged.
+        UnsupportedModelError: an architecture or a setting that Quire does not have, named.
+    """
+    config = read_json_object(directory / "config.json", MAX_CONFIG_BYTES)
+    spec, names = load_spec(config)
+    stated = config.get("dtype", config.get("torch_dtype"))
+    known = isinstance(stated, str) and stated in get_args(StorageType)
+    return ModelConfig(spec, names, cast(StorageType, stated) if known else None)
+
+
+def load_model(
+    directory: Path,
+    ops: Ops,
+    dtype: str = "auto",
+    max_model_len: int | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Read, check and pack a model. Peak memory is what is packed and the largest tensor twice.
+
+    Args:
+        dtype: storage of weights and cache. `auto` is the type that the config states, else the one that the
+            tensors have; a float32 checkpoint stays float32.
+        max_model_len: positions that the model must be able to compute; None is all that it has.
+
+    Raises:
+        ModelFileError: a file is missing or damaged; a tensor is missing, left over or of a wrong shape.
+        UnsupportedModelError: an architecture or a setting that Quire does not have.
+        ConfigurationError: `max_model_len` exceeds the model's positions.
+    """
+    config = read_model_config(directory)
+    spec = config.spec
+    if max_model_len is not None and not 1 <= max_model_len <= spec.max_position_embeddings:
+        raise ConfigurationError(
+            f"max_model_len is {max_model_len}; the model has {spec.max_position_embeddings} positions",
+            field="max_model_len",
+        )
+    with Checkpoint(directory) as checkpoint:
+        names = _fit_prefix(config.names, checkpoint.shapes)
+        parameters = decoder_parameters(spec, names)
+        # A tied head is saved a second time by some tools.
+        unused = (*names.unused, f"{names.head}.weight") if spec.tied_head else names.unused
+        check_tensors(parameters, checkpoint.shapes, unused)
+        embedding = parameters["embedding.weight"].tensors[0][0]
+        storage = _storage(dtype, config.storage, checkpoint.dtype(embedding))
+        source = _Parts(checkpoint, parameters, progress)
+        return Decoder(spec, names, ops, source, storage, max_model_len or spec.max_position_embeddings)
+
+
+class _Parts:
+    """The parts of a checkpoint; reports progress as they are taken."""
+
+    def __init__(self, checkpoint: Checkpoint, parameters: dict[str, Parameter], progress: Progress | None) -> None:
+        self._checkpoint = checkpoint
+        self._parameters = parameters
+        self._progress = progress
+        self._done = 0
+
+    def part(self, name: str) -> NDArray[Any]:
+        array = self._checkpoint.read(self._parameters[name])
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, len(self._parameters))
+        return array
+
+
+def _fit_prefix(names: NameMap, tensors: dict[str, Any]) -> NameMap:
+    """The map with the prefix that this checkpoint uses."""
+    for prefix in (names.prefix, *names.other_prefixes):
+        if f"{prefix}{names.embedding}.weight" in tensors:
+            return replace(names, prefix=prefix)
+    return names
+
+
+def _storage(dtype: str, stated: StorageType | None, embedding_dtype: str) -> StorageType:
+    if dtype in get_args(StorageType):
+        return cast(StorageType, dtype)
+    if dtype != "auto":
+        known = ", ".join(get_args(StorageType))
+        raise ConfigurationError(f"dtype must be one of auto, {known}, got {dtype!r}", field="dtype")
+    return stated or _STORAGE_BY_DTYPE.get(embedding_dtype, "bfloat16")
