@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server. It is the only room that knows FastAPI."""

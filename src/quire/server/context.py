@@ -1,0 +1,84 @@
+"""What every route works with: the engine, its names, and the gate that requests come through."""
+
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from quire.errors import ModelNotFoundError, OverloadedError
+from quire.server import limits
+
+if TYPE_CHECKING:
+    from quire.engine.async_engine import AsyncEngine
+
+
+class Gate:
+    """Counts the requests inside and refuses past a bound, or when the server is stopping."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self.num_inside = 0
+        self.is_open = True
+
+    def close(self) -> None:
+        """Let nobody in any more; those inside go on."""
+        self.is_open = False
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Hold a place for as long as the request is worked on.
+
+        Raises:
+            OverloadedError: closed or full.
+        """
+        if not self.is_open:
+            raise OverloadedError("the server is stopping", retry_after_s=limits.RETRY_AFTER_SECONDS)
+        if self.num_inside >= self._most:
+            raise OverloadedError(
+                f"the server works on {self._most} requests already", retry_after_s=limits.RETRY_AFTER_SECONDS
+            )
+        self.num_inside += 1
+        try:
+            yield
+        finally:
+            self.num_inside -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class ServerContext:
+    """One server."""
+
+    engine: "AsyncEngine"
+    served_names: tuple[str, ...]
+    """Names shown by /v1/models; the first stands for a request that names none."""
+    accepted_names: frozenset[str]
+    """Names that requests may use: the served ones and the model's own."""
+    gate: Gate
+    show_cached_tokens: bool
+    """Whether usage tells how much of a prompt the cache supplied (others' prompts may be guessed from it)."""
+    started_s: int = field(default_factory=lambda: int(time.time()))
+
+    def resolve_name(self, name: str | None) -> str:
+        """The name to answer under.
+
+        Raises:
+            ModelNotFoundError: it is not served here.
+        """
+        if name is None:
+            return self.served_names[0]
+        if name not in self.accepted_names:
+            served = ", ".join(self.served_names)
+            raise ModelNotFoundError(f"the model {name[:256]!r} is not served here; served: {served}", param="model")
+        return name
+
+    @property
+    def is_ready(self) -> bool:
+        """True while new requests are taken."""
+        return self.gate.is_open and self.engine.is_healthy
+
+
+def new_id(prefix: str) -> str:
+    """An id that no client can choose or guess."""
+    return f"{prefix}-{secrets.token_hex(16)}"

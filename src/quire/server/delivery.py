@@ -1,0 +1,45 @@
+"""Sending an answer, in one piece or as a stream, while watching for a caller who left."""
+
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import msgspec
+from fastapi import Request, Response
+
+from quire.errors import InvalidRequestError
+from quire.server.streams import start_events, unless_gone
+
+
+class Answer(Protocol):
+    """What the routes make of a request."""
+
+    id: str
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        ...
+
+    def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The answer in pieces."""
+        ...
+
+
+async def deliver(request: Request, answer: Answer, *, stream: bool) -> Response:
+    """The response. Errors until the first piece are raised, so that they get a status."""
+    headers = {"x-request-id": answer.id}
+    if stream:
+        return await unless_gone(request.receive, start_events(answer.events(), headers))
+    content = await unless_gone(request.receive, answer.whole())
+    return Response(msgspec.json.encode(content), headers=headers, media_type="application/json")
+
+
+@contextmanager
+def naming_param(engine_name: str, field: str) -> Iterator[None]:
+    """Let a refusal of the engine name the field of the body that it came from."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if error.param == engine_name:
+            error.param = field
+        raise

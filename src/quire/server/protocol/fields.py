@@ -1,0 +1,173 @@
+"""Which fields a request body may hold: honoured, an alias, neutral, or refused by name.
+
+A field that Quire does not honour is let through only with a value that asks for nothing (OpenAI's own default),
+because clients send those. `user` and `safety_identifier` are labels for an operator's records and change no
+answer by definition; they are checked for size and not kept.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from quire.errors import InvalidRequestError, unknown_name_message
+from quire.sampling_params import SamplingParams
+from quire.server import limits
+
+SAMPLING = frozenset(item.name for item in fields(SamplingParams)) - {"detokenize", "output_kind", "logprobs"}
+"""Fields that go to `SamplingParams` under their own name."""
+COMMON = frozenset({"model", "stream", "stream_options", "priority", "cache_salt", "logprobs"})
+LABELS = frozenset({"user", "safety_identifier"})
+ALIASES = {
+    "max_completion_tokens": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "num_predict": "max_tokens",
+    "n_predict": "max_tokens",
+    "sampling_seed": "seed",
+    "random_seed": "seed",
+}
+
+_TOOLS = "tool calling is not supported in this version"
+_STRUCTURED = "structured output is not supported in this version"
+_TEXT_ONLY = "this server reads and writes text only"
+_NOT_STORED = "nothing is stored by this server"
+_VLLM = "this extension of vLLM is not supported in this version"
+_PLAIN = "it is not supported in this version"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A known field that is not honoured: why, and the values that ask for nothing (null always does)."""
+
+    reason: str
+    neutral: tuple[Any, ...] = ()
+
+
+REFUSED_EVERYWHERE = {
+    "best_of": Refused("choose among the n answers yourself", (1,)),
+    "response_format": Refused(_STRUCTURED, ({"type": "text"},)),
+    "structured_outputs": Refused(_STRUCTURED),
+    "guided_json": Refused(_STRUCTURED),
+    "guided_regex": Refused(_STRUCTURED),
+    "guided_choice": Refused(_STRUCTURED),
+    "guided_grammar": Refused(_STRUCTURED),
+    "store": Refused(_NOT_STORED, (False,)),
+    "metadata": Refused(_NOT_STORED, ({},)),
+    "service_tier": Refused("there is one tier", ("auto", "default")),
+    "prompt_cache_key": Refused("prefixes are cached by their content; see cache_salt"),
+    "prompt_cache_retention": Refused("prefixes are kept while there is room"),
+    "use_beam_search": Refused("beam search is not supported in this version", (False,)),
+    "length_penalty": Refused("it belongs to beam search, which is not supported in this version", (1.0,)),
+    "truncate_prompt_tokens": Refused("shorten the prompt yourself"),
+    "truncation_side": Refused("shorten the prompt yourself"),
+    "logprob_token_ids": Refused(_VLLM),
+    "return_tokens_as_token_ids": Refused(_VLLM, (False,)),
+    "return_token_ids": Refused(_VLLM, (False,)),
+    "return_token_offsets": Refused(_VLLM, (False,)),
+    "return_prompt_text": Refused(_VLLM, (False,)),
+    "return_weight_versions": Refused(_VLLM, (False,)),
+    "request_id": Refused("the server makes its own; it is the id of the answer"),
+    "session_id": Refused(_VLLM),
+    "kv_transfer_params": Refused(_VLLM),
+    "vllm_xargs": Refused(_VLLM),
+    "repetition_detection": Refused(_VLLM),
+    "stream_interval": Refused(_VLLM, (1,)),
+    "watermarking": Refused(_VLLM),
+}
+REFUSED_COMPLETIONS = {
+    "suffix": Refused("filling in the middle is not supported in this version", ("",)),
+    "prompt_embeds": Refused(_PLAIN),
+}
+REFUSED_CHAT = {
+    "tools": Refused(_TOOLS, ([],)),
+    "tool_choice": Refused(_TOOLS, ("none", "auto")),
+    "parallel_tool_calls": Refused(_TOOLS, (True, False)),
+    "functions": Refused(_TOOLS, ([],)),
+    "function_call": Refused(_TOOLS, ("none", "auto")),
+    "modalities": Refused(_TEXT_ONLY, (["text"],)),
+    "audio": Refused(_TEXT_ONLY),
+    "prediction": Refused(_PLAIN),
+    "web_search_options": Refused("this server looks nothing up"),
+    "verbosity": Refused(_PLAIN, ("medium",)),
+    "reasoning_effort": Refused("reasoning is not told apart in this version", ("none",)),
+    "thinking_token_budget": Refused("reasoning is not told apart in this version"),
+    "include_reasoning": Refused("reasoning is not told apart in this version", (True,)),
+    "echo": Refused("use continue_final_message, or /v1/completions", (False,)),
+    "add_special_tokens": Refused("the chat template writes them", (False,)),
+    "documents": Refused(_PLAIN, ([],)),
+    "chat_template": Refused("templates in requests are not accepted; the model's own is used"),
+    "media_io_kwargs": Refused(_TEXT_ONLY, ({},)),
+    "mm_processor_kwargs": Refused(_TEXT_ONLY, ({},)),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """The fields of one route."""
+
+    own: frozenset[str]
+    refused: Mapping[str, Refused]
+
+    def known(self) -> list[str]:
+        """Every name that is understood, honoured or not."""
+        return sorted(SAMPLING | COMMON | LABELS | self.own | set(ALIASES) | set(self.refused))
+
+
+COMPLETIONS = Door(frozenset({"prompt", "echo", "add_special_tokens"}), REFUSED_EVERYWHERE | REFUSED_COMPLETIONS)
+CHAT = Door(
+    frozenset({"messages", "top_logprobs", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"}),
+    REFUSED_EVERYWHERE | REFUSED_CHAT,
+)
+
+
+def take(body: Mapping[str, Any], door: Door) -> dict[str, Any]:
+    """The honoured fields under their canonical names. A null is a field left out.
+
+    Raises:
+        InvalidRequestError: a name that is unknown (with the nearest known one) or refused, or an alias that
+            contradicts its canonical name.
+    """
+    taken: dict[str, Any] = {}
+    for name, value in body.items():
+        if name in door.refused:
+            _refuse_unless_neutral(name, value, door.refused[name])
+        elif name in LABELS:
+            _check_label(name, value)
+        elif name not in SAMPLING and name not in COMMON and name not in door.own and name not in ALIASES:
+            raise InvalidRequestError(unknown_name_message("field", name[:64], door.known()), param=name[:64])
+        elif value is not None:
+            canonical = ALIASES.get(name, name)
+            if canonical in taken and taken[canonical] != value:
+                raise InvalidRequestError(f"{name} and {canonical} are one field and differ", param=name)
+            taken[canonical] = value
+    return taken
+
+
+def _refuse_unless_neutral(name: str, value: Any, refused: Refused) -> None:
+    if value is None:
+        return
+    for neutral in refused.neutral:
+        if value == neutral and isinstance(value, bool) == isinstance(neutral, bool):
+            return
+    raise InvalidRequestError(f"{name} is not supported: {refused.reason}", param=name)
+
+
+def _check_label(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise InvalidRequestError(f"{name} must be a string", param=name)
+    if len(value) > limits.LABEL_CHARACTERS.value:
+        raise limits.LABEL_CHARACTERS.error(f"{len(value):,} in {name}")
+
+
+def flag(taken: dict[str, Any], name: str, default: bool) -> bool:
+    """Take a boolean out.
+
+    Raises:
+        InvalidRequestError: it is something else.
+    """
+    value = taken.pop(name, default)
+    if type(value) is not bool:
+        raise InvalidRequestError(f"{name} must be true or false", param=name)
+    return value

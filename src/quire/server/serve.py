@@ -1,0 +1,96 @@
+"""Running the application under uvicorn, and stopping it without cutting anybody off.
+
+On SIGTERM or SIGINT: /readyz says 503 and new requests are refused; those that run have `drain_s` seconds to finish,
+then the engine ends them with an error; then the process leaves with status 0. A second signal leaves at once.
+"""
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from quire.errors import ConfigurationError
+from quire.server import limits
+from quire.server.context import ServerContext
+
+FLUSH_SECONDS = 3
+"""For bytes on their way after the last request ended."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket: a busy port is found before a model is loaded.
+
+    Raises:
+        ConfigurationError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or "not an address of this machine"
+        raise ConfigurationError(f"cannot listen on {host}:{port}: {reason.lower()}", field="port") from error
+    return listener
+
+
+class GracefulServer(uvicorn.Server):
+    """uvicorn that drains before it closes its sockets, and that does not die of the signal it handled."""
+
+    def __init__(
+        self, app: FastAPI, *, drain_s: float = limits.DRAIN_SECONDS, on_ready: Callable[[], None] | None = None
+    ) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="h11",
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                h11_max_incomplete_event_size=limits.HEADER_BYTES,
+                timeout_keep_alive=limits.KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=FLUSH_SECONDS,
+            )
+        )
+        self._context: ServerContext = app.state.context
+        self._drain_s = drain_s
+        self._deadline_s: float | None = None
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say so."""
+        await super().startup(sockets)
+        if self.started and self._on_ready is not None:
+            self._on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal: the first begins to drain, the second leaves at once."""
+        if self._deadline_s is None:
+            self.drain()
+        else:
+            self.force_exit = self.should_exit = True
+
+    def drain(self) -> None:
+        """Begin to stop."""
+        self._context.gate.close()
+        self._deadline_s = time.monotonic() + self._drain_s
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: leave when the last request has, or when time is up."""
+        if self._deadline_s is not None and not self.should_exit:
+            if self._context.gate.num_inside == 0:
+                self.should_exit = True
+            elif time.monotonic() > self._deadline_s:
+                await self._context.engine.shutdown()
+                await asyncio.sleep(0)
+                self.should_exit = True
+        return await super().on_tick(counter)

@@ -1,0 +1,167 @@
+"""Outputs of the engine on their way to a connection: several as one, watched for a caller who left.
+
+Whatever ends a response early (a closed connection, a reader that stopped reading, an error) closes the engine's
+iterators, and closing an iterator aborts its request and frees its blocks.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar, cast
+
+import msgspec
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from quire.outputs import RequestOutput
+from quire.server import limits
+from quire.server.errors import ApiError, ClientGoneError, as_api_error
+
+T = TypeVar("T")
+Outputs = AsyncIterator[RequestOutput]
+
+
+def closing(stream: AsyncIterator[T]) -> "aclosing[AsyncGenerator[T, None]]":
+    """Close `stream` at the end of the block: the engine's are generators, though their type does not say so."""
+    return aclosing(cast("AsyncGenerator[T, None]", stream))
+
+
+async def final_outputs(streams: Sequence[Outputs]) -> list[RequestOutput]:
+    """The last output of each stream; the first failure aborts the others."""
+    if len(streams) == 1:
+        return [await _final(streams[0])]
+    tasks = [asyncio.ensure_future(_final(stream)) for stream in streams]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await _cancel(tasks)
+
+
+async def _final(stream: Outputs) -> RequestOutput:
+    last: RequestOutput | None = None
+    async with closing(stream) as outputs:
+        async for output in outputs:
+            last = output
+    if last is None:
+        raise ApiError(500, "the engine gave no answer", code="internal_error")
+    return last
+
+
+async def merged(streams: Sequence[Outputs]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+    """Outputs of all streams as they come, with the number of their stream."""
+    if len(streams) == 1:
+        async with closing(streams[0]) as outputs:
+            async for output in outputs:
+                yield 0, output
+        return
+    queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(2 * len(streams))
+    tasks = [asyncio.ensure_future(_pump(number, stream, queue)) for number, stream in enumerate(streams)]
+    open_streams = len(streams)
+    try:
+        while open_streams:
+            number, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                open_streams -= 1
+            else:
+                yield number, item
+    finally:
+        await _cancel(tasks)
+
+
+async def _pump(
+    number: int, stream: Outputs, queue: "asyncio.Queue[tuple[int, RequestOutput | Exception | None]]"
+) -> None:
+    try:
+        async with closing(stream) as outputs:
+            async for output in outputs:
+                await queue.put((number, output))
+    except Exception as error:  # noqa: BLE001 -- handed to the reader, who raises it
+        await queue.put((number, error))
+    else:
+        await queue.put((number, None))
+
+
+async def _cancel(tasks: Sequence["asyncio.Future[Any]"]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, or `ClientGoneError` as soon as the connection closes; then `work` is cancelled.
+
+    The body of the request must have been read.
+    """
+    task: asyncio.Task[T] = asyncio.create_task(work)
+    watcher = asyncio.create_task(_gone(receive))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        await _cancel((task, watcher))
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events: `first` and what `events` yields, as JSON; `[DONE]` follows the last one.
+
+    An exception of `events` becomes an error event, and then the stream ends without `[DONE]`.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, first: Any, events: AsyncGenerator[Any, None], headers: dict[str, str]) -> None:
+        super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._first, self._events = first, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write until the end, or until nobody reads."""
+        try:
+            await unless_gone(receive, self._write(send))
+        except (ClientGoneError, TimeoutError):
+            return
+        finally:
+            await self._events.aclose()
+
+    async def _write(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await _in_time(send(start))
+        encode = msgspec.json.encode
+        await _in_time(send(_part(b"data: " + encode(self._first) + b"\n\n")))
+        last = b"data: [DONE]\n\n"
+        try:
+            async for event in self._events:
+                await _in_time(send(_part(b"data: " + encode(event) + b"\n\n")))
+        except TimeoutError:
+            raise
+        except Exception as error:  # noqa: BLE001 -- the status is sent; the event says it
+            last = b"data: " + encode(as_api_error(error).body()) + b"\n\n"
+        await _in_time(send(_part(last)))
+        await _in_time(send({"type": "http.response.body", "body": b"", "more_body": False}))
+
+
+def _part(data: bytes) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": data, "more_body": True}
+
+
+async def _in_time(sending: Awaitable[None]) -> None:
+    async with asyncio.timeout(limits.SLOW_READER_SECONDS):
+        await sending
+
+
+async def start_events(events: AsyncGenerator[Any, None], headers: dict[str, str]) -> EventStream:
+    """A stream whose first event has come: what goes wrong before it can still be a status."""
+    try:
+        return EventStream(await anext(events), events, headers)
+    except BaseException:
+        await events.aclose()
+        raise
