@@ -186,8 +186,7 @@ def _randomise(model: torch.nn.Module) -> None:
 
 def write_tokenizer(directory: Path) -> None:
     """A byte-level tokenizer: token `b` is the byte `b`; 256 ends a text, 257 to 259 mark chat turns."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from tokenizers import AddedToken
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     alphabet = bytes_to_unicode()

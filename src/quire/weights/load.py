@@ -15,7 +15,17 @@ from quire.models.spec import DecoderSpec
 from quire.models.weights_map import NameMap, Parameter, decoder_parameters
 from quire.ops.types import Ops, StorageType
 from quire.weights.checkpoint import Checkpoint, check_tensors
+from quire.weights.generation_config import GenerationDefaults, load_generation_defaults
 from quire.weights.json_file import read_json_object
+
+__all__ = [
+    "GenerationDefaults",
+    "ModelConfig",
+    "load_generation_defaults",
+    "load_model",
+    "read_model_config",
+    "read_spec",
+]
 
 MAX_CONFIG_BYTES = 4 * 2**20
 _STORAGE_BY_DTYPE: dict[str, StorageType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -46,6 +56,11 @@ def read_model_config(directory: Path) -> ModelConfig:
     stated = config.get("dtype", config.get("torch_dtype"))
     known = isinstance(stated, str) and stated in get_args(StorageType)
     return ModelConfig(spec, names, cast(StorageType, stated) if known else None)
+
+
+def read_spec(directory: Path) -> DecoderSpec:
+    """The architecture alone; errors as `read_model_config`."""
+    return read_model_config(directory).spec
 
 
 def load_model(
