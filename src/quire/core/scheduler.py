@@ -40,7 +40,7 @@ from quire.core.plan import (
 from quire.core.policy import Policy, WaitingQueue
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.request import NewRequest, Request, RequestStatus
-from quire.core.step import Step
+from quire.core.step import Step, make
 from quire.errors import ConfigurationError, InvalidRequestError, PromptTooLongError
 
 
@@ -172,22 +172,26 @@ class Scheduler:
         # Victims are taken from the end of the list, which this loop has not reached: nothing that was
         # scheduled is ever taken back.
         for request in self._running:
-            num_tokens = min(len(request.token_ids) - request.num_computed, step.budget)
+            num_tokens = len(request.token_ids) - request.num_computed
+            if num_tokens > step.budget:
+                num_tokens = step.budget
+            num_slots = len(request.block_ids) * self._pool.block_size
             if num_tokens == 0:
-                if step.budget:
-                    step.stall(request, "in_flight")
-                else:
-                    step.stall_for_budget(request)
-                continue
-            lacking = self._pool.blocks_for(request.num_computed + num_tokens) - len(request.block_ids)
-            if lacking <= 0:
+                step.stall_for_budget(request) if step.budget == 0 else step.stall(request, "in_flight")
+            elif request.num_computed + num_tokens <= num_slots:
                 step.give(request, num_tokens, ())
-            elif self._make_room(request, lacking, step):
-                new_block_ids = self._pool.take(lacking)
-                request.block_ids += new_block_ids
-                step.give(request, num_tokens, tuple(new_block_ids))
             else:
-                step.stall(request, "no_blocks")
+                self._grow(request, num_tokens, step)
+
+    def _grow(self, request: Request, num_tokens: int, step: Step) -> None:
+        """Give tokens that need new blocks, if there are any or room can be made."""
+        held = len(request.block_ids)
+        lacking = self._pool.blocks_for(request.num_computed + num_tokens) - held
+        if self._make_room(request, lacking, step):
+            request.block_ids += self._pool.take(lacking)
+            step.give(request, num_tokens, tuple(request.block_ids[held:]))
+        else:
+            step.stall(request, "no_blocks")
 
     def _make_room(self, request: Request, num_blocks: int, step: Step) -> bool:
         """Preempt from the end of the order until `num_blocks` are free.
@@ -265,33 +269,34 @@ class Scheduler:
 
     def _apply(self, request: Request, scheduled: ScheduledRow, result: RowResult) -> TokenDelta | None:
         """Take in the result of one row. Returns the news, if there is any."""
-        if result.error is not None:
+        result_row, token_ids, logprobs, prompt_logprobs, error = result
+        if error is not None:
             self._pool.forget(request.block_ids)
             self._end(request)
-            return _final_delta(request, "error", result.error)
-        if result.row != scheduled.row or bool(result.token_ids) != scheduled.samples:
+            return _final_delta(request, "error", error)
+        row, start, num_tokens, _, samples = scheduled
+        if row != result_row or samples != bool(token_ids):
             raise AssertionError(f"{result} does not answer {scheduled}")
-        start, end = scheduled.start, scheduled.start + scheduled.num_tokens
-        self._prefix_cache.register(request, self._pool, start, end)
-        ending = None
-        num_kept = 0
-        for token_id in result.token_ids:
+        end = start + num_tokens
+        if end % self._pool.block_size < num_tokens:  # a block became full
+            self._prefix_cache.register(request, self._pool, start, end)
+        if prompt_logprobs:
+            prompt_logprobs = _unsent_prompt_logprobs(request, start, prompt_logprobs)
+        finish_reason = stop_reason = None
+        for num_kept, token_id in enumerate(token_ids, 1):
             request.token_ids.append(token_id)
-            num_kept += 1
-            ending = _ending(request)
-            if ending is not None:
+            if token_id in request.stop_token_ids or len(request.token_ids) == request.max_num_tokens:
+                finish_reason, stop_reason = _ending(request)
+            if finish_reason is not None:
+                token_ids, logprobs = token_ids[:num_kept], logprobs[:num_kept]
                 self._end(request)
                 break
-        prompt_logprobs = _unsent_prompt_logprobs(request, start, result)
-        if not num_kept and not prompt_logprobs:
+        if not token_ids and not prompt_logprobs:
             return None
-        return TokenDelta(
-            request.new.request_id,
-            result.token_ids[:num_kept],
-            result.logprobs[:num_kept],
-            prompt_logprobs,
-            request.num_cached,
-            *(ending or ()),
+        num_cached = request.num_cached
+        return make(
+            TokenDelta,
+            (request.new.request_id, token_ids, logprobs, prompt_logprobs, num_cached, finish_reason, stop_reason, None),
         )
 
     # Leaving.
@@ -355,17 +360,19 @@ class Scheduler:
             require(all(request.row == row for row, request in owners.items()), "owners still run")
 
 
-def _ending(request: Request) -> tuple[str, int | None] | None:
-    """`(finish_reason, stop_reason)` if the request ends with its newest token."""
-    token_id = request.token_ids[-1]
-    if token_id in request.stop_token_ids and request.num_output_tokens > request.new.sampling.min_tokens:
-        return "stop", None if token_id in request.new.eos_token_ids else token_id
-    return ("length", None) if len(request.token_ids) >= request.max_num_tokens else None
+def _ending(request: Request) -> tuple[str | None, int | None]:
+    """`(finish_reason, stop_reason)` of a request that may end with its newest token."""
+    token_ids = request.token_ids
+    if token_ids[-1] in request.stop_token_ids and request.num_output_tokens > request.new.sampling.min_tokens:
+        return "stop", None if token_ids[-1] in request.new.eos_token_ids else token_ids[-1]
+    return "length" if len(token_ids) >= request.max_num_tokens else None, None
 
 
-def _unsent_prompt_logprobs(request: Request, start: int, result: RowResult) -> tuple[TokenLogprobs, ...]:
+def _unsent_prompt_logprobs(
+    request: Request, start: int, logprobs: tuple[TokenLogprobs, ...]
+) -> tuple[TokenLogprobs, ...]:
     """Those of positions `start + 1 ...` that were not handed out before a preemption."""
-    unsent = result.prompt_logprobs[max(0, request.num_prompt_logprobs_sent - start) :]
+    unsent = logprobs[max(0, request.num_prompt_logprobs_sent - start) :]
     request.num_prompt_logprobs_sent += len(unsent)
     return unsent
 
