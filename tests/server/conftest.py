@@ -1,0 +1,76 @@
+"""A server on a free loopback port, in a thread, for the whole session."""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from quire.server.app import create_app
+from quire.server.serve import GracefulServer, bind
+from tests.server.fake_engine import FakeEngine
+
+MODEL = "tiny"
+
+
+@dataclass
+class Running:
+    """One server under test."""
+
+    url: str
+    engine: Any
+    server: GracefulServer
+    thread: threading.Thread
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, **options)
+
+    def stop(self) -> None:
+        self.server.drain()
+        self.thread.join(10)
+        if self.thread.is_alive():
+            raise TimeoutError("the server did not stop")
+
+
+def start(engine: Any, *, drain_s: float = 5.0, **options: Any) -> Running:
+    app = create_app(engine, served_model_name=MODEL, model_names=["directory-name"], **options)
+    listener = bind("127.0.0.1", 0)
+    ready = threading.Event()
+    server = GracefulServer(app, drain_s=drain_s, on_ready=ready.set)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    if not ready.wait(10):
+        raise TimeoutError("the server did not start")
+    return Running(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, server, thread)
+
+
+def wait_until(condition: Any, seconds: float = 5.0) -> bool:
+    """True as soon as `condition()` holds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return bool(condition())
+
+
+@pytest.fixture(scope="session")
+def running() -> Iterator[Running]:
+    instance = start(FakeEngine())
+    yield instance
+    instance.stop()
+
+
+@pytest.fixture(scope="session")
+def client(running: Running) -> openai.OpenAI:
+    return running.client()
+
+
+@pytest.fixture(scope="session")
+def http(running: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=running.url, timeout=10) as session:
+        yield session

@@ -1,0 +1,167 @@
+"""An engine without a model: it answers with the letters of the alphabet, one a token, from where the seed says.
+
+Words in the prompt steer it: `slow` waits between tokens, `fail` fails after two, `die` kills the engine.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+from quire.errors import EngineDeadError, InvalidRequestError, PromptTooLongError
+from quire.outputs import CompletionOutput, Logprob, Metric, PositionLogprobs, RequestOutput
+from quire.sampling_params import RequestOutputKind, SamplingParams
+
+VOCAB_SIZE = 256
+MAX_MODEL_LEN = 512
+
+
+class ByteTokenizer:
+    """One token a byte."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return bytes(token_ids).decode(errors="replace")
+
+    def token_text(self, token_id: int) -> str:
+        return self.decode([token_id])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+
+class FakeEngine:
+    """What the server uses of `AsyncEngine`."""
+
+    max_model_len = MAX_MODEL_LEN
+    vocab_size = VOCAB_SIZE
+
+    def __init__(self) -> None:
+        self.is_healthy = True
+        self.num_running = 0
+        self.num_aborted = 0
+        self.calls: list[dict[str, Any]] = []
+
+    def get_tokenizer(self) -> ByteTokenizer:
+        return ByteTokenizer()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        return SamplingParams(temperature=0.5)
+
+    def get_metrics(self) -> list[Metric]:
+        ended = (("finished_reason", "stop"),)
+        return [
+            Metric("quire:num_requests_running", "gauge", self.num_running, help="Requests that hold a row."),
+            Metric("quire:generation_tokens_total", "counter", 7, help="Tokens generated."),
+            Metric("quire:request_success_total", "counter", 3, help="Ended.", labels=ended),
+            Metric("quire:time_to_first_token_seconds", "histogram", 3, 1.5, ((0.5, 1), (1.0, 2)), help="TTFT."),
+        ]
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    async def encode_chat(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
+        self.calls.append({"messages": messages, **options})
+        return list("".join(f"{item['role']}: {item['content']}\n" for item in messages).encode())
+
+    async def shutdown(self) -> None:
+        self.is_healthy = False
+
+    async def generate(
+        self,
+        prompt: Any,
+        sampling_params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncIterator[RequestOutput]:
+        ids = self._ids(prompt)
+        text = bytes(ids).decode(errors="replace")
+        self.calls.append({"params": sampling_params, "priority": priority, "cache_salt": cache_salt})
+        delta = sampling_params.output_kind is RequestOutputKind.DELTA
+        sequences = [_letters(sampling_params, index) for index in range(sampling_params.n)]
+        self.num_running += 1
+        finished = False
+        try:
+            made = [CompletionOutput(index, "", []) for index in range(len(sequences))]
+            longest = max(map(len, sequences))
+            for step in range(longest):
+                await asyncio.sleep(0.02 if "slow" in text else 0)
+                if "die" in text and step == 2:
+                    self.is_healthy = False
+                if not self.is_healthy:
+                    raise EngineDeadError("the engine has stopped")
+                reason = "error" if "fail" in text and step == 2 else None
+                for choice, letters in zip(made, sequences, strict=True):
+                    _extend(choice, letters, step, sampling_params, delta=delta, reason=reason)
+                finished = reason is not None or step + 1 == longest
+                if delta or finished:
+                    yield _output(request_id or "", ids, made, sampling_params, finished)
+                if finished:
+                    return
+        finally:
+            self.num_running -= 1
+            self.num_aborted += not finished
+
+    def _ids(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, dict):
+            prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
+        ids = list(prompt.encode()) if isinstance(prompt, str) else list(prompt)
+        for item in ids:
+            if not 0 <= item < VOCAB_SIZE:
+                raise InvalidRequestError("prompt_token_ids must hold ids from 0 to 255", param="prompt_token_ids")
+        if len(ids) >= MAX_MODEL_LEN:
+            raise PromptTooLongError(f"the prompt has {len(ids)} tokens", param="prompt")
+        return ids
+
+
+def _letters(params: SamplingParams, index: int) -> list[int]:
+    count = params.max_tokens or 20
+    first = (params.seed or 0) + index
+    letters = [97 + (first + step) % 26 for step in range(count)]
+    for stop in params.stop or ():
+        at = bytes(letters).find(str(stop).encode())
+        if at >= 0:
+            letters = letters[:at]
+    return letters
+
+
+def _logprobs(token_id: int, count: int) -> PositionLogprobs:
+    found = {token_id: Logprob(-0.5, 1, chr(token_id))}
+    for rank in range(2, count + 1):
+        other = 65 + rank
+        found[other] = Logprob(-float(rank), rank, chr(other))
+    return found
+
+
+def _extend(
+    choice: CompletionOutput, letters: list[int], step: int, params: SamplingParams, *, delta: bool, reason: str | None
+) -> None:
+    if delta:
+        choice.token_ids, choice.text, choice.logprobs = [], "", None
+    if step < len(letters):
+        choice.token_ids = [*choice.token_ids, letters[step]]
+        choice.text += chr(letters[step])
+        if params.logprobs is not None:
+            choice.logprobs = [*(choice.logprobs or []), _logprobs(letters[step], params.logprobs)]
+    if step + 1 == len(letters):
+        choice.finish_reason = "stop" if params.stop else "length"
+    choice.finish_reason = reason or choice.finish_reason
+
+
+def _output(
+    request_id: str, ids: list[int], made: list[CompletionOutput], params: SamplingParams, finished: bool
+) -> RequestOutput:
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    if params.prompt_logprobs is not None:
+        prompt_logprobs = [None, *(_logprobs(item, params.prompt_logprobs) for item in ids[1:])]
+    failed = any(choice.finish_reason == "error" for choice in made)
+    return RequestOutput(
+        request_id,
+        None,
+        ids,
+        [replace(item) for item in made],
+        finished,
+        prompt_logprobs,
+        error="the row broke" if failed else None,
+    )

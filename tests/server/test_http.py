@@ -1,0 +1,232 @@
+"""The wire: framing of streams, closed connections, keys, probes, metrics, stopping."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+from starlette.routing import Route
+
+from quire.errors import OverloadedError
+from quire.server.routes.health import OPEN_PATHS
+from quire.server.streams import EventStream
+from tests.server.conftest import MODEL, Running, start, wait_until
+from tests.server.fake_engine import FakeEngine
+
+SLOW_CHAT = {"messages": [{"role": "user", "content": "slow"}], "max_tokens": 400}
+SLOW_TEXT = {"prompt": ["slow", "slow too"], "n": 2, "max_tokens": 400}
+
+
+def test_event_framing(http: httpx.Client) -> None:
+    response = http.post("/v1/completions", json={"prompt": "x", "max_tokens": 2, "stream": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.headers["cache-control"] == "no-cache"
+    assert "content-length" not in response.headers
+    parts = response.text.split("\n\n")
+    assert parts[-2:] == ["data: [DONE]", ""]
+    events = [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
+    assert [event["choices"][0]["text"] for event in events] == ["a", "b"]
+    assert {event["id"] for event in events} == {response.headers["x-request-id"]}
+
+
+def test_error_event_ends_the_stream_without_done(http: httpx.Client) -> None:
+    response = http.post("/v1/completions", json={"prompt": "fail", "max_tokens": 9, "stream": True})
+    assert response.status_code == 200
+    parts = [part for part in response.text.split("\n\n") if part]
+    error = json.loads(parts[-1].removeprefix("data: "))["error"]
+    assert (error["code"], error["message"]) == ("request_failed", "the row broke")
+    assert "[DONE]" not in response.text
+
+
+def test_error_before_the_first_token_is_a_status(http: httpx.Client) -> None:
+    response = http.post("/v1/completions", json={"prompt": "x" * 600, "stream": True})
+    assert response.status_code == 400
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(("route", "body"), [("chat/completions", SLOW_CHAT), ("completions", SLOW_TEXT)])
+def test_closed_connection_aborts(running: Running, route: str, body: dict[str, Any], stream: bool) -> None:
+    engine: FakeEngine = running.engine
+    before, wanted = engine.num_aborted, len(body.get("prompt", [1]))
+    data = json.dumps({**body, "stream": stream}).encode()
+    head = f"POST /v1/{route} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", int(running.url.rsplit(":", 1)[1]))) as connection:
+        connection.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        assert wait_until(lambda: engine.num_running == wanted)
+        if stream:
+            assert connection.recv(64).startswith(b"HTTP/1.1 200")
+    assert wait_until(lambda: engine.num_aborted == before + wanted)
+    assert engine.num_running == 0
+    assert running.server._context.gate.num_inside == 0
+
+
+def test_one_failing_prompt_aborts_its_siblings(running: Running, http: httpx.Client) -> None:
+    before = running.engine.num_aborted
+    response = http.post("/v1/completions", json={"prompt": ["slow", [256]], "max_tokens": 400})
+    assert response.status_code == 400
+    assert running.engine.num_running == 0
+    assert running.engine.num_aborted == before + 1
+
+
+async def test_reader_that_stops_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire.server.limits.SLOW_READER_SECONDS", 0.05)
+    closed = False
+
+    async def events() -> Any:
+        nonlocal closed
+        try:
+            while True:
+                yield {"text": "x"}
+        finally:
+            closed = True
+
+    async def never() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+    stream = events()
+    await EventStream(await anext(stream), stream, {})({"type": "http"}, never, send)
+    assert closed
+
+
+def test_probes_version_and_metrics(http: httpx.Client) -> None:
+    for path in sorted(OPEN_PATHS):
+        assert http.get(path).status_code == 200
+    assert set(http.get("/version").json()) == {"version"}
+    text = http.get("/metrics").text
+    assert 'quire:num_requests_running{model_name="tiny"} 0.0' in text
+    assert 'quire:generation_tokens_total{model_name="tiny"} 7.0' in text
+    assert 'quire:request_success_total{finished_reason="stop",model_name="tiny"} 3.0' in text
+    assert 'quire:time_to_first_token_seconds_bucket{le="1",model_name="tiny"} 2.0' in text
+    assert 'quire:time_to_first_token_seconds_bucket{le="+Inf",model_name="tiny"} 3.0' in text
+    assert 'quire:time_to_first_token_seconds_sum{model_name="tiny"} 1.5' in text
+
+
+def _paths(app: Any) -> list[str]:
+    """Of every route: newer releases of FastAPI keep included routers as they are, older ones flatten them."""
+    nested = [getattr(route, "original_router", None) for route in app.routes]
+    routers = [app, *(router for router in nested if router is not None)]
+    return [route.path for router in routers for route in router.routes if isinstance(route, Route)]
+
+
+def test_key_guards_every_route_but_the_probes() -> None:
+    locked = start(FakeEngine(), api_key="secret", metrics_prefix="vllm")
+    paths = _paths(locked.server.config.app)
+    try:
+        with httpx.Client(base_url=locked.url) as http:
+            assert {path for path in paths if http.get(path).status_code != 401} == OPEN_PATHS
+            assert {"/v1/completions", "/v1/chat/completions", "/metrics", "/version"} <= set(paths)
+            assert len(paths) == 9
+            bad = ["secret", "Bearer", "Bearer secre", "Bearer secretx", "Basic secret", "bearer\tsecret"]
+            for value in bad:
+                assert http.get("/version", headers={"authorization": value}).status_code == 401, value
+            twice = [("authorization", "Bearer secret"), ("authorization", "Bearer x")]
+            assert http.get("/version", headers=twice).status_code == 401
+            assert "www-authenticate" in http.get("/nowhere").headers
+            http.headers["authorization"] = "Bearer secret"
+            assert http.get("/version").status_code == 200
+            assert "vllm:num_requests_running" in http.get("/metrics").text
+    finally:
+        locked.stop()
+
+
+def test_full_house_is_503_with_retry_after() -> None:
+    small = start(FakeEngine(), max_requests_in_flight=1)
+    try:
+        with httpx.Client(base_url=small.url, timeout=10) as http:
+            with http.stream("POST", "/v1/chat/completions", json={**SLOW_CHAT, "stream": True}):
+                response = http.post("/v1/completions", json={"prompt": "x"})
+            assert response.status_code == 503
+            assert int(response.headers["retry-after"]) >= 1
+            assert response.json()["error"]["code"] == "overloaded"
+            assert wait_until(lambda: small.engine.num_running == 0)
+            assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 200
+    finally:
+        small.stop()
+
+
+def test_overload_of_the_engine_keeps_its_retry_after() -> None:
+    class Full(FakeEngine):
+        async def generate(self, *args: Any, **kwargs: Any) -> Any:
+            if not self.calls:  # always; the generator form is what the server needs
+                raise OverloadedError("the queue is full", retry_after_s=7)
+            yield
+
+    full = start(Full())
+    try:
+        response = httpx.post(f"{full.url}/v1/completions", json={"prompt": "x"})
+        assert (response.status_code, response.headers["retry-after"]) == (503, "7")
+    finally:
+        full.stop()
+
+
+def test_unexpected_exception_is_a_500_that_tells_nothing() -> None:
+    class Broken(FakeEngine):
+        async def encode_chat(self, messages: Any, **options: Any) -> list[int]:
+            raise KeyError("/home/secret/path")
+
+    broken = start(Broken())
+    try:
+        response = httpx.post(f"{broken.url}/v1/chat/completions", json=SLOW_CHAT)
+        assert response.status_code == 500
+        assert response.json()["error"]["code"] == "internal_error"
+        assert "secret" not in response.text
+        assert httpx.post(f"{broken.url}/v1/completions", json={"prompt": "x"}).status_code == 200
+    finally:
+        broken.stop()
+
+
+def test_dead_engine_is_not_alive() -> None:
+    dying = start(FakeEngine())
+    try:
+        response = httpx.post(f"{dying.url}/v1/completions", json={"prompt": "die", "max_tokens": 9})
+        assert response.status_code == 500
+        assert response.json()["error"]["code"] == "engine_dead"
+        assert {path: httpx.get(dying.url + path).status_code for path in OPEN_PATHS} == dict.fromkeys(OPEN_PATHS, 503)
+    finally:
+        dying.stop()
+
+
+def _read_stream(url: str, lines: list[str]) -> None:
+    body = {"prompt": "slow", "max_tokens": 25, "stream": True, "model": MODEL}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as response:
+        lines.extend(line for line in response.iter_lines() if line)
+
+
+def test_stopping_lets_requests_finish() -> None:
+    stopping = start(FakeEngine())
+    lines: list[str] = []
+    reader = threading.Thread(target=_read_stream, args=(stopping.url, lines))
+    reader.start()
+    assert wait_until(lambda: stopping.engine.num_running == 1)
+    stopping.server.drain()
+    assert httpx.get(f"{stopping.url}/readyz").status_code == 503
+    assert httpx.get(f"{stopping.url}/livez").status_code == 200
+    refused = httpx.post(f"{stopping.url}/v1/completions", json={"prompt": "x"})
+    assert refused.status_code == 503
+    assert "retry-after" in refused.headers
+    reader.join(10)
+    stopping.thread.join(10)
+    assert not stopping.thread.is_alive()
+    assert lines[-1] == "data: [DONE]"
+    assert len(lines) == 26
+
+
+def test_stopping_ends_what_does_not_finish_with_an_error() -> None:
+    stopping = start(FakeEngine(), drain_s=0.1)
+    lines: list[str] = []
+    reader = threading.Thread(target=_read_stream, args=(stopping.url, lines))
+    reader.start()
+    assert wait_until(lambda: stopping.engine.num_running == 1)
+    started = time.monotonic()
+    stopping.stop()
+    reader.join(10)
+    assert time.monotonic() - started < 8
+    assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "engine_dead"
