@@ -5,7 +5,6 @@ logits differ; norms are not ones and biases not zeros, so that a forgotten one 
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,8 @@ class TinyFamily:
     model: str
     settings: dict[str, Any] = field(default_factory=dict)
     common: dict[str, Any] = field(default_factory=lambda: _COMMON)
+    embedding_std: float = 0.3
+    """Small beside what the layers add, or a tied head only repeats its input."""
 
 
 def _rope(kind: str, **settings: Any) -> dict[str, Any]:
@@ -83,8 +84,9 @@ FAMILIES: dict[str, TinyFamily] = {
             "query_pre_attn_scalar": 48,
             "sliding_window": 20,
             "attn_logit_softcapping": 4.0,
-            "final_logit_softcapping": 9.0,
+            "final_logit_softcapping": 1.5,
         },
+        embedding_std=0.08,
     ),
     "gemma3": TinyFamily(
         "Gemma3TextConfig",
@@ -100,6 +102,7 @@ FAMILIES: dict[str, TinyFamily] = {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 5_000.0},
             },
         },
+        embedding_std=0.08,
     ),
     "olmo2": TinyFamily("Olmo2Config", "Olmo2ForCausalLM"),
     "granite": TinyFamily(
@@ -109,9 +112,10 @@ FAMILIES: dict[str, TinyFamily] = {
             "embedding_multiplier": 6.0,
             "attention_multiplier": 0.11,
             "residual_multiplier": 0.22,
-            "logits_scaling": 4.0,
+            "logits_scaling": 0.25,
             "attention_bias": True,
         },
+        embedding_std=0.03,
     ),
     "smollm3": TinyFamily(
         "SmolLM3Config",
@@ -159,29 +163,25 @@ def make_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, tiny.model)._from_config(config, attn_implementation="eager")
-        _randomise(model)
+        _randomise(model, tiny.embedding_std)
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=max_shard_size)
     if tokenizer:
         write_tokenizer(directory)
     return directory
 
 
-def _randomise(model: torch.nn.Module) -> None:
-    """Matrices with unit gain, norms around one (Gemma stores them minus one), biases of a few tenths."""
-    done: set[int] = set()
-    draw: Callable[[torch.Tensor, float], torch.Tensor] = lambda p, std: torch.randn_like(p) * std  # noqa: E731
+def _randomise(model: torch.nn.Module, embedding_std: float) -> None:
+    """Matrices of a gain a little above one, norms around one (Gemma stores them minus one), small biases."""
     for name, parameter in model.named_parameters():
-        if id(parameter) in done:
-            continue
-        done.add(id(parameter))
         with torch.no_grad():
+            noise = torch.randn_like(parameter)
             if parameter.ndim == 2:
-                # The head and a tied embedding keep logits within a few units.
-                parameter.copy_(draw(parameter, 0.3 if "emb" in name or "wte" in name else 64**-0.5 * 1.3))
+                is_table = "embed" in name or "wte" in name or "wpe" in name
+                parameter.copy_(noise * (embedding_std if is_table else 1.3 * 64**-0.5))
             elif name.endswith("bias"):
-                parameter.copy_(draw(parameter, 0.2))
+                parameter.copy_(noise * 0.2)
             else:
-                parameter.add_(draw(parameter, 0.2))
+                parameter.add_(noise * 0.2)
 
 
 def write_tokenizer(directory: Path) -> None:
