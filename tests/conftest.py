@@ -1,7 +1,9 @@
 """Settings shared by all tests: no network, and hypothesis without wall-clock deadlines."""
 
 import os
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 # Before any test imports huggingface_hub, which reads it once.
@@ -11,3 +13,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A busy machine must not fail a test; in CI the same commit must give the same answer twice.
 settings.register_profile("quire", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("quire")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer checkpoint in bfloat16 with a byte-level tokenizer and a chat template."""
+    from tests.tiny.checkpoints import make_tiny
+
+    return make_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama", dtype="bfloat16", tokenizer=True)

@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Self
 from quire.config import CachePlan, EngineArgs, ModelFacts, resolve_cache, resolve_model_len
 from quire.core.engine_core import EngineCore
 from quire.core.policy import make_policy
+from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.scheduler import Scheduler, SchedulerLimits
 from quire.demo import model_path
 from quire.engine.async_engine import AsyncEngine, ServedEngine
@@ -33,7 +35,7 @@ from quire.runner.model_runner import ModelRunner
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.text.tokenizer import Tokenizer
 from quire.weights.load import load_generation_defaults, load_model, read_spec
-from quire.weights.source import resolve_source
+from quire.weights.source import resolve_source, resolve_tokenizer_source
 
 Message = Mapping[str, Any]
 
@@ -44,7 +46,7 @@ def compose(args: EngineArgs) -> ServedEngine:
     Raises:
         ConfigurationError: naming the argument or the file at fault.
     """
-    directory = Path(model_path()) if args.model is None else resolve_source(args.model, revision=args.revision)
+    directory = Path(model_path()) if args.model is None else resolve_source(args.model, args.revision)
     ops, decisions = select_ops(args.device, args.threads)
     spec = read_spec(directory)
     model_len = resolve_model_len(args, spec.max_position_embeddings)
@@ -82,7 +84,8 @@ def _core(args: EngineArgs, model: Model, ops: Ops, sizes: CachePlan) -> EngineC
         block_size=sizes.block_size,
         num_blocks=sizes.num_blocks,
     )
-    scheduler = Scheduler(limits, make_policy(args.scheduling_policy), enable_prefix_caching=args.enable_prefix_caching)
+    prefix_cache = PrefixCache(secrets.token_bytes(32)) if args.enable_prefix_caching else NullPrefixCache()
+    scheduler = Scheduler(limits, make_policy(args.scheduling_policy), prefix_cache)
     return EngineCore(scheduler, LocalExecutor(runner), time.monotonic)
 
 
@@ -98,7 +101,7 @@ def _facts(args: EngineArgs, model: Model) -> ModelFacts:
 
 def _load_tokenizer(args: EngineArgs, directory: Path) -> Tokenizer | None:
     if args.tokenizer is not None:
-        return Tokenizer.from_directory(resolve_source(args.tokenizer, revision=None))
+        return Tokenizer.from_directory(resolve_tokenizer_source(args.tokenizer))
     if not (directory / "tokenizer.json").is_file():
         return None
     return Tokenizer.from_directory(directory)

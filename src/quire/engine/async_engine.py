@@ -118,6 +118,15 @@ class AsyncEngine:
         """False once the engine's thread has stopped."""
         return self._dead is None and self._thread.is_alive()
 
+    @property
+    def has_work(self) -> bool:
+        """True while a request has not had its last output."""
+        return bool(self._commands) or self._engine.has_work
+
+    def check(self) -> None:
+        """State the invariants of the core; only while there is no work."""
+        self._engine.check()
+
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer.
 
@@ -210,7 +219,7 @@ class AsyncEngine:
             while self._take_commands():
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, every reader must be told
             logger.exception("the engine stopped")
             failure = EngineDeadError(f"the engine stopped: {type(error).__name__}")
         with self._wake:

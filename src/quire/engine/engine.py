@@ -48,6 +48,11 @@ class Engine:
         """True while a request has not had its last output."""
         return bool(self._states) or self._core.has_work
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences in the queue."""
+        return self._core.num_waiting
+
     def add(self, parsed: ParsedRequest) -> None:
         """Queue a request."""
         state = RequestState(parsed, self._tokenizer, parsed.sequences[0].arrival_s)
@@ -57,9 +62,7 @@ class Engine:
 
     def abort(self, parsed: ParsedRequest) -> list[NumberedOutput]:
         """Drop a request. Its last output, with `finish_reason` abort, unless it had ended."""
-        running = [new.request_id for new in parsed.sequences if new.request_id in self._states]
-        deltas = [delta for key in running for delta in self._core.abort(key)]
-        return self._emit(deltas)
+        return self._emit([delta for new in parsed.sequences for delta in self._core.abort(new.request_id)])
 
     def step(self) -> list[NumberedOutput]:
         """Compute one step and give its news."""

@@ -99,14 +99,13 @@ class InputProcessor:
 
     def tokenize(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
         """The prompt's text, if it has one, and its token ids."""
-        if isinstance(prompt, Mapping):
-            prompt = _prompt_of_mapping(prompt)
-        if isinstance(prompt, str):
-            return prompt, self._encode(prompt)
-        if isinstance(prompt, bytes) or not isinstance(prompt, Sequence):
+        bare = _prompt_of_mapping(prompt) if isinstance(prompt, Mapping) else prompt
+        if isinstance(bare, str):
+            return bare, self._encode(bare)
+        if isinstance(bare, bytes) or not isinstance(bare, Sequence):
             raise InvalidRequestError("prompt must be text or a list of token ids", param="prompt")
-        self.check_token_ids("prompt_token_ids", prompt)
-        return None, tuple(prompt)
+        self.check_token_ids("prompt_token_ids", bare)
+        return None, tuple(bare)
 
     def check_token_ids(self, field: str, token_ids: Sequence[Any]) -> None:
         """Every id a whole number below the width of the logits."""
@@ -127,14 +126,13 @@ class InputProcessor:
 
     def check_text_size(self, text: str) -> None:
         """Refuse, before the work of tokenising, text that has too many bytes for any tokenisation to fit."""
-        if self._tokenizer is None:
-            return
+        largest = self._tokenizer.max_token_bytes if self._tokenizer is not None else None
         try:
             size = len(text.encode())
         except UnicodeEncodeError as error:
             raise InvalidRequestError("prompt must be text that is valid Unicode", param="prompt") from error
-        limit = self._facts.max_model_len * self._tokenizer.max_token_bytes
-        if size > limit:
+        limit = self._facts.max_model_len * largest if largest is not None else None
+        if limit is not None and size > limit:
             raise PromptTooLongError(
                 f"the prompt has {size} bytes; at most {limit} can fit into max_model_len="
                 f"{self._facts.max_model_len} tokens",

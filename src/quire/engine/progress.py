@@ -16,7 +16,7 @@ class Progress:
         self._input_tokens = 0
         self._output_tokens = 0
         if show:
-            from tqdm.auto import tqdm
+            from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
             self._bar = tqdm(total=num_prompts, desc="Processed prompts", dynamic_ncols=True)
 

@@ -60,7 +60,8 @@ class Rows:
 
     def token_ids(self, row: int, start: int, stop: int) -> list[int]:
         """Known tokens of a row."""
-        return self._token_ids[row, start:stop].tolist()
+        found: list[int] = self._token_ids[row, start:stop].tolist()
+        return found
 
     def gather(self, scheduled: Sequence[ScheduledRow], ops: Ops) -> ForwardBatch:
         """The arrays of one step; block tables are extended first."""

@@ -90,7 +90,8 @@ class Sampler:
             rows: the permanent row of each.
             positions: index in its sequence of the token to draw.
         """
-        ops, errors = self._ops, [None] * len(rows)
+        ops = self._ops
+        errors: list[str | None] = [None] * len(rows)
         finite = ops.to_numpy(ops.rows_finite(logits))
         if not finite.all():
             errors = [None if ok else NOT_FINITE for ok in finite]

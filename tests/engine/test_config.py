@@ -1,0 +1,65 @@
+"""Configuration: refusals name the argument; sizes are resolved with their reasons."""
+
+from typing import Any
+
+import pytest
+
+from quire.config import EngineArgs, ModelFacts, resolve_cache
+from quire.errors import ConfigurationError
+
+FACTS = ModelFacts(
+    max_position_embeddings=1024, weight_bytes=2**20, bytes_per_block=2**10, device_memory_bytes=2**30, device="cpu"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("dtype", "int3"), ("block_size", 17), ("gpu_memory_utilization", 0), ("gpu_memory_utilization", 1.1),
+        ("gpu_memory_utilization", float("nan")), ("max_num_seqs", 0), ("max_num_seqs", None), ("max_model_len", 1.5),
+        ("threads", 0), ("scheduling_policy", "lifo"), ("device", "tpu"), ("seed", -1), ("model", ""),
+        ("tensor_parallel_size", 2), ("enable_prefix_caching", 1), ("kv_cache_memory_bytes", -5),
+    ],
+)  # fmt: skip
+def test_refusals_name_the_argument(name: str, value: Any) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        EngineArgs.from_mapping({name: value})
+    assert caught.value.field == name
+
+
+def test_unknown_arguments_are_refused_with_the_nearest() -> None:
+    with pytest.raises(ConfigurationError, match="did you mean 'max_model_len'"):
+        EngineArgs.from_mapping({"max_model_length": 5})
+
+
+def test_cpu_cache_is_no_larger_than_its_users_need() -> None:
+    plan = resolve_cache(EngineArgs(max_num_seqs=4), FACTS)
+    assert plan.num_blocks == 4 * 1024 // 16
+    assert plan.max_model_len == 1024
+    assert any("max_num_seqs=4" in decision.reason for decision in plan.decisions)
+
+
+def test_memory_share_bounds_weights_and_cache() -> None:
+    args = EngineArgs(max_num_seqs=4096, gpu_memory_utilization=0.01)
+    plan = resolve_cache(args, FACTS)
+    assert plan.cache_bytes + FACTS.weight_bytes <= 0.01 * FACTS.device_memory_bytes
+
+
+def test_explicit_sizes() -> None:
+    assert resolve_cache(EngineArgs(num_gpu_blocks_override=64), FACTS).num_blocks == 64
+    assert resolve_cache(EngineArgs(kv_cache_memory_bytes=2**17 + 5), FACTS).num_blocks == 128
+    shortened = resolve_cache(EngineArgs(num_gpu_blocks_override=10), FACTS)
+    assert shortened.max_model_len == 160
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_model_len": 2048}, "1024 positions"),
+        ({"max_model_len": 1024, "num_gpu_blocks_override": 63}, "max_model_len"),
+        ({"gpu_memory_utilization": 0.0005}, "weights alone"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_numbers(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        resolve_cache(EngineArgs(**arguments), FACTS)

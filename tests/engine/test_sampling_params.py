@@ -1,0 +1,66 @@
+"""Every field is checked; every refusal names the field."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quire.errors import InvalidRequestError
+from quire.sampling_params import SamplingParams
+
+REFUSED: list[tuple[str, Any]] = [
+    *((name, value) for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty",
+                                 "repetition_penalty") for value in (math.nan, math.inf, -math.inf, "1", None, True, [])),
+    ("temperature", -0.1), ("temperature", 101), ("top_p", 0), ("top_p", 1.01), ("min_p", -0.1), ("min_p", 1.1),
+    ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("repetition_penalty", 0), ("repetition_penalty", 2.1),
+    ("n", 0), ("n", 129), ("n", 1.0), ("n", True), ("top_k", -2), ("top_k", 1.5), ("top_k", 2**31),
+    ("max_tokens", 0), ("max_tokens", 2**31), ("min_tokens", -1), ("seed", 2**63), ("seed", 1.5),
+    ("logprobs", 21), ("logprobs", -1), ("prompt_logprobs", 21), ("stop", [""]), ("stop", 5), ("stop", ["x"] * 65),
+    ("stop", ["a" * 1025]), ("stop", ["\ud800"]), ("stop", b"x"), ("bad_words", [1]), ("stop_token_ids", [-1]),
+    ("stop_token_ids", [2**31]), ("stop_token_ids", [1.0]), ("stop_token_ids", "12"), ("allowed_token_ids", []),
+    ("allowed_token_ids", [True]), ("logit_bias", [1]), ("logit_bias", {"1": 1.0}), ("logit_bias", {1: math.nan}),
+    ("logit_bias", {1: 101}), ("ignore_eos", 1), ("detokenize", None), ("output_kind", 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED)
+def test_refusals_name_the_field(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        SamplingParams.from_mapping({name: value})
+    assert caught.value.param == name
+    assert name in str(caught.value)
+
+
+def test_unknown_names_are_refused_with_the_nearest() -> None:
+    with pytest.raises(InvalidRequestError, match="unknown sampling parameter 'top_kk'; did you mean 'top_k'"):
+        SamplingParams.from_mapping({"top_kk": 3})
+
+
+def test_fields_that_exclude_each_other() -> None:
+    with pytest.raises(InvalidRequestError, match="min_tokens"):
+        SamplingParams(min_tokens=5, max_tokens=4)
+    with pytest.raises(InvalidRequestError, match="stop"):
+        SamplingParams(stop="x", detokenize=False)
+
+
+def test_accepted_forms() -> None:
+    params = SamplingParams(top_k=-1, temperature=1e-7, stop="x", stop_token_ids=(5, 3, 5), logit_bias={7: 1})
+    assert (params.top_k, params.temperature, params.stop) == (0, 0.0, ["x"])
+    assert params.stop_token_ids == [3, 5]
+    assert params.logit_bias == {7: 1.0}
+    assert SamplingParams(max_tokens=None, min_tokens=3).max_tokens is None
+
+
+@given(st.dictionaries(st.sampled_from(["temperature", "top_p", "n", "seed", "stop", "logit_bias", "top_k", "logprobs"]),
+                       st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5),
+                                 st.lists(st.integers(), max_size=3)), max_size=4))  # fmt: skip
+def test_anything_is_accepted_or_refused_by_name(values: dict[str, Any]) -> None:
+    try:
+        params = SamplingParams.from_mapping(values)
+    except InvalidRequestError as error:
+        assert error.param in (*values, "min_tokens", "stop")
+    else:
+        assert math.isfinite(params.temperature)
+        assert 0 < params.top_p <= 1
