@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from quire.core.plan import NewRow, RowResult, ScheduledRow, StepPlan, StepResult, TokenLogprobs
-from quire.core.request import SamplingSpec
 
 _MASK = (1 << 64) - 1
 
@@ -25,9 +24,7 @@ def mix(state: int, value: int) -> int:
 
 @dataclass(slots=True)
 class _Row:
-    request_id: str
-    num_prompt_tokens: int
-    sampling: SamplingSpec
+    new: NewRow
     token_ids: list[int]
     fingerprints: list[int]
     """Of each known token."""
@@ -99,7 +96,7 @@ class FakeExecutor:
     def _enter(self, new: NewRow) -> None:
         _require(0 <= new.row < self._max_num_seqs, f"there is no row {new.row}")
         _require(new.row not in self._rows, f"row {new.row} is taken")
-        row = _Row(new.request_id, new.num_prompt_tokens, new.sampling, [], [], list(new.block_ids), None)
+        row = _Row(new, [], [], list(new.block_ids), None)
         for token_id in new.token_ids:
             row.append(token_id)
         self._rows[new.row] = row
@@ -126,19 +123,19 @@ class FakeExecutor:
         for index, first in enumerate(range(0, end, self._block_size)):
             expected = row.fingerprints[first : min(first + self._block_size, end)]
             slots = self._cache[row.block_ids[index]][: len(expected)]
-            _require(slots == expected, f"request {row.request_id}: block {index} holds another text")
-        if any(self._fails(row.request_id, position) for position in range(item.start, end)):
+            _require(slots == expected, f"request {row.new.request_id}: block {index} holds another text")
+        if any(self._fails(row.new.request_id, position) for position in range(item.start, end)):
             return RowResult(item.row, (), error="injected fault")
         prompt_logprobs: Sequence[TokenLogprobs] = ()
-        if row.sampling.num_prompt_logprobs is not None:
+        if row.new.sampling.num_prompt_logprobs is not None:
             prompt_logprobs = [
-                _logprobs(row, position) for position in range(item.start + 1, min(end + 1, row.num_prompt_tokens))
+                _logprobs(row, position) for position in range(item.start + 1, min(end + 1, row.new.num_prompt_tokens))
             ]
         if not item.samples:
             return RowResult(item.row, (), prompt_logprobs=tuple(prompt_logprobs))
-        token_id = mix(row.fingerprints[-1], row.sampling.seed) % self._vocab_size
+        token_id = mix(row.fingerprints[-1], row.new.sampling.seed) % self._vocab_size
         row.append(token_id)
-        logprobs = () if row.sampling.num_logprobs is None else (_logprobs(row, end),)
+        logprobs = () if row.new.sampling.num_logprobs is None else (_logprobs(row, end),)
         return RowResult(item.row, (token_id,), logprobs, tuple(prompt_logprobs))
 
 
