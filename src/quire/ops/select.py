@@ -1,0 +1,105 @@
+"""Which provider of the operations, which instruction set, how many threads: decided once, with reasons."""
+
+import math
+import os
+from pathlib import Path
+
+from quire.errors import ConfigurationError
+from quire.ops.types import Ops
+from quire.outputs import Decision
+
+
+def select_ops(device: str, threads: int | None) -> tuple[Ops, list[Decision]]:
+    """The provider for `device` ("auto", "cpu" or "reference") and each decision.
+
+    `threads` None takes the physical cores that this process may use. The environment variable `QUIRE_ISA`
+    (`baseline`, `avx2`, `avx512`) forbids the instruction sets above the one it names. Raises ConfigurationError.
+    """
+    if device == "reference":
+        import numpy as np
+
+        from quire.ops.reference import ReferenceOps
+
+        return ReferenceOps(np), [Decision("operations", "reference", "as asked: plain array code, slow")]
+    if device == "cuda":
+        raise ConfigurationError("device 'cuda': this version has no CUDA operations; use 'cpu'", field="device")
+    if device not in ("auto", "cpu"):
+        raise ConfigurationError(f"device {device!r} is not one of auto, cpu, reference", field="device")
+    if threads is not None and threads < 1:
+        raise ConfigurationError(f"threads is {threads}; at least 1 is needed", field="threads")
+
+    from quire.ops.cpu import CpuOps
+
+    isa, isa_reason, passed_over = select_instruction_set(os.environ.get("QUIRE_ISA"))
+    count, threads_reason = (threads, "as asked") if threads is not None else available_cores()
+    device_reason = "as asked" if device == "cpu" else "auto: the only device in this version"
+    return CpuOps(count, isa), [
+        Decision("operations", "cpu", device_reason),
+        Decision("instruction_set", isa, isa_reason, passed_over),
+        Decision("threads", str(count), threads_reason),
+    ]
+
+
+def instruction_sets() -> list[str]:
+    """The names of those that this build has and this processor runs, slowest first."""
+    from quire.ops import _native
+
+    return [name for name, runs, _ in _native.instruction_sets() if runs]
+
+
+def select_instruction_set(forced: str | None) -> tuple[str, str, list[str]]:
+    """The best one that runs here, no better than `forced`; why, and a word on each that was passed over."""
+    from quire.ops import _native
+
+    candidates = _native.instruction_sets()
+    names = [name for name, _, _ in candidates]
+    if forced is not None and forced not in names:
+        raise ConfigurationError(f"QUIRE_ISA={forced} is not one of {', '.join(names)}", field="QUIRE_ISA")
+    remarks = []
+    for name, runs, reason in reversed(candidates):
+        if forced is not None and names.index(name) > names.index(forced):
+            remarks.append(f"{name}: not with QUIRE_ISA={forced}")
+        elif runs:
+            return name, "the best that this processor runs" if forced is None else f"QUIRE_ISA={forced}", remarks
+        else:
+            remarks.append(f"{name}: {reason}")
+    raise ConfigurationError("no compiled instruction set runs on this processor", field="device")
+
+
+def available_cores() -> tuple[int, str]:
+    """Physical cores among the processors that this process may use, no more than a cgroup's CPU quota pays for;
+    at least 1. With where the number comes from."""
+    if hasattr(os, "sched_getaffinity"):
+        processors = os.sched_getaffinity(0)
+    else:
+        processors = set(range(os.cpu_count() or 1))
+    cores = {_core_of(processor) for processor in processors}
+    reason = f"{len(cores)} physical cores of {len(processors)} usable processors"
+    quota = _cgroup_quota()
+    if quota is not None and quota < len(cores):
+        return max(1, math.floor(quota)), f"{reason}; the cgroup's quota is {quota:g} processors"
+    return len(cores), reason
+
+
+def _core_of(processor: int) -> str:
+    # Processors of one core list the same siblings; where the system does not say, each is its own core.
+    path = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return str(processor)
+
+
+def _cgroup_quota() -> float | None:
+    """Processors' worth of time that a cgroup (version 2, or 1) allows; None where there is no limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()[:2]
+    except (OSError, ValueError):
+        try:
+            quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text().strip()
+            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if quota == "max" or int(quota) <= 0 or int(period) <= 0:
+        return None
+    return int(quota) / int(period)
