@@ -1,0 +1,1 @@
+"""Text: tokenise, apply the chat template, detokenise, find stop strings."""

@@ -1,0 +1,179 @@
+"""The tokenizer of a model: text to tokens, conversations to tokens, tokens to text."""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from quire.errors import InvalidRequestError
+from quire.text.chat_template import ChatTemplates, OpenEnd, plain_data, read_messages
+from quire.text.detokenizer import IncrementalDetokenizer
+from quire.text.special_text import SpecialText
+from quire.text.token_bytes import TokenBytes
+from quire.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
+
+
+class Tokenizer:
+    """A model's tokenizer, read from its directory. Its methods may be called from several threads.
+
+    Whether BOS or EOS is added to a prompt is decided by the post-processor in tokenizer.json, and not
+    by `add_bos_token` in tokenizer_config.json: as in transformers 5.
+    """
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        self._files = files
+        self._backend = files.backend
+        self._templates = ChatTemplates()
+        self._special_text = SpecialText(files.backend)
+        self._added = files.backend.get_added_tokens_decoder()
+        self.token_table = TokenBytes(files.backend)
+        self.special_token_ids = frozenset(number for number, token in self._added.items() if token.special)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> "Tokenizer":
+        """Read `tokenizer.json` and the files beside it.
+
+        Raises `ModelFileError`, which names the file, when one is missing, damaged or not supported.
+        """
+        return cls(read_tokenizer_files(Path(path)))
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest token id, added tokens included."""
+        largest_added = max(self._added, default=-1)
+        return max(int(self._backend.get_vocab_size(with_added_tokens=True)), largest_added + 1)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer: the tokenizer's own first, then those of the configuration."""
+        return self._files.eos_token_ids
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The token that begins a text, where the model has one."""
+        return self._files.bos_token_id
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._files.templates)
+
+    @property
+    def max_token_bytes(self) -> int | None:
+        """A text of `b` bytes has at least `b / max_token_bytes` tokens; None where no bound holds.
+
+        Use it to refuse a text for its size before tokenising it.
+        """
+        return self.token_table.longest
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The tokens of a raw prompt.
+
+        Special tokens spelled in the text become those tokens, as in vLLM's completions: who sends a raw
+        prompt writes the template. `add_special_tokens` lets the post-processor add BOS and the like.
+        """
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+            raise _cannot_encode(text, error) from None
+        return ids
+
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> str:
+        """The text of a whole sequence; unknown ids add nothing. See `IncrementalDetokenizer`."""
+        detokenizer = IncrementalDetokenizer(
+            self,
+            skip_special_tokens=skip_special_tokens,
+            spaces_between_special_tokens=spaces_between_special_tokens,
+        )
+        return detokenizer.push(token_ids) + detokenizer.flush()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token adds to a text; b"" for an unknown id."""
+        return self.token_table.following(token_id)
+
+    def token_text(self, token_id: int) -> str:
+        """The text of one token by itself, with U+FFFD where it holds parts of characters."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        **template_kwargs: Any,
+    ) -> list[int] | str:
+        """A conversation as the model's chat template writes it, as tokens or as text.
+
+        `chat_template` is the name of one of the model's templates, or a template. In tokens, special
+        tokens spelled anywhere in messages, tools, documents or `template_kwargs` are ordinary text, so
+        that nobody can forge a turn; the text form cannot tell them apart. A caller who passes on
+        `template_kwargs` from outside must see to it that they hold no `chat_template`.
+
+        Raises `InvalidRequestError` for messages that the template refuses, and for templates that fail
+        or exceed their bounds.
+        """
+        if add_generation_prompt and continue_final_message:
+            raise InvalidRequestError(
+                "add_generation_prompt and continue_final_message exclude each other", param="continue_final_message"
+            )
+        source = self._choose_template(chat_template, has_tools=bool(tools))
+        inputs = {
+            "messages": read_messages(messages, keeps_parts=self._templates.iterates_content(source)),
+            "tools": plain_data(tools),
+            "documents": plain_data(documents),
+            **plain_data(template_kwargs),
+        }
+        if len(inputs) != 3 + len(template_kwargs):
+            raise InvalidRequestError("chat_template_kwargs repeats an argument", param="chat_template_kwargs")
+        breaks = None
+        if tokenize and self._special_text.occurs_in(inputs.values()):
+            breaks = self._special_text.choose_breaks(inputs.values(), source)
+            inputs = {name: self._special_text.broken(value, breaks) for name, value in inputs.items()}
+        open_end = OpenEnd(inputs["messages"]) if continue_final_message else None
+        variables = {**self._files.named_tokens, "add_generation_prompt": add_generation_prompt, **inputs}
+        rendered = self._templates.render(source, variables)
+        if open_end is not None:
+            rendered = open_end.cut(rendered)
+        if not tokenize:
+            return rendered
+        if breaks is None:
+            return self.encode(rendered, add_special_tokens=False)
+        try:
+            return self._special_text.encode(rendered, breaks)
+        except InvalidRequestError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+            raise _cannot_encode(rendered, error) from None
+
+    def _choose_template(self, chat_template: str | None, *, has_tools: bool) -> str:
+        templates = self._files.templates
+        if chat_template is not None:
+            return templates.get(chat_template, chat_template)
+        if has_tools and "tool_use" in templates:
+            return templates["tool_use"]
+        if "default" in templates:
+            return templates["default"]
+        if templates:
+            names = ", ".join(sorted(templates))
+            raise InvalidRequestError(f"choose a chat template by name: {names}", param="chat_template")
+        raise InvalidRequestError("this model has no chat template", param="messages")
+
+
+def _cannot_encode(text: Any, error: Exception) -> InvalidRequestError:
+    if not isinstance(text, str):
+        return InvalidRequestError(f"a prompt must be text, not {type(text).__name__}", param="prompt")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return InvalidRequestError("the text holds half of a surrogate pair", param="prompt")
+    return InvalidRequestError(f"the tokenizer refuses this text: {str(error)[:200]}", param="prompt")
