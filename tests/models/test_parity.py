@@ -13,7 +13,9 @@ import pytest
 import torch
 import transformers
 
+from quire.ops.cpu import CpuOps
 from quire.ops.reference import ReferenceOps
+from quire.ops.select import instruction_sets
 from quire.ops.types import Ops
 from quire.weights.load import load_model
 from tests.models.paged import PagedModel
@@ -47,10 +49,22 @@ def assert_close(ours: Any, theirs: Any) -> None:
     assert np.abs(ours - theirs).max() <= TOLERANCE * np.abs(theirs).max()
 
 
+@pytest.fixture(scope="module")
+def ops() -> Ops:
+    """What serves on the CPU. The reference is compared in a short case of its own."""
+    return CpuOps(1, instruction_sets()[-1])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_greedy_tokens_are_those_of_transformers(family: str, tiny: Tiny) -> None:
+def test_the_definition_of_the_operations_gives_the_logits_of_transformers(family: str, tiny: Tiny) -> None:
+    prompt = tokens(50)
+    ours = paged(tiny(family), ReferenceOps(np)).all_logits(prompt, [29, 1, 20])
+    assert_close(ours, transformers_logits(tiny(family), [prompt])[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_greedy_tokens_are_those_of_transformers(family: str, ops: Ops, tiny: Tiny) -> None:
     directory = tiny(family)
-    ops = ReferenceOps(np)
     prompt = tokens(sum(CHUNKS))
     theirs = transformers_logits(directory, [prompt])[0]
     whole = paged(directory, ops).all_logits(prompt, [len(prompt)])
@@ -75,9 +89,10 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(family: str, tiny: T
     ],
     ids=["linear", "yarn", "llama3", "longrope"],
 )
-def test_rotary_positions_stay_exact_far_into_the_sequence(family: str, settings: dict[str, Any], tiny: Tiny) -> None:
+def test_rotary_positions_stay_exact_far_into_the_sequence(
+    family: str, settings: dict[str, Any], ops: Ops, tiny: Tiny
+) -> None:
     directory = tiny(family, num_hidden_layers=1, **settings)
-    ops = ReferenceOps(np)
     prompt = tokens(512)
     model = PagedModel(load_model(directory, ops, "float32"), ops, num_blocks=32, block_size=16)
     assert_close(model.all_logits(prompt, [512]), transformers_logits(directory, [prompt])[0])
@@ -111,7 +126,7 @@ SETTINGS_THAT_MATTER = [
 
 @pytest.mark.parametrize(("family", "settings"), SETTINGS_THAT_MATTER)
 def test_the_parity_test_would_notice_a_setting_read_wrongly(
-    family: str, settings: dict[str, Any], tiny: Tiny, tmp_path: Path
+    family: str, settings: dict[str, Any], ops: Ops, tiny: Tiny, tmp_path: Path
 ) -> None:
     right = tiny(family)
     for file in right.iterdir():
@@ -119,7 +134,6 @@ def test_the_parity_test_would_notice_a_setting_read_wrongly(
     config = json.loads((right / "config.json").read_text()) | settings
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(config))
-    ops = ReferenceOps(np)
     prompt = tokens(60)
     expected, changed = (paged(path, ops).all_logits(prompt, [60]) for path in (right, tmp_path))
     assert np.abs(changed - expected).max() > 20 * TOLERANCE * np.abs(expected).max()
@@ -135,9 +149,10 @@ def mean_kl(reference: Any, other: Any) -> float:
     ("family", "dtype"),
     [("llama-3.1", "bfloat16"), ("gemma2", "bfloat16"), ("qwen2", "bfloat16"), ("gpt2", "float16")],
 )
-def test_16_bit_storage_is_no_further_from_the_model_than_transformers_is(family: str, dtype: str, tiny: Tiny) -> None:
+def test_16_bit_storage_is_no_further_from_the_model_than_transformers_is(
+    family: str, dtype: str, ops: Ops, tiny: Tiny
+) -> None:
     directory = tiny(family, dtype=dtype)
-    ops = ReferenceOps(np)
     prompt = tokens(120)
     model = load_model(directory, ops)
     assert model.cache_shape(1, 16).storage == dtype
@@ -147,8 +162,7 @@ def test_16_bit_storage_is_no_further_from_the_model_than_transformers_is(family
     assert 0 < mean_kl(exact, ours) <= 1.5 * mean_kl(exact, theirs)
 
 
-def test_shards_load_as_one_file(tiny: Tiny) -> None:
-    ops = ReferenceOps(np)
+def test_shards_load_as_one_file(ops: Ops, tiny: Tiny) -> None:
     one, many = tiny("llama"), tiny("llama", max_shard_size="60KB")
     assert len(list(many.glob("*.safetensors"))) > 3
     prompt = tokens(40)

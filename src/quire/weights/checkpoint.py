@@ -54,6 +54,8 @@ class Checkpoint:
         Tensors of one type are read straight into the joined array: no copy is made of them.
         """
         files = [(name, self._home[name]) for name, _ in parameter.tensors]
+        if len(files) == 1 and not parameter.transposed:
+            return files[0][1].read(files[0][0])
         if parameter.transposed:
             return np.ascontiguousarray(np.concatenate([file.read(name).T for name, file in files]))
         dtypes = {file.dtype(name) for name, file in files}

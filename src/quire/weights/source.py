@@ -42,7 +42,7 @@ def resolve_tokenizer_source(tokenizer: str, revision: str | None = None) -> Pat
 def _resolve(
     name: str, revision: str | None, patterns: tuple[str, ...], endpoint: str | None, cache_dir: Path | None
 ) -> Path:
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         if revision is not None:
             raise ConfigurationError("revision is for models of the hub; this one is a directory", field="revision")
         return Path(name)

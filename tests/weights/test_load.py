@@ -1,0 +1,183 @@
+"""Loading: strict about tensors, honest about types; generation defaults."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from quire.errors import ConfigurationError, ModelFileError
+from quire.ops.reference import ReferenceOps
+from quire.weights.generation_config import load_generation_defaults
+from quire.weights.load import load_model, read_spec
+from tests.tiny.checkpoints import make_tiny
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("load")
+    return {
+        "llama": make_tiny("llama", root / "llama", num_hidden_layers=2),
+        "tied": make_tiny("llama", root / "tied", num_hidden_layers=1, tie_word_embeddings=True, dtype="float16"),
+        "gpt2": make_tiny("gpt2", root / "gpt2", n_layer=1),
+    }
+
+
+def changed(source: Path, directory: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    shutil.copytree(source, directory, dirs_exist_ok=True)
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def rename(old: str, new: str) -> Callable[[dict[str, Any]], None]:
+    return lambda tensors: tensors.update({new: tensors.pop(old)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"lacks model\.layers\.1\.mlp\.up_proj\.weight"),
+        (lambda t: t.pop("lm_head.weight"), r"lacks lm_head\.weight"),
+        (lambda t: t.update(extra=np.zeros(1, np.float32)), r"does not: extra"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(64, np.float32)}),
+            r"does not: model\.layers\.0\.self_attn\.q_proj\.bias",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": np.ones(63, np.float32)}),
+            r"model\.norm\.weight has the shape \[63\]; the config asks for \[64\]",
+        ),
+        (lambda t: t.clear(), r"lacks model\.embed_tokens\.weight, .* and \d+ more"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(
+    change: Callable[[dict[str, Any]], None], message: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ModelFileError, match=message):
+        load_model(changed(checkpoints["llama"], tmp_path, change), ReferenceOps(np))
+
+
+def embedded(directory: Path) -> Any:
+    ops = ReferenceOps(np)
+    model = load_model(directory, ops)
+    return model.logits(np.ones((1, model.spec.hidden_size), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama", lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)})),
+        ("tied", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]})),
+        ("gpt2", lambda t: t.update({"transformer.h.0.attn.bias": np.ones((1, 1, 8, 8), np.uint8)})),
+        ("gpt2", lambda t: [rename(old, old.removeprefix("transformer."))(t) for old in list(t)]),
+    ],
+    ids=["inv_freq", "tied head twice", "gpt2 mask", "gpt2 without prefix"],
+)
+def test_what_checkpoints_are_known_to_carry_changes_nothing(
+    name: str, change: Callable[[dict[str, Any]], None], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    other = changed(checkpoints[name], tmp_path, change)
+    assert np.array_equal(embedded(checkpoints[name]), embedded(other))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "storage"),
+    [
+        ("llama", "auto", "float32"),
+        ("tied", "auto", "float16"),
+        ("llama", "bfloat16", "bfloat16"),
+        ("tied", "float32", "float32"),
+    ],
+)
+def test_dtype_auto_is_the_checkpoints_own(name: str, dtype: str, storage: str, checkpoints: dict[str, Path]) -> None:
+    model = load_model(checkpoints[name], ReferenceOps(np), dtype)
+    assert model.cache_shape(4, 16).storage == storage
+
+
+def test_without_a_stated_dtype_the_tensors_decide(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints["tied"], tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_model(tmp_path, ReferenceOps(np)).cache_shape(4, 16).storage == "float16"
+
+
+def test_sizes_and_progress(checkpoints: dict[str, Path]) -> None:
+    seen: list[tuple[int, int]] = []
+    model = load_model(
+        checkpoints["tied"], ReferenceOps(np), max_model_len=100, progress=lambda *step: seen.append(step)
+    )
+    assert model.max_model_len == 100
+    assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
+    matrices = 320 * 64 + 64 * 64 * 2 + 2 * 32 * 64 + 3 * 64 * 96
+    assert model.weight_bytes == 2 * matrices + 4 * 3 * 64
+    shape = model.cache_shape(5, 16)
+    assert (shape.num_layers, shape.num_blocks, shape.block_size) == (1, 5, 16)
+    assert (shape.num_kv_heads, shape.head_dim) == (2, 16)
+
+
+@pytest.mark.parametrize("max_model_len", [0, -1, 513])
+def test_max_model_len_is_at_most_the_models(max_model_len: int, checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(ConfigurationError, match="the model has 512 positions") as caught:
+        load_model(checkpoints["llama"], ReferenceOps(np), max_model_len=max_model_len)
+    assert caught.value.field == "max_model_len"
+
+
+def test_an_unknown_dtype_is_refused(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(ConfigurationError, match="dtype must be one of auto"):
+        load_model(checkpoints["llama"], ReferenceOps(np), "int8")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"a": NaN}', '{"a": 1, "a": 2}', "[" * 100_000, "{}", '{"architectures": [1]}']
+)
+def test_a_damaged_config_is_an_error_that_names_it(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelFileError, match=r"config\.json"):
+        read_spec(tmp_path)
+
+
+def write(directory: Path, **files: Any) -> Path:
+    for name, value in files.items():
+        (directory / f"{name}.json").write_text(json.dumps(value))
+    return directory
+
+
+def test_generation_defaults_come_under_vllm_names(tmp_path: Path) -> None:
+    generation = {
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+        "repetition_penalty": 1.05,
+        "max_new_tokens": 2048,
+        "min_p": None,
+        "do_sample": True,
+        "eos_token_id": [7, 9],
+        "bos_token_id": 1,
+    }
+    defaults = load_generation_defaults(write(tmp_path, config={"eos_token_id": 3}, generation_config=generation))
+    assert defaults.eos_token_ids == (7, 9) and defaults.bos_token_id == 1
+    assert defaults.sampling == {
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+        "repetition_penalty": 1.05,
+        "max_tokens": 2048,
+    }
+
+
+def test_config_stands_in_for_a_missing_generation_config(tmp_path: Path) -> None:
+    defaults = load_generation_defaults(write(tmp_path, config={"eos_token_id": 3, "bos_token_id": None}))
+    assert (defaults.eos_token_ids, defaults.bos_token_id, dict(defaults.sampling)) == ((3,), None, {})
+
+
+@pytest.mark.parametrize("bad", [{"eos_token_id": "x"}, {"eos_token_id": [-1]}, {"top_p": "0.9"}, {"top_k": True}])
+def test_generation_defaults_of_a_wrong_type_are_named(bad: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=next(iter(bad))):
+        load_generation_defaults(write(tmp_path, config={}, generation_config=bad))
