@@ -1,0 +1,231 @@
+"""Flags. Those of the engine and of sampling are made from `EngineArgs` and `SamplingParams`, once for all verbs.
+
+Hyphen and underscore are both accepted. Names of other engines are aliases where they mean the same; names that vLLM
+removed, or that switch on what Quire always does, are dropped with one line that says so.
+"""
+
+import argparse
+import difflib
+import types
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import MISSING, fields
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from quire.config import BLOCK_SIZES, DEVICES, DTYPES, POLICIES, EngineArgs
+from quire.sampling_params import SamplingParams
+
+ENGINE_HELP = {
+    "model": "a directory or a hub id; without it, the embedded model",
+    "tokenizer": "a directory or hub id; the model's own",
+    "dtype": f"weights and cache: {', '.join(DTYPES)}; float32 computes exactly",
+    "max_model_len": "longest prompt plus output, in tokens (32k and 32K are understood); auto takes the model's",
+    "max_num_seqs": "requests that run at once",
+    "max_num_batched_tokens": "tokens computed in one step",
+    "gpu_memory_utilization": "share of the device's memory (on a CPU: of the machine's) for weights and cache",
+    "kv_cache_memory_bytes": "size of the cache, instead of the share",
+    "num_gpu_blocks_override": "number of cache blocks, whatever fits",
+    "block_size": f"tokens in a block: {', '.join(map(str, BLOCK_SIZES))}",
+    "enable_prefix_caching": "reuse the cache of prompts that begin alike",
+    "scheduling_policy": " or ".join(POLICIES),
+    "seed": "seeds requests that bring none",
+    "revision": "branch, tag or commit on the hub",
+    "tensor_parallel_size": "devices that share one model",
+    "enforce_eager": "no captured graphs",
+    "device": ", ".join(DEVICES),
+    "threads": "CPU threads; the physical cores that this process may use",
+}
+SAMPLING_HELP = {
+    "n": "answers to each prompt",
+    "temperature": "0 takes the most probable token",
+    "top_p": "keep the most probable tokens up to this mass",
+    "top_k": "keep this many tokens; 0 keeps all",
+    "min_p": "drop tokens less probable than this share of the best one's",
+    "presence_penalty": "against tokens that occurred",
+    "frequency_penalty": "against tokens, by how often they occurred",
+    "repetition_penalty": "above 1 against tokens of prompt and answer",
+    "max_tokens": "tokens to generate at most; until the end or the context's end",
+    "min_tokens": "no end before this many tokens",
+    "ignore_eos": "go on after the end of the answer",
+}
+ALIASES = {
+    **dict.fromkeys(("--model-path", "--model-id", "--model-dir"), "--model"),
+    **dict.fromkeys(
+        ("--context-length", "--max-seq-len", "--max-total-tokens", "--ctx-size", "-c", "--num-ctx", "--session-len"),
+        "--max-model-len",
+    ),
+    **dict.fromkeys(
+        (
+            "--mem-fraction-static",
+            "--free-gpu-memory-fraction",
+            "--cuda-memory-fraction",
+            "--cache-max-entry-count",
+        ),
+        "--gpu-memory-utilization",
+    ),
+    **dict.fromkeys(("--max-running-requests", "--max-batch-size", "-np", "--parallel"), "--max-num-seqs"),
+    **dict.fromkeys(
+        ("--chunked-prefill-size", "--max-num-tokens", "--max-batch-prefill-tokens"), "--max-num-batched-tokens"
+    ),
+    **dict.fromkeys(("--page-size", "--tokens-per-block", "--cb-block-size"), "--block-size"),
+    **dict.fromkeys(("-tp", "--tp-size", "--tp", "--num-shard"), "--tensor-parallel-size"),
+    "--disable-cuda-graph": "--enforce-eager",
+    "--disable-radix-cache": "--no-enable-prefix-caching",
+    "--schedule-policy": "--scheduling-policy",
+    **dict.fromkeys(
+        ("--max-completion-tokens", "--max-new-tokens", "--num-predict", "--n-predict", "--max-output-tokens"),
+        "--max-tokens",
+    ),
+    **dict.fromkeys(("--sampling-seed", "--random-seed"), "--seed"),
+}
+"""Other engines' names. `-c` and `-np` are llama.cpp's."""
+OTHER_MEANING = frozenset({"--mem-fraction-static", "--free-gpu-memory-fraction", "--cache-max-entry-count"})
+"""Aliases whose share is of something a little different there."""
+NO_EFFECT = {
+    **dict.fromkeys(("--swap-space", "--num-lookahead-slots", "--num-scheduler-steps", "--preemption-mode"), True),
+    **dict.fromkeys(("--max-num-partial-prefills",), True),
+    **dict.fromkeys(("--use-v2-block-manager", "--disable-log-requests", "--enable-chunked-prefill"), False),
+}
+"""Names without effect here -> whether a value follows."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that names the nearest flag when it meets an unknown one."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse, with a better word for what is left over."""
+        options, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(self._unknown(rest[0]))
+        return options
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """A verb refuses what it does not know itself: it knows its own flags."""
+        options, rest = super().parse_known_args(args, namespace)
+        if rest and self._subparsers is None:
+            self.error(self._unknown(rest[0]))
+        return options, rest
+
+    def error(self, message: str) -> NoReturn:
+        """One line, and exit code 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def _unknown(self, given: str) -> str:
+        if not given.startswith("-"):
+            return f"unexpected argument {given!r}"
+        name = given.partition("=")[0]
+        known = [flag for action in self._actions for flag in action.option_strings]
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        return f"unknown flag {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+
+
+def canonical(arguments: Sequence[str], say: Callable[[str], None]) -> list[str]:
+    """The same command line under canonical names. What follows `--` is left alone."""
+    result: list[str] = []
+    rest = list(arguments)
+    while rest:
+        item = rest.pop(0)
+        if item == "--":
+            return [*result, item, *rest]
+        if not item.startswith("-") or item == "-" or _is_number(item):
+            result.append(item)
+            continue
+        name, equals, value = item.partition("=")
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+        if name in NO_EFFECT:
+            if NO_EFFECT[name] and not equals and rest:
+                rest.pop(0)
+            say(f"quire: {name} has no effect and is deprecated here")
+            continue
+        if name in OTHER_MEANING:
+            say(f"quire: {name} is read as {ALIASES[name]}, a share of all of the device's memory")
+        result.append(ALIASES.get(name, name) + equals + value)
+    return result
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def add_engine(parser: argparse.ArgumentParser, *, positional_model: bool = False) -> None:
+    """Every field of `EngineArgs` as a flag. Left out, a flag is absent from the namespace."""
+    group = parser.add_argument_group("engine")
+    if positional_model:
+        parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=ENGINE_HELP["model"])
+    _add_fields(group, EngineArgs, ENGINE_HELP)
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, without: Iterable[str] = ()) -> None:
+    """The sampling flags of a person at a terminal; the model's own settings where they are left out."""
+    group = parser.add_argument_group("sampling (left out: the model's own settings)")
+    _add_fields(group, SamplingParams, {k: v for k, v in SAMPLING_HELP.items() if k not in without})
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="TEXT",
+        help="text that ends the answer; may be repeated",
+    )
+
+
+def _add_fields(group: Any, owner: type, helps: dict[str, str]) -> None:
+    hints = get_type_hints(owner)
+    defaults = {item.name: item.default for item in fields(owner)}
+    for name, text in helps.items():
+        flag, kind = "--" + name.replace("_", "-"), _plain_type(hints[name])
+        default = defaults[name]
+        shown = text if default in (None, MISSING) or owner is SamplingParams else f"{text} (default: {default})"
+        common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": shown.replace("%", "%%")}
+        if kind is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        elif kind is int:
+            group.add_argument(flag, type=_length if name == "max_model_len" else _count, metavar="N", **common)
+        elif kind is float:
+            group.add_argument(flag, type=float, metavar="X", **common)
+        else:
+            group.add_argument(flag, metavar="NAME", **common)
+
+
+def _plain_type(hint: Any) -> type:
+    if get_origin(hint) in (Union, types.UnionType):
+        return _plain_type(next(item for item in get_args(hint) if item is not type(None)))
+    plain: type = hint
+    return plain
+
+
+def _count(text: str) -> int:
+    """A whole number; k, m, g are thousands, K, M, G multiples of 1,024, as vLLM reads them."""
+    scales = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+    try:
+        if text[-1:] in scales:
+            number = float(text[:-1]) * scales[text[-1]]
+            if number == int(number):
+                return int(number)
+        return int(text)
+    except (ValueError, OverflowError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from error
+
+
+def _length(text: str) -> int | None:
+    return None if text in ("auto", "-1") else _count(text)
+
+
+_count.__name__ = _length.__name__ = "whole number"
+
+
+def engine_values(options: argparse.Namespace) -> dict[str, Any]:
+    """The engine arguments that were given."""
+    values = {name: getattr(options, name) for name in ENGINE_HELP if hasattr(options, name)}
+    positional = getattr(options, "positional_model", None)
+    if positional is not None:
+        values.setdefault("model", positional)
+    return values
+
+
+def sampling_values(options: argparse.Namespace) -> dict[str, Any]:
+    """The sampling parameters that were given."""
+    return {name: getattr(options, name) for name in (*SAMPLING_HELP, "stop") if hasattr(options, name)}

@@ -1,0 +1,60 @@
+"""From flags to a running engine: shared by the verbs that answer."""
+
+import argparse
+from contextlib import suppress
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from quire.cli import banner
+from quire.cli.arguments import engine_values, sampling_values
+from quire.config import EngineArgs
+from quire.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from quire.llm import AsyncLLM
+
+EMBEDDED_NAME = "quire-demo"
+
+
+def add_quiet(parser: argparse.ArgumentParser) -> None:
+    """`--quiet`, for every verb that shows the banner."""
+    parser.add_argument("-q", "--quiet", action="store_true", help="no banner")
+
+
+def model_name(args: EngineArgs) -> str:
+    """What the model is called when nothing else was asked: the last part of its directory or hub id."""
+    if args.model is None:
+        return EMBEDDED_NAME
+    return PurePath(args.model.rstrip("/")).name or args.model
+
+
+def start(options: argparse.Namespace) -> "tuple[AsyncLLM, EngineArgs]":
+    """An engine as the flags ask for it, with its banner.
+
+    Raises:
+        ConfigurationError: naming the flag or the file at fault.
+    """
+    args = EngineArgs.from_mapping(engine_values(options))
+    from quire.llm import AsyncLLM
+
+    engine = AsyncLLM.from_engine_args(args)
+    banner.show(model_name(args), engine.decisions, quiet=options.quiet)
+    return engine, args
+
+
+def make_params(options: argparse.Namespace, defaults: SamplingParams, *, kind: RequestOutputKind) -> SamplingParams:
+    """The model's own settings, what was given over them; no bound on the answer but the context's.
+
+    Raises:
+        InvalidRequestError: a value out of range.
+    """
+    values = {name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    values |= {"repetition_penalty": defaults.repetition_penalty, "max_tokens": None}
+    return SamplingParams.from_mapping({**values, **sampling_values(options), "output_kind": kind})
+
+
+def has_chat_template(engine: "AsyncLLM") -> bool:
+    """True when the model says how a conversation is written."""
+    with suppress(ValueError):
+        return engine.get_tokenizer().has_chat_template
+    return False

@@ -1,0 +1,118 @@
+"""`quire generate`: answer prompts and print the text as it comes."""
+
+import argparse
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, cast
+
+from quire.cli import engines
+from quire.cli.arguments import add_engine, add_sampling
+from quire.errors import InvalidRequestError, RequestFailedError
+from quire.outputs import RequestOutput
+from quire.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from quire.llm import AsyncLLM
+
+EXAMPLES = """examples:
+  quire generate "What is the KV cache?"
+  quire generate --model DIR --raw --max-tokens 40 --temperature 0 "Once upon a time"
+  echo "What is TTFT?" | quire generate --quiet
+  quire generate --json "What is a token?" "What is a block table?" """
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="read from standard input if there is none")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    parser.add_argument("--json", action="store_true", help="one JSON object for each prompt, when it is done")
+    engines.add_quiet(parser)
+    add_sampling(parser)
+    add_engine(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Answer every prompt, in order."""
+    prompts = options.prompts or [sys.stdin.read()]
+    if not all(prompt.strip() for prompt in prompts):
+        raise InvalidRequestError("the prompt is empty", param="prompt")
+    engine, _ = engines.start(options)
+    import asyncio
+
+    try:
+        asyncio.run(_answer_all(engine, prompts, options))
+    finally:
+        engine.close()
+    return 0
+
+
+async def _answer_all(engine: "AsyncLLM", prompts: list[str], options: argparse.Namespace) -> None:
+    """All prompts run at once; their texts are printed one after the other."""
+    import asyncio
+
+    streams_text = not options.json and getattr(options, "n", 1) == 1
+    kind = RequestOutputKind.DELTA if streams_text else RequestOutputKind.FINAL_ONLY
+    params = engines.make_params(options, engine.get_default_sampling_params(), kind=kind)
+    queues: list[asyncio.Queue[RequestOutput | Exception]] = [asyncio.Queue() for _ in prompts]
+    tasks = [
+        asyncio.create_task(_pump(engine, prompt, params, queue, raw=options.raw))
+        for prompt, queue in zip(prompts, queues, strict=True)
+    ]
+    try:
+        for prompt, queue in zip(prompts, queues, strict=True):
+            await _print_one(prompt, queue, options)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(engine: "AsyncLLM", prompt: str, params: SamplingParams, queue: Any, *, raw: bool) -> None:
+    try:
+        source: Any = prompt
+        if not raw and engines.has_chat_template(engine):
+            source = {"prompt_token_ids": await engine.encode_chat([{"role": "user", "content": prompt}])}
+        stream = cast("AsyncGenerator[RequestOutput, None]", engine.generate(source, params))
+        async with aclosing(stream) as outputs:
+            async for output in outputs:
+                queue.put_nowait(output)
+    except Exception as error:  # noqa: BLE001 -- raised by the reader
+        queue.put_nowait(error)
+
+
+async def _print_one(prompt: str, queue: Any, options: argparse.Namespace) -> None:
+    finished = False
+    while not finished:
+        output = await queue.get()
+        if isinstance(output, Exception):
+            raise output
+        if output.error is not None:
+            raise RequestFailedError(output.error)
+        finished = output.finished
+        if options.json:
+            _print_json(prompt, output)
+        else:
+            for choice in output.outputs:
+                print(choice.text, end="" if len(output.outputs) == 1 else "\n\n", flush=True)
+    if not options.json:
+        print(flush=True)
+
+
+def _print_json(prompt: str, output: RequestOutput) -> None:
+    import json
+
+    answer = {
+        "prompt": prompt,
+        "prompt_tokens": len(output.prompt_token_ids),
+        "outputs": [
+            {
+                "text": choice.text,
+                "tokens": len(choice.token_ids),
+                "finish_reason": choice.finish_reason,
+                "stop_reason": choice.stop_reason,
+            }
+            for choice in output.outputs
+        ],
+    }
+    print(json.dumps(answer, ensure_ascii=False), flush=True)

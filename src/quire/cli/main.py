@@ -1,0 +1,112 @@
+"""`quire VERB ...`: finds the verb, and turns errors into one line.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import quire
+from quire.cli import bench, chat, doctor, generate, serve
+from quire.cli.arguments import Parser, canonical
+from quire.errors import ConfigurationError, InvalidRequestError, QuireError
+
+EXAMPLES = """examples:
+  quire generate "What is PagedAttention?"
+  quire chat
+  quire serve --model DIR --port 8000
+  quire bench throughput --model DIR --workload W1 W2 --compare transformers
+
+`quire VERB --help` tells the rest. Without a model, the small embedded one is used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verb:
+    """One word of the command line."""
+
+    help: str
+    add: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    examples: str
+
+
+VERBS = {
+    "generate": Verb("answer prompts and print the text as it comes", generate.add, generate.run, generate.EXAMPLES),
+    "chat": Verb("talk with the model", chat.add, chat.run, chat.EXAMPLES),
+    "serve": Verb("serve the OpenAI API over HTTP", serve.add, serve.run, serve.EXAMPLES),
+    "bench": Verb("measure speed", bench.add, bench.run, bench.EXAMPLES),
+    "doctor": Verb("say what this machine and installation offer", doctor.add, doctor.run, doctor.EXAMPLES),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = Parser(
+        prog="quire",
+        description="An inference engine for large language models.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"quire {quire.__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the whole trace of an error")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+    for name, verb in VERBS.items():
+        child = verbs.add_parser(
+            name,
+            help=verb.help,
+            description=verb.help[0].upper() + verb.help[1:] + ".",
+            epilog=verb.examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        child.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show the whole trace of an error"
+        )
+        verb.add(child)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        options = make_parser().parse_args(canonical(given, say))
+        return VERBS[options.verb].run(options)
+    except SystemExit as leaving:  # argparse: --help, --version, usage
+        return leaving.code if isinstance(leaving.code, int) else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if debug:
+            raise
+        say(f"quire: {_one_line(error)}")
+        return 2 if isinstance(error, InvalidRequestError | ConfigurationError) and _is_usage(error) else 1
+
+
+def say(text: str) -> None:
+    """One line on standard error."""
+    print(text, file=sys.stderr)
+
+
+def _is_usage(error: QuireError) -> bool:
+    """True when an argument that was typed is at fault, and not a file or the machine."""
+    return type(error) in (InvalidRequestError, ConfigurationError)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, QuireError):
+        return text or type(error).__name__
+    if isinstance(error, ModuleNotFoundError):
+        return f"the module {error.name!r} is not installed"
+    return f"{type(error).__name__}: {text} (--debug shows where)"

@@ -1,0 +1,88 @@
+"""`quire serve`: the OpenAI API over HTTP."""
+
+import argparse
+import sys
+
+from quire.cli import engines
+from quire.cli.arguments import add_engine, engine_values
+from quire.config import EngineArgs
+from quire.errors import ConfigurationError
+
+EXAMPLES = """examples:
+  quire serve
+  quire serve DIR --port 8000 --served-model-name mine --api-key SECRET
+  curl http://127.0.0.1:8000/v1/completions \\
+    -H 'Content-Type: application/json' -d '{"prompt": "Hello", "max_tokens": 9}'
+
+SIGTERM or Ctrl-C: running requests finish first (--shutdown-timeout); a second one leaves at once."""
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    group.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names for clients; the directory's name")
+    group.add_argument("--api-key", metavar="KEY", help="every route but the probes then needs it")
+    group.add_argument(
+        "--metrics-prefix",
+        default="quire",
+        metavar="NAME",
+        help="before the colon of metrics' names; vllm suits its boards",
+    )
+    group.add_argument(
+        "--enable-prompt-tokens-details", action="store_true", help="usage tells how many prompt tokens were cached"
+    )
+    group.add_argument(
+        "--shutdown-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds for running requests to finish (default: 30)",
+    )
+    engines.add_quiet(parser)
+    add_engine(parser, positional_model=True)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until a signal comes."""
+    import logging
+
+    from quire.server.app import create_app
+    from quire.server.serve import GracefulServer, bind
+
+    if not 0 <= options.port < 65536:
+        raise ConfigurationError(f"port must be between 0 and 65535, got {options.port}", field="port")
+    if not 0 <= options.shutdown_timeout < 86400:
+        raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
+    args = EngineArgs.from_mapping(engine_values(options))
+    listener = bind(options.host, options.port)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    engine, _ = engines.start(options)
+    name = engines.model_name(args)
+    try:
+        app = create_app(
+            engine,
+            served_model_name=options.served_model_name or name,
+            model_names=[name] if args.model is None else [name, args.model],
+            api_key=options.api_key,
+            metrics_prefix=options.metrics_prefix,
+            show_cached_tokens=options.enable_prompt_tokens_details,
+        )
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        address = f"http://{host}:{listener.getsockname()[1]}"
+        if options.host not in LOOPBACK and options.api_key is None:
+            _say(f"warning: anybody who reaches {address} may use it; --api-key asks for a key")
+        server = GracefulServer(app, drain_s=options.shutdown_timeout, on_ready=lambda: _say(f"ready on {address}/v1"))
+        server.run([listener])
+    finally:
+        listener.close()
+        engine.close()
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
