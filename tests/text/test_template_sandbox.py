@@ -1,0 +1,196 @@
+"""Templates that ask for too much end in one clear error, without the time and the memory they wanted."""
+
+# ruff: noqa: E501 - one template a line
+
+import resource
+import sys
+import threading
+
+import pytest
+from jinja2 import nodes
+
+from quire.errors import InvalidRequestError
+from quire.text import template_limits
+from quire.text.chat_template import ChatTemplates
+
+MESSAGES = {"messages": [{"role": "user", "content": "hi"}]}
+
+TOO_LARGE = r"""
+{{ 'a' * 10**9 }}
+{{ 10**9 * 'a' }}
+{{ [1] * 10**9 }}
+{{ 'a'.center(10**9) }}
+{{ 'a'.ljust(10**9) }}
+{{ '7'.zfill(10**9) }}
+{{ '%1000000000d' % 1 }}
+{{ '%*d' % (1000000000, 1) }}
+{{ '%.1000000000f' % 1.0 }}
+{{ '{:1000000000}'.format('a') }}
+{{ '{:{w}}'.format('a', w=10**9) }}
+{{ '{0!r:{1}}'.format(messages, '1000000000') }}
+{{ '%1000000000d' | format(1) }}
+{{ 10**100000 }}
+{{ 2**8000 * 2**8000 }}
+{{ 'a\nb' | indent(10**9) }}
+{{ ('a\n' * 1000000) | indent(100) }}
+{{ {'a': 1} | tojson(indent=10**9) }}
+{{ {'a': 1} | tojson(separators=('a' * 1000000, 'b')) }}
+{{ [1] | batch(10**9, 'x') | list }}
+{{ [1] | slice(10**9) | list }}
+{{ 1 | round(-10**9, 'floor') }}
+{{ strftime_now('%Y' * 1000) }}
+{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(100) %}{% set ns.x = ns.x + ns.x %}{% endfor %}
+{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(100) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}
+{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(100) %}{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}
+{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(100) %}{% set ns.x = ns.x.replace('a', 'aa') %}{% endfor %}
+{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(100) %}{% set ns.x = [ns.x, ns.x] | join %}{% endfor %}
+{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(100) %}{% set ns.x = '%s%s' % (ns.x, ns.x) %}{% endfor %}
+{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(100) %}{% set ns.x = '{0}{0}'.format(ns.x) %}{% endfor %}
+{% set ns = namespace(x=[1, 2]) %}{% for i in range(100) %}{% set ns.x = ns.x + ns.x %}{% endfor %}
+{% set ns = namespace(x=[1, 2]) %}{% for i in range(100) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}
+{% set ns = namespace(x=(1, 2)) %}{% for i in range(100) %}{% set ns.x = (ns.x, ns.x) %}{% endfor %}{{ {ns.x: 1} }}
+{% set ns = namespace(x=1, y=1) %}{% for i in range(99) %}{% set ns.x, ns.y = [ns.x, ns.x], [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}
+{% set ns = namespace(x={}) %}{% for i in range(100) %}{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% endfor %}
+{% set ns = namespace(x={}) %}{% for i in range(100) %}{% set ns.x = dict(a=ns.x, b=ns.x) %}{% endfor %}
+{% set ns = namespace(t=()) %}{% for i in range(100000) %}{% set ns.t = (ns.t, i) %}{% endfor %}{{ ns.t }}
+{% set a = 'a' * 4000000 %}{{ a.replace('', a) }}
+{% set a = 'a' * 4000000 %}{{ a | replace('a', a) }}
+{% set a = 'a' * 4000000 %}{{ a.join(['x'] * 100) }}
+{% set a = 'a' * 100000 %}{{ (['x'] * 100000) | join(a) }}
+{% set a = 'a ' * 4000000 %}{{ a.split() | length }}
+{% set a = 'a\n' * 4000000 %}{{ a.splitlines() | length }}
+{% set a = 'a ' * 4000000 %}{{ a | title }}
+{% set a = 'a' * 8000000 %}{{ a | list | length }}
+{% set a = 'a' * 8000000 %}{{ a | batch(1) | list | length }}
+{% set a = 'a' * 8000000 %}{{ a | select | list | length }}
+{% set a = 'a' * 8000000 %}{{ a | map('upper') | list | length }}
+{% set a = 'a' * 8000000 %}{{ a | sort }}
+{% set a = '分' * 2000000 %}{{ [a, a, a] | tojson }}
+{% set a = 'a' * 1000000 %}{{ a.rfind('a' * 500000 ~ 'b' ~ 'a' * 10) }}
+{% set a = 'a' * 1000000 %}{{ a.rsplit('a' * 500000 ~ 'b' ~ 'a' * 10) }}
+{% set a = 'a' * 4000000 %}{{ a.strip('b' * 4000000 ~ 'a') }}
+{% set a = 'a' * 4000000 %}{{ a | trim('b' * 4000000 ~ 'a') }}
+{% set fmt = '%(a)s' * 1000000 %}{{ fmt % {'a': 'x' * 1000000} }}
+{% set fmt = '{0}' * 1000000 %}{{ fmt.format('x' * 1000000) }}
+{% set a = 'a' * 8000000 %}{% for i in range(100000) %}{{ a }}{% endfor %}
+{% set a = 'a' * 8000000 %}{% for i in range(100000) %}{% set b = a[1:] %}{% endfor %}
+{% for i in range(100000) %}{% set x = range(100000) | list %}{% endfor %}
+{% macro f() %}{% for i in range(100000) %}{{ 'y' * 100 }}{% endfor %}{% endmacro %}{{ f() }}
+{% filter upper %}{% for i in range(100000) %}{% for j in range(1000) %}yyyyyyyyyyyyyyyy{% endfor %}{% endfor %}{% endfilter %}
+""".strip().split("\n")
+
+TOO_LONG = r"""
+{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}
+{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}
+{% set a = range(90000) | list %}{% set b = range(90000) | list %}{% for i in range(9999) %}{% if a == b %}{% endif %}{% endfor %}
+{% set a = 'a' * 8000000 %}{% for x in [a] recursive %}{{ loop(a) if loop.depth0 < 2 }}{% endfor %}
+{% for i in range(1000) %}{{ range(100000) | map('abs') | map('abs') | map('abs') | max }}{% endfor %}
+""".strip().split("\n")
+
+REFUSED = {
+    "{% for i in range(10**9) %}{% endfor %}": "Range too big",
+    "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}": "nests too deeply",
+    "{% for x in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}": "nests too deeply",
+    "{{ [].__class__.__base__.__subclasses__() }}": "unsafe",
+    "{{ (messages | attr('__class__'))() }}": "unsafe",
+    "{{ cycler.__init__.__globals__ }}": "unsafe",
+    "{{ self.__init__.__globals__ }}": "unsafe",
+    "{{ raise_exception.__globals__.os }}": "unsafe",
+    "{{ '{0.__class__.__mro__}'.format(1) }}": "unsafe",
+    "{{ messages.append(1) }}": "unsafe",
+    "{{ messages[0].update(a=1) }}": "unsafe",
+    "{{ (1).to_bytes(10**9) }}": "unsafe",
+    "{{ 'a'.expandtabs(10**9) }}": "unsafe",
+    "{{ 'a'.translate({97: 'b'}) }}": "unsafe",
+    "{{ ''.format_map({}) }}": "unsafe",
+    "{% set ns = namespace() %}{% set ns.__class__ = 1 %}": "underscore",
+    "{{ namespace(_x=1) }}": "underscore",
+    "{% include 'x' %}": "no loader",
+    "{% import 'x' as y %}": "no loader",
+    "{% extends 'x' %}": "no loader",
+    "{% include 'x' ignore missing %}": "no loader",
+    "{{ 'a' | center(10**9) }}": "No filter named 'center'",
+    "{{ lipsum(10**9) }}": "'lipsum' is undefined",
+    "{{ raise_exception(*('a' * 8000000)) }}": r"'\*' arguments",
+    "{{ dict([[1, 1]]) }}": "must be strings",
+    "{{ [[1], [2]] | sum(start=[]) }}": "cannot calculate",
+    "{{ raise_exception('this conversation is refused') }}": "this conversation is refused",
+    "{{ 1 / 0 }}": "division by zero",
+    "{% if %}": "not valid, line 1",
+    "{{ messages[0].nothing.more }}": "has no attribute 'nothing'",
+    "{{ " + "[" * 3000 + "]" * 3000 + " }}": "nests too deeply",
+    "{{a}}" * 20_000: "more than 16384 tokens",
+    "{{ 1" + "+1" * 20_000 + " }}": "more than 16384 tokens",
+    "x" * 300_000: "more than 262144 characters",
+    "{{ " + "9" * 100_000 + " }}": "Exceeds the limit",
+    "x" * 100_000 + "{% for i in range(100) %}" + "y" * 100_000 + "{% endfor %}": "writes more than 8 MB",
+}
+
+
+def peak_mb():
+    """The most memory that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+@pytest.mark.parametrize("template", TOO_LARGE)
+def test_no_value_grows_beyond_its_bound(template):
+    before = peak_mb()
+    with pytest.raises(InvalidRequestError, match=r"more than|too large|too long|too many|apart") as caught:
+        ChatTemplates().render(template, MESSAGES)
+    assert "longer than" not in str(caught.value)
+    assert peak_mb() - before < 96
+
+
+@pytest.mark.parametrize("template", TOO_LONG)
+def test_no_loop_runs_beyond_its_time(template, monkeypatch):
+    monkeypatch.setattr(template_limits, "MAX_CPU_SECONDS", 0.2)
+    before = peak_mb()
+    with pytest.raises(InvalidRequestError, match=r"longer than 0\.2 s"):
+        ChatTemplates().render(template, MESSAGES)
+    assert peak_mb() - before < 96
+
+
+@pytest.mark.parametrize("template", REFUSED, ids=lambda template: template[:60])
+def test_refusals_are_clear(template):
+    with pytest.raises(InvalidRequestError, match=REFUSED[template]) as caught:
+        ChatTemplates().render(template, MESSAGES)
+    assert "0x" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_every_operation_is_metered():
+    """No node that computes reaches the compiler without a hook: the sandbox's own, or an internal filter."""
+    source = "{% for x in a %}{{ [x] }}{{ (x, x) }}{{ {x: x} }}{{ x == x }}{{ x ~ x }}{{ x[1:] }}{% endfor %}"
+    tree = ChatTemplates()._environment.parse(source)
+    wrapped = {type(node.node) for node in tree.find_all(nodes.Filter) if node.name.startswith(" ")}
+    assert {nodes.List, nodes.Tuple, nodes.Dict, nodes.Compare, nodes.Getitem, nodes.Name} <= wrapped
+    assert not list(tree.find_all(nodes.Concat))
+
+
+def test_a_spent_budget_is_not_the_next_ones():
+    templates = ChatTemplates()
+    for _ in range(3):
+        with pytest.raises(InvalidRequestError):
+            templates.render("{% set a = 'a' * 8000000 %}" + "{% set b = a[1:] %}" * 10, MESSAGES)
+        assert templates.render("{{ messages[0].content }}", MESSAGES) == "hi"
+
+
+def test_budgets_are_of_one_thread():
+    templates = ChatTemplates()
+    template = "{% for i in range(20) %}{% set b = ('a' * 1000000)[1:] %}{% endfor %}{{ messages[0].content }}"
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(templates.render(template, MESSAGES))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == ["hi"] * 4
+
+
+def test_compiled_templates_are_kept_within_a_bound():
+    templates = ChatTemplates()
+    for number in range(40):
+        templates.render(f"{number}", {})
+        templates.render(f"{number}", {})
+    info = templates._compiled.cache_info()
+    assert (info.currsize, info.misses, info.hits) == (32, 40, 40)
