@@ -1,13 +1,13 @@
 """The scheduler, case by case, with exact expectations."""
 
 import pytest
-from tests.core.harness import Harness, alone, new_request
 
 from quire.core.plan import RowResult, ScheduledRow, Stalled, StepResult, TokenDelta
 from quire.core.policy import Fcfs
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.scheduler import Scheduler, SchedulerLimits
 from quire.errors import ConfigurationError, InvalidRequestError, PromptTooLongError
+from tests.core.harness import Harness, alone, new_request
 
 
 def stalls(harness: Harness) -> dict[str, tuple[str, str | None]]:

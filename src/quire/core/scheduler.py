@@ -296,7 +296,16 @@ class Scheduler:
         num_cached = request.num_cached
         return make(
             TokenDelta,
-            (request.new.request_id, token_ids, logprobs, prompt_logprobs, num_cached, finish_reason, stop_reason, None),
+            (
+                request.new.request_id,
+                token_ids,
+                logprobs,
+                prompt_logprobs,
+                num_cached,
+                finish_reason,
+                stop_reason,
+                None,
+            ),
         )
 
     # Leaving.

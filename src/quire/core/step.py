@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from quire.core.plan import NewRow, ScheduledRequest, ScheduledRow, Stalled
 from quire.core.request import Request
 
-
 make = tuple.__new__
 """Makes a NamedTuple at half the cost of its constructor: for what is made once a row in every step."""
 
@@ -65,4 +64,3 @@ class Step:
         if self._greediest is None:
             self._greediest = max(self.advanced, key=lambda item: item.num_tokens).request_id
         self.stall(request, "budget", by=self._greediest)
-

@@ -1,0 +1,54 @@
+"""The loop body, and the clock on it."""
+
+import pytest
+
+from quire.bench.core_clock import time_core
+from quire.core.engine_core import EngineCore
+from quire.core.policy import Fcfs
+from quire.core.prefix_cache import PrefixCache
+from quire.core.scheduler import Scheduler, SchedulerLimits
+from quire.executor.base import Executor
+from quire.executor.fake import FakeExecutor
+from tests.core.harness import KEY, VOCAB_SIZE, alone, new_request
+
+
+def parts(max_num_seqs: int) -> tuple[Scheduler, FakeExecutor]:
+    limits = SchedulerLimits(max_num_seqs, 64, 64, 4, 16 * max_num_seqs)
+    fake = FakeExecutor(num_blocks=limits.num_blocks, block_size=4, max_num_seqs=max_num_seqs, vocab_size=VOCAB_SIZE)
+    return Scheduler(limits, Fcfs(), PrefixCache(KEY)), fake
+
+
+def test_steps_until_the_work_is_done() -> None:
+    scheduler, fake = parts(4)
+    executor: Executor = fake
+    ticks = iter(range(100, 200))
+    core = EngineCore(scheduler, executor, lambda: float(next(ticks)))
+    assert core.step() == [] and core.last_record.scheduled == ()
+    requests = [new_request(name, [1, 2, number], max_tokens=3) for number, name in enumerate("abc")]
+    for new in requests:
+        core.add(new)
+    told: dict[str, list[int]] = {}
+    while core.has_work:
+        for delta in core.step():
+            told.setdefault(delta.request_id, []).extend(delta.token_ids)
+        core.check()
+    assert told == {new.request_id: alone(new).token_ids for new in requests}
+    assert (core.last_record.now_s, core.num_running, core.num_waiting) == (102.0, 0, 0)
+    core.add(new_request("d", [1]))
+    assert [delta.finish_reason for delta in core.abort("d")] == ["abort"]
+    core.close()
+
+
+def test_the_clock_counts_decoding_steps_only() -> None:
+    def make(num_rows: int) -> tuple[Scheduler, FakeExecutor]:
+        scheduler, fake = parts(num_rows)
+        for number in range(num_rows):
+            scheduler.add(new_request(str(number), range(30), max_tokens=20))
+        return scheduler, fake
+
+    times = time_core(make, 3, num_steps=5)
+    assert (times.num_rows, times.num_steps) == (3, 5)
+    assert min(times.schedule_us, times.update_us, times.executor_us) > 0
+    assert times.core_us == times.schedule_us + times.update_us
+    with pytest.raises(ValueError, match=r"ended after 1[0-9] of 50 steps"):
+        time_core(make, 3, num_steps=50)
