@@ -35,8 +35,9 @@ def _load(path: str, threads: int) -> tuple[Any, dict[str, str]]:
 
     torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, attn_implementation="sdpa")
-    return model.eval(), {"torch": torch.__version__, "transformers": transformers.__version__}
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(path, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    return model, {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _generate(model: Any, items: list[dict[str, Any]], streamer: _FirstToken | None) -> None:

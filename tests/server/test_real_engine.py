@@ -1,0 +1,129 @@
+"""The same server over the real engine with a tiny random model: streams equal answers, and nothing is left over."""
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from quire.llm import AsyncLLM
+from tests.server.conftest import MODEL, Running, start, wait_until
+from tests.tiny.checkpoints import make_tiny
+
+HELLO: Any = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    directory: Path = make_tiny("llama", tmp_path_factory.mktemp("tiny"), tokenizer=True)
+    instance = start(AsyncLLM(str(directory), max_num_seqs=16))
+    yield instance
+    instance.stop()
+    instance.engine.close()
+
+
+@pytest.fixture(scope="module")
+def client(real: Running) -> openai.OpenAI:
+    return real.client()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_stream_equals_answer(client: openai.OpenAI, temperature: float) -> None:
+    options: dict[str, Any] = {
+        "model": MODEL, "prompt": ["one", "another"], "n": 2, "seed": 7, "temperature": temperature,
+        "max_tokens": 24, "logprobs": 3, "extra_body": {"ignore_eos": True},
+    }  # fmt: skip
+    whole = client.completions.create(**options)
+    texts, tokens = [""] * 4, [[] for _ in range(4)]  # type: ignore[var-annotated]
+    for chunk in client.completions.create(**options, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+            if choice.logprobs is not None:
+                tokens[choice.index] += zip(
+                    choice.logprobs.tokens or [], choice.logprobs.token_logprobs or [], strict=True
+                )
+    assert texts == [choice.text for choice in whole.choices]
+    for choice, streamed in zip(whole.choices, tokens, strict=True):
+        assert choice.logprobs is not None
+        assert streamed == list(
+            zip(choice.logprobs.tokens or [], choice.logprobs.token_logprobs or [], strict=True)
+        )
+        assert choice.finish_reason == "length"
+
+
+def test_seed_repeats_and_siblings_differ(client: openai.OpenAI) -> None:
+    def ask() -> list[str | None]:
+        answer = client.chat.completions.create(
+            model=MODEL, messages=HELLO, n=3, seed=5, temperature=1.0, max_tokens=16
+        )
+        return [choice.message.content for choice in answer.choices]
+
+    first = ask()
+    assert ask() == first
+    assert len(set(first)) == 3
+
+
+def test_chat_logprobs_have_exact_bytes(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=HELLO, max_tokens=12, temperature=0, logprobs=True, top_logprobs=2,
+        extra_body={"ignore_eos": True, "skip_special_tokens": False},
+    )  # fmt: skip
+    content = answer.choices[0].logprobs and answer.choices[0].logprobs.content
+    assert content
+    assert len(content) == 12
+    assert answer.choices[0].message.content == b"".join(bytes(item.bytes or []) for item in content).decode(
+        errors="replace"
+    )
+    for item in content:
+        assert len(item.top_logprobs) == 2
+        assert item.top_logprobs[0].logprob == item.logprob  # greedy: the chosen one is the best
+        assert item.top_logprobs[0].logprob >= item.top_logprobs[1].logprob
+
+
+def test_echo_scores_the_prompt(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=MODEL, prompt="abcd", max_tokens=0, echo=True, logprobs=1)
+    found = answer.choices[0].logprobs
+    assert found is not None
+    assert found.tokens == ["a", "b", "c", "d"]
+    assert found.token_logprobs is not None
+    assert found.token_logprobs[0] is None
+    assert all(value is not None and value < 0 for value in found.token_logprobs[1:])
+
+
+def test_errors_name_the_field(client: openai.OpenAI) -> None:
+    for changes, param in (
+        ({"prompt": [1, 320]}, "prompt"),
+        ({"prompt": "x" * 512}, "prompt"),
+        ({"logit_bias": {"320": 1}}, "logit_bias"),
+        ({"extra_body": {"stop_token_ids": [320]}}, "stop_token_ids"),
+    ):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(**{"model": MODEL, "prompt": "x", **changes})  # type: ignore[call-overload]
+        assert caught.value.param == param
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_closed_connection_frees_its_blocks(real: Running, stream: bool) -> None:
+    body = {"prompt": ["a" * 40, "b" * 40], "n": 2, "max_tokens": 450, "ignore_eos": True, "stream": stream}
+    data = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    aborted = _metric(real, 'quire:request_success_total{finished_reason="abort"')
+    with socket.create_connection(("127.0.0.1", int(real.url.rsplit(":", 1)[1]))) as connection:
+        connection.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        assert wait_until(lambda: _metric(real, "quire:num_requests_running") == 4)
+        assert _metric(real, "quire:kv_cache_usage_perc") > 0
+    assert wait_until(lambda: _metric(real, "quire:num_requests_running") == 0)
+    assert wait_until(lambda: _metric(real, "quire:kv_cache_usage_perc") == 0)
+    assert _metric(real, "quire:num_requests_waiting") == 0
+    assert _metric(real, 'quire:request_success_total{finished_reason="abort"') == aborted + 4
+
+
+def _metric(real: Running, start_of_line: str) -> float:
+    for line in httpx.get(f"{real.url}/metrics").text.splitlines():
+        if line.startswith(start_of_line):
+            return float(line.rsplit(" ", 1)[1])
+    raise KeyError(start_of_line)
