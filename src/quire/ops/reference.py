@@ -149,6 +149,8 @@ class ReferenceOps(composed.ComposedOps):
         out = []
         bounds = [int(start) for start in batch.query_starts]
         for row, (first, last) in enumerate(itertools.pairwise(bounds)):
+            if first == last:
+                continue
             start = int(batch.starts[row])
             stop = start + last - first
             blocks = [int(block) for block in batch.block_tables[row, : -(-stop // size)]]
@@ -229,10 +231,7 @@ class ReferenceOps(composed.ComposedOps):
         """Defined in `sampling_reference`. Providers may differ only where the two best candidates are closer
         than 1e-5, or where the mass at top_p's border is within 1e-6 of top_p."""
         seeds = [int(seed) for seed in self.to_numpy(batch.seeds)]
-        drawn = [
-            sampling_reference.draw(self.xp, logits[row, :], batch, row, seed)
-            for row, seed in enumerate(seeds)
-        ]
+        drawn = [sampling_reference.draw(self.xp, logits[row, :], batch, row, seed) for row, seed in enumerate(seeds)]
         return self.xp.asarray(drawn, dtype=self.xp.int32, device=self.device)
 
     def logprobs(self, logits: Array, token_ids: Array, num_top: int) -> Logprobs:

@@ -7,7 +7,7 @@
 4. top_p: of these, most probable first (among equals the lower ids), keep a token while the mass before it is
    less than top_p of the mass of all that step 3 kept. At least one stays. exp in float32, sums in float64.
 5. Draw by the Gumbel-max trick (arXiv 1411.0030): the largest `s + g` among the kept, with
-   `g = -log(-log1p(-v))`, `v = min((x + 1/2) 2^-32, 1 - 2^-24)` in float32, and x a word of Philox4x32-10
+   `g = -log(-log1p(-v))`, `v = min((float32(x) + 1/2) 2^-32, 1 - 2^-24)`, and x a word of Philox4x32-10
    (Salmon et al., SC'11): key = the row's seed, counter = (position low, position high, token_id // 4,
    STREAM), lane token_id % 4. (`v` keeps 32 bits near 0, where the large values of g come from.)
 
@@ -68,7 +68,7 @@ def gumbel(xp: Any, seed: int, position: int, like: Array) -> Array:
     )
     words = philox(counter, (seed & _WORD, seed >> 32 & _WORD))
     x = xp.reshape(xp.stack(words, axis=-1), (-1,))[:size]
-    v = xp.astype((xp.astype(x, xp.float64) + 0.5) * 2.0**-32, xp.float32)
+    v = (xp.astype(x, xp.float32) + 0.5) * 2.0**-32
     v = xp.where(v < 1.0 - 2.0**-24, v, 1.0 - 2.0**-24)
     return -xp.log(-xp.log1p(-v))
 

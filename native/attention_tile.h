@@ -1,0 +1,158 @@
+// The inner loops of attention: up to four query vectors against one chunk of 64 positions.
+//
+// For each query, scores, maximum, exponentials, their sum and the weighted values are computed in an order that
+// depends on positions alone. How queries are grouped, and where blocks begin, changes nothing.
+#pragma once
+
+#include "functions.h"
+
+namespace quire::QUIRE_ISA {
+
+constexpr int64_t kChunk = 64;   // positions for which the running softmax is updated at once
+constexpr int64_t kSplit = 512;  // positions after which a new running softmax starts, merged in order at the end
+constexpr int kQueries = 4;      // query vectors that share each load of a key or value
+constexpr int64_t kTiles = kChunk / kTile;
+
+// The keys and values of a chunk: four tiles of [head_dim][16] and of [16][value_dim].
+template <class T>
+struct Chunk {
+    const T* keys[kTiles];
+    const T* values[kTiles];
+};
+
+// A running softmax over the positions seen so far (arXiv 1805.02867).
+struct Running {
+    float top;     // the largest score
+    float total;   // sum of exp(score - top)
+    float* mixed;  // [value_dim]: sum of exp(score - top) * value
+};
+
+// scores[i][j] = queries[i] . key j
+template <int Q, class T>
+void score(const float* const* queries, const Chunk<T>& chunk, int64_t head_dim, float (*scores)[kChunk]) {
+#if defined(__AVX512F__) || defined(__aarch64__)
+    constexpr int V = 4;
+#else
+    constexpr int V = 2;
+#endif
+    for (int64_t first = 0; first < kChunk; first += V * kLanes) {
+        const T* keys[V];
+        for (int v = 0; v < V; ++v) {
+            const int64_t position = first + v * kLanes;
+            keys[v] = chunk.keys[position / kTile] + position % kTile;
+        }
+        Floats acc[Q][V] = {};
+        for (int64_t d = 0; d < head_dim; ++d) {
+            Floats key[V];
+            for (int v = 0; v < V; ++v) key[v] = load(keys[v] + d * kTile);
+            for (int i = 0; i < Q; ++i) {
+                const Floats query = splat(queries[i][d]);
+                for (int v = 0; v < V; ++v) acc[i][v] = fma(query, key[v], acc[i][v]);
+            }
+        }
+        for (int i = 0; i < Q; ++i) {
+            for (int v = 0; v < V; ++v) store(scores[i] + first + v * kLanes, acc[i][v]);
+        }
+    }
+}
+
+// Scores of the visible positions [low, high) of the chunk become weights; the others become 0.
+inline void update(const AttentionArgs& args, int64_t low, int64_t high, float* scores, Running& state) {
+    const Floats lowest = splat(-__builtin_inff());
+    for (int64_t j = 0; j < kChunk; j += kLanes) {
+        Floats s = load(scores + j) * args.scale;
+        if (args.softcap != 0.0f) s = args.softcap * tanh(s / args.softcap);
+        store(scores + j, s);
+    }
+    for (int64_t j = 0; j < low; ++j) scores[j] = lowest[0];
+    for (int64_t j = high; j < kChunk; ++j) scores[j] = lowest[0];
+    Floats best = lowest;
+    for (int64_t j = 0; j < kChunk; j += kLanes) best = max(best, load(scores + j));
+    const float chunk_top = max_lanes(best);
+    const float top = state.top > chunk_top ? state.top : chunk_top;
+    Floats sum{};
+    for (int64_t j = 0; j < kChunk; j += kLanes) {
+        const Floats weight = exp(load(scores + j) - top);
+        store(scores + j, weight);
+        sum = sum + weight;
+    }
+    const float keep = state.top == top ? 1.0f : exp(splat(state.top - top))[0];
+    state.top = top;
+    state.total = state.total * keep + sum_lanes(sum);
+    if (keep != 1.0f) {
+        const int64_t dims = (args.cache.head_dim + 15) / 16 * 16;
+        for (int64_t d = 0; d < dims; ++d) state.mixed[d] *= keep;
+    }
+}
+
+// mixed[i] += sum over j in [low, high) of weights[i][j] * value j
+template <int Q, class T>
+void mix(const float (*weights)[kChunk], const Chunk<T>& chunk, int64_t low, int64_t high, int64_t dims,
+         Running* const* states) {
+#if defined(__AVX512F__) || defined(__aarch64__)
+    constexpr int V = 4;
+#else
+    constexpr int V = 2;
+#endif
+    for (int64_t d = 0; d < dims; d += V * kLanes) {
+        // The last vectors of a narrow head repeat an earlier one: right values, written twice.
+        int64_t at[V];
+        for (int v = 0; v < V; ++v) at[v] = smaller(d + v * kLanes, dims - kLanes);
+        Floats acc[Q][V];
+        for (int i = 0; i < Q; ++i) {
+            for (int v = 0; v < V; ++v) acc[i][v] = load(states[i]->mixed + at[v]);
+        }
+        for (int64_t j = low; j < high; ++j) {
+            const T* row = chunk.values[j / kTile] + j % kTile * dims;
+            Floats value[V];
+            for (int v = 0; v < V; ++v) value[v] = load(row + at[v]);
+            for (int i = 0; i < Q; ++i) {
+                const Floats weight = splat(weights[i][j]);
+                for (int v = 0; v < V; ++v) acc[i][v] = fma(weight, value[v], acc[i][v]);
+            }
+        }
+        for (int i = 0; i < Q; ++i) {
+            for (int v = 0; v < V; ++v) store(states[i]->mixed + at[v], acc[i][v]);
+        }
+    }
+}
+
+// One chunk for Q queries; query i sees positions [low[i], high[i]) of it, counted from the chunk's first.
+template <int Q, class T>
+void attend_chunk(const AttentionArgs& args, const float* const* queries, const Chunk<T>& chunk,
+                  const int64_t* low, const int64_t* high, Running* const* states) {
+    float scores[Q][kChunk];
+    score<Q, T>(queries, chunk, args.cache.head_dim, scores);
+    int64_t shared_low = 0, shared_high = kChunk;
+    for (int i = 0; i < Q; ++i) {
+        update(args, low[i], high[i], scores[i], *states[i]);
+        shared_low = larger(shared_low, low[i]);
+        shared_high = smaller(shared_high, high[i]);
+    }
+    // Never a position the query may not see, not even with weight 0: it may hold another request's NaN.
+    const int64_t dims = (args.cache.head_dim + 15) / 16 * 16;
+    const bool share = shared_low < shared_high;
+    for (int i = 0; i < Q; ++i) mix<1, T>(&scores[i], chunk, low[i], share ? shared_low : high[i], dims, &states[i]);
+    if (!share) return;
+    mix<Q, T>(scores, chunk, shared_low, shared_high, dims, states);
+    for (int i = 0; i < Q; ++i) mix<1, T>(&scores[i], chunk, shared_high, high[i], dims, &states[i]);
+}
+
+// a := a followed by b
+inline void merge(Running& a, const Running& b, int64_t dims) {
+    if (b.total == 0.0f) return;
+    if (a.total == 0.0f) {
+        a.top = b.top;
+        a.total = b.total;
+        __builtin_memcpy(a.mixed, b.mixed, dims * sizeof(float));
+        return;
+    }
+    const float top = a.top > b.top ? a.top : b.top;
+    const float keep_a = exp(splat(a.top - top))[0];
+    const float keep_b = exp(splat(b.top - top))[0];
+    a.top = top;
+    a.total = a.total * keep_a + b.total * keep_b;
+    for (int64_t d = 0; d < dims; ++d) a.mixed[d] = a.mixed[d] * keep_a + b.mixed[d] * keep_b;
+}
+
+}  // namespace quire::QUIRE_ISA

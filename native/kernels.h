@@ -1,0 +1,159 @@
+// What the kernels compute: plain structs of pointers, checked by the binding before they arrive. Each kernel is
+// compiled once for each instruction set; `Kernels` is the table of one of them.
+#pragma once
+
+#include <cstdint>
+
+#include "thread_pool.h"
+
+namespace quire {
+
+enum class Storage { bfloat16, float16, float32 };
+enum class Activation { silu, gelu, gelu_tanh, relu };
+
+inline int64_t bytes_of(Storage storage) { return storage == Storage::float32 ? 4 : 2; }
+
+constexpr int64_t kPanel = 64;  // outputs in a weight panel
+constexpr int64_t kTile = 16;   // positions in a tile of keys
+
+// A weight [out, in] as panels [ceil(out / 64)][in][64]: the order in which `linear` reads it. Padding is zero.
+struct Panels {
+    const void* data;
+    const float* bias;  // [out] or null
+    int64_t in, out;
+    Storage storage;
+};
+
+struct LinearArgs {
+    const float* x;  // [rows, in], rows `x_stride` floats apart
+    int64_t x_stride, rows;
+    Panels weight;
+    float* y;  // [rows, out]
+    float scale;
+    float softcap;  // 0: none
+};
+
+struct EmbedArgs {
+    const int32_t* ids;  // [tokens]
+    int64_t tokens;
+    Panels table;
+    float scale;
+    float* y;  // [tokens, in]
+};
+
+struct NormArgs {
+    const float* x;  // [rows, size]
+    int64_t x_stride, rows, size;
+    float* residual;  // [rows, size] or null; x is added to it first and the sum is normalised
+    int64_t residual_stride;
+    const float* weight;  // [size]
+    const float* bias;    // [size] or null
+    float eps;
+    bool centre;  // layer_norm
+    float* y;     // [rows, size]
+};
+
+struct RopeArgs {
+    float* x;  // [tokens, heads, head_dim]
+    int64_t x_stride, tokens, heads, head_dim;
+    const int32_t* positions;  // [tokens]
+    const float* cos;          // [max_positions, half]
+    const float* sin;
+    int64_t half;
+};
+
+struct ActivationArgs {
+    const float* x;  // [rows, size], or [rows, 2 * size] where `multiply`
+    int64_t x_stride, rows, size;
+    Activation kind;
+    bool multiply;
+    float* y;  // [rows, size]
+};
+
+// The paged cache, [layers][blocks][kv_heads] units of one block for one head:
+//
+//   | keys: tiles of 16 positions, each [head_dim][16] | values: [slots][value_dim] |
+//
+// Keys lie transposed so that one vector holds one dimension of several positions and scores need no sum across
+// lanes. `slots` is block_size rounded up to 16 and `value_dim` is head_dim rounded up to 16.
+struct CacheLayout {
+    uint8_t* data;
+    int64_t layers, blocks, block_size, kv_heads, head_dim;
+    Storage storage;
+
+    int64_t slots() const { return (block_size + kTile - 1) / kTile * kTile; }
+    int64_t value_dim() const { return (head_dim + 15) / 16 * 16; }
+    int64_t unit_bytes() const { return slots() * (head_dim + value_dim()) * bytes_of(storage); }
+    int64_t block_bytes() const { return kv_heads * unit_bytes(); }
+    uint8_t* unit(int64_t layer, int64_t block, int64_t head) const {
+        return data + ((layer * blocks + block) * kv_heads + head) * unit_bytes();
+    }
+};
+
+struct AttentionArgs {
+    const float *q, *k, *v;  // [tokens, heads | kv_heads, head_dim]
+    int64_t q_stride, k_stride, v_stride;
+    int64_t heads;
+    CacheLayout cache;
+    int64_t layer;
+    int64_t rows;
+    const int32_t* query_starts;  // [rows + 1]
+    const int32_t* starts;        // [rows]
+    const int32_t* tables;        // [rows, max_blocks]
+    int64_t table_stride;
+    float scale;
+    int64_t window;      // INT64_MAX: none
+    float softcap;       // 0: none
+    const float* sinks;  // [heads] or null
+    float* out;          // [tokens, heads * head_dim]
+};
+
+struct SampleArgs {
+    const float* logits;  // [rows, vocabulary]
+    int64_t stride, rows, vocabulary;
+    const float* temperature;
+    const int32_t* top_k;
+    const float* top_p;
+    const float* min_p;
+    const uint64_t* seeds;
+    const int64_t* positions;
+    int32_t* tokens;  // [rows]
+};
+
+struct LogprobsArgs {
+    const float* logits;  // [rows, vocabulary]
+    int64_t stride, rows, vocabulary, num_top;
+    const int32_t* ids;   // [rows]
+    float* chosen;        // [rows]
+    int32_t* rank;        // [rows]
+    int32_t* top_ids;     // [rows, num_top]
+    float* top_logprobs;  // [rows, num_top]
+};
+
+struct FiniteArgs {
+    const float* logits;
+    int64_t stride, rows, vocabulary;
+    bool* finite;  // [rows]
+};
+
+struct Kernels {
+    const char* name;
+    void (*linear)(const LinearArgs&, ThreadPool&);
+    void (*embed)(const EmbedArgs&, ThreadPool&);
+    void (*norm)(const NormArgs&, ThreadPool&);
+    void (*rope)(const RopeArgs&, ThreadPool&);
+    void (*activation)(const ActivationArgs&, ThreadPool&);
+    void (*attention)(const AttentionArgs&, ThreadPool&);
+    void (*sample)(const SampleArgs&, ThreadPool&);
+    void (*logprobs)(const LogprobsArgs&, ThreadPool&);
+    void (*rows_finite)(const FiniteArgs&, ThreadPool&);
+};
+
+// Written by hand: adding an instruction set is one line here, one in isa.cpp and one in CMakeLists.txt.
+namespace baseline { extern const Kernels kernels; }
+#if defined(__x86_64__)
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+#endif
+
+}  // namespace quire

@@ -1,0 +1,296 @@
+// quire.ops._native: checks what Python passes, lets go of the interpreter, calls the kernels.
+//
+// Every size and every index that a kernel will use is checked here; kernels trust their arguments.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <tuple>
+
+#include "arrays.h"
+#include "isa.h"
+#include "packed.h"
+
+namespace quire {
+
+namespace {
+
+using Floats1 = Array<float, 1>;
+using Floats2 = Array<float, 2>;
+using Floats3 = Array<float, 3>;
+using Ints1 = Array<int32_t, 1>;
+
+void require_ids(const Ints1& ids, int64_t limit, const char* message) {
+    uint32_t highest = 0;
+    for (int64_t i = 0; i < ids.size(0); ++i) {
+        const uint32_t id = static_cast<uint32_t>(ids.data()[i]);
+        highest = id > highest ? id : highest;  // a negative id is a large one
+    }
+    require(ids.size(0) == 0 || highest < limit, message);
+}
+
+Storage storage_or_raise(const std::string& name) {
+    const auto storage = storage_named(name);
+    require(storage.has_value(), "storage is not one of bfloat16, float16, float32");
+    return *storage;
+}
+
+// The threads and the kernels of one provider.
+class Runtime {
+public:
+    Runtime(int threads, const std::string& isa) : pool_(threads) {
+        for (const IsaChoice& choice : instruction_sets()) {
+            if (choice.kernels->name != isa) continue;
+            require(choice.runs_here, choice.reason.c_str());
+            kernels_ = choice.kernels;
+        }
+        require(kernels_ != nullptr, "no such instruction set is compiled in");
+    }
+
+    int threads() const { return pool_.threads(); }
+
+    PackedLinear* pack(nb::handle weight, nb::handle bias, const std::string& storage_name) {
+        const Storage storage = storage_or_raise(storage_name);
+        if (storage == Storage::float32) return pack_items<float>(weight, bias, storage);
+        return pack_items<uint16_t>(weight, bias, storage);
+    }
+
+    void linear(nb::handle x_, const PackedLinear& packed, nb::handle y_, float scale, float softcap) {
+        Floats2 x(x_, "x"), y(y_, "y", true);
+        require(x.size(1) == packed.in, "linear: the width of x is not the weight's");
+        require(y.size(0) == x.size(0) && y.size(1) == packed.out, "linear: y has the wrong shape");
+        call(kernels_->linear,
+             LinearArgs{x.data(), x.stride(), x.size(0), packed.panels(), y.data(), scale, softcap});
+    }
+
+    void embed(nb::handle ids_, const PackedLinear& packed, float scale, nb::handle y_) {
+        Ints1 ids(ids_, "token_ids");
+        Floats2 y(y_, "y", true);
+        require(y.size(0) == ids.size(0) && y.size(1) == packed.in, "embed: y has the wrong shape");
+        require_ids(ids, packed.out, "embed: a token id is outside the table");
+        call(kernels_->embed, EmbedArgs{ids.data(), ids.size(0), packed.panels(), scale, y.data()});
+    }
+
+    void norm(nb::handle x_, nb::handle residual_, nb::handle weight_, nb::handle bias_, float eps, bool centre,
+              nb::handle y_) {
+        Floats2 x(x_, "x"), y(y_, "y", true);
+        Floats1 weight(weight_, "weight");
+        require(weight.size(0) == x.size(1), "norm: the width of x is not the weight's");
+        require(y.size(0) == x.size(0) && y.size(1) == x.size(1), "norm: y has the wrong shape");
+        NormArgs args{x.data(),      x.stride(), x.size(0), x.size(1), nullptr, 0,
+                      weight.data(), nullptr,    eps,       centre,    y.data()};
+        std::optional<Floats2> residual;
+        if (!residual_.is_none()) {
+            residual.emplace(residual_, "residual", true);
+            require(residual->size(0) == x.size(0) && residual->size(1) == x.size(1),
+                    "norm: residual has the wrong shape");
+            args.residual = residual->data();
+            args.residual_stride = residual->stride();
+        }
+        std::optional<Floats1> bias;
+        if (!bias_.is_none()) {
+            bias.emplace(bias_, "bias");
+            require(bias->size(0) == x.size(1), "norm: bias has the wrong shape");
+            args.bias = bias->data();
+        }
+        call(kernels_->norm, args);
+    }
+
+    void rope(nb::handle x_, nb::handle positions_, nb::handle cos_, nb::handle sin_) {
+        Floats3 x(x_, "x", true);
+        Ints1 positions(positions_, "positions");
+        Floats2 cos(cos_, "cos"), sin(sin_, "sin");
+        require(positions.size(0) == x.size(0), "rope: one position for each token is needed");
+        require(cos.size(0) == sin.size(0) && cos.size(1) == sin.size(1), "rope: cos and sin differ in shape");
+        require(cos.stride() == cos.size(1) && sin.stride() == sin.size(1), "rope: cos and sin are not contiguous");
+        require(2 * cos.size(1) <= x.size(2), "rope: the rotated part is wider than a head");
+        require_ids(positions, cos.size(0), "rope: a position is outside the table");
+        call(kernels_->rope, RopeArgs{x.data(), x.stride(), x.size(0), x.size(1), x.size(2), positions.data(),
+                                      cos.data(), sin.data(), cos.size(1)});
+    }
+
+    void activation(nb::handle x_, int kind, bool multiply, nb::handle y_) {
+        Floats2 x(x_, "x"), y(y_, "y", true);
+        require(kind >= 0 && kind <= 3, "activation: no such kind");
+        require(y.size(0) == x.size(0) && x.size(1) == y.size(1) * (multiply ? 2 : 1),
+                "activation: y has the wrong shape");
+        call(kernels_->activation, ActivationArgs{x.data(), x.stride(), x.size(0), y.size(1),
+                                                  static_cast<Activation>(kind), multiply, y.data()});
+    }
+
+    void attention(nb::handle q_, nb::handle k_, nb::handle v_, const Cache& cache, int64_t layer,
+                   nb::handle query_starts_, nb::handle starts_, nb::handle tables_, float scale, int64_t window,
+                   float softcap, nb::handle sinks_, nb::handle out_) {
+        Floats3 q(q_, "q"), k(k_, "k"), v(v_, "v");
+        Ints1 query_starts(query_starts_, "query_starts"), starts(starts_, "starts");
+        Array<int32_t, 2> tables(tables_, "block_tables");
+        Floats2 out(out_, "out", true);
+        const CacheLayout& layout = cache.layout();
+        require(layer >= 0 && layer < layout.layers, "attention: no such layer");
+        require(q.size(2) == layout.head_dim && k.size(2) == layout.head_dim && v.size(2) == layout.head_dim,
+                "attention: head_dim is not the cache's");
+        require(k.size(1) == layout.kv_heads && v.size(1) == layout.kv_heads && q.size(1) > 0 &&
+                    q.size(1) % layout.kv_heads == 0,
+                "attention: heads do not fit the cache's kv_heads");
+        require(k.size(0) == q.size(0) && v.size(0) == q.size(0), "attention: q, k and v differ in tokens");
+        require(out.size(0) == q.size(0) && out.size(1) == q.size(1) * q.size(2),
+                "attention: out has the wrong shape");
+        require(window > 0, "attention: a window is at least 1");
+        require_rows(q.size(0), layout, query_starts, starts, tables);
+        AttentionArgs args{q.data(),        k.data(),     v.data(),        q.stride(), k.stride(),
+                           v.stride(),      q.size(1),    layout,          layer,      starts.size(0),
+                           query_starts.data(), starts.data(), tables.data(), tables.stride(), scale,
+                           window,          softcap,      nullptr,         out.data()};
+        std::optional<Floats1> sinks;
+        if (!sinks_.is_none()) {
+            sinks.emplace(sinks_, "sinks");
+            require(sinks->size(0) == q.size(1), "attention: one sink for each head is needed");
+            args.sinks = sinks->data();
+        }
+        call(kernels_->attention, args);
+    }
+
+    void sample(nb::handle logits_, nb::handle temperature_, nb::handle top_k_, nb::handle top_p_,
+                nb::handle min_p_, nb::handle seeds_, nb::handle positions_, nb::handle tokens_) {
+        Floats2 logits(logits_, "logits");
+        Floats1 temperature(temperature_, "temperature"), top_p(top_p_, "top_p"), min_p(min_p_, "min_p");
+        Ints1 top_k(top_k_, "top_k"), tokens(tokens_, "tokens", true);
+        Array<uint64_t, 1> seeds(seeds_, "seeds");
+        Array<int64_t, 1> positions(positions_, "positions");
+        const int64_t rows = logits.size(0);
+        require(rows == 0 || logits.size(1) > 0, "sample: the vocabulary is empty");
+        require(temperature.size(0) == rows && top_p.size(0) == rows && min_p.size(0) == rows &&
+                    top_k.size(0) == rows && tokens.size(0) == rows && seeds.size(0) == rows &&
+                    positions.size(0) == rows,
+                "sample: one number for each row is needed");
+        call(kernels_->sample,
+             SampleArgs{logits.data(), logits.stride(), rows, logits.size(1), temperature.data(), top_k.data(),
+                        top_p.data(), min_p.data(), seeds.data(), positions.data(), tokens.data()});
+    }
+
+    void logprobs(nb::handle logits_, nb::handle ids_, nb::handle chosen_, nb::handle rank_, nb::handle top_ids_,
+                  nb::handle top_logprobs_) {
+        Floats2 logits(logits_, "logits"), top_logprobs(top_logprobs_, "top_logprobs", true);
+        Ints1 ids(ids_, "token_ids"), rank(rank_, "rank", true);
+        Floats1 chosen(chosen_, "chosen", true);
+        Array<int32_t, 2> top_ids(top_ids_, "top_ids", true);
+        const int64_t rows = logits.size(0), num_top = top_ids.size(1);
+        require(ids.size(0) == rows && chosen.size(0) == rows && rank.size(0) == rows && top_ids.size(0) == rows &&
+                    top_logprobs.size(0) == rows && top_logprobs.size(1) == num_top,
+                "logprobs: shapes differ in rows");
+        require(num_top <= logits.size(1), "logprobs: num_top is larger than the vocabulary");
+        require_ids(ids, logits.size(1), "logprobs: a token id is outside the vocabulary");
+        call(kernels_->logprobs,
+             LogprobsArgs{logits.data(), logits.stride(), rows, logits.size(1), num_top, ids.data(), chosen.data(),
+                          rank.data(), top_ids.data(), top_logprobs.data()});
+    }
+
+    void rows_finite(nb::handle logits_, nb::handle finite_) {
+        Floats2 logits(logits_, "logits");
+        Array<bool, 1> finite(finite_, "finite", true);
+        require(finite.size(0) == logits.size(0), "rows_finite: one result for each row is needed");
+        call(kernels_->rows_finite,
+             FiniteArgs{logits.data(), logits.stride(), logits.size(0), logits.size(1), finite.data()});
+    }
+
+    void copy_blocks(const Cache& cache, nb::handle sources_, nb::handle targets_) {
+        Ints1 sources(sources_, "source_ids"), targets(targets_, "target_ids");
+        require(sources.size(0) == targets.size(0), "copy_blocks: as many targets as sources are needed");
+        require_ids(sources, cache.layout().blocks, "copy_blocks: a source is outside the cache");
+        require_ids(targets, cache.layout().blocks, "copy_blocks: a target is outside the cache");
+        nb::gil_scoped_release unlocked;
+        const auto lock = pool_.exclusive();
+        for (int64_t i = 0; i < sources.size(0); ++i) cache.copy_block(sources.data()[i], targets.data()[i]);
+    }
+
+private:
+    template <class Args>
+    void call(void (*kernel)(const Args&, ThreadPool&), const Args& args) {
+        nb::gil_scoped_release unlocked;
+        const auto lock = pool_.exclusive();
+        kernel(args, pool_);
+    }
+
+    template <class Item>
+    PackedLinear* pack_items(nb::handle weight_, nb::handle bias_, Storage storage) {
+        Array<Item, 2> weight(weight_, "weight");
+        std::optional<Floats1> bias;
+        if (!bias_.is_none()) {
+            bias.emplace(bias_, "bias");
+            require(bias->size(0) == weight.size(0), "pack: one bias for each output is needed");
+        }
+        nb::gil_scoped_release unlocked;
+        const auto lock = pool_.exclusive();
+        return new PackedLinear(weight.data(), weight.size(0), weight.size(1), weight.stride(),
+                                bias.has_value() ? bias->data() : nullptr, storage, pool_);
+    }
+
+    static void require_rows(int64_t tokens, const CacheLayout& layout, const Ints1& query_starts,
+                             const Ints1& starts, const Array<int32_t, 2>& tables) {
+        const int64_t rows = starts.size(0);
+        require(query_starts.size(0) == rows + 1 && tables.size(0) == rows, "attention: shapes differ in rows");
+        const int32_t* first = query_starts.data();
+        require(first[0] == 0 && first[rows] == tokens, "attention: query_starts do not cover the tokens");
+        for (int64_t row = 0; row < rows; ++row) {
+            require(first[row] <= first[row + 1], "attention: query_starts descend");
+            require(starts.data()[row] >= 0, "attention: a start is negative");
+            const int64_t end = int64_t{starts.data()[row]} + first[row + 1] - first[row];
+            const int64_t blocks = (end + layout.block_size - 1) / layout.block_size;
+            require(blocks <= tables.size(1), "attention: a row is longer than its block table");
+            const int32_t* table = tables.data() + row * tables.stride();
+            for (int64_t i = 0; i < blocks; ++i) {
+                require(table[i] >= 0 && table[i] < layout.blocks, "attention: a block id is outside the cache");
+            }
+        }
+    }
+
+    ThreadPool pool_;
+    const Kernels* kernels_ = nullptr;
+};
+
+Cache* make_cache(int64_t layers, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim,
+                  const std::string& storage) {
+    for (const int64_t size : {layers, blocks, block_size, kv_heads, head_dim}) {
+        require(size > 0 && size < INT32_MAX, "make_cache: a size is not positive");
+    }
+    return new Cache(layers, blocks, block_size, kv_heads, head_dim, storage_or_raise(storage));
+}
+
+std::vector<std::tuple<std::string, bool, std::string>> list_instruction_sets() {
+    std::vector<std::tuple<std::string, bool, std::string>> result;
+    for (const IsaChoice& choice : instruction_sets()) {
+        result.emplace_back(choice.kernels->name, choice.runs_here, choice.reason);
+    }
+    return result;
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+    module.def("instruction_sets", &list_instruction_sets, "(name, runs here, reason) of each, slowest first");
+    module.def("make_cache", &make_cache, nb::rv_policy::take_ownership);
+    nb::class_<PackedLinear>(module, "PackedLinear")
+        .def_ro("out_features", &PackedLinear::out)
+        .def_ro("in_features", &PackedLinear::in)
+        .def_prop_ro("bytes", &PackedLinear::bytes);
+    nb::class_<Cache>(module, "Cache").def_prop_ro("bytes", &Cache::bytes);
+    const auto none = nb::arg().none();
+    nb::class_<Runtime>(module, "Runtime")
+        .def(nb::init<int, const std::string&>())
+        .def_prop_ro("threads", &Runtime::threads)
+        .def("pack", &Runtime::pack, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg())
+        .def("linear", &Runtime::linear)
+        .def("embed", &Runtime::embed)
+        .def("norm", &Runtime::norm, nb::arg(), none, nb::arg(), none, nb::arg(), nb::arg(), nb::arg())
+        .def("rope", &Runtime::rope)
+        .def("activation", &Runtime::activation)
+        .def("attention", &Runtime::attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), none, nb::arg())
+        .def("sample", &Runtime::sample)
+        .def("logprobs", &Runtime::logprobs)
+        .def("rows_finite", &Runtime::rows_finite)
+        .def("copy_blocks", &Runtime::copy_blocks);
+}
+
+}  // namespace quire

@@ -1,0 +1,53 @@
+// Weights and caches in the layouts of kernels.h.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+
+namespace quire {
+
+inline std::optional<Storage> storage_named(const std::string& name) {
+    if (name == "bfloat16") return Storage::bfloat16;
+    if (name == "float16") return Storage::float16;
+    if (name == "float32") return Storage::float32;
+    return std::nullopt;
+}
+
+class PackedLinear {
+public:
+    // `weight` [out, in] holds items of `storage`, rows `stride` items apart; `bias` [out] may be null.
+    PackedLinear(const void* weight, int64_t out, int64_t in, int64_t stride, const float* bias, Storage storage,
+                 ThreadPool& pool);
+
+    Panels panels() const {
+        return {pages_.data(), bias_.empty() ? nullptr : bias_.data(), in, out, storage};
+    }
+    size_t bytes() const { return pages_.bytes() + bias_.size() * sizeof(float); }
+
+    const int64_t out, in;
+    const Storage storage;
+
+private:
+    Pages pages_;
+    std::vector<float> bias_;
+};
+
+class Cache {
+public:
+    // All dimensions are at least 1; std::bad_alloc where their product is more than memory can be.
+    Cache(int64_t layers, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim, Storage storage);
+
+    const CacheLayout& layout() const { return layout_; }
+    size_t bytes() const { return pages_.bytes(); }
+    void copy_block(int64_t source, int64_t target) const;
+
+private:
+    CacheLayout layout_;
+    Pages pages_;
+};
+
+}  // namespace quire

@@ -1,0 +1,174 @@
+// Vectors of the instruction set this file is compiled for: QUIRE_ISA is `baseline`, `avx2` or `avx512`.
+//
+// Everything is in the namespace of that instruction set and nothing from the C++ library is used: an inline
+// function shared with code for another processor could be kept by the linker in the wrong version.
+//
+// The compiler may not fuse a multiplication and an addition by itself (-ffp-contract=off): the same sum must
+// have the same bits wherever it is inlined. `fma` says where fusing is meant.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "kernels.h"
+
+namespace quire::QUIRE_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(kLanes * 4)));
+typedef int32_t Ints __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+static inline Floats splat(float value) { return Floats{} + value; }
+
+static inline Floats load(const float* p) {
+    Floats v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+
+static inline Floats as_floats(Words v) { return (Floats)v; }
+static inline Words as_words(Floats v) { return (Words)v; }
+
+// a * b + c, rounded once where the processor can
+static inline Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+    return vfmaq_f32(c, a, b);
+#else
+    return a * b + c;
+#endif
+}
+
+static inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+static inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
+
+static inline Halves load_halves(const void* p) {
+    Halves v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline Floats load(const BFloat16* p) {
+    return as_floats(__builtin_convertvector(load_halves(p), Words) << 16);
+}
+
+static inline Floats load(const Float16* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    // Move exponent and fraction into place; the product puts the exponent right and normalises subnormals.
+    const Words bits = __builtin_convertvector(load_halves(p), Words);
+    const Words magnitude = (bits & 0x7fffu) << 13;
+    const Words scaled = as_words(as_floats(magnitude) * 0x1p112f);
+    const Words special = magnitude | 0x7f800000u;
+    return as_floats(((bits & 0x7c00u) == 0x7c00u ? special : scaled) | (bits & 0x8000u) << 16);
+#endif
+}
+
+static inline float to_float(float x) { return x; }
+
+static inline float to_float(BFloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float y;
+    __builtin_memcpy(&y, &bits, 4);
+    return y;
+}
+
+static inline float to_float(Float16 x) {
+    const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+    float y;
+    __builtin_memcpy(&y, &magnitude, 4);
+    y *= 0x1p112f;
+    uint32_t bits;
+    __builtin_memcpy(&bits, &y, 4);
+    if ((x.bits & 0x7c00u) == 0x7c00u) bits = magnitude | 0x7f800000u;
+    bits |= (x.bits & 0x8000u) << 16;
+    __builtin_memcpy(&y, &bits, 4);
+    return y;
+}
+
+static inline void round_to(float x, float* y) { *y = x; }
+
+// to nearest, ties to even; a NaN stays a NaN
+static inline void round_to(float x, BFloat16* y) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    const uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    y->bits = static_cast<uint16_t>((x != x ? bits | 0x400000u : rounded) >> 16);
+}
+
+static inline void round_to(float x, Float16* y) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    const uint32_t sign = bits >> 16 & 0x8000u;
+    bits &= 0x7fffffffu;
+    uint32_t half;
+    if (bits > 0x7f800000u) {
+        half = 0x7e00u;
+    } else if (bits >= 0x477ff000u) {  // rounds to 2^16 or more
+        half = 0x7c00u;
+    } else if (bits < 0x38800000u) {  // subnormal: adding 1/2 leaves the rounded count of 2^-24 in the low bits
+        float magnitude;
+        __builtin_memcpy(&magnitude, &bits, 4);
+        magnitude += 0.5f;
+        __builtin_memcpy(&half, &magnitude, 4);
+        half -= 0x3f000000u;
+    } else {
+        half = (bits + 0xfffu + (bits >> 13 & 1u) - 0x38000000u) >> 13;
+    }
+    y->bits = static_cast<uint16_t>(sign | half);
+}
+
+// Sums and maxima across lanes, in an order fixed by the number of lanes.
+static inline float sum_lanes(Floats v) {
+    float lanes[kLanes];
+    store(lanes, v);
+    for (int width = kLanes / 2; width >= 1; width /= 2) {
+        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+    }
+    return lanes[0];
+}
+
+static inline float max_lanes(Floats v) {
+    float lanes[kLanes];
+    store(lanes, v);
+    for (int width = kLanes / 2; width >= 1; width /= 2) {
+        for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+    }
+    return lanes[0];
+}
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Rows that one work item should take so that an item is worth a thread's attention.
+static inline int64_t rows_per_item(int64_t rows, int64_t values_per_row) {
+    const int64_t wanted = 16384 / (values_per_row > 0 ? values_per_row : 1);
+    return wanted < 1 ? 1 : smaller(wanted, larger(rows, 1));
+}
+
+}  // namespace quire::QUIRE_ISA

@@ -1,0 +1,22 @@
+// The table of the instruction set this file is compiled for.
+#include "kernels.h"
+
+#define QUIRE_NAME_OF(isa) #isa
+#define QUIRE_NAME(isa) QUIRE_NAME_OF(isa)
+
+namespace quire::QUIRE_ISA {
+
+void linear(const LinearArgs&, ThreadPool&);
+void embed(const EmbedArgs&, ThreadPool&);
+void norm(const NormArgs&, ThreadPool&);
+void rope(const RopeArgs&, ThreadPool&);
+void activation(const ActivationArgs&, ThreadPool&);
+void attention(const AttentionArgs&, ThreadPool&);
+void sample(const SampleArgs&, ThreadPool&);
+void logprobs(const LogprobsArgs&, ThreadPool&);
+void rows_finite(const FiniteArgs&, ThreadPool&);
+
+extern const Kernels kernels{QUIRE_NAME(QUIRE_ISA), linear,    embed,  norm,     rope,
+                             activation,            attention, sample, logprobs, rows_finite};
+
+}  // namespace quire::QUIRE_ISA

@@ -1,0 +1,73 @@
+"""The native module (`native/module.cpp`). Arrays are numpy's; every function raises ValueError on a wrong shape,
+type, layout or index before it computes anything."""
+
+from typing import Any
+
+class PackedLinear:
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+
+class Cache:
+    @property
+    def bytes(self) -> int: ...
+
+class Runtime:
+    def __init__(self, threads: int, isa: str, /) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    def pack(self, weight: Any, bias: Any | None, storage: str, /) -> PackedLinear:
+        """`weight [out, in]`: uint16 bits of bfloat16 or float16, or float32."""
+    def linear(self, x: Any, packed: PackedLinear, y: Any, scale: float, softcap: float, /) -> None:
+        """`softcap` 0 is none."""
+    def embed(self, token_ids: Any, packed: PackedLinear, scale: float, y: Any, /) -> None: ...
+    def norm(
+        self, x: Any, residual: Any | None, weight: Any, bias: Any | None, eps: float, centre: bool, y: Any, /
+    ) -> None:
+        """`x` is added to `residual` first, where given; `centre` subtracts the mean (layer_norm)."""
+    def rope(self, x: Any, positions: Any, cos: Any, sin: Any, /) -> None: ...
+    def activation(self, x: Any, kind: int, multiply: bool, y: Any, /) -> None:
+        """`kind` counts silu, gelu, gelu_tanh, relu from 0."""
+    def attention(
+        self,
+        q: Any,
+        k: Any,
+        v: Any,
+        cache: Cache,
+        layer: int,
+        query_starts: Any,
+        starts: Any,
+        block_tables: Any,
+        scale: float,
+        window: int,
+        softcap: float,
+        sinks: Any | None,
+        out: Any,
+        /,
+    ) -> None:
+        """`softcap` 0 is none; `window` 2**63 - 1 is none."""
+    def sample(
+        self,
+        logits: Any,
+        temperature: Any,
+        top_k: Any,
+        top_p: Any,
+        min_p: Any,
+        seeds: Any,
+        positions: Any,
+        tokens: Any,
+        /,
+    ) -> None: ...
+    def logprobs(
+        self, logits: Any, token_ids: Any, chosen: Any, rank: Any, top_ids: Any, top_logprobs: Any, /
+    ) -> None: ...
+    def rows_finite(self, logits: Any, finite: Any, /) -> None: ...
+    def copy_blocks(self, cache: Cache, source_ids: Any, target_ids: Any, /) -> None: ...
+
+def instruction_sets() -> list[tuple[str, bool, str]]:
+    """(name, whether this processor runs it, "yes" or what it lacks), slowest first."""
+
+def make_cache(layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, storage: str, /) -> Cache: ...

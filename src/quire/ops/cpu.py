@@ -1,0 +1,182 @@
+"""The operations on the CPU: arrays are numpy, the work is native (see `native/`).
+
+Row independence holds to the last bit for one instruction set: every reduction has an order that depends on the
+row's own data and on the shapes of the weights. The native side checks every shape and index and raises
+ValueError; it never reads outside an array.
+"""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from quire.ops import _native
+from quire.ops.composed import ComposedOps
+from quire.ops.types import (
+    Activation,
+    Array,
+    AttentionBatch,
+    AttentionSpec,
+    CacheShape,
+    Logprobs,
+    Opaque,
+    SampleBatch,
+    StorageType,
+)
+
+_STORAGE = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
+_ACTIVATION = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # enum Activation in native/kernels.h
+_NO_WINDOW = 2**63 - 1
+_FLOAT32 = np.dtype(np.float32)
+
+
+class CpuOps(ComposedOps):
+    """`threads` includes the calling one. `isa` is one of `quire.ops.select.instruction_sets()`. A provider keeps
+    its own threads; operations on one provider run one after another, whoever calls."""
+
+    xp = np
+
+    def __init__(self, threads: int, isa: str) -> None:
+        self._native = _native.Runtime(threads, isa)
+        self.name = f"cpu ({isa}, {threads} threads)"
+
+    # arrays and weights
+
+    def array(self, values: Any, dtype: str) -> Array:
+        return np.array(values, dtype=dtype)
+
+    def to_numpy(self, x: Array) -> Any:
+        return x
+
+    def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
+        weight = np.asarray(weight)
+        if weight.dtype != _STORAGE[storage]:
+            weight = weight.astype(np.float32).astype(_STORAGE[storage])
+        if weight.strides[-1] != weight.itemsize:
+            weight = np.ascontiguousarray(weight)
+        if bias is not None:
+            bias = np.ascontiguousarray(bias, dtype=np.float32)
+        # The buffer protocol has no name for bfloat16.
+        items = weight if storage == "float32" else weight.view(np.uint16)
+        return self._native.pack(items, bias, storage)
+
+    def pack_embedding(self, table: Any, storage: StorageType) -> Opaque:
+        return self.pack_linear(table, None, storage)
+
+    # products
+
+    def linear(self, x: Array, packed: Opaque) -> Array:
+        y = np.empty((x.shape[0], packed.out_features), _FLOAT32)
+        self._native.linear(x, packed, y, 1.0, 0.0)
+        return y
+
+    def embed(self, token_ids: Array, packed: Opaque, scale: float = 1.0) -> Array:
+        y = np.empty((token_ids.shape[0], packed.in_features), _FLOAT32)
+        self._native.embed(token_ids, packed, scale, y)
+        return y
+
+    def logits(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> Array:
+        y = np.empty((x.shape[0], packed.out_features), _FLOAT32)
+        self._native.linear(x, packed, y, scale, softcap or 0.0)
+        return y
+
+    # norms
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        y = np.empty(x.shape, _FLOAT32)
+        self._native.norm(_rows(x), None, weight, None, eps, False, _rows(y))
+        return y
+
+    def add_rms_norm(self, x: Array, residual: Array, weight: Array, eps: float) -> Array:
+        y = np.empty(x.shape, _FLOAT32)
+        self._native.norm(x, residual, weight, None, eps, False, y)
+        return y
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
+        y = np.empty(x.shape, _FLOAT32)
+        self._native.norm(_rows(x), None, weight, bias, eps, True, _rows(y))
+        return y
+
+    # positions and attention
+
+    def rope(self, x: Array, positions: Array, cos: Array, sin: Array) -> None:
+        self._native.rope(x, positions, cos, sin)
+
+    def make_cache(self, shape: CacheShape) -> Opaque:
+        return _native.make_cache(
+            shape.num_layers, shape.num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim, shape.storage
+        )
+
+    def attention(
+        self, q: Array, k: Array, v: Array, cache: Opaque, layer: int, batch: AttentionBatch, spec: AttentionSpec
+    ) -> Array:
+        tokens, heads, head_dim = q.shape
+        out = np.empty((tokens, heads * head_dim), _FLOAT32)
+        self._native.attention(
+            q,
+            k,
+            v,
+            cache,
+            layer,
+            batch.query_starts,
+            batch.starts,
+            batch.block_tables,
+            spec.scale,
+            _NO_WINDOW if spec.window is None else spec.window,
+            spec.softcap or 0.0,
+            spec.sinks,
+            out,
+        )
+        return out
+
+    def copy_blocks(self, cache: Opaque, source_ids: Array, target_ids: Array) -> None:
+        self._native.copy_blocks(cache, source_ids, target_ids)
+
+    # element by element
+
+    def activation(self, x: Array, kind: Activation) -> Array:
+        y = np.empty(x.shape, _FLOAT32)
+        self._native.activation(_rows(x), _ACTIVATION[kind], False, _rows(y))
+        return y
+
+    def activation_multiply(self, gate_up: Array, kind: Activation) -> Array:
+        y = np.empty((gate_up.shape[0], gate_up.shape[1] // 2), _FLOAT32)
+        self._native.activation(gate_up, _ACTIVATION[kind], True, y)
+        return y
+
+    # choosing tokens
+
+    def sample(self, logits: Array, batch: SampleBatch) -> Array:
+        tokens = np.empty(logits.shape[0], np.int32)
+        self._native.sample(
+            logits,
+            batch.temperature,
+            batch.top_k,
+            batch.top_p,
+            batch.min_p,
+            batch.seeds,
+            batch.positions,
+            tokens,
+        )
+        return tokens
+
+    def logprobs(self, logits: Array, token_ids: Array, num_top: int) -> Logprobs:
+        rows = logits.shape[0]
+        result = Logprobs(
+            chosen=np.empty(rows, _FLOAT32),
+            rank=np.empty(rows, np.int32),
+            top_ids=np.empty((rows, num_top), np.int32),
+            top_logprobs=np.empty((rows, num_top), _FLOAT32),
+        )
+        self._native.logprobs(logits, token_ids, result.chosen, result.rank, result.top_ids, result.top_logprobs)
+        return result
+
+    def rows_finite(self, logits: Array) -> Array:
+        finite = np.empty(logits.shape[0], np.bool_)
+        self._native.rows_finite(logits, finite)
+        return finite
+
+
+def _rows(x: Array) -> Array:
+    # A view [rows, size]: norms and activations of [tokens, heads, head_dim] work on the last dimension.
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
