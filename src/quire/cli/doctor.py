@@ -3,7 +3,6 @@
 import argparse
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from quire.cli import banner
@@ -57,11 +56,13 @@ def _section(title: str, items: dict[str, str]) -> None:
 
 def _native() -> tuple[dict[str, str], tuple[int, str]]:
     """Whether the extension loads, its instruction sets with the reason of each, and the threads."""
+    from quire.bench.machine import usable_processors
+
     try:
         from quire.ops import _native
         from quire.ops.select import available_cores
     except ImportError as error:
-        return {"loads": f"no: {error.name or error}"}, (machine_threads(), "all usable processors")
+        return {"loads": f"no: {error.name or error}"}, (usable_processors(), "all usable processors")
     found = {"loads": "yes"}
     for name, runs, reason in _native.instruction_sets():
         found[name] = f"{'yes' if runs else 'no'}: {reason}"
@@ -69,14 +70,9 @@ def _native() -> tuple[dict[str, str], tuple[int, str]]:
     return found, (count, f"{count} ({reason})")
 
 
-def machine_threads() -> int:
-    """Threads when nothing better is known."""
-    from quire.bench.machine import usable_processors
-
-    return usable_processors()
-
-
 def _version(package: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
     try:
         return version(package)
     except PackageNotFoundError:
@@ -94,7 +90,7 @@ def read_bandwidth(threads: int, seconds: float = BANDWIDTH_SECONDS) -> float:
     with ThreadPoolExecutor(threads) as pool:
         while time.perf_counter() < end:
             begun = time.perf_counter()
-            list(pool.map(np.bitwise_or.reduce, arrays))
+            list(pool.map(np.max, arrays))
             best = max(best, CHUNK_BYTES * len(arrays) / (time.perf_counter() - begun))
     return best
 

@@ -34,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Answer every prompt, in order."""
-    prompts = options.prompts or [sys.stdin.read()]
+    prompts = options.prompts or [sys.stdin.read().removesuffix("\n")]
     if not all(prompt.strip() for prompt in prompts):
         raise InvalidRequestError("the prompt is empty", param="prompt")
     engine, _ = engines.start(options)

@@ -7,11 +7,11 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Protocol, cast
 
 import quire
-from quire.cli import bench, chat, doctor, generate, serve
 from quire.cli.arguments import Parser, canonical
 from quire.errors import ConfigurationError, InvalidRequestError, QuireError
 
@@ -24,27 +24,34 @@ EXAMPLES = """examples:
 `quire VERB --help` tells the rest. Without a model, the small embedded one is used."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verb:
-    """One word of the command line."""
-
-    help: str
-    add: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int]
-    examples: str
-
-
 VERBS = {
-    "generate": Verb("answer prompts and print the text as it comes", generate.add, generate.run, generate.EXAMPLES),
-    "chat": Verb("talk with the model", chat.add, chat.run, chat.EXAMPLES),
-    "serve": Verb("serve the OpenAI API over HTTP", serve.add, serve.run, serve.EXAMPLES),
-    "bench": Verb("measure speed", bench.add, bench.run, bench.EXAMPLES),
-    "doctor": Verb("say what this machine and installation offer", doctor.add, doctor.run, doctor.EXAMPLES),
+    "generate": "answer prompts and print the text as it comes",
+    "chat": "talk with the model",
+    "serve": "serve the OpenAI API over HTTP",
+    "bench": "measure speed",
+    "doctor": "say what this machine and installation offer",
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+class Verb(Protocol):
+    """A module of this folder that carries one verb."""
+
+    EXAMPLES: str
+
+    def add(self, parser: argparse.ArgumentParser) -> None:
+        """Give the verb its flags."""
+
+    def run(self, options: argparse.Namespace) -> int:
+        """Do it; the exit code."""
+
+
+def load(name: str) -> Verb:
+    """A verb's module. Only the one that is asked for is imported."""
+    return cast(Verb, import_module(f"quire.cli.{name}"))
+
+
+def make_parser(words: Sequence[str]) -> argparse.ArgumentParser:
+    """The command line, complete for the verbs among `words`."""
     parser = Parser(
         prog="quire",
         description="An inference engine for large language models.",
@@ -55,19 +62,21 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"quire {quire.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the whole trace of an error")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
-    for name, verb in VERBS.items():
+    for name, text in VERBS.items():
         child = verbs.add_parser(
             name,
-            help=verb.help,
-            description=verb.help[0].upper() + verb.help[1:] + ".",
-            epilog=verb.examples,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         child.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show the whole trace of an error"
         )
-        verb.add(child)
+        if name in words:
+            verb = load(name)
+            child.epilog = verb.EXAMPLES
+            verb.add(child)
     return parser
 
 
@@ -76,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     try:
-        options = make_parser().parse_args(canonical(given, say))
-        return VERBS[options.verb].run(options)
+        options = make_parser(given).parse_args(canonical(given, say))
+        return load(options.verb).run(options)
     except SystemExit as leaving:  # argparse: --help, --version, usage
         return leaving.code if isinstance(leaving.code, int) else 1
     except KeyboardInterrupt:

@@ -1,0 +1,189 @@
+"""The verbs as a user runs them: in a process of their own, over the real engine."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from quire.bench.workloads import WORKLOADS, longest
+from quire.cli import banner
+from quire.cli.doctor import read_bandwidth
+from quire.cli.main import main
+from quire.outputs import Decision
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"}
+HEAVY = {"fastapi", "starlette", "uvicorn", "pydantic", "huggingface_hub", "prometheus_client", "torch", "transformers"}
+
+
+def quire(*words: object, text: str = "", timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "quire", *map(str, words)],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=ENVIRONMENT,
+        check=False,
+    )
+
+
+def test_generate_streams_and_shows_a_banner(tiny: Path) -> None:
+    done = quire("generate", "--model", tiny, "--max-tokens", 6, "--temperature", 0, "--ignore-eos", "hello")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
+    assert re.match(rf"quire \S+  {tiny.name}\n", done.stderr)
+    assert "num_blocks" in done.stderr
+    quiet = quire(
+        "generate", "--quiet", "--model", tiny, "--max-tokens", 6, "--temperature", 0, "--ignore-eos", text="hello\n"
+    )
+    assert quiet.stderr == ""
+    assert quiet.stdout == done.stdout
+
+
+def test_generate_json(tiny: Path) -> None:
+    done = quire(
+        *("generate", "-q", "--model", tiny, "--max-tokens", 4, "--ignore-eos"),
+        *("--json", "--n", 2, "--seed", 3, "--temperature", 1, "one", "--raw"),
+    )
+    (answer,) = map(json.loads, done.stdout.splitlines())
+    assert (answer["prompt"], answer["prompt_tokens"]) == ("one", 3)
+    assert [(item["tokens"], item["finish_reason"]) for item in answer["outputs"]] == [(4, "length")] * 2
+    many = quire("generate", "-q", "--model", tiny, "--max-tokens", 2, "--json", "a", "b", "c")
+    assert [json.loads(line)["prompt"] for line in many.stdout.splitlines()] == ["a", "b", "c"]
+
+
+def test_generate_imports_nothing_of_the_server(tiny: Path) -> None:
+    program = (
+        "import sys\nfrom quire.cli.main import main\n"
+        f"code = main(['generate', '-q', '--model', {str(tiny)!r}, '--max-tokens', '2', 'x'])\n"
+        f"print(code, sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=True
+    )
+    assert done.stderr == "0 []\n"
+
+
+def test_chat_reads_a_pipe(tiny: Path) -> None:
+    lines = "hi\n\n/help\n/nope\n/reset\nyou\n/exit\nnever said\n"
+    done = quire("chat", tiny, "-q", "--max-tokens", 4, "--system-prompt", "be short", text=lines)
+    assert done.returncode == 0, done.stderr
+    assert "/reset  forget the conversation" in done.stderr
+    assert "/nope is not known" in done.stderr
+    assert ">" not in done.stdout.split("\n")[0][:2]
+
+
+def test_chat_goes_on_after_a_refusal(tiny: Path) -> None:
+    done = quire("chat", tiny, "-q", "--max-tokens", 2, text="x" * 600 + "\nhi\n")
+    assert done.returncode == 0
+    assert done.stderr.count("quire: ") == 1
+    assert "/reset begins anew" in done.stderr
+    assert done.stdout
+
+
+def test_errors_of_files_are_one_line_and_code_1(tmp_path: Path) -> None:
+    done = quire("generate", "-q", "--model", tmp_path, "hello")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"quire: [^\n]+\n", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_serve_answers_and_stops_with_code_0(tiny: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "quire",
+        "serve",
+        str(tiny),
+        "--port",
+        "0",
+        "--api-key",
+        "k",
+        "--max-num-seqs",
+        "4",
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as process:
+        try:
+            assert process.stderr is not None
+            lines = []
+            while not lines or not lines[-1].startswith("ready on "):
+                lines.append(process.stderr.readline())
+                assert lines[-1], lines
+            url = lines[-1].split()[-1]
+            assert httpx.get(f"{url}/models").status_code == 401
+            headers = {"authorization": "Bearer k"}
+            assert httpx.get(f"{url}/models", headers=headers).json()["data"][0]["id"] == tiny.name
+            body = {"model": str(tiny), "prompt": "x", "max_tokens": 3, "ignore_eos": True}
+            answer = httpx.post(f"{url}/completions", json=body, headers=headers)
+            assert answer.json()["usage"]["completion_tokens"] == 3
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
+def test_busy_port_is_found_before_the_model_is_read() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = quire("serve", "/nonexistent/model", "--port", taken.getsockname()[1])
+    assert done.returncode == 2
+    assert "address already in use" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_bench_throughput_with_json(tiny: Path, tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    done = quire(
+        *("bench", "throughput", "--model", tiny, "--workload", "W1", "W4", "--reps", 2),
+        *("--output-json", result, "--max-num-seqs", 4),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "W4 is left out" in done.stderr
+    assert re.search(r"^W1 +quire +2 ", done.stdout, re.MULTILINE)
+    report = json.loads(result.read_text())
+    assert {"elapsed_time", "num_requests", "total_num_tokens", "requests_per_second", "tokens_per_second"} <= set(
+        report["runs"][0]
+    )
+    assert [run["total_num_tokens"] for run in report["runs"]] == [256, 256]
+    assert report["machine"]["model"] == tiny.name
+
+
+def test_bench_core_prints_the_clock(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "core", "--rows", "4", "16", "--steps", "5"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert "core us/step" in head
+    assert [int(row.split()[0]) for row in rows] == [4, 16]
+    assert all(float(word) > 0 for row in rows for word in row.split())
+
+
+def test_workloads_have_their_shapes_and_repeat() -> None:
+    shapes = {name: (len(make(0, 50_000)), longest(make(0, 50_000))) for name, make in WORKLOADS.items()}
+    assert shapes["W1"] == (1, 256)
+    assert shapes["W2"][0] == 32
+    assert shapes["W3"] == (16, 1088)
+    assert shapes["W4"] == (1, 4097)
+    for make in WORKLOADS.values():
+        first, again, other = make(0, 50_000), make(0, 50_000), make(1, 50_000)
+        assert first == again
+        assert [len(item.prompt_token_ids) for item in first] == [len(item.prompt_token_ids) for item in other]
+        assert first[0].prompt_token_ids != other[0].prompt_token_ids
+        assert all(0 <= token < 320 for item in make(0, 320) for token in item.prompt_token_ids)
+    assert len({tuple(item.prompt_token_ids[:1024]) for item in WORKLOADS["W3"](0, 50_000)}) == 1
+
+
+def test_banner_gives_reasons() -> None:
+    decisions = [Decision("threads", "2", "the cores"), Decision("isa", "avx2", "")]
+    assert banner.lines(decisions) == ["threads  2  (the cores)", "isa      avx2"]
+
+
+def test_read_bandwidth_is_a_rate() -> None:
+    begun = time.perf_counter()
+    assert read_bandwidth(2, seconds=0.05) > 2**25 / (time.perf_counter() - begun + 1)
