@@ -9,7 +9,7 @@ import pytest
 
 from quire.errors import ConfigurationError, ModelFileError, UnsupportedModelError
 from quire.models.registry import FAMILIES, load_spec
-from quire.models.spec import Llama3Scaling, LongRopeScaling, YarnScaling
+from quire.models.spec import LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
 from tests.tiny import checkpoints
 
 LLAMA_32_1B: dict[str, Any] = {
@@ -83,6 +83,23 @@ def test_yarn_and_longrope_say_how_far_they_reach() -> None:
     rope = spec.layers[0].rope
     assert rope is not None and isinstance(rope.scaling, LongRopeScaling)
     assert rope.scaling.original_max_positions == 4096
+
+
+def test_what_published_gemma3_configs_leave_out_is_known() -> None:
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    spec, _ = load_spec({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text})
+    assert (spec.vocab_size, spec.num_heads, spec.num_kv_heads, spec.head_dim) == (262208, 8, 4, 256)
+    assert [i for i, layer in enumerate(spec.layers) if layer.window is None] == [5, 11, 17, 23, 29]
+    ropes = [layer.rope for layer in spec.layers[4:6]]
+    assert ropes == [RopeSpec(10_000.0, 256), RopeSpec(1_000_000.0, 256, LinearScaling(8.0))]
+    assert spec.tied_head and spec.max_position_embeddings == 131072
 
 
 def test_an_unknown_architecture_names_the_nearest_and_lists_all() -> None:

@@ -54,6 +54,18 @@ _LONGROPE_FACTORS = {
     "long_factor": [1.5, 2.0, 3.0, 5.0, 8.0, 13.0],
 }
 
+_GEMMA3 = {
+    "head_dim": 32,
+    "num_hidden_layers": 4,
+    "query_pre_attn_scalar": 48,
+    "sliding_window": 20,
+    "sliding_window_pattern": 3,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5_000.0},
+    },
+}
+
 FAMILIES: dict[str, TinyFamily] = {
     "llama": TinyFamily("LlamaConfig", "LlamaForCausalLM"),
     "llama-3.1": TinyFamily("LlamaConfig", "LlamaForCausalLM", LLAMA3_ROPE | {"tie_word_embeddings": True}),
@@ -86,23 +98,26 @@ FAMILIES: dict[str, TinyFamily] = {
             "attn_logit_softcapping": 4.0,
             "final_logit_softcapping": 1.5,
         },
-        embedding_std=0.08,
+        embedding_std=0.05,
     ),
-    "gemma3": TinyFamily(
-        "Gemma3TextConfig",
-        "Gemma3ForCausalLM",
+    "gemma3": TinyFamily("Gemma3TextConfig", "Gemma3ForCausalLM", _GEMMA3, embedding_std=0.05),
+    "gemma3-vision": TinyFamily(
+        "Gemma3Config",
+        "Gemma3ForConditionalGeneration",
         {
-            "head_dim": 32,
-            "num_hidden_layers": 4,
-            "query_pre_attn_scalar": 48,
-            "sliding_window": 20,
-            "sliding_window_pattern": 3,
-            "rope_parameters": {
-                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 5_000.0},
+            "text_config": _COMMON | _GEMMA3,
+            "vision_config": {
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
             },
+            "mm_tokens_per_image": 4,
         },
-        embedding_std=0.08,
+        {},
+        embedding_std=0.05,
     ),
     "olmo2": TinyFamily("Olmo2Config", "Olmo2ForCausalLM"),
     "granite": TinyFamily(

@@ -5,7 +5,7 @@ from typing import Any
 
 from quire.errors import ModelFileError, UnsupportedModelError, unknown_name_message
 from quire.models.families.gemma2 import gemma2
-from quire.models.families.gemma3 import gemma3
+from quire.models.families.gemma3 import gemma3, gemma3_text_of
 from quire.models.families.gpt2 import gpt2
 from quire.models.families.granite import granite
 from quire.models.families.llama import llama
@@ -25,6 +25,7 @@ Family = Callable[[ConfigReader], tuple[DecoderSpec, NameMap]]
 FAMILIES: Mapping[str, Family] = {
     "Gemma2ForCausalLM": gemma2,
     "Gemma3ForCausalLM": gemma3,
+    "Gemma3ForConditionalGeneration": gemma3_text_of,
     "GPT2LMHeadModel": gpt2,
     "GraniteForCausalLM": granite,
     "LlamaForCausalLM": llama,

@@ -5,7 +5,7 @@ checkpoint (`model.layers.3.self_attn.q_proj.weight`, ...), joined along their o
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from quire.models.spec import DecoderSpec
@@ -42,10 +42,6 @@ class NameMap:
     """Linear weights are `[in, out]` (GPT-2's Conv1D)."""
     unused: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
     """Patterns of tensors that checkpoints carry and that change nothing."""
-
-    def with_prefix(self, prefix: str) -> "NameMap":
-        """The same map for a checkpoint whose names start otherwise."""
-        return replace(self, prefix=prefix)
 
 
 @dataclass(frozen=True, slots=True)

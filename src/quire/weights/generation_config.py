@@ -40,9 +40,11 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
     path = directory / "generation_config.json"
     generation = read_json_object(path, MAX_BYTES) if path.exists() else {}
     config = read_json_object(directory / "config.json", 4 * MAX_BYTES)
-    bos = _ids("bos_token_id", generation, config)
+    text = config.get("text_config")
+    sources = [generation, config, text if isinstance(text, dict) else {}]
+    bos = _ids("bos_token_id", *sources)
     return GenerationDefaults(
-        eos_token_ids=_ids("eos_token_id", generation, config),
+        eos_token_ids=_ids("eos_token_id", *sources),
         bos_token_id=bos[0] if bos else None,
         sampling=MappingProxyType(
             {

@@ -10,6 +10,15 @@ from quire.models.spec import DecoderSpec, RopeSpec
 from quire.models.weights_map import NameMap
 
 
+_TEXT_DEFAULTS = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131_072,
+}
+"""What the published configs with a vision part leave out of their `text_config`."""
+
+
 def gemma3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
     """Gemma3ForCausalLM."""
     num_layers = num_layers_of(config)
@@ -22,6 +31,24 @@ def gemma3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
     logits_softcap = config.optional_number("final_logit_softcapping")
     spec = replace(spec, layers=tuple(layers), qk_norm="head", logits_softcap=logits_softcap)
     return spec, GEMMA_NAMES
+
+
+def gemma3_text_of(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
+    """The text part of Gemma3ForConditionalGeneration; its vision tower stays on the disk."""
+    text = config.nested("text_config", _TEXT_DEFAULTS)
+    if text is None:
+        raise config.unsupported("text_config", "it must be there")
+    spec, names = gemma3(text)
+    text.refuse_unread()
+    if not config.boolean("tie_word_embeddings", True):
+        raise config.unsupported("tie_word_embeddings", "this family has no head of its own")
+    return spec, replace(
+        names,
+        prefix="language_model.model.",
+        other_prefixes=("model.language_model.",),
+        head="language_model.lm_head",
+        unused=("*vision_tower.*", "*multi_modal_projector.*", "lm_head.weight"),
+    )
 
 
 def _ropes(config: ConfigReader, head_dim: int) -> tuple[RopeSpec, RopeSpec]:
