@@ -102,16 +102,18 @@ class Engine:
 
     def _observe(self, state: RequestState, delta: TokenDelta, now_s: float) -> None:
         times, count = state.metrics, len(delta.token_ids)
-        if count:
-            if times.first_token_s is None:
-                times.first_token_s = now_s
-                self._metrics.first_token.observe(now_s - times.arrival_s)
-                prompt = len(state.parsed.sequences[0].prompt_token_ids)
-                self._metrics.observe_prompt(prompt, delta.num_cached_tokens)
-            elif times.last_token_s is not None:
-                self._metrics.token_gap.observe((now_s - times.last_token_s) / count)
-            times.last_token_s = now_s
-            self._metrics.observe_tokens(count)
+        if not count:
+            return
+        if times.first_token_s is None:
+            times.first_token_s = now_s
+            self._metrics.first_token.observe(now_s - times.arrival_s)
+            prompt = len(state.parsed.sequences[0].prompt_token_ids)
+            self._metrics.observe_prompt(prompt, delta.num_cached_tokens)
+        gap_s = state.token_came(delta.request_id, now_s)
+        if gap_s is not None:
+            self._metrics.token_gap.observe(gap_s / count)
+        times.last_token_s = now_s
+        self._metrics.observe_tokens(count)
 
     def _end(self, state: RequestState, request_id: str, reason: str, now_s: float) -> None:
         del self._states[request_id]

@@ -55,6 +55,7 @@ class SequenceState:
     cumulative_logprob: float | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    last_token_s: float | None = None
     has_news: bool = False
     """Something changed since the last output."""
     reported_pieces: int = 0
@@ -94,6 +95,12 @@ class RequestState:
     def finished(self) -> bool:
         """True when every sequence has ended."""
         return all(sequence.finish_reason is not None for sequence in self._sequences.values())
+
+    def token_came(self, sequence_id: str, now_s: float) -> float | None:
+        """A sequence's tokens came: seconds since its last ones, or None when they are its first."""
+        sequence = self._sequences[sequence_id]
+        before, sequence.last_token_s = sequence.last_token_s, now_s
+        return None if before is None else now_s - before
 
     def num_tokens(self, sequence_id: str) -> int:
         """Tokens generated so far for one sequence, by the core's id."""
