@@ -8,12 +8,11 @@ prefix hit and the way back after preemption are all that one case. A step
 2. admits waiting requests, in policy order, while budget, rows and blocks last (`_admit_waiting`).
 
 **Admission.** A request enters when all tokens it knows, less what the prefix cache holds, fit the free
-blocks with one block to spare for each request already running; it takes all these blocks at once. So a
-prompt once admitted never waits for blocks until its first token, and nobody running needs to preempt it
-within the next `block_size` tokens. The head of the queue is never overtaken. Nobody is admitted in a step
-that preempted.
+blocks with one block to spare for each request already running; it takes all these blocks at once. So an
+admitted prompt never waits for blocks, and those who run need not preempt it as soon as they grow. The head of
+the queue is never overtaken, and nobody is admitted in a step that preempted.
 
-**Progress.** Every step in which a request exists computes something, and every request ends:
+**Progress.** While no step is in flight, every step computes something, and every request ends:
 
 - The first running request always advances: there is budget (at least one token), and if it needs a block it
   may take those of every other. Alone it has all `num_blocks`, and these hold `max_model_len` tokens.
@@ -176,8 +175,10 @@ class Scheduler:
             if num_tokens > step.budget:
                 num_tokens = step.budget
             num_slots = len(request.block_ids) * self._pool.block_size
-            if num_tokens == 0:
-                step.stall_for_budget(request) if step.budget == 0 else step.stall(request, "in_flight")
+            if step.budget == 0:
+                step.stall_for_budget(request)
+            elif num_tokens == 0:
+                step.stall(request, "in_flight")
             elif request.num_computed + num_tokens <= num_slots:
                 step.give(request, num_tokens, ())
             else:
@@ -269,14 +270,14 @@ class Scheduler:
 
     def _apply(self, request: Request, scheduled: ScheduledRow, result: RowResult) -> TokenDelta | None:
         """Take in the result of one row. Returns the news, if there is any."""
+        row, start, num_tokens, _, samples = scheduled
         result_row, token_ids, logprobs, prompt_logprobs, error = result
+        if result_row != row or (error is None and samples != bool(token_ids)):
+            raise AssertionError(f"{result} does not answer {scheduled}")
         if error is not None:
             self._pool.forget(request.block_ids)
             self._end(request)
             return _final_delta(request, "error", error)
-        row, start, num_tokens, _, samples = scheduled
-        if row != result_row or samples != bool(token_ids):
-            raise AssertionError(f"{result} does not answer {scheduled}")
         end = start + num_tokens
         if end % self._pool.block_size < num_tokens:  # a block became full
             self._prefix_cache.register(request, self._pool, start, end)
@@ -293,7 +294,6 @@ class Scheduler:
                 break
         if not token_ids and not prompt_logprobs:
             return None
-        num_cached = request.num_cached
         return make(
             TokenDelta,
             (
@@ -301,7 +301,7 @@ class Scheduler:
                 token_ids,
                 logprobs,
                 prompt_logprobs,
-                num_cached,
+                request.num_cached,
                 finish_reason,
                 stop_reason,
                 None,
