@@ -128,4 +128,4 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
