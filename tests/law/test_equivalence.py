@@ -104,6 +104,17 @@ def test_prefix_hits_change_nothing(tiny_model: Path, alone: list[Any]) -> None:
         assert any(item.num_cached_tokens > 0 for item in outputs)
 
 
+def test_a_prompt_is_shared_within_one_step(tiny_model: Path) -> None:
+    rng = random.Random(11)
+    prefix = [rng.randrange(10, 250) for _ in range(64)]
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True, logprobs=2)
+    items = [([*prefix, *(rng.randrange(10, 250) for _ in range(5))], params) for _ in range(6)]
+    with LLM(model=str(tiny_model), **COMMON) as llm:
+        outputs = llm.generate([{"prompt_token_ids": prompt} for prompt, _ in items], params, use_tqdm=False)
+    assert [item.num_cached_tokens for item in outputs] == [0, 64, 64, 64, 64, 64]
+    assert [essence(item) for item in outputs] == [run(tiny_model, [item])[0] for item in items]
+
+
 def test_order_of_arrival_changes_nothing(tiny_model: Path, alone: list[Any]) -> None:
     order = list(range(len(alone)))
     random.Random(3).shuffle(order)

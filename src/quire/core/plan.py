@@ -104,8 +104,8 @@ class Stalled(NamedTuple):
 
     request_id: str
     reason: str
-    """`no_blocks`, `no_row`, `budget`, `preempted`, `after_preemption` (nobody is admitted in a step that
-    took blocks back), `in_flight` (all it knows is computed or being computed); `behind` is never listed."""
+    """`no_blocks`, `no_row`, `budget`, `preempted`, `in_flight` (all it knows is computed or
+    being computed); `behind` is never listed."""
     by: str | None = None
     """The request that took what this one lacked, where one is to blame: the preemptor, or the one that
     got most of the budget."""

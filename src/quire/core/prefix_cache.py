@@ -52,7 +52,7 @@ class PrefixCache:
         return PrefixMatch(num_blocks * pool.block_size, found)
 
     def register(self, request: Request, pool: BlockPool, start: int, end: int) -> None:
-        """Tokens `[start, end)` were computed: the blocks that became full can be found from now on."""
+        """Tokens `[start, end)` are scheduled: the blocks that they fill can be found from now on."""
         for index in range(start // pool.block_size, end // pool.block_size):
             pool.remember(request.block_ids[index], self._hash(request, index, pool.block_size))
 

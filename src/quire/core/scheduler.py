@@ -180,7 +180,7 @@ class Scheduler:
             elif num_tokens == 0:
                 step.stall(request, "in_flight")
             elif request.num_computed + num_tokens <= num_slots:
-                step.give(request, num_tokens, ())
+                self._give(request, num_tokens, (), step)
             else:
                 self._grow(request, num_tokens, step)
 
@@ -190,9 +190,18 @@ class Scheduler:
         lacking = self._pool.blocks_for(request.num_computed + num_tokens) - held
         if self._make_room(request, lacking, step):
             request.block_ids += self._pool.take(lacking)
-            step.give(request, num_tokens, tuple(request.block_ids[held:]))
+            self._give(request, num_tokens, tuple(request.block_ids[held:]), step)
         else:
             step.stall(request, "no_blocks")
+
+    def _give(self, request: Request, num_tokens: int, new_block_ids: tuple[int, ...], step: Step) -> None:
+        """Schedule tokens, and let the blocks that they fill be found at once: in each layer a step writes all its
+        keys and values before it reads any, so a request admitted later in the same step can share them."""
+        start = request.num_computed
+        end = start + num_tokens
+        step.give(request, num_tokens, new_block_ids)
+        if end % self._pool.block_size < num_tokens:  # a block becomes full
+            self._prefix_cache.register(request, self._pool, start, end)
 
     def _make_room(self, request: Request, num_blocks: int, step: Step) -> bool:
         """Preempt from the end of the order until `num_blocks` are free.
@@ -248,7 +257,7 @@ class Scheduler:
         step.num_prefix_queries += match.num_tokens_queried
         step.num_prefix_hits += num_hits
         step.enter(request)
-        step.give(request, min(len(request.token_ids) - num_hits, step.budget), ())
+        self._give(request, min(len(request.token_ids) - num_hits, step.budget), (), step)
         return True
 
     def _record(self, step: Step, now_s: float) -> StepRecord:
@@ -270,7 +279,7 @@ class Scheduler:
 
     def _apply(self, request: Request, scheduled: ScheduledRow, result: RowResult) -> TokenDelta | None:
         """Take in the result of one row. Returns the news, if there is any."""
-        row, start, num_tokens, _, samples = scheduled
+        row, start, _, _, samples = scheduled
         result_row, token_ids, logprobs, prompt_logprobs, error = result
         if result_row != row or (error is None and samples != bool(token_ids)):
             raise AssertionError(f"{result} does not answer {scheduled}")
@@ -278,9 +287,6 @@ class Scheduler:
             self._pool.forget(request.block_ids)
             self._end(request)
             return _final_delta(request, "error", error)
-        end = start + num_tokens
-        if end % self._pool.block_size < num_tokens:  # a block became full
-            self._prefix_cache.register(request, self._pool, start, end)
         if prompt_logprobs:
             prompt_logprobs = _unsent_prompt_logprobs(request, start, prompt_logprobs)
         finish_reason = stop_reason = None
