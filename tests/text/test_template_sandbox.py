@@ -29,12 +29,16 @@ TOO_LARGE = r"""
 {{ '{:{w}}'.format('a', w=10**9) }}
 {{ '{0!r:{1}}'.format(messages, '1000000000') }}
 {{ '%1000000000d' | format(1) }}
+{{ '%(a)1000000000d' % {'a': 1} }}
+{{ '%(a(b))1000000000d' % {'a(b)': 1} }}
+{{ '% -#.1000000000f' % 1.5 }}
 {{ 10**100000 }}
 {{ 2**8000 * 2**8000 }}
 {{ 'a\nb' | indent(10**9) }}
 {{ ('a\n' * 1000000) | indent(100) }}
 {{ {'a': 1} | tojson(indent=10**9) }}
 {{ {'a': 1} | tojson(separators=('a' * 1000000, 'b')) }}
+{{ ('\n' * 8000000) | indent(0) }}
 {{ [1] | batch(10**9, 'x') | list }}
 {{ [1] | slice(10**9) | list }}
 {{ 1 | round(-10**9, 'floor') }}
@@ -116,6 +120,8 @@ REFUSED = {
     "{{ [[1], [2]] | sum(start=[]) }}": "cannot calculate",
     "{{ raise_exception('this conversation is refused') }}": "this conversation is refused",
     "{{ 1 / 0 }}": "division by zero",
+    "{% autoescape true %}{% set x %}a{% endset %}{{ x.ljust(10**9) }}{% endautoescape %}": "autoescape",
+    "{% if a %}" + "{% elif a %}" * 3000 + "{% endif %}": "nests too deeply",
     "{% if %}": "not valid, line 1",
     "{{ messages[0].nothing.more }}": "has no attribute 'nothing'",
     "{{ " + "[" * 3000 + "]" * 3000 + " }}": "nests too deeply",
@@ -158,6 +164,11 @@ def test_refusals_are_clear(template):
     assert len(str(caught.value)) < 500
 
 
+def test_long_numbers_in_text_are_no_widths():
+    template = "{{ 'Since 2024 %s, 100000%% of %5.2f' % ('x', 1.5) }}{{ '2024 {:>5}'.format('é') }}"
+    assert ChatTemplates().render(template, MESSAGES) == "Since 2024 x, 100000% of  1.502024     é"
+
+
 def test_every_operation_is_metered():
     """No node that computes reaches the compiler without a hook: the sandbox's own, or an internal filter."""
     source = "{% for x in a %}{{ [x] }}{{ (x, x) }}{{ {x: x} }}{{ x == x }}{{ x ~ x }}{{ x[1:] }}{% endfor %}"
@@ -189,8 +200,8 @@ def test_budgets_are_of_one_thread():
 
 def test_compiled_templates_are_kept_within_a_bound():
     templates = ChatTemplates()
-    for number in range(40):
+    for number in range(20):
         templates.render(f"{number}", {})
         templates.render(f"{number}", {})
     info = templates._compiled.cache_info()
-    assert (info.currsize, info.misses, info.hits) == (32, 40, 40)
+    assert (info.currsize, info.misses, info.hits) == (8, 20, 20)

@@ -15,7 +15,7 @@ from quire.text.template_sandbox import TemplateEnvironment
 
 _MAX_TEMPLATE_CHARACTERS = 256 << 10
 _MAX_TEMPLATE_TOKENS = 16 << 10  # compiling takes some 40 microseconds and 3 KB for each; large templates have 6,000
-_MAX_COMPILED = 32
+_MAX_COMPILED = 8
 _MAX_DEPTH = 64
 _MAX_MESSAGE_CHARACTERS = 300
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # the names clients use; templates read the first two

@@ -11,7 +11,7 @@ template keeps.
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jinja2
@@ -21,11 +21,13 @@ MAX_TOTAL_BYTES = 64 << 20
 MAX_CPU_SECONDS = 1.0
 _MAX_SCAN = 1 << 28  # character comparisons of one search, in the worst case
 _MAX_INTEGER_BITS = 8192
-_ITEM_BYTES = 64  # what an element of a list costs at least
-MAX_ITEMS = MAX_VALUE_BYTES // _ITEM_BYTES
+ITEM_BYTES = 64  # what an element of a list costs at least
+MAX_ITEMS = MAX_VALUE_BYTES // ITEM_BYTES
 _EMPTY_STRING_BYTES = "".__sizeof__()
 _STEPS_PER_CLOCK = 32
-_NUMBER = re.compile(r"\d{4,}|\*")
+# A width or precision of four digits, or one taken from the arguments.
+_WIDE = re.compile(r"%[-+ #0]*(?:\d*\.)?(?:\d{4}|\*)")
+_WIDE_ANYWHERE = re.compile(r"\d{4}|\*")  # where a %(name) may stand in between
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
@@ -83,7 +85,7 @@ class _Counted:
 
     def __iter__(self) -> Iterator[Any]:
         for item in self._items:
-            self._charge(_ITEM_BYTES)
+            self._charge(ITEM_BYTES)
             yield item
 
     def __len__(self) -> int:
@@ -110,13 +112,14 @@ def weigh(value: Any) -> int:
             bits = current.bit_length()
             if bits > _MAX_INTEGER_BITS:
                 raise TemplateLimitError("a number of it is too large")
-        elif isinstance(current, Mapping):
-            total += 2 * _ITEM_BYTES * len(current)
+            total += bits >> 3
+        elif isinstance(current, dict):
+            total += 2 * ITEM_BYTES * len(current)
             if total <= MAX_VALUE_BYTES:
                 pending.extend(current.keys())
                 pending.extend(current.values())
         elif isinstance(current, list | tuple):
-            total += _ITEM_BYTES * len(current)
+            total += ITEM_BYTES * len(current)
             if total <= MAX_VALUE_BYTES:
                 pending.extend(current)
         if total > MAX_VALUE_BYTES:
@@ -194,7 +197,7 @@ def arithmetic(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any
 def modulo(left: Any, right: Any) -> Any:
     """A remainder, or printf-style formatting with neither wide fields nor `*`."""
     if isinstance(left, str):
-        if _NUMBER.search(left):
+        if (_WIDE_ANYWHERE if "%(" in left else _WIDE).search(left):
             raise TemplateLimitError("a field width of it is too large")
         _require(string_bytes(left) + (left.count("%") * (weigh(right) + 1024)))
     return left % right
@@ -223,7 +226,7 @@ def rsplit(text: str, sep: str | None = None, maxsplit: int = -1) -> list[str]:
 
 def splitlines(text: str, keepends: bool = False) -> list[str]:
     borders = sum(text.count(border) for border in "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029")
-    _require(_ITEM_BYTES * borders)
+    _require(ITEM_BYTES * borders)
     return text.splitlines(keepends)
 
 

@@ -107,6 +107,10 @@ class _Instrument(NodeTransformer):
 
     visit_Call = visit_Filter = visit_Test = _without_star
 
+    def visit_ScopedEvalContextModifier(self, node: jinja2.nodes.ScopedEvalContextModifier) -> jinja2.nodes.Node:
+        # It would make `Markup`: strings whose methods are not those that the limits know.
+        raise jinja2.TemplateSyntaxError("'autoescape' is not supported", node.lineno)
+
 
 def _filtered(node: Any, name: str) -> jinja2.nodes.Filter:
     return jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
@@ -223,7 +227,7 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def call(self, context: Any, obj: Any, /, *arguments: Any, **named: Any) -> Any:
         self.meter.charge()
         if isinstance(obj, BuiltinMethodType) and isinstance(obj.__self__, str):
-            replacement = limits.STRING_METHODS.get(obj.__name__)
+            replacement = limits.STRING_METHODS[obj.__name__]
             if replacement is not None:
                 own = {name: value for name, value in named.items() if name not in _JINJA_ARGUMENTS}
                 return self.meter.settle(replacement(obj.__self__, *arguments, **own))
@@ -257,7 +261,7 @@ def _own_filters() -> dict[str, Callable[..., Any]]:
         "batch": _batch_filter,
         "slice": _slice_filter,
         "list": limits.as_items,
-        # Without automatic escaping a mark has no use, and a `Markup` would bring methods of its own.
+        # Plain strings, not `Markup`, which would bring methods of its own.
         "safe": str,
         "e": _escape_filter,
         "escape": _escape_filter,
@@ -294,7 +298,7 @@ def _format_filter(value: Any, *arguments: Any, **named: Any) -> str:
 
 def _indent_filter(text: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
     text = str(text)
-    step = 4 * (width if isinstance(width, int) else len(width))
+    step = limits.ITEM_BYTES + 4 * (width if isinstance(width, int) else len(width))
     if limits.string_bytes(text) + step * (text.count("\n") + 1) > limits.MAX_VALUE_BYTES:
         raise TemplateLimitError("an indent of it is too large")
     return jinja2.filters.do_indent(text, width, first, blank)
