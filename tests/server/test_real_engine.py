@@ -49,9 +49,7 @@ def test_stream_equals_answer(client: openai.OpenAI, temperature: float) -> None
     assert texts == [choice.text for choice in whole.choices]
     for choice, streamed in zip(whole.choices, tokens, strict=True):
         assert choice.logprobs is not None
-        assert streamed == list(
-            zip(choice.logprobs.tokens or [], choice.logprobs.token_logprobs or [], strict=True)
-        )
+        assert streamed == list(zip(choice.logprobs.tokens or [], choice.logprobs.token_logprobs or [], strict=True))
         assert choice.finish_reason == "length"
 
 

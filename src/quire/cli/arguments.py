@@ -54,12 +54,7 @@ ALIASES = {
         "--max-model-len",
     ),
     **dict.fromkeys(
-        (
-            "--mem-fraction-static",
-            "--free-gpu-memory-fraction",
-            "--cuda-memory-fraction",
-            "--cache-max-entry-count",
-        ),
+        ("--mem-fraction-static", "--free-gpu-memory-fraction", "--cuda-memory-fraction", "--cache-max-entry-count"),
         "--gpu-memory-utilization",
     ),
     **dict.fromkeys(("--max-running-requests", "--max-batch-size", "-np", "--parallel"), "--max-num-seqs"),

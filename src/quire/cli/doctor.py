@@ -6,20 +6,12 @@ import time
 from typing import Any
 
 from quire.cli import banner
+from quire.errors import QuireError
 
 EXAMPLES = """example:
   quire doctor"""
-PACKAGES = (
-    "numpy",
-    "ml_dtypes",
-    "safetensors",
-    "tokenizers",
-    "jinja2",
-    "fastapi",
-    "uvicorn",
-    "huggingface_hub",
-    "torch",
-    "transformers",
+PACKAGES = tuple(
+    "numpy ml_dtypes safetensors tokenizers jinja2 fastapi uvicorn huggingface_hub torch transformers".split()
 )
 CHUNK_BYTES = 2**25
 BANDWIDTH_SECONDS = 1.0
@@ -35,15 +27,14 @@ def run(options: argparse.Namespace) -> int:
 
     _section("machine", machine.describe())
     limit = machine.memory_limit_bytes()
-    native, threads = _native()
-    _section(
-        "limits",
-        {"control group memory": "none" if limit is None else f"{limit / 2**30:.1f} GiB", "threads": threads[1]},
-    )
-    _section("native operations", native)
+    _section("limits", {"control group memory": "none" if limit is None else f"{limit / 2**30:.1f} GiB"})
+    print("operations")
+    for line in _operations():
+        print(f"  {line}")
     _section("versions", {name: _version(name) for name in PACKAGES})
-    rate = read_bandwidth(threads[0])
-    _section("memory", {"streaming read": f"{rate / 1e9:.1f} GB/s with {threads[0]} threads (numpy)"})
+    threads = machine.usable_processors()
+    rate = read_bandwidth(threads)
+    _section("memory", {"streaming read": f"{rate / 1e9:.1f} GB/s with {threads} threads (numpy)"})
     return _embedded()
 
 
@@ -54,20 +45,16 @@ def _section(title: str, items: dict[str, str]) -> None:
         print(f"  {name:<{width}}  {value}")
 
 
-def _native() -> tuple[dict[str, str], tuple[int, str]]:
-    """Whether the extension loads, its instruction sets with the reason of each, and the threads."""
-    from quire.bench.machine import usable_processors
-
+def _operations() -> list[str]:
+    """Provider, instruction set and threads with their reasons; what was passed over; or why none loads."""
     try:
-        from quire.ops import _native
-        from quire.ops.select import available_cores
-    except ImportError as error:
-        return {"loads": f"no: {error.name or error}"}, (usable_processors(), "all usable processors")
-    found = {"loads": "yes"}
-    for name, runs, reason in _native.instruction_sets():
-        found[name] = f"{'yes' if runs else 'no'}: {reason}"
-    count, reason = available_cores()
-    return found, (count, f"{count} ({reason})")
+        from quire.ops.select import select_ops
+
+        _, decisions = select_ops("auto", None)
+    except (ImportError, QuireError) as error:
+        return [f"native operations do not load: {error}"]
+    rejected = [f"not {line}" for decision in decisions for line in decision.rejected]
+    return [*banner.lines(decisions), *rejected]
 
 
 def _version(package: str) -> str:

@@ -102,10 +102,9 @@ async def _answer_routing(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         return as_api_error(error).response()
     path, method = ascii(request.scope["path"])[1:-1], ascii(request.method)[1:-1]
-    text = {
-        404: f"there is no route {path}",
-        405: f"{method} is not allowed on {path}",
-    }.get(error.status_code, str(error.detail))
+    text = {404: f"there is no route {path}", 405: f"{method} is not allowed on {path}"}.get(
+        error.status_code, str(error.detail)
+    )
     code = _ROUTING_CODES.get(error.status_code)
     return ApiError(error.status_code, text, code=code, headers=error.headers).response()
 

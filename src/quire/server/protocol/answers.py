@@ -53,17 +53,10 @@ def chat_logprobs(choice: CompletionOutput, top: int, bytes_of: Callable[[int], 
 
     def entry(position: PositionLogprobs, token_id: int) -> dict[str, Any]:
         item = position[token_id]
-        return {
-            "token": item.decoded_token,
-            "logprob": _finite(item.logprob),
-            "bytes": list(bytes_of(token_id)),
-        }
+        return {"token": item.decoded_token, "logprob": _finite(item.logprob), "bytes": list(bytes_of(token_id))}
 
     content = [
-        {
-            **entry(position, token_id),
-            "top_logprobs": [entry(position, other) for other in _best(position, top)],
-        }
+        {**entry(position, token_id), "top_logprobs": [entry(position, other) for other in _best(position, top)]}
         for token_id, position in zip(choice.token_ids, choice.logprobs or [], strict=True)
     ]
     return {"content": content, "refusal": None}
