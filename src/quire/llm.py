@@ -143,6 +143,16 @@ class LLM:
         """What was decided at start, and why."""
         return self._served.decisions
 
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output, in tokens."""
+        return self._served.facts.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self._served.facts.vocab_size
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
