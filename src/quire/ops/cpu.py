@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from array_api_compat import numpy as array_api_numpy
 
 from quire.ops import _native
 from quire.ops.composed import ComposedOps
@@ -34,7 +35,7 @@ class CpuOps(ComposedOps):
     """`threads` includes the calling one. `isa` is one of `quire.ops.select.instruction_sets()`. A provider keeps
     its own threads; operations on one provider run one after another, whoever calls."""
 
-    xp = np
+    xp = array_api_numpy
 
     def __init__(self, threads: int, isa: str) -> None:
         self._native = _native.Runtime(threads, isa)

@@ -153,13 +153,11 @@ class ReferenceOps(composed.ComposedOps):
                 continue
             start = int(batch.starts[row])
             stop = start + last - first
-            blocks = [int(block) for block in batch.block_tables[row, : -(-stop // size)]]
-            for token in range(first, last):
-                position = start + token - first
-                block, slot = blocks[position // size], position % size
-                keys[block, slot, ...] = xp.astype(xp.astype(k[token, ...], dtype), xp.float32)
-                values[block, slot, ...] = xp.astype(xp.astype(v[token, ...], dtype), xp.float32)
-            table = xp.asarray(blocks, dtype=xp.int64, device=self.device)
+            table = xp.astype(batch.block_tables[row, : -(-stop // size)], xp.int64)
+            positions = xp.arange(start, stop, device=self.device)
+            blocks, slots = xp.take(table, positions // size), positions % size
+            keys[blocks, slots, ...] = xp.astype(xp.astype(k[first:last, ...], dtype), xp.float32)
+            values[blocks, slots, ...] = xp.astype(xp.astype(v[first:last, ...], dtype), xp.float32)
             row_keys = xp.reshape(xp.take(keys, table, axis=0), (-1, *k.shape[1:]))[:stop, ...]
             row_values = xp.reshape(xp.take(values, table, axis=0), (-1, *v.shape[1:]))[:stop, ...]
             out.append(self._attend(q[first:last, ...], row_keys, row_values, start, spec))
