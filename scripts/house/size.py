@@ -88,6 +88,9 @@ def measure(root: Path) -> dict[str, Any]:
         python = environment / "bin" / "python"
         _run([sys.executable, "-m", "pip", "--python", str(python), "install", "-q", str(wheel)], folder)
         _run([str(python), "-c", "import quire; quire.__version__"], folder)
+        if (root / "src/quire/demo/model/config.json").exists():
+            # What the base install promises: it answers, with nothing but its own dependencies.
+            _run([str(environment / "bin/quire"), "generate", "What is PagedAttention?"], folder)
         purelib = sysconfig.get_path("purelib", vars={"base": str(environment), "platbase": str(environment)})
         sizes = _sizes(Path(purelib))
         unwanted = [name for name in NOT_IN_BASE if (Path(purelib) / name).exists()]
