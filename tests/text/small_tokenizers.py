@@ -133,16 +133,6 @@ def fallback_unigram() -> Tokenizer:
     return _sentencepiece(backend)
 
 
-def word_piece() -> Tokenizer:
-    """WordPiece: neither byte-level nor with byte fallback."""
-    words = ["[UNK]", *SPECIAL, "hello", "world", "##s", "##ly", ",", ".", "'", "don", "t", "re", "!"]
-    backend = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    backend.add_special_tokens(SPECIAL)
-    return backend
-
-
 def no_decoder() -> Tokenizer:
     """Whole words and no decoder at all: tokens are joined by spaces."""
     words = ["<unk>", "hello", "world", "a"]
@@ -156,7 +146,6 @@ KINDS = {
     "byte_level": byte_level,
     "fallback_bpe": fallback_bpe,
     "fallback_unigram": fallback_unigram,
-    "word_piece": word_piece,
     "no_decoder": no_decoder,
 }
 

@@ -24,7 +24,7 @@ from typing import Any
 import tokenizers
 
 from quire.errors import InvalidRequestError
-from quire.text.chat_template import strings_in
+from quire.text.messages import strings_in
 
 _PRIVATE_USE = range(0xE000, 0xF900)
 

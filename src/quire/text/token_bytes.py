@@ -4,7 +4,7 @@ A `tokenizers` decoder is a program over the whole token sequence. The decoders 
 are *local*: a token adds the same bytes wherever it stands, but for the first one, and some strip a
 leading space from the whole text. `TokenBytes` reads the decoder once and states those bytes, which
 makes decoding, incremental decoding and the bytes of a logprob three views of one definition. A
-decoder that is not local (CTC, BPE with an end-of-word suffix) is refused when the model is loaded.
+decoder that is not local, or not of language models (CTC, WordPiece), is refused when the model is loaded.
 
 Bytes that are not valid UTF-8 become one U+FFFD for each maximal invalid part. For byte-level
 vocabularies this is what `tokenizers` does; for byte-fallback vocabularies `tokenizers` writes one
@@ -43,8 +43,6 @@ class _Rules:
     replacements: list[tuple[str, str]] = field(default_factory=list)
     metaspace: str = ""  # this character is a space, and nothing in the first token when `trims_first`
     trims_first: bool = False
-    continuation: str = ""  # WordPiece: the prefix that says "no space before me"
-    cleans_word_piece: bool = False
     byte_level: bool = False
     byte_fallback: bool = False
     strip: str = ""  # a character of which the text loses up to `strip_count` at its start
@@ -104,12 +102,7 @@ class TokenBytes:
         if rules.metaspace:
             space = "" if is_first and rules.trims_first else " "
             content = content.replace(rules.metaspace, space)
-        if not is_first:
-            continues = rules.continuation and content.startswith(rules.continuation)
-            content = content[len(rules.continuation) :] if continues else rules.joiner + content
-        if rules.cleans_word_piece:
-            content = _clean_word_piece(content)
-        return content.encode()
+        return (content if is_first else rules.joiner + content).encode()
 
     @cached_property
     def longest(self) -> int | None:
@@ -176,26 +169,10 @@ def _read_step(rules: _Rules, step: Mapping[str, Any]) -> bool:
             rules.metaspace = step["replacement"]
             rules.trims_first = step.get("prepend_scheme", "always") != "never"
             return not (rules.fused or rules.byte_level)
-        case "WordPiece":
-            rules.joiner, rules.continuation = " ", step["prefix"]
-            rules.cleans_word_piece = step["cleanup"]
-            return not (rules.fused or rules.byte_level or rules.byte_fallback)
         case "Strip":
             rules.strip, rules.strip_count = step["content"], step["start"]
             return step["stop"] == 0 and (rules.fused or step["start"] == 0)
     return False
-
-
-def _clean_word_piece(text: str) -> str:
-    for spaced in (" .", " ?", " !", " ,"):
-        text = text.replace(spaced, spaced[1:])
-    text = text.replace(" ' ", "'")
-    for spaced in (" n't", " 'm"):
-        text = text.replace(spaced, spaced[1:])
-    text = text.replace(" do not", " don't")
-    for spaced in (" 's", " 've", " 're"):
-        text = text.replace(spaced, spaced[1:])
-    return text
 
 
 def _shrink_of_normaliser(normaliser: Mapping[str, Any] | None) -> int | None:

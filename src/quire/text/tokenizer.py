@@ -3,14 +3,17 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quire.errors import InvalidRequestError
-from quire.text.chat_template import ChatTemplates, OpenEnd, plain_data, read_messages
 from quire.text.detokenizer import IncrementalDetokenizer
+from quire.text.messages import OpenEnd, plain_data, read_messages
 from quire.text.special_text import SpecialText
 from quire.text.token_bytes import TokenBytes
 from quire.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
+
+if TYPE_CHECKING:
+    from quire.text.chat_template import ChatTemplates
 
 
 class Tokenizer:
@@ -23,7 +26,6 @@ class Tokenizer:
     def __init__(self, files: TokenizerFiles) -> None:
         self._files = files
         self._backend = files.backend
-        self._templates = ChatTemplates()
         self._special_text = SpecialText(files.backend)
         self._added = files.backend.get_added_tokens_decoder()
         self.token_table = TokenBytes(files.backend)
@@ -36,6 +38,12 @@ class Tokenizer:
         Raises `ModelFileError`, which names the file, when one is missing, damaged or not supported.
         """
         return cls(read_tokenizer_files(Path(path)))
+
+    @cached_property
+    def _templates(self) -> "ChatTemplates":
+        from quire.text.chat_template import ChatTemplates  # jinja2 is slow to import, and raw prompts do without
+
+        return ChatTemplates()
 
     @cached_property
     def vocab_size(self) -> int:
