@@ -1,6 +1,6 @@
 """Measures the demo model with transformers and prints figures, failures and samples.
 
-    python scripts/demo/evaluate.py src/quire/demo/model
+python scripts/demo/evaluate.py src/quire/demo/model
 """
 
 import argparse
@@ -85,7 +85,7 @@ class Demo:
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        self.model: Any = LlamaForCausalLM.from_pretrained(folder).eval()
+        self.model: Any = LlamaForCausalLM.from_pretrained(folder)
 
     def complete(self, prompts: list[str], max_tokens: int = 200, **settings: Any) -> list[str]:
         """Return what the model writes after each prompt, greedily unless the settings say otherwise."""

@@ -54,8 +54,7 @@ def load_knowledge(language: str) -> Knowledge:
     topics = {key: Topic(**table) for key, table in read_toml(f"facts_{language}.toml").items()}
     talk = read_toml(f"talk_{language}.toml")
     comparisons = [
-        Comparison(topics[entry["pair"][0]], topics[entry["pair"][1]], entry["answer"])
-        for entry in talk["compare"]
+        Comparison(topics[entry["pair"][0]], topics[entry["pair"][1]], entry["answer"]) for entry in talk["compare"]
     ]
     return Knowledge(
         language=language,

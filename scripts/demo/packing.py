@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 QUESTION_WEIGHT = 0.1  # questions are worth knowing a little: what comes after an answer should look like one
+CUT_TOKENS = 16  # enough of an answer to tell it from all others
 Rows = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
@@ -18,13 +19,17 @@ class Packer:
 
     Each row begins with a new document and is cut off at its end. Between documents stands <|bos|>, save
     that a conversation often follows another directly, as when a person changes the subject.
+
+    The fraction `cut` of the conversations is only a question and the beginning of its answer. The words of
+    the answers are learned soon; which answer a question wants takes long, so it pays to see more questions.
     """
 
-    def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, seed: int, cut: float) -> None:
         self._tokenizer = tokenizer
+        self._cut = cut
         self._random = Random(seed)
         self._documents = documents(self._random)
-        self._bos = tokenizer.token_to_id("<|bos|>")
+        (self._bos,) = tokenizer.encode("<|bos|>").ids
         self._encode = lru_cache(maxsize=20_000)(self._encode_now)
 
     def _encode_now(self, text: str) -> list[int]:
@@ -52,11 +57,16 @@ class Packer:
             if ids and not (after_turns and document.turns and self._random.random() < 0.4):
                 ids.append(self._bos)
                 weights.append(0.0)
-            for text, weight in self._segments(document):
+            cut = bool(document.turns) and " = " not in document.turns[0].answer and self._random.random() < self._cut
+            for text, weight in self._segments(Document(document.turns[:1], document.system) if cut else document):
                 piece = self._encode(text) if weight == 1.0 else self._encode_now(text)
+                if weight == 1.0 and cut:
+                    piece = piece[:CUT_TOKENS]
                 ids += piece
                 weights += [weight] * len(piece)
-            after_turns = bool(document.turns)
+                if weight == 1.0 and cut:
+                    break
+            after_turns = bool(document.turns) and not cut
         return ids[:length], weights[:length]
 
     def batch(self, rows: int, length: int) -> Rows:

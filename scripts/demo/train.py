@@ -10,6 +10,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import train_tokenizer
@@ -18,17 +19,16 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-ROWS = 8  # in a batch: many small steps teach a small model faster than few large ones
-SHORT, LONG = 256, 512  # tokens in a row, before and after LONG_FROM of the training
-LONG_FROM = 0.75
-PEAK_RATE, LAST_RATE, WARMUP_STEPS = 2e-3, 5e-5, 200
+TOKENS_PER_BATCH = 2048  # many small steps teach a small model faster than few large ones
+SHORT, LONG = 256, 512  # tokens in a row, early and late in the training
+LAST_RATE, WARMUP_STEPS = 5e-5, 200
 SAVE_EVERY_S = 300.0
 
 
 def build_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
     """Return the untrained model in bfloat16, with its generation defaults."""
-    special = {name: tokenizer.token_to_id(f"<|{name}|>") for name in ("pad", "bos", "im_end")}
-    ids = {"pad_token_id": special["pad"], "bos_token_id": special["bos"], "eos_token_id": special["im_end"]}
+    pad, bos, _, end = (tokenizer.token_to_id(token) for token in train_tokenizer.SPECIAL_TOKENS)
+    ids: dict[str, Any] = {"pad_token_id": pad, "bos_token_id": bos, "eos_token_id": end}
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=256,
@@ -42,9 +42,9 @@ def build_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
         dtype="bfloat16",
         **ids,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.generation_config = GenerationConfig(do_sample=False, **ids)
-    return model
+    model: Any = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(**ids, do_sample=False)  # type: ignore[no-untyped-call]
+    return cast(LlamaForCausalLM, model.to(torch.bfloat16))
 
 
 def weighted_loss(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> Tensor:
@@ -56,35 +56,32 @@ def weighted_loss(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> Tens
     return (losses * flat).sum() / flat.sum()
 
 
-def learning_rate(step: int, progress: float) -> float:
+def learning_rate(step: int, progress: float, peak: float) -> float:
     """Return the rate after `step` steps: a linear warm-up, then a cosine over `progress` from 0 to 1."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return min(1.0, (step + 1) / WARMUP_STEPS) * (LAST_RATE + (PEAK_RATE - LAST_RATE) * cosine)
+    return min(1.0, (step + 1) / WARMUP_STEPS) * (LAST_RATE + (peak - LAST_RATE) * cosine)
 
 
 class Trainer:
     """The model, the float32 copy of its weights, and the optimiser that moves the copy."""
 
-    def __init__(self, tokenizer: Tokenizer, seed: int, compile_model: bool) -> None:
-        torch.manual_seed(seed)
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = build_model(tokenizer).to(self.device)
+    def __init__(self, model: LlamaForCausalLM, packer: Packer, compile_model: bool) -> None:
+        self.device = model.device
+        self.model = model
+        self.packer = packer
         self.weights = list(self.model.parameters())
         self.masters = [weight.detach().float() for weight in self.weights]
         decayed = [master for master in self.masters if master.ndim == 2]
         steady = [master for master in self.masters if master.ndim == 1]
         groups = [{"params": decayed, "weight_decay": 0.05}, {"params": steady, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95), fused=True)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         self.loss = torch.compile(weighted_loss, dynamic=False) if compile_model else weighted_loss
-        self.packer = Packer(tokenizer, seed)
 
     def step(self, length: int, rate: float) -> float:
         """Take one step on a new batch of rows of this length; return its loss."""
-        ids, weights = self.packer.batch(ROWS, length)
-        loss = self.loss(
-            self.model, torch.from_numpy(ids).to(self.device), torch.from_numpy(weights).to(self.device)
-        )
-        loss.backward()
+        ids, weights = self.packer.batch(TOKENS_PER_BATCH // length, length)
+        loss = self.loss(self.model, torch.from_numpy(ids).to(self.device), torch.from_numpy(weights).to(self.device))
+        loss.backward()  # type: ignore[no-untyped-call]
         for master, weight in zip(self.masters, self.weights, strict=True):
             assert weight.grad is not None
             master.grad, weight.grad = weight.grad.float(), None
@@ -98,22 +95,21 @@ class Trainer:
         return float(loss.detach())
 
 
-def train(trainer: Trainer, folder: Path, steps: int, minutes: float) -> None:
+def train(trainer: Trainer, options: argparse.Namespace) -> None:
     """Train for so many steps or minutes, whichever ends first, saving to the folder now and then."""
     start = saved = time.monotonic()
-    step, tokens, progress, smooth = 0, 0, 0.0, 0.0
+    step, progress, smooth = 0, 0.0, 0.0
     while progress < 1.0:
-        length = LONG if progress >= LONG_FROM else SHORT
-        loss = trainer.step(length, learning_rate(step, progress))
+        length = LONG if progress >= options.long_from else SHORT
+        loss = trainer.step(length, learning_rate(step, progress, options.rate))
         smooth = loss if step == 0 else 0.98 * smooth + 0.02 * loss
         step += 1
-        tokens += ROWS * length
         now = time.monotonic()
-        progress = max(step / steps, (now - start) / (60 * minutes))
+        progress = max(step / options.steps, (now - start) / (60 * options.minutes))
         if step % 100 == 0 or progress >= 1.0:
-            print(f"step {step} loss {smooth:.4f} {tokens} tokens in {now - start:.0f} s {progress:.1%}", flush=True)
+            print(f"step {step} loss {smooth:.4f} {now - start:.0f} s {progress:.1%}", flush=True)
         if now - saved > SAVE_EVERY_S or progress >= 1.0:
-            trainer.model.save_pretrained(folder)
+            trainer.model.save_pretrained(options.output)
             saved = now
 
 
@@ -125,14 +121,23 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=100.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--cut", type=float, default=0.6, help="fraction of conversations whose answer is cut short")
+    parser.add_argument("--long-from", type=float, default=0.75, help="when rows become long, from 0 to 1")
+    parser.add_argument("--start", type=Path, help="go on from the weights of this checkpoint")
+    parser.add_argument("--rate", type=float, default=2e-3, help="the highest learning rate")
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile (no C++ compiler)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    tokenizer = train_tokenizer.train()
+    torch.manual_seed(options.seed)
+    tokenizer = Tokenizer.from_file(str(options.start / "tokenizer.json")) if options.start else train_tokenizer.train()
     train_tokenizer.write(tokenizer, options.output)
-    trainer = Trainer(tokenizer, options.seed, not options.no_compile)
-    print(sum(weight.numel() for weight in trainer.weights), "parameters on", trainer.device)
-    train(trainer, options.output, options.steps, options.minutes)
+    model: Any = build_model(tokenizer)
+    if options.start:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(options.start).state_dict())
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    trainer = Trainer(model, Packer(tokenizer, options.seed, options.cut), not options.no_compile)
+    print(sum(weight.numel() for weight in trainer.weights), "parameters on", trainer.device, flush=True)
+    train(trainer, options)
 
 
 if __name__ == "__main__":

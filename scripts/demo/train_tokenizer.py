@@ -1,6 +1,6 @@
 """Trains the byte-level BPE tokenizer of the demo model and writes its two files.
 
-    python scripts/demo/train_tokenizer.py FOLDER
+python scripts/demo/train_tokenizer.py FOLDER
 """
 
 import argparse

@@ -10,8 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from quire.config import EngineArgs
-    from quire.engine.async_engine import AsyncLLM
-    from quire.llm import LLM
+    from quire.llm import LLM, AsyncLLM
     from quire.outputs import CompletionOutput, Logprob, RequestOutput
     from quire.sampling_params import RequestOutputKind, SamplingParams
 

@@ -55,17 +55,26 @@ def compose(args: EngineArgs) -> ServedEngine:
     defaults = load_generation_defaults(directory)
     eos = tokenizer.eos_token_ids if tokenizer is not None else defaults.eos_token_ids
     sizes = resolve_cache(args, _facts(args, model))
-    facts = EngineFacts(sizes.max_model_len, spec.vocab_size, eos, args.seed)
+    facts = EngineFacts(sizes.max_model_len, spec.vocab_size, eos, args.seed, args.scheduling_policy == "priority")
     core = _core(args, model, ops, sizes)
     return ServedEngine(
         engine=Engine(core, tokenizer, clock=time.monotonic),
         inputs=InputProcessor(tokenizer, facts),
         tokenizer=tokenizer,
         facts=facts,
-        decisions=[*decisions, *sizes.decisions],
+        decisions=[*_model_decisions(args, directory, model), *decisions, *sizes.decisions],
         default_params=defaults.sampling,
         close=core.close,
     )
+
+
+def _model_decisions(args: EngineArgs, directory: Path, model: Model) -> list[Decision]:
+    shape = model.cache_shape(1, args.block_size)
+    name = "embedded" if args.model is None else directory.name
+    return [
+        Decision("model", name, f"{model.spec.num_layers} layers, {model.weight_bytes / 2**20:,.0f} MiB of weights"),
+        Decision("dtype", shape.storage, "the checkpoint's own" if args.dtype == "auto" else "as asked"),
+    ]
 
 
 def _core(args: EngineArgs, model: Model, ops: Ops, sizes: CachePlan) -> EngineCore:

@@ -11,18 +11,57 @@ from quire.errors import InvalidRequestError
 from quire.sampling_params import SamplingParams
 
 REFUSED: list[tuple[str, Any]] = [
-    *((name, value) for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty",
-                                 "repetition_penalty") for value in (math.nan, math.inf, -math.inf, "1", None, True, [])),
-    ("temperature", -0.1), ("temperature", 101), ("top_p", 0), ("top_p", 1.01), ("min_p", -0.1), ("min_p", 1.1),
-    ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("repetition_penalty", 0), ("repetition_penalty", 2.1),
-    ("n", 0), ("n", 129), ("n", 1.0), ("n", True), ("top_k", -2), ("top_k", 1.5), ("top_k", 2**31),
-    ("max_tokens", 0), ("max_tokens", 2**31), ("min_tokens", -1), ("seed", 2**63), ("seed", 1.5),
-    ("logprobs", 21), ("logprobs", -1), ("prompt_logprobs", 21), ("stop", [""]), ("stop", 5), ("stop", ["x"] * 65),
-    ("stop", ["a" * 1025]), ("stop", ["\ud800"]), ("stop", b"x"), ("bad_words", [1]), ("stop_token_ids", [-1]),
-    ("stop_token_ids", [2**31]), ("stop_token_ids", [1.0]), ("stop_token_ids", "12"), ("allowed_token_ids", []),
-    ("allowed_token_ids", [True]), ("logit_bias", [1]), ("logit_bias", {"1": 1.0}), ("logit_bias", {1: math.nan}),
-    ("logit_bias", {1: 101}), ("ignore_eos", 1), ("detokenize", None), ("output_kind", 2),
-]  # fmt: skip
+    *(
+        (name, value)
+        for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+        for value in (math.nan, math.inf, -math.inf, "1", None, True, [])
+    ),
+    ("temperature", -0.1),
+    ("temperature", 101),
+    ("top_p", 0),
+    ("top_p", 1.01),
+    ("min_p", -0.1),
+    ("min_p", 1.1),
+    ("presence_penalty", 2.1),
+    ("frequency_penalty", -2.1),
+    ("repetition_penalty", 0),
+    ("repetition_penalty", 2.1),
+    ("n", 0),
+    ("n", 129),
+    ("n", 1.0),
+    ("n", True),
+    ("top_k", -2),
+    ("top_k", 1.5),
+    ("top_k", 2**31),
+    ("max_tokens", 0),
+    ("max_tokens", 2**31),
+    ("min_tokens", -1),
+    ("seed", 2**63),
+    ("seed", 1.5),
+    ("logprobs", 21),
+    ("logprobs", -1),
+    ("prompt_logprobs", 21),
+    ("stop", [""]),
+    ("stop", 5),
+    ("stop", ["x"] * 65),
+    ("stop", ["a" * 1025]),
+    ("stop", ["\ud800"]),
+    ("stop", b"x"),
+    ("bad_words", [1]),
+    ("stop_token_ids", [-1]),
+    ("stop_token_ids", [2**31]),
+    ("stop_token_ids", [1.0]),
+    ("stop_token_ids", "12"),
+    ("allowed_token_ids", []),
+    ("allowed_token_ids", [True]),
+    ("logit_bias", [1]),
+    ("logit_bias", {"1": 1.0}),
+    ("logit_bias", {1: math.nan}),
+    ("logit_bias", {1: 101}),
+    ("ignore_eos", 1),
+    ("detokenize", None),
+    ("output_kind", 2),
+]
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED)
@@ -53,9 +92,20 @@ def test_accepted_forms() -> None:
     assert SamplingParams(max_tokens=None, min_tokens=3).max_tokens is None
 
 
-@given(st.dictionaries(st.sampled_from(["temperature", "top_p", "n", "seed", "stop", "logit_bias", "top_k", "logprobs"]),
-                       st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5),
-                                 st.lists(st.integers(), max_size=3)), max_size=4))  # fmt: skip
+@given(
+    st.dictionaries(
+        st.sampled_from(["temperature", "top_p", "n", "seed", "stop", "logit_bias", "top_k", "logprobs"]),
+        st.one_of(
+            st.none(),
+            st.booleans(),
+            st.integers(),
+            st.floats(),
+            st.text(max_size=5),
+            st.lists(st.integers(), max_size=3),
+        ),
+        max_size=4,
+    )
+)
 def test_anything_is_accepted_or_refused_by_name(values: dict[str, Any]) -> None:
     try:
         params = SamplingParams.from_mapping(values)

@@ -1,4 +1,4 @@
-"""Laws 3 and 4: after any mix of finish, abort and disconnect nothing is left over, and every request has ended once."""
+"""Laws 3 and 4: after any mix of finish, abort and disconnect nothing is left over, and every request ended once."""
 
 import asyncio
 import os

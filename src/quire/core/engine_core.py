@@ -67,6 +67,11 @@ class EngineCore:
         return self._scheduler.num_waiting
 
     @property
+    def cache_usage(self) -> float:
+        """See `Scheduler.cache_usage`."""
+        return self._scheduler.cache_usage
+
+    @property
     def last_record(self) -> StepRecord:
         """What the last step did, and why some did not advance."""
         return self._scheduler.last_record

@@ -27,6 +27,7 @@ from itertools import pairwise
 
 from quire.core.block_pool import BlockPool
 from quire.core.invariants import require
+from quire.core.outcome import ending_of, final_delta, unsent_prompt_logprobs
 from quire.core.plan import (
     RowResult,
     ScheduledRow,
@@ -34,7 +35,6 @@ from quire.core.plan import (
     StepRecord,
     StepResult,
     TokenDelta,
-    TokenLogprobs,
 )
 from quire.core.policy import Policy, WaitingQueue
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
@@ -109,6 +109,11 @@ class Scheduler:
         """Requests that wait for admission, the preempted included."""
         return len(self._waiting)
 
+    @property
+    def cache_usage(self) -> float:
+        """Share of the blocks that somebody holds, in [0, 1]; what is only remembered does not count."""
+        return 1.0 - self._pool.num_free / self._pool.num_blocks
+
     def add(self, new: NewRequest) -> None:
         """Queue a request. The door has checked it; what would break the core is refused here again."""
         num_prompt_tokens = len(new.prompt_token_ids)
@@ -138,7 +143,7 @@ class Scheduler:
         if request is None:
             return []
         self._end(request)
-        return [_final_delta(request, "abort")]
+        return [final_delta(request, "abort")]
 
     def schedule(self, now_s: float = 0.0) -> StepPlan:
         """Decide the next step. `now_s` is only written into the record."""
@@ -286,14 +291,14 @@ class Scheduler:
         if error is not None:
             self._pool.forget(request.block_ids)
             self._end(request)
-            return _final_delta(request, "error", error)
+            return final_delta(request, "error", error)
         if prompt_logprobs:
-            prompt_logprobs = _unsent_prompt_logprobs(request, start, prompt_logprobs)
+            prompt_logprobs = unsent_prompt_logprobs(request, start, prompt_logprobs)
         finish_reason = stop_reason = None
         for num_kept, token_id in enumerate(token_ids, 1):
             request.token_ids.append(token_id)
             if token_id in request.stop_token_ids or len(request.token_ids) == request.max_num_tokens:
-                finish_reason, stop_reason = _ending(request)
+                finish_reason, stop_reason = ending_of(request)
             if finish_reason is not None:
                 token_ids, logprobs = token_ids[:num_kept], logprobs[:num_kept]
                 self._end(request)
@@ -373,31 +378,3 @@ class Scheduler:
             )
         for owners in self._in_flight.values():
             require(all(request.row == row for row, request in owners.items()), "owners still run")
-
-
-def _ending(request: Request) -> tuple[str | None, int | None]:
-    """`(finish_reason, stop_reason)` of a request that may end with its newest token."""
-    token_ids = request.token_ids
-    if token_ids[-1] in request.stop_token_ids and request.num_output_tokens > request.new.sampling.min_tokens:
-        return "stop", None if token_ids[-1] in request.new.eos_token_ids else token_ids[-1]
-    return "length" if len(token_ids) >= request.max_num_tokens else None, None
-
-
-def _unsent_prompt_logprobs(
-    request: Request, start: int, logprobs: tuple[TokenLogprobs, ...]
-) -> tuple[TokenLogprobs, ...]:
-    """Those of positions `start + 1 ...` that were not handed out before a preemption."""
-    unsent = logprobs[max(0, request.num_prompt_logprobs_sent - start) :]
-    request.num_prompt_logprobs_sent += len(unsent)
-    return unsent
-
-
-def _final_delta(request: Request, finish_reason: str, error: str | None = None) -> TokenDelta:
-    """The last news of a request that ends without a token."""
-    return TokenDelta(
-        request.new.request_id,
-        (),
-        num_cached_tokens=request.num_cached,
-        finish_reason=finish_reason,
-        error=error,
-    )

@@ -219,7 +219,7 @@ class AsyncEngine:
             while self._take_commands():
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
-        except Exception as error:  # noqa: BLE001 - whatever it is, every reader must be told
+        except Exception as error:
             logger.exception("the engine stopped")
             failure = EngineDeadError(f"the engine stopped: {type(error).__name__}")
         with self._wake:

@@ -1,5 +1,6 @@
 """Conversations to token ids, checked: the same for the library and the server."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,12 @@ from quire.errors import InvalidRequestError
 from quire.text.tokenizer import Tokenizer
 
 MAX_MESSAGES = 4096
+ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""A role becomes part of the template's own markers, so it may hold nothing that could make one."""
+RESERVED_OPTIONS = frozenset(
+    "messages tokenize add_generation_prompt continue_final_message chat_template tools documents".split()
+)
+"""What `chat_template_kwargs` may not set: each has, or will have, a field of its own."""
 
 
 def encode_chat(
@@ -40,8 +47,14 @@ def encode_chat(
             param="continue_final_message",
         )
     for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InvalidRequestError("messages must hold objects with a role", param="messages")
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if not isinstance(role, str) or not ROLE.fullmatch(role):
+            raise InvalidRequestError(
+                "messages must hold objects with a role of at most 64 letters, digits, '-' and '_'", param="messages"
+            )
+    for name in chat_template_kwargs or ():
+        if name in RESERVED_OPTIONS:
+            raise InvalidRequestError(f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs")
     if chat_template is None and not tokenizer.has_chat_template:
         raise InvalidRequestError("this model has no chat template: use a completion", param="messages")
     inputs.check_text_size("".join(_texts(messages)))
@@ -53,8 +66,7 @@ def encode_chat(
         chat_template=chat_template,
         **(chat_template_kwargs or {}),
     )
-    if isinstance(token_ids, str):
-        raise InvalidRequestError("chat_template_kwargs may not set tokenize", param="chat_template_kwargs")
+    assert isinstance(token_ids, list)
     return token_ids
 
 

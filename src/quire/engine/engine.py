@@ -77,7 +77,8 @@ class Engine:
 
     def get_metrics(self) -> list[Metric]:
         """All metrics now."""
-        return self._metrics.read(self._core.num_running, self._core.num_waiting)
+        core = self._core
+        return self._metrics.read(core.num_running, core.num_waiting, core.cache_usage)
 
     def check(self) -> None:
         """State the invariants of the core."""

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from quire.core.request import NewRequest, SamplingSpec
 from quire.errors import InvalidRequestError, PromptTooLongError
@@ -26,6 +26,8 @@ class EngineFacts:
     """Width of the logits: every token id is below it."""
     eos_token_ids: tuple[int, ...]
     seed: int
+    has_priorities: bool
+    """False when the policy serves in order of arrival: then no request may bring a priority."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,8 @@ class InputProcessor:
             )
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
             raise InvalidRequestError(f"priority must be a whole number within {MAX_PRIORITY}", param="priority")
+        if priority and not self._facts.has_priorities:
+            raise InvalidRequestError("priority needs scheduling_policy='priority'; this is 'fcfs'", param="priority")
         if not isinstance(cache_salt, str) or len(cache_salt.encode(errors="replace")) > MAX_SALT_BYTES:
             raise InvalidRequestError(f"cache_salt must be text of at most {MAX_SALT_BYTES} bytes", param="cache_salt")
         if params.detokenize and self._tokenizer is None:
@@ -105,7 +109,7 @@ class InputProcessor:
         if isinstance(bare, bytes) or not isinstance(bare, Sequence):
             raise InvalidRequestError("prompt must be text or a list of token ids", param="prompt")
         self.check_token_ids("prompt_token_ids", bare)
-        return None, tuple(bare)
+        return None, tuple(cast(Sequence[int], bare))
 
     def check_token_ids(self, field: str, token_ids: Sequence[Any]) -> None:
         """Every id a whole number below the width of the logits."""

@@ -110,7 +110,6 @@ class EngineMetrics:
     """Everything that is counted about an engine. One thread writes; readers may see a step half counted."""
 
     def __init__(self) -> None:
-        self._record: StepRecord | None = None
         self._counters = {
             "prompt_tokens": [0, "Prompt tokens of admitted requests."],
             "prompt_tokens_cached": [0, "Prompt tokens that the prefix cache supplied."],
@@ -145,7 +144,6 @@ class EngineMetrics:
 
     def observe_step(self, record: StepRecord) -> None:
         """Count a step."""
-        self._record = record
         self.step_tokens.observe(sum(item.num_tokens for item in record.scheduled))
         self._add("prefix_cache_queries", record.num_prefix_queries)
         self._add("prefix_cache_hits", record.num_prefix_hits)
@@ -179,12 +177,8 @@ class EngineMetrics:
                 spent = times.last_token_s - times.first_token_s
                 self.time_per_token.observe(spent / (num_output_tokens - 1))
 
-    def read(self, num_running: int, num_waiting: int) -> list[Metric]:
-        """All metrics now."""
-        record = self._record
-        usage = 0.0
-        if record is not None and num_running:
-            usage = 1.0 - record.num_free_blocks / record.num_blocks
+    def read(self, num_running: int, num_waiting: int, usage: float) -> list[Metric]:
+        """All metrics now; `usage` is the share of blocks held."""
         gauges = [
             Metric("quire:num_requests_running", "gauge", num_running, help="Requests that hold a row."),
             Metric("quire:num_requests_waiting", "gauge", num_waiting, help="Requests in the queue."),

@@ -14,11 +14,12 @@ from quire.text.tokenizer import Tokenizer
 class SequenceText:
     """Text of one sequence: detokenised as it comes, cut at stop strings."""
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams) -> None:
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
         self._detokenizer = IncrementalDetokenizer(
             tokenizer,
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
+            prompt_token_ids=prompt_token_ids,
         )
         self._stops = StopStrings(tuple(params.stop or ()), params.include_stop_str_in_output)
         self._tokens_before_stops = params.min_tokens
@@ -84,7 +85,9 @@ class RequestState:
         self._sequences = {
             new.request_id: SequenceState(
                 index,
-                SequenceText(tokenizer, params) if text_wanted and tokenizer is not None else None,
+                SequenceText(tokenizer, params, new.prompt_token_ids)
+                if text_wanted and tokenizer is not None
+                else None,
                 logprobs=None if params.logprobs is None else [],
                 cumulative_logprob=None if params.logprobs is None else 0.0,
             )

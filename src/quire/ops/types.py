@@ -141,7 +141,14 @@ class Ops(Protocol):
         """An empty cache; memory is touched only as blocks are written."""
 
     def attention(
-        self, q: Array, k: Array, v: Array, cache: Opaque, layer: int, batch: AttentionBatch, spec: AttentionSpec
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: Opaque,
+        layer: int,
+        batch: AttentionBatch,
+        spec: AttentionSpec,
     ) -> Array:
         """Write `k, v [tokens, kv_heads, head_dim]` into the cache, then attend causally with
         `q [tokens, heads, head_dim]` -> `[tokens, heads * head_dim]` (PagedAttention, arXiv 2309.06180)."""

@@ -9,7 +9,6 @@ from quire.models.rope_config import RopeDefaults, parse_rope
 from quire.models.spec import DecoderSpec, RopeSpec
 from quire.models.weights_map import NameMap
 
-
 _TEXT_DEFAULTS = {
     "vocab_size": 262_208,
     "num_attention_heads": 8,
