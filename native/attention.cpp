@@ -11,6 +11,7 @@ namespace {
 
 constexpr int64_t kTileQueries = 48;  // query vectors (tokens x heads of a group) of an item, about
 constexpr int64_t kConvertQueries = 9;  // from here on keys and values of a chunk are converted to float32 once
+constexpr int64_t kWriteTokens = 16;
 
 struct Item {
     int64_t row;
@@ -46,10 +47,19 @@ void write_token(const AttentionArgs& args, int64_t row, int64_t token) {
     }
 }
 
+// An item is kWriteTokens consecutive tokens, of whatever rows.
 template <class T>
-void write_row(void* context, int64_t row, int) {
+void write_tokens(void* context, int64_t item, int) {
     const AttentionArgs& args = *static_cast<Job*>(context)->args;
-    for (int64_t token = args.query_starts[row]; token < args.query_starts[row + 1]; ++token) {
+    const int64_t first = item * kWriteTokens;
+    const int64_t last = smaller(first + kWriteTokens, args.query_starts[args.rows]);
+    int64_t low = 0, high = args.rows;  // the row of the first token, by halving
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (args.query_starts[middle] <= first ? low : high) = middle;
+    }
+    for (int64_t token = first, row = low; token < last; ++token) {
+        while (args.query_starts[row + 1] <= token) ++row;
         write_token<T>(args, row, token);
     }
 }
@@ -163,6 +173,24 @@ void attend_queries(const AttentionArgs& args, const Item& item, const Chunk<T>&
     }
 }
 
+// Asks for the tiles of the chunk after the one at `base`, so that memory works while the processor does.
+template <class T>
+void prefetch_next(const AttentionArgs& args, const Item& item, int64_t base, int64_t stop) {
+    const CacheLayout& cache = args.cache;
+    if (cache.block_size % kTile != 0) return;
+    const int64_t tile_bytes = kTile * (cache.head_dim + cache.value_dim()) * int64_t(sizeof(T));
+    for (int64_t position = base + kChunk; position < smaller(stop, base + 2 * kChunk); position += kTile) {
+        const T *keys, *values;
+        find_tile<T>(args, item, position, stop, nullptr, &keys, &values);
+        const char* key_bytes = reinterpret_cast<const char*>(keys);
+        const char* value_bytes = reinterpret_cast<const char*>(values);
+        for (int64_t at = 0; at < tile_bytes / 2; at += 64) {
+            __builtin_prefetch(key_bytes + at, 0, 2);
+            __builtin_prefetch(value_bytes + at, 0, 2);
+        }
+    }
+}
+
 template <class T>
 void attend_split(const AttentionArgs& args, const Item& item, int64_t split, Scratch& scratch) {
     const CacheLayout& cache = args.cache;
@@ -177,6 +205,7 @@ void attend_split(const AttentionArgs& args, const Item& item, int64_t split, Sc
     }
     const int64_t stop = smaller(end, (split + 1) * kSplit);
     for (int64_t base = larger(split * kSplit, begin / kChunk * kChunk); base < stop; base += kChunk) {
+        prefetch_next<T>(args, item, base, stop);
         Chunk<T> chunk;
         for (int64_t tile = 0; tile < kTiles; ++tile) {
             // A tile past the end is the last one again; its scores are never looked at.
@@ -295,7 +324,7 @@ void run(const AttentionArgs& args, ThreadPool& pool) {
     Item* items = reinterpret_cast<Item*>(memory);
     list_items(args, tile, items, reinterpret_cast<float*>(memory + item_bytes));
     Job job{&args, &pool, items};
-    pool.run(args.rows, write_row<T>, &job);
+    pool.run((args.query_starts[args.rows] + kWriteTokens - 1) / kWriteTokens, write_tokens<T>, &job);
     pool.run(counts.items, attend_item<T>, &job);
     for (int64_t i = 0; i < counts.items; ++i) {
         if (items[i].splits > 1 && items[i].split == 0) merge_partials(args, items[i]);

@@ -56,30 +56,43 @@ void score(const float* const* queries, const Chunk<T>& chunk, int64_t head_dim,
     }
 }
 
-// Scores of the visible positions [low, high) of the chunk become weights; the others become 0.
-inline void update(const AttentionArgs& args, int64_t low, int64_t high, float* scores, Running& state) {
-    const Floats lowest = splat(-__builtin_inff());
-    for (int64_t j = 0; j < kChunk; j += kLanes) {
-        Floats s = load(scores + j) * args.scale;
-        if (args.softcap != 0.0f) s = args.softcap * tanh(s / args.softcap);
-        store(scores + j, s);
+// Scores of the visible positions [low[i], high[i]) of the chunk become weights; the others become 0. Each stage runs
+// for all queries before the next one begins: their chains of dependent instructions overlap.
+template <int Q>
+void update(const AttentionArgs& args, const int64_t* low, const int64_t* high, float (*scores)[kChunk],
+            Running* const* states) {
+    const float lowest = -__builtin_inff();
+    float top[Q];
+    for (int i = 0; i < Q; ++i) {
+        for (int64_t j = 0; j < kChunk; j += kLanes) {
+            Floats s = load(scores[i] + j) * args.scale;
+            if (args.softcap != 0.0f) s = args.softcap * tanh(s / args.softcap);
+            store(scores[i] + j, s);
+        }
+        for (int64_t j = 0; j < low[i]; ++j) scores[i][j] = lowest;
+        for (int64_t j = high[i]; j < kChunk; ++j) scores[i][j] = lowest;
     }
-    for (int64_t j = 0; j < low; ++j) scores[j] = lowest[0];
-    for (int64_t j = high; j < kChunk; ++j) scores[j] = lowest[0];
-    Floats best = lowest;
-    for (int64_t j = 0; j < kChunk; j += kLanes) best = max(best, load(scores + j));
-    const float chunk_top = max_lanes(best);
-    const float top = state.top > chunk_top ? state.top : chunk_top;
-    Floats sum{};
-    for (int64_t j = 0; j < kChunk; j += kLanes) {
-        const Floats weight = exp(load(scores + j) - top);
-        store(scores + j, weight);
-        sum = sum + weight;
+    for (int i = 0; i < Q; ++i) {
+        Floats best = splat(lowest);
+        for (int64_t j = 0; j < kChunk; j += kLanes) best = max(best, load(scores[i] + j));
+        const float chunk_top = max_lanes(best);
+        top[i] = states[i]->top > chunk_top ? states[i]->top : chunk_top;
     }
-    const float keep = state.top == top ? 1.0f : exp(splat(state.top - top))[0];
-    state.top = top;
-    state.total = state.total * keep + sum_lanes(sum);
-    if (keep != 1.0f) {
+    for (int i = 0; i < Q; ++i) {
+        Floats sum{};
+        for (int64_t j = 0; j < kChunk; j += kLanes) {
+            const Floats weight = exp(load(scores[i] + j) - top[i]);
+            store(scores[i] + j, weight);
+            sum = sum + weight;
+        }
+        Running& state = *states[i];
+        if (state.top == top[i]) {
+            state.total += sum_lanes(sum);
+            continue;
+        }
+        const float keep = exp(splat(state.top - top[i]))[0];
+        state.top = top[i];
+        state.total = state.total * keep + sum_lanes(sum);
         const int64_t dims = (args.cache.head_dim + 15) / 16 * 16;
         for (int64_t d = 0; d < dims; ++d) state.mixed[d] *= keep;
     }
@@ -123,19 +136,24 @@ void attend_chunk(const AttentionArgs& args, const float* const* queries, const 
                   const int64_t* low, const int64_t* high, Running* const* states) {
     float scores[Q][kChunk];
     score<Q, T>(queries, chunk, args.cache.head_dim, scores);
+    update<Q>(args, low, high, scores, states);
     int64_t shared_low = 0, shared_high = kChunk;
     for (int i = 0; i < Q; ++i) {
-        update(args, low[i], high[i], scores[i], *states[i]);
         shared_low = larger(shared_low, low[i]);
         shared_high = smaller(shared_high, high[i]);
     }
     // Never a position the query may not see, not even with weight 0: it may hold another request's NaN.
     const int64_t dims = (args.cache.head_dim + 15) / 16 * 16;
     const bool share = shared_low < shared_high;
-    for (int i = 0; i < Q; ++i) mix<1, T>(&scores[i], chunk, low[i], share ? shared_low : high[i], dims, &states[i]);
+    for (int i = 0; i < Q; ++i) {
+        const int64_t end = share ? shared_low : high[i];
+        if (low[i] < end) mix<1, T>(&scores[i], chunk, low[i], end, dims, &states[i]);
+    }
     if (!share) return;
     mix<Q, T>(scores, chunk, shared_low, shared_high, dims, states);
-    for (int i = 0; i < Q; ++i) mix<1, T>(&scores[i], chunk, shared_high, high[i], dims, &states[i]);
+    for (int i = 0; i < Q; ++i) {
+        if (shared_high < high[i]) mix<1, T>(&scores[i], chunk, shared_high, high[i], dims, &states[i]);
+    }
 }
 
 // a := a followed by b

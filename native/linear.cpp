@@ -9,10 +9,10 @@ namespace quire::QUIRE_ISA {
 
 namespace {
 
-constexpr int kItemRows = 192;
+constexpr int kItemRows = 128;
 constexpr int64_t kDepth = 256;      // inputs in a piece; 64 x 256 floats of a converted panel stay in L2
 constexpr int kRegisterRows = 6;     // rows whose sums are held in registers
-constexpr int kConvertRows = 13;     // from here on a piece of a panel is converted to float32 once, for all rows
+constexpr int kConvertRows = 33;     // from here on a piece of a panel is converted to float32 once, for all rows
 constexpr int kPrefetchBytes = 2048;
 
 // Vectors of a panel held at once with `rows` rows: 32 registers with AVX-512 and on arm64, 16 elsewhere.
@@ -24,6 +24,13 @@ constexpr int vectors_for(int rows) {
 #else
     return rows <= 1 ? 8 : rows <= 3 ? 4 : 2;
 #endif
+}
+
+// The row of the panel that will be read soon: one core's own prefetcher does not keep the memory busy.
+template <class T>
+inline void prefetch_ahead(const T* w) {
+    const char* at = reinterpret_cast<const char*>(w) + kPrefetchBytes;
+    for (int64_t line = 0; line < kPanel * int64_t(sizeof(T)); line += 64) __builtin_prefetch(at + line);
 }
 
 // sums[r][0..63] (+)= x[r][0..depth) . panel[0..depth)[0..63]
@@ -39,7 +46,7 @@ void accumulate(const float* x, int64_t x_stride, const T* panel, int64_t depth,
         }
         const T* w = panel + first;
         for (int64_t k = 0; k < depth; ++k, w += kPanel) {
-            if (R == 1) __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes);
+            prefetch_ahead(w);
             Floats weights[V];
             for (int v = 0; v < V; ++v) weights[v] = load(w + v * kLanes);
             for (int r = 0; r < R; ++r) {
@@ -75,8 +82,11 @@ void accumulate_rows(int64_t rows, const float* x, int64_t x_stride, const T* pa
 }
 
 template <class T>
-void convert(const T* from, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; i += kLanes) store(to + i, load(from + i));
+void convert(const T* from, int64_t depth, float* to) {
+    for (int64_t k = 0; k < depth; ++k, from += kPanel, to += kPanel) {
+        prefetch_ahead(from);
+        for (int64_t i = 0; i < kPanel; i += kLanes) store(to + i, load(from + i));
+    }
 }
 
 void finish_rows(const LinearArgs& args, int64_t panel, int64_t first_row, int64_t rows, const float* sums) {
@@ -108,13 +118,17 @@ void compute_item(const LinearArgs& args, int64_t item, float* scratch) {
     float* sums = scratch;                          // [rows, 64]
     float* converted = scratch + kItemRows * kPanel;  // [kDepth, 64]
     if (in == 0) __builtin_memset(sums, 0, rows * kPanel * 4);
-    if (rows < kConvertRows) {
+    if (rows <= kRegisterRows) {
         accumulate_rows(rows, x, args.x_stride, weights, in, sums, true);
     } else {
         for (int64_t k = 0; k < in; k += kDepth) {
             const int64_t depth = smaller(kDepth, in - k);
-            convert(weights + k * kPanel, depth * kPanel, converted);
-            accumulate_rows(rows, x + k, args.x_stride, converted, depth, sums, k == 0);
+            if (rows < kConvertRows) {
+                accumulate_rows(rows, x + k, args.x_stride, weights + k * kPanel, depth, sums, k == 0);
+            } else {
+                convert(weights + k * kPanel, depth, converted);
+                accumulate_rows(rows, x + k, args.x_stride, converted, depth, sums, k == 0);
+            }
         }
     }
     finish_rows(args, panel, first_row, rows, sums);

@@ -13,23 +13,28 @@ constexpr uint32_t kLastFinite = 0x7f7fffffu;
 constexpr int64_t kBins = 2048;
 constexpr float kLargestNoise = 22.9f;  // -log(2^-33), rounded up
 
+constexpr int64_t kBlock = 64;
+
 // A worker's memory for one row.
 struct Scratch {
-    float* scaled;   // [padded vocabulary], at most 0; -inf where dropped
-    float* weights;  // [padded vocabulary]
-    double* mass;    // [kBins]
-    int64_t* count;  // [kBins]
+    float* scaled;      // [padded vocabulary], at most 0; -inf where dropped
+    float* weights;     // [padded vocabulary]
+    uint32_t* keys;     // [padded vocabulary]: of the candidates for a border
+    float* key_weights; // [padded vocabulary]
+    double* mass;       // [kBins]
+    int64_t* count;     // [kBins]
 };
 
-int64_t padded(int64_t vocabulary) { return (vocabulary + 63) / 64 * 64; }
+int64_t padded(int64_t vocabulary) { return (vocabulary + kBlock - 1) / kBlock * kBlock; }
 
-size_t scratch_bytes(int64_t vocabulary) { return padded(vocabulary) * 8 + kBins * 16; }
+size_t scratch_bytes(int64_t vocabulary) { return padded(vocabulary) * 16 + kBins * 16; }
 
 Scratch scratch_at(void* memory, int64_t vocabulary) {
+    const int64_t size = padded(vocabulary);
     float* scaled = static_cast<float*>(memory);
-    float* weights = scaled + padded(vocabulary);
-    double* mass = reinterpret_cast<double*>(weights + padded(vocabulary));
-    return {scaled, weights, mass, reinterpret_cast<int64_t*>(mass + kBins)};
+    uint32_t* keys = reinterpret_cast<uint32_t*>(scaled + 2 * size);
+    double* mass = reinterpret_cast<double*>(scaled + 4 * size);
+    return {scaled, scaled + size, keys, scaled + 3 * size, mass, reinterpret_cast<int64_t*>(mass + kBins)};
 }
 
 float largest(const float* x, int64_t size) {
@@ -57,13 +62,14 @@ uint32_t key_of(float scaled) {
 
 // Tokens in the order of their keys are kept while the weight before them is less than the target.
 struct Border {
-    uint32_t key;   // all with a smaller key are kept,
-    int64_t equal;  // and this many of those that have this one, lowest ids first
+    uint32_t key;    // all with a smaller key are kept,
+    int64_t equal;   // and this many of those that have this one, lowest ids first
+    bool all_equal;  // which are all that have it
 };
 
-// The weight of each token is weights[i], or 1 if null. The key is found from its upper bits down: each level counts
-// the tokens that share the bits found so far by their next bits.
-Border find_border(const Scratch& scratch, const float* weights, int64_t vocabulary, double target) {
+// The border among `size` keys, each of weight weights[i], or 1 if null. It is found from the upper bits down: each
+// level counts the keys that share the bits found so far by their next bits.
+Border find_border(const Scratch& scratch, const uint32_t* keys, const float* weights, int64_t size, double target) {
     constexpr int kShifts[] = {20, 9, 0};
     constexpr int kWidths[] = {11, 11, 9};
     uint32_t prefix = 0;
@@ -73,10 +79,9 @@ Border find_border(const Scratch& scratch, const float* weights, int64_t vocabul
         const int shift = kShifts[level], width = kWidths[level];
         __builtin_memset(scratch.mass, 0, kBins * sizeof(double));
         __builtin_memset(scratch.count, 0, kBins * sizeof(int64_t));
-        for (int64_t i = 0; i < vocabulary; ++i) {
-            const uint32_t key = key_of(scratch.scaled[i]);
-            if (key > kLastFinite || key >> shift >> width != prefix) continue;
-            const uint32_t at = key >> shift & ((1u << width) - 1);
+        for (int64_t i = 0; i < size; ++i) {
+            if (keys[i] >> shift >> width != prefix) continue;
+            const uint32_t at = keys[i] >> shift & ((1u << width) - 1);
             scratch.mass[at] += weights == nullptr ? 1.0 : weights[i];
             ++scratch.count[at];
         }
@@ -97,13 +102,31 @@ Border find_border(const Scratch& scratch, const float* weights, int64_t vocabul
     const double weight = count > 0 ? scratch.mass[bin] / count : 0.0;
     int64_t equal = 1;
     while (equal < count && before + equal * weight < target) ++equal;
-    return {prefix, equal};
+    return {prefix, equal, equal >= count};
+}
+
+// Copies the keys up to `limit` (and, where `with_weights`, their weights) to the scratch memory; returns how many.
+int64_t collect(const Scratch& scratch, int64_t vocabulary, uint32_t limit, bool with_weights) {
+    float lowest;
+    __builtin_memcpy(&lowest, &limit, 4);
+    int64_t count = 0;
+    for (int64_t block = 0; block < padded(vocabulary); block += kBlock) {
+        if (largest(scratch.scaled + block, kBlock) < -lowest) continue;
+        for (int64_t i = block; i < block + kBlock; ++i) {
+            const uint32_t key = key_of(scratch.scaled[i]);
+            scratch.keys[count] = key;
+            if (with_weights) scratch.key_weights[count] = scratch.weights[i];
+            count += key <= limit;
+        }
+    }
+    return count;
 }
 
 void drop_beyond(Border border, float* scaled, int64_t vocabulary) {
+    for (int64_t i = 0; i < vocabulary; ++i) scaled[i] = key_of(scaled[i]) > border.key ? -__builtin_inff() : scaled[i];
+    if (border.all_equal) return;
     for (int64_t i = 0; i < vocabulary; ++i) {
-        const uint32_t key = key_of(scaled[i]);
-        if (key > border.key || (key == border.key && border.equal-- <= 0)) scaled[i] = -__builtin_inff();
+        if (key_of(scaled[i]) == border.key && border.equal-- <= 0) scaled[i] = -__builtin_inff();
     }
 }
 
@@ -115,6 +138,29 @@ double weigh(const Scratch& scratch, int64_t vocabulary) {
         for (int j = 0; j < 8; ++j) sums[j] += scratch.weights[i + j];
     }
     return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+}
+
+void keep_top_k(const Scratch& scratch, int64_t vocabulary, int64_t top_k) {
+    // The k-th of the blocks' best tokens is no better than the k-th token: what is worse need not be looked at.
+    const int64_t blocks = padded(vocabulary) / kBlock;
+    uint32_t limit = kLastFinite;
+    if (top_k <= blocks) {
+        for (int64_t b = 0; b < blocks; ++b) scratch.keys[b] = key_of(largest(scratch.scaled + b * kBlock, kBlock));
+        limit = find_border(scratch, scratch.keys, nullptr, blocks, top_k).key;
+        limit = limit < kLastFinite ? limit : kLastFinite;
+    }
+    const int64_t count = collect(scratch, vocabulary, limit, false);
+    drop_beyond(find_border(scratch, scratch.keys, nullptr, count, top_k), scratch.scaled, vocabulary);
+}
+
+void keep_top_p(const Scratch& scratch, int64_t vocabulary, double top_p) {
+    const double total = weigh(scratch, vocabulary);
+    // All tokens below (1 - top_p) / vocabulary of the best one's weight together weigh less than 1 - top_p of the
+    // total, which is at least the best one's: none of them is kept. (The 0.01 is for rounding.)
+    const double lowest = ::log((1.0 - top_p) / vocabulary) - 0.01;
+    const int64_t count = collect(scratch, vocabulary, key_of(static_cast<float>(lowest)), true);
+    const Border border = find_border(scratch, scratch.keys, scratch.key_weights, count, top_p * total);
+    drop_beyond(border, scratch.scaled, vocabulary);
 }
 
 // a * m in 64 bits, lane by lane
@@ -182,14 +228,14 @@ void score_block(const SampleArgs& args, int64_t row, const float* scaled, int64
 
 // The largest logit's block goes first: with its score known, most other blocks cannot win, whatever their noise.
 int32_t draw(const SampleArgs& args, int64_t row, const float* scaled) {
-    constexpr int64_t kBlock = 4 * kLanes;
+    constexpr int64_t kDraws = 4 * kLanes;
     const int64_t likely = first_equal(scaled, args.vocabulary, 0.0f);
     Best best{-__builtin_inff(), likely};
-    score_block(args, row, scaled, likely / kBlock * kBlock, best);
-    for (int64_t first = 0; first < args.vocabulary; first += kBlock) {
-        if (first == likely / kBlock * kBlock) continue;
+    score_block(args, row, scaled, likely / kDraws * kDraws, best);
+    for (int64_t first = 0; first < args.vocabulary; first += kDraws) {
+        if (first == likely / kDraws * kDraws) continue;
         Floats top = load(scaled + first);
-        for (int64_t i = kLanes; i < kBlock; i += kLanes) top = max(top, load(scaled + first + i));
+        for (int64_t i = kLanes; i < kDraws; i += kLanes) top = max(top, load(scaled + first + i));
         if (max_lanes(top) + kLargestNoise >= best.score) score_block(args, row, scaled, first, best);
     }
     return static_cast<int32_t>(best.token);
@@ -208,13 +254,8 @@ int32_t sample_row(const SampleArgs& args, int64_t row, const Scratch& scratch) 
         scratch.scaled[i] = s >= lowest ? s : -__builtin_inff();
     }
     for (int64_t i = vocabulary; i < padded(vocabulary); ++i) scratch.scaled[i] = -__builtin_inff();
-    if (args.top_k[row] > 0 && args.top_k[row] < vocabulary) {
-        drop_beyond(find_border(scratch, nullptr, vocabulary, args.top_k[row]), scratch.scaled, vocabulary);
-    }
-    if (args.top_p[row] < 1.0f) {
-        const double target = args.top_p[row] * weigh(scratch, vocabulary);
-        drop_beyond(find_border(scratch, scratch.weights, vocabulary, target), scratch.scaled, vocabulary);
-    }
+    if (args.top_k[row] > 0 && args.top_k[row] < vocabulary) keep_top_k(scratch, vocabulary, args.top_k[row]);
+    if (args.top_p[row] < 1.0f) keep_top_p(scratch, vocabulary, args.top_p[row]);
     return draw(args, row, scratch.scaled);
 }
 

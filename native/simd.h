@@ -35,7 +35,8 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
-static inline Floats splat(float value) { return Floats{} + value; }
+// (subtracting +0 changes no value, not even -0, and so costs nothing)
+static inline Floats splat(float value) { return value - Floats{}; }
 
 static inline Floats load(const float* p) {
     Floats v;
@@ -71,7 +72,16 @@ static inline Halves load_halves(const void* p) {
 }
 
 static inline Floats load(const BFloat16* p) {
+    // gcc widens a generic vector in halves; the intrinsics are one instruction
+#if defined(__AVX512F__)
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+#elif defined(__AVX2__)
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+#else
     return as_floats(__builtin_convertvector(load_halves(p), Words) << 16);
+#endif
 }
 
 static inline Floats load(const Float16* p) {
@@ -143,24 +153,40 @@ static inline void round_to(float x, Float16* y) {
     y->bits = static_cast<uint16_t>(sign | half);
 }
 
-// Sums and maxima across lanes, in an order fixed by the number of lanes.
-static inline float sum_lanes(Floats v) {
+// Sums and maxima across lanes: the upper half onto the lower, until one is left.
+struct Sum {
+    template <class V>
+    static inline V of(V a, V b) { return a + b; }
+};
+
+struct Max {
+    template <class V>
+    static inline V of(V a, V b) { return a > b ? a : b; }
+};
+
+template <class Operation>
+static inline float across_lanes(Floats v) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m256 eight = Operation::of(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+#else
+    const __m256 eight = v;
+#endif
+    const __m128 four = Operation::of(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = Operation::of(four, _mm_movehl_ps(four, four));
+    return Operation::of(two[0], two[1]);
+#else
     float lanes[kLanes];
     store(lanes, v);
     for (int width = kLanes / 2; width >= 1; width /= 2) {
-        for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+        for (int i = 0; i < width; ++i) lanes[i] = Operation::of(lanes[i], lanes[i + width]);
     }
     return lanes[0];
+#endif
 }
 
-static inline float max_lanes(Floats v) {
-    float lanes[kLanes];
-    store(lanes, v);
-    for (int width = kLanes / 2; width >= 1; width /= 2) {
-        for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-    }
-    return lanes[0];
-}
+static inline float sum_lanes(Floats v) { return across_lanes<Sum>(v); }
+static inline float max_lanes(Floats v) { return across_lanes<Max>(v); }
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
