@@ -9,15 +9,6 @@ namespace {
 
 constexpr int64_t kSumStep = 2048;  // float32 sums of this many terms are added up in float64
 
-float largest(const float* x, int64_t size) {
-    Floats best = splat(-__builtin_inff());
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) best = max(load(x + i), best);
-    float result = max_lanes(best);
-    for (; i < size; ++i) result = x[i] > result ? x[i] : result;
-    return result;
-}
-
 float log_sum_exp(const float* x, int64_t size) {
     const float top = largest(x, size);
     double total = 0.0;

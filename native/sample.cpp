@@ -37,15 +37,6 @@ Scratch scratch_at(void* memory, int64_t vocabulary) {
     return {scaled, scaled + size, keys, scaled + 3 * size, mass, reinterpret_cast<int64_t*>(mass + kBins)};
 }
 
-float largest(const float* x, int64_t size) {
-    Floats best = splat(-__builtin_inff());
-    int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) best = max(load(x + i), best);
-    float result = max_lanes(best);
-    for (; i < size; ++i) result = x[i] > result ? x[i] : result;
-    return result;
-}
-
 int32_t first_equal(const float* x, int64_t size, float value) {
     for (int64_t i = 0; i < size; ++i) {
         if (x[i] == value) return static_cast<int32_t>(i);

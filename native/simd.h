@@ -188,6 +188,16 @@ static inline float across_lanes(Floats v) {
 static inline float sum_lanes(Floats v) { return across_lanes<Sum>(v); }
 static inline float max_lanes(Floats v) { return across_lanes<Max>(v); }
 
+// NaN counts as -inf.
+static inline float largest(const float* x, int64_t size) {
+    Floats best = splat(-__builtin_inff());
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) best = max(load(x + i), best);
+    float result = max_lanes(best);
+    for (; i < size; ++i) result = x[i] > result ? x[i] : result;
+    return result;
+}
+
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 

@@ -53,11 +53,15 @@ void ThreadPool::run(int64_t items, Work work, void* context) {
         for (int64_t item = 0; item < items; ++item) work(context, item, 0);
         return;
     }
-    const uint32_t generation = generation_of(ticket_.load(std::memory_order_relaxed)) + 1;
-    work_.store(work, std::memory_order_relaxed);
-    context_.store(context, std::memory_order_relaxed);
-    items_.store(static_cast<uint32_t>(items), std::memory_order_relaxed);
-    done_.store(0, std::memory_order_relaxed);
+    // Close the last job before its description changes: a late worker that reads any of the new one will also see
+    // that its own job is over.
+    const uint32_t closed = generation_of(ticket_.load(std::memory_order_relaxed)) + 1;
+    const uint32_t generation = closed + 1;
+    ticket_.store(static_cast<uint64_t>(closed) << 32 | UINT32_MAX);
+    work_.store(work, std::memory_order_release);
+    context_.store(context, std::memory_order_release);
+    items_.store(static_cast<uint32_t>(items), std::memory_order_release);
+    done_.store(0, std::memory_order_release);
     ticket_.store(static_cast<uint64_t>(generation) << 32);
     if (sleepers_.load() > 0) {
         std::lock_guard<std::mutex> lock(sleep_mutex_);
@@ -74,9 +78,9 @@ void ThreadPool::run(int64_t items, Work work, void* context) {
 }
 
 void ThreadPool::take_items(uint32_t generation, int worker) {
-    const Work work = work_.load(std::memory_order_relaxed);
-    void* const context = context_.load(std::memory_order_relaxed);
-    const uint32_t items = items_.load(std::memory_order_relaxed);
+    const Work work = work_.load(std::memory_order_acquire);
+    void* const context = context_.load(std::memory_order_acquire);
+    const uint32_t items = items_.load(std::memory_order_acquire);
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
     while (generation_of(ticket) == generation && static_cast<uint32_t>(ticket) < items) {
         // Success proves that the job read above is still the running one: it cannot end before this item does.
