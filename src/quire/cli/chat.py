@@ -2,14 +2,12 @@
 
 import argparse
 import sys
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from quire.cli import engines
 from quire.cli.arguments import add_engine, add_sampling
 from quire.errors import InvalidRequestError, RequestFailedError
-from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -111,7 +109,7 @@ def _turn(
 async def _answer(engine: "AsyncLLM", params: SamplingParams, history: list[Message], heard: list[str]) -> None:
     token_ids = await engine.encode_chat(history)
     stream = engine.generate({"prompt_token_ids": token_ids}, params)
-    async with aclosing(cast("AsyncGenerator[RequestOutput, None]", stream)) as outputs:
+    async with aclosing(stream) as outputs:
         async for output in outputs:
             if output.error is not None:
                 raise RequestFailedError(output.error)

@@ -2,9 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from quire.cli import engines
 from quire.cli.arguments import add_engine, add_sampling
@@ -73,7 +72,7 @@ async def _pump(engine: "AsyncLLM", prompt: str, params: SamplingParams, queue: 
         source: Any = prompt
         if not raw and engines.has_chat_template(engine):
             source = {"prompt_token_ids": await engine.encode_chat([{"role": "user", "content": prompt}])}
-        stream = cast("AsyncGenerator[RequestOutput, None]", engine.generate(source, params))
+        stream = engine.generate(source, params)
         async with aclosing(stream) as outputs:
             async for output in outputs:
                 queue.put_nowait(output)

@@ -5,9 +5,9 @@ iterators, and closing an iterator aborts its request and frees its blocks.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
 from contextlib import aclosing
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Response
@@ -18,12 +18,7 @@ from quire.server import limits
 from quire.server.errors import ApiError, ClientGoneError, as_api_error
 
 T = TypeVar("T")
-Outputs = AsyncIterator[RequestOutput]
-
-
-def closing(stream: AsyncIterator[T]) -> "aclosing[AsyncGenerator[T, None]]":
-    """Close `stream` at the end of the block: the engine's are generators, though their type does not say so."""
-    return aclosing(cast("AsyncGenerator[T, None]", stream))
+Outputs = AsyncGenerator[RequestOutput, None]
 
 
 async def final_outputs(streams: Sequence[Outputs]) -> list[RequestOutput]:
@@ -39,7 +34,7 @@ async def final_outputs(streams: Sequence[Outputs]) -> list[RequestOutput]:
 
 async def _final(stream: Outputs) -> RequestOutput:
     last: RequestOutput | None = None
-    async with closing(stream) as outputs:
+    async with aclosing(stream) as outputs:
         async for output in outputs:
             last = output
     if last is None:
@@ -50,7 +45,7 @@ async def _final(stream: Outputs) -> RequestOutput:
 async def merged(streams: Sequence[Outputs]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Outputs of all streams as they come, with the number of their stream."""
     if len(streams) == 1:
-        async with closing(streams[0]) as outputs:
+        async with aclosing(streams[0]) as outputs:
             async for output in outputs:
                 yield 0, output
         return
@@ -74,7 +69,7 @@ async def _pump(
     number: int, stream: Outputs, queue: "asyncio.Queue[tuple[int, RequestOutput | Exception | None]]"
 ) -> None:
     try:
-        async with closing(stream) as outputs:
+        async with aclosing(stream) as outputs:
             async for output in outputs:
                 await queue.put((number, output))
     except Exception as error:  # noqa: BLE001 -- handed to the reader, who raises it
