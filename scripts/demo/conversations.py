@@ -13,8 +13,8 @@ LARGEST_TERM = 20
 LARGEST_FACTOR = 10
 SIGNS = {"plus": "+", "minus": "-", "times": "x"}
 TURN_KINDS = {
-    "what": 22, "why": 17, "detail": 4, "compare": 11, "chat": 11,
-    "unknown": 9, "json": 3, "sum": 26, "story": 4,
+    "what": 22, "why": 17, "detail": 6, "compare": 11, "chat": 11,
+    "unknown": 9, "json": 3, "sum": 26, "story": 6,
 }  # fmt: skip
 
 
@@ -179,7 +179,7 @@ def conversation(knowledge: Knowledge, random: Random) -> Document:
 
 def plain_text(knowledge: Knowledge, plain: dict[str, Any], random: Random) -> Document:
     """Return running text: notes on a few topics, a written piece, a story or code."""
-    kind = random.choices(("notes", "prose", "story", "code"), (45, 25, 15, 15))[0]
+    kind = random.choices(("notes", "prose", "story", "code"), (40, 35, 15, 10))[0]
     if kind == "prose":
         return Document([], text=random.choice(plain["prose"]))
     if kind == "code":
@@ -193,6 +193,9 @@ def plain_text(knowledge: Knowledge, plain: dict[str, Any], random: Random) -> D
     topics = random.sample(knowledge.topics, random.randint(1, 4))
     gap = random.choice(("\n\n", "\n", " " if knowledge.language == "en" else ""))
     notes = [topic.detail if random.random() < 0.6 else topic.what for topic in topics]
+    if random.random() < 0.4:
+        name = topics[0].names[0]
+        notes[0] = knowledge.talk["opening"].replace("{x}", name[0].upper() + name[1:]) + notes[0]
     return Document([], text=gap.join(notes))
 
 

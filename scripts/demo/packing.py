@@ -5,7 +5,7 @@ from functools import lru_cache
 from random import Random
 
 import numpy as np
-from conversations import Document, documents
+from conversations import Document, Turn, documents
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
@@ -39,13 +39,24 @@ class Packer:
     def _segments(self, document: Document) -> Iterator[tuple[str, float]]:
         """Yield the pieces of the document, each with the weight of its loss."""
         if document.text:
-            yield document.text + "<|im_end|>", 1.0
+            # A prompt may end in a space, which else is always joined to the word after it.
+            space = document.text.find(" ", self._random.randrange(30)) + 1
+            if space and self._random.random() < 0.3:
+                yield document.text[:space], 0.0
+                yield document.text[space:] + "<|im_end|>", 1.0
+            else:
+                yield document.text + "<|im_end|>", 1.0
         if document.system:
             yield f"<|im_start|>system\n{document.system}<|im_end|>\n", 0.0
         for turn in document.turns:
             yield f"<|im_start|>user\n{turn.question}<|im_end|>\n<|im_start|>assistant\n", QUESTION_WEIGHT
             yield turn.answer + "<|im_end|>", 1.0
             yield "\n", QUESTION_WEIGHT
+
+    def _is_cut(self, turn: Turn) -> bool:
+        """Draw whether to cut a conversation: never a sum, nor a long answer, which begins as the short one."""
+        long = turn.topic is not None and turn.answer == turn.topic.detail
+        return not long and " = " not in turn.answer and self._random.random() < self._cut
 
     def _row(self, length: int) -> tuple[list[int], list[float]]:
         """Return one row of exactly this many tokens."""
@@ -57,7 +68,7 @@ class Packer:
             if ids and not (after_turns and document.turns and self._random.random() < 0.4):
                 ids.append(self._bos)
                 weights.append(0.0)
-            cut = bool(document.turns) and " = " not in document.turns[0].answer and self._random.random() < self._cut
+            cut = bool(document.turns) and self._is_cut(document.turns[0])
             for text, weight in self._segments(Document(document.turns[:1], document.system) if cut else document):
                 piece = self._encode(text) if weight == 1.0 else self._encode_now(text)
                 if weight == 1.0 and cut:
