@@ -1,5 +1,13 @@
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace quire {
 
 #if defined(__x86_64__)
@@ -26,6 +34,31 @@ std::string missing_for_avx512() {
     return "";
 }
 
+// Linux gives the tiles (8 KB of state a thread) only to a process that asks; the answer holds for its threads and
+// children, and asking again is harmless.
+bool tiles_permitted() {
+#if defined(__linux__)
+    constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+
+std::string missing_for_amx() {
+    const std::string missing = missing_for_avx512();
+    if (!missing.empty()) return missing;
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return "the processor has no amx_tile";
+    if (!(edx >> 24 & 1)) return "the processor has no amx_tile";
+    if (!(edx >> 22 & 1)) return "the processor has no amx_bf16";
+    if (!(edx >> 25 & 1)) return "the processor has no amx_int8";
+    if (!(ecx >> 11 & 1)) return "the processor has no avx512_vnni";
+    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax >> 5 & 1)) return "the processor has no avx512_bf16";
+    if (!tiles_permitted()) return "the operating system does not permit the use of tiles";
+    return "";
+}
+
 IsaChoice choice(const Kernels& kernels, const std::string& missing) {
     return {&kernels, missing.empty(), missing.empty() ? "yes" : missing};
 }
@@ -35,7 +68,7 @@ IsaChoice choice(const Kernels& kernels, const std::string& missing) {
 std::vector<IsaChoice> instruction_sets() {
     __builtin_cpu_init();
     return {choice(baseline::kernels, ""), choice(avx2::kernels, missing_for_avx2()),
-            choice(avx512::kernels, missing_for_avx512())};
+            choice(avx512::kernels, missing_for_avx512()), choice(amx::kernels, missing_for_amx())};
 }
 
 #else

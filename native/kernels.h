@@ -13,15 +13,25 @@ enum class Activation { silu, gelu, gelu_tanh, relu };
 
 inline int64_t bytes_of(Storage storage) { return storage == Storage::float32 ? 4 : 2; }
 
-constexpr int64_t kPanel = 64;  // outputs in a weight panel
+constexpr int64_t kPanel = 64;      // outputs in a weight panel
+constexpr int64_t kTileSide = 16;   // rows, or outputs, in a tile of the matrix unit
+constexpr int64_t kTilePanel = 32;  // outputs in a panel of tiles: two side by side
+constexpr int64_t kTileDepth = 32;  // inputs in a tile of bfloat16
 constexpr int64_t kTile = 16;   // positions in a tile of keys
 
-// A weight [out, in] as panels [ceil(out / 64)][in][64]: the order in which `linear` reads it. Padding is zero.
+// The order in which `linear` reads a weight [out, in]. Padding, in both directions, is zero.
+//
+//   panels  [ceil(out / 64)][in][64 outputs]
+//   tiles   [ceil(out / 32)][ceil(in / 32)][2 tiles][16 pairs of inputs][16 outputs][2 inputs], bfloat16 only:
+//           a tile is 1 KB, the right-hand side of one instruction of the matrix unit
+enum class Layout { panels, tiles };
+
 struct Panels {
     const void* data;
     const float* bias;  // [out] or null
     int64_t in, out;
     Storage storage;
+    Layout layout;
 };
 
 struct LinearArgs {
@@ -138,6 +148,7 @@ struct FiniteArgs {
 
 struct Kernels {
     const char* name;
+    Layout bfloat16_layout;  // of weights of that storage; all others are panels
     void (*linear)(const LinearArgs&, ThreadPool&);
     void (*embed)(const EmbedArgs&, ThreadPool&);
     void (*norm)(const NormArgs&, ThreadPool&);
@@ -154,6 +165,7 @@ namespace baseline { extern const Kernels kernels; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace amx { extern const Kernels kernels; }
 #endif
 
 }  // namespace quire

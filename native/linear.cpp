@@ -1,9 +1,10 @@
-// y = x W^T + b. One item of work is a panel of 64 outputs for up to kItemRows rows.
+// y = x W^T + b, for weights in panels. One item of work is a panel of 64 outputs for up to kItemRows rows.
 //
 // Each output is a chain of fused multiply-adds over `in`, from the first input to the last, in its own lane. That
 // chain is the same whatever number of rows is computed beside it, however they are blocked: when `in` is cut
 // into pieces to stay in the cache, the partial sum waits in `y` (float32, so nothing is lost).
-#include "functions.h"
+#include "linear_finish.h"
+#include "linear_tiles.h"
 
 namespace quire::QUIRE_ISA {
 
@@ -89,23 +90,6 @@ void convert(const T* from, int64_t depth, float* to) {
     }
 }
 
-void finish_rows(const LinearArgs& args, int64_t panel, int64_t first_row, int64_t rows, const float* sums) {
-    const int64_t first = panel * kPanel;
-    const int64_t width = smaller(kPanel, args.weight.out - first);
-    for (int64_t r = 0; r < rows; ++r) {
-        float values[kPanel] = {};
-        if (args.weight.bias != nullptr) __builtin_memcpy(values, args.weight.bias + first, width * 4);
-        for (int64_t i = 0; i < kPanel; i += kLanes) {
-            Floats y = load(sums + r * kPanel + i);
-            if (args.weight.bias != nullptr) y = y + load(values + i);
-            if (args.scale != 1.0f) y = y * args.scale;
-            if (args.softcap != 0.0f) y = args.softcap * tanh(y / args.softcap);
-            store(values + i, y);
-        }
-        __builtin_memcpy(args.y + (first_row + r) * args.weight.out + first, values, width * 4);
-    }
-}
-
 template <class T>
 void compute_item(const LinearArgs& args, int64_t item, float* scratch) {
     const int64_t groups = (args.rows + kItemRows - 1) / kItemRows;
@@ -131,7 +115,7 @@ void compute_item(const LinearArgs& args, int64_t item, float* scratch) {
             }
         }
     }
-    finish_rows(args, panel, first_row, rows, sums);
+    finish_rows<kPanel>(args, panel * kPanel, first_row, rows, sums);
 }
 
 struct Job {
@@ -158,6 +142,9 @@ void embed_rows(void* context, int64_t item, int) {
 }  // namespace
 
 void linear(const LinearArgs& args, ThreadPool& pool) {
+#if QUIRE_TILES
+    if (args.weight.layout == Layout::tiles) return linear_tiles(args, pool);
+#endif
     const int64_t panels = (args.weight.out + kPanel - 1) / kPanel;
     const int64_t groups = (args.rows + kItemRows - 1) / kItemRows;
     Job job{&args, &pool};
@@ -168,6 +155,9 @@ void linear(const LinearArgs& args, ThreadPool& pool) {
 }
 
 void embed(const EmbedArgs& args, ThreadPool& pool) {
+#if QUIRE_TILES
+    if (args.table.layout == Layout::tiles) return embed_tiles(args, pool);
+#endif
     Work item = args.table.storage == Storage::bfloat16  ? embed_rows<BFloat16>
                 : args.table.storage == Storage::float16 ? embed_rows<Float16>
                                                          : embed_rows<float>;

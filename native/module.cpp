@@ -58,6 +58,7 @@ public:
 
     void linear(nb::handle x_, const PackedLinear& packed, nb::handle y_, float scale, float softcap) {
         Floats2 x(x_, "x"), y(y_, "y", true);
+        require_packed_here(packed);
         require(x.size(1) == packed.in, "linear: the width of x is not the weight's");
         require(y.size(0) == x.size(0) && y.size(1) == packed.out, "linear: y has the wrong shape");
         call(kernels_->linear,
@@ -67,6 +68,7 @@ public:
     void embed(nb::handle ids_, const PackedLinear& packed, float scale, nb::handle y_) {
         Ints1 ids(ids_, "token_ids");
         Floats2 y(y_, "y", true);
+        require_packed_here(packed);
         require(y.size(0) == ids.size(0) && y.size(1) == packed.in, "embed: y has the wrong shape");
         require_ids(ids, packed.out, "embed: a token id is outside the table");
         call(kernels_->embed, EmbedArgs{ids.data(), ids.size(0), packed.panels(), scale, y.data()});
@@ -223,7 +225,15 @@ private:
         nb::gil_scoped_release unlocked;
         const auto lock = pool_.exclusive();
         return new PackedLinear(weight.data(), weight.size(0), weight.size(1), weight.stride(),
-                                bias.has_value() ? bias->data() : nullptr, storage, pool_);
+                                bias.has_value() ? bias->data() : nullptr, storage, layout_of(storage), pool_);
+    }
+
+    Layout layout_of(Storage storage) const {
+        return storage == Storage::bfloat16 ? kernels_->bfloat16_layout : Layout::panels;
+    }
+
+    void require_packed_here(const PackedLinear& packed) const {
+        require(packed.layout == layout_of(packed.storage), "the weight is packed for another instruction set");
     }
 
     static void require_rows(int64_t tokens, const CacheLayout& layout, const Ints1& query_starts,

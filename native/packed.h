@@ -21,15 +21,16 @@ class PackedLinear {
 public:
     // `weight` [out, in] holds items of `storage`, rows `stride` items apart; `bias` [out] may be null.
     PackedLinear(const void* weight, int64_t out, int64_t in, int64_t stride, const float* bias, Storage storage,
-                 ThreadPool& pool);
+                 Layout layout, ThreadPool& pool);
 
     Panels panels() const {
-        return {pages_.data(), bias_.empty() ? nullptr : bias_.data(), in, out, storage};
+        return {pages_.data(), bias_.empty() ? nullptr : bias_.data(), in, out, storage, layout};
     }
     size_t bytes() const { return pages_.bytes() + bias_.size() * sizeof(float); }
 
     const int64_t out, in;
     const Storage storage;
+    const Layout layout;
 
 private:
     Pages pages_;

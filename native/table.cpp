@@ -1,5 +1,5 @@
 // The table of the instruction set this file is compiled for.
-#include "kernels.h"
+#include "linear_tiles.h"
 
 #define QUIRE_NAME_OF(isa) #isa
 #define QUIRE_NAME(isa) QUIRE_NAME_OF(isa)
@@ -16,7 +16,7 @@ void sample(const SampleArgs&, ThreadPool&);
 void logprobs(const LogprobsArgs&, ThreadPool&);
 void rows_finite(const FiniteArgs&, ThreadPool&);
 
-extern const Kernels kernels{QUIRE_NAME(QUIRE_ISA), linear,    embed,  norm,     rope,
-                             activation,            attention, sample, logprobs, rows_finite};
+extern const Kernels kernels{QUIRE_NAME(QUIRE_ISA), kBFloat16Layout, linear,    embed,  norm,     rope,
+                             activation,            attention,       sample, logprobs, rows_finite};
 
 }  // namespace quire::QUIRE_ISA

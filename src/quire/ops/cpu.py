@@ -1,15 +1,16 @@
 """The operations on the CPU: arrays are numpy, the work is native (see `native/`).
 
 Row independence holds to the last bit for one instruction set: every reduction has an order that depends on the
-row's own data and on the shapes of the weights. The native side checks every shape and index and raises
+row's own data and on the shapes of the weights. With the instruction set `amx` the inputs of products with bfloat16
+weights are rounded to bfloat16 (`docs/design/amx.md`). The native side checks every shape and index and raises
 ValueError; it never reads outside an array.
 """
 
+from functools import cached_property
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from array_api_compat import numpy as array_api_numpy
 
 from quire.ops import _native
 from quire.ops.composed import ComposedOps
@@ -35,11 +36,16 @@ class CpuOps(ComposedOps):
     """`threads` includes the calling one. `isa` is one of `quire.ops.select.instruction_sets()`. A provider keeps
     its own threads; operations on one provider run one after another, whoever calls."""
 
-    xp = array_api_numpy
-
     def __init__(self, threads: int, isa: str) -> None:
         self._native = _native.Runtime(threads, isa)
         self.name = f"cpu ({isa}, {threads} threads)"
+
+    @cached_property
+    def xp(self) -> Any:
+        """For the composed operations; its import takes longer than all others here together."""
+        from array_api_compat import numpy
+
+        return numpy
 
     # arrays and weights
 

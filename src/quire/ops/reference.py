@@ -78,8 +78,10 @@ class ReferenceOps(composed.ComposedOps):
     # products
 
     def linear(self, x: Array, packed: ReferenceLinear) -> Array:
-        """`y[t, o] = sum_i x[t, i] w[o, i] + b[o]`, products and sums in float32.
-        Tolerance: rel 2e-5 (order of sums)."""
+        """`y[t, o] = sum_i x[t, i] w[o, i] + b[o]`, products and sums in float32. Where the storage of w is 16 bits
+        wide a provider may round x to that type first, to nearest even, if that is what its matrix unit takes.
+        Tolerance: rel 2e-5 (order of sums) for the x it multiplies; so, of rounding to bfloat16, within
+        `2^-8 sum_i |x[t, i] w[o, i]|` of this line."""
         y = x @ self.xp.permute_dims(packed.weight, (1, 0))
         return y if packed.bias is None else y + packed.bias
 

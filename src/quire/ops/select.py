@@ -13,7 +13,8 @@ def select_ops(device: str, threads: int | None) -> tuple[Ops, list[Decision]]:
     """The provider for `device` ("auto", "cpu" or "reference") and each decision.
 
     `threads` None takes the physical cores that this process may use. The environment variable `QUIRE_ISA`
-    (`baseline`, `avx2`, `avx512`) forbids the instruction sets above the one it names. Raises ConfigurationError.
+    (`baseline`, `avx2`, `avx512`, `amx`) forbids the instruction sets above the one that it names. Raises
+    ConfigurationError.
     """
     if device == "reference":
         import numpy as np

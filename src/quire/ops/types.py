@@ -115,7 +115,8 @@ class Ops(Protocol):
         """Pack `weight [out, in]` (numpy: float32, float16 or ml_dtypes.bfloat16) and `bias [out]`."""
 
     def linear(self, x: Array, packed: Opaque) -> Array:
-        """`x [tokens, in] @ weight.T + bias -> [tokens, out]`."""
+        """`x [tokens, in] @ weight.T + bias -> [tokens, out]`. With 16-bit weights `x` may be rounded to their type
+        first (docs/design/amx.md); with float32 weights it never is."""
 
     def pack_embedding(self, table: Any, storage: StorageType) -> Opaque:
         """Pack `table [vocabulary, hidden]` for `embed`. The result is also one of `pack_linear`'s: a tied head gives
