@@ -4,12 +4,11 @@
 // depends on positions alone. How queries are grouped, and where blocks begin, changes nothing.
 #pragma once
 
-#include "functions.h"
+#include "attention_items.h"
 
 namespace quire::QUIRE_ISA {
 
 constexpr int64_t kChunk = 64;   // positions for which the running softmax is updated at once
-constexpr int64_t kSplit = 512;  // positions after which a new running softmax starts, merged in order at the end
 constexpr int kQueries = 4;      // query vectors that share each load of a key or value
 constexpr int64_t kTiles = kChunk / kTile;
 
@@ -18,13 +17,6 @@ template <class T>
 struct Chunk {
     const T* keys[kTiles];
     const T* values[kTiles];
-};
-
-// A running softmax over the positions seen so far (arXiv 1805.02867).
-struct Running {
-    float top;     // the largest score
-    float total;   // sum of exp(score - top)
-    float* mixed;  // [value_dim]: sum of exp(score - top) * value
 };
 
 // scores[i][j] = queries[i] . key j
@@ -154,23 +146,6 @@ void attend_chunk(const AttentionArgs& args, const float* const* queries, const 
     for (int i = 0; i < Q; ++i) {
         if (shared_high < high[i]) mix<1, T>(&scores[i], chunk, shared_high, high[i], dims, &states[i]);
     }
-}
-
-// a := a followed by b
-inline void merge(Running& a, const Running& b, int64_t dims) {
-    if (b.total == 0.0f) return;
-    if (a.total == 0.0f) {
-        a.top = b.top;
-        a.total = b.total;
-        __builtin_memcpy(a.mixed, b.mixed, dims * sizeof(float));
-        return;
-    }
-    const float top = a.top > b.top ? a.top : b.top;
-    const float keep_a = exp(splat(a.top - top))[0];
-    const float keep_b = exp(splat(b.top - top))[0];
-    a.top = top;
-    a.total = a.total * keep_a + b.total * keep_b;
-    for (int64_t d = 0; d < dims; ++d) a.mixed[d] = a.mixed[d] * keep_a + b.mixed[d] * keep_b;
 }
 
 }  // namespace quire::QUIRE_ISA

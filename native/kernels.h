@@ -82,10 +82,10 @@ struct ActivationArgs {
 
 // The paged cache, [layers][blocks][kv_heads] units of one block for one head:
 //
-//   | keys: tiles of 16 positions, each [head_dim][16] | values: [slots][value_dim] |
+//   | keys: [slots] positions of head_dim | values: [slots] positions of value_dim |
 //
-// Keys lie transposed so that one vector holds one dimension of several positions and scores need no sum across
-// lanes. `slots` is block_size rounded up to 16 and `value_dim` is head_dim rounded up to 16.
+// `slots` is block_size rounded up to 16 and `value_dim` is head_dim rounded up to 16. The order inside the two parts is
+// the attention program's own: attention_vector.h and attention_matrix.h draw it.
 struct CacheLayout {
     uint8_t* data;
     int64_t layers, blocks, block_size, kv_heads, head_dim;

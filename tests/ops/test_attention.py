@@ -1,3 +1,7 @@
+from functools import cache
+from typing import Any
+
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -9,8 +13,9 @@ from quire.ops.types import AttentionSpec
 from tests.ops.cases import Heads, Rows, relative_error
 
 REFERENCE = ReferenceOps(np)
-HEADS = [Heads(4, 2, 8), Heads(9, 3, 64), Heads(8, 1, 80), Heads(5, 5, 16), Heads(4, 1, 256)]
-SINKS = np.linspace(-1.0, 3.0, 9).astype(np.float32)
+HEADS = [Heads(4, 2, 8), Heads(9, 3, 64), Heads(8, 1, 80), Heads(5, 5, 16), Heads(4, 1, 256), Heads(20, 1, 40)]
+SINKS = np.linspace(-1.0, 3.0, 20).astype(np.float32)
+BLOCK_SIZES = [16, 8, 24, 32, 64, 128]
 
 
 def spec_of(heads: Heads, plain: bool) -> AttentionSpec:
@@ -18,57 +23,136 @@ def spec_of(heads: Heads, plain: bool) -> AttentionSpec:
     return AttentionSpec(scale) if plain else AttentionSpec(scale, 100, 5.0, SINKS[: heads.heads])
 
 
+def rounds(cpu: CpuOps, storage: str) -> bool:
+    """Whether queries and softmax weights are rounded to bfloat16, as the definition allows."""
+    return "amx" in cpu.name and storage == "bfloat16"
+
+
+LENGTHS = [70, 515, 1, 64, 0, 65]
+PIECES = [
+    [(0, 0, 69), (1, 0, 512), (3, 0, 63), (5, 0, 30)],
+    [(2, 0, 1), (1, 512, 515), (4, 0, 0), (0, 69, 70), (3, 63, 64), (5, 30, 65)],
+]
+
+
+@cache
+def expected_pieces(heads: Heads, plain: bool, storage: str, rounded: bool) -> list[Any]:
+    rows = Rows(REFERENCE, LENGTHS, heads, 16, storage)
+    if rounded:
+        rows.q = [q.astype(ml_dtypes.bfloat16).astype(np.float32) for q in rows.q]
+    return [np.concatenate(rows.step(piece, spec_of(heads, plain))) for piece in PIECES]
+
+
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "window-softcap-sinks"])
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_attention_equals_the_reference(cpu: CpuOps, heads: Heads, plain: bool) -> None:
-    spec = spec_of(heads, plain)
-    for block_size, storage in ((16, "bfloat16"), (24, "float16"), (64, "float32")):
-        both = [Rows(ops, [70, 515, 1, 64, 0, 65], heads, block_size, storage) for ops in (cpu, REFERENCE)]
-        pieces = [[(0, 0, 69), (1, 0, 512), (3, 0, 63), (5, 0, 30)]]
-        pieces.append([(2, 0, 1), (1, 512, 515), (4, 0, 0), (0, 69, 70), (3, 63, 64), (5, 30, 65)])
-        for piece in pieces:
-            actual, expected = (np.concatenate(rows.step(piece, spec)) for rows in both)
-            assert relative_error(actual, expected) < 1e-5, (block_size, storage)
+    for block_size, storage in ((16, "bfloat16"), (24, "float16"), (64, "float32"), (32, "bfloat16"), (8, "bfloat16")):
+        rows = Rows(cpu, LENGTHS, heads, block_size, storage)
+        tolerance = 2.0**-9 if rounds(cpu, storage) else 1e-5
+        for piece, expected in zip(PIECES, expected_pieces(heads, plain, storage, rounds(cpu, storage)), strict=True):
+            actual = np.concatenate(rows.step(piece, spec_of(heads, plain)))
+            assert relative_error(actual, expected) < tolerance, (block_size, storage)
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0, 3.0])
+def test_scores_of_any_sign_and_size(cpu: CpuOps, scale: float) -> None:
+    heads = Heads(4, 2, 32)
+    for softcap in (None, 2.0):
+        spec = AttentionSpec(scale, softcap=softcap)
+        both = [Rows(ops, [90], heads, 16, "bfloat16") for ops in (cpu, REFERENCE)]
+        for rows in both:
+            rows.q = [q.astype(ml_dtypes.bfloat16).astype(np.float32) for q in rows.q]
+        actual, expected = (rows.prefill(spec)[0] for rows in both)
+        assert relative_error(actual, expected) < (2.0**-8 if rounds(cpu, "bfloat16") else 1e-5)
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "window-softcap-sinks"])
-def test_chunks_companions_and_block_sizes_do_not_change_bits(cpu: CpuOps, plain: bool) -> None:
-    heads = Heads(6, 2, 24)
+@pytest.mark.parametrize("heads", [Heads(6, 2, 24), Heads(9, 3, 64)], ids=str)
+def test_chunks_companions_and_block_sizes_do_not_change_bits(cpu: CpuOps, heads: Heads, plain: bool) -> None:
     spec = spec_of(heads, plain)
-    lengths = [1060, 17, 200]
+    lengths = [700, 17, 200]
     expected = Rows(cpu, lengths, heads, 16, "bfloat16").prefill(spec)
-    for block_size in (16, 32, 64, 24):
+    for block_size in BLOCK_SIZES:
         rows = Rows(cpu, lengths, heads, block_size, "bfloat16")
         assert all(map(np.array_equal, rows.prefill(spec), expected))
-        for size in (1, 50, 513):
+        for size in (1, 3, 16, 17, 64, 500) if block_size == 16 else (513,):
             assert np.array_equal(rows.by_chunks(0, size, spec), expected[0]), (block_size, size)
-        mixed = rows.step([(2, 199, 200), (0, 1000, 1060), (1, 16, 17)], spec)
+        mixed = rows.step([(2, 199, 200), (0, 640, 700), (1, 16, 17)], spec)
         assert np.array_equal(mixed[0], expected[2][199:])
-        assert np.array_equal(mixed[1], expected[0][1000:])
+        assert np.array_equal(mixed[1], expected[0][640:])
         assert np.array_equal(mixed[2], expected[1][16:])
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float32"])
+def test_rows_that_share_a_prefix_have_the_bits_of_each_alone(cpu: CpuOps, storage: str) -> None:
+    heads, spec, shared = Heads(6, 2, 32), AttentionSpec(0.2), 1040
+    rows = Rows(cpu, [1050, 1060, 1045, 1700, 600], heads, 16, storage)
+    for row in (1, 2, 3):
+        for part in (rows.k, rows.v):
+            part[row][:shared] = part[0][:shared]
+        rows.tables[row, : shared // 16] = rows.tables[0, : shared // 16]
+    rows.prefill(spec)
+    last = [(row, len(rows.q[row]) - 1, len(rows.q[row])) for row in range(5)]
+    alone = [rows.step([piece], spec)[0] for piece in last]
+    assert not np.array_equal(alone[0], alone[1])
+    for order in ([0, 1, 2, 3, 4], [3, 4, 2, 0, 1]):
+        together = rows.step([last[row] for row in order], spec)
+        assert all(np.array_equal(together[i], alone[row]) for i, row in enumerate(order))
+
+
+def test_a_long_context_is_the_same_in_pieces(cpu: CpuOps) -> None:
+    heads, spec, length = Heads(3, 1, 32), AttentionSpec(0.3), 5000
+    rows = Rows(cpu, [length], heads, 32, "bfloat16")
+    expected = rows.prefill(spec)[0]
+    for first, last in ((length - 1, length), (length - 7, length), (length - 16, length - 3), (length - 300, length)):
+        assert np.array_equal(rows.step([(0, first, last)], spec)[0], expected[first:last])
+    reference = Rows(REFERENCE, [length], heads, 32, "bfloat16")
+    reference.step([(0, 0, length - 1)], AttentionSpec(0.3, window=1))
+    last = reference.step([(0, length - 1, length)], spec)[0]
+    assert relative_error(expected[-1:], last) < (2.0**-7 if rounds(cpu, "bfloat16") else 1e-5)
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
 def test_threads_do_not_change_bits(isa: str) -> None:
-    heads = Heads(4, 2, 16)
-    results = []
-    for threads in (1, 2, 3, 8):
-        rows = Rows(CpuOps(threads, isa), [1200, 3], heads, 16, "float16")
-        rows.prefill(AttentionSpec(0.25))
-        results.append(rows.step([(1, 2, 3), (0, 1199, 1200)], AttentionSpec(0.25))[1])
-    assert all(np.array_equal(result, results[0]) for result in results)
+    heads, spec = Heads(4, 2, 16), AttentionSpec(0.25)
+    for storage in ("float16", "bfloat16"):
+        results = []
+        for threads in (1, 2, 3, 8):
+            rows = Rows(CpuOps(threads, isa), [1200, 3], heads, 16, storage)
+            whole = rows.prefill(spec)[0]
+            results.append([whole, rows.step([(1, 2, 3), (0, 1199, 1200)], spec)[1]])
+            assert np.array_equal(results[-1][1], whole[1199:])
+        assert all(np.array_equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
-def test_what_another_sequence_left_in_a_block_is_not_seen(cpu: CpuOps) -> None:
-    heads, spec = Heads(2, 1, 16), AttentionSpec(0.25)
-    clean, used = (Rows(cpu, [40], heads, 16, "float32") for _ in range(2))
-    kept = used.v[0].copy(), used.k[0].copy()
-    used.v[0][...] = np.nan
-    used.k[0][...] = np.inf
-    used.prefill(spec)
-    used.v[0][...], used.k[0][...] = kept
-    for first, last in ((0, 5), (5, 6), (6, 40)):
-        assert np.array_equal(used.step([(0, first, last)], spec)[0], clean.step([(0, first, last)], spec)[0])
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
+def test_what_another_sequence_left_in_a_block_is_not_seen(cpu: CpuOps, storage: str) -> None:
+    heads = Heads(2, 1, 16)
+    for spec in (AttentionSpec(0.25), AttentionSpec(0.25, window=20)):
+        clean, used = (Rows(cpu, [140], heads, 16, storage) for _ in range(2))
+        kept = used.v[0].copy(), used.k[0].copy()
+        used.v[0][...] = np.nan
+        used.k[0][...] = np.inf
+        used.prefill(spec)
+        used.v[0][...], used.k[0][...] = kept
+        for first, last in ((0, 5), (5, 6), (6, 40), (40, 140)):
+            assert np.array_equal(used.step([(0, first, last)], spec)[0], clean.step([(0, first, last)], spec)[0])
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
+def test_a_broken_token_is_heard_only_where_it_is_seen(cpu: CpuOps, storage: str) -> None:
+    heads, broken = Heads(3, 1, 16), 75
+    for window in (None, 20):
+        spec = AttentionSpec(0.25, window)
+        rows = Rows(cpu, [140], heads, 16, storage)
+        expected = rows.prefill(spec)[0]
+        rows.v[0][broken] = np.nan
+        rows.k[0][broken] = np.inf
+        actual = rows.prefill(spec)[0]
+        hears = slice(broken, 140 if window is None else broken + window)
+        assert np.isnan(actual[hears]).all()
+        assert np.array_equal(np.delete(actual, hears, 0), np.delete(expected, hears, 0))
+        assert np.array_equal(rows.by_chunks(0, 11, spec), actual, equal_nan=True)
 
 
 def test_layers_and_copied_blocks(cpu: CpuOps) -> None:

@@ -1,0 +1,151 @@
+// Where attention on matrix units finds the keys and values of a chunk of 64 positions (see attention_matrix.h).
+#pragma once
+
+#include "attention_items.h"
+
+namespace quire::QUIRE_ISA {
+
+constexpr int64_t kMatrixChunk = 64;  // positions for which the running softmax is updated at once
+constexpr int64_t kPairs = kMatrixChunk / 2;
+
+struct MatrixChunk {
+    const uint16_t* keys[4];    // of 16 positions each
+    const uint16_t* values[2];  // of 32 positions each
+    int64_t value_stride;       // items from 16 dimensions to the next 16
+};
+
+// The items of pair `pair` of a chunk's values, of 16 dimensions [16][2], that lie outside positions [low, high).
+inline __mmask32 hidden_items(int64_t pair, int64_t low, int64_t high) {
+    const auto hidden = [&](int64_t position) { return position < low || position >= high; };
+    return (hidden(2 * pair) ? 0x55555555u : 0u) | (hidden(2 * pair + 1) ? 0xaaaaaaaau : 0u);
+}
+
+inline const uint16_t* pair_of(const MatrixChunk& chunk, int64_t pair) {
+    return chunk.values[pair / 16] + pair % 16 * 32;
+}
+
+// Whether all values outside [low, high) are finite.
+inline bool hidden_are_finite(const MatrixChunk& chunk, int64_t value_dim, int64_t low, int64_t high) {
+    const __m512i exponent = _mm512_set1_epi16(0x7f80);
+    for (int64_t pair = 0; pair < kPairs; ++pair) {
+        const __mmask32 hidden = hidden_items(pair, low, high);
+        if (hidden == 0) continue;
+        const uint16_t* value = pair_of(chunk, pair);
+        __mmask32 found = 0;
+        for (int64_t d = 0; d < value_dim; d += 16, value += chunk.value_stride) {
+            found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_loadu_si512(value), exponent), exponent);
+        }
+        if ((found & hidden) != 0) return false;
+    }
+    return true;
+}
+
+// A copy whose values outside [low, high) are 0. `room`: [value_dim / 16][32][16][2]
+inline MatrixChunk without_hidden(const MatrixChunk& chunk, int64_t value_dim, int64_t low, int64_t high,
+                                  uint16_t* room) {
+    MatrixChunk clean = chunk;
+    clean.value_stride = kPairs * 32;
+    clean.values[0] = room;
+    clean.values[1] = room + 16 * 32;
+    for (int64_t pair = 0; pair < kPairs; ++pair) {
+        const __mmask32 seen = ~hidden_items(pair, low, high);
+        for (int64_t d = 0; d < value_dim / 16; ++d) {
+            const __m512i value = _mm512_loadu_si512(pair_of(chunk, pair) + d * chunk.value_stride);
+            _mm512_storeu_si512(room + (d * kPairs + pair) * 32, _mm512_maskz_mov_epi16(seen, value));
+        }
+    }
+    return clean;
+}
+
+// Where the keys and values of one row and head are.
+class MatrixKeys {
+public:
+    MatrixKeys(const AttentionArgs& args, const Item& item, uint16_t* room)
+        : cache_(args.cache), layer_(args.layer), head_(item.head), room_(room),
+          table_(args.tables + item.row * args.table_stride) {}
+
+    static int64_t room_items(const CacheLayout& cache) {
+        return kMatrixChunk * (cache.head_dim + cache.value_dim());
+    }
+
+    // The chunk from position `base` on. Positions from `end` on hold anything that may be read.
+    MatrixChunk find(int64_t base, int64_t end) const {
+        MatrixChunk chunk;
+        const bool whole_keys = cache_.block_size % 16 == 0, whole_values = cache_.block_size % 32 == 0;
+        for (int64_t tile = 0; tile < 4; ++tile) {
+            uint16_t* room = room_ + tile * kTile * cache_.head_dim;
+            // A tile past the end is the last one again; its weights are 0.
+            const int64_t position = smaller(base + tile * 16, (end - 1) / 16 * 16);
+            if (!whole_keys) gather_keys(position, end, room);
+            chunk.keys[tile] = whole_keys ? keys_at(position) : room;
+        }
+        uint16_t* room = room_ + kMatrixChunk * cache_.head_dim;
+        chunk.value_stride = whole_values ? cache_.slots() * 16 : kPairs * 32;
+        for (int64_t half = 0; half < 2; ++half) {
+            const int64_t position = smaller(base + half * 32, (end - 1) / 32 * 32);
+            if (!whole_values) gather_values(position, end, room + half * 16 * 32);
+            chunk.values[half] = whole_values ? values_at(position) : room + half * 16 * 32;
+        }
+        return chunk;
+    }
+
+    // Asks for the chunk from `base` on, so that memory works while the processor does.
+    void prefetch(int64_t base, int64_t end) const {
+        if (cache_.block_size % 16 != 0) return;
+        for (int64_t position = base; position < smaller(end, base + kMatrixChunk); position += 16) {
+            const uint16_t* keys = keys_at(position);
+            for (int64_t d = 0; d < cache_.head_dim; d += 2) __builtin_prefetch(keys + d * 16, 0, 2);
+            const uint16_t* values = values_at(position);
+            for (int64_t d = 0; d < cache_.value_dim(); d += 16, values += cache_.slots() * 16) {
+                for (int64_t pair = 0; pair < 8; ++pair) __builtin_prefetch(values + pair * 32, 0, 2);
+            }
+        }
+    }
+
+private:
+    const uint16_t* unit_at(int64_t position) const {
+        const int64_t block = table_[position / cache_.block_size];
+        return reinterpret_cast<const uint16_t*>(cache_.unit(layer_, block, head_));
+    }
+    const uint16_t* keys_at(int64_t position) const {
+        const int64_t slot = position % cache_.block_size;
+        return unit_at(position) + slot / 16 * 16 * cache_.head_dim + slot % 16 * 2;
+    }
+    const uint16_t* values_at(int64_t position) const {
+        const int64_t slot = position % cache_.block_size;
+        return unit_at(position) + cache_.slots() * cache_.head_dim + slot / 2 * 32 + slot % 2;
+    }
+
+    void gather_keys(int64_t position, int64_t end, uint16_t* room) const {
+        for (int64_t j = 0; j < smaller(16, end - position); ++j) {
+            const uint16_t* from = keys_at(position + j);
+            for (int64_t d = 0; d < cache_.head_dim; d += 2) __builtin_memcpy(room + d * 16 + j * 2, from + d * 16, 4);
+        }
+    }
+
+    // 32 positions; blocks are of an even number of positions, or these are gathered one by one.
+    void gather_values(int64_t position, int64_t end, uint16_t* room) const {
+        const int64_t run = cache_.block_size % 16 == 0 ? 16 : cache_.block_size % 2 == 0 ? 2 : 1;
+        for (int64_t j = 0; j < 32; j += run) {
+            uint16_t* to = room + j / 2 * 32;
+            for (int64_t d = 0; d < cache_.value_dim(); d += 16, to += kPairs * 32) {
+                const bool exists = position + j < end;
+                const uint16_t* from = exists ? values_at(position + j) + d * cache_.slots() : nullptr;
+                if (run == 1) {
+                    for (int64_t i = 0; i < 32; i += 2) to[i + j % 2] = exists ? from[i] : 0;
+                } else if (exists) {
+                    __builtin_memcpy(to, from, run * 32);
+                } else {
+                    __builtin_memset(to, 0, run * 32);
+                }
+            }
+        }
+    }
+
+    const CacheLayout& cache_;
+    const int64_t layer_, head_;
+    uint16_t* const room_;
+    const int32_t* const table_;
+};
+
+}  // namespace quire::QUIRE_ISA

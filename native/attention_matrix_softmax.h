@@ -1,0 +1,134 @@
+// The softmax of attention on matrix units (see attention_matrix.h). Scores are in logits times log2 e here: weights
+// are powers of two.
+#pragma once
+
+#include "attention_matrix_keys.h"
+
+namespace quire::QUIRE_ISA {
+
+constexpr float kLog2e = 1.44269504f;
+
+// 2^x to a relative 3e-6: the weights are rounded to bfloat16. A minimax polynomial on [0, 1), made for this file.
+inline __m512 power_of_two(__m512 x) {
+    const __m512 part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
+    __m512 y = _mm512_set1_ps(0.0135341678f);
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.0520114638f));
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.241442755f));
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.693003833f));
+    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(y, x);  // y * 2^floor(x)
+}
+
+struct BinaryExponential {
+    static constexpr float kUnit = kLog2e;  // of scores, in logits
+    static Floats of(Floats x) { return power_of_two(x); }
+};
+
+// The running softmax of sixteen queries. Totals are kept by lane and summed when a split ends.
+struct MatrixState {
+    float tops[16];
+    float totals[16][16];
+    float* mixed;  // [value_dim / 16][16 queries][16]
+
+    void clear(int64_t value_dim) {
+        for (float& top : tops) top = -__builtin_inff();
+        __builtin_memset(totals, 0, sizeof totals);
+        __builtin_memset(mixed, 0, value_dim * 16 * sizeof(float));
+    }
+};
+
+// Lane i is the largest lane of rows[i]: each step joins two vectors and halves what is left of a row.
+inline __m512 largest_of_rows(__m512* rows) {
+    const auto by_quarters = [](__m512 a, __m512 b) {
+        return _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    const auto by_alternate_quarters = [](__m512 a, __m512 b) {
+        return _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    for (int i = 0; i < 4; ++i) {
+        const __m512 even = by_quarters(rows[i], rows[i + 4]), odd = by_quarters(rows[i + 8], rows[i + 12]);
+        rows[i] = by_alternate_quarters(even, odd);
+    }
+    __m512 halves[2];
+    for (int i = 0; i < 2; ++i) {
+        const __m512 a = rows[2 * i], b = rows[2 * i + 1];
+        halves[i] = _mm512_max_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    return _mm512_max_ps(_mm512_shuffle_ps(halves[0], halves[1], 0x88),
+                         _mm512_shuffle_ps(halves[0], halves[1], 0xdd));
+}
+
+// scores [4][16][16] of `rows` queries: row r of quarter v
+inline __m512 scores_at(const float* scores, int quarter, int64_t row) {
+    return _mm512_loadu_ps(scores + quarter * 256 + row * 16);
+}
+
+// The largest score of each query; only those in `visible[row]` count where `Masked`.
+template <bool Masked>
+inline __m512 largest_scores(const float* scores, int64_t rows, const uint64_t* visible) {
+    const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
+    __m512 largest[16];
+    for (int64_t row = 0; row < 16; ++row) {
+        if (row >= rows) {
+            largest[row] = lowest;
+            continue;
+        }
+        __m512 s[4];
+        for (int v = 0; v < 4; ++v) {
+            s[v] = scores_at(scores, v, row);
+            if (Masked) s[v] = _mm512_mask_mov_ps(lowest, static_cast<__mmask16>(visible[row] >> 16 * v), s[v]);
+        }
+        largest[row] = _mm512_max_ps(_mm512_max_ps(s[0], s[1]), _mm512_max_ps(s[2], s[3]));
+    }
+    return largest_of_rows(largest);
+}
+
+// What a query has mixed so far was scaled by 2^-top; it shrinks as the top grows.
+inline void lower_row(MatrixState& state, int row, float factor, int64_t value_dim) {
+    const __m512 keep = _mm512_set1_ps(factor);
+    _mm512_storeu_ps(state.totals[row], _mm512_mul_ps(_mm512_loadu_ps(state.totals[row]), keep));
+    for (int64_t d = 0; d < value_dim / 16; ++d) {
+        float* mixed = state.mixed + d * 256 + row * 16;
+        _mm512_storeu_ps(mixed, _mm512_mul_ps(_mm512_loadu_ps(mixed), keep));
+    }
+}
+
+// Weights 2^(unit score - top), as bfloat16 [2][16][32]; totals grow by them. `top` is the largest score so far, or one
+// that is less by at most 8: weights up to 2^8 do no harm, and what is mixed seldom has to be scaled.
+template <bool Masked>
+void weigh(const float* scores, int64_t rows, const uint64_t* visible, float unit, int64_t value_dim,
+           MatrixState& state, uint16_t* weights) {
+    const __m512 old_tops = _mm512_loadu_ps(state.tops);
+    const __m512 largest = _mm512_mul_ps(largest_scores<Masked>(scores, rows, visible), _mm512_set1_ps(unit));
+    const __m512 bound = _mm512_add_ps(old_tops, _mm512_set1_ps(8.0f));
+    const __mmask16 raised = _mm512_cmp_ps_mask(largest, bound, _CMP_GT_OQ);
+    if (raised != 0) {
+        alignas(64) float keep[16];
+        _mm512_store_ps(keep, power_of_two(_mm512_sub_ps(old_tops, largest)));
+        _mm512_mask_storeu_ps(state.tops, raised, largest);
+        for (unsigned left = raised; left != 0; left &= left - 1) {
+            const int row = __builtin_ctz(left);
+            lower_row(state, row, keep[row], value_dim);
+        }
+    }
+    const __m512 units = _mm512_set1_ps(unit), lowest = _mm512_set1_ps(-__builtin_inff());
+    for (int64_t row = 0; row < rows; ++row) {
+        const __m512 top = _mm512_set1_ps(state.tops[row]);
+        __m512 w[4];
+        for (int v = 0; v < 4; ++v) {
+            __m512 power = _mm512_fmsub_ps(scores_at(scores, v, row), units, top);
+            if (Masked) {
+                power = _mm512_mask_mov_ps(lowest, static_cast<__mmask16>(visible[row] >> 16 * v), power);
+            }
+            w[v] = power_of_two(power);
+        }
+        const __m512 sum = _mm512_add_ps(_mm512_add_ps(w[0], w[1]), _mm512_add_ps(w[2], w[3]));
+        _mm512_storeu_ps(state.totals[row], _mm512_add_ps(_mm512_loadu_ps(state.totals[row]), sum));
+        for (int half = 0; half < 2; ++half) {
+            const __m512bh pair = _mm512_cvtne2ps_pbh(w[2 * half + 1], w[2 * half]);
+            _mm512_storeu_si512(weights + half * 512 + row * 32, (__m512i)pair);
+        }
+    }
+}
+
+}  // namespace quire::QUIRE_ISA

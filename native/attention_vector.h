@@ -1,0 +1,231 @@
+// Attention on vectors: float32 arithmetic over keys and values of any storage.
+//
+// A block for one head (a unit of the cache) is
+//
+//   | keys: tiles of 16 positions, each [head_dim][16] | values: [slots][value_dim] |
+//
+// Keys lie transposed so that one vector holds one dimension of several positions and scores need no sum across lanes.
+#pragma once
+
+#include "attention_tile.h"
+
+namespace quire::QUIRE_ISA {
+
+constexpr int64_t kVectorQueries = 48;  // query vectors (tokens x heads of a group) of an item, about
+constexpr int64_t kConvertQueries = 9;  // from here on keys and values of a chunk are converted to float32 once
+
+struct NaturalExponential {
+    static constexpr float kUnit = 1.0f;  // of scores, in logits
+    static Floats of(Floats x) { return exp(x); }
+};
+
+template <class T>
+void write_token(const AttentionArgs& args, int64_t row, int64_t token) {
+    const CacheLayout& cache = args.cache;
+    const int64_t position = args.starts[row] + token - args.query_starts[row];
+    const int64_t block = args.tables[row * args.table_stride + position / cache.block_size];
+    const int64_t slot = position % cache.block_size;
+    for (int64_t head = 0; head < cache.kv_heads; ++head) {
+        T* keys = reinterpret_cast<T*>(cache.unit(args.layer, block, head));
+        T* values = keys + cache.slots() * cache.head_dim + slot * cache.value_dim();
+        keys += slot / kTile * kTile * cache.head_dim + slot % kTile;
+        const float* k = args.k + token * args.k_stride + head * cache.head_dim;
+        const float* v = args.v + token * args.v_stride + head * cache.head_dim;
+        for (int64_t d = 0; d < cache.head_dim; ++d) round_to(k[d], keys + d * kTile);
+        for (int64_t d = 0; d < cache.head_dim; ++d) round_to(v[d], values + d);
+        for (int64_t d = cache.head_dim; d < cache.value_dim(); ++d) round_to(0.0f, values + d);
+    }
+}
+
+// The 16 positions from `position` on (a multiple of 16), of which those before `end` exist. Where blocks are whole
+// tiles they lie in one block; otherwise they are gathered into `room` [16 * (head_dim + value_dim)].
+template <class T>
+void find_tile(const AttentionArgs& args, const Item& item, int64_t position, int64_t end, T* room, const T** keys,
+               const T** values) {
+    const CacheLayout& cache = args.cache;
+    const int32_t* table = args.tables + item.row * args.table_stride;
+    const int64_t size = cache.block_size;
+    const int64_t key_items = cache.slots() * cache.head_dim;
+    if (size % kTile == 0) {
+        const T* unit =
+            reinterpret_cast<const T*>(cache.unit(args.layer, table[position / size], item.head));
+        *keys = unit + position % size * cache.head_dim;
+        *values = unit + key_items + position % size * cache.value_dim();
+        return;
+    }
+    T* room_values = room + kTile * cache.head_dim;
+    for (int64_t j = 0; j < smaller(kTile, end - position); ++j) {
+        const int64_t slot = (position + j) % size;
+        const T* unit =
+            reinterpret_cast<const T*>(cache.unit(args.layer, table[(position + j) / size], item.head));
+        const T* from = unit + slot / kTile * kTile * cache.head_dim + slot % kTile;
+        for (int64_t d = 0; d < cache.head_dim; ++d) room[d * kTile + j] = from[d * kTile];
+        __builtin_memcpy(room_values + j * cache.value_dim(), unit + key_items + slot * cache.value_dim(),
+                         cache.value_dim() * sizeof(T));
+    }
+    *keys = room;
+    *values = room_values;
+}
+
+// A worker's memory for one item.
+struct Scratch {
+    Running* splits;  // [queries]: the running softmax of the present split
+    Running* totals;  // [queries]: of those before
+    float* converted;
+    void* gathered;
+
+    static int64_t floats(const AttentionArgs& args, int64_t queries) {
+        const int64_t chunk = kChunk * (args.cache.head_dim + args.cache.value_dim());
+        const int64_t states = queries * 2 * (args.cache.value_dim() + int64_t(sizeof(Running) / 4));
+        return states + 2 * chunk + 64;
+    }
+
+    Scratch(const AttentionArgs& args, int64_t queries, void* memory) {
+        const int64_t dims = args.cache.value_dim();
+        float* next = static_cast<float*>(memory);
+        converted = next;
+        next += kChunk * (args.cache.head_dim + dims);
+        gathered = next;
+        next += kChunk * (args.cache.head_dim + dims);
+        float* mixed = next;
+        splits = reinterpret_cast<Running*>(next + 2 * queries * dims);
+        totals = splits + queries;
+        for (int64_t i = 0; i < queries; ++i) {
+            splits[i].mixed = mixed + i * dims;
+            totals[i] = {-__builtin_inff(), 0.0f, mixed + (queries + i) * dims};
+        }
+    }
+};
+
+template <class T>
+Chunk<float> convert_chunk(const AttentionArgs& args, const Chunk<T>& chunk, float* room) {
+    Chunk<float> result;
+    const int64_t key_items = kTile * args.cache.head_dim;
+    const int64_t value_items = kTile * args.cache.value_dim();
+    for (int64_t tile = 0; tile < kTiles; ++tile) {
+        result.keys[tile] = room;
+        for (int64_t i = 0; i < key_items; i += kLanes) store(room + i, load(chunk.keys[tile] + i));
+        room += key_items;
+        result.values[tile] = room;
+        for (int64_t i = 0; i < value_items; i += kLanes) store(room + i, load(chunk.values[tile] + i));
+        room += value_items;
+    }
+    return result;
+}
+
+// All queries of the item, in groups of up to four, against the chunk whose first position is `base`.
+template <class T>
+void attend_queries(const AttentionArgs& args, const Item& item, const Chunk<T>& chunk, int64_t base,
+                    Running* states) {
+    const int64_t group = group_of(args);
+    const int64_t queries = item.tokens * group;
+    const float* vectors[kQueries];
+    Running* running[kQueries];
+    int64_t low[kQueries], high[kQueries];
+    int count = 0;
+    for (int64_t i = 0; i < queries; ++i) {
+        const int64_t position = item.first_position + i / group;
+        low[count] = larger(0, begin_of(args, position) - base);
+        high[count] = smaller(kChunk, position + 1 - base);
+        if (low[count] < high[count]) {
+            const int64_t head = item.head * group + i % group;
+            vectors[count] = args.q + (item.first_token + i / group) * args.q_stride + head * args.cache.head_dim;
+            running[count++] = states + i;
+        }
+        if (count < kQueries && i + 1 < queries) continue;
+        switch (count) {
+            case 0: break;
+            case 1: attend_chunk<1, T>(args, vectors, chunk, low, high, running); break;
+            case 2: attend_chunk<2, T>(args, vectors, chunk, low, high, running); break;
+            case 3: attend_chunk<3, T>(args, vectors, chunk, low, high, running); break;
+            default: attend_chunk<4, T>(args, vectors, chunk, low, high, running); break;
+        }
+        count = 0;
+    }
+}
+
+// Asks for the tiles of the chunk after the one at `base`, so that memory works while the processor does.
+template <class T>
+void prefetch_next(const AttentionArgs& args, const Item& item, int64_t base, int64_t stop) {
+    const CacheLayout& cache = args.cache;
+    if (cache.block_size % kTile != 0) return;
+    const int64_t tile_bytes = kTile * (cache.head_dim + cache.value_dim()) * int64_t(sizeof(T));
+    for (int64_t position = base + kChunk; position < smaller(stop, base + 2 * kChunk); position += kTile) {
+        const T *keys, *values;
+        find_tile<T>(args, item, position, stop, nullptr, &keys, &values);
+        const char* key_bytes = reinterpret_cast<const char*>(keys);
+        const char* value_bytes = reinterpret_cast<const char*>(values);
+        for (int64_t at = 0; at < tile_bytes / 2; at += 64) {
+            __builtin_prefetch(key_bytes + at, 0, 2);
+            __builtin_prefetch(value_bytes + at, 0, 2);
+        }
+    }
+}
+
+template <class T>
+void attend_split(const AttentionArgs& args, const Item& item, int64_t split, Scratch& scratch) {
+    const CacheLayout& cache = args.cache;
+    const int64_t queries = item.tokens * group_of(args);
+    const int64_t begin = begin_of(args, item.first_position);
+    const int64_t end = item.first_position + item.tokens;
+    for (int64_t i = 0; i < queries; ++i) {
+        scratch.splits[i].top = -__builtin_inff();
+        scratch.splits[i].total = 0.0f;
+        __builtin_memset(scratch.splits[i].mixed, 0, cache.value_dim() * sizeof(float));
+    }
+    const int64_t stop = smaller(end, (split + 1) * kSplit);
+    for (int64_t base = larger(split * kSplit, begin / kChunk * kChunk); base < stop; base += kChunk) {
+        prefetch_next<T>(args, item, base, stop);
+        Chunk<T> chunk;
+        for (int64_t tile = 0; tile < kTiles; ++tile) {
+            // A tile past the end is the last one again; its scores are never looked at.
+            const int64_t position = smaller(base + tile * kTile, (end - 1) / kTile * kTile);
+            T* room = static_cast<T*>(scratch.gathered) + tile * kTile * (cache.head_dim + cache.value_dim());
+            find_tile(args, item, position, end, room, &chunk.keys[tile], &chunk.values[tile]);
+        }
+        if (queries < kConvertQueries) {
+            attend_queries(args, item, chunk, base, scratch.splits);
+        } else {
+            attend_queries(args, item, convert_chunk(args, chunk, scratch.converted), base, scratch.splits);
+        }
+    }
+}
+
+// The program of an item; the counterpart of `MatrixAttention`.
+template <class T>
+struct VectorAttention {
+    using Exponential = NaturalExponential;
+
+    static int64_t tile_tokens(int64_t group) { return larger(1, kVectorQueries / group); }
+
+    static void write(const AttentionArgs& args, int64_t row, int64_t token) { write_token<T>(args, row, token); }
+
+    static void attend(const Job& job, const Item& item, int worker) {
+        const AttentionArgs& args = *job.args;
+        const int64_t group = group_of(args), dims = args.cache.value_dim();
+        const int64_t queries = item.tokens * group;
+        Scratch scratch(args, queries, job.pool->scratch(worker, Scratch::floats(args, queries) * sizeof(float)));
+        if (item.divided) {
+            attend_split<T>(args, item, item.split, scratch);
+            for (int64_t i = 0; i < queries; ++i) {
+                float* record = record_of(job, item, i);
+                record[0] = scratch.splits[i].top;
+                record[1] = scratch.splits[i].total;
+                __builtin_memcpy(record + 2, scratch.splits[i].mixed, dims * sizeof(float));
+            }
+            return;
+        }
+        const int64_t end = item.first_position + item.tokens;
+        for (int64_t split = begin_of(args, item.first_position) / kSplit; split * kSplit < end; ++split) {
+            attend_split<T>(args, item, split, scratch);
+            for (int64_t i = 0; i < queries; ++i) {
+                merge<Exponential>(scratch.totals[i], scratch.splits[i], dims);
+            }
+        }
+        for (int64_t i = 0; i < queries; ++i) {
+            finish<Exponential>(args, item.first_token + i / group, item.head * group + i % group, scratch.totals[i]);
+        }
+    }
+};
+
+}  // namespace quire::QUIRE_ISA
