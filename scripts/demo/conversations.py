@@ -7,7 +7,7 @@ from random import Random
 from typing import Any
 
 from knowledge import LANGUAGES, Knowledge, Topic, load_knowledge, read_toml
-from wording import bare, fill, roughen, unknown_thing
+from wording import bare, fill, pick_template, roughen, unknown_thing
 
 LARGEST_TERM = 20
 LARGEST_FACTOR = 10
@@ -110,7 +110,7 @@ def compare_turn(knowledge: Knowledge, random: Random) -> Turn:
 def compared(pair: list[Topic], answer: str, knowledge: Knowledge, random: Random) -> Turn:
     """Return the turn that asks for the difference of the pair."""
     names = [pick_name(topic, random) for topic in pair]
-    question = fill(random.choice(knowledge.questions["compare"]), names[0], names[1])
+    question = fill(pick_template("compare", knowledge, random), names[0], names[1])
     return Turn(roughen(question, knowledge, random), answer)
 
 
@@ -124,8 +124,11 @@ def unknown_turn(knowledge: Knowledge, random: Random) -> Turn:
     unknown = knowledge.talk["unknown"]
     if random.random() < 0.15:
         return Turn(roughen(random.choice(unknown["sentences"]), knowledge, random), knowledge.talk["refusal"])
-    asks = unknown["asks"] if random.random() < 0.5 else knowledge.questions[random.choice(("what", "why"))]
-    question = fill(random.choice(asks), unknown_thing(knowledge, random))
+    if random.random() < 0.5:
+        template = random.choice(unknown["asks"])
+    else:
+        template = pick_template(random.choice(("what", "why")), knowledge, random)
+    question = fill(template, unknown_thing(knowledge, random))
     return Turn(roughen(question, knowledge, random), knowledge.talk["refusal"])
 
 
@@ -136,7 +139,7 @@ def topic_turn(kind: str, topic: Topic, knowledge: Knowledge, random: Random) ->
         question = fill(random.choice(knowledge.talk["json"]["asks"]), name)
         table = {"term": bare(topic.names[0]), "definition": topic.what}
         return Turn(roughen(question, knowledge, random), json.dumps(table, ensure_ascii=False), topic)
-    question = fill(random.choice(knowledge.questions[kind]), name)
+    question = fill(pick_template(kind, knowledge, random), name)
     return Turn(roughen(question, knowledge, random), getattr(topic, kind), topic)
 
 

@@ -40,7 +40,7 @@ class Knowledge:
     topics: list[Topic]
     comparisons: list[Comparison]
     talk: dict[str, Any]
-    questions: dict[str, list[str]]
+    questions: dict[str, list[Any]]
     stories: dict[str, list[str]]
 
 

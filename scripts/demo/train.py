@@ -43,7 +43,8 @@ def build_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
         **ids,
     )
     model: Any = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(**ids, do_sample=False)  # type: ignore[no-untyped-call]
+    defaults: Any = GenerationConfig
+    model.generation_config = defaults(**ids, do_sample=False)
     return cast(LlamaForCausalLM, model.to(torch.bfloat16))
 
 
@@ -80,8 +81,10 @@ class Trainer:
     def step(self, length: int, rate: float) -> float:
         """Take one step on a new batch of rows of this length; return its loss."""
         ids, weights = self.packer.batch(TOKENS_PER_BATCH // length, length)
-        loss = self.loss(self.model, torch.from_numpy(ids).to(self.device), torch.from_numpy(weights).to(self.device))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss: Any = self.loss(
+            self.model, torch.from_numpy(ids).to(self.device), torch.from_numpy(weights).to(self.device)
+        )
+        loss.backward()
         for master, weight in zip(self.masters, self.weights, strict=True):
             assert weight.grad is not None
             master.grad, weight.grad = weight.grad.float(), None

@@ -7,6 +7,7 @@ from knowledge import Knowledge
 
 ARTICLE = re.compile(r"^(a|an|the) ")
 CHINESE_SPACE = re.compile(r"(?<=[\u3000-\u9fff\uff00-\uffef]) | (?=[\u3000-\u9fff\uff00-\uffef])")
+ENDINGS = "?.？。嗎呢 "
 SYLLABLES = "ba ko ri lu men tar vo sil dra pe nu fi gor zan hul tec mo wex qua lin".split()
 
 
@@ -24,6 +25,19 @@ def fill(template: str, first: str, second: str = "") -> str:
     if template.isascii():
         return text[0].upper() + text[1:] if template[0] == "{" and first[0].islower() else text
     return re.sub(r"(?<=[\u3000-\u9fff]) (?=[\u3000-\u9fff])", "", text)
+
+
+def pick_template(kind: str, knowledge: Knowledge, random: Random) -> str:
+    """Return a wording of this kind (what, why, detail or compare) that is not held out."""
+    questions = knowledge.questions
+    frames = [questions[key] for key in (f"{kind}_frames", f"{kind}_more_frames") if key in questions]
+    if not frames or random.random() < 0.5:
+        return str(random.choice(questions[kind]))
+    while True:
+        template = "".join(random.choice(parts) for parts in random.choice(frames)).strip()
+        held_out = [held.rstrip(ENDINGS) for held in questions[f"{kind}_held_out"]]
+        if ("{x}" in template or "{b}" in template) and template.rstrip(ENDINGS) not in held_out:
+            return template
 
 
 def misspell(text: str, random: Random) -> str:
