@@ -172,6 +172,13 @@ def test_generation_defaults_come_under_vllm_names(tmp_path: Path) -> None:
     }
 
 
+def test_a_stated_no_to_sampling_is_greedy(tmp_path: Path) -> None:
+    generation = {"do_sample": False, "temperature": 0.7}
+    assert load_generation_defaults(write(tmp_path, config={}, generation_config=generation)).sampling == {
+        "temperature": 0.0
+    }
+
+
 def test_config_stands_in_for_a_missing_generation_config(tmp_path: Path) -> None:
     defaults = load_generation_defaults(write(tmp_path, config={"eos_token_id": 3, "bos_token_id": None}))
     assert (defaults.eos_token_ids, defaults.bos_token_id, dict(defaults.sampling)) == ((3,), None, {})

@@ -46,14 +46,18 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
     return GenerationDefaults(
         eos_token_ids=_ids("eos_token_id", *sources),
         bos_token_id=bos[0] if bos else None,
-        sampling=MappingProxyType(
-            {
-                ours: _number(theirs, generation[theirs])
-                for theirs, ours in _SAMPLING.items()
-                if generation.get(theirs) is not None
-            }
-        ),
+        sampling=MappingProxyType(_sampling(generation)),
     )
+
+
+def _sampling(generation: Mapping[str, Any]) -> dict[str, int | float]:
+    found = {
+        ours: _number(theirs, generation[theirs])
+        for theirs, ours in _SAMPLING.items()
+        if generation.get(theirs) is not None
+    }
+    # transformers writes only what differs from silence: a stated false means that the model is meant to be greedy.
+    return {**found, "temperature": 0.0} if generation.get("do_sample") is False else found
 
 
 def _ids(name: str, *sources: Mapping[str, Any]) -> tuple[int, ...]:
