@@ -22,6 +22,8 @@
 namespace quire::QUIRE_ISA {
 
 constexpr int64_t kMatrixQueries = 128;  // query vectors of an item, about
+constexpr int64_t kGroupTiles = 3;  // tiles of queries whose state stays in the L1 cache while keys pass by
+constexpr int64_t kSplitChunks = kSplit / kMatrixChunk;
 
 inline void write_matrix_token(const AttentionArgs& args, int64_t row, int64_t token) {
     const CacheLayout& cache = args.cache;
@@ -50,19 +52,25 @@ inline void write_matrix_token(const AttentionArgs& args, int64_t row, int64_t t
     }
 }
 
-// A worker's memory for one item, and its queries, rounded.
+// The positions of a tile's first and last query and the first that they see.
+struct MatrixTile {
+    int64_t first_position, last_position, first_seen, last_seen;
+};
+
+// A worker's memory for one item.
 struct MatrixScratch {
+    MatrixTile* tiles;
     uint16_t* queries;    // [tiles][steps][16][32]
     MatrixState* states;  // [tiles]
     float* scores;        // [2][4][16][16]
-    uint16_t* weights;    // [2][16][32]
+    uint16_t* weights;    // [2][2][16][32]
     float* apart;         // [value_dim / 16][16][16]: mixed rows of which only some are wanted
     uint16_t* gathered;
     uint16_t* clean;
     Running* totals;  // [queries]: of the splits before the present one
 
     MatrixScratch(const CacheLayout& cache, int64_t rows, ThreadPool& pool, int worker) {
-        const int64_t tiles = (rows + 15) / 16, steps = cache.head_dim / key_step(cache.head_dim);
+        const int64_t count = (rows + 15) / 16, steps = cache.head_dim / key_step(cache.head_dim);
         const int64_t dims = cache.value_dim();
         char* next = nullptr;
         const auto take = [&](int64_t bytes) {
@@ -71,15 +79,16 @@ struct MatrixScratch {
             return taken;
         };
         for (int pass = 0; pass < 2; ++pass) {  // the first only counts
-            queries = reinterpret_cast<uint16_t*>(take(tiles * steps * 1024));
-            states = reinterpret_cast<MatrixState*>(take(tiles * int64_t(sizeof(MatrixState))));
+            queries = reinterpret_cast<uint16_t*>(take(count * steps * 1024));
+            tiles = reinterpret_cast<MatrixTile*>(take(count * int64_t(sizeof(MatrixTile))));
+            states = reinterpret_cast<MatrixState*>(take(count * int64_t(sizeof(MatrixState))));
             scores = reinterpret_cast<float*>(take(2 * 4096));
-            weights = reinterpret_cast<uint16_t*>(take(2048));
+            weights = reinterpret_cast<uint16_t*>(take(2 * 2048));
             apart = reinterpret_cast<float*>(take(dims * 64));
-            gathered = reinterpret_cast<uint16_t*>(take(MatrixKeys::room_items(cache) * 2));
+            gathered = reinterpret_cast<uint16_t*>(take(kSplitChunks * MatrixKeys::room_items(cache) * 2));
             clean = reinterpret_cast<uint16_t*>(take(dims * kMatrixChunk * 2));
             totals = reinterpret_cast<Running*>(take(rows * int64_t(sizeof(Running))));
-            for (int64_t tile = 0; tile < tiles; ++tile) {
+            for (int64_t tile = 0; tile < count; ++tile) {
                 float* const mixed = reinterpret_cast<float*>(take(dims * 64));
                 if (pass == 1) states[tile].mixed = mixed;
             }
@@ -92,6 +101,68 @@ struct MatrixScratch {
     }
 };
 
+// A tile of queries and a chunk of positions of which it sees something.
+struct Step {
+    int64_t tile, base;
+    const MatrixChunk* chunk;
+};
+
+// The steps of one item over one split: groups of tiles, whose state stays in the L1 cache, one after the other; within
+// a group the tiles take turns at each chunk.
+class Steps {
+public:
+    Steps(const MatrixKeys& keys, const MatrixTile* tiles, int64_t count, int64_t start, int64_t stop, int64_t end)
+        : keys_(keys), tiles_(tiles), count_(count), start_(start), stop_(stop), end_(end), found_(start),
+          base_(stop) {
+        keys_.prefetch(start, stop);
+        keys_.prefetch(start + kMatrixChunk, stop);
+    }
+
+    bool next(Step& step) {
+        while (tile_ == last_) {
+            base_ += kMatrixChunk;
+            if (base_ >= stop_ && !next_group()) return false;
+            select_tiles();
+        }
+        step = {tile_++, base_, &chunk_at(base_)};
+        return true;
+    }
+
+private:
+    bool next_group() {
+        if (group_stop_ == count_) return false;
+        group_ = group_stop_;
+        group_stop_ = smaller(group_ + kGroupTiles, count_);
+        base_ = start_;
+        return true;
+    }
+
+    // The tiles that see something of the chunk at `base_` are consecutive, as positions grow.
+    void select_tiles() {
+        tile_ = group_;
+        last_ = group_stop_;
+        while (tile_ < last_ && tiles_[tile_].last_position < base_) ++tile_;
+        while (tile_ < last_ && tiles_[last_ - 1].first_seen >= base_ + kMatrixChunk) --last_;
+    }
+
+    const MatrixChunk& chunk_at(int64_t base) {
+        for (; found_ <= base; found_ += kMatrixChunk) {
+            keys_.prefetch(found_ + 2 * kMatrixChunk, stop_);
+            const int64_t place = (found_ - start_) / kMatrixChunk;
+            chunks_[place] = keys_.find(found_, end_, place);
+        }
+        return chunks_[(base - start_) / kMatrixChunk];
+    }
+
+    const MatrixKeys& keys_;
+    const MatrixTile* const tiles_;
+    const int64_t count_, start_, stop_, end_;
+    int64_t found_;  // chunks before this position have been looked up
+    int64_t base_;
+    int64_t group_ = 0, group_stop_ = 0, tile_ = 0, last_ = 0;
+    MatrixChunk chunks_[kSplitChunks];
+};
+
 // One item: queries in the order token, head of the group; sixteen of them are a tile.
 class MatrixItem {
 public:
@@ -100,6 +171,10 @@ public:
           head_dim_(args_.cache.head_dim), value_dim_(args_.cache.value_dim()), step_(key_step(head_dim_)),
           unit_(args_.softcap != 0.0f ? kLog2e : magnitude(args_.scale) * kLog2e),
           scratch_(args_.cache, queries_, *job.pool, worker), keys_(args_, item, scratch_.gathered) {
+        for (int64_t tile = 0; tile < tiles(); ++tile) {
+            const int64_t first = position_of(tile * 16), last = position_of(last_of(tile));
+            scratch_.tiles[tile] = {first, last, begin_of(args_, first), begin_of(args_, last)};
+        }
         pack_queries();
         configure(smaller(queries_, 16), step_);
     }
@@ -111,13 +186,19 @@ public:
         for (int64_t tile = 0; tile < tiles(); ++tile) scratch_.states[tile].clear(value_dim_);
         const int64_t begin = begin_of(args_, item_.first_position) / kMatrixChunk * kMatrixChunk;
         const int64_t end = item_.first_position + item_.tokens;
-        const int64_t stop = smaller(end, (split + 1) * kSplit);
-        int64_t base = larger(split * kSplit, begin);
-        if (base < stop) keys_.prefetch(base, stop);
-        for (; base < stop; base += kMatrixChunk) {
-            keys_.prefetch(base + kMatrixChunk, stop);
-            attend_chunk(base, keys_.find(base, end));
+        Steps steps(keys_, scratch_.tiles, tiles(), larger(split * kSplit, begin), smaller(end, (split + 1) * kSplit),
+                    end);
+        Step step, next;
+        if (!steps.next(step)) return;
+        score_ = score_of(step);
+        finish_products();
+        for (bool more = true; more; step = next) {
+            more = steps.next(next);
+            float* const scores = scores_;
+            if (more) score_ = score_of(next);
+            attend(step, scores);
         }
+        finish_products();
     }
 
     // The running softmax of a query in the present split, without what it mixed.
@@ -160,57 +241,73 @@ private:
         }
     }
 
-    // Tiles whose queries see something of the chunk: as positions grow with the row, they are consecutive.
-    void attend_chunk(int64_t base, const MatrixChunk& chunk) {
-        int64_t tile = 0, stop = tiles();
-        while (tile < stop && position_of(last_of(tile)) < base) ++tile;
-        while (tile < stop && begin_of(args_, position_of((stop - 1) * 16)) >= base + kMatrixChunk) --stop;
-        if (tile == stop) return;
-        score(tile, chunk);
-        for (; tile < stop; ++tile) {
-            // The next scores first: their products run while these are weighed.
-            if (tile + 1 < stop) score(tile + 1, chunk);
-            const bool sees_all = position_of(tile * 16) >= base + kMatrixChunk - 1 &&
-                                  begin_of(args_, position_of(last_of(tile))) <= base;
-            if (sees_all) {
-                MatrixState& state = scratch_.states[tile];
-                weigh<false>(scores_of(tile), smaller(queries_, 16), nullptr, unit_, value_dim_, state,
-                             scratch_.weights);
-                mix_tile(scratch_.weights, chunk, value_dim_, state.mixed, state.mixed);
-            } else {
-                attend_partly(tile, base, chunk);
-            }
+    ScoreWork score_of(const Step& step) {
+        scores_ = scores_ == scratch_.scores ? scratch_.scores + 1024 : scratch_.scores;
+        return {scratch_.queries + step.tile * (head_dim_ / step_) * 512, step.chunk, head_dim_, step_, scores_};
+    }
+
+    // The matrix unit works on the products of the step before and the scores of the next one while the vector units
+    // weigh those of this step.
+    void continue_products() {
+        if (!mix_.done()) {
+            mix_.advance();
+        } else if (!score_.done()) {
+            score_.advance();
         }
     }
 
-    float* scores_of(int64_t tile) const { return scratch_.scores + tile % 2 * 1024; }
+    void finish_products() {
+        while (!mix_.done() || !score_.done()) continue_products();
+    }
 
-    void score(int64_t tile, const MatrixChunk& chunk) {
-        const uint16_t* queries = scratch_.queries + tile * (head_dim_ / step_) * 512;
-        float* scores = scores_of(tile);
-        score_tile(queries, chunk, head_dim_, step_, scores);
-        if (args_.softcap == 0.0f) return;
+    void attend(const Step& step, float* scores) {
+        if (args_.softcap != 0.0f) cap(scores);
+        const MatrixTile& tile = scratch_.tiles[step.tile];
+        if (tile.first_position < step.base + kMatrixChunk - 1 || tile.last_seen > step.base) {
+            return attend_partly(step, scores);
+        }
+        MatrixState& state = scratch_.states[step.tile];
+        uint16_t* const weights = next_weights();
+        Lowering lowering;
+        weigh<false>(scores, smaller(queries_, 16), nullptr, unit_, state, weights, lowering,
+                     [this] { continue_products(); });
+        finish_products();
+        lowering.apply(state.mixed, value_dim_);
+        mix_ = {weights, step.chunk, value_dim_, state.mixed, state.mixed};
+    }
+
+    uint16_t* next_weights() {
+        odd_ = !odd_;
+        return scratch_.weights + odd_ * 1024;
+    }
+
+    void cap(float* scores) const {
         for (int64_t i = 0; i < 1024; i += 16) {
             store(scores + i, args_.softcap * tanh(load(scores + i) * args_.scale / args_.softcap));
         }
     }
 
     // A tile of which some query does not see all of the chunk.
-    void attend_partly(int64_t tile, int64_t base, const MatrixChunk& chunk) {
+    void attend_partly(const Step& step, const float* scores) {
         uint64_t visible[16] = {};
-        const int64_t rows = last_of(tile) - tile * 16 + 1;
+        const int64_t first = step.tile * 16, rows = last_of(step.tile) - first + 1;
         int64_t low = 0, high = kMatrixChunk;  // what all of them see
         for (int64_t row = 0; row < rows; ++row) {
-            const Range range = seen_by(tile * 16 + row, base);
+            const Range range = seen_by(first + row, step.base);
             low = larger(low, range.low);
             high = smaller(high, range.high);
             if (range.low >= range.high) continue;
             visible[row] = ~uint64_t{0} >> (64 - (range.high - range.low)) << range.low;
         }
-        MatrixState& state = scratch_.states[tile];
-        weigh<true>(scores_of(tile), smaller(queries_, 16), visible, unit_, value_dim_, state, scratch_.weights);
-        if (hidden_are_finite(chunk, value_dim_, low, high)) {
-            mix_tile(scratch_.weights, chunk, value_dim_, state.mixed, scratch_.apart);
+        MatrixState& state = scratch_.states[step.tile];
+        uint16_t* const weights = next_weights();
+        Lowering lowering;
+        weigh<true>(scores, smaller(queries_, 16), visible, unit_, state, weights, lowering,
+                    [this] { continue_products(); });
+        finish_products();
+        lowering.apply(state.mixed, value_dim_);
+        if (hidden_are_finite(*step.chunk, value_dim_, low, high)) {
+            mix_apart(weights, *step.chunk, state);
             for (int64_t row = 0; row < rows; ++row) {
                 if (visible[row] != 0) keep_row(state, row);
             }
@@ -218,11 +315,15 @@ private:
         }
         for (int64_t row = 0; row < rows; ++row) {
             if (visible[row] == 0) continue;
-            const Range range = seen_by(tile * 16 + row, base);
-            const MatrixChunk clean = without_hidden(chunk, value_dim_, range.low, range.high, scratch_.clean);
-            mix_tile(scratch_.weights, clean, value_dim_, state.mixed, scratch_.apart);
+            const Range range = seen_by(first + row, step.base);
+            mix_apart(weights, without_hidden(*step.chunk, value_dim_, range.low, range.high, scratch_.clean), state);
             keep_row(state, row);
         }
+    }
+
+    void mix_apart(const uint16_t* weights, const MatrixChunk& chunk, const MatrixState& state) {
+        MixWork mix{weights, &chunk, value_dim_, state.mixed, scratch_.apart};
+        while (!mix.done()) mix.advance();
     }
 
     struct Range {
@@ -247,6 +348,10 @@ private:
     const float unit_;  // of what `score` leaves, in binary logits
     MatrixScratch scratch_;
     const MatrixKeys keys_;
+    ScoreWork score_{};
+    MixWork mix_{};
+    float* scores_ = nullptr;  // where `score_` writes
+    bool odd_ = false;
 };
 
 // The program of an item; the counterpart of `VectorAttention`.

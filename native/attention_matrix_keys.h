@@ -64,27 +64,37 @@ public:
         : cache_(args.cache), layer_(args.layer), head_(item.head), room_(room),
           table_(args.tables + item.row * args.table_stride) {}
 
+    // What a chunk needs whose keys and values are not where they can be used.
     static int64_t room_items(const CacheLayout& cache) {
-        return kMatrixChunk * (cache.head_dim + cache.value_dim());
+        return kMatrixChunk * ((whole_keys(cache) ? 0 : cache.head_dim) + (whole_values(cache) ? 0 : cache.value_dim()));
     }
 
-    // The chunk from position `base` on. Positions from `end` on hold anything that may be read.
-    MatrixChunk find(int64_t base, int64_t end) const {
+    // The chunk from position `base` on, gathered in place `place` of the room. Positions from `end` on hold anything
+    // that may be read.
+    MatrixChunk find(int64_t base, int64_t end, int64_t place) const {
         MatrixChunk chunk;
-        const bool whole_keys = cache_.block_size % 16 == 0, whole_values = cache_.block_size % 32 == 0;
+        uint16_t* room = room_ + place * room_items(cache_);
         for (int64_t tile = 0; tile < 4; ++tile) {
-            uint16_t* room = room_ + tile * kTile * cache_.head_dim;
             // A tile past the end is the last one again; its weights are 0.
             const int64_t position = smaller(base + tile * 16, (end - 1) / 16 * 16);
-            if (!whole_keys) gather_keys(position, end, room);
-            chunk.keys[tile] = whole_keys ? keys_at(position) : room;
+            if (whole_keys(cache_)) {
+                chunk.keys[tile] = keys_at(position);
+                continue;
+            }
+            gather_keys(position, end, room);
+            chunk.keys[tile] = room;
+            room += kTile * cache_.head_dim;
         }
-        uint16_t* room = room_ + kMatrixChunk * cache_.head_dim;
-        chunk.value_stride = whole_values ? cache_.slots() * 16 : kPairs * 32;
+        chunk.value_stride = whole_values(cache_) ? cache_.slots() * 16 : kPairs * 32;
         for (int64_t half = 0; half < 2; ++half) {
             const int64_t position = smaller(base + half * 32, (end - 1) / 32 * 32);
-            if (!whole_values) gather_values(position, end, room + half * 16 * 32);
-            chunk.values[half] = whole_values ? values_at(position) : room + half * 16 * 32;
+            if (whole_values(cache_)) {
+                chunk.values[half] = values_at(position);
+                continue;
+            }
+            gather_values(position, end, room);
+            chunk.values[half] = room;
+            room += 16 * 32;
         }
         return chunk;
     }
@@ -103,6 +113,9 @@ public:
     }
 
 private:
+    static bool whole_keys(const CacheLayout& cache) { return cache.block_size % 16 == 0; }
+    static bool whole_values(const CacheLayout& cache) { return cache.block_size % 32 == 0; }
+
     const uint16_t* unit_at(int64_t position) const {
         const int64_t block = table_[position / cache_.block_size];
         return reinterpret_cast<const uint16_t*>(cache_.unit(layer_, block, head_));
@@ -123,22 +136,30 @@ private:
         }
     }
 
-    // 32 positions; blocks are of an even number of positions, or these are gathered one by one.
+    // 32 positions: two halves of 16, or one by one where blocks are no whole tiles.
     void gather_values(int64_t position, int64_t end, uint16_t* room) const {
-        const int64_t run = cache_.block_size % 16 == 0 ? 16 : cache_.block_size % 2 == 0 ? 2 : 1;
-        for (int64_t j = 0; j < 32; j += run) {
-            uint16_t* to = room + j / 2 * 32;
+        if (cache_.block_size % 16 == 0) {
+            copy_half(position, end, room);
+            copy_half(position + 16, end, room + 8 * 32);
+            return;
+        }
+        for (int64_t j = 0; j < 32; ++j) {
+            uint16_t* to = room + j / 2 * 32 + j % 2;
+            const uint16_t* from = position + j < end ? values_at(position + j) : nullptr;
             for (int64_t d = 0; d < cache_.value_dim(); d += 16, to += kPairs * 32) {
-                const bool exists = position + j < end;
-                const uint16_t* from = exists ? values_at(position + j) + d * cache_.slots() : nullptr;
-                if (run == 1) {
-                    for (int64_t i = 0; i < 32; i += 2) to[i + j % 2] = exists ? from[i] : 0;
-                } else if (exists) {
-                    __builtin_memcpy(to, from, run * 32);
-                } else {
-                    __builtin_memset(to, 0, run * 32);
-                }
+                for (int64_t i = 0; i < 32; i += 2) to[i] = from == nullptr ? 0 : from[d * cache_.slots() + i];
             }
+        }
+    }
+
+    void copy_half(int64_t position, int64_t end, uint16_t* to) const {
+        const bool exists = position < end;
+        const uint16_t* from = exists ? values_at(position) : to;
+        for (int64_t d = 0; d < cache_.value_dim(); d += 16, to += kPairs * 32) {
+            for (int64_t i = 0; i < 8 * 32; i += 32) {
+                _mm512_storeu_si512(to + i, exists ? _mm512_loadu_si512(from + i) : _mm512_setzero_si512());
+            }
+            if (exists) from += cache_.slots() * 16;
         }
     }
 

@@ -5,6 +5,9 @@
 
 namespace quire::QUIRE_ISA {
 
+// The intrinsics of gcc 12 do not say that they read memory: what was stored before must be there.
+inline void stores_are_done() { asm volatile("" : : : "memory"); }
+
 // The widest part of a key that one product takes: an even divisor of head_dim up to 32.
 inline int64_t key_step(int64_t head_dim) {
     int64_t step = smaller(head_dim, 32);
@@ -27,73 +30,128 @@ inline void configure(int64_t rows, int64_t step) {
     shapes.row_bytes[4] = static_cast<uint16_t>(2 * step);
     shapes.rows[5] = static_cast<uint8_t>(step / 2);
     shapes.rows[7] = 16;
+    stores_are_done();
     _tile_loadconfig(&shapes);
 }
 
-// scores [4][16][16] of one tile of queries [steps][16][32]
-inline void score_tile(const uint16_t* queries, const MatrixChunk& chunk, int64_t head_dim, int64_t step,
-                       float* scores) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t d = 0; d < head_dim; d += step) {
-        _tile_loadd(4, queries, 64);
-        queries += 512;
-        _tile_loadd(5, chunk.keys[0] + d * kTile, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(5, chunk.keys[1] + d * kTile, 64);
-        _tile_dpbf16ps(1, 4, 5);
-        _tile_loadd(5, chunk.keys[2] + d * kTile, 64);
-        _tile_dpbf16ps(2, 4, 5);
-        _tile_loadd(5, chunk.keys[3] + d * kTile, 64);
-        _tile_dpbf16ps(3, 4, 5);
-    }
-    _tile_stored(0, scores, 64);
-    _tile_stored(1, scores + 256, 64);
-    _tile_stored(2, scores + 512, 64);
-    _tile_stored(3, scores + 768, 64);
-}
+// scores [4][16][16] = queries [steps][16][32] . keys, in small parts
+struct ScoreWork {
+    const uint16_t* queries;
+    const MatrixChunk* chunk;
+    int64_t head_dim, step;
+    float* scores;
+    int64_t d = 0;
+    int part = 0;
 
-// to [N][16][16] = from + weights [2][16][32] . values of N times 16 dimensions
-template <int N>
-inline void mix_dims(const uint16_t* weights, const uint16_t* const* values, int64_t stride, const float* from,
-                     float* to) {
-    _tile_loadd(0, from, 64);
-    if constexpr (N > 1) _tile_loadd(1, from + 256, 64);
-    if constexpr (N > 2) _tile_loadd(2, from + 512, 64);
-    if constexpr (N > 3) _tile_loadd(3, from + 768, 64);
-    for (int half = 0; half < 2; ++half) {
-        const uint16_t* value = values[half];
-        _tile_loadd(6, weights + half * 512, 64);
-        _tile_loadd(7, value, 64);
-        _tile_dpbf16ps(0, 6, 7);
-        if constexpr (N > 1) _tile_loadd(7, value + stride, 64);
-        if constexpr (N > 1) _tile_dpbf16ps(1, 6, 7);
-        if constexpr (N > 2) _tile_loadd(7, value + 2 * stride, 64);
-        if constexpr (N > 2) _tile_dpbf16ps(2, 6, 7);
-        if constexpr (N > 3) _tile_loadd(7, value + 3 * stride, 64);
-        if constexpr (N > 3) _tile_dpbf16ps(3, 6, 7);
-    }
-    _tile_stored(0, to, 64);
-    if constexpr (N > 1) _tile_stored(1, to + 256, 64);
-    if constexpr (N > 2) _tile_stored(2, to + 512, 64);
-    if constexpr (N > 3) _tile_stored(3, to + 768, 64);
-}
+    bool done() const { return part == kParts; }
 
-// to [value_dim / 16][16][16] = from + weights . values
-inline void mix_tile(const uint16_t* weights, const MatrixChunk& chunk, int64_t value_dim, const float* from,
-                     float* to) {
-    for (int64_t d = 0; d < value_dim; d += 64) {
-        const int64_t at = d / 16 * chunk.value_stride;
-        const uint16_t* const values[2] = {chunk.values[0] + at, chunk.values[1] + at};
-        switch (smaller(4, (value_dim - d) / 16)) {
-            case 1: mix_dims<1>(weights, values, chunk.value_stride, from + d * 16, to + d * 16); break;
-            case 2: mix_dims<2>(weights, values, chunk.value_stride, from + d * 16, to + d * 16); break;
-            case 3: mix_dims<3>(weights, values, chunk.value_stride, from + d * 16, to + d * 16); break;
-            default: mix_dims<4>(weights, values, chunk.value_stride, from + d * 16, to + d * 16); break;
+    void advance() {
+        const int64_t at = d * kTile;
+        switch (part++) {
+            case 0:
+                if (d == 0) clear();
+                _tile_loadd(4, queries + d / step * 512, 64);
+                _tile_loadd(5, chunk->keys[0] + at, 64);
+                _tile_dpbf16ps(0, 4, 5);
+                _tile_loadd(5, chunk->keys[1] + at, 64);
+                _tile_dpbf16ps(1, 4, 5);
+                return;
+            case 1:
+                _tile_loadd(5, chunk->keys[2] + at, 64);
+                _tile_dpbf16ps(2, 4, 5);
+                _tile_loadd(5, chunk->keys[3] + at, 64);
+                _tile_dpbf16ps(3, 4, 5);
+                d += step;
+                if (d < head_dim) part = 0;
+                return;
+            case 2:
+                _tile_stored(0, scores, 64);
+                _tile_stored(1, scores + 256, 64);
+                return;
+            default:
+                _tile_stored(2, scores + 512, 64);
+                _tile_stored(3, scores + 768, 64);
+                return;
         }
     }
-}
+
+private:
+    static constexpr int kParts = 4;
+
+    static void clear() {
+        stores_are_done();
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+};
+
+// to [value_dim / 16][16][16] = from + weights [2][16][32] . values, in small parts
+struct MixWork {
+    const uint16_t* weights;
+    const MatrixChunk* chunk;
+    int64_t value_dim;
+    const float* from;
+    float* to;
+    int64_t d = 0;
+    int part = 0;
+
+    bool done() const { return d == value_dim; }
+
+    void advance() {
+        const int64_t stride = chunk->value_stride;
+        const uint16_t* values = chunk->values[part >= 3] + d / 16 * stride;
+        if (part == 0 && value_dim - d < 64) return narrow();
+        switch (part++) {
+            case 0:
+                stores_are_done();
+                _tile_loadd(0, from + d * 16, 64);
+                _tile_loadd(1, from + d * 16 + 256, 64);
+                _tile_loadd(2, from + d * 16 + 512, 64);
+                _tile_loadd(3, from + d * 16 + 768, 64);
+                return;
+            case 1:
+            case 3:
+                _tile_loadd(6, weights + (part > 3 ? 512 : 0), 64);
+                _tile_loadd(7, values, 64);
+                _tile_dpbf16ps(0, 6, 7);
+                _tile_loadd(7, values + stride, 64);
+                _tile_dpbf16ps(1, 6, 7);
+                return;
+            case 2:
+            case 4:
+                _tile_loadd(7, values + 2 * stride, 64);
+                _tile_dpbf16ps(2, 6, 7);
+                _tile_loadd(7, values + 3 * stride, 64);
+                _tile_dpbf16ps(3, 6, 7);
+                return;
+            case 5:
+                _tile_stored(0, to + d * 16, 64);
+                _tile_stored(1, to + d * 16 + 256, 64);
+                return;
+            default:
+                _tile_stored(2, to + d * 16 + 512, 64);
+                _tile_stored(3, to + d * 16 + 768, 64);
+                part = 0;
+                d += 64;
+                return;
+        }
+    }
+
+private:
+    // The last 16 dimensions of a width that is no multiple of 64.
+    void narrow() {
+        stores_are_done();
+        _tile_loadd(0, from + d * 16, 64);
+        for (int half = 0; half < 2; ++half) {
+            _tile_loadd(6, weights + half * 512, 64);
+            _tile_loadd(7, chunk->values[half] + d / 16 * chunk->value_stride, 64);
+            _tile_dpbf16ps(0, 6, 7);
+        }
+        _tile_stored(0, to + d * 16, 64);
+        d += 16;
+    }
+};
 
 }  // namespace quire::QUIRE_ISA

@@ -8,24 +8,34 @@ namespace quire::QUIRE_ISA {
 
 constexpr float kLog2e = 1.44269504f;
 
-// 2^x to a relative 3e-6: the weights are rounded to bfloat16. A minimax polynomial on [0, 1), made for this file.
-inline __m512 power_of_two(__m512 x) {
-    const __m512 part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
-    __m512 y = _mm512_set1_ps(0.0135341678f);
-    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.0520114638f));
-    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.241442755f));
-    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(0.693003833f));
-    y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, x);  // y * 2^floor(x)
-}
+// 2^x to a relative 1e-4, which is little beside what a weight loses as bfloat16. A minimax polynomial on [0, 1), made
+// for this file, of degree 3: every instruction here counts.
+struct PowerOfTwo {
+    __m512 c3 = constant(0.0780244768f), c2 = constant(0.226067156f);
+    __m512 c1 = constant(0.695833504f), c0 = constant(0.999925196f);
 
+    __m512 operator()(__m512 x) const {
+        const __m512 part = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);  // x - floor(x)
+        const __m512 y = _mm512_fmadd_ps(_mm512_fmadd_ps(_mm512_fmadd_ps(c3, part, c2), part, c1), part, c0);
+        return _mm512_scalef_ps(y, x);  // y * 2^floor(x)
+    }
+
+    // In a register: compilers would otherwise load it anew in every line of a loop.
+    static __m512 constant(float value) {
+        __m512 vector = _mm512_set1_ps(value);
+        asm("" : "+v"(vector));
+        return vector;
+    }
+};
+
+// Of scores in binary units, exact to float32: for merging.
 struct BinaryExponential {
     static constexpr float kUnit = kLog2e;  // of scores, in logits
-    static Floats of(Floats x) { return power_of_two(x); }
+    static Floats of(Floats x) { return exp(x * 0.693147181f); }
 };
 
 // The running softmax of sixteen queries. Totals are kept by lane and summed when a split ends.
-struct MatrixState {
+struct alignas(64) MatrixState {
     float tops[16];
     float totals[16][16];
     float* mixed;  // [value_dim / 16][16 queries][16]
@@ -63,9 +73,9 @@ inline __m512 scores_at(const float* scores, int quarter, int64_t row) {
     return _mm512_loadu_ps(scores + quarter * 256 + row * 16);
 }
 
-// The largest score of each query; only those in `visible[row]` count where `Masked`.
-template <bool Masked>
-inline __m512 largest_scores(const float* scores, int64_t rows, const uint64_t* visible) {
+// The largest score of each query; only those in `visible[row]` count where `Masked`. `between` runs now and then.
+template <bool Masked, class Between>
+inline __m512 largest_scores(const float* scores, int64_t rows, const uint64_t* visible, Between&& between) {
     const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
     __m512 largest[16];
     for (int64_t row = 0; row < 16; ++row) {
@@ -79,48 +89,57 @@ inline __m512 largest_scores(const float* scores, int64_t rows, const uint64_t* 
             if (Masked) s[v] = _mm512_mask_mov_ps(lowest, static_cast<__mmask16>(visible[row] >> 16 * v), s[v]);
         }
         largest[row] = _mm512_max_ps(_mm512_max_ps(s[0], s[1]), _mm512_max_ps(s[2], s[3]));
+        if (row % 4 == 3) between();
     }
     return largest_of_rows(largest);
 }
 
-// What a query has mixed so far was scaled by 2^-top; it shrinks as the top grows.
-inline void lower_row(MatrixState& state, int row, float factor, int64_t value_dim) {
-    const __m512 keep = _mm512_set1_ps(factor);
-    _mm512_storeu_ps(state.totals[row], _mm512_mul_ps(_mm512_loadu_ps(state.totals[row]), keep));
-    for (int64_t d = 0; d < value_dim / 16; ++d) {
-        float* mixed = state.mixed + d * 256 + row * 16;
-        _mm512_storeu_ps(mixed, _mm512_mul_ps(_mm512_loadu_ps(mixed), keep));
-    }
-}
+// What a query mixed so far was scaled by 2^-top; it shrinks as the top grows.
+struct Lowering {
+    __mmask16 rows = 0;
+    alignas(64) float factors[16];
 
-// Weights 2^(unit score - top), as bfloat16 [2][16][32]; totals grow by them. `top` is the largest score so far, or one
-// that is less by at most 8: weights up to 2^8 do no harm, and what is mixed seldom has to be scaled.
-template <bool Masked>
-void weigh(const float* scores, int64_t rows, const uint64_t* visible, float unit, int64_t value_dim,
-           MatrixState& state, uint16_t* weights) {
-    const __m512 old_tops = _mm512_loadu_ps(state.tops);
-    const __m512 largest = _mm512_mul_ps(largest_scores<Masked>(scores, rows, visible), _mm512_set1_ps(unit));
-    const __m512 bound = _mm512_add_ps(old_tops, _mm512_set1_ps(8.0f));
-    const __mmask16 raised = _mm512_cmp_ps_mask(largest, bound, _CMP_GT_OQ);
-    if (raised != 0) {
-        alignas(64) float keep[16];
-        _mm512_store_ps(keep, power_of_two(_mm512_sub_ps(old_tops, largest)));
-        _mm512_mask_storeu_ps(state.tops, raised, largest);
-        for (unsigned left = raised; left != 0; left &= left - 1) {
+    void apply(float* mixed, int64_t value_dim) const {
+        for (unsigned left = rows; left != 0; left &= left - 1) {
             const int row = __builtin_ctz(left);
-            lower_row(state, row, keep[row], value_dim);
+            const __m512 factor = _mm512_set1_ps(factors[row]);
+            for (int64_t d = 0; d < value_dim; d += 16) {
+                float* at = mixed + (d + row) * 16;
+                _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), factor));
+            }
         }
     }
-    const __m512 units = _mm512_set1_ps(unit), lowest = _mm512_set1_ps(-__builtin_inff());
+};
+
+// Weights 2^(unit score - top), as bfloat16 [2][16][32]; totals grow by them. `top` is the largest score so far, or one
+// that is less by at most 8: weights up to 2^8 do no harm, and what is mixed seldom has to be lowered. That is left to
+// the caller. `between` runs now and then: the matrix unit gets its next work while vectors are busy.
+template <bool Masked, class Between>
+void weigh(const float* scores, int64_t rows, const uint64_t* visible, float unit, MatrixState& state,
+           uint16_t* weights, Lowering& lowering, Between&& between) {
+    const __m512 old_tops = _mm512_loadu_ps(state.tops);
+    const __m512 largest =
+        _mm512_mul_ps(largest_scores<Masked>(scores, rows, visible, between), _mm512_set1_ps(unit));
+    const __m512 bound = _mm512_add_ps(old_tops, _mm512_set1_ps(8.0f));
+    lowering.rows = _mm512_cmp_ps_mask(largest, bound, _CMP_GT_OQ);
+    if (lowering.rows != 0) {
+        _mm512_store_ps(lowering.factors, BinaryExponential::of(_mm512_sub_ps(old_tops, largest)));
+        _mm512_mask_storeu_ps(state.tops, lowering.rows, largest);
+        for (unsigned left = lowering.rows; left != 0; left &= left - 1) {
+            float* totals = state.totals[__builtin_ctz(left)];
+            const __m512 factor = _mm512_set1_ps(lowering.factors[__builtin_ctz(left)]);
+            _mm512_storeu_ps(totals, _mm512_mul_ps(_mm512_loadu_ps(totals), factor));
+        }
+    }
+    const PowerOfTwo power;
+    const __m512 units = PowerOfTwo::constant(unit), lowest = _mm512_set1_ps(-__builtin_inff());
     for (int64_t row = 0; row < rows; ++row) {
         const __m512 top = _mm512_set1_ps(state.tops[row]);
         __m512 w[4];
         for (int v = 0; v < 4; ++v) {
-            __m512 power = _mm512_fmsub_ps(scores_at(scores, v, row), units, top);
-            if (Masked) {
-                power = _mm512_mask_mov_ps(lowest, static_cast<__mmask16>(visible[row] >> 16 * v), power);
-            }
-            w[v] = power_of_two(power);
+            __m512 x = _mm512_fmsub_ps(scores_at(scores, v, row), units, top);
+            if (Masked) x = _mm512_mask_mov_ps(lowest, static_cast<__mmask16>(visible[row] >> 16 * v), x);
+            w[v] = power(x);
         }
         const __m512 sum = _mm512_add_ps(_mm512_add_ps(w[0], w[1]), _mm512_add_ps(w[2], w[3]));
         _mm512_storeu_ps(state.totals[row], _mm512_add_ps(_mm512_loadu_ps(state.totals[row]), sum));
@@ -128,6 +147,7 @@ void weigh(const float* scores, int64_t rows, const uint64_t* visible, float uni
             const __m512bh pair = _mm512_cvtne2ps_pbh(w[2 * half + 1], w[2 * half]);
             _mm512_storeu_si512(weights + half * 512 + row * 32, (__m512i)pair);
         }
+        between();
     }
 }
 

@@ -80,7 +80,7 @@ struct ActivationArgs {
     float* y;  // [rows, size]
 };
 
-// The paged cache, [layers][blocks][kv_heads] units of one block for one head:
+// The paged cache, [blocks][layers][kv_heads] units of one block for one head:
 //
 //   | keys: [slots] positions of head_dim | values: [slots] positions of value_dim |
 //
@@ -96,7 +96,7 @@ struct CacheLayout {
     int64_t unit_bytes() const { return slots() * (head_dim + value_dim()) * bytes_of(storage); }
     int64_t block_bytes() const { return kv_heads * unit_bytes(); }
     uint8_t* unit(int64_t layer, int64_t block, int64_t head) const {
-        return data + ((layer * blocks + block) * kv_heads + head) * unit_bytes();
+        return data + ((block * layers + layer) * kv_heads + head) * unit_bytes();
     }
 };
 
