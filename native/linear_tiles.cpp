@@ -17,13 +17,16 @@ constexpr int64_t kTileItems = kTileSide * kTileDepth;    // bfloat16 in a tile
 constexpr int64_t kChunkItems = kTilePanel * kTileDepth;  // weights of a panel for one chunk of inputs
 constexpr int64_t kChunkLines = kChunkItems * 2 / 64;
 constexpr int64_t kStreamedRows = 2 * kTileSide;  // up to here each weight is used once and memory is the limit
-constexpr int64_t kAheadItems = 4096;             // weights between what is read and what is asked of memory
+constexpr int64_t kAheadItems = 8192;             // weights between what is read and what is asked of memory
+constexpr int64_t kRoundedChunks = 8;
 constexpr int64_t kSerialItems = 32768;  // inputs that one thread rounds faster than it finds others to help
 // Above kStreamedRows a group of rows meets a piece of a panel at a time.
-constexpr int64_t kPieceChunks = 18;  // chunks of inputs in a piece: its weights, 36 KB, stay in the L1
-constexpr int64_t kGroupRows = 512;   // with that piece of their x, 0.6 MB, in the L2
-constexpr int64_t kRunPanels = 4;     // panels whose sums are kept and written together: 512 bytes of a row of y
-constexpr int64_t kRowsAhead = 8;     // rows of y between what is written and what is asked of memory
+constexpr int64_t kPieceChunks = 18;      // chunks of inputs in a piece: its weights, 36 KB, stay in the L1
+constexpr int64_t kGroupRows = 512;       // with that piece of their x, 0.6 MB, in the L2
+constexpr int64_t kGroupItems = 1 << 19;  // inputs of a group of rows that stay in the L2, all pieces together
+constexpr int64_t kRunPanels = 8;         // panels whose sums are kept and written together: 1 KB of a row of y
+constexpr int64_t kLongRunPanels = 16;    // the same where x does not stay: it is read once for each run
+constexpr int64_t kRowsAhead = 3;         // rows of y between what is written and what is asked of memory
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -46,7 +49,7 @@ struct Job {
     int32_t* borders;    // [runs + 1]: the panels of each run
     int64_t chunks;      // of 32 inputs
     int64_t tile_rows;   // 16, or all rows where they are fewer
-    int64_t groups;      // of kGroupRows rows
+    int64_t group_rows, groups;
     int64_t pieces;      // of the chunks
 
     const uint16_t* weights(int64_t panel, int64_t chunk) const {
@@ -54,23 +57,30 @@ struct Job {
     }
 };
 
-// One block of rows as tiles; rows and inputs that do not exist are zero.
+// 32 floats, of which the first `inputs` exist, to bfloat16.
+inline void round_chunk(const float* from, int64_t inputs, uint16_t* to) {
+    const uint32_t mask = inputs >= kTileDepth ? ~0u : (1u << inputs) - 1;
+    const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
+    const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + 16);
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
+    __builtin_memcpy(to, &rounded, 64);
+}
+
+// One block of rows as tiles; rows and inputs that do not exist are zero. A few chunks of all rows at a time, so that
+// tiles leave the cache complete.
 void round_block(void* context, int64_t block, int) {
     const Job& job = *static_cast<const Job*>(context);
     const LinearArgs& args = *job.args;
-    const int64_t in = args.weight.in;
     uint16_t* const to = job.x + block * kTileItems * job.chunks;
-    for (int64_t r = 0; r < job.tile_rows; ++r) {
-        const int64_t row = block * kTileSide + r;
-        const bool exists = row < args.rows;
-        const float* from = args.x + (exists ? row * args.x_stride : 0);
-        for (int64_t chunk = 0; chunk < job.chunks; ++chunk, from += kTileDepth) {
-            const int64_t left = exists ? smaller(in - chunk * kTileDepth, kTileDepth) : 0;
-            const uint32_t mask = left == kTileDepth ? ~0u : (1u << left) - 1;
-            const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
-            const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + 16);
-            const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
-            __builtin_memcpy(to + (chunk * job.tile_rows + r) * kTileDepth, &rounded, 64);
+    for (int64_t first = 0; first < job.chunks; first += kRoundedChunks) {
+        const int64_t last = smaller(job.chunks, first + kRoundedChunks);
+        for (int64_t r = 0; r < job.tile_rows; ++r) {
+            const int64_t row = block * kTileSide + r;
+            for (int64_t chunk = first; chunk < last; ++chunk) {
+                const int64_t inputs = row < args.rows ? args.weight.in - chunk * kTileDepth : 0;
+                const float* from = inputs > 0 ? args.x + row * args.x_stride + chunk * kTileDepth : args.x;
+                round_chunk(from, inputs, to + (chunk * job.tile_rows + r) * kTileDepth);
+            }
         }
     }
 }
@@ -194,8 +204,8 @@ void block_item(void* context, int64_t item, int worker) {
     const Job& job = *static_cast<const Job*>(context);
     const LinearArgs& args = *job.args;
     const int64_t first_panel = job.borders[item / job.groups], last_panel = job.borders[item / job.groups + 1];
-    const int64_t first_row = item % job.groups * kGroupRows;
-    const int64_t rows = smaller(kGroupRows, args.rows - first_row);
+    const int64_t first_row = item % job.groups * job.group_rows;
+    const int64_t rows = smaller(job.group_rows, args.rows - first_row);
     const int64_t pairs = (rows + kStreamedRows - 1) / kStreamedRows;
     constexpr int64_t pair_sums = kStreamedRows * kTilePanel;
     const int64_t panel_sums = pairs * pair_sums;
@@ -265,7 +275,11 @@ void linear_tiles(const LinearArgs& args, ThreadPool& pool) {
     job.chunks = (args.weight.in + kTileDepth - 1) / kTileDepth;
     job.tile_rows = smaller(args.rows, kTileSide);
     job.pieces = larger(1, (job.chunks + kPieceChunks - 1) / kPieceChunks);
-    job.groups = (args.rows + kGroupRows - 1) / kGroupRows;
+    const int64_t resident_rows = kGroupItems / larger(1, job.chunks * kTileDepth) / kStreamedRows * kStreamedRows;
+    const bool resident = resident_rows >= smaller(args.rows, kGroupRows / 2);
+    job.group_rows = resident ? smaller(kGroupRows, resident_rows) : kGroupRows;
+    if (streamed) job.group_rows = kStreamedRows;
+    job.groups = (args.rows + job.group_rows - 1) / job.group_rows;
 
     const int64_t x_bytes = blocks * job.chunks * job.tile_rows * kTileDepth * 2;
     job.x = static_cast<uint16_t*>(pool.shared_scratch(x_bytes + (panels + 1) * sizeof(int32_t)));
@@ -275,7 +289,7 @@ void linear_tiles(const LinearArgs& args, ThreadPool& pool) {
     } else {
         pool.run(blocks, round_block, &job);
     }
-    const int64_t runs = divide(panels, streamed ? panels : kRunPanels, pool.threads(), job.borders);
+    const int64_t runs = divide(panels, streamed ? panels : resident ? kRunPanels : kLongRunPanels, pool.threads(), job.borders);
     if (streamed) {
         pool.run(runs, stream_item, &job);
     } else {

@@ -71,6 +71,14 @@ def test_a_row_has_the_same_bits_in_any_company(cpu: CpuOps, storage: str, shape
         assert np.array_equal(cpu.linear(x[17:50], packed), whole[17:50])
 
 
+def test_a_row_has_the_same_bits_where_inputs_do_not_fit_the_cache(cpu: CpuOps) -> None:
+    rng = np.random.default_rng(10)
+    packed, x = cpu.pack_linear(normal(rng, 40, 4200), None, "bfloat16"), normal(rng, 300, 4200)
+    whole = cpu.linear(x, packed)
+    for first, last in ((0, 1), (31, 64), (50, 151), (299, 300)):
+        assert np.array_equal(cpu.linear(x[first:last], packed), whole[first:last])
+
+
 def test_a_row_is_not_touched_by_broken_companions(cpu: CpuOps) -> None:
     rng = np.random.default_rng(8)
     packed = cpu.pack_linear(normal(rng, 70, 40), None, "bfloat16")
