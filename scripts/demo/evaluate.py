@@ -85,7 +85,7 @@ class Demo:
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        self.model: Any = LlamaForCausalLM.from_pretrained(folder)
+        self.model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def complete(self, prompts: list[str], max_tokens: int = 200, **settings: Any) -> list[str]:
         """Return what the model writes after each prompt, greedily unless the settings say otherwise."""
