@@ -4,6 +4,7 @@ Names begin with `quire:`; buckets are vLLM's, so that its boards work unchanged
 """
 
 from bisect import bisect_left
+from types import MappingProxyType
 
 from quire.core.plan import StepRecord
 from quire.outputs import Metric, RequestMetrics
@@ -81,6 +82,17 @@ LATENCY_BUCKETS_S = (
 )
 STEP_TOKEN_BUCKETS = (1.0, *(float(2**power) for power in range(3, 15)))
 LENGTH_BUCKETS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+COUNTERS = MappingProxyType(
+    {
+        "prompt_tokens": "Prompt tokens of admitted requests.",
+        "prompt_tokens_cached": "Prompt tokens that the prefix cache supplied.",
+        "generation_tokens": "Tokens generated.",
+        "num_preemptions": "Requests that gave their blocks back to run again later.",
+        "prefix_cache_queries": "Tokens looked up in the prefix cache.",
+        "prefix_cache_hits": "Tokens found in the prefix cache.",
+    }
+)
+"""Stem -> help text."""
 FINISH_REASONS = ("stop", "length", "abort", "error")
 
 
@@ -110,14 +122,7 @@ class EngineMetrics:
     """Everything that is counted about an engine. One thread writes; readers may see a step half counted."""
 
     def __init__(self) -> None:
-        self._counters = {
-            "prompt_tokens": [0, "Prompt tokens of admitted requests."],
-            "prompt_tokens_cached": [0, "Prompt tokens that the prefix cache supplied."],
-            "generation_tokens": [0, "Tokens generated."],
-            "num_preemptions": [0, "Requests that gave their blocks back to run again later."],
-            "prefix_cache_queries": [0, "Tokens looked up in the prefix cache."],
-            "prefix_cache_hits": [0, "Tokens found in the prefix cache."],
-        }
+        self._counters = dict.fromkeys(COUNTERS, 0)
         self._finished = dict.fromkeys(FINISH_REASONS, 0)
         seconds = "seconds"
         self.first_token = Histogram(
@@ -185,8 +190,8 @@ class EngineMetrics:
             Metric("quire:kv_cache_usage_perc", "gauge", usage, help="Share of cache blocks held; 1 is all."),
         ]
         counters = [
-            Metric(f"quire:{name}_total", "counter", value, help=text)  # type: ignore[arg-type]
-            for name, (value, text) in self._counters.items()
+            Metric(f"quire:{name}_total", "counter", value, help=COUNTERS[name])
+            for name, value in self._counters.items()
         ]
         finished = [
             Metric(
@@ -199,4 +204,4 @@ class EngineMetrics:
         return [*gauges, *counters, *finished, *histograms]
 
     def _add(self, name: str, count: int) -> None:
-        self._counters[name][0] += count  # type: ignore[operator]
+        self._counters[name] += count
