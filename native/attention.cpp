@@ -58,7 +58,7 @@ template <class Program>
 void run(const AttentionArgs& args, ThreadPool& pool) {
     int64_t tile = Program::tile_tokens(group_of(args));
     int64_t count = Plan(args, tile, nullptr).count();
-    while (tile > 4 && count < 4 * pool.threads()) {
+    while (tile > 4 && count < 10 * pool.threads()) {
         tile /= 2;
         count = Plan(args, tile, nullptr).count();
     }

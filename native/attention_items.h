@@ -70,29 +70,35 @@ inline float* record_of(const Job& job, int64_t row, int64_t head, int64_t split
     return job.partials + job.partial_starts[row] + (part * queries + query) * record_floats(args);
 }
 
-// a := a followed by b; Exponential is that of the scores' unit
+// How a running softmax (top_a) goes on with a second one (top_b, total_b), lane by lane: each is multiplied by its
+// factor and they are added. One that has seen nothing has total 0. Exponential is that of the scores' unit.
+template <class Exponential>
+struct Merge {
+    Floats top, factor_a, factor_b;
+
+    Merge(Floats top_a, Floats top_b, Floats total_b) {
+        const Floats both = max(top_a, top_b);
+        factor_a = total_b != 0.0f ? Exponential::of(top_a - both) : splat(1.0f);
+        factor_b = total_b != 0.0f ? Exponential::of(top_b - both) : splat(0.0f);
+        top = total_b != 0.0f ? both : top_a;
+    }
+};
+
 template <class Exponential>
 inline void merge(Running& a, const Running& b, int64_t dims) {
-    if (b.total == 0.0f) return;
-    if (a.total == 0.0f) {
-        a.top = b.top;
-        a.total = b.total;
-        __builtin_memcpy(a.mixed, b.mixed, dims * sizeof(float));
-        return;
-    }
-    const float top = a.top > b.top ? a.top : b.top;
-    const float keep_a = Exponential::of(splat(a.top - top))[0];
-    const float keep_b = Exponential::of(splat(b.top - top))[0];
-    a.top = top;
-    a.total = a.total * keep_a + b.total * keep_b;
+    const Merge<Exponential> merge(splat(a.top), splat(b.top), splat(b.total));
+    const float factor_a = merge.factor_a[0], factor_b = merge.factor_b[0];
+    a.top = merge.top[0];
+    a.total = a.total * factor_a + b.total * factor_b;
     for (int64_t d = 0; d < dims; d += kLanes) {
-        store(a.mixed + d, load(a.mixed + d) * keep_a + load(b.mixed + d) * keep_b);
+        store(a.mixed + d, load(a.mixed + d) * factor_a + load(b.mixed + d) * factor_b);
     }
 }
 
-// Divide by the total, in which the sink takes part, and write the head's output.
+// Divide by the total, in which the sink takes part, and write the head's output. `mixed` comes in pieces of 16
+// dimensions, 16 * stride floats apart.
 template <class Exponential>
-void finish(const AttentionArgs& args, int64_t token, int64_t head, const Running& state) {
+void finish(const AttentionArgs& args, int64_t token, int64_t head, const Running& state, int64_t stride) {
     const int64_t dims = args.cache.head_dim;
     float factor = 1.0f, total = state.total;
     if (args.sinks != nullptr) {
@@ -103,9 +109,14 @@ void finish(const AttentionArgs& args, int64_t token, int64_t head, const Runnin
     }
     float* out = args.out + (token * args.heads + head) * dims;
     const float scale = factor / total;
-    int64_t d = 0;
-    for (; d + kLanes <= dims; d += kLanes) store(out + d, load(state.mixed + d) * scale);
-    for (; d < dims; ++d) out[d] = state.mixed[d] * scale;
+    for (int64_t d = 0; d < dims; d += 16, out += 16) {
+        const float* mixed = state.mixed + d * stride;
+        if (dims - d >= 16) {
+            for (int64_t i = 0; i < 16; i += kLanes) store(out + i, load(mixed + i) * scale);
+        } else {
+            for (int64_t i = 0; i < dims - d; ++i) out[i] = mixed[i] * scale;
+        }
+    }
 }
 
 template <class Exponential>
@@ -120,7 +131,7 @@ void merge_row(const Job& job, int64_t row, int64_t head) {
             float* next = record_of(job, row, head, split, query);
             merge<Exponential>(total, {next[0], next[1], next + 2}, args.cache.value_dim());
         }
-        finish<Exponential>(args, args.query_starts[row] + query / group, head * group + query % group, total);
+        finish<Exponential>(args, args.query_starts[row] + query / group, head * group + query % group, total, 1);
     }
 }
 

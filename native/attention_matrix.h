@@ -18,12 +18,11 @@
 
 #include "attention_matrix_products.h"
 #include "attention_matrix_softmax.h"
+#include "attention_matrix_steps.h"
 
 namespace quire::QUIRE_ISA {
 
-constexpr int64_t kMatrixQueries = 128;  // query vectors of an item, about
-constexpr int64_t kGroupTiles = 3;  // tiles of queries whose state stays in the L1 cache while keys pass by
-constexpr int64_t kSplitChunks = kSplit / kMatrixChunk;
+constexpr int64_t kMatrixQueries = 384;  // query vectors of an item, about
 
 inline void write_matrix_token(const AttentionArgs& args, int64_t row, int64_t token) {
     const CacheLayout& cache = args.cache;
@@ -52,11 +51,6 @@ inline void write_matrix_token(const AttentionArgs& args, int64_t row, int64_t t
     }
 }
 
-// The positions of a tile's first and last query and the first that they see.
-struct MatrixTile {
-    int64_t first_position, last_position, first_seen, last_seen;
-};
-
 // A worker's memory for one item.
 struct MatrixScratch {
     MatrixTile* tiles;
@@ -67,7 +61,7 @@ struct MatrixScratch {
     float* apart;         // [value_dim / 16][16][16]: mixed rows of which only some are wanted
     uint16_t* gathered;
     uint16_t* clean;
-    Running* totals;  // [queries]: of the splits before the present one
+    MatrixTotal* totals;  // [tiles]
 
     MatrixScratch(const CacheLayout& cache, int64_t rows, ThreadPool& pool, int worker) {
         const int64_t count = (rows + 15) / 16, steps = cache.head_dim / key_step(cache.head_dim);
@@ -87,80 +81,16 @@ struct MatrixScratch {
             apart = reinterpret_cast<float*>(take(dims * 64));
             gathered = reinterpret_cast<uint16_t*>(take(kSplitChunks * MatrixKeys::room_items(cache) * 2));
             clean = reinterpret_cast<uint16_t*>(take(dims * kMatrixChunk * 2));
-            totals = reinterpret_cast<Running*>(take(rows * int64_t(sizeof(Running))));
+            totals = reinterpret_cast<MatrixTotal*>(take(count * int64_t(sizeof(MatrixTotal))));
             for (int64_t tile = 0; tile < count; ++tile) {
-                float* const mixed = reinterpret_cast<float*>(take(dims * 64));
-                if (pass == 1) states[tile].mixed = mixed;
-            }
-            for (int64_t row = 0; row < rows; ++row) {
-                float* const mixed = reinterpret_cast<float*>(take(dims * 4));
-                if (pass == 1) totals[row] = {-__builtin_inff(), 0.0f, mixed};
+                float* const mixed = reinterpret_cast<float*>(take(2 * dims * 64));
+                if (pass == 0) continue;
+                states[tile].mixed = mixed;
+                totals[tile].mixed = mixed + dims * 16;
             }
             if (pass == 0) next = static_cast<char*>(pool.scratch(worker, reinterpret_cast<uintptr_t>(next)));
         }
     }
-};
-
-// A tile of queries and a chunk of positions of which it sees something.
-struct Step {
-    int64_t tile, base;
-    const MatrixChunk* chunk;
-};
-
-// The steps of one item over one split: groups of tiles, whose state stays in the L1 cache, one after the other; within
-// a group the tiles take turns at each chunk.
-class Steps {
-public:
-    Steps(const MatrixKeys& keys, const MatrixTile* tiles, int64_t count, int64_t start, int64_t stop, int64_t end)
-        : keys_(keys), tiles_(tiles), count_(count), start_(start), stop_(stop), end_(end), found_(start),
-          base_(stop) {
-        keys_.prefetch(start, stop);
-        keys_.prefetch(start + kMatrixChunk, stop);
-    }
-
-    bool next(Step& step) {
-        while (tile_ == last_) {
-            base_ += kMatrixChunk;
-            if (base_ >= stop_ && !next_group()) return false;
-            select_tiles();
-        }
-        step = {tile_++, base_, &chunk_at(base_)};
-        return true;
-    }
-
-private:
-    bool next_group() {
-        if (group_stop_ == count_) return false;
-        group_ = group_stop_;
-        group_stop_ = smaller(group_ + kGroupTiles, count_);
-        base_ = start_;
-        return true;
-    }
-
-    // The tiles that see something of the chunk at `base_` are consecutive, as positions grow.
-    void select_tiles() {
-        tile_ = group_;
-        last_ = group_stop_;
-        while (tile_ < last_ && tiles_[tile_].last_position < base_) ++tile_;
-        while (tile_ < last_ && tiles_[last_ - 1].first_seen >= base_ + kMatrixChunk) --last_;
-    }
-
-    const MatrixChunk& chunk_at(int64_t base) {
-        for (; found_ <= base; found_ += kMatrixChunk) {
-            keys_.prefetch(found_ + 2 * kMatrixChunk, stop_);
-            const int64_t place = (found_ - start_) / kMatrixChunk;
-            chunks_[place] = keys_.find(found_, end_, place);
-        }
-        return chunks_[(base - start_) / kMatrixChunk];
-    }
-
-    const MatrixKeys& keys_;
-    const MatrixTile* const tiles_;
-    const int64_t count_, start_, stop_, end_;
-    int64_t found_;  // chunks before this position have been looked up
-    int64_t base_;
-    int64_t group_ = 0, group_stop_ = 0, tile_ = 0, last_ = 0;
-    MatrixChunk chunks_[kSplitChunks];
 };
 
 // One item: queries in the order token, head of the group; sixteen of them are a tile.
@@ -201,19 +131,40 @@ public:
         finish_products();
     }
 
-    // The running softmax of a query in the present split, without what it mixed.
-    Running total_of(int64_t query, float* mixed) const {
-        const MatrixState& state = scratch_.states[query / 16];
-        const int64_t row = query % 16;
-        for (int64_t d = 0; d < value_dim_; d += 16) {
-            _mm512_storeu_ps(mixed + d, _mm512_loadu_ps(state.mixed + d * 16 + row * 16));
+    // Writes the records of the split.
+    void keep_split(const Job& job) const {
+        for (int64_t tile = 0; tile < tiles(); ++tile) {
+            const MatrixState& state = scratch_.states[tile];
+            const Floats sums = state.sums();
+            for (int64_t row = 0; row <= last_of(tile) - tile * 16; ++row) {
+                float* record = record_of(job, item_, tile * 16 + row);
+                record[0] = state.tops[row];
+                record[1] = sums[row];
+                for (int64_t d = 0; d < value_dim_; d += 16) {
+                    store(record + 2 + d, load(state.mixed + d * 16 + row * 16));
+                }
+            }
         }
-        return {state.tops[row], sum_lanes(load(state.totals[row])), mixed};
     }
 
-    Running& running(int64_t query) { return scratch_.totals[query]; }
-    float* spare() { return scratch_.apart; }
-    int64_t queries() const { return queries_; }
+    // All splits, one after the other.
+    void attend_all() {
+        for (int64_t tile = 0; tile < tiles(); ++tile) scratch_.totals[tile].clear(value_dim_);
+        const int64_t end = item_.first_position + item_.tokens;
+        for (int64_t split = begin_of(args_, item_.first_position) / kSplit; split * kSplit < end; ++split) {
+            attend_split(split);
+            for (int64_t tile = 0; tile < tiles(); ++tile) {
+                scratch_.totals[tile].add(scratch_.states[tile], value_dim_);
+            }
+        }
+        Place place(0, group_);
+        for (int64_t query = 0; query < queries_; ++query, place.advance()) {
+            const MatrixTotal& total = scratch_.totals[query / 16];
+            const int64_t row = query % 16;
+            finish<BinaryExponential>(args_, item_.first_token + place.token, item_.head * group_ + place.head,
+                                      {total.tops[row], total.totals[row], total.mixed + row * 16}, 16);
+        }
+    }
 
 private:
     static float magnitude(float x) { return x < 0.0f ? -x : x; }
@@ -221,13 +172,26 @@ private:
     int64_t position_of(int64_t query) const { return item_.first_position + query / group_; }
     int64_t last_of(int64_t tile) const { return smaller(tile * 16 + 15, queries_ - 1); }
 
+    // Token and head of the group of consecutive queries, without a division for each.
+    struct Place {
+        int64_t token, head, group;
+
+        Place(int64_t query, int64_t heads) : token(query / heads), head(query % heads), group(heads) {}
+        void advance() {
+            if (++head < group) return;
+            head = 0;
+            ++token;
+        }
+    };
+
     // Rows past the last query are zero. The sign of the scale goes to the queries: the largest score is the top.
     void pack_queries() {
         const int64_t steps = head_dim_ / step_;
         const __m512i sign = _mm512_set1_epi32(args_.scale < 0.0f && args_.softcap == 0.0f ? INT32_MIN : 0);
-        for (int64_t row = 0; row < tiles() * 16; ++row) {
-            const int64_t head = item_.head * group_ + row % group_;
-            const float* q = args_.q + (item_.first_token + row / group_) * args_.q_stride + head * head_dim_;
+        Place place(0, group_);
+        for (int64_t row = 0; row < tiles() * 16; ++row, place.advance()) {
+            const float* q = args_.q + (item_.first_token + place.token) * args_.q_stride +
+                             (item_.head * group_ + place.head) * head_dim_;
             uint16_t* to = scratch_.queries + row / 16 * steps * 512 + row % 16 * 32;
             for (int64_t d = 0; d < head_dim_; d += step_, to += 512) {
                 const uint32_t present = row < queries_ ? static_cast<uint32_t>((uint64_t{1} << step_) - 1) : 0;
@@ -292,8 +256,9 @@ private:
         uint64_t visible[16] = {};
         const int64_t first = step.tile * 16, rows = last_of(step.tile) - first + 1;
         int64_t low = 0, high = kMatrixChunk;  // what all of them see
-        for (int64_t row = 0; row < rows; ++row) {
-            const Range range = seen_by(first + row, step.base);
+        Place place(first, group_);
+        for (int64_t row = 0; row < rows; ++row, place.advance()) {
+            const Range range = seen_by(item_.first_position + place.token, step.base);
             low = larger(low, range.low);
             high = smaller(high, range.high);
             if (range.low >= range.high) continue;
@@ -315,7 +280,7 @@ private:
         }
         for (int64_t row = 0; row < rows; ++row) {
             if (visible[row] == 0) continue;
-            const Range range = seen_by(first + row, step.base);
+            const Range range = seen_by(position_of(first + row), step.base);
             mix_apart(weights, without_hidden(*step.chunk, value_dim_, range.low, range.high, scratch_.clean), state);
             keep_row(state, row);
         }
@@ -330,8 +295,7 @@ private:
         int64_t low, high;
     };
 
-    Range seen_by(int64_t query, int64_t base) const {
-        const int64_t position = position_of(query);
+    Range seen_by(int64_t position, int64_t base) const {
         return {larger(0, begin_of(args_, position) - base), smaller(kMatrixChunk, position + 1 - base)};
     }
 
@@ -364,34 +328,18 @@ struct MatrixAttention {
 
     static int64_t tile_tokens(int64_t group) {
         const int64_t tokens = kMatrixQueries / group;
-        return tokens >= 64 ? 64 : tokens >= 16 ? tokens / 16 * 16 : larger(1, tokens);
+        return tokens >= 128 ? 128 : tokens >= 16 ? tokens / 16 * 16 : larger(1, tokens);
     }
 
     static void write(const AttentionArgs& args, int64_t row, int64_t token) { write_matrix_token(args, row, token); }
 
     static void attend(const Job& job, const Item& item, int worker) {
-        const AttentionArgs& args = *job.args;
         MatrixItem work(job, item, worker);
         if (item.divided) {
             work.attend_split(item.split);
-            for (int64_t query = 0; query < work.queries(); ++query) {
-                float* record = record_of(job, item, query);
-                const Running total = work.total_of(query, record + 2);
-                record[0] = total.top;
-                record[1] = total.total;
-            }
-            return;
-        }
-        const int64_t end = item.first_position + item.tokens, group = group_of(args);
-        for (int64_t split = begin_of(args, item.first_position) / kSplit; split * kSplit < end; ++split) {
-            work.attend_split(split);
-            for (int64_t query = 0; query < work.queries(); ++query) {
-                merge<Exponential>(work.running(query), work.total_of(query, work.spare()), args.cache.value_dim());
-            }
-        }
-        for (int64_t query = 0; query < work.queries(); ++query) {
-            finish<Exponential>(args, item.first_token + query / group, item.head * group + query % group,
-                                work.running(query));
+            work.keep_split(job);
+        } else {
+            work.attend_all();
         }
     }
 };

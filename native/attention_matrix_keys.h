@@ -66,7 +66,8 @@ public:
 
     // What a chunk needs whose keys and values are not where they can be used.
     static int64_t room_items(const CacheLayout& cache) {
-        return kMatrixChunk * ((whole_keys(cache) ? 0 : cache.head_dim) + (whole_values(cache) ? 0 : cache.value_dim()));
+        const int64_t keys = whole_keys(cache) ? 0 : cache.head_dim;
+        return kMatrixChunk * (keys + (whole_values(cache) ? 0 : cache.value_dim()));
     }
 
     // The chunk from position `base` on, gathered in place `place` of the room. Positions from `end` on hold anything

@@ -34,7 +34,37 @@ struct BinaryExponential {
     static Floats of(Floats x) { return exp(x * 0.693147181f); }
 };
 
-// The running softmax of sixteen queries. Totals are kept by lane and summed when a split ends.
+struct Largest {
+    static __m512 of(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
+};
+
+struct Total {
+    static __m512 of(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
+};
+
+// Lane i is the largest, or the sum, of the lanes of rows[i]: each step joins two vectors and halves what is left of a
+// row.
+template <class Operation>
+inline __m512 across_rows(__m512* rows) {
+    const auto quarters = [](__m512 a, __m512 b) {
+        return Operation::of(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    const auto alternate_quarters = [](__m512 a, __m512 b) {
+        return Operation::of(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    for (int i = 0; i < 4; ++i) {
+        rows[i] = alternate_quarters(quarters(rows[i], rows[i + 4]), quarters(rows[i + 8], rows[i + 12]));
+    }
+    __m512 halves[2];
+    for (int i = 0; i < 2; ++i) {
+        const __m512 a = rows[2 * i], b = rows[2 * i + 1];
+        halves[i] = Operation::of(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    return Operation::of(_mm512_shuffle_ps(halves[0], halves[1], 0x88),
+                         _mm512_shuffle_ps(halves[0], halves[1], 0xdd));
+}
+
+// The running softmax of sixteen queries over one split. Totals are kept by lane and summed when it ends.
 struct alignas(64) MatrixState {
     float tops[16];
     float totals[16][16];
@@ -45,28 +75,40 @@ struct alignas(64) MatrixState {
         __builtin_memset(totals, 0, sizeof totals);
         __builtin_memset(mixed, 0, value_dim * 16 * sizeof(float));
     }
+
+    __m512 sums() const {
+        __m512 rows[16];
+        for (int row = 0; row < 16; ++row) rows[row] = _mm512_loadu_ps(totals[row]);
+        return across_rows<Total>(rows);
+    }
 };
 
-// Lane i is the largest lane of rows[i]: each step joins two vectors and halves what is left of a row.
-inline __m512 largest_of_rows(__m512* rows) {
-    const auto by_quarters = [](__m512 a, __m512 b) {
-        return _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-    };
-    const auto by_alternate_quarters = [](__m512 a, __m512 b) {
-        return _mm512_max_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    };
-    for (int i = 0; i < 4; ++i) {
-        const __m512 even = by_quarters(rows[i], rows[i + 4]), odd = by_quarters(rows[i + 8], rows[i + 12]);
-        rows[i] = by_alternate_quarters(even, odd);
+// The same over the splits before.
+struct alignas(64) MatrixTotal {
+    float tops[16];
+    float totals[16];
+    float* mixed;
+
+    void clear(int64_t value_dim) {
+        for (float& top : tops) top = -__builtin_inff();
+        __builtin_memset(totals, 0, sizeof totals);
+        __builtin_memset(mixed, 0, value_dim * 16 * sizeof(float));
     }
-    __m512 halves[2];
-    for (int i = 0; i < 2; ++i) {
-        const __m512 a = rows[2 * i], b = rows[2 * i + 1];
-        halves[i] = _mm512_max_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+
+    void add(const MatrixState& split, int64_t value_dim) {
+        const Floats sums = split.sums();
+        const Merge<BinaryExponential> merge(load(tops), load(split.tops), sums);
+        store(tops, merge.top);
+        store(totals, load(totals) * merge.factor_a + sums * merge.factor_b);
+        for (int64_t d = 0; d < value_dim * 16; d += 256) {
+            for (int row = 0; row < 16; ++row) {
+                const int64_t at = d + row * 16;
+                const Floats before = load(mixed + at) * merge.factor_a[row];
+                store(mixed + at, before + load(split.mixed + at) * merge.factor_b[row]);
+            }
+        }
     }
-    return _mm512_max_ps(_mm512_shuffle_ps(halves[0], halves[1], 0x88),
-                         _mm512_shuffle_ps(halves[0], halves[1], 0xdd));
-}
+};
 
 // scores [4][16][16] of `rows` queries: row r of quarter v
 inline __m512 scores_at(const float* scores, int quarter, int64_t row) {
@@ -91,7 +133,7 @@ inline __m512 largest_scores(const float* scores, int64_t rows, const uint64_t* 
         largest[row] = _mm512_max_ps(_mm512_max_ps(s[0], s[1]), _mm512_max_ps(s[2], s[3]));
         if (row % 4 == 3) between();
     }
-    return largest_of_rows(largest);
+    return across_rows<Largest>(largest);
 }
 
 // What a query mixed so far was scaled by 2^-top; it shrinks as the top grows.

@@ -93,6 +93,7 @@ struct Scratch {
         for (int64_t i = 0; i < queries; ++i) {
             splits[i].mixed = mixed + i * dims;
             totals[i] = {-__builtin_inff(), 0.0f, mixed + (queries + i) * dims};
+            __builtin_memset(totals[i].mixed, 0, dims * sizeof(float));
         }
     }
 };
@@ -223,7 +224,8 @@ struct VectorAttention {
             }
         }
         for (int64_t i = 0; i < queries; ++i) {
-            finish<Exponential>(args, item.first_token + i / group, item.head * group + i % group, scratch.totals[i]);
+            finish<Exponential>(args, item.first_token + i / group, item.head * group + i % group, scratch.totals[i],
+                                1);
         }
     }
 };
