@@ -1,7 +1,7 @@
 """`SamplingParams`: how the tokens of one request are drawn, under vLLM's names."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
@@ -66,7 +66,8 @@ class SamplingParams:
     ignore_eos: bool = False
     """Go on after the model's end-of-sequence token."""
     max_tokens: int | None = 16
-    """Tokens to generate at most; None: as many as the model's length allows."""
+    """Tokens to generate at most; None: as many as the model's length allows. Where that length ends a sequence
+    first, it ends with `length`, as in vLLM; over HTTP a `max_tokens` that cannot fit is refused."""
     min_tokens: int = 0
     """No stop of any kind before this many tokens."""
     logprobs: int | None = None
@@ -94,9 +95,9 @@ class SamplingParams:
         Raises:
             InvalidRequestError: a value of a wrong type or out of range, named.
         """
-        for name, check in _NUMBER_CHECKS.items():
-            setattr(self, name, check(name, getattr(self, name)))
-        for name in _FLAGS:
+        for name, allowed in RANGES.items():
+            setattr(self, name, allowed.check(name, getattr(self, name)))
+        for name in FLAGS:
             if type(getattr(self, name)) is not bool:
                 raise _bad(name, "must be true or false")
         if not isinstance(self.output_kind, RequestOutputKind):
@@ -117,6 +118,7 @@ class SamplingParams:
             raise _bad("stop", "needs detokenize=True: stop strings are found in text")
         if self.temperature < GREEDY_EPSILON:
             self.temperature = 0.0
+        self.top_k = max(self.top_k, 0)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> "SamplingParams":
@@ -136,33 +138,65 @@ def _bad(name: str, text: str) -> InvalidRequestError:
     return InvalidRequestError(f"{name} {text}", param=name)
 
 
-def _real(low: float, high: float, *, above: bool = False) -> Callable[[str, Any], float]:
-    def check(name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _bad(name, f"must be a number, got {type(value).__name__}")
-        inside = low < value <= high if above else low <= value <= high
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The values that a number may have: also the source of the API's schema and of the page of limits."""
+
+    low: float
+    high: float
+    is_whole: bool = False
+    is_optional: bool = False
+    is_above_low: bool = False
+    """`low` itself is excluded."""
+
+    def check(self, name: str, value: Any) -> Any:
+        """`value`, a float where it may be one.
+
+        Raises:
+            InvalidRequestError: a wrong type, or outside.
+        """
+        if value is None and self.is_optional:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int if self.is_whole else int | float):
+            raise _bad(name, f"must be a {'whole ' * self.is_whole}number, got {type(value).__name__}")
+        inside = self.low < value <= self.high if self.is_above_low else self.low <= value <= self.high
+        if self.is_whole:
+            if not inside:
+                raise _bad(name, f"must be between {self.low} and {self.high}, got {value}")
+            return value
         if not inside or not math.isfinite(value):
-            raise _bad(name, f"must be in {'(' if above else '['}{low:g}, {high:g}], got {value}")
+            edge = "(" if self.is_above_low else "["
+            raise _bad(name, f"must be in {edge}{self.low:g}, {self.high:g}], got {value}")
         return float(value)
 
-    return check
+
+def _whole(low: int, high: int, *, optional: bool = False) -> Range:
+    return Range(low, high, is_whole=True, is_optional=optional)
 
 
-def _whole(low: int, high: int, *, optional: bool = False) -> Callable[[str, Any], int | None]:
-    def check(name: str, value: Any) -> int | None:
-        if value is None and optional:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise _bad(name, f"must be a whole number, got {type(value).__name__}")
-        if not low <= value <= high:
-            raise _bad(name, f"must be between {low} and {high}, got {value}")
-        return value
-
-    return check
-
-
-def _top_k(name: str, value: Any) -> int | None:
-    return 0 if type(value) is int and value == -1 else _whole(0, 2**31 - 1)(name, value)
+BIAS = Range(-100.0, 100.0)
+RANGES = {
+    "n": _whole(1, MAX_N),
+    "temperature": Range(0.0, 100.0),
+    "top_p": Range(0.0, 1.0, is_above_low=True),
+    "top_k": _whole(-1, 2**31 - 1),
+    "min_p": Range(0.0, 1.0),
+    "seed": _whole(-(2**63), MAX_SEED, optional=True),
+    "presence_penalty": Range(-2.0, 2.0),
+    "frequency_penalty": Range(-2.0, 2.0),
+    "repetition_penalty": Range(0.0, 2.0, is_above_low=True),
+    "max_tokens": _whole(1, 2**31 - 1, optional=True),
+    "min_tokens": _whole(0, 2**31 - 1),
+    "logprobs": _whole(0, MAX_LOGPROBS, optional=True),
+    "prompt_logprobs": _whole(0, MAX_LOGPROBS, optional=True),
+}
+FLAGS = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+)
 
 
 def _strings(name: str, value: Any, cap: int) -> list[str]:
@@ -208,29 +242,4 @@ def _bias(value: Any) -> dict[int, float] | None:
         raise _bad("logit_bias", "must map token ids to numbers")
     if len(value) > MAX_TOKEN_LIST:
         raise _bad("logit_bias", f"may hold at most {MAX_TOKEN_LIST} tokens, got {len(value)}")
-    check = _real(-100.0, 100.0)
-    return {_token_id("logit_bias", key): check("logit_bias", item) for key, item in sorted(value.items())}
-
-
-_NUMBER_CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    "n": _whole(1, MAX_N),
-    "temperature": _real(0.0, 100.0),
-    "top_p": _real(0.0, 1.0, above=True),
-    "top_k": _top_k,
-    "min_p": _real(0.0, 1.0),
-    "seed": _whole(-(2**63), MAX_SEED, optional=True),
-    "presence_penalty": _real(-2.0, 2.0),
-    "frequency_penalty": _real(-2.0, 2.0),
-    "repetition_penalty": _real(0.0, 2.0, above=True),
-    "max_tokens": _whole(1, 2**31 - 1, optional=True),
-    "min_tokens": _whole(0, 2**31 - 1),
-    "logprobs": _whole(0, MAX_LOGPROBS, optional=True),
-    "prompt_logprobs": _whole(0, MAX_LOGPROBS, optional=True),
-}
-_FLAGS = (
-    "ignore_eos",
-    "detokenize",
-    "skip_special_tokens",
-    "spaces_between_special_tokens",
-    "include_stop_str_in_output",
-)
+    return {_token_id("logit_bias", key): BIAS.check("logit_bias", item) for key, item in sorted(value.items())}

@@ -3,6 +3,7 @@
 import openai
 import pytest
 
+from quire.server.keys import cache_namespace
 from tests.server.conftest import MODEL, Running, start
 from tests.server.fake_engine import FakeEngine
 
@@ -109,7 +110,7 @@ def test_stop_and_vllm_extras_reach_the_parameters(client: openai.OpenAI, runnin
     assert {name: getattr(params, name) for name in extras} == extras
     assert (params.stop_token_ids, params.bad_words, params.allowed_token_ids) == ([3], ["no"], [1, 2])
     assert params.logit_bias == {7: 3.0}
-    assert (call["priority"], call["cache_salt"]) == (4, "s")
+    assert (call["priority"], call["cache_salt"]) == (4, cache_namespace("", "s"))
 
 
 def test_temperature_comes_from_the_model_unless_given(client: openai.OpenAI, running: Running) -> None:

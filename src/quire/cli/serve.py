@@ -26,7 +26,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     group.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names for clients; the directory's name")
-    group.add_argument("--api-key", metavar="KEY", help="every route but the probes then needs it")
+    group.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="every route but the probes then needs it; may be repeated, and each key has a prefix cache of its own",
+    )
     group.add_argument(
         "--metrics-prefix",
         default="quire",
@@ -34,7 +40,14 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="before the colon of metrics' names; vllm suits its boards",
     )
     group.add_argument(
-        "--enable-prompt-tokens-details", action="store_true", help="usage tells how many prompt tokens were cached"
+        "--enable-prompt-tokens-details",
+        action=argparse.BooleanOptionalAction,
+        help="usage tells how many prompt tokens were cached; yes, unless keys share the prefix cache",
+    )
+    group.add_argument(
+        "--share-prefix-cache",
+        action="store_true",
+        help="one prefix cache for all keys: faster, but its hits can be timed",
     )
     group.add_argument(
         "--shutdown-timeout",
@@ -71,10 +84,11 @@ def run(options: argparse.Namespace) -> int:
             api_key=options.api_key,
             metrics_prefix=options.metrics_prefix,
             show_cached_tokens=options.enable_prompt_tokens_details,
+            share_prefix_cache=options.share_prefix_cache,
         )
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{host}:{listener.getsockname()[1]}"
-        if options.host not in LOOPBACK and options.api_key is None:
+        if options.host not in LOOPBACK and not options.api_key:
             _say(f"warning: anybody who reaches {address} may use it; --api-key asks for a key")
         server = GracefulServer(app, drain_s=options.shutdown_timeout, on_ready=lambda: _say(f"ready on {address}/v1"))
         server.run([listener])

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from fastapi import Request
+
 from quire.errors import ModelNotFoundError, OverloadedError
 from quire.server import limits
+from quire.server.keys import cache_namespace, caller_of
 
 if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
@@ -58,6 +61,8 @@ class ServerContext:
     gate: Gate
     show_cached_tokens: bool
     """Whether usage tells how much of a prompt the cache supplied (others' prompts may be guessed from it)."""
+    shares_prefix_cache: bool = False
+    """Whether requests with different API keys may find each other's prefixes."""
     started_s: int = field(default_factory=lambda: int(time.time()))
 
     def resolve_name(self, name: str | None) -> str:
@@ -72,6 +77,10 @@ class ServerContext:
             served = ", ".join(self.served_names)
             raise ModelNotFoundError(f"the model {name[:256]!r} is not served here; served: {served}", param="model")
         return name
+
+    def cache_salt(self, request: Request, salt: str) -> str:
+        """What names the prefix cache of a request that came with this `cache_salt`."""
+        return cache_namespace("" if self.shares_prefix_cache else caller_of(request), salt)
 
     @property
     def is_ready(self) -> bool:

@@ -24,7 +24,7 @@ async def create_chat_completion(request: Request) -> Response:
     context: ServerContext = request.app.state.context
     body = await read_object(request)
     call = parse_chat(body, context.engine.get_default_sampling_params())
-    answer = _Answer(context, call)
+    answer = _Answer(context, call, context.cache_salt(request, call.delivery.cache_salt))
     with naming_param("prompt", "messages"):
         return await deliver(request, answer, stream=call.delivery.stream)
 
@@ -32,8 +32,8 @@ async def create_chat_completion(request: Request) -> Response:
 class _Answer:
     """One answer under way."""
 
-    def __init__(self, context: ServerContext, call: ChatCall) -> None:
-        self._context, self._call = context, call
+    def __init__(self, context: ServerContext, call: ChatCall, cache_salt: str) -> None:
+        self._context, self._call, self._cache_salt = context, call, cache_salt
         self.id = new_id("chatcmpl")
         self._head = {
             "id": self.id,
@@ -109,7 +109,7 @@ class _Answer:
             call.params,
             request_id=self.id,
             priority=call.delivery.priority,
-            cache_salt=call.delivery.cache_salt,
+            cache_salt=self._cache_salt,
         )
 
     def _logprobs(self, choice: CompletionOutput) -> dict[str, Any] | None:

@@ -1,0 +1,72 @@
+"""API keys: who may come in, and which of them came.
+
+A caller is known by a digest of the key, which names prefix caches and queues. Without keys everybody is the same
+caller, "".
+"""
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from fastapi import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from quire.server.errors import ApiError
+
+CALLER = "quire.caller"
+"""The entry of an ASGI scope that holds the caller."""
+
+
+def caller_of(request: Request) -> str:
+    """Who asks: the same text for the same key, telling nothing about it; "" on a server without keys."""
+    caller: str = request.scope.get(CALLER, "")
+    return caller
+
+
+def caller_name(api_key: str) -> str:
+    """The caller that a key stands for."""
+    return hashlib.sha256(b"caller\0" + api_key.encode()).hexdigest()[:32]
+
+
+def cache_namespace(caller: str, cache_salt: str) -> str:
+    """The prefix cache of a caller's requests with this salt: a digest, of the same size whatever the client sent."""
+    if not caller and not cache_salt:
+        return ""
+    return hashlib.blake2b(f"{caller}\0{cache_salt}".encode(), digest_size=16).hexdigest()
+
+
+class KeyRequired:
+    """Lets nothing but `open_paths` through without one of the keys. Deny is the default: new routes need one too."""
+
+    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], open_paths: frozenset[str]) -> None:
+        self._app = app
+        self._open_paths = open_paths
+        self._callers = [(hashlib.sha256(key.encode()).digest(), caller_name(key)) for key in api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check, then pass on."""
+        if scope["type"] == "lifespan" or scope["path"] in self._open_paths:
+            await self._app(scope, receive, send)
+            return
+        caller = self._caller(scope)
+        if caller is not None:
+            await self._app({**scope, CALLER: caller}, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        text = "this server needs an API key: send it as 'Authorization: Bearer KEY'"
+        refusal = ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        await refusal.response()(scope, receive, send)
+
+    def _caller(self, scope: Scope) -> str | None:
+        """Digests are compared, all of them, in a time that does not depend on where they differ."""
+        given = [value for name, value in scope.get("headers", ()) if name == b"authorization"]
+        if len(given) != 1:
+            return None
+        scheme, _, key = given[0].partition(b" ")
+        digest, found = hashlib.sha256(key.strip()).digest(), None
+        for known, caller in self._callers:
+            if hmac.compare_digest(digest, known):
+                found = caller
+        return found if scheme.lower() == b"bearer" else None
