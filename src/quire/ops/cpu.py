@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from quire.errors import ConfigurationError
 from quire.ops import _native
 from quire.ops.composed import ComposedOps
 from quire.ops.types import (
@@ -22,6 +23,7 @@ from quire.ops.types import (
     CacheShape,
     Logprobs,
     Opaque,
+    QuantizedWeight,
     SampleBatch,
     StorageType,
 )
@@ -56,6 +58,8 @@ class CpuOps(ComposedOps):
         return x
 
     def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
+        if isinstance(weight, QuantizedWeight):
+            raise ConfigurationError(f"{weight.format}: the CPU has no kernels for it in this version")
         weight = np.asarray(weight)
         if weight.dtype != _STORAGE[storage]:
             weight = weight.astype(np.float32).astype(_STORAGE[storage])

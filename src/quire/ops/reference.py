@@ -21,12 +21,14 @@ from array_api_compat import array_namespace, to_device
 
 from quire.ops import composed, sampling_reference
 from quire.ops.types import (
+    INPUT_LEVELS,
     Activation,
     Array,
     AttentionBatch,
     AttentionSpec,
     CacheShape,
     Logprobs,
+    QuantizedWeight,
     SampleBatch,
     StorageType,
 )
@@ -38,6 +40,7 @@ class ReferenceLinear:
 
     weight: Array  # [out, in] float32
     bias: Array | None  # [out] float32
+    input_levels: int | None = None  # inputs are rounded to integers of this size, each row by its largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +68,19 @@ class ReferenceOps(composed.ComposedOps):
         return np.asarray(to_device(x, "cpu"))
 
     def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> ReferenceLinear:
-        """Rounds to `storage`, to nearest even; the bias stays float32. Exact."""
-        rounded = np.asarray(weight).astype(np.float32).astype(_numpy_dtype(storage))
+        """Rounds to `storage`, to nearest even; the bias stays float32. Exact. A `QuantizedWeight` becomes what it
+        stands for: its values times its scales, in float32."""
+        levels = None
+        if isinstance(weight, QuantizedWeight):
+            levels = INPUT_LEVELS[weight.format]
+            scales = np.repeat(weight.scales, weight.group_size, axis=1)[:, : weight.values.shape[1]]
+            rounded = weight.values.astype(np.float32) * scales
+        else:
+            rounded = np.asarray(weight).astype(np.float32).astype(_numpy_dtype(storage))
         return ReferenceLinear(
             self.array(rounded, "float32"),
             None if bias is None else self.array(np.asarray(bias).astype(np.float32), "float32"),
+            levels,
         )
 
     def pack_embedding(self, table: Any, storage: StorageType) -> ReferenceLinear:
@@ -81,9 +92,29 @@ class ReferenceOps(composed.ComposedOps):
         """`y[t, o] = sum_i x[t, i] w[o, i] + b[o]`, products and sums in float32. Where the storage of w is 16 bits
         wide a provider may round x to that type first, to nearest even, if that is what its matrix unit takes.
         Tolerance: rel 2e-5 (order of sums) for the x it multiplies; so, of rounding to bfloat16, within
-        `2^-8 sum_i |x[t, i] w[o, i]|` of this line."""
+        `2^-8 sum_i |x[t, i] w[o, i]|` of this line.
+
+        With a `QuantizedWeight` x is first rounded by `round_inputs`. Tolerance: rel 2e-5 (order of sums)."""
+        y_scale = None
+        if packed.input_levels is not None:
+            x, y_scale = self.round_inputs(x, packed.input_levels)
         y = x @ self.xp.permute_dims(packed.weight, (1, 0))
+        if y_scale is not None:
+            y = y * y_scale
         return y if packed.bias is None else y + packed.bias
+
+    def round_inputs(self, x: Array, levels: int) -> tuple[Array, Array]:
+        """`q [tokens, in] = rint(x * (levels / absmax))`, integers kept as float32, and the step `absmax / levels
+        [tokens, 1]`, absmax being the largest magnitude of each row. One below 2^-100 counts as zero, and a row
+        with an infinity or NaN gives NaN for all its outputs. Exact."""
+        xp = self.xp
+        none = xp.zeros((x.shape[0], 1), dtype=xp.float32, device=self.device)
+        absmax = xp.max(xp.abs(x), axis=-1, keepdims=True) if x.shape[1] else none
+        finite = xp.isfinite(absmax)
+        some = finite & (absmax >= 2.0**-100)
+        inverse = xp.where(some, levels / xp.where(some, absmax, 1.0), 0.0)
+        q = xp.where(some, xp.round(xp.where(some, x, 0.0) * inverse), 0.0)
+        return q, xp.where(finite, absmax / levels, math.nan)
 
     def embed(self, token_ids: Array, packed: ReferenceLinear, scale: float = 1.0) -> Array:
         """Rows of the table times `scale` in float32. Exact."""

@@ -23,6 +23,43 @@ Opaque = Any
 
 StorageType = Literal["bfloat16", "float16", "float32"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+QuantizedFormat = Literal["int8", "int8_w8a8", "int4", "int4_w4a8"]
+INPUT_LEVELS: dict[QuantizedFormat, int] = {"int8": 32639, "int8_w8a8": 127, "int4": 32639, "int4_w4a8": 127}
+"""The largest integer of an input: see `QuantizedWeight`. 32639 is 127 * 257, two signed bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """A weight in small integers: `weight[o, i] = values[o, i] * scales[o, i // group_size]`.
+
+    What multiplies it are integers too. A row of inputs is rounded to `q = rint(x * (levels / absmax))`, ties to even,
+    with its own largest magnitude `absmax` and the format's `INPUT_LEVELS`: 15 bits and a sign for `int8` and `int4`
+    (about as exact as bfloat16 for a row's small inputs, far more exact for its large ones), 7 bits and a sign for
+    `int8_w8a8` and `int4_w4a8`. A group's sum of products of integers is exact and becomes one float32; the result is
+    `absmax / levels * sum_g scales[o, g] * float32(sum_(i in g) q[i] values[o, i])`.
+
+    ValueError where shapes or types are not as stated. Values outside their range are refused when packed.
+    """
+
+    format: QuantizedFormat
+    values: Array  # [out, in] int8: [-127, 127], or [-8, 7] with 4 bits, one a byte
+    scales: Array  # [out, ceil(in / group_size)] float32
+    group_size: int
+    """Inputs that share a scale: 32, 64 or 128 with 4 bits, all of them (`in`) with 8."""
+
+    def __post_init__(self) -> None:
+        if self.format not in INPUT_LEVELS:
+            raise ValueError(f"format {self.format!r} is not one of {', '.join(INPUT_LEVELS)}")
+        if self.values.ndim != 2 or str(self.values.dtype).removeprefix("torch.") != "int8":
+            raise ValueError(f"values are {self.values.dtype} {list(self.values.shape)}, not int8 [out, in]")
+        rows, inputs = self.values.shape
+        sizes = (inputs,) if self.format.startswith("int8") else (32, 64, 128)
+        if self.group_size not in sizes:
+            raise ValueError(f"group_size of {self.format} is {self.group_size}, not one of {sizes}")
+        groups = -(-inputs // self.group_size) if inputs else 0
+        if tuple(self.scales.shape) != (rows, groups) or str(self.scales.dtype).removeprefix("torch.") != "float32":
+            shape = list(self.scales.shape)
+            raise ValueError(f"scales are {self.scales.dtype} {shape}, not float32 [{rows}, {groups}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +149,16 @@ class Ops(Protocol):
         """A numpy array of the same values."""
 
     def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
-        """Pack `weight [out, in]` (numpy: float32, float16 or ml_dtypes.bfloat16) and `bias [out]`."""
+        """Pack `weight [out, in]` (numpy: float32, float16 or ml_dtypes.bfloat16) and `bias [out]`. A
+        `QuantizedWeight` (of numpy arrays) is packed as it is; `storage` is that of weights of floating point."""
 
     def linear(self, x: Array, packed: Opaque) -> Array:
         """`x [tokens, in] @ weight.T + bias -> [tokens, out]`. With 16-bit weights `x` may be rounded to their type
-        first (docs/design/amx.md); with float32 weights it never is."""
+        first (docs/design/amx.md); with float32 weights it never is; with a `QuantizedWeight` to integers."""
 
     def pack_embedding(self, table: Any, storage: StorageType) -> Opaque:
-        """Pack `table [vocabulary, hidden]` for `embed`. The result is also one of `pack_linear`'s: a tied head gives
-        it to `logits`, and nothing is stored twice."""
+        """Pack `table [vocabulary, hidden]`, or a `QuantizedWeight`, for `embed`. The result is also one of
+        `pack_linear`'s: a tied head gives it to `logits`, and nothing is stored twice."""
 
     def embed(self, token_ids: Array, packed: Opaque, scale: float = 1.0) -> Array:
         """`table[token_ids] * scale -> [tokens, hidden]`."""
