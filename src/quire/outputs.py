@@ -48,6 +48,35 @@ class RequestMetrics:
     finished_s: float | None = None
     num_preemptions: int = 0
 
+    @property
+    def queued_s(self) -> float | None:
+        """Arrival to the first step; None while it waits."""
+        return None if self.first_scheduled_s is None else self.first_scheduled_s - self.arrival_s
+
+    @property
+    def prefill_s(self) -> float | None:
+        """First step to first token."""
+        if self.first_token_s is None or self.first_scheduled_s is None:
+            return None
+        return self.first_token_s - self.first_scheduled_s
+
+    @property
+    def decode_s(self) -> float | None:
+        """First token to the last one so far."""
+        if self.first_token_s is None or self.last_token_s is None:
+            return None
+        return self.last_token_s - self.first_token_s
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        """Arrival to first token."""
+        return None if self.first_token_s is None else self.first_token_s - self.arrival_s
+
+    @property
+    def total_s(self) -> float | None:
+        """Arrival to the end."""
+        return None if self.finished_s is None else self.finished_s - self.arrival_s
+
 
 @dataclass(slots=True)
 class RequestOutput:

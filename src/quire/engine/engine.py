@@ -10,9 +10,11 @@ from typing import NamedTuple
 
 from quire.core.engine_core import EngineCore
 from quire.core.plan import TokenDelta
+from quire.engine.explain import Explanation, explain
 from quire.engine.inputs import ParsedRequest
 from quire.engine.metrics import EngineMetrics
 from quire.engine.request_state import RequestState
+from quire.engine.timeline import Ledger
 from quire.outputs import Metric, RequestOutput
 from quire.text.tokenizer import Tokenizer
 
@@ -40,6 +42,7 @@ class Engine:
         self._core = core
         self._tokenizer = tokenizer
         self._metrics = EngineMetrics()
+        self.ledger = Ledger()
         self._states: dict[str, RequestState] = {}
         """The core's request id -> the state of the request that it is a sequence of."""
 
@@ -55,10 +58,11 @@ class Engine:
 
     def add(self, parsed: ParsedRequest) -> None:
         """Queue a request."""
-        state = RequestState(parsed, self._tokenizer, parsed.sequences[0].arrival_s)
-        for new in parsed.sequences:
+        state, now_s = RequestState(parsed, self._tokenizer, parsed.sequences[0].arrival_s), self.clock()
+        for index, new in enumerate(parsed.sequences):
             self._states[new.request_id] = state
             self._core.add(new)
+            self.ledger.add(new.request_id, parsed.request_id, index, len(new.prompt_token_ids), new.arrival_s, now_s)
 
     def abort(self, parsed: ParsedRequest) -> list[NumberedOutput]:
         """Drop a request. Its last output, with `finish_reason` abort, unless it had ended."""
@@ -69,6 +73,7 @@ class Engine:
         deltas = self._core.step()
         record = self._core.last_record
         self._metrics.observe_step(record)
+        self.ledger.observe(record)
         for item in record.scheduled:
             state = self._states.get(item.request_id)
             if state is not None and state.metrics.first_scheduled_s is None:
@@ -79,6 +84,12 @@ class Engine:
         """All metrics now."""
         core = self._core
         return self._metrics.read(core.num_running, core.num_waiting, core.cache_usage)
+
+    def explain(self, request_id: str) -> list[Explanation]:
+        """Where the time of a request went, by its public name (or that of the response whose numbered requests it
+        stands for); empty when it is not remembered."""
+        ledger, now_s = self.ledger, self.clock()
+        return [explain(times, now_s, ledger.name_of) for times in ledger.find(request_id)]
 
     def check(self) -> None:
         """State the invariants of the core."""
@@ -99,7 +110,12 @@ class Engine:
             elif delta.finish_reason is not None:
                 self._end(state, delta.request_id, delta.finish_reason, now_s)
         outputs = ((state.parsed.number, state.output()) for state in changed.values())
-        return [NumberedOutput(number, output) for number, output in outputs if output is not None]
+        news = [NumberedOutput(number, output) for number, output in outputs if output is not None]
+        made_s = self.clock()
+        for _, output in news:
+            if output.finished:
+                self.ledger.made(output.request_id, made_s)
+        return news
 
     def _observe(self, state: RequestState, delta: TokenDelta, now_s: float) -> None:
         times, count = state.metrics, len(delta.token_ids)
@@ -107,6 +123,7 @@ class Engine:
             return
         if times.first_token_s is None:
             times.first_token_s = now_s
+            self.ledger.first_token(delta.request_id, now_s)
             self._metrics.first_token.observe(now_s - times.arrival_s)
             prompt = len(state.parsed.sequences[0].prompt_token_ids)
             self._metrics.observe_prompt(prompt, delta.num_cached_tokens)
@@ -119,5 +136,7 @@ class Engine:
     def _end(self, state: RequestState, request_id: str, reason: str, now_s: float) -> None:
         del self._states[request_id]
         state.metrics.finished_s = now_s
-        prompt = len(state.parsed.sequences[0].prompt_token_ids)
-        self._metrics.observe_finished(state.metrics, reason, prompt, state.num_tokens(request_id))
+        prompt, num_tokens = len(state.parsed.sequences[0].prompt_token_ids), state.num_tokens(request_id)
+        timeline = self.ledger.end(request_id, reason, num_tokens, now_s)
+        state.metrics.num_preemptions += timeline.num_preemptions if timeline is not None else 0
+        self._metrics.observe_finished(state.metrics, reason, prompt, num_tokens)

@@ -1,0 +1,311 @@
+"""Where the time of each request went, told from step records and from nothing else of the core.
+
+::
+
+    received   arrival        first step        first token           last token   made      last byte
+       |preparing|   queued       |   prefilling     |   decoding ...      | text    | sending  |
+                                       preempted, waiting for blocks or for a batch-mate's prefill in between
+
+The time of a sequence is cut at the records in which its state changes, and every piece belongs to one part: so the
+parts add up to the whole by construction. A sequence that goes on decoding is not touched; what its batch-mates'
+prefill cost it is the difference of a clock that all share. So a step costs work for those who changed alone.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from quire.core.plan import StepRecord
+
+MAX_REMEMBERED = 2048
+"""Requests that ended and can still be explained; each takes about a kilobyte."""
+STEP_MEMORY = 0.1
+"""Weight of the newest step in the running mean of steps that only decode."""
+
+
+class Part(IntEnum):
+    """What a piece of a request's time was spent on."""
+
+    PREPARING = 0
+    """Reading the body, the chat template, tokenising."""
+    QUEUED = 1
+    PREFILLING = 2
+    DECODING = 3
+    PREEMPTED = 4
+    WAITING_FOR_PREFILL = 5
+    """Steps that took longer, or passed it by, since a batch-mate's prompt was computed in them."""
+    WAITING_FOR_BLOCKS = 6
+    RECOVERING = 7
+    """The core was being restarted."""
+    DETOKENISING = 8
+    SENDING = 9
+    """Until the last byte was taken by the socket."""
+
+
+QUEUE_REASONS = ("no_row", "no_blocks", "budget")
+_STALLED = {"budget": Part.WAITING_FOR_PREFILL, "no_blocks": Part.WAITING_FOR_BLOCKS, "preempted": Part.PREEMPTED}
+
+
+@dataclass(slots=True)
+class Timeline:
+    """One sequence. `seconds[part]` is complete up to `since_s`; from there on the time belongs to `part`."""
+
+    request_id: str
+    """The request's public name; `sequence` of it is told here."""
+    sequence: int
+    num_prompt_tokens: int
+    arrival_s: float
+    part: Part
+    since_s: float
+    share: float = 1.0
+    """While prefilling: this sequence's part of the prompt tokens of the step."""
+    prefill_clock_s: float = 0.0
+    """The shared clock of others' prefill at `since_s`."""
+    queue_clocks_s: tuple[float, ...] = ()
+    """The clocks of reasons for which the head of the queue waited, at arrival; at admission, their advance."""
+    seconds: list[float] = field(default_factory=lambda: [0.0] * len(Part))
+    blamed: dict[str, float] = field(default_factory=dict)
+    """Sequence in the core -> seconds for which this one waited because of it. Bounded by `MAX_BLAMED`."""
+    blames: str | None = None
+    first_scheduled_s: float | None = None
+    first_token_s: float | None = None
+    ended_s: float | None = None
+    finish_reason: str | None = None
+    num_output_tokens: int = 0
+    num_preemptions: int = 0
+
+    MAX_BLAMED = 8
+
+    def close(self, now_s: float, prefill_clock_s: float) -> None:
+        """Give the time since the last cut to its part."""
+        spent_s = max(0.0, now_s - self.since_s)
+        waited_s = 0.0
+        if self.part is Part.DECODING:
+            waited_s = min(spent_s, prefill_clock_s - self.prefill_clock_s)
+        elif self.part is Part.PREFILLING:
+            waited_s = spent_s * (1.0 - self.share)
+        self.seconds[Part.WAITING_FOR_PREFILL] += waited_s
+        self.seconds[self.part] += spent_s - waited_s
+        if self.blames is not None and (self.blames in self.blamed or len(self.blamed) < self.MAX_BLAMED):
+            self.blamed[self.blames] = self.blamed.get(self.blames, 0.0) + spent_s
+        self.since_s, self.prefill_clock_s = max(now_s, self.since_s), prefill_clock_s
+
+
+@dataclass(slots=True)
+class RequestTimes:
+    """One request: its sequences, and when the server received it and was done with it."""
+
+    request_id: str
+    sequences: list[Timeline] = field(default_factory=list)
+    received_s: float | None = None
+    made_s: float | None = None
+    """The last text was made."""
+    sent_s: float | None = None
+    """The last byte was taken, or the caller had gone."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether every sequence has had its last token."""
+        return all(item.ended_s is not None for item in self.sequences)
+
+
+class Ledger:
+    """The timelines of all requests that live, and of the last `MAX_REMEMBERED` that ended.
+
+    One thread calls `add`, `observe`, `first_token` and `end`; any may call `find` and `sent`.
+    """
+
+    def __init__(self, max_remembered: int = MAX_REMEMBERED) -> None:
+        self._max_remembered = max_remembered
+        self._lock = threading.Lock()
+        self._live: dict[str, Timeline] = {}
+        self._decoding: set[str] = set()
+        self._requests: OrderedDict[str, RequestTimes] = OrderedDict()
+        """By public name, oldest first; those that live are never forgotten."""
+        self._names: dict[str, str] = {}
+        """The core's id -> the public name, for who is blamed; of the remembered."""
+        self._last: StepRecord | None = None
+        self._prefill_clock_s = 0.0
+        self._queue_clocks_s = [0.0] * len(QUEUE_REASONS)
+        self._decode_step_s: float | None = None
+
+    def add(
+        self, core_id: str, request_id: str, sequence: int, num_prompt_tokens: int, arrival_s: float, now_s: float
+    ) -> None:
+        """A sequence is in the queue from `now_s` on."""
+        timeline = Timeline(
+            request_id, sequence, num_prompt_tokens, arrival_s, Part.QUEUED, now_s,
+            queue_clocks_s=tuple(self._queue_clocks_s),
+        )  # fmt: skip
+        timeline.seconds[Part.PREPARING] = max(0.0, now_s - arrival_s)
+        with self._lock:
+            self._live[core_id] = timeline
+            times = self._requests.get(request_id)
+            if times is None or (sequence == 0 and times.has_ended):
+                times = self._requests[request_id] = RequestTimes(request_id)
+                self._requests.move_to_end(request_id)
+                self._forget_oldest()
+            times.sequences.append(timeline)
+            self._names[core_id] = request_id
+
+    def observe(self, record: StepRecord) -> None:
+        """A step begins at `record.now_s`; the one before has ended."""
+        with self._lock:
+            now_s, last = record.now_s, self._last
+            if last is not None:
+                if record.step_id != last.step_id + 1:
+                    self._recover(last.now_s, now_s)
+                else:
+                    self._advance_clocks(last, now_s - last.now_s)
+            self._last = record
+            changed = [item for item in record.scheduled if item.request_id not in self._decoding]
+            num_prefill = sum(item.num_tokens for item in changed)
+            for request_id, start, num_tokens in changed:
+                timeline = self._live.get(request_id)
+                if timeline is not None:
+                    self._schedule(request_id, timeline, start, num_tokens / num_prefill, now_s)
+            for stalled in record.stalled:
+                timeline = self._live.get(stalled.request_id)
+                if timeline is not None and timeline.part is not Part.QUEUED and stalled.reason in _STALLED:
+                    self._stall(stalled.request_id, timeline, stalled.reason, stalled.by, now_s)
+
+    def first_token(self, core_id: str, now_s: float) -> None:
+        """A sequence's first token came."""
+        timeline = self._live.get(core_id)
+        if timeline is not None:
+            timeline.first_token_s = now_s
+
+    def end(self, core_id: str, finish_reason: str, num_output_tokens: int, now_s: float) -> Timeline | None:
+        """A sequence has had its last token."""
+        with self._lock:
+            timeline = self._live.pop(core_id, None)
+            self._decoding.discard(core_id)
+            if timeline is None:
+                return None
+            if timeline.part is Part.QUEUED:
+                self._leave_queue(timeline)
+            clock_s = self._prefill_clock_s
+            if self._last is not None and timeline.part is Part.DECODING:
+                clock_s += self._prefill_cost(self._last, max(0.0, now_s - self._last.now_s))
+            timeline.close(now_s, clock_s)
+            timeline.ended_s, timeline.finish_reason = now_s, finish_reason
+            timeline.num_output_tokens = num_output_tokens
+            return timeline
+
+    def made(self, request_id: str, now_s: float) -> None:
+        """The last text of a request was made."""
+        times = self._requests.get(request_id)
+        if times is not None:
+            times.made_s = now_s
+
+    def sent(self, response_id: str, received_s: float, sent_s: float) -> list[RequestTimes]:
+        """The server is done with a response, which answers the request of that name or those numbered below it."""
+        with self._lock:
+            found = self._named(response_id)
+            for times in found:
+                times.received_s, times.sent_s = received_s, sent_s
+            return found
+
+    def find(self, request_id: str) -> list[RequestTimes]:
+        """The request of a name, or the numbered ones of a response; empty when it is not remembered."""
+        with self._lock:
+            for core_id, timeline in self._live.items():
+                if timeline.request_id.startswith(request_id):
+                    self._cut(core_id, timeline)
+            return self._named(request_id)
+
+    def name_of(self, core_id: str) -> str | None:
+        """The public name behind an id of the core."""
+        return self._names.get(core_id)
+
+    def _named(self, response_id: str) -> list[RequestTimes]:
+        times = self._requests.get(response_id)
+        if times is not None:
+            return [times]
+        numbered: list[RequestTimes] = []
+        while (times := self._requests.get(f"{response_id}-{len(numbered)}")) is not None:
+            numbered.append(times)
+        return numbered
+
+    def _cut(self, core_id: str, timeline: Timeline) -> None:
+        """Bring a living sequence up to the last record."""
+        if self._last is not None and self._last.now_s > timeline.since_s:
+            timeline.close(self._last.now_s, self._prefill_clock_s)
+
+    def _advance_clocks(self, last: StepRecord, spent_s: float) -> None:
+        self._prefill_clock_s += self._prefill_cost(last, spent_s)
+        if last.scheduled and not self._prefill_tokens(last):
+            mean = self._decode_step_s
+            self._decode_step_s = spent_s if mean is None else mean + STEP_MEMORY * (spent_s - mean)
+        for stalled in last.stalled:
+            timeline = self._live.get(stalled.request_id)
+            waits = timeline is None or timeline.part is Part.QUEUED
+            if waits and stalled.reason in QUEUE_REASONS:
+                self._queue_clocks_s[QUEUE_REASONS.index(stalled.reason)] += spent_s
+
+    def _prefill_tokens(self, record: StepRecord) -> int:
+        return sum(item.num_tokens for item in record.scheduled if item.num_tokens > 1)
+
+    def _prefill_cost(self, record: StepRecord, spent_s: float) -> float:
+        """What prompts in a step cost those who decoded in it: the time over a step without any; while none was
+        seen, a part by tokens."""
+        num_prefill = self._prefill_tokens(record)
+        if not num_prefill:
+            return 0.0
+        if self._decode_step_s is not None:
+            return max(0.0, spent_s - self._decode_step_s)
+        return spent_s * num_prefill / sum(item.num_tokens for item in record.scheduled)
+
+    def _recover(self, from_s: float, now_s: float) -> None:
+        """The core is another one: what lay between is nobody's work, and everybody starts from the queue."""
+        for timeline in self._live.values():
+            if timeline.since_s < from_s:
+                timeline.close(from_s, self._prefill_clock_s)
+            timeline.part, timeline.blames = (
+                (Part.RECOVERING if timeline.first_scheduled_s is not None else Part.QUEUED),
+                None,
+            )
+        self._decoding.clear()
+
+    def _schedule(self, core_id: str, timeline: Timeline, start: int, share: float, now_s: float) -> None:
+        if timeline.part is Part.QUEUED:
+            self._leave_queue(timeline)
+        timeline.close(now_s, self._prefill_clock_s)
+        timeline.blames = None
+        if timeline.first_scheduled_s is None:
+            timeline.first_scheduled_s = now_s
+        if start >= timeline.num_prompt_tokens and timeline.part is not Part.PREEMPTED:
+            timeline.part = Part.DECODING
+            self._decoding.add(core_id)
+        else:
+            timeline.part, timeline.share = Part.PREFILLING, share
+
+    def _stall(self, core_id: str, timeline: Timeline, reason: str, by: str | None, now_s: float) -> None:
+        if timeline.part is Part.PREEMPTED and reason != "preempted":
+            return  # it waits at the head of the queue to come back
+        timeline.close(now_s, self._prefill_clock_s)
+        self._decoding.discard(core_id)
+        timeline.part, timeline.blames = _STALLED[reason], by
+        timeline.num_preemptions += reason == "preempted"
+
+    def _leave_queue(self, timeline: Timeline) -> None:
+        before = timeline.queue_clocks_s
+        timeline.queue_clocks_s = tuple(now - then for now, then in zip(self._queue_clocks_s, before, strict=True))
+
+    def _forget_oldest(self) -> None:
+        for name in self._oldest_ended(len(self._requests) - self._max_remembered):
+            del self._requests[name]
+        if len(self._names) > 4 * self._max_remembered:
+            kept = self._requests
+            self._names = {key: name for key, name in self._names.items() if name in kept}
+
+    def _oldest_ended(self, count: int) -> Iterable[str]:
+        found: list[str] = []
+        for name, times in self._requests.items():
+            if len(found) >= count:
+                break
+            if times.sequences and times.has_ended:
+                found.append(name)
+        return found

@@ -1,0 +1,186 @@
+"""Where time goes: the parts of a timeline add up, and each cause is found under its own name."""
+
+import pytest
+
+from quire.core.plan import ScheduledRequest, Stalled, StepRecord
+from quire.engine.explain import Explanation, explain
+from quire.engine.timeline import Ledger
+
+
+class Story:
+    """Steps with chosen durations, told to a ledger as the core's records tell them."""
+
+    def __init__(self, max_remembered: int = 16) -> None:
+        self.ledger = Ledger(max_remembered)
+        self.now_s = 100.0
+        self.step_id = 0
+
+    def arrive(self, name: str, num_prompt_tokens: int = 10, prepared_s: float = 0.0) -> None:
+        self.ledger.add(name, f"public-{name}", 0, num_prompt_tokens, self.now_s - prepared_s, self.now_s)
+
+    def step(
+        self, seconds: float, *scheduled: tuple[str, int, int], stalled: tuple[tuple[str, str, str | None], ...] = ()
+    ) -> None:
+        """A step that begins now and takes `seconds`."""
+        self.ledger.observe(
+            StepRecord(
+                self.step_id,
+                self.now_s,
+                tuple(ScheduledRequest(*item) for item in scheduled),
+                tuple(Stalled(*item) for item in stalled),
+                *(1, 1, 1, 1, 1, 0, 0),
+            )
+        )
+        self.step_id += 1
+        self.now_s += seconds
+
+    def end(self, name: str, num_tokens: int = 1) -> Explanation:
+        self.ledger.end(name, "length", num_tokens, self.now_s)
+        return self.explain(name)
+
+    def explain(self, name: str) -> Explanation:
+        (times,) = self.ledger.find(f"public-{name}")
+        found = explain(times, self.now_s, self.ledger.name_of)
+        assert sum(found.parts.values()) == pytest.approx(found.total_s, abs=1e-9)
+        return found
+
+
+def seconds_of(found: Explanation) -> dict[str, float]:
+    return {name: pytest.approx(value, abs=1e-6) for name, value in found.parts.items() if value > 1e-9}
+
+
+def test_a_request_alone_prefills_and_decodes() -> None:
+    story = Story()
+    story.arrive("a", prepared_s=0.25)
+    story.now_s += 0.5
+    story.step(0.2, ("a", 0, 8))
+    story.step(0.1, ("a", 8, 2))
+    for position in range(10, 15):
+        story.step(0.05, ("a", position, 1))
+    found = story.end("a", 6)
+    assert seconds_of(found) == {"preparing": 0.25, "queued": 0.5, "prefilling": 0.3, "decoding": 0.25}
+    assert found.largest == "queued"
+    assert found.sentence == "500.0 ms of 1.30 s (38%) was spent in the queue."
+
+
+def test_the_queue_names_what_the_head_lacked() -> None:
+    story = Story()
+    story.arrive("a")
+    story.step(0.1, ("a", 0, 10))
+    story.arrive("b")
+    story.arrive("c")
+    for position in range(10, 14):
+        story.step(1.0, ("a", position, 1), stalled=(("b", "no_row", None),))
+    story.end("a")
+    story.step(0.1, ("b", 0, 10), stalled=(("c", "no_blocks", None),))
+    found = story.end("b")
+    assert found.queued_because == {"no_row": pytest.approx(4.0)}
+    assert "max_num_seqs requests were running" in found.sentence
+    assert found.parts["queued"] == pytest.approx(4.0)
+    story.step(0.1, ("c", 0, 10))
+    assert story.end("c").queued_because == {"no_row": pytest.approx(4.0), "no_blocks": pytest.approx(0.1)}
+
+
+def test_a_batch_mates_prompt_is_named() -> None:
+    story = Story()
+    story.arrive("a")
+    story.step(0.1, ("a", 0, 10))
+    for position in range(10, 13):
+        story.step(0.1, ("a", position, 1))
+    story.arrive("b", 2000)
+    for chunk in range(2):
+        story.step(1.1, ("a", 13 + chunk, 1), ("b", 1000 * chunk, 1000))
+    story.step(0.1, ("b", 2000, 1), stalled=(("a", "budget", "b"),))
+    found = story.end("a", 5)
+    assert found.largest == "waiting_for_prefill"
+    assert found.parts["waiting_for_prefill"] == pytest.approx(2 * 1.0 + 0.1)
+    assert found.parts["decoding"] == pytest.approx(0.5)
+    assert found.blamed == {"public-b": pytest.approx(0.1)}
+    assert found.sentence.endswith("most of all for public-b.")
+
+
+def test_prompts_of_one_step_share_it_by_tokens() -> None:
+    story = Story()
+    story.arrive("a")
+    story.arrive("b", 30)
+    story.step(1.0, ("a", 0, 10), ("b", 0, 30))
+    assert seconds_of(story.end("a")) == {"prefilling": 0.25, "waiting_for_prefill": 0.75}
+    assert seconds_of(story.end("b")) == {"prefilling": 0.75, "waiting_for_prefill": 0.25}
+
+
+def test_preemption_lasts_until_the_way_back() -> None:
+    story = Story()
+    story.arrive("a")
+    story.arrive("b")
+    story.step(0.1, ("a", 0, 10), ("b", 0, 10))
+    story.step(0.1, ("a", 10, 1), ("b", 10, 1))
+    story.step(0.5, ("a", 11, 1), stalled=(("b", "preempted", "a"),))
+    story.step(0.5, ("a", 12, 1), stalled=(("b", "no_blocks", None),))
+    story.end("a")
+    story.step(0.2, ("b", 0, 11))
+    story.step(0.1, ("b", 11, 1))
+    found = story.end("b")
+    assert seconds_of(found) == {
+        "preempted": 1.0, "prefilling": 0.25, "waiting_for_prefill": 0.05, "decoding": 0.2,
+    }  # fmt: skip
+    assert found.num_preemptions == 1
+    assert found.blamed == {"public-a": pytest.approx(1.0)}
+    assert "(1 times), most of all for public-a" in found.sentence
+
+
+def test_a_new_core_is_a_recovery() -> None:
+    story = Story()
+    story.arrive("a")
+    story.step(0.1, ("a", 0, 10))
+    story.step(0.1, ("a", 10, 1))
+    story.step(2.0, ("a", 11, 1))
+    story.step_id = 0
+    story.step(0.1, ("a", 0, 11))
+    story.step(0.1, ("a", 11, 1))
+    assert seconds_of(story.end("a")) == {"recovering": 2.0, "prefilling": 0.2, "decoding": 0.2}
+
+
+def test_text_and_socket_come_last() -> None:
+    story = Story()
+    story.arrive("a")
+    story.step(0.1, ("a", 0, 10))
+    story.end("a")
+    story.ledger.made("public-a", story.now_s + 0.25)
+    assert [item.request_id for item in story.ledger.sent("public-a", 99.5, story.now_s + 1.25)] == ["public-a"]
+    assert seconds_of(story.explain("a")) == {
+        "preparing": 0.5, "prefilling": 0.1, "detokenising": 0.25, "sending": 1.0,
+    }  # fmt: skip
+    assert "reader took the answer slowly" in story.explain("a").sentence
+
+
+def test_a_request_that_runs_can_be_asked() -> None:
+    story = Story()
+    story.arrive("a")
+    story.now_s += 1.0
+    assert seconds_of(story.explain("a")) == {"queued": 1.0}
+    story.step(0.5, ("a", 0, 10))
+    found = story.explain("a")
+    assert not found.finished
+    assert seconds_of(found) == {"queued": 1.0, "prefilling": 0.5}
+
+
+def test_only_so_many_are_remembered() -> None:
+    story = Story(max_remembered=4)
+    story.arrive("old")
+    for number in range(100):
+        story.arrive(str(number))
+        story.step(0.1, (str(number), 0, 10))
+        story.end(str(number))
+    assert story.ledger.find("public-0") == []
+    assert story.ledger.find("public-99") != []
+    assert story.ledger.find("public-old") != [], "one that lives is never forgotten"
+    assert len(story.ledger._requests) <= 6
+    assert len(story.ledger._names) <= 17
+
+
+def test_numbered_requests_of_one_response_are_found_together() -> None:
+    ledger = Ledger()
+    for number in range(3):
+        ledger.add(str(number), f"cmpl-x-{number}", 0, 5, 1.0, 1.0)
+    assert [item.request_id for item in ledger.find("cmpl-x")] == [f"cmpl-x-{number}" for number in range(3)]
+    assert ledger.find("cmpl") == []
