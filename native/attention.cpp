@@ -15,8 +15,10 @@ constexpr int64_t kWriteTokens = 8;
 
 // An item is kWriteTokens consecutive tokens, of whatever rows.
 template <class Program>
-void write_tokens(void* context, int64_t item, int) {
-    const AttentionArgs& args = *static_cast<Job*>(context)->args;
+void write_tokens(void* context, int64_t item, int worker) {
+    const Job& job = *static_cast<Job*>(context);
+    const AttentionArgs& args = *job.args;
+    float* const room = static_cast<float*>(job.pool->scratch(worker, args.cache.head_dim * sizeof(float)));
     const int64_t first = item * kWriteTokens;
     const int64_t last = smaller(first + kWriteTokens, args.query_starts[args.rows]);
     int64_t low = 0, high = args.rows;  // the row of the first token, by halving
@@ -26,7 +28,7 @@ void write_tokens(void* context, int64_t item, int) {
     }
     for (int64_t token = first, row = low; token < last; ++token) {
         while (args.query_starts[row + 1] <= token) ++row;
-        Program::write(args, row, token);
+        Program::write(args, row, token, room);
     }
 }
 

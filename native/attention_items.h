@@ -47,6 +47,11 @@ inline int64_t tokens_of(const AttentionArgs& args, int64_t row) {
     return args.query_starts[row + 1] - args.query_starts[row];
 }
 
+// Of the item's token `token`. Tokens of several rows stand at positions of their own.
+inline int64_t token_position(const AttentionArgs& args, const Item& item, int64_t token) {
+    return item.shared ? args.starts[item.row + token] : item.first_position + token;
+}
+
 // The first position that a query sees.
 inline int64_t begin_of(const AttentionArgs& args, int64_t position) {
     return position < args.window ? 0 : position - args.window + 1;

@@ -19,12 +19,13 @@
 #include "attention_matrix_products.h"
 #include "attention_matrix_softmax.h"
 #include "attention_matrix_steps.h"
+#include "rotate.h"
 
 namespace quire::QUIRE_ISA {
 
 constexpr int64_t kMatrixQueries = 384;  // query vectors of an item, about
 
-inline void write_matrix_token(const AttentionArgs& args, int64_t row, int64_t token) {
+inline void write_matrix_token(const AttentionArgs& args, int64_t row, int64_t token, float* room) {
     const CacheLayout& cache = args.cache;
     const int64_t position = args.starts[row] + token - args.query_starts[row];
     const int64_t block = args.tables[row * args.table_stride + position / cache.block_size];
@@ -33,7 +34,7 @@ inline void write_matrix_token(const AttentionArgs& args, int64_t row, int64_t t
         uint16_t* keys = reinterpret_cast<uint16_t*>(cache.unit(args.layer, block, head));
         uint16_t* values = keys + cache.slots() * dims + slot / 2 * 32 + slot % 2;
         keys += slot / kTile * kTile * dims + slot % kTile * 2;
-        const float* k = args.k + token * args.k_stride + head * dims;
+        const float* k = rotated(args.rope, position, args.k + token * args.k_stride + head * dims, dims, room);
         const float* v = args.v + token * args.v_stride + head * dims;
         for (int64_t d = 0; d < cache.value_dim(); d += 16, values += cache.slots() * 16) {
             const __mmask16 present = static_cast<__mmask16>((1u << smaller(16, dims - d)) - 1);
@@ -54,6 +55,7 @@ inline void write_matrix_token(const AttentionArgs& args, int64_t row, int64_t t
 // A worker's memory for one item.
 struct MatrixScratch {
     MatrixTile* tiles;
+    float* rotated;       // [head_dim]
     uint16_t* queries;    // [tiles][steps][16][32]
     MatrixState* states;  // [tiles]
     float* scores;        // [2][4][16][16]
@@ -73,6 +75,7 @@ struct MatrixScratch {
             return taken;
         };
         for (int pass = 0; pass < 2; ++pass) {  // the first only counts
+            rotated = reinterpret_cast<float*>(take(cache.head_dim * int64_t(sizeof(float))));
             queries = reinterpret_cast<uint16_t*>(take(count * steps * 1024));
             tiles = reinterpret_cast<MatrixTile*>(take(count * int64_t(sizeof(MatrixTile))));
             states = reinterpret_cast<MatrixState*>(take(count * int64_t(sizeof(MatrixState))));
@@ -192,6 +195,9 @@ private:
         for (int64_t row = 0; row < tiles() * 16; ++row, place.advance()) {
             const float* q = args_.q + (item_.first_token + place.token) * args_.q_stride +
                              (item_.head * group_ + place.head) * head_dim_;
+            if (row < queries_) {
+                q = rotated(args_.rope, token_position(args_, item_, place.token), q, head_dim_, scratch_.rotated);
+            }
             uint16_t* to = scratch_.queries + row / 16 * steps * 512 + row % 16 * 32;
             for (int64_t d = 0; d < head_dim_; d += step_, to += 512) {
                 const uint32_t present = row < queries_ ? static_cast<uint32_t>((uint64_t{1} << step_) - 1) : 0;
@@ -331,7 +337,9 @@ struct MatrixAttention {
         return tokens >= 128 ? 128 : tokens >= 16 ? tokens / 16 * 16 : larger(1, tokens);
     }
 
-    static void write(const AttentionArgs& args, int64_t row, int64_t token) { write_matrix_token(args, row, token); }
+    static void write(const AttentionArgs& args, int64_t row, int64_t token, float* room) {
+        write_matrix_token(args, row, token, room);
+    }
 
     static void attend(const Job& job, const Item& item, int worker) {
         MatrixItem work(job, item, worker);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attention_tile.h"
+#include "rotate.h"
 
 namespace quire::QUIRE_ISA {
 
@@ -20,7 +21,7 @@ struct NaturalExponential {
 };
 
 template <class T>
-void write_token(const AttentionArgs& args, int64_t row, int64_t token) {
+void write_token(const AttentionArgs& args, int64_t row, int64_t token, float* room) {
     const CacheLayout& cache = args.cache;
     const int64_t position = args.starts[row] + token - args.query_starts[row];
     const int64_t block = args.tables[row * args.table_stride + position / cache.block_size];
@@ -30,6 +31,7 @@ void write_token(const AttentionArgs& args, int64_t row, int64_t token) {
         T* values = keys + cache.slots() * cache.head_dim + slot * cache.value_dim();
         keys += slot / kTile * kTile * cache.head_dim + slot % kTile;
         const float* k = args.k + token * args.k_stride + head * cache.head_dim;
+        k = rotated(args.rope, position, k, cache.head_dim, room);
         const float* v = args.v + token * args.v_stride + head * cache.head_dim;
         for (int64_t d = 0; d < cache.head_dim; ++d) round_to(k[d], keys + d * kTile);
         for (int64_t d = 0; d < cache.head_dim; ++d) round_to(v[d], values + d);
@@ -71,17 +73,18 @@ void find_tile(const AttentionArgs& args, const Item& item, int64_t position, in
 struct Scratch {
     Running* splits;  // [queries]: the running softmax of the present split
     Running* totals;  // [queries]: of those before
+    const float** queries;  // [queries]: as they are, or rotated
     float* converted;
     void* gathered;
 
     static int64_t floats(const AttentionArgs& args, int64_t queries) {
         const int64_t chunk = kChunk * (args.cache.head_dim + args.cache.value_dim());
         const int64_t states = queries * 2 * (args.cache.value_dim() + int64_t(sizeof(Running) / 4));
-        return states + 2 * chunk + 64;
+        return states + 2 * chunk + queries * (args.cache.head_dim + 2) + 64;
     }
 
-    Scratch(const AttentionArgs& args, int64_t queries, void* memory) {
-        const int64_t dims = args.cache.value_dim();
+    Scratch(const AttentionArgs& args, const Item& item, void* memory) {
+        const int64_t dims = args.cache.value_dim(), queries = item.tokens * group_of(args);
         float* next = static_cast<float*>(memory);
         converted = next;
         next += kChunk * (args.cache.head_dim + dims);
@@ -90,10 +93,22 @@ struct Scratch {
         float* mixed = next;
         splits = reinterpret_cast<Running*>(next + 2 * queries * dims);
         totals = splits + queries;
+        this->queries = reinterpret_cast<const float**>(totals + queries);
+        find_queries(args, item, reinterpret_cast<float*>(this->queries + queries));
         for (int64_t i = 0; i < queries; ++i) {
             splits[i].mixed = mixed + i * dims;
             totals[i] = {-__builtin_inff(), 0.0f, mixed + (queries + i) * dims};
             __builtin_memset(totals[i].mixed, 0, dims * sizeof(float));
+        }
+    }
+
+private:
+    void find_queries(const AttentionArgs& args, const Item& item, float* room) {
+        const int64_t group = group_of(args), head_dim = args.cache.head_dim;
+        for (int64_t i = 0; i < item.tokens * group; ++i, room += head_dim) {
+            const int64_t token = item.first_token + i / group, head = item.head * group + i % group;
+            const float* q = args.q + token * args.q_stride + head * head_dim;
+            queries[i] = rotated(args.rope, token_position(args, item, i / group), q, head_dim, room);
         }
     }
 };
@@ -117,7 +132,7 @@ Chunk<float> convert_chunk(const AttentionArgs& args, const Chunk<T>& chunk, flo
 // All queries of the item, in groups of up to four, against the chunk whose first position is `base`.
 template <class T>
 void attend_queries(const AttentionArgs& args, const Item& item, const Chunk<T>& chunk, int64_t base,
-                    Running* states) {
+                    const Scratch& scratch) {
     const int64_t group = group_of(args);
     const int64_t queries = item.tokens * group;
     const float* vectors[kQueries];
@@ -129,9 +144,8 @@ void attend_queries(const AttentionArgs& args, const Item& item, const Chunk<T>&
         low[count] = larger(0, begin_of(args, position) - base);
         high[count] = smaller(kChunk, position + 1 - base);
         if (low[count] < high[count]) {
-            const int64_t head = item.head * group + i % group;
-            vectors[count] = args.q + (item.first_token + i / group) * args.q_stride + head * args.cache.head_dim;
-            running[count++] = states + i;
+            vectors[count] = scratch.queries[i];
+            running[count++] = scratch.splits + i;
         }
         if (count < kQueries && i + 1 < queries) continue;
         switch (count) {
@@ -185,9 +199,9 @@ void attend_split(const AttentionArgs& args, const Item& item, int64_t split, Sc
             find_tile(args, item, position, end, room, &chunk.keys[tile], &chunk.values[tile]);
         }
         if (queries < kConvertQueries) {
-            attend_queries(args, item, chunk, base, scratch.splits);
+            attend_queries(args, item, chunk, base, scratch);
         } else {
-            attend_queries(args, item, convert_chunk(args, chunk, scratch.converted), base, scratch.splits);
+            attend_queries(args, item, convert_chunk(args, chunk, scratch.converted), base, scratch);
         }
     }
 }
@@ -199,13 +213,15 @@ struct VectorAttention {
 
     static int64_t tile_tokens(int64_t group) { return larger(1, kVectorQueries / group); }
 
-    static void write(const AttentionArgs& args, int64_t row, int64_t token) { write_token<T>(args, row, token); }
+    static void write(const AttentionArgs& args, int64_t row, int64_t token, float* room) {
+        write_token<T>(args, row, token, room);
+    }
 
     static void attend(const Job& job, const Item& item, int worker) {
         const AttentionArgs& args = *job.args;
         const int64_t group = group_of(args), dims = args.cache.value_dim();
         const int64_t queries = item.tokens * group;
-        Scratch scratch(args, queries, job.pool->scratch(worker, Scratch::floats(args, queries) * sizeof(float)));
+        Scratch scratch(args, item, job.pool->scratch(worker, Scratch::floats(args, queries) * sizeof(float)));
         if (item.divided) {
             attend_split<T>(args, item, item.split, scratch);
             for (int64_t i = 0; i < queries; ++i) {

@@ -100,6 +100,12 @@ struct CacheLayout {
     }
 };
 
+struct RopeTables {
+    const float* cos;  // [max_positions, half]; null: no rotation
+    const float* sin;
+    int64_t half;
+};
+
 struct AttentionArgs {
     const float *q, *k, *v;  // [tokens, heads | kv_heads, head_dim]
     int64_t q_stride, k_stride, v_stride;
@@ -115,6 +121,7 @@ struct AttentionArgs {
     int64_t window;      // INT64_MAX: none
     float softcap;       // 0: none
     const float* sinks;  // [heads] or null
+    RopeTables rope;     // of q, and of k before it is written
     float* out;          // [tokens, heads * head_dim]
 };
 

@@ -104,9 +104,7 @@ public:
         Ints1 positions(positions_, "positions");
         Floats2 cos(cos_, "cos"), sin(sin_, "sin");
         require(positions.size(0) == x.size(0), "rope: one position for each token is needed");
-        require(cos.size(0) == sin.size(0) && cos.size(1) == sin.size(1), "rope: cos and sin differ in shape");
-        require(cos.stride() == cos.size(1) && sin.stride() == sin.size(1), "rope: cos and sin are not contiguous");
-        require(2 * cos.size(1) <= x.size(2), "rope: the rotated part is wider than a head");
+        require_tables(cos, sin, x.size(2));
         require_ids(positions, cos.size(0), "rope: a position is outside the table");
         call(kernels_->rope, RopeArgs{x.data(), x.stride(), x.size(0), x.size(1), x.size(2), positions.data(),
                                       cos.data(), sin.data(), cos.size(1)});
@@ -123,7 +121,7 @@ public:
 
     void attention(nb::handle q_, nb::handle k_, nb::handle v_, const Cache& cache, int64_t layer,
                    nb::handle query_starts_, nb::handle starts_, nb::handle tables_, float scale, int64_t window,
-                   float softcap, nb::handle sinks_, nb::handle out_) {
+                   float softcap, nb::handle sinks_, nb::handle cos_, nb::handle sin_, nb::handle out_) {
         Floats3 q(q_, "q"), k(k_, "k"), v(v_, "v");
         Ints1 query_starts(query_starts_, "query_starts"), starts(starts_, "starts");
         Array<int32_t, 2> tables(tables_, "block_tables");
@@ -143,12 +141,23 @@ public:
         AttentionArgs args{q.data(),        k.data(),     v.data(),        q.stride(), k.stride(),
                            v.stride(),      q.size(1),    layout,          layer,      starts.size(0),
                            query_starts.data(), starts.data(), tables.data(), tables.stride(), scale,
-                           window,          softcap,      nullptr,         out.data()};
+                           window,          softcap,      nullptr,         {},         out.data()};
         std::optional<Floats1> sinks;
         if (!sinks_.is_none()) {
             sinks.emplace(sinks_, "sinks");
             require(sinks->size(0) == q.size(1), "attention: one sink for each head is needed");
             args.sinks = sinks->data();
+        }
+        std::optional<Floats2> cos, sin;
+        if (!cos_.is_none()) {
+            cos.emplace(cos_, "cos");
+            sin.emplace(sin_, "sin");
+            require_tables(*cos, *sin, layout.head_dim);
+            for (int64_t row = 0; row < args.rows; ++row) {
+                const int64_t end = starts.data()[row] + query_starts.data()[row + 1] - query_starts.data()[row];
+                require(end <= cos->size(0), "attention: a position is outside the rope tables");
+            }
+            args.rope = {cos->data(), sin->data(), cos->size(1)};
         }
         call(kernels_->attention, args);
     }
@@ -236,6 +245,12 @@ private:
         require(packed.layout == layout_of(packed.storage), "the weight is packed for another instruction set");
     }
 
+    static void require_tables(const Floats2& cos, const Floats2& sin, int64_t head_dim) {
+        require(cos.size(0) == sin.size(0) && cos.size(1) == sin.size(1), "rope: cos and sin differ in shape");
+        require(cos.stride() == cos.size(1) && sin.stride() == sin.size(1), "rope: cos and sin are not contiguous");
+        require(2 * cos.size(1) <= head_dim, "rope: the rotated part is wider than a head");
+    }
+
     static void require_rows(int64_t tokens, const CacheLayout& layout, const Ints1& query_starts,
                              const Ints1& starts, const Array<int32_t, 2>& tables) {
         const int64_t rows = starts.size(0);
@@ -296,7 +311,7 @@ NB_MODULE(_native, module) {
         .def("rope", &Runtime::rope)
         .def("activation", &Runtime::activation)
         .def("attention", &Runtime::attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), none, nb::arg())
+             nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), none, none, none, nb::arg())
         .def("sample", &Runtime::sample)
         .def("logprobs", &Runtime::logprobs)
         .def("rows_finite", &Runtime::rows_finite)

@@ -46,8 +46,11 @@ class Rows:
             CacheShape(2, sum(counts) + 1, block_size, heads.kv_heads, heads.head_dim, storage)  # type: ignore[arg-type]
         )
 
-    def step(self, pieces: list[tuple[int, int, int]], spec: Any, layer: int = 1) -> list[Any]:
-        """One call of attention with, for each (row, first, last), those positions of it; a result for each."""
+    def step(
+        self, pieces: list[tuple[int, int, int]], spec: Any, layer: int = 1, rope: Any = None, before: bool = False
+    ) -> list[Any]:
+        """One call of attention with, for each (row, first, last), those positions of it; a result for each. `rope`
+        is left to attention, or done `before`."""
         ops = self.ops
         rows = [row for row, _, _ in pieces]
         starts = np.cumsum([0, *(last - first for _, first, last in pieces)])
@@ -61,7 +64,10 @@ class Rows:
             ops.array(np.concatenate([part[row][a:b] for row, a, b in pieces]), "float32")
             for part in (self.q, self.k, self.v)
         )
-        out = ops.to_numpy(ops.attention(q, k, v, self.cache, layer, batch, spec))
+        if before:
+            for x in (q, k):
+                ops.rope(x, batch.positions, rope.cos, rope.sin)
+        out = ops.to_numpy(ops.attention(q, k, v, self.cache, layer, batch, spec, None if before else rope))
         return [out[a:b] for a, b in itertools.pairwise(starts)]
 
     def prefill(self, spec: Any) -> list[Any]:

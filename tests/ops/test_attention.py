@@ -9,8 +9,8 @@ import torch
 from quire.ops.cpu import CpuOps
 from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
-from quire.ops.types import AttentionSpec
-from tests.ops.cases import Heads, Rows, relative_error
+from quire.ops.types import AttentionSpec, RopeTables
+from tests.ops.cases import Heads, Rows, normal, relative_error
 
 REFERENCE = ReferenceOps(np)
 HEADS = [Heads(4, 2, 8), Heads(9, 3, 64), Heads(8, 1, 80), Heads(5, 5, 16), Heads(4, 1, 256), Heads(20, 1, 40)]
@@ -165,6 +165,28 @@ def test_layers_and_copied_blocks(cpu: CpuOps) -> None:
     cpu.copy_blocks(rows.cache, rows.tables[0, :1].copy(), target)
     rows.tables[0, 0] = target[0]
     assert np.array_equal(rows.step([(0, 32, 33)], spec, 0)[0], first[32:])
+
+
+@pytest.mark.parametrize(("heads", "rotary"), [(Heads(6, 2, 24), 24), (Heads(4, 1, 80), 20), (Heads(9, 3, 64), 64)])
+def test_rope_inside_is_rope_before(cpu: CpuOps, heads: Heads, rotary: int) -> None:
+    tables = RopeTables(*normal(np.random.default_rng(5), 2, 1040, rotary // 2))
+    spec = AttentionSpec(heads.head_dim**-0.5)
+    pieces: list[list[tuple[int, int, int]]] = [
+        [(0, 0, 1030), (1, 0, 40), (3, 0, 1035)],
+        [(1, 40, 41), (0, 1030, 1031), (2, 0, 19), (3, 1035, 1036)],
+    ]
+    for storage in ("bfloat16", "float32"):
+        sides = []
+        for before in (False, True):
+            rows = Rows(cpu, [1031, 41, 19, 1036], heads, 16, storage)
+            for part in (rows.k, rows.v):  # a prefix that two rows of one token share
+                part[3][:1024] = part[0][:1024]
+            rows.tables[3, :64] = rows.tables[0, :64]
+            sides.append([np.concatenate(rows.step(piece, spec, 1, tables, before)) for piece in pieces])
+        assert all(map(np.array_equal, *sides)), storage
+    short = RopeTables(tables.cos[:1030], tables.sin[:1030])
+    with pytest.raises(ValueError, match="outside the rope tables"):
+        rows.step(pieces[1], spec, 1, short)
 
 
 @pytest.mark.parametrize("window", [None, 7])

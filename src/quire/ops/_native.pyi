@@ -45,10 +45,12 @@ class Runtime:
         window: int,
         softcap: float,
         sinks: Any | None,
+        cos: Any | None,
+        sin: Any | None,
         out: Any,
         /,
     ) -> None:
-        """`softcap` 0 is none; `window` 2**63 - 1 is none."""
+        """`softcap` 0 is none; `window` 2**63 - 1 is none; `cos` and `sin` are both given or both None."""
     def sample(
         self,
         logits: Any,

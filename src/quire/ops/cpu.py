@@ -24,6 +24,7 @@ from quire.ops.types import (
     Logprobs,
     Opaque,
     QuantizedWeight,
+    RopeTables,
     SampleBatch,
     StorageType,
 )
@@ -119,7 +120,15 @@ class CpuOps(ComposedOps):
         )
 
     def attention(
-        self, q: Array, k: Array, v: Array, cache: Opaque, layer: int, batch: AttentionBatch, spec: AttentionSpec
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: Opaque,
+        layer: int,
+        batch: AttentionBatch,
+        spec: AttentionSpec,
+        rope: RopeTables | None = None,
     ) -> Array:
         tokens, heads, head_dim = q.shape
         out = np.empty((tokens, heads * head_dim), _FLOAT32)
@@ -136,6 +145,8 @@ class CpuOps(ComposedOps):
             _NO_WINDOW if spec.window is None else spec.window,
             spec.softcap or 0.0,
             spec.sinks,
+            None if rope is None else rope.cos,
+            None if rope is None else rope.sin,
             out,
         )
         return out

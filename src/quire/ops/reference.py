@@ -29,6 +29,7 @@ from quire.ops.types import (
     CacheShape,
     Logprobs,
     QuantizedWeight,
+    RopeTables,
     SampleBatch,
     StorageType,
 )
@@ -170,6 +171,7 @@ class ReferenceOps(composed.ComposedOps):
         layer: int,
         batch: AttentionBatch,
         spec: AttentionSpec,
+        rope: RopeTables | None = None,
     ) -> Array:
         """For the query at position p of its row: `softmax_j(cap(scale q . k_j)) v_j` over the visible j (see
         `AttentionSpec`), with `cap(s) = softcap * tanh(s / softcap)` and the sink's logit, if any, in the
@@ -177,6 +179,10 @@ class ReferenceOps(composed.ComposedOps):
         also by the queries of the same step. Query head h reads key-value head `h // (heads // kv_heads)`.
         Tolerance: rel 1e-5."""
         xp, size = self.xp, cache.shape.block_size
+        if rope is not None:
+            q, k = q + 0.0, k + 0.0
+            self.rope(q, batch.positions, rope.cos, rope.sin)
+            self.rope(k, batch.positions, rope.cos, rope.sin)
         dtype = _namespace_dtype(xp, cache.shape.storage)
         keys, values = cache.data[0, layer, ...], cache.data[1, layer, ...]
         out = []

@@ -96,6 +96,14 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class RopeTables:
+    """Cosines and sines `[max_positions, rotary_dim / 2]` by which `Ops.attention` rotates as `Ops.rope` does."""
+
+    cos: Array
+    sin: Array
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Ragged rows over the paged cache. Tokens of a row are consecutive; the row's keys and values of
     positions `[0, starts[r])` are in the cache already, those of this step are written by `attention`.
@@ -188,9 +196,12 @@ class Ops(Protocol):
         layer: int,
         batch: AttentionBatch,
         spec: AttentionSpec,
+        rope: RopeTables | None = None,
     ) -> Array:
         """Write `k, v [tokens, kv_heads, head_dim]` into the cache, then attend causally with
-        `q [tokens, heads, head_dim]` -> `[tokens, heads * head_dim]` (PagedAttention, arXiv 2309.06180)."""
+        `q [tokens, heads, head_dim]` -> `[tokens, heads * head_dim]` (PagedAttention, arXiv 2309.06180). With `rope`,
+        q and k are rotated on the way by their positions in their rows, to the bits of `rope` before; the arrays stay
+        as they are."""
 
     def activation(self, x: Array, kind: Activation) -> Array:
         """`kind(x)`, element by element."""
