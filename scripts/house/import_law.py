@@ -6,7 +6,7 @@ A name stands for that module of `quire` and everything below it. Every room may
 from dataclasses import dataclass
 
 ROOT_VALUES = frozenset({"sampling_params", "outputs", "errors", "config"})
-COMPOSERS = frozenset({"", "__main__", "cli", "llm", "async_llm"})
+COMPOSERS = frozenset({"", "__main__", "cli", "compose", "llm", "async_llm"})
 """The only places that compose: they may import any public name. `""` is `quire/__init__.py`."""
 
 BASE = frozenset(

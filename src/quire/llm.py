@@ -1,119 +1,22 @@
-"""`LLM` and `AsyncLLM`: where the floors are put together.
-
-::
-
-    EngineArgs -> files -> operations -> model -> sizes -> runner -> executor -> scheduler -> core -> engine
-"""
+"""`LLM` and `AsyncLLM`: an engine, and the two ways to ask it."""
 
 import dataclasses
-import secrets
-import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from quire.config import CachePlan, EngineArgs, ModelFacts, resolve_cache, resolve_model_len
-from quire.core.engine_core import EngineCore
-from quire.core.policy import make_policy
-from quire.core.prefix_cache import NullPrefixCache, PrefixCache
-from quire.core.scheduler import Scheduler, SchedulerLimits
-from quire.demo import model_path
-from quire.engine.async_engine import AsyncEngine, ServedEngine
+from quire.compose.served import compose
+from quire.config import EngineArgs
+from quire.engine.async_engine import AsyncEngine
 from quire.engine.chat import encode_chat
-from quire.engine.engine import Engine
-from quire.engine.inputs import EngineFacts, InputProcessor, ParsedRequest, Prompt
+from quire.engine.inputs import ParsedRequest, Prompt
 from quire.engine.progress import Progress
 from quire.errors import InvalidRequestError
-from quire.executor.local import LocalExecutor
-from quire.models.model import Model
-from quire.ops.select import select_ops
-from quire.ops.types import Ops
 from quire.outputs import Decision, Metric, RequestOutput
-from quire.runner.memory import host_memory_bytes
-from quire.runner.model_runner import ModelRunner
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.text.tokenizer import Tokenizer
-from quire.weights.load import load_generation_defaults, load_model, read_spec
-from quire.weights.source import resolve_source, resolve_tokenizer_source
 
 Message = Mapping[str, Any]
-
-
-def compose(args: EngineArgs) -> ServedEngine:
-    """Build an engine: the one place that knows every floor.
-
-    Raises:
-        ConfigurationError: naming the argument or the file at fault.
-    """
-    directory = Path(model_path()) if args.model is None else resolve_source(args.model, args.revision)
-    ops, decisions = select_ops(args.device, args.threads)
-    spec = read_spec(directory)
-    model_len = resolve_model_len(args, spec.max_position_embeddings)
-    model = load_model(directory, ops, dtype=args.dtype, max_model_len=model_len)
-    tokenizer = _load_tokenizer(args, directory)
-    defaults = load_generation_defaults(directory)
-    eos = tokenizer.eos_token_ids if tokenizer is not None else defaults.eos_token_ids
-    sizes = resolve_cache(args, _facts(args, model))
-    facts = EngineFacts(sizes.max_model_len, spec.vocab_size, eos, args.seed, args.scheduling_policy == "priority")
-    core = _core(args, model, ops, sizes)
-    return ServedEngine(
-        engine=Engine(core, tokenizer, clock=time.monotonic),
-        inputs=InputProcessor(tokenizer, facts),
-        tokenizer=tokenizer,
-        facts=facts,
-        decisions=[*_model_decisions(args, directory, model), *decisions, *sizes.decisions],
-        default_params=defaults.sampling,
-        close=core.close,
-    )
-
-
-def _model_decisions(args: EngineArgs, directory: Path, model: Model) -> list[Decision]:
-    shape = model.cache_shape(1, args.block_size)
-    name = "embedded" if args.model is None else directory.name
-    return [
-        Decision("model", name, f"{model.spec.num_layers} layers, {model.weight_bytes / 2**20:,.0f} MiB of weights"),
-        Decision("dtype", shape.storage, "the checkpoint's own" if args.dtype == "auto" else "as asked"),
-    ]
-
-
-def _core(args: EngineArgs, model: Model, ops: Ops, sizes: CachePlan) -> EngineCore:
-    runner = ModelRunner(
-        model,
-        ops,
-        num_blocks=sizes.num_blocks,
-        block_size=sizes.block_size,
-        max_rows=sizes.max_num_seqs,
-        max_model_len=sizes.max_model_len,
-    )
-    limits = SchedulerLimits(
-        max_num_seqs=sizes.max_num_seqs,
-        max_num_batched_tokens=sizes.max_num_batched_tokens,
-        max_model_len=sizes.max_model_len,
-        block_size=sizes.block_size,
-        num_blocks=sizes.num_blocks,
-    )
-    prefix_cache = PrefixCache(secrets.token_bytes(32)) if args.enable_prefix_caching else NullPrefixCache()
-    scheduler = Scheduler(limits, make_policy(args.scheduling_policy), prefix_cache)
-    return EngineCore(scheduler, LocalExecutor(runner), time.monotonic)
-
-
-def _facts(args: EngineArgs, model: Model) -> ModelFacts:
-    return ModelFacts(
-        max_position_embeddings=model.spec.max_position_embeddings,
-        weight_bytes=model.weight_bytes,
-        bytes_per_block=model.cache_shape(1, args.block_size).bytes_per_block,
-        device_memory_bytes=host_memory_bytes(),
-        device="cpu",
-    )
-
-
-def _load_tokenizer(args: EngineArgs, directory: Path) -> Tokenizer | None:
-    if args.tokenizer is not None:
-        return Tokenizer.from_directory(resolve_tokenizer_source(args.tokenizer))
-    if not (directory / "tokenizer.json").is_file():
-        return None
-    return Tokenizer.from_directory(directory)
 
 
 class AsyncLLM(AsyncEngine):
@@ -284,6 +187,7 @@ class LLM:
         try:
             with Progress(len(parsed), show=show_progress) as progress:
                 while self._engine.has_work:
+                    self._engine.wait()
                     for number, output in self._engine.step():
                         finished[number] = output
                         progress.advance(output)

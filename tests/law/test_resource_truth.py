@@ -7,9 +7,9 @@ import threading
 from pathlib import Path
 
 from quire import AsyncLLM, RequestOutputKind, SamplingParams
+from quire.compose.served import compose
 from quire.config import EngineArgs
 from quire.errors import InvalidRequestError
-from quire.llm import compose
 from quire.outputs import RequestOutput
 from tests.law.monitor import OneFinalMonitor
 

@@ -35,6 +35,19 @@ class SamplingSpec(NamedTuple):
     num_prompt_logprobs: int | None = None
 
 
+class Given(NamedTuple):
+    """What an earlier core has already given of a request: it is gone on with, and none of it is given again."""
+
+    output_token_ids: tuple[int, ...] = ()
+    num_prompt_logprobs: int = 0
+    """Prompt positions, from the second on, whose log-probabilities were handed out."""
+    num_cached_tokens: int = 0
+    """What was said when the first token was given."""
+
+
+NOTHING_GIVEN = Given()
+
+
 @dataclass(frozen=True, slots=True)
 class NewRequest:
     """A request as the core receives it: every number checked, nothing to look up.
@@ -43,6 +56,7 @@ class NewRequest:
     `len(prompt_token_ids) + max_tokens` fits `max_model_len`; `eos_token_ids` are those of
     `sampling.stop_token_ids` that are reported as an ordinary stop (`stop_reason` None).
     `cache_salt` separates prefix caches: requests share blocks only within one salt.
+    `given` is empty but for a request whose core died.
     """
 
     request_id: str
@@ -53,6 +67,7 @@ class NewRequest:
     priority: int = 0
     cache_salt: str = ""
     arrival_s: float = 0.0
+    given: Given = NOTHING_GIVEN
 
 
 class RequestStatus(Enum):
@@ -93,6 +108,19 @@ class Request:
     num_prompt_logprobs_sent: int = 0
     """Prompt positions, from the second on, whose log-probabilities were handed out."""
     num_preemptions: int = 0
+
+    @classmethod
+    def of(cls, new: NewRequest, arrival_index: int, max_model_len: int) -> "Request":
+        """The record of a request that has just come, be it new or resumed."""
+        return cls(
+            new=new,
+            token_ids=[*new.prompt_token_ids, *new.given.output_token_ids],
+            arrival_index=arrival_index,
+            max_num_tokens=min(len(new.prompt_token_ids) + new.max_tokens, max_model_len),
+            stop_token_ids=frozenset(new.sampling.stop_token_ids),
+            num_cached=new.given.num_cached_tokens,
+            num_prompt_logprobs_sent=new.given.num_prompt_logprobs,
+        )
 
     @property
     def num_output_tokens(self) -> int:

@@ -121,18 +121,15 @@ class Scheduler:
             raise InvalidRequestError(f"request id {new.request_id!r} is in use", param="request_id")
         if not num_prompt_tokens or new.max_tokens < 1:
             raise InvalidRequestError("a request needs a prompt token and max_tokens of at least 1")
+        num_given = len(new.given.output_token_ids)
+        if num_given >= new.max_tokens or (num_given and num_prompt_tokens + num_given >= self.limits.max_model_len):
+            raise InvalidRequestError("a request that has been given all its tokens cannot be resumed")
         if num_prompt_tokens >= self.limits.max_model_len:
             raise PromptTooLongError(
                 f"the prompt has {num_prompt_tokens} tokens; max_model_len {self.limits.max_model_len} "
                 "must leave room for one more"
             )
-        request = Request(
-            new=new,
-            token_ids=list(new.prompt_token_ids),
-            arrival_index=self._num_arrived,
-            max_num_tokens=min(num_prompt_tokens + new.max_tokens, self.limits.max_model_len),
-            stop_token_ids=frozenset(new.sampling.stop_token_ids),
-        )
+        request = Request.of(new, self._num_arrived, self.limits.max_model_len)
         self._num_arrived += 1
         self._requests[new.request_id] = request
         self._waiting.push(request)
@@ -254,7 +251,7 @@ class Scheduler:
         self._pool.share(match.block_ids)
         request.block_ids = match.block_ids + self._pool.take(lacking)
         request.num_computed = num_hits
-        if request.num_preemptions == 0:
+        if request.num_preemptions == 0 and not request.new.given.output_token_ids:
             request.num_cached = num_hits
         request.status = RequestStatus.RUNNING
         request.row = self._free_rows.pop()

@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 from quire.engine.chat import encode_chat
 from quire.engine.engine import Engine, NumberedOutput
 from quire.engine.inputs import EngineFacts, InputProcessor, ParsedRequest, Prompt
-from quire.errors import EngineDeadError, InvalidRequestError, RequestFailedError
+from quire.errors import EngineDeadError, InvalidRequestError, OverloadedError, RequestFailedError
 from quire.outputs import Decision, Metric, RequestOutput
 from quire.sampling_params import SamplingParams
 from quire.text.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ class _Stream:
             await self._ready.wait()
         output = self._outputs.popleft()
         if isinstance(output, Exception):
-            raise output
+            raise output.with_traceback(None)
         return output
 
 
@@ -90,7 +90,8 @@ class AsyncEngine:
         self._served = served
         self._engine = served.engine
         self._commands: deque[_Add | _Abort] = deque()
-        self._wake = threading.Condition()
+        self._lock = threading.Lock()
+        """Held where `_commands`, `_stopping` and `_dead` are read together or changed."""
         self._stopping = False
         self._dead: Exception | None = None
         self._streams: dict[int, _Stream] = {}
@@ -115,8 +116,13 @@ class AsyncEngine:
 
     @property
     def is_healthy(self) -> bool:
-        """False once the engine's thread has stopped."""
+        """False once the engine's thread has stopped: this process can serve nothing any more."""
         return self._dead is None and self._thread.is_alive()
+
+    @property
+    def is_ready(self) -> bool:
+        """False also while a core that died is being replaced: requests then wait for the new one."""
+        return self.is_healthy and self._engine.is_ready
 
     @property
     def has_work(self) -> bool:
@@ -196,9 +202,9 @@ class AsyncEngine:
 
     def close(self) -> None:
         """`shutdown`, for callers without a loop."""
-        with self._wake:
+        with self._lock:
             self._stopping = True
-            self._wake.notify()
+        self._engine.wake()
         self._thread.join()
         self._text_worker.shutdown(wait=False, cancel_futures=True)
 
@@ -207,47 +213,61 @@ class AsyncEngine:
         return await loop.run_in_executor(self._text_worker, lambda: function(*args, **kwargs))
 
     def _post(self, command: _Add | _Abort) -> None:
-        with self._wake:
+        with self._lock:
             if self._dead is not None or self._stopping:
                 raise EngineDeadError("the engine has stopped")
             self._commands.append(command)
-            self._wake.notify()
+        self._engine.wake()
 
     def _run(self) -> None:
         failure: Exception = EngineDeadError("the engine was shut down")
         try:
             while self._take_commands():
-                if self._engine.has_work:
+                try:
                     self._deliver(self._engine.step())
+                except OverloadedError as error:
+                    self._fail_all(error)
         except Exception as error:
             logger.exception("the engine stopped")
             failure = EngineDeadError(f"the engine stopped: {type(error).__name__}")
-        with self._wake:
+        with self._lock:
             self._dead = failure
             waiting = [command.stream for command in self._commands if isinstance(command, _Add)]
             self._commands.clear()
-        for stream in (*self._streams.values(), *waiting):
+        for stream in waiting:
             _call(stream.loop, stream.put, failure)
-        self._streams.clear()
+        self._fail_all(failure)
         self._served.close()
 
     def _take_commands(self) -> bool:
         """Wait while there is nothing to do; False when the engine is to stop."""
-        with self._wake:
-            while not (self._commands or self._engine.has_work or self._stopping):
-                self._wake.wait()
+        self._engine.wait()
+        with self._lock:
             if self._stopping:
                 return False
             commands = list(self._commands)
             self._commands.clear()
         for command in commands:
             if isinstance(command, _Add):
-                self._streams[command.parsed.number] = command.stream
-                self._engine.add(command.parsed)
+                self._add(command)
             else:
                 self._streams.pop(command.parsed.number, None)
                 self._engine.abort(command.parsed)
         return True
+
+    def _add(self, command: _Add) -> None:
+        try:
+            self._engine.add(command.parsed)
+        except OverloadedError as error:
+            _call(command.stream.loop, command.stream.put, error)
+        else:
+            self._streams[command.parsed.number] = command.stream
+
+    def _fail_all(self, error: Exception) -> None:
+        """End every open stream with `error`."""
+        for stream in self._streams.values():
+            _call(stream.loop, stream.put, error)
+        self._streams.clear()
 
     def _deliver(self, outputs: list[NumberedOutput]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]] = {}

@@ -1,20 +1,21 @@
 """The engine: checked requests in, `RequestOutput`s out, one step at a time.
 
-It stands between text and the core. It has no thread of its own: `LLM` steps it in the caller's, `AsyncEngine`
-in a thread beside the event loop.
+It stands between text and the core, and it owns the requests: whether the core is in this process or in its own is
+the channel's affair. It has no thread: `LLM` steps it in the caller's, `AsyncEngine` in one beside the event loop.
 """
 
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from quire.core.engine_core import EngineCore
-from quire.core.plan import TokenDelta
+from quire.core.plan import StepRecord, TokenDelta
+from quire.engine.channel import CoreChannel
 from quire.engine.explain import Explanation, explain
 from quire.engine.inputs import ParsedRequest
 from quire.engine.metrics import EngineMetrics
 from quire.engine.request_state import RequestState
 from quire.engine.timeline import Ledger
+from quire.errors import OverloadedError
 from quire.outputs import Metric, RequestOutput
 from quire.text.tokenizer import Tokenizer
 
@@ -30,16 +31,16 @@ class Engine:
     """Requests between the text side and the core.
 
     Args:
-        core: the engine core, which this object alone drives.
+        channel: the way to the core, which this object alone uses.
         tokenizer: None when the model has none; then no request may ask for text.
         clock: seconds, monotonic; the one that the core is given as well.
     """
 
     def __init__(
-        self, core: EngineCore, tokenizer: Tokenizer | None, clock: Callable[[], float] = time.monotonic
+        self, channel: CoreChannel, tokenizer: Tokenizer | None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.clock = clock
-        self._core = core
+        self._channel = channel
         self._tokenizer = tokenizer
         self._metrics = EngineMetrics()
         self.ledger = Ledger()
@@ -49,41 +50,64 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """True while a request has not had its last output."""
-        return bool(self._states) or self._core.has_work
+        return bool(self._states)
 
     @property
     def num_waiting(self) -> int:
         """Sequences in the queue."""
-        return self._core.num_waiting
+        return self._channel.gauges.num_waiting
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a core answers now."""
+        return self._channel.is_ready
 
     def add(self, parsed: ParsedRequest) -> None:
-        """Queue a request."""
+        """Queue a request.
+
+        Raises:
+            OverloadedError: there is no core, and there will be none soon.
+        """
         state, now_s = RequestState(parsed, self._tokenizer, parsed.sequences[0].arrival_s), self.clock()
         for index, new in enumerate(parsed.sequences):
+            self._channel.add(new)
             self._states[new.request_id] = state
-            self._core.add(new)
             self.ledger.add(new.request_id, parsed.request_id, index, len(new.prompt_token_ids), new.arrival_s, now_s)
 
     def abort(self, parsed: ParsedRequest) -> list[NumberedOutput]:
         """Drop a request. Its last output, with `finish_reason` abort, unless it had ended."""
-        return self._emit([delta for new in parsed.sequences for delta in self._core.abort(new.request_id)])
+        open_ids = [new.request_id for new in parsed.sequences if new.request_id in self._states]
+        for request_id in open_ids:
+            self._channel.abort(request_id)
+        return self._emit([TokenDelta(request_id, (), finish_reason="abort") for request_id in open_ids])
+
+    def wait(self) -> None:
+        """Return when there may be news, or when `wake` was called since the last time."""
+        self._channel.wait()
+
+    def wake(self) -> None:
+        """From any thread: let `wait` return."""
+        self._channel.wake()
 
     def step(self) -> list[NumberedOutput]:
-        """Compute one step and give its news."""
-        deltas = self._core.step()
-        record = self._core.last_record
-        self._metrics.observe_step(record)
-        self.ledger.observe(record)
-        for item in record.scheduled:
-            state = self._states.get(item.request_id)
-            if state is not None and state.metrics.first_scheduled_s is None:
-                state.metrics.first_scheduled_s = record.now_s
-        return self._emit(deltas)
+        """The news: of one step if the core is in this process, else of those since the last call.
+
+        Raises:
+            OverloadedError: the core is gone for now. All requests have been dropped.
+        """
+        try:
+            news = self._channel.collect()
+        except OverloadedError:
+            self._drop_all()
+            raise
+        for item in news:
+            if item.record is not None:
+                self._observe_step(item.record)
+        return self._emit(delta for item in news for delta in item.deltas)
 
     def get_metrics(self) -> list[Metric]:
         """All metrics now."""
-        core = self._core
-        return self._metrics.read(core.num_running, core.num_waiting, core.cache_usage)
+        return self._metrics.read(*self._channel.gauges)
 
     def explain(self, request_id: str) -> list[Explanation]:
         """Where the time of a request went, by its public name (or that of the response whose numbered requests it
@@ -93,7 +117,15 @@ class Engine:
 
     def check(self) -> None:
         """State the invariants of the core."""
-        self._core.check()
+        self._channel.check()
+
+    def _observe_step(self, record: StepRecord) -> None:
+        self._metrics.observe_step(record)
+        self.ledger.observe(record)
+        for item in record.scheduled:
+            state = self._states.get(item.request_id)
+            if state is not None and state.metrics.first_scheduled_s is None:
+                state.metrics.first_scheduled_s = record.now_s
 
     def _emit(self, deltas: Iterable[TokenDelta]) -> list[NumberedOutput]:
         now_s = self.clock()
@@ -106,7 +138,7 @@ class Engine:
             self._observe(state, delta, now_s)
             if state.apply(delta):
                 self._end(state, delta.request_id, "stop", now_s)
-                self._core.abort(delta.request_id)
+                self._channel.abort(delta.request_id)
             elif delta.finish_reason is not None:
                 self._end(state, delta.request_id, delta.finish_reason, now_s)
         outputs = ((state.parsed.number, state.output()) for state in changed.values())
@@ -132,6 +164,11 @@ class Engine:
             self._metrics.token_gap.observe(gap_s / count)
         times.last_token_s = now_s
         self._metrics.observe_tokens(count)
+
+    def _drop_all(self) -> None:
+        now_s = self.clock()
+        for request_id, state in list(self._states.items()):
+            self._end(state, request_id, "error", now_s)
 
     def _end(self, state: RequestState, request_id: str, reason: str, now_s: float) -> None:
         del self._states[request_id]

@@ -1,0 +1,108 @@
+"""The side that computes, from a model's directory.
+
+::
+
+    files -> operations -> model -> sizes -> runner -> executor -> scheduler -> core
+"""
+
+import secrets
+import time
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+from quire.config import CachePlan, EngineArgs, ModelFacts, resolve_cache, resolve_model_len
+from quire.core.engine_core import EngineCore, PlanExecutor
+from quire.core.policy import make_policy
+from quire.core.prefix_cache import NullPrefixCache, PrefixCache
+from quire.core.scheduler import Scheduler, SchedulerLimits
+from quire.engine.channel import CoreFacts
+from quire.executor.local import LocalExecutor
+from quire.models.model import Model
+from quire.ops.select import select_ops
+from quire.ops.types import Ops
+from quire.outputs import Decision
+from quire.runner.memory import host_memory_bytes
+from quire.runner.model_runner import ModelRunner
+from quire.weights.load import load_model, read_spec
+
+
+@dataclass(frozen=True, slots=True)
+class CoreParts:
+    """What a core is made of, before its executor is given to it."""
+
+    scheduler: Scheduler
+    executor: PlanExecutor
+    facts: CoreFacts
+
+    def core(self) -> EngineCore:
+        """The core itself."""
+        return EngineCore(self.scheduler, self.executor, time.monotonic)
+
+
+def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
+    """Load the model of `directory` and size everything.
+
+    Raises:
+        ConfigurationError: naming the argument or the file at fault.
+    """
+    ops, decisions = select_ops(args.device, args.threads)
+    spec = read_spec(directory)
+    model_len = resolve_model_len(args, spec.max_position_embeddings)
+    stamp = _stamp(directory)
+    model = load_model(directory, ops, dtype=args.dtype, max_model_len=model_len)
+    sizes = resolve_cache(args, _facts(args, model))
+    decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions]
+    return CoreParts(
+        _scheduler(args, sizes),
+        LocalExecutor(_runner(model, ops, sizes)),
+        CoreFacts(sizes.max_model_len, spec.vocab_size, tuple(decisions), stamp),
+    )
+
+
+def _stamp(directory: Path) -> str:
+    """Names, sizes and times of the model's files."""
+    found = sorted((item.name, item.stat()) for item in directory.iterdir() if item.is_file())
+    return blake2b(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]).encode()).hexdigest()
+
+
+def _model_decisions(args: EngineArgs, directory: Path, model: Model) -> list[Decision]:
+    shape = model.cache_shape(1, args.block_size)
+    name = "embedded" if args.model is None else directory.name
+    return [
+        Decision("model", name, f"{model.spec.num_layers} layers, {model.weight_bytes / 2**20:,.0f} MiB of weights"),
+        Decision("dtype", shape.storage, "the checkpoint's own" if args.dtype == "auto" else "as asked"),
+    ]
+
+
+def _runner(model: Model, ops: Ops, sizes: CachePlan) -> ModelRunner:
+    return ModelRunner(
+        model,
+        ops,
+        num_blocks=sizes.num_blocks,
+        block_size=sizes.block_size,
+        max_rows=sizes.max_num_seqs,
+        max_model_len=sizes.max_model_len,
+    )
+
+
+def _scheduler(args: EngineArgs, sizes: CachePlan) -> Scheduler:
+    limits = SchedulerLimits(
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        max_model_len=sizes.max_model_len,
+        block_size=sizes.block_size,
+        num_blocks=sizes.num_blocks,
+    )
+    prefix_cache = PrefixCache(secrets.token_bytes(32)) if args.enable_prefix_caching else NullPrefixCache()
+    return Scheduler(limits, make_policy(args.scheduling_policy), prefix_cache)
+
+
+def _facts(args: EngineArgs, model: Model) -> ModelFacts:
+    return ModelFacts(
+        max_position_embeddings=model.spec.max_position_embeddings,
+        weight_bytes=model.weight_bytes,
+        bytes_per_block=model.cache_shape(1, args.block_size).bytes_per_block,
+        device_memory_bytes=host_memory_bytes(),
+        device="cpu",
+    )

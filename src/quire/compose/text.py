@@ -1,0 +1,52 @@
+"""The side that knows text, from a model's directory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quire.config import EngineArgs
+from quire.engine.channel import CoreFacts
+from quire.engine.inputs import EngineFacts, InputProcessor
+from quire.text.tokenizer import Tokenizer
+from quire.weights.generation_config import load_generation_defaults
+from quire.weights.source import resolve_tokenizer_source
+
+
+@dataclass(frozen=True, slots=True)
+class TextParts:
+    """What is known of a model before its weights are."""
+
+    tokenizer: Tokenizer | None
+    eos_token_ids: tuple[int, ...]
+    default_params: Mapping[str, Any]
+    """Sampling defaults of `generation_config.json`."""
+
+    def facts(self, args: EngineArgs, core: CoreFacts) -> EngineFacts:
+        """What requests are checked against."""
+        has_priorities = args.scheduling_policy == "priority"
+        return EngineFacts(core.max_model_len, core.vocab_size, self.eos_token_ids, args.seed, has_priorities)
+
+    def inputs(self, facts: EngineFacts) -> InputProcessor:
+        """The validator of requests."""
+        return InputProcessor(self.tokenizer, facts)
+
+
+def compose_text(args: EngineArgs, directory: Path) -> TextParts:
+    """Load tokenizer, template and defaults.
+
+    Raises:
+        ConfigurationError: naming the argument or the file at fault.
+    """
+    tokenizer = _load_tokenizer(args, directory)
+    defaults = load_generation_defaults(directory)
+    eos = tokenizer.eos_token_ids if tokenizer is not None else defaults.eos_token_ids
+    return TextParts(tokenizer, eos, defaults.sampling)
+
+
+def _load_tokenizer(args: EngineArgs, directory: Path) -> Tokenizer | None:
+    if args.tokenizer is not None:
+        return Tokenizer.from_directory(resolve_tokenizer_source(args.tokenizer))
+    if not (directory / "tokenizer.json").is_file():
+        return None
+    return Tokenizer.from_directory(directory)

@@ -1,0 +1,146 @@
+"""Between the text side and the core: one interface, whether the core computes in this process or in its own.
+
+::
+
+    Engine ── add, abort ──> CoreChannel ──> EngineCore        here: `LocalChannel`, the caller's thread computes
+           <── News ────────                                   apart: `supervisor.SupervisedChannel`
+"""
+
+import threading
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from quire.core.engine_core import EngineCore
+from quire.core.plan import StepRecord, TokenDelta
+from quire.core.request import NewRequest
+from quire.outputs import Decision
+
+
+@dataclass(frozen=True, slots=True)
+class CoreFacts:
+    """What the text side must know of a core."""
+
+    max_model_len: int
+    vocab_size: int
+    """Width of the logits."""
+    decisions: tuple[Decision, ...]
+    model_stamp: str
+    """Changes when the model's files do: a request must not be gone on with under other weights."""
+
+
+class Gauges(NamedTuple):
+    """The state of a core between two steps."""
+
+    num_running: int
+    num_waiting: int
+    cache_usage: float
+    """Share of the cache's blocks that somebody holds, in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What one step gave; `record` is None when requests left without a step."""
+
+    deltas: tuple[TokenDelta, ...]
+    record: StepRecord | None
+    gauges: Gauges
+
+
+class CoreChannel(Protocol):
+    """The core, seen from the text side. One thread calls it; only `wake` may be called from others.
+
+    Each request that was added gets one final delta, unless it is aborted: nothing is said of it after that.
+    """
+
+    def add(self, new: NewRequest) -> None:
+        """Give the core a request.
+
+        Raises:
+            OverloadedError: there is no core, and there will be none soon.
+        """
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request. An id that is unknown, or has ended, is fine."""
+
+    def wait(self) -> None:
+        """Return when `collect` may have news, or when `wake` was called since the last `wait`."""
+
+    def wake(self) -> None:
+        """Let `wait` return."""
+
+    def collect(self) -> list[News]:
+        """News since the last call. In this process: compute one step.
+
+        Raises:
+            OverloadedError: the core is gone for now, and all requests with it.
+        """
+
+    @property
+    def gauges(self) -> Gauges:
+        """The last that is known."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a core answers now."""
+
+    def check(self) -> None:
+        """State the invariants of the core."""
+
+    def close(self) -> None:
+        """Give back what the core holds. Calling it again does nothing."""
+
+
+class LocalChannel:
+    """The core in this process: `collect` computes."""
+
+    is_ready = True
+
+    def __init__(self, core: EngineCore) -> None:
+        self._core = core
+        self._awake = threading.Event()
+
+    def add(self, new: NewRequest) -> None:
+        """See `CoreChannel.add`."""
+        self._core.add(new)
+
+    def abort(self, request_id: str) -> None:
+        """See `CoreChannel.abort`."""
+        self._core.abort(request_id)
+
+    def wait(self) -> None:
+        """See `CoreChannel.wait`."""
+        if not self._core.has_work:
+            self._awake.wait()
+        self._awake.clear()
+
+    def wake(self) -> None:
+        """See `CoreChannel.wake`."""
+        self._awake.set()
+
+    def collect(self) -> list[News]:
+        """See `CoreChannel.collect`."""
+        return [step_news(self._core)] if self._core.has_work else []
+
+    @property
+    def gauges(self) -> Gauges:
+        """See `CoreChannel.gauges`."""
+        return core_gauges(self._core)
+
+    def check(self) -> None:
+        """See `CoreChannel.check`."""
+        self._core.check()
+
+    def close(self) -> None:
+        """See `CoreChannel.close`."""
+        self._core.close()
+
+
+def core_gauges(core: EngineCore) -> Gauges:
+    """Of a core in this process."""
+    return Gauges(core.num_running, core.num_waiting, core.cache_usage)
+
+
+def step_news(core: EngineCore) -> News:
+    """Compute one step."""
+    deltas = core.step()
+    return News(tuple(deltas), core.last_record, core_gauges(core))
