@@ -10,9 +10,11 @@ import httpx
 import openai
 import pytest
 
+from quire.llm import AsyncLLM
 from quire.server.app import create_app
 from quire.server.serve import GracefulServer, bind
 from tests.server.fake_engine import FakeEngine
+from tests.tiny.checkpoints import make_tiny
 
 MODEL = "tiny"
 
@@ -74,3 +76,13 @@ def client(running: Running) -> openai.OpenAI:
 def http(running: Running) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=running.url, timeout=10) as session:
         yield session
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server over the real engine with a tiny random model of 512 positions."""
+    directory = make_tiny("llama", tmp_path_factory.mktemp("tiny"), tokenizer=True)
+    instance = start(AsyncLLM(str(directory), max_num_seqs=16))
+    yield instance
+    instance.stop()
+    instance.engine.close()

@@ -2,28 +2,15 @@
 
 import json
 import socket
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from quire.llm import AsyncLLM
-from tests.server.conftest import MODEL, Running, start, wait_until
-from tests.tiny.checkpoints import make_tiny
+from tests.server.conftest import MODEL, Running, wait_until
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
-
-
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    directory: Path = make_tiny("llama", tmp_path_factory.mktemp("tiny"), tokenizer=True)
-    instance = start(AsyncLLM(str(directory), max_num_seqs=16))
-    yield instance
-    instance.stop()
-    instance.engine.close()
 
 
 @pytest.fixture(scope="module")

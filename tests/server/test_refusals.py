@@ -9,7 +9,7 @@ import pytest
 
 from quire.errors import InvalidRequestError
 from quire.sampling_params import SamplingParams
-from quire.server import limits
+from quire.server.limits import Limits
 from quire.server.protocol.chat import parse_chat
 from quire.server.protocol.completions import parse_completion
 from quire.server.protocol.fields import CHAT, COMPLETIONS
@@ -83,6 +83,7 @@ def test_bad_values(http: httpx.Client, route: str, field: str, value: Any, stat
         ({"logprobs": 3}, "logprobs"),
         ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         ({"continue_final_message": True}, "continue_final_message"),
+        ({"echo": 1}, "echo"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"__class__": 1}}, "chat_template_kwargs"),
@@ -186,7 +187,7 @@ def test_pairs_of_surrogates_are_text(http: httpx.Client) -> None:
 
 
 def test_body_too_large_by_header_and_by_count(http: httpx.Client) -> None:
-    data = b" " * (limits.BODY_BYTES.value + 1)
+    data = b" " * (Limits().body_bytes.value + 1)
     for content in (data, iter([data[: len(data) // 2], data[len(data) // 2 :]])):
         response = http.post("/v1/completions", content=content, headers=JSON_HEADERS)
         assert response.status_code == 413
@@ -229,7 +230,7 @@ def test_every_refused_field_is_refused_by_name() -> None:
     for door, parse, body in ((COMPLETIONS, parse_completion, TEXT_BODY), (CHAT, parse_chat, CHAT_BODY)):
         for name, refused in door.refused.items():
             with pytest.raises(InvalidRequestError) as caught:
-                parse({**body, name: {"anything": "else"}}, SamplingParams())
+                parse({**body, name: {"anything": "else"}}, SamplingParams(), Limits())
             assert caught.value.param == name
             for neutral in (None, *refused.neutral):
-                parse({**body, name: neutral}, SamplingParams())
+                parse({**body, name: neutral}, SamplingParams(), Limits())

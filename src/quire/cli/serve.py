@@ -34,6 +34,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="every route but the probes then needs it; may be repeated, and each key has a prefix cache of its own",
     )
     group.add_argument(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a limit on requests, such as body_bytes=16777216; docs/guide/limits.md lists them",
+    )
+    group.add_argument(
         "--metrics-prefix",
         default="quire",
         metavar="NAME",
@@ -65,12 +72,14 @@ def run(options: argparse.Namespace) -> int:
     import logging
 
     from quire.server.app import create_app
+    from quire.server.limits import Limits
     from quire.server.serve import GracefulServer, bind
 
     if not 0 <= options.port < 65536:
         raise ConfigurationError(f"port must be between 0 and 65535, got {options.port}", field="port")
     if not 0 <= options.shutdown_timeout < 86400:
         raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
+    limits = Limits().with_values(_limit_values(options.limit))
     args = EngineArgs.from_mapping(engine_values(options))
     listener = bind(options.host, options.port)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
@@ -84,6 +93,7 @@ def run(options: argparse.Namespace) -> int:
             api_key=options.api_key,
             metrics_prefix=options.metrics_prefix,
             show_cached_tokens=options.enable_prompt_tokens_details,
+            limits=limits,
             share_prefix_cache=options.share_prefix_cache,
         )
         host = f"[{options.host}]" if ":" in options.host else options.host
@@ -96,6 +106,16 @@ def run(options: argparse.Namespace) -> int:
         listener.close()
         engine.close()
     return 0
+
+
+def _limit_values(items: list[str]) -> dict[str, int]:
+    values = {}
+    for item in items:
+        name, _, number = item.partition("=")
+        if not number.isascii() or not number.isdecimal():
+            raise ConfigurationError(f"limit must be NAME=VALUE with a whole number, got {item!r}", field="limit")
+        values[name.replace("-", "_")] = int(number[:20])
+    return values
 
 
 def _say(text: str) -> None:

@@ -10,7 +10,7 @@ from quire.errors import InvalidRequestError, PromptTooLongError
 from quire.sampling_params import SamplingParams
 from quire.text.tokenizer import Tokenizer
 
-MAX_PRIORITY = 2**31
+MAX_PRIORITY = 2**31 - 1
 MAX_SALT_BYTES = 256
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
@@ -75,6 +75,12 @@ class InputProcessor:
                 f"the prompt has {len(token_ids)} tokens; with one token of output at most "
                 f"{self._facts.max_model_len - 1} fit (max_model_len is {self._facts.max_model_len})",
                 param="prompt",
+            )
+        if params.min_tokens > room:
+            raise PromptTooLongError(
+                f"min_tokens is {params.min_tokens}; after a prompt of {len(token_ids)} tokens at most {room} fit "
+                f"(max_model_len is {self._facts.max_model_len})",
+                param="min_tokens",
             )
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
             raise InvalidRequestError(f"priority must be a whole number within {MAX_PRIORITY}", param="priority")

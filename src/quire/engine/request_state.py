@@ -77,6 +77,7 @@ class RequestState:
         self.metrics = RequestMetrics(arrival_s)
         self.error: str | None = None
         self._tokenizer = tokenizer
+        self._prompt_token_ids = list(parsed.sequences[0].prompt_token_ids)  # one list for all outputs
         self._num_cached_tokens = 0
         self._prompt_logprobs: list[PositionLogprobs | None] | None = None
         if params.prompt_logprobs is not None:
@@ -140,7 +141,7 @@ class RequestState:
         return RequestOutput(
             request_id=self.parsed.request_id,
             prompt=self.parsed.prompt,
-            prompt_token_ids=list(self.parsed.sequences[0].prompt_token_ids),
+            prompt_token_ids=self._prompt_token_ids,
             outputs=outputs,
             finished=finished,
             prompt_logprobs=self._prompt_logprobs,

@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 
 from quire.errors import ConfigurationError
-from quire.server import errors, limits
+from quire.server import errors
+from quire.server.body import Bodies
 from quire.server.context import Gate, ServerContext
 from quire.server.keys import KeyRequired
+from quire.server.limits import REQUESTS_IN_FLIGHT, Limits
 from quire.server.metrics import make_registry
-from quire.server.routes import chat, completions, health, models
+from quire.server.routes import chat, completions, health, models, tokenize
 
 if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
+
+DEFAULT_LIMITS = Limits()
 
 
 def create_app(
@@ -25,7 +29,8 @@ def create_app(
     metrics_prefix: str = "quire",
     show_cached_tokens: bool | None = None,
     share_prefix_cache: bool = False,
-    max_requests_in_flight: int = limits.REQUESTS_IN_FLIGHT,
+    limits: Limits = DEFAULT_LIMITS,
+    max_requests_in_flight: int = REQUESTS_IN_FLIGHT,
 ) -> FastAPI:
     """An ASGI application. The caller keeps the engine and shuts it down.
 
@@ -36,6 +41,7 @@ def create_app(
         metrics_prefix: stands before the colon of every metric's name.
         show_cached_tokens: usage tells how many prompt tokens the prefix cache supplied; None: unless callers with
             different keys share it, who could learn from it what others ask.
+        limits: of bodies and of the fields in them.
         share_prefix_cache: requests with different keys may find each other's prefixes.
 
     Raises:
@@ -56,11 +62,13 @@ def create_app(
         show_cached_tokens=not (share_prefix_cache and len(api_keys) > 1)
         if show_cached_tokens is None
         else show_cached_tokens,
+        limits=limits,
+        bodies=Bodies(limits),
         shares_prefix_cache=share_prefix_cache,
     )
     app.state.registry = make_registry(engine, names[0], metrics_prefix)
     errors.install(app)
-    for module in (completions, chat, models, health):
+    for module in (completions, chat, tokenize, models, health):
         app.include_router(module.router)
     if api_keys:
         app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=health.OPEN_PATHS)

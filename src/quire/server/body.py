@@ -4,55 +4,77 @@ import asyncio
 import json
 import math
 import re
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 from fastapi import Request
 
-from quire.server import limits
 from quire.server.errors import ApiError, ClientGoneError
+from quire.server.limits import INLINE_BODY_BYTES, Limits
 
+T = TypeVar("T")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read_object(request: Request) -> dict[str, Any]:
-    """The body as a JSON object.
+class Bodies:
+    """Reads the bodies of one server's requests, and knows how much of them is held."""
 
-    Raises:
-        ApiError: 415, 413, 408 or 400.
-        ClientGoneError: the caller left before the end of the body.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" or "content-encoding" in request.headers:
-        raise ApiError(415, "the body must be JSON, sent plain as application/json", code="unsupported_media_type")
-    try:
-        async with asyncio.timeout(limits.BODY_SECONDS.value):
-            data = await _read(request)
-    except TimeoutError as error:
-        raise limits.BODY_SECONDS.error() from error
-    value = parse(data)
-    if not isinstance(value, dict):
-        raise _malformed("the body must be a JSON object")
-    return value
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.num_bytes = 0
+
+    async def read(self, request: Request, parse: Callable[[dict[str, Any]], T]) -> T:
+        """What `parse` makes of the body, a JSON object. A large one is parsed in a thread beside the event loop.
+
+        Raises:
+            ApiError: 415, 413, 408, 503 or 400.
+            ClientGoneError: the caller left before the end of the body.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json" or "content-encoding" in request.headers:
+            raise ApiError(415, "the body must be JSON, sent plain as application/json", code="unsupported_media_type")
+        data = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.body_seconds.value):
+                await self._fill(data, request)
+            if len(data) <= INLINE_BODY_BYTES:
+                return parse(self._object(data))
+            return await asyncio.to_thread(lambda: parse(self._object(data)))
+        except TimeoutError as error:
+            raise self._limits.body_seconds.error() from error
+        finally:
+            self.num_bytes -= len(data)
+
+    async def _fill(self, data: bytearray, request: Request) -> None:
+        most = self._limits.body_bytes
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > most.value:
+            raise most.error(f"{int(declared[:20]):,}")
+        while True:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            part = message.get("body", b"")
+            data += part
+            self.num_bytes += len(part)
+            if len(data) > most.value:
+                raise most.error()
+            if self.num_bytes > self._limits.all_bodies_bytes.value:
+                raise self._limits.all_bodies_bytes.error()
+            if not message.get("more_body", False):
+                return
+
+    def _object(self, data: bytearray) -> dict[str, Any]:
+        if data.count(b",") > self._limits.body_values.value:  # commas in strings count too: an upper bound, and cheap
+            raise self._limits.body_values.error()
+        value = parse_json(bytes(data))
+        if not isinstance(value, dict):
+            raise _malformed("the body must be a JSON object")
+        return value
 
 
-async def _read(request: Request) -> bytes:
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > limits.BODY_BYTES.value:
-        raise limits.BODY_BYTES.error(f"{int(declared[:20]):,}")
-    data = bytearray()
-    while True:
-        message = await request.receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        data += message.get("body", b"")
-        if len(data) > limits.BODY_BYTES.value:
-            raise limits.BODY_BYTES.error()
-        if not message.get("more_body", False):
-            return bytes(data)
-
-
-def parse(data: bytes) -> Any:
+def parse_json(data: bytes) -> Any:
     """Strict JSON: UTF-8, no NaN or Infinity, no number past a double, no name twice, no lone surrogate.
 
     Raises:
@@ -94,6 +116,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise _malformed(f"the body names {name!r} twice")
+            raise _malformed(f"the body names {name[:64]!r} twice")
         found[name] = value
     return found

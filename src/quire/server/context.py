@@ -11,7 +11,9 @@ from fastapi import Request
 
 from quire.errors import ModelNotFoundError, OverloadedError
 from quire.server import limits
+from quire.server.body import Bodies
 from quire.server.keys import cache_namespace, caller_of
+from quire.server.limits import Limits
 
 if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
@@ -61,6 +63,8 @@ class ServerContext:
     gate: Gate
     show_cached_tokens: bool
     """Whether usage tells how much of a prompt the cache supplied (others' prompts may be guessed from it)."""
+    limits: Limits
+    bodies: Bodies
     shares_prefix_cache: bool = False
     """Whether requests with different API keys may find each other's prefixes."""
     started_s: int = field(default_factory=lambda: int(time.time()))

@@ -14,8 +14,6 @@ from quire.server.streams import start_events, unless_gone
 class Answer(Protocol):
     """What the routes make of a request."""
 
-    id: str
-
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
         ...
@@ -24,14 +22,17 @@ class Answer(Protocol):
         """The answer in pieces."""
         ...
 
+    def headers(self) -> dict[str, str]:
+        """Headers of the response, asked for when the answer or its first piece is there."""
+        ...
+
 
 async def deliver(request: Request, answer: Answer, *, stream: bool) -> Response:
     """The response. Errors until the first piece are raised, so that they get a status."""
-    headers = {"x-request-id": answer.id}
     if stream:
-        return await unless_gone(request.receive, start_events(answer.events(), headers))
+        return await unless_gone(request.receive, start_events(answer.events(), answer.headers))
     content = await unless_gone(request.receive, answer.whole())
-    return Response(msgspec.json.encode(content), headers=headers, media_type="application/json")
+    return Response(msgspec.json.encode(content), headers=answer.headers(), media_type="application/json")
 
 
 @contextmanager

@@ -1,17 +1,24 @@
-"""Every limit of the HTTP door in one table: value, unit, and the error that a request gets past it.
+"""Every limit that a request can meet, in one table: value, unit, flag, and the error past it.
 
-Limits of single sampling fields (`n`, `stop`, `logprobs` ...) stand in `quire.sampling_params`, and limits that
-depend on the model (context length, vocabulary) in the engine; both hold for every door.
+`Limits` are those of the HTTP door, each set by `quire serve --limit NAME=VALUE`. `FIXED` are those that the engine
+holds at every door. The page docs/guide/limits.md and the API's schema are made from both.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 
+from quire import sampling_params as sampling
+from quire.engine.chat import MAX_MESSAGES
+from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
+from quire.errors import ConfigurationError, unknown_name_message
 from quire.server.errors import ApiError
+
+LARGEST = 2**40
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """One bound. `error` makes the refusal that names it."""
+    """One bound of the HTTP door. `error` makes the refusal that names it."""
 
     what: str
     value: int
@@ -23,23 +30,84 @@ class Limit:
     def error(self, got: str = "") -> ApiError:
         """The refusal. `got` says how much came, where that is known."""
         text = f"{self.what} is limited to {self.value:,} {self.unit}" + (f", got {got}" if got else "")
-        return ApiError(self.status, text, param=self.param, code=self.code)
+        headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status == 503 else None
+        return ApiError(self.status, text, param=self.param, code=self.code, headers=headers)
 
 
-BODY_BYTES = Limit("the request body", 8 * 2**20, "bytes", 413, "request_too_large")
-BODY_SECONDS = Limit("sending the request body", 30, "seconds", 408, "request_timeout")
-PROMPTS = Limit("prompt", 128, "prompts in one request", 400, "too_many_prompts", "prompt")
-SEQUENCES = Limit("n times the number of prompts", 256, "sequences in one request", 400, "too_many_sequences", "n")
-MESSAGES = Limit("messages", 2048, "messages", 400, "too_many_messages", "messages")
-CONTENT_PARTS = Limit("the content of a message", 1024, "parts", 400, "too_many_parts", "messages")
-LABEL_CHARACTERS = Limit("a label", 512, "characters", 400, "label_too_long")
-TEMPLATE_ARGUMENTS = Limit(
-    "chat_template_kwargs", 64, "names", 400, "too_many_template_arguments", "chat_template_kwargs"
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The limits of one server."""
+
+    body_bytes: Limit = Limit("the request body", 8 * 2**20, "bytes", 413, "request_too_large")
+    body_seconds: Limit = Limit("sending the request body", 30, "seconds", 408, "request_timeout")
+    body_values: Limit = Limit("the request body", 2**19, "values", 413, "too_many_values")
+    all_bodies_bytes: Limit = Limit("what is read of requests at one time", 2**28, "bytes", 503, "overloaded")
+    prompts: Limit = Limit("prompt", 128, "prompts in one request", 400, "too_many_prompts", "prompt")
+    sequences: Limit = Limit("n times the prompts", 256, "sequences in one request", 400, "too_many_sequences", "n")
+    messages: Limit = Limit("messages", 2048, "messages", 400, "too_many_messages", "messages")
+    content_parts: Limit = Limit("the content of a message", 1024, "parts", 400, "too_many_parts", "messages")
+    label_characters: Limit = Limit("a label", 512, "characters", 400, "label_too_long")
+    template_arguments: Limit = Limit(
+        "chat_template_kwargs", 64, "names", 400, "too_many_template_arguments", "chat_template_kwargs"
+    )
+    template_argument_depth: Limit = Limit(
+        "chat_template_kwargs", 8, "levels of nesting", 400, "template_arguments_too_deep", "chat_template_kwargs"
+    )
+    detokenized_tokens: Limit = Limit("tokens", 2**17, "token ids in one request", 400, "too_many_tokens", "tokens")
+
+    def with_values(self, values: Mapping[str, int]) -> "Limits":
+        """These limits, some of them set anew.
+
+        Raises:
+            ConfigurationError: an unknown name, or a value that is no limit.
+        """
+        known = [item.name for item in fields(self)]
+        for name, value in values.items():
+            if name not in known:
+                raise ConfigurationError(unknown_name_message("limit", name, known), field="limit")
+            if not 1 <= value <= LARGEST:
+                raise ConfigurationError(f"the limit {name} must be between 1 and {LARGEST}", field="limit")
+        return replace(self, **{name: replace(getattr(self, name), value=value) for name, value in values.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A bound that holds at every door and has no flag: the refusal names `param`."""
+
+    param: str
+    value: str
+    unit: str
+    code: str = "invalid_value"
+
+
+def _ranges() -> list[Fixed]:
+    found = []
+    for name, item in sampling.RANGES.items():
+        edge = "above " if item.is_above_low else ""
+        low, high = (f"{bound:,}" if item.is_whole else f"{bound:g}" for bound in (item.low, item.high))
+        shown = "top_logprobs (chat), logprobs (completions)" if name == "logprobs" else name
+        found.append(Fixed(shown, f"{edge}{low} to {high}", "whole number" if item.is_whole else "number"))
+    return found
+
+
+FIXED = (
+    *_ranges(),
+    Fixed("stop", str(sampling.MAX_STOP_STRINGS), "strings"),
+    Fixed("stop, bad_words", f"{sampling.MAX_STOP_STRING_BYTES:,}", "bytes in each string"),
+    Fixed("bad_words", str(sampling.MAX_BAD_WORDS), "words"),
+    Fixed("stop_token_ids, allowed_token_ids, logit_bias", f"{sampling.MAX_TOKEN_LIST:,}", "tokens"),
+    Fixed("logit_bias", f"{sampling.BIAS.low:g} to {sampling.BIAS.high:g}", "bias of a token"),
+    Fixed("priority", f"{-MAX_PRIORITY:,} to {MAX_PRIORITY:,}", "whole number"),
+    Fixed("cache_salt", str(MAX_SALT_BYTES), "bytes"),
+    Fixed("messages", f"{MAX_MESSAGES:,}", "messages, for the library too"),
+    Fixed("token ids", "below the width of the logits", "each id"),
+    Fixed("prompt, messages", "--max-model-len less one", "tokens", "context_length_exceeded"),
+    Fixed("prompt, messages", "--max-model-len times the longest token", "bytes", "context_length_exceeded"),
+    Fixed("max_tokens", "--max-model-len less the prompt", "tokens", "context_length_exceeded"),
 )
-TEMPLATE_ARGUMENT_DEPTH = Limit(
-    "chat_template_kwargs", 8, "levels of nesting", 400, "template_arguments_too_deep", "chat_template_kwargs"
-)
 
+INLINE_BODY_BYTES = 2**16
+"""Larger bodies are parsed off the event loop."""
 REQUESTS_IN_FLIGHT = 1024
 """Requests admitted at once, running and waiting together; past it 503 with Retry-After."""
 RETRY_AFTER_SECONDS = 1
@@ -47,6 +115,8 @@ SLOW_READER_SECONDS = 60
 """A stream whose reader takes nothing for this long is aborted, so that it cannot hold cache blocks."""
 HEADER_BYTES = 64 * 2**10
 """Request line and headers together; past it the connection is closed with 400."""
+HEADER_SECONDS = 30
+"""From the opening of a connection, or from the first byte after an answer, to the end of a request's headers."""
 KEEP_ALIVE_SECONDS = 75
 DRAIN_SECONDS = 30
 """After SIGTERM, running requests have this long to finish."""

@@ -5,7 +5,7 @@ iterators, and closing an iterator aborts its request and frees its blocks.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -153,10 +153,11 @@ async def _in_time(sending: Awaitable[None]) -> None:
         await sending
 
 
-async def start_events(events: AsyncGenerator[Any, None], headers: dict[str, str]) -> EventStream:
+async def start_events(events: AsyncGenerator[Any, None], headers: Callable[[], dict[str, str]]) -> EventStream:
     """A stream whose first event has come: what goes wrong before it can still be a status."""
     try:
-        return EventStream(await anext(events), events, headers)
+        first = await anext(events)
+        return EventStream(first, events, headers())
     except BaseException:
         await events.aclose()
         raise

@@ -26,18 +26,6 @@ def check_finish(output: RequestOutput, choice: CompletionOutput) -> str | None:
     return choice.finish_reason
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int | None) -> dict[str, Any]:
-    """OpenAI's usage; `cached_tokens` None leaves the details out."""
-    counted: dict[str, Any] = {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-    if cached_tokens is not None:
-        counted["prompt_tokens_details"] = {"cached_tokens": cached_tokens}
-    return counted
-
-
 def _finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 
@@ -48,12 +36,33 @@ def _best(position: PositionLogprobs, count: int) -> list[int]:
     return [token_id for token_id in ranked if position[token_id].rank <= count][:count]
 
 
-def chat_logprobs(choice: CompletionOutput, top: int, bytes_of: Callable[[int], bytes]) -> dict[str, Any]:
+class TokenNames:
+    """How logprobs name tokens: by their text, or as `token_id:N`.
+
+    Args:
+        bytes_of: the bytes of a token.
+        as_ids: name by number.
+    """
+
+    def __init__(self, bytes_of: Callable[[int], bytes], *, as_ids: bool) -> None:
+        self._bytes_of = bytes_of
+        self._as_ids = as_ids
+
+    def name(self, token_id: int) -> str:
+        """The name of a token."""
+        return f"token_id:{token_id}" if self._as_ids else self._bytes_of(token_id).decode(errors="replace")
+
+    def content(self, token_id: int) -> list[int]:
+        """Its bytes, as JSON has them."""
+        return list(self._bytes_of(token_id))
+
+
+def chat_logprobs(choice: CompletionOutput, top: int, names: TokenNames) -> dict[str, Any]:
     """`{"content": [{token, logprob, bytes, top_logprobs}], "refusal": null}`."""
 
     def entry(position: PositionLogprobs, token_id: int) -> dict[str, Any]:
-        item = position[token_id]
-        return {"token": item.decoded_token, "logprob": _finite(item.logprob), "bytes": list(bytes_of(token_id))}
+        logprob = _finite(position[token_id].logprob)
+        return {"token": names.name(token_id), "logprob": logprob, "bytes": names.content(token_id)}
 
     content = [
         {**entry(position, token_id), "top_logprobs": [entry(position, other) for other in _best(position, top)]}
@@ -63,7 +72,7 @@ def chat_logprobs(choice: CompletionOutput, top: int, bytes_of: Callable[[int], 
 
 
 def completion_logprobs(
-    tokens: Iterable[tuple[int, PositionLogprobs | None]], top: int, offset: int, text_of: Callable[[int], str]
+    tokens: Iterable[tuple[int, PositionLogprobs | None]], top: int, offset: int, names: TokenNames
 ) -> dict[str, Any]:
     """The older shape: parallel lists. A token without logprobs (the first of a prompt) has nulls.
 
@@ -71,24 +80,23 @@ def completion_logprobs(
         tokens: ids with their logprobs.
         top: how many best tokens to list beside the chosen one.
         offset: where the text of this part starts, in characters of the tokens' own texts.
-        text_of: a token's text where its logprobs do not say it.
+        names: of tokens.
     """
     texts: list[str] = []
     logprobs: list[float | None] = []
     best: list[dict[str, float] | None] = []
     offsets: list[int] = []
     for token_id, position in tokens:
+        texts.append(names.name(token_id))
         offsets.append(offset)
+        offset += len(texts[-1])
         if position is None:
-            texts.append(text_of(token_id))
             logprobs.append(None)
             best.append(None)
         else:
-            texts.append(position[token_id].decoded_token)
+            shown = dict.fromkeys([token_id, *_best(position, top)])
             logprobs.append(_finite(position[token_id].logprob))
-            shown = [position[item] for item in dict.fromkeys([token_id, *_best(position, top)])]
-            best.append({item.decoded_token: _finite(item.logprob) for item in shown})
-        offset += len(texts[-1])
+            best.append({names.name(item): _finite(position[item].logprob) for item in shown})
     return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": best, "text_offset": offsets}
 
 

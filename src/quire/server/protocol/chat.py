@@ -6,7 +6,7 @@ from typing import Any
 
 from quire.errors import InvalidRequestError, unknown_name_message
 from quire.sampling_params import SamplingParams
-from quire.server import limits
+from quire.server.limits import Limits
 from quire.server.protocol.fields import CHAT, flag, take
 from quire.server.protocol.sampling import Delivery, make_params, take_delivery
 
@@ -29,41 +29,45 @@ _TEMPLATE_OWN = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class Conversation:
+    """What the chat template makes a prompt of."""
+
+    messages: list[dict[str, str]]
+    add_generation_prompt: bool
+    continue_final_message: bool
+    template_arguments: dict[str, Any]
+
+    @property
+    def ends_with_assistant(self) -> bool:
+        """True when the last message is the assistant's own."""
+        return self.messages[-1]["role"] == "assistant"
+
+
+@dataclass(frozen=True, slots=True)
 class ChatCall:
     """One parsed request."""
 
-    messages: list[dict[str, str]]
+    conversation: Conversation
     params: SamplingParams
     delivery: Delivery
     top_logprobs: int | None
     """None: no logprobs; 0: the chosen tokens' only."""
-    add_generation_prompt: bool
-    continue_final_message: bool
-    template_arguments: dict[str, Any]
     wants_prompt_logprobs: bool
+    echoed: str
+    """Stands before the answer: with `echo`, a last message of the assistant."""
 
 
-def parse_chat(body: Mapping[str, Any], defaults: SamplingParams) -> ChatCall:
+def parse_chat(body: Mapping[str, Any], defaults: SamplingParams, limits: Limits) -> ChatCall:
     """Check everything that can be checked without the model.
 
     Raises:
         InvalidRequestError: naming the field.
         ApiError: a count past its limit.
     """
-    taken = take(body, CHAT)
+    taken = take(body, CHAT, limits)
     delivery = take_delivery(taken)
-    messages = _messages(taken.pop("messages", None))
-    continue_final = flag(taken, "continue_final_message", False)
-    add_prompt = flag(taken, "add_generation_prompt", not continue_final)
-    if continue_final and add_prompt:
-        raise InvalidRequestError(
-            "continue_final_message and add_generation_prompt cannot both be true", param="continue_final_message"
-        )
-    if continue_final and messages[-1]["role"] != "assistant":
-        raise InvalidRequestError(
-            "continue_final_message needs a last message of the assistant", param="continue_final_message"
-        )
-    arguments = _template_arguments(taken.pop("chat_template_kwargs", {}))
+    conversation = take_conversation(taken, limits)
+    echo = flag(taken, "echo", False)
     top_logprobs = _top_logprobs(taken)
     overrides: dict[str, Any] = {"logprobs": top_logprobs, "max_tokens": taken.get("max_tokens")}
     try:
@@ -72,18 +76,39 @@ def parse_chat(body: Mapping[str, Any], defaults: SamplingParams) -> ChatCall:
         if error.param == "logprobs":  # here the count has another name
             raise InvalidRequestError("top_" + error.message, param="top_logprobs") from error
         raise
-    if params.n > limits.SEQUENCES.value:
-        raise limits.SEQUENCES.error(str(params.n))
+    if params.n > limits.sequences.value:
+        raise limits.sequences.error(str(params.n))
     return ChatCall(
-        messages,
+        conversation,
         params,
         delivery,
         top_logprobs,
-        add_prompt,
-        continue_final,
-        arguments,
         wants_prompt_logprobs=params.prompt_logprobs is not None,
+        echoed=conversation.messages[-1]["content"] if echo and conversation.ends_with_assistant else "",
     )
+
+
+def take_conversation(taken: dict[str, Any], limits: Limits) -> Conversation:
+    """Take messages and the template's options out of `taken`.
+
+    Raises:
+        InvalidRequestError: naming the field.
+        ApiError: a count past its limit.
+    """
+    messages = _messages(taken.pop("messages", None), limits)
+    continue_final = flag(taken, "continue_final_message", False)
+    add_prompt = flag(taken, "add_generation_prompt", not continue_final)
+    arguments = _template_arguments(taken.pop("chat_template_kwargs", {}), limits)
+    conversation = Conversation(messages, add_prompt, continue_final, arguments)
+    if continue_final and add_prompt:
+        raise InvalidRequestError(
+            "continue_final_message and add_generation_prompt cannot both be true", param="continue_final_message"
+        )
+    if continue_final and not conversation.ends_with_assistant:
+        raise InvalidRequestError(
+            "continue_final_message needs a last message of the assistant", param="continue_final_message"
+        )
+    return conversation
 
 
 def _top_logprobs(taken: dict[str, Any]) -> int | None:
@@ -99,15 +124,15 @@ def _top_logprobs(taken: dict[str, Any]) -> int | None:
     return checked
 
 
-def _messages(value: Any) -> list[dict[str, str]]:
+def _messages(value: Any, limits: Limits) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
         raise InvalidRequestError("messages must be a list that is not empty", param="messages")
-    if len(value) > limits.MESSAGES.value:
-        raise limits.MESSAGES.error(f"{len(value):,}")
-    return [_message(f"messages[{index}]", item) for index, item in enumerate(value)]
+    if len(value) > limits.messages.value:
+        raise limits.messages.error(f"{len(value):,}")
+    return [_message(f"messages[{index}]", item, limits) for index, item in enumerate(value)]
 
 
-def _message(place: str, item: Any) -> dict[str, str]:
+def _message(place: str, item: Any, limits: Limits) -> dict[str, str]:
     if not isinstance(item, dict):
         raise InvalidRequestError(f"{place} must be an object", param=place)
     for name, value in item.items():
@@ -126,7 +151,7 @@ def _message(place: str, item: Any) -> dict[str, str]:
     # Few templates know the newer name of the system role.
     message = {
         "role": "system" if role == "developer" else role,
-        "content": _content(f"{place}.content", item.get("content")),
+        "content": _content(f"{place}.content", item.get("content"), limits),
     }
     name = item.get("name")
     if name is not None:
@@ -136,14 +161,14 @@ def _message(place: str, item: Any) -> dict[str, str]:
     return message
 
 
-def _content(place: str, content: Any) -> str:
+def _content(place: str, content: Any, limits: Limits) -> str:
     """A string, or text parts, which are joined by line ends as vLLM joins them."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
         raise InvalidRequestError(f"{place} must be a string or a list of text parts", param=place)
-    if len(content) > limits.CONTENT_PARTS.value:
-        raise limits.CONTENT_PARTS.error(f"{len(content):,}")
+    if len(content) > limits.content_parts.value:
+        raise limits.content_parts.error(f"{len(content):,}")
     texts: list[str] = []
     for index, part in enumerate(content):
         if isinstance(part, str):
@@ -160,16 +185,16 @@ def _content(place: str, content: Any) -> str:
     return "\n".join(texts)
 
 
-def _template_arguments(value: Any) -> dict[str, Any]:
+def _template_arguments(value: Any, limits: Limits) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequestError("chat_template_kwargs must be an object", param="chat_template_kwargs")
-    if len(value) > limits.TEMPLATE_ARGUMENTS.value:
-        raise limits.TEMPLATE_ARGUMENTS.error(str(len(value)))
+    if len(value) > limits.template_arguments.value:
+        raise limits.template_arguments.error(str(len(value)))
     for name in value:
         if name in _TEMPLATE_OWN or not name.isidentifier() or name.startswith("_") or len(name) > 64:
             raise InvalidRequestError(f"chat_template_kwargs may not set {name[:64]!r}", param="chat_template_kwargs")
-    if _depth_exceeds(value, limits.TEMPLATE_ARGUMENT_DEPTH.value):
-        raise limits.TEMPLATE_ARGUMENT_DEPTH.error()
+    if _depth_exceeds(value, limits.template_argument_depth.value):
+        raise limits.template_argument_depth.error()
     return value
 
 

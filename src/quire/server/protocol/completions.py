@@ -6,7 +6,7 @@ from typing import Any
 
 from quire.errors import InvalidRequestError
 from quire.sampling_params import SamplingParams
-from quire.server import limits
+from quire.server.limits import Limits
 from quire.server.protocol.fields import COMPLETIONS, flag, take
 from quire.server.protocol.sampling import Delivery, make_params, take_delivery
 
@@ -28,16 +28,16 @@ class CompletionCall:
     wants_prompt_logprobs: bool
 
 
-def parse_completion(body: Mapping[str, Any], defaults: SamplingParams) -> CompletionCall:
+def parse_completion(body: Mapping[str, Any], defaults: SamplingParams, limits: Limits) -> CompletionCall:
     """Check everything that can be checked without the model.
 
     Raises:
         InvalidRequestError: naming the field.
         ApiError: a count past its limit.
     """
-    taken = take(body, COMPLETIONS)
+    taken = take(body, COMPLETIONS, limits)
     delivery = take_delivery(taken)
-    prompts = _prompts(taken.pop("prompt", None))
+    prompts = _prompts(taken.pop("prompt", None), limits)
     echo = flag(taken, "echo", False)
     add_special_tokens = flag(taken, "add_special_tokens", True)
     logprobs = taken.pop("logprobs", None)
@@ -52,14 +52,14 @@ def parse_completion(body: Mapping[str, Any], defaults: SamplingParams) -> Compl
         asked = taken.get("prompt_logprobs", 0)
         overrides["prompt_logprobs"] = max(logprobs, asked) if type(asked) is int else asked
     params = make_params(taken, defaults, stream=delivery.stream, overrides=overrides)
-    if len(prompts) * params.n > limits.SEQUENCES.value:
-        raise limits.SEQUENCES.error(f"{len(prompts)} x {params.n}")
+    if len(prompts) * params.n > limits.sequences.value:
+        raise limits.sequences.error(f"{len(prompts)} x {params.n}")
     return CompletionCall(
         prompts, params, delivery, logprobs, echo, add_special_tokens, prompt_only, wants_prompt_logprobs
     )
 
 
-def _prompts(value: Any) -> list[Prompt]:
+def _prompts(value: Any, limits: Limits) -> list[Prompt]:
     """A string, a list of strings, token ids, or a list of token-id lists."""
     if value is None:
         raise InvalidRequestError("prompt is required", param="prompt")
@@ -69,8 +69,8 @@ def _prompts(value: Any) -> list[Prompt]:
         raise _bad_prompt()
     if all(type(item) is int for item in value):
         return [value]
-    if len(value) > limits.PROMPTS.value:
-        raise limits.PROMPTS.error(f"{len(value):,}")
+    if len(value) > limits.prompts.value:
+        raise limits.prompts.error(f"{len(value):,}")
     for item in value:
         is_ids = isinstance(item, list) and item and all(type(token) is int for token in item)
         if not isinstance(item, str) and not is_ids:

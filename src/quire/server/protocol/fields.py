@@ -6,16 +6,19 @@ answer by definition; they are checked for size and not kept.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from quire.errors import InvalidRequestError, unknown_name_message
 from quire.sampling_params import SamplingParams
-from quire.server import limits
+from quire.server.limits import Limits
 
 SAMPLING = frozenset(item.name for item in fields(SamplingParams)) - {"detokenize", "output_kind", "logprobs"}
 """Fields that go to `SamplingParams` under their own name."""
-COMMON = frozenset({"model", "stream", "stream_options", "priority", "cache_salt", "logprobs"})
+COMMON = frozenset(
+    "model stream stream_options priority cache_salt logprobs echo truncate_prompt_tokens truncation_side "
+    "return_token_ids return_tokens_as_token_ids".split()
+)
 LABELS = frozenset({"user", "safety_identifier"})
 ALIASES = {
     "max_completion_tokens": "max_tokens",
@@ -58,11 +61,7 @@ REFUSED_EVERYWHERE = {
     "prompt_cache_retention": Refused("prefixes are kept while there is room"),
     "use_beam_search": Refused("beam search is not supported in this version", (False,)),
     "length_penalty": Refused("it belongs to beam search, which is not supported in this version", (1.0,)),
-    "truncate_prompt_tokens": Refused("shorten the prompt yourself"),
-    "truncation_side": Refused("shorten the prompt yourself"),
     "logprob_token_ids": Refused(_VLLM),
-    "return_tokens_as_token_ids": Refused(_VLLM, (False,)),
-    "return_token_ids": Refused(_VLLM, (False,)),
     "return_token_offsets": Refused(_VLLM, (False,)),
     "return_prompt_text": Refused(_VLLM, (False,)),
     "return_weight_versions": Refused(_VLLM, (False,)),
@@ -92,7 +91,6 @@ REFUSED_CHAT = {
     "reasoning_effort": Refused("reasoning is not told apart in this version", ("none",)),
     "thinking_token_budget": Refused("reasoning is not told apart in this version"),
     "include_reasoning": Refused("reasoning is not told apart in this version", (True,)),
-    "echo": Refused("use continue_final_message, or /v1/completions", (False,)),
     "add_special_tokens": Refused("the chat template writes them", (False,)),
     "documents": Refused(_PLAIN, ([],)),
     "chat_template": Refused("templates in requests are not accepted; the model's own is used"),
@@ -105,22 +103,30 @@ REFUSED_CHAT = {
 class Door:
     """The fields of one route."""
 
-    own: frozenset[str]
-    refused: Mapping[str, Refused]
+    honoured: frozenset[str]
+    refused: Mapping[str, Refused] = field(default_factory=dict)
+    labels: frozenset[str] = LABELS
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def known(self) -> list[str]:
         """Every name that is understood, honoured or not."""
-        return sorted(SAMPLING | COMMON | LABELS | self.own | set(ALIASES) | set(self.refused))
+        return sorted(self.honoured | self.labels | set(self.aliases) | set(self.refused))
 
 
-COMPLETIONS = Door(frozenset({"prompt", "echo", "add_special_tokens"}), REFUSED_EVERYWHERE | REFUSED_COMPLETIONS)
-CHAT = Door(
-    frozenset({"messages", "top_logprobs", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"}),
-    REFUSED_EVERYWHERE | REFUSED_CHAT,
+_TEMPLATE_FIELDS = frozenset({"messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"})
+COMPLETIONS = Door(
+    SAMPLING | COMMON | {"prompt", "add_special_tokens"}, REFUSED_EVERYWHERE | REFUSED_COMPLETIONS, aliases=ALIASES
 )
+CHAT = Door(SAMPLING | COMMON | _TEMPLATE_FIELDS | {"top_logprobs"}, REFUSED_EVERYWHERE | REFUSED_CHAT, aliases=ALIASES)
+TOKENIZE = Door(frozenset({"model", "prompt", "add_special_tokens", "return_token_strs"}))
+TOKENIZE_CHAT = Door(
+    _TEMPLATE_FIELDS | {"model", "return_token_strs"},
+    {name: REFUSED_CHAT[name] for name in ("add_special_tokens", "chat_template", "tools", "mm_processor_kwargs")},
+)
+DETOKENIZE = Door(frozenset({"model", "tokens"}))
 
 
-def take(body: Mapping[str, Any], door: Door) -> dict[str, Any]:
+def take(body: Mapping[str, Any], door: Door, limits: Limits) -> dict[str, Any]:
     """The honoured fields under their canonical names. A null is a field left out.
 
     Raises:
@@ -129,14 +135,14 @@ def take(body: Mapping[str, Any], door: Door) -> dict[str, Any]:
     """
     taken: dict[str, Any] = {}
     for name, value in body.items():
+        canonical = door.aliases.get(name, name)
         if name in door.refused:
             _refuse_unless_neutral(name, value, door.refused[name])
-        elif name in LABELS:
-            _check_label(name, value)
-        elif name not in SAMPLING and name not in COMMON and name not in door.own and name not in ALIASES:
+        elif name in door.labels:
+            _check_label(name, value, limits)
+        elif canonical not in door.honoured:
             raise InvalidRequestError(unknown_name_message("field", name[:64], door.known()), param=name[:64])
         elif value is not None:
-            canonical = ALIASES.get(name, name)
             if canonical in taken and taken[canonical] != value:
                 raise InvalidRequestError(f"{name} and {canonical} are one field and differ", param=name)
             taken[canonical] = value
@@ -152,13 +158,13 @@ def _refuse_unless_neutral(name: str, value: Any, refused: Refused) -> None:
     raise InvalidRequestError(f"{name} is not supported: {refused.reason}", param=name)
 
 
-def _check_label(name: str, value: Any) -> None:
+def _check_label(name: str, value: Any, limits: Limits) -> None:
     if value is None:
         return
     if not isinstance(value, str):
         raise InvalidRequestError(f"{name} must be a string", param=name)
-    if len(value) > limits.LABEL_CHARACTERS.value:
-        raise limits.LABEL_CHARACTERS.error(f"{len(value):,} in {name}")
+    if len(value) > limits.label_characters.value:
+        raise limits.label_characters.error(f"{len(value):,} in {name}")
 
 
 def flag(taken: dict[str, Any], name: str, default: bool) -> bool:

@@ -4,14 +4,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quire.errors import InvalidRequestError
+from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
+from quire.errors import InvalidRequestError, unknown_name_message
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.server.protocol.fields import SAMPLING, flag
 
 FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields that the model's own generation settings fill when the request leaves them out, as in vLLM."""
-MAX_SALT_BYTES = 256
-MAX_PRIORITY = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """How much of a prompt is kept, and at which end."""
+
+    num_tokens: int | None
+    """None: as many as leave room for the answer."""
+    keeps_end: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +29,17 @@ class Delivery:
     model: str | None
     stream: bool
     include_usage: bool
+    """A last event of a stream with the usage."""
+    continuous_usage: bool
+    """Every event of a stream tells the usage so far."""
     priority: int
     cache_salt: str
+    truncation: Truncation | None
+    return_token_ids: bool
+    tokens_as_token_ids: bool
+    """Logprobs name tokens `token_id:N`, which is exact where texts of tokens are not."""
+    asked_max_tokens: int | None
+    """What the client itself asked for: it must fit, where a default may be cut short."""
 
 
 def take_delivery(taken: dict[str, Any]) -> Delivery:
@@ -37,31 +54,59 @@ def take_delivery(taken: dict[str, Any]) -> Delivery:
     stream = flag(taken, "stream", False)
     priority = taken.pop("priority", 0)
     if type(priority) is not int or not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
-        raise InvalidRequestError("priority must be a whole number of 32 bits", param="priority")
+        raise InvalidRequestError(f"priority must be a whole number within {MAX_PRIORITY}", param="priority")
     salt = taken.pop("cache_salt", "")
     if not isinstance(salt, str) or len(salt.encode()) > MAX_SALT_BYTES:
         raise InvalidRequestError(f"cache_salt must be a string of at most {MAX_SALT_BYTES} bytes", param="cache_salt")
-    return Delivery(model, stream, _include_usage(taken, stream), priority, salt)
+    options = _stream_options(taken, stream)
+    asked = taken.get("max_tokens")
+    return Delivery(
+        model=model,
+        stream=stream,
+        include_usage=options.get("include_usage") is True,
+        continuous_usage=options.get("continuous_usage_stats") is True,
+        priority=priority,
+        cache_salt=salt,
+        truncation=_truncation(taken),
+        return_token_ids=flag(taken, "return_token_ids", False),
+        tokens_as_token_ids=flag(taken, "return_tokens_as_token_ids", False),
+        asked_max_tokens=asked if type(asked) is int else None,
+    )
 
 
-def _include_usage(taken: dict[str, Any], stream: bool) -> bool:
+def _truncation(taken: dict[str, Any]) -> Truncation | None:
+    """`truncate_prompt_tokens`, whose -1 is vLLM's word for what fits, and `truncation_side`."""
+    num_tokens, side = taken.pop("truncate_prompt_tokens", None), taken.pop("truncation_side", None)
+    if side not in (None, "left", "right"):
+        raise InvalidRequestError("truncation_side must be left or right", param="truncation_side")
+    if num_tokens is None:
+        if side is not None:
+            raise InvalidRequestError("truncation_side needs truncate_prompt_tokens", param="truncation_side")
+        return None
+    if type(num_tokens) is not int or not (num_tokens == -1 or 1 <= num_tokens < 2**31):
+        raise InvalidRequestError(
+            "truncate_prompt_tokens must be a whole number above 0, or -1 for what fits", param="truncate_prompt_tokens"
+        )
+    return Truncation(None if num_tokens == -1 else num_tokens, keeps_end=side != "right")
+
+
+def _stream_options(taken: dict[str, Any], stream: bool) -> dict[str, Any]:
     options = taken.pop("stream_options", None)
     if options is None:
-        return False
+        return {}
     if not stream:
         raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
     if not isinstance(options, dict):
         raise InvalidRequestError("stream_options must be an object", param="stream_options")
+    known = ("include_usage", "continuous_usage_stats", "include_obfuscation")
     for name, value in options.items():
-        if name not in ("include_usage", "include_obfuscation", "continuous_usage_stats"):
-            raise InvalidRequestError(
-                f"unknown field 'stream_options.{name[:64]}'; known is include_usage", param="stream_options"
-            )
+        if name not in known:
+            raise InvalidRequestError(unknown_name_message("stream option", name[:64], known), param="stream_options")
         if value is not None and type(value) is not bool:
             raise InvalidRequestError(f"stream_options.{name} must be true or false", param="stream_options")
-        if name != "include_usage" and value:
+        if name == "include_obfuscation" and value:
             raise InvalidRequestError(f"stream_options.{name} is not supported", param="stream_options")
-    return options.get("include_usage") is True
+    return options
 
 
 def make_params(

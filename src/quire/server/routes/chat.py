@@ -8,11 +8,12 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from quire.outputs import CompletionOutput, RequestOutput
-from quire.server.body import read_object
 from quire.server.context import ServerContext, new_id
 from quire.server.delivery import deliver, naming_param
 from quire.server.protocol import answers
-from quire.server.protocol.chat import ChatCall, parse_chat
+from quire.server.protocol.chat import ChatCall, Conversation, parse_chat
+from quire.server.protocol.fit import fit_prompt
+from quire.server.protocol.tally import Tally
 from quire.server.streams import Outputs, final_outputs, merged
 
 router = APIRouter()
@@ -22,11 +23,21 @@ router = APIRouter()
 async def create_chat_completion(request: Request) -> Response:
     """Go on with a conversation."""
     context: ServerContext = request.app.state.context
-    body = await read_object(request)
-    call = parse_chat(body, context.engine.get_default_sampling_params())
+    defaults = context.engine.get_default_sampling_params()
+    call = await context.bodies.read(request, lambda body: parse_chat(body, defaults, context.limits))
     answer = _Answer(context, call, context.cache_salt(request, call.delivery.cache_salt))
     with naming_param("prompt", "messages"):
         return await deliver(request, answer, stream=call.delivery.stream)
+
+
+async def encode_conversation(context: ServerContext, conversation: Conversation) -> list[int]:
+    """Token ids of a conversation under the model's template."""
+    return await context.engine.encode_chat(
+        conversation.messages,
+        add_generation_prompt=conversation.add_generation_prompt,
+        continue_final_message=conversation.continue_final_message,
+        chat_template_kwargs=conversation.template_arguments,
+    )
 
 
 class _Answer:
@@ -34,63 +45,75 @@ class _Answer:
 
     def __init__(self, context: ServerContext, call: ChatCall, cache_salt: str) -> None:
         self._context, self._call, self._cache_salt = context, call, cache_salt
-        self.id = new_id("chatcmpl")
-        self._head = {
-            "id": self.id,
+        self._id = new_id("chatcmpl")
+        self._head: dict[str, Any] = {
+            "id": self._id,
             "object": "chat.completion.chunk" if call.delivery.stream else "chat.completion",
             "created": int(time.time()),
             "model": context.resolve_name(call.delivery.model),
             "system_fingerprint": answers.FINGERPRINT,
         }
+        self._tally = Tally(1, shows_cached=context.show_cached_tokens)
+
+    def headers(self) -> dict[str, str]:
+        """Its id and where its time went."""
+        return {"x-request-id": self._id, "server-timing": self._tally.server_timing()}
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
         with self._context.gate.inside():
             (output,) = await final_outputs([await self._start()])
+        self._tally.see(0, output)
         choices = [
             {
                 "index": choice.index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": {"role": "assistant", "content": self._call.echoed + choice.text, "refusal": None},
                 "logprobs": self._logprobs(choice),
                 "finish_reason": answers.check_finish(output, choice),
                 "stop_reason": choice.stop_reason,
+                **self._token_ids(choice),
             }
             for choice in output.outputs
         ]
-        num_tokens = sum(len(choice.token_ids) for choice in output.outputs)
-        counted = self._usage(len(output.prompt_token_ids), num_tokens, output.num_cached_tokens)
-        content: dict[str, Any] = {**self._head, "choices": choices, "usage": counted}
+        content = {**self._head, "choices": choices, "usage": self._tally.usage(), "timings": self._tally.timings()}
         if self._call.wants_prompt_logprobs:
             content["prompt_logprobs"] = answers.prompt_logprobs(output.prompt_logprobs)
+        if self._call.delivery.return_token_ids:
+            content["prompt_token_ids"] = output.prompt_token_ids
         return content
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in pieces: for each choice its role, what it says, why it ended; then usage."""
-        include_usage = self._call.delivery.include_usage
-        head = {**self._head, "usage": None} if include_usage else self._head
+        delivery, tally = self._call.delivery, self._tally
         begun: set[int] = set()
-        num_prompt = num_tokens = cached = 0
         with self._context.gate.inside():
             async with aclosing(merged([await self._start()])) as outputs:
                 async for _, output in outputs:
-                    num_prompt = len(output.prompt_token_ids)
-                    cached = max(cached, output.num_cached_tokens)
-                    for choice in output.outputs:
-                        num_tokens += len(choice.token_ids)
-                        if choice.index not in begun:
-                            begun.add(choice.index)
-                            role = {"role": "assistant", "content": "", "refusal": None}
-                            yield {**head, "choices": [_piece(choice.index, role)]}
-                        for piece in self._pieces(output, choice):
-                            yield {**head, "choices": [piece]}
-        if include_usage:
-            yield {**self._head, "choices": [], "usage": self._usage(num_prompt, num_tokens, cached)}
+                    tally.see(0, output)
+                    pieces = [piece for choice in output.outputs for piece in self._pieces(output, choice, begun)]
+                    for piece in pieces:
+                        event = {**self._head, "choices": [piece]}
+                        if delivery.continuous_usage:
+                            event["usage"] = tally.usage()
+                        elif delivery.include_usage:
+                            event["usage"] = None
+                        if delivery.return_token_ids and "role" in piece["delta"]:
+                            event["prompt_token_ids"] = output.prompt_token_ids
+                        if tally.finished and piece is pieces[-1] and not delivery.include_usage:
+                            event["timings"] = tally.timings()
+                        yield event
+        if delivery.include_usage:
+            yield {**self._head, "choices": [], "usage": tally.usage(), "timings": tally.timings()}
 
-    def _pieces(self, output: RequestOutput, choice: CompletionOutput) -> list[dict[str, Any]]:
+    def _pieces(self, output: RequestOutput, choice: CompletionOutput, begun: set[int]) -> list[dict[str, Any]]:
         finish_reason = answers.check_finish(output, choice)
         pieces = []
-        if choice.text or (choice.logprobs and choice.token_ids):
-            pieces.append(_piece(choice.index, {"content": choice.text}, self._logprobs(choice)))
+        if choice.index not in begun:
+            begun.add(choice.index)
+            pieces.append(_piece(choice.index, {"role": "assistant", "content": self._call.echoed, "refusal": None}))
+        ids = self._token_ids(choice)
+        if choice.text or (choice.token_ids and (choice.logprobs or ids)):
+            pieces.append({**_piece(choice.index, {"content": choice.text}, self._logprobs(choice)), **ids})
         if finish_reason is not None:
             end = _piece(choice.index, {})
             pieces.append({**end, "finish_reason": finish_reason, "stop_reason": choice.stop_reason})
@@ -98,28 +121,25 @@ class _Answer:
 
     async def _start(self) -> Outputs:
         engine, call = self._context.engine, self._call
-        token_ids = await engine.encode_chat(
-            call.messages,
-            add_generation_prompt=call.add_generation_prompt,
-            continue_final_message=call.continue_final_message,
-            chat_template_kwargs=call.template_arguments,
-        )
+        token_ids = await encode_conversation(self._context, call.conversation)
         return engine.generate(
-            {"prompt_token_ids": token_ids},
+            {"prompt_token_ids": fit_prompt(token_ids, call.delivery, engine.max_model_len)},
             call.params,
-            request_id=self.id,
+            request_id=self._id,
             priority=call.delivery.priority,
             cache_salt=self._cache_salt,
         )
+
+    def _token_ids(self, choice: CompletionOutput) -> dict[str, Any]:
+        return {"token_ids": choice.token_ids} if self._call.delivery.return_token_ids else {}
 
     def _logprobs(self, choice: CompletionOutput) -> dict[str, Any] | None:
         top = self._call.top_logprobs
         if top is None:
             return None
-        return answers.chat_logprobs(choice, top, self._context.engine.get_tokenizer().token_bytes)
-
-    def _usage(self, num_prompt: int, num_tokens: int, cached: int) -> dict[str, Any]:
-        return answers.usage(num_prompt, num_tokens, cached if self._context.show_cached_tokens else None)
+        bytes_of = self._context.engine.get_tokenizer().token_bytes
+        names = answers.TokenNames(bytes_of, as_ids=self._call.delivery.tokens_as_token_ids)
+        return answers.chat_logprobs(choice, top, names)
 
 
 def _piece(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -1,18 +1,19 @@
 """POST /v1/completions."""
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
-from quire.server.body import read_object
 from quire.server.context import ServerContext, new_id
 from quire.server.delivery import deliver, naming_param
 from quire.server.protocol import answers
-from quire.server.protocol.completions import CompletionCall, Prompt, parse_completion
+from quire.server.protocol.completions import CompletionCall, parse_completion
+from quire.server.protocol.fit import fit_prompt
+from quire.server.protocol.tally import Tally
 from quire.server.streams import Outputs, final_outputs, merged
 
 router = APIRouter()
@@ -22,8 +23,8 @@ router = APIRouter()
 async def create_completion(request: Request) -> Response:
     """Continue each prompt."""
     context: ServerContext = request.app.state.context
-    body = await read_object(request)
-    call = parse_completion(body, context.engine.get_default_sampling_params())
+    defaults = context.engine.get_default_sampling_params()
+    call = await context.bodies.read(request, lambda body: parse_completion(body, defaults, context.limits))
     answer = _Answer(context, call, context.cache_salt(request, call.delivery.cache_salt))
     with naming_param("prompt_token_ids", "prompt"):
         return await deliver(request, answer, stream=call.delivery.stream)
@@ -34,105 +35,113 @@ class _Answer:
 
     def __init__(self, context: ServerContext, call: CompletionCall, cache_salt: str) -> None:
         self._context, self._call, self._cache_salt = context, call, cache_salt
-        self.id = new_id("cmpl")
-        self._head = {
-            "id": self.id,
+        self._id = new_id("cmpl")
+        self._head: dict[str, Any] = {
+            "id": self._id,
             "object": "text_completion",
             "created": int(time.time()),
             "model": context.resolve_name(call.delivery.model),
             "system_fingerprint": answers.FINGERPRINT,
         }
+        self._texts: list[str | None] = []
+        """Of each prompt, where it is known as it was sent."""
         self._offsets: dict[int, int] = {}
+        shows_cached = context.show_cached_tokens
+        self._tally = Tally(len(call.prompts), shows_cached=shows_cached, prompt_only=call.prompt_only)
+
+    def headers(self) -> dict[str, str]:
+        """Its id and where its time went."""
+        return {"x-request-id": self._id, "server-timing": self._tally.server_timing()}
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
         with self._context.gate.inside():
             outputs = await final_outputs(await self._start())
-        n = self._call.params.n
-        choices = [
-            self._choice(number * n + choice.index, number, output, choice, is_first=True)
-            for number, output in enumerate(outputs)
-            for choice in output.outputs
-        ]
-        counted = answers.usage(
-            sum(len(output.prompt_token_ids) for output in outputs),
-            0 if self._call.prompt_only else sum(len(c.token_ids) for o in outputs for c in o.outputs),
-            sum(output.num_cached_tokens for output in outputs) if self._context.show_cached_tokens else None,
-        )
-        return {**self._head, "choices": choices, "usage": counted}
+        choices = []
+        for number, output in enumerate(outputs):
+            self._tally.see(number, output)
+            choices += [self._choice(number, output, choice) for choice in output.outputs]
+        return {**self._head, "choices": choices, "usage": self._tally.usage(), "timings": self._tally.timings()}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in pieces."""
-        call, n = self._call, self._call.params.n
-        head = {**self._head, "usage": None} if call.delivery.include_usage else self._head
-        prompt_tokens: dict[int, int] = {}
-        cached_tokens: dict[int, int] = {}
-        num_tokens = 0
+        delivery, tally = self._call.delivery, self._tally
         with self._context.gate.inside():
             async with aclosing(merged(await self._start())) as outputs:
                 async for number, output in outputs:
-                    prompt_tokens[number] = len(output.prompt_token_ids)
-                    cached_tokens[number] = max(output.num_cached_tokens, cached_tokens.get(number, 0))
+                    tally.see(number, output)
                     for choice in output.outputs:
-                        index = number * n + choice.index
-                        num_tokens += len(choice.token_ids)
-                        is_first = index not in self._offsets
-                        yield {**head, "choices": [self._choice(index, number, output, choice, is_first=is_first)]}
-        if call.delivery.include_usage:
-            cached = sum(cached_tokens.values()) if self._context.show_cached_tokens else None
-            counted = answers.usage(sum(prompt_tokens.values()), 0 if call.prompt_only else num_tokens, cached)
-            yield {**self._head, "choices": [], "usage": counted}
+                        event = {**self._head, "choices": [self._choice(number, output, choice)]}
+                        if delivery.continuous_usage:
+                            event["usage"] = tally.usage()
+                        elif delivery.include_usage:
+                            event["usage"] = None
+                        if tally.finished and choice is output.outputs[-1] and not delivery.include_usage:
+                            event["timings"] = tally.timings()
+                        yield event
+        if delivery.include_usage:
+            yield {**self._head, "choices": [], "usage": tally.usage(), "timings": tally.timings()}
 
     async def _start(self) -> list[Outputs]:
-        context, call = self._context, self._call
-        streams = []
-        for number, prompt in enumerate(call.prompts):
-            ready: Prompt = prompt
-            if isinstance(prompt, str) and not call.add_special_tokens:
-                ready = await context.engine.encode(prompt, add_special_tokens=False)
-            streams.append(
-                context.engine.generate(
-                    ready,
-                    call.params,
-                    request_id=f"{self.id}-{number}",
-                    priority=call.delivery.priority,
-                    cache_salt=self._cache_salt,
-                )
+        """Every prompt is checked before the first one starts."""
+        engine, call = self._context.engine, self._call
+        prompts: list[Sequence[int]] = []
+        for prompt in call.prompts:
+            text = prompt if isinstance(prompt, str) else None
+            token_ids: Sequence[int] = prompt if isinstance(prompt, list) else []
+            if text is not None:
+                token_ids = await engine.encode(text, add_special_tokens=call.add_special_tokens)
+            prompts.append(fit_prompt(token_ids, call.delivery, engine.max_model_len))
+            self._texts.append(text if len(prompts[-1]) == len(token_ids) else None)
+        return [
+            engine.generate(
+                {"prompt_token_ids": token_ids},
+                call.params,
+                request_id=f"{self._id}-{number}",
+                priority=call.delivery.priority,
+                cache_salt=self._cache_salt,
             )
-        return streams
+            for number, token_ids in enumerate(prompts)
+        ]
 
-    def _choice(
-        self, index: int, number: int, output: RequestOutput, choice: CompletionOutput, *, is_first: bool
-    ) -> dict[str, Any]:
-        call = self._call
-        finish_reason = answers.check_finish(output, choice)
-        echoed = self._prompt_text(number, output) if call.echo and is_first else ""
+    def _choice(self, number: int, output: RequestOutput, choice: CompletionOutput) -> dict[str, Any]:
+        """What is new of one sequence; its first part has what belongs to the prompt too."""
+        call, index = self._call, number * self._call.params.n + choice.index
+        is_first = index not in self._offsets
+        echoes = call.echo and is_first
         offset = self._offsets.setdefault(index, 0)
         logprobs = None
         if call.logprobs is not None:
-            spans: list[tuple[int, PositionLogprobs | None]] = []
-            if call.echo and is_first:
-                spans += zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=True)
-            if not call.prompt_only:
-                spans += zip(choice.token_ids, choice.logprobs or [], strict=True)
-            text_of = self._context.engine.get_tokenizer().token_text
-            logprobs = answers.completion_logprobs(spans, call.logprobs, offset, text_of)
-            offset += sum(map(len, logprobs["tokens"]))
-        self._offsets[index] = offset
+            logprobs = self._logprobs(output, choice, call.logprobs, offset, echoes=echoes)
+            self._offsets[index] += sum(map(len, logprobs["tokens"]))
         content: dict[str, Any] = {
             "index": index,
-            "text": echoed + ("" if call.prompt_only else choice.text),
+            "text": (self._prompt_text(number, output) if echoes else "") + ("" if call.prompt_only else choice.text),
             "logprobs": logprobs,
-            "finish_reason": finish_reason,
+            "finish_reason": answers.check_finish(output, choice),
             "stop_reason": choice.stop_reason,
         }
+        if call.delivery.return_token_ids:
+            content["token_ids"] = [] if call.prompt_only else choice.token_ids
+            content["prompt_token_ids"] = output.prompt_token_ids if is_first else None
         if call.wants_prompt_logprobs:
             content["prompt_logprobs"] = answers.prompt_logprobs(output.prompt_logprobs)
         return content
 
+    def _logprobs(
+        self, output: RequestOutput, choice: CompletionOutput, top: int, offset: int, *, echoes: bool
+    ) -> dict[str, Any]:
+        spans: list[tuple[int, PositionLogprobs | None]] = []
+        if echoes:
+            spans += zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=True)
+        if not self._call.prompt_only:
+            spans += zip(choice.token_ids, choice.logprobs or [], strict=True)
+        bytes_of = self._context.engine.get_tokenizer().token_bytes
+        names = answers.TokenNames(bytes_of, as_ids=self._call.delivery.tokens_as_token_ids)
+        return answers.completion_logprobs(spans, top, offset, names)
+
     def _prompt_text(self, number: int, output: RequestOutput) -> str:
-        prompt = self._call.prompts[number]
-        if isinstance(prompt, str):
-            return prompt
-        tokenizer = self._context.engine.get_tokenizer()
-        return tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+        text = self._texts[number]
+        if text is None:
+            text = self._context.engine.get_tokenizer().decode(output.prompt_token_ids, skip_special_tokens=False)
+        return text
