@@ -1,5 +1,6 @@
 // Activations, alone or times the second half of the row.
 #include "functions.h"
+#include "tiles.h"
 
 namespace quire::QUIRE_ISA {
 
@@ -20,15 +21,24 @@ void apply(const float* x, const float* factor, int64_t size, float* y) {
     for (int64_t j = i; j < size; ++j) y[j] = factor != nullptr ? rest[j - i] * factor[j] : rest[j - i];
 }
 
+void activate_part(const ActivationArgs& args, const float* x, int64_t size, float* y) {
+    const float* factor = args.multiply ? x + args.size : nullptr;
+    switch (args.kind) {
+        case Activation::silu: apply<silu>(x, factor, size, y); break;
+        case Activation::gelu: apply<gelu>(x, factor, size, y); break;
+        case Activation::gelu_tanh: apply<gelu_tanh>(x, factor, size, y); break;
+        case Activation::relu: apply<relu>(x, factor, size, y); break;
+    }
+}
+
 void activate_row(const ActivationArgs& args, int64_t row) {
     const float* x = args.x + row * args.x_stride;
-    const float* factor = args.multiply ? x + args.size : nullptr;
-    float* y = args.y + row * args.size;
-    switch (args.kind) {
-        case Activation::silu: apply<silu>(x, factor, args.size, y); break;
-        case Activation::gelu: apply<gelu>(x, factor, args.size, y); break;
-        case Activation::gelu_tanh: apply<gelu_tanh>(x, factor, args.size, y); break;
-        case Activation::relu: apply<relu>(x, factor, args.size, y); break;
+    if (args.y != nullptr) return activate_part(args, x, args.size, args.y + row * args.size);
+    for (int64_t first = 0; first < args.size; first += kTileDepth) {
+        const int64_t size = smaller(kTileDepth, args.size - first);
+        float values[kTileDepth];
+        activate_part(args, x + first, size, values);
+        round_chunk(values, size, args.y_tiles.at(row, first / kTileDepth));
     }
 }
 

@@ -26,19 +26,59 @@ constexpr int64_t kTile = 16;   // positions in a tile of keys
 //           a tile is 1 KB, the right-hand side of one instruction of the matrix unit
 enum class Layout { panels, tiles };
 
+inline int64_t panel_width(Layout layout) { return layout == Layout::tiles ? kTilePanel : kPanel; }
+
+// A *gated* weight [2 n, in] is that of gate (the first n outputs) and up: half of a panel's columns are outputs of gate,
+// the other half the same outputs of up. Its product is n wide: activation(gate x) * up x.
 struct Panels {
     const void* data;
-    const float* bias;  // [out] or null
+    const float* bias;  // [panels][width] in the order of the panels' columns, zero where padded; or null
     int64_t in, out;
     Storage storage;
     Layout layout;
+    bool gated;
+
+    int64_t width() const { return panel_width(layout); }
+    int64_t products() const { return gated ? out / 2 : out; }               // the width of y
+    int64_t panel_products() const { return gated ? width() / 2 : width(); }  // of them in a panel
+    int64_t panels() const { return (products() + panel_products() - 1) / panel_products(); }
+    // The row of the weight in a column of a panel; -1 for padding.
+    int64_t source(int64_t panel, int64_t column) const {
+        const int64_t product = panel * panel_products() + column % panel_products();
+        return product >= products() ? -1 : column < panel_products() ? product : products() + product;
+    }
 };
 
+// Rows of bfloat16 as the matrix unit takes them: what makes them rounds (to nearest, ties to even), once.
+//
+//   [blocks of 16 rows][chunks of 32 inputs][16 rows, or all where there are fewer][32 inputs]
+//
+// Inputs past `width` are zero; rows past `rows` are anything. tiles.h writes them.
+struct TileRows {
+    uint16_t* data;  // 64-byte aligned; null: none
+    int64_t rows, width;
+
+    int64_t chunks() const { return (width + kTileDepth - 1) / kTileDepth; }
+    int64_t tile_rows() const { return rows < kTileSide ? rows : kTileSide; }
+    int64_t blocks() const { return (rows + kTileSide - 1) / kTileSide; }
+    int64_t bytes() const { return blocks() * chunks() * tile_rows() * kTileDepth * 2; }
+    // 32 inputs of a row
+    uint16_t* at(int64_t row, int64_t chunk) const {
+        const int64_t block = row / kTileSide * chunks() * kTileSide;
+        return data + (block + chunk * tile_rows() + row % kTileSide) * kTileDepth;
+    }
+};
+
+// One of `x` and `x_tiles` (weights in tiles only) is read, one of `y` and `y_tiles` written.
 struct LinearArgs {
     const float* x;  // [rows, in], rows `x_stride` floats apart
     int64_t x_stride, rows;
+    TileRows x_tiles;  // [rows, in]
     Panels weight;
-    float* y;  // [rows, out]
+    float* y;          // [rows, weight.products()]
+    bool add;          // to what y holds
+    TileRows y_tiles;  // [rows, weight.products()]
+    Activation activation;  // of a gated weight
     float scale;
     float softcap;  // 0: none
 };
@@ -60,7 +100,8 @@ struct NormArgs {
     const float* bias;    // [size] or null
     float eps;
     bool centre;  // layer_norm
-    float* y;     // [rows, size]
+    float* y;     // [rows, size], or null:
+    TileRows y_tiles;
 };
 
 struct RopeArgs {
@@ -77,7 +118,8 @@ struct ActivationArgs {
     int64_t x_stride, rows, size;
     Activation kind;
     bool multiply;
-    float* y;  // [rows, size]
+    float* y;  // [rows, size], or null:
+    TileRows y_tiles;
 };
 
 // The paged cache, [blocks][layers][kv_heads] units of one block for one head:

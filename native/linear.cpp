@@ -115,7 +115,7 @@ void compute_item(const LinearArgs& args, int64_t item, float* scratch) {
             }
         }
     }
-    finish_rows<kPanel>(args, panel * kPanel, first_row, rows, sums);
+    finish_rows<kPanel>(args, panel, first_row, rows, sums);
 }
 
 struct Job {
@@ -145,7 +145,7 @@ void linear(const LinearArgs& args, ThreadPool& pool) {
 #if QUIRE_TILES
     if (args.weight.layout == Layout::tiles) return linear_tiles(args, pool);
 #endif
-    const int64_t panels = (args.weight.out + kPanel - 1) / kPanel;
+    const int64_t panels = args.weight.panels();
     const int64_t groups = (args.rows + kItemRows - 1) / kItemRows;
     Job job{&args, &pool};
     Work item = args.weight.storage == Storage::bfloat16  ? work<BFloat16>

@@ -45,7 +45,8 @@ void configure(int64_t rows) {
 struct Job {
     const LinearArgs* args;
     ThreadPool* pool;
-    uint16_t* x;         // [blocks of rows][chunks][tile_rows][32]
+    const uint16_t* x;   // TileRows
+    TileRows rounded;    // what x is where it arrives as floats
     int32_t* borders;    // [runs + 1]: the panels of each run
     int64_t chunks;      // of 32 inputs
     int64_t tile_rows;   // 16, or all rows where they are fewer
@@ -57,21 +58,11 @@ struct Job {
     }
 };
 
-// 32 floats, of which the first `inputs` exist, to bfloat16.
-inline void round_chunk(const float* from, int64_t inputs, uint16_t* to) {
-    const uint32_t mask = inputs >= kTileDepth ? ~0u : (1u << inputs) - 1;
-    const __m512 low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from);
-    const __m512 high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(mask >> 16), from + 16);
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(high, low);
-    __builtin_memcpy(to, &rounded, 64);
-}
-
 // One block of rows as tiles; rows and inputs that do not exist are zero. A few chunks of all rows at a time, so that
 // tiles leave the cache complete.
 void round_block(void* context, int64_t block, int) {
     const Job& job = *static_cast<const Job*>(context);
     const LinearArgs& args = *job.args;
-    uint16_t* const to = job.x + block * kTileItems * job.chunks;
     for (int64_t first = 0; first < job.chunks; first += kRoundedChunks) {
         const int64_t last = smaller(job.chunks, first + kRoundedChunks);
         for (int64_t r = 0; r < job.tile_rows; ++r) {
@@ -79,7 +70,7 @@ void round_block(void* context, int64_t block, int) {
             for (int64_t chunk = first; chunk < last; ++chunk) {
                 const int64_t inputs = row < args.rows ? args.weight.in - chunk * kTileDepth : 0;
                 const float* from = inputs > 0 ? args.x + row * args.x_stride + chunk * kTileDepth : args.x;
-                round_chunk(from, inputs, to + (chunk * job.tile_rows + r) * kTileDepth);
+                round_chunk(from, inputs, job.rounded.at(block * kTileSide + r, chunk));
             }
         }
     }
@@ -162,7 +153,7 @@ void stream_item(void* context, int64_t item, int worker) {
     configure(job.tile_rows);
     for (int64_t panel = first; panel < last; ++panel) {
         multiply_rows(job, job.x, job.weights(panel, 0), job.chunks, true, sums, fetch);
-        finish_rows<kTilePanel>(args, panel * kTilePanel, 0, args.rows, sums);
+        finish_rows<kTilePanel>(args, panel, 0, args.rows, sums);
     }
     _tile_release();
 }
@@ -186,14 +177,15 @@ struct FetchBlock {
 // them ahead memory takes them at a third of its speed.
 void finish_run(const LinearArgs& args, int64_t first_panel, int64_t last_panel, int64_t first_row, int64_t rows,
                 const float* sums, int64_t panel_sums) {
-    const int64_t first = first_panel * kTilePanel, width = smaller(last_panel * kTilePanel, args.weight.out) - first;
+    const int64_t first = first_panel * args.weight.panel_products();
+    const int64_t width = smaller(last_panel * args.weight.panel_products(), args.weight.products()) - first;
     for (int64_t r = 0; r < rows; ++r) {
-        if (r + kRowsAhead < rows) {
-            const float* later = args.y + (first_row + r + kRowsAhead) * args.weight.out + first;
+        if (args.y != nullptr && r + kRowsAhead < rows) {
+            const float* later = args.y + (first_row + r + kRowsAhead) * args.weight.products() + first;
             for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(later + i, 1);
         }
         for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-            finish_row<kTilePanel>(args, panel * kTilePanel, first_row + r,
+            finish_row<kTilePanel>(args, panel, first_row + r,
                                    sums + (panel - first_panel) * panel_sums + r * kTilePanel);
         }
     }
@@ -267,8 +259,7 @@ int64_t divide(int64_t panels, int64_t longest, int threads, int32_t* borders) {
 void linear_tiles(const LinearArgs& args, ThreadPool& pool) {
     if (args.rows == 0) return;
     const bool streamed = args.rows <= kStreamedRows;
-    const int64_t panels = (args.weight.out + kTilePanel - 1) / kTilePanel;
-    const int64_t blocks = (args.rows + kTileSide - 1) / kTileSide;
+    const int64_t panels = args.weight.panels();
     Job job{};
     job.args = &args;
     job.pool = &pool;
@@ -281,9 +272,12 @@ void linear_tiles(const LinearArgs& args, ThreadPool& pool) {
     if (streamed) job.group_rows = kStreamedRows;
     job.groups = (args.rows + job.group_rows - 1) / job.group_rows;
 
-    const int64_t x_bytes = blocks * job.chunks * job.tile_rows * kTileDepth * 2;
-    job.x = static_cast<uint16_t*>(pool.shared_scratch(x_bytes + (panels + 1) * sizeof(int32_t)));
-    job.borders = reinterpret_cast<int32_t*>(job.x + x_bytes / 2);
+    job.rounded = TileRows{nullptr, args.x == nullptr ? 0 : args.rows, args.weight.in};
+    void* const memory = pool.shared_scratch(job.rounded.bytes() + (panels + 1) * sizeof(int32_t));
+    job.rounded.data = static_cast<uint16_t*>(memory);
+    job.borders = reinterpret_cast<int32_t*>(job.rounded.data + job.rounded.bytes() / 2);
+    job.x = args.x == nullptr ? args.x_tiles.data : job.rounded.data;
+    const int64_t blocks = job.rounded.blocks();
     if (args.rows * args.weight.in < kSerialItems) {
         for (int64_t block = 0; block < blocks; ++block) round_block(&job, block, 0);
     } else {

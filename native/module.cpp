@@ -36,6 +36,33 @@ Storage storage_or_raise(const std::string& name) {
     return *storage;
 }
 
+// A two-dimensional argument: float32, or rows of bfloat16 for the matrix unit.
+struct Rows {
+    Rows(nb::handle object, const char* name, bool writable) {
+        if (const TileBuffer* buffer; nb::try_cast(object, buffer) && buffer != nullptr) {
+            tiles = buffer->rows();
+            rows = tiles.rows;
+            width = tiles.width;
+            return;
+        }
+        array.emplace(object, name, writable);
+        floats = array->data();
+        stride = array->stride();
+        rows = array->size(0);
+        width = array->size(1);
+    }
+
+    float* floats = nullptr;  // null for tiles
+    TileRows tiles{};
+    int64_t stride = 0, rows = 0, width = 0;
+    std::optional<Floats2> array;
+};
+
+TileBuffer* make_tiles(int64_t rows, int64_t width) {
+    require(rows >= 0 && width > 0 && rows < INT32_MAX && width < INT32_MAX, "make_tiles: a size is out of range");
+    return new TileBuffer(rows, width);
+}
+
 // The threads and the kernels of one provider.
 class Runtime {
 public:
@@ -50,25 +77,35 @@ public:
 
     int threads() const { return pool_.threads(); }
 
-    PackedLinear* pack(nb::handle weight, nb::handle bias, const std::string& storage_name) {
+    PackedLinear* pack(nb::handle weight, nb::handle bias, const std::string& storage_name, bool gated) {
         const Storage storage = storage_or_raise(storage_name);
-        if (storage == Storage::float32) return pack_items<float>(weight, bias, storage);
-        return pack_items<uint16_t>(weight, bias, storage);
+        if (storage == Storage::float32) return pack_items<float>(weight, bias, storage, gated);
+        return pack_items<uint16_t>(weight, bias, storage, gated);
     }
 
-    void linear(nb::handle x_, const PackedLinear& packed, nb::handle y_, float scale, float softcap) {
-        Floats2 x(x_, "x"), y(y_, "y", true);
-        require_packed_here(packed);
-        require(x.size(1) == packed.in, "linear: the width of x is not the weight's");
-        require(y.size(0) == x.size(0) && y.size(1) == packed.out, "linear: y has the wrong shape");
-        call(kernels_->linear,
-             LinearArgs{x.data(), x.stride(), x.size(0), packed.panels(), y.data(), scale, softcap});
+    void linear(nb::handle x, const PackedLinear& packed, nb::handle y, float scale, float softcap, bool add) {
+        require(!packed.gated, "linear: the weight is packed for gated_linear");
+        LinearArgs args{};
+        args.scale = scale;
+        args.softcap = softcap;
+        args.add = add;
+        run_linear(args, x, packed, y);
+    }
+
+    void gated_linear(nb::handle x, const PackedLinear& packed, int kind, nb::handle y) {
+        require(packed.gated, "gated_linear: the weight is not packed for it");
+        require(kind >= 0 && kind <= 3, "activation: no such kind");
+        LinearArgs args{};
+        args.scale = 1.0f;
+        args.activation = static_cast<Activation>(kind);
+        run_linear(args, x, packed, y);
     }
 
     void embed(nb::handle ids_, const PackedLinear& packed, float scale, nb::handle y_) {
         Ints1 ids(ids_, "token_ids");
         Floats2 y(y_, "y", true);
         require_packed_here(packed);
+        require(!packed.gated, "embed: the weight is packed for gated_linear");
         require(y.size(0) == ids.size(0) && y.size(1) == packed.in, "embed: y has the wrong shape");
         require_ids(ids, packed.out, "embed: a token id is outside the table");
         call(kernels_->embed, EmbedArgs{ids.data(), ids.size(0), packed.panels(), scale, y.data()});
@@ -76,12 +113,13 @@ public:
 
     void norm(nb::handle x_, nb::handle residual_, nb::handle weight_, nb::handle bias_, float eps, bool centre,
               nb::handle y_) {
-        Floats2 x(x_, "x"), y(y_, "y", true);
+        Floats2 x(x_, "x");
+        Rows y(y_, "y", true);
         Floats1 weight(weight_, "weight");
         require(weight.size(0) == x.size(1), "norm: the width of x is not the weight's");
-        require(y.size(0) == x.size(0) && y.size(1) == x.size(1), "norm: y has the wrong shape");
-        NormArgs args{x.data(),      x.stride(), x.size(0), x.size(1), nullptr, 0,
-                      weight.data(), nullptr,    eps,       centre,    y.data()};
+        require(y.rows == x.size(0) && y.width == x.size(1), "norm: y has the wrong shape");
+        NormArgs args{x.data(),      x.stride(), x.size(0), x.size(1), nullptr,  0,
+                      weight.data(), nullptr,    eps,       centre,    y.floats, y.tiles};
         std::optional<Floats2> residual;
         if (!residual_.is_none()) {
             residual.emplace(residual_, "residual", true);
@@ -111,12 +149,12 @@ public:
     }
 
     void activation(nb::handle x_, int kind, bool multiply, nb::handle y_) {
-        Floats2 x(x_, "x"), y(y_, "y", true);
+        Floats2 x(x_, "x");
+        Rows y(y_, "y", true);
         require(kind >= 0 && kind <= 3, "activation: no such kind");
-        require(y.size(0) == x.size(0) && x.size(1) == y.size(1) * (multiply ? 2 : 1),
-                "activation: y has the wrong shape");
-        call(kernels_->activation, ActivationArgs{x.data(), x.stride(), x.size(0), y.size(1),
-                                                  static_cast<Activation>(kind), multiply, y.data()});
+        require(y.rows == x.size(0) && x.size(1) == y.width * (multiply ? 2 : 1), "activation: y has the wrong shape");
+        call(kernels_->activation, ActivationArgs{x.data(), x.stride(), x.size(0), y.width,
+                                                  static_cast<Activation>(kind), multiply, y.floats, y.tiles});
     }
 
     void attention(nb::handle q_, nb::handle k_, nb::handle v_, const Cache& cache, int64_t layer,
@@ -223,9 +261,28 @@ private:
         kernel(args, pool_);
     }
 
+    // The pointers of `args` come from the arrays (or TileBuffers) x and y.
+    void run_linear(LinearArgs& args, nb::handle x_, const PackedLinear& packed, nb::handle y_) {
+        Rows x(x_, "x", false), y(y_, "y", true);
+        require_packed_here(packed);
+        require(x.width == packed.in, "linear: the width of x is not the weight's");
+        require(y.rows == x.rows && y.width == packed.products(), "linear: y has the wrong shape");
+        require(x.floats != nullptr || packed.layout == Layout::tiles, "linear: the weight is not one of tiles");
+        require(y.floats != nullptr || !args.add, "linear: tiles of bfloat16 are not added to");
+        args.x = x.floats;
+        args.x_stride = x.stride;
+        args.rows = x.rows;
+        args.x_tiles = x.tiles;
+        args.weight = packed.panels();
+        args.y = y.floats;
+        args.y_tiles = y.tiles;
+        call(kernels_->linear, args);
+    }
+
     template <class Item>
-    PackedLinear* pack_items(nb::handle weight_, nb::handle bias_, Storage storage) {
+    PackedLinear* pack_items(nb::handle weight_, nb::handle bias_, Storage storage, bool gated) {
         Array<Item, 2> weight(weight_, "weight");
+        require(!gated || weight.size(0) % 2 == 0, "pack_gated: the outputs of gate and up differ in number");
         std::optional<Floats1> bias;
         if (!bias_.is_none()) {
             bias.emplace(bias_, "bias");
@@ -234,7 +291,7 @@ private:
         nb::gil_scoped_release unlocked;
         const auto lock = pool_.exclusive();
         return new PackedLinear(weight.data(), weight.size(0), weight.size(1), weight.stride(),
-                                bias.has_value() ? bias->data() : nullptr, storage, layout_of(storage), pool_);
+                                bias.has_value() ? bias->data() : nullptr, storage, layout_of(storage), gated, pool_);
     }
 
     Layout layout_of(Storage storage) const {
@@ -298,14 +355,18 @@ NB_MODULE(_native, module) {
     nb::class_<PackedLinear>(module, "PackedLinear")
         .def_ro("out_features", &PackedLinear::out)
         .def_ro("in_features", &PackedLinear::in)
+        .def_prop_ro("products", &PackedLinear::products, "the width of a product")
         .def_prop_ro("bytes", &PackedLinear::bytes);
+    nb::class_<TileBuffer>(module, "TileBuffer");
+    module.def("make_tiles", &make_tiles, nb::rv_policy::take_ownership);
     nb::class_<Cache>(module, "Cache").def_prop_ro("bytes", &Cache::bytes);
     const auto none = nb::arg().none();
     nb::class_<Runtime>(module, "Runtime")
         .def(nb::init<int, const std::string&>())
         .def_prop_ro("threads", &Runtime::threads)
-        .def("pack", &Runtime::pack, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg())
+        .def("pack", &Runtime::pack, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg(), nb::arg())
         .def("linear", &Runtime::linear)
+        .def("gated_linear", &Runtime::gated_linear)
         .def("embed", &Runtime::embed)
         .def("norm", &Runtime::norm, nb::arg(), none, nb::arg(), none, nb::arg(), nb::arg(), nb::arg())
         .def("rope", &Runtime::rope)

@@ -1,5 +1,6 @@
 // rms_norm, add_rms_norm, layer_norm. The order of a row's sums depends on its length only.
 #include "functions.h"
+#include "tiles.h"
 
 namespace quire::QUIRE_ISA {
 
@@ -23,6 +24,14 @@ float sum_row(const float* x, int64_t size, float centre, bool squares) {
     return sum_lanes(even + odd) + tail;
 }
 
+// y = (x - mean) * factor * weight + bias for `count` elements from `first` on
+void scale_part(const NormArgs& args, const float* x, int64_t first, int64_t count, float mean, float factor, float* y) {
+    const float* const weight = args.weight + first;
+    for (int64_t i = 0; i < count; ++i) y[i] = (x[i] - mean) * factor * weight[i];
+    if (args.bias == nullptr) return;
+    for (int64_t i = 0; i < count; ++i) y[i] += args.bias[first + i];
+}
+
 void norm_row(const NormArgs& args, int64_t row) {
     const int64_t size = args.size;
     const float* x = args.x + row * args.x_stride;
@@ -34,10 +43,12 @@ void norm_row(const NormArgs& args, int64_t row) {
     const float count = static_cast<float>(size);
     const float mean = args.centre ? sum_row(x, size, 0.0f, false) / count : 0.0f;
     const float factor = 1.0f / __builtin_sqrtf(sum_row(x, size, mean, true) / count + args.eps);
-    float* y = args.y + row * size;
-    for (int64_t i = 0; i < size; ++i) y[i] = (x[i] - mean) * factor * args.weight[i];
-    if (args.bias != nullptr) {
-        for (int64_t i = 0; i < size; ++i) y[i] += args.bias[i];
+    if (args.y != nullptr) return scale_part(args, x, 0, size, mean, factor, args.y + row * size);
+    for (int64_t first = 0; first < size; first += kTileDepth) {
+        const int64_t count = smaller(kTileDepth, size - first);
+        float values[kTileDepth];
+        scale_part(args, x + first, first, count, mean, factor, values);
+        round_chunk(values, count, args.y_tiles.at(row, first / kTileDepth));
     }
 }
 

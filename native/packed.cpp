@@ -1,15 +1,8 @@
 #include "packed.h"
 
-#include <cstring>
-
 namespace quire {
 
 namespace {
-
-int64_t panel_count(int64_t out, Layout layout) {
-    const int64_t width = layout == Layout::tiles ? kTilePanel : kPanel;
-    return (out + width - 1) / width;
-}
 
 size_t panel_bytes(int64_t in, Storage storage, Layout layout) {
     if (layout == Layout::panels) return kPanel * in * bytes_of(storage);
@@ -18,7 +11,8 @@ size_t panel_bytes(int64_t in, Storage storage, Layout layout) {
 
 struct PackJob {
     const void* weight;
-    int64_t out, in, stride;
+    int64_t stride;
+    Panels shape;
     void* panels;
 };
 
@@ -26,11 +20,16 @@ struct PackJob {
 template <class Item>
 void pack_panel(void* context, int64_t panel, int) {
     const PackJob& job = *static_cast<const PackJob*>(context);
-    const Item* from = static_cast<const Item*>(job.weight) + panel * kPanel * job.stride;
-    Item* to = static_cast<Item*>(job.panels) + panel * kPanel * job.in;
-    const int64_t width = job.out - panel * kPanel < kPanel ? job.out - panel * kPanel : kPanel;
-    for (int64_t k = 0; k < job.in; ++k) {
-        for (int64_t o = 0; o < width; ++o) to[k * kPanel + o] = from[o * job.stride + k];
+    Item* const to = static_cast<Item*>(job.panels) + panel * kPanel * job.shape.in;
+    constexpr int64_t piece = 64;  // inputs at a time: what is written meanwhile stays in the cache
+    for (int64_t start = 0; start < job.shape.in; start += piece) {
+        const int64_t stop = job.shape.in - start < piece ? job.shape.in : start + piece;
+        for (int64_t o = 0; o < kPanel; ++o) {
+            const int64_t row = job.shape.source(panel, o);
+            if (row < 0) continue;
+            const Item* const from = static_cast<const Item*>(job.weight) + row * job.stride;
+            for (int64_t k = start; k < stop; ++k) to[k * kPanel + o] = from[k];
+        }
     }
 }
 
@@ -42,15 +41,16 @@ void pack_column(const uint16_t* from, int64_t inputs, uint16_t* to) {
 
 void pack_tiles(void* context, int64_t panel, int) {
     const PackJob& job = *static_cast<const PackJob*>(context);
+    const int64_t in = job.shape.in;
     constexpr int64_t piece = 8 * kTileDepth;  // inputs at a time: what is written meanwhile stays in the cache
-    const int64_t depth = (job.in + kTileDepth - 1) / kTileDepth * kTileDepth;
-    const int64_t first = panel * kTilePanel;
-    const int64_t width = job.out - first < kTilePanel ? job.out - first : kTilePanel;
-    uint16_t* const to = static_cast<uint16_t*>(job.panels) + first * depth;
-    for (int64_t start = 0; start < job.in; start += piece) {
-        const int64_t stop = job.in - start < piece ? job.in : start + piece;
-        for (int64_t o = 0; o < width; ++o) {
-            const uint16_t* from = static_cast<const uint16_t*>(job.weight) + (first + o) * job.stride;
+    const int64_t depth = (in + kTileDepth - 1) / kTileDepth * kTileDepth;
+    uint16_t* const to = static_cast<uint16_t*>(job.panels) + panel * kTilePanel * depth;
+    for (int64_t start = 0; start < in; start += piece) {
+        const int64_t stop = in - start < piece ? in : start + piece;
+        for (int64_t o = 0; o < kTilePanel; ++o) {
+            const int64_t row = job.shape.source(panel, o);
+            if (row < 0) continue;
+            const uint16_t* from = static_cast<const uint16_t*>(job.weight) + row * job.stride;
             uint16_t* column = to + o / kTileSide * kTileSide * kTileDepth + o % kTileSide * 2;
             for (int64_t k = start; k < stop; k += kTileDepth) {
                 pack_column(from + k, stop - k < kTileDepth ? stop - k : kTileDepth, column + k * kTilePanel);
@@ -74,18 +74,25 @@ size_t cache_bytes(const CacheLayout& layout) {
 }  // namespace
 
 PackedLinear::PackedLinear(const void* weight, int64_t out, int64_t in, int64_t stride, const float* bias,
-                           Storage storage, Layout layout, ThreadPool& pool)
+                           Storage storage, Layout layout, bool gated, ThreadPool& pool)
     : out(out),
       in(in),
       storage(storage),
       layout(layout),
-      pages_(panel_count(out, layout) * panel_bytes(in, storage, layout), true),
-      bias_(bias == nullptr ? std::vector<float>() : std::vector<float>(bias, bias + out)) {
-    PackJob job{weight, out, in, stride, pages_.data()};
+      gated(gated),
+      pages_(Panels{nullptr, nullptr, in, out, storage, layout, gated}.panels() * panel_bytes(in, storage, layout), true) {
+    PackJob job{weight, stride, panels(), pages_.data()};
     const Work pack = layout == Layout::tiles  ? pack_tiles
                       : bytes_of(storage) == 2 ? pack_panel<uint16_t>
                                                : pack_panel<uint32_t>;
-    pool.run(panel_count(out, layout), pack, &job);
+    pool.run(job.shape.panels(), pack, &job);
+    if (bias == nullptr) return;
+    const int64_t width = job.shape.width();
+    bias_.resize(job.shape.panels() * width);
+    for (size_t i = 0; i < bias_.size(); ++i) {
+        const int64_t row = job.shape.source(i / width, i % width);
+        if (row >= 0) bias_[i] = bias[row];
+    }
 }
 
 Cache::Cache(int64_t layers, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim, Storage storage)

@@ -1,6 +1,7 @@
 // Weights and caches in the layouts of kernels.h.
 #pragma once
 
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -21,20 +22,38 @@ class PackedLinear {
 public:
     // `weight` [out, in] holds items of `storage`, rows `stride` items apart; `bias` [out] may be null.
     PackedLinear(const void* weight, int64_t out, int64_t in, int64_t stride, const float* bias, Storage storage,
-                 Layout layout, ThreadPool& pool);
+                 Layout layout, bool gated, ThreadPool& pool);
 
     Panels panels() const {
-        return {pages_.data(), bias_.empty() ? nullptr : bias_.data(), in, out, storage, layout};
+        return {pages_.data(), bias_.empty() ? nullptr : bias_.data(), in, out, storage, layout, gated};
     }
     size_t bytes() const { return pages_.bytes() + bias_.size() * sizeof(float); }
+    int64_t products() const { return gated ? out / 2 : out; }
 
     const int64_t out, in;
     const Storage storage;
     const Layout layout;
+    const bool gated;
 
 private:
     Pages pages_;
     std::vector<float> bias_;
+};
+
+// TileRows in memory of their own, NaN until written: what a producer leaves out shows.
+class TileBuffer {
+public:
+    TileBuffer(int64_t rows, int64_t width)
+        : pages_(TileRows{nullptr, rows, width}.bytes(), false),
+          rows_{static_cast<uint16_t*>(pages_.data()), rows, width} {
+        std::memset(pages_.data(), 0xff, rows_.bytes());
+    }
+
+    const TileRows& rows() const { return rows_; }
+
+private:
+    Pages pages_;
+    TileRows rows_;
 };
 
 class Cache {

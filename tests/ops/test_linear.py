@@ -122,7 +122,7 @@ def test_memory_next_to_the_result_is_not_written(cpu: CpuOps) -> None:
     for out, rows in ((31, 1), (33, 17), (64, 40), (70, 16)):
         packed = cpu.pack_linear(normal(rng, out, 40), None, "bfloat16")
         memory = np.full((rows + 2, out), 7, np.float32)
-        cpu._native.linear(normal(rng, rows, 40), packed, memory[1:-1], 1.0, 0.0)
+        cpu._native.linear(normal(rng, rows, 40), packed, memory[1:-1], 1.0, 0.0, False)
         assert (memory[0] == 7).all() and (memory[-1] == 7).all()
 
 

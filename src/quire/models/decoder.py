@@ -87,9 +87,14 @@ class Parts:
 
     def linear(self, module: str) -> Opaque:
         """A packed linear, with its bias if the decoder has one there."""
-        has_bias = f"{module}.bias" in self._parameters
-        bias = self._source.part(f"{module}.bias") if has_bias else None
-        return self.ops.pack_linear(self._source.part(f"{module}.weight"), bias, self.storage)
+        return self.ops.pack_linear(self._source.part(f"{module}.weight"), self._bias(module), self.storage)
+
+    def gated_linear(self, module: str) -> Opaque:
+        """Gate and up, one matrix, packed for `gated_linear`."""
+        return self.ops.pack_gated(self._source.part(f"{module}.weight"), self._bias(module), self.storage)
+
+    def _bias(self, module: str) -> Array | None:
+        return self._source.part(f"{module}.bias") if f"{module}.bias" in self._parameters else None
 
     def embedding(self, module: str) -> Opaque:
         """A packed table."""
@@ -179,12 +184,18 @@ class Mlp:
         return ops.linear(ops.activation(ops.linear(x, self.up), self.activation), self.down)
 
 
-class GatedMlp(Mlp):
-    """`down(activation(gate(x)) * up(x))` (arXiv 2002.05202); gate and up come out of one linear."""
+class GatedMlp:
+    """`down(activation(gate(x)) * up(x))` (arXiv 2002.05202); gate and up are one matrix."""
+
+    def __init__(self, parts: Parts, spec: DecoderSpec, i: int) -> None:
+        self.ops = parts.ops
+        self.activation = spec.activation
+        self.up = parts.gated_linear(f"{i}.up")
+        self.down = parts.linear(f"{i}.down")
 
     def __call__(self, x: Array) -> Array:
         ops = self.ops
-        return ops.linear(ops.activation_multiply(ops.linear(x, self.up), self.activation), self.down)
+        return ops.linear(ops.gated_linear(x, self.up, self.activation), self.down)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +204,7 @@ class Layer:
 
     attention: Attention
     after_attention: Join
-    mlp: Mlp
+    mlp: Mlp | GatedMlp
     after_mlp: Join
 
 

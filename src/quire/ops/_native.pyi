@@ -9,7 +9,13 @@ class PackedLinear:
     @property
     def in_features(self) -> int: ...
     @property
+    def products(self) -> int:
+        """The width of a product: half of `out_features` for a gated weight."""
+    @property
     def bytes(self) -> int: ...
+
+class TileBuffer:
+    """Rows of bfloat16 as the matrix unit reads them (`TileRows` in native/kernels.h)."""
 
 class Cache:
     @property
@@ -19,18 +25,21 @@ class Runtime:
     def __init__(self, threads: int, isa: str, /) -> None: ...
     @property
     def threads(self) -> int: ...
-    def pack(self, weight: Any, bias: Any | None, storage: str, /) -> PackedLinear:
+    def pack(self, weight: Any, bias: Any | None, storage: str, gated: bool, /) -> PackedLinear:
         """`weight [out, in]`: uint16 bits of bfloat16 or float16, or float32."""
-    def linear(self, x: Any, packed: PackedLinear, y: Any, scale: float, softcap: float, /) -> None:
-        """`softcap` 0 is none."""
+    def linear(self, x: Any, packed: PackedLinear, y: Any, scale: float, softcap: float, add: bool, /) -> None:
+        """`softcap` 0 is none; `add` adds to what y holds. x and y may be TileBuffers, x for weights in tiles."""
+    def gated_linear(self, x: Any, packed: PackedLinear, kind: int, y: Any, /) -> None:
+        """x and y as for `linear`, `kind` as for `activation`."""
     def embed(self, token_ids: Any, packed: PackedLinear, scale: float, y: Any, /) -> None: ...
     def norm(
         self, x: Any, residual: Any | None, weight: Any, bias: Any | None, eps: float, centre: bool, y: Any, /
     ) -> None:
-        """`x` is added to `residual` first, where given; `centre` subtracts the mean (layer_norm)."""
+        """`x` is added to `residual` first, where given; `centre` subtracts the mean (layer_norm). y may be a
+        TileBuffer."""
     def rope(self, x: Any, positions: Any, cos: Any, sin: Any, /) -> None: ...
     def activation(self, x: Any, kind: int, multiply: bool, y: Any, /) -> None:
-        """`kind` counts silu, gelu, gelu_tanh, relu from 0."""
+        """`kind` counts silu, gelu, gelu_tanh, relu from 0. y may be a TileBuffer."""
     def attention(
         self,
         q: Any,
@@ -72,4 +81,5 @@ class Runtime:
 def instruction_sets() -> list[tuple[str, bool, str]]:
     """(name, whether this processor runs it, "yes" or what it lacks), slowest first."""
 
+def make_tiles(rows: int, width: int, /) -> TileBuffer: ...
 def make_cache(layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, storage: str, /) -> Cache: ...

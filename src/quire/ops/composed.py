@@ -4,19 +4,31 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from quire.ops.types import Activation, Array, Opaque
+from quire.ops.types import Activation, Array, Opaque, StorageType
 
 
 class ComposedOps:
-    """A base for providers, which supply `xp`, `linear` and `activation_multiply`."""
+    """A base for providers, which supply `xp`, `pack_linear`, `linear` and `activation_multiply`."""
 
     xp: Any
+
+    def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
+        raise NotImplementedError
 
     def linear(self, x: Array, packed: Opaque) -> Array:
         raise NotImplementedError
 
     def activation_multiply(self, gate_up: Array, kind: Activation) -> Array:
         raise NotImplementedError
+
+    def pack_gated(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
+        """As `pack_linear`, here; a provider whose `gated_linear` is one pass puts gate beside up."""
+        return self.pack_linear(weight, bias, storage)
+
+    def gated_linear(self, x: Array, packed: Opaque, kind: Activation) -> Array:
+        """`activation_multiply(linear(x), kind)` (arXiv 2002.05202). Tolerance: as `linear`, for each factor; exactly
+        those two operations of the same provider."""
+        return self.activation_multiply(self.linear(x, packed), kind)
 
     def moe(
         self,

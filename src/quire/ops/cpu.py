@@ -59,6 +59,12 @@ class CpuOps(ComposedOps):
         return x
 
     def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
+        return self._pack(weight, bias, storage, gated=False)
+
+    def pack_gated(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
+        return self._pack(weight, bias, storage, gated=True)
+
+    def _pack(self, weight: Any, bias: Any | None, storage: StorageType, gated: bool) -> Opaque:
         if isinstance(weight, QuantizedWeight):
             raise ConfigurationError(f"{weight.format}: the CPU has no kernels for it in this version")
         weight = np.asarray(weight)
@@ -70,7 +76,7 @@ class CpuOps(ComposedOps):
             bias = np.ascontiguousarray(bias, dtype=np.float32)
         # The buffer protocol has no name for bfloat16.
         items = weight if storage == "float32" else weight.view(np.uint16)
-        return self._native.pack(items, bias, storage)
+        return self._native.pack(items, bias, storage, gated)
 
     def pack_embedding(self, table: Any, storage: StorageType) -> Opaque:
         return self.pack_linear(table, None, storage)
@@ -79,7 +85,12 @@ class CpuOps(ComposedOps):
 
     def linear(self, x: Array, packed: Opaque) -> Array:
         y = np.empty((x.shape[0], packed.out_features), _FLOAT32)
-        self._native.linear(x, packed, y, 1.0, 0.0)
+        self._native.linear(x, packed, y, 1.0, 0.0, False)
+        return y
+
+    def gated_linear(self, x: Array, packed: Opaque, kind: Activation) -> Array:
+        y = np.empty((x.shape[0], packed.products), _FLOAT32)
+        self._native.gated_linear(x, packed, _ACTIVATION[kind], y)
         return y
 
     def embed(self, token_ids: Array, packed: Opaque, scale: float = 1.0) -> Array:
@@ -89,7 +100,7 @@ class CpuOps(ComposedOps):
 
     def logits(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> Array:
         y = np.empty((x.shape[0], packed.out_features), _FLOAT32)
-        self._native.linear(x, packed, y, scale, softcap or 0.0)
+        self._native.linear(x, packed, y, scale, softcap or 0.0, False)
         return y
 
     # norms

@@ -164,6 +164,12 @@ class Ops(Protocol):
         """`x [tokens, in] @ weight.T + bias -> [tokens, out]`. With 16-bit weights `x` may be rounded to their type
         first (docs/design/amx.md); with float32 weights it never is; with a `QuantizedWeight` to integers."""
 
+    def pack_gated(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
+        """Pack `weight [2 n, in]` and `bias [2 n]` for `gated_linear`: the first n outputs are gate, the others up."""
+
+    def gated_linear(self, x: Array, packed: Opaque, kind: Activation) -> Array:
+        """`kind(gate) * up -> [tokens, n]`, with the bits of `activation_multiply(linear(x))`."""
+
     def pack_embedding(self, table: Any, storage: StorageType) -> Opaque:
         """Pack `table [vocabulary, hidden]`, or a `QuantizedWeight`, for `embed`. The result is also one of
         `pack_linear`'s: a tied head gives it to `logits`, and nothing is stored twice."""

@@ -1,0 +1,142 @@
+"""The forms in which a product takes its inputs and gives its results: each has the bits of the plain one."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quire.ops._native import make_tiles
+from quire.ops.cpu import CpuOps
+from quire.ops.reference import ReferenceOps
+from quire.ops.select import instruction_sets
+from quire.ops.types import Activation
+from tests.ops.cases import normal, relative_error
+from tests.ops.test_linear import STORAGES, inputs_of_products
+
+REFERENCE = ReferenceOps(np)
+KINDS: list[Activation] = ["silu", "gelu", "gelu_tanh", "relu"]
+# outputs of gate (and of up), in: less than half a panel; half a tile panel and one more; not whole chunks; pieces
+GATED = [(1, 1), (15, 33), (16, 64), (17, 70), (48, 31), (100, 600), (33, 1300)]
+ROWS = (1, 2, 7, 15, 16, 17, 31, 32, 33, 40, 65, 200)
+needs_tiles = pytest.mark.skipif("amx" not in instruction_sets(), reason="this processor has no matrix unit")
+
+
+def tiles_of(ops: CpuOps, x: Any) -> Any:
+    """`x` as rows of bfloat16, made by a product with the identity. (What no producer writes is NaN.)"""
+    tiles = make_tiles(*x.shape)
+    one = ops.pack_linear(np.eye(x.shape[1], dtype=np.float32), None, "bfloat16")
+    ops._native.linear(x, one, tiles, 1.0, 0.0, False)
+    return tiles
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("shape", GATED)
+def test_a_gated_product_has_the_bits_of_its_two_operations(cpu: CpuOps, storage: str, shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    half, width = shape
+    weight, x = normal(rng, 2 * half, width), normal(rng, 200, width)
+    for bias in (None, normal(rng, 2 * half)):
+        plain, gated = cpu.pack_linear(weight, bias, storage), cpu.pack_gated(weight, bias, storage)
+        for index, rows in enumerate(ROWS):
+            kind = KINDS[index % 4]
+            expected = cpu.activation_multiply(cpu.linear(x[:rows], plain), kind)
+            assert np.array_equal(cpu.gated_linear(x[:rows], gated, kind), expected), rows
+        definition = REFERENCE.gated_linear(
+            inputs_of_products(cpu, storage, x), REFERENCE.pack_gated(weight, bias, storage), "silu"
+        )
+        assert relative_error(cpu.gated_linear(x, gated, "silu"), definition) < 1e-4
+
+
+def test_a_gated_row_has_the_same_bits_in_any_company_and_with_any_threads(cpu: CpuOps) -> None:
+    rng = np.random.default_rng(2)
+    weight, x = normal(rng, 2 * 530, 300), normal(rng, 600, 300)
+    gated = cpu.pack_gated(weight, None, "bfloat16")
+    whole = cpu.gated_linear(x, gated, "silu")
+    for first, last in ((0, 1), (3, 19), (5, 38), (100, 333), (599, 600)):
+        assert np.array_equal(cpu.gated_linear(x[first:last], gated, "silu"), whole[first:last])
+    for threads in (1, 3, 8):
+        other = CpuOps(threads, cpu.name.split("(")[1].split(",")[0])
+        assert np.array_equal(other.gated_linear(x, other.pack_gated(weight, None, "bfloat16"), "silu"), whole)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_product_is_added_to_what_is_there(cpu: CpuOps, storage: str) -> None:
+    rng = np.random.default_rng(3)
+    for out, width in ((1, 3), (31, 40), (64, 576), (130, 600)):
+        bias = normal(rng, out)
+        packed = cpu.pack_linear(normal(rng, out, width), bias, storage)
+        for rows in (1, 16, 33, 130):
+            x, residual = normal(rng, rows, width), normal(rng, rows, out)
+            expected = residual + cpu.linear(x, packed)
+            cpu._native.linear(x, packed, residual, 1.0, 0.0, True)
+            assert np.array_equal(residual, expected)
+
+
+def test_memory_next_to_a_gated_result_is_not_written(cpu: CpuOps) -> None:
+    rng = np.random.default_rng(4)
+    for half, rows in ((5, 1), (17, 17), (40, 40)):
+        packed = cpu.pack_gated(normal(rng, 2 * half, 40), None, "bfloat16")
+        memory = np.full((rows + 2, half), 7, np.float32)
+        cpu._native.gated_linear(normal(rng, rows, 40), packed, 0, memory[1:-1])
+        assert (memory[0] == 7).all() and (memory[-1] == 7).all()
+
+
+def test_a_weight_packed_for_another_operation_is_refused(cpu: CpuOps) -> None:
+    weight, x = np.ones((6, 4), np.float32), np.ones((2, 4), np.float32)
+    plain, gated = cpu.pack_linear(weight, None, "bfloat16"), cpu.pack_gated(weight, None, "bfloat16")
+    with pytest.raises(ValueError, match="packed for gated_linear"):
+        cpu.linear(x, gated)
+    with pytest.raises(ValueError, match="packed for gated_linear"):
+        cpu.embed(np.zeros(1, np.int32), gated)
+    with pytest.raises(ValueError, match="not packed for it"):
+        cpu.gated_linear(x, plain, "silu")
+    with pytest.raises(ValueError, match="differ in number"):
+        cpu.pack_gated(weight[:5], None, "bfloat16")
+
+
+def test_tiles_are_refused_where_weights_are_not_in_tiles() -> None:
+    for isa in instruction_sets():
+        ops = CpuOps(1, isa)
+        for storage in STORAGES:
+            if isa == "amx" and storage == "bfloat16":
+                continue
+            packed = ops.pack_linear(np.ones((6, 4), np.float32), None, storage)
+            with pytest.raises(ValueError, match="not one of tiles"):
+                ops._native.linear(make_tiles(2, 4), packed, np.empty((2, 6), np.float32), 1.0, 0.0, False)
+
+
+@needs_tiles
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 64, 576, 1500])
+def test_what_a_producer_rounds_gives_the_bits_of_what_a_product_rounds(width: int) -> None:
+    cpu = CpuOps(2, "amx")
+    rng = np.random.default_rng(width)
+    weight, gate_up = normal(rng, 70, width), normal(rng, 2 * width, 40)
+    packed, gated = (cpu.pack_linear(weight, None, "bfloat16"), cpu.pack_gated(gate_up, None, "bfloat16"))
+    norm_weight, bias = normal(rng, width), normal(rng, width)
+    for rows in (1, 5, 16, 17, 32, 33, 100):
+        x, wide = normal(rng, rows, width), normal(rng, rows, 2 * width)
+        small, residual = normal(rng, rows, 40), normal(rng, rows, width)
+
+        def same(tiles: Any, floats: Any) -> None:
+            expected = cpu.linear(floats, packed)
+            y = np.full(expected.shape, 7, np.float32)
+            cpu._native.linear(tiles, packed, y, 1.0, 0.0, False)
+            assert np.array_equal(y, expected)
+
+        same(tiles_of(cpu, x), x)
+        for centre, b in ((False, None), (True, bias)):
+            tiles, floats = make_tiles(rows, width), np.empty((rows, width), np.float32)
+            residuals = residual.copy(), residual.copy()
+            cpu._native.norm(x, residuals[0], norm_weight, b, 1e-5, centre, tiles)
+            cpu._native.norm(x, residuals[1], norm_weight, b, 1e-5, centre, floats)
+            assert np.array_equal(*residuals)
+            same(tiles, floats)
+        tiles = make_tiles(rows, width)
+        cpu._native.activation(wide, 0, True, tiles)
+        same(tiles, cpu.activation_multiply(wide, "silu"))
+        tiles = make_tiles(rows, width)
+        cpu._native.activation(x, 1, False, tiles)
+        same(tiles, cpu.activation(x, "gelu"))
+        tiles = make_tiles(rows, width)
+        cpu._native.gated_linear(small, gated, 0, tiles)
+        same(tiles, cpu.gated_linear(small, gated, "silu"))
