@@ -1,0 +1,154 @@
+// Round to nearest: rows of weights to small integers and scales; the definition is ops/quantize_reference.py, bit for
+// bit. Sums run in sixteen lanes on every instruction set and are folded in halves, so all give the same weights.
+#include "quantize.h"
+
+namespace quire::QUIRE_ISA {
+
+namespace {
+
+constexpr int kWide = 16;
+typedef float Wide __attribute__((vector_size(kWide * 4)));
+typedef int32_t WideInts __attribute__((vector_size(kWide * 4)));
+typedef int8_t WideBytes __attribute__((vector_size(kWide)));
+
+constexpr float kDivisors[] = {6.5f, 7.0f, 7.5f, 8.0f, 8.5f};
+constexpr float kSmallest = 1e-30f;  // weights below are taken for zero: their scale has no reciprocal
+
+inline Wide load_wide(const float* p) {
+    Wide v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class Operation>
+inline float fold(Wide v) {
+    float lanes[kWide];
+    __builtin_memcpy(lanes, &v, sizeof v);
+    for (int width = kWide / 2; width >= 1; width /= 2) {
+        for (int i = 0; i < width; ++i) lanes[i] = Operation::of(lanes[i], lanes[i + width]);
+    }
+    return lanes[0];
+}
+
+inline Wide wide(float value) { return value - Wide{}; }
+inline Wide at_least(Wide a, Wide b) { return a > b ? a : b; }
+inline Wide at_most(Wide a, Wide b) { return a < b ? a : b; }
+
+// To the nearest integer, ties to even: |v| is far below 2^22.
+inline Wide rounded(Wide v) {
+    const Wide shift = wide(12582912.0f);
+    return v + shift - shift;
+}
+
+inline void store_bytes(Wide v, int8_t* to) {
+    const WideBytes bytes = __builtin_convertvector(__builtin_convertvector(v, WideInts), WideBytes);
+    __builtin_memcpy(to, &bytes, sizeof bytes);
+}
+
+// The largest and the smallest of x[0, padded) with zeros past its end; whether all are finite.
+struct Range {
+    float most, least;
+    bool finite;
+};
+
+Range range_of(const float* x, int64_t padded) {
+    Wide most = {}, least = {};
+    WideInts strange = {};
+    for (int64_t i = 0; i < padded; i += kWide) {
+        const Wide v = load_wide(x + i);
+        most = at_least(v, most);
+        least = at_most(v, least);
+        strange |= ~(v - v == Wide{});
+    }
+    bool finite = true;
+    for (int i = 0; i < kWide; ++i) finite = finite && strange[i] == 0;
+    return {fold<Max>(most), -fold<Max>(-least), finite};
+}
+
+void whole_row(const float* x, int64_t padded, const Range& range, int8_t* values, float* scale) {
+    const float largest = range.most > -range.least ? range.most : -range.least;
+    const bool none = largest < kSmallest;
+    *scale = none ? 0.0f : largest / 127.0f;
+    const Wide inverse = wide(none ? 0.0f : 1.0f / *scale);
+    const Wide limit = wide(127.0f);
+    for (int64_t i = 0; i < padded; i += kWide) {
+        store_bytes(at_most(at_least(rounded(load_wide(x + i) * inverse), -limit), limit), values + i);
+    }
+}
+
+struct Fit {
+    float cross, square;  // sums of x q and of q q
+    float gain() const { return cross * cross / (square > 1.0f ? square : 1.0f); }
+};
+
+inline Wide four_bits(const float* x, Wide inverse) {
+    return at_most(at_least(rounded(load_wide(x) * inverse), wide(-8.0f)), wide(7.0f));
+}
+
+Fit fit(const float* x, int64_t padded, float inverse) {
+    Wide cross = {}, square = {};
+    for (int64_t i = 0; i < padded; i += kWide) {
+        const Wide q = four_bits(x + i, wide(inverse));
+        cross = cross + load_wide(x + i) * q;
+        square = square + q * q;
+    }
+    return {fold<Sum>(cross), fold<Sum>(square)};
+}
+
+// The weight of largest magnitude becomes about -8; of a few divisors the one whose integers, with the scale of least
+// squares for them, leave the smallest error.
+void group(const float* x, int64_t padded, int8_t* values, float* scale) {
+    const Range range = range_of(x, padded);
+    const float extreme = range.most > -range.least ? range.most : range.least;
+    if ((extreme < 0.0f ? -extreme : extreme) < kSmallest) {
+        *scale = 0.0f;
+        __builtin_memset(values, 0, padded);
+        return;
+    }
+    float best_inverse = -kDivisors[0] / extreme;
+    Fit best = fit(x, padded, best_inverse);
+    for (int i = 1; i < int(sizeof kDivisors / sizeof *kDivisors); ++i) {
+        const float inverse = -kDivisors[i] / extreme;
+        const Fit next = fit(x, padded, inverse);
+        if (next.gain() > best.gain()) {
+            best = next;
+            best_inverse = inverse;
+        }
+    }
+    *scale = best.cross / (best.square > 1.0f ? best.square : 1.0f);
+    for (int64_t i = 0; i < padded; i += kWide) store_bytes(four_bits(x + i, wide(best_inverse)), values + i);
+}
+
+template <class Item>
+void to_floats(const void* weight, int64_t in, float* to) {
+    const Item* const from = static_cast<const Item*>(weight);
+    int64_t i = 0;
+    for (; i + kLanes <= in; i += kLanes) store(to + i, load(from + i));
+    for (; i < in; ++i) to[i] = to_float(from[i]);
+}
+
+}  // namespace
+
+bool quantize_row(const QuantizeArgs& args, const void* weight, int8_t* values, float* scales, void* scratch) {
+    const int64_t in = args.in, padded = quantize_padded(args);
+    float* const x = static_cast<float*>(scratch);
+    int8_t* const bytes = reinterpret_cast<int8_t*>(x + padded);
+    const auto convert = args.storage == Storage::bfloat16  ? to_floats<BFloat16>
+                         : args.storage == Storage::float16 ? to_floats<Float16>
+                                                            : to_floats<float>;
+    convert(weight, in, x);
+    for (int64_t i = in; i < padded; ++i) x[i] = 0.0f;
+    const Range range = range_of(x, padded);
+    if (!range.finite) return false;
+    if (!args.four_bits) {
+        whole_row(x, padded, range, bytes, scales);
+    } else {
+        for (int64_t first = 0; first < padded; first += args.group_size) {
+            group(x + first, args.group_size, bytes + first, scales + first / args.group_size);
+        }
+    }
+    __builtin_memcpy(values, bytes, in);
+    return true;
+}
+
+}  // namespace quire::QUIRE_ISA
