@@ -195,6 +195,18 @@ struct FiniteArgs {
     bool* finite;  // [rows]
 };
 
+// Round to nearest, ops/quantize_reference.py: the integers of rows of a weight.
+struct QuantizeArgs {
+    int64_t in;
+    Storage storage;  // of the weight
+    int64_t group_size;  // inputs that share a scale; `in` or more is a whole row
+    bool four_bits;
+
+    int64_t groups() const { return in == 0 ? 0 : four_bits ? (in + group_size - 1) / group_size : 1; }
+    int64_t padded() const { return four_bits ? groups() * group_size : (in + 15) / 16 * 16; }
+    size_t scratch_bytes() const { return static_cast<size_t>(padded()) * 5; }
+};
+
 struct Kernels {
     const char* name;
     Layout bfloat16_layout;  // of weights of that storage; all others are panels
@@ -207,6 +219,8 @@ struct Kernels {
     void (*sample)(const SampleArgs&, ThreadPool&);
     void (*logprobs)(const LogprobsArgs&, ThreadPool&);
     void (*rows_finite)(const FiniteArgs&, ThreadPool&);
+    // One row: `values` [in], `scales` [groups()]. False where a weight is not finite: then both hold nothing.
+    bool (*quantize_row)(const QuantizeArgs&, const void* weight, int8_t* values, float* scales, void* scratch);
 };
 
 // Written by hand: adding an instruction set is one line here, one in isa.cpp and one in CMakeLists.txt.

@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <tuple>
 
 #include "arrays.h"
@@ -63,6 +64,33 @@ TileBuffer* make_tiles(int64_t rows, int64_t width) {
     return new TileBuffer(rows, width);
 }
 
+struct QuantizeJob {
+    static constexpr int64_t kRows = 16;
+
+    QuantizeArgs args;
+    const Kernels* kernels;
+    ThreadPool* pool;
+    int64_t out;
+    const void* weight;
+    int64_t weight_bytes;  // from row to row
+    int8_t* values;
+    int64_t values_stride;
+    float* scales;
+    int64_t scales_stride;
+    std::atomic<bool> finite;
+
+    static void work(void* context, int64_t item, int worker) {
+        QuantizeJob& job = *static_cast<QuantizeJob*>(context);
+        void* const scratch = job.pool->scratch(worker, job.args.scratch_bytes());
+        for (int64_t o = item * kRows; o < job.out && o < (item + 1) * kRows; ++o) {
+            const bool finite = job.kernels->quantize_row(
+                job.args, static_cast<const char*>(job.weight) + o * job.weight_bytes,
+                job.values + o * job.values_stride, job.scales + o * job.scales_stride, scratch);
+            if (!finite) job.finite = false;
+        }
+    }
+};
+
 // The threads and the kernels of one provider.
 class Runtime {
 public:
@@ -81,6 +109,14 @@ public:
         const Storage storage = storage_or_raise(storage_name);
         if (storage == Storage::float32) return pack_items<float>(weight, bias, storage, gated);
         return pack_items<uint16_t>(weight, bias, storage, gated);
+    }
+
+    // The integers and scales of a weight; false where a weight is not finite.
+    bool quantize(nb::handle weight_, const std::string& storage_name, bool four_bits, int64_t group_size,
+                  nb::handle values_, nb::handle scales_) {
+        const Storage storage = storage_or_raise(storage_name);
+        if (storage == Storage::float32) return quantize_items<float>(weight_, storage, four_bits, group_size, values_, scales_);
+        return quantize_items<uint16_t>(weight_, storage, four_bits, group_size, values_, scales_);
     }
 
     void linear(nb::handle x, const PackedLinear& packed, nb::handle y, float scale, float softcap, bool add) {
@@ -294,6 +330,26 @@ private:
                                 bias.has_value() ? bias->data() : nullptr, storage, layout_of(storage), gated, pool_);
     }
 
+    template <class Item>
+    bool quantize_items(nb::handle weight_, Storage storage, bool four_bits, int64_t group_size, nb::handle values_,
+                        nb::handle scales_) {
+        Array<Item, 2> weight(weight_, "weight");
+        Array<int8_t, 2> values(values_, "values", true);
+        Floats2 scales(scales_, "scales", true);
+        const int64_t out = weight.size(0), in = weight.size(1);
+        require(!four_bits || group_size == 32 || group_size == 64 || group_size == 128,
+                "quantize: group_size is not one of 32, 64, 128");
+        const QuantizeArgs args{in, storage, group_size, four_bits};
+        require(values.size(0) == out && values.size(1) == in, "quantize: values has the wrong shape");
+        require(scales.size(0) == out && scales.size(1) == args.groups(), "quantize: scales has the wrong shape");
+        QuantizeJob job{args, kernels_, &pool_, out, weight.data(), weight.stride() * int64_t{sizeof(Item)},
+                        values.data(), values.stride(), scales.data(), scales.stride(), {true}};
+        nb::gil_scoped_release unlocked;
+        const auto lock = pool_.exclusive();
+        pool_.run((out + QuantizeJob::kRows - 1) / QuantizeJob::kRows, &QuantizeJob::work, &job);
+        return job.finite;
+    }
+
     Layout layout_of(Storage storage) const {
         return storage == Storage::bfloat16 ? kernels_->bfloat16_layout : Layout::panels;
     }
@@ -365,6 +421,8 @@ NB_MODULE(_native, module) {
         .def(nb::init<int, const std::string&>())
         .def_prop_ro("threads", &Runtime::threads)
         .def("pack", &Runtime::pack, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg(), nb::arg())
+        .def("pack", &Runtime::pack, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg())
+        .def("quantize", &Runtime::quantize)
         .def("linear", &Runtime::linear)
         .def("gated_linear", &Runtime::gated_linear)
         .def("embed", &Runtime::embed)

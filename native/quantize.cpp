@@ -1,6 +1,6 @@
 // Round to nearest: rows of weights to small integers and scales; the definition is ops/quantize_reference.py, bit for
 // bit. Sums run in sixteen lanes on every instruction set and are folded in halves, so all give the same weights.
-#include "quantize.h"
+#include "simd.h"
 
 namespace quire::QUIRE_ISA {
 
@@ -130,7 +130,7 @@ void to_floats(const void* weight, int64_t in, float* to) {
 }  // namespace
 
 bool quantize_row(const QuantizeArgs& args, const void* weight, int8_t* values, float* scales, void* scratch) {
-    const int64_t in = args.in, padded = quantize_padded(args);
+    const int64_t in = args.in, padded = args.padded();
     float* const x = static_cast<float*>(scratch);
     int8_t* const bytes = reinterpret_cast<int8_t*>(x + padded);
     const auto convert = args.storage == Storage::bfloat16  ? to_floats<BFloat16>

@@ -27,6 +27,10 @@ class Runtime:
     def threads(self) -> int: ...
     def pack(self, weight: Any, bias: Any | None, storage: str, gated: bool, /) -> PackedLinear:
         """`weight [out, in]`: uint16 bits of bfloat16 or float16, or float32."""
+    def quantize(
+        self, weight: Any, storage: str, four_bits: bool, group_size: int, values: Any, scales: Any, /
+    ) -> bool:
+        """False where a weight is not finite."""
     def linear(self, x: Any, packed: PackedLinear, y: Any, scale: float, softcap: float, add: bool, /) -> None:
         """`softcap` 0 is none; `add` adds to what y holds. x and y may be TileBuffers, x for weights in tiles."""
     def gated_linear(self, x: Any, packed: PackedLinear, kind: int, y: Any, /) -> None:

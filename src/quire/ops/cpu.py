@@ -25,6 +25,7 @@ from quire.ops.types import (
     Opaque,
     QuantizedWeight,
     RopeTables,
+    Rounding,
     SampleBatch,
     StorageType,
 )
@@ -57,6 +58,18 @@ class CpuOps(ComposedOps):
 
     def to_numpy(self, x: Array) -> Any:
         return x
+
+    def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight:
+        weight = np.ascontiguousarray(weight)
+        out, inputs = weight.shape
+        storage = next(name for name, dtype in _STORAGE.items() if dtype == weight.dtype)
+        four_bits, size = rounding.group_size is not None, rounding.group_size or inputs
+        values = np.empty((out, inputs), np.int8)
+        scales = np.empty((out, -(-inputs // size) if inputs else 0), _FLOAT32)
+        items = weight if storage == "float32" else weight.view(np.uint16)
+        if not self._native.quantize(items, storage, four_bits, size, values, scales):
+            raise ValueError("a weight is not finite")
+        return QuantizedWeight(rounding.format, values, scales, size)
 
     def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
         return self._pack(weight, bias, storage, gated=False)

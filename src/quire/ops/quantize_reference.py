@@ -40,7 +40,7 @@ def quantize(weight: Any, rounding: Rounding) -> QuantizedWeight:
     padded = np.zeros((out, groups * size), np.float32)
     padded[:, :inputs] = x
     values, scales = _groups(padded.reshape(-1, size))
-    values = np.ascontiguousarray(values.reshape(out, -1)[:, :inputs])
+    values = np.ascontiguousarray(values.reshape(padded.shape)[:, :inputs])
     return QuantizedWeight(rounding.format, values, scales.reshape(out, groups), size)
 
 

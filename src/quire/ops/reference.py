@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from array_api_compat import array_namespace, to_device
 
-from quire.ops import composed, sampling_reference
+from quire.ops import composed, quantize_reference, sampling_reference
 from quire.ops.types import (
     INPUT_LEVELS,
     Activation,
@@ -30,6 +30,7 @@ from quire.ops.types import (
     Logprobs,
     QuantizedWeight,
     RopeTables,
+    Rounding,
     SampleBatch,
     StorageType,
 )
@@ -67,6 +68,10 @@ class ReferenceOps(composed.ComposedOps):
 
     def to_numpy(self, x: Array) -> Any:
         return np.asarray(to_device(x, "cpu"))
+
+    def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight:
+        """Defined in `quantize_reference`. Exact."""
+        return quantize_reference.quantize(weight, rounding)
 
     def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> ReferenceLinear:
         """Rounds to `storage`, to nearest even; the bias stays float32. Exact. A `QuantizedWeight` becomes what it

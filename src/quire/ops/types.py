@@ -63,6 +63,20 @@ class QuantizedWeight:
 
 
 @dataclass(frozen=True, slots=True)
+class Rounding:
+    """How a weight is rounded to a `QuantizedWeight`: see `quantize_reference.py`. ValueError where it cannot be."""
+
+    format: QuantizedFormat
+    group_size: int | None
+    """Inputs that share a scale with 4 bits; None with 8: a whole row."""
+
+    def __post_init__(self) -> None:
+        sizes = (None,) if self.format.startswith("int8") else (32, 64, 128)
+        if self.format not in INPUT_LEVELS or self.group_size not in sizes:
+            raise ValueError(f"no rounding {self.format!r} with group_size {self.group_size}")
+
+
+@dataclass(frozen=True, slots=True)
 class CacheShape:
     """The paged key-value cache of a model, all layers alike."""
 
@@ -155,6 +169,9 @@ class Ops(Protocol):
 
     def to_numpy(self, x: Array) -> Any:
         """A numpy array of the same values."""
+
+    def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight:
+        """`weight [out, in]` (numpy, as for `pack_linear`) rounded to nearest. ValueError where one is not finite."""
 
     def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
         """Pack `weight [out, in]` (numpy: float32, float16 or ml_dtypes.bfloat16) and `bias [out]`. A

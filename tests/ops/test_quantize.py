@@ -1,0 +1,83 @@
+"""Rounding weights to nearest: every provider gives the bits of the definition, and the error is what it should be."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from quire.ops.cpu import CpuOps
+from quire.ops.quantize_reference import quantize
+from quire.ops.select import instruction_sets
+from quire.ops.types import Rounding
+from tests.ops.cases import normal
+
+ROUNDINGS = [Rounding("int8", None), Rounding("int4", 32), Rounding("int4", 64), Rounding("int4", 128)]
+SHAPES = [(1, 1), (3, 16), (5, 31), (17, 96), (33, 200), (40, 576), (0, 64), (4, 0)]
+
+
+def restored(weight: Any) -> Any:
+    """What the integers stand for."""
+    scales = np.repeat(weight.scales, weight.group_size, axis=1) if weight.group_size else weight.scales
+    return weight.values * scales[:, : weight.values.shape[1]]
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("rounding", ROUNDINGS, ids=lambda one: f"{one.format}-{one.group_size}")
+def test_every_instruction_set_gives_the_bits_of_the_definition(rounding: Rounding, isa: str) -> None:
+    rng, ops = np.random.default_rng(3), CpuOps(3, isa)
+    for shape in SHAPES:
+        weight = normal(rng, *shape) * np.float32(0.05)
+        weight[::3] *= rng.standard_normal((len(weight[::3]), 1), dtype=np.float32) ** 9
+        for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+            stored = weight.astype(dtype)
+            ours, expected = ops.quantize(stored, rounding), quantize(stored, rounding)
+            assert np.array_equal(ours.values, expected.values)
+            assert np.array_equal(ours.scales, expected.scales)
+            assert (ours.format, ours.group_size) == (expected.format, expected.group_size)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS, ids=lambda one: f"{one.format}-{one.group_size}")
+@pytest.mark.parametrize("large", [0.0, 1e-38, 1e-31, 1e-20, 1.0, 1e30, 3e38])
+def test_weights_of_any_size(rounding: Rounding, large: float) -> None:
+    weight = normal(np.random.default_rng(1), 8, 256)
+    weight = weight / np.abs(weight).max() * np.float32(large)
+    weight[2], weight[3, :128], weight[4, 7] = 0.0, 0.0, large
+    ops = CpuOps(1, instruction_sets()[-1])
+    ours, expected = ops.quantize(weight, rounding), quantize(weight, rounding)
+    assert np.array_equal(ours.values, expected.values) and np.array_equal(ours.scales, expected.scales)
+    assert np.isfinite(ours.scales).all()
+    bound = 0.6 / 7 if rounding.group_size else 0.5001 / 127
+    assert (np.abs(restored(ours) - weight) <= bound * np.abs(weight).max(axis=1, keepdims=True) + 1e-30).all()
+
+
+def test_the_error_is_that_of_the_format() -> None:
+    """Root mean square error over that of the weights, normal ones: stated in the documentation."""
+    weight = normal(np.random.default_rng(0), 256, 512)
+    errors = {}
+    for rounding in ROUNDINGS:
+        difference = restored(quantize(weight, rounding)) - weight
+        errors[rounding.format, rounding.group_size] = float(np.sqrt((difference**2).sum() / (weight**2).sum()))
+    assert errors["int8", None] < 0.0078
+    assert errors["int4", 32] < 0.082
+    assert errors["int4", 64] < 0.092
+    assert errors["int4", 128] < 0.099
+    plain = np.abs(weight.reshape(-1, 64)).max(axis=1, keepdims=True) / 7
+    difference = np.rint(weight.reshape(-1, 64) / plain) * plain - weight.reshape(-1, 64)
+    assert errors["int4", 64] < 0.86 * float(np.sqrt((difference**2).sum() / (weight**2).sum()))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rounding", ROUNDINGS[:2], ids=lambda one: one.format)
+def test_weights_that_are_not_finite_are_refused(rounding: Rounding, value: float) -> None:
+    weight = np.ones((20, 70), np.float32)
+    weight[13, 69] = value
+    for round_it in (quantize, CpuOps(2, instruction_sets()[-1]).quantize):
+        with pytest.raises(ValueError, match="not finite"):
+            round_it(weight, rounding)
+
+
+def test_roundings_that_do_not_exist() -> None:
+    for arguments in (("int8", 64), ("int4", None), ("int4", 48), ("int3", 32)):
+        with pytest.raises(ValueError, match="no rounding"):
+            Rounding(*arguments)  # type: ignore[arg-type]
