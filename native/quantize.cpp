@@ -77,18 +77,18 @@ void whole_row(const float* x, int64_t padded, const Range& range, int8_t* value
 }
 
 struct Fit {
-    float cross, square;  // sums of x q and of q q
-    float gain() const { return cross * cross / (square > 1.0f ? square : 1.0f); }
+    float cross, square;  // sums of x q and of q q; some q is -6 or less
+    float gain() const { return cross * cross / square; }
 };
 
-inline Wide four_bits(const float* x, Wide inverse) {
-    return at_most(at_least(rounded(load_wide(x) * inverse), wide(-8.0f)), wide(7.0f));
+inline Wide four_bits(const float* x, Wide factor) {
+    return at_most(at_least(rounded(load_wide(x) * factor), wide(-8.0f)), wide(7.0f));
 }
 
-Fit fit(const float* x, int64_t padded, float inverse) {
+Fit fit(const float* x, int64_t padded, float divisor) {
     Wide cross = {}, square = {};
     for (int64_t i = 0; i < padded; i += kWide) {
-        const Wide q = four_bits(x + i, wide(inverse));
+        const Wide q = four_bits(x + i, wide(-divisor));
         cross = cross + load_wide(x + i) * q;
         square = square + q * q;
     }
@@ -96,8 +96,8 @@ Fit fit(const float* x, int64_t padded, float inverse) {
 }
 
 // The weight of largest magnitude becomes about -8; of a few divisors the one whose integers, with the scale of least
-// squares for them, leave the smallest error.
-void group(const float* x, int64_t padded, int8_t* values, float* scale) {
+// squares for them, leave the smallest error. Weights are first divided by that largest one, so no sum can underflow.
+void group(float* x, int64_t padded, int8_t* values, float* scale) {
     const Range range = range_of(x, padded);
     const float extreme = range.most > -range.least ? range.most : range.least;
     if ((extreme < 0.0f ? -extreme : extreme) < kSmallest) {
@@ -105,18 +105,22 @@ void group(const float* x, int64_t padded, int8_t* values, float* scale) {
         __builtin_memset(values, 0, padded);
         return;
     }
-    float best_inverse = -kDivisors[0] / extreme;
-    Fit best = fit(x, padded, best_inverse);
+    const Wide inverse = wide(1.0f / extreme);
+    for (int64_t i = 0; i < padded; i += kWide) {
+        const Wide unit = load_wide(x + i) * inverse;
+        __builtin_memcpy(x + i, &unit, sizeof unit);
+    }
+    float divisor = kDivisors[0];
+    Fit best = fit(x, padded, divisor);
     for (int i = 1; i < int(sizeof kDivisors / sizeof *kDivisors); ++i) {
-        const float inverse = -kDivisors[i] / extreme;
-        const Fit next = fit(x, padded, inverse);
+        const Fit next = fit(x, padded, kDivisors[i]);
         if (next.gain() > best.gain()) {
             best = next;
-            best_inverse = inverse;
+            divisor = kDivisors[i];
         }
     }
-    *scale = best.cross / (best.square > 1.0f ? best.square : 1.0f);
-    for (int64_t i = 0; i < padded; i += kWide) store_bytes(four_bits(x + i, wide(best_inverse)), values + i);
+    *scale = best.cross / best.square * extreme;
+    for (int64_t i = 0; i < padded; i += kWide) store_bytes(four_bits(x + i, wide(-divisor)), values + i);
 }
 
 template <class Item>

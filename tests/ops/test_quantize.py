@@ -47,7 +47,7 @@ def test_weights_of_any_size(rounding: Rounding, large: float) -> None:
     ours, expected = ops.quantize(weight, rounding), quantize(weight, rounding)
     assert np.array_equal(ours.values, expected.values) and np.array_equal(ours.scales, expected.scales)
     assert np.isfinite(ours.scales).all()
-    bound = 0.6 / 7 if rounding.group_size else 0.5001 / 127
+    bound = 1.6 / 8.5 if rounding.group_size else 0.5001 / 127  # the end without a +8 may be clipped
     assert (np.abs(restored(ours) - weight) <= bound * np.abs(weight).max(axis=1, keepdims=True) + 1e-30).all()
 
 

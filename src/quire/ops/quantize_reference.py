@@ -58,18 +58,16 @@ def _groups(x: Floats) -> tuple[NDArray[np.int8], Floats]:
     extreme = np.where(most > -least, most, least)
     none = np.abs(extreme) < SMALLEST
     extreme = np.where(none, np.float32(1), extreme)
-    best_gain, best_scale, best = None, None, None
+    unit = x * np.where(none, np.float32(0), np.float32(1) / extreme)[:, None]
+    best = np.zeros_like(x)
+    best_gain = best_scale = np.zeros(len(x), np.float32)
     for divisor in DIVISORS:
-        inverse = np.where(none, np.float32(0), np.float32(-divisor) / extreme)
-        q = np.clip(np.rint(x * inverse[:, None]), -8, 7).astype(np.float32)
-        cross, square = _sum(x * q), np.maximum(_sum(q * q), np.float32(1))
-        gain, scale = cross * cross / square, np.where(none, np.float32(0), cross / square)
-        if best_gain is None:
-            best_gain, best_scale, best = gain, scale, q
-            continue
+        q = np.clip(np.rint(unit * np.float32(-divisor)), -8, 7).astype(np.float32)
+        cross, square = _sum(unit * q), np.maximum(_sum(q * q), np.float32(1))
+        gain = cross * cross / square
         better = gain > best_gain
         best_gain = np.where(better, gain, best_gain)
-        best_scale = np.where(better, scale, best_scale)
+        best_scale = np.where(better, cross / square * extreme, best_scale)
         best = np.where(better[:, None], q, best)
     return best.astype(np.int8), best_scale
 
