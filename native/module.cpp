@@ -421,7 +421,6 @@ NB_MODULE(_native, module) {
         .def(nb::init<int, const std::string&>())
         .def_prop_ro("threads", &Runtime::threads)
         .def("pack", &Runtime::pack, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg(), nb::arg())
-        .def("pack", &Runtime::pack, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg())
         .def("quantize", &Runtime::quantize)
         .def("linear", &Runtime::linear)
         .def("gated_linear", &Runtime::gated_linear)
