@@ -211,7 +211,7 @@ def test_unsupported_media_type(http: httpx.Client, headers: dict[str, str]) -> 
         ("POST", "/v1/completions/", 404),
         ("POST", "//v1/completions", 404),
         ("GET", "/docs", 404),
-        ("GET", "/openapi.json", 404),
+        ("GET", "/redoc", 404),
     ],
 )
 def test_routing(http: httpx.Client, method: str, path: str, status: int) -> None:

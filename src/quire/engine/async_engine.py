@@ -154,7 +154,10 @@ class AsyncEngine:
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
         self._served.inputs.check_text_size(text)
-        return await self._beside(self.get_tokenizer().encode, text, add_special_tokens=add_special_tokens)
+        encode = self.get_tokenizer().encode
+        if len(text) <= INLINE_PROMPT_CHARACTERS:
+            return encode(text, add_special_tokens=add_special_tokens)
+        return await self._beside(encode, text, add_special_tokens=add_special_tokens)
 
     async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
         """Token ids of a conversation; options are those of `quire.engine.chat.encode_chat`."""

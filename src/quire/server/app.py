@@ -64,6 +64,7 @@ def create_app(
         else show_cached_tokens,
         limits=limits,
         bodies=Bodies(limits),
+        needs_key=bool(api_keys),
         shares_prefix_cache=share_prefix_cache,
     )
     app.state.registry = make_registry(engine, names[0], metrics_prefix)

@@ -65,6 +65,7 @@ class ServerContext:
     """Whether usage tells how much of a prompt the cache supplied (others' prompts may be guessed from it)."""
     limits: Limits
     bodies: Bodies
+    needs_key: bool = False
     shares_prefix_cache: bool = False
     """Whether requests with different API keys may find each other's prefixes."""
     started_s: int = field(default_factory=lambda: int(time.time()))

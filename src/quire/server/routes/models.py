@@ -1,4 +1,4 @@
-"""GET /v1/models and /v1/models/{id}."""
+"""GET /v1/models, /v1/models/{id} and /openapi.json: what is served, and how to ask for it."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from quire.server.context import ServerContext
+from quire.server.openapi import document
 
 router = APIRouter()
 
@@ -32,3 +33,10 @@ async def retrieve_model(request: Request, name: str) -> Response:
     """One model."""
     context: ServerContext = request.app.state.context
     return JSONResponse(_card(context, context.resolve_name(name)))
+
+
+@router.get("/openapi.json")
+async def describe(request: Request) -> Response:
+    """The API's description in OpenAPI."""
+    context: ServerContext = request.app.state.context
+    return JSONResponse(document(context.limits, needs_key=context.needs_key))

@@ -1,0 +1,164 @@
+"""Every limit is hit with its own status and code, can be set, and is on the page of limits."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import httpx
+import pytest
+
+from quire.errors import ConfigurationError
+from quire.server.body import Bodies
+from quire.server.errors import ApiError
+from quire.server.limits import Limits
+from scripts import limits_page
+from tests.server.conftest import Running, start
+from tests.server.fake_engine import FakeEngine
+
+JSON = {"content-type": "application/json"}
+HELLO = [{"role": "user", "content": "x"}]
+SMALL = {
+    "body_bytes": 20_000,
+    "body_seconds": 1,
+    "body_values": 500,
+    "all_bodies_bytes": 15_000,
+    "prompts": 3,
+    "sequences": 6,
+    "messages": 4,
+    "content_parts": 5,
+    "label_characters": 7,
+    "template_arguments": 2,
+    "template_argument_depth": 3,
+    "detokenized_tokens": 8,
+}
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
+HITS: dict[str, tuple[str, Any, Any]] = {
+    # limit: route, a body past it, a body within it
+    "body_bytes": (TEXT, {"prompt": "x" * 20_000}, {"prompt": "x" * 400}),
+    "body_values": (TEXT, {"prompt": [1] * 502}, {"prompt": [1] * 300}),
+    "all_bodies_bytes": (TEXT, {"prompt": "x" * 16_000}, {"prompt": "x" * 400}),
+    "prompts": (TEXT, {"prompt": ["x"] * 4}, {"prompt": ["x"] * 3}),
+    "sequences": (TEXT, {"prompt": ["x"] * 2, "n": 4}, {"prompt": ["x"] * 2, "n": 3}),
+    "messages": (CHAT, {"messages": HELLO * 5}, {"messages": HELLO * 4}),
+    "content_parts": (
+        CHAT,
+        {"messages": [{"role": "user", "content": ["x"] * 6}]},
+        {"messages": [{"role": "user", "content": ["x"] * 5}]},
+    ),
+    "label_characters": (TEXT, {"prompt": "x", "user": "x" * 8}, {"prompt": "x", "user": "x" * 7}),
+    "template_arguments": (
+        CHAT,
+        {"messages": HELLO, "chat_template_kwargs": {"a": 1, "b": 2, "c": 3}},
+        {"messages": HELLO, "chat_template_kwargs": {"a": 1, "b": 2}},
+    ),
+    "template_argument_depth": (
+        CHAT,
+        {"messages": HELLO, "chat_template_kwargs": {"a": [[[1]]]}},
+        {"messages": HELLO, "chat_template_kwargs": {"a": [[1]]}},
+    ),
+    "detokenized_tokens": ("/detokenize", {"tokens": [1] * 9}, {"tokens": [1] * 8}),
+}
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[Running]:
+    instance = start(FakeEngine(), limits=Limits().with_values(SMALL))
+    yield instance
+    instance.stop()
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(Limits) if item.name != "body_seconds"])
+def test_each_limit_has_its_own_error(narrow: Running, name: str) -> None:
+    limit = getattr(Limits().with_values(SMALL), name)
+    route, past, within = HITS[name]
+    with httpx.Client(base_url=narrow.url) as http:
+        response = http.post(route, json=past)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (limit.status, limit.code, limit.param)
+        assert f"{limit.value:,}" in error["message"]
+        assert ("retry-after" in response.headers) == (limit.status == 503)
+        response = http.post(route, json=within)
+        assert response.status_code == 200, response.text
+
+
+async def test_a_body_that_trickles_in_is_cut_off(narrow: Running) -> None:
+    host, _, port = narrow.url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(
+        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
+    )
+    status = await asyncio.wait_for(reader.readline(), 10)
+    assert b" 408 " in status
+    writer.close()
+
+
+def test_codes_tell_limits_apart() -> None:
+    limits = [getattr(Limits(), item.name) for item in fields(Limits)]
+    assert len({item.code for item in limits}) == len(limits)
+    assert all(400 <= item.status < 500 or item.code == "overloaded" for item in limits)
+
+
+@pytest.mark.parametrize("values", [{"bodybytes": 1}, {"prompts": 0}, {"prompts": 2**41}])
+def test_what_is_no_limit(values: dict[str, int]) -> None:
+    with pytest.raises(ConfigurationError):
+        Limits().with_values(values)
+
+
+def test_the_page_is_what_the_table_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert limits_page.page() == limits_page.PAGE.read_text(encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["limits_page", "--check"])
+    assert limits_page.main() == 0
+    monkeypatch.setattr(limits_page, "HEAD", "# Changed\n")
+    assert limits_page.main() == 1
+
+
+class _Request:
+    """As much of a request as `Bodies` reads."""
+
+    headers = JSON
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    async def receive(self) -> dict[str, Any]:
+        return {"type": "http.request", "body": self._data, "more_body": False}
+
+
+async def test_a_large_body_does_not_hold_up_the_event_loop() -> None:
+    """While 8 MB are parsed the loop goes on turning; the same parse on the loop would be one long stop."""
+    limits = Limits()
+    bodies = Bodies(limits)
+    data = json.dumps({"messages": [{"role": "user", "content": "a " * 30}] * 90_000}).encode()
+    assert 7 * 2**20 < len(data) < limits.body_bytes.value
+    turns, done = 0, False
+
+    async def turn() -> None:
+        nonlocal turns
+        while not done:
+            turns += 1
+            await asyncio.sleep(0)
+
+    turning = asyncio.create_task(turn())
+    await asyncio.sleep(0)
+    request: Any = _Request(data)
+    before = turns
+    count = await bodies.read(request, lambda body: len(body["messages"]))
+    done = True
+    await turning
+    assert count == 90_000
+    assert turns - before > 10
+    assert bodies.num_bytes == 0
+
+
+async def test_what_is_refused_is_not_held() -> None:
+    bodies = Bodies(Limits().with_values({"body_bytes": 10, "all_bodies_bytes": 5}))
+    for data in (b"{}", b"{      }", b"{" + b" " * 99):
+        request: Any = _Request(data)
+        if len(data) > 5:
+            with pytest.raises(ApiError):
+                await bodies.read(request, dict)
+        else:
+            await bodies.read(request, dict)
+        assert bodies.num_bytes == 0
