@@ -17,6 +17,7 @@ constexpr int64_t kPanel = 64;      // outputs in a weight panel
 constexpr int64_t kTileSide = 16;   // rows, or outputs, in a tile of the matrix unit
 constexpr int64_t kTilePanel = 32;  // outputs in a panel of tiles: two side by side
 constexpr int64_t kTileDepth = 32;  // inputs in a tile of bfloat16
+constexpr int64_t kMaxIntegerInputs = 1 << 17;  // of a weight of integers: 2^17 products of two bytes fit into 32 bits
 constexpr int64_t kTile = 16;   // positions in a tile of keys
 
 // The order in which `linear` reads a weight [out, in]. Padding, in both directions, is zero.
@@ -24,9 +25,12 @@ constexpr int64_t kTile = 16;   // positions in a tile of keys
 //   panels  [ceil(out / 64)][in][64 outputs]
 //   tiles   [ceil(out / 32)][ceil(in / 32)][2 tiles][16 pairs of inputs][16 outputs][2 inputs], bfloat16 only:
 //           a tile is 1 KB, the right-hand side of one instruction of the matrix unit
-enum class Layout { panels, tiles };
+//   integers  [ceil(out / 32)][groups of inputs] of [32 scales][quads of inputs][32 outputs][4 inputs, in the order 0 2 1 3],
+//           int8, or int4 with two quads in a byte, the first in its low half. A group of int8 is all inputs, padded to
+//           a multiple of 64.
+enum class Layout { panels, tiles, integers };
 
-inline int64_t panel_width(Layout layout) { return layout == Layout::tiles ? kTilePanel : kPanel; }
+inline int64_t panel_width(Layout layout) { return layout == Layout::panels ? kPanel : kTilePanel; }
 
 // A *gated* weight [2 n, in] is that of gate (the first n outputs) and up: half of a panel's columns are outputs of gate,
 // the other half the same outputs of up. Its product is n wide: activation(gate x) * up x.
@@ -34,9 +38,13 @@ struct Panels {
     const void* data;
     const float* bias;  // [panels][width] in the order of the panels' columns, zero where padded; or null
     int64_t in, out;
-    Storage storage;
+    Storage storage;  // of panels and tiles
     Layout layout;
     bool gated;
+    // of integers
+    int64_t bits = 0;    // 8 or 4
+    int64_t group = 0;   // inputs in a group
+    int32_t levels = 0;  // the largest integer of an input
 
     int64_t width() const { return panel_width(layout); }
     int64_t products() const { return gated ? out / 2 : out; }               // the width of y
@@ -47,7 +55,18 @@ struct Panels {
         const int64_t product = panel * panel_products() + column % panel_products();
         return product >= products() ? -1 : column < panel_products() ? product : products() + product;
     }
+
+    // of integers
+    int64_t groups() const { return (in + group - 1) / group; }
+    int64_t group_bytes() const { return kTilePanel * (int64_t{sizeof(float)} + group * bits / 8); }
+    int64_t panel_bytes() const { return groups() * group_bytes(); }
 };
+
+// The byte, behind its group's scales, that holds an integer; with 4 bits its half is the upper one where `input` & 4.
+inline int64_t integer_byte(int64_t bits, int64_t input, int64_t column) {
+    constexpr int64_t order[4] = {0, 2, 1, 3};
+    return input * bits / 32 * kTilePanel * 4 + column * 4 + order[input % 4];
+}
 
 // Rows of bfloat16 as the matrix unit takes them: what makes them rounds (to nearest, ties to even), once.
 //

@@ -4,6 +4,7 @@
 // chain is the same whatever number of rows is computed beside it, however they are blocked: when `in` is cut
 // into pieces to stay in the cache, the partial sum waits in `y` (float32, so nothing is lost).
 #include "linear_finish.h"
+#include "linear_int.h"
 #include "linear_tiles.h"
 
 namespace quire::QUIRE_ISA {
@@ -142,6 +143,7 @@ void embed_rows(void* context, int64_t item, int) {
 }  // namespace
 
 void linear(const LinearArgs& args, ThreadPool& pool) {
+    if (args.weight.layout == Layout::integers) return linear_int(args, pool);
 #if QUIRE_TILES
     if (args.weight.layout == Layout::tiles) return linear_tiles(args, pool);
 #endif
@@ -155,6 +157,7 @@ void linear(const LinearArgs& args, ThreadPool& pool) {
 }
 
 void embed(const EmbedArgs& args, ThreadPool& pool) {
+    if (args.table.layout == Layout::integers) return embed_int(args, pool);
 #if QUIRE_TILES
     if (args.table.layout == Layout::tiles) return embed_tiles(args, pool);
 #endif

@@ -91,6 +91,15 @@ struct QuantizeJob {
     }
 };
 
+void require_four_bits(const Array<int8_t, 2>& values) {
+    unsigned outside = 0;
+    for (int64_t row = 0; row < values.size(0); ++row) {
+        const int8_t* const at = values.data() + row * values.stride();
+        for (int64_t i = 0; i < values.size(1); ++i) outside |= static_cast<uint8_t>(at[i] + 8) & 0xf0u;
+    }
+    require(outside == 0, "pack: an integer of 4 bits is outside [-8, 7]");
+}
+
 // The threads and the kernels of one provider.
 class Runtime {
 public:
@@ -117,6 +126,32 @@ public:
         const Storage storage = storage_or_raise(storage_name);
         if (storage == Storage::float32) return quantize_items<float>(weight_, storage, four_bits, group_size, values_, scales_);
         return quantize_items<uint16_t>(weight_, storage, four_bits, group_size, values_, scales_);
+    }
+
+    // `values` [out, in] int8, `scales` [out, ceil(in / group)]; `levels` is the largest integer of an input.
+    PackedLinear* pack_integers(nb::handle values_, nb::handle scales_, nb::handle bias_, int bits, int64_t group,
+                                int levels, bool gated) {
+        Array<int8_t, 2> values(values_, "values");
+        Floats2 scales(scales_, "scales");
+        const int64_t out = values.size(0), in = values.size(1);
+        require(bits == 4 || bits == 8, "pack: integers have 4 or 8 bits");
+        require(bits == 8 ? group == in : group == 32 || group == 64 || group == 128, "pack: no such size of groups");
+        require(levels == 127 || levels == 32639, "pack: inputs are of 127 or 32639 levels");
+        require(!gated || out % 2 == 0, "pack_gated: the outputs of gate and up differ in number");
+        require(in < kMaxIntegerInputs, "pack: more inputs than a sum of 32 bits can hold");
+        require(scales.size(0) == out && scales.size(1) == (in == 0 ? 0 : (in + group - 1) / group),
+                "pack: one scale for each group of each output is needed");
+        std::optional<Floats1> bias;
+        if (!bias_.is_none()) {
+            bias.emplace(bias_, "bias");
+            require(bias->size(0) == out, "pack: one bias for each output is needed");
+        }
+        if (bits == 4) require_four_bits(values);
+        const IntegerWeight weight{values.data(), values.stride(), scales.data(), scales.stride(), out,
+                                   in,            bits,            group,         levels,          gated};
+        nb::gil_scoped_release unlocked;
+        const auto lock = pool_.exclusive();
+        return new PackedLinear(weight, bias.has_value() ? bias->data() : nullptr, pool_);
     }
 
     void linear(nb::handle x, const PackedLinear& packed, nb::handle y, float scale, float softcap, bool add) {
@@ -355,7 +390,8 @@ private:
     }
 
     void require_packed_here(const PackedLinear& packed) const {
-        require(packed.layout == layout_of(packed.storage), "the weight is packed for another instruction set");
+        require(packed.layout == Layout::integers || packed.layout == layout_of(packed.storage),
+                "the weight is packed for another instruction set");
     }
 
     static void require_tables(const Floats2& cos, const Floats2& sin, int64_t head_dim) {
@@ -422,6 +458,8 @@ NB_MODULE(_native, module) {
         .def_prop_ro("threads", &Runtime::threads)
         .def("pack", &Runtime::pack, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg(), nb::arg())
         .def("quantize", &Runtime::quantize)
+        .def("pack_integers", &Runtime::pack_integers, nb::rv_policy::take_ownership, nb::arg(), nb::arg(), none, nb::arg(),
+             nb::arg(), nb::arg(), nb::arg())
         .def("linear", &Runtime::linear)
         .def("gated_linear", &Runtime::gated_linear)
         .def("embed", &Runtime::embed)

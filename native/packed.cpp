@@ -59,6 +59,46 @@ void pack_tiles(void* context, int64_t panel, int) {
     }
 }
 
+struct IntegerJob {
+    const IntegerWeight* weight;
+    Panels shape;
+    uint8_t* data;
+};
+
+// One panel of integers; padding is left zero.
+void pack_integers(void* context, int64_t panel, int) {
+    const IntegerJob& job = *static_cast<const IntegerJob*>(context);
+    const IntegerWeight& weight = *job.weight;
+    const int64_t bits = job.shape.bits, group = job.shape.group;
+    uint8_t* to = job.data + panel * job.shape.panel_bytes();
+    for (int64_t first = 0; first < weight.in; first += group, to += job.shape.group_bytes()) {
+        const int64_t inputs = weight.in - first < group ? weight.in - first : group;
+        float* const scales = reinterpret_cast<float*>(to);
+        uint8_t* const integers = to + kTilePanel * sizeof(float);
+        for (int64_t column = 0; column < kTilePanel; ++column) {
+            const int64_t row = job.shape.source(panel, column);
+            if (row < 0) continue;
+            const int8_t* const values = weight.values + row * weight.stride + first;
+            scales[column] = weight.scales[row * weight.scales_stride + first / group];
+            for (int64_t i = 0; i < inputs; ++i) {
+                uint8_t& byte = integers[integer_byte(bits, i, column)];
+                const uint8_t value = static_cast<uint8_t>(values[i]);
+                byte = bits == 8 ? value : static_cast<uint8_t>(byte | (value & 15) << (i & 4));
+            }
+        }
+    }
+}
+
+int64_t padded_group(const IntegerWeight& weight) {
+    if (weight.bits == 4) return weight.group;
+    return weight.in == 0 ? 64 : (weight.in + 63) / 64 * 64;
+}
+
+Panels shape_of(const IntegerWeight& weight) {
+    return {nullptr,         nullptr,      weight.in,   weight.out,           Storage::float32,
+            Layout::integers, weight.gated, weight.bits, padded_group(weight), weight.levels};
+}
+
 size_t cache_bytes(const CacheLayout& layout) {
     // Each factor is below 2^31 (checked by the binding), so a product of two cannot wrap; the others are checked.
     int64_t bytes = 0;
@@ -86,13 +126,32 @@ PackedLinear::PackedLinear(const void* weight, int64_t out, int64_t in, int64_t 
                       : bytes_of(storage) == 2 ? pack_panel<uint16_t>
                                                : pack_panel<uint32_t>;
     pool.run(job.shape.panels(), pack, &job);
+    order_bias(bias);
+}
+
+void PackedLinear::order_bias(const float* bias) {
     if (bias == nullptr) return;
-    const int64_t width = job.shape.width();
-    bias_.resize(job.shape.panels() * width);
+    const Panels shape = panels();
+    bias_.resize(shape.panels() * shape.width());
     for (size_t i = 0; i < bias_.size(); ++i) {
-        const int64_t row = job.shape.source(i / width, i % width);
+        const int64_t row = shape.source(i / shape.width(), i % shape.width());
         if (row >= 0) bias_[i] = bias[row];
     }
+}
+
+PackedLinear::PackedLinear(const IntegerWeight& weight, const float* bias, ThreadPool& pool)
+    : out(weight.out),
+      in(weight.in),
+      storage(Storage::float32),
+      layout(Layout::integers),
+      gated(weight.gated),
+      bits(weight.bits),
+      group(padded_group(weight)),
+      levels(weight.levels),
+      pages_(shape_of(weight).panels() * shape_of(weight).panel_bytes(), true) {
+    IntegerJob job{&weight, panels(), static_cast<uint8_t*>(pages_.data())};
+    pool.run(job.shape.panels(), pack_integers, &job);
+    order_bias(bias);
 }
 
 Cache::Cache(int64_t layers, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim, Storage storage)

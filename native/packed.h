@@ -18,14 +18,27 @@ inline std::optional<Storage> storage_named(const std::string& name) {
     return std::nullopt;
 }
 
+struct IntegerWeight {
+    const int8_t* values;  // [out, in], rows `stride` apart
+    int64_t stride;
+    const float* scales;  // [out, ceil(in / group)], rows `scales_stride` apart
+    int64_t scales_stride, out, in, bits, group;
+    int32_t levels;
+    bool gated;
+};
+
 class PackedLinear {
 public:
     // `weight` [out, in] holds items of `storage`, rows `stride` items apart; `bias` [out] may be null.
     PackedLinear(const void* weight, int64_t out, int64_t in, int64_t stride, const float* bias, Storage storage,
                  Layout layout, bool gated, ThreadPool& pool);
 
+    // QuantizedWeight of src/quire/ops/types.py.
+    PackedLinear(const IntegerWeight& weight, const float* bias, ThreadPool& pool);
+
     Panels panels() const {
-        return {pages_.data(), bias_.empty() ? nullptr : bias_.data(), in, out, storage, layout, gated};
+        return {pages_.data(), bias_.empty() ? nullptr : bias_.data(), in, out, storage, layout, gated, bits, group,
+                levels};
     }
     size_t bytes() const { return pages_.bytes() + bias_.size() * sizeof(float); }
     int64_t products() const { return gated ? out / 2 : out; }
@@ -34,8 +47,12 @@ public:
     const Storage storage;
     const Layout layout;
     const bool gated;
+    const int64_t bits = 0, group = 0;
+    const int32_t levels = 0;
 
 private:
+    void order_bias(const float* bias);
+
     Pages pages_;
     std::vector<float> bias_;
 };

@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from quire.ops.cpu import CpuOps
 from quire.ops.reference import ReferenceOps
+from quire.ops.select import instruction_sets
 from quire.ops.types import INPUT_LEVELS, QuantizedFormat, QuantizedWeight
 from tests.ops.cases import normal, relative_error
 
@@ -77,3 +79,152 @@ def test_wrong_weights_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"\w"):
             wrong()
+
+
+SHAPES = [(1, 1, 32), (31, 15, 64), (33, 65, 32), (70, 200, 64), (64, 576, 64), (130, 600, 128), (70, 1231, 32)]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_linear_embed_and_logits_equal_the_reference(
+    cpu: CpuOps, kind: QuantizedFormat, shape: tuple[int, int, int]
+) -> None:
+    rng = np.random.default_rng(3)
+    weight, bias = random_weight(rng, kind, *shape), normal(rng, shape[0])
+    packed, expected = cpu.pack_linear(weight, bias, "bfloat16"), REFERENCE.pack_linear(weight, bias, "bfloat16")
+    x = normal(rng, 200, shape[1]) * np.exp(3 * normal(rng, 200, 1))
+    products = REFERENCE.linear(x, expected)
+    for rows in (*range(41), 200):
+        actual = cpu.linear(x[:rows], packed)
+        assert relative_error(actual, products[:rows]) < 2e-5, rows
+    assert relative_error(cpu.linear(x[5:6], packed), products[5:6]) < 2e-5
+    largest = np.abs(products).max()
+    logits = cpu.logits(x, packed, 3 / largest, 2.0)
+    assert relative_error(logits, REFERENCE.logits(x, expected, 3 / largest, 2.0)) < 4e-5
+    ids = rng.integers(0, shape[0], 9).astype(np.int32)
+    assert np.array_equal(cpu.embed(ids, packed, 1.5), REFERENCE.embed(ids, expected, 1.5))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("shape", [(130, 600, 64), (33, 2900, 128), (70, 96, 32)])
+def test_a_row_has_the_same_bits_in_any_company(
+    cpu: CpuOps, kind: QuantizedFormat, shape: tuple[int, int, int]
+) -> None:
+    rng = np.random.default_rng(4)
+    weight, bias, x = random_weight(rng, kind, *shape), normal(rng, shape[0]), normal(rng, 600, shape[1])
+    packed = cpu.pack_linear(weight, bias, "bfloat16")
+    whole = cpu.linear(x, packed)
+    alone = np.concatenate([cpu.linear(x[row : row + 1], packed) for row in range(100)])
+    assert np.array_equal(whole[:100], alone)
+    for rows in (*range(2, 40), 64, 65, 192, 255, 256, 257, 511, 512, 513):
+        assert np.array_equal(cpu.linear(x[:rows], packed), whole[:rows]), rows
+    assert np.array_equal(cpu.linear(x[17:50], packed), whole[17:50])
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_threads_do_not_change_bits(isa: str) -> None:
+    rng = np.random.default_rng(5)
+    weights, x = [random_weight(rng, kind, 520, 320, 32) for kind in FORMATS], normal(rng, 70, 320)
+    results: dict[tuple[str, int], list[Any]] = {}
+    for threads in range(1, 9):
+        ops = CpuOps(threads, isa)
+        for weight in weights:
+            packed = ops.pack_linear(weight, None, "bfloat16")
+            for rows in (1, 3, 16, 33, 70):
+                results.setdefault((weight.format, rows), []).append(ops.linear(x[:rows], packed))
+    assert all(np.array_equal(result, same[0]) for same in results.values() for result in same)
+
+
+def test_instruction_sets_agree_in_every_bit() -> None:
+    """Sums of integers are exact, and what follows is the same everywhere but where a processor cannot fuse."""
+    rng = np.random.default_rng(6)
+    providers = [CpuOps(2, isa) for isa in instruction_sets()]
+    x = normal(rng, 40, 700) * np.exp(2 * normal(rng, 40, 700))
+    for kind in FORMATS:
+        weight = random_weight(rng, kind, 70, 700, 64)
+        results = [ops.linear(x, ops.pack_linear(weight, None, "bfloat16")) for ops in providers]
+        fused = results[1:] if kind.startswith("int4") else results
+        assert all(np.array_equal(result, fused[0]) for result in fused)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_gated_product_has_the_bits_of_its_parts(cpu: CpuOps, kind: QuantizedFormat) -> None:
+    rng = np.random.default_rng(7)
+    for width in (8, 96, 37):
+        weight, bias = random_weight(rng, kind, 2 * width, 200, 64), normal(rng, 2 * width)
+        gated, plain = cpu.pack_gated(weight, bias, "bfloat16"), cpu.pack_linear(weight, bias, "bfloat16")
+        for rows in (1, 5, 40):
+            x = normal(rng, rows, 200)
+            parts = cpu.activation_multiply(cpu.linear(x, plain), "silu")
+            assert np.array_equal(cpu.gated_linear(x, gated, "silu"), parts)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_broken_rows_are_nan_and_touch_no_other(cpu: CpuOps, kind: QuantizedFormat) -> None:
+    rng = np.random.default_rng(8)
+    packed, x = cpu.pack_linear(random_weight(rng, kind, 40, 70, 32), None, "bfloat16"), normal(rng, 40, 70)
+    expected = cpu.linear(x, packed)
+    for broken in (np.nan, np.inf, -np.inf):
+        x[::2, 3] = broken
+        for rows in (1, 3, 7, 40):
+            y = cpu.linear(x[:rows], packed)
+            assert np.isnan(y[::2]).all() and np.array_equal(y[1::2], expected[:rows][1::2])
+    zeros = np.zeros((3, 70), np.float32)
+    zeros[1] = 1e-38
+    assert np.abs(cpu.linear(zeros, packed)).max() == 0
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_largest_sums_are_exact(cpu: CpuOps, kind: QuantizedFormat) -> None:
+    size = 40000
+    low = -127 if kind.startswith("int8") else -8
+    scales = np.ones((3, 1 if low == -127 else -(-size // 128)), np.float32)
+    weight = QuantizedWeight(kind, np.full((3, size), low, np.int8), scales, size if low == -127 else 128)
+    x = np.ones((20, size), np.float32)
+    levels = INPUT_LEVELS[kind]
+    for rows in (1, 20):
+        y = cpu.linear(x[:rows], cpu.pack_linear(weight, None, "bfloat16"))
+        assert relative_error(y, np.full((rows, 3), float(low) * size * levels) / levels) < 1e-5
+
+
+def test_the_kernels_refuse(cpu: CpuOps) -> None:
+    values, scales = np.zeros((4, 96), np.int8), np.ones((4, 3), np.float32)
+    values[2, 5] = 8
+    with pytest.raises(ValueError, match="outside"):
+        cpu.pack_linear(QuantizedWeight("int4", values, scales, 32), None, "bfloat16")
+    wide = QuantizedWeight("int8", np.zeros((1, 2**17), np.int8), np.ones((1, 1), np.float32), 2**17)
+    with pytest.raises(ValueError, match="inputs"):
+        cpu.pack_linear(wide, None, "bfloat16")
+    packed = cpu.pack_linear(QuantizedWeight("int8", values, scales[:, :1].copy(), 96), None, "bfloat16")
+    for call in (
+        lambda: cpu.linear(np.zeros((2, 95), np.float32), packed),
+        lambda: cpu.embed(np.array([4], np.int32), packed),
+        lambda: cpu.embed(np.array([-1], np.int32), packed),
+        lambda: cpu.pack_linear(
+            QuantizedWeight("int8", values, scales[:, :1].copy(), 96), np.zeros(3, np.float32), "bfloat16"
+        ),
+        lambda: cpu.gated_linear(np.zeros((2, 96), np.float32), packed, "silu"),
+    ):
+        with pytest.raises(ValueError, match=r"\w"):
+            call()
+
+
+def test_no_rows_and_no_inputs(cpu: CpuOps) -> None:
+    rng = np.random.default_rng(9)
+    packed = cpu.pack_linear(random_weight(rng, "int4", 5, 40, 32), None, "bfloat16")
+    assert cpu.linear(np.zeros((0, 40), np.float32), packed).shape == (0, 5)
+    bias = normal(rng, 5)
+    none = QuantizedWeight("int8", np.zeros((5, 0), np.int8), np.zeros((5, 0), np.float32), 0)
+    packed = cpu.pack_linear(none, bias, "bfloat16")
+    for rows in (1, 20):
+        assert np.array_equal(cpu.linear(np.zeros((rows, 0), np.float32), packed), np.tile(bias, (rows, 1)))
+
+
+def test_memory_next_to_the_result_is_not_written(cpu: CpuOps) -> None:
+    rng = np.random.default_rng(10)
+    for kind in FORMATS:
+        for out, rows in ((31, 1), (33, 17), (64, 40), (70, 16)):
+            packed = cpu.pack_linear(random_weight(rng, kind, out, 40, 32), None, "bfloat16")
+            memory = np.full((rows + 2, out), 7, np.float32)
+            cpu._native.linear(normal(rng, rows, 40), packed, memory[1:-1], 1.0, 0.0, False)
+            assert (memory[0] == 7).all() and (memory[-1] == 7).all()

@@ -31,6 +31,11 @@ class Runtime:
         self, weight: Any, storage: str, four_bits: bool, group_size: int, values: Any, scales: Any, /
     ) -> bool:
         """False where a weight is not finite."""
+    def pack_integers(
+        self, values: Any, scales: Any, bias: Any | None, bits: int, group: int, levels: int, gated: bool, /
+    ) -> PackedLinear:
+        """`values [out, in]` int8, `scales [out, ceil(in / group)]`, integers of 4 or 8 bits; inputs will be rounded to
+        integers up to `levels`. See `QuantizedWeight`."""
     def linear(self, x: Any, packed: PackedLinear, y: Any, scale: float, softcap: float, add: bool, /) -> None:
         """`softcap` 0 is none; `add` adds to what y holds. x and y may be TileBuffers, x for weights in tiles."""
     def gated_linear(self, x: Any, packed: PackedLinear, kind: int, y: Any, /) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from quire.errors import ConfigurationError
 from quire.ops import _native
 from quire.ops.composed import ComposedOps
 from quire.ops.types import (
+    INPUT_LEVELS,
     Activation,
     Array,
     AttentionBatch,
@@ -79,7 +79,7 @@ class CpuOps(ComposedOps):
 
     def _pack(self, weight: Any, bias: Any | None, storage: StorageType, gated: bool) -> Opaque:
         if isinstance(weight, QuantizedWeight):
-            raise ConfigurationError(f"{weight.format}: the CPU has no kernels for it in this version")
+            return self._pack_integers(weight, bias, gated)
         weight = np.asarray(weight)
         if weight.dtype != _STORAGE[storage]:
             weight = weight.astype(np.float32).astype(_STORAGE[storage])
@@ -90,6 +90,22 @@ class CpuOps(ComposedOps):
         # The buffer protocol has no name for bfloat16.
         items = weight if storage == "float32" else weight.view(np.uint16)
         return self._native.pack(items, bias, storage, gated)
+
+    def _pack_integers(self, weight: QuantizedWeight, bias: Any | None, gated: bool) -> Opaque:
+        values, scales = weight.values, weight.scales
+        if values.strides[-1] != 1:
+            values = np.ascontiguousarray(values)
+        if bias is not None:
+            bias = np.ascontiguousarray(bias, dtype=np.float32)
+        return self._native.pack_integers(
+            values,
+            np.ascontiguousarray(scales),
+            bias,
+            8 if weight.format.startswith("int8") else 4,
+            weight.group_size,
+            INPUT_LEVELS[weight.format],
+            gated,
+        )
 
     def pack_embedding(self, table: Any, storage: StorageType) -> Opaque:
         return self.pack_linear(table, None, storage)

@@ -1,0 +1,138 @@
+// Products of integers: weights of 8 or 4 bits, inputs rounded to integers, each row by its largest.
+//
+// Sums of products are exact, so they have the same bits in any order: few rows and many, vectors and the matrix unit
+// may each do as suits them. What follows has one order: for each group of inputs, first to last,
+// y = fma(float(sum), scale, y), and at the end y * step of the row.
+#pragma once
+
+#include "linear_finish.h"
+#include "linear_tiles.h"
+
+namespace quire::QUIRE_ISA {
+
+constexpr int64_t kQuad = 4;                                // inputs whose weights of one output lie together
+constexpr int64_t kIntegerBytes = kTilePanel * kQuad;       // 8-bit weights of a panel for one quad of inputs
+constexpr int64_t kScaleBytes = kTilePanel * sizeof(float);  // in front of each group
+
+typedef int16_t Shorts __attribute__((vector_size(kLanes * 4)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes * 4)));
+
+static inline Ints load_ints(const void* p) {
+    Ints v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline Shorts load_shorts(const void* p) {
+    Shorts v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void store(void* p, Ints v) { __builtin_memcpy(p, &v, sizeof v); }
+static inline void store(void* p, Shorts v) { __builtin_memcpy(p, &v, sizeof v); }
+
+static inline Floats to_floats(Ints v) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps((__m512i)v);
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps((__m256i)v);
+#else
+    return __builtin_convertvector(v, Floats);
+#endif
+}
+
+// Whether every lane of `v` lies in [-limit, limit).
+static inline bool within(Ints v, int32_t limit) {
+    const Words shifted = (Words)v + static_cast<uint32_t>(limit);
+#if defined(__AVX512F__)
+    return _mm512_cmpge_epu32_mask((__m512i)shifted, _mm512_set1_epi32(2 * limit)) == 0;
+#else
+    const Ints outside = (Ints)(shifted >= static_cast<uint32_t>(2 * limit));
+    int32_t any = 0;
+    for (int i = 0; i < kLanes; ++i) any |= outside[i];
+    return any == 0;
+#endif
+}
+
+// float(high * 2^shift + low), rounded once.
+static inline Floats join(Ints high, Ints low, int shift) {
+    if (within(high, 1 << (29 - shift)) && within(low, 1 << 29)) return to_floats((high << shift) + low);
+    Floats y = {};
+    for (int i = 0; i < kLanes; ++i) {
+        y[i] = static_cast<float>(int64_t{high[i]} * (int64_t{1} << shift) + low[i]);
+    }
+    return y;
+}
+
+// Integers of the inputs in [0, in), with their step: x = q * step. Zero up to `padded`. Everything is as the
+// definition says (`round_inputs` in src/quire/ops/reference.py).
+struct RoundedRow {
+    float inverse;  // 0: all zero
+    float step;     // NaN where an input is infinite or NaN
+};
+
+static inline RoundedRow measure_row(const float* x, int64_t in, int32_t levels) {
+    constexpr uint32_t magnitude = 0x7fffffffu, infinity = 0x7f800000u;
+    Words top = {};  // of bits without sign: an order in which infinity and NaN are the largest
+    int64_t i = 0;
+    for (; i + kLanes <= in; i += kLanes) {
+        const Words bits = as_words(load(x + i)) & magnitude;
+        top = (Ints)bits > (Ints)top ? bits : top;
+    }
+    uint32_t largest = 0;
+    for (int lane = 0; lane < kLanes; ++lane) largest = top[lane] > largest ? top[lane] : largest;
+    for (; i < in; ++i) {
+        uint32_t bits;
+        __builtin_memcpy(&bits, x + i, 4);
+        bits &= magnitude;
+        largest = bits > largest ? bits : largest;
+    }
+    float absmax;
+    __builtin_memcpy(&absmax, &largest, 4);
+    if (largest >= infinity) return {0.0f, __builtin_nanf("")};
+    const float limit = static_cast<float>(levels);
+    return {absmax < 0x1p-100f ? 0.0f : limit / absmax, absmax / limit};
+}
+
+// rint(x * inverse): the sum with 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
+static inline Ints round_to_ints(Floats x, float inverse) {
+    return (Ints)(as_words(x * inverse + 0x1.8p23f) - 0x4b400000u);
+}
+
+// The first `count` of kLanes floats; the others are zero.
+static inline Floats load_some(const float* p, int64_t count) {
+    if (count >= kLanes) return load(p);
+    float values[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) values[i] = p[i];
+    return load(values);
+}
+
+// One group's sums of products of a row, for the 32 outputs of a panel, joined with what the groups before left.
+static inline void add_group(const float* scales, const Floats* sums, float* y) {
+    for (int64_t v = 0; v < kTilePanel / kLanes; ++v) {
+        float* const at = y + v * kLanes;
+        store(at, fma(sums[v], load(scales + v * kLanes), load(at)));
+    }
+}
+
+// Runs of panels that shrink towards the end: long enough to stream, and no thread waits long for the last one.
+// Returns their number.
+static inline int64_t divide_panels(int64_t panels, int64_t longest, int threads, int32_t* borders) {
+    int64_t runs = 0;
+    borders[0] = 0;
+    for (int64_t first = 0; first < panels;) {
+        const int64_t share = (panels - first) / (2 * threads);
+        first += larger(1, smaller(share, longest));
+        borders[++runs] = static_cast<int32_t>(first);
+    }
+    return runs;
+}
+
+void linear_int(const LinearArgs& args, ThreadPool& pool);
+void embed_int(const EmbedArgs& args, ThreadPool& pool);
+#if QUIRE_TILES
+void linear_int_tiles(const LinearArgs& args, ThreadPool& pool);
+#endif
+
+}  // namespace quire::QUIRE_ISA

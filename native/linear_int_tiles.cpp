@@ -1,0 +1,380 @@
+// Products of integers by the matrix unit (AMX): tiles of 16 rows of 64 bytes by 64 x 16 bytes, sums of 32 bits.
+//
+// An input of 16 bits is two signed bytes, 256 high + low, and its row two rows of tiles. 4-bit weights are widened to
+// bytes in the nearest cache, once for all rows of an item; each group's sums leave the unit, are scaled and added.
+#include "linear_int.h"
+
+#if QUIRE_TILES
+
+namespace quire::QUIRE_ISA {
+
+namespace {
+
+constexpr int64_t kChunk = 64;                            // inputs in a tile
+constexpr int64_t kChunkBytes = kChunk * kTilePanel;      // 8-bit weights of a panel for one chunk
+constexpr int64_t kBlockSums = kTileSide * kTilePanel;    // of a block of rows and a panel
+constexpr int64_t kRowBytes = kIntegerBytes;              // from one quad of weights to the next
+constexpr int64_t kAheadBytes = 16384;
+constexpr int64_t kPieceChunks = 18;   // their 8-bit weights, 36 KB, stay in the L1
+constexpr int64_t kGroupBlocks = 32;   // blocks of rows whose inputs of one piece, 0.6 MB, stay in the L2
+constexpr int64_t kRunPanels = 8;      // panels whose sums are kept and written together
+constexpr int64_t kSerialItems = 32768;
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights, `depth` inputs deep.
+void configure(int64_t rows, int64_t depth) {
+    TileConfig config;
+    for (int tile = 0; tile < 8; ++tile) config.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : depth / kQuad);
+    config.row_bytes[4] = config.row_bytes[5] = static_cast<uint16_t>(depth);
+    asm volatile("" : : "r"(&config) : "memory");  // the intrinsic of gcc 12 tells the compiler of 8 bytes only
+    _tile_loadconfig(&config);
+}
+
+struct Job {
+    const LinearArgs* args;
+    ThreadPool* pool;
+    int8_t* x;         // [blocks][chunks][tile_rows][64]; with two digits blocks 2 i and 2 i + 1 are of the same rows
+    float* steps;      // [rows]
+    int32_t* borders;  // [runs + 1]: the panels of each run
+    int64_t digits;    // bytes of an input
+    int64_t chunks, tile_rows, blocks;
+    int64_t pieces, piece_chunks;
+    int64_t group_blocks, groups;  // of rows
+
+    int64_t block_bytes() const { return chunks * tile_rows * kChunk; }
+    int64_t rows_of(int64_t block_count) const { return block_count / digits * kTileSide; }
+    const uint8_t* panel(int64_t index) const {
+        return static_cast<const uint8_t*>(args->weight.data) + index * args->weight.panel_bytes();
+    }
+};
+
+// 16 integers as bytes in the order of weights
+inline void store_bytes(__m512i q, int8_t* to) {
+    const __m128i order = _mm_set_epi8(15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
+    _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(q), order));
+}
+
+// One block of rows, all its digits; rows and inputs that do not exist are zero.
+void round_block(void* context, int64_t item, int) {
+    const Job& job = *static_cast<const Job*>(context);
+    const LinearArgs& args = *job.args;
+    int8_t* const to = job.x + item * job.digits * job.block_bytes();
+    for (int64_t r = 0; r < job.tile_rows; ++r) {
+        const int64_t row = item * kTileSide + r;
+        const float* const x = args.x + (row < args.rows ? row * args.x_stride : 0);
+        RoundedRow rounded{0.0f, 0.0f};
+        if (row < args.rows) {
+            rounded = measure_row(x, args.weight.in, args.weight.levels);
+            job.steps[row] = rounded.step;
+        }
+        for (int64_t i = 0; i < job.chunks * kChunk; i += kLanes) {
+            Ints q = {};
+            if (rounded.inverse != 0.0f && i < args.weight.in) {
+                q = round_to_ints(load_some(x + i, args.weight.in - i), rounded.inverse);
+            }
+            int8_t* const at = to + (i / kChunk * job.tile_rows + r) * kChunk + i % kChunk;
+            if (job.digits == 1) {
+                store_bytes((__m512i)q, at);
+            } else {
+                const Ints high = (q + 128) >> 8;
+                store_bytes((__m512i)high, at);
+                store_bytes((__m512i)(q - (high << 8)), at + job.block_bytes());
+            }
+        }
+    }
+}
+
+// Memory that will be read soon.
+struct Fetch {
+    const uint8_t* at;
+    const uint8_t* end;
+
+    void operator()(int64_t bytes) {
+        if (at < end) {
+            for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+        }
+        at += bytes;
+    }
+};
+
+// 8-bit weights: sums are integers until the end of the inputs.
+
+// sums [Blocks][16][32] = (what they are, or 0) + x . weights over `chunks` chunks of inputs. `StreamsX`: x is too large to
+// stay in the nearest cache, and leaves it to the weights.
+template <int Blocks, bool StreamsX>
+void multiply_blocks(const Job& job, const int8_t* x, const uint8_t* weights, int64_t chunks, bool fresh, int32_t* sums,
+                     Fetch& fetch, int64_t fetched_bytes) {
+    constexpr int64_t bytes = kTilePanel * 4;
+    const int64_t x_bytes = job.tile_rows * kChunk, block_bytes = job.block_bytes();
+    if (fresh) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (Blocks == 2) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+    } else {
+        _tile_loadd(0, sums, bytes);
+        _tile_loadd(1, sums + kTileSide, bytes);
+        if (Blocks == 2) {
+            _tile_loadd(2, sums + kBlockSums, bytes);
+            _tile_loadd(3, sums + kBlockSums + kTileSide, bytes);
+        }
+    }
+    for (int64_t chunk = 0; chunk < chunks; ++chunk, x += x_bytes, weights += kChunkBytes) {
+        fetch(fetched_bytes);
+        _tile_loadd(6, weights, kRowBytes);
+        if (StreamsX) {
+            _tile_stream_loadd(4, x, kChunk);
+        } else {
+            _tile_loadd(4, x, kChunk);
+        }
+        _tile_dpbssd(0, 4, 6);
+        _tile_loadd(7, weights + 64, kRowBytes);
+        _tile_dpbssd(1, 4, 7);
+        if (Blocks == 2) {
+            if (StreamsX) {
+                _tile_stream_loadd(5, x + block_bytes, kChunk);
+            } else {
+                _tile_loadd(5, x + block_bytes, kChunk);
+            }
+            _tile_dpbssd(2, 5, 6);
+            _tile_dpbssd(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums, bytes);
+    _tile_stored(1, sums + kTileSide, bytes);
+    if (Blocks == 2) {
+        _tile_stored(2, sums + kBlockSums, bytes);
+        _tile_stored(3, sums + kBlockSums + kTileSide, bytes);
+    }
+}
+
+struct EightBitTiles {
+    using Sum = int32_t;
+
+    // Some chunks of one panel for blocks of rows from `x` on.
+    static void multiply(const Job& job, const int8_t* x, int64_t blocks, int64_t panel, int64_t chunk, int64_t chunks,
+                         const uint8_t* next, const uint8_t* end, Sum* sums, uint8_t*) {
+        const uint8_t* const weights = job.panel(panel) + kScaleBytes + chunk * kChunkBytes;
+        const int64_t pairs = (blocks + 1) / 2, fetched = (kChunkBytes / 64 + pairs - 1) / pairs * 64;
+        Fetch fetch{next, end};
+        for (int64_t block = 0; block < blocks; block += 2) {
+            const int8_t* const from = x + block * job.block_bytes() + chunk * job.tile_rows * kChunk;
+            const bool two = blocks - block >= 2;
+            const auto multiply = blocks <= 2 ? (two ? multiply_blocks<2, false> : multiply_blocks<1, false>)
+                                              : (two ? multiply_blocks<2, true> : multiply_blocks<1, true>);
+            multiply(job, from, weights, chunks, chunk == 0, sums + block * kBlockSums, fetch, fetched);
+        }
+    }
+
+    // One row's sums of one panel as they are scaled.
+    static void scale(const Job& job, int64_t panel, int64_t row, const Sum* sums, float* y) {
+        const float* const scales = reinterpret_cast<const float*>(job.panel(panel));
+        const Sum* const at = sums + row / kTileSide * job.digits * kBlockSums + row % kTileSide * kTilePanel;
+        for (int64_t i = 0; i < kTilePanel; i += kLanes) {
+            const Ints first = load_ints(at + i);
+            const Floats sum = job.digits == 1 ? to_floats(first) : join(first, load_ints(at + kBlockSums + i), 8);
+            store(y + i, fma(sum, load(scales + i), Floats{}));
+        }
+    }
+};
+
+// 4-bit weights: each group's sums are scaled as they come.
+
+// `inputs` of a panel as bytes, in the order of 8-bit weights.
+void widen(const uint8_t* from, int64_t inputs, uint8_t* to, Fetch& fetch) {
+    const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
+    for (int64_t i = 0; i < inputs; i += 2 * kQuad, from += kRowBytes, to += 2 * kRowBytes) {
+        fetch(kRowBytes);
+        for (int64_t half = 0; half < kRowBytes; half += 64) {
+            // 8 more than their value, then 8 less: signs without shifts of bytes, which there are none of
+            const __m512i both = _mm512_xor_si512(_mm512_loadu_si512(from + half), _mm512_set1_epi8(-120));
+            const __m512i first = _mm512_and_si512(both, low);
+            const __m512i second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+            _mm512_store_si512(to + half, _mm512_sub_epi8(first, eight));
+            _mm512_store_si512(to + kRowBytes + half, _mm512_sub_epi8(second, eight));
+        }
+    }
+}
+
+// y [Rows][32] += scaled sums of `groups` groups for up to Rows rows. `scales` are `scales_stride` bytes apart.
+template <int Digits, int Rows>
+void multiply_groups(const Job& job, const int8_t* x, const uint8_t* widened, const uint8_t* scales,
+                     int64_t scales_stride, int64_t groups, float* y) {
+    alignas(64) int32_t high[kTileSide * kTileSide], low[kTileSide * kTileSide];
+    const int64_t group = job.args->weight.group, depth = smaller(group, kChunk);
+    const int64_t x_bytes = job.tile_rows * kChunk, block_bytes = job.block_bytes();
+    for (int64_t half = 0; half < kTilePanel; half += kTileSide) {
+        __m512 sums[Rows];
+        for (int r = 0; r < Rows; ++r) sums[r] = _mm512_load_ps(y + r * kTilePanel + half);
+        const uint8_t* weights = widened + half * kQuad;
+        int64_t input = 0;
+        for (int64_t g = 0; g < groups; ++g) {
+            _tile_zero(0);
+            if (Digits == 2) _tile_zero(1);
+            for (int64_t i = 0; i < group; i += depth, input += depth, weights += depth / kQuad * kRowBytes) {
+                const int8_t* const from = x + input / kChunk * x_bytes + input % kChunk;
+                _tile_loadd(6, weights, kRowBytes);
+                _tile_loadd(4, from, kChunk);
+                _tile_dpbssd(0, 4, 6);
+                if (Digits == 2) {
+                    _tile_loadd(5, from + block_bytes, kChunk);
+                    _tile_dpbssd(1, 5, 6);
+                }
+            }
+            _tile_stored(0, high, kTileSide * 4);
+            if (Digits == 2) _tile_stored(1, low, kTileSide * 4);
+            const __m512 scale = _mm512_load_ps(reinterpret_cast<const float*>(scales + g * scales_stride) + half);
+            for (int r = 0; r < Rows; ++r) {
+                __m512i sum = _mm512_load_si512(high + r * kTileSide);
+                if (Digits == 2) {
+                    sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), _mm512_load_si512(low + r * kTileSide));
+                }
+                sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[r]);
+            }
+        }
+        for (int r = 0; r < Rows; ++r) _mm512_store_ps(y + r * kTilePanel + half, sums[r]);
+    }
+}
+
+template <int Digits>
+auto groups_of(int64_t rows) {
+    return rows <= 4 ? multiply_groups<Digits, 4> : rows <= 8 ? multiply_groups<Digits, 8> : multiply_groups<Digits, 16>;
+}
+
+struct FourBitTiles {
+    using Sum = float;
+
+    static void multiply(const Job& job, const int8_t* x, int64_t blocks, int64_t panel, int64_t chunk, int64_t chunks,
+                         const uint8_t* next, const uint8_t* end, Sum* sums, uint8_t* widened) {
+        const Panels& weight = job.args->weight;
+        const int64_t first = chunk * kChunk / weight.group;
+        const int64_t last = smaller((chunk + chunks) * kChunk / weight.group, weight.groups());
+        const uint8_t* const groups = job.panel(panel) + first * weight.group_bytes();
+        Fetch fetch{next, end};
+        for (int64_t group = first; group < last; ++group) {
+            fetch(kScaleBytes);
+            widen(groups + (group - first) * weight.group_bytes() + kScaleBytes, weight.group,
+                  widened + (group - first) * weight.group * kTilePanel, fetch);
+        }
+        const auto multiply = job.digits == 2 ? groups_of<2>(job.tile_rows) : groups_of<1>(job.tile_rows);
+        for (int64_t block = 0; block < blocks; block += job.digits) {
+            Sum* const y = sums + block / job.digits * kBlockSums;
+            if (chunk == 0) __builtin_memset(y, 0, kBlockSums * sizeof(Sum));
+            multiply(job, x + block * job.block_bytes() + chunk * job.tile_rows * kChunk, widened, groups,
+                     weight.group_bytes(), last - first, y);
+        }
+    }
+
+    static void scale(const Job&, int64_t, int64_t row, const Sum* sums, float* y) {
+        __builtin_memcpy(y, sums + row * kTilePanel, kTilePanel * sizeof(float));
+    }
+};
+
+template <class Tiles>
+void finish(const Job& job, int64_t panel, int64_t first_row, int64_t row, const typename Tiles::Sum* sums) {
+    float y[kTilePanel];
+    Tiles::scale(job, panel, row, sums, y);
+    for (int64_t i = 0; i < kTilePanel; i += kLanes) store(y + i, load(y + i) * job.steps[first_row + row]);
+    finish_row<kTilePanel>(*job.args, panel, first_row + row, y);
+}
+
+constexpr size_t kWidenedBytes = kPieceChunks * kChunkBytes;
+
+// All rows, which are few, by a run of panels: each weight is used once.
+template <class Tiles>
+void stream_item(void* context, int64_t item, int worker) {
+    const Job& job = *static_cast<const Job*>(context);
+    uint8_t* const scratch =
+        static_cast<uint8_t*>(job.pool->scratch(worker, kWidenedBytes + job.blocks * kBlockSums * 4));
+    auto* const sums = reinterpret_cast<typename Tiles::Sum*>(scratch + kWidenedBytes);
+    const int64_t last = job.borders[item + 1], panel_bytes = job.args->weight.panel_bytes();
+    configure(job.tile_rows, smaller(job.args->weight.group, kChunk));
+    for (int64_t panel = job.borders[item]; panel < last; ++panel) {
+        for (int64_t chunk = 0; chunk < job.chunks; chunk += job.piece_chunks) {
+            const int64_t chunks = smaller(job.piece_chunks, job.chunks - chunk);
+            const uint8_t* const next = job.panel(panel) + panel_bytes * chunk / job.chunks + kAheadBytes;
+            Tiles::multiply(job, job.x, job.blocks, panel, chunk, chunks, next, job.panel(last), sums, scratch);
+        }
+        for (int64_t row = 0; row < job.args->rows; ++row) finish<Tiles>(job, panel, 0, row, sums);
+    }
+    _tile_release();
+}
+
+// A run of panels for one group of rows: for each piece of the inputs, for each panel, all rows.
+template <class Tiles>
+void block_item(void* context, int64_t item, int worker) {
+    const Job& job = *static_cast<const Job*>(context);
+    const Panels& weight = job.args->weight;
+    const int64_t first_panel = job.borders[item / job.groups], last_panel = job.borders[item / job.groups + 1];
+    const int64_t first_block = item % job.groups * job.group_blocks;
+    const int64_t blocks = smaller(job.group_blocks, job.blocks - first_block);
+    const int64_t first_row = job.rows_of(first_block);
+    const int64_t panel_sums = (blocks + 1) / 2 * 2 * kBlockSums;
+    uint8_t* const scratch = static_cast<uint8_t*>(
+        job.pool->scratch(worker, kWidenedBytes + (last_panel - first_panel) * panel_sums * 4));
+    auto* const sums = reinterpret_cast<typename Tiles::Sum*>(scratch + kWidenedBytes);
+    configure(kTileSide, smaller(weight.group, kChunk));
+    for (int64_t chunk = 0; chunk < job.chunks; chunk += job.piece_chunks) {
+        const int64_t chunks = smaller(job.piece_chunks, job.chunks - chunk);
+        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+            const uint8_t* const next = job.panel(panel + 1) + weight.panel_bytes() * chunk / job.chunks;
+            Tiles::multiply(job, job.x + first_block * job.block_bytes(), blocks, panel, chunk, chunks, next,
+                            job.panel(last_panel), sums + (panel - first_panel) * panel_sums, scratch);
+        }
+    }
+    _tile_release();
+    for (int64_t row = 0; row < smaller(job.rows_of(blocks), job.args->rows - first_row); ++row) {
+        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+            finish<Tiles>(job, panel, first_row, row, sums + (panel - first_panel) * panel_sums);
+        }
+    }
+}
+
+}  // namespace
+
+void linear_int_tiles(const LinearArgs& args, ThreadPool& pool) {
+    const Panels& weight = args.weight;
+    const int64_t panels = weight.panels();
+    const int64_t row_blocks = (args.rows + kTileSide - 1) / kTileSide;
+    Job job{};
+    job.args = &args;
+    job.pool = &pool;
+    job.digits = weight.levels > 127 ? 2 : 1;
+    job.chunks = (weight.groups() * weight.group + kChunk - 1) / kChunk;
+    job.tile_rows = smaller(args.rows, kTileSide);
+    job.blocks = row_blocks * job.digits;
+    job.pieces = larger(1, (job.chunks + kPieceChunks - 1) / kPieceChunks);
+    // whole groups, so an even number: of 128 inputs
+    job.piece_chunks = larger(2, ((job.chunks + job.pieces - 1) / job.pieces + 1) / 2 * 2);
+    job.group_blocks = kGroupBlocks;
+    job.groups = (job.blocks + job.group_blocks - 1) / job.group_blocks;
+
+    const int64_t x_bytes = job.blocks * job.block_bytes();
+    uint8_t* const shared = static_cast<uint8_t*>(pool.shared_scratch(x_bytes + (args.rows + panels + 1) * 4));
+    job.x = reinterpret_cast<int8_t*>(shared);
+    job.steps = reinterpret_cast<float*>(shared + x_bytes);
+    job.borders = reinterpret_cast<int32_t*>(job.steps + args.rows);
+    if (args.rows * weight.in < kSerialItems) {
+        for (int64_t block = 0; block < row_blocks; ++block) round_block(&job, block, 0);
+    } else {
+        pool.run(row_blocks, round_block, &job);
+    }
+    const bool streamed = job.blocks <= 2;
+    const int64_t runs = divide_panels(panels, streamed ? panels : kRunPanels, pool.threads(), job.borders);
+    if (streamed) {
+        pool.run(runs, weight.bits == 8 ? stream_item<EightBitTiles> : stream_item<FourBitTiles>, &job);
+    } else {
+        pool.run(runs * job.groups, weight.bits == 8 ? block_item<EightBitTiles> : block_item<FourBitTiles>, &job);
+    }
+}
+
+}  // namespace quire::QUIRE_ISA
+
+#endif
