@@ -1,0 +1,1 @@
+"""The operations on NVIDIA GPUs: arrays are torch tensors, the work is Triton's. `pip install quire[cuda]`."""

@@ -1,0 +1,120 @@
+"""The operations on an NVIDIA GPU.
+
+Activations that go into products have the type of the weights; residuals, logits and sums are float32. No operation waits
+for the device, except `to_numpy`. Tested without a GPU under Triton's interpreter (`TRITON_INTERPRET=1`) with
+`device="cpu"`, in float32 and float16.
+"""
+
+from typing import Any
+
+import array_api_compat.torch
+import numpy as np
+import torch
+
+from quire.ops.composed import ComposedOps
+from quire.ops.cuda import attention, products, rows, sampling
+from quire.ops.types import (
+    Activation,
+    Array,
+    AttentionBatch,
+    AttentionSpec,
+    CacheShape,
+    Logprobs,
+    QuantizedWeight,
+    SampleBatch,
+    StorageType,
+)
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class CudaOps(ComposedOps):
+    """`device` as torch names it; `storage` is the type of weights and activations of the model that it will run."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self.name = f"cuda ({torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else 'interpreted'})"
+        self.xp: Any = array_api_compat.torch
+
+    # arrays and weights
+
+    def array(self, values: Any, dtype: str) -> Array:
+        """From pageable memory through a pinned buffer where there is a device: the copy does not wait."""
+        host = np.array(values, dtype=dtype)
+        if host.dtype == np.uint64:
+            host = host.view(np.int64)  # torch computes little with uint64; kernels read the bits
+        tensor = torch.from_numpy(host)
+        return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def to_numpy(self, x: Array) -> Any:
+        return x.detach().cpu().numpy()
+
+    def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> products.CudaLinear:
+        return products.pack(weight, bias, _DTYPES[storage], self.device)
+
+    def pack_embedding(self, table: Any, storage: StorageType) -> products.CudaLinear:
+        if isinstance(table, QuantizedWeight) and table.group_size != table.values.shape[1]:
+            raise ValueError("a table is quantised by rows, not by groups")
+        return self.pack_linear(table, None, storage)
+
+    # products
+
+    def linear(self, x: Array, packed: products.CudaLinear) -> Array:
+        return products.linear(x, packed, packed.dtype)
+
+    def embed(self, token_ids: Array, packed: products.CudaLinear, scale: float = 1.0) -> Array:
+        return products.rows_of(packed, token_ids) * scale
+
+    def logits(
+        self, x: Array, packed: products.CudaLinear, scale: float = 1.0, softcap: float | None = None
+    ) -> Array:
+        return products.linear(x, packed, torch.float32, scale, softcap)
+
+    # norms: what goes into a product has the type of `x`, unless that is a residual
+
+    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+        return rows.norm(x, None, weight, None, eps, False, x.dtype)
+
+    def add_rms_norm(self, x: Array, residual: Array, weight: Array, eps: float) -> Array:
+        return rows.norm(x, residual, weight, None, eps, False, x.dtype)
+
+    def layer_norm(self, x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
+        return rows.norm(x, None, weight, bias, eps, True, x.dtype)
+
+    # positions and attention
+
+    def rope(self, x: Array, positions: Array, cos: Array, sin: Array) -> None:
+        rows.rope(x, positions, cos, sin)
+
+    def make_cache(self, shape: CacheShape) -> Array:
+        dims = (shape.num_layers, 2, shape.num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        return torch.zeros(dims, dtype=_DTYPES[shape.storage], device=self.device)
+
+    def attention(
+        self, q: Array, k: Array, v: Array, cache: Array, layer: int, batch: AttentionBatch, spec: AttentionSpec
+    ) -> Array:
+        return attention.attention(q, k, v, cache, layer, batch, spec)
+
+    def copy_blocks(self, cache: Array, source_ids: Array, target_ids: Array) -> None:
+        for source, target in zip(source_ids.tolist(), target_ids.tolist(), strict=True):
+            cache[:, :, target] = cache[:, :, source]
+
+    # element by element
+
+    def activation(self, x: Array, kind: Activation) -> Array:
+        return rows.activation(x, kind, multiply=False)
+
+    def activation_multiply(self, gate_up: Array, kind: Activation) -> Array:
+        return rows.activation(gate_up, kind, multiply=True)
+
+    # choosing tokens
+
+    def sample(self, logits: Array, batch: SampleBatch) -> Array:
+        return sampling.sample(logits, batch)
+
+    def logprobs(self, logits: Array, token_ids: Array, num_top: int) -> Logprobs:
+        return sampling.logprobs(logits, token_ids, num_top)
+
+    def rows_finite(self, logits: Array) -> Array:
+        broken = (torch.isnan(logits) | (logits == torch.inf)).any(-1)
+        return (logits > -torch.inf).any(-1) & ~broken
