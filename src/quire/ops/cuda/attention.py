@@ -1,10 +1,10 @@
 """Paged attention in Triton (PagedAttention, arXiv 2309.06180; running softmax, arXiv 2205.14135).
 
-The cache is `[layers, 2, blocks, kv_heads, block_size, head_dim]`, keys before values. A context is cut at multiples of
-`SEGMENT` positions. A query folds each segment into `(top, total, mixed)` from fresh values, then folds the segments in
-ascending order. One program does all of it for a tile of queries of a prompt; for single queries, where there are too few
-programs to fill a device, each segment is a program of its own and `merge` folds them with the same formula. What a query
-computes is a function of its own position alone: not of its row's companions, nor of how a prompt is cut.
+The cache is `[layers, 2, blocks, kv_heads, block_size, head_dim]`, keys before values. A context is cut at multiples
+of `SEGMENT` positions. A query folds each segment into `(top, total, mixed)` from fresh values, then folds the segments
+in ascending order. One program does all of it for a tile of queries of a prompt; for single queries, where there are
+too few programs to fill a device, each segment is a program of its own and `merge` folds them with the same formula.
+What a query computes is a function of its own position alone: not of its companions, nor of how a prompt is cut.
 
 ::
 
@@ -18,17 +18,32 @@ import torch
 import triton
 import triton.language as tl
 
-from quire.ops.types import Array, AttentionBatch, AttentionSpec
+from quire.ops.types import Array, AttentionBatch, AttentionSpec, RopeTables
 
 SEGMENT = 512
 """Positions of the context that are folded together; a multiple of every block size."""
 
 
 @triton.jit
+def _rotated(heads, dims, mask, position, cos, sin, HALF: tl.constexpr):
+    """Heads from pointers `heads [n, 1]`, turned by `position [n, 1]`; dimensions from 2 HALF on stay as they are."""
+    x = tl.load(heads + dims, mask=mask, other=0.0)
+    if HALF > 0:
+        turns = mask & (dims < 2 * HALF)
+        partner = tl.load(heads + tl.where(dims < HALF, dims + HALF, dims - HALF), mask=turns, other=0.0).to(tl.float32)
+        at = position.to(tl.int64) * HALF + dims % HALF
+        c, s = tl.load(cos + at, mask=turns, other=1.0), tl.load(sin + at, mask=turns, other=0.0)
+        wide = x.to(tl.float32)
+        x = tl.where(dims < HALF, wide * c - partner * s, wide * c + partner * s).to(x.dtype)
+    return x
+
+
+@triton.jit
 def store_kernel(
-    k, v, keys, values, positions, query_starts, starts, tables, rows, k_stride, v_stride, table_stride,
+    k, v, keys, values, cos, sin, query_starts, starts, tables, rows, k_stride, v_stride, table_stride,
     block_stride, head_stride,
-    KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_TILE: tl.constexpr, HEADS_TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr, DIM: tl.constexpr, DIM_TILE: tl.constexpr, HEADS_TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """The keys and values of one token into their slot."""
     token = tl.program_id(0)
@@ -46,7 +61,8 @@ def store_kernel(
     mask = (heads[:, None] < KV_HEADS) & (dims[None, :] < DIM)
     source = heads[:, None] * DIM + dims[None, :]
     target = block * block_stride + heads[:, None] * head_stride + (position % BLOCK_SIZE) * DIM + dims[None, :]
-    key = tl.load(k + token.to(tl.int64) * k_stride + source, mask=mask)
+    key_heads = k + token.to(tl.int64) * k_stride + heads[:, None] * DIM
+    key = _rotated(key_heads, dims[None, :], mask, position, cos, sin, HALF)
     value = tl.load(v + token.to(tl.int64) * v_stride + source, mask=mask)
     tl.store(keys + target, key.to(keys.dtype.element_ty), mask=mask)
     tl.store(values + target, value.to(values.dtype.element_ty), mask=mask)
@@ -97,11 +113,11 @@ def _segment(
 
 @triton.jit
 def attention_kernel(
-    q, keys, values, out, parts, query_starts, starts, tables, sinks, rows, q_stride, table_stride, block_stride,
-    head_stride, parts_stride, scale, softcap, window,
+    q, keys, values, out, parts, cos, sin, query_starts, starts, tables, sinks, rows, q_stride, table_stride,
+    block_stride, head_stride, parts_stride, scale, softcap, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, DIM: tl.constexpr, DIM_TILE: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SEGMENT_SIZE: tl.constexpr,
-    SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+    SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Programs: tile of queries, kv head, and with SPLIT the segment. Without SPLIT writes `out`, with it `parts`."""
     BLOCK_M: tl.constexpr = BLOCK_Q * GROUP_TILE
@@ -126,9 +142,9 @@ def attention_kernel(
         dims = tl.arange(0, DIM_TILE)
         lane_token = (first_token + token).to(tl.int64)
         mask = valid[:, None] & (dims[None, :] < DIM)
-        query = tl.load(q + lane_token[:, None] * q_stride + head[:, None] * DIM + dims[None, :], mask=mask, other=0.0)
-        query = query.to(keys.dtype.element_ty)
         position = start + token
+        query_heads = q + lane_token[:, None] * q_stride + head[:, None] * DIM
+        query = _rotated(query_heads, dims[None, :], mask, position[:, None], cos, sin, HALF).to(keys.dtype.element_ty)
         last = tl.minimum(start + offset + BLOCK_Q, start + count)
         first_seen = tl.maximum(start + offset - window + 1, 0)
         table = tables + row * table_stride
@@ -202,7 +218,16 @@ def merge_kernel(
     tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
-def attention(q: Array, k: Array, v: Array, cache: Any, layer: int, batch: AttentionBatch, spec: AttentionSpec) -> Array:
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    cache: Any,
+    layer: int,
+    batch: AttentionBatch,
+    spec: AttentionSpec,
+    rope: RopeTables | None,
+) -> Array:
     """See `Ops.attention`. `cache` is the tensor of the module's docstring. Launches without waiting for the device."""
     tokens, heads, dim = q.shape
     out = torch.empty((tokens, heads * dim), dtype=q.dtype, device=q.device)
@@ -213,25 +238,28 @@ def attention(q: Array, k: Array, v: Array, cache: Any, layer: int, batch: Atten
     rows, width = batch.block_tables.shape
     group, dim_tile = heads // kv_heads, max(16, triton.next_power_of_2(dim))
     strides = (keys.stride(0), keys.stride(1))
+    tables, half = ((q, q), 0) if rope is None else ((rope.cos, rope.sin), rope.cos.shape[1])
     store_kernel[(tokens,)](
-        k, v, keys, values, batch.positions, batch.query_starts, batch.starts, batch.block_tables, rows,
+        k, v, keys, values, *tables, batch.query_starts, batch.starts, batch.block_tables, rows,
         k.stride(0), v.stride(0), batch.block_tables.stride(0), *strides,
         KV_HEADS=kv_heads, DIM=dim, DIM_TILE=dim_tile, HEADS_TILE=triton.next_power_of_2(kv_heads),
-        BLOCK_SIZE=block_size,
+        BLOCK_SIZE=block_size, HALF=half,
     )  # fmt: skip
     group_tile = triton.next_power_of_2(group)
     single = tokens <= rows  # a query of each row: too few programs without splitting the context
     block_q = max(1, 16 // group_tile) if single else max(1, 64 // group_tile)
     segments = -(-width * block_size // SEGMENT) if single else 1
-    parts = torch.empty((tokens * heads, segments * (dim + 2)) if single else (1, 1), dtype=torch.float32, device=q.device)
+    parts = torch.empty(
+        (tokens * heads, segments * (dim + 2)) if single else (1, 1), dtype=torch.float32, device=q.device
+    )
     window = 2**30 if spec.window is None else spec.window
     sinks = q if spec.sinks is None else spec.sinks
     attention_kernel[(tokens // block_q + rows, kv_heads, segments)](
-        q, keys, values, out, parts, batch.query_starts, batch.starts, batch.block_tables, sinks, rows, q.stride(0),
-        batch.block_tables.stride(0), *strides, parts.stride(0), spec.scale, spec.softcap or 1.0, window,
+        q, keys, values, out, parts, *tables, batch.query_starts, batch.starts, batch.block_tables, sinks, rows,
+        q.stride(0), batch.block_tables.stride(0), *strides, parts.stride(0), spec.scale, spec.softcap or 1.0, window,
         HEADS=heads, GROUP=group, GROUP_TILE=group_tile, DIM=dim, DIM_TILE=dim_tile, BLOCK_Q=block_q,
         TILE=64 if dim_tile <= 128 else 32, BLOCK_SIZE=block_size, SEGMENT_SIZE=SEGMENT, SPLIT=single,
-        SOFTCAP=spec.softcap is not None, SINKS=spec.sinks is not None,
+        SOFTCAP=spec.softcap is not None, SINKS=spec.sinks is not None, HALF=half,
     )  # fmt: skip
     if single:
         merge_kernel[(tokens,)](

@@ -1,9 +1,9 @@
-"""`y = x W^T + b` in Triton: one kernel for 16-bit and 32-bit weights, int8, int4 and fp8.
+"""`y = x W^T + b` in Triton: one kernel for weights of 16 and 32 bits, int8 and int4.
 
-An output is one chain of tile products over the inputs, from the first to the last, in tiles of a fixed depth. The tiles are
-chosen by the shape of the weight alone (`tiles_for`), never by the number of rows, so a row's bits do not depend on
-its companions. Weights are `[out, in]` as the checkpoint has them; int4 is two to a byte, for each group the first half of
-its inputs in the low nibbles and the second half in the high ones.
+An output is one chain of tile products over the inputs, from the first to the last, in tiles of a fixed depth. The
+tiles are chosen by the shape of the weight alone (`tiles_for`), never by the number of rows, so a row's bits do not
+depend on its companions. Weights are `[out, in]` as the checkpoint has them; int4 is two to a byte, for each group the
+first half of its inputs in the low nibbles and the second half in the high ones.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class CudaLinear:
     weight: Array  # [out, in], int4: [out, in / 2]
     scales: Array | None  # [out, in / group_size] float32
     bias: Array | None  # [out] float32
-    format: str  # "plain", "int8", "int8_w8a8", "int4", "fp8"
+    format: str  # "plain", or that of a QuantizedWeight
     group_size: int
     in_features: int
     dtype: torch.dtype
@@ -54,8 +54,8 @@ class CudaLinear:
 
 
 def tiles_for(packed: CudaLinear) -> Tiles:
-    """One choice for each kind of weight. Rows of a tile are 16 for weights that are read once for few rows at a time."""
-    if packed.format == "int4":
+    """One choice for each kind of weight, whatever the number of rows."""
+    if packed.format.startswith("int4"):
         return Tiles(32, 64, packed.group_size, 4)
     if packed.dtype == torch.float32:
         return Tiles(32, 32, 32, 4)
@@ -64,7 +64,7 @@ def tiles_for(packed: CudaLinear) -> Tiles:
 
 @triton.jit
 def linear_kernel(
-    x, weight, scales, x_scales, bias, y, rows, outputs, inputs, x_stride, w_stride, y_stride, scale, softcap,
+    x, weight, scales, x_steps, bias, y, rows, outputs, inputs, x_stride, w_stride, y_stride, scale, softcap,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -74,19 +74,25 @@ def linear_kernel(
     row_exists, output_exists = (row < rows)[:, None], (output < outputs)[None, :]
     x_rows = x + row.to(tl.int64)[:, None] * x_stride
     columns = weight + output.to(tl.int64)[None, :] * w_stride
-    if FORMAT == "int4":
+    if (FORMAT == "int4") | (FORMAT == "int4_w4a8"):
         HALF: tl.constexpr = BLOCK_K // 2
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         at = tl.arange(0, HALF)
-        for group in range(0, inputs // BLOCK_K):
-            low_x = tl.load(x_rows + group * BLOCK_K + at[None, :], mask=row_exists, other=0.0)
-            high_x = tl.load(x_rows + group * BLOCK_K + HALF + at[None, :], mask=row_exists, other=0.0)
+        groups = tl.cdiv(inputs, BLOCK_K)
+        for group in range(0, groups):
+            low_at, high_at = group * BLOCK_K + at[None, :], group * BLOCK_K + HALF + at[None, :]
+            low_x = tl.load(x_rows + low_at, mask=row_exists & (low_at < inputs), other=0)
+            high_x = tl.load(x_rows + high_at, mask=row_exists & (high_at < inputs), other=0)
             pair = tl.load(columns + group * HALF + at[:, None], mask=output_exists, other=0).to(tl.int32)
-            low = ((pair & 15) - 8).to(low_x.dtype)
-            high = ((pair >> 4) - 8).to(low_x.dtype)
-            part = tl.dot(low_x, low, input_precision="ieee")
-            part = tl.dot(high_x, high, part, input_precision="ieee")
-            total += part * tl.load(scales + output * (inputs // BLOCK_K) + group, mask=output < outputs, other=0.0)[None, :]
+            low, high = ((pair & 15) - 8).to(low_x.dtype), ((pair >> 4) - 8).to(low_x.dtype)
+            if FORMAT == "int4":
+                part = tl.dot(low_x, low, input_precision="ieee")
+                part = tl.dot(high_x, high, part, input_precision="ieee")
+            else:
+                part = tl.dot(high_x, high, tl.dot(low_x, low)).to(tl.float32)
+            total += part * tl.load(scales + output * groups + group, mask=output < outputs, other=0.0)[None, :]
+        if FORMAT == "int4_w4a8":
+            total *= tl.load(x_steps + row, mask=row < rows, other=0.0)[:, None]
     elif FORMAT == "int8_w8a8":
         sums = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
         for first in range(0, inputs, BLOCK_K):
@@ -94,7 +100,7 @@ def linear_kernel(
             part_x = tl.load(x_rows + at[None, :], mask=row_exists & (at[None, :] < inputs), other=0)
             part_w = tl.load(columns + at[:, None], mask=output_exists & (at[:, None] < inputs), other=0)
             sums = tl.dot(part_x, part_w, sums)
-        total = sums.to(tl.float32) * tl.load(x_scales + row, mask=row < rows, other=0.0)[:, None]
+        total = sums.to(tl.float32) * tl.load(x_steps + row, mask=row < rows, other=0.0)[:, None]
         total *= tl.load(scales + output, mask=output < outputs, other=0.0)[None, :]
     else:
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -115,40 +121,38 @@ def linear_kernel(
 
 
 @triton.jit
-def quantize_rows_kernel(x, values, scales, x_stride, size, TILE: tl.constexpr):
-    """One row to int8: scale = largest magnitude / 127, halves to even."""
+def round_rows_kernel(x, values, steps, x_stride, size, TILE: tl.constexpr):
+    """One row to signed bytes: `Ops`' `round_inputs` with 127 levels."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, TILE)
     mask = at < size
     row_x = tl.load(x + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.max(tl.abs(row_x), 0) / 127.0
-    scaled = row_x / tl.where(scale > 0.0, scale, 1.0)
+    largest = tl.max(tl.abs(row_x), 0)
+    broken = (tl.sum((row_x != row_x).to(tl.int32), 0) > 0) | (largest == float("inf"))
+    some = (largest >= 7.888609052210118e-31) & ~broken  # 2^-100
+    inverse = tl.where(some, 127.0 / tl.where(some, largest, 1.0), 0.0)
     # Adding 1.5 * 2^23 rounds to the nearest integer, halves to even.
-    rounded = (scaled + 12582912.0) - 12582912.0
+    rounded = (tl.where(some, row_x, 0.0) * inverse + 12582912.0) - 12582912.0
     tl.store(values + row * size + at, rounded.to(tl.int8), mask=mask)
-    tl.store(scales + row, scale)
+    tl.store(steps + row, tl.where(broken, float("nan"), largest / 127.0))
 
 
-def linear(
-    x: Array, packed: CudaLinear, dtype: torch.dtype, scale: float = 1.0, softcap: float | None = None
-) -> Array:
+def linear(x: Array, packed: CudaLinear, dtype: torch.dtype, scale: float = 1.0, softcap: float | None = None) -> Array:
     """`x [tokens, in]`, last dimension contiguous -> `[tokens, out]` of `dtype`."""
     rows, outputs = x.shape[0], packed.out_features
     y = torch.empty((rows, outputs), dtype=dtype, device=x.device)
     if rows == 0:
         return y
     x = x.to(packed.dtype)
-    x_scales = y
-    if packed.format == "int8_w8a8":
+    x_steps = y
+    if packed.format in ("int8_w8a8", "int4_w4a8"):
         values = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-        x_scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-        quantize_rows_kernel[(rows,)](
-            x, values, x_scales, x.stride(0), x.shape[1], TILE=triton.next_power_of_2(x.shape[1])
-        )
+        x_steps = torch.empty(rows, dtype=torch.float32, device=x.device)
+        round_rows_kernel[(rows,)](x, values, x_steps, x.stride(0), x.shape[1], TILE=triton.next_power_of_2(x.shape[1]))
         x = values
     tiles = tiles_for(packed)
     linear_kernel[(triton.cdiv(outputs, tiles.outputs), triton.cdiv(rows, tiles.rows))](
-        x, packed.weight, y if packed.scales is None else packed.scales, x_scales,
+        x, packed.weight, y if packed.scales is None else packed.scales, x_steps,
         y if packed.bias is None else packed.bias, y, rows, outputs, packed.in_features, x.stride(0),
         packed.weight.stride(0), y.stride(0), scale, 1.0 if softcap is None else softcap,
         FORMAT=packed.format, GROUP=packed.group_size, BIAS=packed.bias is not None, SOFTCAP=softcap is not None,
@@ -168,14 +172,15 @@ def pack(weight: Any, bias: Any | None, dtype: torch.dtype, device: torch.device
         return CudaLinear(tensor.to(device, dtype), None, device_bias, "plain", 0, host.shape[1], dtype)
     scales = torch.from_numpy(np.ascontiguousarray(weight.scales, np.float32)).to(device)
     values, inputs = np.ascontiguousarray(weight.values), weight.values.shape[1]
-    if weight.format == "int4":
-        groups = (values.astype(np.int16) + 8).astype(np.uint8).reshape(len(values), -1, 2, weight.group_size // 2)
+    if weight.format.startswith("int4"):
+        padded = np.pad(values, ((0, 0), (0, -inputs % weight.group_size)))
+        groups = (padded.astype(np.int16) + 8).astype(np.uint8).reshape(len(values), -1, 2, weight.group_size // 2)
         values = (groups[:, :, 0] | groups[:, :, 1] << 4).reshape(len(values), -1)
     tensor = torch.from_numpy(values).to(device)
     return CudaLinear(tensor, scales, device_bias, weight.format, weight.group_size, inputs, dtype)
 
 
 def rows_of(packed: CudaLinear, ids: Array) -> Array:
-    """Rows of a plain or int8 table in float32."""
+    """Rows of a table in float32: of floats, or of integers with a scale for each row."""
     rows = packed.weight[ids].to(torch.float32)
     return rows if packed.scales is None else rows * packed.scales[ids]

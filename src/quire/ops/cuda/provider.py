@@ -1,7 +1,7 @@
 """The operations on an NVIDIA GPU.
 
-Activations that go into products have the type of the weights; residuals, logits and sums are float32. No operation waits
-for the device, except `to_numpy`. Tested without a GPU under Triton's interpreter (`TRITON_INTERPRET=1`) with
+Activations that go into products have the type of the weights; residuals, logits and sums are float32. No operation
+waits for the device, except `to_numpy`. Tested without a GPU under Triton's interpreter (`TRITON_INTERPRET=1`) with
 `device="cpu"`, in float32 and float16.
 """
 
@@ -21,6 +21,7 @@ from quire.ops.types import (
     CacheShape,
     Logprobs,
     QuantizedWeight,
+    RopeTables,
     SampleBatch,
     StorageType,
 )
@@ -29,7 +30,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 class CudaOps(ComposedOps):
-    """`device` as torch names it; `storage` is the type of weights and activations of the model that it will run."""
+    """`device` as torch names it: "cuda", "cuda:1"; "cpu" under the interpreter alone."""
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -65,9 +66,7 @@ class CudaOps(ComposedOps):
     def embed(self, token_ids: Array, packed: products.CudaLinear, scale: float = 1.0) -> Array:
         return products.rows_of(packed, token_ids) * scale
 
-    def logits(
-        self, x: Array, packed: products.CudaLinear, scale: float = 1.0, softcap: float | None = None
-    ) -> Array:
+    def logits(self, x: Array, packed: products.CudaLinear, scale: float = 1.0, softcap: float | None = None) -> Array:
         return products.linear(x, packed, torch.float32, scale, softcap)
 
     # norms: what goes into a product has the type of `x`, unless that is a residual
@@ -91,9 +90,17 @@ class CudaOps(ComposedOps):
         return torch.zeros(dims, dtype=_DTYPES[shape.storage], device=self.device)
 
     def attention(
-        self, q: Array, k: Array, v: Array, cache: Array, layer: int, batch: AttentionBatch, spec: AttentionSpec
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        cache: Array,
+        layer: int,
+        batch: AttentionBatch,
+        spec: AttentionSpec,
+        rope: RopeTables | None = None,
     ) -> Array:
-        return attention.attention(q, k, v, cache, layer, batch, spec)
+        return attention.attention(q, k, v, cache, layer, batch, spec, rope)
 
     def copy_blocks(self, cache: Array, source_ids: Array, target_ids: Array) -> None:
         for source, target in zip(source_ids.tolist(), target_ids.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Choosing tokens in Triton, without a sort and without a copy to the host; the definition is `ops/sampling_reference.py`.
+"""Choosing tokens in Triton, without a sort and without a copy to the host. Defined in `ops/sampling_reference.py`.
 
 A float's bits, with the sign folded in, are an unsigned number in the same order. A border between kept and dropped is
 therefore found by bisection over 32 bits: each pass counts, or weighs, what lies above. One program reads one row.
@@ -90,7 +90,7 @@ def sample_kernel(
             count, _ = _count_above(row, top, temperature, lowest, count_border, vocabulary, TILE)
             ties_by_count = top_k - count
         mass_border = zero
-        wanted = tl.zeros([], tl.float64)
+        wanted = tl.full([], float("inf"), tl.float64)
         above_mass = tl.zeros([], tl.float64)
         if top_p < 1.0:
             _, above = _count_above(row, top, temperature, lowest, count_border, vocabulary, TILE)
@@ -130,17 +130,17 @@ def sample_kernel(
             equal = (candidate & (key == border)).to(tl.int32)
             rank = taken + tl.cumsum(equal, 0) - equal
             taken += tl.sum(equal, 0)
-            fits = tl.where(border == count_border.to(tl.int64), rank < ties_by_count, True)
-            if top_p < 1.0:
-                before = above_mass + rank.to(tl.float64) * tl.exp(x).to(tl.float64)
-                fits = fits & ((before < wanted) | ((rank == 0) & (above_mass == 0.0)) | (border > mass_border.to(tl.int64)))
-            kept = candidate & ((key > border) | ((equal > 0) & fits))
+            before = above_mass + rank.to(tl.float64) * tl.exp(x).to(tl.float64)
+            fits_count = (border > count_border.to(tl.int64)) | (rank < ties_by_count)
+            fits_mass = (border > mass_border.to(tl.int64)) | (before < wanted)
+            kept = candidate & ((key > border) | ((equal > 0) & fits_count & fits_mass))
             word = _philox_word(low, high, at.to(tl.uint32), key_low, key_high)
             uniform = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
             uniform = tl.minimum(uniform, 0.999999940395355)
-            # log1p(-v): exact in v where 1 - v would round it away (v below 2^-12 by its series)
-            series = -uniform * (1.0 + uniform * (0.5 + uniform * 0.3333333333))
-            log_rest = tl.where(uniform < 2.44140625e-4, series, tl.log(1.0 - uniform))
+            # log(1 - v), with what the rounding of 1 - v lost put back (Kahan's log1p)
+            rest = 1.0 - uniform
+            ratio = tl.where(rest == 1.0, 1.0, -uniform / tl.where(rest == 1.0, 1.0, rest - 1.0))
+            log_rest = tl.where(rest == 1.0, -uniform, tl.log(rest) * ratio)
             score = tl.where(kept, x - tl.log(-log_rest), -float("inf"))
             part = tl.max(score, 0)
             place = tl.min(tl.where(score == part, at, 2147483647), 0)
@@ -161,9 +161,7 @@ def sample(logits: Array, batch: SampleBatch) -> Array:
 
 
 @triton.jit
-def logprobs_kernel(
-    logits, ids, chosen, ranks, top_ids, top_logprobs, stride, vocabulary, num_top, TILE: tl.constexpr
-):
+def logprobs_kernel(logits, ids, chosen, ranks, top_ids, top_logprobs, stride, vocabulary, num_top, TILE: tl.constexpr):
     """One row: its log-sum, the chosen token's rank, and `num_top` passes for the best ones."""
     index = tl.program_id(0)
     row = logits + index.to(tl.int64) * stride

@@ -1,0 +1,183 @@
+"""The CUDA provider: on a device where there is one, else under Triton's interpreter (whose bfloat16 dot is wrong)."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from quire.ops.reference import ReferenceOps
+from quire.ops.types import AttentionSpec, QuantizedFormat, RopeTables, SampleBatch
+from tests.ops.cases import Heads, Rows, normal, relative_error
+from tests.ops.test_quantized import FORMATS, random_weight
+
+pytest.importorskip("triton")
+
+from quire.ops.cuda.provider import CudaOps
+
+ON_DEVICE = torch.cuda.is_available()
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, of masked lanes
+REFERENCE = ReferenceOps(np)
+CUDA = CudaOps("cuda" if ON_DEVICE else "cpu")
+STORAGES = ["bfloat16", "float16", "float32"] if ON_DEVICE else ["float16", "float32"]
+TOLERANCE = {"bfloat16": 2.0**-6, "float16": 2.0**-9, "float32": 1e-5}
+SINKS = np.linspace(-1.0, 3.0, 9).astype(np.float32)
+
+
+def on_device(*arrays: Any) -> list[Any]:
+    return [CUDA.array(array, "float32") for array in arrays]
+
+
+def numpy(x: Any) -> Any:
+    return CUDA.to_numpy(x.to(torch.float32))
+
+
+@pytest.mark.parametrize("heads", [Heads(4, 2, 8), Heads(6, 2, 40), Heads(9, 3, 64)], ids=str)
+@pytest.mark.parametrize("plain", [True, False], ids=["plain", "window-softcap-sinks"])
+def test_attention_equals_the_reference(heads: Heads, plain: bool) -> None:
+    lengths = [40, 525, 1, 0, 33]
+    pieces = [
+        [(0, 0, 39), (1, 0, 20), (4, 0, 3)],
+        [(2, 0, 1), (3, 0, 0), (0, 39, 40), (4, 3, 33)],
+        [(4, 32, 33), (0, 39, 40)],
+    ]
+    for storage in STORAGES:
+        specs = {ops: AttentionSpec(0.2) for ops in (CUDA, REFERENCE)}
+        if not plain:
+            sinks = SINKS[: heads.heads]
+            specs = {
+                CUDA: AttentionSpec(0.2, 20, 5.0, *on_device(sinks)),
+                REFERENCE: AttentionSpec(0.2, 20, 5.0, sinks),
+            }
+        actual, expected = (Rows(ops, lengths, heads, 16, storage) for ops in (CUDA, REFERENCE))
+        for piece in pieces:
+            a, b = (np.concatenate(rows.step(piece, specs[rows.ops])) for rows in (actual, expected))
+            assert relative_error(a, b) < TOLERANCE[storage], (storage, piece)
+
+
+def test_a_context_of_several_segments() -> None:
+    heads, spec = Heads(2, 1, 16), AttentionSpec(0.25)
+    actual, expected = (Rows(ops, [1300, 700], heads, 64, "float32") for ops in (CUDA, REFERENCE))
+    parts = [(0, 0, 1290), (1, 0, 690)]
+    if not ON_DEVICE:  # the interpreter would take minutes for the prompts: the cache is filled by a narrow window
+        for rows in (actual, expected):
+            rows.step(parts, AttentionSpec(0.25, window=1))
+    for piece in ([(0, 1290, 1291), (1, 690, 691)], [(0, 1291, 1300), (1, 691, 695)]):
+        a, b = (np.concatenate(rows.step(piece, spec)) for rows in (actual, expected))
+        assert relative_error(a, b) < 1e-5
+    alone = actual.step([(0, 1299, 1300)], spec)[0]
+    if ON_DEVICE:
+        assert np.array_equal(alone, actual.step([(0, 1280, 1300)], spec)[0][-1:])
+
+
+def test_rope_before_or_inside_attention() -> None:
+    rng = np.random.default_rng(0)
+    heads, angles = Heads(4, 2, 16), normal(rng, 64, 6)
+    cos, sin = np.cos(angles), np.sin(angles)
+    x, positions = normal(rng, 5, 4, 16), np.array([0, 3, 9, 30, 63], np.int32)
+    turned, expected = *on_device(x), x.copy()
+    CUDA.rope(turned, CUDA.array(positions, "int32"), *on_device(cos, sin))
+    REFERENCE.rope(expected, positions, cos, sin)
+    assert relative_error(numpy(turned), expected) < 1e-6
+    results = []
+    for ops, tables in ((CUDA, RopeTables(*on_device(cos, sin))), (REFERENCE, RopeTables(cos, sin))):
+        rows = Rows(ops, [20, 7], heads, 16, "float32")
+        pieces = ([(0, 0, 19), (1, 0, 6)], [(0, 19, 20), (1, 6, 7)])
+        results.append(
+            np.concatenate([part for piece in pieces for part in rows.step(piece, AttentionSpec(0.25), rope=tables)])
+        )
+    assert relative_error(*results) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (70, 33), (64, 96), (33, 130)])
+def test_products_of_floats(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(1)
+    weight, bias, x = normal(rng, *shape), normal(rng, shape[0]), normal(rng, 40, shape[1])
+    for storage in STORAGES:
+        packed, expected = CUDA.pack_linear(weight, bias, storage), REFERENCE.pack_linear(weight, bias, storage)
+        for rows in (0, 1, 40):
+            got = numpy(CUDA.linear(*on_device(x[:rows]), packed))
+            assert relative_error(got, REFERENCE.linear(x[:rows], expected)) < TOLERANCE[storage]
+        logits = numpy(CUDA.logits(*on_device(x), packed, 0.5, 30.0))
+        assert relative_error(logits, REFERENCE.logits(x, expected, 0.5, 30.0)) < TOLERANCE[storage]
+        ids = rng.integers(0, shape[0], 9).astype(np.int32)
+        assert np.array_equal(
+            numpy(CUDA.embed(CUDA.array(ids, "int32"), packed, 1.5)), REFERENCE.embed(ids, expected, 1.5)
+        )
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_products_of_integers(kind: QuantizedFormat) -> None:
+    rng = np.random.default_rng(2)
+    for group in (32, 64):
+        weight, x = random_weight(rng, kind, 70, 130, group), normal(rng, 20, 130)
+        packed, expected = CUDA.pack_linear(weight, None, "float32"), REFERENCE.pack_linear(weight, None, "float32")
+        got = numpy(CUDA.linear(*on_device(x), packed))
+        assert relative_error(got, REFERENCE.linear(x, expected)) < (2e-5 if kind.endswith("a8") else 1e-4)
+    table = random_weight(rng, "int8", 9, 40, 40)
+    ids = np.array([3, 0, 8], np.int32)
+    rows = numpy(CUDA.embed(CUDA.array(ids, "int32"), CUDA.pack_embedding(table, "float32")))
+    assert np.array_equal(rows, REFERENCE.embed(ids, REFERENCE.pack_embedding(table, "float32")))
+
+
+def test_norms_and_activations() -> None:
+    rng = np.random.default_rng(3)
+    x, weight, bias, residual = normal(rng, 6, 77), normal(rng, 77), normal(rng, 77), normal(rng, 6, 77)
+    dx, dw, db, dr = on_device(x, weight, bias, residual)
+    assert relative_error(numpy(CUDA.rms_norm(dx, dw, 1e-5)), REFERENCE.rms_norm(x, weight, 1e-5)) < 2e-6
+    assert relative_error(numpy(CUDA.layer_norm(dx, dw, db, 1e-5)), REFERENCE.layer_norm(x, weight, bias, 1e-5)) < 4e-6
+    got = numpy(CUDA.add_rms_norm(dx, dr, dw, 1e-5))
+    assert relative_error(got, REFERENCE.add_rms_norm(x, residual, weight, 1e-5)) < 2e-6
+    assert np.array_equal(numpy(dr), residual)
+    for kind in ("silu", "gelu", "gelu_tanh", "relu"):
+        expected = REFERENCE.activation(x, kind)
+        assert relative_error(numpy(CUDA.activation(dx, kind)), expected) < 5e-6
+        pair = np.concatenate([x, residual], axis=1)
+        assert relative_error(numpy(CUDA.activation_multiply(*on_device(pair), kind)), expected * residual) < 5e-6
+
+
+def sample_batch(rows: int, temperature: float, top_k: int, top_p: float, min_p: float) -> SampleBatch:
+    seeds = 2**63 + 3 * np.arange(rows, dtype=np.uint64)
+    return SampleBatch(
+        *(np.full(rows, value, dtype) for value, dtype in ((temperature, np.float32), (top_k, np.int32))),
+        *(np.full(rows, value, np.float32) for value in (top_p, min_p)),
+        seeds,
+        2**33 + np.arange(rows),
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.7, 7, 1.0, 0.0), (1.3, 20, 0.8, 0.02), (0.9, 0, 0.6, 0.0)],
+    ids=str,
+)
+def test_tokens_are_those_of_the_reference(case: tuple[float, int, float, float]) -> None:
+    rng = np.random.default_rng(4)
+    logits = 3 * normal(rng, 5, 130)
+    logits[1] = np.round(logits[1])  # many ties
+    logits[2, rng.random(130) < 0.5] = -np.inf
+    logits[3] = 1.0
+    rows = sample_batch(5, *case)
+    names = {
+        "temperature": "float32",
+        "top_k": "int32",
+        "top_p": "float32",
+        "min_p": "float32",
+        "seeds": "uint64",
+        "positions": "int64",
+    }
+    moved = SampleBatch(**{name: CUDA.array(getattr(rows, name), dtype) for name, dtype in names.items()})
+    assert np.array_equal(CUDA.to_numpy(CUDA.sample(*on_device(logits), moved)), REFERENCE.sample(logits, rows))
+
+
+def test_logprobs_and_broken_rows() -> None:
+    logits = 3 * normal(np.random.default_rng(5), 4, 90)
+    logits[1] = np.round(logits[1])
+    ids = np.array([0, 89, 5, 7], np.int32)
+    got, expected = CUDA.logprobs(*on_device(logits), CUDA.array(ids, "int32"), 6), REFERENCE.logprobs(logits, ids, 6)
+    assert np.abs(numpy(got.chosen) - expected.chosen).max() < 1e-5
+    assert np.abs(numpy(got.top_logprobs) - expected.top_logprobs).max() < 1e-5
+    assert np.array_equal(CUDA.to_numpy(got.rank), expected.rank)
+    assert np.array_equal(CUDA.to_numpy(got.top_ids), expected.top_ids)
+    logits[0, 3], logits[1], logits[2, 5] = np.nan, -np.inf, np.inf
+    assert CUDA.to_numpy(CUDA.rows_finite(*on_device(logits))).tolist() == [False, False, False, True]
