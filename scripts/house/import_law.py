@@ -41,7 +41,7 @@ LAW: dict[str, Room] = {
     "structured": _room("", "msgspec numpy"),
     "text": _room("", "jinja2 markupsafe msgspec tokenizers"),
     "ops": _room("", "array_api_compat ml_dtypes numpy"),
-    "ops.cuda": _room("ops", "ml_dtypes numpy torch triton"),
+    "ops.cuda": _room("ops", "array_api_compat ml_dtypes numpy torch triton"),
     "quant": _room("ops", "ml_dtypes numpy"),
     "models": _room("ops.types quant.types", "ml_dtypes msgspec numpy"),
     "weights": _room("models quant ops", "huggingface_hub ml_dtypes msgspec numpy safetensors tqdm"),

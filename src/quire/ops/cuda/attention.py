@@ -25,6 +25,19 @@ SEGMENT = 512
 
 
 @triton.jit
+def _row_of(place, query_starts, rows, BLOCK_Q: tl.constexpr, TILES: tl.constexpr):
+    """The last row whose first place is at or before `place`: a token, or with TILES a tile of queries."""
+    left, right = 0, rows
+    while left < right:
+        middle = (left + right) // 2
+        if tl.load(query_starts + middle) // BLOCK_Q + middle * TILES <= place:
+            left = middle + 1
+        else:
+            right = middle
+    return left - 1
+
+
+@triton.jit
 def _rotated(heads, dims, mask, position, cos, sin, HALF: tl.constexpr):
     """Heads from pointers `heads [n, 1]`, turned by `position [n, 1]`; dimensions from 2 HALF on stay as they are."""
     x = tl.load(heads + dims, mask=mask, other=0.0)
@@ -47,14 +60,7 @@ def store_kernel(
 ):  # fmt: skip
     """The keys and values of one token into their slot."""
     token = tl.program_id(0)
-    left, right = 0, rows
-    while left < right:
-        middle = (left + right) // 2
-        if tl.load(query_starts + middle) <= token:
-            left = middle + 1
-        else:
-            right = middle
-    row = left - 1
+    row = _row_of(token, query_starts, rows, 1, 0)
     position = tl.load(starts + row) + token - tl.load(query_starts + row)
     block = tl.load(tables + row * table_stride + position // BLOCK_SIZE).to(tl.int64)
     heads, dims = tl.arange(0, HEADS_TILE), tl.arange(0, DIM_TILE)
@@ -122,14 +128,7 @@ def attention_kernel(
     """Programs: tile of queries, kv head, and with SPLIT the segment. Without SPLIT writes `out`, with it `parts`."""
     BLOCK_M: tl.constexpr = BLOCK_Q * GROUP_TILE
     tile, kv_head = tl.program_id(0), tl.program_id(1)
-    left, right = 0, rows
-    while left < right:
-        middle = (left + right) // 2
-        if tl.load(query_starts + middle) // BLOCK_Q + middle <= tile:
-            left = middle + 1
-        else:
-            right = middle
-    row = left - 1
+    row = _row_of(tile, query_starts, rows, BLOCK_Q, 1)
     first_token = tl.load(query_starts + row)
     count = tl.load(query_starts + row + 1) - first_token
     offset = (tile - first_token // BLOCK_Q - row) * BLOCK_Q
@@ -188,14 +187,7 @@ def merge_kernel(
 ):  # fmt: skip
     """The segments of one token, all heads, in ascending order."""
     token = tl.program_id(0)
-    left, right = 0, rows
-    while left < right:
-        middle = (left + right) // 2
-        if tl.load(query_starts + middle) <= token:
-            left = middle + 1
-        else:
-            right = middle
-    row = left - 1
+    row = _row_of(token, query_starts, rows, 1, 0)
     position = tl.load(starts + row) + token - tl.load(query_starts + row)
     heads, dims = tl.arange(0, HEADS_TILE), tl.arange(0, DIM_TILE)
     exists = heads < HEADS

@@ -42,7 +42,7 @@ def _philox_word(low, high, token, key_low, key_high):
 
 
 @triton.jit
-def _count_above(row, top, temperature, lowest, border, vocabulary, TILE: tl.constexpr):
+def _above(row, top, temperature, lowest, border, vocabulary, TILE: tl.constexpr):
     """How many of a row's scaled values have a key above `border` and are at least `lowest`; and their mass."""
     count = tl.zeros([], tl.int32)
     mass = tl.zeros([], tl.float64)
@@ -56,72 +56,98 @@ def _count_above(row, top, temperature, lowest, border, vocabulary, TILE: tl.con
 
 
 @triton.jit
+def _largest(row, vocabulary, TILE: tl.constexpr):
+    """The largest logit, and the lowest id that has it."""
+    top, best = tl.full([], -float("inf"), tl.float32), tl.zeros([], tl.int32)
+    for first in range(0, vocabulary, TILE):
+        at = first + tl.arange(0, TILE)
+        x = tl.load(row + at, mask=at < vocabulary, other=-float("inf"))
+        part = tl.max(x, 0)
+        best = tl.where(part > top, tl.min(tl.where(x == part, at, 2147483647), 0), best)
+        top = tl.maximum(top, part)
+    return top, best
+
+
+@triton.jit
+def _count_border(row, top, temperature, lowest, top_k, vocabulary, TILE: tl.constexpr):
+    """The smallest border with fewer than `top_k` above it, and how many at it are kept."""
+    left, right = tl.zeros([], tl.int64), tl.full([], 4294967295, tl.int64)
+    while left < right:
+        middle = (left + right) // 2
+        count, _ = _above(row, top, temperature, lowest, middle.to(tl.uint32), vocabulary, TILE)
+        left = tl.where(count >= top_k, middle + 1, left)
+        right = tl.where(count >= top_k, right, middle)
+    count, _ = _above(row, top, temperature, lowest, left.to(tl.uint32), vocabulary, TILE)
+    return left, top_k - count
+
+
+@triton.jit
+def _kept_mass(row, top, temperature, lowest, border, num_ties, vocabulary, TILE: tl.constexpr):
+    """The mass of what lies above `border`, and of the first `num_ties` that lie at it."""
+    _, mass = _above(row, top, temperature, lowest, border.to(tl.uint32), vocabulary, TILE)
+    taken = tl.zeros([], tl.int32)
+    for first in range(0, vocabulary, TILE):
+        at = first + tl.arange(0, TILE)
+        x = (tl.load(row + at, mask=at < vocabulary, other=-float("inf")) - top) / temperature
+        equal = ((_key(x).to(tl.int64) == border) & (x >= lowest) & (x > -float("inf"))).to(tl.int32)
+        kept = (equal > 0) & (taken + tl.cumsum(equal, 0) - equal < num_ties)
+        mass += tl.sum(tl.where(kept, tl.exp(x), 0.0).to(tl.float64), 0)
+        taken += tl.sum(equal, 0)
+    return mass
+
+
+@triton.jit
+def _mass_border(row, top, temperature, lowest, from_border, wanted, vocabulary, TILE: tl.constexpr):
+    """The smallest border, from `from_border` on, with less than `wanted` above it; and what is above it."""
+    left, right = from_border, tl.full([], 4294967295, tl.int64)
+    while left < right:
+        middle = (left + right) // 2
+        _, mass = _above(row, top, temperature, lowest, middle.to(tl.uint32), vocabulary, TILE)
+        left = tl.where(mass >= wanted, middle + 1, left)
+        right = tl.where(mass >= wanted, right, middle)
+    _, mass = _above(row, top, temperature, lowest, left.to(tl.uint32), vocabulary, TILE)
+    return left, mass
+
+
+@triton.jit
+def _gumbel(token, position, seed):
+    """`-log(-log1p(-v))` of the definition, for each token id."""
+    low, high = (position & 0xFFFFFFFF).to(tl.uint32), ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    key_low, key_high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    word = _philox_word(low, high, token.to(tl.uint32), key_low, key_high)
+    v = tl.minimum((word.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355)
+    # log(1 - v), with what the rounding of 1 - v lost put back (Kahan's log1p)
+    rest = 1.0 - v
+    ratio = tl.where(rest == 1.0, 1.0, -v / tl.where(rest == 1.0, 1.0, rest - 1.0))
+    return -tl.log(-tl.where(rest == 1.0, -v, tl.log(rest) * ratio))
+
+
+@triton.jit
 def sample_kernel(
     logits, tokens, temperatures, top_ks, top_ps, min_ps, seeds, positions, stride, vocabulary, TILE: tl.constexpr
 ):
     """One row: see the module and the definition."""
     index = tl.program_id(0)
     row = logits + index.to(tl.int64) * stride
-    top = tl.full([], -float("inf"), tl.float32)
-    best = tl.zeros([], tl.int32)
-    for first in range(0, vocabulary, TILE):
-        at = first + tl.arange(0, TILE)
-        x = tl.load(row + at, mask=at < vocabulary, other=-float("inf"))
-        part = tl.max(x, 0)
-        place = tl.min(tl.where(x == part, at, 2147483647), 0)
-        best = tl.where(part > top, place, best)
-        top = tl.maximum(top, part)
+    top, best = _largest(row, vocabulary, TILE)
     temperature = tl.load(temperatures + index)
     if (temperature > 0.0) & (top > -float("inf")):
         top_k, top_p, min_p = tl.load(top_ks + index), tl.load(top_ps + index), tl.load(min_ps + index)
         lowest = tl.where(min_p > 0.0, tl.log(tl.maximum(min_p, 1e-38)), -float("inf"))
-        zero = tl.zeros([], tl.uint32)
-        # The k-th largest: the smallest border with fewer than k above it. Then of equal ones the first in order.
-        count_border = zero
-        ties_by_count = tl.full([], 2147483647, tl.int32)
+        count_border, num_ties = tl.zeros([], tl.int64), tl.full([], 2147483647, tl.int32)
         if top_k > 0:
-            left, right = zero.to(tl.int64), tl.full([], 4294967295, tl.int64)
-            while left < right:
-                middle = (left + right) // 2
-                count, _ = _count_above(row, top, temperature, lowest, middle.to(tl.uint32), vocabulary, TILE)
-                left = tl.where(count >= top_k, middle + 1, left)
-                right = tl.where(count >= top_k, right, middle)
-            count_border = left.to(tl.uint32)
-            count, _ = _count_above(row, top, temperature, lowest, count_border, vocabulary, TILE)
-            ties_by_count = top_k - count
-        mass_border = zero
+            count_border, num_ties = _count_border(row, top, temperature, lowest, top_k, vocabulary, TILE)
+        mass_border, mass_above = tl.zeros([], tl.int64), tl.zeros([], tl.float64)
         wanted = tl.full([], float("inf"), tl.float64)
-        above_mass = tl.zeros([], tl.float64)
         if top_p < 1.0:
-            _, above = _count_above(row, top, temperature, lowest, count_border, vocabulary, TILE)
-            total = above
-            if top_k > 0:
-                taken = tl.zeros([], tl.int32)
-                for first in range(0, vocabulary, TILE):
-                    at = first + tl.arange(0, TILE)
-                    x = (tl.load(row + at, mask=at < vocabulary, other=-float("inf")) - top) / temperature
-                    equal = ((_key(x) == count_border) & (x >= lowest) & (x > -float("inf"))).to(tl.int32)
-                    rank = taken + tl.cumsum(equal, 0) - equal
-                    kept = (equal > 0) & (rank < ties_by_count)
-                    total += tl.sum(tl.where(kept, tl.exp(x), 0.0).to(tl.float64), 0)
-                    taken += tl.sum(equal, 0)
-            wanted = total * top_p.to(tl.float64)
-            # The smallest border with less than `wanted` above it: what lies at it is the last to be kept.
-            left, right = count_border.to(tl.int64), tl.full([], 4294967295, tl.int64)
-            while left < right:
-                middle = (left + right) // 2
-                _, mass = _count_above(row, top, temperature, lowest, middle.to(tl.uint32), vocabulary, TILE)
-                left = tl.where(mass >= wanted, middle + 1, left)
-                right = tl.where(mass >= wanted, right, middle)
-            mass_border = left.to(tl.uint32)
-            _, above_mass = _count_above(row, top, temperature, lowest, mass_border, vocabulary, TILE)
-        seed = tl.load(seeds + index)
-        position = tl.load(positions + index)
-        key_low, key_high = (seed & 0xFFFFFFFF).to(tl.uint32), ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-        low, high = (position & 0xFFFFFFFF).to(tl.uint32), ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
-        border = tl.maximum(count_border.to(tl.int64), mass_border.to(tl.int64))
-        winner = tl.full([], -float("inf"), tl.float32)
-        taken = tl.zeros([], tl.int32)
+            mass = _kept_mass(row, top, temperature, lowest, count_border, num_ties, vocabulary, TILE)
+            wanted = mass * top_p.to(tl.float64)
+            mass_border, mass_above = _mass_border(
+                row, top, temperature, lowest, count_border, wanted, vocabulary, TILE
+            )
+        border = tl.maximum(count_border, mass_border)
+        seed, position = tl.load(seeds + index), tl.load(positions + index)
+        winner, taken = tl.full([], -float("inf"), tl.float32), tl.zeros([], tl.int32)
         for first in range(0, vocabulary, TILE):
             at = first + tl.arange(0, TILE)
             x = (tl.load(row + at, mask=at < vocabulary, other=-float("inf")) - top) / temperature
@@ -130,21 +156,13 @@ def sample_kernel(
             equal = (candidate & (key == border)).to(tl.int32)
             rank = taken + tl.cumsum(equal, 0) - equal
             taken += tl.sum(equal, 0)
-            before = above_mass + rank.to(tl.float64) * tl.exp(x).to(tl.float64)
-            fits_count = (border > count_border.to(tl.int64)) | (rank < ties_by_count)
-            fits_mass = (border > mass_border.to(tl.int64)) | (before < wanted)
+            fits_count = (border > count_border) | (rank < num_ties)
+            before = mass_above + rank.to(tl.float64) * tl.exp(x).to(tl.float64)
+            fits_mass = (border > mass_border) | (before < wanted)
             kept = candidate & ((key > border) | ((equal > 0) & fits_count & fits_mass))
-            word = _philox_word(low, high, at.to(tl.uint32), key_low, key_high)
-            uniform = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-            uniform = tl.minimum(uniform, 0.999999940395355)
-            # log(1 - v), with what the rounding of 1 - v lost put back (Kahan's log1p)
-            rest = 1.0 - uniform
-            ratio = tl.where(rest == 1.0, 1.0, -uniform / tl.where(rest == 1.0, 1.0, rest - 1.0))
-            log_rest = tl.where(rest == 1.0, -uniform, tl.log(rest) * ratio)
-            score = tl.where(kept, x - tl.log(-log_rest), -float("inf"))
+            score = tl.where(kept, x + _gumbel(at, position, seed), -float("inf"))
             part = tl.max(score, 0)
-            place = tl.min(tl.where(score == part, at, 2147483647), 0)
-            best = tl.where(part > winner, place, best)
+            best = tl.where(part > winner, tl.min(tl.where(score == part, at, 2147483647), 0), best)
             winner = tl.maximum(winner, part)
     tl.store(tokens + index, best)
 
