@@ -111,7 +111,7 @@ struct EmbedArgs {
 };
 
 struct NormArgs {
-    const float* x;  // [rows, size]
+    const float* x;  // [rows / groups][groups, size]
     int64_t x_stride, rows, size;
     float* residual;  // [rows, size] or null; x is added to it first and the sum is normalised
     int64_t residual_stride;
@@ -121,6 +121,7 @@ struct NormArgs {
     bool centre;  // layer_norm
     float* y;     // [rows, size], or null:
     TileRows y_tiles;
+    int64_t groups;  // consecutive rows of x, `size` floats apart; x_stride leads from one group to the next
 };
 
 struct RopeArgs {

@@ -2,6 +2,7 @@
 //
 // Every size and every index that a kernel will use is checked here; kernels trust their arguments.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -9,27 +10,14 @@
 #include <atomic>
 #include <tuple>
 
-#include "arrays.h"
+#include "checks.h"
 #include "isa.h"
 #include "packed.h"
+#include "program.h"
 
 namespace quire {
 
 namespace {
-
-using Floats1 = Array<float, 1>;
-using Floats2 = Array<float, 2>;
-using Floats3 = Array<float, 3>;
-using Ints1 = Array<int32_t, 1>;
-
-void require_ids(const Ints1& ids, int64_t limit, const char* message) {
-    uint32_t highest = 0;
-    for (int64_t i = 0; i < ids.size(0); ++i) {
-        const uint32_t id = static_cast<uint32_t>(ids.data()[i]);
-        highest = id > highest ? id : highest;  // a negative id is a large one
-    }
-    require(ids.size(0) == 0 || highest < limit, message);
-}
 
 Storage storage_or_raise(const std::string& name) {
     const auto storage = storage_named(name);
@@ -165,10 +153,9 @@ public:
 
     void gated_linear(nb::handle x, const PackedLinear& packed, int kind, nb::handle y) {
         require(packed.gated, "gated_linear: the weight is not packed for it");
-        require(kind >= 0 && kind <= 3, "activation: no such kind");
         LinearArgs args{};
         args.scale = 1.0f;
-        args.activation = static_cast<Activation>(kind);
+        args.activation = activation_numbered(kind);
         run_linear(args, x, packed, y);
     }
 
@@ -190,7 +177,7 @@ public:
         require(weight.size(0) == x.size(1), "norm: the width of x is not the weight's");
         require(y.rows == x.size(0) && y.width == x.size(1), "norm: y has the wrong shape");
         NormArgs args{x.data(),      x.stride(), x.size(0), x.size(1), nullptr,  0,
-                      weight.data(), nullptr,    eps,       centre,    y.floats, y.tiles};
+                      weight.data(), nullptr,    eps,       centre,    y.floats, y.tiles, 1};
         std::optional<Floats2> residual;
         if (!residual_.is_none()) {
             residual.emplace(residual_, "residual", true);
@@ -213,7 +200,7 @@ public:
         Ints1 positions(positions_, "positions");
         Floats2 cos(cos_, "cos"), sin(sin_, "sin");
         require(positions.size(0) == x.size(0), "rope: one position for each token is needed");
-        require_tables(cos, sin, x.size(2));
+        require_rope_tables(cos, sin, x.size(2));
         require_ids(positions, cos.size(0), "rope: a position is outside the table");
         call(kernels_->rope, RopeArgs{x.data(), x.stride(), x.size(0), x.size(1), x.size(2), positions.data(),
                                       cos.data(), sin.data(), cos.size(1)});
@@ -222,10 +209,9 @@ public:
     void activation(nb::handle x_, int kind, bool multiply, nb::handle y_) {
         Floats2 x(x_, "x");
         Rows y(y_, "y", true);
-        require(kind >= 0 && kind <= 3, "activation: no such kind");
         require(y.rows == x.size(0) && x.size(1) == y.width * (multiply ? 2 : 1), "activation: y has the wrong shape");
         call(kernels_->activation, ActivationArgs{x.data(), x.stride(), x.size(0), y.width,
-                                                  static_cast<Activation>(kind), multiply, y.floats, y.tiles});
+                                                  activation_numbered(kind), multiply, y.floats, y.tiles});
     }
 
     void attention(nb::handle q_, nb::handle k_, nb::handle v_, const Cache& cache, int64_t layer,
@@ -233,7 +219,7 @@ public:
                    float softcap, nb::handle sinks_, nb::handle cos_, nb::handle sin_, nb::handle out_) {
         Floats3 q(q_, "q"), k(k_, "k"), v(v_, "v");
         Ints1 query_starts(query_starts_, "query_starts"), starts(starts_, "starts");
-        Array<int32_t, 2> tables(tables_, "block_tables");
+        Ints2 tables(tables_, "block_tables");
         Floats2 out(out_, "out", true);
         const CacheLayout& layout = cache.layout();
         require(layer >= 0 && layer < layout.layers, "attention: no such layer");
@@ -261,11 +247,8 @@ public:
         if (!cos_.is_none()) {
             cos.emplace(cos_, "cos");
             sin.emplace(sin_, "sin");
-            require_tables(*cos, *sin, layout.head_dim);
-            for (int64_t row = 0; row < args.rows; ++row) {
-                const int64_t end = starts.data()[row] + query_starts.data()[row + 1] - query_starts.data()[row];
-                require(end <= cos->size(0), "attention: a position is outside the rope tables");
-            }
+            require_rope_tables(*cos, *sin, layout.head_dim);
+            require_rope_covers(cos->size(0), query_starts, starts);
             args.rope = {cos->data(), sin->data(), cos->size(1)};
         }
         call(kernels_->attention, args);
@@ -294,7 +277,7 @@ public:
         Floats2 logits(logits_, "logits"), top_logprobs(top_logprobs_, "top_logprobs", true);
         Ints1 ids(ids_, "token_ids"), rank(rank_, "rank", true);
         Floats1 chosen(chosen_, "chosen", true);
-        Array<int32_t, 2> top_ids(top_ids_, "top_ids", true);
+        Ints2 top_ids(top_ids_, "top_ids", true);
         const int64_t rows = logits.size(0), num_top = top_ids.size(1);
         require(ids.size(0) == rows && chosen.size(0) == rows && rank.size(0) == rows && top_ids.size(0) == rows &&
                     top_logprobs.size(0) == rows && top_logprobs.size(1) == num_top,
@@ -322,6 +305,10 @@ public:
         nb::gil_scoped_release unlocked;
         const auto lock = pool_.exclusive();
         for (int64_t i = 0; i < sources.size(0); ++i) cache.copy_block(sources.data()[i], targets.data()[i]);
+    }
+
+    Program* program(std::vector<ProgramBuffer> buffers, int64_t floats, int64_t result) {
+        return new Program(*kernels_, pool_, std::move(buffers), floats, result);
     }
 
 private:
@@ -385,39 +372,9 @@ private:
         return job.finite;
     }
 
-    Layout layout_of(Storage storage) const {
-        return storage == Storage::bfloat16 ? kernels_->bfloat16_layout : Layout::panels;
-    }
+    Layout layout_of(Storage storage) const { return quire::layout_of(*kernels_, storage); }
 
-    void require_packed_here(const PackedLinear& packed) const {
-        require(packed.layout == Layout::integers || packed.layout == layout_of(packed.storage),
-                "the weight is packed for another instruction set");
-    }
-
-    static void require_tables(const Floats2& cos, const Floats2& sin, int64_t head_dim) {
-        require(cos.size(0) == sin.size(0) && cos.size(1) == sin.size(1), "rope: cos and sin differ in shape");
-        require(cos.stride() == cos.size(1) && sin.stride() == sin.size(1), "rope: cos and sin are not contiguous");
-        require(2 * cos.size(1) <= head_dim, "rope: the rotated part is wider than a head");
-    }
-
-    static void require_rows(int64_t tokens, const CacheLayout& layout, const Ints1& query_starts,
-                             const Ints1& starts, const Array<int32_t, 2>& tables) {
-        const int64_t rows = starts.size(0);
-        require(query_starts.size(0) == rows + 1 && tables.size(0) == rows, "attention: shapes differ in rows");
-        const int32_t* first = query_starts.data();
-        require(first[0] == 0 && first[rows] == tokens, "attention: query_starts do not cover the tokens");
-        for (int64_t row = 0; row < rows; ++row) {
-            require(first[row] <= first[row + 1], "attention: query_starts descend");
-            require(starts.data()[row] >= 0, "attention: a start is negative");
-            const int64_t end = int64_t{starts.data()[row]} + first[row + 1] - first[row];
-            const int64_t blocks = (end + layout.block_size - 1) / layout.block_size;
-            require(blocks <= tables.size(1), "attention: a row is longer than its block table");
-            const int32_t* table = tables.data() + row * tables.stride();
-            for (int64_t i = 0; i < blocks; ++i) {
-                require(table[i] >= 0 && table[i] < layout.blocks, "attention: a block id is outside the cache");
-            }
-        }
-    }
+    void require_packed_here(const PackedLinear& packed) const { quire::require_packed_here(*kernels_, packed); }
 
     ThreadPool pool_;
     const Kernels* kernels_ = nullptr;
@@ -448,6 +405,7 @@ NB_MODULE(_native, module) {
         .def_ro("out_features", &PackedLinear::out)
         .def_ro("in_features", &PackedLinear::in)
         .def_prop_ro("products", &PackedLinear::products, "the width of a product")
+        .def_prop_ro("reads_tiles", &PackedLinear::reads_tiles, "whether its inputs may be rows of bfloat16")
         .def_prop_ro("bytes", &PackedLinear::bytes);
     nb::class_<TileBuffer>(module, "TileBuffer");
     module.def("make_tiles", &make_tiles, nb::rv_policy::take_ownership);
@@ -471,7 +429,17 @@ NB_MODULE(_native, module) {
         .def("sample", &Runtime::sample)
         .def("logprobs", &Runtime::logprobs)
         .def("rows_finite", &Runtime::rows_finite)
-        .def("copy_blocks", &Runtime::copy_blocks);
+        .def("copy_blocks", &Runtime::copy_blocks)
+        .def("program", &Runtime::program, nb::rv_policy::take_ownership, nb::keep_alive<0, 1>());
+    nb::class_<Program>(module, "Program")
+        .def("embed", &Program::embed)
+        .def("linear", &Program::linear)
+        .def("norm", &Program::norm, nb::arg(), nb::arg().none(), nb::arg(), none, nb::arg(), nb::arg(), nb::arg())
+        .def("add", &Program::add)
+        .def("attention", &Program::attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), none,
+             none, none, nb::arg())
+        .def("activation", &Program::activation)
+        .def("run", &Program::run);
 }
 
 }  // namespace quire

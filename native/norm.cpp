@@ -34,7 +34,7 @@ void scale_part(const NormArgs& args, const float* x, int64_t first, int64_t cou
 
 void norm_row(const NormArgs& args, int64_t row) {
     const int64_t size = args.size;
-    const float* x = args.x + row * args.x_stride;
+    const float* x = args.x + row / args.groups * args.x_stride + row % args.groups * size;
     if (args.residual != nullptr) {
         float* residual = args.residual + row * args.residual_stride;
         for (int64_t i = 0; i < size; ++i) residual[i] += x[i];

@@ -42,6 +42,7 @@ public:
     }
     size_t bytes() const { return pages_.bytes() + bias_.size() * sizeof(float); }
     int64_t products() const { return gated ? out / 2 : out; }
+    bool reads_tiles() const { return layout == Layout::tiles; }  // TileRows as inputs
 
     const int64_t out, in;
     const Storage storage;

@@ -10,6 +10,9 @@
 
 `norm_places` says which of the norms before and after a part are there. The addition to the residual and the
 norm before the next part are one operation, so what leaves a layer is the input of the next one.
+
+Parts compute with the operations that they are handed: those of a provider, or those that write down what is computed
+(`Ops.compile`), so this file is the one definition of what a model does.
 """
 
 import math
@@ -21,50 +24,46 @@ import numpy as np
 from quire.models.rope import rope_tables
 from quire.models.spec import DecoderSpec, LayerSpec, NormSpec, RopeSpec
 from quire.models.weights_map import NameMap, PartSource, decoder_parameters
-from quire.ops.types import Array, AttentionBatch, AttentionSpec, CacheShape, Opaque, Ops, StorageType
+from quire.ops.types import Array, AttentionBatch, AttentionSpec, CacheShape, Opaque, Ops, RopeTables, StorageType
 
-Join = Callable[[Array, Array], Array]
-"""`join(x, residual)`: adds `x` to the residual in place and returns the input of the next part."""
-RopeTable = tuple[Array, Array]
-"""`cos, sin [max_model_len, rotary_dim / 2]`"""
+Join = Callable[[Ops, Array, Array], Array]
+"""`join(ops, x, residual)`: adds `x` to the residual in place and returns the input of the next part."""
 
 
 class RmsNorm:
     """Root mean square norm; `add` is the form that first adds to the residual."""
 
-    def __init__(self, ops: Ops, spec: NormSpec, weight: Array) -> None:
-        self.ops = ops
+    def __init__(self, spec: NormSpec, weight: Array) -> None:
         self.weight = weight
         self.eps = spec.eps
 
-    def __call__(self, x: Array) -> Array:
-        return self.ops.rms_norm(x, self.weight, self.eps)
+    def __call__(self, ops: Ops, x: Array) -> Array:
+        return ops.rms_norm(x, self.weight, self.eps)
 
-    def add(self, x: Array, residual: Array) -> Array:
-        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
+    def add(self, ops: Ops, x: Array, residual: Array) -> Array:
+        return ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class LayerNorm:
     """Norm with mean, variance and bias."""
 
-    def __init__(self, ops: Ops, spec: NormSpec, weight: Array, bias: Array) -> None:
-        self.ops = ops
+    def __init__(self, spec: NormSpec, weight: Array, bias: Array) -> None:
         self.weight = weight
         self.bias = bias
         self.eps = spec.eps
 
-    def __call__(self, x: Array) -> Array:
-        return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
+    def __call__(self, ops: Ops, x: Array) -> Array:
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
 
-    def add(self, x: Array, residual: Array) -> Array:
+    def add(self, ops: Ops, x: Array, residual: Array) -> Array:
         residual += x
-        return self.ops.layer_norm(residual, self.weight, self.bias, self.eps)
+        return ops.layer_norm(residual, self.weight, self.bias, self.eps)
 
 
 Norm = RmsNorm | LayerNorm
 
 
-def add(x: Array, residual: Array) -> Array:
+def add(_: Ops, x: Array, residual: Array) -> Array:
     """The join of a part whose input is the residual itself."""
     residual += x
     return residual
@@ -72,7 +71,7 @@ def add(x: Array, residual: Array) -> Array:
 
 def norm_then(post_norm: Norm, join: Join) -> Join:
     """A join that norms the output of a part before it reaches the residual."""
-    return lambda x, residual: join(post_norm(x), residual)
+    return lambda ops, x, residual: join(ops, post_norm(ops, x), residual)
 
 
 class Parts:
@@ -108,9 +107,9 @@ class Parts:
     def norm(self, module: str) -> Norm:
         """A norm of hidden states."""
         if self._norm.kind == "rms":
-            return RmsNorm(self.ops, self._norm, self.norm_weight(f"{module}.weight"))
+            return RmsNorm(self._norm, self.norm_weight(f"{module}.weight"))
         weight, bias = (self._source.part(f"{module}.{part}").astype(np.float32) for part in ("weight", "bias"))
-        return LayerNorm(self.ops, self._norm, self.ops.array(weight, "float32"), self.ops.array(bias, "float32"))
+        return LayerNorm(self._norm, self.ops.array(weight, "float32"), self.ops.array(bias, "float32"))
 
     @property
     def weight_bytes(self) -> int:
@@ -123,34 +122,31 @@ class Parts:
 class Attention:
     """Grouped-query attention with its projections; q, k and v come out of one linear."""
 
-    def __init__(self, parts: Parts, spec: DecoderSpec, i: int, rope_table: RopeTable | None) -> None:
+    def __init__(self, parts: Parts, spec: DecoderSpec, i: int, rope: RopeTables | None) -> None:
         layer = spec.layers[i]
-        self.ops = parts.ops
         self.layer = i
         self.qkv = parts.linear(f"{i}.qkv")
         self.o = parts.linear(f"{i}.o")
         self.spec = AttentionSpec(layer.attention_scale, layer.window, spec.attention_softcap)
-        self.rope_table = rope_table
+        self.rope = rope
         self.shape = (-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
         self.num_heads = spec.num_heads
         self.num_qk_heads = spec.num_heads + spec.num_kv_heads
 
-    def __call__(self, x: Array, batch: AttentionBatch, cache: Opaque) -> Array:
-        heads = self.ops.linear(x, self.qkv).reshape(self.shape)
-        qk, v = heads[:, : self.num_qk_heads], heads[:, self.num_qk_heads :]
-        if self.rope_table is not None:
-            self.ops.rope(qk, batch.positions, *self.rope_table)
-        q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
-        return self.ops.linear(self.ops.attention(q, k, v, cache, self.layer, batch, self.spec), self.o)
+    def __call__(self, ops: Ops, x: Array, batch: AttentionBatch, cache: Opaque) -> Array:
+        heads = ops.linear(x, self.qkv).reshape(self.shape)
+        q, k = heads[:, : self.num_heads], heads[:, self.num_heads : self.num_qk_heads]
+        v = heads[:, self.num_qk_heads :]
+        return ops.linear(ops.attention(q, k, v, cache, self.layer, batch, self.spec, self.rope), self.o)
 
 
 class NormedAttention(Attention):
     """Attention with an RMS norm of queries and keys before they are rotated."""
 
-    def __init__(self, parts: Parts, spec: DecoderSpec, i: int, rope_table: RopeTable | None) -> None:
-        super().__init__(parts, spec, i, rope_table)
-        self.q_norm = RmsNorm(parts.ops, spec.norm, parts.norm_weight(f"{i}.q_norm.weight"))
-        self.k_norm = RmsNorm(parts.ops, spec.norm, parts.norm_weight(f"{i}.k_norm.weight"))
+    def __init__(self, parts: Parts, spec: DecoderSpec, i: int, rope: RopeTables | None) -> None:
+        super().__init__(parts, spec, i, rope)
+        self.q_norm = RmsNorm(spec.norm, parts.norm_weight(f"{i}.q_norm.weight"))
+        self.k_norm = RmsNorm(spec.norm, parts.norm_weight(f"{i}.k_norm.weight"))
         self.q_shape = (-1, spec.num_heads, spec.head_dim)
         self.k_shape = (-1, spec.num_kv_heads, spec.head_dim)
         # One norm sees one head, or the whole projection as if it were a single head.
@@ -158,29 +154,24 @@ class NormedAttention(Attention):
         self.q_groups = self.q_shape if per_head else (-1, spec.num_heads * spec.head_dim)
         self.k_groups = self.k_shape if per_head else (-1, spec.num_kv_heads * spec.head_dim)
 
-    def __call__(self, x: Array, batch: AttentionBatch, cache: Opaque) -> Array:
-        heads = self.ops.linear(x, self.qkv).reshape(self.shape)
+    def __call__(self, ops: Ops, x: Array, batch: AttentionBatch, cache: Opaque) -> Array:
+        heads = ops.linear(x, self.qkv).reshape(self.shape)
         q, k = heads[:, : self.num_heads], heads[:, self.num_heads : self.num_qk_heads]
-        q = self.q_norm(q.reshape(self.q_groups)).reshape(self.q_shape)
-        k = self.k_norm(k.reshape(self.k_groups)).reshape(self.k_shape)
-        if self.rope_table is not None:
-            self.ops.rope(q, batch.positions, *self.rope_table)
-            self.ops.rope(k, batch.positions, *self.rope_table)
+        q = self.q_norm(ops, q.reshape(self.q_groups)).reshape(self.q_shape)
+        k = self.k_norm(ops, k.reshape(self.k_groups)).reshape(self.k_shape)
         v = heads[:, self.num_qk_heads :]
-        return self.ops.linear(self.ops.attention(q, k, v, cache, self.layer, batch, self.spec), self.o)
+        return ops.linear(ops.attention(q, k, v, cache, self.layer, batch, self.spec, self.rope), self.o)
 
 
 class Mlp:
     """`down(activation(up(x)))`."""
 
     def __init__(self, parts: Parts, spec: DecoderSpec, i: int) -> None:
-        self.ops = parts.ops
         self.activation = spec.activation
         self.up = parts.linear(f"{i}.up")
         self.down = parts.linear(f"{i}.down")
 
-    def __call__(self, x: Array) -> Array:
-        ops = self.ops
+    def __call__(self, ops: Ops, x: Array) -> Array:
         return ops.linear(ops.activation(ops.linear(x, self.up), self.activation), self.down)
 
 
@@ -188,13 +179,11 @@ class GatedMlp:
     """`down(activation(gate(x)) * up(x))` (arXiv 2002.05202); gate and up are one matrix."""
 
     def __init__(self, parts: Parts, spec: DecoderSpec, i: int) -> None:
-        self.ops = parts.ops
         self.activation = spec.activation
         self.up = parts.gated_linear(f"{i}.up")
         self.down = parts.linear(f"{i}.down")
 
-    def __call__(self, x: Array) -> Array:
-        ops = self.ops
+    def __call__(self, ops: Ops, x: Array) -> Array:
         return ops.linear(ops.gated_linear(x, self.up, self.activation), self.down)
 
 
@@ -231,6 +220,7 @@ class Decoder:
         # What `pack_embedding` returns also serves `logits`, so a tied head costs nothing.
         self._head = self._embedding if spec.tied_head else parts.embedding("head")
         self._first_norm, self._layers = _build_layers(parts, spec, _rope_tables(ops, spec.layers, max_model_len))
+        self._compute = ops.compile(self.compute)
 
     def cache_shape(self, num_blocks: int, block_size: int) -> CacheShape:
         """The cache holds keys and values in the type of the weights."""
@@ -239,13 +229,17 @@ class Decoder:
 
     def forward(self, token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
         """`[tokens]` -> hidden states after the last norm `[tokens, hidden]`."""
-        residual = self._ops.embed(token_ids, self._embedding, self.spec.embedding_scale)
+        return self._compute(token_ids, batch, cache)
+
+    def compute(self, ops: Ops, token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
+        """`forward` operation by operation; `ops` holds the weights, or stands for the provider that does."""
+        residual = ops.embed(token_ids, self._embedding, self.spec.embedding_scale)
         if self._positions is not None:
-            residual += self._ops.embed(batch.positions, self._positions)
-        x = residual if self._first_norm is None else self._first_norm(residual)
+            residual += ops.embed(batch.positions, self._positions)
+        x = residual if self._first_norm is None else self._first_norm(ops, residual)
         for layer in self._layers:
-            x = layer.after_attention(layer.attention(x, batch, cache), residual)
-            x = layer.after_mlp(layer.mlp(x), residual)
+            x = layer.after_attention(ops, layer.attention(ops, x, batch, cache), residual)
+            x = layer.after_mlp(ops, layer.mlp(ops, x), residual)
         return x
 
     def logits(self, hidden: Array) -> Array:
@@ -254,7 +248,7 @@ class Decoder:
 
 
 def _build_layers(
-    parts: Parts, spec: DecoderSpec, rope_tables: dict[RopeSpec | None, RopeTable | None]
+    parts: Parts, spec: DecoderSpec, rope_tables: dict[RopeSpec | None, RopeTables | None]
 ) -> tuple[Norm | None, list[Layer]]:
     """The norm before the first layer, if there is one, and the layers."""
     has_input_norms = spec.norm_places != "post"
@@ -283,10 +277,10 @@ def _build_layers(
     return input_norms[0], layers
 
 
-def _rope_tables(ops: Ops, layers: Iterable[LayerSpec], max_model_len: int) -> dict[RopeSpec | None, RopeTable | None]:
+def _rope_tables(ops: Ops, layers: Iterable[LayerSpec], max_model_len: int) -> dict[RopeSpec | None, RopeTables | None]:
     """One pair of tables for each kind of rotary positions in the model."""
-    tables: dict[RopeSpec | None, RopeTable | None] = {None: None}
+    tables: dict[RopeSpec | None, RopeTables | None] = {None: None}
     for spec in {layer.rope for layer in layers if layer.rope is not None}:
         cos, sin = rope_tables(spec, max_model_len)
-        tables[spec] = (ops.array(cos, "float32"), ops.array(sin, "float32"))
+        tables[spec] = RopeTables(ops.array(cos, "float32"), ops.array(sin, "float32"))
     return tables

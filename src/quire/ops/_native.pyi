@@ -12,6 +12,9 @@ class PackedLinear:
     def products(self) -> int:
         """The width of a product: half of `out_features` for a gated weight."""
     @property
+    def reads_tiles(self) -> bool:
+        """Whether its inputs may be rows of bfloat16."""
+    @property
     def bytes(self) -> int: ...
 
 class TileBuffer:
@@ -20,6 +23,47 @@ class TileBuffer:
 class Cache:
     @property
     def bytes(self) -> int: ...
+
+_View = tuple[int, int, int, int]
+"""`quire.ops.program.View`: buffer, offset, groups, width."""
+
+class Program:
+    """Instructions are appended in the order in which they will run."""
+
+    def embed(self, positions: bool, table: PackedLinear, scale: float, y: _View, /) -> None:
+        """Of the token ids, or of the positions."""
+    def linear(self, x: _View, weight: PackedLinear, adds: bool, kind: int, y: _View, /) -> None:
+        """`adds` to what y holds; `kind` is read for a gated weight."""
+    def norm(
+        self, x: _View, residual: _View | None, weight: Any, bias: Any | None, eps: float, centre: bool, y: _View, /
+    ) -> None: ...
+    def add(self, x: _View, y: _View, /) -> None: ...
+    def attention(
+        self,
+        qkv: tuple[_View, _View, _View],
+        layer: int,
+        scale: float,
+        window: int,
+        softcap: float,
+        sinks: Any | None,
+        cos: Any | None,
+        sin: Any | None,
+        y: _View,
+        /,
+    ) -> None: ...
+    def activation(self, x: _View, kind: int, multiply: bool, y: _View, /) -> None: ...
+    def run(
+        self,
+        token_ids: Any,
+        positions: Any,
+        query_starts: Any,
+        starts: Any,
+        block_tables: Any,
+        cache: Cache,
+        out: Any,
+        /,
+    ) -> None:
+        """`out [tokens, width of the result]`."""
 
 class Runtime:
     def __init__(self, threads: int, isa: str, /) -> None: ...
@@ -86,6 +130,9 @@ class Runtime:
     ) -> None: ...
     def rows_finite(self, logits: Any, finite: Any, /) -> None: ...
     def copy_blocks(self, cache: Cache, source_ids: Any, target_ids: Any, /) -> None: ...
+    def program(self, buffers: list[tuple[int, int, bool]], floats: int, result: int, /) -> Program:
+        """An empty program. Of each buffer: where it begins in an arena of `floats` for each token, its width, and
+        whether it holds rows of bfloat16. The buffer `result` is outside the arena."""
 
 def instruction_sets() -> list[tuple[str, bool, str]]:
     """(name, whether this processor runs it, "yes" or what it lacks), slowest first."""

@@ -2,9 +2,10 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
-from quire.ops.types import Activation, Array, Opaque, StorageType
+from quire.ops.types import Activation, Array, Forward, Opaque, Ops, Step, StorageType
 
 
 class ComposedOps:
@@ -29,6 +30,10 @@ class ComposedOps:
         """`activation_multiply(linear(x), kind)` (arXiv 2002.05202). Tolerance: as `linear`, for each factor; exactly
         those two operations of the same provider."""
         return self.activation_multiply(self.linear(x, packed), kind)
+
+    def compile(self, forward: Forward) -> Step:
+        """Operation by operation."""
+        return partial(forward, cast(Ops, self))
 
     def moe(
         self,

@@ -14,6 +14,9 @@ import numpy as np
 
 from quire.ops import _native
 from quire.ops.composed import ComposedOps
+from quire.ops.cpu_program import ACTIVATION, NO_WINDOW, CpuProgram
+from quire.ops.fuse import fuse
+from quire.ops.program import trace
 from quire.ops.types import (
     INPUT_LEVELS,
     Activation,
@@ -21,18 +24,18 @@ from quire.ops.types import (
     AttentionBatch,
     AttentionSpec,
     CacheShape,
+    Forward,
     Logprobs,
     Opaque,
     QuantizedWeight,
     RopeTables,
     Rounding,
     SampleBatch,
+    Step,
     StorageType,
 )
 
 _STORAGE = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
-_ACTIVATION = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}  # enum Activation in native/kernels.h
-_NO_WINDOW = 2**63 - 1
 _FLOAT32 = np.dtype(np.float32)
 
 
@@ -50,6 +53,10 @@ class CpuOps(ComposedOps):
         from array_api_compat import numpy
 
         return numpy
+
+    def compile(self, forward: Forward) -> Step:
+        """One native call for all operations of a step."""
+        return CpuProgram(self._native, fuse(trace(forward)))
 
     # arrays and weights
 
@@ -119,7 +126,7 @@ class CpuOps(ComposedOps):
 
     def gated_linear(self, x: Array, packed: Opaque, kind: Activation) -> Array:
         y = np.empty((x.shape[0], packed.products), _FLOAT32)
-        self._native.gated_linear(x, packed, _ACTIVATION[kind], y)
+        self._native.gated_linear(x, packed, ACTIVATION[kind], y)
         return y
 
     def embed(self, token_ids: Array, packed: Opaque, scale: float = 1.0) -> Array:
@@ -182,7 +189,7 @@ class CpuOps(ComposedOps):
             batch.starts,
             batch.block_tables,
             spec.scale,
-            _NO_WINDOW if spec.window is None else spec.window,
+            NO_WINDOW if spec.window is None else spec.window,
             spec.softcap or 0.0,
             spec.sinks,
             None if rope is None else rope.cos,
@@ -198,12 +205,12 @@ class CpuOps(ComposedOps):
 
     def activation(self, x: Array, kind: Activation) -> Array:
         y = np.empty(x.shape, _FLOAT32)
-        self._native.activation(_rows(x), _ACTIVATION[kind], False, _rows(y))
+        self._native.activation(_rows(x), ACTIVATION[kind], False, _rows(y))
         return y
 
     def activation_multiply(self, gate_up: Array, kind: Activation) -> Array:
         y = np.empty((gate_up.shape[0], gate_up.shape[1] // 2), _FLOAT32)
-        self._native.activation(gate_up, _ACTIVATION[kind], True, y)
+        self._native.activation(gate_up, ACTIVATION[kind], True, y)
         return y
 
     # choosing tokens

@@ -13,6 +13,7 @@ Two-dimensional and three-dimensional inputs may be views: the last dimension (t
 unless the operation says that it works in place.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -159,10 +160,20 @@ class Logprobs:
     top_logprobs: Array  # float32
 
 
+Step = Callable[[Array, AttentionBatch, Opaque], Array]
+"""`step(token_ids, batch, cache)` -> hidden states `[tokens, hidden]`"""
+Forward = Callable[["Ops", Array, AttentionBatch, Opaque], Array]
+"""The same, computed with the operations that it is handed."""
+
+
 class Ops(Protocol):
     """A provider of the operations. Formulas, tolerances and sources: `reference.py`."""
 
     name: str
+
+    def compile(self, forward: Forward) -> Step:
+        """`forward` with this provider, to the last bit. A provider may run it once over symbols, which have shapes
+        and no values (`ops/program.py`), and put in its place a program that does the same in one call."""
 
     def array(self, values: Any, dtype: str) -> Array:
         """A device array ("int32", "int64", "uint64", "float32") from a numpy array or nested sequence."""

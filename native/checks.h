@@ -1,0 +1,70 @@
+// What the binding requires of arrays before a kernel sees them.
+#pragma once
+
+#include "arrays.h"
+#include "packed.h"
+
+namespace quire {
+
+using Floats1 = Array<float, 1>;
+using Floats2 = Array<float, 2>;
+using Floats3 = Array<float, 3>;
+using Ints1 = Array<int32_t, 1>;
+using Ints2 = Array<int32_t, 2>;
+
+inline void require_ids(const Ints1& ids, int64_t limit, const char* message) {
+    uint32_t highest = 0;
+    for (int64_t i = 0; i < ids.size(0); ++i) {
+        const uint32_t id = static_cast<uint32_t>(ids.data()[i]);
+        highest = id > highest ? id : highest;  // a negative id is a large one
+    }
+    require(ids.size(0) == 0 || highest < limit, message);
+}
+
+inline Layout layout_of(const Kernels& kernels, Storage storage) {
+    return storage == Storage::bfloat16 ? kernels.bfloat16_layout : Layout::panels;
+}
+
+inline void require_packed_here(const Kernels& kernels, const PackedLinear& packed) {
+    require(packed.layout == Layout::integers || packed.layout == layout_of(kernels, packed.storage),
+            "the weight is packed for another instruction set");
+}
+
+inline void require_rope_tables(const Floats2& cos, const Floats2& sin, int64_t head_dim) {
+    require(cos.size(0) == sin.size(0) && cos.size(1) == sin.size(1), "rope: cos and sin differ in shape");
+    require(cos.stride() == cos.size(1) && sin.stride() == sin.size(1), "rope: cos and sin are not contiguous");
+    require(2 * cos.size(1) <= head_dim, "rope: the rotated part is wider than a head");
+}
+
+inline Activation activation_numbered(int kind) {
+    require(kind >= 0 && kind <= 3, "activation: no such kind");
+    return static_cast<Activation>(kind);
+}
+
+inline void require_rows(int64_t tokens, const CacheLayout& layout, const Ints1& query_starts, const Ints1& starts,
+                         const Ints2& tables) {
+    const int64_t rows = starts.size(0);
+    require(query_starts.size(0) == rows + 1 && tables.size(0) == rows, "attention: shapes differ in rows");
+    const int32_t* first = query_starts.data();
+    require(first[0] == 0 && first[rows] == tokens, "attention: query_starts do not cover the tokens");
+    for (int64_t row = 0; row < rows; ++row) {
+        require(first[row] <= first[row + 1], "attention: query_starts descend");
+        require(starts.data()[row] >= 0, "attention: a start is negative");
+        const int64_t end = int64_t{starts.data()[row]} + first[row + 1] - first[row];
+        const int64_t blocks = (end + layout.block_size - 1) / layout.block_size;
+        require(blocks <= tables.size(1), "attention: a row is longer than its block table");
+        const int32_t* table = tables.data() + row * tables.stride();
+        for (int64_t i = 0; i < blocks; ++i) {
+            require(table[i] >= 0 && table[i] < layout.blocks, "attention: a block id is outside the cache");
+        }
+    }
+}
+
+inline void require_rope_covers(int64_t positions, const Ints1& query_starts, const Ints1& starts) {
+    for (int64_t row = 0; row < starts.size(0); ++row) {
+        const int64_t end = starts.data()[row] + query_starts.data()[row + 1] - query_starts.data()[row];
+        require(end <= positions, "attention: a position is outside the rope tables");
+    }
+}
+
+}  // namespace quire

@@ -1,0 +1,247 @@
+#include "program.h"
+
+namespace quire {
+
+namespace {
+
+constexpr int64_t kAddedRows = 16;  // in an item
+
+struct AddJob {
+    const float* x;
+    int64_t x_stride;
+    float* y;
+    int64_t y_stride, rows, size;
+};
+
+void add_rows(void* context, int64_t item, int) {
+    const AddJob& job = *static_cast<const AddJob*>(context);
+    const int64_t last = std::min(job.rows, (item + 1) * kAddedRows);
+    for (int64_t row = item * kAddedRows; row < last; ++row) {
+        const float* const x = job.x + row * job.x_stride;
+        float* const y = job.y + row * job.y_stride;
+        for (int64_t i = 0; i < job.size; ++i) y[i] += x[i];
+    }
+}
+
+}  // namespace
+
+Program::Program(const Kernels& kernels, ThreadPool& pool, std::vector<ProgramBuffer> buffers, int64_t floats,
+                 int64_t result)
+    : kernels_(kernels), pool_(pool), buffers_(std::move(buffers)), floats_(floats), result_(result) {
+    const int64_t count = static_cast<int64_t>(buffers_.size());
+    require(result >= 0 && result < count && !std::get<2>(buffers_[result]), "program: no such result");
+    for (int64_t buffer = 0; buffer < count; ++buffer) {
+        const auto [offset, width, tiles] = buffers_[buffer];
+        require(width >= 0 && width < INT32_MAX && offset >= 0, "program: a buffer has no size");
+        const int64_t size = tiles ? (width + kTileDepth - 1) / kTileDepth * kTileDepth / 2 : width;
+        const bool fits = offset <= floats && size <= floats - offset;
+        require(buffer == result || fits, "program: a buffer is outside the arena");
+    }
+}
+
+float* Program::Frame::base(const View& view) const {
+    if (view.buffer == program->result_) return result;
+    const int64_t offset = std::get<0>(program->buffers_[view.buffer]) * program->padded(tokens);
+    return static_cast<float*>(program->arena_->data()) + offset;
+}
+
+float* Program::Frame::at(const View& view) const {
+    return program->is_tiles(view) ? nullptr : base(view) + view.offset;
+}
+
+TileRows Program::Frame::tiles(const View& view) const {
+    if (!program->is_tiles(view)) return {};
+    return {reinterpret_cast<uint16_t*>(base(view)), tokens, view.width};
+}
+
+Program::View Program::view_any(const ViewNumbers& numbers) const {
+    const auto [buffer, offset, groups, width] = numbers;
+    require(buffer >= 0 && buffer < static_cast<int64_t>(buffers_.size()), "program: no such buffer");
+    const auto [_, whole, tiles] = buffers_[buffer];
+    require(offset >= 0 && groups > 0 && width > 0 && offset <= whole && width <= whole &&
+                groups <= (whole - offset) / width,
+            "program: a view is outside its buffer");
+    require(!tiles || (groups == 1 && width == whole), "program: a view of tiles is all of them");
+    return {buffer, offset, groups, width};
+}
+
+Program::View Program::view(const ViewNumbers& numbers) const {
+    const View result = view_any(numbers);
+    require(!is_tiles(result), "program: a view of tiles where float32 is needed");
+    return result;
+}
+
+Program::View Program::output(const ViewNumbers& numbers, int64_t size, const char* message) const {
+    const View result = view_any(numbers);
+    require(result.size() == size && width_of(result) == size, message);
+    return result;
+}
+
+const PackedLinear& Program::keep_packed(nb::handle object) {
+    const PackedLinear& packed = nb::cast<const PackedLinear&>(object);
+    require_packed_here(kernels_, packed);
+    kept_.push_back(nb::borrow(object));
+    return packed;
+}
+
+const float* Program::keep_floats(nb::handle object, int64_t size, const char* name) {
+    if (object.is_none()) return nullptr;
+    vectors_.push_back(std::make_unique<Floats1>(object, name));
+    require(vectors_.back()->size(0) == size, "program: a vector has the wrong length");
+    return vectors_.back()->data();
+}
+
+void Program::embed(bool positions, nb::handle table_, float scale, ViewNumbers y_) {
+    const PackedLinear& table = keep_packed(table_);
+    const View y = output(y_, table.in, "embed: y has the wrong shape");
+    require(!is_tiles(y) && !table.gated, "embed: a table of another kind");
+    int64_t& limit = positions ? position_limit_ : token_limit_;
+    limit = std::min(limit, table.out);
+    instructions_.push_back([=, &table](const Frame& frame) {
+        const int32_t* const ids = positions ? frame.positions : frame.token_ids;
+        kernels_.embed(EmbedArgs{ids, frame.tokens, table.panels(), scale, frame.at(y)}, pool_);
+    });
+}
+
+void Program::linear(ViewNumbers x_, nb::handle weight_, bool adds, int kind, ViewNumbers y_) {
+    const PackedLinear& weight = keep_packed(weight_);
+    const View x = view_any(x_), y = output(y_, weight.products(), "linear: y has the wrong shape");
+    const Activation activation = activation_numbered(kind);
+    require(x.size() == weight.in, "linear: the width of x is not the weight's");
+    require(!is_tiles(x) || weight.reads_tiles(), "linear: the weight does not read tiles");
+    require(!adds || !is_tiles(y), "linear: tiles of bfloat16 are not added to");
+    instructions_.push_back([=, &weight](const Frame& frame) {
+        LinearArgs args{};
+        args.x = frame.at(x);
+        args.x_stride = frame.stride(x);
+        args.rows = frame.tokens;
+        args.x_tiles = frame.tiles(x);
+        args.weight = weight.panels();
+        args.y = frame.at(y);
+        args.add = adds;
+        args.y_tiles = frame.tiles(y);
+        args.activation = activation;
+        args.scale = 1.0f;
+        kernels_.linear(args, pool_);
+    });
+}
+
+void Program::norm(ViewNumbers x_, std::optional<ViewNumbers> residual_, nb::handle weight_, nb::handle bias_,
+                   float eps, bool centre, ViewNumbers y_) {
+    const View x = view(x_), y = output(y_, x.size(), "norm: y has the wrong shape");
+    const View residual = residual_.has_value() ? view(*residual_) : View{};
+    const bool adds = residual_.has_value();
+    const float* const weight = keep_floats(weight_, x.width, "weight");
+    const float* const bias = keep_floats(bias_, x.width, "bias");
+    require(weight != nullptr, "norm: there is no weight");
+    require(!is_tiles(y) || x.groups == 1, "norm: y has the wrong shape");
+    require(!adds || (residual.size() == x.size() && x.groups == 1), "norm: residual has the wrong shape");
+    instructions_.push_back([=](const Frame& frame) {
+        NormArgs args{};
+        args.x = frame.at(x);
+        args.x_stride = frame.stride(x);
+        args.groups = x.groups;
+        args.rows = frame.tokens * x.groups;
+        args.size = x.width;
+        if (adds) {
+            args.residual = frame.at(residual);
+            args.residual_stride = frame.stride(residual);
+        }
+        args.weight = weight;
+        args.bias = bias;
+        args.eps = eps;
+        args.centre = centre;
+        args.y = frame.at(y);
+        args.y_tiles = frame.tiles(y);
+        kernels_.norm(args, pool_);
+    });
+}
+
+void Program::add(ViewNumbers x_, ViewNumbers y_) {
+    const View x = view(x_), y = view(y_);
+    require(x.size() == y.size(), "add: x and y differ in shape");
+    instructions_.push_back([=](const Frame& frame) {
+        AddJob job{frame.at(x), frame.stride(x), frame.at(y), frame.stride(y), frame.tokens, x.size()};
+        pool_.run((frame.tokens + kAddedRows - 1) / kAddedRows, add_rows, &job);
+    });
+}
+
+RopeTables Program::keep_tables(nb::handle cos_, nb::handle sin_, int64_t head_dim) {
+    if (cos_.is_none()) return {};
+    tables_.push_back(std::make_unique<Floats2>(cos_, "cos"));
+    const Floats2& cos = *tables_.back();
+    tables_.push_back(std::make_unique<Floats2>(sin_, "sin"));
+    const Floats2& sin = *tables_.back();
+    require_rope_tables(cos, sin, head_dim);
+    rope_limit_ = std::min(rope_limit_, cos.size(0));
+    return {cos.data(), sin.data(), cos.size(1)};
+}
+
+void Program::attention(std::tuple<ViewNumbers, ViewNumbers, ViewNumbers> qkv, int64_t layer, float scale,
+                        int64_t window, float softcap, nb::handle sinks_, nb::handle cos, nb::handle sin,
+                        ViewNumbers y_) {
+    const View q = view(std::get<0>(qkv)), k = view(std::get<1>(qkv)), v = view(std::get<2>(qkv));
+    const View y = output(y_, q.size(), "attention: out has the wrong shape");
+    require(layer >= 0, "attention: no such layer");
+    require(k.groups == v.groups && q.groups % k.groups == 0, "attention: heads do not fit the cache's kv_heads");
+    require(q.width == k.width && q.width == v.width, "attention: head_dim is not the cache's");
+    require(!is_tiles(y), "attention: out has the wrong shape");
+    require(window > 0, "attention: a window is at least 1");
+    require(layers_ == 0 || (kv_heads_ == k.groups && head_dim_ == q.width), "attention: layers differ in shape");
+    const float* const sinks = keep_floats(sinks_, q.groups, "sinks");
+    const RopeTables tables = keep_tables(cos, sin, q.width);
+    layers_ = std::max(layers_, layer + 1);
+    kv_heads_ = k.groups;
+    head_dim_ = q.width;
+    instructions_.push_back([=](const Frame& frame) {
+        kernels_.attention(AttentionArgs{frame.at(q), frame.at(k), frame.at(v), frame.stride(q), frame.stride(k),
+                                         frame.stride(v), q.groups, *frame.cache, layer, frame.rows,
+                                         frame.query_starts, frame.starts, frame.tables, frame.table_stride, scale,
+                                         window, softcap, sinks, tables, frame.at(y)},
+                           pool_);
+    });
+}
+
+void Program::activation(ViewNumbers x_, int kind_, bool multiply, ViewNumbers y_) {
+    const View x = view(x_);
+    const int64_t size = multiply ? x.size() / 2 : x.size();
+    const View y = output(y_, size, "activation: y has the wrong shape");
+    const Activation kind = activation_numbered(kind_);
+    require(!multiply || x.size() == 2 * size, "activation: y has the wrong shape");
+    instructions_.push_back([=](const Frame& frame) {
+        kernels_.activation(ActivationArgs{frame.at(x), frame.stride(x), frame.tokens, size, kind, multiply,
+                                           frame.at(y), frame.tiles(y)},
+                            pool_);
+    });
+}
+
+void Program::run(nb::handle token_ids_, nb::handle positions_, nb::handle query_starts_, nb::handle starts_,
+                  nb::handle tables_, const Cache& cache, nb::handle out_) {
+    Ints1 token_ids(token_ids_, "token_ids"), positions(positions_, "positions");
+    Ints1 query_starts(query_starts_, "query_starts"), starts(starts_, "starts");
+    Ints2 tables(tables_, "block_tables");
+    Floats2 out(out_, "out", true);
+    const int64_t tokens = token_ids.size(0);
+    require(positions.size(0) == tokens, "program: one position for each token is needed");
+    require_ids(token_ids, token_limit_, "embed: a token id is outside the table");
+    require_ids(positions, position_limit_, "embed: a position is outside the table");
+    require(out.size(0) == tokens && out.size(1) == std::get<1>(buffers_[result_]), "program: out has the wrong shape");
+    const CacheLayout& layout = cache.layout();
+    require(layers_ <= layout.layers, "attention: no such layer");
+    require(layers_ == 0 || head_dim_ == layout.head_dim, "attention: head_dim is not the cache's");
+    require(layers_ == 0 || kv_heads_ == layout.kv_heads, "attention: heads do not fit the cache's kv_heads");
+    require_rows(tokens, layout, query_starts, starts, tables);
+    require_rope_covers(rope_limit_, query_starts, starts);
+    const Frame frame{this,           tokens,        out.data(),    token_ids.data(), positions.data(), starts.size(0),
+                      query_starts.data(), starts.data(), tables.data(), tables.stride(),  &layout};
+    nb::gil_scoped_release unlocked;
+    const auto lock = pool_.exclusive();
+    const size_t bytes = floats_ * padded(tokens) * sizeof(float);
+    if (arena_ == nullptr || arena_->bytes() < bytes) {
+        arena_.reset();
+        arena_ = std::make_unique<Pages>(bytes, true);
+    }
+    for (const Instruction& instruction : instructions_) instruction(frame);
+}
+
+}  // namespace quire
