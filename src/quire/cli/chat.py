@@ -2,22 +2,22 @@
 
 import argparse
 import sys
-from contextlib import aclosing
+from collections.abc import Callable
+from contextlib import aclosing, closing
 from typing import TYPE_CHECKING
 
-from quire.cli import engines
+from quire.cli import engines, remote
 from quire.cli.arguments import add_engine, add_sampling
-from quire.errors import InvalidRequestError, RequestFailedError
+from quire.errors import InvalidRequestError, OverloadedError, RequestFailedError
 from quire.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
-    import asyncio
-
     from quire.llm import AsyncLLM
 
 EXAMPLES = """examples:
   quire chat
   quire chat --model DIR --system-prompt "Answer in one sentence." --temperature 0.7
+  quire chat --url http://127.0.0.1:8000
   printf 'What is TTFT?\\nAnd TPOT?\\n' | quire chat --quiet
 
 /help says what can be typed; Ctrl-C stops an answer, Ctrl-D or /exit leaves."""
@@ -27,18 +27,27 @@ COMMANDS = """/reset  forget the conversation
 Ctrl-C  stop the answer"""
 
 Message = dict[str, str]
+Say = Callable[[str], None]
+Answer = Callable[[list[Message], Say], None]
+"""Answers a conversation, saying each piece as it comes."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     parser.add_argument("--system-prompt", metavar="TEXT", help="said to the model before the conversation")
     engines.add_quiet(parser)
+    remote.add(parser)
     add_sampling(parser, without=["n"])
     add_engine(parser, positional_model=True)
 
 
 def run(options: argparse.Namespace) -> int:
     """Read, answer, and so on."""
+    server = remote.server_of(options)
+    if server is not None:
+        fields = remote.sampling_fields(options)
+        _converse(lambda history, say: _answer_remotely(server, fields, history, say), options.system_prompt)
+        return 0
     engine, args = engines.start(options)
     import asyncio
 
@@ -48,16 +57,14 @@ def run(options: argparse.Namespace) -> int:
         defaults = engine.get_default_sampling_params()
         params = engines.make_params(options, defaults, kind=RequestOutputKind.DELTA)
         with asyncio.Runner() as runner:
-            _converse(engine, params, runner, options)
+            _converse(lambda history, say: runner.run(_answer(engine, params, history, say)), options.system_prompt)
     finally:
         engine.close()
     return 0
 
 
-def _converse(
-    engine: "AsyncLLM", params: SamplingParams, runner: "asyncio.Runner", options: argparse.Namespace
-) -> None:
-    start: list[Message] = [{"role": "system", "content": options.system_prompt}] if options.system_prompt else []
+def _converse(answer: Answer, system_prompt: str | None) -> None:
+    start: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
     history, at_terminal = list(start), sys.stdin.isatty()
     if at_terminal:
         import readline  # noqa: F401 -- line editing, by being imported
@@ -74,7 +81,7 @@ def _converse(
         elif said.startswith("/") and said[1:].isalpha():
             print(f"{said} is not known; /help lists what is", file=sys.stderr)
         elif said:
-            _turn(engine, params, runner, history, said)
+            _turn(answer, history, said)
 
 
 def _read(at_terminal: bool) -> str | None:
@@ -88,17 +95,20 @@ def _read(at_terminal: bool) -> str | None:
             print("\n/exit or Ctrl-D leaves", file=sys.stderr)
 
 
-def _turn(
-    engine: "AsyncLLM", params: SamplingParams, runner: "asyncio.Runner", history: list[Message], said: str
-) -> None:
+def _turn(answer: Answer, history: list[Message], said: str) -> None:
     """One question and its answer. A refusal leaves the history as it was; a stopped answer stays in it."""
     history.append({"role": "user", "content": said})
     heard: list[str] = []
+
+    def say(text: str) -> None:
+        heard.append(text)
+        print(text, end="", flush=True)
+
     try:
-        runner.run(_answer(engine, params, history, heard))
+        answer(history, say)
     except KeyboardInterrupt:
         print(" [stopped]", end="", file=sys.stderr, flush=True)
-    except (InvalidRequestError, RequestFailedError) as error:
+    except (InvalidRequestError, OverloadedError, RequestFailedError) as error:
         history.pop()
         print(f"quire: {error} (/reset begins anew)", file=sys.stderr)
         return
@@ -106,12 +116,18 @@ def _turn(
     history.append({"role": "assistant", "content": "".join(heard)})
 
 
-async def _answer(engine: "AsyncLLM", params: SamplingParams, history: list[Message], heard: list[str]) -> None:
+async def _answer(engine: "AsyncLLM", params: SamplingParams, history: list[Message], say: Say) -> None:
     token_ids = await engine.encode_chat(history)
     stream = engine.generate({"prompt_token_ids": token_ids}, params)
     async with aclosing(stream) as outputs:
         async for output in outputs:
             if output.error is not None:
                 raise RequestFailedError(output.error)
-            heard.append(output.outputs[0].text)
-            print(heard[-1], end="", flush=True)
+            say(output.outputs[0].text)
+
+
+def _answer_remotely(server: remote.Server, fields: dict[str, object], history: list[Message], say: Say) -> None:
+    with closing(server.stream("/v1/chat/completions", {**fields, "messages": history})) as events:
+        for event in events:
+            for choice in event.get("choices") or ():
+                say(choice["delta"].get("content") or "")

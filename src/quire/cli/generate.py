@@ -5,7 +5,7 @@ import sys
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from quire.cli import engines
+from quire.cli import engines, remote
 from quire.cli.arguments import add_engine, add_sampling
 from quire.errors import InvalidRequestError, RequestFailedError
 from quire.outputs import RequestOutput
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   quire generate "What is the KV cache?"
   quire generate --model DIR --raw --max-tokens 40 --temperature 0 "Once upon a time"
+  quire generate --url http://127.0.0.1:8000 --api-key SECRET "What is TPOT?"
   echo "What is TTFT?" | quire generate --quiet
   quire generate --json "What is a token?" "What is a block table?" """
 
@@ -27,6 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--json", action="store_true", help="one JSON object for each prompt, when it is done")
     engines.add_quiet(parser)
+    remote.add(parser)
     add_sampling(parser)
     add_engine(parser)
 
@@ -36,6 +38,10 @@ def run(options: argparse.Namespace) -> int:
     prompts = options.prompts or [sys.stdin.read().removesuffix("\n")]
     if not all(prompt.strip() for prompt in prompts):
         raise InvalidRequestError("the prompt is empty", param="prompt")
+    server = remote.server_of(options)
+    if server is not None:
+        _ask_all(server, prompts, options)
+        return 0
     engine, _ = engines.start(options)
     import asyncio
 
@@ -99,19 +105,64 @@ async def _print_one(prompt: str, queue: Any, options: argparse.Namespace) -> No
 
 
 def _print_json(prompt: str, output: RequestOutput) -> None:
+    answers = [
+        {
+            "text": choice.text,
+            "tokens": len(choice.token_ids),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        for choice in output.outputs
+    ]
+    _print_answer(prompt, len(output.prompt_token_ids), answers)
+
+
+def _print_answer(prompt: str, prompt_tokens: int, answers: list[dict[str, Any]]) -> None:
     import json
 
-    answer = {
-        "prompt": prompt,
-        "prompt_tokens": len(output.prompt_token_ids),
-        "outputs": [
-            {
-                "text": choice.text,
-                "tokens": len(choice.token_ids),
-                "finish_reason": choice.finish_reason,
-                "stop_reason": choice.stop_reason,
-            }
-            for choice in output.outputs
-        ],
-    }
-    print(json.dumps(answer, ensure_ascii=False), flush=True)
+    print(
+        json.dumps({"prompt": prompt, "prompt_tokens": prompt_tokens, "outputs": answers}, ensure_ascii=False),
+        flush=True,
+    )
+
+
+def _ask_all(server: remote.Server, prompts: list[str], options: argparse.Namespace) -> None:
+    """A server's answers, one prompt after the other."""
+    fields = remote.sampling_fields(options)
+    streams_text = not options.json and fields.get("n", 1) == 1
+    for prompt in prompts:
+        route, body = _question(server, prompt, fields, raw=options.raw)
+        if not streams_text:
+            _print_whole(prompt, server.ask(route, {**body, "return_token_ids": True}), as_json=options.json)
+            continue
+        for event in server.stream(route, body):
+            for choice in event.get("choices") or ():
+                print(choice["text"] if options.raw else choice["delta"].get("content") or "", end="", flush=True)
+        print(flush=True)
+
+
+def _question(server: remote.Server, prompt: str, fields: dict[str, Any], *, raw: bool) -> tuple[str, dict[str, Any]]:
+    if not raw:
+        return "/v1/chat/completions", {"messages": [{"role": "user", "content": prompt}], **fields}
+    if "max_tokens" not in fields:  # there a completion ends after 16 tokens unless told otherwise
+        counted = server.ask("/tokenize", {"prompt": prompt})
+        fields = {**fields, "max_tokens": max(1, counted["max_model_len"] - counted["count"])}
+    return "/v1/completions", {"prompt": prompt, **fields}
+
+
+def _print_whole(prompt: str, answer: dict[str, Any], *, as_json: bool) -> None:
+    choices = answer["choices"]
+    texts = [choice["text"] if "text" in choice else choice["message"]["content"] for choice in choices]
+    if not as_json:
+        print("".join(f"{text}\n\n" for text in texts), flush=True)
+        return
+    answers = [
+        {
+            "text": text,
+            "tokens": len(choice["token_ids"]),
+            "finish_reason": choice["finish_reason"],
+            "stop_reason": choice["stop_reason"],
+        }
+        for text, choice in zip(texts, choices, strict=True)
+    ]
+    _print_answer(prompt, answer["usage"]["prompt_tokens"], answers)
