@@ -4,21 +4,24 @@
 //
 //   | keys: tiles of 16 positions, each [head_dim / 2][16][2] | values: [value_dim / 16][slots / 2][16][2] |
 //
-// Sixteen queries are the rows of a matrix; 64 positions, from a multiple of 64 on, are one chunk of work:
+// A group of two tiles of sixteen queries goes through the chunks of a split, 64 positions each from a multiple of 64:
 //
-//   scores [16][64] = queries [16][head_dim] . keys        weights = 2^(scores - top), rounded to bfloat16
-//   mixed [16][value_dim] += weights [16][64] . values     (whenever top grows by much, mixed shrinks first)
+//   scores [32][64] = queries [32][head_dim] . keys         weights = 2^(scores - top), rounded to bfloat16
+//   mixed [32][value_dim] = weights [32][512] . values, once for all chunks of a split
+//
+// `top` is the largest score of the first chunk that the query sees of a split: any number of about that size will do,
+// as floats of either kind have exponents enough. Where later scores are larger by so much that the weights sum up to
+// more than 2^40, the query's largest score of all takes its place and the split is weighed again.
 //
 // A row of a product depends on that row alone, so a query has the same bits alone and among others; what it must not
 // see gets weight 0, and a chunk of which it sees nothing leaves it as it was. Weight 0 times a value that is not
-// finite would still be heard: where hidden values are such, each token gets a copy of the values without them.
+// finite would still be heard: where hidden values are such, each query gets a copy of the values without them.
 //
 // Rounding queries and weights to bfloat16 moves a result by up to 2^-8 of the largest value, usually far less.
 #pragma once
 
 #include "attention_matrix_products.h"
 #include "attention_matrix_softmax.h"
-#include "attention_matrix_steps.h"
 #include "rotate.h"
 
 namespace quire::QUIRE_ISA {
@@ -52,22 +55,23 @@ inline void write_matrix_token(const AttentionArgs& args, int64_t row, int64_t t
     }
 }
 
+constexpr int64_t kSplitChunks = kSplit / kMatrixChunk;
+constexpr float kLargestSum = 0x1p40f;
+
 // A worker's memory for one item.
 struct MatrixScratch {
-    MatrixTile* tiles;
     float* rotated;       // [head_dim]
     uint16_t* queries;    // [tiles][steps][16][32]
-    MatrixState* states;  // [tiles]
-    float* scores;        // [2][4][16][16]
-    uint16_t* weights;    // [2][2][16][32]
-    float* apart;         // [value_dim / 16][16][16]: mixed rows of which only some are wanted
-    uint16_t* gathered;
-    uint16_t* clean;
+    float* scores;        // [2][2 tiles][4][16][16]
+    uint16_t* weights;    // [2 tiles][chunks][2][16][32]
+    float* mixed;         // [2 tiles][value_dim / 16][16][16]
+    float* apart;         // the same, of which only one row is wanted
+    uint16_t* gathered;   // [chunks] what MatrixKeys needs for each
+    uint16_t* clean;      // [2 chunks][value_dim / 16][32][16][2]
     MatrixTotal* totals;  // [tiles]
 
-    MatrixScratch(const CacheLayout& cache, int64_t rows, ThreadPool& pool, int worker) {
-        const int64_t count = (rows + 15) / 16, steps = cache.head_dim / key_step(cache.head_dim);
-        const int64_t dims = cache.value_dim();
+    MatrixScratch(const CacheLayout& cache, int64_t tiles, ThreadPool& pool, int worker) {
+        const int64_t dims = cache.value_dim(), mixed_bytes = dims * 64;
         char* next = nullptr;
         const auto take = [&](int64_t bytes) {
             char* const taken = next;
@@ -75,23 +79,21 @@ struct MatrixScratch {
             return taken;
         };
         for (int pass = 0; pass < 2; ++pass) {  // the first only counts
+            scores = reinterpret_cast<float*>(take(2 * 2 * 4096));
+            weights = reinterpret_cast<uint16_t*>(take(2 * kSplitChunks * 2048));
+            mixed = reinterpret_cast<float*>(take(2 * mixed_bytes));
+            apart = reinterpret_cast<float*>(take(2 * mixed_bytes));
             rotated = reinterpret_cast<float*>(take(cache.head_dim * int64_t(sizeof(float))));
-            queries = reinterpret_cast<uint16_t*>(take(count * steps * 1024));
-            tiles = reinterpret_cast<MatrixTile*>(take(count * int64_t(sizeof(MatrixTile))));
-            states = reinterpret_cast<MatrixState*>(take(count * int64_t(sizeof(MatrixState))));
-            scores = reinterpret_cast<float*>(take(2 * 4096));
-            weights = reinterpret_cast<uint16_t*>(take(2 * 2048));
-            apart = reinterpret_cast<float*>(take(dims * 64));
+            queries = reinterpret_cast<uint16_t*>(take(tiles * (cache.head_dim / key_step(cache.head_dim)) * 1024));
             gathered = reinterpret_cast<uint16_t*>(take(kSplitChunks * MatrixKeys::room_items(cache) * 2));
-            clean = reinterpret_cast<uint16_t*>(take(dims * kMatrixChunk * 2));
-            totals = reinterpret_cast<MatrixTotal*>(take(count * int64_t(sizeof(MatrixTotal))));
-            for (int64_t tile = 0; tile < count; ++tile) {
-                float* const mixed = reinterpret_cast<float*>(take(2 * dims * 64));
-                if (pass == 0) continue;
-                states[tile].mixed = mixed;
-                totals[tile].mixed = mixed + dims * 16;
+            clean = reinterpret_cast<uint16_t*>(take(2 * dims * kMatrixChunk * 2));
+            totals = reinterpret_cast<MatrixTotal*>(take(tiles * int64_t(sizeof(MatrixTotal))));
+            char* const sums = take(tiles * mixed_bytes);
+            if (pass == 1) {
+                for (int64_t t = 0; t < tiles; ++t) totals[t].mixed = reinterpret_cast<float*>(sums + t * mixed_bytes);
+            } else {
+                next = static_cast<char*>(pool.scratch(worker, reinterpret_cast<uintptr_t>(next)));
             }
-            if (pass == 0) next = static_cast<char*>(pool.scratch(worker, reinterpret_cast<uintptr_t>(next)));
         }
     }
 };
@@ -101,53 +103,29 @@ class MatrixItem {
 public:
     MatrixItem(const Job& job, const Item& item, int worker)
         : args_(*job.args), item_(item), group_(group_of(args_)), queries_(item.tokens * group_),
-          head_dim_(args_.cache.head_dim), value_dim_(args_.cache.value_dim()), step_(key_step(head_dim_)),
+          head_dim_(args_.cache.head_dim), value_dim_(args_.cache.value_dim()),
           unit_(args_.softcap != 0.0f ? kLog2e : magnitude(args_.scale) * kLog2e),
-          scratch_(args_.cache, queries_, *job.pool, worker), keys_(args_, item, scratch_.gathered) {
-        for (int64_t tile = 0; tile < tiles(); ++tile) {
-            const int64_t first = position_of(tile * 16), last = position_of(last_of(tile));
-            scratch_.tiles[tile] = {first, last, begin_of(args_, first), begin_of(args_, last)};
-        }
+          scratch_(args_.cache, tiles(), *job.pool, worker), keys_(args_, item, scratch_.gathered),
+          products_(smaller(queries_, 16), head_dim_, value_dim_) {
+        for (int t = 0; t < 2; ++t) states_[t].mixed = scratch_.mixed + t * value_dim_ * 16;
         pack_queries();
-        configure(smaller(queries_, 16), step_);
     }
     ~MatrixItem() { _tile_release(); }
     MatrixItem(const MatrixItem&) = delete;
     MatrixItem& operator=(const MatrixItem&) = delete;
 
-    void attend_split(int64_t split) {
-        for (int64_t tile = 0; tile < tiles(); ++tile) scratch_.states[tile].clear(value_dim_);
-        const int64_t begin = begin_of(args_, item_.first_position) / kMatrixChunk * kMatrixChunk;
-        const int64_t end = item_.first_position + item_.tokens;
-        Steps steps(keys_, scratch_.tiles, tiles(), larger(split * kSplit, begin), smaller(end, (split + 1) * kSplit),
-                    end);
-        Step step, next;
-        if (!steps.next(step)) return;
-        score_ = score_of(step);
-        finish_products();
-        for (bool more = true; more; step = next) {
-            more = steps.next(next);
-            float* const scores = scores_;
-            if (more) score_ = score_of(next);
-            attend(step, scores);
-        }
-        finish_products();
-    }
-
-    // Writes the records of the split.
-    void keep_split(const Job& job) const {
-        for (int64_t tile = 0; tile < tiles(); ++tile) {
-            const MatrixState& state = scratch_.states[tile];
-            const Floats sums = state.sums();
-            for (int64_t row = 0; row <= last_of(tile) - tile * 16; ++row) {
+    // Writes the records of a split.
+    void keep_split(const Job& job, int64_t split) {
+        attend_split(split, [&](int64_t tile, const MatrixState& state) {
+            for (int64_t row = 0; row < rows_of(tile); ++row) {
                 float* record = record_of(job, item_, tile * 16 + row);
                 record[0] = state.tops[row];
-                record[1] = sums[row];
+                record[1] = state.sums[row];
                 for (int64_t d = 0; d < value_dim_; d += 16) {
                     store(record + 2 + d, load(state.mixed + d * 16 + row * 16));
                 }
             }
-        }
+        });
     }
 
     // All splits, one after the other.
@@ -155,10 +133,9 @@ public:
         for (int64_t tile = 0; tile < tiles(); ++tile) scratch_.totals[tile].clear(value_dim_);
         const int64_t end = item_.first_position + item_.tokens;
         for (int64_t split = begin_of(args_, item_.first_position) / kSplit; split * kSplit < end; ++split) {
-            attend_split(split);
-            for (int64_t tile = 0; tile < tiles(); ++tile) {
-                scratch_.totals[tile].add(scratch_.states[tile], value_dim_);
-            }
+            attend_split(split, [&](int64_t tile, const MatrixState& state) {
+                scratch_.totals[tile].add(state, value_dim_);
+            });
         }
         Place place(0, group_);
         for (int64_t query = 0; query < queries_; ++query, place.advance()) {
@@ -173,7 +150,7 @@ private:
     static float magnitude(float x) { return x < 0.0f ? -x : x; }
     int64_t tiles() const { return (queries_ + 15) / 16; }
     int64_t position_of(int64_t query) const { return item_.first_position + query / group_; }
-    int64_t last_of(int64_t tile) const { return smaller(tile * 16 + 15, queries_ - 1); }
+    int64_t rows_of(int64_t tile) const { return smaller(16, queries_ - tile * 16); }
 
     // Token and head of the group of consecutive queries, without a division for each.
     struct Place {
@@ -189,7 +166,7 @@ private:
 
     // Rows past the last query are zero. The sign of the scale goes to the queries: the largest score is the top.
     void pack_queries() {
-        const int64_t steps = head_dim_ / step_;
+        const int64_t step = key_step(head_dim_), steps = head_dim_ / step;
         const __m512i sign = _mm512_set1_epi32(args_.scale < 0.0f && args_.softcap == 0.0f ? INT32_MIN : 0);
         Place place(0, group_);
         for (int64_t row = 0; row < tiles() * 16; ++row, place.advance()) {
@@ -199,8 +176,8 @@ private:
                 q = rotated(args_.rope, token_position(args_, item_, place.token), q, head_dim_, scratch_.rotated);
             }
             uint16_t* to = scratch_.queries + row / 16 * steps * 512 + row % 16 * 32;
-            for (int64_t d = 0; d < head_dim_; d += step_, to += 512) {
-                const uint32_t present = row < queries_ ? static_cast<uint32_t>((uint64_t{1} << step_) - 1) : 0;
+            for (int64_t d = 0; d < head_dim_; d += step, to += 512) {
+                const uint32_t present = row < queries_ ? static_cast<uint32_t>((uint64_t{1} << step) - 1) : 0;
                 const __mmask16 low = static_cast<__mmask16>(present), high = static_cast<__mmask16>(present >> 16);
                 const __m512i a = _mm512_castps_si512(_mm512_maskz_loadu_ps(low, q + d));
                 const __m512i b = _mm512_castps_si512(_mm512_maskz_loadu_ps(high, q + d + 16));
@@ -211,90 +188,115 @@ private:
         }
     }
 
-    ScoreWork score_of(const Step& step) {
-        scores_ = scores_ == scratch_.scores ? scratch_.scores + 1024 : scratch_.scores;
-        return {scratch_.queries + step.tile * (head_dim_ / step_) * 512, step.chunk, head_dim_, step_, scores_};
-    }
-
-    // The matrix unit works on the products of the step before and the scores of the next one while the vector units
-    // weigh those of this step.
-    void continue_products() {
-        if (!mix_.done()) {
-            mix_.advance();
-        } else if (!score_.done()) {
-            score_.advance();
+    // Calls keep(tile, state) for each tile that sees something of the split.
+    template <class Keep>
+    void attend_split(int64_t split, Keep&& keep) {
+        const int64_t end = item_.first_position + item_.tokens, stop = smaller(end, (split + 1) * kSplit);
+        start_ = larger(split * kSplit, begin_of(args_, item_.first_position) / kMatrixChunk * kMatrixChunk);
+        const int64_t count = (stop - start_ + kMatrixChunk - 1) / kMatrixChunk;
+        for (int64_t c = 0; c < count; ++c) {
+            chunks_[c] = keys_.find(start_ + c * kMatrixChunk, end, c);
+            if (c < kAhead) keys_.prefetch_keys(chunks_[c]);
+        }
+        prefetch_ = true;
+        for (int64_t tile = 0; tile < tiles(); tile += 2) {
+            group_tile_ = tile;
+            group_tiles_ = smaller(2, tiles() - tile);
+            attend_group(count);
+            for (int64_t t = 0; t < group_tiles_; ++t) keep(tile + t, states_[t]);
+            prefetch_ = false;
         }
     }
 
-    void finish_products() {
-        while (!mix_.done() || !score_.done()) continue_products();
-    }
-
-    void attend(const Step& step, float* scores) {
-        if (args_.softcap != 0.0f) cap(scores);
-        const MatrixTile& tile = scratch_.tiles[step.tile];
-        if (tile.first_position < step.base + kMatrixChunk - 1 || tile.last_seen > step.base) {
-            return attend_partly(step, scores);
+    // The group's tiles against the chunks of the split.
+    void attend_group(int64_t count) {
+        const int64_t last = position_of(smaller((group_tile_ + group_tiles_) * 16, queries_) - 1);
+        const int64_t seen = begin_of(args_, position_of(group_tile_ * 16));
+        first_ = seen < start_ ? 0 : smaller(count, (seen - start_) / kMatrixChunk);
+        last_ = last < start_ ? first_ : larger(first_, smaller(count, (last - start_) / kMatrixChunk + 1));
+        for (int64_t t = 0; t < group_tiles_; ++t) states_[t].clear();
+        broken_ = false;
+        weigh_chunks();
+        if (find_overflow()) {
+            for_each_chunk([&](int64_t c, float* scores) { raise_tops(c, scores); });
+            for (int64_t t = 0; t < group_tiles_; ++t) states_[t].clear_totals();
+            weigh_chunks();
+            find_overflow();
         }
-        MatrixState& state = scratch_.states[step.tile];
-        uint16_t* const weights = next_weights();
-        Lowering lowering;
-        weigh<false>(scores, smaller(queries_, 16), nullptr, unit_, state, weights, lowering,
-                     [this] { continue_products(); });
-        finish_products();
-        lowering.apply(state.mixed, value_dim_);
-        mix_ = {weights, step.chunk, value_dim_, state.mixed, state.mixed};
+        if (broken_) return mix_rows_apart();
+        const int64_t tile_stride = kSplitChunks * 1024;
+        products_.mix(scratch_.weights + first_ * 1024, tile_stride, chunks_ + first_, last_ - first_, scratch_.mixed);
     }
 
-    uint16_t* next_weights() {
-        odd_ = !odd_;
-        return scratch_.weights + odd_ * 1024;
+    // Calls work(chunk, scores) for each; the scores of the next chunk can be computed meanwhile.
+    template <class ChunkWork>
+    void for_each_chunk(ChunkWork&& work) {
+        products_.begin_scores(scratch_.queries + group_tile_ * products_.query_items(), group_tiles_);
+        if (first_ == last_) return;
+        float *scores = scratch_.scores, *next = scratch_.scores + 2048;
+        products_.start(chunks_[first_], scores);
+        products_.finish();
+        for (int64_t c = first_; c < last_; ++c) {
+            if (c + 1 < last_) products_.start(chunks_[c + 1], next);
+            if (args_.softcap != 0.0f) cap(scores);
+            work(c, scores);
+            products_.finish();
+            float* const done = scores;
+            scores = next;
+            next = done;
+        }
+    }
+
+    void weigh_chunks() {
+        for_each_chunk([&](int64_t c, float* scores) {
+            if (prefetch_) {
+                keys_.prefetch_values(chunks_[c], value_dim_);
+                if (c + kAhead < last_) keys_.prefetch_keys(chunks_[c + kAhead]);
+            }
+            weigh_chunk(c, scores);
+        });
+    }
+
+    void weigh_chunk(int64_t c, const float* scores) {
+        const Visible visible(*this, c);
+        if (!visible.all && !hidden_are_finite(chunks_[c], value_dim_, visible.low, visible.high)) broken_ = true;
+        for (int64_t t = 0; t < group_tiles_; ++t, scores += 1024) {
+            const int64_t rows = rows_of(group_tile_ + t);
+            MatrixState& state = states_[t];
+            const uint64_t* seen = visible.all ? nullptr : visible.rows + t * 16;
+            const __mmask16 lacking = state.lacking(rows);
+            if (lacking != 0) state.raise(lacking, largest_scores(scores, rows, seen), unit_);
+            uint16_t* const weights = scratch_.weights + (t * kSplitChunks + c) * 1024;
+            const auto between = [this] { products_.advance(); };
+            if (visible.all) {
+                weigh<false>(scores, rows, nullptr, unit_, state, weights, between);
+            } else {
+                weigh<true>(scores, rows, seen, unit_, state, weights, between);
+            }
+        }
+    }
+
+    void raise_tops(int64_t c, const float* scores) {
+        const Visible visible(*this, c);
+        for (int64_t t = 0; t < group_tiles_; ++t, scores += 1024) {
+            const uint64_t* seen = visible.all ? nullptr : visible.rows + t * 16;
+            states_[t].raise(overflow_[t], largest_scores(scores, rows_of(group_tile_ + t), seen), unit_);
+        }
+    }
+
+    bool find_overflow() {
+        bool any = false;
+        for (int64_t t = 0; t < group_tiles_; ++t) {
+            overflow_[t] = states_[t].sum_up(rows_of(group_tile_ + t), kLargestSum);
+            any = any || overflow_[t] != 0;
+        }
+        return any;
     }
 
     void cap(float* scores) const {
-        for (int64_t i = 0; i < 1024; i += 16) {
+        for (int64_t i = 0; i < group_tiles_ * 1024; i += 16) {
             store(scores + i, args_.softcap * tanh(load(scores + i) * args_.scale / args_.softcap));
         }
-    }
-
-    // A tile of which some query does not see all of the chunk.
-    void attend_partly(const Step& step, const float* scores) {
-        uint64_t visible[16] = {};
-        const int64_t first = step.tile * 16, rows = last_of(step.tile) - first + 1;
-        int64_t low = 0, high = kMatrixChunk;  // what all of them see
-        Place place(first, group_);
-        for (int64_t row = 0; row < rows; ++row, place.advance()) {
-            const Range range = seen_by(item_.first_position + place.token, step.base);
-            low = larger(low, range.low);
-            high = smaller(high, range.high);
-            if (range.low >= range.high) continue;
-            visible[row] = ~uint64_t{0} >> (64 - (range.high - range.low)) << range.low;
-        }
-        MatrixState& state = scratch_.states[step.tile];
-        uint16_t* const weights = next_weights();
-        Lowering lowering;
-        weigh<true>(scores, smaller(queries_, 16), visible, unit_, state, weights, lowering,
-                    [this] { continue_products(); });
-        finish_products();
-        lowering.apply(state.mixed, value_dim_);
-        if (hidden_are_finite(*step.chunk, value_dim_, low, high)) {
-            mix_apart(weights, *step.chunk, state);
-            for (int64_t row = 0; row < rows; ++row) {
-                if (visible[row] != 0) keep_row(state, row);
-            }
-            return;
-        }
-        for (int64_t row = 0; row < rows; ++row) {
-            if (visible[row] == 0) continue;
-            const Range range = seen_by(position_of(first + row), step.base);
-            mix_apart(weights, without_hidden(*step.chunk, value_dim_, range.low, range.high, scratch_.clean), state);
-            keep_row(state, row);
-        }
-    }
-
-    void mix_apart(const uint16_t* weights, const MatrixChunk& chunk, const MatrixState& state) {
-        MixWork mix{weights, &chunk, value_dim_, state.mixed, scratch_.apart};
-        while (!mix.done()) mix.advance();
     }
 
     struct Range {
@@ -305,23 +307,76 @@ private:
         return {larger(0, begin_of(args_, position) - base), smaller(kMatrixChunk, position + 1 - base)};
     }
 
-    void keep_row(MatrixState& state, int64_t row) {
-        for (int64_t d = 0; d < value_dim_; d += 16) {
-            const int64_t at = (d + row) * 16;
-            _mm512_storeu_ps(state.mixed + at, _mm512_loadu_ps(scratch_.apart + at));
+    // What each query of the group sees of a chunk.
+    struct Visible {
+        bool all;
+        int64_t low, high;  // what all of them see
+        uint64_t rows[32];
+
+        Visible(const MatrixItem& item, int64_t c) {
+            const int64_t base = item.start_ + c * kMatrixChunk, first = item.group_tile_ * 16;
+            const int64_t count = smaller(item.group_tiles_ * 16, item.queries_ - first);
+            all = item.position_of(first) >= base + kMatrixChunk - 1 &&
+                  begin_of(item.args_, item.position_of(first + count - 1)) <= base;
+            if (all) return;
+            low = 0;
+            high = kMatrixChunk;
+            Place place(first, item.group_);
+            for (int64_t row = 0; row < count; ++row, place.advance()) {
+                const Range range = item.seen_by(item.item_.first_position + place.token, base);
+                low = larger(low, range.low);
+                high = smaller(high, range.high);
+                rows[row] = range.low < range.high ? ~uint64_t{0} >> (64 - (range.high - range.low)) << range.low : 0;
+            }
+        }
+    };
+
+    // Each query with the values that it sees, and zeros in place of the others.
+    void mix_rows_apart() {
+        __builtin_memset(scratch_.mixed, 0, group_tiles_ * value_dim_ * 64);
+        const int64_t count = smaller(group_tiles_ * 16, queries_ - group_tile_ * 16);
+        for (int64_t row = 0; row < count; ++row) {
+            MatrixChunk own[kSplitChunks];
+            int64_t first = first_, last = first_, copies = 0;
+            for (int64_t c = first_; c < last_; ++c) {
+                const Range range = seen_by(position_of(group_tile_ * 16 + row), start_ + c * kMatrixChunk);
+                if (range.low >= range.high) {
+                    if (last == first) last = first = c + 1;
+                    continue;
+                }
+                own[c] = chunks_[c];
+                last = c + 1;
+                if (range.low == 0 && range.high == kMatrixChunk) continue;
+                uint16_t* const room = scratch_.clean + copies++ * value_dim_ * kMatrixChunk;
+                own[c] = without_hidden(chunks_[c], value_dim_, range.low, range.high, room);
+            }
+            if (first == last) continue;
+            const int64_t tile_stride = kSplitChunks * 1024;
+            products_.mix(scratch_.weights + first * 1024, tile_stride, own + first, last - first, scratch_.apart);
+            for (int64_t d = 0; d < value_dim_; d += 16) {
+                const int64_t at = row / 16 * value_dim_ * 16 + (d + row % 16) * 16;
+                _mm512_storeu_ps(scratch_.mixed + at, _mm512_loadu_ps(scratch_.apart + at));
+            }
         }
     }
 
+    static constexpr int64_t kAhead = 3;  // chunks whose keys are asked for before they are needed
+
     const AttentionArgs& args_;
     const Item& item_;
-    const int64_t group_, queries_, head_dim_, value_dim_, step_;
-    const float unit_;  // of what `score` leaves, in binary logits
+    const int64_t group_, queries_, head_dim_, value_dim_;
+    const float unit_;  // of scores, in binary logits
     MatrixScratch scratch_;
     const MatrixKeys keys_;
-    ScoreWork score_{};
-    MixWork mix_{};
-    float* scores_ = nullptr;  // where `score_` writes
-    bool odd_ = false;
+    MatrixProducts products_;
+    MatrixChunk chunks_[kSplitChunks];
+    int64_t start_ = 0;  // the position of chunks_[0]
+    bool prefetch_ = false;
+    // The group of tiles that is worked on: the chunks of which it sees something, and its softmax.
+    int64_t group_tile_ = 0, group_tiles_ = 0, first_ = 0, last_ = 0;
+    bool broken_ = false;  // some hidden value is not finite
+    MatrixState states_[2];
+    __mmask16 overflow_[2];
 };
 
 // The program of an item; the counterpart of `VectorAttention`.
@@ -344,8 +399,7 @@ struct MatrixAttention {
     static void attend(const Job& job, const Item& item, int worker) {
         MatrixItem work(job, item, worker);
         if (item.divided) {
-            work.attend_split(item.split);
-            work.keep_split(job);
+            work.keep_split(job, item.split);
         } else {
             work.attend_all();
         }

@@ -100,15 +100,16 @@ public:
         return chunk;
     }
 
-    // Asks for the chunk from `base` on, so that memory works while the processor does.
-    void prefetch(int64_t base, int64_t end) const {
-        if (cache_.block_size % 16 != 0) return;
-        for (int64_t position = base; position < smaller(end, base + kMatrixChunk); position += 16) {
-            const uint16_t* keys = keys_at(position);
-            for (int64_t d = 0; d < cache_.head_dim; d += 2) __builtin_prefetch(keys + d * 16, 0, 2);
-            const uint16_t* values = values_at(position);
-            for (int64_t d = 0; d < cache_.value_dim(); d += 16, values += cache_.slots() * 16) {
-                for (int64_t pair = 0; pair < 8; ++pair) __builtin_prefetch(values + pair * 32, 0, 2);
+    // Asks for the keys, or values, of a chunk, so that memory works while the processor does.
+    void prefetch_keys(const MatrixChunk& chunk) const {
+        for (const uint16_t* keys : chunk.keys) {
+            for (int64_t at = 0; at < 16 * cache_.head_dim; at += 32) __builtin_prefetch(keys + at, 0, 2);
+        }
+    }
+    void prefetch_values(const MatrixChunk& chunk, int64_t value_dim) const {
+        for (const uint16_t* values : chunk.values) {
+            for (int64_t d = 0; d < value_dim; d += 16, values += chunk.value_stride) {
+                for (int64_t at = 0; at < 16 * 32; at += 32) __builtin_prefetch(values + at, 0, 2);
             }
         }
     }

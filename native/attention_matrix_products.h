@@ -15,143 +15,223 @@ inline int64_t key_step(int64_t head_dim) {
     return step;
 }
 
-// Tiles 0 to 3 are sums of `rows` rows, 4 queries, 5 keys, 6 weights, 7 values.
-inline void configure(int64_t rows, int64_t step) {
-    struct alignas(64) {
-        uint8_t palette, start, reserved[14];
-        uint16_t row_bytes[16];
-        uint8_t rows[16];
-    } shapes = {};
-    shapes.palette = 1;
-    for (int i = 0; i < 8; ++i) {
-        shapes.row_bytes[i] = 64;
-        shapes.rows[i] = static_cast<uint8_t>(rows);
+struct alignas(64) TileShapes {
+    uint8_t palette, start, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+};
+
+// The products of up to two tiles of queries (32) with the keys of a chunk, and of their weights with its values.
+class MatrixProducts {
+public:
+    MatrixProducts(int64_t rows, int64_t head_dim, int64_t value_dim)
+        : rows_(rows), step_(key_step(head_dim)), steps_(head_dim / step_), value_dim_(value_dim) {}
+
+    int64_t query_items() const { return steps_ * 512; }  // of one tile: [steps][16][32]
+
+    // Before the scores of a group of `tiles` tiles of queries.
+    void begin_scores(const uint16_t* queries, int64_t tiles) {
+        queries_ = queries;
+        two_ = tiles == 2;
+        configure(true);
+        if (!resident()) return;
+        _tile_loadd(4, queries, 64);
+        if (steps_ == 2) _tile_loadd(5, queries + 512, 64);
+        if (!two_) return;
+        _tile_loadd(6, queries + query_items(), 64);
+        if (steps_ == 2) _tile_loadd(7, queries + query_items() + 512, 64);
     }
-    shapes.row_bytes[4] = static_cast<uint16_t>(2 * step);
-    shapes.rows[5] = static_cast<uint8_t>(step / 2);
-    shapes.rows[7] = 16;
-    stores_are_done();
-    _tile_loadconfig(&shapes);
-}
 
-// scores [4][16][16] = queries [steps][16][32] . keys, in small parts
-struct ScoreWork {
-    const uint16_t* queries;
-    const MatrixChunk* chunk;
-    int64_t head_dim, step;
-    float* scores;
-    int64_t d = 0;
-    int part = 0;
-
-    bool done() const { return part == kParts; }
-
+    // scores [tiles][4][16][16] = queries . keys, in small parts, so that vectors can be busy meanwhile
+    void start(const MatrixChunk& chunk, float* scores) {
+        keys_ = &chunk;
+        scores_ = scores;
+        quarter_ = 0;
+        at_ = 0;
+    }
+    bool done() const { return quarter_ == 4; }
     void advance() {
-        const int64_t at = d * kTile;
-        switch (part++) {
-            case 0:
-                if (d == 0) clear();
-                _tile_loadd(4, queries + d / step * 512, 64);
-                _tile_loadd(5, chunk->keys[0] + at, 64);
-                _tile_dpbf16ps(0, 4, 5);
-                _tile_loadd(5, chunk->keys[1] + at, 64);
-                _tile_dpbf16ps(1, 4, 5);
-                return;
-            case 1:
-                _tile_loadd(5, chunk->keys[2] + at, 64);
-                _tile_dpbf16ps(2, 4, 5);
-                _tile_loadd(5, chunk->keys[3] + at, 64);
-                _tile_dpbf16ps(3, 4, 5);
-                d += step;
-                if (d < head_dim) part = 0;
-                return;
-            case 2:
-                _tile_stored(0, scores, 64);
-                _tile_stored(1, scores + 256, 64);
-                return;
-            default:
-                _tile_stored(2, scores + 512, 64);
-                _tile_stored(3, scores + 768, 64);
-                return;
+        if (done()) return;
+        if (resident()) {
+            one_quarter();
+        } else {
+            two_quarters();
+        }
+    }
+    void finish() {
+        while (!done()) advance();
+    }
+
+    // mixed [tiles][value_dim / 16][16][16] = weights [tiles][chunks][2][16][32] . values, over `count` chunks of
+    // which that of tile t and chunk c is at weights + t * tile_stride + c * 1024
+    void mix(const uint16_t* weights, int64_t tile_stride, const MatrixChunk* chunks, int64_t count, float* mixed) {
+        configure(false);
+        const int64_t width = two_ ? 32 : 64;
+        for (int64_t d = 0; d < value_dim_; d += width) {
+            const int64_t left = value_dim_ - d;
+            if (two_) {
+                mix_two(weights, tile_stride, chunks, count, mixed + d * 16, d, left >= 32);
+            } else {
+                mix_one(weights, chunks, count, mixed + d * 16, d, smaller(left / 16, 4));
+            }
         }
     }
 
 private:
-    static constexpr int kParts = 4;
+    bool resident() const { return steps_ <= 2; }
 
-    static void clear() {
+    // The tile registers: sums 0 and 1, keys 2 and 3, queries 4 to 7; or sums 0 to 3, left sides 4 and 5, right 6 and 7.
+    void configure(bool scores) {
+        TileShapes shapes = {};
+        shapes.palette = 1;
+        for (int i = 0; i < 8; ++i) {
+            shapes.row_bytes[i] = 64;
+            shapes.rows[i] = static_cast<uint8_t>(rows_);
+        }
+        const auto left = [&](int i) { shapes.row_bytes[i] = static_cast<uint16_t>(2 * step_); };
+        const auto right = [&](int i, int64_t depth) { shapes.rows[i] = static_cast<uint8_t>(depth / 2); };
+        if (scores && resident()) {
+            for (const int i : {4, 5, 6, 7}) left(i);
+            for (const int i : {2, 3}) right(i, step_);
+        } else {
+            for (const int i : {4, 5}) {
+                if (scores) left(i);
+            }
+            for (const int i : {6, 7}) right(i, scores ? step_ : 32);
+            if (!scores && !two_) right(5, 32);
+        }
         stores_are_done();
+        _tile_loadconfig(&shapes);
+    }
+
+    void one_quarter() {
+        const uint16_t* keys = keys_->keys[quarter_];
+        if (at_ == 0) {
+            _tile_zero(0);
+            _tile_loadd(2, keys, 64);
+            _tile_dpbf16ps(0, 4, 2);
+            if (two_) {
+                _tile_zero(1);
+                _tile_dpbf16ps(1, 6, 2);
+            }
+            if (steps_ == 2) {
+                _tile_loadd(3, keys + step_ * 16, 64);
+                _tile_dpbf16ps(0, 5, 3);
+                if (two_) _tile_dpbf16ps(1, 7, 3);
+            }
+            at_ = 1;
+            return;
+        }
+        _tile_stored(0, scores_ + quarter_ * 256, 64);
+        if (two_) _tile_stored(1, scores_ + 1024 + quarter_ * 256, 64);
+        at_ = 0;
+        ++quarter_;
+    }
+
+    void two_quarters() {
+        if (at_ == 0) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+        }
+        if (at_ < steps_) {
+            const uint16_t* query = queries_ + at_ * 512;
+            const int64_t key = at_ * step_ * 16;
+            _tile_loadd(4, query, 64);
+            _tile_loadd(6, keys_->keys[quarter_] + key, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, keys_->keys[quarter_ + 1] + key, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            if (two_) {
+                _tile_loadd(5, query + query_items(), 64);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            ++at_;
+            return;
+        }
+        float* const to = scores_ + quarter_ * 256;
+        _tile_stored(0, to, 64);
+        _tile_stored(1, to + 256, 64);
+        if (two_) {
+            _tile_stored(2, to + 1024, 64);
+            _tile_stored(3, to + 1024 + 256, 64);
+        }
+        at_ = 0;
+        quarter_ += 2;
+    }
+
+    // 32 dimensions, or the last 16, of two tiles of queries
+    void mix_two(const uint16_t* weights, int64_t tile_stride, const MatrixChunk* chunks, int64_t count, float* mixed,
+                 int64_t d, bool wide) {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-    }
-};
-
-// to [value_dim / 16][16][16] = from + weights [2][16][32] . values, in small parts
-struct MixWork {
-    const uint16_t* weights;
-    const MatrixChunk* chunk;
-    int64_t value_dim;
-    const float* from;
-    float* to;
-    int64_t d = 0;
-    int part = 0;
-
-    bool done() const { return d == value_dim; }
-
-    void advance() {
-        const int64_t stride = chunk->value_stride;
-        const uint16_t* values = chunk->values[part >= 3] + d / 16 * stride;
-        if (part == 0 && value_dim - d < 64) return narrow();
-        switch (part++) {
-            case 0:
-                stores_are_done();
-                _tile_loadd(0, from + d * 16, 64);
-                _tile_loadd(1, from + d * 16 + 256, 64);
-                _tile_loadd(2, from + d * 16 + 512, 64);
-                _tile_loadd(3, from + d * 16 + 768, 64);
-                return;
-            case 1:
-            case 3:
-                _tile_loadd(6, weights + (part > 3 ? 512 : 0), 64);
-                _tile_loadd(7, values, 64);
-                _tile_dpbf16ps(0, 6, 7);
-                _tile_loadd(7, values + stride, 64);
-                _tile_dpbf16ps(1, 6, 7);
-                return;
-            case 2:
-            case 4:
-                _tile_loadd(7, values + 2 * stride, 64);
-                _tile_dpbf16ps(2, 6, 7);
-                _tile_loadd(7, values + 3 * stride, 64);
-                _tile_dpbf16ps(3, 6, 7);
-                return;
-            case 5:
-                _tile_stored(0, to + d * 16, 64);
-                _tile_stored(1, to + d * 16 + 256, 64);
-                return;
-            default:
-                _tile_stored(2, to + d * 16 + 512, 64);
-                _tile_stored(3, to + d * 16 + 768, 64);
-                part = 0;
-                d += 64;
-                return;
+        for (int64_t c = 0; c < count; ++c) {
+            for (int half = 0; half < 2; ++half) {
+                const uint16_t* weight = weights + c * 1024 + half * 512;
+                const uint16_t* value = chunks[c].values[half] + d / 16 * chunks[c].value_stride;
+                _tile_loadd(4, weight, 64);
+                _tile_loadd(6, value, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(5, weight + tile_stride, 64);
+                _tile_dpbf16ps(2, 5, 6);
+                if (!wide) continue;
+                _tile_loadd(7, value + chunks[c].value_stride, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
+            }
         }
+        float* const second = mixed + value_dim_ * 16;
+        _tile_stored(0, mixed, 64);
+        _tile_stored(2, second, 64);
+        if (!wide) return;
+        _tile_stored(1, mixed + 256, 64);
+        _tile_stored(3, second + 256, 64);
     }
 
-private:
-    // The last 16 dimensions of a width that is no multiple of 64.
-    void narrow() {
-        stores_are_done();
-        _tile_loadd(0, from + d * 16, 64);
-        for (int half = 0; half < 2; ++half) {
-            _tile_loadd(6, weights + half * 512, 64);
-            _tile_loadd(7, chunk->values[half] + d / 16 * chunk->value_stride, 64);
-            _tile_dpbf16ps(0, 6, 7);
+    // `blocks` times 16 dimensions of one tile of queries
+    void mix_one(const uint16_t* weights, const MatrixChunk* chunks, int64_t count, float* mixed, int64_t d,
+                 int64_t blocks) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t c = 0; c < count; ++c) {
+            for (int half = 0; half < 2; ++half) {
+                const int64_t stride = chunks[c].value_stride;
+                const uint16_t* value = chunks[c].values[half] + d / 16 * stride;
+                _tile_loadd(4, weights + c * 1024 + half * 512, 64);
+                _tile_loadd(6, value, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                if (blocks > 1) {
+                    _tile_loadd(7, value + stride, 64);
+                    _tile_dpbf16ps(1, 4, 7);
+                }
+                if (blocks > 2) {
+                    _tile_loadd(5, value + 2 * stride, 64);
+                    _tile_dpbf16ps(2, 4, 5);
+                }
+                if (blocks > 3) {
+                    _tile_loadd(6, value + 3 * stride, 64);
+                    _tile_dpbf16ps(3, 4, 6);
+                }
+            }
         }
-        _tile_stored(0, to + d * 16, 64);
-        d += 16;
+        _tile_stored(0, mixed, 64);
+        if (blocks > 1) _tile_stored(1, mixed + 256, 64);
+        if (blocks > 2) _tile_stored(2, mixed + 512, 64);
+        if (blocks > 3) _tile_stored(3, mixed + 768, 64);
     }
+
+    const int64_t rows_, step_, steps_, value_dim_;
+    const uint16_t* queries_ = nullptr;
+    bool two_ = false;
+    const MatrixChunk* keys_ = nullptr;
+    float* scores_ = nullptr;
+    int64_t quarter_ = 4, at_ = 0;
 };
 
 }  // namespace quire::QUIRE_ISA

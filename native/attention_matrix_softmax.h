@@ -64,22 +64,39 @@ inline __m512 across_rows(__m512* rows) {
                          _mm512_shuffle_ps(halves[0], halves[1], 0xdd));
 }
 
-// The running softmax of sixteen queries over one split. Totals are kept by lane and summed when it ends.
+// The softmax of sixteen queries over one split. Totals are kept by lane and summed when it ends.
 struct alignas(64) MatrixState {
     float tops[16];
+    float sums[16];
     float totals[16][16];
     float* mixed;  // [value_dim / 16][16 queries][16]
 
-    void clear(int64_t value_dim) {
+    void clear() {
         for (float& top : tops) top = -__builtin_inff();
-        __builtin_memset(totals, 0, sizeof totals);
-        __builtin_memset(mixed, 0, value_dim * 16 * sizeof(float));
+        clear_totals();
     }
 
-    __m512 sums() const {
-        __m512 rows[16];
-        for (int row = 0; row < 16; ++row) rows[row] = _mm512_loadu_ps(totals[row]);
-        return across_rows<Total>(rows);
+    void clear_totals() { __builtin_memset(totals, 0, sizeof totals); }
+
+    // Those of the first `rows` queries that have no top yet.
+    __mmask16 lacking(int64_t rows) const {
+        const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
+        return _mm512_mask_cmp_ps_mask(static_cast<__mmask16>((1u << rows) - 1), _mm512_load_ps(tops), lowest, _CMP_EQ_OQ);
+    }
+
+    void raise(__mmask16 which, __m512 largest, float unit) {
+        const __m512 before = _mm512_load_ps(tops);
+        const __m512 after = _mm512_max_ps(before, _mm512_mul_ps(largest, _mm512_set1_ps(unit)));
+        _mm512_store_ps(tops, _mm512_mask_mov_ps(before, which, after));
+    }
+
+    // Returns which of the first `rows` sums exceed the limit.
+    __mmask16 sum_up(int64_t rows, float limit) {
+        __m512 lanes[16];
+        for (int row = 0; row < 16; ++row) lanes[row] = _mm512_load_ps(totals[row]);
+        const __m512 sum = across_rows<Total>(lanes);
+        _mm512_store_ps(sums, sum);
+        return _mm512_mask_cmp_ps_mask(static_cast<__mmask16>((1u << rows) - 1), sum, _mm512_set1_ps(limit), _CMP_GT_OQ);
     }
 };
 
@@ -96,7 +113,7 @@ struct alignas(64) MatrixTotal {
     }
 
     void add(const MatrixState& split, int64_t value_dim) {
-        const Floats sums = split.sums();
+        const Floats sums = load(split.sums);
         const Merge<BinaryExponential> merge(load(tops), load(split.tops), sums);
         store(tops, merge.top);
         store(totals, load(totals) * merge.factor_a + sums * merge.factor_b);
@@ -115,9 +132,8 @@ inline __m512 scores_at(const float* scores, int quarter, int64_t row) {
     return _mm512_loadu_ps(scores + quarter * 256 + row * 16);
 }
 
-// The largest score of each query; only those in `visible[row]` count where `Masked`. `between` runs now and then.
-template <bool Masked, class Between>
-inline __m512 largest_scores(const float* scores, int64_t rows, const uint64_t* visible, Between&& between) {
+// The largest score of each query; only those in `visible[row]` count where `visible` is given.
+inline __m512 largest_scores(const float* scores, int64_t rows, const uint64_t* visible) {
     const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
     __m512 largest[16];
     for (int64_t row = 0; row < 16; ++row) {
@@ -125,54 +141,21 @@ inline __m512 largest_scores(const float* scores, int64_t rows, const uint64_t* 
             largest[row] = lowest;
             continue;
         }
+        const uint64_t seen = visible == nullptr ? ~uint64_t{0} : visible[row];
         __m512 s[4];
         for (int v = 0; v < 4; ++v) {
-            s[v] = scores_at(scores, v, row);
-            if (Masked) s[v] = _mm512_mask_mov_ps(lowest, static_cast<__mmask16>(visible[row] >> 16 * v), s[v]);
+            s[v] = _mm512_mask_mov_ps(lowest, static_cast<__mmask16>(seen >> 16 * v), scores_at(scores, v, row));
         }
         largest[row] = _mm512_max_ps(_mm512_max_ps(s[0], s[1]), _mm512_max_ps(s[2], s[3]));
-        if (row % 4 == 3) between();
     }
     return across_rows<Largest>(largest);
 }
 
-// What a query mixed so far was scaled by 2^-top; it shrinks as the top grows.
-struct Lowering {
-    __mmask16 rows = 0;
-    alignas(64) float factors[16];
-
-    void apply(float* mixed, int64_t value_dim) const {
-        for (unsigned left = rows; left != 0; left &= left - 1) {
-            const int row = __builtin_ctz(left);
-            const __m512 factor = _mm512_set1_ps(factors[row]);
-            for (int64_t d = 0; d < value_dim; d += 16) {
-                float* at = mixed + (d + row) * 16;
-                _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), factor));
-            }
-        }
-    }
-};
-
-// Weights 2^(unit score - top), as bfloat16 [2][16][32]; totals grow by them. `top` is the largest score so far, or one
-// that is less by at most 8: weights up to 2^8 do no harm, and what is mixed seldom has to be lowered. That is left to
-// the caller. `between` runs now and then: the matrix unit gets its next work while vectors are busy.
+// Weights 2^(unit score - top), as bfloat16 [2][16][32]; totals grow by them. `between` runs now and then: the matrix
+// unit gets its next work while vectors are busy.
 template <bool Masked, class Between>
 void weigh(const float* scores, int64_t rows, const uint64_t* visible, float unit, MatrixState& state,
-           uint16_t* weights, Lowering& lowering, Between&& between) {
-    const __m512 old_tops = _mm512_loadu_ps(state.tops);
-    const __m512 largest =
-        _mm512_mul_ps(largest_scores<Masked>(scores, rows, visible, between), _mm512_set1_ps(unit));
-    const __m512 bound = _mm512_add_ps(old_tops, _mm512_set1_ps(8.0f));
-    lowering.rows = _mm512_cmp_ps_mask(largest, bound, _CMP_GT_OQ);
-    if (lowering.rows != 0) {
-        _mm512_store_ps(lowering.factors, BinaryExponential::of(_mm512_sub_ps(old_tops, largest)));
-        _mm512_mask_storeu_ps(state.tops, lowering.rows, largest);
-        for (unsigned left = lowering.rows; left != 0; left &= left - 1) {
-            float* totals = state.totals[__builtin_ctz(left)];
-            const __m512 factor = _mm512_set1_ps(lowering.factors[__builtin_ctz(left)]);
-            _mm512_storeu_ps(totals, _mm512_mul_ps(_mm512_loadu_ps(totals), factor));
-        }
-    }
+           uint16_t* weights, Between&& between) {
     const PowerOfTwo power;
     const __m512 units = PowerOfTwo::constant(unit), lowest = _mm512_set1_ps(-__builtin_inff());
     for (int64_t row = 0; row < rows; ++row) {
@@ -189,7 +172,7 @@ void weigh(const float* scores, int64_t rows, const uint64_t* visible, float uni
             const __m512bh pair = _mm512_cvtne2ps_pbh(w[2 * half + 1], w[2 * half]);
             _mm512_storeu_si512(weights + half * 512 + row * 32, (__m512i)pair);
         }
-        between();
+        if (row % 4 == 3) between();
     }
 }
 
