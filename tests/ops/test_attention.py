@@ -125,6 +125,21 @@ def test_threads_do_not_change_bits(isa: str) -> None:
         assert all(np.array_equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
+@pytest.mark.parametrize("window", [None, 90])
+def test_a_late_key_that_outweighs_all_before(cpu: CpuOps, window: int | None) -> None:
+    """Scores grow by 50 to 400 logits within a split: no choice of what they are compared with may overflow."""
+    heads, spec = Heads(6, 2, 32), AttentionSpec(1.0, window)
+    both = [Rows(ops, [700], heads, 32, "bfloat16") for ops in (cpu, REFERENCE)]
+    for rows in both:
+        rows.q[0] = np.abs(rows.q[0]).astype(ml_dtypes.bfloat16).astype(np.float32)
+        for position, height in ((75, 2.0), (150, 5.0), (151, 5.0), (400, 16.0), (690, 3.0)):
+            rows.k[0][position, 1] = height
+    actual, expected = (rows.prefill(spec)[0] for rows in both)
+    assert relative_error(actual, expected) < (2.0**-8 if rounds(cpu, "bfloat16") else 1e-5)
+    for size in (1, 100):
+        assert np.array_equal(both[0].by_chunks(0, size, spec), actual)
+
+
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
 def test_what_another_sequence_left_in_a_block_is_not_seen(cpu: CpuOps, storage: str) -> None:
     heads = Heads(2, 1, 16)
