@@ -58,6 +58,8 @@ class EngineArgs:
     device: str = "auto"
     threads: int | None = None
     """CPU threads; None takes the physical cores that this process may use."""
+    core_process: bool = False
+    """Compute in a process of its own, which is watched over: when it dies, requests go on in another one."""
 
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, DTYPES)
@@ -70,7 +72,7 @@ class EngineArgs:
             raise _bad("gpu_memory_utilization", f"must be in (0, 1], got {share!r}")
         for name in _COUNTS:
             _count(name, getattr(self, name), optional=name in _OPTIONAL)
-        for name in ("enable_prefix_caching", "enforce_eager"):
+        for name in ("enable_prefix_caching", "enforce_eager", "core_process"):
             if type(getattr(self, name)) is not bool:
                 raise _bad(name, "must be true or false")
         for name in ("model", "tokenizer", "revision"):

@@ -35,9 +35,9 @@ class CoreParts:
     executor: PlanExecutor
     facts: CoreFacts
 
-    def core(self) -> EngineCore:
-        """The core itself."""
-        return EngineCore(self.scheduler, self.executor, time.monotonic)
+    def core(self, executor: PlanExecutor | None = None) -> EngineCore:
+        """The core itself; over another executor that passes on to this one, if one is given."""
+        return EngineCore(self.scheduler, executor or self.executor, time.monotonic)
 
 
 def compose_core(args: EngineArgs, directory: Path) -> CoreParts:

@@ -1,15 +1,19 @@
-"""A whole engine from its arguments: text side and core, in one process."""
+"""A whole engine from its arguments: text side and core, in one process or in two."""
 
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from quire.compose.core import compose_core
-from quire.compose.text import compose_text
+from quire.compose.text import TextParts, compose_text
 from quire.config import EngineArgs
 from quire.demo import model_path
 from quire.engine.async_engine import ServedEngine
-from quire.engine.channel import LocalChannel
+from quire.engine.channel import CoreChannel, CoreFacts, LocalChannel
+from quire.engine.core_process import CoreProcess
 from quire.engine.engine import Engine
+from quire.engine.supervisor import SupervisedChannel
+from quire.engine.wire import Start
 from quire.weights.source import resolve_source
 
 
@@ -20,15 +24,37 @@ def compose(args: EngineArgs) -> ServedEngine:
         ConfigurationError: naming the argument or the file at fault.
     """
     directory = Path(model_path()) if args.model is None else resolve_source(args.model, args.revision)
-    parts, text = compose_core(args, directory), compose_text(args, directory)
-    channel = LocalChannel(parts.core())
-    facts = text.facts(args, parts.facts)
+    return _compose_apart(args, directory) if args.core_process else _compose_here(args, directory)
+
+
+def _compose_here(args: EngineArgs, directory: Path) -> ServedEngine:
+    # Not above: it brings numpy and the operations, which the side that knows text can do without.
+    from quire.compose.core import compose_core
+
+    parts = compose_core(args, directory)
+    return _served(args, compose_text(args, directory), LocalChannel(parts.core()), parts.facts)
+
+
+def _compose_apart(args: EngineArgs, directory: Path) -> ServedEngine:
+    """The core in a process of its own; while it starts, the text side is made."""
+    start = Start(replace(args, core_process=False), str(directory.resolve()))
+    channel = SupervisedChannel(partial(CoreProcess, start))
+    try:
+        text = compose_text(args, directory)
+        return _served(args, text, channel, channel.wait_ready())
+    except BaseException:
+        channel.close()
+        raise
+
+
+def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core_facts: CoreFacts) -> ServedEngine:
+    facts = text.facts(args, core_facts)
     return ServedEngine(
         engine=Engine(channel, text.tokenizer, clock=time.monotonic),
         inputs=text.inputs(facts),
         tokenizer=text.tokenizer,
         facts=facts,
-        decisions=list(parts.facts.decisions),
+        decisions=list(core_facts.decisions),
         default_params=text.default_params,
         close=channel.close,
     )

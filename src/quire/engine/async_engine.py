@@ -230,7 +230,7 @@ class AsyncEngine:
                     self._deliver(self._engine.step())
                 except OverloadedError as error:
                     self._fail_all(error)
-        except Exception as error:
+        except BaseException as error:  # nobody may wait for a thread that is gone
             logger.exception("the engine stopped")
             failure = EngineDeadError(f"the engine stopped: {type(error).__name__}")
         with self._lock:

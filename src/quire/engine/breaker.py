@@ -1,0 +1,38 @@
+"""When to stop starting cores that die: a circuit breaker (Nygard, *Release It!*, 2007)."""
+
+MOST_DEATHS_IN_A_ROW = 3
+LONG_LIFE_SECONDS = 60.0
+"""A core that lived this long did not die of what its predecessor died of."""
+FIRST_PAUSE_SECONDS = 5.0
+LONGEST_PAUSE_SECONDS = 60.0
+
+
+class Breaker:
+    """Counts deaths without any use in between. Past the bound it is open: no core is started for a while, and each
+    core that then dies in vain opens it again, for twice as long. Times are seconds of one clock."""
+
+    def __init__(self) -> None:
+        self._num_deaths = 0
+        self._pause_s = FIRST_PAUSE_SECONDS
+        self.open_until_s: float | None = None
+
+    def proved(self) -> None:
+        """A core was of use: it brought a request to its end."""
+        self._num_deaths, self._pause_s = 0, FIRST_PAUSE_SECONDS
+
+    def died(self, born_s: float, now_s: float, *, is_explained: bool) -> None:
+        """A core died; `is_explained` if a request was to blame, which is no more."""
+        if now_s - born_s >= LONG_LIFE_SECONDS:
+            self.proved()
+        if is_explained:
+            return
+        self._num_deaths += 1
+        if self._num_deaths >= MOST_DEATHS_IN_A_ROW:
+            self.open_until_s = now_s + self._pause_s
+            self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_SECONDS)
+
+    def may_start(self, now_s: float) -> bool:
+        """Whether a core may be started. Once the pause is over, it is open no more."""
+        if self.open_until_s is not None and now_s >= self.open_until_s:
+            self.open_until_s = None
+        return self.open_until_s is None

@@ -1,0 +1,123 @@
+"""A core's process, from the side that started it: an interpreter of its own, and our end of the socket pair."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import quire
+from quire.engine.wire import MAX_FRAME_BYTES, RECEIVE_BYTES, ProtocolError, Report, Unframer, encode
+
+CORE_MODULE = "quire.compose.core_process"
+LEAVE_SECONDS = 5.0
+"""For a process to be gone once its socket is closed, and again once it is killed."""
+
+
+class CoreGoneError(Exception):
+    """The process has ended, or what it sends can no longer be understood."""
+
+
+class CoreProcess:
+    """One core. Never forked: a fresh interpreter, which inherits one end of a socket pair and nothing else.
+
+    Nothing here waits: what the core is slow to read is kept, and `flush` is called when `has_unsent` and the socket
+    can be written.
+
+    Args:
+        first: its first message, which says what it is to be.
+        module: run with the number of its end of the socket as argument.
+    """
+
+    def __init__(self, first: Any, module: str = CORE_MODULE) -> None:
+        self._connection, theirs = socket.socketpair()
+        self._frames = Unframer(Report, MAX_FRAME_BYTES)
+        self._unsent = bytearray()
+        self._at_end = False
+        with theirs:
+            # -P: the folder that somebody stands in is no place to import from.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
+            )
+        self._connection.setblocking(False)
+        self.send(first)
+
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self._process.pid
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether `flush` has something to do."""
+        return bool(self._unsent)
+
+    def fileno(self) -> int:
+        """Our end of the socket pair."""
+        return self._connection.fileno()
+
+    def send(self, message: Any) -> None:
+        """Send, or keep to be sent. That nobody is there any more is for `receive` to tell."""
+        self._unsent += encode(message)
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what was kept, as much as the socket takes."""
+        try:
+            while self._unsent:
+                del self._unsent[: self._connection.send(self._unsent)]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent.clear()
+
+    def receive(self) -> list[Any]:
+        """All reports that have come.
+
+        Raises:
+            CoreGoneError: the process has ended, and all that it had said has been returned before.
+        """
+        if self._at_end:
+            raise CoreGoneError(self._end_text())
+        reports: list[Any] = []
+        try:
+            while data := self._connection.recv(RECEIVE_BYTES):
+                reports += self._frames.feed(data)
+            self._at_end = True
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            self._at_end = True
+        except ProtocolError as error:
+            raise CoreGoneError(str(error)) from error
+        return reports
+
+    def end(self, *, at_once: bool) -> None:
+        """Let the process go, or kill it; wait until it is gone. Calling it again does nothing."""
+        self._connection.close()
+        if at_once:
+            self._process.kill()
+        try:
+            self._process.wait(LEAVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(LEAVE_SECONDS)
+
+    def _end_text(self) -> str:
+        with suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(LEAVE_SECONDS)
+            return f"signal {-status}" if status < 0 else f"exit status {status}"
+        return "it closed its socket"
+
+
+def _import_path() -> Sequence[str]:
+    """Where this interpreter found the package, before what the environment says."""
+    inherited = os.environ.get("PYTHONPATH")
+    return [str(Path(quire.__file__).parent.parent), *([inherited] if inherited else [])]

@@ -1,0 +1,286 @@
+"""Watches over a core in a process of its own, and lets no client lose anything by its death.
+
+::
+
+              spawn            Ready                 end of file, or a step that takes too long
+    (nothing) ─────> starting ───────> serving ──────────────────────────────┐
+        ^               │ died                                               │
+        │               v                                                    v
+        │     three deaths in a row: open ─── pause over ───> spawn     blame, spawn,
+        └── all that wait: 503, Retry-After                             requests go on where they were
+
+The heartbeat is the age of the last thing that the core said while it has work: it says when it begins a step that is
+not like those before, and when a step is done. How long that may take, it says itself (`step_allowance`).
+"""
+
+import logging
+import math
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from quire.core.plan import TokenDelta
+from quire.core.request import NewRequest
+from quire.engine.breaker import Breaker
+from quire.engine.channel import CoreFacts, Gauges, News
+from quire.engine.core_process import CoreGoneError, CoreProcess
+from quire.engine.journal import Journal
+from quire.engine.step_allowance import FIRST_SECONDS
+from quire.engine.wire import Abort, Add, Begun, Check, Ready, StartFailed, Stepped
+from quire.errors import (
+    ConfigurationError,
+    EngineDeadError,
+    ModelFileError,
+    OverloadedError,
+    UnsupportedModelError,
+)
+
+IDLE = Gauges(0, 0, 0.0)
+START_SECONDS = 60.0
+START_SLACK = 5.0
+"""A core that replaces another one may take this many times as long to start as the first did, or the seconds above."""
+LATE_WAKE_SECONDS = 1.0
+"""Who was woken so much too late was stopped himself, and says nothing about others."""
+FAILED_TWICE = "the engine stopped twice while it worked on this request"
+
+logger = logging.getLogger("quire")
+
+
+class SupervisedChannel:
+    """`CoreChannel` to a core in its own process, and to its successors.
+
+    Args:
+        spawn: starts a core.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, spawn: Callable[[], CoreProcess], clock: Callable[[], float] = time.monotonic) -> None:
+        self._spawn = spawn
+        self._clock = clock
+        self._journal = Journal()
+        self._breaker = Breaker()
+        self._facts: CoreFacts | None = None
+        self._gauges = IDLE
+        self._is_serving = False
+        self._must_refuse = False
+        self._is_closed = False
+        self._start_allowed_s: float | None = None
+        self._allowed_s = FIRST_SECONDS
+        self._heard_s = self._born_s = clock()
+        self._selector = selectors.DefaultSelector()
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self._waker.setblocking(False)
+        self._selector.register(self._woken, selectors.EVENT_READ)
+        self._core: CoreProcess | None = None
+        self._start()
+
+    def wait_ready(self) -> CoreFacts:
+        """Wait for the first core.
+
+        Raises:
+            ConfigurationError: it cannot be what it is asked to be.
+            EngineDeadError: it died.
+        """
+        core = self._core
+        assert core is not None
+        try:
+            while self._facts is None:
+                self._selector.select()
+                for report in core.receive():
+                    if isinstance(report, StartFailed):
+                        raise _start_error(report)
+                    self._take(report, [])
+        except CoreGoneError as error:
+            raise EngineDeadError(f"the engine's core ended while it started: {error}") from error
+        return self._facts
+
+    @property
+    def pid(self) -> int | None:
+        """The process of the present core."""
+        return self._core.pid if self._core is not None else None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a core answers now. Also told truly while the thread that should watch is stuck itself."""
+        return self._is_serving and not self._is_overdue()
+
+    @property
+    def gauges(self) -> Gauges:
+        """The core's own word, and all that it has not heard of yet as waiting."""
+        num_open, told = len(self._journal), self._gauges
+        num_running = min(told.num_running, num_open)
+        return Gauges(num_running, num_open - num_running, told.cache_usage)
+
+    def add(self, new: NewRequest) -> None:
+        """See `CoreChannel.add`."""
+        if not self._breaker.may_start(self._clock()):
+            raise self._refusal()
+        self._journal.add(new)
+        self._feed()
+
+    def abort(self, request_id: str) -> None:
+        """See `CoreChannel.abort`."""
+        if self._journal.remove(request_id) and self._core is not None:
+            self._core.send(Abort(request_id))
+        self._feed()
+
+    def wait(self) -> None:
+        """See `CoreChannel.wait`. It also returns when something is due: a hang, the end of a pause."""
+        self._watch_writing()
+        timeout_s = self._seconds_until_due()
+        before_s = self._clock()
+        for key, events in self._selector.select(timeout_s):
+            if key.fileobj is self._woken:
+                with suppress(BlockingIOError):
+                    self._woken.recv(4096)
+            elif events & selectors.EVENT_WRITE and self._core is not None:
+                self._core.flush()
+        now_s = self._clock()
+        if timeout_s is not None and now_s - before_s > timeout_s + LATE_WAKE_SECONDS:
+            self._heard_s = now_s
+
+    def wake(self) -> None:
+        """See `CoreChannel.wake`."""
+        with suppress(OSError):
+            self._waker.send(b"\0")
+
+    def collect(self) -> list[News]:
+        """See `CoreChannel.collect`."""
+        if self._must_refuse:
+            self._must_refuse = False
+            self._journal = Journal()
+            raise self._refusal()
+        news: list[News] = []
+        if self._core is None:
+            if self._breaker.may_start(self._clock()):
+                self._start()
+            return news
+        try:
+            for report in self._core.receive():
+                self._take(report, news)
+            if self._is_overdue():
+                raise CoreGoneError("it hangs: no word in the time that it should take")
+        except CoreGoneError as error:
+            self._bury(str(error), news)
+        self._feed()
+        return news
+
+    def check(self) -> None:
+        """See `CoreChannel.check`: a core that breaks an invariant ends, and is replaced."""
+        if self._core is not None and self._is_serving:
+            self._core.send(Check())
+
+    def close(self) -> None:
+        """See `CoreChannel.close`."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._is_serving = False
+        if self._core is not None:
+            self._core.end(at_once=False)
+        self._selector.close()
+        self._woken.close()
+        self._waker.close()
+
+    def _start(self) -> None:
+        self._core = self._spawn()
+        self._born_s = self._clock()
+        self._selector.register(self._core, selectors.EVENT_READ)
+
+    def _take(self, report: Any, news: list[News]) -> None:
+        self._heard_s = self._clock()
+        if isinstance(report, Stepped):
+            told = report.news
+            deltas = self._journal.take(told.deltas)
+            if any(delta.finish_reason in ("stop", "length") for delta in deltas):
+                self._breaker.proved()
+            self._gauges = told.gauges
+            news.append(News(deltas, told.record, told.gauges))
+        elif isinstance(report, Begun):
+            self._journal.enter(report.entered)
+            self._allowed_s = report.allowed_s
+        elif isinstance(report, Ready):
+            if self._facts is not None and report.facts != self._facts:
+                raise CoreGoneError("the model's files have changed since the server started")
+            if self._start_allowed_s is None:
+                self._start_allowed_s = max(START_SECONDS, START_SLACK * (self._clock() - self._born_s))
+            self._facts = report.facts
+            self._is_serving = True
+        elif isinstance(report, StartFailed):
+            raise CoreGoneError(report.message)
+
+    def _feed(self) -> None:
+        """Send what may be sent."""
+        if self._core is None or not self._is_serving:
+            return
+        was_idle = self._journal.num_sent == 0
+        for new in self._journal.take_unsent():
+            self._core.send(Add(new))
+        if was_idle:
+            self._heard_s = self._clock()
+
+    def _bury(self, reason: str, news: list[News]) -> None:
+        """The core is gone, or as good as gone."""
+        core, now_s = self._core, self._clock()
+        assert core is not None
+        self._selector.unregister(core)
+        core.end(at_once=True)
+        self._core, self._is_serving = None, False
+        self._gauges, self._allowed_s = IDLE, FIRST_SECONDS
+        verdict = self._journal.core_died()
+        self._breaker.died(self._born_s, now_s, is_explained=verdict.is_explained)
+        logger.error(
+            "the engine's core is gone (%s); %d requests go on in the next, %d fail",
+            reason, verdict.num_kept, len(verdict.failed),
+        )  # fmt: skip
+        if verdict.failed:
+            deltas = tuple(TokenDelta(name, (), finish_reason="error", error=FAILED_TWICE) for name in verdict.failed)
+            news.append(News(deltas, None, IDLE))
+        if self._breaker.may_start(now_s):
+            self._start()
+        else:
+            logger.error("the engine's core died again and again: no new one for %.0f s", self._pause_s(now_s))
+            self._must_refuse = True
+
+    def _due_s(self) -> float | None:
+        """When the core should have been heard of at the latest; None when nobody waits for it."""
+        if self._core is not None and not self._is_serving and self._start_allowed_s is not None:
+            return self._born_s + self._start_allowed_s
+        return self._heard_s + self._allowed_s if self._journal.num_sent > 0 else None
+
+    def _is_overdue(self) -> bool:
+        due_s = self._due_s()
+        return due_s is not None and self._clock() > due_s
+
+    def _seconds_until_due(self) -> float | None:
+        """Until something happens by itself; None when nothing will."""
+        now_s = self._clock()
+        if self._must_refuse:
+            return 0.0
+        if self._core is None:
+            return self._pause_s(now_s)
+        due_s = self._due_s()
+        return None if due_s is None else max(0.0, due_s - now_s) + 0.001
+
+    def _watch_writing(self) -> None:
+        if self._core is not None:
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._core.has_unsent else 0)
+            if self._selector.get_key(self._core).events != events:
+                self._selector.modify(self._core, events)
+
+    def _pause_s(self, now_s: float) -> float:
+        open_until_s = self._breaker.open_until_s
+        return 0.0 if open_until_s is None else max(0.0, open_until_s - now_s)
+
+    def _refusal(self) -> OverloadedError:
+        retry_after_s = max(1, math.ceil(self._pause_s(self._clock())) + 1)
+        return OverloadedError("the engine is being restarted after it failed repeatedly", retry_after_s=retry_after_s)
+
+
+def _start_error(report: StartFailed) -> ConfigurationError:
+    kinds = {kind.__name__: kind for kind in (ModelFileError, UnsupportedModelError)}
+    return kinds.get(report.kind, ConfigurationError)(report.message, field=report.field)
