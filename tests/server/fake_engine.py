@@ -56,6 +56,10 @@ class FakeEngine:
             Metric("quire:time_to_first_token_seconds", "histogram", 3, 1.5, ((0.5, 1), (1.0, 2)), help="TTFT."),
         ]
 
+    @property
+    def is_ready(self) -> bool:
+        return self.is_healthy
+
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
 

@@ -34,7 +34,8 @@ def start(options: argparse.Namespace) -> "tuple[AsyncLLM, EngineArgs]":
     Raises:
         ConfigurationError: naming the flag or the file at fault.
     """
-    args = EngineArgs.from_mapping(engine_values(options))
+    apart = getattr(options, "core_process", False)
+    args = EngineArgs.from_mapping({**engine_values(options), "core_process": apart})
     from quire.llm import AsyncLLM
 
     engine = AsyncLLM.from_engine_args(args)

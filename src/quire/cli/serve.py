@@ -63,6 +63,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds for running requests to finish (default: 30)",
     )
+    group.add_argument(
+        "--core-process",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compute in a process of its own: when it dies, another one goes on with its requests (default: yes)",
+    )
     engines.add_quiet(parser)
     add_engine(parser, positional_model=True)
 

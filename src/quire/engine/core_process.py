@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import quire
 from quire.engine.wire import MAX_FRAME_BYTES, RECEIVE_BYTES, ProtocolError, Report, Unframer, encode
 
 CORE_MODULE = "quire.compose.core_process"
@@ -120,4 +119,4 @@ class CoreProcess:
 def _import_path() -> Sequence[str]:
     """Where this interpreter found the package, before what the environment says."""
     inherited = os.environ.get("PYTHONPATH")
-    return [str(Path(quire.__file__).parent.parent), *([inherited] if inherited else [])]
+    return [str(Path(__file__).parents[2]), *([inherited] if inherited else [])]

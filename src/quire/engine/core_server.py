@@ -9,8 +9,11 @@ The reader never waits for the loop, so the other side can always send; the loop
 What arrives is not trusted: it is decoded into declared types and held against the limits of the door again.
 """
 
+import ctypes
 import os
+import signal
 import socket
+import sys
 import threading
 import time
 from collections import deque
@@ -35,6 +38,17 @@ from quire.engine.wire import (
     max_command_bytes,
 )
 from quire.errors import InvalidRequestError
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Signals of a terminal or a service manager are for the parent, which finishes what runs. That this process ends
+    with it is made sure of twice: by the end of file on the socket, and, on Linux, by the kernel."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class AnnouncingExecutor:

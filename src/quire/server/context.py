@@ -90,7 +90,7 @@ class ServerContext:
     @property
     def is_ready(self) -> bool:
         """True while new requests are taken."""
-        return self.gate.is_open and self.engine.is_healthy
+        return self.gate.is_open and self.engine.is_ready
 
 
 def new_id(prefix: str) -> str:

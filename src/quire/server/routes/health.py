@@ -1,7 +1,7 @@
 """Probes, metrics and the version.
 
-/livez    200 unless the engine is dead: restart this process
-/readyz   200 while new requests are taken; 503 when stopping or dead
+/livez    200 unless the engine is dead for good: restart this process
+/readyz   200 while new requests are computed at once; 503 when stopping or dead, and while a core is being replaced
 /health   the same as /readyz, under vLLM's name
 """
 

@@ -1,0 +1,75 @@
+"""A core in its own process that computes nothing: `FakeExecutor`, with tokens in prompts that do harm.
+
+Its argument `directory` is a folder where it leaves marks, so that a harm can be done once.
+"""
+
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+
+from quire.core.engine_core import EngineCore
+from quire.core.plan import StepPlan, StepResult
+from quire.core.policy import Fcfs
+from quire.core.prefix_cache import PrefixCache
+from quire.core.scheduler import Scheduler, SchedulerLimits
+from quire.engine.channel import CoreFacts
+from quire.engine.core_server import AnnouncingExecutor, CoreServer, die_with_parent
+from quire.engine.wire import MAX_FRAME_BYTES, Ready, Start, StartFailed, Unframer, encode
+from quire.executor.fake import FakeExecutor
+
+DIES, DIES_ONCE, HANGS_ONCE = 90, 91, 92
+"""Token ids in a prompt."""
+VOCAB_SIZE = 100
+MAX_MODEL_LEN = 512
+LIMITS = SchedulerLimits(16, 64, MAX_MODEL_LEN, 4, 600)
+STEP_SECONDS = 0.002
+
+
+class HarmfulExecutor(FakeExecutor):
+    """Does what the prompts of the rows in a step ask for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(num_blocks=600, block_size=4, max_num_seqs=16, vocab_size=VOCAB_SIZE)
+        self._folder = folder
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        for new in plan.new:
+            self._do_harm(new.token_ids[: new.num_prompt_tokens])
+        time.sleep(STEP_SECONDS)
+        return super().execute(plan)
+
+    def _do_harm(self, prompt: tuple[int, ...]) -> None:
+        if DIES in prompt or (DIES_ONCE in prompt and self._first_time("died")):
+            os._exit(7)
+        if HANGS_ONCE in prompt and self._first_time("hung"):
+            time.sleep(60)
+
+    def _first_time(self, name: str) -> bool:
+        mark = self._folder / name
+        if mark.exists():
+            return False
+        mark.touch()
+        return True
+
+
+def main() -> None:
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    die_with_parent()
+    frames = Unframer(Start, MAX_FRAME_BYTES)
+    (start,) = frames.feed(connection.recv(2**16))
+    if start.args.model == "missing":
+        connection.sendall(encode(StartFailed("ModelFileError", "there is no such model", None)))
+        return
+    if start.args.model == "dies":
+        os._exit(5)
+    facts = CoreFacts(MAX_MODEL_LEN, VOCAB_SIZE, (), "stamp")
+    executor = AnnouncingExecutor(HarmfulExecutor(Path(start.directory)), connection)
+    core = EngineCore(Scheduler(LIMITS, Fcfs(), PrefixCache(bytes(32))), executor, time.monotonic)
+    connection.sendall(encode(Ready(facts)))
+    CoreServer(core, facts, connection).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Who goes on after a death, with what, and who is to blame for it."""
+
+from quire.core.plan import TokenDelta, TokenLogprobs
+from quire.core.request import Given
+from quire.engine.breaker import FIRST_PAUSE_SECONDS, LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Breaker
+from quire.engine.journal import MOST_ENTRANCES, Journal
+from quire.engine.step_allowance import FIRST_SECONDS, LEAST_SECONDS, SLACK, StepAllowance
+from tests.core.harness import new_request
+
+
+def journal_of(names: str) -> Journal:
+    """Requests that all run and have each given one token."""
+    journal = Journal()
+    for name in names:
+        journal.add(new_request(name, [1, 2, 3], max_tokens=9))
+    assert [new.request_id for new in journal.take_unsent()] == list(names)
+    run(journal, names)
+    return journal
+
+
+def run(journal: Journal, names: str) -> None:
+    journal.enter(names)
+    journal.take(TokenDelta(name, (5,)) for name in names)
+
+
+def sent(journal: Journal) -> str:
+    return "".join(new.request_id for new in journal.take_unsent())
+
+
+def test_what_was_given_goes_along() -> None:
+    journal = Journal()
+    journal.add(new_request("a", [1, 2, 3], max_tokens=9))
+    assert [new.given for new in journal.take_unsent()] == [Given()]
+    one = TokenLogprobs((1,), (-1.0,), (1,))
+    journal.enter(["a"])
+    journal.take([TokenDelta("a", (), prompt_logprobs=(one, one))])
+    journal.take([TokenDelta("a", (5,), num_cached_tokens=2), TokenDelta("gone", (1,))])
+    journal.take([TokenDelta("a", (6,), num_cached_tokens=3)])
+    assert journal.num_sent == 1
+    journal.core_died()
+    assert journal.num_sent == 0
+    assert [new.given for new in journal.take_unsent()] == [Given((5, 6), 2, 2)]
+
+
+def test_the_ended_and_the_aborted_are_forgotten() -> None:
+    journal = journal_of("abc")
+    assert journal.take([TokenDelta("a", (1,), finish_reason="stop")])
+    assert journal.remove("b") and not journal.remove("b") and not journal.remove("a")
+    assert (len(journal), journal.num_sent) == (1, 1)
+    journal.core_died()
+    assert not journal.remove("c")
+    assert len(journal) == 0 and sent(journal) == ""
+
+
+def test_present_in_two_deaths_fails_and_not_before() -> None:
+    journal = journal_of("ab")
+    assert journal.core_died().failed == ()
+    assert sent(journal) == "a"
+    run(journal, "a")
+    assert sent(journal) == "b"
+    run(journal, "b")
+    verdict = journal.core_died()
+    assert (verdict.failed, verdict.num_kept, verdict.is_explained) == (("a", "b"), 0, False)
+
+
+def test_who_waits_in_the_queue_is_never_to_blame() -> None:
+    journal = journal_of("a")
+    journal.add(new_request("b", [1]))
+    assert sent(journal) == "b"
+    journal.core_died()
+    assert sent(journal) == "a"
+    journal.enter("a")
+    assert journal.core_died().failed == ("a",)
+    for _ in range(3):
+        assert sent(journal) == "b"
+        assert journal.core_died().num_kept == 1
+
+
+def test_one_bad_request_fails_alone() -> None:
+    journal = journal_of("abcdef")
+    journal.add(new_request("x", [1]))
+    assert sent(journal) == "x"
+    journal.enter("x")
+    assert journal.core_died().failed == ()  # only x was entering
+    journal.add(new_request("n", [1]))
+    assert sent(journal) == "abcdefx"  # who stood beside it at once, x alone under suspicion, newcomers later
+    journal.enter("abcdefx")
+    verdict = journal.core_died()
+    assert (verdict.failed, verdict.num_kept, verdict.is_explained) == (("x",), 7, True)
+    assert sent(journal) == "abcdefn"
+
+
+def test_suspects_enter_one_by_one() -> None:
+    journal = journal_of("abcx")
+    journal.core_died()
+    for name in "abc":
+        assert sent(journal) == name and sent(journal) == ""
+        run(journal, name)
+    assert sent(journal) == "x"
+    journal.enter("x")
+    assert journal.core_died().failed == ("x",)
+    assert len(journal) == 3
+
+
+def test_a_suspect_that_leaves_lets_the_next_enter() -> None:
+    journal = journal_of("ab")
+    journal.core_died()
+    journal.add(new_request("n", [1]))
+    assert sent(journal) == "a"
+    journal.remove("a")
+    assert sent(journal) == "b"
+    journal.remove("b")
+    assert sent(journal) == "n"
+
+
+def test_many_suspects_enter_in_groups() -> None:
+    names = [str(number) for number in range(3 * MOST_ENTRANCES + 1)]
+    journal = Journal()
+    for name in names:
+        journal.add(new_request(name, [1]))
+    journal.take_unsent()
+    journal.enter(names)
+    journal.core_died()
+    entrances = 0
+    while group := [new.request_id for new in journal.take_unsent()]:
+        entrances += 1
+        journal.enter(group)
+        journal.take(TokenDelta(name, (5,)) for name in group)
+    assert entrances <= MOST_ENTRANCES and journal.num_sent == len(names)
+
+
+def test_the_breaker_opens_when_cores_die_in_vain() -> None:
+    breaker = Breaker()
+    breaker.died(0.0, 1.0, is_explained=False)
+    breaker.died(1.0, 2.0, is_explained=True)
+    breaker.died(2.0, 3.0, is_explained=False)
+    assert breaker.may_start(3.0)
+    breaker.died(3.0, 4.0, is_explained=False)
+    assert not breaker.may_start(4.0 + FIRST_PAUSE_SECONDS / 2)
+    now_s, pauses_s = 4.0 + FIRST_PAUSE_SECONDS, []
+    for _ in range(6):
+        assert breaker.may_start(now_s)
+        breaker.died(now_s, now_s, is_explained=False)
+        assert breaker.open_until_s is not None
+        pauses_s.append(breaker.open_until_s - now_s)
+        now_s = breaker.open_until_s
+    assert pauses_s[:2] == [2 * FIRST_PAUSE_SECONDS, 4 * FIRST_PAUSE_SECONDS]
+    assert pauses_s[-1] == LONGEST_PAUSE_SECONDS
+
+
+def test_use_or_a_long_life_closes_the_breaker() -> None:
+    breaker = Breaker()
+    for born_s in range(10):
+        breaker.died(born_s, born_s + 1.0, is_explained=False)
+        breaker.proved()
+    for number in range(10):
+        born_s = number * LONG_LIFE_SECONDS
+        breaker.died(born_s, born_s + LONG_LIFE_SECONDS, is_explained=False)
+    assert breaker.may_start(0.0)
+
+
+def test_steps_are_judged_by_those_of_their_size() -> None:
+    allowance = StepAllowance()
+    assert allowance.seconds_for(1.0) == FIRST_SECONDS
+    allowance.observe(16.0, 0.01)
+    assert allowance.seconds_for(1.0) == allowance.seconds_for(16.0) == LEAST_SECONDS
+    assert allowance.seconds_for(16 * 1024.0) == SLACK * 0.01 * 1024
+    allowance.observe(16 * 1024.0, 4.0)
+    assert allowance.seconds_for(16 * 1024.0) == SLACK * 4.0
+    assert allowance.seconds_for(16.0) == LEAST_SECONDS

@@ -1,0 +1,256 @@
+"""A core in a process of its own dies, hangs, dies of a request, dies again and again: what its clients see of it."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire.config import EngineArgs
+from quire.engine import breaker
+from quire.engine.async_engine import AsyncEngine, ServedEngine
+from quire.engine.core_process import CoreGoneError, CoreProcess
+from quire.engine.engine import Engine
+from quire.engine.inputs import EngineFacts, InputProcessor
+from quire.engine.supervisor import SupervisedChannel
+from quire.engine.wire import Ready, Start
+from quire.errors import EngineDeadError, ModelFileError, OverloadedError
+from quire.outputs import RequestOutput
+from quire.sampling_params import RequestOutputKind, SamplingParams
+from tests.engine.fake_core import DIES, DIES_ONCE, HANGS_ONCE
+
+ROOT = Path(__file__).parents[2]
+CORE = "tests.engine.fake_core"
+PARAMS = SamplingParams(
+    max_tokens=60, temperature=1.0, seed=3, logprobs=0, detokenize=False, output_kind=RequestOutputKind.DELTA
+)
+
+
+@dataclass
+class Apart:
+    """An engine whose core is in another process."""
+
+    engine: AsyncEngine
+    channel: SupervisedChannel
+
+    @property
+    def pid(self) -> int:
+        assert self.channel.pid is not None
+        return self.channel.pid
+
+    async def answer(self, prompt: list[int], **changes: Any) -> tuple[list[int], list[Any], str | None]:
+        """Tokens, log-probabilities and the end of one stream, put together."""
+        outputs = [item async for item in self.stream(prompt, **changes)]
+        parts = [item.outputs[0] for item in outputs]
+        tokens = [token for part in parts for token in part.token_ids]
+        return tokens, [item for part in parts for item in part.logprobs or []], parts[-1].finish_reason
+
+    def stream(self, prompt: list[int], **changes: Any) -> AsyncIterator[RequestOutput]:
+        return self.engine.generate({"prompt_token_ids": prompt}, replace(PARAMS, **changes))
+
+    async def until(self, condition: Callable[[], bool], seconds: float = 5.0) -> float:
+        """How long it took."""
+        start_s = time.monotonic()
+        while not condition():
+            assert time.monotonic() - start_s < seconds, "it did not happen"
+            await asyncio.sleep(0.002)
+        return time.monotonic() - start_s
+
+    async def kill_next(self, old: int | None) -> int:
+        """Kill the core that comes after `old` as soon as it answers."""
+        await self.until(lambda: self.channel.pid not in (None, old) and self.engine.is_ready)
+        pid = self.pid
+        os.kill(pid, signal.SIGKILL)
+        return pid
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.fixture
+async def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Apart]:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    channel = SupervisedChannel(partial(CoreProcess, Start(EngineArgs(), str(tmp_path)), CORE))
+    core = channel.wait_ready()
+    facts = EngineFacts(core.max_model_len, core.vocab_size, (), 0, False)
+    inputs = InputProcessor(None, facts)
+    engine = AsyncEngine(ServedEngine(Engine(channel, None), inputs, None, facts, [], {}, channel.close))
+    pid = channel.pid
+    yield Apart(engine, channel)
+    last = channel.pid
+    await engine.shutdown()
+    assert not any(is_alive(item) for item in (pid, last) if item is not None)
+
+
+def prompts(count: int) -> list[list[int]]:
+    return [[number, *range(1, 9)] for number in range(10, 10 + count)]
+
+
+async def test_a_killed_core_changes_no_stream(apart: Apart) -> None:
+    undisturbed = [await apart.answer(prompt) for prompt in prompts(8)]
+    tasks = [asyncio.ensure_future(apart.answer(prompt)) for prompt in prompts(8)]
+    await asyncio.sleep(0.06)
+    old = await apart.kill_next(None)
+    assert await apart.until(lambda: not apart.engine.is_ready) < 2.0
+    assert await apart.until(lambda: apart.engine.is_ready) < 5.0
+    assert await asyncio.gather(*tasks) == undisturbed
+    assert apart.pid != old and not is_alive(old) and apart.engine.is_healthy
+
+
+async def test_a_core_that_hangs_is_replaced(apart: Apart) -> None:
+    undisturbed = [await apart.answer(prompt) for prompt in prompts(3)]
+    tasks = [asyncio.ensure_future(apart.answer(prompt)) for prompt in prompts(3)]
+    await asyncio.sleep(0.05)
+    os.kill(apart.pid, signal.SIGSTOP)
+    assert await apart.until(lambda: not apart.engine.is_ready) < 2.0
+    assert await asyncio.gather(*tasks) == undisturbed
+
+
+async def test_a_step_that_never_ends_is_a_hang_too(apart: Apart, tmp_path: Path) -> None:
+    await apart.answer([1, 2])
+    tokens, _, reason = await apart.answer([HANGS_ONCE, 1, 2])
+    assert (tmp_path / "hung").exists() and len(tokens) == 60 and reason == "length"
+
+
+async def test_a_request_that_killed_once_goes_on(apart: Apart, tmp_path: Path) -> None:
+    tokens, logprobs, reason = await apart.answer([DIES_ONCE, 1, 2])
+    assert (tmp_path / "died").exists() and len(tokens) == len(logprobs) == 60 and reason == "length"
+
+
+async def test_one_bad_request_fails_alone(apart: Apart) -> None:
+    undisturbed = [await apart.answer(prompt) for prompt in prompts(6)]
+    tasks = [asyncio.ensure_future(apart.answer(prompt)) for prompt in prompts(6)]
+    await asyncio.sleep(0.03)
+    bad = [asyncio.ensure_future(apart.answer([DIES, number])) for number in range(2)]
+    assert await asyncio.gather(*tasks) == undisturbed
+    assert [item[2] for item in await asyncio.gather(*bad)] == ["error", "error"]
+    assert (await apart.answer([1, 2]))[2] == "length"
+
+
+async def test_present_in_two_deaths_fails(apart: Apart) -> None:
+    stream = apart.stream([1, 2, 3], max_tokens=500)
+    first = await anext(stream)
+    assert not first.finished
+    old = await apart.kill_next(None)
+    await apart.until(lambda: apart.channel.pid not in (None, old) and apart.engine.is_ready)
+    await anext(stream)
+    await asyncio.sleep(0.1)
+    await apart.kill_next(old)
+    outputs = [item async for item in stream]
+    assert outputs[-1].outputs[0].finish_reason == "error" and "twice" in str(outputs[-1].error)
+    assert (await apart.answer([1, 2]))[2] == "length"
+
+
+async def test_a_crash_loop_opens_the_breaker(apart: Apart, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breaker, "FIRST_PAUSE_SECONDS", 0.5)
+    apart.channel._breaker.proved()
+    old = None
+    for _ in range(breaker.MOST_DEATHS_IN_A_ROW - 1):
+        old = await apart.kill_next(old)
+    await apart.until(lambda: apart.channel.pid not in (None, old) and apart.engine.is_ready)
+    waiting = asyncio.ensure_future(apart.answer([1, 2], max_tokens=500))
+    await asyncio.sleep(0.05)
+    await apart.kill_next(old)
+    start_s = time.monotonic()
+    with pytest.raises(OverloadedError) as caught:
+        await waiting
+    assert time.monotonic() - start_s < 2.0 and caught.value.retry_after_s >= 1
+    with pytest.raises(OverloadedError):
+        await apart.answer([1, 2])
+    assert apart.engine.is_healthy and not apart.engine.is_ready and not apart.engine.has_work
+    await apart.until(lambda: apart.engine.is_ready)
+    assert (await apart.answer([1, 2]))[2] == "length"
+
+
+async def test_many_are_aborted_and_nothing_is_left(apart: Apart) -> None:
+    tasks = [asyncio.ensure_future(apart.answer(prompt, max_tokens=400)) for prompt in prompts(24)]
+    await asyncio.sleep(0.1)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    await apart.until(lambda: not apart.engine.has_work)
+    readings = apart.channel.gauges
+    await apart.until(lambda: apart.channel.gauges.cache_usage == 0)
+    assert readings.num_waiting == 0
+    apart.engine.check()
+    assert (await apart.answer([1, 2]))[2] == "length" and apart.engine.is_ready
+
+
+async def test_a_breach_of_the_protocol_ends_the_core_and_no_request(apart: Apart) -> None:
+    task = asyncio.ensure_future(apart.answer([1, 2, 3]))
+    await asyncio.sleep(0.03)
+    core = apart.channel._core
+    assert core is not None
+    core._unsent += b"\xff\xff\xff\xff nonsense"
+    core.flush()
+    assert (await task)[2] == "length" and apart.channel._core is not core
+
+
+@pytest.mark.parametrize(("model", "error"), [("missing", ModelFileError), ("dies", EngineDeadError)])
+def test_a_core_that_cannot_start_is_told(
+    model: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    channel = SupervisedChannel(partial(CoreProcess, Start(EngineArgs(model=model), str(tmp_path)), CORE))
+    try:
+        with pytest.raises(error, match=r"no such model|exit status 5"):
+            channel.wait_ready()
+    finally:
+        channel.close()
+
+
+def test_a_core_whose_model_changed_is_not_gone_on_with(apart: Apart) -> None:
+    assert apart.channel._facts is not None
+    apart.channel._facts = replace(apart.channel._facts, model_stamp="another")
+    with pytest.raises(CoreGoneError, match="changed"):
+        apart.channel._take(Ready(replace(apart.channel._facts, model_stamp="stamp")), [])
+
+
+OWNER = """
+import os, signal, sys, time
+from functools import partial
+from quire.config import EngineArgs
+from quire.engine.core_process import CoreProcess
+from quire.engine.supervisor import SupervisedChannel
+from quire.engine.wire import Start
+channel = SupervisedChannel(partial(CoreProcess, Start(EngineArgs(), "."), "tests.engine.fake_core"))
+channel.wait_ready()
+print(channel.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "stopped",
+    [False, pytest.param(True, marks=pytest.mark.skipif(sys.platform != "linux", reason="the kernel's help"))],
+)
+def test_killing_the_owner_leaves_no_process(stopped: bool) -> None:
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert owner.stdout is not None
+    pid = int(owner.stdout.readline())
+    assert is_alive(pid)
+    if stopped:
+        os.kill(pid, signal.SIGSTOP)
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    end_s = time.monotonic() + 5.0
+    while is_alive(pid) and time.monotonic() < end_s:
+        time.sleep(0.01)
+    assert not is_alive(pid)
