@@ -154,8 +154,8 @@ def test_use_or_a_long_life_closes_the_breaker() -> None:
         breaker.died(born_s, born_s + 1.0, is_explained=False)
         breaker.proved()
     for number in range(10):
-        born_s = number * LONG_LIFE_SECONDS
-        breaker.died(born_s, born_s + LONG_LIFE_SECONDS, is_explained=False)
+        then_s = number * LONG_LIFE_SECONDS
+        breaker.died(then_s, then_s + LONG_LIFE_SECONDS, is_explained=False)
     assert breaker.may_start(0.0)
 
 

@@ -155,7 +155,7 @@ async def test_present_in_two_deaths_fails(apart: Apart) -> None:
 
 
 async def test_a_crash_loop_opens_the_breaker(apart: Apart, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(breaker, "FIRST_PAUSE_SECONDS", 0.5)
+    monkeypatch.setattr(breaker, "FIRST_PAUSE_SECONDS", 2.0)
     apart.channel._breaker.proved()
     old = None
     for _ in range(breaker.MOST_DEATHS_IN_A_ROW - 1):

@@ -53,7 +53,8 @@ REPORTS: list[Any] = [Ready(FACTS), StartFailed("ModelFileError", "no", None), B
 def test_messages_arrive_whole_however_they_are_cut(kind: Any, messages: list[Any]) -> None:
     data, rng = b"".join(map(encode, messages)), random.Random(1)
     for _ in range(20):
-        frames, found, start = Unframer(kind, 10**6), [], 0
+        frames, start = Unframer(kind, 10**6), 0
+        found: list[Any] = []
         while start < len(data):
             end = start + rng.randint(1, 90)
             found += frames.feed(data[start:end])
