@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 from quire.engine.chat import encode_chat
 from quire.engine.engine import Engine, NumberedOutput
 from quire.engine.inputs import EngineFacts, InputProcessor, ParsedRequest, Prompt
-from quire.errors import EngineDeadError, InvalidRequestError, OverloadedError, RequestFailedError
+from quire.errors import EngineDeadError, InvalidRequestError, OverloadedError, QuireError, RequestFailedError
 from quire.outputs import Decision, Metric, RequestOutput
 from quire.sampling_params import SamplingParams
 from quire.text.tokenizer import Tokenizer
@@ -195,6 +195,9 @@ class AsyncEngine:
                 output = await stream.get()
                 finished = output.finished
                 yield output
+        except QuireError:
+            finished = True  # the engine's own word, and its last
+            raise
         finally:
             if not finished and self._dead is None:
                 self._post(_Abort(parsed))
