@@ -194,8 +194,7 @@ async def test_a_breach_of_the_protocol_ends_the_core_and_no_request(apart: Apar
     await asyncio.sleep(0.03)
     core = apart.channel._core
     assert core is not None
-    core._unsent += b"\xff\xff\xff\xff nonsense"
-    core.flush()
+    core._connection.send(b"\xff\xff\xff\xff nonsense")
     assert (await task)[2] == "length" and apart.channel._core is not core
 
 
