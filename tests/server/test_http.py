@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from quire.errors import OverloadedError
 from quire.server.routes.health import OPEN_PATHS
+from quire.server.serve import bind
 from quire.server.streams import EventStream
 from tests.server.conftest import MODEL, Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
@@ -230,3 +231,10 @@ def test_stopping_ends_what_does_not_finish_with_an_error() -> None:
     reader.join(10)
     assert time.monotonic() - started < 8
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "engine_dead"
+
+
+def test_answers_do_not_wait_for_an_acknowledgement() -> None:
+    """asyncio sets TCP_NODELAY on what it accepts only where the listening socket names its protocol."""
+    listener = bind("127.0.0.1", 0)
+    assert listener.proto == socket.IPPROTO_TCP
+    listener.close()
