@@ -212,7 +212,7 @@ def test_a_prompt_that_cannot_fit_is_refused_with_the_numbers(llm: LLM) -> None:
 
 
 def test_arguments_are_honoured_or_refused_by_name(tiny_model: Path) -> None:
-    for arguments in ({"device": "cuda"}, {"tensor_parallel_size": 2}, {"max_model_length": 5}, {"revision": "main"}):
+    for arguments in ({"device": "tpu"}, {"tensor_parallel_size": 2}, {"max_model_length": 5}, {"revision": "main"}):
         with pytest.raises(ConfigurationError):
             LLM(model=str(tiny_model), **arguments)
     with LLM(model=str(tiny_model), enforce_eager=True, device="cpu", threads=1) as llm:

@@ -51,7 +51,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     model_len = resolve_model_len(args, spec.max_position_embeddings)
     stamp = _stamp(directory)
     model = load_model(directory, ops, dtype=args.dtype, max_model_len=model_len)
-    sizes = resolve_cache(args, _facts(args, model))
+    sizes = resolve_cache(args, _facts(args, model, ops))
     decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions]
     return CoreParts(
         _scheduler(args, sizes),
@@ -98,11 +98,12 @@ def _scheduler(args: EngineArgs, sizes: CachePlan) -> Scheduler:
     return Scheduler(limits, make_policy(args.scheduling_policy), prefix_cache)
 
 
-def _facts(args: EngineArgs, model: Model) -> ModelFacts:
+def _facts(args: EngineArgs, model: Model, ops: Ops) -> ModelFacts:
+    device_memory_bytes = ops.memory_bytes()
     return ModelFacts(
         max_position_embeddings=model.spec.max_position_embeddings,
         weight_bytes=model.weight_bytes,
         bytes_per_block=model.cache_shape(1, args.block_size).bytes_per_block,
-        device_memory_bytes=host_memory_bytes(),
-        device="cpu",
+        device_memory_bytes=host_memory_bytes() if device_memory_bytes is None else device_memory_bytes,
+        device="cpu" if device_memory_bytes is None else "cuda",
     )

@@ -1,5 +1,6 @@
 """Which provider of the operations, which instruction set, how many threads: decided once, with reasons."""
 
+import importlib.util
 import math
 import os
 from pathlib import Path
@@ -10,7 +11,7 @@ from quire.outputs import Decision
 
 
 def select_ops(device: str, threads: int | None) -> tuple[Ops, list[Decision]]:
-    """The provider for `device` ("auto", "cpu" or "reference") and each decision.
+    """The provider for `device` ("auto", "cpu", "cuda" or "reference") and each decision.
 
     `threads` None takes the physical cores that this process may use. The environment variable `QUIRE_ISA`
     (`baseline`, `avx2`, `avx512`, `amx`) forbids the instruction sets above the one that it names. Raises
@@ -22,8 +23,11 @@ def select_ops(device: str, threads: int | None) -> tuple[Ops, list[Decision]]:
         from quire.ops.reference import ReferenceOps
 
         return ReferenceOps(np), [Decision("operations", "reference", "as asked: plain array code, slow")]
-    if device == "cuda":
-        raise ConfigurationError("device 'cuda': this version has no CUDA operations; use 'cpu'", field="device")
+    if device == "cuda" or (device == "auto" and Path("/dev/nvidia0").exists() and _has_cuda_packages()):
+        reason = (
+            "as asked" if device == "cuda" else "auto: this machine has an NVIDIA GPU, and quire[cuda] is installed"
+        )
+        return _cuda_ops(), [Decision("operations", "cuda", reason)]
     if device not in ("auto", "cpu"):
         raise ConfigurationError(f"device {device!r} is not one of auto, cpu, reference", field="device")
     if threads is not None and threads < 1:
@@ -33,12 +37,29 @@ def select_ops(device: str, threads: int | None) -> tuple[Ops, list[Decision]]:
 
     isa, isa_reason, passed_over = select_instruction_set(os.environ.get("QUIRE_ISA"))
     count, threads_reason = (threads, "as asked") if threads is not None else available_cores()
-    device_reason = "as asked" if device == "cpu" else "auto: the only device in this version"
+    device_reason = "as asked" if device == "cpu" else "auto: no NVIDIA GPU with quire[cuda] here"
     return CpuOps(count, isa), [
         Decision("operations", "cpu", device_reason),
         Decision("instruction_set", isa, isa_reason, passed_over),
         Decision("threads", str(count), threads_reason),
     ]
+
+
+def _has_cuda_packages() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "triton"))
+
+
+def _cuda_ops() -> Ops:
+    if not _has_cuda_packages():
+        raise ConfigurationError("device 'cuda' needs torch and triton: pip install 'quire[cuda]'", field="device")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigurationError("device 'cuda': torch finds no NVIDIA GPU that it can use here", field="device")
+
+    from quire.ops.cuda.provider import CudaOps
+
+    return CudaOps("cuda")
 
 
 def instruction_sets() -> list[str]:

@@ -176,7 +176,7 @@ class Ops(Protocol):
         and no values (`ops/program.py`), and put in its place a program that does the same in one call."""
 
     def array(self, values: Any, dtype: str) -> Array:
-        """A device array ("int32", "int64", "uint64", "float32") from a numpy array or nested sequence."""
+        """A device array ("int32", "int64", "uint64", "float32", "bool") from a numpy array or nested sequence."""
 
     def to_numpy(self, x: Array) -> Any:
         """A numpy array of the same values."""
@@ -245,6 +245,12 @@ class Ops(Protocol):
 
     def logits(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> Array:
         """`linear(x) * scale`, then soft-capped, float32 `[rows, vocabulary]`."""
+
+    def penalize(
+        self, logits: Array, token_ids: Array, counts: Array, repetition: float, frequency: float, presence: float
+    ) -> None:
+        """In place, for one row `logits [vocabulary]` and its distinct `token_ids` (int64) with how often each was
+        generated: see `sampling/penalties.py`."""
 
     def sample(self, logits: Array, batch: SampleBatch) -> Array:
         """Draw one token for each row of `logits [rows, vocabulary]` -> int32 `[rows]`; -inf is never drawn."""

@@ -6,12 +6,10 @@ with everything it had generated.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from quire.core.plan import NewRow
-
-Logits = Any
-"""float32 `[rows, vocabulary]`."""
+from quire.ops.types import Array
 
 
 class LogitsFeature(Protocol):
@@ -26,5 +24,5 @@ class LogitsFeature(Protocol):
     def observe(self, row: int, token_id: int) -> None:
         """`token_id` was appended to the sequence of `row`."""
 
-    def apply(self, logits: Logits, rows: Sequence[int]) -> None:
-        """Edit `logits[i]`, which belongs to `rows[i]`, in place."""
+    def apply(self, logits: Array, rows: Sequence[int]) -> None:
+        """Edit `logits[i]`, which belongs to `rows[i]`, in place; float32 `[rows, vocabulary]`."""

@@ -1,25 +1,24 @@
 """Masks and biases: which tokens may come next at all."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from quire.core.plan import NewRow
-from quire.sampling.features import Logits
+from quire.ops.types import Array, Ops
 
 
 class AllowedTokens:
     """Only the tokens in `allowed_token_ids` keep their logits."""
 
-    def __init__(self) -> None:
-        self._allowed: dict[int, NDArray[np.int64]] = {}
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+        self._allowed: dict[int, Array] = {}
 
     def add(self, new: NewRow) -> None:
         """Keep the list, if the request has one."""
         if new.sampling.allowed_token_ids:
-            self._allowed[new.row] = np.array(new.sampling.allowed_token_ids, np.int64)
+            self._allowed[new.row] = self._ops.array(new.sampling.allowed_token_ids, "int64")
 
     def remove(self, row: int) -> None:
         """Forget the row."""
@@ -28,7 +27,7 @@ class AllowedTokens:
     def observe(self, row: int, token_id: int) -> None:
         """The list does not depend on the tokens."""
 
-    def apply(self, logits: Logits, rows: Sequence[int]) -> None:
+    def apply(self, logits: Array, rows: Sequence[int]) -> None:
         """Everything else becomes -inf."""
         if not self._allowed:
             return
@@ -36,21 +35,22 @@ class AllowedTokens:
             allowed = self._allowed.get(row)
             if allowed is not None:
                 kept = logits[index, allowed]
-                logits[index] = -np.inf
+                logits[index] = -math.inf
                 logits[index, allowed] = kept
 
 
 class LogitBias:
     """`logit_bias` is added to the logits of its tokens."""
 
-    def __init__(self) -> None:
-        self._bias: dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
+        self._bias: dict[int, tuple[Array, Array]] = {}
 
     def add(self, new: NewRow) -> None:
         """Keep the biases, if the request has any."""
         if new.sampling.logit_bias:
             token_ids, values = zip(*new.sampling.logit_bias, strict=True)
-            self._bias[new.row] = np.array(token_ids, np.int64), np.array(values, np.float32)
+            self._bias[new.row] = self._ops.array(token_ids, "int64"), self._ops.array(values, "float32")
 
     def remove(self, row: int) -> None:
         """Forget the row."""
@@ -59,7 +59,7 @@ class LogitBias:
     def observe(self, row: int, token_id: int) -> None:
         """The bias does not depend on the tokens."""
 
-    def apply(self, logits: Logits, rows: Sequence[int]) -> None:
+    def apply(self, logits: Array, rows: Sequence[int]) -> None:
         """Add them."""
         if not self._bias:
             return
@@ -71,14 +71,15 @@ class LogitBias:
 
 @dataclass(slots=True)
 class _MinimumLeft:
-    stop_token_ids: NDArray[np.int64]
+    stop_token_ids: Array
     tokens_left: int
 
 
 class MinTokens:
     """Stop tokens are masked until `min_tokens` have been generated."""
 
-    def __init__(self) -> None:
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
         self._rows: dict[int, _MinimumLeft] = {}
 
     def add(self, new: NewRow) -> None:
@@ -86,7 +87,7 @@ class MinTokens:
         spec = new.sampling
         left = spec.min_tokens - (len(new.token_ids) - new.num_prompt_tokens)
         if left > 0 and spec.stop_token_ids:
-            self._rows[new.row] = _MinimumLeft(np.array(spec.stop_token_ids, np.int64), left)
+            self._rows[new.row] = _MinimumLeft(self._ops.array(spec.stop_token_ids, "int64"), left)
 
     def remove(self, row: int) -> None:
         """Forget the row."""
@@ -100,13 +101,13 @@ class MinTokens:
             if state.tokens_left == 0:
                 del self._rows[row]
 
-    def apply(self, logits: Logits, rows: Sequence[int]) -> None:
+    def apply(self, logits: Array, rows: Sequence[int]) -> None:
         """Mask the stop tokens of rows below their minimum."""
         if not self._rows:
             return
         for index, row in enumerate(rows):
             if row in self._rows:
-                logits[index, self._rows[row].stop_token_ids] = -np.inf
+                logits[index, self._rows[row].stop_token_ids] = -math.inf
 
 
 @dataclass(slots=True)
@@ -142,7 +143,7 @@ class BadWords:
             state.tail.append(token_id)
             del state.tail[: -state.longest]
 
-    def apply(self, logits: Logits, rows: Sequence[int]) -> None:
+    def apply(self, logits: Array, rows: Sequence[int]) -> None:
         """Mask."""
         if not self._rows:
             return
@@ -153,4 +154,4 @@ class BadWords:
             for word in state.words:
                 start = word[:-1]
                 if not start or tuple(state.tail[-len(start) :]) == start:
-                    logits[index, word[-1]] = -np.inf
+                    logits[index, word[-1]] = -math.inf

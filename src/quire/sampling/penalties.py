@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.plan import NewRow
-from quire.sampling.features import Logits
+from quire.ops.types import Array, Ops
 
 
 @dataclass(slots=True)
 class _Seen:
-    presence: np.float32
-    frequency: np.float32
-    repetition: np.float32
+    presence: float
+    frequency: float
+    repetition: float
     token_ids: NDArray[np.int64]
     """Distinct tokens of prompt and output, in order of appearance; `counts` belongs to them."""
     counts: NDArray[np.float32]
@@ -32,7 +32,8 @@ class Penalties:
     """`presence_penalty`, `frequency_penalty` and `repetition_penalty`; work is in proportion to the number of
     distinct tokens seen, not to the vocabulary."""
 
-    def __init__(self) -> None:
+    def __init__(self, ops: Ops) -> None:
+        self._ops = ops
         self._rows: dict[int, _Seen] = {}
 
     def add(self, new: NewRow) -> None:
@@ -41,9 +42,9 @@ class Penalties:
         if spec.presence_penalty == 0 and spec.frequency_penalty == 0 and spec.repetition_penalty == 1:
             return
         seen = _Seen(
-            np.float32(spec.presence_penalty),
-            np.float32(spec.frequency_penalty),
-            np.float32(spec.repetition_penalty),
+            spec.presence_penalty,
+            spec.frequency_penalty,
+            spec.repetition_penalty,
             np.zeros(64, np.int64),
             np.zeros(64, np.float32),
             {},
@@ -63,7 +64,7 @@ class Penalties:
         if seen is not None:
             _count(seen, token_id, 1)
 
-    def apply(self, logits: Logits, rows: Sequence[int]) -> None:
+    def apply(self, logits: Array, rows: Sequence[int]) -> None:
         """Penalise."""
         if not self._rows:
             return
@@ -71,10 +72,9 @@ class Penalties:
             seen = self._rows.get(row)
             if seen is None:
                 continue
-            token_ids, counts = seen.token_ids[: seen.size], seen.counts[: seen.size]
-            values = logits[index, token_ids]
-            values = np.where(values > 0, values / seen.repetition, values * seen.repetition)
-            logits[index, token_ids] = values - seen.frequency * counts - seen.presence * (counts > 0)
+            token_ids = self._ops.array(seen.token_ids[: seen.size], "int64")
+            counts = self._ops.array(seen.counts[: seen.size], "float32")
+            self._ops.penalize(logits[index], token_ids, counts, seen.repetition, seen.frequency, seen.presence)
 
 
 def _count(seen: _Seen, token_id: int, times: int) -> None:

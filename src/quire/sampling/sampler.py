@@ -49,11 +49,11 @@ class Sampler:
             np.zeros(max_rows, np.uint64),
         )
         self._features: tuple[LogitsFeature, ...] = (
-            AllowedTokens(),
-            LogitBias(),
-            MinTokens(),
+            AllowedTokens(ops),
+            LogitBias(ops),
+            MinTokens(ops),
             BadWords(),
-            Penalties(),
+            Penalties(ops),
         )
         self._users: set[int] = set()
         """Rows that use a feature: when a step has none, its logits go to the draw untouched."""
@@ -95,7 +95,7 @@ class Sampler:
         finite = ops.to_numpy(ops.rows_finite(logits))
         if not finite.all():
             errors = [None if ok else NOT_FINITE for ok in finite]
-            logits[~finite] = 0.0
+            logits[ops.array(~finite, "bool")] = 0.0
         raw = self._raw_copy(logits, rows)
         if not self._users.isdisjoint(rows):
             for feature in self._features:
@@ -103,7 +103,7 @@ class Sampler:
             left = ops.to_numpy(ops.rows_finite(logits))
             if not left.all():
                 errors = [error or (None if ok else NOTHING_LEFT) for error, ok in zip(errors, left, strict=True)]
-                logits[~left] = 0.0
+                logits[ops.array(~left, "bool")] = 0.0
         tokens = ops.to_numpy(ops.sample(logits, self._batch(rows, positions))).tolist()
         for row, token in zip(rows, tokens, strict=True):
             if row in self._users:
@@ -117,7 +117,7 @@ class Sampler:
 
     def _raw_copy(self, logits: Array, rows: Sequence[int]) -> Array | None:
         wanted = [index for index, row in enumerate(rows) if row in self._num_logprobs]
-        return logits[np.array(wanted)] if wanted else None
+        return logits[self._ops.array(wanted, "int64")] if wanted else None
 
     def _logprobs(
         self, raw: Array | None, rows: Sequence[int], tokens: Sequence[int]

@@ -37,6 +37,12 @@ class CudaOps(ComposedOps):
         self.name = f"cuda ({torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else 'interpreted'})"
         self.xp: Any = array_api_compat.torch
 
+    def memory_bytes(self) -> int | None:
+        if self.device.type == "cpu":
+            return None
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return int(free) + torch.cuda.memory_reserved(self.device)
+
     # arrays and weights
 
     def array(self, values: Any, dtype: str) -> Array:
