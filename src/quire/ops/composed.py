@@ -13,6 +13,10 @@ class ComposedOps:
 
     xp: Any
 
+    def memory_bytes(self) -> int | None:
+        """The host's memory, unless a provider says otherwise."""
+        return None
+
     def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
         raise NotImplementedError
 

@@ -171,6 +171,9 @@ class Ops(Protocol):
 
     name: str
 
+    def memory_bytes(self) -> int | None:
+        """Memory of the device that this process can have; None where it computes in the host's."""
+
     def compile(self, forward: Forward) -> Step:
         """`forward` with this provider, to the last bit. A provider may run it once over symbols, which have shapes
         and no values (`ops/program.py`), and put in its place a program that does the same in one call."""

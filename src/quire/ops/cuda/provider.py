@@ -11,6 +11,7 @@ import array_api_compat.torch
 import numpy as np
 import torch
 
+from quire.ops import quantize_reference
 from quire.ops.composed import ComposedOps
 from quire.ops.cuda import attention, products, rows, sampling
 from quire.ops.types import (
@@ -22,6 +23,7 @@ from quire.ops.types import (
     Logprobs,
     QuantizedWeight,
     RopeTables,
+    Rounding,
     SampleBatch,
     StorageType,
 )
@@ -41,7 +43,7 @@ class CudaOps(ComposedOps):
         if self.device.type == "cpu":
             return None
         free, _ = torch.cuda.mem_get_info(self.device)
-        return int(free) + torch.cuda.memory_reserved(self.device)
+        return int(free + torch.cuda.memory_reserved(self.device))
 
     # arrays and weights
 
@@ -55,6 +57,9 @@ class CudaOps(ComposedOps):
 
     def to_numpy(self, x: Array) -> Any:
         return x.detach().cpu().numpy()
+
+    def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight:
+        return quantize_reference.quantize(weight, rounding)
 
     def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> products.CudaLinear:
         return products.pack(weight, bias, _DTYPES[storage], self.device)
