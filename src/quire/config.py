@@ -16,6 +16,8 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 POLICIES = ("fcfs", "priority")
 DEVICES = ("auto", "cpu", "cuda")
+QUANTIZATIONS = ("int8", "int8_w8a8", "int4")
+GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,11 @@ class EngineArgs:
     """A directory or hub id; None takes the model's own."""
     dtype: str = "auto"
     """Storage of weights and cache: auto (the checkpoint's own), bfloat16, float16, float32 (computes exactly)."""
+    quantization: str | None = None
+    """Round the weights while they are loaded: int8, int8_w8a8 (inputs too), int4. `dtype` is then that of the cache
+    and of weights which are not rounded."""
+    quantization_group_size: int | None = None
+    """Weights of a row that share a scale with int4: 32, 64 or 128; None is 64."""
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None takes the model's limit, or what the cache can hold."""
     max_num_seqs: int = 256
@@ -65,6 +72,10 @@ class EngineArgs:
         _choice("dtype", self.dtype, DTYPES)
         _choice("scheduling_policy", self.scheduling_policy, POLICIES)
         _choice("device", self.device, DEVICES)
+        if self.quantization is not None:
+            _choice("quantization", self.quantization, QUANTIZATIONS)
+        if self.quantization_group_size is not None:
+            _choice("quantization_group_size", self.quantization_group_size, GROUP_SIZES)
         if self.block_size not in BLOCK_SIZES:
             raise _bad("block_size", f"must be one of {', '.join(map(str, BLOCK_SIZES))}, got {self.block_size!r}")
         share = self.gpu_memory_utilization
@@ -115,9 +126,9 @@ def _bad(name: str, text: str) -> ConfigurationError:
     return ConfigurationError(f"{name} {text}", field=name)
 
 
-def _choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise _bad(name, f"must be one of {', '.join(known)}, got {value!r}")
+def _choice(name: str, value: Any, known: tuple[str, ...] | tuple[int, ...]) -> None:
+    if isinstance(value, bool) or value not in known:
+        raise _bad(name, f"must be one of {', '.join(map(str, known))}, got {value!r}")
 
 
 def _count(name: str, value: Any, *, optional: bool) -> None:

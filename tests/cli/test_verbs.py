@@ -51,13 +51,13 @@ def test_generate_streams_and_shows_a_banner(tiny: Path) -> None:
 
 def test_generate_json(tiny: Path) -> None:
     done = quire(
-        *("generate", "-q", "--model", tiny, "--max-tokens", 4, "--ignore-eos"),
+        *("generate", "--quiet", "--model", tiny, "--max-tokens", 4, "--ignore-eos"),
         *("--json", "--n", 2, "--seed", 3, "--temperature", 1, "one", "--raw"),
     )
     (answer,) = map(json.loads, done.stdout.splitlines())
     assert (answer["prompt"], answer["prompt_tokens"]) == ("one", 3)
     assert [(item["tokens"], item["finish_reason"]) for item in answer["outputs"]] == [(4, "length")] * 2
-    many = quire("generate", "-q", "--model", tiny, "--max-tokens", 2, "--json", "a", "b", "c")
+    many = quire("generate", "--quiet", "--model", tiny, "--max-tokens", 2, "--json", "a", "b", "c")
     assert [json.loads(line)["prompt"] for line in many.stdout.splitlines()] == ["a", "b", "c"]
 
 
@@ -75,7 +75,7 @@ def test_generate_imports_nothing_of_the_server(tiny: Path) -> None:
 
 def test_chat_reads_a_pipe(tiny: Path) -> None:
     lines = "hi\n\n/help\n/nope\n/reset\nyou\n/exit\nnever said\n"
-    done = quire("chat", tiny, "-q", "--max-tokens", 4, "--system-prompt", "be short", text=lines)
+    done = quire("chat", tiny, "--quiet", "--max-tokens", 4, "--system-prompt", "be short", text=lines)
     assert done.returncode == 0, done.stderr
     assert "/reset  forget the conversation" in done.stderr
     assert "/nope is not known" in done.stderr
@@ -83,7 +83,7 @@ def test_chat_reads_a_pipe(tiny: Path) -> None:
 
 
 def test_chat_goes_on_after_a_refusal(tiny: Path) -> None:
-    done = quire("chat", tiny, "-q", "--max-tokens", 2, text="x" * 600 + "\nhi\n")
+    done = quire("chat", tiny, "--quiet", "--max-tokens", 2, text="x" * 600 + "\nhi\n")
     assert done.returncode == 0
     assert done.stderr.count("quire: ") == 1
     assert "/reset begins anew" in done.stderr
@@ -91,7 +91,7 @@ def test_chat_goes_on_after_a_refusal(tiny: Path) -> None:
 
 
 def test_errors_of_files_are_one_line_and_code_1(tmp_path: Path) -> None:
-    done = quire("generate", "-q", "--model", tmp_path, "hello")
+    done = quire("generate", "--quiet", "--model", tmp_path, "hello")
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(r"quire: [^\n]+\n", done.stderr)
     assert "Traceback" not in done.stderr

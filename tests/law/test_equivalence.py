@@ -157,3 +157,17 @@ def test_restart_without_a_seed_gives_the_same(tiny_model: Path) -> None:
     first = run(tiny_model, items)
     assert run(tiny_model, items) == first
     assert run(tiny_model, items, seed=1) != first
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int8_w8a8", "int4"])
+def test_quantised_weights_obey_the_same_law(tiny_model: Path, quantization: str) -> None:
+    items = cases()[::2]
+    alone = [run(tiny_model, [item], quantization=quantization)[0] for item in items]
+    weathers: list[dict[str, Any]] = [
+        {"threads": 3},
+        {"max_num_batched_tokens": 13, "block_size": 32},
+        {"num_gpu_blocks_override": 17, "max_num_batched_tokens": 11},
+    ]
+    for weather in weathers:
+        assert run(tiny_model, items, quantization=quantization, **weather) == alone
+    assert alone != [run(tiny_model, [item])[0] for item in items]

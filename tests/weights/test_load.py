@@ -1,6 +1,7 @@
 """Loading: strict about tensors, honest about types; generation defaults."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -114,7 +115,11 @@ def test_sizes_and_progress(checkpoints: dict[str, Path]) -> None:
         checkpoints["tied"], ReferenceOps(np), max_model_len=100, progress=lambda *step: seen.append(step)
     )
     assert model.max_model_len == 100
-    assert seen == [(i + 1, len(seen)) for i in range(len(seen))]
+    file_bytes = sum(
+        math.prod(tensor.shape) * 2 for tensor in load_file(checkpoints["tied"] / "model.safetensors").values()
+    )
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1] == (file_bytes, file_bytes)
     matrices = 320 * 64 + 64 * 64 * 2 + 2 * 32 * 64 + 3 * 64 * 96
     assert model.weight_bytes == 2 * matrices + 4 * 3 * 64
     shape = model.cache_shape(5, 16)

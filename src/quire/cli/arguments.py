@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from quire.config import BLOCK_SIZES, DEVICES, DTYPES, POLICIES, EngineArgs
+from quire.config import BLOCK_SIZES, DEVICES, DTYPES, GROUP_SIZES, POLICIES, QUANTIZATIONS, EngineArgs
 from quire.sampling_params import SamplingParams
 
 ENGINE_HELP = {
     "model": "a directory or a hub id; without it, the embedded model",
     "tokenizer": "a directory or hub id; the model's own",
     "dtype": f"weights and cache: {', '.join(DTYPES)}; float32 computes exactly",
+    "quantization": f"round the weights while loading: {', '.join(QUANTIZATIONS)}; the checkpoint's own",
+    "quantization_group_size": f"weights that share a scale with int4: {', '.join(map(str, GROUP_SIZES))}; 64",
     "max_model_len": "longest prompt plus output, in tokens (32k and 32K are understood); auto takes the model's",
     "max_num_seqs": "requests that run at once",
     "max_num_batched_tokens": "tokens computed in one step",
@@ -63,6 +65,7 @@ ALIASES = {
     ),
     **dict.fromkeys(("--page-size", "--tokens-per-block", "--cb-block-size"), "--block-size"),
     **dict.fromkeys(("-tp", "--tp-size", "--tp", "--num-shard"), "--tensor-parallel-size"),
+    **dict.fromkeys(("-q", "--quantize"), "--quantization"),
     "--disable-cuda-graph": "--enforce-eager",
     "--disable-radix-cache": "--no-enable-prefix-caching",
     "--schedule-policy": "--scheduling-policy",

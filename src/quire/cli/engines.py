@@ -18,7 +18,7 @@ EMBEDDED_NAME = "quire-demo"
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
     """`--quiet`, for every verb that shows the banner."""
-    parser.add_argument("-q", "--quiet", action="store_true", help="no banner")
+    parser.add_argument("--quiet", action="store_true", help="no banner")
 
 
 def model_name(args: EngineArgs) -> str:

@@ -22,9 +22,12 @@ from quire.models.model import Model
 from quire.ops.select import select_ops
 from quire.ops.types import Ops
 from quire.outputs import Decision
+from quire.quant.scheme import bits_per_weight
+from quire.quant.select import select_scheme
 from quire.runner.memory import host_memory_bytes
 from quire.runner.model_runner import ModelRunner
 from quire.weights.load import load_model, read_spec
+from quire.weights.loading_bar import LoadingBar
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,9 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     spec = read_spec(directory)
     model_len = resolve_model_len(args, spec.max_position_embeddings)
     stamp = _stamp(directory)
-    model = load_model(directory, ops, dtype=args.dtype, max_model_len=model_len)
+    scheme = select_scheme(args.quantization, args.quantization_group_size)
+    with LoadingBar() as bar:
+        model = load_model(directory, ops, args.dtype, model_len, bar.show, scheme)
     sizes = resolve_cache(args, _facts(args, model, ops))
     decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions]
     return CoreParts(
@@ -72,7 +77,18 @@ def _model_decisions(args: EngineArgs, directory: Path, model: Model) -> list[De
     return [
         Decision("model", name, f"{model.spec.num_layers} layers, {model.weight_bytes / 2**20:,.0f} MiB of weights"),
         Decision("dtype", shape.storage, "the checkpoint's own" if args.dtype == "auto" else "as asked"),
+        *_quantization_decisions(args),
     ]
+
+
+def _quantization_decisions(args: EngineArgs) -> list[Decision]:
+    scheme = select_scheme(args.quantization, args.quantization_group_size)
+    if scheme is None:
+        return []
+    layers, tables = (f"{bits_per_weight(one)} bits a weight" for one in (scheme.layers, scheme.tables))
+    size = scheme.layers.group_size
+    reason = f"layers {layers}" + (f" in groups of {size}" if size else "") + f", embedding and head {tables}"
+    return [Decision("quantization", scheme.name, reason)]
 
 
 def _runner(model: Model, ops: Ops, sizes: CachePlan) -> ModelRunner:

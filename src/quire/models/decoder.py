@@ -15,16 +15,28 @@ Parts compute with the operations that they are handed: those of a provider, or 
 (`Ops.compile`), so this file is the one definition of what a model does.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from quire.errors import ModelFileError
 from quire.models.rope import rope_tables
 from quire.models.spec import DecoderSpec, LayerSpec, NormSpec, RopeSpec
-from quire.models.weights_map import NameMap, PartSource, decoder_parameters
-from quire.ops.types import Array, AttentionBatch, AttentionSpec, CacheShape, Opaque, Ops, RopeTables, StorageType
+from quire.models.weights_map import NameMap, Parameter, PartSource, decoder_parameters
+from quire.ops.types import (
+    Array,
+    AttentionBatch,
+    AttentionSpec,
+    CacheShape,
+    Opaque,
+    Ops,
+    RopeTables,
+    Rounding,
+    StorageType,
+)
+from quire.quant.scheme import Scheme, rounded_bytes
 
 Join = Callable[[Ops, Array, Array], Array]
 """`join(ops, x, residual)`: adds `x` to the residual in place and returns the input of the next part."""
@@ -77,27 +89,55 @@ def norm_then(post_norm: Norm, join: Join) -> Join:
 class Parts:
     """Takes parts from their source and packs them, one at a time."""
 
-    def __init__(self, ops: Ops, source: PartSource, spec: DecoderSpec, names: NameMap, storage: StorageType) -> None:
+    def __init__(
+        self,
+        ops: Ops,
+        source: PartSource,
+        spec: DecoderSpec,
+        names: NameMap,
+        storage: StorageType,
+        scheme: Scheme | None,
+    ) -> None:
         self.ops = ops
         self.storage = storage
+        self._scheme = scheme
         self._source = source
         self._norm = spec.norm
         self._parameters = decoder_parameters(spec, names)
 
     def linear(self, module: str) -> Opaque:
         """A packed linear, with its bias if the decoder has one there."""
-        return self.ops.pack_linear(self._source.part(f"{module}.weight"), self._bias(module), self.storage)
+        return self.ops.pack_linear(self._layer_weight(module), self._bias(module), self.storage)
 
     def gated_linear(self, module: str) -> Opaque:
         """Gate and up, one matrix, packed for `gated_linear`."""
-        return self.ops.pack_gated(self._source.part(f"{module}.weight"), self._bias(module), self.storage)
+        return self.ops.pack_gated(self._layer_weight(module), self._bias(module), self.storage)
 
     def _bias(self, module: str) -> Array | None:
         return self._source.part(f"{module}.bias") if f"{module}.bias" in self._parameters else None
 
     def embedding(self, module: str) -> Opaque:
-        """A packed table."""
-        return self.ops.pack_embedding(self._source.part(f"{module}.weight"), self.storage)
+        """A packed table of tokens, or the head."""
+        return self.ops.pack_embedding(
+            self._weight(module, self._scheme.tables if self._scheme else None), self.storage
+        )
+
+    def positions(self) -> Opaque:
+        """The packed table of learned positions; never rounded."""
+        return self.ops.pack_embedding(self._source.part("positions.weight"), self.storage)
+
+    def _layer_weight(self, module: str) -> Any:
+        return self._weight(module, self._scheme.layers if self._scheme else None)
+
+    def _weight(self, module: str, rounding: Rounding | None) -> Any:
+        weight = self._source.part(f"{module}.weight")
+        if rounding is None:
+            return weight
+        try:
+            return self.ops.quantize(weight, rounding)
+        except ValueError as error:
+            tensors = ", ".join(name for name, _ in self._parameters[f"{module}.weight"].tensors)
+            raise ModelFileError(f"{tensors} cannot be quantised: {error}") from error
 
     def norm_weight(self, part: str) -> Array:
         """The weight of an RMS norm as it is applied: a `1 + weight` is added up here, once."""
@@ -114,9 +154,17 @@ class Parts:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all parts: matrices as stored, vectors in float32."""
-        item = 4 if self.storage == "float32" else 2
-        shapes = [shape for part in self._parameters.values() for _, shape in part.tensors]
-        return sum(math.prod(shape) * (item if len(shape) == 2 else 4) for shape in shapes)
+        return sum(self._part_bytes(name, part) for name, part in self._parameters.items())
+
+    def _part_bytes(self, name: str, part: Parameter) -> int:
+        shapes = [shape[::-1] if part.transposed else shape for _, shape in part.tensors]
+        if len(shapes[0]) == 1:
+            return 4 * sum(size for (size,) in shapes)
+        rows, inputs = sum(shape[0] for shape in shapes), shapes[0][1]
+        if self._scheme is None or name == "positions.weight":
+            return rows * inputs * (4 if self.storage == "float32" else 2)
+        is_table = name in ("embedding.weight", "head.weight")
+        return rounded_bytes(self._scheme.tables if is_table else self._scheme.layers, rows, inputs)
 
 
 class Attention:
@@ -208,15 +256,16 @@ class Decoder:
         source: PartSource,
         storage: StorageType,
         max_model_len: int,
+        scheme: Scheme | None = None,
     ) -> None:
-        parts = Parts(ops, source, spec, names, storage)
+        parts = Parts(ops, source, spec, names, storage, scheme)
         self.spec = spec
         self.max_model_len = max_model_len
         self.weight_bytes = parts.weight_bytes
         self._ops = ops
         self._storage = storage
         self._embedding = parts.embedding("embedding")
-        self._positions = parts.embedding("positions") if spec.learned_positions else None
+        self._positions = parts.positions() if spec.learned_positions else None
         # What `pack_embedding` returns also serves `logits`, so a tied head costs nothing.
         self._head = self._embedding if spec.tied_head else parts.embedding("head")
         self._first_norm, self._layers = _build_layers(parts, spec, _rope_tables(ops, spec.layers, max_model_len))

@@ -56,7 +56,7 @@ class PartSource(Protocol):
     """Hands out parts as numpy arrays, linear weights as `[out, in]`."""
 
     def part(self, name: str) -> Any:
-        """The array of a part: float32, float16 or bfloat16, contiguous; the caller may keep it."""
+        """The array of a part: float32, float16 or bfloat16, contiguous. Good until the next matrix is taken."""
 
 
 def decoder_parameters(spec: DecoderSpec, names: NameMap) -> dict[str, Parameter]:

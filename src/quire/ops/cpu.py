@@ -89,7 +89,7 @@ class CpuOps(ComposedOps):
             return self._pack_integers(weight, bias, gated)
         weight = np.asarray(weight)
         if weight.dtype != _STORAGE[storage]:
-            weight = weight.astype(np.float32).astype(_STORAGE[storage])
+            weight = _converted(weight, _STORAGE[storage])
         if weight.strides[-1] != weight.itemsize:
             weight = np.ascontiguousarray(weight)
         if bias is not None:
@@ -249,3 +249,11 @@ class CpuOps(ComposedOps):
 def _rows(x: Array) -> Array:
     # A view [rows, size]: norms and activations of [tokens, heads, head_dim] work on the last dimension.
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _converted(weight: Array, dtype: Any) -> Array:
+    # In steps: a whole copy in float32 would be the largest thing in memory while a model is loaded.
+    out = np.empty(weight.shape, dtype)
+    for first in range(0, len(weight), 256):
+        out[first : first + 256] = weight[first : first + 256].astype(np.float32)
+    return out

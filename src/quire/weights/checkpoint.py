@@ -1,7 +1,7 @@
 """The safetensors files of one model directory as one set of tensors."""
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 32 * 2**20
 MAX_SHARDS = 1000
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
+"""`allocate(shape, dtype)`: a contiguous array with anything in it."""
 
 
 class Checkpoint:
@@ -48,25 +50,29 @@ class Checkpoint:
         """The format's name of a tensor's type (`BF16`)."""
         return self._home[tensor].tensors[tensor].dtype
 
-    def read(self, parameter: Parameter) -> NDArray[Any]:
-        """The joined tensors of a parameter, a linear weight as `[out, in]`, contiguous.
+    def size_bytes(self, parameter: Parameter) -> int:
+        """Bytes of a parameter's tensors in their files."""
+        tensors = [self._home[name].tensors[name] for name, _ in parameter.tensors]
+        return sum(tensor.end - tensor.start for tensor in tensors)
+
+    def read(self, parameter: Parameter, allocate: Allocate = np.empty) -> NDArray[Any]:
+        """The joined tensors of a parameter, a linear weight as `[out, in]`, contiguous, in memory of `allocate`.
 
         Tensors of one type are read straight into the joined array: no copy is made of them.
         """
-        files = [(name, self._home[name]) for name, _ in parameter.tensors]
-        if len(files) == 1 and not parameter.transposed:
-            return files[0][1].read(files[0][0])
-        if parameter.transposed:
-            return np.ascontiguousarray(np.concatenate([file.read(name).T for name, file in files]))
-        dtypes = {file.dtype(name) for name, file in files}
-        if len(dtypes) > 1:
-            return np.concatenate([file.read(name).astype(np.float32) for name, file in files])
-        rows = [shape[0] for _, shape in parameter.tensors]
-        out = np.empty((sum(rows), *parameter.tensors[0][1][1:]), dtypes.pop())
+        dtypes = {self._home[name].dtype(name) for name, _ in parameter.tensors}
+        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        shapes = [shape[::-1] if parameter.transposed else shape for _, shape in parameter.tensors]
+        out = allocate((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype)
         first = 0
-        for (name, file), count in zip(files, rows, strict=True):
-            file.read_into(name, out[first : first + count])
-            first += count
+        for (name, _), shape in zip(parameter.tensors, shapes, strict=True):
+            file, rows = self._home[name], out[first : first + shape[0]]
+            if parameter.transposed or file.dtype(name) != dtype:
+                tensor = file.read(name)
+                rows[...] = tensor.T if parameter.transposed else tensor
+            else:
+                file.read_into(name, rows)
+            first += shape[0]
         return out
 
     def close(self) -> None:

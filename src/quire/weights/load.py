@@ -1,10 +1,12 @@
 """From a directory of Hugging Face files to a model whose weights are packed for one provider."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import numpy as np
 from numpy.typing import NDArray
 
 from quire.errors import ConfigurationError
@@ -14,6 +16,7 @@ from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
 from quire.models.weights_map import NameMap, Parameter, decoder_parameters
 from quire.ops.types import Ops, StorageType
+from quire.quant.scheme import Scheme
 from quire.weights.checkpoint import Checkpoint, check_tensors
 from quire.weights.generation_config import GenerationDefaults, load_generation_defaults
 from quire.weights.json_file import read_json_object
@@ -31,7 +34,7 @@ MAX_CONFIG_BYTES = 4 * 2**20
 _STORAGE_BY_DTYPE: dict[str, StorageType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 Progress = Callable[[int, int], None]
-"""`progress(parts done, parts in all)`, after each part."""
+"""`progress(bytes done, bytes in all)`, after each part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,7 @@ def load_model(
     dtype: str = "auto",
     max_model_len: int | None = None,
     progress: Progress | None = None,
+    scheme: Scheme | None = None,
 ) -> Model:
     """Read, check and pack a model. Peak memory is what is packed and the largest tensor twice.
 
@@ -76,6 +80,7 @@ def load_model(
         dtype: storage of weights and cache. `auto` is the type that the config states, else the one that the
             tensors have; a float32 checkpoint stays float32.
         max_model_len: positions that the model must be able to compute; None is all that it has.
+        scheme: how weights are rounded; None is not at all.
 
     Raises:
         ModelFileError: a file is missing or damaged; a tensor is missing, left over or of a wrong shape.
@@ -98,7 +103,7 @@ def load_model(
         embedding = parameters["embedding.weight"].tensors[0][0]
         storage = _storage(dtype, config.storage, checkpoint.dtype(embedding))
         source = _Parts(checkpoint, parameters, progress)
-        return Decoder(spec, names, ops, source, storage, max_model_len or spec.max_position_embeddings)
+        return Decoder(spec, names, ops, source, storage, max_model_len or spec.max_position_embeddings, scheme)
 
 
 class _Parts:
@@ -108,14 +113,37 @@ class _Parts:
         self._checkpoint = checkpoint
         self._parameters = parameters
         self._progress = progress
-        self._done = 0
+        self._memory = _Memory()
+        self._done_bytes = 0
+        self._total_bytes = sum(checkpoint.size_bytes(parameter) for parameter in parameters.values())
 
     def part(self, name: str) -> NDArray[Any]:
-        array = self._checkpoint.read(self._parameters[name])
-        self._done += 1
+        parameter = self._parameters[name]
+        array = self._checkpoint.read(parameter, self._memory.take)
+        self._done_bytes += self._checkpoint.size_bytes(parameter)
         if self._progress is not None:
-            self._progress(self._done, len(self._parameters))
+            self._progress(self._done_bytes, self._total_bytes)
         return array
+
+
+class _Memory:
+    """Arrays for parts to be read into. Large ones share one piece of memory, so no new pages are asked for with each:
+    the system has to clear those, which takes longer than reading into them."""
+
+    SHARED_BYTES = 2**20
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """A contiguous array with anything in it; a large one is good until the next large one is taken."""
+        size = math.prod(shape) * dtype.itemsize
+        if len(shape) < 2 or size < self.SHARED_BYTES:
+            return np.empty(shape, dtype)
+        if not size <= len(self._bytes) <= 4 * size:
+            self._bytes = np.empty(0, np.uint8)  # given back before more is asked for
+            self._bytes = np.empty(size, np.uint8)
+        return self._bytes[:size].view(dtype).reshape(shape)
 
 
 def _fit_prefix(names: NameMap, tensors: dict[str, Any]) -> NameMap:

@@ -1,0 +1,21 @@
+"""From the names of the engine's arguments to a scheme."""
+
+from quire.errors import ConfigurationError
+from quire.quant.int4 import DEFAULT_GROUP_SIZE, int4
+from quire.quant.int8 import INT8, INT8_W8A8
+from quire.quant.scheme import Scheme
+
+
+def select_scheme(name: str | None, group_size: int | None) -> Scheme | None:
+    """None where nothing is quantised.
+
+    Raises:
+        ConfigurationError: a group size for a scheme that has none.
+    """
+    if name == "int4":
+        return int4(DEFAULT_GROUP_SIZE if group_size is None else group_size)
+    if group_size is not None:
+        raise ConfigurationError(
+            f"quantization_group_size is for quantization 'int4'; here it is {name!r}", field="quantization_group_size"
+        )
+    return None if name is None else {scheme.name: scheme for scheme in (INT8, INT8_W8A8)}[name]

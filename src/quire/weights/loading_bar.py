@@ -1,0 +1,33 @@
+"""A bar on standard error while a large model is loaded; nothing where nobody looks, or where it is over at once."""
+
+import sys
+import time
+from typing import Any, Self
+
+PATIENCE_S = 0.5
+
+
+class LoadingBar:
+    """`show(bytes done, bytes in all)` after each part. A context manager."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._is_watched = sys.stderr is not None and sys.stderr.isatty()
+        self._start_s = time.monotonic()
+
+    def show(self, done_bytes: int, total_bytes: int) -> None:
+        """The bar appears once loading has taken `PATIENCE_S`."""
+        if not self._is_watched or time.monotonic() - self._start_s < PATIENCE_S:
+            return
+        if self._bar is None:
+            from tqdm import tqdm  # type: ignore[import-untyped]
+
+            self._bar = tqdm(desc="Loading weights", total=total_bytes, unit="B", unit_scale=True, leave=False)
+        self._bar.update(done_bytes - self._bar.n)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
