@@ -19,7 +19,8 @@ FACTS = ModelFacts(
         ("gpu_memory_utilization", float("nan")), ("max_num_seqs", 0), ("max_num_seqs", None), ("max_model_len", 1.5),
         ("threads", 0), ("scheduling_policy", "lifo"), ("device", "tpu"), ("seed", -1), ("model", ""),
         ("tensor_parallel_size", 2), ("quantization", "awq"), ("quantization", "int4 "), ("quantization", True),
-        ("quantization_group_size", 48), ("quantization_group_size", True), ("quantization_group_size", "64"), ("enable_prefix_caching", 1), ("kv_cache_memory_bytes", -5),
+        ("quantization_group_size", 48), ("quantization_group_size", True), ("quantization_group_size", "64"),
+        ("enable_prefix_caching", 1), ("kv_cache_memory_bytes", -5),
     ],
 )  # fmt: skip
 def test_refusals_name_the_argument(name: str, value: Any) -> None:

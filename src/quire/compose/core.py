@@ -22,8 +22,8 @@ from quire.models.model import Model
 from quire.ops.select import select_ops
 from quire.ops.types import Ops
 from quire.outputs import Decision
-from quire.quant.scheme import bits_per_weight
 from quire.quant.select import select_scheme
+from quire.quant.types import bits_per_weight
 from quire.runner.memory import host_memory_bytes
 from quire.runner.model_runner import ModelRunner
 from quire.weights.load import load_model, read_spec

@@ -36,7 +36,7 @@ from quire.ops.types import (
     Rounding,
     StorageType,
 )
-from quire.quant.scheme import Scheme, rounded_bytes
+from quire.quant.types import Scheme, rounded_bytes
 
 Join = Callable[[Ops, Array, Array], Array]
 """`join(ops, x, residual)`: adds `x` to the residual in place and returns the input of the next part."""

@@ -6,7 +6,7 @@ together (docs/howto/quantize.md).
 """
 
 from quire.ops.types import Rounding
-from quire.quant.scheme import Scheme
+from quire.quant.types import Scheme
 
 DEFAULT_GROUP_SIZE = 64
 """32 has a tenth less error and an eighth more bytes, 128 a tenth more and a seventeenth fewer."""

@@ -6,7 +6,7 @@ of many is not where the time goes (docs/howto/quantize.md has the figures).
 """
 
 from quire.ops.types import Rounding
-from quire.quant.scheme import Scheme
+from quire.quant.types import Scheme
 
 INT8 = Scheme("int8", Rounding("int8", None), Rounding("int8", None))
 INT8_W8A8 = Scheme("int8_w8a8", Rounding("int8_w8a8", None), Rounding("int8", None))

@@ -3,7 +3,7 @@
 from quire.errors import ConfigurationError
 from quire.quant.int4 import DEFAULT_GROUP_SIZE, int4
 from quire.quant.int8 import INT8, INT8_W8A8
-from quire.quant.scheme import Scheme
+from quire.quant.types import Scheme
 
 
 def select_scheme(name: str | None, group_size: int | None) -> Scheme | None:

@@ -63,16 +63,17 @@ class Checkpoint:
         dtypes = {self._home[name].dtype(name) for name, _ in parameter.tensors}
         dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
         shapes = [shape[::-1] if parameter.transposed else shape for _, shape in parameter.tensors]
-        out = allocate((sum(shape[0] for shape in shapes), *shapes[0][1:]), dtype)
+        whole = shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        out = allocate(whole, dtype)
         first = 0
         for (name, _), shape in zip(parameter.tensors, shapes, strict=True):
-            file, rows = self._home[name], out[first : first + shape[0]]
+            file, rows = self._home[name], out if shape == whole else out[first : first + shape[0]]
             if parameter.transposed or file.dtype(name) != dtype:
                 tensor = file.read(name)
                 rows[...] = tensor.T if parameter.transposed else tensor
             else:
                 file.read_into(name, rows)
-            first += shape[0]
+            first += shape[0] if shape else 0
         return out
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
 from quire.models.weights_map import NameMap, Parameter, decoder_parameters
 from quire.ops.types import Ops, StorageType
-from quire.quant.scheme import Scheme
+from quire.quant.types import Scheme
 from quire.weights.checkpoint import Checkpoint, check_tensors
 from quire.weights.generation_config import GenerationDefaults, load_generation_defaults
 from quire.weights.json_file import read_json_object
