@@ -91,7 +91,7 @@ void require_four_bits(const Array<int8_t, 2>& values) {
 // The threads and the kernels of one provider.
 class Runtime {
 public:
-    Runtime(int threads, const std::string& isa) : pool_(threads) {
+    Runtime(int threads, const std::string& isa, const Affinity& affinity) : pool_(threads, affinity) {
         for (const IsaChoice& choice : instruction_sets()) {
             if (choice.kernels->name != isa) continue;
             require(choice.runs_here, choice.reason.c_str());
@@ -412,7 +412,7 @@ NB_MODULE(_native, module) {
     nb::class_<Cache>(module, "Cache").def_prop_ro("bytes", &Cache::bytes);
     const auto none = nb::arg().none();
     nb::class_<Runtime>(module, "Runtime")
-        .def(nb::init<int, const std::string&>())
+        .def(nb::init<int, const std::string&, const Affinity&>())
         .def_prop_ro("threads", &Runtime::threads)
         .def("pack", &Runtime::pack, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg(), nb::arg())
         .def("quantize", &Runtime::quantize)

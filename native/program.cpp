@@ -241,6 +241,7 @@ void Program::run(nb::handle token_ids_, nb::handle positions_, nb::handle query
         arena_.reset();
         arena_ = std::make_unique<Pages>(bytes, true);
     }
+    const ThreadPool::Hot hot(pool_);
     for (const Instruction& instruction : instructions_) instruction(frame);
 }
 

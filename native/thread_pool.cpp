@@ -1,7 +1,11 @@
 #include "thread_pool.h"
 
+#if defined(__linux__)
+#include <sched.h>
+#endif
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdlib>
 #include <new>
@@ -11,9 +15,10 @@ namespace quire {
 namespace {
 
 // A step of a model is hundreds of short jobs; waking a sleeping thread costs more than most of them. An idle
-// worker therefore looks for the next job about this long before it sleeps.
+// worker therefore looks for the next job about this long before it sleeps; within a program it does not sleep.
 constexpr auto kSpin = std::chrono::microseconds(80);
 constexpr int kLooksPerClock = 64;
+constexpr int kLooksBeforeYield = 4096;  // about as long: then whoever else wants the processor may have it
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -23,33 +28,106 @@ inline void pause_briefly() {
 #endif
 }
 
+#if defined(__linux__)
+std::vector<int> allowed_processors() {
+    cpu_set_t set;
+    std::vector<int> processors;
+    if (sched_getaffinity(0, sizeof(set), &set) != 0) return processors;
+    for (int processor = 0; processor < CPU_SETSIZE; ++processor) {
+        if (CPU_ISSET(processor, &set)) processors.push_back(processor);
+    }
+    return processors;
+}
+
+// Of the calling thread. A processor may have gone meanwhile: then it stays where the system puts it.
+void keep_to(const std::vector<int>& processors) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (const int processor : processors) {
+        if (processor >= 0 && processor < CPU_SETSIZE) CPU_SET(processor, &set);
+    }
+    if (CPU_COUNT(&set) > 0) (void)sched_setaffinity(0, sizeof(set), &set);
+}
+
+int current_processor() { return sched_getcpu(); }
+#else
+std::vector<int> allowed_processors() { return {}; }
+void keep_to(const std::vector<int>&) {}
+int current_processor() { return 0; }
+#endif
+
 inline uint32_t generation_of(uint64_t ticket) { return static_cast<uint32_t>(ticket >> 32); }
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads)
-    : threads_(threads < 1 ? 1 : threads), owner_process_(getpid()), buffers_(threads_ + 1) {
-    for (int worker = 1; worker < threads_; ++worker) workers_.emplace_back([this, worker] { serve(worker); });
+std::shared_ptr<Crew> Crew::of_this_process() {
+    static std::mutex mutex;
+    static std::weak_ptr<Crew> current;
+    std::lock_guard<std::mutex> lock(mutex);
+    std::shared_ptr<Crew> crew = current.lock();
+    if (crew == nullptr || crew->owner_process_ != getpid()) {  // the workers do not follow into a fork
+        crew = std::make_shared<Crew>();
+        current = crew;
+    }
+    return crew;
 }
 
-ThreadPool::~ThreadPool() {
+Crew::Crew() : owner_process_(getpid()), buffers_(2) {}
+
+Crew::~Crew() {
     if (getpid() != owner_process_) {
         // After a fork the workers do not exist here; joining them would wait for ever.
         for (auto& worker : workers_) worker.detach();
     } else {
-        {
-            std::lock_guard<std::mutex> lock(sleep_mutex_);
-            stop_.store(true);
-        }
-        wake_.notify_all();
+        stop_.store(true);
+        for (int worker = 1; worker <= static_cast<int>(workers_.size()); ++worker) wake(worker);
         for (auto& worker : workers_) worker.join();
     }
     for (auto& buffer : buffers_) std::free(buffer.data);
 }
 
-void ThreadPool::run(int64_t items, Work work, void* context) {
+void Crew::grow(int threads, const Affinity& affinity) {
+    if (static_cast<int>(buffers_.size()) < threads + 1) buffers_.resize(threads + 1);
+    if (affinity_.size() < affinity.size()) affinity_ = affinity;
+    for (int worker = static_cast<int>(workers_.size()) + 1; worker < threads; ++worker) {
+        std::vector<int> processors;
+        if (worker < static_cast<int>(affinity.size())) processors = affinity[worker];
+        sleepers_.push_back(std::make_unique<Sleeper>());
+        workers_.emplace_back([this, worker, processors] { serve(worker, processors); });
+    }
+}
+
+std::vector<int> Crew::place_for_caller(int threads) const {
+    const int here = affinity_.empty() ? 0 : current_processor();
+    for (size_t worker = 1; worker < affinity_.size() && static_cast<int>(worker) < threads; ++worker) {
+        const auto& processors = affinity_[worker];
+        if (std::find(processors.begin(), processors.end(), here) != processors.end()) return affinity_[0];
+    }
+    return {};
+}
+
+ThreadPool::Hot::Hot(ThreadPool& pool) : crew_(*pool.crew_) {
+    crew_.set_hot(pool.threads_);
+    const std::vector<int> place = crew_.place_for_caller(pool.threads_);
+    if (place.empty()) return;
+    came_from_ = allowed_processors();
+    keep_to(place);
+}
+
+ThreadPool::Hot::~Hot() {
+    crew_.set_hot(0);
+    if (!came_from_.empty()) keep_to(came_from_);
+}
+
+ThreadPool::ThreadPool(int threads, const Affinity& affinity)
+    : threads_(threads < 1 ? 1 : threads), crew_(Crew::of_this_process()) {
+    const auto lock = exclusive();
+    crew_->grow(threads_, affinity);
+}
+
+void Crew::run(int64_t items, Work work, void* context, int threads) {
     if (items <= 0) return;
-    if (items == 1 || threads_ == 1 || getpid() != owner_process_) {
+    if (items == 1 || threads == 1 || getpid() != owner_process_) {
         for (int64_t item = 0; item < items; ++item) work(context, item, 0);
         return;
     }
@@ -61,15 +139,13 @@ void ThreadPool::run(int64_t items, Work work, void* context) {
     work_.store(work, std::memory_order_release);
     context_.store(context, std::memory_order_release);
     items_.store(static_cast<uint32_t>(items), std::memory_order_release);
+    threads_.store(threads, std::memory_order_release);
     done_.store(0, std::memory_order_release);
     ticket_.store(static_cast<uint64_t>(generation) << 32);
-    if (sleepers_.load() > 0) {
-        std::lock_guard<std::mutex> lock(sleep_mutex_);
-        wake_.notify_all();
-    }
+    for (int worker = 1; worker < threads; ++worker) wake(worker);
     take_items(generation, 0);
     for (int looks = 0; done_.load(std::memory_order_acquire) < items; ++looks) {
-        if (looks < 4096) {
+        if (looks < kLooksBeforeYield) {
             pause_briefly();
         } else {
             std::this_thread::yield();
@@ -77,7 +153,20 @@ void ThreadPool::run(int64_t items, Work work, void* context) {
     }
 }
 
-void ThreadPool::take_items(uint32_t generation, int worker) {
+void Crew::wake(int worker) {
+    Sleeper& sleeper = *sleepers_[worker - 1];
+    if (!sleeper.asleep.load()) return;
+    std::lock_guard<std::mutex> lock(sleeper.mutex);
+    sleeper.wake.notify_one();
+}
+
+// A job for fewer threads calls nobody beyond them: `threads_` is written before the ticket.
+bool Crew::is_called(uint32_t seen, int worker) const {
+    return (generation_of(ticket_.load()) != seen && worker < threads_.load()) || stop_.load();
+}
+
+void Crew::take_items(uint32_t generation, int worker) {
+    if (worker >= threads_.load(std::memory_order_acquire)) return;
     const Work work = work_.load(std::memory_order_acquire);
     void* const context = context_.load(std::memory_order_acquire);
     const uint32_t items = items_.load(std::memory_order_acquire);
@@ -92,32 +181,39 @@ void ThreadPool::take_items(uint32_t generation, int worker) {
     }
 }
 
-void ThreadPool::wait_for_job(uint32_t seen) {
-    const auto until = std::chrono::steady_clock::now() + kSpin;
-    do {
-        for (int look = 0; look < kLooksPerClock; ++look) {
-            if (generation_of(ticket_.load(std::memory_order_acquire)) != seen || stop_.load()) return;
-            pause_briefly();
+void Crew::wait_for_job(uint32_t seen, int worker) {
+    auto until = std::chrono::steady_clock::now() + kSpin;
+    for (int looks = 1; !is_called(seen, worker); ++looks) {
+        pause_briefly();
+        if (looks % kLooksPerClock != 0) continue;
+        const auto now = std::chrono::steady_clock::now();
+        if (worker < hot_threads_.load(std::memory_order_acquire)) {
+            until = now + kSpin;
+            if (looks > kLooksBeforeYield) std::this_thread::yield();
+        } else if (now >= until) {
+            break;
         }
-    } while (std::chrono::steady_clock::now() < until);
-    std::unique_lock<std::mutex> lock(sleep_mutex_);
-    sleepers_.fetch_add(1);
-    wake_.wait(lock, [&] { return generation_of(ticket_.load()) != seen || stop_.load(); });
-    sleepers_.fetch_sub(1);
+    }
+    Sleeper& sleeper = *sleepers_[worker - 1];
+    std::unique_lock<std::mutex> lock(sleeper.mutex);
+    sleeper.asleep.store(true);
+    sleeper.wake.wait(lock, [&] { return is_called(seen, worker); });
+    sleeper.asleep.store(false);
 }
 
-void ThreadPool::serve(int worker) {
+void Crew::serve(int worker, const std::vector<int>& processors) {
+    keep_to(processors);
     uint32_t seen = 0;
     while (true) {
-        wait_for_job(seen);
+        wait_for_job(seen, worker);
         if (stop_.load()) return;
         seen = generation_of(ticket_.load(std::memory_order_acquire));
         take_items(seen, worker);
     }
 }
 
-void* ThreadPool::scratch(int worker, size_t bytes) {
-    Buffer& buffer = buffers_[worker];
+void* Crew::scratch(int index, size_t bytes) {
+    Buffer& buffer = buffers_[index];
     if (buffer.bytes < bytes) {
         std::free(buffer.data);
         buffer.bytes = (bytes + bytes / 2 + 63) / 64 * 64;

@@ -1,11 +1,15 @@
 // Threads of our own. One job at a time; its items are taken one by one from a shared counter, so a thread that
 // is late or descheduled costs at most the item it holds.
+//
+// A process has one crew of workers, however many pools: their jobs run one after another on the same threads, so two
+// engines never ask for more processors than one.
 #pragma once
 
 #include <atomic>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -14,27 +18,28 @@ namespace quire {
 
 // Computes one item. Must write only what belongs to that item: results may not depend on the thread.
 using Work = void (*)(void* context, int64_t item, int worker);
+// For each worker, the caller first, the processors that it keeps to.
+using Affinity = std::vector<std::vector<int>>;
 
-class ThreadPool {
+// The workers of this process. Whoever calls anything but `exclusive` holds that lock meanwhile.
+class Crew {
 public:
-    // `threads` includes the caller of `run`.
-    explicit ThreadPool(int threads);
-    ~ThreadPool();
-    ThreadPool(const ThreadPool&) = delete;
-    ThreadPool& operator=(const ThreadPool&) = delete;
+    // The one there is, or the first.
+    static std::shared_ptr<Crew> of_this_process();
+    Crew();
+    ~Crew();
+    Crew(const Crew&) = delete;
+    Crew& operator=(const Crew&) = delete;
 
-    int threads() const { return threads_; }
-
-    // One operation at a time: whoever calls `run` or asks for scratch memory holds this lock meanwhile.
     std::unique_lock<std::mutex> exclusive() { return std::unique_lock<std::mutex>(callers_); }
-
-    // Calls work(context, item, worker) once for each item in [0, items) and returns when all have returned.
-    void run(int64_t items, Work work, void* context);
-
-    // At least `bytes` of 64-byte aligned memory of the worker's own, valid until its next call.
-    void* scratch(int worker, size_t bytes);
-    // The same for the caller of `run`, shared by the items of one operation.
-    void* shared_scratch(size_t bytes) { return scratch(threads_, bytes); }
+    // To `threads`, the caller included; those that are there already stay where they are.
+    void grow(int threads, const Affinity& affinity);
+    void run(int64_t items, Work work, void* context, int threads);
+    void* scratch(int index, size_t bytes);  // 0 is shared, then one for each worker
+    // Workers below `threads` do not sleep between jobs.
+    void set_hot(int threads) { hot_threads_.store(threads, std::memory_order_release); }
+    // The processors for a caller that runs on a worker's; empty where it runs anywhere else.
+    std::vector<int> place_for_caller(int threads) const;
 
 private:
     struct Buffer {
@@ -42,11 +47,18 @@ private:
         size_t bytes = 0;
     };
 
-    void serve(int worker);
-    void take_items(uint32_t generation, int worker);
-    void wait_for_job(uint32_t seen);
+    void serve(int worker, const std::vector<int>& processors);
+    struct Sleeper {
+        std::atomic<bool> asleep{false};
+        std::mutex mutex;
+        std::condition_variable wake;
+    };
 
-    const int threads_;
+    bool is_called(uint32_t seen, int worker) const;
+    void wake(int worker);
+    void take_items(uint32_t generation, int worker);
+    void wait_for_job(uint32_t seen, int worker);
+
     const int owner_process_;
     std::mutex callers_;
     // The ticket holds the job's generation (high half) and its next item (low half) in one word: a worker that
@@ -54,14 +66,52 @@ private:
     alignas(64) std::atomic<uint64_t> ticket_{0};
     alignas(64) std::atomic<int64_t> done_{0};
     alignas(64) std::atomic<uint32_t> items_{0};
+    std::atomic<int> threads_{0};  // workers from here on leave the job alone
     std::atomic<Work> work_{nullptr};
     std::atomic<void*> context_{nullptr};
-    std::atomic<int> sleepers_{0};
+    std::atomic<int> hot_threads_{0};
     std::atomic<bool> stop_{false};
-    std::mutex sleep_mutex_;
-    std::condition_variable wake_;
+    std::vector<std::unique_ptr<Sleeper>> sleepers_;  // one for each worker
     std::vector<Buffer> buffers_;
+    Affinity affinity_;  // of those whose places are known
     std::vector<std::thread> workers_;
+};
+
+class ThreadPool {
+public:
+    // `threads` includes the caller of `run`.
+    explicit ThreadPool(int threads, const Affinity& affinity = {});
+
+    int threads() const { return threads_; }
+
+    // One operation at a time: whoever calls `run` or asks for scratch memory holds this lock meanwhile.
+    std::unique_lock<std::mutex> exclusive() { return crew_->exclusive(); }
+
+    // Calls work(context, item, worker) once for each item in [0, items) and returns when all have returned.
+    void run(int64_t items, Work work, void* context) { crew_->run(items, work, context, threads_); }
+
+    // At least `bytes` of 64-byte aligned memory of the worker's own, valid until its next call.
+    void* scratch(int worker, size_t bytes) { return crew_->scratch(worker + 1, bytes); }
+    // The same for the caller of `run`, shared by the items of one operation.
+    void* shared_scratch(size_t bytes) { return crew_->scratch(0, bytes); }
+
+    // While this lives one job follows another: the workers wait for the next one awake, and a caller that runs where a
+    // worker belongs is moved to its own processors.
+    class Hot {
+    public:
+        explicit Hot(ThreadPool& pool);
+        ~Hot();
+        Hot(const Hot&) = delete;
+        Hot& operator=(const Hot&) = delete;
+
+    private:
+        Crew& crew_;
+        std::vector<int> came_from_;  // where the caller may run; empty: it was not moved
+    };
+
+private:
+    const int threads_;
+    const std::shared_ptr<Crew> crew_;
 };
 
 }  // namespace quire

@@ -1,4 +1,7 @@
+import itertools
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,7 +11,14 @@ import pytest
 
 from quire.errors import ConfigurationError
 from quire.ops.cpu import CpuOps
-from quire.ops.select import available_cores, instruction_sets, select_instruction_set, select_ops
+from quire.ops.select import (
+    available_cores,
+    core_processors,
+    instruction_sets,
+    select_instruction_set,
+    select_ops,
+)
+from quire.ops.types import AttentionBatch, CacheShape
 from tests.ops.cases import normal
 
 
@@ -39,6 +49,69 @@ def test_threads_by_default_are_the_cores_of_this_process() -> None:
     count, reason = available_cores()
     assert 1 <= count <= (os.cpu_count() or 1)
     assert str(count) in reason
+
+
+def test_threads_keep_to_cores_only_where_they_have_all_of_them() -> None:
+    cores = core_processors()
+    assert sorted(itertools.chain(*cores)) == sorted(os.sched_getaffinity(0))
+    for threads in (len(cores), len(cores) + 1):
+        chosen = {item.name: item.value for item in select_ops("cpu", threads)[1]}["thread_affinity"]
+        assert chosen == ("cores" if threads == len(cores) > 1 else "none")
+
+
+def in_a_process_of_its_own(code: str) -> str:
+    """What it prints; pools of other tests would take part."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+TASKS = """
+import os, time
+import numpy as np
+from quire.ops.cpu import CpuOps
+def native_threads(): return len(os.listdir("/proc/self/task")) - before
+def multiply(ops):
+    x = np.ones((64, 64), np.float32)
+    return ops.linear(x, ops.pack_linear(np.ones((4096, 64), np.float32), None, "float32"))
+before = len(os.listdir("/proc/self/task"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_engines_of_a_process_share_threads_and_leave_none() -> None:
+    code = TASKS + "pools = [CpuOps(3, 'baseline'), CpuOps(2, 'baseline'), CpuOps(4, 'baseline')]\n"
+    code += "for pool in pools: assert (multiply(pool) == 64).all()\n"
+    code += "print(native_threads())\ndel pool, pools\nprint(native_threads())"
+    assert in_a_process_of_its_own(code).split() == ["3", "0"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_idle_threads_sleep() -> None:
+    code = TASKS + "pool = CpuOps(4, 'baseline')\nmultiply(pool)\ntime.sleep(0.1)\nstart = time.process_time()\n"
+    code += "time.sleep(0.5)\nprint(time.process_time() - start)"
+    assert float(in_a_process_of_its_own(code)) < 0.05
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_computes_without_the_workers_of_its_parent() -> None:
+    code = TASKS + "pool = CpuOps(3, 'baseline')\nmultiply(pool)\nchild = os.fork()\n"
+    code += "if child == 0: os._exit(0 if (multiply(pool) == 64).all() and (multiply(CpuOps(2, 'baseline')) == 64).all() else 1)\n"
+    code += "print(os.waitpid(child, 0)[1])"
+    assert in_a_process_of_its_own(code).strip() == "0"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs affinity")
+def test_a_caller_keeps_its_own_affinity() -> None:
+    before = os.sched_getaffinity(0)
+    cores = core_processors()
+    ops = CpuOps(2, instruction_sets()[0], [cores[0], cores[-1]])
+    table = ops.pack_linear(normal(np.random.default_rng(0), 8, 8), None, "float32")
+    step = ops.compile(lambda trace, token_ids, batch, cache: trace.embed(token_ids, table))
+    ids = np.zeros(1, np.int32)
+    batch = AttentionBatch(ids, np.array([0, 1], np.int32), ids, np.array([[0]], np.int32))
+    cache = ops.make_cache(CacheShape(1, 1, 16, 1, 8, "float32"))
+    for _ in range(50):
+        step(ids, batch, cache)
+    assert os.sched_getaffinity(0) == before
 
 
 def test_several_callers_and_several_pools() -> None:

@@ -1,6 +1,7 @@
 """The native module (`native/module.cpp`). Arrays are numpy's; every function raises ValueError on a wrong shape,
 type, layout or index before it computes anything."""
 
+from collections.abc import Sequence
 from typing import Any
 
 class PackedLinear:
@@ -66,7 +67,8 @@ class Program:
         """`out [tokens, width of the result]`."""
 
 class Runtime:
-    def __init__(self, threads: int, isa: str, /) -> None: ...
+    def __init__(self, threads: int, isa: str, affinity: Sequence[Sequence[int]], /) -> None:
+        """`affinity`: the processors that each thread keeps to, the caller first (which stays free); empty for none."""
     @property
     def threads(self) -> int: ...
     def pack(self, weight: Any, bias: Any | None, storage: str, gated: bool, /) -> PackedLinear:

@@ -6,6 +6,7 @@ weights are rounded to bfloat16 (`docs/design/amx.md`). The native side checks e
 ValueError; it never reads outside an array.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -40,11 +41,12 @@ _FLOAT32 = np.dtype(np.float32)
 
 
 class CpuOps(ComposedOps):
-    """`threads` includes the calling one. `isa` is one of `quire.ops.select.instruction_sets()`. A provider keeps
-    its own threads; operations on one provider run one after another, whoever calls."""
+    """`threads` includes the calling one. `isa` is one of `quire.ops.select.instruction_sets()`. `affinity` names the
+    processors of each thread (`quire.ops.select.core_processors`); empty leaves them to the system. All providers of a
+    process share its threads: their operations run one after another, whoever calls."""
 
-    def __init__(self, threads: int, isa: str) -> None:
-        self._native = _native.Runtime(threads, isa)
+    def __init__(self, threads: int, isa: str, affinity: Sequence[Sequence[int]] = ()) -> None:
+        self._native = _native.Runtime(threads, isa, affinity)
         self.name = f"cpu ({isa}, {threads} threads)"
 
     @cached_property

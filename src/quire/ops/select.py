@@ -38,10 +38,18 @@ def select_ops(device: str, threads: int | None) -> tuple[Ops, list[Decision]]:
     isa, isa_reason, passed_over = select_instruction_set(os.environ.get("QUIRE_ISA"))
     count, threads_reason = (threads, "as asked") if threads is not None else available_cores()
     device_reason = "as asked" if device == "cpu" else "auto: no NVIDIA GPU with quire[cuda] here"
-    return CpuOps(count, isa), [
+    cores = core_processors()
+    affinity = cores if count == len(cores) > 1 else []
+    affinity_reason = (
+        "one thread for each physical core"
+        if affinity
+        else f"{count} threads on {len(cores)} cores: the system places them"
+    )
+    return CpuOps(count, isa, affinity), [
         Decision("operations", "cpu", device_reason),
         Decision("instruction_set", isa, isa_reason, passed_over),
         Decision("threads", str(count), threads_reason),
+        Decision("thread_affinity", "cores" if affinity else "none", affinity_reason),
     ]
 
 
@@ -91,16 +99,24 @@ def select_instruction_set(forced: str | None) -> tuple[str, str, list[str]]:
 def available_cores() -> tuple[int, str]:
     """Physical cores among the processors that this process may use, no more than a cgroup's CPU quota pays for;
     at least 1. With where the number comes from."""
-    if hasattr(os, "sched_getaffinity"):
-        processors = os.sched_getaffinity(0)
-    else:
-        processors = set(range(os.cpu_count() or 1))
-    cores = {_core_of(processor) for processor in processors}
-    reason = f"{len(cores)} physical cores of {len(processors)} usable processors"
+    cores = core_processors()
+    reason = f"{len(cores)} physical cores of {sum(map(len, cores))} usable processors"
     quota = _cgroup_quota()
     if quota is not None and quota < len(cores):
         return max(1, math.floor(quota)), f"{reason}; the cgroup's quota is {quota:g} processors"
     return len(cores), reason
+
+
+def core_processors() -> list[list[int]]:
+    """The processors that this process may use, by physical core."""
+    if hasattr(os, "sched_getaffinity"):
+        processors = sorted(os.sched_getaffinity(0))
+    else:
+        processors = list(range(os.cpu_count() or 1))
+    cores: dict[str, list[int]] = {}
+    for processor in processors:
+        cores.setdefault(_core_of(processor), []).append(processor)
+    return list(cores.values())
 
 
 def _core_of(processor: int) -> str:
