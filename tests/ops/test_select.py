@@ -94,7 +94,8 @@ def test_idle_threads_sleep() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_fork_computes_without_the_workers_of_its_parent() -> None:
     code = TASKS + "pool = CpuOps(3, 'baseline')\nmultiply(pool)\nchild = os.fork()\n"
-    code += "if child == 0: os._exit(0 if (multiply(pool) == 64).all() and (multiply(CpuOps(2, 'baseline')) == 64).all() else 1)\n"
+    code += "if child == 0:\n    both = multiply(pool), multiply(CpuOps(2, 'baseline'))\n"
+    code += "    os._exit(0 if all((one == 64).all() for one in both) else 1)\n"
     code += "print(os.waitpid(child, 0)[1])"
     assert in_a_process_of_its_own(code).strip() == "0"
 
