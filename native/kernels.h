@@ -26,7 +26,7 @@ constexpr int64_t kTile = 16;   // positions in a tile of keys
 //   tiles   [ceil(out / 32)][ceil(in / 32)][2 tiles][16 pairs of inputs][16 outputs][2 inputs], bfloat16 only:
 //           a tile is 1 KB, the right-hand side of one instruction of the matrix unit
 //   integers  [ceil(out / 32)][groups of inputs] of [32 scales][quads of inputs][32 outputs][4 inputs, in the order 0 2 1 3],
-//           int8, or int4 with two quads in a byte, the first in its low half. A group of int8 is all inputs, padded to
+//           int8, or int4 (as value + 8) with two quads in a byte, the first in its low half. A group of int8 is all inputs, padded to
 //           a multiple of 64.
 enum class Layout { panels, tiles, integers };
 

@@ -69,7 +69,7 @@ struct FourBits {
     static constexpr int64_t kPairBytes = kIntegerBytes, kStep = kVectorBytes;
 
     static void load(const uint8_t* at, Shorts* w) {
-        const Shorts both = load_shorts(at);
+        const Shorts both = load_shorts(at) ^ static_cast<int16_t>(0x8888);
         w[0] = both << 12 >> 12;
         w[1] = both << 4 >> 12;
         w[2] = both << 8 >> 12;
@@ -255,9 +255,7 @@ void embed_row(void* context, int64_t item, int) {
         const float scale = reinterpret_cast<const float*>(group)[column];
         const int64_t input = i % table.group;
         const uint8_t byte = group[kScaleBytes + integer_byte(table.bits, input, column)];
-        // the half of a byte to its top, and back with its sign
-        const int8_t top = static_cast<int8_t>(table.bits == 8 || (input & 4) != 0 ? byte : byte << 4);
-        const int value = table.bits == 8 ? top : top >> 4;
+        const int value = table.bits == 8 ? static_cast<int8_t>(byte) : (byte >> (input & 4) & 15) - 8;
         args.y[item * table.in + i] = static_cast<float>(value) * scale * args.scale;
     }
 }
@@ -267,7 +265,11 @@ void embed_row(void* context, int64_t item, int) {
 void linear_int(const LinearArgs& args, ThreadPool& pool) {
     if (args.rows == 0) return;
 #if QUIRE_TILES
-    if (args.rows > (args.weight.bits == 8 ? 4 : 2) && args.weight.in > 0) return linear_int_tiles(args, pool);
+    // Tiles cost the same for one row and for sixteen: few rows are faster by vectors.
+    if (args.rows > (args.weight.bits == 8 ? 4 : kByteRows) && args.weight.in > 0) return linear_int_tiles(args, pool);
+#endif
+#if defined(__AVX512VNNI__)
+    if (args.weight.bits == 4 && args.rows <= kByteRows) return linear_int_bytes(args, pool);
 #endif
     Job job{};
     job.args = &args;

@@ -129,8 +129,24 @@ static inline int64_t divide_panels(int64_t panels, int64_t longest, int threads
     return runs;
 }
 
+#if defined(__AVX512F__)
+// 16 integers as bytes in the order of weights: of two digits 256 high + low the high ones, and the low ones `apart` on.
+static inline void store_digits(Ints q, int64_t digits, int8_t* to, int64_t apart) {
+    const __m128i order = _mm_set_epi8(15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
+    const Ints high = digits == 1 ? q : (q + 128) >> 8;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)high), order));
+    if (digits == 1) return;
+    const __m128i low = _mm512_cvtepi32_epi8((__m512i)(q - (high << 8)));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + apart), _mm_shuffle_epi8(low, order));
+}
+#endif
+
 void linear_int(const LinearArgs& args, ThreadPool& pool);
 void embed_int(const EmbedArgs& args, ThreadPool& pool);
+#if defined(__AVX512VNNI__)
+constexpr int64_t kByteRows = 6;  // the most that linear_int_bytes takes; 4-bit weights only
+void linear_int_bytes(const LinearArgs& args, ThreadPool& pool);
+#endif
 #if QUIRE_TILES
 void linear_int_tiles(const LinearArgs& args, ThreadPool& pool);
 #endif

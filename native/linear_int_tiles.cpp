@@ -16,6 +16,8 @@ constexpr int64_t kBlockSums = kTileSide * kTilePanel;    // of a block of rows 
 constexpr int64_t kRowBytes = kIntegerBytes;              // from one quad of weights to the next
 constexpr int64_t kAheadBytes = 16384;
 constexpr int64_t kPieceChunks = 18;   // their 8-bit weights, 36 KB, stay in the L1
+constexpr int64_t kWidenedChunks = 8;   // the same of 4-bit weights as they are widened: 16 KB
+constexpr int64_t kStreamedChunks = 4;  // and where they are used once
 constexpr int64_t kGroupBlocks = 32;   // blocks of rows whose inputs of one piece, 0.6 MB, stay in the L2
 constexpr int64_t kRunPanels = 8;      // panels whose sums are kept and written together
 constexpr int64_t kSerialItems = 32768;
@@ -42,29 +44,26 @@ struct Job {
     float* steps;      // [rows]
     int32_t* borders;  // [runs + 1]: the panels of each run
     int64_t digits;    // bytes of an input
+    bool stacked;      // two digits of at most 8 rows: one block, low digits in the rows below
     int64_t chunks, tile_rows, blocks;
     int64_t pieces, piece_chunks;
     int64_t group_blocks, groups;  // of rows
 
     int64_t block_bytes() const { return chunks * tile_rows * kChunk; }
+    int64_t digit_bytes() const { return stacked ? args->rows * kChunk : block_bytes(); }
     int64_t rows_of(int64_t block_count) const { return block_count / digits * kTileSide; }
     const uint8_t* panel(int64_t index) const {
         return static_cast<const uint8_t*>(args->weight.data) + index * args->weight.panel_bytes();
     }
 };
 
-// 16 integers as bytes in the order of weights
-inline void store_bytes(__m512i q, int8_t* to) {
-    const __m128i order = _mm_set_epi8(15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
-    _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(_mm512_cvtepi32_epi8(q), order));
-}
-
 // One block of rows, all its digits; rows and inputs that do not exist are zero.
 void round_block(void* context, int64_t item, int) {
     const Job& job = *static_cast<const Job*>(context);
     const LinearArgs& args = *job.args;
     int8_t* const to = job.x + item * job.digits * job.block_bytes();
-    for (int64_t r = 0; r < job.tile_rows; ++r) {
+    const int64_t rows = job.stacked ? args.rows : job.tile_rows;
+    for (int64_t r = 0; r < rows; ++r) {
         const int64_t row = item * kTileSide + r;
         const float* const x = args.x + (row < args.rows ? row * args.x_stride : 0);
         RoundedRow rounded{0.0f, 0.0f};
@@ -77,14 +76,7 @@ void round_block(void* context, int64_t item, int) {
             if (rounded.inverse != 0.0f && i < args.weight.in) {
                 q = round_to_ints(load_some(x + i, args.weight.in - i), rounded.inverse);
             }
-            int8_t* const at = to + (i / kChunk * job.tile_rows + r) * kChunk + i % kChunk;
-            if (job.digits == 1) {
-                store_bytes((__m512i)q, at);
-            } else {
-                const Ints high = (q + 128) >> 8;
-                store_bytes((__m512i)high, at);
-                store_bytes((__m512i)(q - (high << 8)), at + job.block_bytes());
-            }
+            store_digits(q, job.digits, to + (i / kChunk * job.tile_rows + r) * kChunk + i % kChunk, job.digit_bytes());
         }
     }
 }
@@ -177,9 +169,10 @@ struct EightBitTiles {
     static void scale(const Job& job, int64_t panel, int64_t row, const Sum* sums, float* y) {
         const float* const scales = reinterpret_cast<const float*>(job.panel(panel));
         const Sum* const at = sums + row / kTileSide * job.digits * kBlockSums + row % kTileSide * kTilePanel;
+        const int64_t low = job.stacked ? job.args->rows * kTilePanel : kBlockSums;
         for (int64_t i = 0; i < kTilePanel; i += kLanes) {
             const Ints first = load_ints(at + i);
-            const Floats sum = job.digits == 1 ? to_floats(first) : join(first, load_ints(at + kBlockSums + i), 8);
+            const Floats sum = job.digits == 1 ? to_floats(first) : join(first, load_ints(at + low + i), 8);
             store(y + i, fma(sum, load(scales + i), Floats{}));
         }
     }
@@ -193,8 +186,7 @@ void widen(const uint8_t* from, int64_t inputs, uint8_t* to, Fetch& fetch) {
     for (int64_t i = 0; i < inputs; i += 2 * kQuad, from += kRowBytes, to += 2 * kRowBytes) {
         fetch(kRowBytes);
         for (int64_t half = 0; half < kRowBytes; half += 64) {
-            // 8 more than their value, then 8 less: signs without shifts of bytes, which there are none of
-            const __m512i both = _mm512_xor_si512(_mm512_loadu_si512(from + half), _mm512_set1_epi8(-120));
+            const __m512i both = _mm512_loadu_si512(from + half);
             const __m512i first = _mm512_and_si512(both, low);
             const __m512i second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
             _mm512_store_si512(to + half, _mm512_sub_epi8(first, eight));
@@ -204,10 +196,12 @@ void widen(const uint8_t* from, int64_t inputs, uint8_t* to, Fetch& fetch) {
 }
 
 // y [Rows][32] += scaled sums of `groups` groups for up to Rows rows. `scales` are `scales_stride` bytes apart.
-template <int Digits, int Rows>
+template <int Digits, bool Stacked, int Rows>
 void multiply_groups(const Job& job, const int8_t* x, const uint8_t* widened, const uint8_t* scales,
                      int64_t scales_stride, int64_t groups, float* y) {
-    alignas(64) int32_t high[kTileSide * kTileSide], low[kTileSide * kTileSide];
+    constexpr bool kTwoTiles = Digits == 2 && !Stacked;
+    alignas(64) int32_t high[kTileSide * kTileSide], second[kTileSide * kTileSide];
+    const int32_t* const low = Stacked ? high + job.args->rows * kTileSide : second;
     const int64_t group = job.args->weight.group, depth = smaller(group, kChunk);
     const int64_t x_bytes = job.tile_rows * kChunk, block_bytes = job.block_bytes();
     for (int64_t half = 0; half < kTilePanel; half += kTileSide) {
@@ -217,19 +211,19 @@ void multiply_groups(const Job& job, const int8_t* x, const uint8_t* widened, co
         int64_t input = 0;
         for (int64_t g = 0; g < groups; ++g) {
             _tile_zero(0);
-            if (Digits == 2) _tile_zero(1);
+            if (kTwoTiles) _tile_zero(1);
             for (int64_t i = 0; i < group; i += depth, input += depth, weights += depth / kQuad * kRowBytes) {
                 const int8_t* const from = x + input / kChunk * x_bytes + input % kChunk;
                 _tile_loadd(6, weights, kRowBytes);
                 _tile_loadd(4, from, kChunk);
                 _tile_dpbssd(0, 4, 6);
-                if (Digits == 2) {
+                if (kTwoTiles) {
                     _tile_loadd(5, from + block_bytes, kChunk);
                     _tile_dpbssd(1, 5, 6);
                 }
             }
             _tile_stored(0, high, kTileSide * 4);
-            if (Digits == 2) _tile_stored(1, low, kTileSide * 4);
+            if (kTwoTiles) _tile_stored(1, second, kTileSide * 4);
             const __m512 scale = _mm512_load_ps(reinterpret_cast<const float*>(scales + g * scales_stride) + half);
             for (int r = 0; r < Rows; ++r) {
                 __m512i sum = _mm512_load_si512(high + r * kTileSide);
@@ -243,9 +237,10 @@ void multiply_groups(const Job& job, const int8_t* x, const uint8_t* widened, co
     }
 }
 
-template <int Digits>
-auto groups_of(int64_t rows) {
-    return rows <= 4 ? multiply_groups<Digits, 4> : rows <= 8 ? multiply_groups<Digits, 8> : multiply_groups<Digits, 16>;
+auto groups_of(const Job& job) {
+    if (job.stacked) return multiply_groups<2, true, 8>;
+    if (job.digits == 2) return multiply_groups<2, false, 16>;
+    return job.tile_rows <= 8 ? multiply_groups<1, false, 8> : multiply_groups<1, false, 16>;
 }
 
 struct FourBitTiles {
@@ -263,8 +258,8 @@ struct FourBitTiles {
             widen(groups + (group - first) * weight.group_bytes() + kScaleBytes, weight.group,
                   widened + (group - first) * weight.group * kTilePanel, fetch);
         }
-        const auto multiply = job.digits == 2 ? groups_of<2>(job.tile_rows) : groups_of<1>(job.tile_rows);
-        for (int64_t block = 0; block < blocks; block += job.digits) {
+        const auto multiply = groups_of(job);
+        for (int64_t block = 0; block < blocks; block += job.stacked ? 1 : job.digits) {
             Sum* const y = sums + block / job.digits * kBlockSums;
             if (chunk == 0) __builtin_memset(y, 0, kBlockSums * sizeof(Sum));
             multiply(job, x + block * job.block_bytes() + chunk * job.tile_rows * kChunk, widened, groups,
@@ -348,9 +343,12 @@ void linear_int_tiles(const LinearArgs& args, ThreadPool& pool) {
     job.pool = &pool;
     job.digits = weight.levels > 127 ? 2 : 1;
     job.chunks = (weight.groups() * weight.group + kChunk - 1) / kChunk;
-    job.tile_rows = smaller(args.rows, kTileSide);
-    job.blocks = row_blocks * job.digits;
-    job.pieces = larger(1, (job.chunks + kPieceChunks - 1) / kPieceChunks);
+    job.stacked = job.digits == 2 && args.rows <= kTileSide / 2;
+    job.tile_rows = job.stacked ? 2 * args.rows : smaller(args.rows, kTileSide);
+    job.blocks = job.stacked ? 1 : row_blocks * job.digits;
+    const bool streamed = job.blocks <= 2;
+    const int64_t longest = weight.bits == 8 ? kPieceChunks : streamed ? kStreamedChunks : kWidenedChunks;
+    job.pieces = larger(1, (job.chunks + longest - 1) / longest);
     // whole groups, so an even number: of 128 inputs
     job.piece_chunks = larger(2, ((job.chunks + job.pieces - 1) / job.pieces + 1) / 2 * 2);
     job.group_blocks = kGroupBlocks;
@@ -366,7 +364,6 @@ void linear_int_tiles(const LinearArgs& args, ThreadPool& pool) {
     } else {
         pool.run(row_blocks, round_block, &job);
     }
-    const bool streamed = job.blocks <= 2;
     const int64_t runs = divide_panels(panels, streamed ? panels : kRunPanels, pool.threads(), job.borders);
     if (streamed) {
         pool.run(runs, weight.bits == 8 ? stream_item<EightBitTiles> : stream_item<FourBitTiles>, &job);

@@ -83,7 +83,7 @@ void pack_integers(void* context, int64_t panel, int) {
             for (int64_t i = 0; i < inputs; ++i) {
                 uint8_t& byte = integers[integer_byte(bits, i, column)];
                 const uint8_t value = static_cast<uint8_t>(values[i]);
-                byte = bits == 8 ? value : static_cast<uint8_t>(byte | (value & 15) << (i & 4));
+                byte = bits == 8 ? value : static_cast<uint8_t>(byte | (value + 8) << (i & 4));
             }
         }
     }
