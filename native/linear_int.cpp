@@ -266,10 +266,10 @@ void linear_int(const LinearArgs& args, ThreadPool& pool) {
     if (args.rows == 0) return;
 #if QUIRE_TILES
     // Tiles cost the same for one row and for sixteen: few rows are faster by vectors.
-    if (args.rows > (args.weight.bits == 8 ? 4 : kByteRows) && args.weight.in > 0) return linear_int_tiles(args, pool);
+    if (args.rows > (args.weight.bits == 8 ? 4 : byte_rows(args.weight)) && args.weight.in > 0) return linear_int_tiles(args, pool);
 #endif
 #if defined(__AVX512VNNI__)
-    if (args.weight.bits == 4 && args.rows <= kByteRows) return linear_int_bytes(args, pool);
+    if (args.weight.bits == 4 && args.rows <= byte_rows(args.weight)) return linear_int_bytes(args, pool);
 #endif
     Job job{};
     job.args = &args;

@@ -144,7 +144,8 @@ static inline void store_digits(Ints q, int64_t digits, int8_t* to, int64_t apar
 void linear_int(const LinearArgs& args, ThreadPool& pool);
 void embed_int(const EmbedArgs& args, ThreadPool& pool);
 #if defined(__AVX512VNNI__)
-constexpr int64_t kByteRows = 6;  // the most that linear_int_bytes takes; 4-bit weights only
+// The most rows that linear_int_bytes, for 4-bit weights, takes: more sums do not fit into registers.
+static inline int64_t byte_rows(const Panels& weight) { return weight.levels > 127 ? 4 : 6; }
 void linear_int_bytes(const LinearArgs& args, ThreadPool& pool);
 #endif
 #if QUIRE_TILES

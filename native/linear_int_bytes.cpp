@@ -121,15 +121,14 @@ void work(void* context, int64_t item, int) {
     }
 }
 
-template <int Digits>
-Work work_of(int64_t rows) {
+Work work_of(int64_t rows, int64_t digits) {
     switch (rows) {
-        case 1: return work<1, Digits>;
-        case 2: return work<2, Digits>;
-        case 3: return work<3, Digits>;
-        case 4: return work<4, Digits>;
-        case 5: return work<5, Digits>;
-        default: return work<6, Digits>;
+        case 1: return digits == 2 ? work<1, 2> : work<1, 1>;
+        case 2: return digits == 2 ? work<2, 2> : work<2, 1>;
+        case 3: return digits == 2 ? work<3, 2> : work<3, 1>;
+        case 4: return digits == 2 ? work<4, 2> : work<4, 1>;
+        case 5: return work<5, 1>;
+        default: return work<6, 1>;
     }
 }
 
@@ -152,7 +151,7 @@ void linear_int_bytes(const LinearArgs& args, ThreadPool& pool) {
     job.borders = reinterpret_cast<int32_t*>(job.steps + args.rows);
     for (int64_t row = 0; row < args.rows; ++row) round_row(job, row);
     const int64_t runs = divide_panels(weight.panels(), weight.panels(), pool.threads(), job.borders);
-    pool.run(runs, job.digits == 2 ? work_of<2>(args.rows) : work_of<1>(args.rows), &job);
+    pool.run(runs, work_of(args.rows, job.digits), &job);
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -195,43 +195,81 @@ void widen(const uint8_t* from, int64_t inputs, uint8_t* to, Fetch& fetch) {
     }
 }
 
-// y [Rows][32] += scaled sums of `groups` groups for up to Rows rows. `scales` are `scales_stride` bytes apart.
+// Sums of the groups of one half of a panel, for up to Rows rows. Two sets of tiles take turns: while the sums of one
+// group leave the unit and are scaled, it computes those of the next.
 template <int Digits, bool Stacked, int Rows>
-void multiply_groups(const Job& job, const int8_t* x, const uint8_t* widened, const uint8_t* scales,
-                     int64_t scales_stride, int64_t groups, float* y) {
-    constexpr bool kTwoTiles = Digits == 2 && !Stacked;
-    alignas(64) int32_t high[kTileSide * kTileSide], second[kTileSide * kTileSide];
-    const int32_t* const low = Stacked ? high + job.args->rows * kTileSide : second;
-    const int64_t group = job.args->weight.group, depth = smaller(group, kChunk);
-    const int64_t x_bytes = job.tile_rows * kChunk, block_bytes = job.block_bytes();
-    for (int64_t half = 0; half < kTilePanel; half += kTileSide) {
-        __m512 sums[Rows];
-        for (int r = 0; r < Rows; ++r) sums[r] = _mm512_load_ps(y + r * kTilePanel + half);
-        const uint8_t* weights = widened + half * kQuad;
-        int64_t input = 0;
-        for (int64_t g = 0; g < groups; ++g) {
+struct GroupSums {
+    static constexpr bool kTwoTiles = Digits == 2 && !Stacked;
+
+    const Job& job;
+    const int8_t* x;
+    const uint8_t* weights;  // widened
+    const uint8_t* scales;   // of the first group
+    int32_t* high;  // [16][16]: what leaves the unit
+    int32_t* low;
+
+    template <bool Odd>
+    __attribute__((always_inline)) void multiply(int64_t group) {
+        const int64_t inputs = job.args->weight.group, depth = smaller(inputs, kChunk);
+        if (Odd) {
+            _tile_zero(2);
+            if (kTwoTiles) _tile_zero(3);
+        } else {
             _tile_zero(0);
             if (kTwoTiles) _tile_zero(1);
-            for (int64_t i = 0; i < group; i += depth, input += depth, weights += depth / kQuad * kRowBytes) {
-                const int8_t* const from = x + input / kChunk * x_bytes + input % kChunk;
-                _tile_loadd(6, weights, kRowBytes);
-                _tile_loadd(4, from, kChunk);
+        }
+        for (int64_t input = group * inputs; input < (group + 1) * inputs; input += depth) {
+            const int8_t* const from = x + input / kChunk * job.tile_rows * kChunk + input % kChunk;
+            _tile_loadd(6, weights + input / kQuad * kRowBytes, kRowBytes);
+            _tile_loadd(4, from, kChunk);
+            if (kTwoTiles) _tile_loadd(5, from + job.block_bytes(), kChunk);
+            if (Odd) {
+                _tile_dpbssd(2, 4, 6);
+                if (kTwoTiles) _tile_dpbssd(3, 5, 6);
+            } else {
                 _tile_dpbssd(0, 4, 6);
-                if (kTwoTiles) {
-                    _tile_loadd(5, from + block_bytes, kChunk);
-                    _tile_dpbssd(1, 5, 6);
-                }
+                if (kTwoTiles) _tile_dpbssd(1, 5, 6);
             }
+        }
+    }
+
+    // (`sums` is no member: what the unit may write to in memory would not stay in registers)
+    template <bool Odd>
+    __attribute__((always_inline)) void scale(int64_t group, __m512* sums) {
+        if (Odd) {
+            _tile_stored(2, high, kTileSide * 4);
+            if (kTwoTiles) _tile_stored(3, low, kTileSide * 4);
+        } else {
             _tile_stored(0, high, kTileSide * 4);
-            if (kTwoTiles) _tile_stored(1, second, kTileSide * 4);
-            const __m512 scale = _mm512_load_ps(reinterpret_cast<const float*>(scales + g * scales_stride) + half);
-            for (int r = 0; r < Rows; ++r) {
-                __m512i sum = _mm512_load_si512(high + r * kTileSide);
-                if (Digits == 2) {
-                    sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), _mm512_load_si512(low + r * kTileSide));
-                }
-                sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, sums[r]);
+            if (kTwoTiles) _tile_stored(1, low, kTileSide * 4);
+        }
+        const int32_t* const second = Stacked ? high + job.args->rows * kTileSide : low;
+        const __m512 factor = _mm512_load_ps(scales + group * job.args->weight.group_bytes());
+        for (int r = 0; r < Rows; ++r) {
+            __m512i sum = _mm512_load_si512(high + r * kTileSide);
+            if (Digits == 2) {
+                sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), _mm512_load_si512(second + r * kTileSide));
             }
+            sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, sums[r]);
+        }
+    }
+};
+
+// y [Rows][32] += scaled sums of `groups` groups.
+template <int Digits, bool Stacked, int Rows>
+void multiply_groups(const Job& job, const int8_t* x, const uint8_t* widened, const uint8_t* scales, int64_t groups,
+                     float* y) {
+    alignas(64) int32_t high[kTileSide * kTileSide], low[kTileSide * kTileSide];
+    for (int64_t half = 0; half < kTilePanel; half += kTileSide) {
+        GroupSums<Digits, Stacked, Rows> state{job, x, widened + half * kQuad, scales + half * 4, high, low};
+        __m512 sums[Rows];
+        for (int r = 0; r < Rows; ++r) sums[r] = _mm512_load_ps(y + r * kTilePanel + half);
+        state.template multiply<false>(0);
+        for (int64_t group = 0; group < groups; group += 2) {
+            if (group + 1 < groups) state.template multiply<true>(group + 1);
+            state.template scale<false>(group, sums);
+            if (group + 2 < groups) state.template multiply<false>(group + 2);
+            if (group + 1 < groups) state.template scale<true>(group + 1, sums);
         }
         for (int r = 0; r < Rows; ++r) _mm512_store_ps(y + r * kTilePanel + half, sums[r]);
     }
@@ -263,7 +301,7 @@ struct FourBitTiles {
             Sum* const y = sums + block / job.digits * kBlockSums;
             if (chunk == 0) __builtin_memset(y, 0, kBlockSums * sizeof(Sum));
             multiply(job, x + block * job.block_bytes() + chunk * job.tile_rows * kChunk, widened, groups,
-                     weight.group_bytes(), last - first, y);
+                     last - first, y);
         }
     }
 
