@@ -38,11 +38,11 @@ class Running:
             raise TimeoutError("the server did not stop")
 
 
-def start(engine: Any, *, drain_s: float = 5.0, **options: Any) -> Running:
+def start(engine: Any, *, drain_s: float = 5.0, header_s: float = 30.0, **options: Any) -> Running:
     app = create_app(engine, served_model_name=MODEL, model_names=["directory-name"], **options)
     listener = bind("127.0.0.1", 0)
     ready = threading.Event()
-    server = GracefulServer(app, drain_s=drain_s, on_ready=ready.set)
+    server = GracefulServer(app, drain_s=drain_s, header_s=header_s, on_ready=ready.set)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
     if not ready.wait(10):

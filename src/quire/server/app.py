@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from quire.errors import ConfigurationError
 from quire.server import errors
 from quire.server.body import Bodies
+from quire.server.connections import OneFraming
 from quire.server.context import Gate, ServerContext
 from quire.server.keys import KeyRequired
 from quire.server.limits import REQUESTS_IN_FLIGHT, Limits
@@ -73,4 +74,5 @@ def create_app(
         app.include_router(module.router)
     if api_keys:
         app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=health.OPEN_PATHS)
+    app.add_middleware(OneFraming)
     return app

@@ -7,11 +7,14 @@
 """
 
 import logging
+import traceback
 from collections.abc import Mapping
+from pathlib import PurePath
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.errors import (
     EngineDeadError,
@@ -25,6 +28,8 @@ from quire.errors import (
 logger = logging.getLogger("quire.server")
 
 MAX_TEXT = 1000
+FRAMES = 6
+"""Calls shown of an unexpected error."""
 _ROUTING_CODES = {404: "unknown_route", 405: "method_not_allowed"}
 
 
@@ -81,8 +86,14 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, EngineDeadError):
         logger.error("the engine is dead: %s", _one_line(error))
         return ApiError(500, "the engine has stopped", code="engine_dead")
-    logger.error("unexpected %s: %s", type(error).__name__, _one_line(error), exc_info=error)
+    logger.error("unexpected %s at %s", type(error).__name__, _where(error))
     return ApiError(500, "the server failed to answer this request", code="internal_error")
+
+
+def _where(error: BaseException) -> str:
+    """The innermost calls, without the error's own text: it may quote a request, and logs hold none."""
+    frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
+    return " < ".join(f"{PurePath(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
 
 
 def _one_line(error: BaseException) -> str:
@@ -113,5 +124,29 @@ def install(app: FastAPI) -> None:
     """Give every exception its answer."""
     app.add_exception_handler(ClientGoneError, _answer_client_gone)
     app.add_exception_handler(HTTPException, _answer_routing)
-    for kind in (ApiError, InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError, Exception):
+    for kind in (ApiError, InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError):
         app.add_exception_handler(kind, _answer_error)
+    app.add_middleware(_Contained)
+
+
+class _Contained:
+    """Answers what no handler knows. Nothing goes on to the HTTP server, whose log would quote it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on; an answer that has begun is cut off."""
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:  # noqa: BLE001 -- the last word on any error of a request
+            refusal = as_api_error(error)
+            if not begun:
+                await refusal.response()(scope, receive, send)

@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from quire.errors import ConfigurationError
 from quire.server import limits
+from quire.server.connections import patient_protocol
 from quire.server.context import ServerContext
 
 FLUSH_SECONDS = 3
@@ -44,12 +45,17 @@ class GracefulServer(uvicorn.Server):
     """uvicorn that drains before it closes its sockets, and that does not die of the signal it handled."""
 
     def __init__(
-        self, app: FastAPI, *, drain_s: float = limits.DRAIN_SECONDS, on_ready: Callable[[], None] | None = None
+        self,
+        app: FastAPI,
+        *,
+        drain_s: float = limits.DRAIN_SECONDS,
+        header_s: float = limits.HEADER_SECONDS,
+        on_ready: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=patient_protocol(header_s),
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
