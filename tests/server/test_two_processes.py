@@ -1,0 +1,172 @@
+"""`quire serve` as it runs: an HTTP side and a core, each of which is killed, and the signals of a service manager."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.server.conftest import wait_until
+
+BODY = {"prompt": "Hello", "max_tokens": 400, "ignore_eos": True, "temperature": 1.0, "logprobs": 2, "stream": True}
+
+
+@dataclass
+class Served:
+    """A server in processes of its own."""
+
+    process: "subprocess.Popen[str]"
+    url: str
+
+    @property
+    def core_pid(self) -> int | None:
+        """The child that computes."""
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        children = [int(word) for path in tasks for word in path.read_text().split()]
+        return children[0] if children else None
+
+    def status(self, path: str) -> int:
+        return httpx.get(self.url + path, timeout=5).status_code
+
+    def stream(self, **changes: Any) -> Iterator[dict[str, Any]]:
+        """Events, without their ids and times; `[DONE]` is an empty one."""
+        with httpx.stream("POST", f"{self.url}/v1/completions", json={**BODY, **changes}, timeout=30) as response:
+            if response.status_code != 200:
+                yield {"status": response.status_code, **json.loads(response.read())}
+                return
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line[6:])
+                    yield {name: event[name] for name in ("choices", "usage", "error") if name in event}
+                elif line == "data: [DONE]":
+                    yield {}
+
+    def kill(self, how: int = signal.SIGKILL) -> None:
+        self.process.send_signal(how)
+
+
+@pytest.fixture
+def serve(tiny_model: Path) -> Iterator[Any]:
+    started: list[Served] = []
+
+    def start(*flags: str) -> Served:
+        command = [sys.executable, "-m", "quire", "serve", str(tiny_model), "--port", "0", "-q", *flags]
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2] / "src"), os.environ.get("PYTHONPATH")]))
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+        assert process.stderr is not None
+        line = process.stderr.readline()
+        assert "ready on " in line, line + process.stderr.read()
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        started.append(Served(process, line.split("ready on ")[1].strip().removesuffix("/v1")))
+        return started[-1]
+
+    yield start
+    for served in started:
+        core = served.core_pid if served.process.poll() is None else None
+        served.process.kill()
+        served.process.wait(10)
+        assert core is None or wait_until(lambda pid=core: not _is_alive(pid))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def _collect(served: Served, into: list[Any], **changes: Any) -> threading.Thread:
+    def read() -> None:
+        with suppress(httpx.TransportError):  # where the server is killed
+            into.extend(served.stream(**changes))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_killed_core_is_not_seen_on_open_streams(serve: Any) -> None:
+    served = serve()
+    whole = [list(served.stream(seed=seed)) for seed in range(4)]
+    assert all(events[-1] == {} and len(_text(events)[1]) == 400 for events in whole)
+    found: list[list[Any]] = [[] for _ in range(4)]
+    threads = [_collect(served, found[seed], seed=seed) for seed in range(4)]
+    assert wait_until(lambda: all(len(events) > 20 for events in found))
+    core = served.core_pid
+    os.kill(core, signal.SIGKILL)
+    assert wait_until(lambda: served.status("/readyz") == 503, 2.0)
+    assert served.status("/livez") == 200
+    assert wait_until(lambda: served.status("/readyz") == 200, 5.0)
+    for thread in threads:
+        thread.join(20)
+    assert [_text(events) for events in found] == [_text(events) for events in whole]
+    assert served.core_pid != core
+
+
+def _text(events: list[Any]) -> Any:
+    """What is said, however it was cut into events."""
+    choices = [event["choices"][0] for event in events if event.get("choices")]
+    logprobs = [item for choice in choices for item in choice["logprobs"]["token_logprobs"]]
+    return "".join(choice["text"] for choice in choices), logprobs, events[-1]
+
+
+def test_sigterm_lets_running_requests_finish(serve: Any) -> None:
+    served = serve()
+    found: list[Any] = []
+    thread = _collect(served, found, max_tokens=400)
+    assert wait_until(lambda: len(found) > 5)
+    served.kill(signal.SIGTERM)
+    assert wait_until(lambda: served.status("/readyz") == 503, 2.0)
+    refused = next(served.stream())
+    assert refused["status"] == 503
+    thread.join(20)
+    assert found[-1] == {} and found[-2]["choices"][0]["finish_reason"] == "length"
+    assert served.process.wait(10) == 0
+
+
+def test_sigterm_ends_the_rest_with_an_error(serve: Any) -> None:
+    served = serve("--shutdown-timeout", "0.1")
+    found: list[Any] = []
+    thread = _collect(served, found, max_tokens=480, n=8)
+    assert wait_until(lambda: len(found) > 5)
+    core = served.core_pid
+    served.kill(signal.SIGTERM)
+    assert served.process.wait(10) == 0
+    thread.join(20)
+    assert found[-1]["error"]["type"] == "server_error"
+    assert not _is_alive(core)
+
+
+def test_killing_the_http_side_leaves_no_process(serve: Any) -> None:
+    served = serve()
+    found: list[Any] = []
+    _collect(served, found, max_tokens=400)
+    assert wait_until(lambda: len(found) > 5)
+    core = served.core_pid
+    assert core is not None and _is_alive(core)
+    served.kill()
+    served.process.wait(10)
+    assert wait_until(lambda: not _is_alive(core), 2.0)
+
+
+def test_signals_of_a_terminal_leave_the_core_to_the_http_side(serve: Any) -> None:
+    served = serve()
+    for how in (signal.SIGINT, signal.SIGTERM):
+        os.kill(served.core_pid, how)
+    time.sleep(0.2)
+    assert served.status("/readyz") == 200 and list(served.stream(max_tokens=5))[-1] == {}
+
+
+def test_one_process_when_asked(serve: Any) -> None:
+    served = serve("--no-core-process")
+    assert served.core_pid is None and list(served.stream(max_tokens=5))[-1] == {}
