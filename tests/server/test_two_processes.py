@@ -60,7 +60,7 @@ def serve(tiny_model: Path) -> Iterator[Any]:
     started: list[Served] = []
 
     def start(*flags: str) -> Served:
-        command = [sys.executable, "-m", "quire", "serve", str(tiny_model), "--port", "0", "-q", *flags]
+        command = [sys.executable, "-m", "quire", "serve", str(tiny_model), "--port", "0", "--quiet", *flags]
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2] / "src"), os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
         assert process.stderr is not None
