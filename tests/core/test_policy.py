@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from quire.core.fair_shares import FairShares
 from quire.core.policy import Fcfs, Policy, Priority, WaitingQueue, make_policy
 from quire.core.request import Request, RequestStatus
 from quire.errors import ConfigurationError
@@ -18,7 +19,7 @@ def request(arrival_index: int, priority: int = 0) -> Request:
 @pytest.mark.parametrize("policy", [Fcfs(), Priority()])
 def test_the_queue_agrees_with_a_sorted_list(policy: Policy) -> None:
     dice = random.Random(3)
-    queue, oracle = WaitingQueue(policy), []
+    queue, oracle = WaitingQueue(policy, FairShares()), []
     for arrival_index in range(400):
         draw = dice.random()
         if draw < 0.5 or not oracle:
@@ -28,12 +29,12 @@ def test_the_queue_agrees_with_a_sorted_list(policy: Policy) -> None:
         elif draw < 0.75:
             gone = oracle.pop(dice.randrange(len(oracle)))
             gone.status = RequestStatus.FINISHED
-            queue.discard()
+            queue.discard(gone)
         else:
             oracle.sort(key=policy.order)
             head = queue.head()
             assert head is oracle[0]
-            assert queue.pop() is head
+            queue.pop(head)
             head.status = RequestStatus.RUNNING
             del oracle[0]
         assert len(queue) == len(oracle)

@@ -1,15 +1,17 @@
 """Who comes first.
 
-A policy is one total order of requests. The waiting queue is served in it, steps give their budget in it,
-and the victim of a preemption is the last of it. Ties are broken by arrival, which a request keeps for
-life: preempted, it goes back to the place that it had.
+A policy is one total order of requests. Steps give their budget in it, the victim of a preemption is the last of
+it, and the requests of one caller are admitted in it; between callers the queue shares fairly. Ties are broken by
+arrival, which a request keeps for life: preempted, it goes back to the place that it had.
 """
 
 import heapq
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from types import MappingProxyType
 from typing import Protocol
 
+from quire.core.fair_shares import FairShares
 from quire.core.request import Request, RequestStatus
 from quire.errors import ConfigurationError, unknown_name_message
 
@@ -50,44 +52,83 @@ def make_policy(name: str) -> Policy:
     return POLICIES[name]()
 
 
-class WaitingQueue:
-    """A heap of waiting requests: O(log n) in and out.
+class _Lane:
+    """The waiting requests of one caller: a heap, O(log n) in and out.
 
     A request that was aborted stays in the heap as a dead entry until it comes up, or until more than
     half of the heap is dead: then all dead ones are swept out.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self) -> None:
+        self.heap: list[tuple[Order, Request]] = []
+        self.num_dead = 0
+
+    def head(self) -> tuple[Order, Request] | None:
+        """The first that waits."""
+        while self.heap and self.heap[0][1].status is not RequestStatus.WAITING:
+            heapq.heappop(self.heap)
+            self.num_dead -= 1
+        return self.heap[0] if self.heap else None
+
+    def discard(self) -> None:
+        """One has just stopped waiting."""
+        self.num_dead += 1
+        if self.num_dead > len(self.heap) // 2:
+            self.heap = [entry for entry in self.heap if entry[1].status is RequestStatus.WAITING]
+            heapq.heapify(self.heap)
+            self.num_dead = 0
+
+
+class WaitingQueue:
+    """Waiting requests, a lane for each caller. Between callers whose first requests are of one rank (priority),
+    the one that was given least comes first; within a lane, the policy's order holds."""
+
+    def __init__(self, policy: Policy, shares: FairShares) -> None:
         self._policy = policy
-        self._heap: list[tuple[Order, Request]] = []
-        self._num_dead = 0
+        self._shares = shares
+        self._lanes: dict[str, _Lane] = {}
 
     def __len__(self) -> int:
-        return len(self._heap) - self._num_dead
+        return sum(len(lane.heap) - lane.num_dead for lane in self._lanes.values())
 
     def __iter__(self) -> Iterator[Request]:
         """All that wait, in no order."""
-        return (request for _, request in self._heap if request.status is RequestStatus.WAITING)
+        entries = chain.from_iterable(lane.heap for lane in self._lanes.values())
+        return (request for _, request in entries if request.status is RequestStatus.WAITING)
+
+    def arrive(self, request: Request) -> None:
+        """A request comes for the first time: its caller's claim is settled, and it takes its place."""
+        self._shares.arrive(request.new.caller, self._lanes)
+        self.push(request)
 
     def push(self, request: Request) -> None:
         """Put a request in its place."""
-        heapq.heappush(self._heap, (self._policy.order(request), request))
+        lane = self._lanes.setdefault(request.new.caller, _Lane())
+        heapq.heappush(lane.heap, (self._policy.order(request), request))
 
     def head(self) -> Request | None:
         """The first that waits, or None."""
-        while self._heap and self._heap[0][1].status is not RequestStatus.WAITING:
-            heapq.heappop(self._heap)
-            self._num_dead -= 1
-        return self._heap[0][1] if self._heap else None
+        best: tuple[tuple[int, int, Order], Request] | None = None
+        for caller in list(self._lanes):
+            entry = self._lanes[caller].head()
+            if entry is None:
+                del self._lanes[caller]
+                continue
+            place = entry[0][0], self._shares[caller], entry[0]
+            if best is None or place < best[0]:
+                best = place, entry[1]
+        return None if best is None else best[1]
 
-    def pop(self) -> Request:
-        """Remove the head. The queue must not be empty, and its head must have been looked at."""
-        return heapq.heappop(self._heap)[1]
+    def pop(self, head: Request) -> None:
+        """Remove what `head` has just given."""
+        lane = self._lanes[head.new.caller]
+        heapq.heappop(lane.heap)
+        if not lane.heap:
+            del self._lanes[head.new.caller]
 
-    def discard(self) -> None:
+    def discard(self, request: Request) -> None:
         """A request in the queue has just stopped waiting (its status says so)."""
-        self._num_dead += 1
-        if self._num_dead > len(self._heap) // 2:
-            self._heap = [entry for entry in self._heap if entry[1].status is RequestStatus.WAITING]
-            heapq.heapify(self._heap)
-            self._num_dead = 0
+        lane = self._lanes[request.new.caller]
+        lane.discard()
+        if not lane.heap:
+            del self._lanes[request.new.caller]

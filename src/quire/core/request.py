@@ -68,6 +68,10 @@ class NewRequest:
     cache_salt: str = ""
     arrival_s: float = 0.0
     given: Given = NOTHING_GIVEN
+    caller: str = ""
+    """Who asks, a name without meaning: callers share the engine fairly."""
+    caller_weight: int = 1
+    """The caller's share against that of others."""
 
 
 class RequestStatus(Enum):

@@ -5,7 +5,8 @@ prefix hit and the way back after preemption are all that one case. A step
 
 1. gives each running request, in policy order, the tokens it lacks as far as the budget lasts, and the
    blocks they need; where none is left, the last running request gives up its own (`_advance_running`);
-2. admits waiting requests, in policy order, while budget, rows and blocks last (`_admit_waiting`).
+2. admits waiting requests while budget, rows and blocks last (`_admit_waiting`): those of one caller in policy
+   order, callers among each other by fair shares.
 
 **Admission.** A request enters when all tokens it knows, less what the prefix cache holds, fit the free
 blocks with one block to spare for each request already running; it takes all these blocks at once. So an
@@ -19,6 +20,7 @@ the queue is never overtaken, and nobody is admitted in a step that preempted.
 - It is never preempted while it is first, so it ends, and then the next is first.
 - When nothing runs, all rows and blocks are free, so the head of the queue is admitted.
 - With a finite number of requests ordered before it, each request becomes first.
+- A caller that waits is charged nothing while the others are: so it becomes the one that was given least.
 """
 
 from bisect import bisect_left, insort
@@ -26,6 +28,7 @@ from dataclasses import dataclass, fields
 from itertools import pairwise
 
 from quire.core.block_pool import BlockPool
+from quire.core.fair_shares import MAX_WEIGHT, FairShares
 from quire.core.invariants import require
 from quire.core.outcome import ending_of, final_delta, unsent_prompt_logprobs
 from quire.core.plan import (
@@ -82,7 +85,8 @@ class Scheduler:
         self._prefix_cache = prefix_cache
         self._pool = BlockPool(limits.num_blocks, limits.block_size)
         self._requests: dict[str, Request] = {}
-        self._waiting = WaitingQueue(policy)
+        self._shares = FairShares()
+        self._waiting = WaitingQueue(policy, self._shares)
         self._running: list[Request] = []
         """In policy order, always."""
         self._free_rows = list(reversed(range(limits.max_num_seqs)))
@@ -129,10 +133,12 @@ class Scheduler:
                 f"the prompt has {num_prompt_tokens} tokens; max_model_len {self.limits.max_model_len} "
                 "must leave room for one more"
             )
+        if not 1 <= new.caller_weight <= MAX_WEIGHT:
+            raise InvalidRequestError(f"a caller's weight is between 1 and {MAX_WEIGHT}, got {new.caller_weight}")
         request = Request.of(new, self._num_arrived, self.limits.max_model_len)
         self._num_arrived += 1
         self._requests[new.request_id] = request
-        self._waiting.push(request)
+        self._waiting.arrive(request)
 
     def abort(self, request_id: str) -> list[TokenDelta]:
         """End a request now. Returns its final delta; nothing when it is unknown or has ended already."""
@@ -247,12 +253,13 @@ class Scheduler:
         reserve = len(self._running)
         if lacking + self._pool.num_unheld(match.block_ids) + reserve > self._pool.num_free:
             return False
-        self._waiting.pop()
+        self._waiting.pop(request)
         self._pool.share(match.block_ids)
         request.block_ids = match.block_ids + self._pool.take(lacking)
         request.num_computed = num_hits
         if request.num_preemptions == 0 and not request.new.given.output_token_ids:
             request.num_cached = num_hits
+            self._shares.charge_prompt(request.new, len(request.token_ids) - num_hits)
         request.status = RequestStatus.RUNNING
         request.row = self._free_rows.pop()
         insort(self._running, request, key=self._policy.order)
@@ -291,6 +298,8 @@ class Scheduler:
             return final_delta(request, "error", error)
         if prompt_logprobs:
             prompt_logprobs = unsent_prompt_logprobs(request, start, prompt_logprobs)
+        if token_ids:
+            self._shares.charge_output(request.new, len(token_ids))
         finish_reason = stop_reason = None
         for num_kept, token_id in enumerate(token_ids, 1):
             request.token_ids.append(token_id)
@@ -325,7 +334,7 @@ class Scheduler:
             request.status = RequestStatus.FINISHED
         else:
             request.status = RequestStatus.FINISHED
-            self._waiting.discard()
+            self._waiting.discard(request)
         del self._requests[request.new.request_id]
 
     def _vacate(self, request: Request) -> None:

@@ -1,0 +1,151 @@
+"""Fair sharing between callers: bounded differences of service, weights, no saved claims, nobody starved."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from quire.core import fair_shares
+from quire.core.fair_shares import OUTPUT_TOKEN_COST, FairShares
+from quire.core.request import NewRequest
+from quire.errors import InvalidRequestError
+from tests.core.harness import Harness, alone, new_request
+
+
+class Fair(Harness):
+    """A harness whose callers are in the names of requests (`caller.number`), and who counts what each was given."""
+
+    def __init__(self, **limits: object) -> None:
+        super().__init__(**limits)  # type: ignore[arg-type]
+        self.service: Counter[str] = Counter()
+        self.first_step: dict[str, int] = {}
+
+    def ask(self, name: str, num_prompt: int, max_tokens: int, *, weight: int = 1, priority: int = 0) -> NewRequest:
+        prompt = [random.Random(name).randrange(13) for _ in range(num_prompt)]
+        new = new_request(name, prompt, max_tokens, priority=priority)
+        new = replace(new, caller=name.partition(".")[0], caller_weight=weight)
+        self.add(new)
+        return new
+
+    def step(self) -> list[object]:  # type: ignore[override]
+        deltas = super().step()
+        for item in self.scheduler.last_record.scheduled:
+            new = self.outputs[item.request_id].new
+            if item.request_id not in self.first_step:
+                self.first_step[item.request_id] = self.num_steps
+                self.service[new.caller] += len(new.prompt_token_ids)
+        for delta in deltas:
+            self.service[self.outputs[delta.request_id].new.caller] += OUTPUT_TOKEN_COST * len(delta.token_ids)
+        return list(deltas)
+
+    def _check_order(self, plan: object) -> None:
+        """Callers overtake each other here: only the order of victims holds, which the scheduler checks itself."""
+
+    def _check_record(self, plan: object, ran_before: set[str]) -> None:
+        """As above: the head of the queue is the fair one."""
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_service_differs_by_a_constant_while_both_wait(seed: int) -> None:
+    """The paper's bound: twice the larger of the longest prompt's cost and the cost of all tokens that run."""
+    dice = random.Random(seed)
+    fair = Fair(num_blocks=32, max_num_seqs=4, prefix_caching=False)
+    for number in range(60):
+        fair.ask(f"short.{number}", dice.randint(1, 4), dice.randint(1, 4))
+        fair.ask(f"long.{number}", dice.randint(8, 20), dice.randint(4, 12))
+    bound = 2 * max(20, OUTPUT_TOKEN_COST * 4 * 12)
+    widest = 0
+    while {new.new.caller for new in fair.scheduler._waiting} == {"short", "long"}:
+        fair.step()
+        widest = max(widest, abs(fair.service["short"] - fair.service["long"]))
+    assert fair.service["short"] > 200, "they competed for a while"
+    assert widest <= bound
+
+
+def test_weights_divide_the_service() -> None:
+    fair = Fair(num_blocks=32, max_num_seqs=4, prefix_caching=False)
+    for number in range(200):
+        fair.ask(f"gold.{number}", 4, 6, weight=3)
+        fair.ask(f"plain.{number}", 4, 6)
+    while {new.new.caller for new in fair.scheduler._waiting} == {"gold", "plain"}:
+        fair.step()
+    assert 2.7 < fair.service["gold"] / fair.service["plain"] < 3.3
+
+
+def test_a_flood_does_not_keep_another_out() -> None:
+    fair = Fair(num_blocks=32, max_num_seqs=2)
+    for number in range(50):
+        fair.ask(f"flood.{number}", 6, 4)
+    for _ in range(20):
+        fair.step()
+    fair.ask("guest.0", 6, 4)
+    before = fair.num_steps
+    while "guest.0" not in fair.first_step:
+        fair.step()
+    assert fair.num_steps - before <= 6, "as soon as one of the two rows came free"
+
+
+def test_nobody_saves_up_claims() -> None:
+    fair = Fair(num_blocks=32, max_num_seqs=1, prefix_caching=False)
+    for number in range(60):
+        fair.ask(f"busy.{number}", 6, 4)
+    for _ in range(120):
+        fair.step()
+    served = fair.service["busy"]
+    for number in range(30):
+        fair.ask(f"late.{number}", 6, 4)
+    while fair.service["late"] < 140:
+        fair.step()
+    assert fair.service["busy"] - served >= 100, "the late one takes turns; it is not paid for its silence"
+
+
+def test_a_caller_that_waits_comes_first_in_the_end() -> None:
+    """A long request of one caller is not overtaken for ever by the short ones of others."""
+    fair = Fair(num_blocks=8, max_num_seqs=4, budget=8)
+    fair.ask("a.0", 3, 5)
+    fair.ask("patient.0", 20, 3)
+    for number in range(1, 40):
+        fair.ask(f"{'abc'[number % 3]}.{number}", 3, 3)
+        fair.step()
+        if "patient.0" in fair.first_step:
+            break
+    assert "patient.0" in fair.first_step
+
+
+def test_priority_goes_before_fairness() -> None:
+    fair = Fair(policy="priority", max_num_seqs=1)
+    fair.ask("a.0", 3, 2)
+    fair.step()
+    fair.ask("b.1", 3, 2, priority=1)
+    fair.ask("a.2", 3, 2, priority=0)
+    while fair.scheduler.has_work:
+        fair.step()
+    assert fair.first_step["a.2"] < fair.first_step["b.1"]
+
+
+def test_answers_do_not_depend_on_callers() -> None:
+    dice = random.Random(7)
+    fair = Fair(num_blocks=16, max_num_seqs=3, budget=8)
+    asked = [fair.ask(f"{dice.choice('abc')}.{n}", dice.randint(1, 9), dice.randint(1, 9)) for n in range(24)]
+    while fair.scheduler.has_work:
+        fair.step()
+    for new in asked:
+        assert fair.outputs[new.request_id].sequence == alone(new).sequence
+
+
+@pytest.mark.parametrize("weight", [0, -1, 1001])
+def test_a_weight_out_of_range_is_refused(weight: int) -> None:
+    with pytest.raises(InvalidRequestError, match="weight"):
+        Fair().ask("a.0", 2, 2, weight=weight)
+
+
+def test_counters_of_the_idle_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fair_shares, "MAX_COUNTERS", 8)
+    shares, one = FairShares(), new_request("x", [1])
+    for number in range(100):
+        shares.arrive(str(number), ())
+        shares.charge_prompt(replace(one, caller=str(number)), 5)
+    assert len(shares._counters) <= 9
+    shares.arrive("0", ())
+    assert shares["0"] == shares._floor, "what is forgotten is the same as lifted"
