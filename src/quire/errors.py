@@ -6,8 +6,10 @@
     ├── InvalidRequestError      the caller's fault: HTTP 400, refused before any work is done
     │   ├── ModelNotFoundError   404: no such model is served here
     │   └── PromptTooLongError   400: can never fit, with the numbers
-    ├── OverloadedError          429 or 503: the queue is full, come back after `retry_after_s`
+    ├── OverloadedError          503: the queue is full, come back after `retry_after_s`
+    │   └── TooManyRequestsError 429: this caller's part of the queue is
     ├── RequestFailedError       this request's fault or fate: it alone ends with `error`
+    │   └── DeadlineExceededError  504: its `timeout` passed, in the queue or while it ran
     ├── ConfigurationError       the operator's fault: refused before the engine starts
     │   ├── ModelFileError       a file of the model is missing, damaged or not supported
     │   └── UnsupportedModelError  an architecture that Quire does not have
@@ -50,8 +52,16 @@ class OverloadedError(QuireError):
         self.retry_after_s = retry_after_s
 
 
+class TooManyRequestsError(OverloadedError):
+    """This caller has too many requests waiting; others are let in."""
+
+
 class RequestFailedError(QuireError):
     """One request failed while it ran; its batch-mates did not notice."""
+
+
+class DeadlineExceededError(RequestFailedError):
+    """The time that a request gave itself is over."""
 
 
 class ConfigurationError(QuireError, ValueError):
