@@ -55,6 +55,11 @@ class EngineArgs:
     """Tokens in a block."""
     enable_prefix_caching: bool = True
     scheduling_policy: str = "fcfs"
+    max_num_queued_reqs: int = 1024
+    """Sequences that may wait for their first step, beyond those for which there is a row; then requests are refused
+    (not those of `LLM`, which are all there from the start)."""
+    max_num_queued_tokens: int | None = None
+    """Prompt tokens that may wait; None: 2^20, or eight of the longest prompts."""
     seed: int = 0
     """Seeds requests that bring none."""
     revision: str | None = None
@@ -113,12 +118,14 @@ _COUNTS = (
     "max_model_len",
     "max_num_seqs",
     "max_num_batched_tokens",
+    "max_num_queued_reqs",
+    "max_num_queued_tokens",
     "kv_cache_memory_bytes",
     "num_gpu_blocks_override",
     "tensor_parallel_size",
     "threads",
 )
-_OPTIONAL = frozenset(_COUNTS) - {"max_num_seqs", "tensor_parallel_size"}
+_OPTIONAL = frozenset(_COUNTS) - {"max_num_seqs", "max_num_queued_reqs", "tensor_parallel_size"}
 _LARGEST = {"max_num_seqs": 4096, "max_num_batched_tokens": 2**20, "threads": 1024, "max_model_len": 2**24}
 
 
@@ -134,9 +141,9 @@ def _choice(name: str, value: Any, known: tuple[str, ...] | tuple[int, ...]) -> 
 def _count(name: str, value: Any, *, optional: bool) -> None:
     if value is None and optional:
         return
-    largest = _LARGEST.get(name, 2**62)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-        raise _bad(name, f"must be a whole number between 1 and {largest}, got {value!r}")
+    smallest, largest = 0 if name == "max_num_queued_reqs" else 1, _LARGEST.get(name, 2**62)
+    if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value <= largest:
+        raise _bad(name, f"must be a whole number between {smallest} and {largest}, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ def bound(
     max_requests: int = 4, max_tokens: int = 1000, rows: int = 0, weights: dict[str, int] | None = None
 ) -> tuple[QueueBound, Clock]:
     clock = Clock()
-    queue = QueueBound(QueueLimits(max_requests, max_tokens, 2), clock, weights or {})
+    queue = QueueBound(QueueLimits(max_requests, max_tokens, 2), clock)
+    queue.expect(weights or {})
     queue.observe(2 - rows, 0)
     return queue, clock
 
@@ -79,7 +80,6 @@ def test_who_leaves_makes_room() -> None:
     queue.left("0", was_scheduled=True)
     queue.left("never seen", was_scheduled=False)
     assert fill(queue, "") == 1
-    queue.check_room  # noqa: B018
     with pytest.raises(OverloadedError):
         queue.check_room(ANYBODY)
 

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+from quire.engine.queue_bound import ANYBODY, Caller
 from quire.errors import EngineDeadError, InvalidRequestError, PromptTooLongError
 from quire.outputs import CompletionOutput, Logprob, Metric, PositionLogprobs, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
@@ -67,6 +68,12 @@ class FakeEngine:
         self.calls.append({"messages": messages, **options})
         return list("".join(f"{item['role']}: {item['content']}\n" for item in messages).encode())
 
+    def check_room(self, caller: Caller = ANYBODY) -> None:
+        pass
+
+    def expect_callers(self, weights: dict[str, int]) -> None:
+        self.weights = weights
+
     async def shutdown(self) -> None:
         self.is_healthy = False
 
@@ -78,10 +85,13 @@ class FakeEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        caller: Caller = ANYBODY,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[RequestOutput]:
         ids = self._ids(prompt)
         text = bytes(ids).decode(errors="replace")
-        self.calls.append({"params": sampling_params, "priority": priority, "cache_salt": cache_salt})
+        given = {"priority": priority, "cache_salt": cache_salt, "caller": caller, "timeout_s": timeout_s}
+        self.calls.append({"params": sampling_params, **given})
         delta = sampling_params.output_kind is RequestOutputKind.DELTA
         sequences = [_letters(sampling_params, index) for index in range(sampling_params.n)]
         self.num_running += 1

@@ -41,6 +41,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="a limit on requests, such as body_bytes=16777216; docs/guide/limits.md lists them",
     )
     group.add_argument(
+        "--api-key-file",
+        metavar="FILE",
+        help="more keys, one on a line, with a weight behind it if it is not 1: keys share the engine by weight",
+    )
+    group.add_argument(
         "--metrics-prefix",
         default="quire",
         metavar="NAME",
@@ -78,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
     import logging
 
     from quire.server.app import create_app
+    from quire.server.keys import read_keys
     from quire.server.limits import Limits
     from quire.server.serve import GracefulServer, bind
 
@@ -86,6 +92,9 @@ def run(options: argparse.Namespace) -> int:
     if not 0 <= options.shutdown_timeout < 86400:
         raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
     limits = Limits().with_values(_limit_values(options.limit))
+    keys = dict.fromkeys(options.api_key, 1)
+    if options.api_key_file is not None:
+        keys = read_keys(options.api_key_file) | keys
     args = EngineArgs.from_mapping(engine_values(options))
     listener = bind(options.host, options.port)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
@@ -96,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
             engine,
             served_model_name=options.served_model_name or name,
             model_names=[name] if args.model is None else [name, args.model],
-            api_key=options.api_key,
+            api_key=keys,
             metrics_prefix=options.metrics_prefix,
             show_cached_tokens=options.enable_prompt_tokens_details,
             limits=limits,
@@ -104,7 +113,7 @@ def run(options: argparse.Namespace) -> int:
         )
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{host}:{listener.getsockname()[1]}"
-        if options.host not in LOOPBACK and not options.api_key:
+        if options.host not in LOOPBACK and not keys:
             _say(f"warning: anybody who reaches {address} may use it; --api-key asks for a key")
         server = GracefulServer(app, drain_s=options.shutdown_timeout, on_ready=lambda: _say(f"ready on {address}/v1"))
         server.run([listener])

@@ -12,9 +12,12 @@ from quire.engine.async_engine import ServedEngine
 from quire.engine.channel import CoreChannel, CoreFacts, LocalChannel
 from quire.engine.core_process import CoreProcess
 from quire.engine.engine import Engine
+from quire.engine.queue_bound import QueueBound, QueueLimits
 from quire.engine.supervisor import SupervisedChannel
 from quire.engine.wire import Start
 from quire.weights.source import resolve_source
+
+DEFAULT_QUEUED_TOKENS = 2**20
 
 
 def compose(args: EngineArgs) -> ServedEngine:
@@ -50,7 +53,7 @@ def _compose_apart(args: EngineArgs, directory: Path) -> ServedEngine:
 def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core_facts: CoreFacts) -> ServedEngine:
     facts = text.facts(args, core_facts)
     return ServedEngine(
-        engine=Engine(channel, text.tokenizer, clock=time.monotonic),
+        engine=Engine(channel, text.tokenizer, _queue(args, facts.max_model_len), clock=time.monotonic),
         inputs=text.inputs(facts),
         tokenizer=text.tokenizer,
         facts=facts,
@@ -58,3 +61,8 @@ def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core_facts:
         default_params=text.default_params,
         close=channel.close,
     )
+
+
+def _queue(args: EngineArgs, max_model_len: int) -> QueueBound:
+    max_tokens = args.max_num_queued_tokens or max(DEFAULT_QUEUED_TOKENS, 8 * max_model_len)
+    return QueueBound(QueueLimits(args.max_num_queued_reqs, max_tokens, args.max_num_seqs), time.monotonic)

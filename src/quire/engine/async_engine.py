@@ -20,8 +20,18 @@ from typing import Any, ParamSpec, TypeVar
 
 from quire.engine.chat import encode_chat
 from quire.engine.engine import Engine, NumberedOutput
+from quire.engine.explain import Explanation
 from quire.engine.inputs import EngineFacts, InputProcessor, ParsedRequest, Prompt
-from quire.errors import EngineDeadError, InvalidRequestError, OverloadedError, QuireError, RequestFailedError
+from quire.engine.queue_bound import ANYBODY, Caller
+from quire.engine.timeline import RequestTimes
+from quire.errors import (
+    DeadlineExceededError,
+    EngineDeadError,
+    InvalidRequestError,
+    OverloadedError,
+    QuireError,
+    RequestFailedError,
+)
 from quire.outputs import Decision, Metric, RequestOutput
 from quire.sampling_params import SamplingParams
 from quire.text.tokenizer import Tokenizer
@@ -30,6 +40,9 @@ INLINE_PROMPT_CHARACTERS = 2048
 """Prompts up to this long are tokenised on the event loop: it takes less time than a thread's hand-over."""
 
 logger = logging.getLogger("quire")
+MAX_UNREAD = 8192
+"""Outputs, and log-probabilities in them, that may lie unread in one stream; past it the request is aborted."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -37,25 +50,41 @@ T = TypeVar("T")
 class _Stream:
     """Outputs of one request on their way to its reader, on the reader's loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, parsed: ParsedRequest) -> None:
+        self.parsed = parsed
         self.loop = asyncio.get_running_loop()
+        self.num_unread = 0
         self._outputs: deque[RequestOutput | Exception] = deque()
         self._ready = asyncio.Event()
 
     def put(self, output: RequestOutput | Exception) -> None:
         """On the loop: one more output, or the exception that ends the stream."""
+        if isinstance(output, RequestOutput):
+            self.num_unread += _size(output)
         self._outputs.append(output)
         self._ready.set()
 
-    async def get(self) -> RequestOutput:
-        """The next output."""
-        while not self._outputs:
-            self._ready.clear()
-            await self._ready.wait()
+    def put_last(self, error: Exception) -> None:
+        """On the loop: what was not read is dropped, and `error` ends the stream."""
+        self._outputs.clear()
+        self.put(error)
+
+    async def get(self, deadline_s: float | None) -> RequestOutput:
+        """The next output; TimeoutError when the loop's clock reaches `deadline_s` before it comes."""
+        if not self._outputs:
+            async with asyncio.timeout_at(deadline_s):
+                while not self._outputs:
+                    self._ready.clear()
+                    await self._ready.wait()
         output = self._outputs.popleft()
         if isinstance(output, Exception):
             raise output.with_traceback(None)
+        self.num_unread -= _size(output)
         return output
+
+
+def _size(output: RequestOutput) -> int:
+    return 1 + sum(len(position) for item in output.outputs for position in item.logprobs or ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,36 +200,76 @@ class AsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        caller: Caller = ANYBODY,
+        timeout_s: float | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as they come; `sampling_params.output_kind` says what each holds.
 
-        Closing the iterator early, or cancelling the task that reads it, aborts the request.
+        Closing the iterator early, or cancelling the task that reads it, aborts the request. So does a reader who
+        leaves more than `MAX_UNREAD` outputs lying.
+
+        Args:
+            caller: who asks: callers share the engine fairly, and the queue.
+            timeout_s: seconds from now to the last output, in the queue and while it runs.
 
         Raises:
             InvalidRequestError: the request is refused; nothing was queued.
+            OverloadedError: the queue is full; nothing was queued.
+            DeadlineExceededError: `timeout_s` passed.
             EngineDeadError: the engine stopped.
         """
         parse = self._served.inputs.parse
+        deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         options: dict[str, Any] = dict(
-            request_id=request_id, priority=priority, cache_salt=cache_salt, arrival_s=self._engine.clock()
+            request_id=request_id,
+            priority=priority,
+            cache_salt=cache_salt,
+            arrival_s=self._engine.clock(),
+            caller=caller,
         )
         if isinstance(prompt, str) and len(prompt) > INLINE_PROMPT_CHARACTERS:
             parsed = await self._beside(parse, prompt, sampling_params, **options)
         else:
             parsed = parse(prompt, sampling_params, **options)
-        stream, finished = _Stream(), False
-        self._post(_Add(parsed, stream))
+        core_ids = tuple(new.request_id for new in parsed.sequences)
+        self._engine.queue.enter(caller, len(parsed.sequences[0].prompt_token_ids), core_ids)
+        stream, finished = _Stream(parsed), False
         try:
+            self._post(_Add(parsed, stream))
             while not finished:
-                output = await stream.get()
+                output = await stream.get(deadline_s)
                 finished = output.finished
                 yield output
         except QuireError:
             finished = True  # the engine's own word, and its last
             raise
+        except TimeoutError as error:
+            raise DeadlineExceededError(f"the request did not end within its timeout of {timeout_s:g} s") from error
         finally:
+            for core_id in core_ids:
+                self._engine.queue.left(core_id, was_scheduled=False)
             if not finished and self._dead is None:
                 self._post(_Abort(parsed))
+
+    def check_room(self, caller: Caller = ANYBODY) -> None:
+        """Refuse at once, before any work, what the queue has no place for.
+
+        Raises:
+            OverloadedError: the queue is full.
+        """
+        self._engine.queue.check_room(caller)
+
+    def expect_callers(self, weights: Mapping[str, int]) -> None:
+        """Who is known to call, with their weights: each has its share of the queue."""
+        self._engine.queue.expect(weights)
+
+    def explain(self, request_id: str) -> list[Explanation]:
+        """Where the time of a request went; empty when it is not remembered."""
+        return self._engine.explain(request_id)
+
+    def mark_sent(self, response_id: str, received_s: float, sent_s: float) -> list[RequestTimes]:
+        """A server is done with a response: when it received the request, and when the last byte had left."""
+        return self._engine.ledger.sent(response_id, received_s, sent_s)
 
     async def shutdown(self) -> None:
         """Stop: requests that still run end with `EngineDeadError`. Calling it again does nothing."""
@@ -275,12 +344,21 @@ class AsyncEngine:
             _call(stream.loop, stream.put, error)
         self._streams.clear()
 
+    def _drop(self, stream: _Stream) -> None:
+        """End a stream whose reader is too far behind."""
+        del self._streams[stream.parsed.number]
+        self._engine.abort(stream.parsed)
+        _call(stream.loop, stream.put_last, RequestFailedError("the reader is too far behind"))
+
     def _deliver(self, outputs: list[NumberedOutput]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]] = {}
         for number, output in outputs:
             stream = self._streams.get(number)
             if stream is None:
                 continue  # aborted: nobody reads it any more
+            if stream.num_unread > MAX_UNREAD:
+                self._drop(stream)
+                continue
             by_loop.setdefault(stream.loop, []).append((stream, output))
             if output.finished:
                 del self._streams[number]

@@ -13,6 +13,7 @@ from quire.engine.channel import CoreChannel
 from quire.engine.explain import Explanation, explain
 from quire.engine.inputs import ParsedRequest
 from quire.engine.metrics import EngineMetrics
+from quire.engine.queue_bound import QueueBound
 from quire.engine.request_state import RequestState
 from quire.engine.timeline import Ledger
 from quire.errors import OverloadedError
@@ -33,13 +34,20 @@ class Engine:
     Args:
         channel: the way to the core, which this object alone uses.
         tokenizer: None when the model has none; then no request may ask for text.
+        queue: told of every sequence that leaves it; whoever adds requests lets them in there first, if they are to
+            be bounded.
         clock: seconds, monotonic; the one that the core is given as well.
     """
 
     def __init__(
-        self, channel: CoreChannel, tokenizer: Tokenizer | None, clock: Callable[[], float] = time.monotonic
+        self,
+        channel: CoreChannel,
+        tokenizer: Tokenizer | None,
+        queue: QueueBound,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.clock = clock
+        self.queue = queue
         self._channel = channel
         self._tokenizer = tokenizer
         self._metrics = EngineMetrics()
@@ -103,6 +111,8 @@ class Engine:
         for item in news:
             if item.record is not None:
                 self._observe_step(item.record)
+        gauges = self._channel.gauges
+        self.queue.observe(gauges.num_running, gauges.num_waiting)
         return self._emit(delta for item in news for delta in item.deltas)
 
     def get_metrics(self) -> list[Metric]:
@@ -121,9 +131,9 @@ class Engine:
 
     def _observe_step(self, record: StepRecord) -> None:
         self._metrics.observe_step(record)
-        self.ledger.observe(record)
-        for item in record.scheduled:
-            state = self._states.get(item.request_id)
+        for request_id in self.ledger.observe(record):
+            self.queue.left(request_id, was_scheduled=True)
+            state = self._states.get(request_id)
             if state is not None and state.metrics.first_scheduled_s is None:
                 state.metrics.first_scheduled_s = record.now_s
 
@@ -172,6 +182,7 @@ class Engine:
 
     def _end(self, state: RequestState, request_id: str, reason: str, now_s: float) -> None:
         del self._states[request_id]
+        self.queue.left(request_id, was_scheduled=False)
         state.metrics.finished_s = now_s
         prompt, num_tokens = len(state.parsed.sequences[0].prompt_token_ids), state.num_tokens(request_id)
         timeline = self.ledger.end(request_id, reason, num_tokens, now_s)

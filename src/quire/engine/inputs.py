@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from quire.core.request import NewRequest, SamplingSpec
+from quire.engine.queue_bound import ANYBODY, Caller
 from quire.errors import InvalidRequestError, PromptTooLongError
 from quire.sampling_params import SamplingParams
 from quire.text.tokenizer import Tokenizer
@@ -60,6 +61,7 @@ class InputProcessor:
         priority: int = 0,
         cache_salt: str = "",
         arrival_s: float = 0.0,
+        caller: Caller = ANYBODY,
     ) -> ParsedRequest:
         """Check everything about a request.
 
@@ -102,6 +104,8 @@ class InputProcessor:
                 priority=priority,
                 cache_salt=cache_salt,
                 arrival_s=arrival_s,
+                caller=caller.name,
+                caller_weight=caller.weight,
             )
             for index in range(params.n)
         )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from quire.core.fair_shares import MAX_WEIGHT
 from quire.errors import InvalidRequestError, OverloadedError, TooManyRequestsError
 
 RATE_SECONDS = 10.0
@@ -20,6 +21,7 @@ RATE_SECONDS = 10.0
 FIRST_RETRY_SECONDS = 5
 """While no rate is known."""
 MAX_RETRY_SECONDS = 600
+MAX_CALLER_WEIGHT = MAX_WEIGHT
 
 
 class Caller(NamedTuple):
@@ -80,10 +82,9 @@ class QueueBound:
     Args:
         limits: the bounds.
         clock: seconds.
-        weights: callers that are known in advance; with two or more, each has its share of half of the queue.
     """
 
-    def __init__(self, limits: QueueLimits, clock: Callable[[], float], weights: Mapping[str, int]) -> None:
+    def __init__(self, limits: QueueLimits, clock: Callable[[], float]) -> None:
         self._limits = limits
         self._clock = clock
         self._lock = threading.Lock()
@@ -91,12 +92,16 @@ class QueueBound:
         """The core's id -> caller and prompt tokens."""
         self._held: dict[str, _Held] = {}
         self._total = _Held()
-        total_weight = sum(weights.values())
-        self._shares = {name: weight / total_weight / 2 for name, weight in weights.items()} if len(weights) > 1 else {}
+        self._shares: dict[str, float] = {}
         self._free_rows = limits.max_num_seqs
         self._requests_rate, self._tokens_rate = Rate(), Rate()
         self.num_rejected = {"requests": 0, "tokens": 0}
         """Refusals so far, by the bound that was met."""
+
+    def expect(self, weights: Mapping[str, int]) -> None:
+        """Callers who are known in advance: with two or more, each has its share of half of the queue."""
+        total, shared = sum(weights.values()), len(weights) > 1
+        self._shares = {name: weight / total / 2 for name, weight in weights.items()} if shared else {}
 
     def check_room(self, caller: Caller) -> None:
         """Refuse at once, before a prompt is tokenised, what could not be let in whatever its length.

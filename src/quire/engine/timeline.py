@@ -150,8 +150,9 @@ class Ledger:
             times.sequences.append(timeline)
             self._names[core_id] = request_id
 
-    def observe(self, record: StepRecord) -> None:
-        """A step begins at `record.now_s`; the one before has ended."""
+    def observe(self, record: StepRecord) -> list[str]:
+        """A step begins at `record.now_s`; the one before has ended. Returns who has its first step in it."""
+        first: list[str] = []
         with self._lock:
             now_s, last = record.now_s, self._last
             if last is not None:
@@ -165,11 +166,14 @@ class Ledger:
             for request_id, start, num_tokens in changed:
                 timeline = self._live.get(request_id)
                 if timeline is not None:
+                    if timeline.first_scheduled_s is None:
+                        first.append(request_id)
                     self._schedule(request_id, timeline, start, num_tokens / num_prefill, now_s)
             for stalled in record.stalled:
                 timeline = self._live.get(stalled.request_id)
                 if timeline is not None and timeline.part is not Part.QUEUED and stalled.reason in _STALLED:
                     self._stall(stalled.request_id, timeline, stalled.reason, stalled.by, now_s)
+        return first
 
     def first_token(self, core_id: str, now_s: float) -> None:
         """A sequence's first token came."""

@@ -1,6 +1,6 @@
 """The server's application: routes, errors and the key, put together around an engine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -10,7 +10,7 @@ from quire.server import errors
 from quire.server.body import Bodies
 from quire.server.connections import OneFraming
 from quire.server.context import Gate, ServerContext
-from quire.server.keys import KeyRequired
+from quire.server.keys import KeyRequired, caller_name
 from quire.server.limits import REQUESTS_IN_FLIGHT, Limits
 from quire.server.metrics import make_registry
 from quire.server.routes import chat, completions, health, models, tokenize
@@ -26,7 +26,7 @@ def create_app(
     *,
     served_model_name: str | Sequence[str],
     model_names: Sequence[str] = (),
-    api_key: str | Sequence[str] = (),
+    api_key: str | Sequence[str] | Mapping[str, int] = (),
     metrics_prefix: str = "quire",
     show_cached_tokens: bool | None = None,
     share_prefix_cache: bool = False,
@@ -38,7 +38,8 @@ def create_app(
     Args:
         served_model_name: names shown by /v1/models; the first stands for requests that name none.
         model_names: further names that requests may use (the model's directory, its id on the hub).
-        api_key: keys; with one, every route but the probes needs `Authorization: Bearer KEY`.
+        api_key: keys, or keys with weights; with one, every route but the probes needs `Authorization: Bearer KEY`.
+            Callers with different keys share the engine fairly, by weight (1 where none is given).
         metrics_prefix: stands before the colon of every metric's name.
         show_cached_tokens: usage tells how many prompt tokens the prefix cache supplied; None: unless callers with
             different keys share it, who could learn from it what others ask.
@@ -51,7 +52,7 @@ def create_app(
     names = (served_model_name,) if isinstance(served_model_name, str) else tuple(served_model_name)
     if not names or not all(names):
         raise ConfigurationError("served_model_name must not be empty", field="served_model_name")
-    api_keys = (api_key,) if isinstance(api_key, str) else tuple(api_key)
+    api_keys = _weighted(api_key)
     if not all(key.strip() for key in api_keys):
         raise ConfigurationError("api_key must not be empty", field="api_key")
     app = FastAPI(title="Quire", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
@@ -66,8 +67,10 @@ def create_app(
         limits=limits,
         bodies=Bodies(limits),
         needs_key=bool(api_keys),
+        weights={caller_name(key): weight for key, weight in api_keys.items()},
         shares_prefix_cache=share_prefix_cache,
     )
+    engine.expect_callers(app.state.context.weights)
     app.state.registry = make_registry(engine, names[0], metrics_prefix)
     errors.install(app)
     for module in (completions, chat, tokenize, models, health):
@@ -76,3 +79,9 @@ def create_app(
         app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=health.OPEN_PATHS)
     app.add_middleware(OneFraming)
     return app
+
+
+def _weighted(api_key: str | Sequence[str] | Mapping[str, int]) -> dict[str, int]:
+    if isinstance(api_key, str):
+        return {api_key: 1}
+    return dict(api_key) if isinstance(api_key, Mapping) else dict.fromkeys(api_key, 1)

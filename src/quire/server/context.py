@@ -2,13 +2,14 @@
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastapi import Request
 
+from quire.engine.queue_bound import Caller
 from quire.errors import ModelNotFoundError, OverloadedError
 from quire.server import limits
 from quire.server.body import Bodies
@@ -51,6 +52,15 @@ class Gate:
             self.num_inside -= 1
 
 
+class Asker(NamedTuple):
+    """Who asks, and how long they wait."""
+
+    caller: Caller
+    cache_salt: str
+    """Names the prefix cache of the request."""
+    timeout_s: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class ServerContext:
     """One server."""
@@ -65,6 +75,8 @@ class ServerContext:
     """Whether usage tells how much of a prompt the cache supplied (others' prompts may be guessed from it)."""
     limits: Limits
     bodies: Bodies
+    weights: Mapping[str, int]
+    """Caller -> share of the engine; 1 for those who are not named."""
     needs_key: bool = False
     shares_prefix_cache: bool = False
     """Whether requests with different API keys may find each other's prefixes."""
@@ -83,9 +95,16 @@ class ServerContext:
             raise ModelNotFoundError(f"the model {name[:256]!r} is not served here; served: {served}", param="model")
         return name
 
-    def cache_salt(self, request: Request, salt: str) -> str:
-        """What names the prefix cache of a request that came with this `cache_salt`."""
-        return cache_namespace("" if self.shares_prefix_cache else caller_of(request), salt)
+    def asker(self, request: Request, salt: str, timeout_s: float | None) -> Asker:
+        """Who asks, before any work is done for them.
+
+        Raises:
+            OverloadedError: there is no place in the queue.
+        """
+        caller = caller_of(request)
+        known_as = Caller(caller, self.weights.get(caller, 1))
+        self.engine.check_room(known_as)
+        return Asker(known_as, cache_namespace("" if self.shares_prefix_cache else caller, salt), timeout_s)
 
     @property
     def is_ready(self) -> bool:

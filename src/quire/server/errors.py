@@ -3,7 +3,9 @@
 400 invalid_request_error    the caller's fault, with the field in `param`
 401 403 404 405 408 413 415  invalid_request_error too, told apart by `code`
 500 server_error             the engine's fault
+429 invalid_request_error    this key has too many requests waiting: with Retry-After
 503 server_error             overloaded, stopping: with Retry-After
+504 server_error             the request's own `timeout` passed
 """
 
 import logging
@@ -17,12 +19,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.errors import (
+    DeadlineExceededError,
     EngineDeadError,
     InvalidRequestError,
     ModelNotFoundError,
     OverloadedError,
     PromptTooLongError,
     RequestFailedError,
+    TooManyRequestsError,
 )
 
 logger = logging.getLogger("quire.server")
@@ -80,7 +84,11 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(400, error.message, param=error.param, code="invalid_value")
     if isinstance(error, OverloadedError):
         headers = {"Retry-After": str(max(1, int(error.retry_after_s)))}
+        if isinstance(error, TooManyRequestsError):
+            return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
         return ApiError(503, str(error), code="overloaded", headers=headers)
+    if isinstance(error, DeadlineExceededError):
+        return ApiError(504, str(error), param="timeout", code="deadline_exceeded")
     if isinstance(error, RequestFailedError):
         return ApiError(500, str(error), code="request_failed")
     if isinstance(error, EngineDeadError):

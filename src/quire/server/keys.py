@@ -6,11 +6,14 @@ caller, "".
 
 import hashlib
 import hmac
-from collections.abc import Sequence
+from collections.abc import Iterable
+from pathlib import Path
 
 from fastapi import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from quire.engine.queue_bound import MAX_CALLER_WEIGHT
+from quire.errors import ConfigurationError
 from quire.server.errors import ApiError
 
 CALLER = "quire.caller"
@@ -28,6 +31,33 @@ def caller_name(api_key: str) -> str:
     return hashlib.sha256(b"caller\0" + api_key.encode()).hexdigest()[:32]
 
 
+def read_keys(path: str) -> dict[str, int]:
+    """Keys and their weights from a file: on each line a key and, if it is not 1, its weight; `#` begins a comment.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or a line of it is wrong. Keys are not shown.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError("the file of --api-key-file cannot be read as text", field="api_key_file") from error
+    found: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        weight = words[1] if len(words) > 1 else "1"
+        if len(words) > 2 or words[0] in found or not weight.isdecimal() or not 1 <= int(weight) <= MAX_CALLER_WEIGHT:
+            raise ConfigurationError(
+                f"line {number} of --api-key-file must be a new key and a weight from 1 to {MAX_CALLER_WEIGHT}",
+                field="api_key_file",
+            )
+        found[words[0]] = int(weight)
+    if not found:
+        raise ConfigurationError("the file of --api-key-file holds no key", field="api_key_file")
+    return found
+
+
 def cache_namespace(caller: str, cache_salt: str) -> str:
     """The prefix cache of a caller's requests with this salt: a digest, of the same size whatever the client sent."""
     if not caller and not cache_salt:
@@ -38,7 +68,7 @@ def cache_namespace(caller: str, cache_salt: str) -> str:
 class KeyRequired:
     """Lets nothing but `open_paths` through without one of the keys. Deny is the default: new routes need one too."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], open_paths: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, *, api_keys: Iterable[str], open_paths: frozenset[str]) -> None:
         self._app = app
         self._open_paths = open_paths
         self._callers = [(hashlib.sha256(key.encode()).digest(), caller_name(key)) for key in api_keys]

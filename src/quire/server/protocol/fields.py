@@ -16,7 +16,7 @@ from quire.server.limits import Limits
 SAMPLING = frozenset(item.name for item in fields(SamplingParams)) - {"detokenize", "output_kind", "logprobs"}
 """Fields that go to `SamplingParams` under their own name."""
 COMMON = frozenset(
-    "model stream stream_options priority cache_salt logprobs echo truncate_prompt_tokens truncation_side "
+    "model stream stream_options priority cache_salt timeout logprobs echo truncate_prompt_tokens truncation_side "
     "return_token_ids return_tokens_as_token_ids".split()
 )
 LABELS = frozenset({"user", "safety_identifier"})

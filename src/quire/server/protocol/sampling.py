@@ -9,6 +9,7 @@ from quire.errors import InvalidRequestError, unknown_name_message
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.server.protocol.fields import SAMPLING, flag
 
+MAX_TIMEOUT_SECONDS = 86400
 FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields that the model's own generation settings fill when the request leaves them out, as in vLLM."""
 
@@ -34,6 +35,8 @@ class Delivery:
     """Every event of a stream tells the usage so far."""
     priority: int
     cache_salt: str
+    timeout_s: float | None
+    """Seconds from the request's arrival to the end of its answer."""
     truncation: Truncation | None
     return_token_ids: bool
     tokens_as_token_ids: bool
@@ -67,11 +70,21 @@ def take_delivery(taken: dict[str, Any]) -> Delivery:
         continuous_usage=options.get("continuous_usage_stats") is True,
         priority=priority,
         cache_salt=salt,
+        timeout_s=_timeout(taken),
         truncation=_truncation(taken),
         return_token_ids=flag(taken, "return_token_ids", False),
         tokens_as_token_ids=flag(taken, "return_tokens_as_token_ids", False),
         asked_max_tokens=asked if type(asked) is int else None,
     )
+
+
+def _timeout(taken: dict[str, Any]) -> float | None:
+    value = taken.pop("timeout", None)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_TIMEOUT_SECONDS:
+        raise InvalidRequestError(f"timeout must be in (0, {MAX_TIMEOUT_SECONDS}] seconds", param="timeout")
+    return float(value)
 
 
 def _truncation(taken: dict[str, Any]) -> Truncation | None:

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from quire.outputs import CompletionOutput, RequestOutput
-from quire.server.context import ServerContext, new_id
+from quire.server.context import Asker, ServerContext, new_id
 from quire.server.delivery import deliver, naming_param
 from quire.server.protocol import answers
 from quire.server.protocol.chat import ChatCall, Conversation, parse_chat
@@ -25,7 +25,7 @@ async def create_chat_completion(request: Request) -> Response:
     context: ServerContext = request.app.state.context
     defaults = context.engine.get_default_sampling_params()
     call = await context.bodies.read(request, lambda body: parse_chat(body, defaults, context.limits))
-    answer = _Answer(context, call, context.cache_salt(request, call.delivery.cache_salt))
+    answer = _Answer(context, call, context.asker(request, call.delivery.cache_salt, call.delivery.timeout_s))
     with naming_param("prompt", "messages"):
         return await deliver(request, answer, stream=call.delivery.stream)
 
@@ -43,8 +43,8 @@ async def encode_conversation(context: ServerContext, conversation: Conversation
 class _Answer:
     """One answer under way."""
 
-    def __init__(self, context: ServerContext, call: ChatCall, cache_salt: str) -> None:
-        self._context, self._call, self._cache_salt = context, call, cache_salt
+    def __init__(self, context: ServerContext, call: ChatCall, asker: Asker) -> None:
+        self._context, self._call, self._asker = context, call, asker
         self._id = new_id("chatcmpl")
         self._head: dict[str, Any] = {
             "id": self._id,
@@ -127,7 +127,9 @@ class _Answer:
             call.params,
             request_id=self._id,
             priority=call.delivery.priority,
-            cache_salt=self._cache_salt,
+            cache_salt=self._asker.cache_salt,
+            caller=self._asker.caller,
+            timeout_s=self._asker.timeout_s,
         )
 
     def _token_ids(self, choice: CompletionOutput) -> dict[str, Any]:
