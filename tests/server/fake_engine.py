@@ -8,7 +8,9 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
+from quire.engine.explain import Explanation
 from quire.engine.queue_bound import ANYBODY, Caller
+from quire.engine.timeline import RequestTimes
 from quire.errors import EngineDeadError, InvalidRequestError, PromptTooLongError
 from quire.outputs import CompletionOutput, Logprob, Metric, PositionLogprobs, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
@@ -40,6 +42,7 @@ class FakeEngine:
         self.is_healthy = True
         self.num_running = 0
         self.num_aborted = 0
+        self.sent: list[str] = []
         self.calls: list[dict[str, Any]] = []
 
     def get_tokenizer(self) -> ByteTokenizer:
@@ -70,6 +73,13 @@ class FakeEngine:
 
     def check_room(self, caller: Caller = ANYBODY) -> None:
         pass
+
+    def explain(self, request_id: str) -> list[Explanation]:
+        return []
+
+    def mark_sent(self, response_id: str, received_s: float, sent_s: float) -> list[RequestTimes]:
+        self.sent.append(response_id)
+        return []
 
     def expect_callers(self, weights: dict[str, int]) -> None:
         self.weights = weights

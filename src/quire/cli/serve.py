@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from typing import Any
 
 from quire.cli import engines
 from quire.cli.arguments import add_engine, engine_values
@@ -46,12 +47,6 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="more keys, one on a line, with a weight behind it if it is not 1: keys share the engine by weight",
     )
     group.add_argument(
-        "--metrics-prefix",
-        default="quire",
-        metavar="NAME",
-        help="before the colon of metrics' names; vllm suits its boards",
-    )
-    group.add_argument(
         "--enable-prompt-tokens-details",
         action=argparse.BooleanOptionalAction,
         help="usage tells how many prompt tokens were cached; yes, unless keys share the prefix cache",
@@ -74,15 +69,37 @@ def add(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="compute in a process of its own: when it dies, another one goes on with its requests (default: yes)",
     )
+    _add_oversight(parser.add_argument_group("oversight"))
     engines.add_quiet(parser)
     add_engine(parser, positional_model=True)
 
 
+def _add_oversight(group: Any) -> None:
+    """What operators see."""
+    group.add_argument(
+        "--admin-api-key",
+        metavar="KEY",
+        help="opens `quire explain`; without it, that answers to this machine alone and only if callers need no key",
+    )
+    group.add_argument(
+        "--otlp-traces-endpoint", metavar="URL", help="send spans of requests there (OTLP/HTTP: http://host:4318)"
+    )
+    group.add_argument("--enable-log-requests", action="store_true", help="log sizes and times of each request")
+    group.add_argument(
+        "--log-format", default="text", choices=("text", "json"), help="one line or one JSON object a record"
+    )
+    group.add_argument(
+        "--metrics-prefix",
+        default="quire",
+        metavar="NAME",
+        help="before the colon of metrics' names; vllm suits its boards",
+    )
+
+
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal comes."""
-    import logging
-
-    from quire.server.app import create_app
+    from quire.server.access import configure_logs
+    from quire.server.app import Oversight, create_app
     from quire.server.keys import read_keys
     from quire.server.limits import Limits
     from quire.server.serve import GracefulServer, bind
@@ -97,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
         keys = read_keys(options.api_key_file) | keys
     args = EngineArgs.from_mapping(engine_values(options))
     listener = bind(options.host, options.port)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    configure_logs(options.log_format, requests=options.enable_log_requests)
     engine, _ = engines.start(options)
     name = engines.model_name(args)
     try:
@@ -106,6 +123,7 @@ def run(options: argparse.Namespace) -> int:
             served_model_name=options.served_model_name or name,
             model_names=[name] if args.model is None else [name, args.model],
             api_key=keys,
+            oversight=Oversight(options.admin_api_key, options.otlp_traces_endpoint, options.enable_log_requests),
             metrics_prefix=options.metrics_prefix,
             show_cached_tokens=options.enable_prompt_tokens_details,
             limits=limits,

@@ -1,24 +1,43 @@
 """The server's application: routes, errors and the key, put together around an engine."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
 from quire.errors import ConfigurationError
 from quire.server import errors
+from quire.server.access import Access
 from quire.server.body import Bodies
 from quire.server.connections import OneFraming
 from quire.server.context import Gate, ServerContext
 from quire.server.keys import KeyRequired, caller_name
 from quire.server.limits import REQUESTS_IN_FLIGHT, Limits
 from quire.server.metrics import make_registry
-from quire.server.routes import chat, completions, health, models, tokenize
+from quire.server.routes import admin, chat, completions, health, models, tokenize
+from quire.server.traces import Tracer
 
 if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
 
 DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Oversight:
+    """What operators see of a server."""
+
+    admin_api_key: str | None = None
+    """Opens /v1/requests/{id}/explain; without one it answers to this machine alone, and only where callers need no
+    key."""
+    otlp_traces_endpoint: str | None = None
+    """Where spans of requests are sent."""
+    log_requests: bool = False
+    """A log record for each request."""
+
+
+NO_OVERSIGHT = Oversight()
 
 
 def create_app(
@@ -30,6 +49,7 @@ def create_app(
     metrics_prefix: str = "quire",
     show_cached_tokens: bool | None = None,
     share_prefix_cache: bool = False,
+    oversight: Oversight = NO_OVERSIGHT,
     limits: Limits = DEFAULT_LIMITS,
     max_requests_in_flight: int = REQUESTS_IN_FLIGHT,
 ) -> FastAPI:
@@ -43,6 +63,7 @@ def create_app(
         metrics_prefix: stands before the colon of every metric's name.
         show_cached_tokens: usage tells how many prompt tokens the prefix cache supplied; None: unless callers with
             different keys share it, who could learn from it what others ask.
+        oversight: what operators see.
         limits: of bodies and of the fields in them.
         share_prefix_cache: requests with different keys may find each other's prefixes.
 
@@ -67,17 +88,16 @@ def create_app(
         limits=limits,
         bodies=Bodies(limits),
         needs_key=bool(api_keys),
+        has_admin_key=oversight.admin_api_key is not None,
         weights={caller_name(key): weight for key, weight in api_keys.items()},
         shares_prefix_cache=share_prefix_cache,
     )
     engine.expect_callers(app.state.context.weights)
     app.state.registry = make_registry(engine, names[0], metrics_prefix)
     errors.install(app)
-    for module in (completions, chat, tokenize, models, health):
+    for module in (completions, chat, tokenize, models, admin, health):
         app.include_router(module.router)
-    if api_keys:
-        app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=health.OPEN_PATHS)
-    app.add_middleware(OneFraming)
+    _surround(app, engine, names[0], list(api_keys), oversight)
     return app
 
 
@@ -85,3 +105,16 @@ def _weighted(api_key: str | Sequence[str] | Mapping[str, int]) -> dict[str, int
     if isinstance(api_key, str):
         return {api_key: 1}
     return dict(api_key) if isinstance(api_key, Mapping) else dict.fromkeys(api_key, 1)
+
+
+def _surround(app: FastAPI, engine: "AsyncEngine", name: str, api_keys: Sequence[str], oversight: Oversight) -> None:
+    """Keys, and around them what takes notes of every request."""
+    admin_key = oversight.admin_api_key
+    if admin_key is not None and (not admin_key.strip() or admin_key in api_keys):
+        raise ConfigurationError("admin_api_key must not be empty, nor a caller's key", field="admin_api_key")
+    if api_keys or admin_key is not None:
+        app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=health.OPEN_PATHS, admin_key=admin_key)
+    app.add_middleware(OneFraming)
+    endpoint = oversight.otlp_traces_endpoint
+    tracer = None if endpoint is None else Tracer(endpoint, name)
+    app.add_middleware(Access, engine=engine, tracer=tracer, logs=oversight.log_requests)

@@ -78,6 +78,9 @@ class ServerContext:
     weights: Mapping[str, int]
     """Caller -> share of the engine; 1 for those who are not named."""
     needs_key: bool = False
+    """Whether callers need a key."""
+    has_admin_key: bool = False
+    """Whether operators have one of their own."""
     shares_prefix_cache: bool = False
     """Whether requests with different API keys may find each other's prefixes."""
     started_s: int = field(default_factory=lambda: int(time.time()))

@@ -18,12 +18,19 @@ from quire.server.errors import ApiError
 
 CALLER = "quire.caller"
 """The entry of an ASGI scope that holds the caller."""
+ADMIN = "quire.admin"
+"""The entry that is true when the admin key came."""
 
 
 def caller_of(request: Request) -> str:
     """Who asks: the same text for the same key, telling nothing about it; "" on a server without keys."""
     caller: str = request.scope.get(CALLER, "")
     return caller
+
+
+def is_admin(request: Request) -> bool:
+    """Whether the admin key came with a request."""
+    return bool(request.scope.get(ADMIN, False))
 
 
 def caller_name(api_key: str) -> str:
@@ -66,11 +73,17 @@ def cache_namespace(caller: str, cache_salt: str) -> str:
 
 
 class KeyRequired:
-    """Lets nothing but `open_paths` through without one of the keys. Deny is the default: new routes need one too."""
+    """Lets nothing but `open_paths` through without one of the keys. Deny is the default: new routes need one too.
 
-    def __init__(self, app: ASGIApp, *, api_keys: Iterable[str], open_paths: frozenset[str]) -> None:
+    The admin key opens what the others do. Where there is an admin key alone, callers need none.
+    """
+
+    def __init__(
+        self, app: ASGIApp, *, api_keys: Iterable[str], open_paths: frozenset[str], admin_key: str | None = None
+    ) -> None:
         self._app = app
         self._open_paths = open_paths
+        self._admin = None if admin_key is None else hashlib.sha256(admin_key.encode()).digest()
         self._callers = [(hashlib.sha256(key.encode()).digest(), caller_name(key)) for key in api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,9 +91,11 @@ class KeyRequired:
         if scope["type"] == "lifespan" or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
-        caller = self._caller(scope)
+        digest = _digest_of(scope)
+        admin = self._admin is not None and digest is not None and hmac.compare_digest(digest, self._admin)
+        caller = "" if admin or not self._callers else self._caller(digest)
         if caller is not None:
-            await self._app({**scope, CALLER: caller}, receive, send)
+            await self._app({**scope, CALLER: caller, ADMIN: admin}, receive, send)
             return
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
@@ -89,14 +104,19 @@ class KeyRequired:
         refusal = ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         await refusal.response()(scope, receive, send)
 
-    def _caller(self, scope: Scope) -> str | None:
+    def _caller(self, digest: bytes | None) -> str | None:
         """Digests are compared, all of them, in a time that does not depend on where they differ."""
-        given = [value for name, value in scope.get("headers", ()) if name == b"authorization"]
-        if len(given) != 1:
-            return None
-        scheme, _, key = given[0].partition(b" ")
-        digest, found = hashlib.sha256(key.strip()).digest(), None
+        found = None
         for known, caller in self._callers:
-            if hmac.compare_digest(digest, known):
+            if digest is not None and hmac.compare_digest(digest, known):
                 found = caller
-        return found if scheme.lower() == b"bearer" else None
+        return found
+
+
+def _digest_of(scope: Scope) -> bytes | None:
+    """Of the one bearer token that came."""
+    given = [value for name, value in scope.get("headers", ()) if name == b"authorization"]
+    if len(given) != 1:
+        return None
+    scheme, _, key = given[0].partition(b" ")
+    return hashlib.sha256(key.strip()).digest() if scheme.lower() == b"bearer" else None

@@ -1,0 +1,147 @@
+"""Around every request: when it came and when its last byte had left, its log record and its trace."""
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from quire.engine.timeline import RequestTimes, Timeline
+from quire.server.traces import Tracer
+
+if TYPE_CHECKING:
+    from quire.engine.async_engine import AsyncEngine
+
+logger = logging.getLogger("quire.access")
+
+
+class Access:
+    """ASGI middleware, outside of all others.
+
+    Args:
+        tracer: gets a span for each request that reached the engine; None: no traces.
+        logs: writes a record for each request (`--enable-log-requests`): sizes and times, no text and no key.
+    """
+
+    def __init__(self, app: ASGIApp, *, engine: "AsyncEngine", tracer: Tracer | None, logs: bool) -> None:
+        self._app = app
+        self._engine = engine
+        self._tracer = tracer
+        self._logs = logs
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve, and take notes."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        received_s, response = time.monotonic(), _Response()
+
+        async def noting(message: Message) -> None:
+            response.note(message)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        finally:
+            self._finish(scope, response, received_s)
+
+    def _finish(self, scope: Scope, response: "_Response", received_s: float) -> None:
+        sent_s = time.monotonic()
+        found: list[RequestTimes] = []
+        if response.request_id is not None:
+            found = self._engine.mark_sent(response.request_id, received_s, sent_s)
+        if self._tracer is not None:
+            parent = dict(scope["headers"]).get(b"traceparent")
+            for times in found:
+                self._tracer.request(times, parent)
+        if self._logs:
+            timelines = [timeline for times in found for timeline in times.sequences]
+            logger.info(
+                "request",
+                extra={
+                    "fields": {
+                        "method": scope["method"],
+                        "path": ascii(scope["path"])[1:-1][:128],
+                        "status": response.status,
+                        "request_id": response.request_id,
+                        "seconds": round(sent_s - received_s, 6),
+                        "is_complete": response.is_complete,
+                        **_counts(timelines),
+                    }
+                },
+            )
+
+
+class _Response:
+    """What passed by of a response."""
+
+    def __init__(self) -> None:
+        self.status: int | None = None
+        self.request_id: str | None = None
+        self.is_complete = False
+
+    def note(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            for name, value in message.get("headers", ()):
+                if name == b"x-request-id":
+                    self.request_id = value.decode("latin-1")
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.is_complete = True
+
+
+def _counts(timelines: Sequence[Timeline]) -> dict[str, Any]:
+    if not timelines:
+        return {}
+    first = timelines[0]
+    tokens = [item.first_token_s for item in timelines if item.first_token_s is not None]
+    return {
+        "prompt_tokens": first.num_prompt_tokens,
+        "output_tokens": sum(item.num_output_tokens for item in timelines),
+        "finish_reasons": sorted({item.finish_reason or "running" for item in timelines}),
+        "time_to_first_token": round(min(tokens) - first.arrival_s, 6) if tokens else None,
+    }
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's time, level, logger and message, and the fields that it brings."""
+        content: dict[str, Any] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            content["exception"] = self.formatException(record.exc_info)
+        return json.dumps(content, default=str)
+
+
+class TextFormatter(logging.Formatter):
+    """One line for people; the fields as `name=value`."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        shown = [f"{name}={value}" for name, value in getattr(record, "fields", {}).items()]
+        return " ".join([super().format(record), *shown])
+
+
+LOG_FORMATS = {"text": TextFormatter, "json": JsonFormatter}
+
+
+def configure_logs(log_format: str, *, requests: bool) -> None:
+    """What `quire` logs goes to standard error in one of `LOG_FORMATS`: warnings, and each request if asked for."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LOG_FORMATS[log_format]())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logger.setLevel(logging.INFO if requests else logging.WARNING)

@@ -1,0 +1,160 @@
+"""Overload over HTTP: refusals with a time to come back, fair shares, deadlines, readers that stall."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from quire import AsyncLLM
+from quire.engine import async_engine
+from quire.errors import ConfigurationError
+from quire.server.keys import read_keys
+from tests.server.conftest import Running, start, wait_until
+from tests.tiny.checkpoints import make_tiny
+
+LONG: dict[str, Any] = {"prompt": "hello", "max_tokens": 300, "ignore_eos": True}
+SHORT: dict[str, Any] = {"prompt": "hello", "max_tokens": 2, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny("llama", tmp_path_factory.mktemp("tiny"), tokenizer=True))
+
+
+@pytest.fixture(scope="module")
+def small(directory: str) -> Iterator[Running]:
+    """One row, two places in the queue, two keys."""
+    engine = AsyncLLM(directory, max_num_seqs=1, max_num_queued_reqs=4, max_num_queued_tokens=600)
+    instance = start(engine, api_key={"flood": 1, "guest": 1})
+    yield instance
+    instance.stop()
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def open_small(directory: str) -> Iterator[Running]:
+    engine = AsyncLLM(directory, max_num_seqs=1, max_num_queued_reqs=2)
+    instance = start(engine)
+    yield instance
+    instance.stop()
+    engine.close()
+
+
+def post(server: Running, body: dict[str, Any], key: str = "flood") -> httpx.Response:
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=30)
+
+
+def idle(server: Running) -> bool:
+    return wait_until(lambda: not server.engine.has_work and server.engine._engine.queue.num_waiting == 0, 20)
+
+
+def test_past_the_bound_503_with_a_time_to_come_back(open_small: Running) -> None:
+    with ThreadPoolExecutor(24) as pool:
+        answers = list(pool.map(lambda _: post(open_small, LONG), range(24)))
+    refused = [answer for answer in answers if answer.status_code == 503]
+    assert {answer.status_code for answer in answers} == {200, 503}
+    assert len(answers) - len(refused) >= 3, "one row and two places"
+    for answer in refused:
+        assert answer.json()["error"]["code"] == "overloaded"
+        assert 1 <= int(answer.headers["retry-after"]) <= 600
+    assert idle(open_small)
+    assert post(open_small, SHORT).status_code == 200, "afterwards all is well"
+
+
+def test_a_flood_of_one_key_leaves_the_other_its_share(small: Running) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        flood = [pool.submit(post, small, LONG) for _ in range(12)]
+        assert wait_until(lambda: small.engine._engine.queue.num_waiting >= 3)
+        guest = post(small, SHORT, "guest")
+        answers = [item.result() for item in flood]
+    assert guest.status_code == 200
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert {answer.status_code for answer in refused} == {429}
+    assert refused[0].json()["error"]["code"] == "rate_limit_exceeded"
+    assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert idle(small)
+
+
+def test_what_can_never_wait_is_refused_with_the_numbers(small: Running) -> None:
+    answer = post(small, {**SHORT, "n": 6})
+    assert answer.status_code == 400 and "6 sequences at once" in answer.json()["error"]["message"]
+    answer = post(small, {**SHORT, "prompt": [5] * 301, "n": 2})
+    assert answer.status_code == 400 and "2 x 301 prompt tokens" in answer.json()["error"]["message"]
+    assert idle(small)
+
+
+def test_a_deadline_holds_while_it_runs_and_in_the_queue(open_small: Running) -> None:
+    begun_s = time.monotonic()
+    answer = post(open_small, {**LONG, "max_tokens": 500, "timeout": 0.05})
+    assert answer.status_code == 504 and answer.json()["error"]["code"] == "deadline_exceeded"
+    assert time.monotonic() - begun_s < 5
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(post, open_small, {**LONG, "max_tokens": 480}) for _ in range(2)]
+        assert wait_until(lambda: open_small.engine._engine.queue.num_waiting >= 1)
+        assert post(open_small, {**SHORT, "timeout": 0.02}).status_code == 504
+        assert [item.result().status_code for item in runs] == [200, 200]
+    assert idle(open_small)
+
+
+def test_a_deadline_in_a_stream_is_an_error_event(open_small: Running) -> None:
+    body = {**LONG, "max_tokens": 500, "timeout": 0.1, "stream": True}
+    answer = post(open_small, body)
+    if answer.status_code == 200:
+        assert '"deadline_exceeded"' in answer.text and "[DONE]" not in answer.text
+    else:
+        assert answer.status_code == 504
+    assert idle(open_small)
+
+
+@pytest.mark.parametrize("value", [0, -1, "5", True, 1e9])
+def test_a_timeout_that_is_none_is_refused(open_small: Running, value: Any) -> None:
+    answer = post(open_small, {**SHORT, "timeout": value})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "timeout"
+
+
+def num_aborted(server: Running) -> float:
+    found = [item for item in server.engine.get_metrics() if ("finished_reason", "abort") in item.labels]
+    return sum(item.value for item in found)
+
+
+def test_a_reader_that_stalls_is_bounded_and_aborted(open_small: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads: what the socket does not take lies in the stream, up to the bound."""
+    monkeypatch.setattr(async_engine, "MAX_UNREAD", 200)
+    before = num_aborted(open_small)
+    body = json.dumps({**LONG, "max_tokens": 500, "stream": True, "logprobs": 20, "n": 3}).encode()
+    host, port = open_small.url.removeprefix("http://").split(":")
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.connect((host, int(port)))
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length:"
+        sock.sendall(f"{head} {len(body)}\r\n\r\n".encode() + body)
+        assert wait_until(lambda: num_aborted(open_small) > before, 20)
+        assert idle(open_small)
+        assert not open_small.engine._streams
+
+
+def test_no_thread_is_left(open_small: Running) -> None:
+    before = threading.active_count()
+    post(open_small, SHORT)
+    assert wait_until(lambda: threading.active_count() <= before + 1)
+
+
+def test_keys_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# who\nalpha 3\n\nbeta  # plain\n")
+    assert read_keys(str(path)) == {"alpha": 3, "beta": 1}
+    for wrong in ("", "a 0", "a 1001", "a b", "a 1 2", "a\na", "a -1"):
+        path.write_text(wrong)
+        with pytest.raises(ConfigurationError) as caught:
+            read_keys(str(path))
+        assert caught.value.field == "api_key_file"
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        read_keys(str(tmp_path / "none"))

@@ -1,0 +1,198 @@
+"""What operators see: explanations behind their own key, logs without texts, traces."""
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import httpx
+import pytest
+
+from quire.cli import explain as verb
+from quire.cli.main import main
+from quire.errors import ConfigurationError
+from quire.server.access import LOG_FORMATS, configure_logs
+from quire.server.app import Oversight
+from quire.server.traces import Tracer
+from tests.server.conftest import Running, start, wait_until
+from tests.server.fake_engine import FakeEngine
+
+SECRET = "a prompt that nobody may log"
+
+
+def complete(server: Running, **more: Any) -> httpx.Response:
+    body = {"prompt": SECRET, "max_tokens": 40, "ignore_eos": True, **more}
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_parts_add_up_to_what_the_client_saw(real: Running, stream: bool) -> None:
+    begun_s = time.monotonic()
+    answer = complete(real, stream=stream)
+    seen_s = time.monotonic() - begun_s
+    url = f"{real.url}/v1/requests/{answer.headers['x-request-id']}/explain"
+    assert wait_until(lambda: httpx.get(url).json()["data"][0]["parts"]["sending"] > 0)
+    (item,) = httpx.get(url).json()["data"]
+    assert sum(item["parts"].values()) == pytest.approx(item["total_s"], rel=0.01)
+    assert item["total_s"] <= seen_s
+    assert item["finished"] and item["num_output_tokens"] == 40
+    assert item["parts"]["decoding"] > 0 and item["parts"]["prefilling"] > 0
+    assert item["sentence"].endswith(".") and item["largest"] in item["parts"]
+
+
+def test_every_prompt_of_a_response_is_explained(real: Running) -> None:
+    answer = complete(real, prompt=["one", "two"], n=2)
+    url = f"{real.url}/v1/requests/{answer.headers['x-request-id']}/explain"
+    assert len(httpx.get(url).json()["data"]) == 2
+
+
+def test_an_unknown_request_is_404(real: Running) -> None:
+    answer = httpx.get(f"{real.url}/v1/requests/cmpl-none/explain")
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "request_not_found"
+
+
+def test_the_verb_prints_parts_and_a_sentence(real: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    request_id = complete(real).headers["x-request-id"]
+    assert main(["explain", "--url", f"{real.url}/v1", request_id]) == 0
+    shown = capsys.readouterr().out
+    assert "40 generated, ended with length" in shown and "decoding" in shown and "whole" in shown
+    assert main(["explain", "--url", real.url, "--json", request_id]) == 0
+    assert json.loads(capsys.readouterr().out)["data"][0]["num_output_tokens"] == 40
+    assert main(["explain", "--url", real.url, "cmpl-none"]) == 2
+    assert "no request 'cmpl-none'" in capsys.readouterr().err
+    assert main(["explain", "--url", "http://127.0.0.1:1", "x"]) == 1
+    assert verb.EXAMPLES
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "status"),
+    [
+        ({}, None, 404),
+        ({"api_key": "caller"}, "caller", 403),
+        ({"api_key": "caller"}, None, 401),
+        ({"oversight": Oversight("boss")}, None, 403),
+        ({"oversight": Oversight("boss")}, "boss", 404),
+        ({"api_key": "caller", "oversight": Oversight("boss")}, "caller", 403),
+        ({"api_key": "caller", "oversight": Oversight("boss")}, "boss", 404),
+        ({"api_key": "caller", "oversight": Oversight("boss")}, "other", 401),
+    ],
+)
+def test_explanations_are_for_operators(options: dict[str, Any], key: str | None, status: int) -> None:
+    """404 says that the door was open: the request is not known."""
+    server = start(FakeEngine(), **options)
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    assert httpx.get(f"{server.url}/v1/requests/x/explain", headers=headers).status_code == status
+    wants_key = "api_key" in options
+    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 1}, headers=headers)
+    assert answer.status_code == (401 if wants_key and key in (None, "other") else 200)
+    server.stop()
+
+
+@pytest.mark.parametrize("key", ["", "caller"])
+def test_an_admin_key_must_be_one(key: str) -> None:
+    with pytest.raises(ConfigurationError, match="admin_api_key"):
+        start(FakeEngine(), api_key="caller", oversight=Oversight(key))
+
+
+def test_a_record_tells_sizes_and_times_and_no_text(real: Running, caplog: pytest.LogCaptureFixture) -> None:
+    server = start(real.engine, api_key="hidden-key", oversight=Oversight(log_requests=True))
+    with caplog.at_level(logging.INFO, "quire.access"):
+        body = {"prompt": SECRET, "max_tokens": 5, "ignore_eos": True}
+        headers = {"Authorization": "Bearer hidden-key"}
+        httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=30)
+        httpx.get(f"{server.url}/no/such%0aroute", headers=headers)
+        assert wait_until(lambda: len(caplog.records) >= 2)
+    server.server.should_exit = True
+    server.thread.join(10)
+    shown = [json.loads(LOG_FORMATS["json"]().format(record)) for record in caplog.records]
+    assert shown[0]["status"] == 200 and shown[0]["output_tokens"] == 5 and shown[0]["is_complete"]
+    assert shown[0]["finish_reasons"] == ["length"] and shown[0]["time_to_first_token"] > 0
+    assert shown[1]["status"] == 404 and "\n" not in shown[1]["path"]
+    text = json.dumps(shown) + "".join(LOG_FORMATS["text"]().format(record) for record in caplog.records)
+    assert SECRET not in text and "hidden-key" not in text and "\n" not in text
+
+
+def test_logs_are_json_objects(capfd: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    try:
+        configure_logs("json", requests=False)
+        try:
+            raise ValueError("inside")
+        except ValueError:
+            logging.getLogger("quire.test").exception("it %s", "broke")
+    finally:
+        root.handlers[:], root.level = before
+    (line,) = capfd.readouterr().err.splitlines()
+    record = json.loads(line)
+    assert record["message"] == "it broke" and record["level"] == "error" and "ValueError" in record["exception"]
+
+
+class Collector(BaseHTTPRequestHandler):
+    """Keeps what it is sent."""
+
+    bodies: list[tuple[str, dict[str, Any]]]
+
+    def do_POST(self) -> None:
+        self.bodies.append((self.path, json.loads(self.rfile.read(int(self.headers["content-length"])))))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def collector() -> Iterator[tuple[str, list[tuple[str, dict[str, Any]]]]]:
+    kind = type("Kept", (Collector,), {"bodies": []})
+    server = HTTPServer(("127.0.0.1", 0), kind)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}", kind.bodies
+    server.shutdown()
+    server.server_close()
+
+
+def test_spans_reach_the_collector(real: Running, collector: tuple[str, list[tuple[str, dict[str, Any]]]]) -> None:
+    url, bodies = collector
+    server = start(real.engine, oversight=Oversight(otlp_traces_endpoint=url))
+    parent = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
+    body = {"prompt": SECRET, "max_tokens": 5, "ignore_eos": True}
+    httpx.post(f"{server.url}/v1/completions", json=body, headers=parent, timeout=30)
+    assert wait_until(lambda: bodies, 10)
+    server.server.should_exit = True
+    server.thread.join(10)
+    path, content = bodies[0]
+    assert path == "/v1/traces"
+    spans = {span["name"]: span for span in content["resourceSpans"][0]["scopeSpans"][0]["spans"]}
+    assert set(spans) == {"llm_request", "queue", "prefill", "decode"}
+    root = spans["llm_request"]
+    assert root["traceId"] == "ab" * 16 and root["parentSpanId"] == "cd" * 8
+    for name in ("queue", "prefill", "decode"):
+        assert spans[name]["parentSpanId"] == root["spanId"]
+        assert int(root["startTimeUnixNano"]) <= int(spans[name]["startTimeUnixNano"])
+        assert int(spans[name]["endTimeUnixNano"]) <= int(root["endTimeUnixNano"])
+    assert abs(int(root["endTimeUnixNano"]) / 1e9 - time.time()) < 60
+    values = {item["key"]: item["value"] for item in root["attributes"]}
+    assert values["gen_ai.usage.completion_tokens"] == {"intValue": "5"}
+    assert SECRET not in json.dumps(content)
+
+
+def test_a_collector_that_is_gone_costs_spans_only(real: Running) -> None:
+    tracer = Tracer("http://127.0.0.1:1", "m")
+    complete(real)
+    times = real.engine._engine.ledger._requests[next(reversed(real.engine._engine.ledger._requests))]
+    tracer.request(times, None)
+    tracer.request(times, b"00-" + b"ab" * 16 + b"-" + b"cd" * 8 + b"-00")
+    tracer.close()
+    assert tracer.num_dropped == 4, "the caller of the second asked not to be sampled"
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:4317", "ftp://x", "http://", "http://host:99999", "grpc://x:1"])
+def test_an_endpoint_must_be_http(endpoint: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        Tracer(endpoint, "m")
+    assert caught.value.field == "otlp_traces_endpoint"
