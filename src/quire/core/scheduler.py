@@ -163,14 +163,17 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Take in what a step gave; results of requests that ended or were preempted meanwhile are dropped."""
         require(result.step_id == plan.step_id, "a result answers its own plan")
-        owners = self._in_flight.pop(plan.step_id)
+        owners = self._in_flight[plan.step_id]
         deltas: list[TokenDelta] = []
         for scheduled, row_result in zip(plan.scheduled, result.rows, strict=True):
             request = owners.get(scheduled.row)
+            if row_result.error is not None and request is not None:
+                self._evict_sharers(request, scheduled)
             if request is not None:
                 delta = self._apply(request, scheduled, row_result)
                 if delta is not None:
                     deltas.append(delta)
+        del self._in_flight[plan.step_id]
         return deltas
 
     # Step 1: those who run.
@@ -326,6 +329,15 @@ class Scheduler:
         )
 
     # Leaving.
+
+    def _evict_sharers(self, failed: Request, scheduled: ScheduledRow) -> None:
+        """Blocks that a failed row was to fill may hold nothing: who shares them computes them anew."""
+        first, end = scheduled.start, scheduled.start + scheduled.num_tokens
+        doubtful = failed.block_ids[first // self.limits.block_size : self._pool.blocks_for(end)]
+        self._pool.forget(doubtful)
+        for request in [other for other in self._running if other is not failed]:
+            if not set(doubtful).isdisjoint(request.block_ids):
+                self._preempt(request)
 
     def _end(self, request: Request) -> None:
         """The request is finished: nothing of it stays but what the prefix cache remembers."""

@@ -1,10 +1,14 @@
 """Runs a plan: rows in and out, gather, model, logits, sample."""
 
-import numpy as np
+from collections.abc import Sequence
 
-from quire.core.plan import RowResult, ScheduledRow, StepPlan, StepResult, TokenLogprobs
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.core.plan import NewRow, RowResult, ScheduledRow, StepPlan, StepResult, TokenLogprobs
 from quire.models.model import Model
 from quire.ops.types import Array, Ops
+from quire.runner.faults import RowFaults, compute_apart_if_it_fails
 from quire.runner.rows import Rows
 from quire.sampling.logprobs import token_logprobs
 from quire.sampling.sampler import NOT_FINITE, Sampler
@@ -34,45 +38,70 @@ class ModelRunner:
         """Row -> (number asked for, prompt length), for rows that asked."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute one step."""
+        """Compute one step. A fault in the work of one row fails that row (see `quire.runner.faults`)."""
+        faults = RowFaults()
         for row in plan.removed:
-            self._rows.remove(row)
-            self._sampler.remove(row)
-            self._prompt_logprobs.pop(row, None)
+            self._remove(row)
         for new in plan.new:
-            self._rows.enter(new)
-            self._sampler.add(new)
-            if new.sampling.num_prompt_logprobs is not None:
-                self._prompt_logprobs[new.row] = new.sampling.num_prompt_logprobs, new.num_prompt_tokens
-        if not plan.scheduled:
-            return StepResult(plan.step_id, ())
-        batch = self._rows.gather(plan.scheduled, self._ops)
-        hidden = self._model.forward(batch.token_ids, batch.attention, self._cache)
-        results = self._sample(plan, hidden, batch.last_tokens)
-        if self._prompt_logprobs:
-            results = self._add_prompt_logprobs(plan, hidden, results)
+            faults.contain(new.row, self._enter, new)
+        for item in plan.scheduled:
+            if item.new_block_ids:
+                faults.contain(item.row, self._rows.extend, item.row, item.new_block_ids)
+        results = compute_apart_if_it_fails(self._compute, faults.without_failed(plan.scheduled))
+        for index, result in enumerate(results):
+            if result.token_ids:
+                faults.contain(result.row, self._keep, result)
+                results[index] = faults.result(result.row) or result
+        if faults:
+            done = {result.row: result for result in results}
+            results = [faults.result(item.row) or done[item.row] for item in plan.scheduled]
         return StepResult(plan.step_id, tuple(results))
 
-    def _sample(self, plan: StepPlan, hidden: Array, last_tokens: np.ndarray) -> list[RowResult]:
-        sampling = [index for index, item in enumerate(plan.scheduled) if item.samples]
-        results = [RowResult(item.row, ()) for item in plan.scheduled]
+    def _remove(self, row: int) -> None:
+        self._rows.remove(row)
+        self._sampler.remove(row)
+        self._prompt_logprobs.pop(row, None)
+
+    def _enter(self, new: NewRow) -> None:
+        self._rows.enter(new)
+        self._sampler.add(new)
+        if new.sampling.num_prompt_logprobs is not None:
+            self._prompt_logprobs[new.row] = new.sampling.num_prompt_logprobs, new.num_prompt_tokens
+
+    def _keep(self, result: RowResult) -> None:
+        for token_id in result.token_ids:
+            self._sampler.observe(result.row, token_id)
+            self._rows.append(result.row, token_id)
+
+    def _compute(self, scheduled: Sequence[ScheduledRow]) -> list[RowResult]:
+        """Results of rows. Only the cache changes, and computing a row again writes the same into it."""
+        batch = self._rows.gather(scheduled, self._ops)
+        hidden = self._model.forward(batch.token_ids, batch.attention, self._cache)
+        results = self._sample(scheduled, hidden, batch.last_tokens)
+        return self._add_prompt_logprobs(scheduled, hidden, results) if self._prompt_logprobs else results
+
+    def _sample(
+        self, scheduled: Sequence[ScheduledRow], hidden: Array, last_tokens: NDArray[np.int64]
+    ) -> list[RowResult]:
+        sampling = [index for index, item in enumerate(scheduled) if item.samples]
+        results = [RowResult(item.row, ()) for item in scheduled]
         if not sampling:
             return results
         picked = hidden if len(hidden) == len(sampling) else hidden[self._ops.array(last_tokens[sampling], "int64")]
         logits = self._model.logits(picked)
-        items = [plan.scheduled[index] for index in sampling]
+        items = [scheduled[index] for index in sampling]
         drawn = self._sampler.sample(
             logits, [item.row for item in items], [item.start + item.num_tokens for item in items]
         )
         for index, result in zip(sampling, drawn, strict=True):
             results[index] = result
-            for token_id in result.token_ids:
-                self._rows.append(result.row, token_id)
         return results
 
-    def _add_prompt_logprobs(self, plan: StepPlan, hidden: Array, results: list[RowResult]) -> list[RowResult]:
+    def _add_prompt_logprobs(
+        self, scheduled: Sequence[ScheduledRow], hidden: Array, results: list[RowResult]
+    ) -> list[RowResult]:
         first = 0
-        for index, item in enumerate(plan.scheduled):
+        for index, item in enumerate(scheduled):
             if item.row in self._prompt_logprobs:
                 rows = hidden[first : first + item.num_tokens]
                 results[index] = self._with_prompt_logprobs(item, rows, results[index])

@@ -46,12 +46,18 @@ class Rows:
         assert self._num_known[new.row] == 0, f"row {new.row} is taken"
         self._token_ids[new.row, : len(new.token_ids)] = new.token_ids
         self._num_known[new.row] = len(new.token_ids)
-        self._extend(new.row, new.block_ids)
+        self.extend(new.row, new.block_ids)
 
     def remove(self, row: int) -> None:
         """Clear all of a row."""
         self._num_known[row] = 0
         self._num_blocks[row] = 0
+
+    def extend(self, row: int, block_ids: Sequence[int]) -> None:
+        """Blocks are appended to a row's table."""
+        held = int(self._num_blocks[row])
+        self._block_tables[row, held : held + len(block_ids)] = block_ids
+        self._num_blocks[row] = held + len(block_ids)
 
     def append(self, row: int, token_id: int) -> None:
         """A token was sampled for the row."""
@@ -64,10 +70,7 @@ class Rows:
         return found
 
     def gather(self, scheduled: Sequence[ScheduledRow], ops: Ops) -> ForwardBatch:
-        """The arrays of one step; block tables are extended first."""
-        for item in scheduled:
-            if item.new_block_ids:
-                self._extend(item.row, item.new_block_ids)
+        """The arrays of one step; nothing is changed. The new blocks of its rows have been appended."""
         rows, starts, counts = np.array([item[:3] for item in scheduled], np.int64).T
         assert (starts + counts <= self._num_known[rows]).all(), "a plan reaches past the known tokens"
         query_starts = np.zeros(len(rows) + 1, np.int64)
@@ -82,8 +85,3 @@ class Rows:
             block_tables=ops.array(self._block_tables[rows, :widest], "int32"),
         )
         return ForwardBatch(ops.array(token_ids, "int32"), attention, query_starts[1:] - 1)
-
-    def _extend(self, row: int, block_ids: Sequence[int]) -> None:
-        held = int(self._num_blocks[row])
-        self._block_tables[row, held : held + len(block_ids)] = block_ids
-        self._num_blocks[row] = held + len(block_ids)

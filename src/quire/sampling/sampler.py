@@ -83,7 +83,7 @@ class Sampler:
                 feature.remove(row)
 
     def sample(self, logits: Array, rows: Sequence[int], positions: Sequence[int]) -> list[RowResult]:
-        """One token for each row.
+        """One token for each row. No state of rows changes until `observe` is told what is kept.
 
         Args:
             logits: float32 `[rows, vocabulary]`, edited in place.
@@ -105,15 +105,17 @@ class Sampler:
                 errors = [error or (None if ok else NOTHING_LEFT) for error, ok in zip(errors, left, strict=True)]
                 logits[ops.array(~left, "bool")] = 0.0
         tokens = ops.to_numpy(ops.sample(logits, self._batch(rows, positions))).tolist()
-        for row, token in zip(rows, tokens, strict=True):
-            if row in self._users:
-                for feature in self._features:
-                    feature.observe(row, token)
         logprobs = self._logprobs(raw, rows, tokens)
         return [
             RowResult(row, (token,), logprobs.get(row, ())) if error is None else RowResult(row, (), error=error)
             for row, token, error in zip(rows, tokens, errors, strict=True)
         ]
+
+    def observe(self, row: int, token_id: int) -> None:
+        """`token_id` was appended to the sequence of `row`."""
+        if row in self._users:
+            for feature in self._features:
+                feature.observe(row, token_id)
 
     def _raw_copy(self, logits: Array, rows: Sequence[int]) -> Array | None:
         wanted = [index for index, row in enumerate(rows) if row in self._num_logprobs]
