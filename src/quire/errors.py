@@ -9,7 +9,7 @@
     ├── OverloadedError          503: the queue is full, come back after `retry_after_s`
     │   └── TooManyRequestsError 429: this caller's part of the queue is
     ├── RequestFailedError       this request's fault or fate: it alone ends with `error`
-    │   └── DeadlineExceededError  504: its `timeout` passed, in the queue or while it ran
+    │   └── DeadlineExceededError  408: its `timeout` passed, in the queue or while it ran
     ├── ConfigurationError       the operator's fault: refused before the engine starts
     │   ├── ModelFileError       a file of the model is missing, damaged or not supported
     │   └── UnsupportedModelError  an architecture that Quire does not have

@@ -1,11 +1,10 @@
 """Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
 
 400 invalid_request_error    the caller's fault, with the field in `param`
-401 403 404 405 408 413 415  invalid_request_error too, told apart by `code`
+401 403 404 405 408 413 415  invalid_request_error too, told apart by `code` (408: the request's own `timeout` passed)
 500 server_error             the engine's fault
 429 invalid_request_error    this key has too many requests waiting: with Retry-After
 503 server_error             overloaded, stopping: with Retry-After
-504 server_error             the request's own `timeout` passed
 """
 
 import logging
@@ -88,7 +87,7 @@ def as_api_error(error: BaseException) -> ApiError:
             return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
         return ApiError(503, str(error), code="overloaded", headers=headers)
     if isinstance(error, DeadlineExceededError):
-        return ApiError(504, str(error), param="timeout", code="deadline_exceeded")
+        return ApiError(408, str(error), param="timeout", code="deadline_exceeded")
     if isinstance(error, RequestFailedError):
         return ApiError(500, str(error), code="request_failed")
     if isinstance(error, EngineDeadError):

@@ -14,6 +14,7 @@ from quire.errors import ConfigurationError, unknown_name_message
 from quire.server.errors import ApiError
 
 LARGEST = 2**40
+MAX_TIMEOUT_SECONDS = 86400
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,8 @@ FIXED = (
     Fixed("logit_bias", f"{sampling.BIAS.low:g} to {sampling.BIAS.high:g}", "bias of a token"),
     Fixed("priority", f"{-MAX_PRIORITY:,} to {MAX_PRIORITY:,}", "whole number"),
     Fixed("cache_salt", str(MAX_SALT_BYTES), "bytes"),
+    Fixed("timeout", f"above 0 to {MAX_TIMEOUT_SECONDS:,}", "seconds"),
+    Fixed("n, prompt", "--max-num-queued-reqs, --max-num-queued-tokens", "what one request may queue"),
     Fixed("messages", f"{MAX_MESSAGES:,}", "messages, for the library too"),
     Fixed("token ids", "below the width of the logits", "each id"),
     Fixed("prompt, messages", "--max-model-len less one", "tokens", "context_length_exceeded"),

@@ -63,13 +63,12 @@ _ERRORS = {
     401: "A key is needed.",
     404: "No such model or route.",
     405: "The method is not allowed here.",
-    408: "The body took too long.",
+    408: "The body took too long, or the request's own timeout passed.",
     413: "The body is too large.",
     415: "The body is not JSON.",
     429: "Too many requests; see Retry-After.",
     500: "This request failed.",
     503: "Overloaded or stopping; see Retry-After.",
-    504: "The request's deadline passed.",
 }
 
 

@@ -7,9 +7,9 @@ from typing import Any
 from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
 from quire.errors import InvalidRequestError, unknown_name_message
 from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.server.limits import MAX_TIMEOUT_SECONDS
 from quire.server.protocol.fields import SAMPLING, flag
 
-MAX_TIMEOUT_SECONDS = 86400
 FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields that the model's own generation settings fill when the request leaves them out, as in vLLM."""
 

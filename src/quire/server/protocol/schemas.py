@@ -7,7 +7,7 @@ from typing import Any
 from quire import sampling_params as sampling
 from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
 from quire.sampling_params import Range, SamplingParams
-from quire.server.limits import Limits
+from quire.server.limits import MAX_TIMEOUT_SECONDS, Limits
 from quire.server.protocol.chat import ROLES
 from quire.server.protocol.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, TOKENIZE_CHAT, Door
 
@@ -76,6 +76,7 @@ def _shared_fields(limits: Limits) -> dict[str, Schema]:
         "stream_options": record(options),
         "priority": {"type": "integer", "minimum": -MAX_PRIORITY, "maximum": MAX_PRIORITY, "default": 0},
         "cache_salt": {**STRING, "maxLength": MAX_SALT_BYTES},
+        "timeout": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TIMEOUT_SECONDS},
         "truncate_prompt_tokens": {"type": "integer", "minimum": -1, "maximum": 2**31 - 1, "not": {"const": 0}},
         "truncation_side": {"enum": ["left", "right"]},
         "return_token_ids": {**BOOLEAN, "default": False},
