@@ -95,7 +95,11 @@ def _shared_fields(limits: Limits) -> dict[str, Schema]:
 def _message(limits: Limits) -> Schema:
     part = record({"type": {"const": "text"}, "text": STRING}, ("type", "text"))
     parts = array({"anyOf": [STRING, part]}, limits.content_parts.value, least=1)
-    properties = {"role": {"enum": list(ROLES)}, "content": {"anyOf": [STRING, parts]}, "name": or_null(STRING)}
+    properties: dict[str, Schema] = {
+        "role": {"enum": list(ROLES)},
+        "content": {"anyOf": [STRING, parts]},
+        "name": or_null(STRING),
+    }
     return record(properties, ("role", "content"))
 
 
