@@ -11,7 +11,7 @@ namespace quire::QUIRE_ISA {
 
 namespace {
 
-constexpr int64_t kWriteTokens = 8;
+constexpr int64_t kWriteTokens = 16;
 
 // An item is kWriteTokens consecutive tokens, of whatever rows.
 template <class Program>
@@ -28,15 +28,35 @@ void write_tokens(void* context, int64_t item, int worker) {
     }
     for (int64_t token = first, row = low; token < last; ++token) {
         while (args.query_starts[row + 1] <= token) ++row;
-        Program::write(args, row, token, room);
+        for (int64_t head = 0; head < args.cache.kv_heads; ++head) Program::write(args, row, token, head, room);
     }
 }
 
 template <class Program>
-void attend_item(void* context, int64_t index, int worker) {
+void attend_items(void* context, int64_t index, int worker) {
     const Job& job = *static_cast<Job*>(context);
-    Program::attend(job, job.items[index], worker);
-    close_item<typename Program::Exponential>(job, job.items[index]);
+    const AttentionArgs& args = *job.args;
+    const int64_t last = smaller(job.count, (index + 1) * job.batch);
+    for (int64_t i = index * job.batch; i < last; ++i) {
+        const Item& item = job.items[i];
+        if (job.writes && item.split == last_split(args, item.row)) {
+            float* const room = static_cast<float*>(job.pool->scratch(worker, args.cache.head_dim * sizeof(float)));
+            for (int64_t t = 0; t < item.tokens; ++t) {
+                Program::write(args, item.row, item.first_token + t, item.head, room);
+            }
+        }
+        Program::attend(job, item, i + 1 < last ? &job.items[i + 1] : nullptr, worker);
+        close_item<typename Program::Exponential>(job, item);
+    }
+}
+
+// Whether all rows are divided, each with its new tokens in one split: then nobody else reads what these write.
+bool only_last_splits_grow(const AttentionArgs& args, int64_t tile) {
+    for (int64_t row = 0; row < args.rows; ++row) {
+        if (tokens_of(args, row) == 0) continue;
+        if (!Plan::divides(args, tile, row) || args.starts[row] / kSplit != last_split(args, row)) return false;
+    }
+    return true;
 }
 
 // Fills in the tables of divided rows, unless they are null, and returns the floats that their records need.
@@ -70,14 +90,20 @@ void run(const AttentionArgs& args, ThreadPool& pool) {
     const int64_t partial_floats = list_divided(args, tile, nullptr, nullptr);
     char* memory = static_cast<char*>(
         pool.shared_scratch(item_bytes + start_bytes + unfinished_bytes + partial_floats * sizeof(float)));
-    Job job{&args, &pool, reinterpret_cast<Item*>(memory), nullptr, nullptr, nullptr};
+    Job job{};
+    job.args = &args;
+    job.pool = &pool;
+    job.items = reinterpret_cast<Item*>(memory);
     job.partial_starts = reinterpret_cast<int64_t*>(memory + item_bytes);
     job.unfinished = reinterpret_cast<int32_t*>(memory + item_bytes + start_bytes);
     job.partials = reinterpret_cast<float*>(memory + item_bytes + start_bytes + unfinished_bytes);
     Plan(args, tile, job.items);
     list_divided(args, tile, job.partial_starts, job.unfinished);
-    pool.run((args.query_starts[args.rows] + kWriteTokens - 1) / kWriteTokens, write_tokens<Program>, &job);
-    pool.run(count, attend_item<Program>, &job);
+    job.count = count;
+    job.writes = only_last_splits_grow(args, tile);
+    job.batch = job.writes ? larger(1, count / (pool.threads() * 8)) : 1;
+    if (!job.writes) pool.run((args.query_starts[args.rows] + kWriteTokens - 1) / kWriteTokens, write_tokens<Program>, &job);
+    pool.run((count + job.batch - 1) / job.batch, attend_items<Program>, &job);
 }
 
 }  // namespace

@@ -40,6 +40,9 @@ struct Job {
     float* partials;
     int64_t* partial_starts;  // [rows]: where in `partials` a divided row's records begin
     int32_t* unfinished;      // [rows, kv_heads]: splits of a divided row that are not yet attended to
+    int64_t count;            // of items
+    int64_t batch;            // items that one thread takes at once
+    bool writes;              // whoever attends to a row's last split writes its new keys and values before
 };
 
 inline int64_t group_of(const AttentionArgs& args) { return args.heads / args.cache.kv_heads; }

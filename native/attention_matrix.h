@@ -28,30 +28,25 @@ namespace quire::QUIRE_ISA {
 
 constexpr int64_t kMatrixQueries = 384;  // query vectors of an item, about
 
-inline void write_matrix_token(const AttentionArgs& args, int64_t row, int64_t token, float* room) {
+inline void write_matrix_token(const AttentionArgs& args, int64_t row, int64_t token, int64_t head, float* room) {
     const CacheLayout& cache = args.cache;
     const int64_t position = args.starts[row] + token - args.query_starts[row];
     const int64_t block = args.tables[row * args.table_stride + position / cache.block_size];
     const int64_t slot = position % cache.block_size, dims = cache.head_dim;
-    for (int64_t head = 0; head < cache.kv_heads; ++head) {
-        uint16_t* keys = reinterpret_cast<uint16_t*>(cache.unit(args.layer, block, head));
-        uint16_t* values = keys + cache.slots() * dims + slot / 2 * 32 + slot % 2;
-        keys += slot / kTile * kTile * dims + slot % kTile * 2;
-        const float* k = rotated(args.rope, position, args.k + token * args.k_stride + head * dims, dims, room);
-        const float* v = args.v + token * args.v_stride + head * dims;
-        for (int64_t d = 0; d < cache.value_dim(); d += 16, values += cache.slots() * 16) {
-            const __mmask16 present = static_cast<__mmask16>((1u << smaller(16, dims - d)) - 1);
-            alignas(32) uint32_t pairs[8];
-            const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(present, k + d));
-            _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), (__m256i)rounded);
-            for (int64_t i = 0; i < smaller(16, dims - d) / 2; ++i) {
-                __builtin_memcpy(keys + (d / 2 + i) * 32, pairs + i, 4);
-            }
-            // Only this token's half of each pair is written: another thread may be writing the other.
-            const __m512i spread =
-                _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(present, v + d)));
-            _mm512_mask_storeu_epi16(values, 0x55555555u, spread);
-        }
+    uint16_t* keys = reinterpret_cast<uint16_t*>(cache.unit(args.layer, block, head));
+    uint16_t* values = keys + cache.slots() * dims + slot / 2 * 32 + slot % 2;
+    keys += slot / kTile * kTile * dims + slot % kTile * 2;
+    const float* k = rotated(args.rope, position, args.k + token * args.k_stride + head * dims, dims, room);
+    const float* v = args.v + token * args.v_stride + head * dims;
+    for (int64_t d = 0; d < cache.value_dim(); d += 16, values += cache.slots() * 16) {
+        const __mmask16 present = static_cast<__mmask16>((1u << smaller(16, dims - d)) - 1);
+        alignas(32) uint32_t pairs[8];
+        const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(present, k + d));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), (__m256i)rounded);
+        for (int64_t i = 0; i < smaller(16, dims - d) / 2; ++i) __builtin_memcpy(keys + (d / 2 + i) * 32, pairs + i, 4);
+        // Only this token's half of each pair is written: another thread may be writing the other.
+        const __m512i spread = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(present, v + d)));
+        _mm512_mask_storeu_epi16(values, 0x55555555u, spread);
     }
 }
 
@@ -101,8 +96,9 @@ struct MatrixScratch {
 // One item: queries in the order token, head of the group; sixteen of them are a tile.
 class MatrixItem {
 public:
-    MatrixItem(const Job& job, const Item& item, int worker)
-        : args_(*job.args), item_(item), group_(group_of(args_)), queries_(item.tokens * group_),
+    // `next` is what this worker does afterwards, if that is known.
+    MatrixItem(const Job& job, const Item& item, const Item* next, int worker)
+        : args_(*job.args), item_(item), next_(next), group_(group_of(args_)), queries_(item.tokens * group_),
           head_dim_(args_.cache.head_dim), value_dim_(args_.cache.value_dim()),
           unit_(args_.softcap != 0.0f ? kLog2e : magnitude(args_.scale) * kLog2e),
           scratch_(args_.cache, tiles(), *job.pool, worker), keys_(args_, item, scratch_.gathered),
@@ -130,7 +126,7 @@ public:
 
     // All splits, one after the other.
     void attend_all() {
-        for (int64_t tile = 0; tile < tiles(); ++tile) scratch_.totals[tile].clear(value_dim_);
+        for (int64_t tile = 0; tile < tiles(); ++tile) scratch_.totals[tile].empty = true;
         const int64_t end = item_.first_position + item_.tokens;
         for (int64_t split = begin_of(args_, item_.first_position) / kSplit; split * kSplit < end; ++split) {
             attend_split(split, [&](int64_t tile, const MatrixState& state) {
@@ -141,6 +137,7 @@ public:
         for (int64_t query = 0; query < queries_; ++query, place.advance()) {
             const MatrixTotal& total = scratch_.totals[query / 16];
             const int64_t row = query % 16;
+            prefetch_output(place);
             finish<BinaryExponential>(args_, item_.first_token + place.token, item_.head * group_ + place.head,
                                       {total.tops[row], total.totals[row], total.mixed + row * 16}, 16);
         }
@@ -164,15 +161,33 @@ private:
         }
     };
 
+    const float* query_at(const Place& place) const {
+        return args_.q + (item_.first_token + place.token) * args_.q_stride +
+               (item_.head * group_ + place.head) * head_dim_;
+    }
+
+    // Queries and outputs of one token are close together, those of the next one are not: they are asked for here.
+    void prefetch_query(const Place& place) const {
+        if (place.token + kTokensAhead >= item_.tokens) return;
+        const float* q = query_at(place) + kTokensAhead * args_.q_stride;
+        for (int64_t d = 0; d < head_dim_; d += 16) __builtin_prefetch(q + d, 0, 3);
+    }
+    void prefetch_output(const Place& place) const {
+        if (place.token + kTokensAhead >= item_.tokens) return;
+        const int64_t token = item_.first_token + place.token + kTokensAhead;
+        const float* out = args_.out + (token * args_.heads + item_.head * group_ + place.head) * head_dim_;
+        for (int64_t d = 0; d < head_dim_; d += 16) __builtin_prefetch(out + d, 1, 3);
+    }
+
     // Rows past the last query are zero. The sign of the scale goes to the queries: the largest score is the top.
     void pack_queries() {
         const int64_t step = key_step(head_dim_), steps = head_dim_ / step;
         const __m512i sign = _mm512_set1_epi32(args_.scale < 0.0f && args_.softcap == 0.0f ? INT32_MIN : 0);
         Place place(0, group_);
         for (int64_t row = 0; row < tiles() * 16; ++row, place.advance()) {
-            const float* q = args_.q + (item_.first_token + place.token) * args_.q_stride +
-                             (item_.head * group_ + place.head) * head_dim_;
+            const float* q = query_at(place);
             if (row < queries_) {
+                prefetch_query(place);
                 q = rotated(args_.rope, token_position(args_, item_, place.token), q, head_dim_, scratch_.rotated);
             }
             uint16_t* to = scratch_.queries + row / 16 * steps * 512 + row % 16 * 32;
@@ -223,6 +238,7 @@ private:
             weigh_chunks();
             find_overflow();
         }
+        if (prefetch_ && next_ != nullptr) prefetch_next();
         if (broken_) return mix_rows_apart();
         const int64_t tile_stride = kSplitChunks * 1024;
         products_.mix(scratch_.weights + first_ * 1024, tile_stride, chunks_ + first_, last_ - first_, scratch_.mixed);
@@ -244,6 +260,17 @@ private:
             float* const done = scores;
             scores = next;
             next = done;
+        }
+    }
+
+    void prefetch_next() const {
+        const int64_t end = next_->first_position + next_->tokens;
+        const int64_t seen = begin_of(args_, next_->first_position) / kMatrixChunk * kMatrixChunk;
+        const int64_t start = larger(next_->split * kSplit, seen);
+        const MatrixKeys keys(args_, *next_, nullptr);
+        if (!keys.in_place()) return;
+        for (int64_t base = start; base < smaller(end, start + kAhead * kMatrixChunk); base += kMatrixChunk) {
+            keys.prefetch_keys(keys.find(base, end, 0));
         }
     }
 
@@ -360,10 +387,12 @@ private:
         }
     }
 
-    static constexpr int64_t kAhead = 3;  // chunks whose keys are asked for before they are needed
+    static constexpr int64_t kAhead = 3;        // chunks whose keys are asked for before they are needed
+    static constexpr int64_t kTokensAhead = 6;  // tokens whose queries, or outputs, are
 
     const AttentionArgs& args_;
     const Item& item_;
+    const Item* const next_;
     const int64_t group_, queries_, head_dim_, value_dim_;
     const float unit_;  // of scores, in binary logits
     MatrixScratch scratch_;
@@ -392,12 +421,12 @@ struct MatrixAttention {
         return tokens >= 128 ? 128 : tokens >= 16 ? tokens / 16 * 16 : larger(1, tokens);
     }
 
-    static void write(const AttentionArgs& args, int64_t row, int64_t token, float* room) {
-        write_matrix_token(args, row, token, room);
+    static void write(const AttentionArgs& args, int64_t row, int64_t token, int64_t head, float* room) {
+        write_matrix_token(args, row, token, head, room);
     }
 
-    static void attend(const Job& job, const Item& item, int worker) {
-        MatrixItem work(job, item, worker);
+    static void attend(const Job& job, const Item& item, const Item* next, int worker) {
+        MatrixItem work(job, item, next, worker);
         if (item.divided) {
             work.keep_split(job, item.split);
         } else {

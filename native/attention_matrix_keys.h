@@ -70,6 +70,9 @@ public:
         return kMatrixChunk * (keys + (whole_values(cache) ? 0 : cache.value_dim()));
     }
 
+    // Whether nothing has to be gathered.
+    bool in_place() const { return whole_keys(cache_) && whole_values(cache_); }
+
     // The chunk from position `base` on, gathered in place `place` of the room. Positions from `end` on hold anything
     // that may be read.
     MatrixChunk find(int64_t base, int64_t end, int64_t place) const {

@@ -105,23 +105,30 @@ struct alignas(64) MatrixTotal {
     float tops[16];
     float totals[16];
     float* mixed;
-
-    void clear(int64_t value_dim) {
-        for (float& top : tops) top = -__builtin_inff();
-        __builtin_memset(totals, 0, sizeof totals);
-        __builtin_memset(mixed, 0, value_dim * 16 * sizeof(float));
-    }
+    bool empty;
 
     void add(const MatrixState& split, int64_t value_dim) {
         const Floats sums = load(split.sums);
+        if (empty) {
+            store(tops, sums != 0.0f ? load(split.tops) : splat(-__builtin_inff()));
+            store(totals, sums);
+            __builtin_memcpy(mixed, split.mixed, value_dim * 16 * sizeof(float));
+            empty = false;
+            return;
+        }
         const Merge<BinaryExponential> merge(load(tops), load(split.tops), sums);
         store(tops, merge.top);
         store(totals, load(totals) * merge.factor_a + sums * merge.factor_b);
-        for (int64_t d = 0; d < value_dim * 16; d += 256) {
-            for (int row = 0; row < 16; ++row) {
-                const int64_t at = d + row * 16;
-                const Floats before = load(mixed + at) * merge.factor_a[row];
-                store(mixed + at, before + load(split.mixed + at) * merge.factor_b[row]);
+        alignas(64) float factors[2][16];
+        store(factors[0], merge.factor_a);
+        store(factors[1], merge.factor_b);
+        for (int row = 0; row < 16; ++row) {
+            const __m512 a = _mm512_set1_ps(factors[0][row]), b = _mm512_set1_ps(factors[1][row]);
+            float* const to = mixed + row * 16;
+            const float* const from = split.mixed + row * 16;
+            for (int64_t at = 0; at < value_dim * 16; at += 256) {
+                const __m512 before = _mm512_mul_ps(_mm512_load_ps(to + at), a);
+                _mm512_store_ps(to + at, _mm512_add_ps(before, _mm512_mul_ps(_mm512_load_ps(from + at), b)));
             }
         }
     }

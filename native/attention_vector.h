@@ -21,22 +21,20 @@ struct NaturalExponential {
 };
 
 template <class T>
-void write_token(const AttentionArgs& args, int64_t row, int64_t token, float* room) {
+void write_token(const AttentionArgs& args, int64_t row, int64_t token, int64_t head, float* room) {
     const CacheLayout& cache = args.cache;
     const int64_t position = args.starts[row] + token - args.query_starts[row];
     const int64_t block = args.tables[row * args.table_stride + position / cache.block_size];
     const int64_t slot = position % cache.block_size;
-    for (int64_t head = 0; head < cache.kv_heads; ++head) {
-        T* keys = reinterpret_cast<T*>(cache.unit(args.layer, block, head));
-        T* values = keys + cache.slots() * cache.head_dim + slot * cache.value_dim();
-        keys += slot / kTile * kTile * cache.head_dim + slot % kTile;
-        const float* k = args.k + token * args.k_stride + head * cache.head_dim;
-        k = rotated(args.rope, position, k, cache.head_dim, room);
-        const float* v = args.v + token * args.v_stride + head * cache.head_dim;
-        for (int64_t d = 0; d < cache.head_dim; ++d) round_to(k[d], keys + d * kTile);
-        for (int64_t d = 0; d < cache.head_dim; ++d) round_to(v[d], values + d);
-        for (int64_t d = cache.head_dim; d < cache.value_dim(); ++d) round_to(0.0f, values + d);
-    }
+    T* keys = reinterpret_cast<T*>(cache.unit(args.layer, block, head));
+    T* values = keys + cache.slots() * cache.head_dim + slot * cache.value_dim();
+    keys += slot / kTile * kTile * cache.head_dim + slot % kTile;
+    const float* k = args.k + token * args.k_stride + head * cache.head_dim;
+    const float* v = args.v + token * args.v_stride + head * cache.head_dim;
+    k = rotated(args.rope, position, k, cache.head_dim, room);
+    for (int64_t d = 0; d < cache.head_dim; ++d) round_to(k[d], keys + d * kTile);
+    for (int64_t d = 0; d < cache.head_dim; ++d) round_to(v[d], values + d);
+    for (int64_t d = cache.head_dim; d < cache.value_dim(); ++d) round_to(0.0f, values + d);
 }
 
 // The 16 positions from `position` on (a multiple of 16), of which those before `end` exist. Where blocks are whole
@@ -213,11 +211,11 @@ struct VectorAttention {
 
     static int64_t tile_tokens(int64_t group) { return larger(1, kVectorQueries / group); }
 
-    static void write(const AttentionArgs& args, int64_t row, int64_t token, float* room) {
-        write_token<T>(args, row, token, room);
+    static void write(const AttentionArgs& args, int64_t row, int64_t token, int64_t head, float* room) {
+        write_token<T>(args, row, token, head, room);
     }
 
-    static void attend(const Job& job, const Item& item, int worker) {
+    static void attend(const Job& job, const Item& item, const Item*, int worker) {
         const AttentionArgs& args = *job.args;
         const int64_t group = group_of(args), dims = args.cache.value_dim();
         const int64_t queries = item.tokens * group;
