@@ -56,7 +56,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     """Subtracted for each time a token was generated; in [-2, 2]."""
     repetition_penalty: float = 1.0
-    """Divides (positive) or multiplies (negative) logits of tokens in prompt or output; in (0, 2]."""
+    """Divides (positive) or multiplies (negative) logits of tokens in prompt or output; in [0.001, 2]."""
     stop: str | Sequence[str] | None = None
     """Strings that end the text."""
     stop_token_ids: Sequence[int] | None = None
@@ -184,7 +184,7 @@ RANGES = {
     "seed": _whole(-(2**63), MAX_SEED, optional=True),
     "presence_penalty": Range(-2.0, 2.0),
     "frequency_penalty": Range(-2.0, 2.0),
-    "repetition_penalty": Range(0.0, 2.0, is_above_low=True),
+    "repetition_penalty": Range(0.001, 2.0),  # far enough from 0 that a logit divided by it stays finite
     "max_tokens": _whole(1, 2**31 - 1, optional=True),
     "min_tokens": _whole(0, 2**31 - 1),
     "logprobs": _whole(0, MAX_LOGPROBS, optional=True),

@@ -159,6 +159,25 @@ def test_usage_goes_on_in_every_event(http: httpx.Client) -> None:
         assert http.post("/v1/completions", json=body).json()["error"]["param"] == "stream_options"
 
 
+@pytest.mark.parametrize("route", ["/v1/completions", "/v1/chat/completions"])
+def test_tokens_come_together_by_the_interval(http: httpx.Client, route: str) -> None:
+    source = {"prompt": "ab"} if route == "/v1/completions" else {"messages": HELLO}
+    body = {**source, "max_tokens": 10, "n": 2, "seed": 1, "ignore_eos": True, "return_token_ids": True}
+    found: dict[int, list[int]] = {}
+    texts = {1: "", 4: ""}
+    for interval in texts:
+        counts: dict[int, list[int]] = {0: [], 1: []}
+        for event in events(http, route, **body, stream_interval=interval):
+            choice = event["choices"][0]
+            texts[interval] += choice.get("text", choice.get("delta", {}).get("content", "")) * (choice["index"] == 0)
+            if choice.get("token_ids"):
+                counts[choice["index"]].append(len(choice["token_ids"]))
+        assert counts[0] == counts[1]
+        found[interval] = counts[0]
+    assert found == {1: [1] * 10, 4: [1, 4, 4, 1]}
+    assert texts[1] == texts[4] != ""
+
+
 def test_timings_and_server_timing(http: httpx.Client) -> None:
     response = http.post("/v1/completions", json={"prompt": [3, 4, 5], "max_tokens": 5, **GREEDY})
     timings = response.json()["timings"]
@@ -216,6 +235,10 @@ def test_tokens_named_by_id(http: httpx.Client) -> None:
         ({"truncate_prompt_tokens": 3, "truncation_side": "middle"}, "truncation_side"),
         ({"truncation_side": "left"}, "truncation_side"),
         ({"return_token_ids": 1}, "return_token_ids"),
+        ({"allowed_token_ids": [65], "bad_words": ["A"]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [256, 9], "min_tokens": 1, "stop_token_ids": [9]}, "allowed_token_ids"),
+        *[({"repetition_penalty": value}, "repetition_penalty") for value in (5e-324, 0.0009)],
+        *[({"stream_interval": value}, "stream_interval") for value in (0, -1, 1.5, "2", True)],
         ({"return_tokens_as_token_ids": "yes"}, "return_tokens_as_token_ids"),
     ],
 )

@@ -157,6 +157,14 @@ class InputProcessor:
         for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             self.check_token_ids(field, list(getattr(params, field) or ()))
         eos = () if params.ignore_eos else self._facts.eos_token_ids
+        stop_token_ids = tuple(sorted({*(params.stop_token_ids or ()), *eos}))
+        bad_words = self._bad_words(params)
+        excluded = {word[0] for word in bad_words if len(word) == 1} | set(stop_token_ids if params.min_tokens else ())
+        if params.allowed_token_ids and excluded.issuperset(params.allowed_token_ids):
+            raise InvalidRequestError(
+                "allowed_token_ids leaves no token to begin with: bad_words or min_tokens exclude all of them",
+                param="allowed_token_ids",
+            )
         return SamplingSpec(
             temperature=params.temperature,
             top_p=params.top_p,
@@ -167,10 +175,10 @@ class InputProcessor:
             frequency_penalty=params.frequency_penalty,
             repetition_penalty=params.repetition_penalty,
             min_tokens=params.min_tokens,
-            stop_token_ids=tuple(sorted({*(params.stop_token_ids or ()), *eos})),
+            stop_token_ids=stop_token_ids,
             logit_bias=tuple(sorted((params.logit_bias or {}).items())),
             allowed_token_ids=tuple(params.allowed_token_ids or ()),
-            bad_words=self._bad_words(params),
+            bad_words=bad_words,
             num_logprobs=params.logprobs,
             num_prompt_logprobs=params.prompt_logprobs,
         )

@@ -7,13 +7,14 @@ iterators, and closing an iterator aborts its request and frees its blocks.
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from quire.outputs import RequestOutput
+from quire.outputs import CompletionOutput, RequestOutput
 from quire.server import limits
 from quire.server.errors import ApiError, ClientGoneError, as_api_error
 
@@ -40,6 +41,44 @@ async def _final(stream: Outputs) -> RequestOutput:
     if last is None:
         raise ApiError(500, "the engine gave no answer", code="internal_error")
     return last
+
+
+async def spaced(outputs: Outputs, interval: int) -> Outputs:
+    """The differences of `outputs`, each sequence's together until they hold `interval` tokens.
+
+    The first token and the end of a sequence are not held back.
+    """
+    if interval == 1:
+        async with aclosing(outputs) as source:
+            async for output in source:
+                yield output
+        return
+    held: dict[int, CompletionOutput] = {}
+    begun: set[int] = set()
+    async with aclosing(outputs) as source:
+        async for output in source:
+            for choice in output.outputs:
+                before = held.get(choice.index)
+                held[choice.index] = choice if before is None else _joined(before, choice)
+            due = [
+                item
+                for index, item in held.items()
+                if item.finish_reason is not None or index not in begun or len(item.token_ids) >= interval
+            ]
+            if due:
+                yield replace(output, outputs=due)
+            for item in due:
+                begun.add(item.index)
+                del held[item.index]
+
+
+def _joined(first: CompletionOutput, second: CompletionOutput) -> CompletionOutput:
+    return replace(
+        second,
+        text=first.text + second.text,
+        token_ids=first.token_ids + second.token_ids,
+        logprobs=None if second.logprobs is None else [*(first.logprobs or ()), *second.logprobs],
+    )
 
 
 async def merged(streams: Sequence[Outputs]) -> AsyncGenerator[tuple[int, RequestOutput], None]:

@@ -16,8 +16,8 @@ from quire.server.limits import Limits
 SAMPLING = frozenset(item.name for item in fields(SamplingParams)) - {"detokenize", "output_kind", "logprobs"}
 """Fields that go to `SamplingParams` under their own name."""
 COMMON = frozenset(
-    "model stream stream_options priority cache_salt timeout logprobs echo truncate_prompt_tokens truncation_side "
-    "return_token_ids return_tokens_as_token_ids".split()
+    "model stream stream_options stream_interval priority cache_salt timeout logprobs echo truncate_prompt_tokens "
+    "truncation_side return_token_ids return_tokens_as_token_ids".split()
 )
 LABELS = frozenset({"user", "safety_identifier"})
 ALIASES = {
@@ -37,6 +37,11 @@ _NOT_STORED = "nothing is stored by this server"
 _VLLM = "this extension of vLLM is not supported in this version"
 _PLAIN = "it is not supported in this version"
 
+_STRUCTURED_ALIASES = (
+    "guided_json guided_regex guided_choice guided_grammar json_schema regex ebnf grammar format structural_tag"
+).split()
+"""Other engines' names, and vLLM's older ones, of `structured_outputs`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Refused:
@@ -50,10 +55,7 @@ REFUSED_EVERYWHERE = {
     "best_of": Refused("choose among the n answers yourself", (1,)),
     "response_format": Refused(_STRUCTURED, ({"type": "text"},)),
     "structured_outputs": Refused(_STRUCTURED),
-    "guided_json": Refused(_STRUCTURED),
-    "guided_regex": Refused(_STRUCTURED),
-    "guided_choice": Refused(_STRUCTURED),
-    "guided_grammar": Refused(_STRUCTURED),
+    **dict.fromkeys(_STRUCTURED_ALIASES, Refused(_STRUCTURED)),
     "store": Refused(_NOT_STORED, (False,)),
     "metadata": Refused(_NOT_STORED, ({},)),
     "service_tier": Refused("there is one tier", ("auto", "default")),
@@ -70,7 +72,6 @@ REFUSED_EVERYWHERE = {
     "kv_transfer_params": Refused(_VLLM),
     "vllm_xargs": Refused(_VLLM),
     "repetition_detection": Refused(_VLLM),
-    "stream_interval": Refused(_VLLM, (1,)),
     "watermarking": Refused(_VLLM),
 }
 REFUSED_COMPLETIONS = {

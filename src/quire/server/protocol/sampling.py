@@ -6,12 +6,13 @@ from typing import Any
 
 from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
 from quire.errors import InvalidRequestError, unknown_name_message
-from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.sampling_params import Range, RequestOutputKind, SamplingParams
 from quire.server.limits import MAX_TIMEOUT_SECONDS
 from quire.server.protocol.fields import SAMPLING, flag
 
 FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields that the model's own generation settings fill when the request leaves them out, as in vLLM."""
+STREAM_INTERVAL = Range(1, 2**31 - 1, is_whole=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Delivery:
     """A last event of a stream with the usage."""
     continuous_usage: bool
     """Every event of a stream tells the usage so far."""
+    stream_interval: int
+    """Tokens of a sequence that one event of a stream holds."""
     priority: int
     cache_salt: str
     timeout_s: float | None
@@ -68,6 +71,7 @@ def take_delivery(taken: dict[str, Any]) -> Delivery:
         stream=stream,
         include_usage=options.get("include_usage") is True,
         continuous_usage=options.get("continuous_usage_stats") is True,
+        stream_interval=STREAM_INTERVAL.check("stream_interval", taken.pop("stream_interval", 1)),
         priority=priority,
         cache_salt=salt,
         timeout_s=_timeout(taken),

@@ -10,6 +10,7 @@ from quire.sampling_params import Range, SamplingParams
 from quire.server.limits import MAX_TIMEOUT_SECONDS, Limits
 from quire.server.protocol.chat import ROLES
 from quire.server.protocol.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, TOKENIZE_CHAT, Door
+from quire.server.protocol.sampling import STREAM_INTERVAL
 
 Schema = dict[str, Any]
 TOKEN_ID: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
@@ -79,6 +80,7 @@ def _shared_fields(limits: Limits) -> dict[str, Schema]:
         "timeout": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_TIMEOUT_SECONDS},
         "truncate_prompt_tokens": {"type": "integer", "minimum": -1, "maximum": 2**31 - 1, "not": {"const": 0}},
         "truncation_side": {"enum": ["left", "right"]},
+        "stream_interval": {**number(STREAM_INTERVAL), "default": 1},
         "return_token_ids": {**BOOLEAN, "default": False},
         "return_tokens_as_token_ids": {**BOOLEAN, "default": False},
         "return_token_strs": {**BOOLEAN, "default": False},

@@ -14,7 +14,7 @@ from quire.server.protocol import answers
 from quire.server.protocol.chat import ChatCall, Conversation, parse_chat
 from quire.server.protocol.fit import fit_prompt
 from quire.server.protocol.tally import Tally
-from quire.server.streams import Outputs, final_outputs, merged
+from quire.server.streams import Outputs, final_outputs, merged, spaced
 
 router = APIRouter()
 
@@ -87,7 +87,7 @@ class _Answer:
         delivery, tally = self._call.delivery, self._tally
         begun: set[int] = set()
         with self._context.gate.inside():
-            async with aclosing(merged([await self._start()])) as outputs:
+            async with aclosing(merged([spaced(await self._start(), delivery.stream_interval)])) as outputs:
                 async for _, output in outputs:
                     tally.see(0, output)
                     pieces = [piece for choice in output.outputs for piece in self._pieces(output, choice, begun)]

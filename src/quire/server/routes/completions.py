@@ -14,7 +14,7 @@ from quire.server.protocol import answers
 from quire.server.protocol.completions import CompletionCall, parse_completion
 from quire.server.protocol.fit import fit_prompt
 from quire.server.protocol.tally import Tally
-from quire.server.streams import Outputs, final_outputs, merged
+from quire.server.streams import Outputs, final_outputs, merged, spaced
 
 router = APIRouter()
 
@@ -67,7 +67,9 @@ class _Answer:
         """The answer in pieces."""
         delivery, tally = self._call.delivery, self._tally
         with self._context.gate.inside():
-            async with aclosing(merged(await self._start())) as outputs:
+            async with aclosing(
+                merged([spaced(item, delivery.stream_interval) for item in await self._start()])
+            ) as outputs:
                 async for number, output in outputs:
                     tally.see(number, output)
                     for choice in output.outputs:
