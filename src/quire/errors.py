@@ -90,3 +90,8 @@ def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     return f"unknown {kind} {name!r}{hint}"
+
+
+def internal_fault_message(error: Exception) -> str:
+    """What the caller of one request is told of a fault within: no text of it, which may hold anything."""
+    return f"an internal fault stopped this request ({type(error).__name__})"

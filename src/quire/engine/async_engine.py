@@ -31,6 +31,7 @@ from quire.errors import (
     OverloadedError,
     QuireError,
     RequestFailedError,
+    internal_fault_message,
 )
 from quire.outputs import Decision, Metric, RequestOutput
 from quire.sampling_params import SamplingParams
@@ -333,8 +334,12 @@ class AsyncEngine:
     def _add(self, command: _Add) -> None:
         try:
             self._engine.add(command.parsed)
-        except OverloadedError as error:
-            _call(command.stream.loop, command.stream.put, error)
+        except Exception as error:
+            if not isinstance(error, QuireError):
+                logger.exception("a request could not be added")
+            told = error if isinstance(error, QuireError) else RequestFailedError(internal_fault_message(error))
+            self._engine.abort(command.parsed)
+            _call(command.stream.loop, command.stream.put, told)
         else:
             self._streams[command.parsed.number] = command.stream
 

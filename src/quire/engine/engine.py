@@ -4,6 +4,7 @@ It stands between text and the core, and it owns the requests: whether the core 
 the channel's affair. It has no thread: `LLM` steps it in the caller's, `AsyncEngine` in one beside the event loop.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -16,9 +17,11 @@ from quire.engine.metrics import EngineMetrics
 from quire.engine.queue_bound import QueueBound
 from quire.engine.request_state import RequestState
 from quire.engine.timeline import Ledger
-from quire.errors import OverloadedError
-from quire.outputs import Metric, RequestOutput
+from quire.errors import OverloadedError, internal_fault_message
+from quire.outputs import CompletionOutput, Metric, RequestOutput
 from quire.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("quire.engine")
 
 
 class NumberedOutput(NamedTuple):
@@ -138,26 +141,59 @@ class Engine:
                 state.metrics.first_scheduled_s = record.now_s
 
     def _emit(self, deltas: Iterable[TokenDelta]) -> list[NumberedOutput]:
+        """The news that deltas are. What making the text of one request raises fails that request."""
         now_s = self.clock()
         changed: dict[int, RequestState] = {}
+        failed: dict[int, RequestOutput] = {}
         for delta in deltas:
             state = self._states.get(delta.request_id)
             if state is None:
                 continue  # a stop string ended it, and the core's word of the abort has come
             changed[state.parsed.number] = state
-            self._observe(state, delta, now_s)
-            if state.apply(delta):
-                self._end(state, delta.request_id, "stop", now_s)
-                self._channel.abort(delta.request_id)
-            elif delta.finish_reason is not None:
-                self._end(state, delta.request_id, delta.finish_reason, now_s)
-        outputs = ((state.parsed.number, state.output()) for state in changed.values())
-        news = [NumberedOutput(number, output) for number, output in outputs if output is not None]
+            try:
+                self._take(state, delta, now_s)
+            except Exception as error:  # noqa: BLE001 -- `_fail` logs it
+                failed[state.parsed.number] = self._fail(state, error, now_s)
+        news = []
+        for number, state in changed.items():
+            output = failed.get(number)
+            try:
+                output = output or state.output()
+            except Exception as error:  # noqa: BLE001 -- `_fail` logs it
+                output = self._fail(state, error, now_s)
+            if output is not None:
+                news.append(NumberedOutput(number, output))
         made_s = self.clock()
         for _, output in news:
             if output.finished:
                 self.ledger.made(output.request_id, made_s)
         return news
+
+    def _take(self, state: RequestState, delta: TokenDelta, now_s: float) -> None:
+        self._observe(state, delta, now_s)
+        if state.apply(delta):
+            self._end(state, delta.request_id, "stop", now_s)
+            self._channel.abort(delta.request_id)
+        elif delta.finish_reason is not None:
+            self._end(state, delta.request_id, delta.finish_reason, now_s)
+
+    def _fail(self, state: RequestState, error: Exception, now_s: float) -> RequestOutput:
+        """End a request whose text cannot be made. Its last output."""
+        logger.error("a request failed: %s", type(error).__name__, exc_info=error)
+        parsed = state.parsed
+        for new in parsed.sequences:
+            if new.request_id in self._states:
+                self._channel.abort(new.request_id)
+                self._end(state, new.request_id, "error", now_s)
+        return RequestOutput(
+            parsed.request_id,
+            parsed.prompt,
+            list(parsed.sequences[0].prompt_token_ids),
+            [CompletionOutput(index, "", [], finish_reason="error") for index in range(len(parsed.sequences))],
+            finished=True,
+            metrics=state.metrics,
+            error=internal_fault_message(error),
+        )
 
     def _observe(self, state: RequestState, delta: TokenDelta, now_s: float) -> None:
         times, count = state.metrics, len(delta.token_ids)

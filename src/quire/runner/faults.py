@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import ParamSpec
 
 from quire.core.plan import RowResult, ScheduledRow
+from quire.errors import internal_fault_message
 
 logger = logging.getLogger("quire.runner")
 P = ParamSpec("P")
@@ -33,7 +34,7 @@ class RowFaults:
             function(*args, **kwargs)
         except Exception as error:
             logger.exception("a row failed in %s", getattr(function, "__name__", "its own work"))
-            self._errors[row] = told(error)
+            self._errors[row] = internal_fault_message(error)
 
     def result(self, row: int) -> RowResult | None:
         """The result of a row that failed."""
@@ -58,18 +59,13 @@ def compute_apart_if_it_fails(compute: Compute, scheduled: Sequence[ScheduledRow
     except Exception as error:
         logger.exception("a step failed: its rows are computed one by one")
         if len(scheduled) == 1:
-            return [RowResult(scheduled[0].row, (), error=told(error))]
+            return [RowResult(scheduled[0].row, (), error=internal_fault_message(error))]
         results = []
         for item in scheduled:
             try:
                 results += compute((item,))
             except Exception as own:  # noqa: BLE001 -- the row's own; the step's was logged
-                results.append(RowResult(item.row, (), error=told(own)))
+                results.append(RowResult(item.row, (), error=internal_fault_message(own)))
         if all(result.error is not None for result in results):
             raise
         return results
-
-
-def told(error: Exception) -> str:
-    """What a caller is told of a fault within: no text of it, which may hold anything."""
-    return f"an internal fault stopped this request ({type(error).__name__})"

@@ -1,0 +1,234 @@
+"""One bad request hurts one request: faults at named points of everything that touches a row.
+
+At each point the work of one request raises. Exactly that request fails; the canaries beside it, one of which shares
+its prefix, end bit for bit as if it had never been; no row and no block is lost; and the engine goes on.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from quire import AsyncLLM, SamplingParams
+from quire.engine.request_state import RequestState
+from quire.errors import RequestFailedError
+from quire.outputs import RequestOutput
+from quire.runner import model_runner
+from quire.sampling import sampler as sampler_module
+from quire.text.detokenizer import StopStrings
+from tests.tiny.checkpoints import make_tiny
+
+SEED, MARK, SHARED = 666, 77, list(range(20, 60))
+VICTIM = SamplingParams(
+    max_tokens=20, ignore_eos=True, seed=SEED, temperature=1.0, logprobs=7, prompt_logprobs=3, min_tokens=5,
+    stop=["\0never"], logit_bias={5: 1.0}, allowed_token_ids=list(range(100)), bad_words=["hello world"],
+    presence_penalty=0.5,
+)  # fmt: skip
+CANARIES = [
+    ([*SHARED, 3], SamplingParams(max_tokens=24, ignore_eos=True, temperature=0)),
+    ([9, 8, 7], SamplingParams(max_tokens=24, ignore_eos=True, seed=3, temperature=1.0, logprobs=2)),
+    ([6] * 30, SamplingParams(max_tokens=24, min_tokens=9, seed=4, temperature=1.0, frequency_penalty=0.7)),
+]
+
+
+class Fault(Exception):
+    """Thrown on purpose."""
+
+
+class Victim:
+    """Knows which row is the victim's, and which rows are being computed."""
+
+    def __init__(self, engine: AsyncLLM, patch: pytest.MonkeyPatch) -> None:
+        channel: Any = engine._engine._channel
+        self.patch, self.engine, self.core = patch, engine, channel._core
+        self.runner = self.core._executor._runner
+        self.row: int | None = None
+        self.computed: list[int] = []
+        self.num_thrown = 0
+        self.watch(self.runner._rows, "enter", self._entering)
+        self.watch(self.runner._rows, "gather", self._gathering)
+
+    def _entering(self, new: Any) -> None:
+        if new.sampling.seed == SEED:
+            self.row = new.row
+        elif new.row == self.row:
+            self.row = None  # the victim has left it
+
+    def _gathering(self, scheduled: Any, ops: Any) -> None:
+        self.computed = [item.row for item in scheduled]
+
+    def watch(self, owner: Any, name: str, see: Callable[..., None]) -> None:
+        """Call `see` with the arguments before `owner.name`."""
+        plain = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            see(*args, **kwargs)
+            return plain(*args, **kwargs)
+
+        self.patch.setattr(owner, name, watched)
+
+    def throw(self, owner: Any, name: str, when: Callable[..., bool]) -> None:
+        """`owner.name` raises when `when` holds of its arguments."""
+
+        def see(*args: Any, **kwargs: Any) -> None:
+            if when(*args, **kwargs):
+                self.num_thrown += 1
+                raise Fault("secret text of the fault")
+
+        self.watch(owner, name, see)
+
+    def is_computed(self, *_: Any, **__: Any) -> bool:
+        return self.row is not None and self.row in self.computed
+
+
+def feature(victim: Victim, kind: str) -> Any:
+    return next(item for item in victim.runner._sampler._features if type(item).__name__ == kind)
+
+
+def in_row(victim: Victim) -> Callable[..., bool]:
+    return lambda row, *_: row == victim.row
+
+
+def in_rows(victim: Victim) -> Callable[..., bool]:
+    return lambda _, rows: victim.row in rows
+
+
+def of_victim(new: Any) -> bool:
+    return bool(new.sampling.seed == SEED)
+
+
+def named_victim(state: RequestState, *_: Any) -> bool:
+    return state.parsed.request_id == "victim"
+
+
+def not_finite(victim: Victim) -> None:
+    plain = victim.runner._sampler.sample
+
+    def sample(logits: Any, rows: Any, positions: Any) -> Any:
+        if victim.row in rows:
+            victim.num_thrown += 1
+            logits[list(rows).index(victim.row)] = float("nan")
+        return plain(logits, rows, positions)
+
+    victim.patch.setattr(victim.runner._sampler, "sample", sample)
+
+
+def of_new_state(parsed: Any) -> bool:
+    return bool(parsed.request_id == "victim")
+
+
+POINTS: dict[str, Callable[[Victim], None]] = {
+    "rows.enter": lambda v: v.throw(v.runner._rows, "enter", of_victim),
+    "rows.extend": lambda v: v.throw(v.runner._rows, "extend", lambda row, ids: row == v.row and v.computed != []),
+    "rows.gather": lambda v: v.throw(v.runner._rows, "gather", lambda s, _: v.row in [item.row for item in s]),
+    "rows.append": lambda v: v.throw(v.runner._rows, "append", in_row(v)),
+    "model.forward": lambda v: v.throw(v.runner._model, "forward", lambda ids, *_: MARK in ids.tolist()),
+    "model.logits": lambda v: v.throw(v.runner._model, "logits", v.is_computed),
+    "logits not finite": not_finite,
+    "ops.sample": lambda v: v.throw(v.runner._ops, "sample", lambda _, batch: SEED in batch.seeds.tolist()),
+    "sampler.add": lambda v: v.throw(v.runner._sampler, "add", of_victim),
+    "allowed tokens": lambda v: v.throw(feature(v, "AllowedTokens"), "apply", in_rows(v)),
+    "logit bias": lambda v: v.throw(feature(v, "LogitBias"), "add", of_victim),
+    "minimum": lambda v: v.throw(feature(v, "MinTokens"), "observe", in_row(v)),
+    "bad words": lambda v: v.throw(feature(v, "BadWords"), "apply", in_rows(v)),
+    "penalties": lambda v: v.throw(feature(v, "Penalties"), "observe", in_row(v)),
+    "logprobs": lambda v: v.throw(sampler_module, "token_logprobs", lambda *args: 7 in args[3]),
+    "prompt logprobs": lambda v: v.throw(model_runner, "token_logprobs", lambda *args: 3 in args[3]),
+    "request state": lambda v: v.throw(RequestState, "__init__", lambda self, parsed, *_: of_new_state(parsed)),
+    "detokenizer": lambda v: v.throw(RequestState, "_push_text", named_victim),
+    "text of logprobs": lambda v: v.throw(RequestState, "_position", named_victim),
+    "stop strings": lambda v: v.throw(StopStrings, "push", lambda self, _: "\0" in self._root.following),
+    "output": lambda v: v.throw(RequestState, "output", named_victim),
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_tiny("llama", tmp_path_factory.mktemp("tiny"), tokenizer=True))
+
+
+@contextmanager
+def engine(directory: str) -> Iterator[AsyncLLM]:
+    made = AsyncLLM(directory, max_num_seqs=8, max_num_batched_tokens=64, num_gpu_blocks_override=128)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+async def one(engine: AsyncLLM, prompt: list[int], params: SamplingParams, name: str) -> RequestOutput | Exception:
+    last: RequestOutput | None = None
+    try:
+        async for output in engine.generate({"prompt_token_ids": prompt}, params, request_id=name):
+            last = output
+    except RequestFailedError as error:
+        return error
+    assert last is not None and last.finished
+    return last
+
+
+def run(engine: AsyncLLM, *, victim: bool) -> list[RequestOutput | Exception]:
+    async def together() -> list[RequestOutput | Exception]:
+        asked = [(prompt, params, f"canary {number}") for number, (prompt, params) in enumerate(CANARIES)]
+        if victim:
+            asked.insert(0, (SHARED + [MARK] * 9, VICTIM, "victim"))
+        return list(await asyncio.gather(*(one(engine, *item) for item in asked)))
+
+    return asyncio.run(together())
+
+
+def said(output: RequestOutput | Exception) -> list[Any]:
+    assert isinstance(output, RequestOutput), output
+    return [(item.text, item.token_ids, item.logprobs, item.finish_reason) for item in output.outputs]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(directory: str) -> list[Any]:
+    with engine(directory) as alone:
+        return [said(output) for output in run(alone, victim=False)]
+
+
+def test_there_are_twenty_points() -> None:
+    assert len(POINTS) >= 20
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_one_fault_fails_one_request(
+    point: str, directory: str, undisturbed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine(directory) as under_test:
+        with monkeypatch.context() as patch:
+            victim = Victim(under_test, patch)
+            POINTS[point](victim)
+            failed, *canaries = run(under_test, victim=True)
+            assert victim.num_thrown >= 1
+        if isinstance(failed, RequestOutput):
+            assert failed.outputs[0].finish_reason == "error" and failed.error is not None
+            assert "secret" not in failed.error
+        else:
+            assert "Fault" in str(failed) and "secret" not in str(failed)
+        assert [said(output) for output in canaries] == undisturbed
+        assert [said(output) for output in run(under_test, victim=False)] == undisturbed, "and it goes on"
+        under_test.check()
+        scheduler = victim.core._scheduler
+        assert scheduler._pool.num_free == scheduler._pool.num_blocks
+        assert len(scheduler._free_rows) == 8 and not under_test._streams
+        assert under_test._engine.queue.num_waiting == 0 and not under_test._engine.ledger._live
+
+
+def test_a_broken_device_is_nobodys_row(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When no row of several can be computed, the engine is at fault, and says so."""
+    with engine(directory) as under_test:
+        victim = Victim(under_test, monkeypatch)
+        broken: list[bool] = []
+
+        def breaks(*_: Any) -> bool:
+            broken.extend([True] * (len(victim.computed) > 1))
+            return bool(broken)
+
+        victim.throw(victim.runner._model, "forward", breaks)
+        with pytest.raises(Exception, match="the engine stopped"):
+            run(under_test, victim=True)
+        assert not under_test.is_healthy
