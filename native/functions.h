@@ -6,34 +6,48 @@
 
 namespace quire::QUIRE_ISA {
 
-// 2^n for n in [-252, 254], in two factors so that subnormal and infinite results come out right.
-static inline Floats times_power_of_two(Floats x, Ints n) {
-    const Ints half = n >> 1;
+// x * 2^n for integers n in [-252, 254]
+static inline Floats times_power_of_two(Floats x, Floats n) {
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(x, n);
+#else
+    // in two factors, so that subnormal and infinite results come out right
+    const Ints whole = __builtin_convertvector(n, Ints);
+    const Ints half = whole >> 1;
     const Floats a = as_floats(((Words)half + 127u) << 23);
-    const Ints rest = n - half;
+    const Ints rest = whole - half;
     const Floats b = as_floats(((Words)rest + 127u) << 23);
     return x * a * b;
+#endif
 }
 
+// A NaN comes through: a comparison with it is false, and then `max` and `min` take their second argument.
 static inline Floats exp(Floats x) {
-    const Floats bounded = min(max(x, splat(-104.0f)), splat(89.0f));
-    // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+    const Floats bounded = min(splat(89.0f), max(splat(-104.0f), x));
+    // Adding 1.5 * 2^23 rounds to an integer.
     const Floats shift = splat(12582912.0f);
-    const Floats shifted = fma(bounded, splat(1.44269504f), shift);
-    const Floats n = shifted - shift;
-    const Words low = as_words(shifted) - as_words(shift);
+    const Floats n = fma(bounded, splat(1.44269504f), shift) - shift;
     Floats r = fma(n, splat(-0.693145752f), bounded);  // ln 2 in two parts
     r = fma(n, splat(-1.42860677e-6f), r);
-    Floats y = splat(1.0f / 5040);
-    y = fma(y, r, splat(1.0f / 720));
-    y = fma(y, r, splat(1.0f / 120));
-    y = fma(y, r, splat(1.0f / 24));
-    y = fma(y, r, splat(1.0f / 6));
-    y = fma(y, r, splat(0.5f));
-    y = fma(y, r, splat(1.0f));
-    y = fma(y, r, splat(1.0f));
-    y = times_power_of_two(y, (Ints)low);
-    return x != x ? x : y;
+    // e^r = 1 + r + r^2 p(r): p is the minimax fit for |r| <= ln 2 / 2, relative error 3e-9
+    Floats p = splat(0.00138145f);
+    p = fma(p, r, splat(0.00836875f));
+    p = fma(p, r, splat(0.04166839f));
+    p = fma(p, r, splat(0.1666652f));
+    p = fma(p, r, splat(0.49999993f));
+    p = fma(p, r, splat(1.0f));
+    return times_power_of_two(fma(p, r, splat(1.0f)), n);
+}
+
+// 1 / x for x in [2^-125, inf], within 1e-7
+static inline Floats reciprocal(Floats x) {
+#if defined(__AVX512F__)
+    const Floats bounded = min(splat(0x1p125f), x);
+    const Floats y = _mm512_rcp14_ps(bounded);
+    return fma(y, fma(-bounded, y, splat(1.0f)), y);
+#else
+    return 1.0f / x;
+#endif
 }
 
 // log(m 2^n) with m = 1 + f, from s = f / (2 + f): log m = 2 (s + s^3/3 + s^5/5 + ...).
@@ -99,7 +113,7 @@ static inline Floats erfc(Floats z) {
     return t * exp(q - z * z);
 }
 
-static inline Floats silu(Floats x) { return x / (exp(-x) + 1.0f); }
+static inline Floats silu(Floats x) { return x * reciprocal(exp(-x) + 1.0f); }
 
 static inline Floats gelu(Floats x) {
     const Floats tail = 0.5f * erfc((x < 0.0f ? -x : x) * 0.707106781f);
@@ -109,7 +123,7 @@ static inline Floats gelu(Floats x) {
 // (1 + tanh u) / 2 = 1 / (1 + exp(-2u))
 static inline Floats gelu_tanh(Floats x) {
     const Floats u = 0.797884561f * fma(0.044715f * x * x, x, x);
-    return x / (exp(u * -2.0f) + 1.0f);
+    return x * reciprocal(exp(u * -2.0f) + 1.0f);
 }
 
 static inline Floats relu(Floats x) { return x < 0.0f ? 0.0f * x : x; }

@@ -116,7 +116,7 @@ void compute_item(const LinearArgs& args, int64_t item, float* scratch) {
             }
         }
     }
-    finish_rows<kPanel>(args, panel, first_row, rows, sums);
+    finish_rows<kPanel>(args, panel, first_row, first_row + rows, sums);
 }
 
 struct Job {

@@ -6,48 +6,91 @@
 
 namespace quire::QUIRE_ISA {
 
-// The results of one row of a panel, from its sums. A gated panel leaves Width / 2 of them.
-template <int64_t Width>
-static inline void panel_results(const LinearArgs& args, int64_t panel, const float* sums, float* results) {
-    const float* const bias = args.weight.bias == nullptr ? nullptr : args.weight.bias + panel * Width;
-    for (int64_t i = 0; i < Width; i += kLanes) {
-        Floats y = load(sums + i);
-        if (bias != nullptr) y = y + load(bias + i);
-        if (args.scale != 1.0f) y = y * args.scale;
-        if (args.softcap != 0.0f) y = args.softcap * tanh(y / args.softcap);
-        store(results + i, y);
-    }
-    if (!args.weight.gated) return;
-    for (int64_t i = 0; i < Width / 2; i += kLanes) {
-        store(results + i, activate(args.activation, load(results + i)) * load(results + Width / 2 + i));
-    }
-}
-
-// Writes one row of a panel, as much of it as exists.
-template <int64_t Width>
-static inline void finish_row(const LinearArgs& args, int64_t panel, int64_t row, const float* sums) {
-    const int64_t span = args.weight.gated ? Width / 2 : Width, first = panel * span;
+// Outputs [first, first + vectors * kLanes) of a row, as many as exist.
+template <int64_t Vectors>
+static inline void write_results(const LinearArgs& args, int64_t first, int64_t row, const Floats* results) {
+    constexpr int64_t span = Vectors * kLanes;
     const int64_t width = smaller(span, args.weight.products() - first);
-    float results[Width];
-    panel_results<Width>(args, panel, sums, results);
+    float values[span];
+    for (int64_t i = 0; i < Vectors; ++i) store(values + i * kLanes, results[i]);
     if (args.y_tiles.data != nullptr) {
-        store_rounded(args.y_tiles, row, first, results, width);
+        store_rounded(args.y_tiles, row, first, values, width);
         return;
     }
     float* const to = args.y + row * args.weight.products() + first;
-    if (width == span) {
-        for (int64_t i = 0; i < span; i += kLanes) {
-            store(to + i, args.add ? load(to + i) + load(results + i) : load(results + i));
-        }
+    if (width < span) {
+        for (int64_t i = 0; i < width; ++i) to[i] = args.add ? to[i] + values[i] : values[i];
+    } else if (args.add) {
+        for (int64_t i = 0; i < Vectors; ++i) store(to + i * kLanes, load(to + i * kLanes) + results[i]);
     } else {
-        for (int64_t i = 0; i < width; ++i) to[i] = args.add ? to[i] + results[i] : results[i];
+        for (int64_t i = 0; i < Vectors; ++i) store(to + i * kLanes, results[i]);
+    }
+}
+
+// Writes one row of a panel, as much of it as exists, from its sums. A gated panel has Width / 2 results.
+template <int64_t Width>
+static inline void finish_row(const LinearArgs& args, int64_t panel, int64_t row, const float* sums) {
+    constexpr int64_t vectors = Width / kLanes;
+    const float* const bias = args.weight.bias == nullptr ? nullptr : args.weight.bias + panel * Width;
+    Floats results[vectors];
+    for (int64_t i = 0; i < vectors; ++i) {
+        Floats y = load(sums + i * kLanes);
+        if (bias != nullptr) y = y + load(bias + i * kLanes);
+        if (args.scale != 1.0f) y = y * args.scale;
+        if (args.softcap != 0.0f) y = args.softcap * tanh(y / args.softcap);
+        results[i] = y;
+    }
+    if (!args.weight.gated) return write_results<vectors>(args, panel * Width, row, results);
+    for (int64_t i = 0; i < vectors / 2; ++i) {
+        results[i] = activate(args.activation, results[i]) * results[vectors / 2 + i];
+    }
+    write_results<vectors / 2>(args, panel * Width / 2, row, results);
+}
+
+// Rows [row, end) of a panel, from sums [end - row][Width].
+using Finish = void (*)(const LinearArgs& args, int64_t panel, int64_t row, int64_t end, const float* sums);
+
+template <int64_t Width>
+static void finish_rows(const LinearArgs& args, int64_t panel, int64_t row, int64_t end, const float* sums) {
+    for (; row < end; ++row, sums += Width) finish_row<Width>(args, panel, row, sums);
+}
+
+// The same where sums need no more than to be written (or added), and their panel exists wholly.
+template <int64_t Width, bool Add>
+static void finish_plain_rows(const LinearArgs& args, int64_t panel, int64_t row, int64_t end, const float* sums) {
+    if ((panel + 1) * Width > args.weight.products()) return finish_rows<Width>(args, panel, row, end, sums);
+    float* to = args.y + row * args.weight.products() + panel * Width;
+    for (; row < end; ++row, sums += Width, to += args.weight.products()) {
+        for (int64_t i = 0; i < Width; i += kLanes) store(to + i, Add ? load(to + i) + load(sums + i) : load(sums + i));
+    }
+}
+
+// The same for gate and up in a panel of tiles, to rows of bfloat16.
+template <Activation Kind>
+static void finish_gated_rows(const LinearArgs& args, int64_t panel, int64_t row, int64_t end, const float* sums) {
+    constexpr int64_t half = kTilePanel / 2;
+    if ((panel + 1) * half >= args.y_tiles.width) return finish_rows<kTilePanel>(args, panel, row, end, sums);
+    for (; row < end; ++row, sums += kTilePanel) {
+        float values[half];
+        for (int64_t i = 0; i < half; i += kLanes) {
+            store(values + i, activate(Kind, load(sums + i)) * load(sums + half + i));
+        }
+        round_half(values, args.y_tiles.at(row, panel / 2) + panel % 2 * half);
     }
 }
 
 template <int64_t Width>
-static inline void finish_rows(const LinearArgs& args, int64_t panel, int64_t first_row, int64_t rows,
-                               const float* sums) {
-    for (int64_t r = 0; r < rows; ++r) finish_row<Width>(args, panel, first_row + r, sums + r * Width);
+static Finish finish_of(const LinearArgs& args) {
+    if (args.weight.bias != nullptr || args.scale != 1.0f || args.softcap != 0.0f) return finish_rows<Width>;
+    if (!args.weight.gated && args.y != nullptr) {
+        return args.add ? finish_plain_rows<Width, true> : finish_plain_rows<Width, false>;
+    }
+    if (Width != kTilePanel || !args.weight.gated || args.y != nullptr) return finish_rows<Width>;
+    switch (args.activation) {
+        case Activation::silu: return finish_gated_rows<Activation::silu>;
+        case Activation::gelu_tanh: return finish_gated_rows<Activation::gelu_tanh>;
+        default: return finish_rows<Width>;
+    }
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -24,9 +24,9 @@ constexpr int64_t kSerialItems = 32768;  // inputs that one thread rounds faster
 constexpr int64_t kPieceChunks = 18;      // chunks of inputs in a piece: its weights, 36 KB, stay in the L1
 constexpr int64_t kGroupRows = 512;       // with that piece of their x, 0.6 MB, in the L2
 constexpr int64_t kGroupItems = 1 << 19;  // inputs of a group of rows that stay in the L2, all pieces together
-constexpr int64_t kRunPanels = 8;         // panels whose sums are kept and written together: 1 KB of a row of y
+constexpr int64_t kRunPanels = 8;         // panels of an item
 constexpr int64_t kLongRunPanels = 16;    // the same where x does not stay: it is read once for each run
-constexpr int64_t kRowsAhead = 3;         // rows of y between what is written and what is asked of memory
+constexpr int64_t kPairSums = kStreamedRows * kTilePanel;
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -51,6 +51,7 @@ struct Job {
     int64_t chunks;      // of 32 inputs
     int64_t tile_rows;   // 16, or all rows where they are fewer
     int64_t group_rows, groups;
+    bool resident;       // a group's x stays in the cache
     int64_t pieces;      // of the chunks
 
     const uint16_t* weights(int64_t panel, int64_t chunk) const {
@@ -76,14 +77,36 @@ void round_block(void* context, int64_t block, int) {
     }
 }
 
-// sums [Blocks * 16][32] = (what they are, or 0) + x . weights over `chunks` chunks of inputs. `Fetch` asks memory for
-// what comes next, once for each chunk, and says whether x is too large to stay in the nearest cache.
-template <int Blocks, class Fetch>
-void multiply(const Job& job, const uint16_t* x, const uint16_t* weights, int64_t chunks, bool fresh, float* sums,
-              Fetch& fetch) {
+// Part of a product: two blocks of rows (or one) by a panel over some chunks of inputs.
+struct Piece {
+    const uint16_t* x;  // the second block lies `block_items` further
+    const uint16_t* weights;
+    int64_t chunks, x_items, block_items;
+    float* sums;  // [blocks * 16][32]
+    bool fresh;   // else added to what sums holds
+};
+
+// A tile of x into register 4, or 5 for the second block. Where x passes by once for each piece of weights it should not
+// displace them.
+template <bool Second, bool Streams>
+inline void load_x(const uint16_t* x) {
+    if constexpr (Second && Streams) {
+        _tile_stream_loadd(5, x, 64);
+    } else if constexpr (Second) {
+        _tile_loadd(5, x, 64);
+    } else if constexpr (Streams) {
+        _tile_stream_loadd(4, x, 64);
+    } else {
+        _tile_loadd(4, x, 64);
+    }
+}
+
+// `beside` is called in each chunk, and at the end: what it does, vectors do while the matrix unit works.
+template <int Blocks, class Beside>
+void multiply(const Piece& piece, Beside& beside) {
     constexpr int64_t bytes = kTilePanel * 4, second = kTileSide * kTilePanel;
-    const int64_t x_items = job.tile_rows * kTileDepth, block_items = job.chunks * kTileItems;
-    if (fresh) {
+    float* const sums = piece.sums;
+    if (piece.fresh) {
         _tile_zero(0);
         _tile_zero(1);
         if (Blocks == 2) {
@@ -98,27 +121,24 @@ void multiply(const Job& job, const uint16_t* x, const uint16_t* weights, int64_
             _tile_loadd(3, sums + second + kTileSide, bytes);
         }
     }
-    for (int64_t chunk = 0; chunk < chunks; ++chunk, x += x_items, weights += kChunkItems) {
-        fetch();
+    const uint16_t *x = piece.x, *weights = piece.weights;
+    for (int64_t chunk = 0; chunk < piece.chunks; ++chunk, x += piece.x_items, weights += kChunkItems) {
         _tile_loadd(6, weights, 64);
-        if (Fetch::kStreamsX) {
-            _tile_stream_loadd(4, x, 64);
-        } else {
-            _tile_loadd(4, x, 64);
-        }
+        load_x<false, Beside::kStreamsX>(x);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, weights + kTileItems, 64);
         _tile_dpbf16ps(1, 4, 7);
+        beside.fetch(chunk);
         if (Blocks == 2) {
-            if (Fetch::kStreamsX) {
-                _tile_stream_loadd(5, x + block_items, 64);
-            } else {
-                _tile_loadd(5, x + block_items, 64);
-            }
+            load_x<true, Beside::kStreamsX>(x + piece.block_items);
             _tile_dpbf16ps(2, 5, 6);
+            beside.finish();
             _tile_dpbf16ps(3, 5, 7);
+        } else {
+            beside.finish();
         }
     }
+    beside.end();
     _tile_stored(0, sums, bytes);
     _tile_stored(1, sums + kTileSide, bytes);
     if (Blocks == 2) {
@@ -127,105 +147,131 @@ void multiply(const Job& job, const uint16_t* x, const uint16_t* weights, int64_
     }
 }
 
-// The weights that will be read soon, and nothing past the end of the run: another thread reads on there.
-struct FetchStream {
-    static constexpr bool kStreamsX = false;
-    const char* at;
-    const char* end;
+// Asks memory for where a row's results of a panel will go: a store that waits holds up those behind it.
+inline void fetch_results(const LinearArgs& args, int64_t panel, int64_t row) {
+    if (row >= args.rows || args.y == nullptr) return;
+    const float* const at = args.y + row * args.weight.products() + panel * args.weight.panel_products();
+    __builtin_prefetch(at, 1);
+    __builtin_prefetch(at + 16, 1);
+}
 
-    void operator()() {
-        if (at < end) {
+// Fetches the weights that will be read soon, and nothing past the end of the run: another thread reads on there.
+struct BesideStream {
+    const LinearArgs* args;
+    int64_t panel;
+    const char* at;
+    const char* end_at;
+
+    static constexpr bool kStreamsX = false;
+    void fetch(int64_t chunk) {
+        if (at < end_at) {
             for (int64_t line = 0; line < kChunkLines; ++line) __builtin_prefetch(at + line * 64);
         }
         at += kChunkLines * 64;
+        fetch_results(*args, panel, chunk);
     }
+    void finish() {}
+    void end() {}
 };
 
 // Up to 32 rows by a run of panels: each weight is used once.
 void stream_item(void* context, int64_t item, int worker) {
     const Job& job = *static_cast<const Job*>(context);
     const LinearArgs& args = *job.args;
-    float* const sums = static_cast<float*>(job.pool->scratch(worker, kStreamedRows * kTilePanel * sizeof(float)));
+    float* const sums = static_cast<float*>(job.pool->scratch(worker, kPairSums * sizeof(float)));
     const int64_t first = job.borders[item], last = job.borders[item + 1];
-    FetchStream fetch{reinterpret_cast<const char*>(job.weights(first, 0) + kAheadItems),
-                      reinterpret_cast<const char*>(job.weights(last, 0))};
-    const auto multiply_rows = args.rows > kTileSide ? multiply<2, FetchStream> : multiply<1, FetchStream>;
+    BesideStream beside{&args, first, reinterpret_cast<const char*>(job.weights(first, 0) + kAheadItems),
+                        reinterpret_cast<const char*>(job.weights(last, 0))};
+    const auto multiply_rows = args.rows > kTileSide ? multiply<2, BesideStream> : multiply<1, BesideStream>;
+    Piece piece{job.x, nullptr, job.chunks, job.tile_rows * kTileDepth, job.chunks * kTileItems, sums, true};
+    const Finish finish = finish_of<kTilePanel>(args);
     configure(job.tile_rows);
     for (int64_t panel = first; panel < last; ++panel) {
-        multiply_rows(job, job.x, job.weights(panel, 0), job.chunks, true, sums, fetch);
-        finish_rows<kTilePanel>(args, panel, 0, args.rows, sums);
+        beside.panel = panel;
+        piece.weights = job.weights(panel, 0);
+        multiply_rows(piece, beside);
+        finish(args, panel, 0, args.rows, sums);
     }
     _tile_release();
 }
 
-// Some of the next piece of weights, which would be waited for otherwise.
-struct FetchBlock {
-    static constexpr bool kStreamsX = true;
-    const char* at;
-    const char* end;
-    int64_t lines;  // for each chunk
+// Fetches the next piece of weights into the second cache, and writes the results of the piece before.
+struct BesideBlock {
+    const LinearArgs* args;
+    const char* at;  // weights
+    const char* end_at;
+    int64_t lines;  // of them for each chunk
+    Finish finish_rows;
+    int64_t panel, row, end_row, rows_per_chunk;
+    const float* sums;
 
-    void operator()() {
-        if (at < end) {
+    static constexpr bool kStreamsX = true;
+    void fetch(int64_t) {
+        if (at < end_at) {
             for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + line * 64, 0, 2);
         }
         at += lines * 64;
     }
+    void finish() {
+        if (row < end_row) finish_until(smaller(end_row, row + rows_per_chunk));
+    }
+    void end() {
+        if (row < end_row) finish_until(end_row);
+    }
+    void finish_until(int64_t end) {
+        finish_rows(*args, panel, row, end, sums);
+        sums += (end - row) * kTilePanel;
+        row = end;
+    }
 };
 
-// Writes the rows of a run of panels from sums [panels][panel_sums]. Short pieces of long rows: without asking for
-// them ahead memory takes them at a third of its speed.
-void finish_run(const LinearArgs& args, int64_t first_panel, int64_t last_panel, int64_t first_row, int64_t rows,
-                const float* sums, int64_t panel_sums) {
-    const int64_t first = first_panel * args.weight.panel_products();
-    const int64_t width = smaller(last_panel * args.weight.panel_products(), args.weight.products()) - first;
-    for (int64_t r = 0; r < rows; ++r) {
-        if (args.y != nullptr && r + kRowsAhead < rows) {
-            const float* later = args.y + (first_row + r + kRowsAhead) * args.weight.products() + first;
-            for (int64_t i = 0; i < width; i += 16) __builtin_prefetch(later + i, 1);
-        }
-        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-            finish_row<kTilePanel>(args, panel, first_row + r,
-                                   sums + (panel - first_panel) * panel_sums + r * kTilePanel);
-        }
-    }
-}
-
-// A run of panels for one group of rows: for each piece of `in`, for each panel, all rows.
+// A run of panels for one group of rows: `together` panels at a time, for each piece of `in`, for each of the panels, all
+// rows. Where x stays in the cache one panel is complete before the next.
 void block_item(void* context, int64_t item, int worker) {
     const Job& job = *static_cast<const Job*>(context);
     const LinearArgs& args = *job.args;
     const int64_t first_panel = job.borders[item / job.groups], last_panel = job.borders[item / job.groups + 1];
     const int64_t first_row = item % job.groups * job.group_rows;
-    const int64_t rows = smaller(job.group_rows, args.rows - first_row);
-    const int64_t pairs = (rows + kStreamedRows - 1) / kStreamedRows;
-    constexpr int64_t pair_sums = kStreamedRows * kTilePanel;
-    const int64_t panel_sums = pairs * pair_sums;
-    const size_t sums_bytes = (last_panel - first_panel) * panel_sums * sizeof(float);
+    const int64_t end_row = smaller(first_row + job.group_rows, args.rows);
+    const int64_t pairs = (end_row - first_row + kStreamedRows - 1) / kStreamedRows;
+    const int64_t together = job.resident ? 1 : last_panel - first_panel;
+    const size_t sums_bytes = together * pairs * kPairSums * sizeof(float);
     float* const sums = static_cast<float*>(job.pool->scratch(worker, sums_bytes));
+    BesideBlock beside{};
+    beside.args = &args;
+    beside.finish_rows = finish_of<kTilePanel>(args);
     configure(kTileSide);
-    for (int64_t piece = 0; piece < job.pieces; ++piece) {
-        const int64_t chunk = piece * job.chunks / job.pieces;
-        const int64_t chunks = (piece + 1) * job.chunks / job.pieces - chunk;
-        for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-            const bool last = panel + 1 == last_panel;
-            const uint16_t* next = last ? job.weights(first_panel, chunk + chunks) : job.weights(panel + 1, chunk);
-            const bool none = last && piece + 1 == job.pieces;
-            FetchBlock fetch{reinterpret_cast<const char*>(next),
-                             reinterpret_cast<const char*>(none ? next : next + chunks * kChunkItems),
-                             (kChunkLines + pairs - 1) / pairs};
+    for (int64_t start = first_panel; start < last_panel; start += together) {
+        for (int64_t step = 0; step < job.pieces * together; ++step) {
+            const int64_t part = step / together, panel = start + step % together;
+            const int64_t chunk = part * job.chunks / job.pieces;
+            const int64_t chunks = (part + 1) * job.chunks / job.pieces - chunk;
+            const bool done = step + 1 == job.pieces * together, none = done && start + together >= last_panel;
+            const uint16_t* const next = done ? job.weights(none ? panel : start + together, 0)
+                                              : job.weights(start + (step + 1) % together,
+                                                            (step + 1) / together * job.chunks / job.pieces);
+            beside.at = reinterpret_cast<const char*>(next);
+            beside.end_at = reinterpret_cast<const char*>(none ? next : next + chunks * kChunkItems);
+            beside.lines = (kChunkLines + pairs - 1) / pairs;
+            beside.rows_per_chunk = (kStreamedRows + chunks - 1) / chunks;
             for (int64_t pair = 0; pair < pairs; ++pair) {
                 const int64_t row = first_row + pair * kStreamedRows;
+                const int64_t slot = job.pieces == 1 ? 0 : step % together * pairs + pair;
                 const uint16_t* const x = job.x + (row * job.chunks + chunk * kTileSide) * kTileDepth;
-                const auto multiply_rows =
-                    args.rows - row > kTileSide ? multiply<2, FetchBlock> : multiply<1, FetchBlock>;
-                multiply_rows(job, x, job.weights(panel, chunk), chunks, piece == 0,
-                              sums + (panel - first_panel) * panel_sums + pair * pair_sums, fetch);
+                const Piece piece{x,          job.weights(panel, chunk), chunks,
+                                  kTileItems, job.chunks * kTileItems,   sums + slot * kPairSums,
+                                  part == 0};
+                (args.rows - row > kTileSide ? multiply<2, BesideBlock> : multiply<1, BesideBlock>)(piece, beside);
+                if (part + 1 < job.pieces) continue;
+                beside.panel = panel;
+                beside.row = row;
+                beside.end_row = smaller(row + kStreamedRows, end_row);
+                beside.sums = piece.sums;
             }
         }
     }
     _tile_release();
-    finish_run(args, first_panel, last_panel, first_row, rows, sums, panel_sums);
+    beside.end();
 }
 
 void embed_row(void* context, int64_t item, int) {
@@ -267,8 +313,8 @@ void linear_tiles(const LinearArgs& args, ThreadPool& pool) {
     job.tile_rows = smaller(args.rows, kTileSide);
     job.pieces = larger(1, (job.chunks + kPieceChunks - 1) / kPieceChunks);
     const int64_t resident_rows = kGroupItems / larger(1, job.chunks * kTileDepth) / kStreamedRows * kStreamedRows;
-    const bool resident = resident_rows >= smaller(args.rows, kGroupRows / 2);
-    job.group_rows = resident ? smaller(kGroupRows, resident_rows) : kGroupRows;
+    job.resident = resident_rows >= smaller(args.rows, kGroupRows / 2);
+    job.group_rows = job.resident ? smaller(kGroupRows, resident_rows) : kGroupRows;
     if (streamed) job.group_rows = kStreamedRows;
     job.groups = (args.rows + job.group_rows - 1) / job.group_rows;
 
@@ -283,7 +329,8 @@ void linear_tiles(const LinearArgs& args, ThreadPool& pool) {
     } else {
         pool.run(blocks, round_block, &job);
     }
-    const int64_t runs = divide(panels, streamed ? panels : resident ? kRunPanels : kLongRunPanels, pool.threads(), job.borders);
+    const int64_t longest = streamed ? panels : job.resident ? kRunPanels : kLongRunPanels;
+    const int64_t runs = divide(panels, longest, pool.threads(), job.borders);
     if (streamed) {
         pool.run(runs, stream_item, &job);
     } else {

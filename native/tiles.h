@@ -40,17 +40,22 @@ static inline void round_half(const float* from, uint16_t* to) {
 // Inputs [first, first + count) of one row. Whoever writes a row piece by piece leaves the padding of its last chunk to
 // the piece that ends the row.
 static inline void store_rounded(const TileRows& to, int64_t row, int64_t first, const float* values, int64_t count) {
+    if (count == kTileDepth && first % kTileDepth == 0) {
+        return round_chunk(values, kTileDepth, to.at(row, first / kTileDepth));
+    }
+    if (count == kTileDepth / 2 && first % kTileDepth == 0 && first + count < to.width) {
+        return round_half(values, to.at(row, first / kTileDepth));
+    }
+    if (count == kTileDepth / 2 && first % kTileDepth == count) {
+        return round_half(values, to.at(row, first / kTileDepth) + count);
+    }
     for (int64_t i = 0; i < count;) {
         const int64_t chunk = (first + i) / kTileDepth, at = (first + i) % kTileDepth;
         const int64_t now = smaller(count - i, kTileDepth - at);
-        if (at == 0 && (now == kTileDepth || first + i + now == to.width)) {
-            round_chunk(values + i, now, to.at(row, chunk));
-        } else {
-            uint16_t rounded[kTileDepth];
-            round_chunk(values + i, now, rounded);
-            const bool ends = first + i + now == to.width;
-            __builtin_memcpy(to.at(row, chunk) + at, rounded, (ends ? kTileDepth - at : now) * 2);
-        }
+        const bool ends = first + i + now == to.width;
+        uint16_t rounded[kTileDepth];
+        round_chunk(values + i, now, rounded);
+        __builtin_memcpy(to.at(row, chunk) + at, rounded, (ends ? kTileDepth - at : now) * 2);
         i += now;
     }
 }
