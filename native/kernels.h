@@ -88,7 +88,13 @@ struct TileRows {
     }
 };
 
-// One of `x` and `x_tiles` (weights in tiles only) is read, one of `y` and `y_tiles` written.
+// The largest result of a row in one panel and the lowest output that has it; +inf where one is +inf or NaN.
+struct Best {
+    float value;
+    int32_t output;
+};
+
+// One of `x` and `x_tiles` (weights in tiles only) is read, one of `y`, `y_tiles` and `best` written.
 struct LinearArgs {
     const float* x;  // [rows, in], rows `x_stride` floats apart
     int64_t x_stride, rows;
@@ -97,6 +103,7 @@ struct LinearArgs {
     float* y;          // [rows, weight.products()]
     bool add;          // to what y holds
     TileRows y_tiles;  // [rows, weight.products()]
+    Best* best;        // [rows, weight.panels()]
     Activation activation;  // of a gated weight
     float scale;
     float softcap;  // 0: none

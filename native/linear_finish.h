@@ -6,11 +6,44 @@
 
 namespace quire::QUIRE_ISA {
 
+// The lowest index of `value`, which is there.
+static inline int64_t index_of(const float* values, float value) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (;; i += kLanes) {
+        const __mmask16 equal = _mm512_cmp_ps_mask(load(values + i), splat(value), _CMP_EQ_OQ);
+        if (equal != 0) return i + __builtin_ctz(equal);
+    }
+#else
+    while (values[i] != value) ++i;
+    return i;
+#endif
+}
+
+// The best of the first `width` of a panel's results.
+template <int64_t Vectors>
+static inline Best best_of(const Floats* results, int64_t first, int64_t width) {
+    constexpr float inf = __builtin_inff();
+    float values[Vectors * kLanes];
+    for (int64_t i = 0; i < Vectors; ++i) {
+        store(values + i * kLanes, results[i] != results[i] ? splat(inf) : results[i]);
+    }
+    for (int64_t i = width; i < Vectors * kLanes; ++i) values[i] = -inf;
+    Floats top = load(values);
+    for (int64_t i = 1; i < Vectors; ++i) top = max(top, load(values + i * kLanes));
+    const float value = max_lanes(top);
+    return {value, static_cast<int32_t>(first + index_of(values, value))};
+}
+
 // Outputs [first, first + vectors * kLanes) of a row, as many as exist.
 template <int64_t Vectors>
 static inline void write_results(const LinearArgs& args, int64_t first, int64_t row, const Floats* results) {
     constexpr int64_t span = Vectors * kLanes;
     const int64_t width = smaller(span, args.weight.products() - first);
+    if (args.best != nullptr) {
+        args.best[row * args.weight.panels() + first / span] = best_of<Vectors>(results, first, width);
+        return;
+    }
     float values[span];
     for (int64_t i = 0; i < Vectors; ++i) store(values + i * kLanes, results[i]);
     if (args.y_tiles.data != nullptr) {
@@ -82,6 +115,7 @@ static void finish_gated_rows(const LinearArgs& args, int64_t panel, int64_t row
 template <int64_t Width>
 static Finish finish_of(const LinearArgs& args) {
     if (args.weight.bias != nullptr || args.scale != 1.0f || args.softcap != 0.0f) return finish_rows<Width>;
+    if (args.best != nullptr) return finish_rows<Width>;
     if (!args.weight.gated && args.y != nullptr) {
         return args.add ? finish_plain_rows<Width, true> : finish_plain_rows<Width, false>;
     }

@@ -88,6 +88,25 @@ void require_four_bits(const Array<int8_t, 2>& values) {
     require(outside == 0, "pack: an integer of 4 bits is outside [-8, 7]");
 }
 
+struct BestRows {
+    const Best* best;  // [rows, panels]
+    int64_t panels;
+    int32_t* tokens;  // [rows]; 0 where not finite
+    bool* finite;     // [rows]
+};
+
+// Panels are in the order of their outputs: of equals the first is the lowest.
+void choose_best(void* context, int64_t row, int) {
+    const BestRows& job = *static_cast<const BestRows*>(context);
+    const Best* const panels = job.best + row * job.panels;
+    Best best = panels[0];
+    for (int64_t panel = 1; panel < job.panels; ++panel) {
+        if (panels[panel].value > best.value) best = panels[panel];
+    }
+    job.finite[row] = __builtin_isfinite(best.value);
+    job.tokens[row] = job.finite[row] ? best.output : 0;
+}
+
 // The threads and the kernels of one provider.
 class Runtime {
 public:
@@ -149,6 +168,33 @@ public:
         args.softcap = softcap;
         args.add = add;
         run_linear(args, x, packed, y);
+    }
+
+    // The results of `linear` are never written: each panel leaves its best.
+    void greedy(nb::handle x_, const PackedLinear& packed, float scale, float softcap, nb::handle tokens_,
+                nb::handle finite_) {
+        Floats2 x(x_, "x");
+        Ints1 tokens(tokens_, "tokens", true);
+        Array<bool, 1> finite(finite_, "finite", true);
+        require_packed_here(packed);
+        require(!packed.gated, "greedy: the weight is packed for gated_linear");
+        require(x.size(1) == packed.in, "greedy: the width of x is not the weight's");
+        require(packed.out > 0, "greedy: the vocabulary is empty");
+        require(tokens.size(0) == x.size(0) && finite.size(0) == x.size(0), "greedy: one result for each row is needed");
+        LinearArgs args{};
+        args.x = x.data();
+        args.x_stride = x.stride();
+        args.rows = x.size(0);
+        args.weight = packed.panels();
+        args.scale = scale;
+        args.softcap = softcap;
+        nb::gil_scoped_release unlocked;
+        const auto lock = pool_.exclusive();
+        best_.resize(args.rows * args.weight.panels());
+        args.best = best_.data();
+        kernels_->linear(args, pool_);
+        BestRows job{best_.data(), args.weight.panels(), tokens.data(), finite.data()};
+        pool_.run(args.rows, choose_best, &job);
     }
 
     void gated_linear(nb::handle x, const PackedLinear& packed, int kind, nb::handle y) {
@@ -378,6 +424,7 @@ private:
 
     ThreadPool pool_;
     const Kernels* kernels_ = nullptr;
+    std::vector<Best> best_;  // of `greedy`; whoever holds the pool uses it
 };
 
 Cache* make_cache(int64_t layers, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim,
@@ -420,6 +467,7 @@ NB_MODULE(_native, module) {
              nb::arg(), nb::arg(), nb::arg())
         .def("linear", &Runtime::linear)
         .def("gated_linear", &Runtime::gated_linear)
+        .def("greedy", &Runtime::greedy)
         .def("embed", &Runtime::embed)
         .def("norm", &Runtime::norm, nb::arg(), none, nb::arg(), none, nb::arg(), nb::arg(), nb::arg())
         .def("rope", &Runtime::rope)

@@ -140,3 +140,55 @@ def test_what_a_producer_rounds_gives_the_bits_of_what_a_product_rounds(width: i
         tiles = make_tiles(rows, width)
         cpu._native.gated_linear(small, gated, 0, tiles)
         same(tiles, cpu.gated_linear(small, gated, "silu"))
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_greedy_is_what_temperature_0_draws_from_the_logits(cpu: CpuOps, storage: str) -> None:
+    rng = np.random.default_rng(5)
+    for vocabulary, width in ((1, 3), (31, 40), (64, 64), (130, 70), (1000, 600)):
+        weight = normal(rng, vocabulary, width)
+        weight[vocabulary // 2 :] = weight[: vocabulary - vocabulary // 2]  # every row has ties, near and far
+        packed, defined = cpu.pack_embedding(weight, storage), REFERENCE.pack_embedding(weight, storage)
+        for rows, scale, softcap in ((1, 1.0, None), (7, 0.5, 30.0), (33, 1.0, None), (100, 2.0, 1.0)):
+            x = normal(rng, rows, width)
+            tokens, finite = cpu.greedy(x, packed, scale, softcap)
+            logits = cpu.logits(x, packed, scale, softcap)
+            assert np.array_equal(tokens, logits.argmax(axis=-1)) and tokens.dtype == np.int32
+            assert finite.all()
+            reference, _ = REFERENCE.greedy(inputs_of_products(cpu, storage, x), defined, scale, softcap)
+            lost = logits.max(axis=-1) - logits[np.arange(rows), reference]
+            assert (lost <= 4e-5 * np.abs(logits).max()).all()  # sums in another order may break a tie otherwise
+
+
+def test_greedy_finds_rows_that_are_not_finite(cpu: CpuOps) -> None:
+    rng = np.random.default_rng(6)
+    packed = cpu.pack_embedding(np.abs(normal(rng, 100, 40)), "bfloat16")
+    x = normal(rng, 40, 40)
+    expected, _ = cpu.greedy(x, packed)
+    for broken in (np.nan, np.inf, -np.inf):
+        spoiled = x.copy()
+        spoiled[::3] = broken
+        tokens, finite = cpu.greedy(spoiled, packed)
+        assert np.array_equal(finite, cpu.rows_finite(cpu.logits(spoiled, packed)))
+        assert np.array_equal(finite, np.arange(40) % 3 != 0)
+        assert np.array_equal(tokens, np.where(finite, expected, 0))
+    one = np.ones((70, 1), np.float32)
+    for row, value in ((3, np.nan), (69, np.inf), (33, -np.inf)):
+        weight = one.copy()
+        weight[row] = value
+        tokens, finite = cpu.greedy(one[:1], cpu.pack_embedding(weight, "float32"))
+        assert (tokens[0], finite[0]) == (0, value == -np.inf)
+
+
+def test_greedy_refuses_wrong_shapes(cpu: CpuOps) -> None:
+    weight, x = np.ones((6, 4), np.float32), np.ones((2, 4), np.float32)
+    packed = cpu.pack_embedding(weight, "bfloat16")
+    assert cpu.greedy(x[:0], packed)[0].shape == (0,)
+    for call in (
+        lambda: cpu.greedy(np.ones((2, 5), np.float32), packed),
+        lambda: cpu.greedy(x, cpu.pack_gated(weight, None, "bfloat16")),
+        lambda: cpu.greedy(x, cpu.pack_embedding(weight[:0], "bfloat16")),
+        lambda: cpu._native.greedy(x, packed, 1.0, 0.0, np.empty(1, np.int32), np.empty(2, np.bool_)),
+    ):
+        with pytest.raises(ValueError):
+            call()

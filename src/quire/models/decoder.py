@@ -291,6 +291,10 @@ class Decoder:
             x = layer.after_mlp(ops, layer.mlp(ops, x), residual)
         return x
 
+    def greedy(self, hidden: Array) -> tuple[Array, Array]:
+        """`[rows, hidden]` -> token ids `[rows]` and whether the logits are finite `[rows]`."""
+        return self._ops.greedy(hidden, self._head, self.spec.logits_scale, self.spec.logits_softcap)
+
     def logits(self, hidden: Array) -> Array:
         """`[rows, hidden]` -> `[rows, vocab_size]`."""
         return self._ops.logits(hidden, self._head, self.spec.logits_scale, self.spec.logits_softcap)

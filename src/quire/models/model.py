@@ -27,5 +27,8 @@ class Model(Protocol):
     def forward(self, token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
         """`token_ids [tokens]` int32 -> `[tokens, hidden]` after the last norm. Fills the cache."""
 
+    def greedy(self, hidden: Array) -> tuple[Array, Array]:
+        """`Ops.greedy` of rows of hidden states: the token of the largest logit and whether the logits are finite."""
+
     def logits(self, hidden: Array) -> Array:
         """Rows of hidden states `[rows, hidden]` -> float32 `[rows, vocab_size]`."""

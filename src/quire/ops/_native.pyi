@@ -84,6 +84,9 @@ class Runtime:
         integers up to `levels`. See `QuantizedWeight`."""
     def linear(self, x: Any, packed: PackedLinear, y: Any, scale: float, softcap: float, add: bool, /) -> None:
         """`softcap` 0 is none; `add` adds to what y holds. x and y may be TileBuffers, x for weights in tiles."""
+    def greedy(
+        self, x: Any, packed: PackedLinear, scale: float, softcap: float, tokens: Any, finite: Any, /
+    ) -> None: ...
     def gated_linear(self, x: Any, packed: PackedLinear, kind: int, y: Any, /) -> None:
         """x and y as for `linear`, `kind` as for `activation`."""
     def embed(self, token_ids: Any, packed: PackedLinear, scale: float, y: Any, /) -> None: ...

@@ -9,7 +9,8 @@ from quire.ops.types import Activation, Array, Forward, Opaque, Ops, Step, Stora
 
 
 class ComposedOps:
-    """A base for providers, which supply `xp`, `pack_linear`, `linear` and `activation_multiply`."""
+    """A base for providers, which supply `xp`, `pack_linear`, `linear`, `activation_multiply`, `logits` and
+    `rows_finite`."""
 
     xp: Any
 
@@ -26,6 +27,12 @@ class ComposedOps:
     def activation_multiply(self, gate_up: Array, kind: Activation) -> Array:
         raise NotImplementedError
 
+    def logits(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> Array:
+        raise NotImplementedError
+
+    def rows_finite(self, logits: Array) -> Array:
+        raise NotImplementedError
+
     def pack_gated(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
         """As `pack_linear`, here; a provider whose `gated_linear` is one pass puts gate beside up."""
         return self.pack_linear(weight, bias, storage)
@@ -38,6 +45,14 @@ class ComposedOps:
     def compile(self, forward: Forward) -> Step:
         """Operation by operation."""
         return partial(forward, cast(Ops, self))
+
+    def greedy(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> tuple[Array, Array]:
+        """`argmax(logits)`, the lowest id among equals. Exactly that of the same provider's logits."""
+        xp = self.xp
+        logits = self.logits(x, packed, scale, softcap)
+        finite = self.rows_finite(logits)
+        tokens = xp.astype(xp.argmax(logits, axis=-1), xp.int32)
+        return tokens * xp.astype(finite, xp.int32), finite
 
     def moe(
         self,

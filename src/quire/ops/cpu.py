@@ -141,6 +141,11 @@ class CpuOps(ComposedOps):
         self._native.linear(x, packed, y, scale, softcap or 0.0, False)
         return y
 
+    def greedy(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> tuple[Array, Array]:
+        tokens, finite = np.empty(x.shape[0], np.int32), np.empty(x.shape[0], np.bool_)
+        self._native.greedy(x, packed, scale, softcap or 0.0, tokens, finite)
+        return tokens, finite
+
     # norms
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:

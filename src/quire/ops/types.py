@@ -255,6 +255,10 @@ class Ops(Protocol):
         """In place, for one row `logits [vocabulary]` and its distinct `token_ids` (int64) with how often each was
         generated: see `sampling/penalties.py`."""
 
+    def greedy(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> tuple[Array, Array]:
+        """What temperature 0 draws from `logits(x, packed, scale, softcap)`, int32 `[rows]`, and bool `[rows]`, its
+        `rows_finite`; 0 where that is false. The logits need not be written out."""
+
     def sample(self, logits: Array, batch: SampleBatch) -> Array:
         """Draw one token for each row of `logits [rows, vocabulary]` -> int32 `[rows]`; -inf is never drawn."""
 

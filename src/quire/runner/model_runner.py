@@ -88,11 +88,13 @@ class ModelRunner:
         if not sampling:
             return results
         picked = hidden if len(hidden) == len(sampling) else hidden[self._ops.array(last_tokens[sampling], "int64")]
-        logits = self._model.logits(picked)
         items = [scheduled[index] for index in sampling]
-        drawn = self._sampler.sample(
-            logits, [item.row for item in items], [item.start + item.num_tokens for item in items]
-        )
+        rows = [item.row for item in items]
+        if self._sampler.takes_the_best(rows):
+            drawn = self._sampler.take(*self._model.greedy(picked), rows)
+        else:
+            positions = [item.start + item.num_tokens for item in items]
+            drawn = self._sampler.sample(self._model.logits(picked), rows, positions)
         for index, result in zip(sampling, drawn, strict=True):
             results[index] = result
         return results

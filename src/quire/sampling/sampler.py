@@ -82,6 +82,19 @@ class Sampler:
             for feature in self._features:
                 feature.remove(row)
 
+    def takes_the_best(self, rows: Sequence[int]) -> bool:
+        """Whether all that these rows want of their logits is the largest: greedy, unedited, no log-probabilities."""
+        greedy = not self._numbers.temperature[np.array(rows)].any()
+        return greedy and self._users.isdisjoint(rows) and self._num_logprobs.keys().isdisjoint(rows)
+
+    def take(self, tokens: Array, finite: Array, rows: Sequence[int]) -> list[RowResult]:
+        """The results of rows that take the best: what `Model.greedy` gave, as `sample` would put it."""
+        to_numpy = self._ops.to_numpy
+        return [
+            RowResult(row, (token,)) if ok else RowResult(row, (), error=NOT_FINITE)
+            for row, token, ok in zip(rows, to_numpy(tokens).tolist(), to_numpy(finite).tolist(), strict=True)
+        ]
+
     def sample(self, logits: Array, rows: Sequence[int], positions: Sequence[int]) -> list[RowResult]:
         """One token for each row. No state of rows changes until `observe` is told what is kept.
 
