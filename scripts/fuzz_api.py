@@ -14,6 +14,7 @@ import random
 import re
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -122,7 +123,8 @@ def schemathesis(port: int, seconds: int, seed: int) -> int:
         *("--checks", CHECKS, "--max-time", str(seconds), "--seed", str(seed), "--request-timeout", "30", "--no-color"),
         *("--continue-on-failure", "--suppress-health-check", "all", "--generation-database", ":memory:"),
     ]
-    return subprocess.run(command, check=False, timeout=6 * seconds + 60).returncode
+    with tempfile.TemporaryDirectory() as directory:  # where it leaves what it found
+        return subprocess.run(command, check=False, timeout=6 * seconds + 60, cwd=directory).returncode
 
 
 def one_request(chance: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
