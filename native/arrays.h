@@ -28,6 +28,7 @@ bool format_is(const char* format) {
     if constexpr (std::is_same_v<T, uint64_t>) return code == 'Q' || (code == 'L' && sizeof(long) == 8);
     if constexpr (std::is_same_v<T, uint16_t>) return code == 'H';
     if constexpr (std::is_same_v<T, int8_t>) return code == 'b';
+    if constexpr (std::is_same_v<T, uint8_t>) return code == 'B';
     return false;
 }
 
@@ -39,6 +40,7 @@ constexpr const char* type_name() {
     if constexpr (std::is_same_v<T, int64_t>) return "int64";
     if constexpr (std::is_same_v<T, uint64_t>) return "uint64";
     if constexpr (std::is_same_v<T, int8_t>) return "int8";
+    if constexpr (std::is_same_v<T, uint8_t>) return "uint8";
     return "uint16";
 }
 

@@ -234,6 +234,14 @@ struct QuantizeArgs {
     size_t scratch_bytes() const { return static_cast<size_t>(padded()) * 5; }
 };
 
+enum class Probe { read, float32, bfloat16, int8 };
+
+struct ProbeArgs {
+    Probe kind;
+    const uint8_t* data;  // what `read` reads
+    int64_t bytes;
+};
+
 struct Kernels {
     const char* name;
     Layout bfloat16_layout;  // of weights of that storage; all others are panels
@@ -246,6 +254,8 @@ struct Kernels {
     void (*sample)(const SampleArgs&, ThreadPool&);
     void (*logprobs)(const LogprobsArgs&, ThreadPool&);
     void (*rows_finite)(const FiniteArgs&, ThreadPool&);
+    // The bytes that were read or the additions and multiplications that were done; 0 where the unit is missing.
+    int64_t (*probe)(const ProbeArgs&, ThreadPool&);
     // One row: `values` [in], `scales` [groups()]. False where a weight is not finite: then both hold nothing.
     bool (*quantize_row)(const QuantizeArgs&, const void* weight, int8_t* values, float* scales, void* scratch);
 };

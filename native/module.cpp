@@ -127,6 +127,19 @@ public:
         return pack_items<uint16_t>(weight, bias, storage, gated);
     }
 
+    // What was done: bytes of `data` read, or multiplications and additions; 0 where the unit is missing.
+    int64_t probe(const std::string& kind, nb::handle data_) {
+        Array<uint8_t, 1> data(data_, "data");
+        const char* const names[] = {"read", "float32", "bfloat16", "int8"};
+        for (int i = 0; i < 4; ++i) {
+            if (kind != names[i]) continue;
+            nb::gil_scoped_release unlocked;
+            const auto lock = pool_.exclusive();
+            return kernels_->probe(ProbeArgs{static_cast<Probe>(i), data.data(), data.size(0)}, pool_);
+        }
+        throw nb::value_error("probe: no such kind");
+    }
+
     // The integers and scales of a weight; false where a weight is not finite.
     bool quantize(nb::handle weight_, const std::string& storage_name, bool four_bits, int64_t group_size,
                   nb::handle values_, nb::handle scales_) {
@@ -462,6 +475,7 @@ NB_MODULE(_native, module) {
         .def(nb::init<int, const std::string&, const Affinity&>())
         .def_prop_ro("threads", &Runtime::threads)
         .def("pack", &Runtime::pack, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg(), nb::arg())
+        .def("probe", &Runtime::probe)
         .def("quantize", &Runtime::quantize)
         .def("pack_integers", &Runtime::pack_integers, nb::rv_policy::take_ownership, nb::arg(), nb::arg(), none, nb::arg(),
              nb::arg(), nb::arg(), nb::arg())

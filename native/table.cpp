@@ -15,9 +15,10 @@ void attention(const AttentionArgs&, ThreadPool&);
 void sample(const SampleArgs&, ThreadPool&);
 void logprobs(const LogprobsArgs&, ThreadPool&);
 void rows_finite(const FiniteArgs&, ThreadPool&);
+int64_t probe(const ProbeArgs&, ThreadPool&);
 bool quantize_row(const QuantizeArgs&, const void* weight, int8_t* values, float* scales, void* scratch);
 
 extern const Kernels kernels{QUIRE_NAME(QUIRE_ISA), kBFloat16Layout, linear,    embed,  norm,     rope,
-                             activation,            attention,       sample, logprobs, rows_finite, quantize_row};
+                             activation,            attention,       sample, logprobs, rows_finite, probe, quantize_row};
 
 }  // namespace quire::QUIRE_ISA

@@ -1,4 +1,4 @@
-"""`quire bench throughput` and `quire bench core`."""
+"""`quire bench`: throughput and core here, kernels in its own file."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quire.cli import banner, engines
+from quire.cli import banner, bench_kernels, engines
 from quire.cli.arguments import Parser, add_engine, engine_values
 from quire.config import EngineArgs
 from quire.errors import ConfigurationError
@@ -32,7 +32,7 @@ PROMPT_TOKENS = 64
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The two benchmarks."""
+    """The three benchmarks."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=Parser)
     throughput = kinds.add_parser(
         "throughput",
@@ -51,6 +51,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     throughput.add_argument("--output-json", metavar="FILE", help="write every run there")
     engines.add_quiet(throughput)
     add_engine(throughput)
+    bench_kernels.add(kinds)
     core = kinds.add_parser(
         "core", help="the scheduler alone: microseconds a step, without a model", allow_abbrev=False
     )
@@ -60,7 +61,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The one that was asked for."""
-    return _core(options) if options.kind == "core" else _throughput(options)
+    runs = {"core": _core, "kernels": bench_kernels.run, "throughput": _throughput}
+    return runs[options.kind](options)
 
 
 def _throughput(options: argparse.Namespace) -> int:

@@ -73,6 +73,8 @@ class Runtime:
     def threads(self) -> int: ...
     def pack(self, weight: Any, bias: Any | None, storage: str, gated: bool, /) -> PackedLinear:
         """`weight [out, in]`: uint16 bits of bfloat16 or float16, or float32."""
+    def probe(self, kind: str, data: Any, /) -> int:
+        """`kind` is read (of `data`), float32, bfloat16 or int8: bytes, or products; 0 where the unit is missing."""
     def quantize(
         self, weight: Any, storage: str, four_bits: bool, group_size: int, values: Any, scales: Any, /
     ) -> bool:

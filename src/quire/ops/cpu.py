@@ -68,6 +68,11 @@ class CpuOps(ComposedOps):
     def to_numpy(self, x: Array) -> Any:
         return x
 
+    def probe(self, kind: str, data: Array) -> int:
+        """For benchmarks: read the bytes of `data` ("read"), or multiply with one of the units ("float32", "bfloat16",
+        "int8"), with all threads. The number of bytes, or of multiplications and additions; 0 without such a unit."""
+        return self._native.probe(kind, data)
+
     def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight:
         weight = np.ascontiguousarray(weight)
         out, inputs = weight.shape
