@@ -265,8 +265,9 @@ void embed_row(void* context, int64_t item, int) {
 void linear_int(const LinearArgs& args, ThreadPool& pool) {
     if (args.rows == 0) return;
 #if QUIRE_TILES
-    // Tiles cost the same for one row and for sixteen: few rows are faster by vectors.
-    if (args.rows > (args.weight.bits == 8 ? 4 : byte_rows(args.weight)) && args.weight.in > 0) return linear_int_tiles(args, pool);
+    // Bytes go from memory into tiles as they are; few rows by 4-bit weights, which must be widened, are faster by vectors.
+    const int64_t by_vectors = args.weight.bits == 8 ? 0 : byte_rows(args.weight);
+    if (args.rows > by_vectors && args.weight.in > 0) return linear_int_tiles(args, pool);
 #endif
 #if defined(__AVX512VNNI__)
     if (args.weight.bits == 4 && args.rows <= byte_rows(args.weight)) return linear_int_bytes(args, pool);
