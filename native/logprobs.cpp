@@ -43,6 +43,24 @@ uint64_t order_of(float logit, int64_t id) {
     return static_cast<uint64_t>(bits) << 32 | (0xffffffffu - static_cast<uint32_t>(id));
 }
 
+// The logit of an order.
+float logit_of(uint64_t order) {
+    uint32_t bits = static_cast<uint32_t>(order >> 32);
+    bits ^= bits >> 31 != 0 ? 0x80000000u : 0xffffffffu;
+    float logit;
+    __builtin_memcpy(&logit, &bits, 4);
+    return logit;
+}
+
+// Whether all of 4 * kLanes logits are at most `limit`; no NaN is.
+bool all_at_most(const float* x, float limit) {
+    Ints above{};
+    for (int i = 0; i < 4; ++i) above |= ~(Ints)(load(x + i * kLanes) <= limit);
+    int any = 0;
+    for (int lane = 0; lane < kLanes; ++lane) any |= above[lane];
+    return any == 0;
+}
+
 // Puts `value` at the root of a heap whose smallest is at the root.
 void sift_down(uint64_t* heap, int64_t size, uint64_t value) {
     int64_t at = 0;
@@ -59,9 +77,15 @@ void sift_down(uint64_t* heap, int64_t size, uint64_t value) {
 // heap [num_top] becomes the best tokens, best first
 void find_best(const float* x, int64_t size, int64_t num_top, uint64_t* heap) {
     __builtin_memset(heap, 0, num_top * sizeof(uint64_t));
-    for (int64_t i = 0; i < size; ++i) {
-        const uint64_t order = order_of(x[i], i);
-        if (order > heap[0]) sift_down(heap, num_top, order);
+    constexpr int64_t kStep = 4 * kLanes;
+    for (int64_t first = 0; first < size; first += kStep) {
+        // What equals the least of the best so far has a higher id: it comes after it.
+        const bool whole = heap[0] != 0 && first + kStep <= size;
+        if (whole && all_at_most(x + first, logit_of(heap[0]))) continue;
+        for (int64_t i = first; i < smaller(size, first + kStep); ++i) {
+            const uint64_t order = order_of(x[i], i);
+            if (order > heap[0]) sift_down(heap, num_top, order);
+        }
     }
     for (int64_t last = num_top - 1; last > 0; --last) {
         const uint64_t smallest = heap[0];
@@ -96,8 +120,19 @@ void work(void* context, int64_t row, int worker) {
 void check_row(void* context, int64_t row, int) {
     const FiniteArgs& args = *static_cast<const FiniteArgs*>(context);
     const float* x = args.logits + row * args.stride;
+    Ints broken_lanes{}, any_lanes{};
+    int64_t i = 0;
+    for (; i + kLanes <= args.vocabulary; i += kLanes) {
+        const Floats v = load(x + i);
+        broken_lanes |= ~(Ints)(v < __builtin_inff());
+        any_lanes |= (Ints)(v > -__builtin_inff());
+    }
     bool broken = false, any = false;
-    for (int64_t i = 0; i < args.vocabulary; ++i) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+        broken |= broken_lanes[lane] != 0;
+        any |= any_lanes[lane] != 0;
+    }
+    for (; i < args.vocabulary; ++i) {
         broken |= !(x[i] < __builtin_inff());
         any |= x[i] > -__builtin_inff();
     }

@@ -199,14 +199,28 @@ struct Best {
     int64_t token;
 };
 
-// Scores of the 4 * kLanes tokens from `first` on, against the best so far.
-void score_block(const SampleArgs& args, int64_t row, const float* scaled, int64_t first, Best& best) {
+// Whether the noise of any word can lift a token from `top` to the best score. Noise falls as the word grows, and
+// -log(-log1p(-v)) > g needs v < e^-g: the 0.01 is for rounding.
+bool can_win(const Words* words, float top, float best) {
+    const float limit = exp(splat(top - best + 0.01f))[0] * 0x1p32f + 2.0f;
+    if (!(limit < 0x1p32f)) return true;
+    const uint32_t highest = static_cast<uint32_t>(limit);
+    Ints low{};
+    for (int i = 0; i < 4; ++i) low |= (Ints)(words[i] <= highest);
+    int any = 0;
+    for (int lane = 0; lane < kLanes; ++lane) any |= low[lane];
+    return any != 0;
+}
+
+// Scores of the 4 * kLanes tokens from `first` on, of which the largest is `top`, against the best so far.
+void score_block(const SampleArgs& args, int64_t row, const float* scaled, int64_t first, float top, Best& best) {
     const uint64_t seed = args.seeds[row], position = static_cast<uint64_t>(args.positions[row]);
     Words index{};
     for (int i = 0; i < kLanes; ++i) index[i] = static_cast<uint32_t>(first / 4 + i);
     Words words[4] = {Words{} + static_cast<uint32_t>(position), Words{} + static_cast<uint32_t>(position >> 32),
                       index, Words{} + kStream};
     philox(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+    if (!can_win(words, top, best.score)) return;
     float noise[4][kLanes];
     for (int lane = 0; lane < 4; ++lane) store(noise[lane], gumbel(words[lane]));
     for (int i = 0; i < 4 * kLanes && first + i < args.vocabulary; ++i) {
@@ -222,12 +236,11 @@ int32_t draw(const SampleArgs& args, int64_t row, const float* scaled) {
     constexpr int64_t kDraws = 4 * kLanes;
     const int64_t likely = first_equal(scaled, args.vocabulary, 0.0f);
     Best best{-__builtin_inff(), likely};
-    score_block(args, row, scaled, likely / kDraws * kDraws, best);
+    score_block(args, row, scaled, likely / kDraws * kDraws, 0.0f, best);
     for (int64_t first = 0; first < args.vocabulary; first += kDraws) {
         if (first == likely / kDraws * kDraws) continue;
-        Floats top = load(scaled + first);
-        for (int64_t i = kLanes; i < kDraws; i += kLanes) top = max(top, load(scaled + first + i));
-        if (max_lanes(top) + kLargestNoise >= best.score) score_block(args, row, scaled, first, best);
+        const float top = largest(scaled + first, kDraws);
+        if (top + kLargestNoise >= best.score) score_block(args, row, scaled, first, top, best);
     }
     return static_cast<int32_t>(best.token);
 }
