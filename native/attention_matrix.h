@@ -1,4 +1,5 @@
 // Attention on matrix units (AMX): queries, keys, weights and values in bfloat16, sums and softmax in float32.
+// Why it is done so: docs/design/attention.md.
 //
 // A block for one head (a unit of the cache) holds what the units read, without a copy:
 //

@@ -3,6 +3,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -110,6 +111,24 @@ def test_a_long_context_is_the_same_in_pieces(cpu: CpuOps) -> None:
     reference.step([(0, 0, length - 1)], AttentionSpec(0.3, window=1))
     last = reference.step([(0, length - 1, length)], spec)[0]
     assert relative_error(expected[-1:], last) < (2.0**-7 if rounds(cpu, "bfloat16") else 1e-5)
+
+
+def test_a_context_of_128k(cpu: CpuOps) -> None:
+    """Its last queries are those of float64, and memory does not grow with the square of the length."""
+    heads, spec, length = Heads(2, 1, 16), AttentionSpec(0.5), 131_072
+    rows = Rows(cpu, [length], heads, 64, "bfloat16")
+    rows.step([(0, 0, length - 4)], AttentionSpec(0.5, window=1))
+    before = psutil.Process().memory_info().rss
+    actual = rows.step([(0, length - 4, length)], spec)[0]
+    assert psutil.Process().memory_info().rss - before < 32 << 20
+    q, k, v = (part[0].astype(ml_dtypes.bfloat16).astype(np.float64) for part in (rows.q, rows.k, rows.v))
+    q = q[-4:] if rounds(cpu, "bfloat16") else rows.q[0][-4:].astype(np.float64)
+    for token in range(4):
+        seen = length - 3 + token
+        scores = 0.5 * q[token] @ k[:seen, 0].T
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        expected = (weights @ v[:seen, 0] / weights.sum(axis=1, keepdims=True)).reshape(-1)
+        assert np.abs(actual[token] - expected).max() < (2e-3 if rounds(cpu, "bfloat16") else 1e-5)
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
