@@ -102,12 +102,12 @@ def test_probes_version_and_metrics(http: httpx.Client) -> None:
         assert http.get(path).status_code == 200
     assert set(http.get("/version").json()) == {"version"}
     text = http.get("/metrics").text
-    assert 'quire:num_requests_running{model_name="tiny"} 0.0' in text
-    assert 'quire:generation_tokens_total{model_name="tiny"} 7.0' in text
-    assert 'quire:request_success_total{finished_reason="stop",model_name="tiny"} 3.0' in text
-    assert 'quire:time_to_first_token_seconds_bucket{le="1",model_name="tiny"} 2.0' in text
-    assert 'quire:time_to_first_token_seconds_bucket{le="+Inf",model_name="tiny"} 3.0' in text
-    assert 'quire:time_to_first_token_seconds_sum{model_name="tiny"} 1.5' in text
+    assert 'quire:num_requests_running{engine="0",model_name="tiny"} 0.0' in text
+    assert 'quire:generation_tokens_total{engine="0",model_name="tiny"} 7.0' in text
+    assert 'quire:request_success_total{engine="0",finished_reason="stop",model_name="tiny"} 3.0' in text
+    assert 'quire:time_to_first_token_seconds_bucket{engine="0",le="1",model_name="tiny"} 2.0' in text
+    assert 'quire:time_to_first_token_seconds_bucket{engine="0",le="+Inf",model_name="tiny"} 3.0' in text
+    assert 'quire:time_to_first_token_seconds_sum{engine="0",model_name="tiny"} 1.5' in text
 
 
 def _paths(app: Any) -> list[str]:

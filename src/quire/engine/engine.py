@@ -80,6 +80,7 @@ class Engine:
             OverloadedError: there is no core, and there will be none soon.
         """
         state, now_s = RequestState(parsed, self._tokenizer, parsed.sequences[0].arrival_s), self.clock()
+        self._metrics.observe_asked(len(parsed.sequences), parsed.sequences[0].max_tokens)
         for index, new in enumerate(parsed.sequences):
             self._channel.add(new)
             self._states[new.request_id] = state
@@ -120,7 +121,7 @@ class Engine:
 
     def get_metrics(self) -> list[Metric]:
         """All metrics now."""
-        return self._metrics.read(*self._channel.gauges)
+        return self._metrics.read(*self._channel.gauges, self.queue.num_rejected)
 
     def explain(self, request_id: str) -> list[Explanation]:
         """Where the time of a request went, by its public name (or that of the response whose numbered requests it

@@ -4,6 +4,7 @@ Names begin with `quire:`; buckets are vLLM's, so that its boards work unchanged
 """
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from quire.core.plan import StepRecord
@@ -81,6 +82,7 @@ LATENCY_BUCKETS_S = (
     *(1920.0, 7680.0),
 )
 STEP_TOKEN_BUCKETS = (1.0, *(float(2**power) for power in range(3, 15)))
+COUNT_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0)
 LENGTH_BUCKETS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 COUNTERS = MappingProxyType(
     {
@@ -145,6 +147,15 @@ class EngineMetrics:
         self.decode_time = Histogram(f"quire:request_decode_time_{seconds}", "First token to last.", LATENCY_BUCKETS_S)
         self.prompt_length = Histogram("quire:request_prompt_tokens", "Tokens in a prompt.", LENGTH_BUCKETS)
         self.output_length = Histogram("quire:request_generation_tokens", "Tokens generated.", LENGTH_BUCKETS)
+        self.inference_time = Histogram(
+            f"quire:request_inference_time_{seconds}", "First step to last token.", LATENCY_BUCKETS_S
+        )
+        self.computed_length = Histogram(
+            "quire:request_prefill_kv_computed_tokens", "Prompt tokens that the cache did not supply.", LENGTH_BUCKETS
+        )
+        self.preemptions = Histogram("quire:request_num_preemptions", "Preemptions of a request.", COUNT_BUCKETS)
+        self.asked_n = Histogram("quire:request_params_n", "The parameter n.", COUNT_BUCKETS)
+        self.asked_tokens = Histogram("quire:request_params_max_tokens", "The parameter max_tokens.", LENGTH_BUCKETS)
         self.step_tokens = Histogram("quire:iteration_tokens_total", "Tokens computed in a step.", STEP_TOKEN_BUCKETS)
 
     def observe_step(self, record: StepRecord) -> None:
@@ -162,6 +173,12 @@ class EngineMetrics:
         """Count a prompt whose first token has come."""
         self._add("prompt_tokens", num_tokens)
         self._add("prompt_tokens_cached", num_cached)
+        self.computed_length.observe(num_tokens - num_cached)
+
+    def observe_asked(self, n: int, max_tokens: int) -> None:
+        """Count the sizes that a request asks for."""
+        self.asked_n.observe(n)
+        self.asked_tokens.observe(max_tokens)
 
     def observe_finished(
         self, times: RequestMetrics, finish_reason: str, num_prompt_tokens: int, num_output_tokens: int
@@ -170,20 +187,30 @@ class EngineMetrics:
         self._finished[finish_reason] += 1
         self.prompt_length.observe(num_prompt_tokens)
         self.output_length.observe(num_output_tokens)
+        self.preemptions.observe(times.num_preemptions)
         if times.finished_s is not None:
             self.latency.observe(times.finished_s - times.arrival_s)
         if times.first_scheduled_s is not None:
             self.queue_time.observe(times.first_scheduled_s - times.arrival_s)
             if times.first_token_s is not None:
                 self.prefill_time.observe(times.first_token_s - times.first_scheduled_s)
+            if times.last_token_s is not None:
+                self.inference_time.observe(times.last_token_s - times.first_scheduled_s)
         if times.first_token_s is not None and times.last_token_s is not None:
             self.decode_time.observe(times.last_token_s - times.first_token_s)
             if num_output_tokens > 1:
                 spent = times.last_token_s - times.first_token_s
                 self.time_per_token.observe(spent / (num_output_tokens - 1))
 
-    def read(self, num_running: int, num_waiting: int, usage: float) -> list[Metric]:
-        """All metrics now; `usage` is the share of blocks held."""
+    def read(self, num_running: int, num_waiting: int, usage: float, rejected: Mapping[str, int]) -> list[Metric]:
+        """All metrics now; `usage` is the share of blocks held, `rejected` counts refusals by the bound met."""
+        rejections = [
+            Metric(
+                "quire:admission_rejections_total", "counter", count, help="Requests refused, by the queue's bound.",
+                labels=(("reason", reason),),
+            )
+            for reason, count in rejected.items()
+        ]  # fmt: skip
         gauges = [
             Metric("quire:num_requests_running", "gauge", num_running, help="Requests that hold a row."),
             Metric("quire:num_requests_waiting", "gauge", num_waiting, help="Requests in the queue."),
@@ -201,7 +228,7 @@ class EngineMetrics:
             for reason, count in self._finished.items()
         ]  # fmt: skip
         histograms = [item.read() for item in vars(self).values() if isinstance(item, Histogram)]
-        return [*gauges, *counters, *finished, *histograms]
+        return [*gauges, *counters, *finished, *rejections, *histograms]
 
     def _add(self, name: str, count: int) -> None:
         self._counters[name] += count

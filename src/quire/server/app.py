@@ -11,7 +11,7 @@ from quire.server import errors
 from quire.server.access import Access
 from quire.server.body import Bodies
 from quire.server.connections import OneFraming
-from quire.server.context import Gate, ServerContext
+from quire.server.context import Doorkeeper, Gate, ServerContext
 from quire.server.keys import KeyRequired, caller_name
 from quire.server.limits import REQUESTS_IN_FLIGHT, Limits
 from quire.server.metrics import make_registry
@@ -38,6 +38,8 @@ class Oversight:
 
 
 NO_OVERSIGHT = Oversight()
+QUEUED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+"""Routes whose requests wait in the queue."""
 
 
 def create_app(
@@ -112,6 +114,7 @@ def _surround(app: FastAPI, engine: "AsyncEngine", name: str, api_keys: Sequence
     admin_key = oversight.admin_api_key
     if admin_key is not None and (not admin_key.strip() or admin_key in api_keys):
         raise ConfigurationError("admin_api_key must not be empty, nor a caller's key", field="admin_api_key")
+    app.add_middleware(Doorkeeper, context=app.state.context, paths=QUEUED_PATHS)
     if api_keys or admin_key is not None:
         app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=health.OPEN_PATHS, admin_key=admin_key)
     app.add_middleware(OneFraming)

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastapi import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quire.engine.queue_bound import Caller
 from quire.errors import ModelNotFoundError, OverloadedError
 from quire.server import limits
 from quire.server.body import Bodies
+from quire.server.errors import as_api_error
 from quire.server.keys import cache_namespace, caller_of
 from quire.server.limits import Limits
 
@@ -104,15 +106,39 @@ class ServerContext:
         Raises:
             OverloadedError: there is no place in the queue.
         """
-        caller = caller_of(request)
-        known_as = Caller(caller, self.weights.get(caller, 1))
-        self.engine.check_room(known_as)
-        return Asker(known_as, cache_namespace("" if self.shares_prefix_cache else caller, salt), timeout_s)
+        caller = self.caller(request.scope)
+        self.engine.check_room(caller)
+        return Asker(caller, cache_namespace("" if self.shares_prefix_cache else caller.name, salt), timeout_s)
+
+    def caller(self, scope: Scope) -> Caller:
+        """Who sent a request, with their weight."""
+        name = caller_of(scope)
+        return Caller(name, self.weights.get(name, 1))
 
     @property
     def is_ready(self) -> bool:
         """True while new requests are taken."""
         return self.gate.is_open and self.engine.is_ready
+
+
+class Doorkeeper:
+    """Refuses, before a body is read or a route is found, what the queue has no place for: under a flood, refusals
+    are most of the work."""
+
+    def __init__(self, app: ASGIApp, *, context: ServerContext, paths: frozenset[str]) -> None:
+        self._app = app
+        self._context = context
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Look, then pass on."""
+        if scope["type"] == "http" and scope["path"] in self._paths and scope["method"] == "POST":
+            try:
+                self._context.engine.check_room(self._context.caller(scope))
+            except OverloadedError as error:
+                await as_api_error(error).response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 def new_id(prefix: str) -> str:

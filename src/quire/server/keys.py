@@ -22,9 +22,9 @@ ADMIN = "quire.admin"
 """The entry that is true when the admin key came."""
 
 
-def caller_of(request: Request) -> str:
+def caller_of(scope: Scope) -> str:
     """Who asks: the same text for the same key, telling nothing about it; "" on a server without keys."""
-    caller: str = request.scope.get(CALLER, "")
+    caller: str = scope.get(CALLER, "")
     return caller
 
 

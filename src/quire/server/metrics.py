@@ -29,11 +29,11 @@ class EngineCollector(Collector):
         return []
 
     def collect(self) -> Iterable[Family]:
-        """One family for each name, labelled with the model's name."""
+        """One family for each name, labelled with the model's name and, as vLLM does, the engine's number."""
         families: dict[str, Family] = {}
         for metric in self._engine.get_metrics():
             name = f"{self._prefix}:{metric.name.removeprefix(OWN_PREFIX)}"
-            labels = {"model_name": self._model_name, **dict(metric.labels)}
+            labels = {"model_name": self._model_name, "engine": "0", **dict(metric.labels)}
             family = families.get(name)
             if family is None:
                 family = families[name] = _KINDS[metric.kind](name, metric.help, labels=list(labels))

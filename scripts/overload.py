@@ -1,0 +1,157 @@
+"""Overload of `quire serve` with the embedded model: first what it can do, then several times as much.
+
+    python -m scripts.overload --seconds 120 --times 10
+
+1. Closed loop: as many clients as rows give the rate that the server sustains.
+2. Open loop at that rate and at TIMES that rate. Goodput counts answers that are whole and came within --slo seconds.
+
+Prints one line of JSON for each: offered, goodput, refused, latency of refusals, values of Retry-After. With --idle,
+the CPU time of a server that does nothing is measured first.
+"""
+
+import argparse
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+
+ROWS, QUEUE, TOKENS = 16, 64, 32
+BODY = json.dumps({"prompt": "What is PagedAttention?", "max_tokens": TOKENS, "ignore_eos": True}).encode()
+HEAD = (
+    "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    f"Content-Length: {len(BODY)}\r\nConnection: close\r\n\r\n"
+).encode()
+
+
+@dataclass
+class Tally:
+    """What came of the requests of one phase."""
+
+    done_s: list[float] = field(default_factory=list)
+    refused_s: list[float] = field(default_factory=list)
+    retry_after_s: list[int] = field(default_factory=list)
+    statuses: Counter[str] = field(default_factory=Counter)
+
+    def report(self, offered: int, seconds: float, slo_s: float) -> dict[str, Any]:
+        """Figures, times in milliseconds."""
+        good = sum(item <= slo_s for item in self.done_s)
+        return {
+            "offered_per_s": round(offered / seconds, 1),
+            "goodput_per_s": round(good / seconds, 1),
+            "answered": len(self.done_s),
+            "statuses": dict(self.statuses),
+            "latency_ms": {p: _percentile(self.done_s, p) for p in (50, 99)},
+            "refusal_ms": {p: _percentile(self.refused_s, p) for p in (50, 99)},
+            "retry_after_s": [min(self.retry_after_s, default=0), max(self.retry_after_s, default=0)],
+        }
+
+
+def _percentile(values: list[float], percent: int) -> float | None:
+    ordered = sorted(values)
+    return round(1000 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 1) if ordered else None
+
+
+async def ask(port: int, tally: Tally) -> None:
+    """One request on a connection of its own; the client is plain, so that it costs little."""
+    begun_s = time.monotonic()
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(HEAD + BODY)
+        answer = await reader.read()
+        writer.close()
+    except OSError as error:
+        tally.statuses[type(error).__name__] += 1
+        return
+    spent_s = time.monotonic() - begun_s
+    status = answer[9:12].decode() or "closed"
+    tally.statuses[status] += 1
+    if status == "200":
+        tally.done_s.append(spent_s)
+    elif status in ("429", "503"):
+        tally.refused_s.append(spent_s)
+        found = re.search(rb"retry-after: (\d+)\r\n", answer, re.IGNORECASE)
+        tally.retry_after_s.append(int(found[1]) if found else -1)
+
+
+async def closed_loop(port: int, clients: int, seconds: float) -> float:
+    """Requests per second that are answered when so many clients ask one after another."""
+    tally, end_s = Tally(), time.monotonic() + seconds
+
+    async def client() -> None:
+        while time.monotonic() < end_s:
+            await ask(port, tally)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return len(tally.done_s) / seconds
+
+
+async def open_loop(port: int, per_second: float, seconds: float) -> tuple[Tally, int]:
+    """Requests at an even rate, whatever becomes of them."""
+    tally, tasks, begun_s = Tally(), [], time.monotonic()
+    count = int(per_second * seconds)
+    for number in range(count):
+        delay_s = begun_s + number / per_second - time.monotonic()
+        if delay_s > 0:
+            await asyncio.sleep(delay_s)
+        tasks.append(asyncio.create_task(ask(port, tally)))
+    await asyncio.wait(tasks, timeout=30)
+    return tally, count
+
+
+def start() -> tuple[subprocess.Popen[str], int]:
+    """A server, and its port."""
+    command = [sys.executable, "-m", "quire", "serve", "--port", "0", "--quiet", "--max-num-seqs", str(ROWS)]
+    server = subprocess.Popen([*command, "--max-num-queued-reqs", str(QUEUE)], stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    for line in server.stderr:
+        found = re.search(r"ready on http://[^:]+:(\d+)", line)
+        if found:
+            return server, int(found[1])
+    raise RuntimeError("the server did not start")
+
+
+def idle_share(server: subprocess.Popen[str], seconds: float) -> float:
+    """Share of a core that the server and its children use while nobody asks."""
+    processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+
+    def used_s() -> float:
+        return sum(sum(process.cpu_times()[:2]) for process in processes)
+
+    before_s = used_s()
+    time.sleep(seconds)
+    return (used_s() - before_s) / seconds
+
+
+def main() -> None:
+    """Run the phases that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--times", type=float, default=10.0)
+    parser.add_argument("--slo", type=float, default=10.0, metavar="S")
+    parser.add_argument("--idle", type=float, default=0.0, metavar="S", help="measure an idle server for so long")
+    options = parser.parse_args()
+    server, port = start()
+    try:
+        asyncio.run(closed_loop(port, 2, 1.0))  # everything that is made on first use
+        if options.idle:
+            print(json.dumps({"phase": "idle", "share_of_a_core": round(idle_share(server, options.idle), 4)}))
+        rate = asyncio.run(closed_loop(port, ROWS, min(10.0, options.seconds)))
+        print(json.dumps({"phase": "closed loop", "clients": ROWS, "per_s": round(rate, 1)}), flush=True)
+        for times in (1.0, options.times):
+            seconds = min(10.0, options.seconds) if times == 1.0 else options.seconds
+            tally, count = asyncio.run(open_loop(port, rate * times, seconds))
+            print(json.dumps({"phase": f"{times:g} x", **tally.report(count, seconds, options.slo)}), flush=True)
+    finally:
+        server.terminate()
+        server.wait(40)
+
+
+if __name__ == "__main__":
+    main()
