@@ -20,9 +20,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
-ROWS, QUEUE, TOKENS = 16, 64, 32
+ROWS, QUEUE, TOKENS = 16, 64, 128
 BODY = json.dumps({"prompt": "What is PagedAttention?", "max_tokens": TOKENS, "ignore_eos": True}).encode()
 HEAD = (
     "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -142,10 +142,10 @@ def main() -> None:
         asyncio.run(closed_loop(port, 2, 1.0))  # everything that is made on first use
         if options.idle:
             print(json.dumps({"phase": "idle", "share_of_a_core": round(idle_share(server, options.idle), 4)}))
-        rate = asyncio.run(closed_loop(port, ROWS, min(10.0, options.seconds)))
+        rate = asyncio.run(closed_loop(port, ROWS, min(6.0, options.seconds)))
         print(json.dumps({"phase": "closed loop", "clients": ROWS, "per_s": round(rate, 1)}), flush=True)
         for times in (1.0, options.times):
-            seconds = min(10.0, options.seconds) if times == 1.0 else options.seconds
+            seconds = min(6.0, options.seconds) if times == 1.0 else options.seconds
             tally, count = asyncio.run(open_loop(port, rate * times, seconds))
             print(json.dumps({"phase": f"{times:g} x", **tally.report(count, seconds, options.slo)}), flush=True)
     finally:
