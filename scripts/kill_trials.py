@@ -147,7 +147,7 @@ async def run(options: argparse.Namespace, server: Server) -> list[dict[str, Any
         lines = []
         for _ in range(options.trials):
             how = signal.Signals[f"SIG{options.signal}"]
-            lines.append(await trial(client, server, whole, rng.random() * 0.8 * length_s, how))
+            lines.append(await trial(client, server, whole, rng.random() * 0.7 * length_s, how))
             with options.out.open("a") as out:
                 out.write(json.dumps(lines[-1]) + "\n")
     return lines

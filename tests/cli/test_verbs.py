@@ -64,7 +64,7 @@ def test_generate_json(tiny: Path) -> None:
 def test_generate_imports_nothing_of_the_server(tiny: Path) -> None:
     program = (
         "import sys\nfrom quire.cli.main import main\n"
-        f"code = main(['generate', '-q', '--model', {str(tiny)!r}, '--max-tokens', '2', 'x'])\n"
+        f"code = main(['generate', '--quiet', '--model', {str(tiny)!r}, '--max-tokens', '2', 'x'])\n"
         f"print(code, sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run(

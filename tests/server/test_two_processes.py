@@ -35,6 +35,11 @@ class Served:
         children = [int(word) for path in tasks for word in path.read_text().split()]
         return children[0] if children else None
 
+    @property
+    def num_running(self) -> float:
+        lines = httpx.get(f"{self.url}/metrics", timeout=5).text.splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.startswith("quire:num_requests_running{"))
+
     def status(self, path: str) -> int:
         return httpx.get(self.url + path, timeout=5).status_code
 
@@ -165,6 +170,27 @@ def test_signals_of_a_terminal_leave_the_core_to_the_http_side(serve: Any) -> No
         os.kill(served.core_pid, how)
     time.sleep(0.2)
     assert served.status("/readyz") == 200 and list(served.stream(max_tokens=5))[-1] == {}
+
+
+def test_a_crash_loop_gives_503_and_when_to_come_back(serve: Any) -> None:
+    served = serve()
+    for _ in range(2):
+        core = served.core_pid
+        os.kill(core, signal.SIGKILL)
+        assert wait_until(lambda old=core: served.core_pid not in (None, old) and served.status("/readyz") == 200, 10.0)
+    answers: list[httpx.Response] = []
+    body = {**BODY, "max_tokens": 480, "n": 8, "stream": False}
+    asked = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{served.url}/v1/completions", json=body, timeout=30))
+    )
+    asked.start()
+    assert wait_until(lambda: served.num_running > 0)
+    os.kill(served.core_pid, signal.SIGKILL)
+    asked.join(2.0)
+    assert [answer.status_code for answer in answers] == [503] and int(answers[0].headers["Retry-After"]) >= 1
+    again = httpx.post(f"{served.url}/v1/completions", json=body, timeout=5)
+    assert again.status_code == 503 and int(again.headers["Retry-After"]) >= 1
+    assert served.status("/readyz") == 503 and served.status("/livez") == 200
 
 
 def test_one_process_when_asked(serve: Any) -> None:

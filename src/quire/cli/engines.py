@@ -34,8 +34,7 @@ def start(options: argparse.Namespace) -> "tuple[AsyncLLM, EngineArgs]":
     Raises:
         ConfigurationError: naming the flag or the file at fault.
     """
-    apart = getattr(options, "core_process", False)
-    args = EngineArgs.from_mapping({**engine_values(options), "core_process": apart})
+    args = EngineArgs.from_mapping(engine_values(options))
     from quire.llm import AsyncLLM
 
     engine = AsyncLLM.from_engine_args(args)

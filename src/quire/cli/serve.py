@@ -4,7 +4,7 @@ import argparse
 import sys
 from typing import Any
 
-from quire.cli import engines
+from quire.cli import banner, engines
 from quire.cli.arguments import add_engine, engine_values
 from quire.config import EngineArgs
 from quire.errors import ConfigurationError
@@ -98,25 +98,30 @@ def _add_oversight(group: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal comes."""
+    from quire.compose.served import begin
+
+    if not 0 <= options.port < 65536:
+        raise ConfigurationError(f"port must be between 0 and 65535, got {options.port}", field="port")
+    if not 0 <= options.shutdown_timeout < 86400:
+        raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
+    args = EngineArgs.from_mapping({**engine_values(options), "core_process": options.core_process})
+    finish = begin(args)
+    # While the core starts: what follows takes a third of a second to import.
+    from quire.engine.async_engine import AsyncEngine
     from quire.server.access import configure_logs
     from quire.server.app import Oversight, create_app
     from quire.server.keys import read_keys
     from quire.server.limits import Limits
     from quire.server.serve import GracefulServer, bind
 
-    if not 0 <= options.port < 65536:
-        raise ConfigurationError(f"port must be between 0 and 65535, got {options.port}", field="port")
-    if not 0 <= options.shutdown_timeout < 86400:
-        raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
     limits = Limits().with_values(_limit_values(options.limit))
     keys = dict.fromkeys(options.api_key, 1)
     if options.api_key_file is not None:
         keys = read_keys(options.api_key_file) | keys
-    args = EngineArgs.from_mapping(engine_values(options))
     listener = bind(options.host, options.port)
     configure_logs(options.log_format, requests=options.enable_log_requests)
-    engine, _ = engines.start(options)
-    name = engines.model_name(args)
+    engine, name = AsyncEngine(finish()), engines.model_name(args)
+    banner.show(name, engine.decisions, quiet=options.quiet)
     try:
         app = create_app(
             engine,

@@ -1,6 +1,7 @@
 """A whole engine from its arguments: text side and core, in one process or in two."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,21 @@ def compose(args: EngineArgs) -> ServedEngine:
     Raises:
         ConfigurationError: naming the argument or the file at fault.
     """
+    return begin(args)()
+
+
+def begin(args: EngineArgs) -> Callable[[], ServedEngine]:
+    """The first half of `compose`; calling what is returned is the second. Who has other things to do at a start does
+    them between the two: a core in its own process starts meanwhile.
+
+    Raises:
+        ConfigurationError: naming the argument or the file at fault. So does the second half.
+    """
     directory = Path(model_path()) if args.model is None else resolve_source(args.model, args.revision)
-    return _compose_apart(args, directory) if args.core_process else _compose_here(args, directory)
+    if not args.core_process:
+        return partial(_compose_here, args, directory)
+    start = Start(replace(args, core_process=False), str(directory.resolve()))
+    return partial(_compose_apart, args, directory, SupervisedChannel(partial(CoreProcess, start)))
 
 
 def _compose_here(args: EngineArgs, directory: Path) -> ServedEngine:
@@ -38,10 +52,7 @@ def _compose_here(args: EngineArgs, directory: Path) -> ServedEngine:
     return _served(args, compose_text(args, directory), LocalChannel(parts.core()), parts.facts)
 
 
-def _compose_apart(args: EngineArgs, directory: Path) -> ServedEngine:
-    """The core in a process of its own; while it starts, the text side is made."""
-    start = Start(replace(args, core_process=False), str(directory.resolve()))
-    channel = SupervisedChannel(partial(CoreProcess, start))
+def _compose_apart(args: EngineArgs, directory: Path, channel: SupervisedChannel) -> ServedEngine:
     try:
         text = compose_text(args, directory)
         return _served(args, text, channel, channel.wait_ready())
