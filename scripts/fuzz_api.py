@@ -26,8 +26,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quire.llm import AsyncLLM
 from quire.server.app import create_app
 from quire.server.limits import Limits
+from quire.server.listen import bind
 from quire.server.protocol.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE_CHAT
-from quire.server.serve import GracefulServer, bind
+from quire.server.serve import GracefulServer
 
 KEY = "fuzz"
 CHECKS = (

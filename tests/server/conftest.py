@@ -12,7 +12,8 @@ import pytest
 
 from quire.llm import AsyncLLM
 from quire.server.app import create_app
-from quire.server.serve import GracefulServer, bind
+from quire.server.listen import bind
+from quire.server.serve import GracefulServer
 from tests.server.fake_engine import FakeEngine
 from tests.tiny.checkpoints import make_tiny
 

@@ -12,8 +12,8 @@ import pytest
 from starlette.routing import Route
 
 from quire.errors import OverloadedError
+from quire.server.listen import bind
 from quire.server.routes.health import OPEN_PATHS
-from quire.server.serve import bind
 from quire.server.streams import EventStream
 from tests.server.conftest import MODEL, Running, start, wait_until
 from tests.server.fake_engine import FakeEngine

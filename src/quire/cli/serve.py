@@ -99,12 +99,14 @@ def _add_oversight(group: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     from quire.compose.served import begin
+    from quire.server.listen import bind
 
     if not 0 <= options.port < 65536:
         raise ConfigurationError(f"port must be between 0 and 65535, got {options.port}", field="port")
     if not 0 <= options.shutdown_timeout < 86400:
         raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
     args = EngineArgs.from_mapping({**engine_values(options), "core_process": options.core_process})
+    listener = bind(options.host, options.port)
     finish = begin(args)
     # While the core starts: what follows takes a third of a second to import.
     from quire.engine.async_engine import AsyncEngine
@@ -112,13 +114,12 @@ def run(options: argparse.Namespace) -> int:
     from quire.server.app import Oversight, create_app
     from quire.server.keys import read_keys
     from quire.server.limits import Limits
-    from quire.server.serve import GracefulServer, bind
+    from quire.server.serve import GracefulServer
 
     limits = Limits().with_values(_limit_values(options.limit))
     keys = dict.fromkeys(options.api_key, 1)
     if options.api_key_file is not None:
         keys = read_keys(options.api_key_file) | keys
-    listener = bind(options.host, options.port)
     configure_logs(options.log_format, requests=options.enable_log_requests)
     engine, name = AsyncEngine(finish()), engines.model_name(args)
     banner.show(name, engine.decisions, quiet=options.quiet)
