@@ -37,6 +37,7 @@ ENGINE_HELP = {
     "enforce_eager": "no captured graphs",
     "device": ", ".join(DEVICES),
     "threads": "CPU threads; the physical cores that this process may use",
+    "core_process": "compute in a process of its own, replaced when it dies; serve does so unless told not to",
 }
 SAMPLING_HELP = {
     "n": "answers to each prompt",

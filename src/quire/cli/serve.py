@@ -63,12 +63,6 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds for running requests to finish (default: 30)",
     )
-    group.add_argument(
-        "--core-process",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compute in a process of its own: when it dies, another one goes on with its requests (default: yes)",
-    )
     _add_oversight(parser.add_argument_group("oversight"))
     engines.add_quiet(parser)
     add_engine(parser, positional_model=True)
@@ -105,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigurationError(f"port must be between 0 and 65535, got {options.port}", field="port")
     if not 0 <= options.shutdown_timeout < 86400:
         raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
-    args = EngineArgs.from_mapping({**engine_values(options), "core_process": options.core_process})
+    args = EngineArgs.from_mapping({"core_process": True, **engine_values(options)})
     listener = bind(options.host, options.port)
     finish = begin(args)
     # While the core starts: what follows takes a third of a second to import.
