@@ -39,7 +39,7 @@ def at(served: Running) -> list[str]:
 def test_generate_says_what_it_says_at_home(
     served: Running, tiny: Path, capsys: pytest.CaptureFixture[str], extra: list[str]
 ) -> None:
-    words = ["generate", "-q", *SAMPLING, *extra, "hello", "you"]
+    words = ["generate", "--quiet", *SAMPLING, *extra, "hello", "you"]
     here = quire(capsys, *words, "--model", tiny)
     there = quire(capsys, *words, *at(served))
     assert here == there
@@ -48,14 +48,26 @@ def test_generate_says_what_it_says_at_home(
 
 
 def test_seed_and_n_are_the_requests_own(served: Running, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["generate", "-q", "--json", "--n", "2", "--temperature", "1", "--max-tokens", "9", *at(served), "hello"]
+    words = [
+        "generate",
+        "--quiet",
+        "--json",
+        "--n",
+        "2",
+        "--temperature",
+        "1",
+        "--max-tokens",
+        "9",
+        *at(served),
+        "hello",
+    ]
     first, again, other = (quire(capsys, *words, "--seed", seed) for seed in (3, 3, 4))
     assert first == again != other
     assert len(json.loads(first[1])["outputs"]) == 2
 
 
 def test_raw_goes_on_to_the_end_of_the_context(served: Running, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["generate", "-q", "--raw", "--json", "--ignore-eos", *at(served), "hello"]
+    words = ["generate", "--quiet", "--raw", "--json", "--ignore-eos", *at(served), "hello"]
     code, out, _ = quire(capsys, *words)
     answer = json.loads(out)
     assert (code, answer["outputs"][0]["finish_reason"]) == (0, "length")
@@ -66,7 +78,7 @@ def test_chat_keeps_the_conversation(
     served: Running, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = "hi\nand you\n/reset\nagain\n/exit\n"
-    words = ["chat", "-q", *SAMPLING, "--system-prompt", "be short"]
+    words = ["chat", "--quiet", *SAMPLING, "--system-prompt", "be short"]
     results = []
     for place in (["--model", tiny], at(served)):
         monkeypatch.setattr("sys.stdin", io.StringIO(said))

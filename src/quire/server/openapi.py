@@ -80,7 +80,8 @@ def _post(name: str, summary: str, *, streams: bool = False) -> dict[str, Any]:
     content = _content(_ref(f"{name}Response"))
     if streams:
         text = "Server-sent events: each holds a part of the answer as JSON, the last is [DONE]."
-        content |= _content({**STRING, "description": text}, "text/event-stream")
+        event = {"type": "object", "properties": {"data": STRING}, "required": ["data"], "description": text}
+        content |= _content(event, "text/event-stream")
     return {
         "operationId": f"create{name}",
         "summary": summary,
