@@ -171,3 +171,6 @@ class _saying:
             with connection:
                 connection.recv(65536)
                 connection.sendall(answer)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):  # closing with bytes unread would reset the connection
+                    pass
