@@ -158,10 +158,15 @@ def test_bench_throughput_with_json(tiny: Path, tmp_path: Path) -> None:
 
 def test_bench_core_prints_the_clock(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "core", "--rows", "4", "16", "--steps", "5"]) == 0
-    head, *rows = capsys.readouterr().out.splitlines()
-    assert "core us/step" in head
-    assert [int(row.split()[0]) for row in rows] == [4, 16]
-    assert all(float(word) > 0 for row in rows for word in row.split())
+    lines = capsys.readouterr().out.splitlines()
+    alone, whole = lines[:4], lines[4:]
+    assert "alone" in alone[0] and "core us/step" in alone[1]
+    assert "runner" in whole[0] and "all us/step" in whole[1]
+    for rows in (alone[2:], whole[2:]):
+        assert [int(row.split()[0]) for row in rows] == [4, 16]
+        assert all(word == "-" or float(word) > 0 for row in rows for word in row.split())
+    parts = [[float(word) for word in row.split()] for row in whole[2:]]
+    assert all(abs(sum(part[1:4]) - part[4]) < 0.3 for part in parts)
 
 
 def test_workloads_have_their_shapes_and_repeat() -> None:

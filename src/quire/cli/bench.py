@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quire.cli import banner, bench_kernels, engines
+from quire.cli import banner, bench_core, bench_kernels, engines
 from quire.cli.arguments import Parser, add_engine, engine_values
 from quire.config import EngineArgs
 from quire.errors import ConfigurationError
@@ -27,8 +27,6 @@ workloads:
   W3  16 requests with a common prefix of 1,024 tokens, 32 own, 32 out
   W4  one prompt of 4,096 tokens, 1 out"""
 OURS = "quire"
-CORE_BLOCK_SIZE = 16
-PROMPT_TOKENS = 64
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -53,15 +51,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_engine(throughput)
     bench_kernels.add(kinds)
     core = kinds.add_parser(
-        "core", help="the scheduler alone: microseconds a step, without a model", allow_abbrev=False
+        "core", help="scheduler, runner and sampler: microseconds a step, without a model", allow_abbrev=False
     )
-    core.add_argument("--rows", nargs="+", type=int, default=[16, 256, 1024], metavar="N", help="running requests")
+    core.add_argument(
+        "--rows", nargs="+", type=int, default=[1, 16, 64, 256, 1024], metavar="N", help="running requests"
+    )
     core.add_argument("--steps", type=int, default=100, metavar="N", help="steps timed (default: 100)")
 
 
 def run(options: argparse.Namespace) -> int:
     """The one that was asked for."""
-    runs = {"core": _core, "kernels": bench_kernels.run, "throughput": _throughput}
+    runs = {"core": bench_core.run, "kernels": bench_kernels.run, "throughput": _throughput}
     return runs[options.kind](options)
 
 
@@ -151,43 +151,3 @@ def _fits(workload: str, items: "list[Item]", max_model_len: int) -> bool:
         file=sys.stderr,
     )
     return False
-
-
-def _core(options: argparse.Namespace) -> int:
-    from quire.bench.core_clock import time_core
-
-    if min(options.rows) < 1 or options.steps < 1:
-        raise ConfigurationError("rows and steps must be at least 1", field="rows")
-    print(f"{'rows':>6} {'schedule us':>12} {'update us':>10} {'core us/step':>13} {'us/row':>7}")
-    for num_rows in options.rows:
-        times = time_core(lambda rows: _core_and_fake(rows, options.steps), num_rows, num_steps=options.steps)
-        print(
-            f"{num_rows:>6} {times.schedule_us:>12.1f} {times.update_us:>10.1f} "
-            f"{times.core_us:>13.1f} {times.core_us / num_rows:>7.2f}"
-        )
-    return 0
-
-
-def _core_and_fake(num_rows: int, num_steps: int) -> Any:
-    """A scheduler with `num_rows` requests that all fit, and an executor without a model."""
-    from quire.core.policy import make_policy
-    from quire.core.prefix_cache import PrefixCache
-    from quire.core.request import NewRequest, SamplingSpec
-    from quire.core.scheduler import Scheduler, SchedulerLimits
-    from quire.executor.fake import FakeExecutor
-
-    length = PROMPT_TOKENS + num_steps + 8
-    num_blocks = num_rows * (length // CORE_BLOCK_SIZE + 1)
-    limits = SchedulerLimits(
-        max_num_seqs=num_rows,
-        max_num_batched_tokens=num_rows * PROMPT_TOKENS,  # all prompts in the first step
-        max_model_len=length,
-        block_size=CORE_BLOCK_SIZE,
-        num_blocks=num_blocks,
-    )
-    scheduler = Scheduler(limits, make_policy("fcfs"), PrefixCache(bytes(32)))
-    for number in range(num_rows):
-        prompt = tuple((number * 31 + place) % 1000 for place in range(PROMPT_TOKENS))
-        scheduler.add(NewRequest(str(number), prompt, num_steps + 8, SamplingSpec(seed=number)))
-    executor = FakeExecutor(num_blocks=num_blocks, block_size=CORE_BLOCK_SIZE, max_num_seqs=num_rows, vocab_size=1000)
-    return scheduler, executor
