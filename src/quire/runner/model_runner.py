@@ -1,6 +1,7 @@
 """Runs a plan: rows in and out, gather, model, logits, sample."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,10 +49,7 @@ class ModelRunner:
             if item.new_block_ids:
                 faults.contain(item.row, self._rows.extend, item.row, item.new_block_ids)
         results = compute_apart_if_it_fails(self._compute, faults.without_failed(plan.scheduled))
-        for index, result in enumerate(results):
-            if result.token_ids:
-                faults.contain(result.row, self._keep, result)
-                results[index] = faults.result(result.row) or result
+        self._keep([result for result in results if result.token_ids], faults)
         if faults:
             done = {result.row: result for result in results}
             results = [faults.result(item.row) or done[item.row] for item in plan.scheduled]
@@ -68,10 +66,14 @@ class ModelRunner:
         if new.sampling.num_prompt_logprobs is not None:
             self._prompt_logprobs[new.row] = new.sampling.num_prompt_logprobs, new.num_prompt_tokens
 
-    def _keep(self, result: RowResult) -> None:
-        for token_id in result.token_ids:
-            self._sampler.observe(result.row, token_id)
-            self._rows.append(result.row, token_id)
+    def _keep(self, sampled: Sequence[RowResult], faults: RowFaults) -> None:
+        """Every token sampled becomes a known one of its row; a row that failed is freed by the next plan."""
+        for result in self._sampler.followed(sampled):
+            for token_id in result.token_ids:
+                faults.contain(result.row, self._sampler.observe, result.row, token_id)
+        if sampled:
+            rows, token_ids, *_ = zip(*sampled, strict=True)
+            self._rows.append(rows, list(chain.from_iterable(token_ids)))
 
     def _compute(self, scheduled: Sequence[ScheduledRow]) -> list[RowResult]:
         """Results of rows. Only the cache changes, and computing a row again writes the same into it."""
@@ -84,9 +86,8 @@ class ModelRunner:
         self, scheduled: Sequence[ScheduledRow], hidden: Array, last_tokens: NDArray[np.int64]
     ) -> list[RowResult]:
         sampling = [index for index, item in enumerate(scheduled) if item.samples]
-        results = [RowResult(item.row, ()) for item in scheduled]
         if not sampling:
-            return results
+            return [RowResult(item.row, ()) for item in scheduled]
         picked = hidden if len(hidden) == len(sampling) else hidden[self._ops.array(last_tokens[sampling], "int64")]
         items = [scheduled[index] for index in sampling]
         rows = [item.row for item in items]
@@ -95,6 +96,9 @@ class ModelRunner:
         else:
             positions = [item.start + item.num_tokens for item in items]
             drawn = self._sampler.sample(self._model.logits(picked), rows, positions)
+        if len(drawn) == len(scheduled):
+            return drawn
+        results = [RowResult(item.row, ()) for item in scheduled]
         for index, result in zip(sampling, drawn, strict=True):
             results[index] = result
         return results

@@ -13,6 +13,7 @@ coming back. Nothing is ever moved from row to row, and `remove` is the one way 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,10 +60,11 @@ class Rows:
         self._block_tables[row, held : held + len(block_ids)] = block_ids
         self._num_blocks[row] = held + len(block_ids)
 
-    def append(self, row: int, token_id: int) -> None:
-        """A token was sampled for the row."""
-        self._token_ids[row, self._num_known[row]] = token_id
-        self._num_known[row] += 1
+    def append(self, rows: Sequence[int], token_ids: Sequence[int]) -> None:
+        """A token was sampled for each of these rows, which are distinct."""
+        index = np.array(rows, np.int64)
+        self._token_ids[index, self._num_known[index]] = token_ids
+        self._num_known[index] += 1
 
     def token_ids(self, row: int, start: int, stop: int) -> list[int]:
         """Known tokens of a row."""
@@ -71,7 +73,8 @@ class Rows:
 
     def gather(self, scheduled: Sequence[ScheduledRow], ops: Ops) -> ForwardBatch:
         """The arrays of one step; nothing is changed. The new blocks of its rows have been appended."""
-        rows, starts, counts = np.array([item[:3] for item in scheduled], np.int64).T
+        # By columns: arrays of tuples of numbers are made in a fifth of the time of an array of rows.
+        rows, starts, counts = (np.array(column, np.int64) for column in islice(zip(*scheduled, strict=True), 3))
         assert (starts + counts <= self._num_known[rows]).all(), "a plan reaches past the known tokens"
         query_starts = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(counts, out=query_starts[1:])

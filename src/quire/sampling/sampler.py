@@ -21,6 +21,7 @@ from quire.sampling.logits import AllowedTokens, BadWords, LogitBias, MinTokens
 from quire.sampling.logprobs import token_logprobs
 from quire.sampling.penalties import Penalties
 
+_make = tuple.__new__  # a NamedTuple at half the cost of its constructor
 NOT_FINITE = "the model gave logits that are not finite"
 NOTHING_LEFT = "no token is allowed: the masks of the request exclude the whole vocabulary"
 
@@ -118,11 +119,17 @@ class Sampler:
                 errors = [error or (None if ok else NOTHING_LEFT) for error, ok in zip(errors, left, strict=True)]
                 logits[ops.array(~left, "bool")] = 0.0
         tokens = ops.to_numpy(ops.sample(logits, self._batch(rows, positions))).tolist()
+        if raw is None and not any(errors):
+            return [_make(RowResult, (row, (token,), (), (), None)) for row, token in zip(rows, tokens, strict=True)]
         logprobs = self._logprobs(raw, rows, tokens)
         return [
             RowResult(row, (token,), logprobs.get(row, ())) if error is None else RowResult(row, (), error=error)
             for row, token, error in zip(rows, tokens, errors, strict=True)
         ]
+
+    def followed(self, results: Sequence[RowResult]) -> list[RowResult]:
+        """Those whose tokens `observe` wants to know."""
+        return [result for result in results if result.row in self._users] if self._users else []
 
     def observe(self, row: int, token_id: int) -> None:
         """`token_id` was appended to the sequence of `row`."""
