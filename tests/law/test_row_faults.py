@@ -123,7 +123,7 @@ POINTS: dict[str, Callable[[Victim], None]] = {
     "rows.enter": lambda v: v.throw(v.runner._rows, "enter", of_victim),
     "rows.extend": lambda v: v.throw(v.runner._rows, "extend", lambda row, ids: row == v.row and v.computed != []),
     "rows.gather": lambda v: v.throw(v.runner._rows, "gather", lambda s, _: v.row in [item.row for item in s]),
-    "rows.append": lambda v: v.throw(v.runner._rows, "append", in_row(v)),
+    "rows.append": lambda v: v.throw(v.runner._rows, "append", lambda rows, _: v.row in rows),
     "model.forward": lambda v: v.throw(v.runner._model, "forward", lambda ids, *_: MARK in ids.tolist()),
     "model.logits": lambda v: v.throw(v.runner._model, "logits", v.is_computed),
     "logits not finite": not_finite,

@@ -127,6 +127,10 @@ class _Hollow:
         """Nothing is written to the cache."""
         return self._step(token_ids, batch, cache)
 
+    def greedy(self, hidden: "Array") -> tuple["Array", "Array"]:
+        """As `Model.greedy`."""
+        return self._ops.greedy(hidden, self._table)
+
     def logits(self, hidden: "Array") -> "Array":
         """`[rows, VOCABULARY]`."""
         return self._ops.logits(hidden, self._table)

@@ -71,9 +71,14 @@ class ModelRunner:
         for result in self._sampler.followed(sampled):
             for token_id in result.token_ids:
                 faults.contain(result.row, self._sampler.observe, result.row, token_id)
-        if sampled:
-            rows, token_ids, *_ = zip(*sampled, strict=True)
+        if not sampled:
+            return
+        rows, token_ids, *_ = zip(*sampled, strict=True)
+        try:
             self._rows.append(rows, list(chain.from_iterable(token_ids)))
+        except Exception:  # noqa: BLE001 -- it is some row's: which one shows when each is alone
+            for row, tokens in zip(rows, token_ids, strict=True):
+                faults.contain(row, self._rows.append, (row,), tokens)
 
     def _compute(self, scheduled: Sequence[ScheduledRow]) -> list[RowResult]:
         """Results of rows. Only the cache changes, and computing a row again writes the same into it."""

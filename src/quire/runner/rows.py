@@ -61,7 +61,7 @@ class Rows:
         self._num_blocks[row] = held + len(block_ids)
 
     def append(self, rows: Sequence[int], token_ids: Sequence[int]) -> None:
-        """A token was sampled for each of these rows, which are distinct."""
+        """A token was sampled for each of these rows, which are distinct. What raises has changed no row."""
         index = np.array(rows, np.int64)
         self._token_ids[index, self._num_known[index]] = token_ids
         self._num_known[index] += 1

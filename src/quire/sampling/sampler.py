@@ -92,7 +92,7 @@ class Sampler:
         """The results of rows that take the best: what `Model.greedy` gave, as `sample` would put it."""
         to_numpy = self._ops.to_numpy
         return [
-            RowResult(row, (token,)) if ok else RowResult(row, (), error=NOT_FINITE)
+            _make(RowResult, (row, (token,), (), (), None)) if ok else RowResult(row, (), error=NOT_FINITE)
             for row, token, ok in zip(rows, to_numpy(tokens).tolist(), to_numpy(finite).tolist(), strict=True)
         ]
 
