@@ -61,8 +61,8 @@ class Server:
         return next(int(word) for path in tasks for word in path.read_text().split())
 
 
-async def stream(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """One answer put together, and the longest time between two events of it."""
+async def stream(client: httpx.AsyncClient, url: str, body: dict[str, Any], seen: list[int]) -> dict[str, Any]:
+    """One answer put together, and the longest time between two events of it; `seen[0]` counts its characters."""
     parts: dict[int, list[Any]] = {}
     end, last_s, gap_s = "cut off", time.perf_counter(), 0.0
     async with client.stream("POST", f"{url}/completions", json=body) as response:
@@ -82,6 +82,7 @@ async def stream(client: httpx.AsyncClient, url: str, body: dict[str, Any]) -> d
             for choice in event.get("choices", ()):
                 part = parts.setdefault(choice["index"], ["", [], None])
                 part[0] += choice["text"]
+                seen[0] += len(choice["text"])
                 part[1] += (choice["logprobs"] or {}).get("token_logprobs", [])
                 part[2] = choice["finish_reason"] or part[2]
     return {"parts": parts, "end": end, "gap_s": gap_s}
@@ -98,12 +99,16 @@ async def until(client: httpx.AsyncClient, server: Server, status: int, start_s:
 
 
 async def trial(
-    client: httpx.AsyncClient, server: Server, whole: list[Any], delay_s: float, how: signal.Signals
+    client: httpx.AsyncClient, server: Server, whole: list[Any], share: float, how: signal.Signals
 ) -> dict[str, Any]:
-    """All streams, one death among them."""
+    """All streams, and a death when `share` of all that will be said has been said: so some are open, however fast
+    the machine is just then."""
     asked = bodies(len(whole))
-    tasks = [asyncio.ensure_future(stream(client, server.url, body)) for body in asked]
-    await asyncio.sleep(delay_s)
+    seen = [0]
+    tasks = [asyncio.ensure_future(stream(client, server.url, body, seen)) for body in asked]
+    total = sum(len(part[0]) for one in whole for part in one["parts"].values())
+    while seen[0] < share * total:
+        await asyncio.sleep(0.001)
     num_open = sum(not task.done() for task in tasks)
     start_s = time.perf_counter()
     os.kill(server.core_pid(), how)
@@ -113,7 +118,7 @@ async def trial(
     equal = sum(item["parts"] == one["parts"] and item["end"] == "done" for item, one in zip(found, whole, strict=True))
     ends = sorted({item["end"] for item in found} - {"done"})
     return {
-        "signal": how.name, "delay_s": round(delay_s, 4), "detect_s": round(detect_s, 4),
+        "signal": how.name, "share": round(share, 4), "detect_s": round(detect_s, 4),
         "recover_s": round(recover_s, 4), "streams": len(whole), "open": num_open, "equal": equal,
         "longest_gap_s": round(max(item["gap_s"] for item in found), 4), "ends": ends,
     }  # fmt: skip
@@ -140,14 +145,11 @@ async def run(options: argparse.Namespace, server: Server) -> list[dict[str, Any
     rng = random.Random(options.seed)
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(timeout=120, limits=limits, trust_env=False) as client:
-        for _ in range(2):
-            start_s = time.perf_counter()
-            whole = await asyncio.gather(*(stream(client, server.url, body) for body in bodies(options.streams)))
-            length_s = time.perf_counter() - start_s
+        whole = await asyncio.gather(*(stream(client, server.url, body, [0]) for body in bodies(options.streams)))
         lines = []
         for _ in range(options.trials):
             how = signal.Signals[f"SIG{options.signal}"]
-            lines.append(await trial(client, server, whole, rng.random() * 0.7 * length_s, how))
+            lines.append(await trial(client, server, whole, rng.random() * 0.8, how))
             with options.out.open("a") as out:
                 out.write(json.dumps(lines[-1]) + "\n")
     return lines
