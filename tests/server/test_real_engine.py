@@ -96,7 +96,7 @@ def test_closed_connection_frees_its_blocks(real: Running, stream: bool) -> None
     body = {"prompt": ["a" * 40, "b" * 40], "n": 2, "max_tokens": 450, "ignore_eos": True, "stream": stream}
     data = json.dumps(body).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    aborted = _metric(real, 'quire:request_success_total{finished_reason="abort"')
+    aborted = _metric(real, "quire:request_success_total", 'finished_reason="abort"')
     with socket.create_connection(("127.0.0.1", int(real.url.rsplit(":", 1)[1]))) as connection:
         connection.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
         assert wait_until(lambda: _metric(real, "quire:num_requests_running") == 4)
@@ -104,11 +104,11 @@ def test_closed_connection_frees_its_blocks(real: Running, stream: bool) -> None
     assert wait_until(lambda: _metric(real, "quire:num_requests_running") == 0)
     assert wait_until(lambda: _metric(real, "quire:kv_cache_usage_perc") == 0)
     assert _metric(real, "quire:num_requests_waiting") == 0
-    assert _metric(real, 'quire:request_success_total{finished_reason="abort"') == aborted + 4
+    assert _metric(real, "quire:request_success_total", 'finished_reason="abort"') == aborted + 4
 
 
-def _metric(real: Running, start_of_line: str) -> float:
+def _metric(real: Running, name: str, label: str = "") -> float:
     for line in httpx.get(f"{real.url}/metrics").text.splitlines():
-        if line.startswith(start_of_line):
+        if line.startswith(f"{name}{{") and label in line:
             return float(line.rsplit(" ", 1)[1])
-    raise KeyError(start_of_line)
+    raise KeyError(name)

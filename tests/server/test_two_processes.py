@@ -128,13 +128,13 @@ def _text(events: list[Any]) -> Any:
 def test_sigterm_lets_running_requests_finish(serve: Any) -> None:
     served = serve()
     found: list[Any] = []
-    thread = _collect(served, found, max_tokens=400)
+    thread = _collect(served, found, max_tokens=480, n=64)  # long enough for the two questions below
     assert wait_until(lambda: len(found) > 5)
     served.kill(signal.SIGTERM)
     assert wait_until(lambda: served.status("/readyz") == 503, 2.0)
     refused = next(served.stream())
     assert refused["status"] == 503
-    thread.join(20)
+    thread.join(60)
     assert found[-1] == {} and found[-2]["choices"][0]["finish_reason"] == "length"
     assert served.process.wait(10) == 0
 
