@@ -47,6 +47,15 @@ class CoreProcess:
         self._connection.setblocking(False)
         self.send(first)
 
+    def busy_seconds(self) -> float | None:
+        """Processor time that it has used, while it runs or waits for a processor or a disk; None while it sleeps or is
+        stopped, and where the system does not say."""
+        try:
+            state, *fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK") if state in "RD" else None
+
     @property
     def pid(self) -> int:
         """The number of the process."""

@@ -70,6 +70,8 @@ class SupervisedChannel:
         self._start_allowed_s: float | None = None
         self._allowed_s = FIRST_SECONDS
         self._heard_s = self._born_s = clock()
+        self._busy_s: float | None = None
+        """Processor time of a core that was late, since it was last heard."""
         self._selector = selectors.DefaultSelector()
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
@@ -188,11 +190,11 @@ class SupervisedChannel:
 
     def _start(self) -> None:
         self._core = self._spawn()
-        self._born_s = self._clock()
+        self._born_s, self._busy_s = self._clock(), None
         self._selector.register(self._core, selectors.EVENT_READ)
 
     def _take(self, report: Any, news: list[News]) -> None:
-        self._heard_s = self._clock()
+        self._heard_s, self._busy_s = self._clock(), None
         if isinstance(report, Stepped):
             told = report.news
             deltas = self._journal.take(told.deltas)
@@ -254,7 +256,18 @@ class SupervisedChannel:
 
     def _is_overdue(self) -> bool:
         due_s = self._due_s()
-        return due_s is not None and self._clock() > due_s
+        return due_s is not None and self._clock() > due_s and not self._is_starved()
+
+    def _is_starved(self) -> bool:
+        """Whether a core that serves is late only for want of a processor: then its time begins again. One that has
+        used half of the time it was given is not."""
+        if self._core is None or not self._is_serving:
+            return False
+        used_s, before_s = self._core.busy_seconds(), self._busy_s
+        if used_s is None or (before_s is not None and used_s - before_s > self._allowed_s / 2):
+            return False
+        self._busy_s, self._heard_s = used_s, self._clock()
+        return True
 
     def _seconds_until_due(self) -> float | None:
         """Until something happens by itself; None when nothing will."""
