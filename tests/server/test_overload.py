@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from quire import AsyncLLM, SamplingParams
-from quire.engine import async_engine
+from quire.engine.stream import MAX_UNREAD
 from quire.errors import ConfigurationError, RequestFailedError
 from quire.sampling_params import RequestOutputKind
 from quire.server.keys import read_keys
@@ -120,30 +120,47 @@ def test_a_timeout_that_is_none_is_refused(open_small: Running, value: Any) -> N
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "timeout"
 
 
-def num_aborted(engine: AsyncLLM) -> float:
-    found = [item for item in engine.get_metrics() if ("finished_reason", "abort") in item.labels]
-    return sum(item.value for item in found)
+def test_a_late_reader_gets_all_of_it_in_few_outputs(directory: str) -> None:
+    """Nobody reads while a request runs: what came lies in the stream as a bounded number of outputs, and is whole."""
 
-
-def test_a_reader_that_stalls_is_bounded_and_aborted(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody reads: what came lies in the stream, up to the bound; then the request ends and its memory is free."""
-    monkeypatch.setattr(async_engine, "MAX_UNREAD", 50)
-
-    async def stall() -> None:
+    async def read(late: bool) -> tuple[list[int], str, int]:
         engine = AsyncLLM(directory, max_num_seqs=2)
-        params = SamplingParams(max_tokens=500, ignore_eos=True, logprobs=2, output_kind=RequestOutputKind.DELTA)
-        stalled = engine.generate("hello", params)
-        await anext(stalled)
+        params = SamplingParams(
+            n=2, max_tokens=300, ignore_eos=True, logprobs=2, output_kind=RequestOutputKind.DELTA, seed=1
+        )
+        outputs = engine.generate("hello", params)
+        found = [await anext(outputs)]
         (stream,) = engine._streams.values()
-        while engine.has_work:
+        while late and engine.has_work:
             await asyncio.sleep(0.01)
-        assert num_aborted(engine) == 1
-        with pytest.raises(RequestFailedError, match="reader is too far behind"):
-            await anext(stalled)
-        assert stream.num_unread <= 50 + 2 * 3 and not stream._outputs
+            assert stream.num_unread <= MAX_UNREAD
+        found += [output async for output in outputs]
+        await engine.shutdown()
+        second = [item for output in found for item in output.outputs if item.index == 1]
+        assert sum(len(item.logprobs or ()) for item in second) == 300 and found[-1].finished
+        return [token for item in second for token in item.token_ids], "".join(item.text for item in second), len(found)
+
+    tokens, text, _ = asyncio.run(read(late=False))
+    late_tokens, late_text, num_outputs = asyncio.run(read(late=True))
+    assert (late_tokens, late_text) == (tokens, text) and num_outputs <= 3
+
+
+def test_a_failure_comes_after_what_was_made(directory: str) -> None:
+    async def fail() -> None:
+        engine = AsyncLLM(directory, max_num_seqs=2)
+        outputs = engine.generate("hello", SamplingParams(max_tokens=500, output_kind=RequestOutputKind.DELTA))
+        await anext(outputs)
+        (stream,) = engine._streams.values()
+        while stream.num_unread == 0:
+            await asyncio.sleep(0.001)
+        stream.put(RequestFailedError("broken"))
+        assert (await anext(outputs)).outputs[0].token_ids
+        with pytest.raises(RequestFailedError, match="broken"):
+            while True:
+                await anext(outputs)
         await engine.shutdown()
 
-    asyncio.run(stall())
+    asyncio.run(fail())
 
 
 def test_no_thread_is_left(open_small: Running) -> None:

@@ -23,6 +23,7 @@ from quire.engine.engine import Engine, NumberedOutput
 from quire.engine.explain import Explanation
 from quire.engine.inputs import EngineFacts, InputProcessor, ParsedRequest, Prompt
 from quire.engine.queue_bound import ANYBODY, Caller
+from quire.engine.stream import Stream
 from quire.engine.timeline import RequestTimes
 from quire.errors import (
     DeadlineExceededError,
@@ -41,57 +42,15 @@ INLINE_PROMPT_CHARACTERS = 2048
 """Prompts up to this long are tokenised on the event loop: it takes less time than a thread's hand-over."""
 
 logger = logging.getLogger("quire")
-MAX_UNREAD = 8192
-"""Outputs, and log-probabilities in them, that may lie unread in one stream; past it the request is aborted."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class _Stream:
-    """Outputs of one request on their way to its reader, on the reader's loop."""
-
-    def __init__(self, parsed: ParsedRequest) -> None:
-        self.parsed = parsed
-        self.loop = asyncio.get_running_loop()
-        self.num_unread = 0
-        self._outputs: deque[RequestOutput | Exception] = deque()
-        self._ready = asyncio.Event()
-
-    def put(self, output: RequestOutput | Exception) -> None:
-        """On the loop: one more output, or the exception that ends the stream."""
-        if isinstance(output, RequestOutput):
-            self.num_unread += _size(output)
-        self._outputs.append(output)
-        self._ready.set()
-
-    def put_last(self, error: Exception) -> None:
-        """On the loop: what was not read is dropped, and `error` ends the stream."""
-        self._outputs.clear()
-        self.put(error)
-
-    async def get(self, deadline_s: float | None) -> RequestOutput:
-        """The next output; TimeoutError when the loop's clock reaches `deadline_s` before it comes."""
-        if not self._outputs:
-            async with asyncio.timeout_at(deadline_s):
-                while not self._outputs:
-                    self._ready.clear()
-                    await self._ready.wait()
-        output = self._outputs.popleft()
-        if isinstance(output, Exception):
-            raise output.with_traceback(None)
-        self.num_unread -= _size(output)
-        return output
-
-
-def _size(output: RequestOutput) -> int:
-    return 1 + sum(len(position) for item in output.outputs for position in item.logprobs or ())
-
-
 @dataclass(frozen=True, slots=True)
 class _Add:
     parsed: ParsedRequest
-    stream: _Stream
+    stream: Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +83,7 @@ class AsyncEngine:
         """Held where `_commands`, `_stopping` and `_dead` are read together or changed."""
         self._stopping = False
         self._dead: Exception | None = None
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, Stream] = {}
         self._text_worker = ThreadPoolExecutor(1, thread_name_prefix="quire-text")
         self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
         self._thread.start()
@@ -206,8 +165,8 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as they come; `sampling_params.output_kind` says what each holds.
 
-        Closing the iterator early, or cancelling the task that reads it, aborts the request. So does a reader who
-        leaves more than `MAX_UNREAD` outputs lying.
+        Closing the iterator early, or cancelling the task that reads it, aborts the request. A reader who is slower
+        than the engine gets fewer and larger outputs.
 
         Args:
             caller: who asks: callers share the engine fairly, and the queue.
@@ -234,7 +193,7 @@ class AsyncEngine:
             parsed = parse(prompt, sampling_params, **options)
         core_ids = tuple(new.request_id for new in parsed.sequences)
         self._engine.queue.enter(caller, len(parsed.sequences[0].prompt_token_ids), core_ids)
-        stream, finished = _Stream(parsed), False
+        stream, finished = Stream(parsed), False
         try:
             self._post(_Add(parsed, stream))
             while not finished:
@@ -349,21 +308,12 @@ class AsyncEngine:
             _call(stream.loop, stream.put, error)
         self._streams.clear()
 
-    def _drop(self, stream: _Stream) -> None:
-        """End a stream whose reader is too far behind."""
-        del self._streams[stream.parsed.number]
-        self._engine.abort(stream.parsed)
-        _call(stream.loop, stream.put_last, RequestFailedError("the reader is too far behind"))
-
     def _deliver(self, outputs: list[NumberedOutput]) -> None:
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, RequestOutput]]] = {}
         for number, output in outputs:
             stream = self._streams.get(number)
             if stream is None:
                 continue  # aborted: nobody reads it any more
-            if stream.num_unread > MAX_UNREAD:
-                self._drop(stream)
-                continue
             by_loop.setdefault(stream.loop, []).append((stream, output))
             if output.finished:
                 del self._streams[number]
@@ -371,7 +321,7 @@ class AsyncEngine:
             _call(loop, _put_all, items)
 
 
-def _put_all(items: list[tuple[_Stream, RequestOutput]]) -> None:
+def _put_all(items: list[tuple[Stream, RequestOutput]]) -> None:
     for stream, output in items:
         stream.put(output)
 

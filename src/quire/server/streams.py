@@ -14,6 +14,7 @@ import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
+from quire.engine.stream import joined_choice
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.server import limits
 from quire.server.errors import ApiError, ClientGoneError, as_api_error
@@ -59,7 +60,7 @@ async def spaced(outputs: Outputs, interval: int) -> Outputs:
         async for output in source:
             for choice in output.outputs:
                 before = held.get(choice.index)
-                held[choice.index] = choice if before is None else _joined(before, choice)
+                held[choice.index] = choice if before is None else joined_choice((before, choice))
             due = [
                 item
                 for index, item in held.items()
@@ -70,15 +71,6 @@ async def spaced(outputs: Outputs, interval: int) -> Outputs:
             for item in due:
                 begun.add(item.index)
                 del held[item.index]
-
-
-def _joined(first: CompletionOutput, second: CompletionOutput) -> CompletionOutput:
-    return replace(
-        second,
-        text=first.text + second.text,
-        token_ids=first.token_ids + second.token_ids,
-        logprobs=None if second.logprobs is None else [*(first.logprobs or ()), *second.logprobs],
-    )
 
 
 async def merged(streams: Sequence[Outputs]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
