@@ -6,7 +6,7 @@ machine's) into frozen values, each decision with its reason. Nothing is changed
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from quire.errors import ConfigurationError, unknown_name_message
@@ -146,15 +146,51 @@ def _count(name: str, value: Any, *, optional: bool) -> None:
         raise _bad(name, f"must be a whole number between {smallest} and {largest}, got {value!r}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryLedger:
+    """Where memory goes, in bytes. `quire.runner.memory` fills it in, all but `cache`, by measuring on a GPU and by
+    reckoning on a CPU; `resolve_cache` gives the cache what is left."""
+
+    device: int
+    """All that the device has (on the CPU: this machine, or its container)."""
+    taken: int = 0
+    """Of other processes, and of the device's own runtime."""
+    weights: int
+    activations: int = 0
+    """What the largest step holds at its peak."""
+    sampler: int = 0
+    """What choosing tokens needs on top of that."""
+    graphs: int = 0
+    slack: int = 0
+    """What the allocator may lose between its pieces."""
+    cache: int = 0
+
+    @property
+    def used(self) -> int:
+        """All lines together."""
+        return sum(value for _, value in self._lines())
+
+    def fits(self, share: float) -> int:
+        """What is left of `share` of the device; below 0 if the lines without the cache are more than that."""
+        return int(self.device * share) - (self.used - self.cache)
+
+    def __str__(self) -> str:
+        lines = ", ".join(f"{name} {mib(value)}" for name, value in self._lines() if value)
+        return f"{lines}: {mib(self.used)} of {mib(self.device)}"
+
+    def _lines(self) -> list[tuple[str, int]]:
+        return [(item.name, getattr(self, item.name)) for item in fields(self) if item.name != "device"]
+
+
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What the loaded model and the machine are, as far as sizes go."""
 
     max_position_embeddings: int
-    weight_bytes: int
     bytes_per_block: int
-    device_memory_bytes: int
     device: str
+    ledger: MemoryLedger
+    """Without the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +202,13 @@ class CachePlan:
     max_num_batched_tokens: int
     block_size: int
     num_blocks: int
-    cache_bytes: int
+    ledger: MemoryLedger
     decisions: tuple[Decision, ...]
+
+
+def resolve_batched_tokens(args: EngineArgs) -> int:
+    """Tokens computed in one step, at most."""
+    return args.max_num_batched_tokens or max(2048, args.max_num_seqs)
 
 
 def resolve_model_len(args: EngineArgs, max_position_embeddings: int) -> int:
@@ -184,8 +225,8 @@ def resolve_model_len(args: EngineArgs, max_position_embeddings: int) -> int:
 
 
 def resolve_cache(args: EngineArgs, facts: ModelFacts) -> CachePlan:
-    """Size the cache: an explicit number of blocks, else explicit bytes, else the memory share; on the CPU no more
-    than `max_num_seqs` sequences of full length need.
+    """Size the cache: an explicit number of blocks, else explicit bytes, else what the ledger leaves of the memory
+    share; on the CPU no more than `max_num_seqs` sequences of full length need.
 
     Raises:
         ConfigurationError: weights or one sequence of `max_model_len` do not fit, with the numbers.
@@ -199,21 +240,25 @@ def resolve_cache(args: EngineArgs, facts: ModelFacts) -> CachePlan:
             need = math.ceil(wanted_len / args.block_size) * facts.bytes_per_block
             raise _bad(
                 "max_model_len",
-                f"is {wanted_len}, which needs {_mib(need)} of cache for one sequence; "
-                f"{_mib(num_blocks * facts.bytes_per_block)} fit ({reason})",
+                f"is {wanted_len}, which needs {mib(need)} of cache for one sequence; "
+                f"{mib(num_blocks * facts.bytes_per_block)} fit ({reason})",
             )
         max_model_len = held
         decisions.append(
             Decision("max_model_len", str(held), f"all that {num_blocks} blocks hold; the model has {wanted_len}")
         )
-    budget = args.max_num_batched_tokens or max(2048, args.max_num_seqs)
+    budget = resolve_batched_tokens(args)
     if args.max_num_batched_tokens is None:
         decisions.append(Decision("max_num_batched_tokens", str(budget), "the default: one chunk of prompt a step"))
-    cache_bytes = num_blocks * facts.bytes_per_block
-    decisions.append(Decision("num_blocks", f"{num_blocks} x {args.block_size} tokens, {_mib(cache_bytes)}", reason))
-    return CachePlan(
-        max_model_len, args.max_num_seqs, budget, args.block_size, num_blocks, cache_bytes, tuple(decisions)
-    )
+    ledger = replace(facts.ledger, cache=num_blocks * facts.bytes_per_block)
+    if facts.device != "cpu" and ledger.used > ledger.device:
+        raise _bad(reason if reason in _SIZES else "gpu_memory_utilization", f"does not fit the device: {ledger}")
+    decisions.append(Decision("num_blocks", f"{num_blocks} x {args.block_size} tokens, {mib(ledger.cache)}", reason))
+    decisions.append(Decision("memory", mib(ledger.used), str(ledger)))
+    return CachePlan(max_model_len, args.max_num_seqs, budget, args.block_size, num_blocks, ledger, tuple(decisions))
+
+
+_SIZES = ("num_gpu_blocks_override", "kv_cache_memory_bytes")
 
 
 def _num_blocks(args: EngineArgs, facts: ModelFacts, max_model_len: int) -> tuple[int, str]:
@@ -221,22 +266,21 @@ def _num_blocks(args: EngineArgs, facts: ModelFacts, max_model_len: int) -> tupl
         return args.num_gpu_blocks_override, "num_gpu_blocks_override"
     if args.kv_cache_memory_bytes is not None:
         return args.kv_cache_memory_bytes // facts.bytes_per_block, "kv_cache_memory_bytes"
-    budget = int(facts.device_memory_bytes * args.gpu_memory_utilization)
-    if facts.weight_bytes > budget:
+    ledger, share = facts.ledger, args.gpu_memory_utilization
+    left = ledger.fits(share)
+    if left < 0:
         raise _bad(
             "gpu_memory_utilization",
-            f"{args.gpu_memory_utilization:g} of {_mib(facts.device_memory_bytes)} is {_mib(budget)}; "
-            f"the weights alone take {_mib(facts.weight_bytes)}",
+            f"{share:g} of {mib(ledger.device)} is {mib(int(ledger.device * share))}; "
+            f"without any cache there is {ledger}",
         )
-    fits = (budget - facts.weight_bytes) // facts.bytes_per_block
+    fits = left // facts.bytes_per_block
     useful = args.max_num_seqs * math.ceil(max_model_len / args.block_size)
     if facts.device == "cpu" and useful < fits:
         return useful, f"what max_num_seqs={args.max_num_seqs} sequences of {max_model_len} tokens need"
-    return (
-        fits,
-        f"gpu_memory_utilization={args.gpu_memory_utilization:g} of {_mib(facts.device_memory_bytes)}",
-    )
+    return fits, f"gpu_memory_utilization={share:g} of {mib(ledger.device)}"
 
 
-def _mib(size_bytes: int) -> str:
+def mib(size_bytes: int) -> str:
+    """A size for people."""
     return f"{size_bytes / 2**20:,.0f} MiB"

@@ -1,15 +1,28 @@
 """Configuration: refusals name the argument; sizes are resolved with their reasons."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from quire.config import EngineArgs, ModelFacts, resolve_cache
+from quire.config import EngineArgs, MemoryLedger, ModelFacts, resolve_cache
 from quire.errors import ConfigurationError
 
 FACTS = ModelFacts(
-    max_position_embeddings=1024, weight_bytes=2**20, bytes_per_block=2**10, device_memory_bytes=2**30, device="cpu"
+    max_position_embeddings=1024,
+    bytes_per_block=2**10,
+    device="cpu",
+    ledger=MemoryLedger(device=2**30, weights=2**20),
 )
+MIB = 2**20
+DEVICE = replace(
+    FACTS,
+    device="cuda",
+    ledger=MemoryLedger(
+        device=1000 * MIB, taken=50 * MIB, weights=300 * MIB, activations=100 * MIB, sampler=20 * MIB,
+        graphs=30 * MIB, slack=10 * MIB,
+    ),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -44,7 +57,32 @@ def test_cpu_cache_is_no_larger_than_its_users_need() -> None:
 def test_memory_share_bounds_weights_and_cache() -> None:
     args = EngineArgs(max_num_seqs=4096, gpu_memory_utilization=0.01)
     plan = resolve_cache(args, FACTS)
-    assert plan.cache_bytes + FACTS.weight_bytes <= 0.01 * FACTS.device_memory_bytes
+    assert 0 <= int(0.01 * FACTS.ledger.device) - plan.ledger.used < FACTS.bytes_per_block
+    assert plan.ledger.cache == plan.num_blocks * FACTS.bytes_per_block
+
+
+def test_on_a_device_the_cache_gets_what_the_other_lines_leave() -> None:
+    plan = resolve_cache(EngineArgs(gpu_memory_utilization=0.9), DEVICE)
+    assert (plan.ledger.cache, plan.ledger.used) == (390 * MIB, 900 * MIB)
+    assert str(plan.ledger) == (
+        "taken 50 MiB, weights 300 MiB, activations 100 MiB, sampler 20 MiB, graphs 30 MiB, slack 10 MiB, "
+        "cache 390 MiB: 900 MiB of 1,000 MiB"
+    )
+    assert plan.decisions[-1].reason == str(plan.ledger)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"kv_cache_memory_bytes": 491 * MIB}, "kv_cache_memory_bytes does not fit the device: taken 50 MiB"),
+        ({"num_gpu_blocks_override": 491 * 1024}, "num_gpu_blocks_override does not fit the device"),
+        ({"gpu_memory_utilization": 0.5}, "0.5 of 1,000 MiB is 500 MiB; without any cache there is taken 50 MiB"),
+        ({"gpu_memory_utilization": 0.511, "max_model_len": 1024 * 1024}, "positions"),
+    ],
+)
+def test_what_a_device_cannot_hold_is_refused_with_the_ledger(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        resolve_cache(EngineArgs(**arguments), DEVICE)
 
 
 def test_explicit_sizes() -> None:
@@ -59,7 +97,7 @@ def test_explicit_sizes() -> None:
     [
         ({"max_model_len": 2048}, "1024 positions"),
         ({"max_model_len": 1024, "num_gpu_blocks_override": 63}, "max_model_len"),
-        ({"gpu_memory_utilization": 0.0005}, "weights alone"),
+        ({"gpu_memory_utilization": 0.0005}, "without any cache there is weights 1 MiB"),
     ],
 )
 def test_what_cannot_fit_is_refused_with_the_numbers(arguments: dict[str, Any], words: str) -> None:

@@ -5,18 +5,27 @@
     files -> operations -> model -> sizes -> runner -> executor -> scheduler -> core
 """
 
+import logging
 import secrets
 import time
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from quire.config import CachePlan, EngineArgs, ModelFacts, resolve_cache, resolve_model_len
+from quire.config import (
+    CachePlan,
+    EngineArgs,
+    ModelFacts,
+    resolve_batched_tokens,
+    resolve_cache,
+    resolve_model_len,
+)
 from quire.core.engine_core import EngineCore, PlanExecutor
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.scheduler import Scheduler, SchedulerLimits
 from quire.engine.channel import CoreFacts
+from quire.errors import ConfigurationError
 from quire.executor.local import LocalExecutor
 from quire.models.model import Model
 from quire.ops.select import select_ops
@@ -24,10 +33,12 @@ from quire.ops.types import Ops
 from quire.outputs import Decision
 from quire.quant.select import select_scheme
 from quire.quant.types import bits_per_weight
-from quire.runner.memory import host_memory_bytes
+from quire.runner.memory import StepLimits, make_ledger
 from quire.runner.model_runner import ModelRunner
 from quire.weights.load import load_model, read_spec
 from quire.weights.loading_bar import LoadingBar
+
+logger = logging.getLogger("quire")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +66,12 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     stamp = _stamp(directory)
     scheme = select_scheme(args.quantization, args.quantization_group_size)
     with LoadingBar() as bar:
-        model = load_model(directory, ops, args.dtype, model_len, bar.show, scheme)
-    sizes = resolve_cache(args, _facts(args, model, ops))
+        try:
+            model = load_model(directory, ops, args.dtype, model_len, bar.show, scheme)
+        except MemoryError as error:
+            raise ConfigurationError("the weights do not fit into memory", field="model") from error
+    sizes = resolve_cache(args, _facts(args, model, ops, model_len))
+    logger.info("memory: %s", sizes.ledger)
     decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions]
     return CoreParts(
         _scheduler(args, sizes),
@@ -92,14 +107,18 @@ def _quantization_decisions(args: EngineArgs) -> list[Decision]:
 
 
 def _runner(model: Model, ops: Ops, sizes: CachePlan) -> ModelRunner:
-    return ModelRunner(
-        model,
-        ops,
-        num_blocks=sizes.num_blocks,
-        block_size=sizes.block_size,
-        max_rows=sizes.max_num_seqs,
-        max_model_len=sizes.max_model_len,
-    )
+    try:
+        return ModelRunner(
+            model,
+            ops,
+            num_blocks=sizes.num_blocks,
+            block_size=sizes.block_size,
+            max_rows=sizes.max_num_seqs,
+            max_model_len=sizes.max_model_len,
+        )
+    except MemoryError as error:
+        text = f"is too large: there is no room for the cache ({sizes.ledger})"
+        raise ConfigurationError(f"gpu_memory_utilization {text}", field="gpu_memory_utilization") from error
 
 
 def _scheduler(args: EngineArgs, sizes: CachePlan) -> Scheduler:
@@ -114,12 +133,11 @@ def _scheduler(args: EngineArgs, sizes: CachePlan) -> Scheduler:
     return Scheduler(limits, make_policy(args.scheduling_policy), prefix_cache)
 
 
-def _facts(args: EngineArgs, model: Model, ops: Ops) -> ModelFacts:
-    device_memory_bytes = ops.memory_bytes()
+def _facts(args: EngineArgs, model: Model, ops: Ops, model_len: int) -> ModelFacts:
+    limits = StepLimits(args.max_num_seqs, resolve_batched_tokens(args), model_len, args.block_size)
     return ModelFacts(
         max_position_embeddings=model.spec.max_position_embeddings,
-        weight_bytes=model.weight_bytes,
         bytes_per_block=model.cache_shape(1, args.block_size).bytes_per_block,
-        device_memory_bytes=host_memory_bytes() if device_memory_bytes is None else device_memory_bytes,
-        device="cpu" if device_memory_bytes is None else "cuda",
+        device="cpu" if ops.memory() is None else "cuda",
+        ledger=make_ledger(model, ops, limits),
     )

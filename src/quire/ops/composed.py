@@ -1,11 +1,11 @@
 """Operations written over other operations: right on every provider, fast where the parts are."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
-from quire.ops.types import Activation, Array, Forward, Opaque, Ops, Step, StorageType
+from quire.ops.types import Activation, Array, DeviceMemory, Forward, Opaque, Ops, Step, StorageType
 
 
 class ComposedOps:
@@ -14,9 +14,14 @@ class ComposedOps:
 
     xp: Any
 
-    def memory_bytes(self) -> int | None:
+    def memory(self) -> DeviceMemory | None:
         """The host's memory, unless a provider says otherwise."""
         return None
+
+    def peak_bytes(self, work: Callable[[], object]) -> int:
+        """Not known of the host's."""
+        work()
+        return 0
 
     def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
         raise NotImplementedError

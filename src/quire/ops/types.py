@@ -8,6 +8,8 @@ only their provider looks into.
 computed with it, on the number of threads, on how a prompt is cut into chunks, or on `block_size`. Each
 provider keeps reduction orders as fixed functions of the token's own position and the shapes of the weights.
 
+A device that has no room for weights or cache raises MemoryError.
+
 Two-dimensional and three-dimensional inputs may be views: the last dimension (the last two for
 `[tokens, heads, head_dim]`) is contiguous, the first may be strided. Results are fresh contiguous arrays
 unless the operation says that it works in place.
@@ -160,6 +162,17 @@ class Logprobs:
     top_logprobs: Array  # float32
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Memory of a device that is not the host's, in bytes."""
+
+    total: int
+    free: int
+    """What this process can still have, what its allocator holds back included."""
+    held: int
+    """Of this process's arrays."""
+
+
 Step = Callable[[Array, AttentionBatch, Opaque], Array]
 """`step(token_ids, batch, cache)` -> hidden states `[tokens, hidden]`"""
 Forward = Callable[["Ops", Array, AttentionBatch, Opaque], Array]
@@ -171,8 +184,11 @@ class Ops(Protocol):
 
     name: str
 
-    def memory_bytes(self) -> int | None:
-        """Memory of the device that this process can have; None where it computes in the host's."""
+    def memory(self) -> DeviceMemory | None:
+        """That of the device; None where it is the host's."""
+
+    def peak_bytes(self, work: Callable[[], object]) -> int:
+        """Do `work`: the most that its arrays took at one time, in bytes of the device; 0 in the host's memory."""
 
     def compile(self, forward: Forward) -> Step:
         """`forward` with this provider, to the last bit. A provider may run it once over symbols, which have shapes

@@ -5,6 +5,8 @@ waits for the device, except `to_numpy`. Tested without a GPU under Triton's int
 `device="cpu"`, in float32 and float16.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import array_api_compat.torch
@@ -20,6 +22,7 @@ from quire.ops.types import (
     AttentionBatch,
     AttentionSpec,
     CacheShape,
+    DeviceMemory,
     Logprobs,
     QuantizedWeight,
     RopeTables,
@@ -39,11 +42,22 @@ class CudaOps(ComposedOps):
         self.name = f"cuda ({torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else 'interpreted'})"
         self.xp: Any = array_api_compat.torch
 
-    def memory_bytes(self) -> int | None:
+    def memory(self) -> DeviceMemory | None:
         if self.device.type == "cpu":
             return None
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return int(free + torch.cuda.memory_reserved(self.device))
+        free, total = torch.cuda.mem_get_info(self.device)
+        held = torch.cuda.memory_allocated(self.device)
+        return DeviceMemory(total, free + torch.cuda.memory_reserved(self.device) - held, held)
+
+    def peak_bytes(self, work: Callable[[], object]) -> int:
+        if self.device.type == "cpu":
+            return super().peak_bytes(work)
+        before = int(torch.cuda.memory_allocated(self.device))
+        torch.cuda.reset_peak_memory_stats(self.device)
+        with _room():
+            work()
+        torch.cuda.synchronize(self.device)
+        return int(torch.cuda.max_memory_allocated(self.device)) - before
 
     # arrays and weights
 
@@ -62,7 +76,8 @@ class CudaOps(ComposedOps):
         return quantize_reference.quantize(weight, rounding)
 
     def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> products.CudaLinear:
-        return products.pack(weight, bias, _DTYPES[storage], self.device)
+        with _room():
+            return products.pack(weight, bias, _DTYPES[storage], self.device)
 
     def pack_embedding(self, table: Any, storage: StorageType) -> products.CudaLinear:
         if isinstance(table, QuantizedWeight) and table.group_size != table.values.shape[1]:
@@ -98,7 +113,8 @@ class CudaOps(ComposedOps):
 
     def make_cache(self, shape: CacheShape) -> Array:
         dims = (shape.num_layers, 2, shape.num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
-        return torch.zeros(dims, dtype=_DTYPES[shape.storage], device=self.device)
+        with _room():
+            return torch.zeros(dims, dtype=_DTYPES[shape.storage], device=self.device)
 
     def attention(
         self,
@@ -136,3 +152,12 @@ class CudaOps(ComposedOps):
     def rows_finite(self, logits: Array) -> Array:
         broken = (torch.isnan(logits) | (logits == torch.inf)).any(-1)
         return (logits > -torch.inf).any(-1) & ~broken
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """The device has no room: said as Python says it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(str(error).partition("\n")[0]) from error

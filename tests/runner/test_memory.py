@@ -1,0 +1,117 @@
+"""The ledger of memory: both fillers, and what a start says when the device is too small."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from quire import LLM
+from quire.compose import core as compose
+from quire.errors import ConfigurationError
+from quire.models.model import Model
+from quire.ops.reference import ReferenceOps
+from quire.ops.types import CacheShape, DeviceMemory
+from quire.runner.memory import StepLimits, host_memory_bytes, make_ledger
+from quire.weights.load import load_model
+
+MIB = 2**20
+LIMITS = StepLimits(max_num_seqs=3, max_num_batched_tokens=40, max_model_len=32, block_size=16)
+
+
+class SmallDevice(ReferenceOps):
+    """A device of 100 MiB, 60 of them free, on which a step takes a MiB for each of its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(np)
+        self.steps: list[int] = []
+        self.room_for_cache = True
+        self.room_for_steps = True
+        self._tokens = 0
+
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory(total=100 * MIB, free=60 * MIB, held=8 * MIB)
+
+    def peak_bytes(self, work: Callable[[], object]) -> int:
+        if not self.room_for_steps:
+            raise MemoryError
+        self._tokens = 0
+        work()
+        return self._tokens * MIB
+
+    def embed(self, token_ids: Any, packed: Any, scale: float = 1.0) -> Any:
+        self._tokens = len(token_ids)
+        self.steps.append(len(token_ids))
+        return super().embed(token_ids, packed, scale)
+
+    def logprobs(self, logits: Any, token_ids: Any, num_top: int) -> Any:
+        assert num_top == 20
+        self._tokens += len(logits)
+        return super().logprobs(logits, token_ids, num_top)
+
+    def make_cache(self, shape: CacheShape) -> Any:
+        if not self.room_for_cache and shape.num_blocks > 1:
+            raise MemoryError
+        return super().make_cache(shape)
+
+
+def model_on(directory: Path, ops: ReferenceOps) -> Model:
+    return load_model(directory, ops, dtype="float32")
+
+
+def test_a_device_is_measured_by_its_largest_steps(tiny_model: Path) -> None:
+    ops = SmallDevice()
+    ledger = make_ledger(model_on(tiny_model, ops), ops, LIMITS)
+    assert set(ops.steps) == {40, 3}
+    assert (ledger.device, ledger.taken, ledger.weights) == (100 * MIB, 32 * MIB, 8 * MIB)
+    assert (ledger.activations, ledger.sampler, ledger.cache) == (40 * MIB, 3 * MIB, 0)
+    assert ledger.slack == MIB
+
+
+def test_the_host_is_reckoned(tiny_model: Path) -> None:
+    ops = ReferenceOps(np)
+    model = model_on(tiny_model, ops)
+    small, large = (make_ledger(model, ops, replace(LIMITS, max_num_batched_tokens=tokens)) for tokens in (40, 400))
+    assert (small.device, small.taken, small.weights) == (host_memory_bytes(), 0, model.weight_bytes)
+    assert large.activations == 10 * small.activations > 0
+    assert small.sampler == 2 * 3 * model.spec.vocab_size * 4
+
+
+@pytest.mark.parametrize(
+    ("room", "words"),
+    [
+        (
+            "room_for_cache",
+            "gpu_memory_utilization is too large: there is no room for the cache .taken 32 MiB, weights",
+        ),
+        ("room_for_steps", "max_num_seqs 3: a step of that size does not fit the device beside the weights"),
+    ],
+)
+def test_a_device_without_room_is_said_in_one_line(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, room: str, words: str
+) -> None:
+    ops = SmallDevice()
+    setattr(ops, room, False)
+    monkeypatch.setattr(compose, "select_ops", lambda device, threads: (ops, []))
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        LLM(str(tiny_model), dtype="float32", max_num_seqs=3, max_num_batched_tokens=40, max_model_len=32)
+    assert "\n" not in caught.value.message
+
+
+def test_weights_without_room_are_said_in_one_line(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise MemoryError("CUDA out of memory")
+
+    ops = SmallDevice()
+    monkeypatch.setattr(ops, "pack_linear", full)
+    monkeypatch.setattr(compose, "select_ops", lambda device, threads: (ops, []))
+    with pytest.raises(ConfigurationError, match="the weights do not fit into memory"):
+        LLM(str(tiny_model))
+
+
+def test_the_start_tells_the_ledger(tiny_model: Path) -> None:
+    with LLM(str(tiny_model), max_num_seqs=2, max_model_len=64) as llm:
+        (line,) = [item for item in llm.decisions if item.name == "memory"]
+    assert line.reason.startswith("weights ") and "cache " in line.reason
