@@ -203,11 +203,13 @@ public:
         args.softcap = softcap;
         nb::gil_scoped_release unlocked;
         const auto lock = pool_.exclusive();
+        auto begun = Profile::Clock::now();
         best_.resize(args.rows * args.weight.panels());
         args.best = best_.data();
         kernels_->linear(args, pool_);
         BestRows job{best_.data(), args.weight.panels(), tokens.data(), finite.data()};
         pool_.run(args.rows, choose_best, &job);
+        times_of("greedy", packed).add(args.rows, begun);
     }
 
     void gated_linear(nb::handle x, const PackedLinear& packed, int kind, nb::handle y) {
@@ -225,7 +227,7 @@ public:
         require(!packed.gated, "embed: the weight is packed for gated_linear");
         require(y.size(0) == ids.size(0) && y.size(1) == packed.in, "embed: y has the wrong shape");
         require_ids(ids, packed.out, "embed: a token id is outside the table");
-        call(kernels_->embed, EmbedArgs{ids.data(), ids.size(0), packed.panels(), scale, y.data()});
+        call("embed", ids.size(0), kernels_->embed, EmbedArgs{ids.data(), ids.size(0), packed.panels(), scale, y.data()});
     }
 
     void norm(nb::handle x_, nb::handle residual_, nb::handle weight_, nb::handle bias_, float eps, bool centre,
@@ -251,7 +253,7 @@ public:
             require(bias->size(0) == x.size(1), "norm: bias has the wrong shape");
             args.bias = bias->data();
         }
-        call(kernels_->norm, args);
+        call("norm", x.size(0), kernels_->norm, args);
     }
 
     void rope(nb::handle x_, nb::handle positions_, nb::handle cos_, nb::handle sin_) {
@@ -261,7 +263,7 @@ public:
         require(positions.size(0) == x.size(0), "rope: one position for each token is needed");
         require_rope_tables(cos, sin, x.size(2));
         require_ids(positions, cos.size(0), "rope: a position is outside the table");
-        call(kernels_->rope, RopeArgs{x.data(), x.stride(), x.size(0), x.size(1), x.size(2), positions.data(),
+        call("rope", x.size(0), kernels_->rope, RopeArgs{x.data(), x.stride(), x.size(0), x.size(1), x.size(2), positions.data(),
                                       cos.data(), sin.data(), cos.size(1)});
     }
 
@@ -269,7 +271,7 @@ public:
         Floats2 x(x_, "x");
         Rows y(y_, "y", true);
         require(y.rows == x.size(0) && x.size(1) == y.width * (multiply ? 2 : 1), "activation: y has the wrong shape");
-        call(kernels_->activation, ActivationArgs{x.data(), x.stride(), x.size(0), y.width,
+        call("activation", x.size(0), kernels_->activation, ActivationArgs{x.data(), x.stride(), x.size(0), y.width,
                                                   activation_numbered(kind), multiply, y.floats, y.tiles});
     }
 
@@ -310,7 +312,7 @@ public:
             require_rope_covers(cos->size(0), query_starts, starts);
             args.rope = {cos->data(), sin->data(), cos->size(1)};
         }
-        call(kernels_->attention, args);
+        call("attention", q.size(0), kernels_->attention, args);
     }
 
     void sample(nb::handle logits_, nb::handle temperature_, nb::handle top_k_, nb::handle top_p_,
@@ -326,7 +328,7 @@ public:
                     top_k.size(0) == rows && tokens.size(0) == rows && seeds.size(0) == rows &&
                     positions.size(0) == rows,
                 "sample: one number for each row is needed");
-        call(kernels_->sample,
+        call("sample", rows, kernels_->sample,
              SampleArgs{logits.data(), logits.stride(), rows, logits.size(1), temperature.data(), top_k.data(),
                         top_p.data(), min_p.data(), seeds.data(), positions.data(), tokens.data()});
     }
@@ -343,7 +345,7 @@ public:
                 "logprobs: shapes differ in rows");
         require(num_top <= logits.size(1), "logprobs: num_top is larger than the vocabulary");
         require_ids(ids, logits.size(1), "logprobs: a token id is outside the vocabulary");
-        call(kernels_->logprobs,
+        call("logprobs", rows, kernels_->logprobs,
              LogprobsArgs{logits.data(), logits.stride(), rows, logits.size(1), num_top, ids.data(), chosen.data(),
                           rank.data(), top_ids.data(), top_logprobs.data()});
     }
@@ -352,7 +354,7 @@ public:
         Floats2 logits(logits_, "logits");
         Array<bool, 1> finite(finite_, "finite", true);
         require(finite.size(0) == logits.size(0), "rows_finite: one result for each row is needed");
-        call(kernels_->rows_finite,
+        call("rows_finite", logits.size(0), kernels_->rows_finite,
              FiniteArgs{logits.data(), logits.stride(), logits.size(0), logits.size(1), finite.data()});
     }
 
@@ -372,10 +374,16 @@ public:
 
 private:
     template <class Args>
-    void call(void (*kernel)(const Args&, ThreadPool&), const Args& args) {
+    void call(const char* name, int64_t rows, void (*kernel)(const Args&, ThreadPool&), const Args& args) {
         nb::gil_scoped_release unlocked;
         const auto lock = pool_.exclusive();
+        auto begun = Profile::Clock::now();
         kernel(args, pool_);
+        pool_.profile().entry(name).add(rows, begun);
+    }
+
+    Profile::Entry& times_of(const std::string& operation, const PackedLinear& packed) {
+        return pool_.profile().entry(operation + " " + packed.text(), packed.bytes(), packed.num_operations());
     }
 
     // The pointers of `args` come from the arrays (or TileBuffers) x and y.
@@ -393,7 +401,11 @@ private:
         args.weight = packed.panels();
         args.y = y.floats;
         args.y_tiles = y.tiles;
-        call(kernels_->linear, args);
+        nb::gil_scoped_release unlocked;
+        const auto lock = pool_.exclusive();
+        auto begun = Profile::Clock::now();
+        kernels_->linear(args, pool_);
+        times_of(packed.gated ? "gated_linear" : "linear", packed).add(args.rows, begun);
     }
 
     template <class Item>
@@ -468,6 +480,11 @@ NB_MODULE(_native, module) {
         .def_prop_ro("reads_tiles", &PackedLinear::reads_tiles, "whether its inputs may be rows of bfloat16")
         .def_prop_ro("bytes", &PackedLinear::bytes);
     nb::class_<TileBuffer>(module, "TileBuffer");
+    module.def("operation_times", [] {
+        const auto crew = Crew::of_this_process();
+        const auto lock = crew->exclusive();
+        return crew->profile().read();
+    });
     module.def("make_tiles", &make_tiles, nb::rv_policy::take_ownership);
     nb::class_<Cache>(module, "Cache").def_prop_ro("bytes", &Cache::bytes);
     const auto none = nb::arg().none();

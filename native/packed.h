@@ -41,7 +41,15 @@ public:
                 levels};
     }
     size_t bytes() const { return pages_.bytes() + bias_.size() * sizeof(float); }
+    int64_t num_operations() const { return 2 * out * in; }  // for each row
     int64_t products() const { return gated ? out / 2 : out; }
+    // "960x576 bfloat16"
+    std::string text() const {
+        static const char* const names[] = {"bfloat16", "float16", "float32"};
+        const std::string shape = std::to_string(out) + "x" + std::to_string(in) + " ";
+        if (layout != Layout::integers) return shape + names[static_cast<int>(storage)];
+        return shape + "int" + std::to_string(bits) + (levels > 127 ? "" : " x int8");
+    }
     bool reads_tiles() const { return layout == Layout::tiles; }  // TileRows as inputs
 
     const int64_t out, in;

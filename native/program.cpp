@@ -77,6 +77,11 @@ Program::View Program::output(const ViewNumbers& numbers, int64_t size, const ch
     return result;
 }
 
+void Program::append(const std::string& name, std::function<void(const Frame&)> run, int64_t bytes, int64_t products) {
+    const auto lock = pool_.exclusive();
+    instructions_.push_back({std::move(run), &pool_.profile().entry(name, bytes, products)});
+}
+
 const PackedLinear& Program::keep_packed(nb::handle object) {
     const PackedLinear& packed = nb::cast<const PackedLinear&>(object);
     require_packed_here(kernels_, packed);
@@ -97,7 +102,7 @@ void Program::embed(bool positions, nb::handle table_, float scale, ViewNumbers 
     require(!is_tiles(y) && !table.gated, "embed: a table of another kind");
     int64_t& limit = positions ? position_limit_ : token_limit_;
     limit = std::min(limit, table.out);
-    instructions_.push_back([=, &table](const Frame& frame) {
+    append("embed", [=, &table](const Frame& frame) {
         const int32_t* const ids = positions ? frame.positions : frame.token_ids;
         kernels_.embed(EmbedArgs{ids, frame.tokens, table.panels(), scale, frame.at(y)}, pool_);
     });
@@ -110,7 +115,7 @@ void Program::linear(ViewNumbers x_, nb::handle weight_, bool adds, int kind, Vi
     require(x.size() == weight.in, "linear: the width of x is not the weight's");
     require(!is_tiles(x) || weight.reads_tiles(), "linear: the weight does not read tiles");
     require(!adds || !is_tiles(y), "linear: tiles of bfloat16 are not added to");
-    instructions_.push_back([=, &weight](const Frame& frame) {
+    const auto compute = [=, &weight](const Frame& frame) {
         LinearArgs args{};
         args.x = frame.at(x);
         args.x_stride = frame.stride(x);
@@ -123,7 +128,9 @@ void Program::linear(ViewNumbers x_, nb::handle weight_, bool adds, int kind, Vi
         args.activation = activation;
         args.scale = 1.0f;
         kernels_.linear(args, pool_);
-    });
+    };
+    const std::string name = weight.gated ? "gated_linear" : adds ? "linear, added" : "linear";
+    append(name + " " + weight.text(), compute, weight.bytes(), weight.num_operations());
 }
 
 void Program::norm(ViewNumbers x_, std::optional<ViewNumbers> residual_, nb::handle weight_, nb::handle bias_,
@@ -136,7 +143,7 @@ void Program::norm(ViewNumbers x_, std::optional<ViewNumbers> residual_, nb::han
     require(weight != nullptr, "norm: there is no weight");
     require(!is_tiles(y) || x.groups == 1, "norm: y has the wrong shape");
     require(!adds || (residual.size() == x.size() && x.groups == 1), "norm: residual has the wrong shape");
-    instructions_.push_back([=](const Frame& frame) {
+    append("norm", [=](const Frame& frame) {
         NormArgs args{};
         args.x = frame.at(x);
         args.x_stride = frame.stride(x);
@@ -160,7 +167,7 @@ void Program::norm(ViewNumbers x_, std::optional<ViewNumbers> residual_, nb::han
 void Program::add(ViewNumbers x_, ViewNumbers y_) {
     const View x = view(x_), y = view(y_);
     require(x.size() == y.size(), "add: x and y differ in shape");
-    instructions_.push_back([=](const Frame& frame) {
+    append("add", [=](const Frame& frame) {
         AddJob job{frame.at(x), frame.stride(x), frame.at(y), frame.stride(y), frame.tokens, x.size()};
         pool_.run((frame.tokens + kAddedRows - 1) / kAddedRows, add_rows, &job);
     });
@@ -193,7 +200,7 @@ void Program::attention(std::tuple<ViewNumbers, ViewNumbers, ViewNumbers> qkv, i
     layers_ = std::max(layers_, layer + 1);
     kv_heads_ = k.groups;
     head_dim_ = q.width;
-    instructions_.push_back([=](const Frame& frame) {
+    append(window == INT64_MAX ? "attention" : "attention, window", [=](const Frame& frame) {
         kernels_.attention(AttentionArgs{frame.at(q), frame.at(k), frame.at(v), frame.stride(q), frame.stride(k),
                                          frame.stride(v), q.groups, *frame.cache, layer, frame.rows,
                                          frame.query_starts, frame.starts, frame.tables, frame.table_stride, scale,
@@ -208,7 +215,7 @@ void Program::activation(ViewNumbers x_, int kind_, bool multiply, ViewNumbers y
     const View y = output(y_, size, "activation: y has the wrong shape");
     const Activation kind = activation_numbered(kind_);
     require(!multiply || x.size() == 2 * size, "activation: y has the wrong shape");
-    instructions_.push_back([=](const Frame& frame) {
+    append("activation", [=](const Frame& frame) {
         kernels_.activation(ActivationArgs{frame.at(x), frame.stride(x), frame.tokens, size, kind, multiply,
                                            frame.at(y), frame.tiles(y)},
                             pool_);
@@ -242,7 +249,11 @@ void Program::run(nb::handle token_ids_, nb::handle positions_, nb::handle query
         arena_ = std::make_unique<Pages>(bytes, true);
     }
     const ThreadPool::Hot hot(pool_);
-    for (const Instruction& instruction : instructions_) instruction(frame);
+    auto begun = Profile::Clock::now();
+    for (const Instruction& instruction : instructions_) {
+        instruction.run(frame);
+        instruction.times->add(tokens, begun);
+    }
 }
 
 }  // namespace quire

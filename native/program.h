@@ -62,7 +62,10 @@ private:
 
         float* base(const View& view) const;
     };
-    using Instruction = std::function<void(const Frame&)>;
+    struct Instruction {
+        std::function<void(const Frame&)> run;
+        Profile::Entry* times;
+    };
 
     // The first is of float32, the second may be of tiles; an output covers its buffer.
     View view(const ViewNumbers& numbers) const;
@@ -70,6 +73,8 @@ private:
     View output(const ViewNumbers& numbers, int64_t size, const char* message) const;
     int64_t width_of(const View& view) const { return std::get<1>(buffers_[view.buffer]); }
     bool is_tiles(const View& view) const { return std::get<2>(buffers_[view.buffer]); }
+    void append(const std::string& name, std::function<void(const Frame&)> run, int64_t bytes = 0,
+                int64_t products = 0);
     const PackedLinear& keep_packed(nb::handle object);
     const float* keep_floats(nb::handle object, int64_t size, const char* name);
     RopeTables keep_tables(nb::handle cos, nb::handle sin, int64_t head_dim);

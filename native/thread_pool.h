@@ -14,6 +14,8 @@
 #include <thread>
 #include <vector>
 
+#include "profile.h"
+
 namespace quire {
 
 // Computes one item. Must write only what belongs to that item: results may not depend on the thread.
@@ -38,6 +40,8 @@ public:
     void* scratch(int index, size_t bytes);  // 0 is shared, then one for each worker
     // Workers below `threads` do not sleep between jobs.
     void set_hot(int threads) { hot_threads_.store(threads, std::memory_order_release); }
+    // What was done on these threads; read and written under the lock.
+    Profile& profile() { return profile_; }
     // The processors for a caller that runs on a worker's; empty where it runs anywhere else.
     std::vector<int> place_for_caller(int threads) const;
 
@@ -73,6 +77,7 @@ private:
     std::atomic<bool> stop_{false};
     std::vector<std::unique_ptr<Sleeper>> sleepers_;  // one for each worker
     std::vector<Buffer> buffers_;
+    Profile profile_;
     Affinity affinity_;  // of those whose places are known
     std::vector<std::thread> workers_;
 };
@@ -86,6 +91,8 @@ public:
 
     // One operation at a time: whoever calls `run` or asks for scratch memory holds this lock meanwhile.
     std::unique_lock<std::mutex> exclusive() { return crew_->exclusive(); }
+
+    Profile& profile() { return crew_->profile(); }
 
     // Calls work(context, item, worker) once for each item in [0, items) and returns when all have returned.
     void run(int64_t items, Work work, void* context) { crew_->run(items, work, context, threads_); }

@@ -156,6 +156,25 @@ def test_bench_throughput_with_json(tiny: Path, tmp_path: Path) -> None:
     assert report["machine"]["model"] == tiny.name
 
 
+def test_bench_profile_accounts_for_the_whole_time(tiny: Path) -> None:
+    done = quire("bench", "throughput", "--model", tiny, "--workload", "W1", "--reps", 2, "--profile", "--quiet")
+    assert done.returncode == 0, done.stderr
+    lines = re.findall(r"^(\w.*?) {2,}(?:([<>]=?\d+) +(\d+))? +(\d+\.\d{3}) +(\d+\.\d)%", done.stdout, re.MULTILINE)
+    found = {(operation, rows): int(calls or 0) for operation, rows, calls, _, _ in lines}
+    layers = json.loads((tiny / "config.json").read_text())["num_hidden_layers"]
+    assert found["attention", "<=1"] == 2 * 127 * layers
+    assert found["attention", "<=128"] == 2 * layers
+    assert found["embed", "<=1"] == 2 * 127
+    assert sum(calls for (operation, _), calls in found.items() if operation.startswith("greedy")) == 2 * 128
+    assert sum(float(share) for *_, share in lines) == pytest.approx(100, abs=0.1 * len(lines))
+
+
+def test_bench_profile_is_refused_where_another_process_computes(tiny: Path) -> None:
+    done = quire("bench", "throughput", "--model", tiny, "--profile", "--core-process")
+    assert done.returncode == 2
+    assert "a profile is of this process" in done.stderr
+
+
 def test_bench_core_prints_the_clock(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "core", "--rows", "4", "16", "--steps", "5"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quire.bench import profile
 from quire.cli import banner, bench_core, bench_kernels, engines
 from quire.cli.arguments import Parser, add_engine, engine_values
 from quire.config import EngineArgs
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   quire bench throughput --model DIR --workload W1 W2 --reps 3
   quire bench throughput --model DIR --workload W2 --compare transformers --output-json result.json
+  quire bench throughput --model DIR --workload W4 --profile
   quire bench core --rows 16 256 1024
 
 workloads:
@@ -45,6 +47,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--compare",
         choices=("transformers",),
         help="also run its generate (static batches of 8, bf16, sdpa), taking turns",
+    )
+    throughput.add_argument(
+        "--profile", action="store_true", help="also show what each operation took, by number of rows (CPU)"
     )
     throughput.add_argument("--output-json", metavar="FILE", help="write every run there")
     engines.add_quiet(throughput)
@@ -74,6 +79,8 @@ def _throughput(options: argparse.Namespace) -> int:
     if options.reps < 1:
         raise ConfigurationError("reps must be at least 1", field="reps")
     args = EngineArgs.from_mapping(engine_values(options))
+    if options.profile and args.core_process:
+        raise ConfigurationError("a profile is of this process; core_process computes in another", field="profile")
     facts = machine.describe()
     with ExitStack() as stack:
         peer = _peer(args, stack) if options.compare else None
@@ -130,6 +137,8 @@ def _runs(llm: "LLM", peer: "TransformersPeer | None", options: argparse.Namespa
     for workload in options.workload:
         if not _fits(workload, WORKLOADS[workload](0, vocab_size), llm.max_model_len):
             continue
+        before = _operation_times() if options.profile else []
+        begun = len(runs)
         for repetition in range(options.reps):
             items = WORKLOADS[workload](repetition, vocab_size)
             order = list(engines_by_name) if repetition % 2 == 0 else list(reversed(engines_by_name))
@@ -138,7 +147,17 @@ def _runs(llm: "LLM", peer: "TransformersPeer | None", options: argparse.Namespa
                 if not options.quiet:
                     last = runs[-1]
                     print(f"  {workload} {name} {last.output_tokens_per_second:.1f} tok/s", file=sys.stderr)
+        if options.profile:
+            elapsed_s = sum(run.elapsed_time for run in runs[begun:] if run.engine == OURS)
+            times = profile.between(before, _operation_times())
+            print(f"{workload}, {options.reps} runs\n{profile.as_text(times, elapsed_s)}\n")
     return runs
+
+
+def _operation_times() -> "list[profile.OperationTime]":
+    from quire.ops import _native
+
+    return profile.operation_times(_native.operation_times())
 
 
 def _fits(workload: str, items: "list[Item]", max_model_len: int) -> bool:
