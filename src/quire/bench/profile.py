@@ -1,4 +1,4 @@
-"""Where the time of a run went: the operations that ran in native code, by number of rows, and what was none of them."""
+"""Where the time of a run went: operations that ran in native code, by number of rows, and what was none of them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ class OperationTime:
 
 
 def operation_times(counts: Iterable[tuple[str, int, int, int, int, int, int]]) -> list[OperationTime]:
-    """From what the native side counts (`operation_times` in `quire/ops/_native.pyi`)."""
+    """From what the native side counts (`operation_counts` in `quire/ops/cpu.py`)."""
     return [
         OperationTime(name, bound or None, calls, rows, nanoseconds / 1e9, num_bytes, products)
         for name, bound, calls, rows, nanoseconds, num_bytes, products in counts
@@ -43,8 +43,8 @@ def between(before: Sequence[OperationTime], after: Sequence[OperationTime]) -> 
 
 def as_text(times: Sequence[OperationTime], elapsed_s: float) -> str:
     """A table for people; the last line is what no operation took."""
-    head = f"{'operation':<34} {'rows':>7} {'calls':>7} {'seconds':>8} {'share':>6} {'us/call':>9} {'GB/s':>6} {'TOP/s':>6}"
-    lines = [head, *(_line(one, elapsed_s) for one in times)]
+    head = f"{'operation':<34} {'rows':>7} {'calls':>7} {'seconds':>8} {'share':>6} {'us/call':>9}"
+    lines = [f"{head} {'GB/s':>6} {'TOP/s':>6}", *(_line(one, elapsed_s) for one in times)]
     rest_s = elapsed_s - sum(one.seconds for one in times)
     lines.append(f"{'between operations (Python)':<34} {'':>7} {'':>7} {rest_s:>8.3f} {rest_s / elapsed_s:>6.1%}")
     return "\n".join(lines)

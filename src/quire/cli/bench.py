@@ -155,9 +155,9 @@ def _runs(llm: "LLM", peer: "TransformersPeer | None", options: argparse.Namespa
 
 
 def _operation_times() -> "list[profile.OperationTime]":
-    from quire.ops import _native
+    from quire.ops.cpu import operation_counts
 
-    return profile.operation_times(_native.operation_times())
+    return profile.operation_times(operation_counts())
 
 
 def _fits(workload: str, items: "list[Item]", max_model_len: int) -> bool:

@@ -145,8 +145,7 @@ def instruction_sets() -> list[tuple[str, bool, str]]:
     """(name, whether this processor runs it, "yes" or what it lacks), slowest first."""
 
 def operation_times() -> list[tuple[str, int, int, int, int, int, int]]:
-    """What the threads of this process did: (operation, the most rows of the class or 0 for no bound, calls, rows in all,
-    nanoseconds, bytes of the weight, multiplications and additions for a row)."""
+    """See `quire.ops.cpu.operation_counts`."""
 
 def make_tiles(rows: int, width: int, /) -> TileBuffer: ...
 def make_cache(layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, storage: str, /) -> Cache: ...

@@ -258,6 +258,12 @@ class CpuOps(ComposedOps):
         return finite
 
 
+def operation_counts() -> list[tuple[str, int, int, int, int, int, int]]:
+    """What the threads of this process did: (operation, the most rows of the class or 0 for no bound, calls, rows in
+    all, nanoseconds, bytes of the weight, multiplications and additions for a row). Numbers only grow."""
+    return _native.operation_times()
+
+
 def _rows(x: Array) -> Array:
     # A view [rows, size]: norms and activations of [tokens, heads, head_dim] work on the last dimension.
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
