@@ -13,7 +13,7 @@ import quire.core.scheduler
 elapsed_s = time.perf_counter() - start
 print(round(1000 * elapsed_s, 1), *sorted({name.split(".")[0] for name in sys.modules} & {heavy}))
 """
-HEAVY = {"numpy", "torch", "transformers", "asyncio", "socket", "fastapi", "tokenizers"}
+HEAVY = {"numpy", "torch", "transformers", "asyncio", "socket", "starlette", "tokenizers"}
 AIM_MS = 50
 
 

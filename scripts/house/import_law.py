@@ -11,13 +11,13 @@ COMPOSERS = frozenset({"", "__main__", "cli", "compose", "llm", "async_llm"})
 
 BASE = frozenset(
     (
-        "array_api_compat fastapi huggingface_hub jinja2 ml_dtypes msgspec numpy prometheus_client "
-        "safetensors tokenizers tqdm uvicorn"
+        "array_api_compat huggingface_hub jinja2 ml_dtypes msgspec numpy prometheus_client "
+        "safetensors starlette tokenizers tqdm uvicorn"
     ).split()
 )
 """What the base install promises, by import name: `dependencies` in pyproject.toml."""
-TRANSITIVE = frozenset({"anyio", "markupsafe", "pydantic", "starlette"})
-"""What FastAPI and jinja2 themselves are made of."""
+TRANSITIVE = frozenset({"anyio", "markupsafe"})
+"""What Starlette and jinja2 themselves are made of."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ LAW: dict[str, Room] = {
     "executor": _room("runner core.plan", "msgspec"),
     "engine": _room("core executor.base text structured", "msgspec tqdm"),
     "build": _room("weights quant models ops", "ml_dtypes msgspec numpy safetensors tqdm"),
-    "server": _room("engine", "anyio fastapi msgspec prometheus_client pydantic starlette uvicorn"),
+    "server": _room("engine", "anyio msgspec prometheus_client starlette uvicorn"),
     "bench": _room("engine", "msgspec numpy tqdm"),
     "demo": _room(),
 }

@@ -21,7 +21,7 @@ from quire.outputs import Decision
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"}
-HEAVY = {"fastapi", "starlette", "uvicorn", "pydantic", "huggingface_hub", "prometheus_client", "torch", "transformers"}
+HEAVY = {"starlette", "uvicorn", "pydantic", "huggingface_hub", "prometheus_client", "torch", "transformers"}
 
 
 def quire(*words: object, text: str = "", timeout_s: float = 60) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from quire.errors import QuireError
 EXAMPLES = """example:
   quire doctor"""
 PACKAGES = tuple(
-    "numpy ml_dtypes safetensors tokenizers jinja2 fastapi uvicorn huggingface_hub torch transformers".split()
+    "numpy ml_dtypes safetensors tokenizers jinja2 starlette uvicorn huggingface_hub torch transformers".split()
 )
 CHUNK_BYTES = 2**25
 BANDWIDTH_SECONDS = 1.0

@@ -9,14 +9,14 @@ from quire.engine.inputs import ParsedRequest
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.sampling_params import RequestOutputKind
 
-MAX_UNREAD = 64
-"""Outputs that lie unread one by one; when there are more they become one."""
+MAX_UNREAD = 16
+"""Outputs that lie unread one by one; when there are more all of them become one."""
 
 
 class Stream:
     """What was made and not yet read, on the reader's loop.
 
-    A reader who comes late gets all of it as one output: nothing is lost, and what lies here is never more than the
+    A reader who falls behind gets fewer and larger outputs: nothing is lost, and what lies here is never more than the
     request itself may hold.
     """
 
@@ -40,24 +40,23 @@ class Stream:
         else:
             self._unread.append(output)
             if len(self._unread) > MAX_UNREAD:
-                self._unread.append(self._take())
+                self._unread = deque([self._one()])
         self._ready.set()
 
     async def get(self, deadline_s: float | None) -> RequestOutput:
-        """All that is new; TimeoutError when the loop's clock reaches `deadline_s` before it comes."""
+        """The next output; TimeoutError when the loop's clock reaches `deadline_s` before it comes."""
         if not self._unread and self._failure is None:
             async with asyncio.timeout_at(deadline_s):
                 self._ready.clear()
                 await self._ready.wait()
         if self._unread:
-            return self._take()
+            return self._unread.popleft()
         assert self._failure is not None
         raise self._failure.with_traceback(None)
 
-    def _take(self) -> RequestOutput:
-        taken = list(self._unread)
-        self._unread.clear()
-        return joined(taken) if self._kind is RequestOutputKind.DELTA else taken[-1]
+    def _one(self) -> RequestOutput:
+        outputs = list(self._unread)
+        return joined(outputs) if self._kind is RequestOutputKind.DELTA else outputs[-1]
 
 
 def joined(outputs: Sequence[RequestOutput]) -> RequestOutput:

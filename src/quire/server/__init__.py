@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP server. It is the only room that knows FastAPI."""
+"""The OpenAI-compatible HTTP server. It is the only room that knows Starlette."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from quire.errors import ConfigurationError
 from quire.server import errors
@@ -38,6 +38,7 @@ class Oversight:
 
 
 NO_OVERSIGHT = Oversight()
+ROUTE_MODULES = (completions, chat, tokenize, models, admin, health)
 QUEUED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 """Routes whose requests wait in the queue."""
 
@@ -54,7 +55,7 @@ def create_app(
     oversight: Oversight = NO_OVERSIGHT,
     limits: Limits = DEFAULT_LIMITS,
     max_requests_in_flight: int = REQUESTS_IN_FLIGHT,
-) -> FastAPI:
+) -> Starlette:
     """An ASGI application. The caller keeps the engine and shuts it down.
 
     Args:
@@ -78,7 +79,8 @@ def create_app(
     api_keys = _weighted(api_key)
     if not all(key.strip() for key in api_keys):
         raise ConfigurationError("api_key must not be empty", field="api_key")
-    app = FastAPI(title="Quire", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = Starlette(routes=[route for module in ROUTE_MODULES for route in module.ROUTES])
+    app.router.redirect_slashes = False
     app.state.context = ServerContext(
         engine=engine,
         served_names=names,
@@ -97,8 +99,6 @@ def create_app(
     engine.expect_callers(app.state.context.weights)
     app.state.registry = make_registry(engine, names[0], metrics_prefix)
     errors.install(app)
-    for module in (completions, chat, tokenize, models, admin, health):
-        app.include_router(module.router)
     _surround(app, engine, names[0], list(api_keys), oversight)
     return app
 
@@ -109,7 +109,7 @@ def _weighted(api_key: str | Sequence[str] | Mapping[str, int]) -> dict[str, int
     return dict(api_key) if isinstance(api_key, Mapping) else dict.fromkeys(api_key, 1)
 
 
-def _surround(app: FastAPI, engine: "AsyncEngine", name: str, api_keys: Sequence[str], oversight: Oversight) -> None:
+def _surround(app: Starlette, engine: "AsyncEngine", name: str, api_keys: Sequence[str], oversight: Oversight) -> None:
     """Keys, and around them what takes notes of every request."""
     admin_key = oversight.admin_api_key
     if admin_key is not None and (not admin_key.strip() or admin_key in api_keys):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import msgspec
-from fastapi import Request
+from starlette.requests import Request
 
 from quire.server.errors import ApiError, ClientGoneError
 from quire.server.limits import INLINE_BODY_BYTES, Limits

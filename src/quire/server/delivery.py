@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import msgspec
-from fastapi import Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from quire.errors import InvalidRequestError
 from quire.server.streams import start_events, unless_gone

@@ -13,8 +13,10 @@ from collections.abc import Mapping
 from pathlib import PurePath
 
 import msgspec
-from fastapi import FastAPI, Request, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.errors import (
@@ -127,7 +129,7 @@ async def _answer_routing(request: Request, error: Exception) -> Response:
     return ApiError(error.status_code, text, code=code, headers=error.headers).response()
 
 
-def install(app: FastAPI) -> None:
+def install(app: Starlette) -> None:
     """Give every exception its answer."""
     app.add_exception_handler(ClientGoneError, _answer_client_gone)
     app.add_exception_handler(HTTPException, _answer_routing)

@@ -9,7 +9,7 @@ import hmac
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastapi import Request
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quire.engine.queue_bound import MAX_CALLER_WEIGHT

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from quire.server import limits
 from quire.server.connections import patient_protocol
@@ -26,7 +26,7 @@ class GracefulServer(uvicorn.Server):
 
     def __init__(
         self,
-        app: FastAPI,
+        app: Starlette,
         *,
         drain_s: float = limits.DRAIN_SECONDS,
         header_s: float = limits.HEADER_SECONDS,

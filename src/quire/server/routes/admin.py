@@ -8,13 +8,13 @@ import dataclasses
 import ipaddress
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from quire.server.context import ServerContext
 from quire.server.errors import ApiError
 from quire.server.keys import is_admin
-
-router = APIRouter()
 
 
 def require_admin(request: Request) -> None:
@@ -37,14 +37,19 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-@router.get("/v1/requests/{request_id}/explain")
-async def explain_request(request: Request, request_id: str) -> Response:
+async def explain_request(request: Request) -> Response:
     """Where the time of a request went, and why: one entry for each prompt of it."""
     require_admin(request)
     context: ServerContext = request.app.state.context
-    found = context.engine.explain(request_id[:128])
+    request_id = request.path_params["request_id"][:128]
+    found = context.engine.explain(request_id)
     if not found:
-        raise ApiError(404, f"no request {request_id[:128]!r} is remembered", code="request_not_found")
+        raise ApiError(404, f"no request {request_id!r} is remembered", code="request_not_found")
     data = [dataclasses.asdict(item) for item in found]
     content = {"object": "list", "data": data}
     return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+ROUTES = [
+    Route("/v1/requests/{request_id}/explain", explain_request),
+]

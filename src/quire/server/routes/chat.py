@@ -5,7 +5,9 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.server.context import Asker, ServerContext, new_id
@@ -16,10 +18,7 @@ from quire.server.protocol.fit import fit_prompt
 from quire.server.protocol.tally import Tally
 from quire.server.streams import Outputs, final_outputs, merged, spaced
 
-router = APIRouter()
 
-
-@router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request) -> Response:
     """Go on with a conversation."""
     context: ServerContext = request.app.state.context
@@ -146,3 +145,8 @@ class _Answer:
 
 def _piece(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
     return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+
+ROUTES = [
+    Route("/v1/chat/completions", create_chat_completion, methods=["POST"]),
+]

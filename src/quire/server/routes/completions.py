@@ -5,7 +5,9 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from quire.server.context import Asker, ServerContext, new_id
@@ -16,10 +18,7 @@ from quire.server.protocol.fit import fit_prompt
 from quire.server.protocol.tally import Tally
 from quire.server.streams import Outputs, final_outputs, merged, spaced
 
-router = APIRouter()
 
-
-@router.post("/v1/completions")
 async def create_completion(request: Request) -> Response:
     """Continue each prompt."""
     context: ServerContext = request.app.state.context
@@ -149,3 +148,8 @@ class _Answer:
         if text is None:
             text = self._context.engine.get_tokenizer().decode(output.prompt_token_ids, skip_special_tokens=False)
         return text
+
+
+ROUTES = [
+    Route("/v1/completions", create_completion, methods=["POST"]),
+]

@@ -5,28 +5,25 @@
 /health   the same as /readyz, under vLLM's name
 """
 
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from prometheus_client import generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 import quire
 from quire.server.context import ServerContext
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
 """The only routes that need no key."""
-router = APIRouter()
 
 
-@router.get("/livez")
 async def is_alive(request: Request) -> Response:
     """For the supervisor."""
     context: ServerContext = request.app.state.context
     return _answer(context.engine.is_healthy, "alive", "the engine has stopped")
 
 
-@router.get("/readyz")
-@router.get("/health")
 async def is_ready(request: Request) -> Response:
     """For the load balancer."""
     context: ServerContext = request.app.state.context
@@ -37,13 +34,20 @@ def _answer(good: bool, yes: str, no: str) -> Response:
     return JSONResponse({"status": yes if good else no}, 200 if good else 503)
 
 
-@router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
     return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/version")
-async def version() -> Response:
+async def version(request: Request) -> Response:
     """The version of Quire."""
     return JSONResponse({"version": quire.__version__})
+
+
+ROUTES = [
+    Route("/livez", is_alive),
+    Route("/readyz", is_ready),
+    Route("/health", is_ready),
+    Route("/metrics", metrics),
+    Route("/version", version),
+]

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from quire.server.context import ServerContext
 from quire.server.openapi import document
-
-router = APIRouter()
 
 
 def _card(context: ServerContext, name: str) -> dict[str, Any]:
@@ -21,22 +20,26 @@ def _card(context: ServerContext, name: str) -> dict[str, Any]:
     }
 
 
-@router.get("/v1/models")
 async def list_models(request: Request) -> Response:
     """What is served."""
     context: ServerContext = request.app.state.context
     return JSONResponse({"object": "list", "data": [_card(context, name) for name in context.served_names]})
 
 
-@router.get("/v1/models/{name:path}")
-async def retrieve_model(request: Request, name: str) -> Response:
+async def retrieve_model(request: Request) -> Response:
     """One model."""
     context: ServerContext = request.app.state.context
-    return JSONResponse(_card(context, context.resolve_name(name)))
+    return JSONResponse(_card(context, context.resolve_name(request.path_params["name"])))
 
 
-@router.get("/openapi.json")
 async def describe(request: Request) -> Response:
     """The API's description in OpenAPI."""
     context: ServerContext = request.app.state.context
     return JSONResponse(document(context.limits, needs_key=context.needs_key))
+
+
+ROUTES = [
+    Route("/v1/models", list_models),
+    Route("/v1/models/{name:path}", retrieve_model),
+    Route("/openapi.json", describe),
+]

@@ -4,17 +4,16 @@ import asyncio
 from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from quire.server.context import ServerContext
 from quire.server.delivery import naming_param
 from quire.server.protocol.tokenize import parse_detokenize, parse_tokenize
 from quire.server.routes.chat import encode_conversation
 
-router = APIRouter()
 
-
-@router.post("/tokenize")
 async def tokenize(request: Request) -> Response:
     """Tokens of a text or of a conversation."""
     context: ServerContext = request.app.state.context
@@ -36,7 +35,6 @@ async def tokenize(request: Request) -> Response:
     return _json(content)
 
 
-@router.post("/detokenize")
 async def detokenize(request: Request) -> Response:
     """The text of tokens, special ones included."""
     context: ServerContext = request.app.state.context
@@ -51,3 +49,9 @@ async def detokenize(request: Request) -> Response:
 
 def _json(content: dict[str, Any]) -> Response:
     return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+ROUTES = [
+    Route("/tokenize", tokenize, methods=["POST"]),
+    Route("/detokenize", detokenize, methods=["POST"]),
+]
