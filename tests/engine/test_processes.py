@@ -152,7 +152,7 @@ async def test_present_in_two_deaths_fails(apart: Apart) -> None:
     await asyncio.sleep(0.1)
     await apart.kill_next(old)
     outputs = [item async for item in stream]
-    assert outputs[-1].outputs[0].finish_reason == "error" and "twice" in str(outputs[-1].error)
+    assert outputs[-1].outputs[0].finish_reason == "error" and "more than once" in str(outputs[-1].error)
     assert (await apart.answer([1, 2]))[2] == "length"
 
 

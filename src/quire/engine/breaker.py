@@ -20,16 +20,18 @@ class Breaker:
         """A core was of use: it brought a request to its end."""
         self._num_deaths, self._pause_s = 0, FIRST_PAUSE_SECONDS
 
-    def died(self, born_s: float, now_s: float, *, is_explained: bool) -> None:
-        """A core died; `is_explained` if a request was to blame, which is no more."""
+    def died(self, born_s: float, now_s: float) -> None:
+        """A core died, and nobody knows why."""
         if now_s - born_s >= LONG_LIFE_SECONDS:
             self.proved()
-        if is_explained:
-            return
         self._num_deaths += 1
         if self._num_deaths >= MOST_DEATHS_IN_A_ROW:
             self.open_until_s = now_s + self._pause_s
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_SECONDS)
+
+    def explained(self) -> None:
+        """A core died of a request, which is no more; and so did one before it."""
+        self._num_deaths = max(0, self._num_deaths - 1)
 
     def may_start(self, now_s: float) -> bool:
         """Whether a core may be started. Once the pause is over, it is open no more."""

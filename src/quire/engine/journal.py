@@ -1,20 +1,23 @@
 """What each open request has been given, so that another core can go on with it; and who is to blame for a death.
 
-A core that died may have died of a request. The same request would kill the next one as well, at the very place at
-which it enters, for a step that is repeated computes the same. So those who are under suspicion enter a new core one
-by one, and the next only when the one before has given a token. If the core dies meanwhile, the one that was
-entering is to blame, and those who stood beside it are not. A request that is to blame for two deaths fails.
+A core that died may have died of a request, which would kill the next one as well, at the very step with which it
+enters: a step that is repeated computes the same. So the requests that were entering when a core died are in doubt, or,
+where none was, all that ran. In the next core they enter after the others, and all at once, for most deaths come from
+outside. Who is in doubt for a second death enters one by one, each when the one before has given a token; so the next
+death tells who it is. Newcomers come last. A request fails when it alone is in doubt for its second death.
 """
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from quire.core.plan import TokenDelta
 from quire.core.request import Given, NewRequest
 
-MOST_DEATHS = 2
+MOST_DEATHS = 3
+"""Requests that had all entered well in so many cores that died fail together: nothing tells them apart."""
 MOST_ENTRANCES = 32
-"""Many suspects enter in groups, so that there are no more entrances than this."""
+"""Many suspects enter in groups, so that there are no more entrances than this; a death leaves one of the groups."""
 
 
 @dataclass(slots=True)
@@ -26,19 +29,15 @@ class Entry:
     num_prompt_logprobs: int = 0
     num_cached_tokens: int = 0
     num_deaths: int = 0
-    """Deaths that it is to blame for."""
+    """Deaths of cores in which it had a row, less those that another is to blame for."""
+    is_in_doubt: bool = False
+    """It may be to blame for a death, and has given no token since."""
     has_run: bool = False
-    """It had entered an earlier core."""
     is_sent: bool = False
     has_entered: bool = False
     """It has, or had, a row."""
     is_cleared: bool = False
     """It has given a token, so the step with which it entered is over."""
-
-    @property
-    def is_in_doubt(self) -> bool:
-        """Whether the step that runs now may be the one with which it enters."""
-        return self.has_entered and not self.is_cleared
 
     def resumed(self) -> NewRequest:
         """The request as the next core should see it."""
@@ -51,11 +50,13 @@ class Verdict:
     """Of a death."""
 
     failed: tuple[str, ...]
-    """Requests that are to blame for their second death."""
+    """Requests that end with it."""
     num_kept: int
     """Requests that go on in the next core."""
-    is_explained: bool
-    """Those who failed were entering: they, and not the engine, are what is wrong."""
+    is_narrowed: bool
+    """Only some of the suspects were entering: they, and not the engine, are what is wrong."""
+    is_found: bool
+    """It is known of which request the core died. It fails."""
 
 
 class Journal:
@@ -64,9 +65,11 @@ class Journal:
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._unsent: dict[str, Entry] = {}
-        self._suspects: dict[str, Entry] = {}
-        """Those to blame for a death who have not been cleared since."""
-        self._group_size = 1
+        self._groups: deque[list[str]] = deque()
+        """Who enters, in this order, each group when the one before is cleared; then all others."""
+        self._suspects: frozenset[str] = frozenset()
+        self._entering: set[str] = set()
+        """Of the group that enters now: who is not cleared."""
         self.num_sent = 0
         """Requests that the present core works on, or has in its queue."""
 
@@ -81,7 +84,7 @@ class Journal:
         """A request has ended, or nobody wants it any more. Whether the core has it."""
         entry = self._entries.pop(request_id, None)
         self._unsent.pop(request_id, None)
-        self._suspects.pop(request_id, None)
+        self._entering.discard(request_id)
         if entry is None or not entry.is_sent:
             return False
         self.num_sent -= 1
@@ -89,16 +92,14 @@ class Journal:
 
     def take_unsent(self) -> list[NewRequest]:
         """Those that may be sent to the core now: they count as sent."""
+        while self._groups and not self._entering:
+            self._entering = {name for name in self._groups.popleft() if name in self._unsent}
         if not self._unsent:
             return []
-        ready = list(self._unsent.values())
-        if self._suspects:
-            ready = [entry for entry in ready if entry.has_run and entry.new.request_id not in self._suspects]
-            free = self._group_size - sum(entry.is_sent for entry in self._suspects.values())
-            ready += [entry for entry in self._suspects.values() if not entry.is_sent][: max(0, free)]
+        names = [name for name in self._unsent if name in self._entering] if self._entering else list(self._unsent)
+        ready = [self._unsent.pop(name) for name in names]
         for entry in ready:
             entry.is_sent = True
-            del self._unsent[entry.new.request_id]
         self.num_sent += len(ready)
         return [entry.resumed() for entry in ready]
 
@@ -107,7 +108,7 @@ class Journal:
         for request_id in request_ids:
             entry = self._entries.get(request_id)
             if entry is not None:
-                entry.has_entered = True
+                entry.has_entered = entry.has_run = True
 
     def take(self, deltas: Iterable[TokenDelta]) -> tuple[TokenDelta, ...]:
         """News from the core; returned are those of open requests."""
@@ -123,32 +124,42 @@ class Journal:
                     entry.num_cached_tokens = delta.num_cached_tokens
                 entry.output_token_ids += delta.token_ids
                 if not entry.is_cleared:
-                    entry.is_cleared = True
-                    self._suspects.pop(delta.request_id, None)
+                    entry.is_cleared, entry.is_in_doubt = True, False
+                    self._entering.discard(delta.request_id)
             if delta.finish_reason is not None:
                 self.remove(delta.request_id)
         return tuple(kept)
 
     def core_died(self) -> Verdict:
         """The core is gone: who fails, who goes on."""
-        blamed, is_explained = self._blamed()
-        for entry in blamed:
-            entry.num_deaths += 1
-        failed = tuple(entry.new.request_id for entry in blamed if entry.num_deaths >= MOST_DEATHS)
-        for request_id in failed:
-            self.remove(request_id)
-        for entry in self._entries.values():
-            entry.has_run |= entry.has_entered
-            entry.is_sent = entry.has_entered = entry.is_cleared = False
-        self._unsent = dict(self._entries)
-        self._suspects = {name: entry for name, entry in self._entries.items() if entry.num_deaths}
-        self._group_size = -(-max(1, len(self._suspects)) // MOST_ENTRANCES)
-        self.num_sent = 0
-        return Verdict(failed, len(self._entries), is_explained and bool(failed))
-
-    def _blamed(self) -> tuple[list[Entry], bool]:
-        """Those who were entering under suspicion; else those who were entering; else all who ran."""
         ran = [entry for entry in self._entries.values() if entry.has_entered]
-        entering = [entry for entry in ran if entry.is_in_doubt]
-        suspects = [entry for entry in entering if entry.num_deaths]
-        return suspects or entering or ran, bool(entering)
+        entering = [entry for entry in ran if not entry.is_cleared]
+        doubtful = entering or ran
+        is_narrowed = bool(entering) and all(entry.new.request_id in self._suspects for entry in entering)
+        for entry in ran:
+            entry.num_deaths += 1
+        for entry in doubtful:
+            entry.is_in_doubt = True
+        is_found = len(doubtful) == 1 and doubtful[0].num_deaths > 1
+        failed = doubtful if is_found else [] if entering else [one for one in ran if one.num_deaths >= MOST_DEATHS]
+        for entry in failed:
+            self.remove(entry.new.request_id)
+        for entry in self._entries.values():
+            entry.is_sent = entry.has_entered = entry.is_cleared = False
+            if is_found and not entry.is_in_doubt:
+                entry.num_deaths = 0
+        self._unsent, self.num_sent = dict(self._entries), 0
+        self._line_up()
+        return Verdict(tuple(entry.new.request_id for entry in failed), len(self._entries), is_narrowed, is_found)
+
+    def _line_up(self) -> None:
+        """Who enters the next core, and in which order."""
+        in_doubt = {name: entry for name, entry in self._entries.items() if entry.is_in_doubt}
+        most = max((entry.num_deaths for entry in in_doubt.values()), default=0)
+        suspects = [name for name, entry in in_doubt.items() if entry.num_deaths == most > 1]
+        self._suspects = frozenset(suspects)
+        steady = [name for name, entry in self._entries.items() if entry.has_run and name not in in_doubt]
+        others = [name for name in in_doubt if name not in self._suspects]
+        size = -(-max(1, len(suspects)) // MOST_ENTRANCES)
+        singly = (suspects[start : start + size] for start in range(0, len(suspects), size))
+        self._groups, self._entering = deque([steady, others, *singly]), set()

@@ -44,7 +44,7 @@ START_SLACK = 5.0
 """A core that replaces another one may take this many times as long to start as the first did, or the seconds above."""
 LATE_WAKE_SECONDS = 1.0
 """Who was woken so much too late was stopped himself, and says nothing about others."""
-FAILED_TWICE = "the engine stopped twice while it worked on this request"
+FAILED_AGAIN = "the engine stopped more than once while it worked on this request"
 
 logger = logging.getLogger("quire")
 
@@ -234,13 +234,16 @@ class SupervisedChannel:
         self._core, self._is_serving = None, False
         self._gauges, self._allowed_s = IDLE, FIRST_SECONDS
         verdict = self._journal.core_died()
-        self._breaker.died(self._born_s, now_s, is_explained=verdict.is_explained)
+        if verdict.is_found:
+            self._breaker.explained()
+        elif not verdict.is_narrowed:
+            self._breaker.died(self._born_s, now_s)
         logger.error(
             "the engine's core is gone (%s); %d requests go on in the next, %d fail",
             reason, verdict.num_kept, len(verdict.failed),
         )  # fmt: skip
         if verdict.failed:
-            deltas = tuple(TokenDelta(name, (), finish_reason="error", error=FAILED_TWICE) for name in verdict.failed)
+            deltas = tuple(TokenDelta(name, (), finish_reason="error", error=FAILED_AGAIN) for name in verdict.failed)
             news.append(News(deltas, None, IDLE))
         if self._breaker.may_start(now_s):
             self._start()
