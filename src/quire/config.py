@@ -72,6 +72,8 @@ class EngineArgs:
     """CPU threads; None takes the physical cores that this process may use."""
     core_process: bool = False
     """Compute in a process of its own, which is watched over: when it dies, requests go on in another one."""
+    hang_timeout: float | None = None
+    """Seconds that a step may take before that process counts as hung; None learns it from the steps seen."""
 
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, DTYPES)
@@ -88,6 +90,9 @@ class EngineArgs:
             raise _bad("gpu_memory_utilization", f"must be in (0, 1], got {share!r}")
         for name in _COUNTS:
             _count(name, getattr(self, name), optional=name in _OPTIONAL)
+        timeout = self.hang_timeout
+        if timeout is not None and (type(timeout) not in (int, float) or not 0.1 <= timeout <= 86400):
+            raise _bad("hang_timeout", f"must be between 0.1 and 86400 seconds, got {timeout!r}")
         for name in ("enable_prefix_caching", "enforce_eager", "core_process"):
             if type(getattr(self, name)) is not bool:
                 raise _bad(name, "must be true or false")

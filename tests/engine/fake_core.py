@@ -16,10 +16,11 @@ from quire.core.prefix_cache import PrefixCache
 from quire.core.scheduler import Scheduler, SchedulerLimits
 from quire.engine.channel import CoreFacts
 from quire.engine.core_server import AnnouncingExecutor, CoreServer, die_with_parent
+from quire.engine.step_allowance import StepAllowance
 from quire.engine.wire import MAX_FRAME_BYTES, Ready, Start, StartFailed, Unframer, encode
 from quire.executor.fake import FakeExecutor
 
-DIES, DIES_ONCE, HANGS_ONCE = 90, 91, 92
+DIES, DIES_ONCE, HANGS_ONCE, SPINS_ONCE = 90, 91, 92, 93
 """Token ids in a prompt."""
 VOCAB_SIZE = 100
 MAX_MODEL_LEN = 512
@@ -45,6 +46,10 @@ class HarmfulExecutor(FakeExecutor):
             os._exit(7)
         if HANGS_ONCE in prompt and self._first_time("hung"):
             time.sleep(60)
+        if SPINS_ONCE in prompt and self._first_time("hung"):
+            end_s = time.monotonic() + 60
+            while time.monotonic() < end_s:
+                pass
 
     def _first_time(self, name: str) -> bool:
         mark = self._folder / name
@@ -65,7 +70,7 @@ def main() -> None:
     if start.args.model == "dies":
         os._exit(5)
     facts = CoreFacts(MAX_MODEL_LEN, VOCAB_SIZE, (), "stamp")
-    executor = AnnouncingExecutor(HarmfulExecutor(Path(start.directory)), connection)
+    executor = AnnouncingExecutor(HarmfulExecutor(Path(start.directory)), connection, StepAllowance(1))
     core = EngineCore(Scheduler(LIMITS, Fcfs(), PrefixCache(bytes(32))), executor, time.monotonic)
     connection.sendall(encode(Ready(facts)))
     CoreServer(core, facts, connection).run()

@@ -6,7 +6,6 @@ from quire.core.plan import TokenDelta, TokenLogprobs
 from quire.core.request import Given
 from quire.engine.breaker import FIRST_PAUSE_SECONDS, LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Breaker
 from quire.engine.journal import MOST_ENTRANCES, Journal
-from quire.engine.step_allowance import FIRST_SECONDS, LEAST_SECONDS, SLACK, StepAllowance
 from tests.core.harness import new_request
 
 
@@ -223,14 +222,3 @@ def test_use_or_a_long_life_closes_the_breaker() -> None:
         then_s = number * LONG_LIFE_SECONDS
         breaker.died(then_s, then_s + LONG_LIFE_SECONDS)
     assert breaker.may_start(0.0)
-
-
-def test_steps_are_judged_by_those_of_their_size() -> None:
-    allowance = StepAllowance()
-    assert allowance.seconds_for(1.0) == FIRST_SECONDS
-    allowance.observe(16.0, 0.01)
-    assert allowance.seconds_for(1.0) == allowance.seconds_for(16.0) == LEAST_SECONDS
-    assert allowance.seconds_for(16 * 1024.0) == SLACK * 0.01 * 1024
-    allowance.observe(16 * 1024.0, 4.0)
-    assert allowance.seconds_for(16 * 1024.0) == SLACK * 4.0
-    assert allowance.seconds_for(16.0) == LEAST_SECONDS

@@ -17,6 +17,7 @@ import pytest
 from quire.config import EngineArgs
 from quire.engine import breaker
 from quire.engine.async_engine import AsyncEngine, ServedEngine
+from quire.engine.channel import CoreHealth
 from quire.engine.core_process import CoreGoneError, CoreProcess
 from quire.engine.engine import Engine
 from quire.engine.inputs import EngineFacts, InputProcessor
@@ -26,7 +27,7 @@ from quire.engine.wire import Ready, Start
 from quire.errors import EngineDeadError, ModelFileError, OverloadedError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
-from tests.engine.fake_core import DIES, DIES_ONCE, HANGS_ONCE
+from tests.engine.fake_core import DIES, DIES_ONCE, HANGS_ONCE, SPINS_ONCE
 
 ROOT = Path(__file__).parents[2]
 CORE = "tests.engine.fake_core"
@@ -101,6 +102,13 @@ def prompts(count: int) -> list[list[int]]:
     return [[number, *range(1, 9)] for number in range(10, 10 + count)]
 
 
+async def test_a_core_stopped_before_its_first_step_is_replaced(apart: Apart) -> None:
+    os.kill(apart.pid, signal.SIGSTOP)
+    task = asyncio.ensure_future(apart.answer([1, 2]))
+    await apart.until(lambda: not apart.engine.is_ready)
+    assert (await task)[2] == "length" and apart.channel.health.num_hung == 1
+
+
 async def test_a_killed_core_changes_no_stream(apart: Apart) -> None:
     undisturbed = [await apart.answer(prompt) for prompt in prompts(8)]
     tasks = [asyncio.ensure_future(apart.answer(prompt)) for prompt in prompts(8)]
@@ -121,9 +129,12 @@ async def test_a_core_that_hangs_is_replaced(apart: Apart) -> None:
     assert await asyncio.gather(*tasks) == undisturbed
 
 
-async def test_a_step_that_never_ends_is_a_hang_too(apart: Apart, tmp_path: Path) -> None:
-    await apart.answer([1, 2])
-    tokens, _, reason = await apart.answer([HANGS_ONCE, 1, 2])
+@pytest.mark.parametrize("harm", [HANGS_ONCE, SPINS_ONCE])
+async def test_a_first_step_that_never_ends_is_a_hang_too(apart: Apart, tmp_path: Path, harm: int) -> None:
+    start_s = time.monotonic()
+    tokens, _, reason = await apart.answer([harm, 1, 2])
+    assert time.monotonic() - start_s < 20.0  # of 60: the step would end well after that
+    assert apart.channel.health == CoreHealth("serving", 0, 1)
     assert (tmp_path / "hung").exists() and len(tokens) == 60 and reason == "length"
 
 
@@ -172,6 +183,7 @@ async def test_a_crash_loop_opens_the_breaker(apart: Apart, monkeypatch: pytest.
     assert time.monotonic() - start_s < 2.0 and caught.value.retry_after_s >= 1
     with pytest.raises(OverloadedError):
         await apart.answer([1, 2])
+    assert apart.channel.health == CoreHealth("paused", breaker.MOST_DEATHS_IN_A_ROW, 0)
     assert apart.engine.is_healthy and not apart.engine.is_ready and not apart.engine.has_work
     await apart.until(lambda: apart.engine.is_ready)
     assert (await apart.answer([1, 2]))[2] == "length"

@@ -1,5 +1,6 @@
 """Frames: what goes in comes out; what is not a message breaks the connection, and nothing else."""
 
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -46,7 +47,12 @@ RECORD = StepRecord(
 LOGPROBS = TokenLogprobs((5, 6), (-0.1, float("-inf")), (1, 1))
 NEWS = News((TokenDelta("7.1", (5,), (LOGPROBS,), (LOGPROBS,), 1, "stop", 5, None),), RECORD, Gauges(1, 2, 0.5))
 COMMANDS: list[Any] = [Add(FULL), Abort("7.1"), Check()]
-REPORTS: list[Any] = [Ready(FACTS), StartFailed("ModelFileError", "no", None), Begun(("7.1",), 1.5), Stepped(NEWS)]
+REPORTS: list[Any] = [
+    Ready(FACTS),
+    StartFailed("ModelFileError", "no", None),
+    Begun(("7.1",), 1.5, math.inf),
+    Stepped(NEWS),
+]
 
 
 @pytest.mark.parametrize(("kind", "messages"), [(Command, COMMANDS), (Report, REPORTS)])

@@ -38,6 +38,7 @@ ENGINE_HELP = {
     "device": ", ".join(DEVICES),
     "threads": "CPU threads; the physical cores that this process may use",
     "core_process": "compute in a process of its own, replaced when it dies; serve does so unless told not to",
+    "hang_timeout": "seconds that a step may take before that process is replaced; learned from steps like it",
 }
 SAMPLING_HELP = {
     "n": "answers to each prompt",

@@ -25,6 +25,7 @@ from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.scheduler import Scheduler, SchedulerLimits
 from quire.engine.channel import CoreFacts
+from quire.engine.step_allowance import StepAllowance
 from quire.errors import ConfigurationError
 from quire.executor.local import LocalExecutor
 from quire.models.model import Model
@@ -48,6 +49,7 @@ class CoreParts:
     scheduler: Scheduler
     executor: PlanExecutor
     facts: CoreFacts
+    allowance: StepAllowance
 
     def core(self, executor: PlanExecutor | None = None) -> EngineCore:
         """The core itself; over another executor that passes on to this one, if one is given."""
@@ -77,6 +79,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
         _scheduler(args, sizes),
         LocalExecutor(_runner(model, ops, sizes)),
         CoreFacts(sizes.max_model_len, spec.vocab_size, tuple(decisions), stamp),
+        StepAllowance(model.weight_bytes if ops.memory_bytes() is None else None, args.hang_timeout),
     )
 
 

@@ -24,7 +24,8 @@ def main() -> None:
         connection.sendall(encode(StartFailed(type(error).__name__, error.message, error.field)))
         return
     connection.sendall(encode(Ready(parts.facts)))
-    CoreServer(parts.core(AnnouncingExecutor(parts.executor, connection)), parts.facts, connection).run()
+    executor = AnnouncingExecutor(parts.executor, connection, parts.allowance)
+    CoreServer(parts.core(executor), parts.facts, connection).run()
 
 
 def _first_message(connection: socket.socket) -> Start:

@@ -14,8 +14,10 @@ from quire.engine.channel import CoreChannel, CoreFacts, LocalChannel
 from quire.engine.core_process import CoreProcess
 from quire.engine.engine import Engine
 from quire.engine.queue_bound import QueueBound, QueueLimits
+from quire.engine.step_allowance import LEAST_SECONDS
 from quire.engine.supervisor import SupervisedChannel
 from quire.engine.wire import Start
+from quire.errors import ConfigurationError
 from quire.weights.source import resolve_source
 
 DEFAULT_QUEUED_TOKENS = 2**20
@@ -39,9 +41,12 @@ def begin(args: EngineArgs) -> Callable[[], ServedEngine]:
     """
     directory = Path(model_path()) if args.model is None else resolve_source(args.model, args.revision)
     if not args.core_process:
+        if args.hang_timeout is not None:
+            raise ConfigurationError("hang_timeout is of a core in a process of its own", field="hang_timeout")
         return partial(_compose_here, args, directory)
     start = Start(replace(args, core_process=False), str(directory.resolve()))
-    return partial(_compose_apart, args, directory, SupervisedChannel(partial(CoreProcess, start)))
+    channel = SupervisedChannel(partial(CoreProcess, start), args.hang_timeout or LEAST_SECONDS)
+    return partial(_compose_apart, args, directory, channel)
 
 
 def _compose_here(args: EngineArgs, directory: Path) -> ServedEngine:

@@ -37,6 +37,21 @@ class Gauges(NamedTuple):
     """Share of the cache's blocks that somebody holds, in [0, 1]."""
 
 
+class CoreHealth(NamedTuple):
+    """Of a core and those before it."""
+
+    state: str = "serving"
+    """One of `CORE_STATES`."""
+    num_died: int = 0
+    """Cores that ended by themselves, or were ended by others, and were replaced."""
+    num_hung: int = 0
+    """Cores that were ended since they hung."""
+
+
+CORE_STATES = ("serving", "starting", "paused")
+"""`paused`: cores died again and again, and none is started for a while."""
+
+
 @dataclass(frozen=True, slots=True)
 class News:
     """What one step gave; `record` is None when requests left without a step."""
@@ -83,6 +98,10 @@ class CoreChannel(Protocol):
     def is_ready(self) -> bool:
         """Whether a core answers now."""
 
+    @property
+    def health(self) -> CoreHealth:
+        """What it is doing, and how often it was replaced."""
+
     def check(self) -> None:
         """State the invariants of the core."""
 
@@ -94,6 +113,7 @@ class LocalChannel:
     """The core in this process: `collect` computes."""
 
     is_ready = True
+    health = CoreHealth()
 
     def __init__(self, core: EngineCore) -> None:
         self._core = core

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from quire.engine.heartbeat import Activity
 from quire.engine.wire import MAX_FRAME_BYTES, RECEIVE_BYTES, ProtocolError, Report, Unframer, encode
 
 CORE_MODULE = "quire.compose.core_process"
@@ -47,14 +48,14 @@ class CoreProcess:
         self._connection.setblocking(False)
         self.send(first)
 
-    def busy_seconds(self) -> float | None:
-        """Processor time that it has used, while it runs or waits for a processor or a disk; None while it sleeps or is
-        stopped, and where the system does not say."""
+    def activity(self) -> Activity | None:
+        """What it does; None where the system does not say."""
         try:
-            state, *fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+            fields = _after_name(Path(f"/proc/{self.pid}/stat"))
+            is_awake = any(_after_name(path)[0] in "RD" for path in Path(f"/proc/{self.pid}/task").glob("*/stat"))
         except OSError:
             return None
-        return (int(fields[10]) + int(fields[11])) / os.sysconf("SC_CLK_TCK") if state in "RD" else None
+        return Activity((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), is_awake)
 
     @property
     def pid(self) -> int:
@@ -123,6 +124,11 @@ class CoreProcess:
             status = self._process.wait(LEAVE_SECONDS)
             return f"signal {-status}" if status < 0 else f"exit status {status}"
         return "it closed its socket"
+
+
+def _after_name(stat: Path) -> list[str]:
+    """Fields of a process or a thread (proc_pid_stat(5)), from its state on."""
+    return stat.read_text().rpartition(")")[2].split()
 
 
 def _import_path() -> Sequence[str]:

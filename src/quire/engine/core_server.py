@@ -57,10 +57,10 @@ class AnnouncingExecutor:
     Only what is news is told: most steps begin in silence.
     """
 
-    def __init__(self, executor: PlanExecutor, connection: socket.socket) -> None:
+    def __init__(self, executor: PlanExecutor, connection: socket.socket, allowance: StepAllowance) -> None:
         self._executor = executor
         self._connection = connection
-        self._allowance = StepAllowance()
+        self._allowance = allowance
         self._told_s = 0.0
 
     def execute(self, plan: StepPlan) -> tuple[Any, float, float]:
@@ -69,7 +69,7 @@ class AnnouncingExecutor:
         allowed_s = self._allowance.seconds_for(work)
         if plan.new or allowed_s != self._told_s:
             entered = tuple(new.request_id for new in plan.new)
-            self._connection.sendall(encode(Begun(entered, allowed_s)))
+            self._connection.sendall(encode(Begun(entered, allowed_s, self._allowance.asleep_s)))
             self._told_s = allowed_s
         start_s = time.monotonic()
         return self._executor.execute(plan), work, start_s

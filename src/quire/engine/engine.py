@@ -13,7 +13,7 @@ from quire.core.plan import StepRecord, TokenDelta
 from quire.engine.channel import CoreChannel
 from quire.engine.explain import Explanation, explain
 from quire.engine.inputs import ParsedRequest
-from quire.engine.metrics import EngineMetrics
+from quire.engine.metrics import EngineMetrics, core_metrics
 from quire.engine.queue_bound import QueueBound
 from quire.engine.request_state import RequestState
 from quire.engine.timeline import Ledger
@@ -121,7 +121,8 @@ class Engine:
 
     def get_metrics(self) -> list[Metric]:
         """All metrics now."""
-        return self._metrics.read(*self._channel.gauges, self.queue.num_rejected)
+        found = self._metrics.read(*self._channel.gauges, self.queue.num_rejected)
+        return found + core_metrics(self._channel.health)
 
     def explain(self, request_id: str) -> list[Explanation]:
         """Where the time of a request went, by its public name (or that of the response whose numbered requests it

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from quire.core.plan import StepRecord
+from quire.engine.channel import CORE_STATES, CoreHealth
 from quire.outputs import Metric, RequestMetrics
 
 FIRST_TOKEN_BUCKETS_S = (
@@ -232,3 +233,22 @@ class EngineMetrics:
 
     def _add(self, name: str, count: int) -> None:
         self._counters[name] += count
+
+
+def core_metrics(health: CoreHealth) -> list[Metric]:
+    """Of the core's process."""
+    replaced = [
+        Metric(
+            "quire:engine_core_restarts_total", "counter", count, help="Cores that were replaced, by what befell them.",
+            labels=(("reason", reason),),
+        )
+        for reason, count in (("died", health.num_died), ("hung", health.num_hung))
+    ]  # fmt: skip
+    states = [
+        Metric(
+            "quire:engine_core_state", "gauge", float(state == health.state), help="1 for what the core is doing.",
+            labels=(("state", state),),
+        )
+        for state in CORE_STATES
+    ]  # fmt: skip
+    return [*replaced, *states]

@@ -9,8 +9,8 @@
         │     three deaths in a row: open ─── pause over ───> spawn     blame, spawn,
         └── all that wait: 503, Retry-After                             requests go on where they were
 
-The heartbeat is the age of the last thing that the core said while it has work: it says when it begins a step that is
-not like those before, and when a step is done. How long that may take, it says itself (`step_allowance`).
+The heartbeat (`heartbeat`) is the age of the last thing that the core said while it has work: it says when it begins a
+step that is not like those before, and when a step is done. How long that may take, it says itself (`step_allowance`).
 """
 
 import logging
@@ -25,10 +25,11 @@ from typing import Any
 from quire.core.plan import TokenDelta
 from quire.core.request import NewRequest
 from quire.engine.breaker import Breaker
-from quire.engine.channel import CoreFacts, Gauges, News
+from quire.engine.channel import CoreFacts, CoreHealth, Gauges, News
 from quire.engine.core_process import CoreGoneError, CoreProcess
+from quire.engine.heartbeat import Activity, Heartbeat
 from quire.engine.journal import Journal
-from quire.engine.step_allowance import FIRST_SECONDS
+from quire.engine.step_allowance import LEAST_SECONDS
 from quire.engine.wire import Abort, Add, Begun, Check, Ready, StartFailed, Stepped
 from quire.errors import (
     ConfigurationError,
@@ -39,7 +40,7 @@ from quire.errors import (
 )
 
 IDLE = Gauges(0, 0, 0.0)
-START_SECONDS = 60.0
+START_SECONDS = 10.0
 START_SLACK = 5.0
 """A core that replaces another one may take this many times as long to start as the first did, or the seconds above."""
 LATE_WAKE_SECONDS = 1.0
@@ -54,10 +55,16 @@ class SupervisedChannel:
 
     Args:
         spawn: starts a core.
+        patience_s: what a core that works on something may take until it says how long it will take.
         clock: seconds, monotonic.
     """
 
-    def __init__(self, spawn: Callable[[], CoreProcess], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        spawn: Callable[[], CoreProcess],
+        patience_s: float = LEAST_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._spawn = spawn
         self._clock = clock
         self._journal = Journal()
@@ -67,11 +74,11 @@ class SupervisedChannel:
         self._is_serving = False
         self._must_refuse = False
         self._is_closed = False
-        self._start_allowed_s: float | None = None
-        self._allowed_s = FIRST_SECONDS
-        self._heard_s = self._born_s = clock()
-        self._busy_s: float | None = None
-        """Processor time of a core that was late, since it was last heard."""
+        self._patience_s = patience_s
+        self._start_allowed_s = math.inf
+        self._born_s = clock()
+        self._heartbeat = Heartbeat(clock, self._activity)
+        self._num_replaced = {"died": 0, "hung": 0}
         self._selector = selectors.DefaultSelector()
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
@@ -108,7 +115,13 @@ class SupervisedChannel:
     @property
     def is_ready(self) -> bool:
         """Whether a core answers now. Also told truly while the thread that should watch is stuck itself."""
-        return self._is_serving and not self._is_overdue()
+        return self._is_serving and not self._is_hung()
+
+    @property
+    def health(self) -> CoreHealth:
+        """See `CoreChannel.health`."""
+        state = "serving" if self._is_serving else "paused" if self._core is None else "starting"
+        return CoreHealth(state, self._num_replaced["died"], self._num_replaced["hung"])
 
     @property
     def gauges(self) -> Gauges:
@@ -143,7 +156,7 @@ class SupervisedChannel:
                 self._core.flush()
         now_s = self._clock()
         if timeout_s is not None and now_s - before_s > timeout_s + LATE_WAKE_SECONDS:
-            self._heard_s = now_s
+            self._heartbeat.heard()
 
     def wake(self) -> None:
         """See `CoreChannel.wake`."""
@@ -164,10 +177,10 @@ class SupervisedChannel:
         try:
             for report in self._core.receive():
                 self._take(report, news)
-            if self._is_overdue():
-                raise CoreGoneError("it hangs: no word in the time that it should take")
+            if self._is_hung():
+                self._bury("it hangs: no word in the time that it should take", "hung", news)
         except CoreGoneError as error:
-            self._bury(str(error), news)
+            self._bury(str(error), "died", news)
         self._feed()
         return news
 
@@ -190,11 +203,12 @@ class SupervisedChannel:
 
     def _start(self) -> None:
         self._core = self._spawn()
-        self._born_s, self._busy_s = self._clock(), None
+        self._born_s = self._clock()
+        self._heartbeat.expect(self._start_allowed_s)
         self._selector.register(self._core, selectors.EVENT_READ)
 
     def _take(self, report: Any, news: list[News]) -> None:
-        self._heard_s, self._busy_s = self._clock(), None
+        self._heartbeat.heard()
         if isinstance(report, Stepped):
             told = report.news
             deltas = self._journal.take(told.deltas)
@@ -204,14 +218,15 @@ class SupervisedChannel:
             news.append(News(deltas, told.record, told.gauges))
         elif isinstance(report, Begun):
             self._journal.enter(report.entered)
-            self._allowed_s = report.allowed_s
+            self._heartbeat.expect(report.allowed_s, report.asleep_s)
         elif isinstance(report, Ready):
             if self._facts is not None and report.facts != self._facts:
                 raise CoreGoneError("the model's files have changed since the server started")
-            if self._start_allowed_s is None:
+            if self._facts is None:
                 self._start_allowed_s = max(START_SECONDS, START_SLACK * (self._clock() - self._born_s))
             self._facts = report.facts
             self._is_serving = True
+            self._heartbeat.expect(self._patience_s)
         elif isinstance(report, StartFailed):
             raise CoreGoneError(report.message)
 
@@ -223,16 +238,17 @@ class SupervisedChannel:
         for new in self._journal.take_unsent():
             self._core.send(Add(new))
         if was_idle:
-            self._heard_s = self._clock()
+            self._heartbeat.heard()
 
-    def _bury(self, reason: str, news: list[News]) -> None:
+    def _bury(self, reason: str, kind: str, news: list[News]) -> None:
         """The core is gone, or as good as gone."""
         core, now_s = self._core, self._clock()
         assert core is not None
         self._selector.unregister(core)
         core.end(at_once=True)
         self._core, self._is_serving = None, False
-        self._gauges, self._allowed_s = IDLE, FIRST_SECONDS
+        self._gauges = IDLE
+        self._num_replaced[kind] += 1
         verdict = self._journal.core_died()
         if verdict.is_found:
             self._breaker.explained()
@@ -251,26 +267,16 @@ class SupervisedChannel:
             logger.error("the engine's core died again and again: no new one for %.0f s", self._pause_s(now_s))
             self._must_refuse = True
 
-    def _due_s(self) -> float | None:
-        """When the core should have been heard of at the latest; None when nobody waits for it."""
-        if self._core is not None and not self._is_serving and self._start_allowed_s is not None:
-            return self._born_s + self._start_allowed_s
-        return self._heard_s + self._allowed_s if self._journal.num_sent > 0 else None
+    def _activity(self) -> Activity | None:
+        return None if self._core is None else self._core.activity()
 
-    def _is_overdue(self) -> bool:
-        due_s = self._due_s()
-        return due_s is not None and self._clock() > due_s and not self._is_starved()
+    @property
+    def _has_promised(self) -> bool:
+        """Whether the core should be heard of: it starts, or somebody waits for it."""
+        return self._core is not None and (not self._is_serving or self._journal.num_sent > 0)
 
-    def _is_starved(self) -> bool:
-        """Whether a core that serves is late only for want of a processor: then its time begins again. One that has
-        used half of the time it was given is not."""
-        if self._core is None or not self._is_serving:
-            return False
-        used_s, before_s = self._core.busy_seconds(), self._busy_s
-        if used_s is None or (before_s is not None and used_s - before_s > self._allowed_s / 2):
-            return False
-        self._busy_s, self._heard_s = used_s, self._clock()
-        return True
+    def _is_hung(self) -> bool:
+        return self._has_promised and self._heartbeat.is_hung()
 
     def _seconds_until_due(self) -> float | None:
         """Until something happens by itself; None when nothing will."""
@@ -279,8 +285,8 @@ class SupervisedChannel:
             return 0.0
         if self._core is None:
             return self._pause_s(now_s)
-        due_s = self._due_s()
-        return None if due_s is None else max(0.0, due_s - now_s) + 0.001
+        look_s = self._heartbeat.look_s
+        return max(0.0, look_s - now_s) + 0.001 if self._has_promised and look_s < math.inf else None
 
     def _watch_writing(self) -> None:
         if self._core is not None:

@@ -72,6 +72,8 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
 
     entered: tuple[str, ...]
     allowed_s: float
+    asleep_s: float
+    """How long it may use no processor meanwhile; infinite where a device computes."""
 
 
 class Stepped(msgspec.Struct, frozen=True, array_like=True, tag="stepped"):
