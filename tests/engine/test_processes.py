@@ -25,7 +25,7 @@ from quire.engine.queue_bound import QueueBound, QueueLimits
 from quire.engine.supervisor import SupervisedChannel
 from quire.engine.wire import Ready, Start
 from quire.errors import EngineDeadError, ModelFileError, OverloadedError
-from quire.outputs import RequestOutput
+from quire.outputs import Decision, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from tests.engine.fake_core import DIES, DIES_ONCE, HANGS_ONCE, SPINS_ONCE
 
@@ -230,6 +230,10 @@ def test_a_core_whose_model_changed_is_not_gone_on_with(apart: Apart) -> None:
     apart.channel._facts = replace(apart.channel._facts, model_stamp="another")
     with pytest.raises(CoreGoneError, match="changed"):
         apart.channel._take(Ready(replace(apart.channel._facts, model_stamp="stamp")), [])
+    with pytest.raises(CoreGoneError, match="changed"):
+        apart.channel._take(Ready(replace(apart.channel._facts, max_model_len=8)), [])
+    more = replace(apart.channel._facts, max_model_len=8192, decisions=(Decision("num_blocks", "9", "measured anew"),))
+    apart.channel._take(Ready(more), [])  # a device's free memory is never twice the same
 
 
 OWNER = """

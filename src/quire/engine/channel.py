@@ -27,6 +27,11 @@ class CoreFacts:
     model_stamp: str
     """Changes when the model's files do: a request must not be gone on with under other weights."""
 
+    def can_follow(self, first: "CoreFacts") -> bool:
+        """Whether a core like this can go on with all that was taken for one like `first`."""
+        is_same = (self.model_stamp, self.vocab_size) == (first.model_stamp, first.vocab_size)
+        return is_same and self.max_model_len >= first.max_model_len
+
 
 class Gauges(NamedTuple):
     """The state of a core between two steps."""

@@ -220,11 +220,11 @@ class SupervisedChannel:
             self._journal.enter(report.entered)
             self._heartbeat.expect(report.allowed_s, report.asleep_s)
         elif isinstance(report, Ready):
-            if self._facts is not None and report.facts != self._facts:
-                raise CoreGoneError("the model's files have changed since the server started")
             if self._facts is None:
+                self._facts = report.facts
                 self._start_allowed_s = max(START_SECONDS, START_SLACK * (self._clock() - self._born_s))
-            self._facts = report.facts
+            elif not report.facts.can_follow(self._facts):
+                raise CoreGoneError("the model's files, or the room for them, have changed since the server started")
             self._is_serving = True
             self._heartbeat.expect(self._patience_s)
         elif isinstance(report, StartFailed):
