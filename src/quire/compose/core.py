@@ -79,7 +79,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
         _scheduler(args, sizes),
         LocalExecutor(_runner(model, ops, sizes)),
         CoreFacts(sizes.max_model_len, spec.vocab_size, tuple(decisions), stamp),
-        StepAllowance(model.weight_bytes if ops.memory_bytes() is None else None, args.hang_timeout),
+        StepAllowance(model.weight_bytes if ops.memory() is None else None, args.hang_timeout),
     )
 
 
