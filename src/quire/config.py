@@ -70,6 +70,8 @@ class EngineArgs:
     device: str = "auto"
     threads: int | None = None
     """CPU threads; None takes the physical cores that this process may use."""
+    async_scheduling: bool | None = None
+    """Plan the next step while one is computed; None: on a GPU. The tokens are the same."""
     core_process: bool = False
     """Compute in a process of its own, which is watched over: when it dies, requests go on in another one."""
     hang_timeout: float | None = None
@@ -93,8 +95,9 @@ class EngineArgs:
         timeout = self.hang_timeout
         if timeout is not None and (type(timeout) not in (int, float) or not 0.1 <= timeout <= 86400):
             raise _bad("hang_timeout", f"must be between 0.1 and 86400 seconds, got {timeout!r}")
-        for name in ("enable_prefix_caching", "enforce_eager", "core_process"):
-            if type(getattr(self, name)) is not bool:
+        for name in ("enable_prefix_caching", "enforce_eager", "core_process", "async_scheduling"):
+            value = getattr(self, name)
+            if type(value) is not bool and (name not in _OPTIONAL or value is not None):
                 raise _bad(name, "must be true or false")
         for name in ("model", "tokenizer", "revision"):
             value = getattr(self, name)
@@ -130,7 +133,7 @@ _COUNTS = (
     "tensor_parallel_size",
     "threads",
 )
-_OPTIONAL = frozenset(_COUNTS) - {"max_num_seqs", "max_num_queued_reqs", "tensor_parallel_size"}
+_OPTIONAL = frozenset((*_COUNTS, "async_scheduling")) - {"max_num_seqs", "max_num_queued_reqs", "tensor_parallel_size"}
 _LARGEST = {"max_num_seqs": 4096, "max_num_batched_tokens": 2**20, "threads": 1024, "max_model_len": 2**24}
 
 

@@ -64,7 +64,7 @@ def test_engine_values(words: list[str], expected: dict[str, Any]) -> None:
 
 def test_every_alias_leads_to_a_flag() -> None:
     known = {"--" + name.replace("_", "-") for name in (*ENGINE_HELP, *SAMPLING_HELP)}
-    assert set(ALIASES.values()) <= known | {"--no-enable-prefix-caching"}
+    assert set(ALIASES.values()) <= known | {"--no-enable-prefix-caching", "--no-async-scheduling"}
     assert not set(ALIASES) & known
 
 

@@ -65,7 +65,8 @@ class Output:
 
 
 class Harness:
-    """One engine under watch. Its keyword arguments are the limits, with small defaults."""
+    """One engine under watch. Its keyword arguments are the limits, with small defaults. With `overlap` each step is
+    scheduled before the result of the last one is taken in."""
 
     def __init__(
         self,
@@ -79,8 +80,11 @@ class Harness:
         prefix_caching: bool = True,
         key: bytes = KEY,
         vocab_size: int = VOCAB_SIZE,
+        overlap: bool = False,
         fails: Callable[[str, int], bool] = lambda request_id, position: False,
     ) -> None:
+        self.overlap = overlap
+        self._before: tuple[StepPlan, StepResult] | None = None
         limits = SchedulerLimits(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
@@ -125,12 +129,22 @@ class Harness:
         """One step, which must advance somebody if there is anybody."""
         had_work = self.scheduler.has_work
         plan = self.schedule()
-        assert bool(plan.scheduled) == had_work
-        return self.update(plan, self.executor.execute(plan))
+        assert bool(plan.scheduled) == had_work or self._before is not None
+        started = plan, self.executor.execute(plan)
+        if not self.overlap:
+            return self.update(*started)
+        before, self._before = self._before, started
+        return self.update(*before) if before is not None else []
+
+    def settle(self) -> None:
+        """Take in what is in flight."""
+        before, self._before = self._before, None
+        if before is not None:
+            self.update(*before)
 
     def drain(self, max_steps: int) -> None:
         """Step until all is done, which must take no more than `max_steps`."""
-        for _ in range(max_steps):
+        for _ in range(2 * max_steps + 1 if self.overlap else max_steps):
             if not self.scheduler.has_work:
                 break
             self.step()
@@ -143,6 +157,7 @@ class Harness:
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         pool = self.scheduler._pool
         assert pool.num_free == pool.num_blocks
+        self.settle()
         plan = self.scheduler.schedule()  # takes the last rows out of the executor
         self.scheduler.update(plan, self.executor.execute(plan))
         assert self.executor.num_rows == 0

@@ -3,7 +3,8 @@
 import pytest
 
 from quire.bench.core_clock import time_core
-from quire.core.engine_core import EngineCore
+from quire.core.engine_core import EngineCore, OverlappingCore
+from quire.core.plan import StepPlan, StepResult
 from quire.core.policy import Fcfs
 from quire.core.prefix_cache import PrefixCache
 from quire.core.scheduler import Scheduler, SchedulerLimits
@@ -36,6 +37,52 @@ def test_steps_until_the_work_is_done() -> None:
     assert (core.last_record.now_s, core.num_running, core.num_waiting) == (102.0, 0, 0)
     core.add(new_request("d", [1]))
     assert [delta.finish_reason for delta in core.abort("d")] == ["abort"]
+    core.close()
+
+
+class LateExecutor:
+    """Tells a result only when it is asked for, in order, and after the next step was started."""
+
+    def __init__(self, inner: FakeExecutor) -> None:
+        self.inner = inner
+        self.started: list[StepResult] = []
+        self.most_in_flight = 0
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.started.append(self.inner.execute(plan))
+        self.most_in_flight = max(self.most_in_flight, len(self.started))
+        return self.started[-1]
+
+    def collect(self, handle: StepResult) -> StepResult:
+        assert self.started.pop(0) is handle
+        return handle
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def test_the_overlapping_loop_gives_the_same() -> None:
+    scheduler, fake = parts(4)
+    late = LateExecutor(fake)
+    core = OverlappingCore(scheduler, late, lambda: 0.0)
+    told: dict[str, list[int]] = {}
+    assert core.step() == []
+    waves = [[new_request(f"{wave}{name}", [1, 2, number], max_tokens=3 + number, stop_token_ids=(4,))
+              for number, name in enumerate("abcdef")] for wave in range(2)]  # fmt: skip
+    for requests in waves:  # the second comes after a rest, in which a step was left in flight
+        for new in requests:
+            core.add(new)
+        num_steps = 0
+        while core.has_work:
+            num_steps += 1
+            for delta in core.step():
+                told.setdefault(delta.request_id, []).extend(delta.token_ids)
+            core.check()
+        assert num_steps < 25
+    assert told == {new.request_id: alone(new).token_ids for requests in waves for new in requests}
+    assert late.most_in_flight == 2
+    core.add(new_request("late", [1]))
+    assert [delta.finish_reason for delta in core.abort("late")] == ["abort"]
     core.close()
 
 

@@ -313,20 +313,43 @@ def test_abort_is_idempotent_and_ignores_strangers() -> None:
 
 
 def test_two_steps_in_flight() -> None:
-    """A prompt goes on while its first chunk is in flight; a decode waits for its token."""
+    """A prompt goes on while its first chunk is in flight, a decode while its token is; nothing follows the last."""
     harness = Harness(budget=6)
-    harness.add(new_request("a", [1, 2], max_tokens=3))
+    harness.add(new_request("a", [1, 2], max_tokens=2))
     harness.add(new_request("b", range(6), max_tokens=1))
     first = harness.schedule()
     second = harness.schedule()
     assert [item[:3] for item in first.scheduled] == [(0, 0, 2), (1, 0, 4)]
-    assert [item[:3] for item in second.scheduled] == [(1, 4, 2)]
-    assert stalls(harness) == {"a": ("in_flight", None)}
-    for plan in (first, second):
+    assert [(*item[:3], item.samples) for item in second.scheduled] == [(0, 2, 1, True), (1, 4, 2, True)]
+    third = harness.schedule()
+    assert third.scheduled == () and stalls(harness) == {"a": ("in_flight", None), "b": ("in_flight", None)}
+    for plan in (first, second, third):
         harness.update(plan, harness.executor.execute(plan))
     harness.drain(5)
     for output in harness.outputs.values():
         assert output.sequence == alone(output.new).sequence
+
+
+def test_a_block_filled_in_flight_is_found_when_its_text_is_known() -> None:
+    harness = Harness(overlap=True, block_size=4)
+    harness.add(new_request("a", [1, 2, 3], max_tokens=6, seed=3))
+    for _ in range(3):
+        harness.step()
+    known = harness.outputs["a"].token_ids[:2]
+    harness.add(new_request("b", [1, 2, 3, *known], max_tokens=2))
+    harness.drain(12)
+    assert harness.outputs["b"].num_cached_tokens == 4
+    assert harness.outputs["a"].sequence == alone(harness.outputs["a"].new).sequence
+
+
+@pytest.mark.parametrize("fails_at", [2, 3, 4])
+def test_what_is_in_flight_for_a_failed_request_is_dropped(fails_at: int) -> None:
+    harness = Harness(overlap=True, fails=lambda name, position: name == "a" and position == fails_at)
+    for name in "ab":
+        harness.add(new_request(name, [1, 2, 3], max_tokens=4))
+    harness.drain(8)
+    assert [harness.outputs[name].finish_reason for name in "ab"] == ["error", "length"]
+    assert harness.outputs["b"].sequence == alone(harness.outputs["b"].new).sequence
 
 
 def test_prompt_logprobs_do_not_read_the_cache_but_write_it() -> None:

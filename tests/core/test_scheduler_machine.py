@@ -56,6 +56,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.sampled_from([1, 3, 7, 64]),
         policy=st.sampled_from(["fcfs", "priority"]),
         prefix_caching=st.booleans(),
+        overlap=st.booleans(),
     )
     def start(self, block_size: int, spare_blocks: int, **limits: object) -> None:
         num_blocks = MAX_MODEL_LEN // block_size + spare_blocks
@@ -89,15 +90,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.harness.outputs)
     @rule(data=st.data())
     def abort_in_flight(self, data: st.DataObject) -> None:
+        self.harness.settle()
         plan = self.harness.schedule()
         self.harness.abort(data.draw(st.sampled_from(sorted(self.harness.outputs))))
         result = self.harness.executor.execute(plan)
         self.harness.abort(data.draw(st.sampled_from(sorted(self.harness.outputs))))
         self.harness.update(plan, result)
 
-    @rule()
-    def two_steps_in_flight(self) -> None:
-        plans = [self.harness.schedule(), self.harness.schedule()]
+    @rule(count=st.integers(2, 4))
+    def steps_in_flight(self, count: int) -> None:
+        self.harness.settle()
+        plans = [self.harness.schedule() for _ in range(count)]
         for plan in plans:
             self.harness.update(plan, self.harness.executor.execute(plan))
 

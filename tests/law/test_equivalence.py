@@ -78,6 +78,11 @@ def alone(tiny_model: Path) -> list[Any]:
         {"num_gpu_blocks_override": 18},
         {"num_gpu_blocks_override": 17, "max_num_batched_tokens": 11},
         {"num_gpu_blocks_override": 5, "block_size": 64, "enable_prefix_caching": False},
+        {"async_scheduling": True},
+        {"async_scheduling": True, "max_num_batched_tokens": 13, "max_num_seqs": 3},
+        {"async_scheduling": True, "num_gpu_blocks_override": 18},
+        {"async_scheduling": True, "num_gpu_blocks_override": 17, "max_num_batched_tokens": 11, "block_size": 16},
+        {"async_scheduling": True, "scheduling_policy": "priority", "enable_prefix_caching": False},
     ],
     ids=lambda weather: ",".join(f"{name}={value}" for name, value in weather.items()) or "together",
 )
@@ -94,8 +99,9 @@ def test_small_cache_does_preempt(tiny_model: Path) -> None:
     assert preemptions > 0
 
 
-def test_prefix_hits_change_nothing(tiny_model: Path, alone: list[Any]) -> None:
-    with LLM(model=str(tiny_model), **COMMON) as llm:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_prefix_hits_change_nothing(tiny_model: Path, alone: list[Any], overlap: bool) -> None:
+    with LLM(model=str(tiny_model), async_scheduling=overlap, **COMMON) as llm:
         for _ in range(2):
             outputs = [
                 llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0] for prompt, params in cases()
@@ -142,8 +148,9 @@ async def _streamed(llm: AsyncLLM, item: Case, delay_s: float) -> Any:
     return joined, prompt_logprobs
 
 
-async def test_streams_join_to_the_same(tiny_model: Path, alone: list[Any]) -> None:
-    llm = AsyncLLM(model=str(tiny_model), **COMMON)
+@pytest.mark.parametrize("overlap", [False, True])
+async def test_streams_join_to_the_same(tiny_model: Path, alone: list[Any], overlap: bool) -> None:
+    llm = AsyncLLM(model=str(tiny_model), async_scheduling=overlap, **COMMON)
     try:
         rng = random.Random(5)
         streams = [_streamed(llm, item, rng.random() * 0.05) for item in cases()]

@@ -134,8 +134,8 @@ POINTS: dict[str, Callable[[Victim], None]] = {
     "minimum": lambda v: v.throw(feature(v, "MinTokens"), "observe", in_row(v)),
     "bad words": lambda v: v.throw(feature(v, "BadWords"), "apply", in_rows(v)),
     "penalties": lambda v: v.throw(feature(v, "Penalties"), "observe", in_row(v)),
-    "logprobs": lambda v: v.throw(sampler_module, "token_logprobs", lambda *args: 7 in args[3]),
-    "prompt logprobs": lambda v: v.throw(model_runner, "token_logprobs", lambda *args: 3 in args[3]),
+    "logprobs": lambda v: v.throw(sampler_module, "token_logprobs", lambda *args: args[3] == 7),
+    "prompt logprobs": lambda v: v.throw(model_runner, "token_logprobs", lambda *args: args[3] == 3),
     "request state": lambda v: v.throw(RequestState, "__init__", lambda self, parsed, *_: of_new_state(parsed)),
     "detokenizer": lambda v: v.throw(RequestState, "_push_text", named_victim),
     "text of logprobs": lambda v: v.throw(RequestState, "_position", named_victim),
@@ -150,8 +150,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @contextmanager
-def engine(directory: str) -> Iterator[AsyncLLM]:
-    made = AsyncLLM(directory, max_num_seqs=8, max_num_batched_tokens=64, num_gpu_blocks_override=128)
+def engine(directory: str, overlap: bool = False) -> Iterator[AsyncLLM]:
+    made = AsyncLLM(
+        directory, max_num_seqs=8, max_num_batched_tokens=64, num_gpu_blocks_override=128, async_scheduling=overlap
+    )
     try:
         yield made
     finally:
@@ -194,11 +196,12 @@ def test_there_are_twenty_points() -> None:
     assert len(POINTS) >= 20
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("point", POINTS)
 def test_one_fault_fails_one_request(
-    point: str, directory: str, undisturbed: list[Any], monkeypatch: pytest.MonkeyPatch
+    point: str, overlap: bool, directory: str, undisturbed: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with engine(directory) as under_test:
+    with engine(directory, overlap) as under_test:
         with monkeypatch.context() as patch:
             victim = Victim(under_test, patch)
             POINTS[point](victim)

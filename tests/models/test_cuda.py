@@ -37,7 +37,7 @@ def test_logits_equal_the_reference(tiny: Callable[..., Path], family: str) -> N
     assert relative_error(*logits) < 2e-5
 
 
-def answers(directory: Path, ops: Ops, monkeypatch: pytest.MonkeyPatch) -> Any:
+def answers(directory: Path, ops: Ops, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> Any:
     monkeypatch.setattr(compose, "select_ops", lambda device, threads: (ops, []))
     base: dict[str, Any] = dict(max_tokens=3, ignore_eos=True, detokenize=False)
     params = [
@@ -50,7 +50,8 @@ def answers(directory: Path, ops: Ops, monkeypatch: pytest.MonkeyPatch) -> Any:
             temperature=0.0, logit_bias={11: 5.0}, min_tokens=2, allowed_token_ids=list(range(10, 90)), **base
         ),
     ]
-    with LLM(str(directory), dtype="float32", max_num_seqs=4, max_model_len=32, num_gpu_blocks_override=16) as llm:
+    sizes = dict(max_num_seqs=4, max_model_len=32, num_gpu_blocks_override=16, max_num_batched_tokens=64)
+    with LLM(str(directory), dtype="float32", **sizes, **arguments) as llm:
         prompts = [{"prompt_token_ids": PROMPT[: 3 + 2 * index]} for index in range(len(params))]
         return [item.outputs[0].token_ids for item in llm.generate(prompts, params, use_tqdm=False)]
 
@@ -61,4 +62,6 @@ def test_the_engine_on_torch_gives_the_tokens_of_numpy(
     directory = tiny("llama")
     expected = answers(directory, ReferenceOps(np), monkeypatch)
     assert answers(directory, ReferenceOps(torch), monkeypatch) == expected
-    assert answers(directory, CudaOps(DEVICE), monkeypatch) == expected
+    for overlap in (False, True):
+        assert answers(directory, CudaOps(DEVICE), monkeypatch, async_scheduling=overlap) == expected
+    assert answers(directory, ReferenceOps(torch), monkeypatch, async_scheduling=True) == expected

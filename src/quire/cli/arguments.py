@@ -37,6 +37,7 @@ ENGINE_HELP = {
     "enforce_eager": "no captured graphs",
     "device": ", ".join(DEVICES),
     "threads": "CPU threads; the physical cores that this process may use",
+    "async_scheduling": "plan the next step while one is computed; on a GPU unless told not to",
     "core_process": "compute in a process of its own, replaced when it dies; serve does so unless told not to",
     "hang_timeout": "seconds that a step may take before that process is replaced; learned from steps like it",
 }
@@ -72,6 +73,7 @@ ALIASES = {
     **dict.fromkeys(("-q", "--quantize"), "--quantization"),
     **dict.fromkeys(("--max-queued-requests", "--max-concurrent-requests"), "--max-num-queued-reqs"),
     "--disable-cuda-graph": "--enforce-eager",
+    **dict.fromkeys(("--disable-overlap-schedule", "--disable-overlap-scheduler"), "--no-async-scheduling"),
     "--disable-radix-cache": "--no-enable-prefix-caching",
     "--schedule-policy": "--scheduling-policy",
     **dict.fromkeys(

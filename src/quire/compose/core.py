@@ -20,14 +20,14 @@ from quire.config import (
     resolve_cache,
     resolve_model_len,
 )
-from quire.core.engine_core import EngineCore, PlanExecutor
+from quire.core.engine_core import EngineCore, OverlappingCore, PlanExecutor
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.scheduler import Scheduler, SchedulerLimits
 from quire.engine.channel import CoreFacts
 from quire.engine.step_allowance import StepAllowance
 from quire.errors import ConfigurationError
-from quire.executor.local import LocalExecutor
+from quire.executor.local import DeviceExecutor, LocalExecutor
 from quire.models.model import Model
 from quire.ops.select import select_ops
 from quire.ops.types import Ops
@@ -50,10 +50,11 @@ class CoreParts:
     executor: PlanExecutor
     facts: CoreFacts
     allowance: StepAllowance
+    core_type: type[EngineCore]
 
     def core(self, executor: PlanExecutor | None = None) -> EngineCore:
         """The core itself; over another executor that passes on to this one, if one is given."""
-        return EngineCore(self.scheduler, executor or self.executor, time.monotonic)
+        return self.core_type(self.scheduler, executor or self.executor, time.monotonic)
 
 
 def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
@@ -74,13 +75,24 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
             raise ConfigurationError("the weights do not fit into memory", field="model") from error
     sizes = resolve_cache(args, _facts(args, model, ops, model_len))
     logger.info("memory: %s", sizes.ledger)
-    decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions]
+    overlap, loop = _loop(args, ops)
+    decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions, loop]
+    runner = _runner(model, ops, sizes)
     return CoreParts(
         _scheduler(args, sizes),
-        LocalExecutor(_runner(model, ops, sizes)),
+        DeviceExecutor(runner) if overlap else LocalExecutor(runner),
         CoreFacts(sizes.max_model_len, spec.vocab_size, tuple(decisions), stamp),
         StepAllowance(model.weight_bytes if ops.memory() is None else None, args.hang_timeout),
+        OverlappingCore if overlap else EngineCore,
     )
+
+
+def _loop(args: EngineArgs, ops: Ops) -> tuple[bool, Decision]:
+    """Whether the next step is planned while one is computed."""
+    asked, on_host = args.async_scheduling, ops.memory() is None
+    overlap = not on_host if asked is None else asked
+    why = "the processors compute" if on_host else "the device computes while the next step is planned"
+    return overlap, Decision("async_scheduling", "on" if overlap else "off", why if asked is None else "as asked")
 
 
 def _stamp(directory: Path) -> str:

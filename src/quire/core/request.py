@@ -84,10 +84,10 @@ class RequestStatus(Enum):
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """The core's record of one request: `num_computed` chasing `len(token_ids)`.
+    """The core's record of one request: `num_computed` chasing `num_known`.
 
     There are no phases. Prefill, decode, a prefix hit and the way back after preemption are all the
-    case `num_computed < len(token_ids)`.
+    case `num_computed < num_known`.
     """
 
     new: NewRequest
@@ -100,6 +100,8 @@ class Request:
     stop_token_ids: frozenset[int]
     """Those of `new.sampling`, for the look-up that each sampled token needs."""
     status: RequestStatus = RequestStatus.WAITING
+    num_in_flight: int = 0
+    """Tokens, next after `token_ids`, that steps in flight sample: they are counted before they are known."""
     num_computed: int = 0
     """Tokens whose keys and values are in the cache (or are being put there by a step in flight)."""
     num_cached: int = 0
@@ -125,6 +127,11 @@ class Request:
             num_cached=new.given.num_cached_tokens,
             num_prompt_logprobs_sent=new.given.num_prompt_logprobs,
         )
+
+    @property
+    def num_known(self) -> int:
+        """Tokens that are known to whoever computes: those in flight included."""
+        return len(self.token_ids) + self.num_in_flight
 
     @property
     def num_output_tokens(self) -> int:

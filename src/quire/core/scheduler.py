@@ -1,6 +1,6 @@
 """Decides what each step computes.
 
-There are no phases. A request is `num_computed` chasing `len(token_ids)`; prefill in chunks, decode, a
+There are no phases. A request is `num_computed` chasing `num_known`; prefill in chunks, decode, a
 prefix hit and the way back after preemption are all that one case. A step
 
 1. gives each running request, in policy order, the tokens it lacks as far as the budget lasts, and the
@@ -74,9 +74,10 @@ class SchedulerLimits:
 class Scheduler:
     """Owns all requests, rows and blocks. Deterministic: the same calls give the same plans.
 
-    `schedule` and `update` alternate today; several plans may be in flight (a request whose last known token
-    is in flight just waits). Every request that `add` accepted gets exactly one final `TokenDelta`: from
-    `abort`, if that came first, otherwise from `update`.
+    `schedule` and `update` need not alternate. A plan may be made while others are in flight: a token that one of
+    them samples counts as known, since whoever computes has it by then. Where a request turns out to have ended with
+    an earlier token, or to have failed, what later steps sampled for it is dropped. Every request that `add` accepted
+    gets exactly one final `TokenDelta`: from `abort`, if that came first, otherwise from `update`.
     """
 
     def __init__(self, limits: SchedulerLimits, policy: Policy, prefix_cache: PrefixCache | NullPrefixCache) -> None:
@@ -182,7 +183,10 @@ class Scheduler:
         # Victims are taken from the end of the list, which this loop has not reached: nothing that was
         # scheduled is ever taken back.
         for request in self._running:
-            num_tokens = len(request.token_ids) - request.num_computed
+            num_known = len(request.token_ids) + request.num_in_flight
+            if num_known == request.max_num_tokens:
+                num_known -= 1  # its last token is in flight, and nothing comes after that
+            num_tokens = num_known - request.num_computed
             if num_tokens > step.budget:
                 num_tokens = step.budget
             num_slots = len(request.block_ids) * self._pool.block_size
@@ -211,7 +215,7 @@ class Scheduler:
         start = request.num_computed
         end = start + num_tokens
         step.give(request, num_tokens, new_block_ids)
-        if end % self._pool.block_size < num_tokens:  # a block becomes full
+        if end % self._pool.block_size < num_tokens and end <= len(request.token_ids):  # a block becomes full
             self._prefix_cache.register(request, self._pool, start, end)
 
     def _make_room(self, request: Request, num_blocks: int, step: Step) -> bool:
@@ -306,12 +310,17 @@ class Scheduler:
         finish_reason = stop_reason = None
         for num_kept, token_id in enumerate(token_ids, 1):
             request.token_ids.append(token_id)
+            request.num_in_flight -= 1
             if token_id in request.stop_token_ids or len(request.token_ids) == request.max_num_tokens:
                 finish_reason, stop_reason = ending_of(request)
             if finish_reason is not None:
                 token_ids, logprobs = token_ids[:num_kept], logprobs[:num_kept]
                 self._end(request)
                 break
+            num_known = len(request.token_ids)
+            if num_known % self._pool.block_size == 0 and num_known <= request.num_computed:
+                # It was given while it was in flight: only now is it known what its block holds.
+                self._prefix_cache.register(request, self._pool, num_known - 1, num_known)
         if not token_ids and not prompt_logprobs:
             return None
         return make(
@@ -360,6 +369,7 @@ class Scheduler:
         self._removed_rows.append(request.row)
         self._free_rows.append(request.row)
         request.row = None
+        request.num_in_flight = 0
         self._pool.release(request.block_ids)
         request.block_ids = []
 
@@ -387,8 +397,11 @@ class Scheduler:
             require(idle, "who waits holds nothing")
         for request in self._running:
             require(request.status is RequestStatus.RUNNING, "who runs is running")
-            num_known = len(request.token_ids)
-            require(request.num_computed <= num_known < request.max_num_tokens, "counts are in order")
+            num_known = request.num_known
+            require(len(request.token_ids) < request.max_num_tokens, "who has all its tokens has ended")
+            require(request.num_computed <= num_known <= request.max_num_tokens, "counts are in order")
+            flights = sum(request in owners.values() for owners in self._in_flight.values())
+            require(0 <= request.num_in_flight <= flights, "what is in flight is in a step")
             num_blocks = len(request.block_ids)
             require(
                 self._pool.blocks_for(request.num_computed) <= num_blocks <= self._pool.blocks_for(num_known),

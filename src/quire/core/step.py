@@ -50,7 +50,9 @@ class Step:
             raise AssertionError(f"request {request.new.request_id} has no row")
         request.num_computed = end = start + num_tokens
         self.budget -= num_tokens
-        samples = end == len(request.token_ids)
+        samples = end == len(request.token_ids) + request.num_in_flight
+        if samples:
+            request.num_in_flight += 1
         self.scheduled.append(make(ScheduledRow, (row, start, num_tokens, new_block_ids, samples)))
         self.advanced.append(make(ScheduledRequest, (request.new.request_id, start, num_tokens)))
         self.owners[row] = request

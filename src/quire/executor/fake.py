@@ -29,7 +29,9 @@ class _Row:
     fingerprints: list[int]
     """Of each known token."""
     block_ids: list[int]
-    num_computed: int | None
+    has_failed: bool = False
+    """What is computed for it from then on is void."""
+    num_computed: int | None = None
     """None before the first step of the row: where it starts is then for the plan to say."""
 
     def append(self, token_id: int) -> None:
@@ -78,7 +80,8 @@ class FakeExecutor:
         rows = [item.row for item in plan.scheduled]
         _require(len(set(rows)) == len(rows), "a row is scheduled twice")
         for item in plan.scheduled:
-            self._write(item)
+            if item.row not in self._rows or not self._rows[item.row].has_failed:
+                self._write(item)
         return StepResult(plan.step_id, tuple(self._answer(item) for item in plan.scheduled))
 
     def collect(self, handle: StepResult) -> StepResult:
@@ -96,7 +99,7 @@ class FakeExecutor:
     def _enter(self, new: NewRow) -> None:
         _require(0 <= new.row < self._max_num_seqs, f"there is no row {new.row}")
         _require(new.row not in self._rows, f"row {new.row} is taken")
-        row = _Row(new, [], [], list(new.block_ids), None)
+        row = _Row(new, [], [], list(new.block_ids))
         for token_id in new.token_ids:
             row.append(token_id)
         self._rows[new.row] = row
@@ -119,12 +122,15 @@ class FakeExecutor:
     def _answer(self, item: ScheduledRow) -> RowResult:
         """Read the context back, then sample."""
         row = self._rows[item.row]
+        if row.has_failed:
+            return RowResult(item.row, (), error="injected fault")
         end = item.start + item.num_tokens
         for index, first in enumerate(range(0, end, self._block_size)):
             expected = row.fingerprints[first : min(first + self._block_size, end)]
             slots = self._cache[row.block_ids[index]][: len(expected)]
             _require(slots == expected, f"request {row.new.request_id}: block {index} holds another text")
         if any(self._fails(row.new.request_id, position) for position in range(item.start, end)):
+            row.has_failed = True
             return RowResult(item.row, (), error="injected fault")
         prompt_logprobs: Sequence[TokenLogprobs] = ()
         if row.new.sampling.num_prompt_logprobs is not None:

@@ -1,7 +1,7 @@
-"""The executor for one device in this process: it computes when asked."""
+"""Executors for one device in this process."""
 
 from quire.core.plan import StepPlan, StepResult
-from quire.runner.model_runner import ModelRunner
+from quire.runner.model_runner import BegunStep, ModelRunner
 
 
 class LocalExecutor:
@@ -17,6 +17,24 @@ class LocalExecutor:
     def collect(self, handle: StepResult) -> StepResult:
         """The result of `execute`."""
         return handle
+
+    def close(self) -> None:
+        """Nothing is held outside this process."""
+
+
+class DeviceExecutor:
+    """Hands each plan to a device that computes on its own; the handle is the step that has begun."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._runner = runner
+
+    def execute(self, plan: StepPlan) -> BegunStep:
+        """Begin to compute `plan`."""
+        return self._runner.begin(plan)
+
+    def collect(self, handle: BegunStep) -> StepResult:
+        """Wait for the tokens of a step."""
+        return self._runner.finish(handle)
 
     def close(self) -> None:
         """Nothing is held outside this process."""

@@ -23,6 +23,14 @@ class ComposedOps:
         work()
         return 0
 
+    def to_numpy(self, x: Array) -> Any:
+        raise NotImplementedError
+
+    def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[Any]]:
+        """At once."""
+        found = [self.to_numpy(x) for x in arrays]
+        return lambda: found
+
     def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
         raise NotImplementedError
 
@@ -50,6 +58,13 @@ class ComposedOps:
     def compile(self, forward: Forward) -> Step:
         """Operation by operation."""
         return partial(forward, cast(Ops, self))
+
+    def clear_broken(self, logits: Array) -> Array:
+        """Exact."""
+        finite = self.rows_finite(logits)
+        if not finite.all():
+            logits[~finite] = 0.0
+        return finite
 
     def greedy(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> tuple[Array, Array]:
         """`argmax(logits)`, the lowest id among equals. Exactly that of the same provider's logits."""

@@ -15,7 +15,7 @@ Two-dimensional and three-dimensional inputs may be views: the last dimension (t
 unless the operation says that it works in place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -200,6 +200,9 @@ class Ops(Protocol):
     def to_numpy(self, x: Array) -> Any:
         """A numpy array of the same values."""
 
+    def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[Any]]:
+        """Start copying to the host; the result waits for that, and for nothing later, and gives numpy arrays."""
+
     def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight:
         """`weight [out, in]` (numpy, as for `pack_linear`) rounded to nearest. ValueError where one is not finite."""
 
@@ -283,6 +286,9 @@ class Ops(Protocol):
 
     def rows_finite(self, logits: Array) -> Array:
         """bool `[rows]`: no NaN, no +inf, and not all -inf."""
+
+    def clear_broken(self, logits: Array) -> Array:
+        """`rows_finite(logits)`; rows where that is false become 0, in place."""
 
     def copy_blocks(self, cache: Opaque, source_ids: Array, target_ids: Array) -> None:
         """Copy whole blocks, all layers."""

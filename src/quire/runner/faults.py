@@ -1,27 +1,31 @@
 """One row's fault stays in that row.
 
-State of rows is touched row by row, and what that raises fails the row. What is computed for all rows at once changes
-no state; when it raises, it is computed again for each row alone: by the independence of rows the others get the very
-same results, and the one at fault gets its error.
+State of rows is touched row by row, and what that raises fails the row. What is done for all rows at once changes no
+state; when it raises, it is done again for each row alone: by the independence of rows the others get the very same
+results, and the one at fault gets its error.
 """
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import ParamSpec
+from typing import ParamSpec, TypeVar
 
 from quire.core.plan import RowResult, ScheduledRow
 from quire.errors import internal_fault_message
 
 logger = logging.getLogger("quire.runner")
 P = ParamSpec("P")
-Compute = Callable[[Sequence[ScheduledRow]], list[RowResult]]
+T = TypeVar("T")
 
 
 class RowFaults:
-    """The rows that failed in one step, and what their requests are told."""
+    """The rows that failed, and what their requests are told. Such a row is left alone until it is removed."""
 
     def __init__(self) -> None:
         self._errors: dict[int, str] = {}
+
+    def remove(self, row: int) -> None:
+        """Its request is gone."""
+        self._errors.pop(row, None)
 
     def __bool__(self) -> bool:
         return bool(self._errors)
@@ -45,27 +49,29 @@ class RowFaults:
         """The rows that can still be computed."""
         return [item for item in scheduled if item.row not in self._errors] if self._errors else scheduled
 
+    def apart_if_it_fails(
+        self, work: Callable[[Sequence[ScheduledRow]], T], scheduled: Sequence[ScheduledRow]
+    ) -> list[T]:
+        """`[work(scheduled)]`; where that raises, what `work` gives for each row alone, and the others fail.
 
-def compute_apart_if_it_fails(compute: Compute, scheduled: Sequence[ScheduledRow]) -> list[RowResult]:
-    """`compute(scheduled)`; where that raises, each row alone.
-
-    Raises:
-        Exception: no row of several can be computed: that is the engine's fault, and no row's.
-    """
-    if not scheduled:
-        return []
-    try:
-        return compute(scheduled)
-    except Exception as error:
-        logger.exception("a step failed: its rows are computed one by one")
-        if len(scheduled) == 1:
-            return [RowResult(scheduled[0].row, (), error=internal_fault_message(error))]
-        results = []
-        for item in scheduled:
-            try:
-                results += compute((item,))
-            except Exception as own:  # noqa: BLE001 -- the row's own; the step's was logged
-                results.append(RowResult(item.row, (), error=internal_fault_message(own)))
-        if all(result.error is not None for result in results):
-            raise
-        return results
+        Raises:
+            Exception: it raises for each row of several: that is the engine's fault, and no row's.
+        """
+        if not scheduled:
+            return []
+        try:
+            return [work(scheduled)]
+        except Exception as error:
+            logger.exception("a step failed: its rows are taken one by one")
+            if len(scheduled) == 1:
+                self._errors[scheduled[0].row] = internal_fault_message(error)
+                return []
+            found = []
+            for item in scheduled:
+                try:
+                    found.append(work((item,)))
+                except Exception as own:  # noqa: BLE001 -- the row's own; the step's was logged
+                    self._errors[item.row] = internal_fault_message(own)
+            if not found:
+                raise
+            return found

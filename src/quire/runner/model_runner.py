@@ -1,6 +1,13 @@
-"""Runs a plan: rows in and out, gather, model, logits, sample."""
+"""Runs a plan: rows in and out, gather, model, logits, sample.
 
+A step has two halves. `begin` hands all its work to the device and waits for nothing; `finish` waits for the tokens
+that were drawn. Between them the next steps may begin: what they need of those tokens is on the device, by row. Where
+the host itself needs them (a penalty counts them), `begin` finishes what has begun before.
+"""
+
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -9,13 +16,55 @@ from numpy.typing import NDArray
 from quire.core.plan import NewRow, RowResult, ScheduledRow, StepPlan, StepResult, TokenLogprobs
 from quire.models.model import Model
 from quire.ops.types import Array, Ops
-from quire.runner.faults import RowFaults, compute_apart_if_it_fails
+from quire.runner.faults import RowFaults
 from quire.runner.rows import Rows
 from quire.sampling.logprobs import token_logprobs
-from quire.sampling.sampler import NOT_FINITE, Sampler
+from quire.sampling.sampler import NOT_FINITE, Drawn, Sampler
 
 PROMPT_LOGPROB_ROWS = 64
 """Rows of logits held at once while the log-probabilities of a prompt are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """Some rows of a step, handed to the device."""
+
+    scheduled: Sequence[ScheduledRow]
+    sampling: Sequence[int]
+    """Which of them sample."""
+    drawn: Drawn | None
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...] | None]
+    """By row, for those that asked; None where logits were not finite."""
+
+    def read(self, scheduled: Sequence[ScheduledRow]) -> list[RowResult]:
+        """The results of some of these rows; waits for the device."""
+        whole = scheduled is self.scheduled
+        if whole and not self.prompt_logprobs and self.drawn is not None and len(self.sampling) == len(scheduled):
+            return self.drawn.read(range(len(scheduled)))
+        results = {item.row: RowResult(item.row, ()) for item in scheduled}
+        if self.drawn is not None:
+            drawn_rows = self.drawn.rows
+            places = [place for place in range(len(drawn_rows)) if drawn_rows[place] in results]
+            results.update((result.row, result) for result in self.drawn.read(places))
+        for row in self.prompt_logprobs.keys() & results.keys():
+            found = self.prompt_logprobs[row]
+            if found is None:
+                results[row] = RowResult(row, (), error=NOT_FINITE)
+            elif results[row].error is None:
+                results[row] = results[row]._replace(prompt_logprobs=found)
+        return [results[item.row] for item in scheduled]
+
+
+@dataclass(slots=True, eq=False)
+class BegunStep:
+    """A step between its halves."""
+
+    plan: StepPlan
+    launched: list[Launched]
+    gone: set[int] = field(default_factory=set)
+    """Rows that were removed since: what was drawn for them is of no use."""
+    result: StepResult | None = None
+    """Once it is finished."""
 
 
 class ModelRunner:
@@ -35,12 +84,38 @@ class ModelRunner:
         self._cache = ops.make_cache(model.cache_shape(num_blocks, block_size))
         self._rows = Rows(max_rows, max_model_len, block_size)
         self._sampler = Sampler(ops, max_rows)
+        self._faults = RowFaults()
+        self._begun: deque[BegunStep] = deque()
+        """Steps that are not finished, in their order."""
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}
         """Row -> (number asked for, prompt length), for rows that asked."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step. A fault in the work of one row fails that row (see `quire.runner.faults`)."""
-        faults = RowFaults()
+        return self._take_in(BegunStep(plan, self._launch_all(plan)))
+
+    def begin(self, plan: StepPlan) -> BegunStep:
+        """The first half of `execute`."""
+        if self._begun and any(self._sampler.follows(row) and self._rows.awaits(row) for row, *_ in plan.scheduled):
+            self.finish(self._begun[-1])
+        step = BegunStep(plan, self._launch_all(plan))
+        for launched in step.launched:
+            if launched.drawn is not None:
+                self._rows.expect(launched.drawn.rows, launched.drawn.tokens, self._ops)
+        self._begun.append(step)
+        return step
+
+    def finish(self, step: BegunStep) -> StepResult:
+        """The second half; steps that began before are finished first. Asked again, it says the same."""
+        while step.result is None:
+            first = self._begun.popleft()
+            drawn = (launched.drawn for launched in first.launched if launched.drawn is not None)
+            self._rows.arrive([row for one in drawn for row in one.rows if row not in first.gone])
+            first.result = self._take_in(first)
+        return step.result
+
+    def _launch_all(self, plan: StepPlan) -> list[Launched]:
+        faults = self._faults
         for row in plan.removed:
             self._remove(row)
         for new in plan.new:
@@ -48,17 +123,30 @@ class ModelRunner:
         for item in plan.scheduled:
             if item.new_block_ids:
                 faults.contain(item.row, self._rows.extend, item.row, item.new_block_ids)
-        results = compute_apart_if_it_fails(self._compute, faults.without_failed(plan.scheduled))
+        return faults.apart_if_it_fails(self._launch, faults.without_failed(plan.scheduled))
+
+    def _take_in(self, step: BegunStep) -> StepResult:
+        """Results of all rows of a step; tokens become known ones of their rows."""
+        faults, plan = self._faults, step.plan
+        results: list[RowResult] = []
+        for launched in step.launched:
+            asked = launched.scheduled
+            if step.gone:
+                asked = [item for item in asked if item.row not in step.gone]
+            results += chain.from_iterable(faults.apart_if_it_fails(launched.read, asked))
         self._keep([result for result in results if result.token_ids], faults)
-        if faults:
-            done = {result.row: result for result in results}
-            results = [faults.result(item.row) or done[item.row] for item in plan.scheduled]
+        if faults or step.gone:
+            done = {row: RowResult(row, ()) for row in step.gone} | {result.row: result for result in results}
+            results = [done[row] if row in step.gone else faults.result(row) or done[row] for row, *_ in plan.scheduled]
         return StepResult(plan.step_id, tuple(results))
 
     def _remove(self, row: int) -> None:
         self._rows.remove(row)
         self._sampler.remove(row)
+        self._faults.remove(row)
         self._prompt_logprobs.pop(row, None)
+        for step in self._begun:
+            step.gone.add(row)
 
     def _enter(self, new: NewRow) -> None:
         self._rows.enter(new)
@@ -80,54 +168,54 @@ class ModelRunner:
             for row, tokens in zip(rows, token_ids, strict=True):
                 faults.contain(row, self._rows.append, (row,), tokens)
 
-    def _compute(self, scheduled: Sequence[ScheduledRow]) -> list[RowResult]:
-        """Results of rows. Only the cache changes, and computing a row again writes the same into it."""
+    def _launch(self, scheduled: Sequence[ScheduledRow]) -> Launched:
+        """Hand rows to the device. Only the cache changes, and computing a row again writes the same into it."""
         batch = self._rows.gather(scheduled, self._ops)
         hidden = self._model.forward(batch.token_ids, batch.attention, self._cache)
-        results = self._sample(scheduled, hidden, batch.last_tokens)
-        return self._add_prompt_logprobs(scheduled, hidden, results) if self._prompt_logprobs else results
-
-    def _sample(
-        self, scheduled: Sequence[ScheduledRow], hidden: Array, last_tokens: NDArray[np.int64]
-    ) -> list[RowResult]:
         sampling = [index for index, item in enumerate(scheduled) if item.samples]
-        if not sampling:
-            return [RowResult(item.row, ()) for item in scheduled]
+        drawn = self._draw(scheduled, sampling, hidden, batch.last_tokens) if sampling else None
+        asked = self._prompt_logprobs_of(scheduled, hidden) if self._prompt_logprobs else {}
+        return Launched(scheduled, sampling, drawn, asked)
+
+    def _draw(
+        self,
+        scheduled: Sequence[ScheduledRow],
+        sampling: Sequence[int],
+        hidden: Array,
+        last_tokens: NDArray[np.int64],
+    ) -> Drawn:
         picked = hidden if len(hidden) == len(sampling) else hidden[self._ops.array(last_tokens[sampling], "int64")]
         items = [scheduled[index] for index in sampling]
         rows = [item.row for item in items]
         if self._sampler.takes_the_best(rows):
-            drawn = self._sampler.take(*self._model.greedy(picked), rows)
-        else:
-            positions = [item.start + item.num_tokens for item in items]
-            drawn = self._sampler.sample(self._model.logits(picked), rows, positions)
-        if len(drawn) == len(scheduled):
-            return drawn
-        results = [RowResult(item.row, ()) for item in scheduled]
-        for index, result in zip(sampling, drawn, strict=True):
-            results[index] = result
-        return results
+            return self._sampler.take(*self._model.greedy(picked), rows)
+        positions = [item.start + item.num_tokens for item in items]
+        return self._sampler.sample(self._model.logits(picked), rows, positions)
 
-    def _add_prompt_logprobs(
-        self, scheduled: Sequence[ScheduledRow], hidden: Array, results: list[RowResult]
-    ) -> list[RowResult]:
+    def _prompt_logprobs_of(
+        self, scheduled: Sequence[ScheduledRow], hidden: Array
+    ) -> dict[int, tuple[TokenLogprobs, ...] | None]:
+        found = {}
         first = 0
-        for index, item in enumerate(scheduled):
+        for item in scheduled:
             if item.row in self._prompt_logprobs:
-                rows = hidden[first : first + item.num_tokens]
-                results[index] = self._with_prompt_logprobs(item, rows, results[index])
+                found[item.row] = self._read_prompt(item, hidden[first : first + item.num_tokens])
             first += item.num_tokens
-        return results
+        return found
 
-    def _with_prompt_logprobs(self, item: ScheduledRow, hidden: Array, result: RowResult) -> RowResult:
+    def _read_prompt(self, item: ScheduledRow, hidden: Array) -> tuple[TokenLogprobs, ...] | None:
+        """Waits for the device: these are many numbers, and few ask for them."""
+        ops = self._ops
         num_top, num_prompt = self._prompt_logprobs[item.row]
         stop = min(item.start + item.num_tokens, num_prompt - 1)
         found: list[TokenLogprobs] = []
         for start in range(item.start, stop, PROMPT_LOGPROB_ROWS):
             end = min(start + PROMPT_LOGPROB_ROWS, stop)
             logits = self._model.logits(hidden[start - item.start : end - item.start])
-            if not self._ops.to_numpy(self._ops.rows_finite(logits)).all():
-                return RowResult(item.row, (), error=NOT_FINITE)
+            if not ops.to_numpy(ops.rows_finite(logits)).all():
+                return None
             chosen = self._rows.token_ids(item.row, start + 1, end + 1)
-            found += token_logprobs(self._ops, logits, chosen, [num_top] * len(chosen))
-        return result._replace(prompt_logprobs=tuple(found))
+            wanted = ops.logprobs(logits, ops.array(np.array(chosen, np.int32), "int32"), num_top)
+            arrays = ops.fetch([wanted.chosen, wanted.rank, wanted.top_ids, wanted.top_logprobs])()
+            found += [token_logprobs(arrays, place, token_id, num_top) for place, token_id in enumerate(chosen)]
+        return tuple(found)

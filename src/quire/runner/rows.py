@@ -32,7 +32,7 @@ class ForwardBatch:
 
 
 class Rows:
-    """Token ids and block tables by row, in host memory."""
+    """Token ids and block tables by row, in host memory; on the device, by row, the token that was sampled last."""
 
     def __init__(self, max_rows: int, max_model_len: int, block_size: int) -> None:
         max_blocks = -(-max_model_len // block_size)
@@ -40,6 +40,9 @@ class Rows:
         self._block_tables = np.zeros((max_rows, max_blocks), np.int32)
         self._num_known = np.zeros(max_rows, np.int64)
         self._num_blocks = np.zeros(max_rows, np.int64)
+        self._num_awaited = np.zeros(max_rows, np.int64)
+        """Tokens that the device knows and the host does not: they come after the known ones."""
+        self._newest: Array | None = None  # [max_rows] int32
         self._block_size = block_size
 
     def enter(self, new: NewRow) -> None:
@@ -52,6 +55,7 @@ class Rows:
     def remove(self, row: int) -> None:
         """Clear all of a row."""
         self._num_known[row] = 0
+        self._num_awaited[row] = 0
         self._num_blocks[row] = 0
 
     def extend(self, row: int, block_ids: Sequence[int]) -> None:
@@ -66,6 +70,22 @@ class Rows:
         self._token_ids[index, self._num_known[index]] = token_ids
         self._num_known[index] += 1
 
+    def expect(self, rows: Sequence[int], tokens: Array, ops: Ops) -> None:
+        """`tokens [rows]`, on the device, are the next of these rows, which are distinct; `append` will say them."""
+        if self._newest is None:
+            self._newest = ops.array(np.zeros(len(self._num_known)), "int32")
+        index = np.array(rows, np.int64)
+        self._newest[ops.array(index, "int64")] = tokens
+        self._num_awaited[index] += 1
+
+    def arrive(self, rows: Sequence[int]) -> None:
+        """One token fewer is awaited of each of these rows: it will be appended, or there is none."""
+        self._num_awaited[np.array(rows, np.int64)] -= 1
+
+    def awaits(self, row: int) -> bool:
+        """Whether the host lacks a token of the row."""
+        return bool(self._num_awaited[row])
+
     def token_ids(self, row: int, start: int, stop: int) -> list[int]:
         """Known tokens of a row."""
         found: list[int] = self._token_ids[row, start:stop].tolist()
@@ -75,16 +95,24 @@ class Rows:
         """The arrays of one step; nothing is changed. The new blocks of its rows have been appended."""
         # By columns: arrays of tuples of numbers are made in a fifth of the time of an array of rows.
         rows, starts, counts = (np.array(column, np.int64) for column in islice(zip(*scheduled, strict=True), 3))
-        assert (starts + counts <= self._num_known[rows]).all(), "a plan reaches past the known tokens"
         query_starts = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(counts, out=query_starts[1:])
         positions = np.repeat(starts - query_starts[:-1], counts) + np.arange(query_starts[-1])
-        token_ids = self._token_ids[np.repeat(rows, counts), positions]
-        widest = -(-int((starts + counts).max()) // self._block_size)
+        row_of_token = np.repeat(rows, counts)
+        token_ids = ops.array(self._token_ids[row_of_token, positions], "int32")
+        ends = starts + counts
+        if self._newest is not None and (ends > self._num_known[rows]).any():
+            assert (ends <= self._num_known[rows] + self._num_awaited[rows]).all(), "a plan reaches past known tokens"
+            # Arithmetic, not a choice by index: the same few operations whatever is awaited.
+            awaited = positions >= self._num_known[row_of_token]
+            token_ids = token_ids * ops.array(~awaited, "int32") + (
+                self._newest[ops.array(row_of_token, "int64")] * ops.array(awaited, "int32")
+            )
+        widest = -(-int(ends.max()) // self._block_size)
         attention = AttentionBatch(
             positions=ops.array(positions, "int32"),
             query_starts=ops.array(query_starts, "int32"),
             starts=ops.array(starts, "int32"),
             block_tables=ops.array(self._block_tables[rows, :widest], "int32"),
         )
-        return ForwardBatch(ops.array(token_ids, "int32"), attention, query_starts[1:] - 1)
+        return ForwardBatch(token_ids, attention, query_starts[1:] - 1)

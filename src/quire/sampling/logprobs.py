@@ -1,23 +1,14 @@
 """Log-probabilities of raw logits, as the plain values that go up."""
 
 from collections.abc import Sequence
-
-import numpy as np
+from typing import Any
 
 from quire.core.plan import TokenLogprobs
-from quire.ops.types import Array, Ops
 
 
-def token_logprobs(ops: Ops, logits: Array, chosen: Sequence[int], num_top: Sequence[int]) -> list[TokenLogprobs]:
-    """For each row of `logits [rows, vocabulary]`: the chosen token, then its `num_top[row]` best."""
-    found = ops.logprobs(logits, ops.array(np.array(chosen, np.int32), "int32"), max(num_top))
-    chosen_logprobs, ranks = ops.to_numpy(found.chosen).tolist(), ops.to_numpy(found.rank).tolist()
-    top_ids, top_logprobs = ops.to_numpy(found.top_ids).tolist(), ops.to_numpy(found.top_logprobs).tolist()
-    return [
-        TokenLogprobs(
-            (token_id, *top_ids[index][:count]),
-            (chosen_logprobs[index], *top_logprobs[index][:count]),
-            (ranks[index], *range(1, count + 1)),
-        )
-        for index, (token_id, count) in enumerate(zip(chosen, num_top, strict=True))
-    ]
+def token_logprobs(arrays: Sequence[Any], place: int, token_id: int, num_top: int) -> TokenLogprobs:
+    """Of one row: the chosen token, then its `num_top` best. `arrays` are those of `Logprobs`, as numpy has them."""
+    chosen, rank, top_ids, top_logprobs = (array[place].tolist() for array in arrays)
+    return TokenLogprobs(
+        (token_id, *top_ids[:num_top]), (chosen, *top_logprobs[:num_top]), (rank, *range(1, num_top + 1))
+    )

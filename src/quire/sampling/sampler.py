@@ -10,12 +10,13 @@ the position of the token (see `ops.reference`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.plan import NewRow, RowResult, TokenLogprobs
-from quire.ops.types import Array, Ops, SampleBatch
+from quire.ops.types import Array, Logprobs, Ops, SampleBatch
 from quire.sampling.features import LogitsFeature
 from quire.sampling.logits import AllowedTokens, BadWords, LogitBias, MinTokens
 from quire.sampling.logprobs import token_logprobs
@@ -24,6 +25,7 @@ from quire.sampling.penalties import Penalties
 _make = tuple.__new__  # a NamedTuple at half the cost of its constructor
 NOT_FINITE = "the model gave logits that are not finite"
 NOTHING_LEFT = "no token is allowed: the masks of the request exclude the whole vocabulary"
+_ERRORS = (NOT_FINITE, NOTHING_LEFT)
 
 
 @dataclass(slots=True)
@@ -35,6 +37,59 @@ class _Numbers:
     top_p: NDArray[np.float32]
     min_p: NDArray[np.float32]
     seeds: NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Log-probabilities of those rows of a draw that want them."""
+
+    places: dict[int, int]
+    """Index of a row -> its place in `found`."""
+    num_top: list[int]
+    found: Logprobs | None
+
+    def arrays(self) -> list[Array]:
+        """What the host needs of the device."""
+        found = self.found
+        return [] if found is None else [found.chosen, found.rank, found.top_ids, found.top_logprobs]
+
+    def read(self, index: int, token_id: int, arrays: Sequence[Any]) -> tuple[TokenLogprobs, ...]:
+        """Of the row at `index`, from `arrays` as numpy has them."""
+        place = self.places.get(index)
+        return () if place is None else (token_logprobs(arrays, place, token_id, self.num_top[place]),)
+
+
+_NO_LOGPROBS = Wanted({}, [], None)
+
+
+class Drawn:
+    """One token for each of some rows, which may still be on its way from the device."""
+
+    def __init__(self, ops: Ops, rows: Sequence[int], tokens: Array, flags: Sequence[Array], logprobs: Wanted) -> None:
+        """`tokens [rows]` int32, on the device. `flags`: whether a row's logits were finite, and whether they still
+        were when they had been edited, bool `[rows]`; the second may be left out."""
+        self.rows = rows
+        self.tokens = tokens
+        self._num_flags = len(flags)
+        self._logprobs = logprobs
+        self._fetched = ops.fetch([tokens, *flags, *logprobs.arrays()])
+
+    def read(self, indices: Sequence[int]) -> list[RowResult]:
+        """The results of `rows[index]` for some of the rows; waits for the device."""
+        tokens, *others = self._fetched()
+        flags, logprobs = others[: self._num_flags], others[self._num_flags :]
+        ids, rows = tokens.tolist(), self.rows
+        if not logprobs and all(flag.all() for flag in flags):
+            return [_make(RowResult, (rows[index], (ids[index],), (), (), None)) for index in indices]
+        results = []
+        for index in indices:
+            error = next((text for text, flag in zip(_ERRORS, flags, strict=False) if not flag[index]), None)
+            if error is not None:
+                results.append(RowResult(rows[index], (), error=error))
+            else:
+                found = self._logprobs.read(index, ids[index], logprobs)
+                results.append(RowResult(rows[index], (ids[index],), found))
+        return results
 
 
 class Sampler:
@@ -88,16 +143,13 @@ class Sampler:
         greedy = not self._numbers.temperature[np.array(rows)].any()
         return greedy and self._users.isdisjoint(rows) and self._num_logprobs.keys().isdisjoint(rows)
 
-    def take(self, tokens: Array, finite: Array, rows: Sequence[int]) -> list[RowResult]:
-        """The results of rows that take the best: what `Model.greedy` gave, as `sample` would put it."""
-        to_numpy = self._ops.to_numpy
-        return [
-            _make(RowResult, (row, (token,), (), (), None)) if ok else RowResult(row, (), error=NOT_FINITE)
-            for row, token, ok in zip(rows, to_numpy(tokens).tolist(), to_numpy(finite).tolist(), strict=True)
-        ]
+    def take(self, tokens: Array, finite: Array, rows: Sequence[int]) -> Drawn:
+        """The draw of rows that take the best: what `Model.greedy` gave, as `sample` would put it."""
+        return Drawn(self._ops, rows, tokens, [finite], _NO_LOGPROBS)
 
-    def sample(self, logits: Array, rows: Sequence[int], positions: Sequence[int]) -> list[RowResult]:
-        """One token for each row. No state of rows changes until `observe` is told what is kept.
+    def sample(self, logits: Array, rows: Sequence[int], positions: Sequence[int]) -> Drawn:
+        """One token for each row, without waiting for the device. No state of rows changes until `observe` is told
+        what is kept.
 
         Args:
             logits: float32 `[rows, vocabulary]`, edited in place.
@@ -105,27 +157,25 @@ class Sampler:
             positions: index in its sequence of the token to draw.
         """
         ops = self._ops
-        errors: list[str | None] = [None] * len(rows)
-        finite = ops.to_numpy(ops.rows_finite(logits))
-        if not finite.all():
-            errors = [None if ok else NOT_FINITE for ok in finite]
-            logits[ops.array(~finite, "bool")] = 0.0
-        raw = self._raw_copy(logits, rows)
+        flags = [ops.clear_broken(logits)]
+        wanted = [index for index, row in enumerate(rows) if row in self._num_logprobs]
+        chosen = ops.array(wanted, "int64") if wanted else None
+        raw = None if chosen is None else logits[chosen]
         if not self._users.isdisjoint(rows):
             for feature in self._features:
                 feature.apply(logits, rows)
-            left = ops.to_numpy(ops.rows_finite(logits))
-            if not left.all():
-                errors = [error or (None if ok else NOTHING_LEFT) for error, ok in zip(errors, left, strict=True)]
-                logits[ops.array(~left, "bool")] = 0.0
-        tokens = ops.to_numpy(ops.sample(logits, self._batch(rows, positions))).tolist()
-        if raw is None and not any(errors):
-            return [_make(RowResult, (row, (token,), (), (), None)) for row, token in zip(rows, tokens, strict=True)]
-        logprobs = self._logprobs(raw, rows, tokens)
-        return [
-            RowResult(row, (token,), logprobs.get(row, ())) if error is None else RowResult(row, (), error=error)
-            for row, token, error in zip(rows, tokens, errors, strict=True)
-        ]
+            flags.append(ops.clear_broken(logits))
+        tokens = ops.sample(logits, self._batch(rows, positions))
+        if raw is None:
+            return Drawn(ops, rows, tokens, flags, _NO_LOGPROBS)
+        num_top = [self._num_logprobs[rows[index]] for index in wanted]
+        found = ops.logprobs(raw, tokens[chosen], max(num_top))
+        places = {index: place for place, index in enumerate(wanted)}
+        return Drawn(ops, rows, tokens, flags, Wanted(places, num_top, found))
+
+    def follows(self, row: int) -> bool:
+        """Whether the next draw of `row` depends on the tokens before it: `observe` must have been told of them."""
+        return row in self._users
 
     def followed(self, results: Sequence[RowResult]) -> list[RowResult]:
         """Those whose tokens `observe` wants to know."""
@@ -136,20 +186,6 @@ class Sampler:
         if row in self._users:
             for feature in self._features:
                 feature.observe(row, token_id)
-
-    def _raw_copy(self, logits: Array, rows: Sequence[int]) -> Array | None:
-        wanted = [index for index, row in enumerate(rows) if row in self._num_logprobs]
-        return logits[self._ops.array(wanted, "int64")] if wanted else None
-
-    def _logprobs(
-        self, raw: Array | None, rows: Sequence[int], tokens: Sequence[int]
-    ) -> dict[int, tuple[TokenLogprobs, ...]]:
-        if raw is None:
-            return {}
-        wanted = [(row, token) for row, token in zip(rows, tokens, strict=True) if row in self._num_logprobs]
-        counts = [self._num_logprobs[row] for row, _ in wanted]
-        found = token_logprobs(self._ops, raw, [token for _, token in wanted], counts)
-        return {row: (item,) for (row, _), item in zip(wanted, found, strict=True)}
 
     def _batch(self, rows: Sequence[int], positions: Sequence[int]) -> SampleBatch:
         index, numbers, array = np.array(rows), self._numbers, self._ops.array

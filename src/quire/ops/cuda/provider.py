@@ -5,7 +5,7 @@ waits for the device, except `to_numpy`. Tested without a GPU under Triton's int
 `device="cpu"`, in float32 and float16.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,6 +71,22 @@ class CudaOps(ComposedOps):
 
     def to_numpy(self, x: Array) -> Any:
         return x.detach().cpu().numpy()
+
+    def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[Any]]:
+        """Into pinned memory, behind what was launched so far."""
+        if self.device.type == "cpu":
+            return super().fetch(arrays)
+        pinned = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in arrays]
+        for target, x in zip(pinned, arrays, strict=True):
+            target.copy_(x, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self.device))
+
+        def wait() -> list[Any]:
+            done.synchronize()
+            return [target.numpy() for target in pinned]
+
+        return wait
 
     def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight:
         return quantize_reference.quantize(weight, rounding)
@@ -152,6 +168,11 @@ class CudaOps(ComposedOps):
     def rows_finite(self, logits: Array) -> Array:
         broken = (torch.isnan(logits) | (logits == torch.inf)).any(-1)
         return (logits > -torch.inf).any(-1) & ~broken
+
+    def clear_broken(self, logits: Array) -> Array:
+        finite = self.rows_finite(logits)
+        logits.masked_fill_(~finite[:, None], 0.0)  # without asking whether there is any
+        return finite
 
 
 @contextmanager

@@ -1,0 +1,123 @@
+"""The halves of a step: what begins while tokens are in flight gives what it gives when they are known."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from quire.core.plan import NewRow, RowResult, ScheduledRow, StepPlan
+from quire.core.request import SamplingSpec
+from quire.ops.reference import ReferenceOps
+from quire.runner.model_runner import ModelRunner
+from quire.weights.load import load_model
+
+GREEDY, DRAWN = SamplingSpec(temperature=0.0), SamplingSpec(temperature=1.0, seed=5, num_logprobs=2)
+PENALISED = SamplingSpec(temperature=0.0, frequency_penalty=2.0)
+
+
+class LateOps(ReferenceOps):
+    """A device whose numbers reach the host only when somebody waits for them."""
+
+    def __init__(self, xp: Any) -> None:
+        super().__init__(xp)
+        self.num_waits = 0
+        self.breaks = False
+
+    def fetch(self, arrays: Sequence[Any]) -> Callable[[], list[Any]]:
+        copies = [np.array(self.to_numpy(x)) for x in arrays]
+
+        def wait() -> list[Any]:
+            self.num_waits += 1
+            if self.breaks:
+                raise RuntimeError("the device is gone")
+            return copies
+
+        return wait
+
+
+def runner(directory: Path, ops: ReferenceOps) -> ModelRunner:
+    model = load_model(directory, ops, dtype="float32")
+    return ModelRunner(model, ops, num_blocks=16, block_size=16, max_rows=4, max_model_len=64)
+
+
+def enter(row: int, prompt: Sequence[int], spec: SamplingSpec, blocks: tuple[int, ...]) -> NewRow:
+    return NewRow(row, f"r{row}", tuple(prompt), len(prompt), spec, blocks)
+
+
+def single(row: int, start: int) -> ScheduledRow:
+    return ScheduledRow(row, start, 1, (), True)
+
+
+def plans(specs: Sequence[SamplingSpec], num_steps: int) -> list[StepPlan]:
+    """Prompts of 3, 4, 5 ... tokens in rows 0, 1, 2 ..., then a token each in every step."""
+    prompts = [list(range(10 + row, 13 + 2 * row)) for row in range(len(specs))]
+    new = tuple(enter(row, prompt, specs[row], (row,)) for row, prompt in enumerate(prompts))
+    first = tuple(ScheduledRow(row, 0, len(prompt), (), True) for row, prompt in enumerate(prompts))
+    rest = [
+        StepPlan(step, (), (), tuple(single(row, len(prompt) + step - 1) for row, prompt in enumerate(prompts)))
+        for step in range(1, num_steps)
+    ]
+    return [StepPlan(0, (), new, first), *rest]
+
+
+@pytest.mark.parametrize("xp", [np, torch], ids=lambda xp: xp.__name__)
+@pytest.mark.parametrize("in_flight", [2, 3])
+def test_steps_in_flight_give_the_same(tiny_model: Path, xp: Any, in_flight: int) -> None:
+    todo = plans([GREEDY, DRAWN, GREEDY], 6)
+    plain = runner(tiny_model, ReferenceOps(xp))
+    expected = [plain.execute(plan) for plan in todo]
+    ops = LateOps(xp)
+    late = runner(tiny_model, ops)
+    begun, found = [], []
+    for plan in todo:
+        begun.append(late.begin(plan))
+        if len(begun) == in_flight:
+            assert late._rows.awaits(0) and ops.num_waits == len(found)
+            found.append(late.finish(begun.pop(0)))
+    found += [late.finish(step) for step in begun]
+    assert found == expected
+    assert ops.num_waits == len(todo), "one wait for each step"
+    assert not any(late._rows.awaits(row) for row in range(3))
+    assert late.finish(begun[-1]) == expected[-1], "asked again, it says the same"
+
+
+def test_a_row_that_counts_its_tokens_has_them_first(tiny_model: Path) -> None:
+    todo = plans([GREEDY, PENALISED], 5)
+    plain = runner(tiny_model, ReferenceOps(np))
+    expected = [plain.execute(plan) for plan in todo]
+    ops = LateOps(np)
+    late = runner(tiny_model, ops)
+    begun = []
+    for number, plan in enumerate(todo):
+        begun.append(late.begin(plan))
+        assert ops.num_waits == number, "the step before was finished first"
+    assert [late.finish(step) for step in begun] == expected
+
+
+def test_a_row_taken_anew_gets_nothing_of_the_one_before(tiny_model: Path) -> None:
+    first, second, third = plans([GREEDY, DRAWN], 3)
+    late, alone = runner(tiny_model, LateOps(np)), runner(tiny_model, ReferenceOps(np))
+    begun = [late.begin(first), late.begin(second)]
+    taken = StepPlan(2, (0,), (enter(0, [7, 8], GREEDY, (5,)),), (ScheduledRow(0, 0, 2, (), True), third.scheduled[1]))
+    begun.append(late.begin(taken))
+    begun.append(late.begin(StepPlan(3, (), (), (single(0, 2),))))
+    results = [late.finish(step) for step in begun]
+    assert results[0].rows[0] == results[1].rows[0] == RowResult(0, ()), "void: nobody waits for it"
+    expected = [
+        alone.execute(StepPlan(0, (), (enter(0, [7, 8], GREEDY, (5,)),), (ScheduledRow(0, 0, 2, (), True),))),
+        alone.execute(StepPlan(1, (), (), (single(0, 2),))),
+    ]
+    assert [results[2].rows[0], results[3].rows[0]] == [one.rows[0] for one in expected]
+    assert late._rows.token_ids(0, 0, 4) == [7, 8, *(one.rows[0].token_ids[0] for one in expected)]
+
+
+def test_a_device_that_is_gone_is_nobodys_row(tiny_model: Path) -> None:
+    ops = LateOps(np)
+    late = runner(tiny_model, ops)
+    step = late.begin(plans([GREEDY, DRAWN], 1)[0])
+    ops.breaks = True
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        late.finish(step)
