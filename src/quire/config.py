@@ -16,7 +16,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 POLICIES = ("fcfs", "priority")
 DEVICES = ("auto", "cpu", "cuda")
-QUANTIZATIONS = ("int8", "int8_w8a8", "int4")
+QUANTIZATIONS = ("int8", "int8_w8a8", "int4", "fp8")
 GROUP_SIZES = (32, 64, 128)
 
 
@@ -35,8 +35,8 @@ class EngineArgs:
     dtype: str = "auto"
     """Storage of weights and cache: auto (the checkpoint's own), bfloat16, float16, float32 (computes exactly)."""
     quantization: str | None = None
-    """Round the weights while they are loaded: int8, int8_w8a8 (inputs too), int4. `dtype` is then that of the cache
-    and of weights which are not rounded."""
+    """Round the weights while they are loaded: int8, int8_w8a8 (inputs too), int4, fp8 (inputs too; CUDA alone).
+    `dtype` is then that of the cache and of weights which are not rounded."""
     quantization_group_size: int | None = None
     """Weights of a row that share a scale with int4: 32, 64 or 128; None is 64."""
     max_model_len: int | None = None

@@ -18,7 +18,7 @@ from quire.ops.cpu import CpuOps
 from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
 from quire.ops.types import Ops
-from quire.quant.select import select_scheme
+from quire.quant.select import check_scheme, select_scheme
 from quire.quant.types import Scheme
 from quire.text.tokenizer import Tokenizer
 from quire.weights.load import load_model
@@ -32,6 +32,7 @@ LARGEST_KL = {
     "gpt2": {"int8": 1.5e-3, "int8_w8a8": 3e-3, "int4": 0.22},
     "olmo2": {"int8": 7e-4, "int8_w8a8": 1.2e-3, "int4": 0.15},
 }
+ON_CPU = [name for name in QUANTIZATIONS if name in CpuOps.formats]
 EMBEDDED_KL = {"int8": 1e-4, "int8_w8a8": 5e-4, "int4": 6e-3}
 
 
@@ -61,9 +62,7 @@ def test_the_divergence_from_the_model_is_that_of_the_format(family: str, ops: O
     directory = tiny(family)
     tokens = np.random.default_rng(0).integers(0, 320, 100).tolist()
     exact = logits(directory, ops, None, tokens, [100])
-    found = {
-        name: mean_kl(exact, logits(directory, ops, select_scheme(name, None), tokens, [100])) for name in QUANTIZATIONS
-    }
+    found = {name: mean_kl(exact, logits(directory, ops, select_scheme(name, None), tokens, [100])) for name in ON_CPU}
     assert {name for name, bound in LARGEST_KL[family].items() if not 0 < found[name] <= bound} == set()
     assert found["int8"] < found["int8_w8a8"] < found["int4"]
 
@@ -85,12 +84,12 @@ def test_the_embedded_model_is_hardly_changed(ops: Ops) -> None:
                               for exact, tokens in zip(expected, answers, strict=True)]))  # fmt: skip
 
     expected = [logits(directory, ops, None, tokens, [len(tokens)]) for tokens in answers]
-    found = {name: divergence(select_scheme(name, None)) for name in QUANTIZATIONS}
+    found = {name: divergence(select_scheme(name, None)) for name in ON_CPU}
     assert {name for name, bound in EMBEDDED_KL.items() if not 0 < found[name] <= bound} == set(), found
     assert divergence(select_scheme("int4", 32)) < divergence(select_scheme("int4", 128))
 
 
-@pytest.mark.parametrize("name", QUANTIZATIONS)
+@pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_every_provider_computes_the_same_model(name: str, family: str, tiny: Tiny) -> None:
     """Roundings near a tie may fall otherwise where sums run in another order; so may what follows, a little."""
@@ -102,7 +101,7 @@ def test_every_provider_computes_the_same_model(name: str, family: str, tiny: Ti
         assert np.abs(ours - expected).max() <= tolerance * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", QUANTIZATIONS)
+@pytest.mark.parametrize("name", ON_CPU)
 @pytest.mark.parametrize("family", ["llama-3.1", "gemma2"])
 def test_chunks_and_threads_change_nothing(name: str, family: str, ops: Ops, tiny: Tiny) -> None:
     tokens = np.random.default_rng(2).integers(0, 320, 90).tolist()
@@ -112,7 +111,7 @@ def test_chunks_and_threads_change_nothing(name: str, family: str, ops: Ops, tin
     assert np.array_equal(logits(tiny(family), CpuOps(5, instruction_sets()[-1]), scheme, tokens, [64, 26]), whole)
 
 
-@pytest.mark.parametrize("name", QUANTIZATIONS)
+@pytest.mark.parametrize("name", ON_CPU)
 def test_weight_bytes_are_what_is_packed(name: str, ops: Ops, tiny: Tiny) -> None:
     """Padding aside: no dimension here but the vocabulary's (320 of 64) is a multiple of what kernels pad to."""
     directory = tiny("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
@@ -146,6 +145,16 @@ def test_weights_that_are_not_finite_are_named(tiny: Tiny, tmp_path: Path) -> No
         ModelFileError, match=r"layers\.1\.mlp\.gate_proj\.weight, .*up_proj\.weight cannot be quantised"
     ):
         load_model(tmp_path, ReferenceOps(np), scheme=select_scheme("int8", None))
+
+
+def test_fp8_is_as_near_to_the_model_as_its_three_bits_and_the_cpu_refuses_it(ops: Ops, tiny: Tiny) -> None:
+    tokens, reference = np.random.default_rng(3).integers(0, 320, 60).tolist(), ReferenceOps(np)
+    exact = logits(tiny("qwen3"), reference, None, tokens, [60])
+    found = mean_kl(exact, logits(tiny("qwen3"), reference, select_scheme("fp8", None), tokens, [60]))
+    assert 0 < found < 2 * LARGEST_KL["qwen3"]["int4"]
+    check_scheme(select_scheme("fp8", None), reference)
+    with pytest.raises(ConfigurationError, match=r"'fp8' needs .* cpu .* has int8, int8_w8a8, int4$"):
+        check_scheme(select_scheme("fp8", None), ops)
 
 
 def test_schemes_by_name() -> None:

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from quire.ops.reference import ReferenceOps
-from quire.ops.types import AttentionSpec, QuantizedFormat, RopeTables, SampleBatch
+from quire.ops.types import AttentionSpec, QuantizedFormat, RopeTables, Rounding, SampleBatch
 from tests.ops.cases import Heads, Rows, normal, relative_error
 from tests.ops.test_quantized import FORMATS, random_weight
 
 pytest.importorskip("triton")
 
+from quire.ops.cuda import products
 from quire.ops.cuda.provider import CudaOps
 
 ON_DEVICE = torch.cuda.is_available()
@@ -109,15 +110,38 @@ def test_products_of_floats(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_products_of_integers(kind: QuantizedFormat) -> None:
     rng = np.random.default_rng(2)
-    for group in (32, 64):
-        weight, x = random_weight(rng, kind, 70, 130, group), normal(rng, 20, 130)
+    for group, inputs in ((32, 130), (64, 130), (64, 128), (32, 96)):
+        weight, x = random_weight(rng, kind, 70, inputs, group), normal(rng, 70, inputs)
         packed, expected = CUDA.pack_linear(weight, None, "float32"), REFERENCE.pack_linear(weight, None, "float32")
-        got = numpy(CUDA.linear(*on_device(x), packed))
-        assert relative_error(got, REFERENCE.linear(x, expected)) < (2e-5 if kind.endswith("a8") else 1e-4)
+        for rows in (1, 20, 70):
+            got = numpy(CUDA.linear(*on_device(x[:rows]), packed))
+            expected_y = REFERENCE.linear(x[:rows], expected)
+            assert relative_error(got, expected_y) < (2e-5 if kind.endswith("a8") else 1e-4), (group, rows)
     table = random_weight(rng, "int8", 9, 40, 40)
     ids = np.array([3, 0, 8], np.int32)
     rows = numpy(CUDA.embed(CUDA.array(ids, "int32"), CUDA.pack_embedding(table, "float32")))
     assert np.array_equal(rows, REFERENCE.embed(ids, REFERENCE.pack_embedding(table, "float32")))
+
+
+@pytest.mark.skipif("fp8" not in CUDA.formats, reason="needs compute capability 8.9")
+def test_products_of_fp8() -> None:
+    rng = np.random.default_rng(6)
+    weight, x = normal(rng, 70, 300), normal(rng, 70, 300) * np.exp(3 * normal(rng, 70, 1))
+    weight[3], weight[5, 7], x[2] = 0, 1e4, 0
+    x[4, :5] = 1e-30, -1e-3, 0.0, 1e4, -1e4
+    rounded = CUDA.quantize(weight, Rounding("fp8", None))
+    packed, expected = CUDA.pack_linear(rounded, None, "float32"), REFERENCE.pack_linear(rounded, None, "float32")
+    for rows in (1, 20, 70):
+        got = numpy(CUDA.linear(*on_device(x[:rows]), packed))
+        assert relative_error(got, REFERENCE.linear(x[:rows], expected)) < 1e-3
+    values, steps = products.round_rows(*on_device(x), "fp8")
+    expected_values, expected_steps = REFERENCE.round_inputs(x, 448, floating=True)
+    assert np.array_equal(numpy(values), expected_values)
+    assert np.array_equal(numpy(steps), expected_steps[:, 0])
+    broken = np.full((3, 300), 1.0, np.float32)
+    broken[0, 3], broken[2, 4] = np.nan, np.inf
+    nans = np.isnan(numpy(CUDA.linear(*on_device(broken), packed)))
+    assert nans[::2].all() and not nans[1].any()
 
 
 def test_norms_and_activations() -> None:

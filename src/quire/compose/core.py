@@ -32,7 +32,7 @@ from quire.models.model import Model
 from quire.ops.select import select_ops
 from quire.ops.types import Ops
 from quire.outputs import Decision
-from quire.quant.select import select_scheme
+from quire.quant.select import check_scheme, select_scheme
 from quire.quant.types import bits_per_weight
 from quire.runner.memory import StepLimits, make_ledger
 from quire.runner.model_runner import ModelRunner
@@ -68,6 +68,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     model_len = resolve_model_len(args, spec.max_position_embeddings)
     stamp = _stamp(directory)
     scheme = select_scheme(args.quantization, args.quantization_group_size)
+    check_scheme(scheme, ops)
     with LoadingBar() as bar:
         try:
             model = load_model(directory, ops, args.dtype, model_len, bar.show, scheme)

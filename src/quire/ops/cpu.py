@@ -28,6 +28,7 @@ from quire.ops.types import (
     Forward,
     Logprobs,
     Opaque,
+    QuantizedFormat,
     QuantizedWeight,
     RopeTables,
     Rounding,
@@ -44,6 +45,8 @@ class CpuOps(ComposedOps):
     """`threads` includes the calling one. `isa` is one of `quire.ops.select.instruction_sets()`. `affinity` names the
     processors of each thread (`quire.ops.select.core_processors`); empty leaves them to the system. All providers of a
     process share its threads: their operations run one after another, whoever calls."""
+
+    formats: tuple[QuantizedFormat, ...] = ("int8", "int8_w8a8", "int4", "int4_w4a8")
 
     def __init__(self, threads: int, isa: str, affinity: Sequence[Sequence[int]] = ()) -> None:
         self._native = _native.Runtime(threads, isa, affinity)

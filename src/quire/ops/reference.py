@@ -28,6 +28,7 @@ from quire.ops.types import (
     AttentionSpec,
     CacheShape,
     Logprobs,
+    QuantizedFormat,
     QuantizedWeight,
     RopeTables,
     Rounding,
@@ -42,7 +43,7 @@ class ReferenceLinear:
 
     weight: Array  # [out, in] float32
     bias: Array | None  # [out] float32
-    input_levels: int | None = None  # inputs are rounded to integers of this size, each row by its largest
+    format: QuantizedFormat | None = None  # inputs are rounded as it says, each row by its largest
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,8 @@ class ReferenceCache:
 
 class ReferenceOps(composed.ComposedOps):
     """`ReferenceOps(numpy)` or `ReferenceOps(torch)`; `device` as the library's `asarray` takes it."""
+
+    formats = tuple(INPUT_LEVELS)
 
     def __init__(self, namespace: Any, device: Any | None = None) -> None:
         self.xp = array_namespace(namespace.asarray([0.0]))
@@ -76,9 +79,9 @@ class ReferenceOps(composed.ComposedOps):
     def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> ReferenceLinear:
         """Rounds to `storage`, to nearest even; the bias stays float32. Exact. A `QuantizedWeight` becomes what it
         stands for: its values times its scales, in float32."""
-        levels = None
+        kind = None
         if isinstance(weight, QuantizedWeight):
-            levels = INPUT_LEVELS[weight.format]
+            kind = weight.format
             scales = np.repeat(weight.scales, weight.group_size, axis=1)[:, : weight.values.shape[1]]
             rounded = weight.values.astype(np.float32) * scales
         else:
@@ -86,7 +89,7 @@ class ReferenceOps(composed.ComposedOps):
         return ReferenceLinear(
             self.array(rounded, "float32"),
             None if bias is None else self.array(np.asarray(bias).astype(np.float32), "float32"),
-            levels,
+            kind,
         )
 
     def pack_embedding(self, table: Any, storage: StorageType) -> ReferenceLinear:
@@ -100,26 +103,31 @@ class ReferenceOps(composed.ComposedOps):
         Tolerance: rel 2e-5 (order of sums) for the x it multiplies; so, of rounding to bfloat16, within
         `2^-8 sum_i |x[t, i] w[o, i]|` of this line.
 
-        With a `QuantizedWeight` x is first rounded by `round_inputs`. Tolerance: rel 2e-5 (order of sums)."""
+        With a `QuantizedWeight` x is first rounded by `round_inputs`. Tolerance: rel 2e-5 (order of sums); with
+        `fp8` 1e-3, as the sums of a device's unit may be shorter."""
         y_scale = None
-        if packed.input_levels is not None:
-            x, y_scale = self.round_inputs(x, packed.input_levels)
+        if packed.format is not None:
+            x, y_scale = self.round_inputs(x, INPUT_LEVELS[packed.format], packed.format == "fp8")
         y = x @ self.xp.permute_dims(packed.weight, (1, 0))
         if y_scale is not None:
             y = y * y_scale
         return y if packed.bias is None else y + packed.bias
 
-    def round_inputs(self, x: Array, levels: int) -> tuple[Array, Array]:
-        """`q [tokens, in] = rint(x * (levels / absmax))`, integers kept as float32, and the step `absmax / levels
-        [tokens, 1]`, absmax being the largest magnitude of each row. One below 2^-100 counts as zero, and a row
-        with an infinity or NaN gives NaN for all its outputs. Exact."""
+    def round_inputs(self, x: Array, levels: int, floating: bool = False) -> tuple[Array, Array]:
+        """`q [tokens, in] = rint(x * (levels / absmax))`, integers kept as float32 (`floating`: the nearest of e4m3),
+        and the step `absmax / levels [tokens, 1]`, absmax being the largest magnitude of each row. One below 2^-100
+        counts as zero, and a row with an infinity or NaN gives NaN for all its outputs. Exact."""
         xp = self.xp
         none = xp.zeros((x.shape[0], 1), dtype=xp.float32, device=self.device)
         absmax = xp.max(xp.abs(x), axis=-1, keepdims=True) if x.shape[1] else none
         finite = xp.isfinite(absmax)
         some = finite & (absmax >= 2.0**-100)
         inverse = xp.where(some, levels / xp.where(some, absmax, 1.0), 0.0)
-        q = xp.where(some, xp.round(xp.where(some, x, 0.0) * inverse), 0.0)
+        scaled = xp.where(some, x, 0.0) * inverse
+        if floating:
+            nearest = quantize_reference.e4m3(self.to_numpy(scaled)).astype(np.float32)
+            return self.array(nearest, "float32"), xp.where(finite, absmax / levels, math.nan)
+        q = xp.where(some, xp.round(scaled), 0.0)
         return q, xp.where(finite, absmax / levels, math.nan)
 
     def embed(self, token_ids: Array, packed: ReferenceLinear, scale: float = 1.0) -> Array:

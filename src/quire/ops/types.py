@@ -26,14 +26,20 @@ Opaque = Any
 
 StorageType = Literal["bfloat16", "float16", "float32"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-QuantizedFormat = Literal["int8", "int8_w8a8", "int4", "int4_w4a8"]
-INPUT_LEVELS: dict[QuantizedFormat, int] = {"int8": 32639, "int8_w8a8": 127, "int4": 32639, "int4_w4a8": 127}
-"""The largest integer of an input: see `QuantizedWeight`. 32639 is 127 * 257, two signed bytes."""
+QuantizedFormat = Literal["int8", "int8_w8a8", "int4", "int4_w4a8", "fp8"]
+INPUT_LEVELS: dict[QuantizedFormat, int] = {
+    "int8": 32639,
+    "int8_w8a8": 127,
+    "int4": 32639,
+    "int4_w4a8": 127,
+    "fp8": 448,
+}
+"""The largest number of an input: see `QuantizedWeight`. 32639 is 127 * 257, two signed bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """A weight in small integers: `weight[o, i] = values[o, i] * scales[o, i // group_size]`.
+    """A weight in small numbers: `weight[o, i] = values[o, i] * scales[o, i // group_size]`.
 
     What multiplies it are integers too. A row of inputs is rounded to `q = rint(x * (levels / absmax))`, ties to even,
     with its own largest magnitude `absmax` and the format's `INPUT_LEVELS`: 15 bits and a sign for `int8` and `int4`
@@ -41,11 +47,14 @@ class QuantizedWeight:
     `int8_w8a8` and `int4_w4a8`. A group's sum of products of integers is exact and becomes one float32; the result is
     `absmax / levels * sum_g scales[o, g] * float32(sum_(i in g) q[i] values[o, i])`.
 
+    With `fp8` values and inputs are e4m3 (arXiv 2209.05433: 4 bits of exponent, 3 of mantissa, at most 448), rounded to
+    nearest, ties to even; sums are float32, whose order is the provider's.
+
     ValueError where shapes or types are not as stated. Values outside their range are refused when packed.
     """
 
     format: QuantizedFormat
-    values: Array  # [out, in] int8: [-127, 127], or [-8, 7] with 4 bits, one a byte
+    values: Array  # [out, in] int8: [-127, 127], or [-8, 7] with 4 bits, one a byte; fp8: ml_dtypes.float8_e4m3fn
     scales: Array  # [out, ceil(in / group_size)] float32
     group_size: int
     """Inputs that share a scale: 32, 64 or 128 with 4 bits, all of them (`in`) with 8."""
@@ -53,10 +62,11 @@ class QuantizedWeight:
     def __post_init__(self) -> None:
         if self.format not in INPUT_LEVELS:
             raise ValueError(f"format {self.format!r} is not one of {', '.join(INPUT_LEVELS)}")
-        if self.values.ndim != 2 or str(self.values.dtype).removeprefix("torch.") != "int8":
-            raise ValueError(f"values are {self.values.dtype} {list(self.values.shape)}, not int8 [out, in]")
+        kind = "float8_e4m3fn" if self.format == "fp8" else "int8"
+        if self.values.ndim != 2 or str(self.values.dtype).removeprefix("torch.") != kind:
+            raise ValueError(f"values are {self.values.dtype} {list(self.values.shape)}, not {kind} [out, in]")
         rows, inputs = self.values.shape
-        sizes = (inputs,) if self.format.startswith("int8") else (32, 64, 128)
+        sizes = (32, 64, 128) if self.format.startswith("int4") else (inputs,)
         if self.group_size not in sizes:
             raise ValueError(f"group_size of {self.format} is {self.group_size}, not one of {sizes}")
         groups = -(-inputs // self.group_size) if inputs else 0
@@ -74,7 +84,7 @@ class Rounding:
     """Inputs that share a scale with 4 bits; None with 8: a whole row."""
 
     def __post_init__(self) -> None:
-        sizes = (None,) if self.format.startswith("int8") else (32, 64, 128)
+        sizes = (32, 64, 128) if self.format.startswith("int4") else (None,)
         if self.format not in INPUT_LEVELS or self.group_size not in sizes:
             raise ValueError(f"no rounding {self.format!r} with group_size {self.group_size}")
 
@@ -183,6 +193,8 @@ class Ops(Protocol):
     """A provider of the operations. Formulas, tolerances and sources: `reference.py`."""
 
     name: str
+    formats: tuple[QuantizedFormat, ...]
+    """Quantised weights that it multiplies."""
 
     def memory(self) -> DeviceMemory | None:
         """That of the device; None where it is the host's."""

@@ -1,6 +1,9 @@
 """From the names of the engine's arguments to a scheme."""
 
+from quire.config import QUANTIZATIONS
 from quire.errors import ConfigurationError
+from quire.ops.types import Ops
+from quire.quant.fp8 import FP8
 from quire.quant.int4 import DEFAULT_GROUP_SIZE, int4
 from quire.quant.int8 import INT8, INT8_W8A8
 from quire.quant.types import Scheme
@@ -18,4 +21,18 @@ def select_scheme(name: str | None, group_size: int | None) -> Scheme | None:
         raise ConfigurationError(
             f"quantization_group_size is for quantization 'int4'; here it is {name!r}", field="quantization_group_size"
         )
-    return None if name is None else {scheme.name: scheme for scheme in (INT8, INT8_W8A8)}[name]
+    return None if name is None else {scheme.name: scheme for scheme in (INT8, INT8_W8A8, FP8)}[name]
+
+
+def check_scheme(scheme: Scheme | None, ops: Ops) -> None:
+    """Refuse, before anything is loaded, a scheme whose products `ops` has not.
+
+    Raises:
+        ConfigurationError: with those it has.
+    """
+    if scheme is not None and scheme.layers.format not in ops.formats:
+        raise ConfigurationError(
+            f"quantization {scheme.name!r} needs an NVIDIA GPU of compute capability 8.9 or newer; "
+            f"{ops.name} has {', '.join(name for name in QUANTIZATIONS if name in ops.formats)}",
+            field="quantization",
+        )

@@ -5,6 +5,9 @@ of `SEGMENT` positions. A query folds each segment into `(top, total, mixed)` fr
 in ascending order. One program does all of it for a tile of queries of a prompt; for single queries, where there are
 too few programs to fill a device, each segment is a program of its own and `merge` folds them with the same formula.
 What a query computes is a function of its own position alone: not of its companions, nor of how a prompt is cut.
+Three things that a compiler may choose by the shape of a tile are not left to it: sums over keys are products with ones
+(a reduction's order depends on how a tile lies over threads), fused multiplications are written out and no others are
+made, and a maximum has no order.
 
 ::
 
@@ -12,6 +15,7 @@ What a query computes is a function of its own position alone: not of its compan
     tiles of a row r: from query_starts[r] // BLOCK_Q + r on; a program finds its row by bisection
 """
 
+import math
 from typing import Any
 
 import torch
@@ -20,8 +24,9 @@ import triton.language as tl
 
 from quire.ops.types import Array, AttentionBatch, AttentionSpec, RopeTables
 
-SEGMENT = 512
+SEGMENT = 256
 """Positions of the context that are folded together; a multiple of every block size."""
+LOG2_E = math.log2(math.e)
 
 
 @triton.jit
@@ -47,11 +52,11 @@ def _rotated(heads, dims, mask, position, cos, sin, HALF: tl.constexpr):
         at = position.to(tl.int64) * HALF + dims % HALF
         c, s = tl.load(cos + at, mask=turns, other=1.0), tl.load(sin + at, mask=turns, other=0.0)
         wide = x.to(tl.float32)
-        x = tl.where(dims < HALF, wide * c - partner * s, wide * c + partner * s).to(x.dtype)
+        x = tl.fma(tl.where(dims < HALF, -partner, partner), s, wide * c).to(x.dtype)
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "table_stride"])
 def store_kernel(
     k, v, keys, values, cos, sin, query_starts, starts, tables, rows, k_stride, v_stride, table_stride,
     block_stride, head_stride,
@@ -76,24 +81,20 @@ def store_kernel(
 
 @triton.jit
 def _fold(top, total, mixed, next_top, next_total, next_mixed):
-    """Two parts of one softmax, the earlier positions first."""
+    """Two parts of one softmax, the earlier positions first. `top [n, 1]`, `total [n, 1]`, `mixed [n, dims]`."""
     new_top = tl.maximum(top, next_top)
     finite = tl.where(new_top == -float("inf"), 0.0, new_top)
-    a, b = tl.exp(top - finite), tl.exp(next_top - finite)
-    return new_top, total * a + next_total * b, mixed * a[:, None] + next_mixed * b[:, None]
+    a, b = tl.exp2(top - finite), tl.exp2(next_top - finite)
+    return new_top, tl.fma(total, a, next_total * b), tl.fma(mixed, a, next_mixed * b)
 
 
 @triton.jit
-def _segment(
-    query, keys, values, table, position, first, last, scale, softcap, window, block_stride,
-    DIM: tl.constexpr, DIM_TILE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+def _tiles(
+    top, sums, mixed, query, keys, values, table, position, first, last, scale, softcap, window, block_stride,
+    DIM: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The keys of positions `[first, last)` against `query [BLOCK_M, DIM_TILE]`, whose rows stand at `position`."""
-    top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    mixed = tl.zeros([BLOCK_M, DIM_TILE], tl.float32)
-    dims = tl.arange(0, DIM_TILE)
+    """The keys of positions `[first, last)`, tile by tile; without MASKED every query sees all of them."""
+    dims = tl.arange(0, mixed.shape[1])
     for start in range(first, last, TILE):
         key_position = start + tl.arange(0, TILE)
         exists = key_position < last
@@ -101,33 +102,62 @@ def _segment(
         slot = block * block_stride + (key_position % BLOCK_SIZE) * DIM
         at, mask = slot[:, None] + dims[None, :], exists[:, None] & (dims[None, :] < DIM)
         key = tl.load(keys + at, mask=mask, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee")
+        factor = scale
         if SOFTCAP:
-            scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores / softcap) + 1.0))
-        distance = position[:, None] - key_position[None, :]
-        scores = tl.where((distance >= 0) & (distance < window) & exists[None, :], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
+            scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * (scores * scale) / softcap) + 1.0))
+            factor = 1.4426950408889634
+        if MASKED:
+            distance = position[:, None] - key_position[None, :]
+            scores = tl.where((distance >= 0) & (distance < window) & exists[None, :], scores, -float("inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1, keep_dims=True) * factor)
         finite = tl.where(new_top == -float("inf"), 0.0, new_top)
-        weights = tl.exp(scores - finite[:, None])
-        shrink = tl.exp(top - finite)
-        total = total * shrink + tl.sum(weights, 1)
+        shrink = tl.exp2(top - finite)
         value = tl.load(values + at, mask=mask, other=0.0)
-        mixed = mixed * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        weights = tl.exp2(tl.fma(scores, factor, -finite)).to(value.dtype)
+        sums = tl.dot(weights, tl.full([TILE, 16], 1.0, value.dtype), sums * shrink, input_precision="ieee")
+        mixed = tl.dot(weights, value, mixed * shrink, input_precision="ieee")
         top = new_top
-    return top, total, mixed
+    return top, sums, mixed
 
 
 @triton.jit
+def _segment(
+    query, keys, values, table, position, start, first, last, scale, softcap, window, block_stride,
+    DIM: tl.constexpr, DIM_TILE: tl.constexpr, BLOCK_M: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """The keys of positions `[first, last)` against `query [BLOCK_M, DIM_TILE]`, whose rows stand at `position`, the
+    first of them at `start`. Exponents are to the base 2; `scale` has its logarithm in it."""
+    top = tl.full([BLOCK_M, 1], -float("inf"), tl.float32)
+    sums = tl.zeros([BLOCK_M, 16], tl.float32)
+    mixed = tl.zeros([BLOCK_M, DIM_TILE], tl.float32)
+    middle = first
+    if not WINDOW:
+        middle += tl.maximum(tl.minimum(last, start + 1) - first, 0) // TILE * TILE
+        top, sums, mixed = _tiles(
+            top, sums, mixed, query, keys, values, table, position, first, middle, scale, softcap, window,
+            block_stride, DIM, TILE, BLOCK_SIZE, SOFTCAP, False,
+        )  # fmt: skip
+    top, sums, mixed = _tiles(
+        top, sums, mixed, query, keys, values, table, position, middle, last, scale, softcap, window, block_stride,
+        DIM, TILE, BLOCK_SIZE, SOFTCAP, True,
+    )  # fmt: skip
+    return top, tl.max(sums, 1, keep_dims=True), mixed
+
+
+@triton.jit(do_not_specialize=["rows", "table_stride", "parts_stride"])
 def attention_kernel(
     q, keys, values, out, parts, cos, sin, query_starts, starts, tables, sinks, rows, q_stride, table_stride,
     block_stride, head_stride, parts_stride, scale, softcap, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_TILE: tl.constexpr, DIM: tl.constexpr, DIM_TILE: tl.constexpr,
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SEGMENT_SIZE: tl.constexpr,
-    SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, HALF: tl.constexpr,
+    SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Programs: tile of queries, kv head, and with SPLIT the segment. Without SPLIT writes `out`, with it `parts`."""
     BLOCK_M: tl.constexpr = BLOCK_Q * GROUP_TILE
-    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    # The last tiles of a prompt have the most to read: they begin first.
+    tile, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     row = _row_of(tile, query_starts, rows, BLOCK_Q, 1)
     first_token = tl.load(query_starts + row)
     count = tl.load(query_starts + row + 1) - first_token
@@ -146,68 +176,61 @@ def attention_kernel(
         query = _rotated(query_heads, dims[None, :], mask, position[:, None], cos, sin, HALF).to(keys.dtype.element_ty)
         last = tl.minimum(start + offset + BLOCK_Q, start + count)
         first_seen = tl.maximum(start + offset - window + 1, 0)
-        table = tables + row * table_stride
+        table = tables + row.to(tl.int64) * table_stride
         layer_keys, layer_values = keys + kv_head * head_stride, values + kv_head * head_stride
         if SPLIT:
             segment = tl.program_id(2)
             if (segment * SEGMENT_SIZE < last) & ((segment + 1) * SEGMENT_SIZE > first_seen):
                 top, total, mixed = _segment(
-                    query, layer_keys, layer_values, table, position, segment * SEGMENT_SIZE,
+                    query, layer_keys, layer_values, table, position, start + offset, segment * SEGMENT_SIZE,
                     tl.minimum((segment + 1) * SEGMENT_SIZE, last), scale, softcap, window, block_stride,
-                    DIM, DIM_TILE, BLOCK_M, TILE, BLOCK_SIZE, SOFTCAP,
+                    DIM, DIM_TILE, BLOCK_M, TILE, BLOCK_SIZE, SOFTCAP, WINDOW,
                 )  # fmt: skip
-                at = parts + (lane_token * HEADS + head) * parts_stride + segment * (DIM + 2)
-                tl.store(at, top, mask=valid)
-                tl.store(at + 1, total, mask=valid)
-                tl.store(at[:, None] + 2 + dims[None, :], mixed, mask=mask)
+                at = parts + ((lane_token * HEADS + head) * parts_stride + segment * (DIM + 2))[:, None]
+                tl.store(at, top, mask=valid[:, None])
+                tl.store(at + 1, total, mask=valid[:, None])
+                tl.store(at + 2 + dims[None, :], mixed, mask=mask)
         else:
-            top = tl.full([BLOCK_M], -float("inf"), tl.float32)
-            total = tl.zeros([BLOCK_M], tl.float32)
+            top = tl.full([BLOCK_M, 1], -float("inf"), tl.float32)
+            total = tl.zeros([BLOCK_M, 1], tl.float32)
             mixed = tl.zeros([BLOCK_M, DIM_TILE], tl.float32)
             for segment in range(first_seen // SEGMENT_SIZE, tl.cdiv(last, SEGMENT_SIZE)):
                 next_top, next_total, next_mixed = _segment(
-                    query, layer_keys, layer_values, table, position, segment * SEGMENT_SIZE,
+                    query, layer_keys, layer_values, table, position, start + offset, segment * SEGMENT_SIZE,
                     tl.minimum((segment + 1) * SEGMENT_SIZE, last), scale, softcap, window, block_stride,
-                    DIM, DIM_TILE, BLOCK_M, TILE, BLOCK_SIZE, SOFTCAP,
+                    DIM, DIM_TILE, BLOCK_M, TILE, BLOCK_SIZE, SOFTCAP, WINDOW,
                 )  # fmt: skip
                 top, total, mixed = _fold(top, total, mixed, next_top, next_total, next_mixed)
             if SINKS:
-                sink = tl.load(sinks + head, mask=valid, other=0.0)
-                top, total, mixed = _fold(top, total, mixed, sink, tl.full([BLOCK_M], 1.0, tl.float32), mixed * 0.0)
-            result = mixed / total[:, None]
+                sink = tl.load(sinks + head, mask=valid, other=0.0)[:, None] * 1.4426950408889634
+                top, total, mixed = _fold(top, total, mixed, sink, sink * 0.0 + 1.0, mixed * 0.0)
             at = out + (lane_token[:, None] * HEADS + head[:, None]) * DIM + dims[None, :]
-            tl.store(at, result.to(out.dtype.element_ty), mask=mask)
+            tl.store(at, (mixed / total).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts_stride"])
 def merge_kernel(
     parts, out, query_starts, starts, sinks, rows, parts_stride, window,
-    HEADS: tl.constexpr, HEADS_TILE: tl.constexpr, DIM: tl.constexpr, DIM_TILE: tl.constexpr,
-    SEGMENT_SIZE: tl.constexpr, SINKS: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, DIM_TILE: tl.constexpr, SEGMENT_SIZE: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """The segments of one token, all heads, in ascending order."""
-    token = tl.program_id(0)
+    """The segments of one token and head, in ascending order."""
+    token, head = tl.program_id(0), tl.program_id(1)
     row = _row_of(token, query_starts, rows, 1, 0)
     position = tl.load(starts + row) + token - tl.load(query_starts + row)
-    heads, dims = tl.arange(0, HEADS_TILE), tl.arange(0, DIM_TILE)
-    exists = heads < HEADS
-    mask = exists[:, None] & (dims[None, :] < DIM)
-    top = tl.full([HEADS_TILE], -float("inf"), tl.float32)
-    total = tl.zeros([HEADS_TILE], tl.float32)
-    mixed = tl.zeros([HEADS_TILE, DIM_TILE], tl.float32)
-    base = parts + (token.to(tl.int64) * HEADS + heads) * parts_stride
+    dims = tl.arange(0, DIM_TILE)
+    mask = dims < DIM
+    top, total = tl.full([], -float("inf"), tl.float32), tl.zeros([], tl.float32)
+    mixed = tl.zeros([DIM_TILE], tl.float32)
+    place = token.to(tl.int64) * HEADS + head
     first_seen = tl.maximum(position - window + 1, 0)
-    for segment in range(first_seen // SEGMENT_SIZE, position // SEGMENT_SIZE + 1):
-        at = base + segment * (DIM + 2)
-        next_top = tl.load(at, mask=exists, other=-float("inf"))
-        next_total = tl.load(at + 1, mask=exists, other=0.0)
-        next_mixed = tl.load(at[:, None] + 2 + dims[None, :], mask=mask, other=0.0)
-        top, total, mixed = _fold(top, total, mixed, next_top, next_total, next_mixed)
+    for segment in tl.range(first_seen // SEGMENT_SIZE, position // SEGMENT_SIZE + 1, loop_unroll_factor=4):
+        at = parts + place * parts_stride + segment * (DIM + 2)
+        next_mixed = tl.load(at + 2 + dims, mask=mask, other=0.0)
+        top, total, mixed = _fold(top, total, mixed, tl.load(at), tl.load(at + 1), next_mixed)
     if SINKS:
-        sink = tl.load(sinks + heads, mask=exists, other=0.0)
-        top, total, mixed = _fold(top, total, mixed, sink, tl.full([HEADS_TILE], 1.0, tl.float32), mixed * 0.0)
-    at = out + (token.to(tl.int64) * HEADS + heads[:, None]) * DIM + dims[None, :]
-    tl.store(at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=mask)
+        sink = tl.load(sinks + head) * 1.4426950408889634
+        top, total, mixed = _fold(top, total, mixed, sink, sink * 0.0 + 1.0, mixed * 0.0)
+    tl.store(out + place * DIM + dims, (mixed / total).to(out.dtype.element_ty), mask=mask)
 
 
 def attention(
@@ -235,11 +258,13 @@ def attention(
         k, v, keys, values, *tables, batch.query_starts, batch.starts, batch.block_tables, rows,
         k.stride(0), v.stride(0), batch.block_tables.stride(0), *strides,
         KV_HEADS=kv_heads, DIM=dim, DIM_TILE=dim_tile, HEADS_TILE=triton.next_power_of_2(kv_heads),
-        BLOCK_SIZE=block_size, HALF=half,
+        BLOCK_SIZE=block_size, HALF=half, enable_fp_fusion=False,
     )  # fmt: skip
     group_tile = triton.next_power_of_2(group)
     single = tokens <= rows  # a query of each row: too few programs without splitting the context
-    block_q = max(1, 16 // group_tile) if single else max(1, 64 // group_tile)
+    wide = dim_tile > 128
+    block_m, warps = (16, 4) if single else (64, 4) if wide else (128, 8)
+    block_q = max(1, block_m // group_tile)
     segments = -(-width * block_size // SEGMENT) if single else 1
     parts = torch.empty(
         (tokens * heads, segments * (dim + 2)) if single else (1, 1), dtype=torch.float32, device=q.device
@@ -248,15 +273,17 @@ def attention(
     sinks = q if spec.sinks is None else spec.sinks
     attention_kernel[(tokens // block_q + rows, kv_heads, segments)](
         q, keys, values, out, parts, *tables, batch.query_starts, batch.starts, batch.block_tables, sinks, rows,
-        q.stride(0), batch.block_tables.stride(0), *strides, parts.stride(0), spec.scale, spec.softcap or 1.0, window,
+        q.stride(0), batch.block_tables.stride(0), *strides, parts.stride(0),
+        spec.scale * (1.0 if spec.softcap is not None else LOG2_E), spec.softcap or 1.0, window,
         HEADS=heads, GROUP=group, GROUP_TILE=group_tile, DIM=dim, DIM_TILE=dim_tile, BLOCK_Q=block_q,
-        TILE=64 if dim_tile <= 128 else 32, BLOCK_SIZE=block_size, SEGMENT_SIZE=SEGMENT, SPLIT=single,
-        SOFTCAP=spec.softcap is not None, SINKS=spec.sinks is not None, HALF=half,
+        TILE=32 if wide else 64, BLOCK_SIZE=block_size, SEGMENT_SIZE=SEGMENT, SPLIT=single,
+        SOFTCAP=spec.softcap is not None, SINKS=spec.sinks is not None, HALF=half, WINDOW=spec.window is not None,
+        num_warps=warps, num_stages=3, enable_fp_fusion=False,
     )  # fmt: skip
     if single:
-        merge_kernel[(tokens,)](
-            parts, out, batch.query_starts, batch.starts, sinks, rows, parts.stride(0), window,
-            HEADS=heads, HEADS_TILE=triton.next_power_of_2(heads), DIM=dim, DIM_TILE=dim_tile, SEGMENT_SIZE=SEGMENT,
-            SINKS=spec.sinks is not None,
+        merge_kernel[(tokens, heads)](
+            parts, out, batch.query_starts, batch.starts, sinks, rows, parts.stride(0), window, HEADS=heads, DIM=dim,
+            DIM_TILE=dim_tile, SEGMENT_SIZE=SEGMENT, SINKS=spec.sinks is not None, num_warps=1,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return out

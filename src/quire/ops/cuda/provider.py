@@ -17,6 +17,7 @@ from quire.ops import quantize_reference
 from quire.ops.composed import ComposedOps
 from quire.ops.cuda import attention, products, rows, sampling
 from quire.ops.types import (
+    INPUT_LEVELS,
     Activation,
     Array,
     AttentionBatch,
@@ -41,6 +42,9 @@ class CudaOps(ComposedOps):
         self.device = torch.device(device)
         self.name = f"cuda ({torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else 'interpreted'})"
         self.xp: Any = array_api_compat.torch
+        # Before compute capability 8.9 there is no product of e4m3.
+        with_fp8 = self.device.type == "cpu" or torch.cuda.get_device_capability(self.device) >= (8, 9)
+        self.formats = tuple(kind for kind in INPUT_LEVELS if with_fp8 or kind != "fp8")
 
     def memory(self) -> DeviceMemory | None:
         if self.device.type == "cpu":

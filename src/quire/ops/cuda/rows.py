@@ -43,6 +43,7 @@ def norm(
             flat, flat if residual is None else residual, weight, weight if bias is None else bias, y, flat.stride(0),
             0 if residual is None else residual.stride(0), size, eps,
             RESIDUAL=residual is not None, CENTRE=centre, BIAS=bias is not None, TILE=triton.next_power_of_2(size),
+            num_warps=8 if size > 2048 else 4, enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
@@ -63,8 +64,9 @@ def rope_kernel(
     first = x + token * x_stride + heads * DIM + at[None, :]
     a = tl.load(first, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(first + HALF, mask=mask, other=0.0).to(tl.float32)
-    tl.store(first, (a * c - b * s).to(x.dtype.element_ty), mask=mask)
-    tl.store(first + HALF, (b * c + a * s).to(x.dtype.element_ty), mask=mask)
+    # Fused as in `attention.py`, to the same bits.
+    tl.store(first, tl.fma(-b, s, a * c).to(x.dtype.element_ty), mask=mask)
+    tl.store(first + HALF, tl.fma(a, s, b * c).to(x.dtype.element_ty), mask=mask)
 
 
 def rope(x: Array, positions: Array, cos: Array, sin: Array) -> None:
@@ -74,7 +76,7 @@ def rope(x: Array, positions: Array, cos: Array, sin: Array) -> None:
     if tokens:
         rope_kernel[(tokens,)](
             x, positions, cos, sin, x.stride(0), HEADS=heads, HEADS_TILE=triton.next_power_of_2(heads), DIM=dim,
-            HALF=half, HALF_TILE=triton.next_power_of_2(half),
+            HALF=half, HALF_TILE=triton.next_power_of_2(half), enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -111,6 +113,6 @@ def activation(x: Array, kind: Activation, multiply: bool) -> Array:
     if flat.shape[0]:
         tile = min(1024, triton.next_power_of_2(size))
         activation_kernel[(flat.shape[0], triton.cdiv(size, tile))](
-            flat, y, flat.stride(0), size, KIND=KINDS[kind], MULTIPLY=multiply, TILE=tile
+            flat, y, flat.stride(0), size, KIND=KINDS[kind], MULTIPLY=multiply, TILE=tile, enable_fp_fusion=True
         )
     return y

@@ -173,12 +173,13 @@ def sample(logits: Array, batch: SampleBatch) -> Array:
     if logits.shape[0]:
         sample_kernel[(logits.shape[0],)](
             logits, tokens, batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds, batch.positions,
-            logits.stride(0), logits.shape[1], TILE=min(TILE, triton.next_power_of_2(logits.shape[1])),
+            logits.stride(0), logits.shape[1], TILE=min(TILE, triton.next_power_of_2(logits.shape[1])), num_warps=8,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return tokens
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_top"])
 def logprobs_kernel(logits, ids, chosen, ranks, top_ids, top_logprobs, stride, vocabulary, num_top, TILE: tl.constexpr):
     """One row: its log-sum, the chosen token's rank, and `num_top` passes for the best ones."""
     index = tl.program_id(0)
@@ -227,6 +228,7 @@ def logprobs(logits: Array, token_ids: Array, num_top: int) -> Logprobs:
     if rows:
         logprobs_kernel[(rows,)](
             logits, token_ids, found.chosen, found.rank, found.top_ids, found.top_logprobs, logits.stride(0),
-            logits.shape[1], num_top, TILE=min(TILE, triton.next_power_of_2(logits.shape[1])),
+            logits.shape[1], num_top, TILE=min(TILE, triton.next_power_of_2(logits.shape[1])), num_warps=8,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return found
