@@ -1,9 +1,8 @@
 """Round to nearest: a weight as small numbers and scales. The definition; providers give the same bits.
 
 With 8 bits a row has one scale, its largest magnitude over 127, or over 448 with `fp8` (e4m3).
-With 4 bits each group of a row has one: the weight
-of largest magnitude becomes about -8 (there is no +8), for a few divisors in turn; each gives integers and, by least
-squares, the scale that fits them best; the smallest error wins. On normal weights that leaves 15 % less error than
+With 4 bits each group of a row has one: the weight of largest magnitude becomes about -8 (there is no +8), for a few
+divisors in turn; each gives integers and, by least squares, the scale that fits them best; the smallest error wins. On normal weights that leaves 15 % less error than
 dividing by 7 does (benchmarks/quantization.md).
 """
 
@@ -35,8 +34,8 @@ def quantize(weight: Any, rounding: Rounding) -> QuantizedWeight:
         raise ValueError("a weight is not finite")
     out, inputs = x.shape
     if rounding.group_size is None:
-        values, scales = _rows(x, 448.0 if rounding.format == "fp8" else 127.0)
-        rounded = e4m3(values) if rounding.format == "fp8" else np.rint(values).astype(np.int8)
+        within, scales = _rows(x, 448.0 if rounding.format == "fp8" else 127.0)
+        rounded = e4m3(within) if rounding.format == "fp8" else np.rint(within).astype(np.int8)
         return QuantizedWeight(rounding.format, rounded, scales, inputs)
     size = rounding.group_size
     groups = -(-inputs // size)
