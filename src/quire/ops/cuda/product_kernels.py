@@ -32,6 +32,27 @@ def _nibbles(x_rows, columns, pair, inputs, row_exists, output_exists, GROUP: tl
     return ((both & 15).to(tl.int8) - 8), ((both >> 4).to(tl.int8) - 8), tl.trans(low_x), tl.trans(high_x)
 
 
+@triton.jit
+def _sum_of_groups(
+    total, x_rows, columns, scales, output, outputs, inputs, row_exists, output_exists, GROUP: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """int4: weights scaled and rounded to the type of the rows, one chain; WHOLE: whole numbers, scaled by groups."""
+    for pair in range(0, tl.cdiv(inputs, 2 * GROUP)):
+        low, high, low_x, high_x = _nibbles(x_rows, columns, pair, inputs, row_exists, output_exists, GROUP)
+        at = scales + 2 * pair * outputs + output
+        low_scale = tl.load(at, mask=output < outputs, other=0.0)[:, None]
+        high_scale = tl.load(at + outputs, mask=output < outputs, other=0.0)[:, None]
+        if WHOLE:
+            total += tl.dot(low, low_x).to(tl.float32) * low_scale
+            total += tl.dot(high, high_x).to(tl.float32) * high_scale
+        else:
+            low_w, high_w = low.to(tl.float32) * low_scale, high.to(tl.float32) * high_scale
+            total = tl.dot(low_w.to(low_x.dtype), low_x, total, input_precision="ieee")
+            total = tl.dot(high_w.to(high_x.dtype), high_x, total, input_precision="ieee")
+    return total
+
+
 @triton.jit(do_not_specialize=["rows", "programs"])
 def linear_kernel(
     x, weight, scales, x_steps, bias, y, rows, outputs, inputs, x_stride, w_stride, y_stride, programs, scale, softcap,
@@ -51,23 +72,11 @@ def linear_kernel(
         x_rows = x + row.to(tl.int64)[:, None] * x_stride
         columns = weight + output.to(tl.int64)[:, None] * w_stride
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        if FORMAT == "int4":
-            for pair in range(0, tl.cdiv(inputs, 2 * GROUP)):
-                low, high, low_x, high_x = _nibbles(x_rows, columns, pair, inputs, row_exists, output_exists, GROUP)
-                at = scales + 2 * pair * outputs + output
-                low_scale = tl.load(at, mask=output < outputs, other=0.0)[:, None]
-                high_scale = tl.load(at + outputs, mask=output < outputs, other=0.0)[:, None]
-                low_w, high_w = low.to(tl.float32) * low_scale, high.to(tl.float32) * high_scale
-                total = tl.dot(low_w.to(low_x.dtype), low_x, total, input_precision="ieee")
-                total = tl.dot(high_w.to(high_x.dtype), high_x, total, input_precision="ieee")
-        elif FORMAT == "int4_w4a8":
-            for pair in range(0, tl.cdiv(inputs, 2 * GROUP)):
-                low, high, low_x, high_x = _nibbles(x_rows, columns, pair, inputs, row_exists, output_exists, GROUP)
-                at = scales + 2 * pair * outputs + output
-                low_scale = tl.load(at, mask=output < outputs, other=0.0)[:, None]
-                high_scale = tl.load(at + outputs, mask=output < outputs, other=0.0)[:, None]
-                total += tl.dot(low, low_x).to(tl.float32) * low_scale
-                total += tl.dot(high, high_x).to(tl.float32) * high_scale
+        if (FORMAT == "int4") | (FORMAT == "int4_w4a8"):
+            total = _sum_of_groups(
+                total, x_rows, columns, scales, output, outputs, inputs, row_exists, output_exists, GROUP,
+                FORMAT == "int4_w4a8",
+            )  # fmt: skip
         elif FORMAT == "int8_w8a8":
             sums = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
             for first in range(0, inputs, BLOCK_K):
