@@ -66,7 +66,7 @@ class EngineArgs:
     """Branch, tag or commit on the hub."""
     tensor_parallel_size: int = 1
     enforce_eager: bool = False
-    """No captured graphs: the CPU has none, so it is honoured by nature there."""
+    """No captured graphs of decode steps on a GPU. The CPU has none, so it is honoured by nature there."""
     device: str = "auto"
     threads: int | None = None
     """CPU threads; None takes the physical cores that this process may use."""

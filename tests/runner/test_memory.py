@@ -96,7 +96,10 @@ def test_a_device_without_room_is_said_in_one_line(
     setattr(ops, room, False)
     monkeypatch.setattr(compose, "select_ops", lambda device, threads: (ops, []))
     with pytest.raises(ConfigurationError, match=words) as caught:
-        LLM(str(tiny_model), dtype="float32", max_num_seqs=3, max_num_batched_tokens=40, max_model_len=32)
+        LLM(
+            str(tiny_model), dtype="float32", max_num_seqs=3, max_num_batched_tokens=40, max_model_len=32,
+            enforce_eager=True,
+        )  # fmt: skip
     assert "\n" not in caught.value.message
 
 

@@ -78,7 +78,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     logger.info("memory: %s", sizes.ledger)
     overlap, loop = _loop(args, ops)
     decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions, loop]
-    runner = _runner(model, ops, sizes)
+    runner = _runner(args, model, ops, sizes)
     return CoreParts(
         _scheduler(args, sizes),
         DeviceExecutor(runner) if overlap else LocalExecutor(runner),
@@ -122,7 +122,12 @@ def _quantization_decisions(args: EngineArgs) -> list[Decision]:
     return [Decision("quantization", scheme.name, reason)]
 
 
-def _runner(model: Model, ops: Ops, sizes: CachePlan) -> ModelRunner:
+def _records(args: EngineArgs, ops: Ops) -> bool:
+    """Whether decode steps are recorded: on a device, where launching them takes longer than computing them."""
+    return ops.memory() is not None and not args.enforce_eager
+
+
+def _runner(args: EngineArgs, model: Model, ops: Ops, sizes: CachePlan) -> ModelRunner:
     try:
         return ModelRunner(
             model,
@@ -131,6 +136,7 @@ def _runner(model: Model, ops: Ops, sizes: CachePlan) -> ModelRunner:
             block_size=sizes.block_size,
             max_rows=sizes.max_num_seqs,
             max_model_len=sizes.max_model_len,
+            record=ops.record if _records(args, ops) else None,
         )
     except MemoryError as error:
         text = f"is too large: there is no room for the cache ({sizes.ledger})"
@@ -150,7 +156,9 @@ def _scheduler(args: EngineArgs, sizes: CachePlan) -> Scheduler:
 
 
 def _facts(args: EngineArgs, model: Model, ops: Ops, model_len: int) -> ModelFacts:
-    limits = StepLimits(args.max_num_seqs, resolve_batched_tokens(args), model_len, args.block_size)
+    limits = StepLimits(
+        args.max_num_seqs, resolve_batched_tokens(args), model_len, args.block_size, _records(args, ops)
+    )
     return ModelFacts(
         max_position_embeddings=model.spec.max_position_embeddings,
         bytes_per_block=model.cache_shape(1, args.block_size).bytes_per_block,

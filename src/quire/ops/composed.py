@@ -26,6 +26,10 @@ class ComposedOps:
     def to_numpy(self, x: Array) -> Any:
         raise NotImplementedError
 
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Itself."""
+        return work
+
     def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[Any]]:
         """At once."""
         found = [self.to_numpy(x) for x in arrays]

@@ -212,6 +212,11 @@ class Ops(Protocol):
     def to_numpy(self, x: Array) -> Any:
         """A numpy array of the same values."""
 
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """What does `work` once more each time it is called, on the same arrays, whose values may have changed. `work`
+        has been done once; it may be done or only be written down while it is recorded, and makes the same launches
+        each time. Arrays that it makes stay where they are for as long as somebody holds them."""
+
     def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[Any]]:
         """Start copying to the host; the result waits for that, and for nothing later, and gives numpy arrays."""
 

@@ -11,6 +11,7 @@ from quire.config import MemoryLedger
 from quire.errors import ConfigurationError
 from quire.models.model import Model
 from quire.ops.types import Array, AttentionBatch, Opaque, Ops, SampleBatch
+from quire.runner.graphs import BYTES_PER_GRAPH, GraphLimits
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 MAX_TOP_LOGPROBS = 20
@@ -26,6 +27,8 @@ class StepLimits:
     max_num_batched_tokens: int
     max_model_len: int
     block_size: int
+    records: bool = False
+    """Whether decode steps are recorded."""
 
 
 def make_ledger(model: Model, ops: Ops, limits: StepLimits) -> MemoryLedger:
@@ -72,8 +75,15 @@ def _measured(model: Model, ops: Ops, limits: StepLimits) -> MemoryLedger:
         weights=memory.held,
         activations=max(forward),
         sampler=max(whole) - max(forward),
+        graphs=_graph_bytes(model, limits, forward[-1]) if limits.records else 0,
         slack=int(memory.total * SLACK_SHARE),
     )
+
+
+def _graph_bytes(model: Model, limits: StepLimits, peak_bytes: int) -> int:
+    """All recordings share the memory of the largest, but for what each says and the device's own bookkeeping."""
+    sizes = GraphLimits(limits.max_num_seqs, -(-limits.max_model_len // limits.block_size), limits.block_size).sizes()
+    return peak_bytes + sum(BYTES_PER_GRAPH + 4 * size.num_rows * model.spec.hidden_size for size in sizes)
 
 
 def prompt_step(ops: Ops, limits: StepLimits) -> tuple[Array, AttentionBatch]:

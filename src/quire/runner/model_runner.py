@@ -17,6 +17,7 @@ from quire.core.plan import NewRow, RowResult, ScheduledRow, StepPlan, StepResul
 from quire.models.model import Model
 from quire.ops.types import Array, Ops
 from quire.runner.faults import RowFaults
+from quire.runner.graphs import DecodeGraphs, GraphLimits, Record
 from quire.runner.rows import Rows
 from quire.sampling.logprobs import token_logprobs
 from quire.sampling.sampler import NOT_FINITE, Drawn, Sampler
@@ -74,15 +75,28 @@ class ModelRunner:
         num_blocks, block_size: of the paged cache.
         max_rows: permanent rows, the scheduler's `max_num_seqs`.
         max_model_len: longest sequence in tokens.
+        record: how decode steps are recorded (`Ops.record`); None: they are launched each time.
     """
 
     def __init__(
-        self, model: Model, ops: Ops, *, num_blocks: int, block_size: int, max_rows: int, max_model_len: int
+        self,
+        model: Model,
+        ops: Ops,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_rows: int,
+        max_model_len: int,
+        record: Record | None = None,
     ) -> None:
         self._model = model
         self._ops = ops
-        self._cache = ops.make_cache(model.cache_shape(num_blocks, block_size))
+        self._cache = ops.make_cache(model.cache_shape(num_blocks if record is None else num_blocks + 1, block_size))
         self._rows = Rows(max_rows, max_model_len, block_size)
+        self._graphs: DecodeGraphs | None = None
+        if record is not None:
+            limits = GraphLimits(max_rows, -(-max_model_len // block_size), block_size)
+            self._graphs = DecodeGraphs(model, ops, self._cache, self._rows, limits, num_blocks, record)
         self._sampler = Sampler(ops, max_rows)
         self._faults = RowFaults()
         self._begun: deque[BegunStep] = deque()
@@ -170,10 +184,13 @@ class ModelRunner:
 
     def _launch(self, scheduled: Sequence[ScheduledRow]) -> Launched:
         """Hand rows to the device. Only the cache changes, and computing a row again writes the same into it."""
-        batch = self._rows.gather(scheduled, self._ops)
-        hidden = self._model.forward(batch.token_ids, batch.attention, self._cache)
+        if self._graphs is not None and all(item.num_tokens == 1 for item in scheduled):
+            hidden, last_tokens = self._graphs.forward(scheduled), np.arange(len(scheduled))
+        else:
+            batch = self._rows.gather(scheduled, self._ops)
+            hidden, last_tokens = self._model.forward(batch.token_ids, batch.attention, self._cache), batch.last_tokens
         sampling = [index for index, item in enumerate(scheduled) if item.samples]
-        drawn = self._draw(scheduled, sampling, hidden, batch.last_tokens) if sampling else None
+        drawn = self._draw(scheduled, sampling, hidden, last_tokens) if sampling else None
         asked = self._prompt_logprobs_of(scheduled, hidden) if self._prompt_logprobs else {}
         return Launched(scheduled, sampling, drawn, asked)
 

@@ -72,11 +72,15 @@ class Rows:
 
     def expect(self, rows: Sequence[int], tokens: Array, ops: Ops) -> None:
         """`tokens [rows]`, on the device, are the next of these rows, which are distinct; `append` will say them."""
+        index = np.array(rows, np.int64)
+        self.newest(ops)[ops.array(index, "int64")] = tokens
+        self._num_awaited[index] += 1
+
+    def newest(self, ops: Ops) -> Array:
+        """`[max_rows]` int32, on the device: the token of each row that was sampled last. Always the same array."""
         if self._newest is None:
             self._newest = ops.array(np.zeros(len(self._num_known)), "int32")
-        index = np.array(rows, np.int64)
-        self._newest[ops.array(index, "int64")] = tokens
-        self._num_awaited[index] += 1
+        return self._newest
 
     def arrive(self, rows: Sequence[int]) -> None:
         """One token fewer is awaited of each of these rows: it will be appended, or there is none."""
@@ -116,3 +120,20 @@ class Rows:
             block_tables=ops.array(self._block_tables[rows, :widest], "int32"),
         )
         return ForwardBatch(token_ids, attention, query_starts[1:] - 1)
+
+    def gather_singles(
+        self, scheduled: Sequence[ScheduledRow], num_rows: int, width: int, null_block: int
+    ) -> NDArray[np.int32]:
+        """One token of each row, padded, as one array: positions, token ids (0 where awaited), 1 where awaited, and
+        rows, `[num_rows]` each; then block tables `[num_rows, width]`. What pads is token 0 of row 0 at position 0 in
+        `null_block`, which also fills the tables."""
+        rows, starts = (np.array(column, np.int64) for column in islice(zip(*scheduled, strict=True), 2))
+        known = self._num_known[rows]
+        assert (starts < known + self._num_awaited[rows]).all(), "a plan reaches past known tokens"
+        awaited = starts >= known
+        values = np.zeros(num_rows * (4 + width), np.int32)
+        columns, tables = values[: 4 * num_rows].reshape(4, -1), values[4 * num_rows :].reshape(-1, width)
+        columns[:, : len(rows)] = starts, np.where(awaited, 0, self._token_ids[rows, starts]), awaited, rows
+        tables[:] = null_block
+        tables[: len(rows)] = self._block_tables[rows, :width]
+        return values

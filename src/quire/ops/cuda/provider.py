@@ -45,6 +45,8 @@ class CudaOps(ComposedOps):
         # Before compute capability 8.9 there is no product of e4m3.
         with_fp8 = self.device.type == "cpu" or torch.cuda.get_device_capability(self.device) >= (8, 9)
         self.formats = tuple(kind for kind in INPUT_LEVELS if with_fp8 or kind != "fp8")
+        self._recorder: tuple[Any, Any] | None = None
+        """A stream to record on, and the memory that all recordings share: they are replayed one after another."""
 
     def memory(self) -> DeviceMemory | None:
         if self.device.type == "cpu":
@@ -75,6 +77,25 @@ class CudaOps(ComposedOps):
 
     def to_numpy(self, x: Array) -> Any:
         return x.detach().cpu().numpy()
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        """A CUDA graph. Not by `torch.cuda.graph`, which collects garbage and empties the allocator each time."""
+        if self.device.type == "cpu":
+            return super().record(work)
+        if self._recorder is None:
+            self._recorder = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        stream, pool = self._recorder
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+        current.wait_stream(stream)
+        replay: Callable[[], None] = graph.replay
+        return replay
 
     def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[Any]]:
         """Into pinned memory, behind what was launched so far."""

@@ -1,0 +1,166 @@
+"""Recorded decode steps: sizes, padding, and that they give what launched ones give."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from quire import LLM, SamplingParams
+from quire.compose import core as compose
+from quire.core.plan import ScheduledRow, StepPlan
+from quire.ops.reference import ReferenceOps
+from quire.ops.types import CacheShape, DeviceMemory
+from quire.runner import graphs
+from quire.runner.graphs import GraphLimits, GraphSize
+from quire.runner.model_runner import ModelRunner
+from quire.weights.load import load_model
+from tests.runner.test_overlap import DRAWN, GREEDY, enter, single
+
+
+class Recorder:
+    """Notes what is recorded and replayed. A recording is made of arrays: nothing else may reach the work again."""
+
+    def __init__(self) -> None:
+        self.num_recorded = 0
+        self.num_replayed = 0
+        self.fails = False
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        if self.fails:
+            raise RuntimeError("the device does not record")
+        self.num_recorded += 1
+
+        def replay() -> None:
+            self.num_replayed += 1
+            work()
+
+        return replay
+
+
+def test_sizes_hold_what_they_are_for() -> None:
+    limits = GraphLimits(max_rows=200, max_blocks=1000, block_size=16)
+    for rows in range(1, 201):
+        size = limits.size_for(rows, 1)
+        assert rows <= size.num_rows <= min(200, max(rows, rows * 3 // 2))
+        assert limits.size_for(size.num_rows, 1) == size
+    assert sorted({size.num_rows for size in limits.sizes()}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128,
+                                                                  192, 200]  # fmt: skip
+    assert [limits.size_for(1, width).width for width in (1, 128, 129, 512, 513, 1000)] == [
+        128,
+        128,
+        512,
+        512,
+        1000,
+        1000,
+    ]
+    assert len(limits.sizes()) == 16 * 3
+    assert GraphLimits(3, 2, 64).sizes() == {GraphSize(1, 2), GraphSize(2, 2), GraphSize(3, 2)}
+
+
+def runner(directory: Path, xp: Any, record: Recorder | None) -> ModelRunner:
+    ops = ReferenceOps(xp)
+    model = load_model(directory, ops, dtype="float32")
+    return ModelRunner(model, ops, num_blocks=16, block_size=8, max_rows=7, max_model_len=24, record=record)
+
+
+def plans(num_steps: int) -> list[StepPlan]:
+    """Five rows, of which one more takes part in each step until all do, then one fewer; tables become wider."""
+    prompts = [list(range(10 + row, 13 + 2 * row)) for row in range(5)]
+    specs = [GREEDY, DRAWN, GREEDY, DRAWN, GREEDY]
+    new = tuple(enter(row, prompt, specs[row], (row, 5 + row)) for row, prompt in enumerate(prompts))
+    made = [StepPlan(0, (), new, tuple(ScheduledRow(row, 0, len(p), (), True) for row, p in enumerate(prompts)))]
+    lengths = [len(prompt) for prompt in prompts]
+    for step in range(1, num_steps):
+        rows = [row for row in range(5) if row <= step % 6 or step > 12]
+        made.append(StepPlan(step, (), (), tuple(single(row, lengths[row]) for row in rows[:: -1 if step % 2 else 1])))
+        for row in rows:
+            lengths[row] += 1
+    return [plan for plan in made if all(item.start < 15 for item in plan.scheduled)]
+
+
+@pytest.mark.parametrize("xp", [np, torch], ids=lambda xp: xp.__name__)
+def test_recorded_steps_give_what_launched_ones_give(
+    tiny_model: Path, xp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "FIRST_WIDTH_TOKENS", 8)
+    monkeypatch.setattr(graphs, "RECORD_AT", 1)
+    todo = plans(15)
+    assert len(todo) > 9
+    plain = runner(tiny_model, xp, None)
+    expected = [plain.execute(plan) for plan in todo]
+    recorder = Recorder()
+    assert [one.execute(plan) for one in [runner(tiny_model, xp, recorder)] for plan in todo] == expected
+    assert recorder.num_recorded >= 5 and recorder.num_replayed >= 3
+    recorder, found, begun = Recorder(), [], []
+    late = runner(tiny_model, xp, recorder)
+    for plan in todo:
+        begun.append(late.begin(plan))
+        found += [late.finish(begun.pop(0))] if len(begun) == 2 else []
+    assert [*found, late.finish(begun[0])] == expected
+    assert recorder.num_replayed >= 2
+
+
+def test_padding_writes_into_the_null_block_alone(tiny_model: Path) -> None:
+    one = runner(tiny_model, np, Recorder())
+    for plan in plans(15)[:2]:
+        one.execute(plan)
+    before = one._cache.data.copy()
+    rows = (0, 2, 3, 4)
+    one.execute(StepPlan(2, (), (), tuple(single(row, one._rows._num_known[row] - 1) for row in (*rows, 1))))
+    changed = {int(block) for block in np.nonzero((one._cache.data != before).any(axis=(0, 1, 3, 4, 5)))[0]}
+    assert before.shape[2] == 17 and changed <= {*range(10), 16} and 16 in changed
+
+
+def test_a_device_that_cannot_record_goes_on(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "RECORD_AT", 1)
+    todo = plans(6)
+    plain, recorder = runner(tiny_model, np, None), Recorder()
+    recorder.fails = True
+    failing = runner(tiny_model, np, recorder)
+    assert [failing.execute(plan) for plan in todo] == [plain.execute(plan) for plan in todo]
+
+
+class RecordingDevice(ReferenceOps):
+    """A device as the engine sees one: memory of its own, and recordings."""
+
+    def __init__(self) -> None:
+        super().__init__(np)
+        self.recorder = Recorder()
+        self.num_blocks: list[int] = []
+
+    def memory(self) -> DeviceMemory:
+        return DeviceMemory(total=2**30, free=2**29, held=0)
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        return self.recorder(work)
+
+    def make_cache(self, shape: CacheShape) -> Any:
+        self.num_blocks.append(shape.num_blocks)
+        return super().make_cache(shape)
+
+
+@pytest.mark.parametrize("eager", [False, True])
+def test_an_engine_on_a_device_records_unless_told_not_to(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, eager: bool
+) -> None:
+    sizes: dict[str, Any] = dict(
+        dtype="float32", max_num_seqs=4, max_model_len=64, num_gpu_blocks_override=20, max_num_batched_tokens=64
+    )
+    prompts = [{"prompt_token_ids": list(range(5, 9 + row))} for row in range(6)]
+    params = SamplingParams(max_tokens=7, ignore_eos=True, detokenize=False, logprobs=1, seed=1)
+
+    def answers(ops: ReferenceOps, **arguments: Any) -> list[Any]:
+        monkeypatch.setattr(compose, "select_ops", lambda device, threads: (ops, []))
+        with LLM(str(tiny_model), **sizes, **arguments) as llm:
+            decisions = {item.name: item for item in llm.decisions}
+            assert decisions["async_scheduling"].value == ("on" if ops.memory() is not None else "off")
+            assert ("graphs " in decisions["memory"].reason) == (ops.memory() is not None and not eager)
+            return [item.outputs for item in llm.generate(prompts, params, use_tqdm=False)]
+
+    device = RecordingDevice()
+    assert answers(device, enforce_eager=eager) == answers(ReferenceOps(np))
+    assert bool(device.recorder.num_replayed) != eager
+    assert device.num_blocks[-1] == (20 if eager else 21)
