@@ -35,7 +35,6 @@ from quire.core.plan import (
     RowResult,
     ScheduledRow,
     StepPlan,
-    StepRecord,
     StepResult,
     TokenDelta,
 )
@@ -96,7 +95,7 @@ class Scheduler:
         """Step -> the owners of its rows who still want their results."""
         self._num_arrived = 0
         self._num_steps = 0
-        self.last_record = self._record(Step(0, 0), 0.0)
+        self.last_record = Step(0, 0).record(0.0, 0, 0, self._pool)
         """Of the last step; an empty one before the first."""
 
     @property
@@ -158,7 +157,7 @@ class Scheduler:
         self._in_flight[step.step_id] = step.owners
         plan = StepPlan(step.step_id, tuple(self._removed_rows), tuple(step.new), tuple(step.scheduled))
         self._removed_rows.clear()
-        self.last_record = self._record(step, now_s)
+        self.last_record = step.record(now_s, len(self._running), len(self._waiting), self._pool)
         return plan
 
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
@@ -275,21 +274,6 @@ class Scheduler:
         step.enter(request)
         self._give(request, min(len(request.token_ids) - num_hits, step.budget), (), step)
         return True
-
-    def _record(self, step: Step, now_s: float) -> StepRecord:
-        return StepRecord(
-            step_id=step.step_id,
-            now_s=now_s,
-            scheduled=tuple(step.advanced),
-            stalled=tuple(step.stalled),
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
-            num_free_blocks=self._pool.num_free,
-            num_cached_blocks=self._pool.num_cached,
-            num_blocks=self._pool.num_blocks,
-            num_prefix_queries=step.num_prefix_queries,
-            num_prefix_hits=step.num_prefix_hits,
-        )
 
     # What a step gave.
 

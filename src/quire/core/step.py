@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from quire.core.plan import NewRow, ScheduledRequest, ScheduledRow, Stalled
+from quire.core.block_pool import BlockPool
+from quire.core.plan import NewRow, ScheduledRequest, ScheduledRow, Stalled, StepRecord
 from quire.core.request import Request
 
 make = tuple.__new__
@@ -66,3 +67,19 @@ class Step:
         if self._greediest is None:
             self._greediest = max(self.advanced, key=lambda item: item.num_tokens).request_id
         self.stall(request, "budget", by=self._greediest)
+
+    def record(self, now_s: float, num_running: int, num_waiting: int, pool: BlockPool) -> StepRecord:
+        """What the step did, now that all is decided."""
+        return StepRecord(
+            step_id=self.step_id,
+            now_s=now_s,
+            scheduled=tuple(self.advanced),
+            stalled=tuple(self.stalled),
+            num_running=num_running,
+            num_waiting=num_waiting,
+            num_free_blocks=pool.num_free,
+            num_cached_blocks=pool.num_cached,
+            num_blocks=pool.num_blocks,
+            num_prefix_queries=self.num_prefix_queries,
+            num_prefix_hits=self.num_prefix_hits,
+        )
