@@ -5,8 +5,9 @@
 1. Closed loop: as many clients as rows give the rate that the server sustains.
 2. Open loop at that rate and at TIMES that rate. Goodput counts answers that are whole and came within --slo seconds.
 
-Prints one line of JSON for each: offered, goodput, refused, latency of refusals, values of Retry-After. With --idle,
-the CPU time of a server that does nothing is measured first.
+Prints one line of JSON for each: offered, goodput, refused, latency of refusals, values of Retry-After; and the share of
+a processor that the server's processes and the client used, and that the host of a virtual machine took away meanwhile
+(nothing here can be quicker than that). With --idle, the CPU time of a server that does nothing is measured first.
 """
 
 import argparse
@@ -39,7 +40,7 @@ class Tally:
     retry_after_s: list[int] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
 
-    def report(self, offered: int, seconds: float, slo_s: float) -> dict[str, Any]:
+    def report(self, offered: int, seconds: float, slo_s: float, used: dict[str, float]) -> dict[str, Any]:
         """Figures, times in milliseconds."""
         good = sum(item <= slo_s for item in self.done_s)
         return {
@@ -50,6 +51,7 @@ class Tally:
             "latency_ms": {p: _percentile(self.done_s, p) for p in (50, 99)},
             "refusal_ms": {p: _percentile(self.refused_s, p) for p in (50, 99)},
             "retry_after_s": [min(self.retry_after_s, default=0), max(self.retry_after_s, default=0)],
+            "processors": {name: round(value, 2) for name, value in used.items()},
         }
 
 
@@ -117,16 +119,25 @@ def start() -> tuple[subprocess.Popen[str], int]:
     raise RuntimeError("the server did not start")
 
 
-def idle_share(server: subprocess.Popen[str], seconds: float) -> float:
-    """Share of a core that the server and its children use while nobody asks."""
-    processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+class Usage:
+    """Processor time since it was made, of the server's processes, of this one and of the host, in processors."""
 
-    def used_s() -> float:
-        return sum(sum(process.cpu_times()[:2]) for process in processes)
+    def __init__(self, server: subprocess.Popen[str]) -> None:
+        front = psutil.Process(server.pid)
+        self._processes = {"http": [front], "core": front.children(recursive=True), "client": [psutil.Process()]}
+        self._begun_s, self._before = time.monotonic(), self._read()
 
-    before_s = used_s()
-    time.sleep(seconds)
-    return (used_s() - before_s) / seconds
+    def share(self) -> dict[str, float]:
+        """Of each, on average."""
+        spent_s = time.monotonic() - self._begun_s
+        return {name: (now - self._before[name]) / spent_s for name, now in self._read().items()}
+
+    def _read(self) -> dict[str, float]:
+        used = {
+            name: sum(sum(process.cpu_times()[:2]) for process in processes)
+            for name, processes in self._processes.items()
+        }
+        return {**used, "stolen": getattr(psutil.cpu_times(), "steal", 0.0)}
 
 
 def main() -> None:
@@ -141,13 +152,18 @@ def main() -> None:
     try:
         asyncio.run(closed_loop(port, 2, 1.0))  # everything that is made on first use
         if options.idle:
-            print(json.dumps({"phase": "idle", "share_of_a_core": round(idle_share(server, options.idle), 4)}))
+            usage = Usage(server)
+            time.sleep(options.idle)
+            used = usage.share()
+            print(json.dumps({"phase": "idle", "share_of_a_core": round(used["http"] + used["core"], 4)}))
         rate = asyncio.run(closed_loop(port, ROWS, min(6.0, options.seconds)))
         print(json.dumps({"phase": "closed loop", "clients": ROWS, "per_s": round(rate, 1)}), flush=True)
         for times in (1.0, options.times):
             seconds = min(6.0, options.seconds) if times == 1.0 else options.seconds
+            usage = Usage(server)
             tally, count = asyncio.run(open_loop(port, rate * times, seconds))
-            print(json.dumps({"phase": f"{times:g} x", **tally.report(count, seconds, options.slo)}), flush=True)
+            report = tally.report(count, seconds, options.slo, usage.share())
+            print(json.dumps({"phase": f"{times:g} x", **report}), flush=True)
     finally:
         server.terminate()
         server.wait(40)

@@ -13,6 +13,9 @@ from quire.engine.heartbeat import Activity
 from quire.engine.wire import MAX_FRAME_BYTES, RECEIVE_BYTES, ProtocolError, Report, Unframer, encode
 
 CORE_MODULE = "quire.compose.core_process"
+NICENESS = 5
+"""A core gives way to the side that answers people: on the few processors that they share, the threads that compute
+would keep it waiting at every turn, and a refusal would take as long as a step."""
 LEAVE_SECONDS = 5.0
 """For a process to be gone once its socket is closed, and again once it is killed."""
 
@@ -45,6 +48,8 @@ class CoreProcess:
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
             )
+        # Before it has threads: on Linux each has a niceness of its own, from the one that made it.
+        os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
         self._connection.setblocking(False)
         self.send(first)
 
