@@ -14,7 +14,7 @@ class Logprob(NamedTuple):
 
 
 PositionLogprobs = dict[int, Logprob]
-"""Token id -> `Logprob`: the chosen token first, then the best, best first."""
+"""Token id -> `Logprob`: the chosen token first, then the best, best first (or those of `logprob_token_ids`)."""
 
 
 @dataclass(slots=True)
@@ -28,9 +28,9 @@ class CompletionOutput:
     """Sum over the chosen tokens so far, when `logprobs` was asked for."""
     logprobs: list[PositionLogprobs] | None = None
     finish_reason: str | None = None
-    """None while it runs; then stop, length, abort or error."""
+    """None while it runs; then stop, length, repetition, abort or error."""
     stop_reason: int | str | None = None
-    """The stop string or stop token that ended it; None for the model's own end of sequence."""
+    """The stop string or stop token that ended it, `repetition_detected`; None for the model's own end of sequence."""
 
     def finished(self) -> bool:
         """True when nothing more will come."""

@@ -10,6 +10,8 @@ from quire.errors import InvalidRequestError, unknown_name_message
 
 MAX_N = 128
 MAX_LOGPROBS = 20
+MAX_LOGPROB_TOKEN_IDS = 128
+MAX_PATTERN = 256
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_BYTES = 1024
 MAX_TOKEN_LIST = 4096
@@ -28,6 +30,29 @@ class RequestOutputKind(Enum):
     """What is new since the one before."""
     FINAL_ONLY = 2
     """One output, at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepetitionDetectionParams:
+    """What counts as going round in circles, in tokens: the last of them are one pattern, `min_count` times."""
+
+    max_pattern_size: int = 0
+    """Longest pattern; 0 detects nothing."""
+    min_pattern_size: int = 0
+    """Shortest pattern; 0 is 1."""
+    min_count: int = 0
+    """At least 2."""
+
+    def __post_init__(self) -> None:
+        """Check.
+
+        Raises:
+            InvalidRequestError: a size out of range.
+        """
+        name = "repetition_detection"
+        _whole(0, MAX_PATTERN).check(f"{name}.max_pattern_size", self.max_pattern_size)
+        _whole(0, self.max_pattern_size).check(f"{name}.min_pattern_size", self.min_pattern_size)
+        _whole(2 if self.max_pattern_size else 0, 2**31 - 1).check(f"{name}.min_count", self.min_count)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,6 +99,10 @@ class SamplingParams:
     """Log-probabilities of this many best tokens beside the chosen one's."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt."""
+    logprob_token_ids: Sequence[int] | None = None
+    """With `logprobs`: those of these tokens, beside the chosen one's, instead of the best."""
+    repetition_detection: RepetitionDetectionParams | None = None
+    """End a sequence that repeats itself, with `finish_reason` repetition. A mapping of its fields will do."""
     logit_bias: Mapping[int, float] | None = None
     """Added to the logits of these tokens; values in [-100, 100]."""
     allowed_token_ids: Sequence[int] | None = None
@@ -108,12 +137,16 @@ class SamplingParams:
         self.allowed_token_ids = _token_ids("allowed_token_ids", self.allowed_token_ids)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise _bad("allowed_token_ids", "must not be empty; leave it out to allow every token")
+        self.logprob_token_ids = _token_ids("logprob_token_ids", self.logprob_token_ids, MAX_LOGPROB_TOKEN_IDS)
+        self.repetition_detection = _repetition(self.repetition_detection)
         self.logit_bias = _bias(self.logit_bias)
         self._check_together()
 
     def _check_together(self) -> None:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _bad("min_tokens", f"must not exceed max_tokens ({self.max_tokens}), got {self.min_tokens}")
+        if self.logprob_token_ids and self.logprobs is None:
+            raise _bad("logprob_token_ids", "needs logprobs")
         if self.stop and not self.detokenize:
             raise _bad("stop", "needs detokenize=True: stop strings are found in text")
         if self.temperature < GREEDY_EPSILON:
@@ -225,14 +258,23 @@ def _token_id(name: str, item: Any) -> int:
     return item
 
 
-def _token_ids(name: str, value: Any) -> list[int] | None:
+def _token_ids(name: str, value: Any, cap: int = MAX_TOKEN_LIST) -> list[int] | None:
     if value is None:
         return None
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
         raise _bad(name, "must be a list of token ids")
-    if len(value) > MAX_TOKEN_LIST:
-        raise _bad(name, f"may hold at most {MAX_TOKEN_LIST} token ids, got {len(value)}")
+    if len(value) > cap:
+        raise _bad(name, f"may hold at most {cap} token ids, got {len(value)}")
     return sorted({_token_id(name, item) for item in value})
+
+
+def _repetition(value: Any) -> RepetitionDetectionParams | None:
+    if value is None or isinstance(value, RepetitionDetectionParams):
+        return value
+    known = [item.name for item in fields(RepetitionDetectionParams)]
+    if not isinstance(value, Mapping) or not all(name in known for name in value):
+        raise _bad("repetition_detection", f"must be an object with {', '.join(known)}")
+    return RepetitionDetectionParams(**value)
 
 
 def _bias(value: Any) -> dict[int, float] | None:

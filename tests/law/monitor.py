@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from quire.outputs import RequestOutput
 
-FINISH_REASONS = {"stop", "length", "abort", "error"}
+FINISH_REASONS = {"stop", "length", "repetition", "abort", "error"}
 
 
 class OneFinalMonitor:

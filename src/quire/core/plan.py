@@ -52,9 +52,10 @@ class StepPlan:
 
 
 class TokenLogprobs(NamedTuple):
-    """Log-probabilities at one position: the chosen token first, then the most probable, best first.
+    """Log-probabilities at one position: the chosen token first, then the most probable, best first, or the tokens that
+    the request named.
 
-    `ranks[0]` is the chosen token's rank in the vocabulary (1 is best); the others rank 1, 2, 3...
+    `ranks` are ranks in the vocabulary (1 is best).
     """
 
     token_ids: tuple[int, ...]

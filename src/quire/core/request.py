@@ -33,6 +33,8 @@ class SamplingSpec(NamedTuple):
     """Token sequences whose last token must not follow the rest."""
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
+    logprob_token_ids: tuple[int, ...] = ()
+    """With `num_logprobs`: told of these tokens, instead of the best."""
 
 
 class Given(NamedTuple):

@@ -32,6 +32,7 @@ def check_new(new: NewRequest, facts: CoreFacts) -> None:
         prompt_logprobs=spec.num_prompt_logprobs,
         stop_token_ids=sorted({*spec.stop_token_ids} - {*new.eos_token_ids}),
         allowed_token_ids=spec.allowed_token_ids or None,
+        logprob_token_ids=spec.logprob_token_ids or None,
         logit_bias=dict(spec.logit_bias),
     )
     _require(len(new.request_id.encode()) <= MAX_ID_BYTES, "request_id")
@@ -48,6 +49,7 @@ def check_new(new: NewRequest, facts: CoreFacts) -> None:
         "given": (given.output_token_ids,),
         "stop_token_ids": (spec.stop_token_ids, new.eos_token_ids),
         "allowed_token_ids": (spec.allowed_token_ids,),
+        "logprob_token_ids": (spec.logprob_token_ids,),
         "logit_bias": ([token_id for token_id, _ in spec.logit_bias],),
         "bad_words": spec.bad_words,
     }

@@ -12,7 +12,8 @@ MAX_MESSAGES = 4096
 ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """A role becomes part of the template's own markers, so it may hold nothing that could make one."""
 RESERVED_OPTIONS = frozenset(
-    "messages tokenize add_generation_prompt continue_final_message chat_template tools documents".split()
+    "messages tokenize add_generation_prompt continue_final_message chat_template tools documents "
+    "add_special_tokens".split()
 )
 """What `chat_template_kwargs` may not set: each has, or will have, a field of its own."""
 
@@ -25,6 +26,8 @@ def encode_chat(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     chat_template: str | None = None,
+    documents: Sequence[Mapping[str, Any]] | None = None,
+    add_special_tokens: bool = False,
     chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids of a conversation under the model's chat template, or under `chat_template`.
@@ -33,6 +36,8 @@ def encode_chat(
         messages: each with `role` and `content` (text, or a list of `{"type": "text", "text": ...}`).
         add_generation_prompt: end with the beginning of the assistant's turn.
         continue_final_message: leave the last message open, to be gone on with.
+        documents: what the template may show the model beside the messages.
+        add_special_tokens: add what the tokenizer adds to a raw prompt.
 
     Raises:
         InvalidRequestError: naming the field.
@@ -57,13 +62,15 @@ def encode_chat(
             raise InvalidRequestError(f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs")
     if chat_template is None and not tokenizer.has_chat_template:
         raise InvalidRequestError("this model has no chat template: use a completion", param="messages")
-    inputs.check_text_size("".join(_texts(messages)))
+    inputs.check_text_size("".join(_texts([*messages, *(documents or ())])))
     token_ids = tokenizer.apply_chat_template(
         [dict(message) for message in messages],
         tokenize=True,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
         chat_template=chat_template,
+        documents=documents,
+        add_special_tokens=add_special_tokens,
         **(chat_template_kwargs or {}),
     )
     assert isinstance(token_ids, list)

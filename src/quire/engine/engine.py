@@ -173,8 +173,9 @@ class Engine:
 
     def _take(self, state: RequestState, delta: TokenDelta, now_s: float) -> None:
         self._observe(state, delta, now_s)
-        if state.apply(delta):
-            self._end(state, delta.request_id, "stop", now_s)
+        ended_here = state.apply(delta)
+        if ended_here is not None:
+            self._end(state, delta.request_id, ended_here, now_s)
             self._channel.abort(delta.request_id)
         elif delta.finish_reason is not None:
             self._end(state, delta.request_id, delta.finish_reason, now_s)

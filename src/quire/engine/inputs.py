@@ -154,7 +154,7 @@ class InputProcessor:
             )
 
     def _sampling_spec(self, params: SamplingParams, number: int) -> SamplingSpec:
-        for field in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        for field in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"):
             self.check_token_ids(field, list(getattr(params, field) or ()))
         eos = () if params.ignore_eos else self._facts.eos_token_ids
         stop_token_ids = tuple(sorted({*(params.stop_token_ids or ()), *eos}))
@@ -181,6 +181,7 @@ class InputProcessor:
             bad_words=bad_words,
             num_logprobs=params.logprobs,
             num_prompt_logprobs=params.prompt_logprobs,
+            logprob_token_ids=tuple(params.logprob_token_ids or ()),
         )
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:

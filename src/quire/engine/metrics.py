@@ -96,7 +96,7 @@ COUNTERS = MappingProxyType(
     }
 )
 """Stem -> help text."""
-FINISH_REASONS = ("stop", "length", "abort", "error")
+FINISH_REASONS = ("stop", "length", "repetition", "abort", "error")
 
 
 class Histogram:

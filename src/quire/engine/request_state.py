@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from quire.core.plan import TokenDelta, TokenLogprobs
 from quire.engine.inputs import ParsedRequest
+from quire.engine.repetition import RepetitionWatch
 from quire.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.text.detokenizer import IncrementalDetokenizer, StopStrings
@@ -50,6 +51,7 @@ class SequenceState:
 
     index: int
     text: SequenceText | None
+    repetition: RepetitionWatch | None = None
     pieces: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] | None = None
@@ -89,6 +91,7 @@ class RequestState:
                 SequenceText(tokenizer, params, new.prompt_token_ids)
                 if text_wanted and tokenizer is not None
                 else None,
+                None if params.repetition_detection is None else RepetitionWatch(params.repetition_detection),
                 logprobs=None if params.logprobs is None else [],
                 cumulative_logprob=None if params.logprobs is None else 0.0,
             )
@@ -110,11 +113,12 @@ class RequestState:
         """Tokens generated so far for one sequence, by the core's id."""
         return len(self._sequences[sequence_id].token_ids)
 
-    def apply(self, delta: TokenDelta) -> bool:
-        """Take a delta in. True when a stop string ended the sequence and the core must be told to drop it."""
+    def apply(self, delta: TokenDelta) -> str | None:
+        """Take a delta in. The finish reason when the sequence ended here and the core must be told to drop it: at a
+        stop string, or because it repeats itself."""
         sequence = self._sequences[delta.request_id]
         if sequence.finish_reason is not None:
-            return False
+            return None
         sequence.has_news = True
         self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
         if delta.prompt_logprobs and sequence.index == 0 and self._prompt_logprobs is not None:
@@ -127,7 +131,10 @@ class RequestState:
         if not stopped and delta.finish_reason is not None:
             sequence.finish_reason, sequence.stop_reason = delta.finish_reason, delta.stop_reason
             self.error = self.error or delta.error
-        return stopped and delta.finish_reason is None
+            return None
+        if not stopped and self._repeats(sequence, delta):
+            sequence.finish_reason, sequence.stop_reason = "repetition", "repetition_detected"
+        return sequence.finish_reason if delta.finish_reason is None else None
 
     def output(self) -> RequestOutput | None:
         """What a caller of this `output_kind` is given now; None when that is nothing."""
@@ -165,6 +172,16 @@ class RequestState:
         if stop is not None:
             sequence.finish_reason, sequence.stop_reason = "stop", stop
         return stop is not None
+
+    def _repeats(self, sequence: SequenceState, delta: TokenDelta) -> bool:
+        """Whether it goes round in circles; its text is then complete."""
+        if sequence.repetition is None or not sequence.repetition.push(delta.token_ids):
+            return False
+        if len(sequence.token_ids) < self.parsed.params.min_tokens:
+            return False
+        if sequence.text is not None:
+            sequence.pieces.append(sequence.text.flush()[0])
+        return True
 
     def _position(self, item: TokenLogprobs) -> PositionLogprobs:
         text_of = self._tokenizer.token_text if self._tokenizer is not None else lambda _: ""

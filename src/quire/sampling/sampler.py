@@ -19,7 +19,7 @@ from quire.core.plan import NewRow, RowResult, TokenLogprobs
 from quire.ops.types import Array, Logprobs, Ops, SampleBatch
 from quire.sampling.features import LogitsFeature
 from quire.sampling.logits import AllowedTokens, BadWords, LogitBias, MinTokens
-from quire.sampling.logprobs import token_logprobs
+from quire.sampling.logprobs import Named, named_logprobs, token_logprobs
 from quire.sampling.penalties import Penalties
 
 _make = tuple.__new__  # a NamedTuple at half the cost of its constructor
@@ -47,19 +47,25 @@ class Wanted:
     """Index of a row -> its place in `found`."""
     num_top: list[int]
     found: Logprobs | None
+    named: Named
 
     def arrays(self) -> list[Array]:
         """What the host needs of the device."""
         found = self.found
-        return [] if found is None else [found.chosen, found.rank, found.top_ids, found.top_logprobs]
+        if found is None:
+            return []
+        return [found.chosen, found.rank, found.top_ids, found.top_logprobs, *self.named.arrays()]
 
     def read(self, index: int, token_id: int, arrays: Sequence[Any]) -> tuple[TokenLogprobs, ...]:
         """Of the row at `index`, from `arrays` as numpy has them."""
         place = self.places.get(index)
-        return () if place is None else (token_logprobs(arrays, place, token_id, self.num_top[place]),)
+        if place is None:
+            return ()
+        found = token_logprobs(arrays[:4], place, token_id, self.num_top[place])
+        return (self.named.read(place, found, arrays[4:]),)
 
 
-_NO_LOGPROBS = Wanted({}, [], None)
+_NO_LOGPROBS = Wanted({}, [], None, Named({}, []))
 
 
 class Drawn:
@@ -114,6 +120,8 @@ class Sampler:
         self._users: set[int] = set()
         """Rows that use a feature: when a step has none, its logits go to the draw untouched."""
         self._num_logprobs: dict[int, int] = {}
+        self._named_logprobs: dict[int, tuple[int, ...]] = {}
+        """Rows of `_num_logprobs` that are told of these tokens instead of the best."""
 
     def add(self, new: NewRow) -> None:
         """A request takes a row."""
@@ -125,6 +133,8 @@ class Sampler:
         self._numbers.seeds[row] = spec.seed % 2**64
         if spec.num_logprobs is not None:
             self._num_logprobs[row] = spec.num_logprobs
+            if spec.logprob_token_ids:
+                self._named_logprobs[row] = spec.logprob_token_ids
         if _edits_logits(new):
             self._users.add(row)
             for feature in self._features:
@@ -133,6 +143,7 @@ class Sampler:
     def remove(self, row: int) -> None:
         """Clear all of a row."""
         self._num_logprobs.pop(row, None)
+        self._named_logprobs.pop(row, None)
         if row in self._users:
             self._users.discard(row)
             for feature in self._features:
@@ -171,7 +182,12 @@ class Sampler:
         num_top = [self._num_logprobs[rows[index]] for index in wanted]
         found = ops.logprobs(raw, tokens[chosen], max(num_top))
         places = {index: place for place, index in enumerate(wanted)}
-        return Drawn(ops, rows, tokens, flags, Wanted(places, num_top, found))
+        named = {
+            place: self._named_logprobs[rows[index]]
+            for index, place in places.items()
+            if rows[index] in self._named_logprobs
+        }
+        return Drawn(ops, rows, tokens, flags, Wanted(places, num_top, found, named_logprobs(ops, raw, named)))
 
     def follows(self, row: int) -> bool:
         """Whether the next draw of `row` depends on the tokens before it: `observe` must have been told of them."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jinja2
+import jinja2.meta
 import jinja2.nodes
 
 from quire.errors import InvalidRequestError
@@ -32,7 +33,7 @@ class ChatTemplates:
 
     def render(self, source: str, variables: Mapping[str, Any]) -> str:
         """The text of a template. `variables` must be plain data, see `messages.plain_data`."""
-        template, _ = self._compiled(source)
+        template = self._compiled(source)[0]
         text: str = self._guarded(lambda: self._joined(template, variables))
         return text
 
@@ -40,13 +41,17 @@ class ChatTemplates:
         """Whether the template takes a message's content as a list of parts, not only as a string."""
         return self._compiled(source)[1]
 
-    def _compile(self, source: str) -> tuple[jinja2.Template, bool]:
+    def reads(self, source: str, name: str) -> bool:
+        """Whether the template looks at the variable `name`."""
+        return name in self._compiled(source)[2]
+
+    def _compile(self, source: str) -> tuple[jinja2.Template, bool, frozenset[str]]:
         if len(source) > _MAX_TEMPLATE_CHARACTERS:
             raise InvalidRequestError(
                 f"the chat template has more than {_MAX_TEMPLATE_CHARACTERS} characters", param="chat_template"
             )
 
-        def compile_source() -> tuple[jinja2.Template, bool]:
+        def compile_source() -> tuple[jinja2.Template, bool, frozenset[str]]:
             tokens = sum(kind != "whitespace" for _, kind, _ in self._environment.lex(source))
             if tokens > _MAX_TEMPLATE_TOKENS:
                 raise InvalidRequestError(
@@ -54,9 +59,10 @@ class ChatTemplates:
                 )
             self._environment.meter.begin()
             tree = self._environment.parse(source)
-            return self._environment.from_string(tree), _loops_over_content(tree)
+            names = frozenset(jinja2.meta.find_undeclared_variables(tree))
+            return self._environment.from_string(tree), _loops_over_content(tree), names
 
-        compiled: tuple[jinja2.Template, bool] = self._guarded(compile_source)
+        compiled: tuple[jinja2.Template, bool, frozenset[str]] = self._guarded(compile_source)
         return compiled
 
     def _joined(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:

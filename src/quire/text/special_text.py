@@ -98,7 +98,7 @@ class SpecialText:
             rendered = rendered.replace(spelling, "")
         return rendered
 
-    def encode(self, rendered: str, breaks: Breaks) -> list[int]:
+    def encode(self, rendered: str, breaks: Breaks, *, add_special_tokens: bool) -> list[int]:
         """The tokens of a text rendered from broken messages. Raises what `tokenizers` raises."""
         with self._lock:
             if self._renamed is None:
@@ -107,7 +107,10 @@ class SpecialText:
         # A token of one character cannot be broken inside: there the mark stands behind it.
         whole = re.compile(f"(?:{self._alternatives})(?!{breaks.mark})", re.DOTALL)
         text = whole.sub(lambda match: renamed.names[match[0]], rendered)
-        ids: list[int] = renamed.backend.encode(self.restored(text, breaks), add_special_tokens=False).ids
+        encoding = renamed.backend.encode(self.restored(text, breaks), add_special_tokens=False)
+        if add_special_tokens:  # the copy has no post-processor
+            encoding = self._backend.post_process(encoding, None, True)
+        ids: list[int] = encoding.ids
         return ids
 
 

@@ -118,6 +118,7 @@ class Tokenizer:
         chat_template: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        add_special_tokens: bool = False,
         **template_kwargs: Any,
     ) -> list[int] | str:
         """A conversation as the model's chat template writes it, as tokens or as text.
@@ -126,15 +127,18 @@ class Tokenizer:
         tokens spelled anywhere in messages, tools, documents or `template_kwargs` are ordinary text, so
         that nobody can forge a turn; the text form cannot tell them apart. A caller who passes on
         `template_kwargs` from outside must see to it that they hold no `chat_template`.
+        `add_special_tokens` adds what the tokenizer adds to a raw prompt (most templates write it).
 
-        Raises `InvalidRequestError` for messages that the template refuses, and for templates that fail
-        or exceed their bounds.
+        Raises `InvalidRequestError` for messages that the template refuses, for documents that it does not
+        read, and for templates that fail or exceed their bounds.
         """
         if add_generation_prompt and continue_final_message:
             raise InvalidRequestError(
                 "add_generation_prompt and continue_final_message exclude each other", param="continue_final_message"
             )
         source = self._choose_template(chat_template, has_tools=bool(tools))
+        if documents and not self._templates.reads(source, "documents"):
+            raise InvalidRequestError("the chat template reads no documents: say them in a message", param="documents")
         inputs = {
             "messages": read_messages(messages, keeps_parts=self._templates.iterates_content(source)),
             "tools": plain_data(tools),
@@ -155,9 +159,9 @@ class Tokenizer:
         if not tokenize:
             return rendered
         if breaks is None:
-            return self.encode(rendered, add_special_tokens=False)
+            return self.encode(rendered, add_special_tokens=add_special_tokens)
         try:
-            return self._special_text.encode(rendered, breaks)
+            return self._special_text.encode(rendered, breaks, add_special_tokens=add_special_tokens)
         except InvalidRequestError:
             raise
         except Exception as error:  # noqa: BLE001 - the library raises bare Exception
