@@ -5,9 +5,9 @@
 1. Closed loop: as many clients as rows give the rate that the server sustains.
 2. Open loop at that rate and at TIMES that rate. Goodput counts answers that are whole and came within --slo seconds.
 
-Prints one line of JSON for each: offered, goodput, refused, latency of refusals, values of Retry-After; and the share of
-a processor that the server's processes and the client used, and that the host of a virtual machine took away meanwhile
-(nothing here can be quicker than that). With --idle, the CPU time of a server that does nothing is measured first.
+Prints one line of JSON for each: offered, goodput, refused, latency of refusals, values of Retry-After; and how many
+processors the server's processes and the client used, and the host of a virtual machine took away meanwhile (nothing
+here can be quicker than that). With --idle, the CPU time of a server that does nothing is measured first.
 """
 
 import argparse

@@ -32,6 +32,8 @@ SMALL = {
     "template_arguments": 2,
     "template_argument_depth": 3,
     "detokenized_tokens": 8,
+    "documents": 2,
+    "chat_template_characters": 60,
 }
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 HITS: dict[str, tuple[str, Any, Any]] = {
@@ -52,6 +54,16 @@ HITS: dict[str, tuple[str, Any, Any]] = {
         CHAT,
         {"messages": HELLO, "chat_template_kwargs": {"a": 1, "b": 2, "c": 3}},
         {"messages": HELLO, "chat_template_kwargs": {"a": 1, "b": 2}},
+    ),
+    "documents": (
+        CHAT,
+        {"messages": HELLO, "documents": [{"a": "b"}] * 3},
+        {"messages": HELLO, "documents": [{"a": "b"}] * 2},
+    ),
+    "chat_template_characters": (
+        CHAT,
+        {"messages": HELLO, "chat_template": "x" * 61},
+        {"messages": HELLO, "chat_template": "x" * 60},
     ),
     "template_argument_depth": (
         CHAT,

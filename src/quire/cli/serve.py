@@ -47,6 +47,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="more keys, one on a line, with a weight behind it if it is not 1: keys share the engine by weight",
     )
     group.add_argument(
+        "--trust-request-chat-template",
+        action="store_true",
+        help="requests may bring a chat_template; one may take a second of a thread that all share",
+    )
+    group.add_argument(
         "--enable-prompt-tokens-details",
         action=argparse.BooleanOptionalAction,
         help="usage tells how many prompt tokens were cached; yes, unless keys share the prefix cache",
@@ -107,10 +112,11 @@ def run(options: argparse.Namespace) -> int:
     from quire.server.access import configure_logs
     from quire.server.app import Oversight, create_app
     from quire.server.keys import read_keys
-    from quire.server.limits import Limits
+    from quire.server.limits import TRUSTED_TEMPLATE_CHARACTERS, Limits
     from quire.server.serve import GracefulServer
 
-    limits = Limits().with_values(_limit_values(options.limit))
+    trusted = {"chat_template_characters": TRUSTED_TEMPLATE_CHARACTERS} if options.trust_request_chat_template else {}
+    limits = Limits().with_values({**trusted, **_limit_values(options.limit)})
     keys = dict.fromkeys(options.api_key, 1)
     if options.api_key_file is not None:
         keys = read_keys(options.api_key_file) | keys

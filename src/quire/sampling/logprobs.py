@@ -39,15 +39,14 @@ class Named:
             return chosen
         start, ids = self.spans[place]
         logprobs, ranks = (np.concatenate(arrays[i::2])[start : start + len(ids)].tolist() for i in (0, 1))
-        return TokenLogprobs(
-            (chosen.token_ids[0], *ids), (chosen.logprobs[0], *logprobs), (chosen.ranks[0], *ranks)
-        )
+        return TokenLogprobs((chosen.token_ids[0], *ids), (chosen.logprobs[0], *logprobs), (chosen.ranks[0], *ranks))
 
 
 def named_logprobs(ops: Ops, logits: Array, named: dict[int, tuple[int, ...]]) -> Named:
-    """Of the rows of `logits [rows, vocabulary]` by their places. The operation tells of one token of a row, so a row is
-    read once for each."""
-    spans, asked = {}, []
+    """Of the rows of `logits [rows, vocabulary]` by their places. The operation tells of one token of a row, so it
+    reads a row once for each."""
+    spans: dict[int, tuple[int, tuple[int, ...]]] = {}
+    asked: list[tuple[int, int]] = []
     for place, ids in named.items():
         spans[place] = len(asked), ids
         asked += [(place, token_id) for token_id in ids]

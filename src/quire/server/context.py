@@ -11,23 +11,24 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quire.engine.queue_bound import Caller
-from quire.errors import ModelNotFoundError, OverloadedError
+from quire.errors import InvalidRequestError, ModelNotFoundError, OverloadedError
 from quire.server import limits
 from quire.server.body import Bodies
 from quire.server.errors import as_api_error
 from quire.server.keys import cache_namespace, caller_of
 from quire.server.limits import Limits
+from quire.server.protocol.sampling import check_timeout
 
 if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
 
 
 class Gate:
-    """Counts the requests inside and refuses past a bound, or when the server is stopping."""
+    """Knows the requests inside and refuses past a bound, or when the server is stopping."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self.num_inside = 0
+        self._inside: set[str] = set()
         self.is_open = True
 
     def close(self) -> None:
@@ -35,11 +36,12 @@ class Gate:
         self.is_open = False
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
-        """Hold a place for as long as the request is worked on.
+    def inside(self, name: str) -> Iterator[None]:
+        """Hold a place for as long as the request of this name is worked on.
 
         Raises:
             OverloadedError: closed or full.
+            InvalidRequestError: a request of this name is inside.
         """
         if not self.is_open:
             raise OverloadedError("the server is stopping", retry_after_s=limits.RETRY_AFTER_SECONDS)
@@ -47,11 +49,33 @@ class Gate:
             raise OverloadedError(
                 f"the server works on {self._most} requests already", retry_after_s=limits.RETRY_AFTER_SECONDS
             )
-        self.num_inside += 1
+        if name in self._inside:
+            raise InvalidRequestError("a request with this request_id is under way", param="request_id")
+        self._inside.add(name)
         try:
             yield
         finally:
-            self.num_inside -= 1
+            self._inside.discard(name)
+
+    @property
+    def num_inside(self) -> int:
+        """Requests that are worked on."""
+        return len(self._inside)
+
+
+TIMEOUT_HEADER = "X-Request-Timeout"
+"""The same as the field `timeout`, for proxies and clients that set headers."""
+
+
+def _timeout(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        return check_timeout(float(text))
+    except (ValueError, InvalidRequestError):
+        raise InvalidRequestError(
+            f"{TIMEOUT_HEADER} must be in (0, {limits.MAX_TIMEOUT_SECONDS}] seconds", param=TIMEOUT_HEADER
+        ) from None
 
 
 class Asker(NamedTuple):
@@ -101,13 +125,15 @@ class ServerContext:
         return name
 
     def asker(self, request: Request, salt: str, timeout_s: float | None) -> Asker:
-        """Who asks, before any work is done for them.
+        """Who asks, before any work is done for them. Of `timeout_s` and the header's, the shorter holds.
 
         Raises:
             OverloadedError: there is no place in the queue.
+            InvalidRequestError: the header is no number of seconds.
         """
         caller = self.caller(request.scope)
         self.engine.check_room(caller)
+        timeout_s = min(filter(None, (timeout_s, _timeout(request.headers.get(TIMEOUT_HEADER)))), default=None)
         return Asker(caller, cache_namespace("" if self.shares_prefix_cache else caller.name, salt), timeout_s)
 
     def caller(self, scope: Scope) -> Caller:
@@ -141,6 +167,6 @@ class Doorkeeper:
         await self._app(scope, receive, send)
 
 
-def new_id(prefix: str) -> str:
-    """An id that no client can choose or guess."""
-    return f"{prefix}-{secrets.token_hex(16)}"
+def new_id(prefix: str, asked: str | None = None) -> str:
+    """The id that a client asked for, or one that nobody can guess."""
+    return f"{prefix}-{asked or secrets.token_hex(16)}"

@@ -15,6 +15,9 @@ from quire.server.errors import ApiError
 
 LARGEST = 2**40
 MAX_TIMEOUT_SECONDS = 86400
+TRUSTED_TEMPLATE_CHARACTERS = 2**16
+"""Of a chat template in a request, where such are trusted. They are not by default: to compile and run one may take a
+second of the one thread that tokenises for everybody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,11 @@ class Limits:
     template_argument_depth: Limit = Limit(
         "chat_template_kwargs", 8, "levels of nesting", 400, "template_arguments_too_deep", "chat_template_kwargs"
     )
+    documents: Limit = Limit("documents", 1024, "documents", 400, "too_many_documents", "documents")
+    chat_template_characters: Limit = Limit(
+        "chat_template (for --trust-request-chat-template)", 0, "characters", 400, "chat_template_not_trusted",
+        "chat_template",
+    )  # fmt: skip
     detokenized_tokens: Limit = Limit("tokens", 2**17, "token ids in one request", 400, "too_many_tokens", "tokens")
 
     def with_values(self, values: Mapping[str, int]) -> "Limits":
@@ -97,6 +105,9 @@ FIXED = (
     Fixed("stop, bad_words", f"{sampling.MAX_STOP_STRING_BYTES:,}", "bytes in each string"),
     Fixed("bad_words", str(sampling.MAX_BAD_WORDS), "words"),
     Fixed("stop_token_ids, allowed_token_ids, logit_bias", f"{sampling.MAX_TOKEN_LIST:,}", "tokens"),
+    Fixed("logprob_token_ids", str(sampling.MAX_LOGPROB_TOKEN_IDS), "tokens"),
+    Fixed("repetition_detection.max_pattern_size", f"0 to {sampling.MAX_PATTERN}", "tokens"),
+    Fixed("request_id", "1 to 64", "letters, digits and any of . _ : -"),
     Fixed("logit_bias", f"{sampling.BIAS.low:g} to {sampling.BIAS.high:g}", "bias of a token"),
     Fixed("priority", f"{-MAX_PRIORITY:,} to {MAX_PRIORITY:,}", "whole number"),
     Fixed("cache_salt", str(MAX_SALT_BYTES), "bytes"),

@@ -118,16 +118,17 @@ def _answers() -> dict[str, Schema]:
     head: dict[str, Schema] = {"id": STRING, "created": _INTEGER, "model": STRING, "system_fingerprint": STRING}
     common = {
         "index": _INTEGER,
-        "finish_reason": {"enum": ["stop", "length"]},
+        "finish_reason": {"enum": ["stop", "length", "repetition"]},
         "stop_reason": {"type": ["string", "integer", "null"]},
         "token_ids": _IDS,
         "prompt_token_ids": or_null(_IDS),
         "prompt_logprobs": {"type": ["array", "null"]},
+        "prompt_text": STRING,
     }
     message = _open({"role": {"const": "assistant"}, "content": STRING, "refusal": {"type": "null"}})
     chat = {**common, "message": message, "logprobs": or_null(_ref("ChatLogprobs"))}
     text = {**common, "text": STRING, "logprobs": or_null(_ref("CompletionLogprobs"))}
-    extra = ("token_ids", "prompt_token_ids", "prompt_logprobs")
+    extra = ("token_ids", "prompt_token_ids", "prompt_logprobs", "prompt_text")
 
     def answer(kind: str, choice: dict[str, Schema]) -> Schema:
         choices = {"choices": array(_open(choice, optional=extra))}

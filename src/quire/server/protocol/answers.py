@@ -57,28 +57,37 @@ class TokenNames:
         return list(self._bytes_of(token_id))
 
 
-def chat_logprobs(choice: CompletionOutput, top: int, names: TokenNames) -> dict[str, Any]:
-    """`{"content": [{token, logprob, bytes, top_logprobs}], "refusal": null}`."""
+def chat_logprobs(choice: CompletionOutput, top: int, asked: Sequence[int], names: TokenNames) -> dict[str, Any]:
+    """`{"content": [{token, logprob, bytes, top_logprobs}], "refusal": null}`. With `asked` (`logprob_token_ids`),
+    `top_logprobs` are those tokens."""
 
     def entry(position: PositionLogprobs, token_id: int) -> dict[str, Any]:
         logprob = _finite(position[token_id].logprob)
         return {"token": names.name(token_id), "logprob": logprob, "bytes": names.content(token_id)}
 
     content = [
-        {**entry(position, token_id), "top_logprobs": [entry(position, other) for other in _best(position, top)]}
+        {
+            **entry(position, token_id),
+            "top_logprobs": [entry(position, other) for other in asked or _best(position, top)],
+        }
         for token_id, position in zip(choice.token_ids, choice.logprobs or [], strict=True)
     ]
     return {"content": content, "refusal": None}
 
 
 def completion_logprobs(
-    tokens: Iterable[tuple[int, PositionLogprobs | None]], top: int, offset: int, names: TokenNames
+    tokens: Iterable[tuple[int, PositionLogprobs | None]],
+    top: int,
+    asked: Sequence[int],
+    offset: int,
+    names: TokenNames,
 ) -> dict[str, Any]:
     """The older shape: parallel lists. A token without logprobs (the first of a prompt) has nulls.
 
     Args:
         tokens: ids with their logprobs.
         top: how many best tokens to list beside the chosen one.
+        asked: tokens to list instead, where a position has them (`logprob_token_ids`; a prompt's has not).
         offset: where the text of this part starts, in characters of the tokens' own texts.
         names: of tokens.
     """
@@ -94,7 +103,8 @@ def completion_logprobs(
             logprobs.append(None)
             best.append(None)
         else:
-            shown = dict.fromkeys([token_id, *_best(position, top)])
+            others = [item for item in asked if item in position] or _best(position, top)
+            shown = dict.fromkeys([token_id, *others])
             logprobs.append(_finite(position[token_id].logprob))
             best.append({names.name(item): _finite(position[item].logprob) for item in shown})
     return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": best, "text_offset": offsets}

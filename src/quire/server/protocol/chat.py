@@ -23,6 +23,7 @@ _TEMPLATE_OWN = frozenset(
         "tokenize",
         "tools",
         "documents",
+        "add_special_tokens",
         "self",
     }
 )
@@ -35,6 +36,10 @@ class Conversation:
     messages: list[dict[str, str]]
     add_generation_prompt: bool
     continue_final_message: bool
+    template: str | None
+    """Instead of the model's own."""
+    documents: list[dict[str, Any]]
+    add_special_tokens: bool
     template_arguments: dict[str, Any]
 
     @property
@@ -53,6 +58,7 @@ class ChatCall:
     top_logprobs: int | None
     """None: no logprobs; 0: the chosen tokens' only."""
     wants_prompt_logprobs: bool
+    wants_prompt_text: bool
     echoed: str
     """Stands before the answer: with `echo`, a last message of the assistant."""
 
@@ -67,7 +73,7 @@ def parse_chat(body: Mapping[str, Any], defaults: SamplingParams, limits: Limits
     taken = take(body, CHAT, limits)
     delivery = take_delivery(taken)
     conversation = take_conversation(taken, limits)
-    echo = flag(taken, "echo", False)
+    echo, wants_prompt_text = flag(taken, "echo", False), flag(taken, "return_prompt_text", False)
     top_logprobs = _top_logprobs(taken)
     overrides: dict[str, Any] = {"logprobs": top_logprobs, "max_tokens": taken.get("max_tokens")}
     try:
@@ -84,6 +90,7 @@ def parse_chat(body: Mapping[str, Any], defaults: SamplingParams, limits: Limits
         delivery,
         top_logprobs,
         wants_prompt_logprobs=params.prompt_logprobs is not None,
+        wants_prompt_text=wants_prompt_text,
         echoed=conversation.messages[-1]["content"] if echo and conversation.ends_with_assistant else "",
     )
 
@@ -99,7 +106,15 @@ def take_conversation(taken: dict[str, Any], limits: Limits) -> Conversation:
     continue_final = flag(taken, "continue_final_message", False)
     add_prompt = flag(taken, "add_generation_prompt", not continue_final)
     arguments = _template_arguments(taken.pop("chat_template_kwargs", {}), limits)
-    conversation = Conversation(messages, add_prompt, continue_final, arguments)
+    conversation = Conversation(
+        messages,
+        add_prompt,
+        continue_final,
+        _template(taken.pop("chat_template", None), limits),
+        _documents(taken.pop("documents", []), limits),
+        flag(taken, "add_special_tokens", False),
+        arguments,
+    )
     if continue_final and add_prompt:
         raise InvalidRequestError(
             "continue_final_message and add_generation_prompt cannot both be true", param="continue_final_message"
@@ -183,6 +198,25 @@ def _content(place: str, content: Any, limits: Limits) -> str:
             )
         texts.append(part["text"])
     return "\n".join(texts)
+
+
+def _template(value: Any, limits: Limits) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise InvalidRequestError("chat_template must be a string", param="chat_template")
+    if value is not None and len(value) > limits.chat_template_characters.value:
+        raise limits.chat_template_characters.error(f"{len(value):,}")
+    return value
+
+
+def _documents(value: Any, limits: Limits) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise InvalidRequestError("documents must be a list of objects", param="documents")
+    if len(value) > limits.documents.value:
+        raise limits.documents.error(f"{len(value):,}")
+    for item in value:
+        if not all(isinstance(text, str) for text in item.values()):
+            raise InvalidRequestError("documents must hold strings by name", param="documents")
+    return value
 
 
 def _template_arguments(value: Any, limits: Limits) -> dict[str, Any]:

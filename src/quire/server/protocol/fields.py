@@ -1,8 +1,8 @@
 """Which fields a request body may hold: honoured, an alias, neutral, or refused by name.
 
 A field that Quire does not honour is let through only with a value that asks for nothing (OpenAI's own default),
-because clients send those. `user` and `safety_identifier` are labels for an operator's records and change no
-answer by definition; they are checked for size and not kept.
+because clients send those. `user`, `safety_identifier` and `session_id` are labels for an operator's records, or for
+whoever routes requests to several servers: they change no answer by definition, and are checked for size and not kept.
 """
 
 from collections.abc import Mapping
@@ -17,9 +17,9 @@ SAMPLING = frozenset(item.name for item in fields(SamplingParams)) - {"detokeniz
 """Fields that go to `SamplingParams` under their own name."""
 COMMON = frozenset(
     "model stream stream_options stream_interval priority cache_salt timeout logprobs echo truncate_prompt_tokens "
-    "truncation_side return_token_ids return_tokens_as_token_ids".split()
+    "truncation_side return_token_ids return_tokens_as_token_ids request_id".split()
 )
-LABELS = frozenset({"user", "safety_identifier"})
+LABELS = frozenset({"user", "safety_identifier", "session_id"})
 ALIASES = {
     "max_completion_tokens": "max_tokens",
     "max_new_tokens": "max_tokens",
@@ -34,7 +34,6 @@ _TOOLS = "tool calling is not supported in this version"
 _STRUCTURED = "structured output is not supported in this version"
 _TEXT_ONLY = "this server reads and writes text only"
 _NOT_STORED = "nothing is stored by this server"
-_VLLM = "this extension of vLLM is not supported in this version"
 _PLAIN = "it is not supported in this version"
 
 _STRUCTURED_ALIASES = (
@@ -63,20 +62,16 @@ REFUSED_EVERYWHERE = {
     "prompt_cache_retention": Refused("prefixes are kept while there is room"),
     "use_beam_search": Refused("beam search is not supported in this version", (False,)),
     "length_penalty": Refused("it belongs to beam search, which is not supported in this version", (1.0,)),
-    "logprob_token_ids": Refused(_VLLM),
-    "return_token_offsets": Refused(_VLLM, (False,)),
-    "return_prompt_text": Refused(_VLLM, (False,)),
-    "return_weight_versions": Refused(_VLLM, (False,)),
-    "request_id": Refused("the server makes its own; it is the id of the answer"),
-    "session_id": Refused(_VLLM),
-    "kv_transfer_params": Refused(_VLLM),
-    "vllm_xargs": Refused(_VLLM),
-    "repetition_detection": Refused(_VLLM),
-    "watermarking": Refused(_VLLM),
+    "return_token_offsets": Refused("they belong to vLLM's route that renders prompts; see /tokenize", (False,)),
+    "return_weight_versions": Refused("the weights of a server do not change", (False,)),
+    "kv_transfer_params": Refused("caches are not moved between servers in this version"),
+    "vllm_xargs": Refused("they are for plug-ins of vLLM"),
+    "watermarking": Refused(_PLAIN),
 }
 REFUSED_COMPLETIONS = {
     "suffix": Refused("filling in the middle is not supported in this version", ("",)),
     "prompt_embeds": Refused(_PLAIN),
+    "return_prompt_text": Refused("echo gives the prompt", (False,)),
 }
 REFUSED_CHAT = {
     "tools": Refused(_TOOLS, ([],)),
@@ -92,9 +87,6 @@ REFUSED_CHAT = {
     "reasoning_effort": Refused("reasoning is not told apart in this version", ("none",)),
     "thinking_token_budget": Refused("reasoning is not told apart in this version"),
     "include_reasoning": Refused("reasoning is not told apart in this version", (True,)),
-    "add_special_tokens": Refused("the chat template writes them", (False,)),
-    "documents": Refused(_PLAIN, ([],)),
-    "chat_template": Refused("templates in requests are not accepted; the model's own is used"),
     "media_io_kwargs": Refused(_TEXT_ONLY, ({},)),
     "mm_processor_kwargs": Refused(_TEXT_ONLY, ({},)),
 }
@@ -114,15 +106,22 @@ class Door:
         return sorted(self.honoured | self.labels | set(self.aliases) | set(self.refused))
 
 
-_TEMPLATE_FIELDS = frozenset({"messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs"})
+_TEMPLATE_FIELDS = frozenset(
+    "messages add_generation_prompt continue_final_message chat_template chat_template_kwargs documents "
+    "add_special_tokens".split()
+)
 COMPLETIONS = Door(
     SAMPLING | COMMON | {"prompt", "add_special_tokens"}, REFUSED_EVERYWHERE | REFUSED_COMPLETIONS, aliases=ALIASES
 )
-CHAT = Door(SAMPLING | COMMON | _TEMPLATE_FIELDS | {"top_logprobs"}, REFUSED_EVERYWHERE | REFUSED_CHAT, aliases=ALIASES)
+CHAT = Door(
+    SAMPLING | COMMON | _TEMPLATE_FIELDS | {"top_logprobs", "return_prompt_text"},
+    REFUSED_EVERYWHERE | REFUSED_CHAT,
+    aliases=ALIASES,
+)
 TOKENIZE = Door(frozenset({"model", "prompt", "add_special_tokens", "return_token_strs"}))
 TOKENIZE_CHAT = Door(
     _TEMPLATE_FIELDS | {"model", "return_token_strs"},
-    {name: REFUSED_CHAT[name] for name in ("add_special_tokens", "chat_template", "tools", "mm_processor_kwargs")},
+    {name: REFUSED_CHAT[name] for name in ("tools", "mm_processor_kwargs")},
 )
 DETOKENIZE = Door(frozenset({"model", "tokens"}))
 

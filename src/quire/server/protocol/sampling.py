@@ -1,5 +1,6 @@
 """From taken fields to `SamplingParams`, and the fields that both routes share."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from quire.server.protocol.fields import SAMPLING, flag
 
 FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Fields that the model's own generation settings fill when the request leaves them out, as in vLLM."""
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
+"""A client's name for its request stands in headers, logs and paths."""
 STREAM_INTERVAL = Range(1, 2**31 - 1, is_whole=True)
 
 
@@ -42,6 +45,8 @@ class Delivery:
     """Seconds from the request's arrival to the end of its answer."""
     truncation: Truncation | None
     return_token_ids: bool
+    request_id: str | None
+    """The client's own name for the request."""
     tokens_as_token_ids: bool
     """Logprobs name tokens `token_id:N`, which is exact where texts of tokens are not."""
     asked_max_tokens: int | None
@@ -74,18 +79,29 @@ def take_delivery(taken: dict[str, Any]) -> Delivery:
         stream_interval=STREAM_INTERVAL.check("stream_interval", taken.pop("stream_interval", 1)),
         priority=priority,
         cache_salt=salt,
-        timeout_s=_timeout(taken),
+        timeout_s=check_timeout(taken.pop("timeout")) if "timeout" in taken else None,
         truncation=_truncation(taken),
         return_token_ids=flag(taken, "return_token_ids", False),
+        request_id=_request_id(taken),
         tokens_as_token_ids=flag(taken, "return_tokens_as_token_ids", False),
         asked_max_tokens=asked if type(asked) is int else None,
     )
 
 
-def _timeout(taken: dict[str, Any]) -> float | None:
-    value = taken.pop("timeout", None)
-    if value is None:
-        return None
+def _request_id(taken: dict[str, Any]) -> str | None:
+    value: Any = taken.pop("request_id", None)
+    if value is not None and not (isinstance(value, str) and REQUEST_ID.fullmatch(value)):
+        raise InvalidRequestError("request_id must be 1 to 64 letters, digits and any of . _ : -", param="request_id")
+    named: str | None = value
+    return named
+
+
+def check_timeout(value: Any) -> float:
+    """Seconds.
+
+    Raises:
+        InvalidRequestError: no number of seconds.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_TIMEOUT_SECONDS:
         raise InvalidRequestError(f"timeout must be in (0, {MAX_TIMEOUT_SECONDS}] seconds", param="timeout")
     return float(value)

@@ -10,7 +10,7 @@ from quire.sampling_params import Range, SamplingParams
 from quire.server.limits import MAX_TIMEOUT_SECONDS, Limits
 from quire.server.protocol.chat import ROLES
 from quire.server.protocol.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, TOKENIZE_CHAT, Door
-from quire.server.protocol.sampling import STREAM_INTERVAL
+from quire.server.protocol.sampling import REQUEST_ID, STREAM_INTERVAL
 
 Schema = dict[str, Any]
 TOKEN_ID: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
@@ -49,6 +49,11 @@ def _sampling_fields() -> dict[str, Schema]:
     found["stop"] = {"anyOf": [_STOP, array(_STOP, sampling.MAX_STOP_STRINGS)]}
     found["bad_words"] = {"anyOf": [_STOP, array(_STOP, sampling.MAX_BAD_WORDS)]}
     found["stop_token_ids"] = array(TOKEN_ID, sampling.MAX_TOKEN_LIST)
+    found["logprob_token_ids"] = array(TOKEN_ID, sampling.MAX_LOGPROB_TOKEN_IDS)
+    sizes = {"type": "integer", "minimum": 0, "maximum": sampling.MAX_PATTERN}
+    found["repetition_detection"] = record(
+        {"max_pattern_size": sizes, "min_pattern_size": sizes, "min_count": {"type": "integer", "minimum": 0}}
+    )
     found["allowed_token_ids"] = array(TOKEN_ID, sampling.MAX_TOKEN_LIST, least=1)
     found["logit_bias"] = {
         "type": "object",
@@ -89,6 +94,10 @@ def _shared_fields(limits: Limits) -> dict[str, Schema]:
         "add_generation_prompt": {**BOOLEAN, "default": True},
         "continue_final_message": {**BOOLEAN, "default": False},
         "chat_template_kwargs": template,
+        "chat_template": {**STRING, "maxLength": limits.chat_template_characters.value},
+        "documents": array({"type": "object", "additionalProperties": STRING}, limits.documents.value),
+        "request_id": {**STRING, "pattern": f"^{REQUEST_ID.pattern}$"},
+        "return_prompt_text": {**BOOLEAN, "default": False},
         "messages": array(_message(limits), limits.messages.value, least=1),
         "tokens": array(TOKEN_ID, limits.detokenized_tokens.value),
     }
@@ -130,10 +139,11 @@ def request_bodies(limits: Limits) -> dict[str, Schema]:
     top = number(sampling.RANGES["logprobs"])
     completion = {"prompt": prompt, "logprobs": top, "max_tokens": _with_zero()}
     chat: dict[str, Schema] = {"logprobs": {**BOOLEAN, "default": False}, "top_logprobs": top}
+    chat["add_special_tokens"] = {**BOOLEAN, "default": False}
     chat["max_tokens"] = number(sampling.RANGES["max_tokens"])
     tokenize = [
         _body(TOKENIZE, limits, {"prompt": STRING}, ("prompt",)),
-        _body(TOKENIZE_CHAT, limits, {}, ("messages",)),
+        _body(TOKENIZE_CHAT, limits, {"add_special_tokens": chat["add_special_tokens"]}, ("messages",)),
     ]
     return {
         "CompletionRequest": _body(COMPLETIONS, limits, completion, ("prompt",)),

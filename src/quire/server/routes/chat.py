@@ -1,8 +1,9 @@
 """POST /v1/chat/completions."""
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from typing import Any
 
 from starlette.requests import Request
@@ -35,6 +36,9 @@ async def encode_conversation(context: ServerContext, conversation: Conversation
         conversation.messages,
         add_generation_prompt=conversation.add_generation_prompt,
         continue_final_message=conversation.continue_final_message,
+        chat_template=conversation.template,
+        documents=conversation.documents or None,
+        add_special_tokens=conversation.add_special_tokens,
         chat_template_kwargs=conversation.template_arguments,
     )
 
@@ -44,7 +48,7 @@ class _Answer:
 
     def __init__(self, context: ServerContext, call: ChatCall, asker: Asker) -> None:
         self._context, self._call, self._asker = context, call, asker
-        self._id = new_id("chatcmpl")
+        self._id = new_id("chatcmpl", call.delivery.request_id)
         self._head: dict[str, Any] = {
             "id": self._id,
             "object": "chat.completion.chunk" if call.delivery.stream else "chat.completion",
@@ -60,7 +64,7 @@ class _Answer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
-        with self._context.gate.inside():
+        with self._inside():
             (output,) = await final_outputs([await self._start()])
         self._tally.see(0, output)
         choices = [
@@ -77,15 +81,13 @@ class _Answer:
         content = {**self._head, "choices": choices, "usage": self._tally.usage(), "timings": self._tally.timings()}
         if self._call.wants_prompt_logprobs:
             content["prompt_logprobs"] = answers.prompt_logprobs(output.prompt_logprobs)
-        if self._call.delivery.return_token_ids:
-            content["prompt_token_ids"] = output.prompt_token_ids
-        return content
+        return {**content, **await self._of_prompt(output)}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in pieces: for each choice its role, what it says, why it ended; then usage."""
         delivery, tally = self._call.delivery, self._tally
         begun: set[int] = set()
-        with self._context.gate.inside():
+        with self._inside():
             async with aclosing(merged([spaced(await self._start(), delivery.stream_interval)])) as outputs:
                 async for _, output in outputs:
                     tally.see(0, output)
@@ -96,8 +98,8 @@ class _Answer:
                             event["usage"] = tally.usage()
                         elif delivery.include_usage:
                             event["usage"] = None
-                        if delivery.return_token_ids and "role" in piece["delta"]:
-                            event["prompt_token_ids"] = output.prompt_token_ids
+                        if "role" in piece["delta"]:
+                            event |= await self._of_prompt(output)
                         if tally.finished and piece is pieces[-1] and not delivery.include_usage:
                             event["timings"] = tally.timings()
                         yield event
@@ -131,6 +133,19 @@ class _Answer:
             timeout_s=self._asker.timeout_s,
         )
 
+    def _inside(self) -> AbstractContextManager[None]:
+        return self._context.gate.inside(f"{self._asker.caller.name}/{self._id}")
+
+    async def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
+        """What was asked for of the prompt as the model read it."""
+        found: dict[str, Any] = {}
+        if self._call.delivery.return_token_ids:
+            found["prompt_token_ids"] = output.prompt_token_ids
+        if self._call.wants_prompt_text:
+            decode = self._context.engine.get_tokenizer().decode
+            found["prompt_text"] = await asyncio.to_thread(decode, output.prompt_token_ids, skip_special_tokens=False)
+        return found
+
     def _token_ids(self, choice: CompletionOutput) -> dict[str, Any]:
         return {"token_ids": choice.token_ids} if self._call.delivery.return_token_ids else {}
 
@@ -140,7 +155,7 @@ class _Answer:
             return None
         bytes_of = self._context.engine.get_tokenizer().token_bytes
         names = answers.TokenNames(bytes_of, as_ids=self._call.delivery.tokens_as_token_ids)
-        return answers.chat_logprobs(choice, top, names)
+        return answers.chat_logprobs(choice, top, self._call.params.logprob_token_ids or (), names)
 
 
 def _piece(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:

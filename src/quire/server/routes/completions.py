@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from typing import Any
 
 from starlette.requests import Request
@@ -34,7 +34,7 @@ class _Answer:
 
     def __init__(self, context: ServerContext, call: CompletionCall, asker: Asker) -> None:
         self._context, self._call, self._asker = context, call, asker
-        self._id = new_id("cmpl")
+        self._id = new_id("cmpl", call.delivery.request_id)
         self._head: dict[str, Any] = {
             "id": self._id,
             "object": "text_completion",
@@ -54,7 +54,7 @@ class _Answer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
-        with self._context.gate.inside():
+        with self._inside():
             outputs = await final_outputs(await self._start())
         choices = []
         for number, output in enumerate(outputs):
@@ -65,7 +65,7 @@ class _Answer:
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in pieces."""
         delivery, tally = self._call.delivery, self._tally
-        with self._context.gate.inside():
+        with self._inside():
             async with aclosing(
                 merged([spaced(item, delivery.stream_interval) for item in await self._start()])
             ) as outputs:
@@ -82,6 +82,9 @@ class _Answer:
                         yield event
         if delivery.include_usage:
             yield {**self._head, "choices": [], "usage": tally.usage(), "timings": tally.timings()}
+
+    def _inside(self) -> AbstractContextManager[None]:
+        return self._context.gate.inside(f"{self._asker.caller.name}/{self._id}")
 
     async def _start(self) -> list[Outputs]:
         """Every prompt is checked before the first one starts."""
@@ -141,7 +144,7 @@ class _Answer:
             spans += zip(choice.token_ids, choice.logprobs or [], strict=True)
         bytes_of = self._context.engine.get_tokenizer().token_bytes
         names = answers.TokenNames(bytes_of, as_ids=self._call.delivery.tokens_as_token_ids)
-        return answers.completion_logprobs(spans, top, offset, names)
+        return answers.completion_logprobs(spans, top, self._call.params.logprob_token_ids or (), offset, names)
 
     def _prompt_text(self, number: int, output: RequestOutput) -> str:
         text = self._texts[number]

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from quire.server.context import ServerContext
+from quire.server.context import ServerContext, new_id
 from quire.server.delivery import naming_param
 from quire.server.protocol.tokenize import parse_detokenize, parse_tokenize
 from quire.server.routes.chat import encode_conversation
@@ -19,7 +19,7 @@ async def tokenize(request: Request) -> Response:
     context: ServerContext = request.app.state.context
     call = await context.bodies.read(request, lambda body: parse_tokenize(body, context.limits))
     context.resolve_name(call.model)
-    with context.gate.inside():
+    with context.gate.inside(new_id("tokenize")):
         if isinstance(call.source, str):
             token_ids = await context.engine.encode(call.source, add_special_tokens=call.add_special_tokens)
         else:
@@ -42,7 +42,7 @@ async def detokenize(request: Request) -> Response:
     call = await context.bodies.read(request, lambda body: parse_detokenize(body, context.limits, vocab_size))
     context.resolve_name(call.model)
     tokenizer = context.engine.get_tokenizer()
-    with context.gate.inside():
+    with context.gate.inside(new_id("detokenize")):
         text = await asyncio.to_thread(tokenizer.decode, call.token_ids, skip_special_tokens=False)
     return _json({"prompt": text})
 
