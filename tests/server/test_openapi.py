@@ -45,6 +45,7 @@ TOGETHER = {
     "truncation_side": lambda value: True,
     "max_tokens": lambda value: value == 0,
     "continue_final_message": lambda value: True,
+    "logprob_token_ids": lambda value: bool(value),
 }
 LATER = [("prompt", [-1]), ("prompt", [2**31])]
 """Refused by the engine, which knows the vocabulary."""

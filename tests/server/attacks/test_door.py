@@ -24,6 +24,9 @@ from tests.server.fake_engine import FakeEngine
 
 JSON = {"content-type": "application/json"}
 LITERALS = ["NaN", "Infinity", "-Infinity", "1e309", "-1e309", "9" * 5000, "1" + "0" * 400, '"1"', "[]", "{}", "[[1]]"]
+LISTS = {"prompt", "stop", "bad_words", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"}
+TAKE_OBJECTS = LISTS | {"logit_bias", "repetition_detection"}
+"""Fields in which one of these literals is no mistake."""
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def test_numbers_that_are_none(http: httpx.Client) -> None:
     """A10: every numeric field with every literal that is no number of JSON, too large, or of another type."""
     fields = _numeric_fields()
     assert len(fields) >= 18
-    for name in set(fields) - {"prompt", "logit_bias", "stop_token_ids", "allowed_token_ids", "stop", "bad_words"}:
+    for name in set(fields) - TAKE_OBJECTS:
         for literal in LITERALS:
             data = b'{"prompt": "x", "%s": %s}' % (name.encode(), literal.encode())
             response = http.post("/v1/completions", content=data, headers=JSON)
@@ -242,7 +245,7 @@ def test_distinct_values_leave_nothing_behind(running: Running, http: httpx.Clie
 
 def test_no_field_names_a_host_a_file_or_a_block() -> None:
     """A17, A18, A29: the fields that could are refused by name, whatever they hold."""
-    for name in ("kv_transfer_params", "prompt_embeds", "vllm_xargs", "session_id", "request_id"):
+    for name in ("kv_transfer_params", "prompt_embeds", "vllm_xargs"):
         assert name in COMPLETIONS.refused
     for name in ("lora", "image_url", "block_ids", "data_parallel_rank", "custom_logit_processor"):
         assert name not in COMPLETIONS.known()
