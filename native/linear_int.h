@@ -6,7 +6,7 @@
 #pragma once
 
 #include "linear_finish.h"
-#include "linear_tiles.h"
+#include "tile_unit.h"
 
 namespace quire::QUIRE_ISA {
 
@@ -114,19 +114,6 @@ static inline void add_group(const float* scales, const Floats* sums, float* y) 
         float* const at = y + v * kLanes;
         store(at, fma(sums[v], load(scales + v * kLanes), load(at)));
     }
-}
-
-// Runs of panels that shrink towards the end: long enough to stream, and no thread waits long for the last one.
-// Returns their number.
-static inline int64_t divide_panels(int64_t panels, int64_t longest, int threads, int32_t* borders) {
-    int64_t runs = 0;
-    borders[0] = 0;
-    for (int64_t first = 0; first < panels;) {
-        const int64_t share = (panels - first) / (2 * threads);
-        first += larger(1, smaller(share, longest));
-        borders[++runs] = static_cast<int32_t>(first);
-    }
-    return runs;
 }
 
 #if defined(__AVX512F__)

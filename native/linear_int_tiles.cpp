@@ -22,19 +22,12 @@ constexpr int64_t kGroupBlocks = 32;   // blocks of rows whose inputs of one pie
 constexpr int64_t kRunPanels = 8;      // panels whose sums are kept and written together
 constexpr int64_t kSerialItems = 32768;
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {};
-};
-
 // Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights, `depth` inputs deep.
 void configure(int64_t rows, int64_t depth) {
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) config.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : depth / kQuad);
     config.row_bytes[4] = config.row_bytes[5] = static_cast<uint16_t>(depth);
-    asm volatile("" : : "r"(&config) : "memory");  // the intrinsic of gcc 12 tells the compiler of 8 bytes only
-    _tile_loadconfig(&config);
+    load_config(config);
 }
 
 struct Job {

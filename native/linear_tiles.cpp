@@ -8,6 +8,7 @@
 #if QUIRE_TILES
 
 #include "linear_finish.h"
+#include "tile_unit.h"
 
 namespace quire::QUIRE_ISA {
 
@@ -26,20 +27,13 @@ constexpr int64_t kGroupRows = 512;       // with that piece of their x, 0.6 MB,
 constexpr int64_t kGroupItems = 1 << 19;  // inputs of a group of rows that stay in the L2, all pieces together
 constexpr int64_t kRunPanels = 8;         // panels of an item
 constexpr int64_t kLongRunPanels = 16;    // the same where x does not stay: it is read once for each run
-constexpr int64_t kPairSums = kStreamedRows * kTilePanel;
+constexpr int64_t kBlockSums = kTileSide * kTilePanel;
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {};
-};
-
-// Tiles 0 to 3 hold sums (two blocks of rows by two of outputs), 4 and 5 rows of x, 6 and 7 weights.
+// Tiles 0 and 1 hold sums (a block of rows by two of outputs), 2 rows of x, 3 weights.
 void configure(int64_t rows) {
     TileConfig config;
-    for (int tile = 0; tile < 8; ++tile) config.rows[tile] = tile < 6 ? static_cast<uint8_t>(rows) : kTileSide;
-    asm volatile("" : : "r"(&config) : "memory");  // the intrinsic of gcc 12 tells the compiler of 8 bytes only
-    _tile_loadconfig(&config);
+    for (int tile = 0; tile < 3; ++tile) config.rows[tile] = static_cast<uint8_t>(rows);
+    load_config(config);
 }
 
 struct Job {
@@ -77,138 +71,22 @@ void round_block(void* context, int64_t block, int) {
     }
 }
 
-// Part of a product: two blocks of rows (or one) by a panel over some chunks of inputs.
-struct Piece {
-    const uint16_t* x;  // the second block lies `block_items` further
-    const uint16_t* weights;
-    int64_t chunks, x_items, block_items;
-    float* sums;  // [blocks * 16][32]
-    bool fresh;   // else added to what sums holds
-};
-
-// A tile of x into register 4, or 5 for the second block. Where x passes by once for each piece of weights it should not
-// displace them.
-template <bool Second, bool Streams>
-inline void load_x(const uint16_t* x) {
-    if constexpr (Second && Streams) {
-        _tile_stream_loadd(5, x, 64);
-    } else if constexpr (Second) {
-        _tile_loadd(5, x, 64);
-    } else if constexpr (Streams) {
-        _tile_stream_loadd(4, x, 64);
-    } else {
-        _tile_loadd(4, x, 64);
-    }
-}
-
-// `beside` is called in each chunk, and at the end: what it does, vectors do while the matrix unit works.
-template <int Blocks, class Beside>
-void multiply(const Piece& piece, Beside& beside) {
-    constexpr int64_t bytes = kTilePanel * 4, second = kTileSide * kTilePanel;
-    float* const sums = piece.sums;
-    if (piece.fresh) {
-        _tile_zero(0);
-        _tile_zero(1);
-        if (Blocks == 2) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-    } else {
-        _tile_loadd(0, sums, bytes);
-        _tile_loadd(1, sums + kTileSide, bytes);
-        if (Blocks == 2) {
-            _tile_loadd(2, sums + second, bytes);
-            _tile_loadd(3, sums + second + kTileSide, bytes);
-        }
-    }
-    const uint16_t *x = piece.x, *weights = piece.weights;
-    for (int64_t chunk = 0; chunk < piece.chunks; ++chunk, x += piece.x_items, weights += kChunkItems) {
-        _tile_loadd(6, weights, 64);
-        load_x<false, Beside::kStreamsX>(x);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, weights + kTileItems, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        beside.fetch(chunk);
-        if (Blocks == 2) {
-            load_x<true, Beside::kStreamsX>(x + piece.block_items);
-            _tile_dpbf16ps(2, 5, 6);
-            beside.finish();
-            _tile_dpbf16ps(3, 5, 7);
-        } else {
-            beside.finish();
-        }
-    }
-    beside.end();
-    _tile_stored(0, sums, bytes);
-    _tile_stored(1, sums + kTileSide, bytes);
-    if (Blocks == 2) {
-        _tile_stored(2, sums + second, bytes);
-        _tile_stored(3, sums + second + kTileSide, bytes);
-    }
-}
-
-// Asks memory for where a row's results of a panel will go: a store that waits holds up those behind it.
-inline void fetch_results(const LinearArgs& args, int64_t panel, int64_t row) {
-    if (row >= args.rows || args.y == nullptr) return;
-    const float* const at = args.y + row * args.weight.products() + panel * args.weight.panel_products();
-    __builtin_prefetch(at, 1);
-    __builtin_prefetch(at + 16, 1);
-}
-
-// Fetches the weights that will be read soon, and nothing past the end of the run: another thread reads on there.
-struct BesideStream {
+// What vectors do while the matrix unit works, some of it in each chunk: fetch weights that will be read soon, and write
+// the results of the block before.
+template <bool Streams>
+struct Beside {
     const LinearArgs* args;
-    int64_t panel;
-    const char* at;
-    const char* end_at;
-
-    static constexpr bool kStreamsX = false;
-    void fetch(int64_t chunk) {
-        if (at < end_at) {
-            for (int64_t line = 0; line < kChunkLines; ++line) __builtin_prefetch(at + line * 64);
-        }
-        at += kChunkLines * 64;
-        fetch_results(*args, panel, chunk);
-    }
-    void finish() {}
-    void end() {}
-};
-
-// Up to 32 rows by a run of panels: each weight is used once.
-void stream_item(void* context, int64_t item, int worker) {
-    const Job& job = *static_cast<const Job*>(context);
-    const LinearArgs& args = *job.args;
-    float* const sums = static_cast<float*>(job.pool->scratch(worker, kPairSums * sizeof(float)));
-    const int64_t first = job.borders[item], last = job.borders[item + 1];
-    BesideStream beside{&args, first, reinterpret_cast<const char*>(job.weights(first, 0) + kAheadItems),
-                        reinterpret_cast<const char*>(job.weights(last, 0))};
-    const auto multiply_rows = args.rows > kTileSide ? multiply<2, BesideStream> : multiply<1, BesideStream>;
-    Piece piece{job.x, nullptr, job.chunks, job.tile_rows * kTileDepth, job.chunks * kTileItems, sums, true};
-    const Finish finish = finish_of<kTilePanel>(args);
-    configure(job.tile_rows);
-    for (int64_t panel = first; panel < last; ++panel) {
-        beside.panel = panel;
-        piece.weights = job.weights(panel, 0);
-        multiply_rows(piece, beside);
-        finish(args, panel, 0, args.rows, sums);
-    }
-    _tile_release();
-}
-
-// Fetches the next piece of weights into the second cache, and writes the results of the piece before.
-struct BesideBlock {
-    const LinearArgs* args;
+    Finish finish_rows;
     const char* at;  // weights
     const char* end_at;
     int64_t lines;  // of them for each chunk
-    Finish finish_rows;
     int64_t panel, row, end_row, rows_per_chunk;
     const float* sums;
 
-    static constexpr bool kStreamsX = true;
-    void fetch(int64_t) {
+    // The weights of a run that come from memory go to the L1; what the second cache keeps waits there.
+    void fetch() {
         if (at < end_at) {
-            for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + line * 64, 0, 2);
+            for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + line * 64, 0, Streams ? 3 : 2);
         }
         at += lines * 64;
     }
@@ -218,12 +96,85 @@ struct BesideBlock {
     void end() {
         if (row < end_row) finish_until(end_row);
     }
+    void begin(int64_t its_panel, int64_t first_row, int64_t its_end, const float* its_sums) {
+        panel = its_panel;
+        row = first_row;
+        end_row = its_end;
+        sums = its_sums;
+    }
     void finish_until(int64_t end) {
         finish_rows(*args, panel, row, end, sums);
         sums += (end - row) * kTilePanel;
         row = end;
     }
 };
+
+// Part of a product: a block of rows by a panel over some chunks of inputs.
+struct Piece {
+    const uint16_t *x, *weights;
+    int64_t chunks, x_items;
+    float* sums;  // [16][32]; nobody needs what they held once `beside` has ended
+    bool fresh;   // else added to what sums holds
+};
+
+// x that passes by once for each piece of weights should not displace them.
+template <bool Streams>
+void multiply(const Piece& piece, Beside<Streams>& beside) {
+    constexpr int64_t bytes = kTilePanel * 4;
+    if (piece.fresh) {
+        _tile_zero(0);
+        _tile_zero(1);
+    } else {
+        _tile_loadd(0, piece.sums, bytes);
+        _tile_loadd(1, piece.sums + kTileSide, bytes);
+    }
+    const uint16_t *x = piece.x, *weights = piece.weights;
+    for (int64_t chunk = 0; chunk < piece.chunks; ++chunk, x += piece.x_items, weights += kChunkItems) {
+        _tile_loadd(3, weights, 64);
+        if constexpr (Streams) {
+            _tile_loadd(2, x, 64);
+        } else {
+            _tile_stream_loadd(2, x, 64);
+        }
+        _tile_dpbf16ps(0, 2, 3);
+        beside.fetch();
+        _tile_loadd(3, weights + kTileItems, 64);
+        _tile_dpbf16ps(1, 2, 3);
+        beside.finish();
+    }
+    beside.end();
+    _tile_stored(0, piece.sums, bytes);
+    _tile_stored(1, piece.sums + kTileSide, bytes);
+}
+
+// Up to 32 rows by a run of panels: each weight comes from memory once. Nothing past the end of the run is fetched: another
+// thread reads on there.
+void stream_item(void* context, int64_t item, int worker) {
+    const Job& job = *static_cast<const Job*>(context);
+    const LinearArgs& args = *job.args;
+    const int64_t first = job.borders[item], last = job.borders[item + 1];
+    const int64_t blocks = (args.rows + kTileSide - 1) / kTileSide;
+    Piece piece{nullptr, nullptr, job.chunks, job.tile_rows * kTileDepth, nullptr, true};
+    piece.sums = static_cast<float*>(job.pool->scratch(worker, kBlockSums * sizeof(float)));
+    Beside<true> beside{};
+    beside.args = &args;
+    beside.finish_rows = finish_of<kTilePanel>(args);
+    beside.at = reinterpret_cast<const char*>(job.weights(first, 0) + kAheadItems);
+    beside.end_at = reinterpret_cast<const char*>(job.weights(last, 0));
+    beside.lines = kChunkLines / blocks;
+    beside.rows_per_chunk = (kTileSide + job.chunks - 1) / larger(1, job.chunks);
+    configure(job.tile_rows);
+    for (int64_t panel = first; panel < last; ++panel) {
+        for (int64_t block = 0; block < blocks; ++block) {
+            piece.x = job.x + block * job.chunks * kTileItems;
+            piece.weights = job.weights(panel, 0);
+            multiply(piece, beside);
+            beside.begin(panel, block * kTileSide, smaller((block + 1) * kTileSide, args.rows), piece.sums);
+        }
+    }
+    _tile_release();
+    beside.end();
+}
 
 // A run of panels for one group of rows: `together` panels at a time, for each piece of `in`, for each of the panels, all
 // rows. Where x stays in the cache one panel is complete before the next.
@@ -233,11 +184,11 @@ void block_item(void* context, int64_t item, int worker) {
     const int64_t first_panel = job.borders[item / job.groups], last_panel = job.borders[item / job.groups + 1];
     const int64_t first_row = item % job.groups * job.group_rows;
     const int64_t end_row = smaller(first_row + job.group_rows, args.rows);
-    const int64_t pairs = (end_row - first_row + kStreamedRows - 1) / kStreamedRows;
+    const int64_t blocks = (end_row - first_row + kTileSide - 1) / kTileSide;
     const int64_t together = job.resident ? 1 : last_panel - first_panel;
-    const size_t sums_bytes = together * pairs * kPairSums * sizeof(float);
+    const size_t sums_bytes = together * blocks * kBlockSums * sizeof(float);
     float* const sums = static_cast<float*>(job.pool->scratch(worker, sums_bytes));
-    BesideBlock beside{};
+    Beside<false> beside{};
     beside.args = &args;
     beside.finish_rows = finish_of<kTilePanel>(args);
     configure(kTileSide);
@@ -252,21 +203,15 @@ void block_item(void* context, int64_t item, int worker) {
                                                             (step + 1) / together * job.chunks / job.pieces);
             beside.at = reinterpret_cast<const char*>(next);
             beside.end_at = reinterpret_cast<const char*>(none ? next : next + chunks * kChunkItems);
-            beside.lines = (kChunkLines + pairs - 1) / pairs;
-            beside.rows_per_chunk = (kStreamedRows + chunks - 1) / chunks;
-            for (int64_t pair = 0; pair < pairs; ++pair) {
-                const int64_t row = first_row + pair * kStreamedRows;
-                const int64_t slot = job.pieces == 1 ? 0 : step % together * pairs + pair;
+            beside.lines = (kChunkLines + blocks - 1) / blocks;
+            beside.rows_per_chunk = (kTileSide + chunks - 1) / chunks;
+            for (int64_t block = 0; block < blocks; ++block) {
+                const int64_t row = first_row + block * kTileSide;
+                const int64_t slot = job.pieces == 1 ? 0 : step % together * blocks + block;
                 const uint16_t* const x = job.x + (row * job.chunks + chunk * kTileSide) * kTileDepth;
-                const Piece piece{x,          job.weights(panel, chunk), chunks,
-                                  kTileItems, job.chunks * kTileItems,   sums + slot * kPairSums,
-                                  part == 0};
-                (args.rows - row > kTileSide ? multiply<2, BesideBlock> : multiply<1, BesideBlock>)(piece, beside);
-                if (part + 1 < job.pieces) continue;
-                beside.panel = panel;
-                beside.row = row;
-                beside.end_row = smaller(row + kStreamedRows, end_row);
-                beside.sums = piece.sums;
+                const Piece piece{x, job.weights(panel, chunk), chunks, kTileItems, sums + slot * kBlockSums, part == 0};
+                multiply(piece, beside);
+                if (part + 1 == job.pieces) beside.begin(panel, row, smaller(row + kTileSide, end_row), piece.sums);
             }
         }
     }
@@ -285,19 +230,6 @@ void embed_row(void* context, int64_t item, int) {
         const uint16_t bits = column[i / kTileDepth * kChunkItems + i % kTileDepth / 2 * kTileDepth + i % 2];
         args.y[item * in + i] = to_float(BFloat16{bits}) * args.scale;
     }
-}
-
-// Runs of panels that shrink towards the end: long enough to stream, and no thread waits long for the last one.
-// Returns their number.
-int64_t divide(int64_t panels, int64_t longest, int threads, int32_t* borders) {
-    int64_t runs = 0;
-    borders[0] = 0;
-    for (int64_t first = 0; first < panels;) {
-        const int64_t share = (panels - first) / (2 * threads);
-        first += larger(1, smaller(share, longest));
-        borders[++runs] = static_cast<int32_t>(first);
-    }
-    return runs;
 }
 
 }  // namespace
@@ -330,7 +262,7 @@ void linear_tiles(const LinearArgs& args, ThreadPool& pool) {
         pool.run(blocks, round_block, &job);
     }
     const int64_t longest = streamed ? panels : job.resident ? kRunPanels : kLongRunPanels;
-    const int64_t runs = divide(panels, longest, pool.threads(), job.borders);
+    const int64_t runs = divide_panels(panels, longest, pool.threads(), job.borders);
     if (streamed) {
         pool.run(runs, stream_item, &job);
     } else {

@@ -1,11 +1,6 @@
 // What the machine can do, for `quire bench kernels`: a streaming read, and products of operands that are loaded from
 // the L1, as any kernel must load them. (Products of registers alone run faster; no kernel reaches that.)
-#include "linear_tiles.h"
-#include "simd.h"
-
-#if QUIRE_TILES
-#include <immintrin.h>
-#endif
+#include "tile_unit.h"
 
 namespace quire::QUIRE_ISA {
 
@@ -40,19 +35,11 @@ void float_item(void*, int64_t, int) {
 }
 
 #if QUIRE_TILES
-struct alignas(64) ProbeConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 // Two tiles of inputs by two of weights, into four of sums: four loads and four products.
 template <bool Bytes>
 void tile_item(void*, int64_t, int) {
     alignas(64) static const uint8_t tiles[4][1024] = {};
-    ProbeConfig config;
-    asm volatile("" : : "r"(&config) : "memory");
-    _tile_loadconfig(&config);
+    load_config(TileConfig{});
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);

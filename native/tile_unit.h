@@ -1,0 +1,38 @@
+// The registers of the matrix unit (AMX), and how a product is divided into items.
+//
+// Few registers are used at a time: while a neighbour keeps the core busy, a loop over all eight takes more than twice as long
+// as one that makes as many products with four, as if both threads renamed them from one small store (docs/design/amx.md).
+#pragma once
+
+#include "linear_tiles.h"
+#include "simd.h"
+
+namespace quire::QUIRE_ISA {
+
+// Runs of panels that shrink towards the end: long enough to stream, and no thread waits long for the last one.
+// Returns their number.
+static inline int64_t divide_panels(int64_t panels, int64_t longest, int threads, int32_t* borders) {
+    int64_t runs = 0;
+    borders[0] = 0;
+    for (int64_t first = 0; first < panels;) {
+        const int64_t share = (panels - first) / (2 * threads);
+        first += larger(1, smaller(share, longest));
+        borders[++runs] = static_cast<int32_t>(first);
+    }
+    return runs;
+}
+
+#if QUIRE_TILES
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+static inline void load_config(const TileConfig& config) {
+    asm volatile("" : : "r"(&config) : "memory");  // the intrinsic of gcc 12 tells the compiler of 8 bytes only
+    _tile_loadconfig(&config);
+}
+#endif
+
+}  // namespace quire::QUIRE_ISA
