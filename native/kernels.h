@@ -60,6 +60,13 @@ struct Panels {
     int64_t groups() const { return (in + group - 1) / group; }
     int64_t group_bytes() const { return kTilePanel * (int64_t{sizeof(float)} + group * bits / 8); }
     int64_t panel_bytes() const { return groups() * group_bytes(); }
+
+    // of any layout
+    int64_t bytes_each() const {
+        if (layout == Layout::integers) return panel_bytes();
+        const int64_t depth = layout == Layout::tiles ? (in + kTileDepth - 1) / kTileDepth * kTileDepth : in;
+        return width() * depth * bytes_of(storage);
+    }
 };
 
 // The byte, behind its group's scales, that holds an integer; with 4 bits its half is the upper one where `input` & 4.

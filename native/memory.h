@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <cstddef>
+#include <memory>
 #include <new>
 
 namespace quire {
@@ -30,6 +31,37 @@ public:
 private:
     size_t bytes_;
     void* data_;
+};
+
+// Memory for weights, zero and 64-byte aligned. Small ones lie side by side: each for itself would have no large pages.
+class Arena {
+public:
+    struct Piece {
+        std::shared_ptr<const Pages> pages;
+        void* data = nullptr;
+        size_t bytes = 0;
+    };
+
+    Piece take(size_t bytes) {
+        const size_t lines = (bytes + 63) / 64 * 64;
+        if (lines > kSmall) {
+            const auto own = std::make_shared<const Pages>(bytes, true);
+            return {own, own->data(), bytes};
+        }
+        if (pages_ == nullptr || used_ + lines > pages_->bytes()) {
+            pages_ = std::make_shared<const Pages>(kShared, true);
+            used_ = 0;
+        }
+        void* const data = static_cast<char*>(pages_->data()) + used_;
+        used_ += lines;
+        return {pages_, data, bytes};
+    }
+
+private:
+    static constexpr size_t kSmall = size_t{8} << 20, kShared = size_t{64} << 20;
+
+    std::shared_ptr<const Pages> pages_;
+    size_t used_ = 0;
 };
 
 }  // namespace quire

@@ -47,6 +47,18 @@ struct Rows {
     std::optional<Floats2> array;
 };
 
+// An argument [out] that may be None.
+struct Bias {
+    Bias(nb::handle object, int64_t out) {
+        if (object.is_none()) return;
+        array.emplace(object, "bias");
+        require(array->size(0) == out, "pack: one bias for each output is needed");
+    }
+    const float* data() const { return array.has_value() ? array->data() : nullptr; }
+
+    std::optional<Floats1> array;
+};
+
 TileBuffer* make_tiles(int64_t rows, int64_t width) {
     require(rows >= 0 && width > 0 && rows < INT32_MAX && width < INT32_MAX, "make_tiles: a size is out of range");
     return new TileBuffer(rows, width);
@@ -88,6 +100,32 @@ void require_four_bits(const Array<int8_t, 2>& values) {
     require(outside == 0, "pack: an integer of 4 bits is outside [-8, 7]");
 }
 
+Integers checked_integers(int bits, int64_t group, int levels, int64_t in) {
+    require(bits == 4 || bits == 8, "pack: integers have 4 or 8 bits");
+    require(bits == 8 ? group == in : group == 32 || group == 64 || group == 128, "pack: no such size of groups");
+    require(levels == 127 || levels == 32639, "pack: inputs are of 127 or 32639 levels");
+    require(in < kMaxIntegerInputs, "pack: more inputs than a sum of 32 bits can hold");
+    return {bits, group, levels};
+}
+
+// (in, [(descriptor, offset in bytes, rows), ...])
+WeightRows file_rows(nb::handle object, Storage storage) {
+    std::tuple<int64_t, std::vector<std::tuple<int, int64_t, int64_t>>> stated;
+    require(nb::try_cast(object, stated), "pack: not (in, rows of files)");
+    const auto& [in, files] = stated;
+    WeightRows weight{0, in, storage, nullptr, 0, {}};
+    require(in >= 0 && in < INT32_MAX, "pack: a size is out of range");
+    for (const auto& [descriptor, offset, rows] : files) {
+        int64_t end = 0;
+        require(offset >= 0 && rows >= 0 && rows < INT32_MAX - weight.out, "pack: a size is out of range");
+        require(!__builtin_mul_overflow(rows, weight.row_bytes(), &end) && !__builtin_add_overflow(end, offset, &end),
+                "pack: a size is out of range");
+        weight.files.push_back({descriptor, offset, rows});
+        weight.out += rows;
+    }
+    return weight;
+}
+
 struct BestRows {
     const Best* best;  // [rows, panels]
     int64_t panels;
@@ -121,10 +159,13 @@ public:
 
     int threads() const { return pool_.threads(); }
 
-    PackedLinear* pack(nb::handle weight, nb::handle bias, const std::string& storage_name, bool gated) {
+    // `weight` [out, in] is an array, or (in, rows of files); `rounding` (bits, group, levels) makes integers of it.
+    PackedLinear* pack(nb::handle weight, nb::handle bias, const std::string& storage_name, bool gated,
+                       std::optional<std::tuple<int, int64_t, int>> rounding) {
         const Storage storage = storage_or_raise(storage_name);
-        if (storage == Storage::float32) return pack_items<float>(weight, bias, storage, gated);
-        return pack_items<uint16_t>(weight, bias, storage, gated);
+        if (nb::isinstance<nb::tuple>(weight)) return pack_rows(file_rows(weight, storage), bias, gated, rounding);
+        if (storage == Storage::float32) return pack_array<float>(weight, bias, storage, gated, rounding);
+        return pack_array<uint16_t>(weight, bias, storage, gated, rounding);
     }
 
     // What was done: bytes of `data` read, or multiplications and additions; 0 where the unit is missing.
@@ -154,24 +195,16 @@ public:
         Array<int8_t, 2> values(values_, "values");
         Floats2 scales(scales_, "scales");
         const int64_t out = values.size(0), in = values.size(1);
-        require(bits == 4 || bits == 8, "pack: integers have 4 or 8 bits");
-        require(bits == 8 ? group == in : group == 32 || group == 64 || group == 128, "pack: no such size of groups");
-        require(levels == 127 || levels == 32639, "pack: inputs are of 127 or 32639 levels");
+        const Integers integers = checked_integers(bits, group, levels, in);
         require(!gated || out % 2 == 0, "pack_gated: the outputs of gate and up differ in number");
-        require(in < kMaxIntegerInputs, "pack: more inputs than a sum of 32 bits can hold");
         require(scales.size(0) == out && scales.size(1) == (in == 0 ? 0 : (in + group - 1) / group),
                 "pack: one scale for each group of each output is needed");
-        std::optional<Floats1> bias;
-        if (!bias_.is_none()) {
-            bias.emplace(bias_, "bias");
-            require(bias->size(0) == out, "pack: one bias for each output is needed");
-        }
+        const Bias bias(bias_, out);
         if (bits == 4) require_four_bits(values);
-        const IntegerWeight weight{values.data(), values.stride(), scales.data(), scales.stride(), out,
-                                   in,            bits,            group,         levels,          gated};
+        const IntegerWeight weight{values.data(), values.stride(), scales.data(), scales.stride()};
         nb::gil_scoped_release unlocked;
         const auto lock = pool_.exclusive();
-        return new PackedLinear(weight, bias.has_value() ? bias->data() : nullptr, pool_);
+        return new PackedLinear(weight, out, in, bias.data(), integers, gated, pool_, arena_);
     }
 
     void linear(nb::handle x, const PackedLinear& packed, nb::handle y, float scale, float softcap, bool add) {
@@ -409,18 +442,23 @@ private:
     }
 
     template <class Item>
-    PackedLinear* pack_items(nb::handle weight_, nb::handle bias_, Storage storage, bool gated) {
+    PackedLinear* pack_array(nb::handle weight_, nb::handle bias, Storage storage, bool gated,
+                             const std::optional<std::tuple<int, int64_t, int>>& rounding) {
         Array<Item, 2> weight(weight_, "weight");
-        require(!gated || weight.size(0) % 2 == 0, "pack_gated: the outputs of gate and up differ in number");
-        std::optional<Floats1> bias;
-        if (!bias_.is_none()) {
-            bias.emplace(bias_, "bias");
-            require(bias->size(0) == weight.size(0), "pack: one bias for each output is needed");
-        }
+        return pack_rows({weight.size(0), weight.size(1), storage, reinterpret_cast<const char*>(weight.data()),
+                          weight.stride() * int64_t{sizeof(Item)}, {}}, bias, gated, rounding);
+    }
+
+    PackedLinear* pack_rows(const WeightRows& weight, nb::handle bias_, bool gated,
+                            const std::optional<std::tuple<int, int64_t, int>>& rounding) {
+        require(!gated || weight.out % 2 == 0, "pack_gated: the outputs of gate and up differ in number");
+        const Bias bias(bias_, weight.out);
+        std::optional<Integers> integers;
+        if (rounding) integers = std::apply([&](auto... of) { return checked_integers(of..., weight.in); }, *rounding);
         nb::gil_scoped_release unlocked;
         const auto lock = pool_.exclusive();
-        return new PackedLinear(weight.data(), weight.size(0), weight.size(1), weight.stride(),
-                                bias.has_value() ? bias->data() : nullptr, storage, layout_of(storage), gated, pool_);
+        if (integers) return new PackedLinear(weight, bias.data(), *integers, gated, *kernels_, pool_, arena_);
+        return new PackedLinear(weight, bias.data(), layout_of(weight.storage), gated, *kernels_, pool_, arena_);
     }
 
     template <class Item>
@@ -448,6 +486,7 @@ private:
     void require_packed_here(const PackedLinear& packed) const { quire::require_packed_here(*kernels_, packed); }
 
     ThreadPool pool_;
+    Arena arena_;  // whoever holds the pool uses it
     const Kernels* kernels_ = nullptr;
     std::vector<Best> best_;  // of `greedy`; whoever holds the pool uses it
 };
@@ -491,7 +530,7 @@ NB_MODULE(_native, module) {
     nb::class_<Runtime>(module, "Runtime")
         .def(nb::init<int, const std::string&, const Affinity&>())
         .def_prop_ro("threads", &Runtime::threads)
-        .def("pack", &Runtime::pack, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg(), nb::arg())
+        .def("pack", &Runtime::pack, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg(), nb::arg(), none)
         .def("probe", &Runtime::probe)
         .def("quantize", &Runtime::quantize)
         .def("pack_integers", &Runtime::pack_integers, nb::rv_policy::take_ownership, nb::arg(), nb::arg(), none, nb::arg(),

@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
 #include "memory.h"
+#include "pack.h"
 
 namespace quire {
 
@@ -18,29 +18,30 @@ inline std::optional<Storage> storage_named(const std::string& name) {
     return std::nullopt;
 }
 
-struct IntegerWeight {
-    const int8_t* values;  // [out, in], rows `stride` apart
-    int64_t stride;
-    const float* scales;  // [out, ceil(in / group)], rows `scales_stride` apart
-    int64_t scales_stride, out, in, bits, group;
-    int32_t levels;
-    bool gated;
+// How a weight of integers is made; bits 0: it is none.
+struct Integers {
+    int64_t bits = 0, group = 0;
+    int32_t levels = 0;  // the largest integer of an input
 };
 
 class PackedLinear {
 public:
-    // `weight` [out, in] holds items of `storage`, rows `stride` items apart; `bias` [out] may be null.
-    PackedLinear(const void* weight, int64_t out, int64_t in, int64_t stride, const float* bias, Storage storage,
-                 Layout layout, bool gated, ThreadPool& pool);
+    // A weight as it is, and one that is rounded to integers of `bits` bits; `bias` [out] may be null.
+    // std::invalid_argument where its file ends early or it cannot be rounded.
+    PackedLinear(const WeightRows& weight, const float* bias, Layout layout, bool gated, const Kernels& kernels,
+                 ThreadPool& pool, Arena& arena);
+    PackedLinear(const WeightRows& weight, const float* bias, const Integers& integers, bool gated,
+                 const Kernels& kernels, ThreadPool& pool, Arena& arena);
 
     // QuantizedWeight of src/quire/ops/types.py.
-    PackedLinear(const IntegerWeight& weight, const float* bias, ThreadPool& pool);
+    PackedLinear(const IntegerWeight& weight, int64_t out, int64_t in, const float* bias, const Integers& integers,
+                 bool gated, ThreadPool& pool, Arena& arena);
 
     Panels panels() const {
-        return {pages_.data(), bias_.empty() ? nullptr : bias_.data(), in, out, storage, layout, gated, bits, group,
-                levels};
+        return {memory_.data, bias_.empty() ? nullptr : bias_.data(), in, out, storage, layout, gated, integers.bits,
+                integers.group, integers.levels};
     }
-    size_t bytes() const { return pages_.bytes() + bias_.size() * sizeof(float); }
+    size_t bytes() const { return memory_.bytes + bias_.size() * sizeof(float); }
     int64_t num_operations() const { return 2 * out * in; }  // for each row
     int64_t products() const { return gated ? out / 2 : out; }
     // "960x576 bfloat16"
@@ -48,7 +49,7 @@ public:
         static const char* const names[] = {"bfloat16", "float16", "float32"};
         const std::string shape = std::to_string(out) + "x" + std::to_string(in) + " ";
         if (layout != Layout::integers) return shape + names[static_cast<int>(storage)];
-        return shape + "int" + std::to_string(bits) + (levels > 127 ? "" : " x int8");
+        return shape + "int" + std::to_string(integers.bits) + (integers.levels > 127 ? "" : " x int8");
     }
     bool reads_tiles() const { return layout == Layout::tiles; }  // TileRows as inputs
 
@@ -56,13 +57,14 @@ public:
     const Storage storage;
     const Layout layout;
     const bool gated;
-    const int64_t bits = 0, group = 0;
-    const int32_t levels = 0;
+    const Integers integers;
 
 private:
-    void order_bias(const float* bias);
+    PackedLinear(int64_t out, int64_t in, Storage storage, Layout layout, const Integers& integers, bool gated,
+                 const float* bias, Arena& arena);
+    void fill(const WeightRows& weight, const Kernels& kernels, ThreadPool& pool);
 
-    Pages pages_;
+    Arena::Piece memory_;
     std::vector<float> bias_;
 };
 

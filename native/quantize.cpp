@@ -22,17 +22,26 @@ inline Wide load_wide(const float* p) {
 
 template <class Operation>
 inline float fold(Wide v) {
+#if defined(__AVX512F__)
+    return across_lanes<Operation>(v);
+#else
     float lanes[kWide];
     __builtin_memcpy(lanes, &v, sizeof v);
-    for (int width = kWide / 2; width >= 1; width /= 2) {
+    for (int width = kWide / 2; width > kLanes; width /= 2) {
         for (int i = 0; i < width; ++i) lanes[i] = Operation::of(lanes[i], lanes[i + width]);
     }
-    return lanes[0];
+    return across_lanes<Operation>(Operation::of(load(lanes), load(lanes + kLanes)));
+#endif
 }
 
 inline Wide wide(float value) { return value - Wide{}; }
+#if defined(__AVX512F__)  // gcc takes two instructions for the other form
+inline Wide at_least(Wide a, Wide b) { return _mm512_max_ps(a, b); }
+inline Wide at_most(Wide a, Wide b) { return _mm512_min_ps(a, b); }
+#else
 inline Wide at_least(Wide a, Wide b) { return a > b ? a : b; }
 inline Wide at_most(Wide a, Wide b) { return a < b ? a : b; }
+#endif
 
 // To the nearest integer, ties to even: |v| is far below 2^22.
 inline Wide rounded(Wide v) {
@@ -76,51 +85,40 @@ void whole_row(const float* x, int64_t padded, const Range& range, int8_t* value
     }
 }
 
-struct Fit {
-    float cross, square;  // sums of x q and of q q; some q is -6 or less
-    float gain() const { return cross * cross / square; }
-};
-
-inline Wide four_bits(const float* x, Wide factor) {
-    return at_most(at_least(rounded(load_wide(x) * factor), wide(-8.0f)), wide(7.0f));
-}
-
-Fit fit(const float* x, int64_t padded, float divisor) {
-    Wide cross = {}, square = {};
-    for (int64_t i = 0; i < padded; i += kWide) {
-        const Wide q = four_bits(x + i, wide(-divisor));
-        cross = cross + load_wide(x + i) * q;
-        square = square + q * q;
-    }
-    return {fold<Sum>(cross), fold<Sum>(square)};
+inline Wide four_bits(Wide unit, float divisor) {
+    return at_most(at_least(rounded(unit * wide(-divisor)), wide(-8.0f)), wide(7.0f));
 }
 
 // The weight of largest magnitude becomes about -8; of a few divisors the one whose integers, with the scale of least
 // squares for them, leave the smallest error. Weights are first divided by that largest one, so no sum can underflow.
-void group(float* x, int64_t padded, int8_t* values, float* scale) {
-    const Range range = range_of(x, padded);
+template <int N>  // vectors of the group
+void group(const float* x, int8_t* values, float* scale) {
+    const Range range = range_of(x, N * kWide);
     const float extreme = range.most > -range.least ? range.most : range.least;
     if ((extreme < 0.0f ? -extreme : extreme) < kSmallest) {
         *scale = 0.0f;
-        __builtin_memset(values, 0, padded);
+        __builtin_memset(values, 0, N * kWide);
         return;
     }
-    const Wide inverse = wide(1.0f / extreme);
-    for (int64_t i = 0; i < padded; i += kWide) {
-        const Wide unit = load_wide(x + i) * inverse;
-        __builtin_memcpy(x + i, &unit, sizeof unit);
-    }
-    float divisor = kDivisors[0];
-    Fit best = fit(x, padded, divisor);
-    for (int i = 1; i < int(sizeof kDivisors / sizeof *kDivisors); ++i) {
-        const Fit next = fit(x, padded, kDivisors[i]);
-        if (next.gain() > best.gain()) {
-            best = next;
-            divisor = kDivisors[i];
+    Wide unit[N];
+    for (int i = 0; i < N; ++i) unit[i] = load_wide(x + i * kWide) * wide(1.0f / extreme);
+    float best_gain = -1.0f, best_divisor = 0.0f, best_scale = 0.0f;
+    for (const float divisor : kDivisors) {
+        Wide crosses = {}, squares = {};
+        for (int i = 0; i < N; ++i) {
+            const Wide q = four_bits(unit[i], divisor);
+            crosses = crosses + unit[i] * q;
+            squares = squares + q * q;
         }
+        const float cross = fold<Sum>(crosses), square = fold<Sum>(squares);  // some q is -6 or less
+        const float gain = cross * cross / square;
+        const bool better = gain > best_gain;
+        best_scale = better ? cross / square : best_scale;
+        best_divisor = better ? divisor : best_divisor;
+        best_gain = better ? gain : best_gain;
     }
-    *scale = best.cross / best.square * extreme;
-    for (int64_t i = 0; i < padded; i += kWide) store_bytes(four_bits(x + i, wide(-divisor)), values + i);
+    *scale = best_scale * extreme;
+    for (int i = 0; i < N; ++i) store_bytes(four_bits(unit[i], best_divisor), values + i * kWide);
 }
 
 template <class Item>
@@ -147,8 +145,9 @@ bool quantize_row(const QuantizeArgs& args, const void* weight, int8_t* values, 
     if (!args.four_bits) {
         whole_row(x, padded, range, bytes, scales);
     } else {
+        const auto round_group = args.group_size == 32 ? group<2> : args.group_size == 64 ? group<4> : group<8>;
         for (int64_t first = 0; first < padded; first += args.group_size) {
-            group(x + first, args.group_size, bytes + first, scales + first / args.group_size);
+            round_group(x + first, bytes + first, scales + first / args.group_size);
         }
     }
     __builtin_memcpy(values, bytes, in);

@@ -133,7 +133,8 @@ def test_weight_bytes_are_what_is_packed(name: str, ops: Ops, tiny: Tiny) -> Non
     assert sum(packed) + vectors == model.weight_bytes
 
 
-def test_weights_that_are_not_finite_are_named(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("provider", [ReferenceOps(np), CpuOps(2, instruction_sets()[-1])])
+def test_weights_that_are_not_finite_are_named(provider: Ops, tiny: Tiny, tmp_path: Path) -> None:
     from safetensors.numpy import load_file, save_file
 
     source = tiny("llama")
@@ -142,9 +143,10 @@ def test_weights_that_are_not_finite_are_named(tiny: Tiny, tmp_path: Path) -> No
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(
-        ModelFileError, match=r"layers\.1\.mlp\.gate_proj\.weight, .*up_proj\.weight cannot be quantised"
+        ModelFileError,
+        match=r"layers\.1\.mlp\.gate_proj\.weight, .*up_proj\.weight cannot be packed: a weight is not finite",
     ):
-        load_model(tmp_path, ReferenceOps(np), scheme=select_scheme("int8", None))
+        load_model(tmp_path, provider, scheme=select_scheme("int8", None))
 
 
 def test_fp8_is_as_near_to_the_model_as_its_three_bits_and_the_cpu_refuses_it(ops: Ops, tiny: Tiny) -> None:

@@ -107,37 +107,32 @@ class Parts:
 
     def linear(self, module: str) -> Opaque:
         """A packed linear, with its bias if the decoder has one there."""
-        return self.ops.pack_linear(self._layer_weight(module), self._bias(module), self.storage)
+        return self._layer(self.ops.pack_linear, module)
 
     def gated_linear(self, module: str) -> Opaque:
         """Gate and up, one matrix, packed for `gated_linear`."""
-        return self.ops.pack_gated(self._layer_weight(module), self._bias(module), self.storage)
-
-    def _bias(self, module: str) -> Array | None:
-        return self._source.part(f"{module}.bias") if f"{module}.bias" in self._parameters else None
+        return self._layer(self.ops.pack_gated, module)
 
     def embedding(self, module: str) -> Opaque:
         """A packed table of tokens, or the head."""
-        return self.ops.pack_embedding(
-            self._weight(module, self._scheme.tables if self._scheme else None), self.storage
-        )
+        return self._packed(self.ops.pack_embedding, module, self._scheme.tables if self._scheme else None)
 
     def positions(self) -> Opaque:
         """The packed table of learned positions; never rounded."""
-        return self.ops.pack_embedding(self._source.part("positions.weight"), self.storage)
+        return self._packed(self.ops.pack_embedding, "positions", None)
 
-    def _layer_weight(self, module: str) -> Any:
-        return self._weight(module, self._scheme.layers if self._scheme else None)
+    def _layer(self, pack: Callable[[Any, Array | None, StorageType], Opaque], module: str) -> Opaque:
+        bias = self._source.part(f"{module}.bias") if f"{module}.bias" in self._parameters else None
+        rounding = self._scheme.layers if self._scheme else None
+        return self._packed(lambda weight, storage: pack(weight, bias, storage), module, rounding)
 
-    def _weight(self, module: str, rounding: Rounding | None) -> Any:
+    def _packed(self, pack: Callable[[Any, StorageType], Opaque], module: str, rounding: Rounding | None) -> Opaque:
         weight = self._source.part(f"{module}.weight")
-        if rounding is None:
-            return weight
         try:
-            return self.ops.quantize(weight, rounding)
+            return pack(weight if rounding is None else self.ops.quantize(weight, rounding), self.storage)
         except ValueError as error:
             tensors = ", ".join(name for name, _ in self._parameters[f"{module}.weight"].tensors)
-            raise ModelFileError(f"{tensors} cannot be quantised: {error}") from error
+            raise ModelFileError(f"{tensors} cannot be packed: {error}") from error
 
     def norm_weight(self, part: str) -> Array:
         """The weight of an RMS norm as it is applied: a `1 + weight` is added up here, once."""

@@ -53,10 +53,11 @@ class Parameter:
 
 
 class PartSource(Protocol):
-    """Hands out parts as numpy arrays, linear weights as `[out, in]`."""
+    """Hands out parts, linear weights as `[out, in]`."""
 
     def part(self, name: str) -> Any:
-        """The array of a part: float32, float16 or bfloat16, contiguous. Good until the next matrix is taken."""
+        """The array of a part: float32, float16 or bfloat16, contiguous; or, of a matrix, a `StoredWeight`. Good until
+        the next matrix is taken."""
 
 
 def decoder_parameters(spec: DecoderSpec, names: NameMap) -> dict[str, Parameter]:

@@ -71,8 +71,18 @@ class Runtime:
         """`affinity`: the processors that each thread keeps to, the caller first (which stays free); empty for none."""
     @property
     def threads(self) -> int: ...
-    def pack(self, weight: Any, bias: Any | None, storage: str, gated: bool, /) -> PackedLinear:
-        """`weight [out, in]`: uint16 bits of bfloat16 or float16, or float32."""
+    def pack(
+        self,
+        weight: Any,
+        bias: Any | None,
+        storage: str,
+        gated: bool,
+        rounding: tuple[int, int, int] | None,
+        /,
+    ) -> PackedLinear:
+        """`weight [out, in]`: uint16 bits of bfloat16 or float16, or float32; or `(in, [(descriptor, offset in bytes,
+        rows), ...])` of files. `rounding`: bits, group and levels of `pack_integers`, to which it is rounded first.
+        ValueError also where a file ends early, and with rounding where a weight is not finite."""
     def probe(self, kind: str, data: Any, /) -> int:
         """`kind` is read (of `data`), float32, bfloat16 or int8: bytes, or products; 0 where the unit is missing."""
     def quantize(

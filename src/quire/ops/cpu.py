@@ -7,6 +7,7 @@ ValueError; it never reads outside an array.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -35,9 +36,11 @@ from quire.ops.types import (
     SampleBatch,
     Step,
     StorageType,
+    StoredWeight,
 )
 
 _STORAGE = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
+_BITS: dict[QuantizedFormat, int] = {name: 8 if name.startswith("int8") else 4 for name in INPUT_LEVELS}
 _FLOAT32 = np.dtype(np.float32)
 
 
@@ -76,7 +79,9 @@ class CpuOps(ComposedOps):
         "int8"), with all threads. The number of bytes, or of multiplications and additions; 0 without such a unit."""
         return self._native.probe(kind, data)
 
-    def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight:
+    def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight | StoredWeight:
+        if isinstance(weight, StoredWeight):
+            return replace(weight, rounding=rounding)
         weight = np.ascontiguousarray(weight)
         out, inputs = weight.shape
         storage = next(name for name, dtype in _STORAGE.items() if dtype == weight.dtype)
@@ -95,30 +100,37 @@ class CpuOps(ComposedOps):
         return self._pack(weight, bias, storage, gated=True)
 
     def _pack(self, weight: Any, bias: Any | None, storage: StorageType, gated: bool) -> Opaque:
+        if bias is not None:
+            bias = np.ascontiguousarray(bias, dtype=np.float32)
         if isinstance(weight, QuantizedWeight):
             return self._pack_integers(weight, bias, gated)
+        if isinstance(weight, StoredWeight) and (weight.rounding is not None or weight.storage == storage):
+            return self._pack_stored(weight, bias, gated)
         weight = np.asarray(weight)
         if weight.dtype != _STORAGE[storage]:
             weight = _converted(weight, _STORAGE[storage])
         if weight.strides[-1] != weight.itemsize:
             weight = np.ascontiguousarray(weight)
-        if bias is not None:
-            bias = np.ascontiguousarray(bias, dtype=np.float32)
         # The buffer protocol has no name for bfloat16.
         items = weight if storage == "float32" else weight.view(np.uint16)
-        return self._native.pack(items, bias, storage, gated)
+        return self._native.pack(items, bias, storage, gated, None)
+
+    def _pack_stored(self, weight: StoredWeight, bias: Any | None, gated: bool) -> Opaque:
+        inputs, rounding = weight.shape[1], None
+        if weight.rounding is not None:
+            name, size = weight.rounding.format, weight.rounding.group_size
+            rounding = _BITS[name], size or inputs, INPUT_LEVELS[name]
+        return self._native.pack((inputs, list(weight.files)), bias, weight.storage, gated, rounding)
 
     def _pack_integers(self, weight: QuantizedWeight, bias: Any | None, gated: bool) -> Opaque:
         values, scales = weight.values, weight.scales
         if values.strides[-1] != 1:
             values = np.ascontiguousarray(values)
-        if bias is not None:
-            bias = np.ascontiguousarray(bias, dtype=np.float32)
         return self._native.pack_integers(
             values,
             np.ascontiguousarray(scales),
             bias,
-            8 if weight.format.startswith("int8") else 4,
+            _BITS[weight.format],
             weight.group_size,
             INPUT_LEVELS[weight.format],
             gated,

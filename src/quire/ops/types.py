@@ -90,6 +90,25 @@ class Rounding:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """A weight `[out, in]` that is still in its files, for a provider that reads it while it packs; to others it is
+    the array that `np.asarray` makes of it. ValueError, when it is packed, where a file ends early."""
+
+    shape: tuple[int, int]
+    storage: StorageType
+    files: tuple[tuple[int, int, int], ...]
+    """Consecutive rows: descriptor of an open file, offset in bytes, number of rows. Good until the file is closed."""
+    read: Callable[[], Array]
+    """A numpy array of the whole."""
+    rounding: Rounding | None = None
+    """What it is to be rounded to when it is packed. ValueError then where it cannot be."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        weight = self.read()
+        return weight if dtype is None else weight.astype(dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class CacheShape:
     """The paged key-value cache of a model, all layers alike."""
 
@@ -220,12 +239,14 @@ class Ops(Protocol):
     def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[Any]]:
         """Start copying to the host; the result waits for that, and for nothing later, and gives numpy arrays."""
 
-    def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight:
-        """`weight [out, in]` (numpy, as for `pack_linear`) rounded to nearest. ValueError where one is not finite."""
+    def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight | StoredWeight:
+        """`weight [out, in]` (as for `pack_linear`) rounded to nearest, or a `StoredWeight` that will be when it is
+        packed. ValueError where one is not finite."""
 
     def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
-        """Pack `weight [out, in]` (numpy: float32, float16 or ml_dtypes.bfloat16) and `bias [out]`. A
-        `QuantizedWeight` (of numpy arrays) is packed as it is; `storage` is that of weights of floating point."""
+        """Pack `weight [out, in]` (numpy: float32, float16 or ml_dtypes.bfloat16; or a `StoredWeight`) and `bias
+        [out]`. A `QuantizedWeight` (of numpy arrays) is packed as it is; `storage` is that of weights of floating
+        point."""
 
     def linear(self, x: Array, packed: Opaque) -> Array:
         """`x [tokens, in] @ weight.T + bias -> [tokens, out]`. With 16-bit weights `x` may be rounded to their type

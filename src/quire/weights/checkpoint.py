@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from quire.errors import ModelFileError
 from quire.models.weights_map import Parameter
+from quire.ops.types import StorageType, StoredWeight
 from quire.weights.json_file import read_json_object
 from quire.weights.safetensors_file import SafetensorsFile, printable
 
@@ -17,6 +18,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 32 * 2**20
 MAX_SHARDS = 1000
+STORAGE_BY_DTYPE: dict[str, StorageType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 """`allocate(shape, dtype)`: a contiguous array with anything in it."""
 
@@ -75,6 +77,18 @@ class Checkpoint:
                 file.read_into(name, rows)
             first += shape[0] if shape else 0
         return out
+
+    def stored(self, parameter: Parameter, read: Callable[[], NDArray[Any]]) -> StoredWeight | None:
+        """A parameter where it lies; None unless it is rows of one type that follow one another in its files."""
+        tensors = [(self._home[name], self._home[name].tensors[name]) for name, _ in parameter.tensors]
+        first = tensors[0][1]
+        if parameter.transposed or len(first.shape) != 2 or first.dtype not in STORAGE_BY_DTYPE:
+            return None
+        if any(info.dtype != first.dtype for _, info in tensors):
+            return None
+        files = tuple((file.descriptor, info.start, info.shape[0]) for file, info in tensors)
+        rows = sum(count for _, _, count in files)
+        return StoredWeight((rows, first.shape[1]), STORAGE_BY_DTYPE[first.dtype], files, read)
 
     def close(self) -> None:
         """Close all files."""

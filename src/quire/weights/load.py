@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -15,9 +16,9 @@ from quire.models.model import Model
 from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
 from quire.models.weights_map import NameMap, Parameter, decoder_parameters
-from quire.ops.types import Ops, StorageType
+from quire.ops.types import Ops, StorageType, StoredWeight
 from quire.quant.types import Scheme
-from quire.weights.checkpoint import Checkpoint, check_tensors
+from quire.weights.checkpoint import STORAGE_BY_DTYPE, Checkpoint, check_tensors
 from quire.weights.generation_config import GenerationDefaults, load_generation_defaults
 from quire.weights.json_file import read_json_object
 
@@ -31,7 +32,6 @@ __all__ = [
 ]
 
 MAX_CONFIG_BYTES = 4 * 2**20
-_STORAGE_BY_DTYPE: dict[str, StorageType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 Progress = Callable[[int, int], None]
 """`progress(bytes done, bytes in all)`, after each part."""
@@ -103,7 +103,9 @@ def load_model(
         embedding = parameters["embedding.weight"].tensors[0][0]
         storage = _storage(dtype, config.storage, checkpoint.dtype(embedding))
         source = _Parts(checkpoint, parameters, progress)
-        return Decoder(spec, names, ops, source, storage, max_model_len or spec.max_position_embeddings, scheme)
+        model = Decoder(spec, names, ops, source, storage, max_model_len or spec.max_position_embeddings, scheme)
+        source.finish()
+        return model
 
 
 class _Parts:
@@ -114,16 +116,23 @@ class _Parts:
         self._parameters = parameters
         self._progress = progress
         self._memory = _Memory()
-        self._done_bytes = 0
+        self._taken_bytes = 0
         self._total_bytes = sum(checkpoint.size_bytes(parameter) for parameter in parameters.values())
 
-    def part(self, name: str) -> NDArray[Any]:
+    def part(self, name: str) -> NDArray[Any] | StoredWeight:
+        self._report(self._taken_bytes)  # who asks for the next part has packed the one before
         parameter = self._parameters[name]
-        array = self._checkpoint.read(parameter, self._memory.take)
-        self._done_bytes += self._checkpoint.size_bytes(parameter)
-        if self._progress is not None:
-            self._progress(self._done_bytes, self._total_bytes)
-        return array
+        self._taken_bytes += self._checkpoint.size_bytes(parameter)
+        read = partial(self._checkpoint.read, parameter, self._memory.take)
+        return self._checkpoint.stored(parameter, read) or read()
+
+    def finish(self) -> None:
+        """Report that all is done."""
+        self._report(self._total_bytes)
+
+    def _report(self, done_bytes: int) -> None:
+        if self._progress is not None and done_bytes:
+            self._progress(done_bytes, self._total_bytes)
 
 
 class _Memory:
@@ -160,4 +169,4 @@ def _storage(dtype: str, stated: StorageType | None, embedding_dtype: str) -> St
     if dtype != "auto":
         known = ", ".join(get_args(StorageType))
         raise ConfigurationError(f"dtype must be one of auto, {known}, got {dtype!r}", field="dtype")
-    return stated or _STORAGE_BY_DTYPE.get(embedding_dtype, "bfloat16")
+    return stated or STORAGE_BY_DTYPE.get(embedding_dtype, "bfloat16")

@@ -83,6 +83,11 @@ class SafetensorsFile:
         self.read_into(tensor, out)
         return out
 
+    @property
+    def descriptor(self) -> int:
+        """Of the open file."""
+        return self._file.fileno()
+
     def dtype(self, tensor: str) -> np.dtype[Any]:
         """The numpy type of a tensor.
 
