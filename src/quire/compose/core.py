@@ -77,7 +77,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     sizes = resolve_cache(args, _facts(args, model, ops, model_len))
     logger.info("memory: %s", sizes.ledger)
     overlap, loop = _loop(args, ops)
-    decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions, loop]
+    decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions, *ops.decisions(), loop]
     runner = _runner(args, model, ops, sizes)
     return CoreParts(
         _scheduler(args, sizes),

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Literal, cast
 
 from quire.ops.types import Activation, Array, DeviceMemory, Forward, Opaque, Ops, Step, StorageType
+from quire.outputs import Decision
 
 
 class ComposedOps:
@@ -17,6 +18,10 @@ class ComposedOps:
     def memory(self) -> DeviceMemory | None:
         """The host's memory, unless a provider says otherwise."""
         return None
+
+    def decisions(self) -> list[Decision]:
+        """None."""
+        return []
 
     def peak_bytes(self, work: Callable[[], object]) -> int:
         """Not known of the host's."""

@@ -23,11 +23,15 @@ def select_ops(device: str, threads: int | None) -> tuple[Ops, list[Decision]]:
         from quire.ops.reference import ReferenceOps
 
         return ReferenceOps(np), [Decision("operations", "reference", "as asked: plain array code, slow")]
-    if device == "cuda" or (device == "auto" and Path("/dev/nvidia0").exists() and _has_cuda_packages()):
-        reason = (
-            "as asked" if device == "cuda" else "auto: this machine has an NVIDIA GPU, and quire[cuda] is installed"
-        )
-        return _cuda_ops(), [Decision("operations", "cuda", reason)]
+    if device == "cuda":
+        return _cuda_ops(), [Decision("operations", "cuda", "as asked")]
+    device_reason = "as asked" if device == "cpu" else "auto: no NVIDIA GPU with quire[cuda] here"
+    if device == "auto" and Path("/dev/nvidia0").exists() and not _missing_cuda_packages():
+        try:
+            reason = "auto: this machine has an NVIDIA GPU, and quire[cuda] is installed"
+            return _cuda_ops(), [Decision("operations", "cuda", reason)]
+        except ConfigurationError as error:
+            device_reason = f"auto: {error.message}"
     if device not in ("auto", "cpu"):
         raise ConfigurationError(f"device {device!r} is not one of auto, cpu, reference", field="device")
     if threads is not None and threads < 1:
@@ -37,7 +41,6 @@ def select_ops(device: str, threads: int | None) -> tuple[Ops, list[Decision]]:
 
     isa, isa_reason, passed_over = select_instruction_set(os.environ.get("QUIRE_ISA"))
     count, threads_reason = (threads, "as asked") if threads is not None else available_cores()
-    device_reason = "as asked" if device == "cpu" else "auto: no NVIDIA GPU with quire[cuda] here"
     cores = core_processors()
     affinity = cores if count == len(cores) > 1 else []
     affinity_reason = (
@@ -53,20 +56,27 @@ def select_ops(device: str, threads: int | None) -> tuple[Ops, list[Decision]]:
     ]
 
 
-def _has_cuda_packages() -> bool:
-    return all(importlib.util.find_spec(name) is not None for name in ("torch", "triton"))
+def _missing_cuda_packages() -> list[str]:
+    return [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
 
 
 def _cuda_ops() -> Ops:
-    if not _has_cuda_packages():
-        raise ConfigurationError("device 'cuda' needs torch and triton: pip install 'quire[cuda]'", field="device")
+    missing = " and ".join(_missing_cuda_packages())
+    if missing:
+        raise ConfigurationError(f"device 'cuda' needs {missing}: pip install 'quire[cuda]'", field="device")
     import torch
+    from triton.runtime import driver
 
-    if not torch.cuda.is_available():
-        raise ConfigurationError("device 'cuda': torch finds no NVIDIA GPU that it can use here", field="device")
+    from quire.ops.cuda.obstacles import obstacle
 
+    reason = obstacle(torch, driver)
+    if reason is not None:
+        raise ConfigurationError(f"device 'cuda': {reason}", field="device")
+
+    from quire.ops.cuda.kernel_cache import kernel_cache
     from quire.ops.cuda.provider import CudaOps
 
+    kernel_cache()
     return CudaOps("cuda")
 
 

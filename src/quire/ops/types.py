@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from quire.outputs import Decision
+
 Array = Any
 """`numpy.ndarray` or `torch.Tensor`."""
 Opaque = Any
@@ -217,6 +219,9 @@ class Ops(Protocol):
 
     def memory(self) -> DeviceMemory | None:
         """That of the device; None where it is the host's."""
+
+    def decisions(self) -> list[Decision]:
+        """What has come about since the provider was made, for people to know."""
 
     def peak_bytes(self, work: Callable[[], object]) -> int:
         """Do `work`: the most that its arrays took at one time, in bytes of the device; 0 in the host's memory."""

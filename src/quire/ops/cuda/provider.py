@@ -16,6 +16,7 @@ import torch
 from quire.ops import quantize_reference
 from quire.ops.composed import ComposedOps
 from quire.ops.cuda import attention, products, rows, sampling
+from quire.ops.cuda.kernel_cache import kernel_cache
 from quire.ops.types import (
     INPUT_LEVELS,
     Activation,
@@ -31,6 +32,7 @@ from quire.ops.types import (
     SampleBatch,
     StorageType,
 )
+from quire.outputs import Decision
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -54,6 +56,12 @@ class CudaOps(ComposedOps):
         free, total = torch.cuda.mem_get_info(self.device)
         held = torch.cuda.memory_allocated(self.device)
         return DeviceMemory(total, free + torch.cuda.memory_reserved(self.device) - held, held)
+
+    def decisions(self) -> list[Decision]:
+        if self.device.type == "cpu":
+            return []
+        cache = kernel_cache()
+        return [Decision("kernels", f"{cache.num_compiled} compiled, {cache.num_found} found", f"in {cache.folder}")]
 
     def peak_bytes(self, work: Callable[[], object]) -> int:
         if self.device.type == "cpu":
