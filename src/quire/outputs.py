@@ -96,6 +96,9 @@ class RequestOutput:
     """Why it failed, when a sequence ended with `error`."""
 
 
+Labels = tuple[tuple[str, str], ...]
+
+
 class Metric(NamedTuple):
     """One reading of `get_metrics()`. `kind` is counter, gauge or histogram."""
 
@@ -108,7 +111,7 @@ class Metric(NamedTuple):
     buckets: tuple[tuple[float, int], ...] = ()
     """A histogram's (upper bound, cumulative count), without the infinite one."""
     help: str = ""
-    labels: tuple[tuple[str, str], ...] = ()
+    labels: Labels = ()
 
 
 @dataclass(slots=True)

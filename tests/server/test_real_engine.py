@@ -1,6 +1,7 @@
 """The same server over the real engine with a tiny random model: streams equal answers, and nothing is left over."""
 
 import json
+import re
 import socket
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from tests.server.conftest import MODEL, Running, wait_until
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
+TOTALS = ("prompt_tokens", "prompt_tokens_cached")
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +113,30 @@ def _metric(real: Running, name: str, label: str = "") -> float:
         if line.startswith(f"{name}{{") and label in line:
             return float(line.rsplit(" ", 1)[1])
     raise KeyError(name)
+
+
+def test_metrics_by_source_and_reason(real: Running) -> None:
+    def read() -> dict[str, float]:
+        lines = httpx.get(f"{real.url}/metrics").text.splitlines()
+        pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+        return {re.sub(r'model_name="[^"]*",|engine="0",?', "", name): float(value) for name, value in pairs}
+
+    def source(found: dict[str, float], name: str) -> float:
+        return next(value for key, value in found.items() if "by_source_total" in key and f'source="{name}"' in key)
+
+    body = {"prompt": list(range(7, 60)), "max_tokens": 3, "n": 2, "cache_salt": "metrics"}
+    before = read()
+    for _ in range(2):
+        assert httpx.post(f"{real.url}/v1/completions", json=body).status_code == 200
+    after = read()
+    gained = {name: source(after, name) - source(before, name) for name in ("local_compute", "local_cache_hit")}
+    totals = {name: next(v for k, v in after.items() if k.startswith(f"quire:{name}_total")) for name in TOTALS}
+    assert gained["local_cache_hit"] >= 48 and gained["local_compute"] > 0
+    assert source(after, "local_compute") + source(after, "local_cache_hit") == totals["prompt_tokens"]
+    assert source(after, "local_cache_hit") == totals["prompt_tokens_cached"]
+    waiting = [value for key, value in after.items() if key.startswith("quire:num_requests_waiting_by_reason")]
+    assert len(waiting) == 2 and sum(waiting) == 0
+    config = next(key for key in after if key.startswith("quire:cache_config_info"))
+    assert 'block_size="16"' in config and 'enable_prefix_caching="True"' in config and "num_gpu_blocks=" in config
+    longest = "quire:request_max_num_generation_tokens_count"
+    assert sum(v - before.get(k, 0) for k, v in after.items() if k.startswith(longest)) == 2

@@ -31,7 +31,7 @@ from quire.executor.local import DeviceExecutor, LocalExecutor
 from quire.models.model import Model
 from quire.ops.select import select_ops
 from quire.ops.types import Ops
-from quire.outputs import Decision
+from quire.outputs import Decision, Labels
 from quire.quant.select import check_scheme, select_scheme
 from quire.quant.types import bits_per_weight
 from quire.runner.memory import StepLimits, make_ledger
@@ -82,10 +82,24 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     return CoreParts(
         _scheduler(args, sizes),
         DeviceExecutor(runner) if overlap else LocalExecutor(runner),
-        CoreFacts(sizes.max_model_len, spec.vocab_size, tuple(decisions), stamp),
+        CoreFacts(sizes.max_model_len, spec.vocab_size, tuple(decisions), stamp, _cache_config(args, sizes)),
         StepAllowance(model.weight_bytes if ops.memory() is None else None, args.hang_timeout),
         OverlappingCore if overlap else EngineCore,
     )
+
+
+def _cache_config(args: EngineArgs, sizes: CachePlan) -> Labels:
+    """As vLLM labels `cache_config_info`."""
+    values = {
+        "block_size": sizes.block_size,
+        "num_gpu_blocks": sizes.num_blocks,
+        "cache_dtype": args.dtype,
+        "enable_prefix_caching": args.enable_prefix_caching,
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
+        "num_gpu_blocks_override": args.num_gpu_blocks_override,
+    }
+    return tuple((name, str(value)) for name, value in values.items())
 
 
 def _loop(args: EngineArgs, ops: Ops) -> tuple[bool, Decision]:

@@ -69,7 +69,9 @@ def _compose_apart(args: EngineArgs, directory: Path, channel: SupervisedChannel
 def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core_facts: CoreFacts) -> ServedEngine:
     facts = text.facts(args, core_facts)
     return ServedEngine(
-        engine=Engine(channel, text.tokenizer, _queue(args, facts.max_model_len), clock=time.monotonic),
+        engine=Engine(
+            channel, text.tokenizer, _queue(args, facts.max_model_len), time.monotonic, core_facts.cache_config
+        ),
         inputs=text.inputs(facts),
         tokenizer=text.tokenizer,
         facts=facts,

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 from quire.core.engine_core import EngineCore
 from quire.core.plan import StepRecord, TokenDelta
 from quire.core.request import NewRequest
-from quire.outputs import Decision
+from quire.outputs import Decision, Labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,8 @@ class CoreFacts:
     decisions: tuple[Decision, ...]
     model_stamp: str
     """Changes when the model's files do: a request must not be gone on with under other weights."""
+    cache_config: Labels = ()
+    """Of the cache, under vLLM's names: labels of a metric."""
 
     def can_follow(self, first: "CoreFacts") -> bool:
         """Whether a core like this can go on with all that was taken for one like `first`."""

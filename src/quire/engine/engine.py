@@ -18,7 +18,7 @@ from quire.engine.queue_bound import QueueBound
 from quire.engine.request_state import RequestState
 from quire.engine.timeline import Ledger
 from quire.errors import OverloadedError, internal_fault_message
-from quire.outputs import CompletionOutput, Metric, RequestOutput
+from quire.outputs import CompletionOutput, Labels, Metric, RequestOutput
 from quire.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("quire.engine")
@@ -40,6 +40,7 @@ class Engine:
         queue: told of every sequence that leaves it; whoever adds requests lets them in there first, if they are to
             be bounded.
         clock: seconds, monotonic; the one that the core is given as well.
+        cache_config: of the core's cache, for the metrics.
     """
 
     def __init__(
@@ -48,12 +49,13 @@ class Engine:
         tokenizer: Tokenizer | None,
         queue: QueueBound,
         clock: Callable[[], float] = time.monotonic,
+        cache_config: Labels = (),
     ) -> None:
         self.clock = clock
         self.queue = queue
         self._channel = channel
         self._tokenizer = tokenizer
-        self._metrics = EngineMetrics()
+        self._metrics = EngineMetrics(cache_config)
         self.ledger = Ledger()
         self._states: dict[str, RequestState] = {}
         """The core's request id -> the state of the request that it is a sequence of."""
@@ -221,6 +223,8 @@ class Engine:
 
     def _end(self, state: RequestState, request_id: str, reason: str, now_s: float) -> None:
         del self._states[request_id]
+        if state.finished:
+            self._metrics.longest_length.observe(state.longest)
         self.queue.left(request_id, was_scheduled=False)
         state.metrics.finished_s = now_s
         prompt, num_tokens = len(state.parsed.sequences[0].prompt_token_ids), state.num_tokens(request_id)

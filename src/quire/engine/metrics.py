@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from quire.core.plan import StepRecord
 from quire.engine.channel import CORE_STATES, CoreHealth
-from quire.outputs import Metric, RequestMetrics
+from quire.outputs import Labels, Metric, RequestMetrics
 
 FIRST_TOKEN_BUCKETS_S = (
     *(
@@ -124,7 +124,8 @@ class Histogram:
 class EngineMetrics:
     """Everything that is counted about an engine. One thread writes; readers may see a step half counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache_config: Labels = ()) -> None:
+        self._cache_config = cache_config
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._finished = dict.fromkeys(FINISH_REASONS, 0)
         seconds = "seconds"
@@ -148,6 +149,9 @@ class EngineMetrics:
         self.decode_time = Histogram(f"quire:request_decode_time_{seconds}", "First token to last.", LATENCY_BUCKETS_S)
         self.prompt_length = Histogram("quire:request_prompt_tokens", "Tokens in a prompt.", LENGTH_BUCKETS)
         self.output_length = Histogram("quire:request_generation_tokens", "Tokens generated.", LENGTH_BUCKETS)
+        self.longest_length = Histogram(
+            "quire:request_max_num_generation_tokens", "Tokens of a request's longest sequence.", LENGTH_BUCKETS
+        )
         self.inference_time = Histogram(
             f"quire:request_inference_time_{seconds}", "First step to last token.", LATENCY_BUCKETS_S
         )
@@ -205,31 +209,32 @@ class EngineMetrics:
 
     def read(self, num_running: int, num_waiting: int, usage: float, rejected: Mapping[str, int]) -> list[Metric]:
         """All metrics now; `usage` is the share of blocks held, `rejected` counts refusals by the bound met."""
-        rejections = [
-            Metric(
-                "quire:admission_rejections_total", "counter", count, help="Requests refused, by the queue's bound.",
-                labels=(("reason", reason),),
-            )
-            for reason, count in rejected.items()
-        ]  # fmt: skip
         gauges = [
             Metric("quire:num_requests_running", "gauge", num_running, help="Requests that hold a row."),
             Metric("quire:num_requests_waiting", "gauge", num_waiting, help="Requests in the queue."),
             Metric("quire:kv_cache_usage_perc", "gauge", usage, help="Share of cache blocks held; 1 is all."),
-        ]
+            Metric("quire:cache_config_info", "gauge", 1, help="The cache, in labels.", labels=self._cache_config),
+            *_labelled(
+                "quire:num_requests_waiting_by_reason", "gauge", "Requests in the queue; none is deferred here.",
+                "reason", {"capacity": num_waiting, "deferred": 0},
+            ),
+        ]  # fmt: skip
         counters = [
             Metric(f"quire:{name}_total", "counter", value, help=COUNTERS[name])
             for name, value in self._counters.items()
         ]
-        finished = [
-            Metric(
-                "quire:request_success_total", "counter", count, help="Sequences that ended, by reason.",
-                labels=(("finished_reason", reason),),
-            )
-            for reason, count in self._finished.items()
-        ]  # fmt: skip
+        prompt, cached = self._counters["prompt_tokens"], self._counters["prompt_tokens_cached"]
+        counters += _labelled(
+            "quire:prompt_tokens_by_source_total", "counter", "Prompt tokens, by where they came from.",
+            "source", {"local_compute": prompt - cached, "local_cache_hit": cached},
+        ) + _labelled(
+            "quire:request_success_total", "counter", "Sequences that ended, by reason.", "finished_reason",
+            self._finished,
+        ) + _labelled(
+            "quire:admission_rejections_total", "counter", "Requests refused, by the queue's bound.", "reason", rejected
+        )  # fmt: skip
         histograms = [item.read() for item in vars(self).values() if isinstance(item, Histogram)]
-        return [*gauges, *counters, *finished, *rejections, *histograms]
+        return [*gauges, *counters, *histograms]
 
     def _add(self, name: str, count: int) -> None:
         self._counters[name] += count
@@ -237,18 +242,16 @@ class EngineMetrics:
 
 def core_metrics(health: CoreHealth) -> list[Metric]:
     """Of the core's process."""
-    replaced = [
-        Metric(
-            "quire:engine_core_restarts_total", "counter", count, help="Cores that were replaced, by what befell them.",
-            labels=(("reason", reason),),
-        )
-        for reason, count in (("died", health.num_died), ("hung", health.num_hung))
-    ]  # fmt: skip
-    states = [
-        Metric(
-            "quire:engine_core_state", "gauge", float(state == health.state), help="1 for what the core is doing.",
-            labels=(("state", state),),
-        )
-        for state in CORE_STATES
-    ]  # fmt: skip
-    return [*replaced, *states]
+    replaced = {"died": health.num_died, "hung": health.num_hung}
+    return _labelled(
+        "quire:engine_core_restarts_total", "counter", "Cores that were replaced, by what befell them.", "reason",
+        replaced,
+    ) + _labelled(
+        "quire:engine_core_state", "gauge", "1 for what the core is doing.", "state",
+        {state: state == health.state for state in CORE_STATES},
+    )  # fmt: skip
+
+
+def _labelled(name: str, kind: str, text: str, label: str, values: Mapping[str, float]) -> list[Metric]:
+    """One metric for each value of a label."""
+    return [Metric(name, kind, float(value), help=text, labels=((label, key),)) for key, value in values.items()]

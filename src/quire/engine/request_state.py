@@ -113,6 +113,11 @@ class RequestState:
         """Tokens generated so far for one sequence, by the core's id."""
         return len(self._sequences[sequence_id].token_ids)
 
+    @property
+    def longest(self) -> int:
+        """Tokens generated for the longest sequence."""
+        return max(len(sequence.token_ids) for sequence in self._sequences.values())
+
     def apply(self, delta: TokenDelta) -> str | None:
         """Take a delta in. The finish reason when the sequence ended here and the core must be told to drop it: at a
         stop string, or because it repeats itself."""
