@@ -221,6 +221,59 @@ def test_one_fault_fails_one_request(
         assert under_test._engine.queue.num_waiting == 0 and not under_test._engine.ledger._live
 
 
+CLEARED = ("AllowedTokens", "LogitBias", "MinTokens", "BadWords", "Penalties")
+
+
+def clearing(victim: Victim, point: str) -> Any:
+    owners = {"rows": victim.runner._rows, "sampler": victim.runner._sampler}
+    return owners[point] if point in owners else feature(victim, point)
+
+
+async def all_rows(engine: AsyncLLM, params: SamplingParams) -> None:
+    for output in await asyncio.gather(*(one(engine, [1, 2], params, f"next {number}") for number in range(8))):
+        said(output)
+
+
+@pytest.mark.parametrize("point", ["rows", "sampler", *CLEARED])
+def test_a_fault_while_a_row_is_cleared_reaches_nobody(
+    point: str, directory: str, undisturbed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The request of the row has had its end; and who enters the row next finds nothing of it."""
+    with engine(directory) as under_test:
+        whole = [said(output) for output in run(under_test, victim=True)]
+        with monkeypatch.context() as patch:
+            victim = Victim(under_test, patch)
+            victim.throw(clearing(victim, point), "remove", lambda row: row == victim.row and not victim.num_thrown)
+            assert [said(output) for output in run(under_test, victim=True)] == whole
+            short = SamplingParams(max_tokens=3, ignore_eos=True, frequency_penalty=0.1)
+            for _ in range(2):  # removals travel with the next plan; and all rows are entered again
+                asyncio.run(all_rows(under_test, short))
+            assert victim.num_thrown == 1 and not victim.runner._unclean
+        assert [said(output) for output in run(under_test, victim=False)] == undisturbed
+        asyncio.run(all_rows(under_test, SamplingParams(max_tokens=1, temperature=0)))
+        for item in CLEARED:
+            assert not [held for held in vars(feature(victim, item)).values() if isinstance(held, dict) and held]
+        assert not victim.runner._sampler._users
+
+
+def test_a_row_that_cannot_be_cleared_is_entered_by_nobody(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather the engine stops: a core in a process of its own is then replaced, and everybody goes on."""
+    with engine(directory) as under_test:
+        victim = Victim(under_test, monkeypatch)
+        left: list[int] = []
+
+        def is_left(row: int) -> bool:
+            left.extend([row] * (row == victim.row))
+            return row in left
+
+        victim.throw(victim.runner._sampler, "remove", is_left)
+        with pytest.raises(Exception, match=r"the engine (has )?stopped"):
+            run(under_test, victim=True)
+            for _ in range(2):
+                asyncio.run(all_rows(under_test, SamplingParams(max_tokens=3)))
+        assert victim.num_thrown == 2
+
+
 def test_a_broken_device_is_nobodys_row(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """When no row of several can be computed, the engine is at fault, and says so."""
     with engine(directory) as under_test:

@@ -5,6 +5,7 @@ that were drawn. Between them the next steps may begin: what they need of those 
 the host itself needs them (a penalty counts them), `begin` finishes what has begun before.
 """
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from quire.runner.rows import Rows
 from quire.sampling.logprobs import token_logprobs
 from quire.sampling.sampler import NOT_FINITE, Drawn, Sampler
 
+logger = logging.getLogger("quire.runner")
 PROMPT_LOGPROB_ROWS = 64
 """Rows of logits held at once while the log-probabilities of a prompt are read."""
 
@@ -103,9 +105,15 @@ class ModelRunner:
         """Steps that are not finished, in their order."""
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}
         """Row -> (number asked for, prompt length), for rows that asked."""
+        self._unclean: set[int] = set()
+        """Rows that somebody left and that could not be cleared."""
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute one step. A fault in the work of one row fails that row (see `quire.runner.faults`)."""
+        """Compute one step. A fault in the work of one row fails that row (see `quire.runner.faults`).
+
+        Raises:
+            Exception: no row can be computed, or one cannot be cleared before the next request enters it.
+        """
         return self._take_in(BegunStep(plan, self._launch_all(plan)))
 
     def begin(self, plan: StepPlan) -> BegunStep:
@@ -131,8 +139,11 @@ class ModelRunner:
     def _launch_all(self, plan: StepPlan) -> list[Launched]:
         faults = self._faults
         for row in plan.removed:
-            self._remove(row)
+            self._clear(row)
         for new in plan.new:
+            if new.row in self._unclean:
+                self._remove(new.row)
+                self._unclean.remove(new.row)
             faults.contain(new.row, self._enter, new)
         for item in plan.scheduled:
             if item.new_block_ids:
@@ -154,13 +165,21 @@ class ModelRunner:
             results = [done[row] if row in step.gone else faults.result(row) or done[row] for row, *_ in plan.scheduled]
         return StepResult(plan.step_id, tuple(results))
 
-    def _remove(self, row: int) -> None:
-        self._rows.remove(row)
-        self._sampler.remove(row)
+    def _clear(self, row: int) -> None:
+        """A row is left. If that fails, nobody is there to be told; whoever enters next must not find what was left."""
         self._faults.remove(row)
         self._prompt_logprobs.pop(row, None)
         for step in self._begun:
             step.gone.add(row)
+        try:
+            self._remove(row)
+        except Exception:
+            logger.exception("a row was not cleared: it is tried again before the next request enters")
+            self._unclean.add(row)
+
+    def _remove(self, row: int) -> None:
+        self._rows.remove(row)
+        self._sampler.remove(row)
 
     def _enter(self, new: NewRow) -> None:
         self._rows.enter(new)

@@ -141,13 +141,13 @@ class Sampler:
                 feature.add(new)
 
     def remove(self, row: int) -> None:
-        """Clear all of a row."""
+        """Clear all of a row. After a fault it is called again."""
         self._num_logprobs.pop(row, None)
         self._named_logprobs.pop(row, None)
         if row in self._users:
-            self._users.discard(row)
             for feature in self._features:
                 feature.remove(row)
+            self._users.remove(row)
 
     def takes_the_best(self, rows: Sequence[int]) -> bool:
         """Whether all that these rows want of their logits is the largest: greedy, unedited, no log-probabilities."""

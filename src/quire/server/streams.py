@@ -137,14 +137,14 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events: `first` and what `events` yields, as JSON; `[DONE]` follows the last one.
+    """Server-sent events: `first`, which is JSON, and what `events` yields, as JSON; `[DONE]` follows the last one.
 
     An exception of `events` becomes an error event, and then the stream ends without `[DONE]`.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: Any, events: AsyncGenerator[Any, None], headers: dict[str, str]) -> None:
+    def __init__(self, first: bytes, events: AsyncGenerator[Any, None], headers: dict[str, str]) -> None:
         super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._first, self._events = first, events
@@ -161,9 +161,8 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await _in_time(send(start))
-        encode = msgspec.json.encode
-        await _in_time(send(_part(b"data: " + encode(self._first) + b"\n\n")))
-        last = b"data: [DONE]\n\n"
+        await _in_time(send(_part(b"data: " + self._first + b"\n\n")))
+        encode, last = msgspec.json.encode, b"data: [DONE]\n\n"
         try:
             async for event in self._events:
                 await _in_time(send(_part(b"data: " + encode(event) + b"\n\n")))
@@ -187,7 +186,7 @@ async def _in_time(sending: Awaitable[None]) -> None:
 async def start_events(events: AsyncGenerator[Any, None], headers: Callable[[], dict[str, str]]) -> EventStream:
     """A stream whose first event has come: what goes wrong before it can still be a status."""
     try:
-        first = await anext(events)
+        first = msgspec.json.encode(await anext(events))
         return EventStream(first, events, headers())
     except BaseException:
         await events.aclose()

@@ -1,0 +1,131 @@
+"""One bad request hurts one request, on the way in and out: faults at named points of the routes and of the encoding.
+
+At each point the work of one answer raises. That request gets its own 500, or an error event once its stream has
+begun, without the text of the fault; others beside it get what they always get; nothing runs on.
+"""
+
+import json
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from quire.server import delivery, streams
+from quire.server.routes import completions
+from tests.server.conftest import Running, wait_until
+
+BODY = {"prompt": "hello", "max_tokens": 12, "temperature": 0, "ignore_eos": True, "logprobs": 1}
+MARK = "c0ffee"
+"""In the prompt of the victim."""
+
+
+class Fault(Exception):
+    """Thrown on purpose."""
+
+
+class Encoder:
+    """msgspec, which encodes the first `num_good` parts of the victim's answer and no more."""
+
+    def __init__(self, num_good: int) -> None:
+        self._num_left = num_good
+        self._victim: str | None = None
+        self.json = self
+
+    def encode(self, value: Any) -> bytes:
+        data = msgspec.json.encode(value)
+        if MARK.encode() in data:  # the prompt is echoed in the first part
+            self._victim = value["id"]
+        if self._victim is not None and value.get("id") == self._victim:
+            self._num_left -= 1
+            if self._num_left < 0:
+                raise Fault("secret text of the fault")
+        return data
+
+
+def throws(plain: Callable[..., Any]) -> Callable[..., Any]:
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if any(MARK in repr(arg) for arg in (*args, *kwargs.values())):
+            raise Fault("secret text of the fault")
+        return plain(*args, **kwargs)
+
+    return function
+
+
+def parsing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(completions, "parse_completion", throws(completions.parse_completion))
+
+
+def making(patch: pytest.MonkeyPatch) -> None:
+    plain = completions._Answer._choice
+
+    def choice(self: Any, *args: Any) -> dict[str, Any]:
+        throws(lambda _: None)(self._call.prompts)
+        return plain(self, *args)
+
+    patch.setattr(completions._Answer, "_choice", choice)
+
+
+def encoding(num_good: int) -> Callable[[pytest.MonkeyPatch], None]:
+    def install(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(delivery, "msgspec", Encoder(num_good))
+        patch.setattr(streams, "msgspec", Encoder(num_good))
+
+    return install
+
+
+def heading(patch: pytest.MonkeyPatch) -> None:
+    plain = completions._Answer.headers
+
+    def headers(self: Any) -> dict[str, str]:
+        throws(lambda _: None)(self._call.prompts)
+        return plain(self)
+
+    patch.setattr(completions._Answer, "headers", headers)
+
+
+POINTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], bool]] = {
+    "parsing": (parsing, False),
+    "parsing, streamed": (parsing, True),
+    "making": (making, False),
+    "making, streamed": (making, True),
+    "encoding": (encoding(0), False),
+    "encoding the first event": (encoding(0), True),
+    "encoding a later event": (encoding(1), True),
+    "headers": (heading, False),
+    "headers, streamed": (heading, True),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_one_fault_fails_one_answer(point: str, real: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    install, stream = POINTS[point]
+    with httpx.Client(base_url=real.url, timeout=20) as http:
+        canary = choices(http)
+        found: list[Any] = []
+        others = [threading.Thread(target=lambda: found.append(choices(http))) for _ in range(3)]
+        with monkeypatch.context() as patch:
+            install(patch)
+            for other in others:
+                other.start()
+            body = {**BODY, "prompt": f"{MARK} hello", "max_tokens": 60, "echo": True, "stream": stream}
+            response = http.post("/v1/completions", json=body)
+            for other in others:
+                other.join()
+        assert found == [canary] * 3
+        assert "secret" not in response.text
+        if point == "encoding a later event":
+            events = [line[6:] for line in response.text.splitlines() if line.startswith("data: ")]
+            assert response.status_code == 200 and json.loads(events[-1])["error"]["type"] == "server_error"
+        else:
+            assert response.status_code == 500 and response.json()["error"]["type"] == "server_error"
+        assert choices(http) == canary
+    assert wait_until(lambda: not real.engine.has_work) and real.server._context.gate.num_inside == 0
+
+
+def choices(http: httpx.Client) -> Any:
+    response = http.post("/v1/completions", json=BODY)
+    assert response.status_code == 200, response.text
+    return response.json()["choices"]
