@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from quire.errors import ConfigurationError
-from quire.server.body import Bodies
+from quire.server.body import Bodies, count_outside_strings
 from quire.server.errors import ApiError
 from quire.server.limits import Limits
 from scripts import limits_page
@@ -23,6 +23,7 @@ SMALL = {
     "body_bytes": 20_000,
     "body_seconds": 1,
     "body_values": 500,
+    "body_names": 40,
     "all_bodies_bytes": 15_000,
     "prompts": 3,
     "sequences": 6,
@@ -39,6 +40,7 @@ TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 HITS: dict[str, tuple[str, Any, Any]] = {
     # limit: route, a body past it, a body within it
     "body_bytes": (TEXT, {"prompt": "x" * 20_000}, {"prompt": "x" * 400}),
+    "body_names": (TEXT, {"prompt": "a", "logit_bias": {str(one): 1 for one in range(50)}}, {"prompt": "a:[" * 30}),
     "body_values": (TEXT, {"prompt": [1] * 502}, {"prompt": [1] * 300}),
     "all_bodies_bytes": (TEXT, {"prompt": "x" * 16_000}, {"prompt": "x" * 400}),
     "prompts": (TEXT, {"prompt": ["x"] * 4}, {"prompt": ["x"] * 3}),
@@ -142,7 +144,7 @@ async def test_a_large_body_does_not_hold_up_the_event_loop() -> None:
     """While 8 MB are parsed the loop goes on turning; the same parse on the loop would be one long stop."""
     limits = Limits()
     bodies = Bodies(limits)
-    data = json.dumps({"messages": [{"role": "user", "content": "a " * 30}] * 90_000}).encode()
+    data = json.dumps({"messages": [{"role": "user", "content": "a " * 110}] * 30_000}).encode()
     assert 7 * 2**20 < len(data) < limits.body_bytes.value
     turns, done = 0, False
 
@@ -159,9 +161,46 @@ async def test_a_large_body_does_not_hold_up_the_event_loop() -> None:
     count = await bodies.read(request, lambda body: len(body["messages"]))
     done = True
     await turning
-    assert count == 90_000
+    assert count == 30_000
     assert turns - before > 10
     assert bodies.num_bytes == 0
+
+
+@pytest.mark.parametrize("item", [b'"%d":1', b"[]", b'{"%d":[]}'])
+async def test_what_the_parser_takes_long_for_is_refused_before_it(
+    item: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half a million names or lists: the parser is not asked at all, and the loop goes on turning while they are
+    counted."""
+    items = b",".join(item % number if b"%" in item else item for number in range(500_000))
+    data = b"{" + items + b"}" if item.startswith(b'"') else b'{"prompt":[' + items + b"]}"
+    monkeypatch.setattr("quire.server.body.parse_json", None)
+    turns, request = 0, _Request(data)
+
+    async def refused() -> None:
+        with pytest.raises(ApiError) as caught:
+            await Bodies(Limits()).read(request, dict)  # type: ignore[arg-type]
+        assert caught.value.code == "too_many_names"
+
+    task = asyncio.create_task(refused())
+    while not task.done():
+        turns += 1
+        await asyncio.sleep(0)
+    await task
+    assert turns > 5
+
+
+@pytest.mark.parametrize(
+    ("text", "outside"),
+    [
+        ('{"a":[1,2],"b":"x,:["}', [2, 2, 1]),
+        (r'{"a\":1,"b"":"\",:[","c":[]}', [2, 3, 1]),
+        ('{"' + "a" * (2**16 - 3) + ':,":[":,",1]}', [1, 1, 1]),
+    ],
+)
+def test_signs_are_counted_outside_strings(text: str, outside: list[int]) -> None:
+    json.loads(text)
+    assert count_outside_strings(text.encode(), b",", b":", b"[") == outside
 
 
 async def test_what_is_refused_is_not_held() -> None:

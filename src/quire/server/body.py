@@ -14,6 +14,7 @@ from quire.server.errors import ApiError, ClientGoneError
 from quire.server.limits import INLINE_BODY_BYTES, Limits
 
 T = TypeVar("T")
+COUNT_BYTES = 2**16
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -65,13 +66,35 @@ class Bodies:
             if not message.get("more_body", False):
                 return
 
+    def _check_size(self, data: bytearray) -> None:
+        """Refuse what would keep the parser, which no other thread can interrupt, for long."""
+        most_values, most_names = self._limits.body_values, self._limits.body_names
+        # Signs in strings too: an upper bound, and cheap.
+        if data.count(b",") <= most_values.value and data.count(b":") + data.count(b"[") <= most_names.value:
+            return
+        num_commas, num_names, num_lists = count_outside_strings(bytes(data), b",", b":", b"[")
+        if num_commas > most_values.value:
+            raise most_values.error()
+        if num_names + num_lists > most_names.value:
+            raise most_names.error(f"{num_names + num_lists:,}")
+
     def _object(self, data: bytearray) -> dict[str, Any]:
-        if data.count(b",") > self._limits.body_values.value:  # commas in strings count too: an upper bound, and cheap
-            raise self._limits.body_values.error()
+        self._check_size(data)
         value = parse_json(bytes(data))
         if not isinstance(value, dict):
             raise _malformed("the body must be a JSON object")
         return value
+
+
+def count_outside_strings(data: bytes, *signs: bytes) -> list[int]:
+    """How often each sign stands in JSON, strings left out. In pieces, between which other threads may run."""
+    bare, counts, is_inside = data.replace(b"\\\\", b"").replace(b'\\"', b""), [0] * len(signs), 0
+    for start in range(0, len(bare), COUNT_BYTES):
+        parts = bare[start : start + COUNT_BYTES].split(b'"')
+        outside = b"".join(parts[is_inside::2])
+        counts = [count + outside.count(sign) for count, sign in zip(counts, signs, strict=True)]
+        is_inside ^= (len(parts) - 1) & 1
+    return counts
 
 
 def parse_json(data: bytes) -> Any:

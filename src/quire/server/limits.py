@@ -45,6 +45,7 @@ class Limits:
     body_bytes: Limit = Limit("the request body", 8 * 2**20, "bytes", 413, "request_too_large")
     body_seconds: Limit = Limit("sending the request body", 30, "seconds", 408, "request_timeout")
     body_values: Limit = Limit("the request body", 2**19, "values", 413, "too_many_values")
+    body_names: Limit = Limit("the request body", 2**16, "names and lists", 413, "too_many_names")
     all_bodies_bytes: Limit = Limit("what is read of requests at one time", 2**28, "bytes", 503, "overloaded")
     prompts: Limit = Limit("prompt", 128, "prompts in one request", 400, "too_many_prompts", "prompt")
     sequences: Limit = Limit("n times the prompts", 256, "sequences in one request", 400, "too_many_sequences", "n")
