@@ -9,7 +9,8 @@
     ├── OverloadedError          503: the queue is full, come back after `retry_after_s`
     │   └── TooManyRequestsError 429: this caller's part of the queue is
     ├── RequestFailedError       this request's fault or fate: it alone ends with `error`
-    │   └── DeadlineExceededError  408: its `timeout` passed, in the queue or while it ran
+    │   ├── DeadlineExceededError  408: its `timeout` passed, in the queue or while it ran
+    │   └── NoTokenLeftError     400: what it excludes left no token to go on with
     ├── ConfigurationError       the operator's fault: refused before the engine starts
     │   ├── ModelFileError       a file of the model is missing, damaged or not supported
     │   └── UnsupportedModelError  an architecture that Quire does not have
@@ -64,6 +65,13 @@ class DeadlineExceededError(RequestFailedError):
     """The time that a request gave itself is over."""
 
 
+class NoTokenLeftError(RequestFailedError):
+    """What a request excludes left no token to go on with, which shows only at that place."""
+
+
+NO_TOKEN_LEFT = "no token is left to go on with: allowed_token_ids, bad_words and min_tokens exclude all of them here"
+
+
 class ConfigurationError(QuireError, ValueError):
     """The engine cannot start as asked. `field` names the argument at fault, if there is one."""
 
@@ -83,6 +91,11 @@ class UnsupportedModelError(ConfigurationError):
 
 class EngineDeadError(QuireError):
     """The engine stopped for a reason that no single request is to blame for."""
+
+
+def request_failure(message: str) -> RequestFailedError:
+    """The exception of a request that ended with this error."""
+    return (NoTokenLeftError if message == NO_TOKEN_LEFT else RequestFailedError)(message)
 
 
 def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:

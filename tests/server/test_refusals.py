@@ -169,8 +169,8 @@ def test_neutral_values_are_let_through(http: httpx.Client, changes: dict[str, A
         b'{"prompt": "\xff"}',
         b'{"prompt": "\x00"}',
         b'\xef\xbb\xbf{"prompt": "x"}',
-        b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-        b'{"a": ' * 100_000 + b"1" + b"}" * 100_000,
+        b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+        b'{"a": ' * 50_000 + b"1" + b"}" * 50_000,
         b'{"prompt": "x"} trailing',
     ],
 )

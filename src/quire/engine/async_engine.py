@@ -33,6 +33,7 @@ from quire.errors import (
     QuireError,
     RequestFailedError,
     internal_fault_message,
+    request_failure,
 )
 from quire.outputs import Decision, Metric, RequestOutput
 from quire.sampling_params import SamplingParams
@@ -334,4 +335,4 @@ def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args:
 def raise_if_failed(output: RequestOutput) -> None:
     """Raise `RequestFailedError` when a sequence of `output` ended with an error."""
     if output.error is not None:
-        raise RequestFailedError(output.error)
+        raise request_failure(output.error)

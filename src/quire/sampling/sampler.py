@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.plan import NewRow, RowResult, TokenLogprobs
+from quire.errors import NO_TOKEN_LEFT
 from quire.ops.types import Array, Logprobs, Ops, SampleBatch
 from quire.sampling.features import LogitsFeature
 from quire.sampling.logits import AllowedTokens, BadWords, LogitBias, MinTokens
@@ -24,8 +25,7 @@ from quire.sampling.penalties import Penalties
 
 _make = tuple.__new__  # a NamedTuple at half the cost of its constructor
 NOT_FINITE = "the model gave logits that are not finite"
-NOTHING_LEFT = "no token is allowed: the masks of the request exclude the whole vocabulary"
-_ERRORS = (NOT_FINITE, NOTHING_LEFT)
+_ERRORS = (NOT_FINITE, NO_TOKEN_LEFT)
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from quire.errors import (
     EngineDeadError,
     InvalidRequestError,
     ModelNotFoundError,
+    NoTokenLeftError,
     OverloadedError,
     PromptTooLongError,
     RequestFailedError,
@@ -90,6 +91,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(503, str(error), code="overloaded", headers=headers)
     if isinstance(error, DeadlineExceededError):
         return ApiError(408, str(error), param="timeout", code="deadline_exceeded")
+    if isinstance(error, NoTokenLeftError):
+        return ApiError(400, str(error), code="no_token_left")
     if isinstance(error, RequestFailedError):
         return ApiError(500, str(error), code="request_failed")
     if isinstance(error, EngineDeadError):

@@ -62,6 +62,24 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(poisoned: Running) 
     assert choices(poisoned.url, CANARY) == alone
 
 
+def test_masks_that_leave_no_token_fail_their_request_alone(real: Running) -> None:
+    """Known at the door, or only in the middle of the answer: either way it is the caller's own error."""
+    word = httpx.post(f"{real.url}/tokenize", json={"prompt": "ab", "add_special_tokens": False}).json()["tokens"]
+    first, second = word
+    alone = choices(real.url, CANARY)
+    url, masked = f"{real.url}/v1/completions", {"allowed_token_ids": word, "ignore_eos": True}
+    door = httpx.post(url, json={**CANARY, **masked, "bad_words": ["a", "b"]})
+    assert door.status_code == 400 and door.json()["error"]["param"] == "allowed_token_ids"
+    # The bias makes the first come first, and after it neither may come.
+    middle = {**CANARY, **masked, "bad_words": ["ab", "aa"], "logit_bias": {str(first): 100, str(second): -100}}
+    answer = httpx.post(url, json=middle)
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "no_token_left", answer.text
+    assert "bad_words" in answer.json()["error"]["message"]
+    lines = [line for line in httpx.post(url, json={**middle, "stream": True}).text.splitlines() if line]
+    assert json.loads(lines[0][6:])["choices"] and json.loads(lines[-1][6:])["error"]["code"] == "no_token_left"
+    assert choices(real.url, CANARY) == alone
+
+
 def test_a_way_in_at_each_edge_of_the_vocabulary(real: Running) -> None:
     """A12: every field of token ids, at and past the width of the logits."""
     width = real.engine.vocab_size

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import quire
-from quire.errors import EngineDeadError, RequestFailedError
+from quire.errors import EngineDeadError, request_failure
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 
 FINGERPRINT = f"quire-{quire.__version__}"
@@ -20,7 +20,7 @@ def check_finish(output: RequestOutput, choice: CompletionOutput) -> str | None:
         EngineDeadError: the engine cut it off.
     """
     if choice.finish_reason == "error":
-        raise RequestFailedError(output.error or "this request failed while it ran")
+        raise request_failure(output.error or "this request failed while it ran")
     if choice.finish_reason == "abort":
         raise EngineDeadError("the request was cut off")
     return choice.finish_reason
