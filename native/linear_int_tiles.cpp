@@ -22,11 +22,11 @@ constexpr int64_t kGroupBlocks = 32;   // blocks of rows whose inputs of one pie
 constexpr int64_t kRunPanels = 8;      // panels whose sums are kept and written together
 constexpr int64_t kSerialItems = 32768;
 
-// Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights, `depth` inputs deep.
+// Tiles 0 and 1 hold sums, 2 rows of x, 3 weights, `depth` inputs deep.
 void configure(int64_t rows, int64_t depth) {
     TileConfig config;
-    for (int tile = 0; tile < 8; ++tile) config.rows[tile] = static_cast<uint8_t>(tile < 6 ? rows : depth / kQuad);
-    config.row_bytes[4] = config.row_bytes[5] = static_cast<uint16_t>(depth);
+    for (int tile = 0; tile < 4; ++tile) config.rows[tile] = static_cast<uint8_t>(tile < 3 ? rows : depth / kQuad);
+    config.row_bytes[2] = static_cast<uint16_t>(depth);
     load_config(config);
 }
 
@@ -89,55 +89,34 @@ struct Fetch {
 
 // 8-bit weights: sums are integers until the end of the inputs.
 
-// sums [Blocks][16][32] = (what they are, or 0) + x . weights over `chunks` chunks of inputs. `StreamsX`: x is too large to
+// sums [16][32] = (what they are, or 0) + a block of x . weights over `chunks` chunks of inputs. `StreamsX`: x is too large to
 // stay in the nearest cache, and leaves it to the weights.
-template <int Blocks, bool StreamsX>
-void multiply_blocks(const Job& job, const int8_t* x, const uint8_t* weights, int64_t chunks, bool fresh, int32_t* sums,
-                     Fetch& fetch, int64_t fetched_bytes) {
+template <bool StreamsX>
+void multiply_block(const Job& job, const int8_t* x, const uint8_t* weights, int64_t chunks, bool fresh, int32_t* sums,
+                    Fetch& fetch, int64_t fetched_bytes) {
     constexpr int64_t bytes = kTilePanel * 4;
-    const int64_t x_bytes = job.tile_rows * kChunk, block_bytes = job.block_bytes();
+    const int64_t x_bytes = job.tile_rows * kChunk;
     if (fresh) {
         _tile_zero(0);
         _tile_zero(1);
-        if (Blocks == 2) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
     } else {
         _tile_loadd(0, sums, bytes);
         _tile_loadd(1, sums + kTileSide, bytes);
-        if (Blocks == 2) {
-            _tile_loadd(2, sums + kBlockSums, bytes);
-            _tile_loadd(3, sums + kBlockSums + kTileSide, bytes);
-        }
     }
     for (int64_t chunk = 0; chunk < chunks; ++chunk, x += x_bytes, weights += kChunkBytes) {
-        fetch(fetched_bytes);
-        _tile_loadd(6, weights, kRowBytes);
+        _tile_loadd(3, weights, kRowBytes);
         if (StreamsX) {
-            _tile_stream_loadd(4, x, kChunk);
+            _tile_stream_loadd(2, x, kChunk);
         } else {
-            _tile_loadd(4, x, kChunk);
+            _tile_loadd(2, x, kChunk);
         }
-        _tile_dpbssd(0, 4, 6);
-        _tile_loadd(7, weights + 64, kRowBytes);
-        _tile_dpbssd(1, 4, 7);
-        if (Blocks == 2) {
-            if (StreamsX) {
-                _tile_stream_loadd(5, x + block_bytes, kChunk);
-            } else {
-                _tile_loadd(5, x + block_bytes, kChunk);
-            }
-            _tile_dpbssd(2, 5, 6);
-            _tile_dpbssd(3, 5, 7);
-        }
+        _tile_dpbssd(0, 2, 3);
+        fetch(fetched_bytes);
+        _tile_loadd(3, weights + 64, kRowBytes);
+        _tile_dpbssd(1, 2, 3);
     }
     _tile_stored(0, sums, bytes);
     _tile_stored(1, sums + kTileSide, bytes);
-    if (Blocks == 2) {
-        _tile_stored(2, sums + kBlockSums, bytes);
-        _tile_stored(3, sums + kBlockSums + kTileSide, bytes);
-    }
 }
 
 struct EightBitTiles {
@@ -147,13 +126,11 @@ struct EightBitTiles {
     static void multiply(const Job& job, const int8_t* x, int64_t blocks, int64_t panel, int64_t chunk, int64_t chunks,
                          const uint8_t* next, const uint8_t* end, Sum* sums, uint8_t*) {
         const uint8_t* const weights = job.panel(panel) + kScaleBytes + chunk * kChunkBytes;
-        const int64_t pairs = (blocks + 1) / 2, fetched = (kChunkBytes / 64 + pairs - 1) / pairs * 64;
+        const int64_t fetched = (kChunkBytes / 64 + blocks - 1) / blocks * 64;
+        const auto multiply = blocks <= 2 ? multiply_block<false> : multiply_block<true>;
         Fetch fetch{next, end};
-        for (int64_t block = 0; block < blocks; block += 2) {
+        for (int64_t block = 0; block < blocks; ++block) {
             const int8_t* const from = x + block * job.block_bytes() + chunk * job.tile_rows * kChunk;
-            const bool two = blocks - block >= 2;
-            const auto multiply = blocks <= 2 ? (two ? multiply_blocks<2, false> : multiply_blocks<1, false>)
-                                              : (two ? multiply_blocks<2, true> : multiply_blocks<1, true>);
             multiply(job, from, weights, chunks, chunk == 0, sums + block * kBlockSums, fetch, fetched);
         }
     }
@@ -188,62 +165,83 @@ void widen(const uint8_t* from, int64_t inputs, uint8_t* to, Fetch& fetch) {
     }
 }
 
-// Sums of the groups of one half of a panel, for up to Rows rows. Two sets of tiles take turns: while the sums of one
-// group leave the unit and are scaled, it computes those of the next.
+// Sums of the groups of one half of a panel, for up to Rows rows. Two tiles of sums take turns: while one leaves the unit, it
+// computes the other. They are those of two groups, or of the high and the low digit.
 template <int Digits, bool Stacked, int Rows>
 struct GroupSums {
-    static constexpr bool kTwoTiles = Digits == 2 && !Stacked;
+    static constexpr bool kTwoBlocks = Digits == 2 && !Stacked;
 
     const Job& job;
     const int8_t* x;
     const uint8_t* weights;  // widened
     const uint8_t* scales;   // of the first group
-    int32_t* high;  // [16][16]: what leaves the unit
-    int32_t* low;
+    int32_t* sums;  // [2][16][16]: what leaves the unit
 
-    template <bool Odd>
+    // Tile `Tile` = the inputs of a group, or one digit of them, by its weights. (A tile's number is a literal of gcc's.)
+    template <int Tile>
     __attribute__((always_inline)) void multiply(int64_t group) {
         const int64_t inputs = job.args->weight.group, depth = smaller(inputs, kChunk);
-        if (Odd) {
-            _tile_zero(2);
-            if (kTwoTiles) _tile_zero(3);
-        } else {
+        if constexpr (Tile == 0) {
             _tile_zero(0);
-            if (kTwoTiles) _tile_zero(1);
+        } else {
+            _tile_zero(1);
         }
         for (int64_t input = group * inputs; input < (group + 1) * inputs; input += depth) {
             const int8_t* const from = x + input / kChunk * job.tile_rows * kChunk + input % kChunk;
-            _tile_loadd(6, weights + input / kQuad * kRowBytes, kRowBytes);
-            _tile_loadd(4, from, kChunk);
-            if (kTwoTiles) _tile_loadd(5, from + job.block_bytes(), kChunk);
-            if (Odd) {
-                _tile_dpbssd(2, 4, 6);
-                if (kTwoTiles) _tile_dpbssd(3, 5, 6);
+            _tile_loadd(3, weights + input / kQuad * kRowBytes, kRowBytes);
+            _tile_loadd(2, kTwoBlocks && Tile == 1 ? from + job.block_bytes() : from, kChunk);
+            if constexpr (Tile == 0) {
+                _tile_dpbssd(0, 2, 3);
             } else {
-                _tile_dpbssd(0, 4, 6);
-                if (kTwoTiles) _tile_dpbssd(1, 5, 6);
+                _tile_dpbssd(1, 2, 3);
             }
         }
     }
 
-    // (`sums` is no member: what the unit may write to in memory would not stay in registers)
-    template <bool Odd>
-    __attribute__((always_inline)) void scale(int64_t group, __m512* sums) {
-        if (Odd) {
-            _tile_stored(2, high, kTileSide * 4);
-            if (kTwoTiles) _tile_stored(3, low, kTileSide * 4);
+    template <int Tile>
+    __attribute__((always_inline)) const int32_t* take() {
+        int32_t* const to = sums + Tile * kTileSide * kTileSide;
+        if constexpr (Tile == 0) {
+            _tile_stored(0, to, kTileSide * 4);
         } else {
-            _tile_stored(0, high, kTileSide * 4);
-            if (kTwoTiles) _tile_stored(1, low, kTileSide * 4);
+            _tile_stored(1, to, kTileSide * 4);
         }
-        const int32_t* const second = Stacked ? high + job.args->rows * kTileSide : low;
+        return to;
+    }
+
+    // (`y` is no member: what the unit may write to in memory would not stay in registers)
+    __attribute__((always_inline)) void scale(int64_t group, const int32_t* high, const int32_t* low, __m512* y) {
         const __m512 factor = _mm512_load_ps(scales + group * job.args->weight.group_bytes());
         for (int r = 0; r < Rows; ++r) {
             __m512i sum = _mm512_load_si512(high + r * kTileSide);
             if (Digits == 2) {
-                sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), _mm512_load_si512(second + r * kTileSide));
+                sum = _mm512_add_epi32(_mm512_slli_epi32(sum, 8), _mm512_load_si512(low + r * kTileSide));
             }
-            sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, sums[r]);
+            y[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factor, y[r]);
+        }
+    }
+
+    __attribute__((always_inline)) void add_digits(int64_t groups, __m512* y) {
+        multiply<0>(0);
+        for (int64_t group = 0; group < groups; ++group) {
+            multiply<1>(group);
+            const int32_t* const high = take<0>();
+            if (group + 1 < groups) multiply<0>(group + 1);
+            scale(group, high, take<1>(), y);
+        }
+    }
+
+    __attribute__((always_inline)) void add_groups(int64_t groups, __m512* y) {
+        const int64_t low = Stacked ? job.args->rows * kTileSide : 0;
+        multiply<0>(0);
+        for (int64_t group = 0; group < groups; group += 2) {
+            if (group + 1 < groups) multiply<1>(group + 1);
+            const int32_t* const first = take<0>();
+            scale(group, first, first + low, y);
+            if (group + 2 < groups) multiply<0>(group + 2);
+            if (group + 1 >= groups) break;
+            const int32_t* const second = take<1>();
+            scale(group + 1, second, second + low, y);
         }
     }
 };
@@ -252,19 +250,17 @@ struct GroupSums {
 template <int Digits, bool Stacked, int Rows>
 void multiply_groups(const Job& job, const int8_t* x, const uint8_t* widened, const uint8_t* scales, int64_t groups,
                      float* y) {
-    alignas(64) int32_t high[kTileSide * kTileSide], low[kTileSide * kTileSide];
+    alignas(64) int32_t sums[2 * kTileSide * kTileSide];
     for (int64_t half = 0; half < kTilePanel; half += kTileSide) {
-        GroupSums<Digits, Stacked, Rows> state{job, x, widened + half * kQuad, scales + half * 4, high, low};
-        __m512 sums[Rows];
-        for (int r = 0; r < Rows; ++r) sums[r] = _mm512_load_ps(y + r * kTilePanel + half);
-        state.template multiply<false>(0);
-        for (int64_t group = 0; group < groups; group += 2) {
-            if (group + 1 < groups) state.template multiply<true>(group + 1);
-            state.template scale<false>(group, sums);
-            if (group + 2 < groups) state.template multiply<false>(group + 2);
-            if (group + 1 < groups) state.template scale<true>(group + 1, sums);
+        GroupSums<Digits, Stacked, Rows> state{job, x, widened + half * kQuad, scales + half * 4, sums};
+        __m512 results[Rows];
+        for (int r = 0; r < Rows; ++r) results[r] = _mm512_load_ps(y + r * kTilePanel + half);
+        if constexpr (Digits == 2 && !Stacked) {
+            state.add_digits(groups, results);
+        } else {
+            state.add_groups(groups, results);
         }
-        for (int r = 0; r < Rows; ++r) _mm512_store_ps(y + r * kTilePanel + half, sums[r]);
+        for (int r = 0; r < Rows; ++r) _mm512_store_ps(y + r * kTilePanel + half, results[r]);
     }
 }
 
