@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tests.ops.test_quantized import FORMATS, random_weight
 
 pytest.importorskip("triton")
 
-from quire.ops.cuda import products
+from quire.ops.cuda import products, provider
 from quire.ops.cuda.provider import CudaOps
 
 ON_DEVICE = torch.cuda.is_available()
@@ -123,13 +124,47 @@ def test_products_of_integers(kind: QuantizedFormat) -> None:
     assert np.array_equal(rows, REFERENCE.embed(ids, REFERENCE.pack_embedding(table, "float32")))
 
 
+@pytest.mark.parametrize(
+    ("kind", "size"), [("int8", None), ("int8_w8a8", None), ("fp8", None), ("int4", 32), ("int4_w4a8", 128)]
+)
+def test_weights_are_rounded_on_the_device_to_the_bits_of_the_definition(
+    kind: Any, size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(provider, "ROUNDED_ELEMENTS", 2000)
+    rng, rounding = np.random.default_rng(8), Rounding(kind, size)
+    for shape in ((1, 1), (5, 31), (17, 96), (40, 576), (0, 64), (4, 0)):
+        weight = normal(rng, *shape) * np.exp(3 * normal(rng, shape[0], 1))
+        weight[1:2] = 0.0
+        for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+            ours, expected = (ops.quantize(weight.astype(dtype), rounding) for ops in (CUDA, REFERENCE))
+            assert (ours.format, ours.group_size) == (expected.format, expected.group_size)
+            assert np.array_equal(numpy(ours.values.float()), expected.values.astype(np.float32))
+            assert np.array_equal(numpy(ours.scales), expected.scales)
+            if all(shape):
+                mine, theirs = (CUDA.pack_linear(one, None, "float32") for one in (ours, expected))
+                assert torch.equal(mine.weight.view(torch.uint8), theirs.weight.view(torch.uint8))
+                assert torch.equal(mine.scales, theirs.scales)
+    with pytest.raises(ValueError, match="not finite"):
+        CUDA.quantize(np.array([[1.0, np.nan]], np.float32), rounding)
+
+
+def test_a_packed_weight_is_a_copy() -> None:
+    """Who loads uses the memory of one part for the next."""
+    weight = np.ones((4, 32), np.float32)
+    rounded = REFERENCE.quantize(weight, Rounding("int8", None))
+    packed = [CUDA.pack_linear(one, None, "float32") for one in (weight, rounded)]
+    weight[:], rounded.values[:], rounded.scales[:] = 7.0, 7, 7.0
+    assert [float(one.weight.float().mean()) for one in packed] == [1.0, 127.0]
+    assert float(packed[1].scales.max()) < 1
+
+
 @pytest.mark.skipif("fp8" not in CUDA.formats, reason="needs compute capability 8.9")
 def test_products_of_fp8() -> None:
     rng = np.random.default_rng(6)
     weight, x = normal(rng, 70, 300), normal(rng, 70, 300) * np.exp(3 * normal(rng, 70, 1))
     weight[3], weight[5, 7], x[2] = 0, 1e4, 0
     x[4, :5] = 1e-30, -1e-3, 0.0, 1e4, -1e4
-    rounded = CUDA.quantize(weight, Rounding("fp8", None))
+    rounded = REFERENCE.quantize(weight, Rounding("fp8", None))
     packed, expected = CUDA.pack_linear(rounded, None, "float32"), REFERENCE.pack_linear(rounded, None, "float32")
     for rows in (1, 20, 70):
         got = numpy(CUDA.linear(*on_device(x[:rows]), packed))

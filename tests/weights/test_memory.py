@@ -17,7 +17,6 @@ SLACK = 12 * 2**20  # pages of the interpreter, scratch memory of the threads
 CHILD = """
 import sys
 from pathlib import Path
-from quire.ops.cpu import CpuOps
 from quire.ops.select import instruction_sets
 from quire.quant.select import select_scheme
 from quire.weights.load import load_model
@@ -27,7 +26,13 @@ def status(name):
     line = next(line for line in open("/proc/self/status") if line.startswith(name))
     return int(line.split()[1]) * 1024
 
-ops = CpuOps(2, instruction_sets()[-1])
+if sys.argv[4] == "cuda":  # whose device is the host here, so that what it holds is counted too
+    from quire.ops.cuda.provider import CudaOps
+    ops = CudaOps("cpu")
+    ops.pack_linear(__import__("numpy").ones((2, 2), "float32"), None, "float32")
+else:
+    from quire.ops.cpu import CpuOps
+    ops = CpuOps(2, instruction_sets()[-1])
 before = status("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
 model = load_model(Path(sys.argv[1]), ops, sys.argv[2], scheme=select_scheme(sys.argv[3] or None, None))
@@ -71,11 +76,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize(
-    ("dtype", "quantization", "item"),
-    [("auto", "", 2), ("float16", "", 2), ("float32", "", 4), ("auto", "int8", 2), ("auto", "int4", 2)],
+    ("dtype", "quantization", "item", "provider"),
+    [
+        ("auto", "", 2, "cpu"),
+        ("float16", "", 2, "cpu"),
+        ("float32", "", 4, "cpu"),
+        ("auto", "int8", 2, "cpu"),
+        ("auto", "int4", 2, "cpu"),
+        ("auto", "", 2, "cuda"),
+        ("float32", "", 4, "cuda"),
+    ],
 )
-def test_peak_memory(checkpoint: Path, dtype: str, quantization: str, item: int) -> None:
-    command = [sys.executable, "-c", CHILD, str(checkpoint), dtype, quantization]
+def test_peak_memory(checkpoint: Path, dtype: str, quantization: str, item: int, provider: str) -> None:
+    command = [sys.executable, "-c", CHILD, str(checkpoint), dtype, quantization, provider]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     weights, peak, settled = map(int, done.stdout.split())

@@ -8,18 +8,17 @@ normal weights that leaves 15 % less error than dividing by 7 does (benchmarks/q
 
 from typing import Any
 
+import array_api_compat.numpy
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.ops.types import QuantizedWeight, Rounding
+from quire.ops.types import Array, QuantizedWeight, Rounding
 
 DIVISORS = (6.5, 7.0, 7.5, 8.0, 8.5)
 SMALLEST = 1e-30
 """A row or group with no larger weight is taken for zero: its scale would have no reciprocal in float32."""
 LANES = 16
-
-Floats = NDArray[np.float32]
 
 
 def quantize(weight: Any, rounding: Rounding) -> QuantizedWeight:
@@ -30,59 +29,71 @@ def quantize(weight: Any, rounding: Rounding) -> QuantizedWeight:
         ValueError: a weight is NaN or infinite.
     """
     x = np.asarray(weight).astype(np.float32)
-    if not np.isfinite(x).all():
+    values, scales = rounded(array_api_compat.numpy, x, rounding)
+    whole = e4m3(values) if rounding.format == "fp8" else np.ascontiguousarray(values.astype(np.int8))
+    return QuantizedWeight(rounding.format, whole, scales, rounding.group_size or x.shape[1])
+
+
+def e4m3(x: Array) -> NDArray[Any]:
+    """To nearest, ties to even; past the largest, 448, that."""
+    nearest: NDArray[Any] = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+    return nearest
+
+
+def rounded(xp: Any, x: Array, rounding: Rounding) -> tuple[Array, Array]:
+    """`x [out, in]` float32 of the namespace `xp` -> its values of small numbers, still in float32, and their scales
+    `[out, groups]`. With `fp8` the values are within its range, and the conversion to e4m3 is what rounds them. Rows do
+    not depend on each other. ValueError as `quantize`."""
+    if not bool(xp.all(xp.isfinite(x))):
         raise ValueError("a weight is not finite")
     out, inputs = x.shape
+    if inputs == 0:
+        return x, x
     if rounding.group_size is None:
-        within, scales = _rows(x, 448.0 if rounding.format == "fp8" else 127.0)
-        rounded = e4m3(within) if rounding.format == "fp8" else np.rint(within).astype(np.int8)
-        return QuantizedWeight(rounding.format, rounded, scales, inputs)
+        levels = 448.0 if rounding.format == "fp8" else 127.0
+        within, scales = _rows(xp, x, levels)
+        return within if rounding.format == "fp8" else xp.round(within), scales
     size = rounding.group_size
     groups = -(-inputs // size)
-    padded = np.zeros((out, groups * size), np.float32)
-    padded[:, :inputs] = x
-    values, scales = _groups(padded.reshape(-1, size))
-    values = np.ascontiguousarray(values.reshape(padded.shape)[:, :inputs])
-    return QuantizedWeight(rounding.format, values, scales.reshape(out, groups), size)
+    missing = xp.zeros((out, groups * size - inputs), dtype=x.dtype, device=x.device)
+    values, scales = _groups(xp, xp.reshape(xp.concat([x, missing], axis=1), (-1, size)))
+    return xp.reshape(values, (out, groups * size))[:, :inputs], xp.reshape(scales, (out, groups))
 
 
-def e4m3(x: Floats) -> NDArray[Any]:
-    """To nearest, ties to even; past the largest, 448, that."""
-    return np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn)
-
-
-def _rows(x: Floats, levels: float) -> tuple[Floats, Floats]:
+def _rows(xp: Any, x: Array, levels: float) -> tuple[Array, Array]:
     """`x` over its scales `[rows, 1]`, within `levels`."""
-    largest = np.abs(x).max(axis=1, keepdims=True, initial=0.0)
+    largest = xp.max(xp.abs(x), axis=1, keepdims=True)
+    zero, one = xp.zeros_like(largest), xp.ones_like(largest)
     none = largest < SMALLEST
-    scales = np.where(none, np.float32(0), largest / np.float32(levels))
-    inverse = np.where(none, np.float32(0), np.float32(1) / np.where(none, np.float32(1), scales))
-    return np.clip(x * inverse, -levels, levels), scales if x.shape[1] else scales[:, :0]
+    # Divided by an array: by a number, torch on a GPU multiplies by its reciprocal.
+    scales = xp.where(none, zero, largest / (one * levels))
+    inverse = xp.where(none, zero, one / xp.where(none, one, scales))
+    return xp.clip(x * inverse, -levels, levels), scales
 
 
-def _groups(x: Floats) -> tuple[NDArray[np.int8], Floats]:
+def _groups(xp: Any, x: Array) -> tuple[Array, Array]:
     """`x [groups, size]` -> values of its shape, scales `[groups]`."""
-    most, least = x.max(axis=1), x.min(axis=1)
-    extreme = np.where(most > -least, most, least)
-    none = np.abs(extreme) < SMALLEST
-    extreme = np.where(none, np.float32(1), extreme)
-    unit = x * np.where(none, np.float32(0), np.float32(1) / extreme)[:, None]
-    best = np.zeros_like(x)
-    best_gain = best_scale = np.zeros(len(x), np.float32)
+    most, least = xp.max(x, axis=1), xp.min(x, axis=1)
+    extreme = xp.where(most > -least, most, least)
+    zero, one = xp.zeros_like(extreme), xp.ones_like(extreme)
+    none = xp.abs(extreme) < SMALLEST
+    extreme = xp.where(none, one, extreme)
+    unit = x * xp.where(none, zero, one / extreme)[:, None]
+    best, best_gain, best_scale = xp.zeros_like(x), zero, zero
     for divisor in DIVISORS:
-        q = np.clip(np.rint(unit * np.float32(-divisor)), -8, 7).astype(np.float32)
-        cross, square = _sum(unit * q), np.maximum(_sum(q * q), np.float32(1))
+        q = xp.clip(xp.round(unit * -divisor), -8.0, 7.0)
+        cross, square = _sum(xp, unit * q), xp.maximum(_sum(xp, q * q), one)
         gain = cross * cross / square
         better = gain > best_gain
-        best_gain = np.where(better, gain, best_gain)
-        best_scale = np.where(better, cross / square * extreme, best_scale)
-        best = np.where(better[:, None], q, best)
-    return best.astype(np.int8), best_scale
+        best_gain = xp.where(better, gain, best_gain)
+        best_scale = xp.where(better, cross / square * extreme, best_scale)
+        best = xp.where(better[:, None], q, best)
+    return best, best_scale
 
 
-def _sum(x: Floats) -> Floats:
+def _sum(xp: Any, x: Array) -> Array:
     """Over the last dimension, a multiple of sixteen, in the order that the definition states."""
-    total = np.zeros((x.shape[0], LANES), np.float32)
+    total = xp.zeros_like(x[:, :LANES])
     for first in range(0, x.shape[1], LANES):
         total = total + x[:, first : first + LANES]
     while total.shape[1] > 1:

@@ -97,22 +97,24 @@ def _device_name(device: torch.device) -> str:
 
 
 def pack(weight: Any, bias: Any | None, dtype: torch.dtype, device: torch.device) -> CudaLinear:
-    """To the device, one tensor at a time. `weight` is a numpy array `[out, in]` or a `QuantizedWeight`."""
+    """To the device, one tensor at a time. `weight` is a numpy array `[out, in]`, or a `QuantizedWeight` of numpy
+    arrays or of tensors."""
     device_bias = None if bias is None else torch.from_numpy(np.ascontiguousarray(bias, np.float32)).to(device)
     if not isinstance(weight, QuantizedWeight):
-        tensor = _tensor(np.ascontiguousarray(weight)).to(device, dtype)
+        # In its own type first: the conversion is the device's. A copy in any case: the memory is used again.
+        tensor = to_tensor(np.ascontiguousarray(weight)).to(device, copy=True).to(dtype)
         return packed_linear(tensor, None, device_bias, "plain", 0, tensor.shape[1], dtype)
-    values, scales, inputs = np.ascontiguousarray(weight.values), weight.scales, weight.values.shape[1]
-    if weight.format.startswith("int4"):
-        size = weight.group_size
-        padded = np.pad(values, ((0, 0), (0, -inputs % (2 * size))))
-        pairs = (padded.astype(np.int16) + 8).astype(np.uint8).reshape(len(values), -1, 2, size)
-        values = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(values), -1)
-        scales = np.pad(scales, ((0, 0), (0, scales.shape[1] % 2))).T
-    device_scales = torch.from_numpy(np.ascontiguousarray(scales, np.float32)).to(device)
-    return packed_linear(
-        _tensor(values).to(device), device_scales, device_bias, weight.format, weight.group_size, inputs, dtype
+    inputs, size = weight.values.shape[1], weight.group_size
+    values, scales = (
+        x.to(device) if torch.is_tensor(x) else to_tensor(np.ascontiguousarray(x)).to(device, copy=True)
+        for x in (weight.values, weight.scales)
     )
+    if weight.format.startswith("int4"):
+        padded = torch.nn.functional.pad(values, (0, -inputs % (2 * size)))
+        pairs = (padded + 8).to(torch.uint8).reshape(len(values), -1, 2, size)
+        values = (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(len(values), -1)
+        scales = torch.nn.functional.pad(scales, (0, scales.shape[1] % 2)).T.contiguous()
+    return packed_linear(values, scales, device_bias, weight.format, size, inputs, dtype)
 
 
 def packed_linear(
@@ -132,7 +134,8 @@ def packed_linear(
     )
 
 
-def _tensor(host: Any) -> Array:
+def to_tensor(host: Any) -> Array:
+    """A numpy array as a tensor over the same memory."""
     # torch reads neither bfloat16 nor e4m3 of numpy's: the bits go over as integers.
     if host.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(host.view(np.int16)).view(torch.bfloat16)

@@ -34,6 +34,8 @@ from quire.ops.types import (
 )
 from quire.outputs import Decision
 
+ROUNDED_ELEMENTS = 2**24
+"""Weights that are rounded at one time: some ten arrays of 64 MiB."""
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -122,7 +124,20 @@ class CudaOps(ComposedOps):
         return wait
 
     def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight:
-        return quantize_reference.quantize(weight, rounding)
+        """On the device, some rows at a time: what it takes besides the weight has a bound."""
+        host = np.asarray(weight)
+        inputs = host.shape[1]
+        count = max(1, ROUNDED_ELEMENTS // max(1, inputs))
+        kind = torch.float8_e4m3fn if rounding.format == "fp8" else torch.int8
+        values, scales = [], []
+        with _room():
+            for first in range(0, max(1, len(host)), count):
+                rows = products.to_tensor(np.ascontiguousarray(host[first : first + count])).to(self.device)
+                part, part_scales = quantize_reference.rounded(self.xp, rows.to(torch.float32), rounding)
+                values.append(part.to(kind))
+                scales.append(part_scales)
+            size = rounding.group_size or inputs
+            return QuantizedWeight(rounding.format, torch.cat(values), torch.cat(scales), size)
 
     def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> products.CudaLinear:
         with _room():
