@@ -22,6 +22,9 @@ struct alignas(64) TileShapes {
 };
 
 // The products of up to two tiles of queries (32) with the keys of a chunk, and of their weights with its values.
+//
+// A tile is zeroed as soon as nobody needs it: a zero tile takes none of the core's tile registers, and while another
+// thread of the core uses its eight there is none left to rename to (docs/design/amx.md).
 class MatrixProducts {
 public:
     MatrixProducts(int64_t rows, int64_t head_dim, int64_t value_dim)
@@ -107,23 +110,25 @@ private:
     void one_quarter() {
         const uint16_t* keys = keys_->keys[quarter_];
         if (at_ == 0) {
-            _tile_zero(0);
             _tile_loadd(2, keys, 64);
             _tile_dpbf16ps(0, 4, 2);
-            if (two_) {
-                _tile_zero(1);
-                _tile_dpbf16ps(1, 6, 2);
-            }
+            if (two_) _tile_dpbf16ps(1, 6, 2);
+            _tile_zero(2);
             if (steps_ == 2) {
                 _tile_loadd(3, keys + step_ * 16, 64);
                 _tile_dpbf16ps(0, 5, 3);
                 if (two_) _tile_dpbf16ps(1, 7, 3);
+                _tile_zero(3);
             }
             at_ = 1;
             return;
         }
         _tile_stored(0, scores_ + quarter_ * 256, 64);
-        if (two_) _tile_stored(1, scores_ + 1024 + quarter_ * 256, 64);
+        _tile_zero(0);
+        if (two_) {
+            _tile_stored(1, scores_ + 1024 + quarter_ * 256, 64);
+            _tile_zero(1);
+        }
         at_ = 0;
         ++quarter_;
     }
@@ -141,13 +146,19 @@ private:
             _tile_loadd(4, query, 64);
             _tile_loadd(6, keys_->keys[quarter_] + key, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, keys_->keys[quarter_ + 1] + key, 64);
-            _tile_dpbf16ps(1, 4, 7);
             if (two_) {
                 _tile_loadd(5, query + query_items(), 64);
                 _tile_dpbf16ps(2, 5, 6);
-                _tile_dpbf16ps(3, 5, 7);
             }
+            _tile_zero(6);
+            _tile_loadd(7, keys_->keys[quarter_ + 1] + key, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_zero(4);
+            if (two_) {
+                _tile_dpbf16ps(3, 5, 7);
+                _tile_zero(5);
+            }
+            _tile_zero(7);
             ++at_;
             return;
         }
@@ -178,10 +189,15 @@ private:
                 _tile_dpbf16ps(0, 4, 6);
                 _tile_loadd(5, weight + tile_stride, 64);
                 _tile_dpbf16ps(2, 5, 6);
-                if (!wide) continue;
-                _tile_loadd(7, value + chunks[c].value_stride, 64);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(3, 5, 7);
+                _tile_zero(6);
+                if (wide) {
+                    _tile_loadd(7, value + chunks[c].value_stride, 64);
+                    _tile_dpbf16ps(1, 4, 7);
+                    _tile_dpbf16ps(3, 5, 7);
+                    _tile_zero(7);
+                }
+                _tile_zero(4);
+                _tile_zero(5);
             }
         }
         float* const second = mixed + value_dim_ * 16;
@@ -206,18 +222,23 @@ private:
                 _tile_loadd(4, weights + c * 1024 + half * 512, 64);
                 _tile_loadd(6, value, 64);
                 _tile_dpbf16ps(0, 4, 6);
+                _tile_zero(6);
                 if (blocks > 1) {
                     _tile_loadd(7, value + stride, 64);
                     _tile_dpbf16ps(1, 4, 7);
+                    _tile_zero(7);
                 }
                 if (blocks > 2) {
                     _tile_loadd(5, value + 2 * stride, 64);
                     _tile_dpbf16ps(2, 4, 5);
+                    _tile_zero(5);
                 }
                 if (blocks > 3) {
                     _tile_loadd(6, value + 3 * stride, 64);
                     _tile_dpbf16ps(3, 4, 6);
+                    _tile_zero(6);
                 }
+                _tile_zero(4);
             }
         }
         _tile_stored(0, mixed, 64);

@@ -66,7 +66,7 @@ void PackedLinear::fill(const WeightRows& weight, const Kernels& kernels, Thread
 }
 
 Cache::Cache(int64_t layers, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim, Storage storage)
-    : layout_{nullptr, layers, blocks, block_size, kv_heads, head_dim, storage}, pages_(cache_bytes(layout_), false) {
+    : layout_{nullptr, layers, blocks, block_size, kv_heads, head_dim, storage}, pages_(cache_bytes(layout_), true) {
     layout_.data = static_cast<uint8_t*>(pages_.data());
 }
 
