@@ -83,6 +83,7 @@ def alone(tiny_model: Path) -> list[Any]:
         {"async_scheduling": True, "num_gpu_blocks_override": 18},
         {"async_scheduling": True, "num_gpu_blocks_override": 17, "max_num_batched_tokens": 11, "block_size": 16},
         {"async_scheduling": True, "scheduling_policy": "priority", "enable_prefix_caching": False},
+        {"async_scheduling": True, "core_process": True, "max_num_seqs": 3},
     ],
     ids=lambda weather: ",".join(f"{name}={value}" for name, value in weather.items()) or "together",
 )

@@ -68,6 +68,7 @@ class CudaOps(ComposedOps):
     def peak_bytes(self, work: Callable[[], object]) -> int:
         if self.device.type == "cpu":
             return super().peak_bytes(work)
+        torch.cuda.empty_cache()  # of what loading left: the cache is to have it
         before = int(torch.cuda.memory_allocated(self.device))
         torch.cuda.reset_peak_memory_stats(self.device)
         with _room():
