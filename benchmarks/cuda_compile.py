@@ -185,6 +185,7 @@ def launch_rows(shape: Shape) -> Iterator[str]:
     for kind in rows.KINDS:
         rows.activation(empty(torch.bfloat16, 4, 2 * shape.intermediate), cast(Activation, kind), multiply=True)
     heads, angles = empty(torch.bfloat16, 4, shape.heads, shape.head_dim), empty(torch.float32, 64, shape.head_dim // 2)
+    rows.copy_blocks(empty(torch.bfloat16, 2, 2, 8, 16, 64), empty(torch.int32, 3), empty(torch.int32, 3))
     rows.rope(heads, empty(torch.int32, 4), angles, angles)
 
 

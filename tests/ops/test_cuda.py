@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from quire.ops.reference import ReferenceOps
-from quire.ops.types import AttentionSpec, QuantizedFormat, RopeTables, Rounding, SampleBatch
+from quire.ops.types import (
+    AttentionSpec,
+    CacheShape,
+    PenaltyBatch,
+    QuantizedFormat,
+    RopeTables,
+    Rounding,
+    SampleBatch,
+)
 from tests.ops.cases import Heads, Rows, normal, relative_error
 from tests.ops.test_quantized import FORMATS, random_weight
 
@@ -193,6 +201,41 @@ def test_norms_and_activations() -> None:
         assert relative_error(numpy(CUDA.activation(dx, kind)), expected) < 5e-6
         pair = np.concatenate([x, residual], axis=1)
         assert relative_error(numpy(CUDA.activation_multiply(*on_device(pair), kind)), expected * residual) < 5e-6
+
+
+def test_blocks_are_copied_pair_by_pair() -> None:
+    cache = CUDA.make_cache(CacheShape(3, 5, 8, 2, 6, "float16"))
+    cache[:] = torch.arange(cache.numel(), device=cache.device).reshape(cache.shape) % 2039
+    expected = cache.clone()
+    sources, targets = [3, 1, 4, 0], [1, 2, 0, 4]
+    for source, target in zip(sources, targets, strict=True):
+        expected[:, :, target] = expected[:, :, source]
+    CUDA.copy_blocks(cache, CUDA.array(sources, "int32"), CUDA.array(targets, "int32"))
+    assert torch.equal(cache, expected)
+    CUDA.copy_blocks(cache, CUDA.array([], "int32"), CUDA.array([], "int32"))
+    assert torch.equal(cache, expected)
+
+
+def test_penalties_of_all_rows_at_once() -> None:
+    rng = np.random.default_rng(8)
+    logits, sizes = normal(rng, 4, 50), [3, 20, 1]
+    rows = np.repeat([0, 2, 3], sizes)
+    columns = {
+        "token_ids": np.concatenate([rng.permutation(50)[:size] for size in sizes]),
+        "counts": rng.integers(0, 3, sum(sizes)),
+        **{name: np.repeat(rng.random(3) + 0.5, sizes) for name in ("repetition", "frequency", "presence")},
+    }
+    given = {}
+    for ops in (CUDA, REFERENCE):
+        arrays = {
+            name: ops.array(values, "int64" if name == "token_ids" else "float32") for name, values in columns.items()
+        }
+        given[ops] = ops.array(logits, "float32")
+        ops.penalize(given[ops], PenaltyBatch(ops.array(rows, "int64"), **arrays))
+    assert np.array_equal(CUDA.to_numpy(given[CUDA]), given[REFERENCE])
+    changed = np.zeros((4, 50), bool)
+    changed[rows, columns["token_ids"]] = True
+    assert np.array_equal(given[REFERENCE] != logits, changed)
 
 
 def sample_batch(rows: int, temperature: float, top_k: int, top_p: float, min_p: float) -> SampleBatch:

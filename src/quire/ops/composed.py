@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
-from quire.ops.types import Activation, Array, DeviceMemory, Forward, Opaque, Ops, Step, StorageType
+from quire.ops.types import Activation, Array, DeviceMemory, Forward, Opaque, Ops, PenaltyBatch, Step, StorageType
 from quire.outputs import Decision
 
 
@@ -125,14 +125,13 @@ class ComposedOps:
             if tokens.shape[0]:
                 y[tokens, ...] = y[tokens, ...] + self.linear(self.linear(x[tokens, ...], a), b) * scale
 
-    def penalize(
-        self, logits: Array, token_ids: Array, counts: Array, repetition: float, frequency: float, presence: float
-    ) -> None:
+    def penalize(self, logits: Array, batch: PenaltyBatch) -> None:
         """`l = l / repetition if l > 0 else l * repetition`, then `l - frequency c - presence (c > 0)`, in place, for
-        the `token_ids` of one row and their counts c. Exact."""
-        values = logits[token_ids]
-        values = self.xp.where(values > 0, values / repetition, values * repetition)
-        logits[token_ids] = values - frequency * counts - presence * (counts > 0)
+        each entry of `batch` and its count c. Exact."""
+        at, counts = (batch.rows, batch.token_ids), batch.counts
+        values = logits[at]
+        values = self.xp.where(values > 0, values / batch.repetition, values * batch.repetition)
+        logits[at] = values - batch.frequency * counts - batch.presence * (counts > 0)
 
     def pool(self, x: Array, query_starts: Array, kind: Literal["last", "mean", "first"]) -> Array:
         """The last, the first or the mean of each row's tokens; no row is empty. Tolerance: rel 2e-6."""

@@ -183,6 +183,18 @@ class SampleBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class PenaltyBatch:
+    """Tokens that have occurred, each `[entries]`; a pair of row and token is there once."""
+
+    rows: Array  # int64
+    token_ids: Array  # int64
+    counts: Array  # float32: how often the token was generated
+    repetition: Array  # float32, as the two that follow: the row's
+    frequency: Array
+    presence: Array
+
+
+@dataclass(frozen=True, slots=True)
 class Logprobs:
     """Log-probabilities of raw logits: `chosen` and `rank` are `[rows]`, `top_*` are `[rows, num_top]`, best first
     (ties: the lower token id first). `rank` counts tokens with a logit strictly above the chosen one's, plus one."""
@@ -311,11 +323,8 @@ class Ops(Protocol):
     def logits(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> Array:
         """`linear(x) * scale`, then soft-capped, float32 `[rows, vocabulary]`."""
 
-    def penalize(
-        self, logits: Array, token_ids: Array, counts: Array, repetition: float, frequency: float, presence: float
-    ) -> None:
-        """In place, for one row `logits [vocabulary]` and its distinct `token_ids` (int64) with how often each was
-        generated: see `sampling/penalties.py`."""
+    def penalize(self, logits: Array, batch: PenaltyBatch) -> None:
+        """In place, for `logits [rows, vocabulary]`: see `sampling/penalties.py`."""
 
     def greedy(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> tuple[Array, Array]:
         """What temperature 0 draws from `logits(x, packed, scale, softcap)`, int32 `[rows]`, and bool `[rows]`, its

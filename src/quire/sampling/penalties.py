@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.plan import NewRow
-from quire.ops.types import Array, Ops
+from quire.ops.types import Array, Ops, PenaltyBatch
 
 
 @dataclass(slots=True)
@@ -65,16 +65,26 @@ class Penalties:
             _count(seen, token_id, 1)
 
     def apply(self, logits: Array, rows: Sequence[int]) -> None:
-        """Penalise."""
-        if not self._rows:
+        """Penalise, all rows at once."""
+        found = [(index, self._rows[row]) for index, row in enumerate(rows) if row in self._rows]
+        if not found:
             return
-        for index, row in enumerate(rows):
-            seen = self._rows.get(row)
-            if seen is None:
-                continue
-            token_ids = self._ops.array(seen.token_ids[: seen.size], "int64")
-            counts = self._ops.array(seen.counts[: seen.size], "float32")
-            self._ops.penalize(logits[index], token_ids, counts, seen.repetition, seen.frequency, seen.presence)
+        sizes = [seen.size for _, seen in found]
+
+        def entries(values: Sequence[float]) -> Array:
+            return self._ops.array(np.repeat(values, sizes), "float32")
+
+        self._ops.penalize(
+            logits,
+            PenaltyBatch(
+                self._ops.array(np.repeat([index for index, _ in found], sizes), "int64"),
+                self._ops.array(np.concatenate([seen.token_ids[: seen.size] for _, seen in found]), "int64"),
+                self._ops.array(np.concatenate([seen.counts[: seen.size] for _, seen in found]), "float32"),
+                entries([seen.repetition for _, seen in found]),
+                entries([seen.frequency for _, seen in found]),
+                entries([seen.presence for _, seen in found]),
+            ),
+        )
 
 
 def _count(seen: _Seen, token_id: int, times: int) -> None:

@@ -195,8 +195,7 @@ class CudaOps(ComposedOps):
         return attention.attention(q, k, v, cache, layer, batch, spec, rope)
 
     def copy_blocks(self, cache: Array, source_ids: Array, target_ids: Array) -> None:
-        for source, target in zip(source_ids.tolist(), target_ids.tolist(), strict=True):
-            cache[:, :, target] = cache[:, :, source]
+        rows.copy_blocks(cache, source_ids, target_ids)
 
     # element by element
 

@@ -1,4 +1,6 @@
-"""Norms, rotary positions, activations: one pass over rows, in Triton. Reductions are over a row's own elements."""
+"""Norms, rotary positions, activations, copies of blocks: one pass each, in Triton. Reductions are over a row alone."""
+
+import math
 
 import torch
 import triton
@@ -116,3 +118,26 @@ def activation(x: Array, kind: Activation, multiply: bool) -> Array:
             flat, y, flat.stride(0), size, KIND=KINDS[kind], MULTIPLY=multiply, TILE=tile, enable_fp_fusion=True
         )
     return y
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def copy_kernel(cache, sources, targets, pairs, half_stride, block_stride, size, TILE: tl.constexpr):
+    """A tile of every block that is copied, pair by pair: a target may be the source of a later pair."""
+    part = cache + tl.program_id(0).to(tl.int64) * half_stride
+    at = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    mask = at < size
+    for pair in range(0, pairs):
+        source, target = tl.load(sources + pair).to(tl.int64), tl.load(targets + pair).to(tl.int64)
+        tl.store(part + target * block_stride + at, tl.load(part + source * block_stride + at, mask=mask), mask=mask)
+
+
+def copy_blocks(cache: Array, source_ids: Array, target_ids: Array) -> None:
+    """`cache [layers, 2, blocks, ...]`; ids `[pairs]`. See `Ops.copy_blocks`."""
+    layers, halves, _, *block = cache.shape
+    size = math.prod(block)
+    if source_ids.shape[0] and size:
+        tile = min(1024, triton.next_power_of_2(size))
+        copy_kernel[(layers * halves, triton.cdiv(size, tile))](
+            cache, source_ids, target_ids, source_ids.shape[0], cache.stride(1), cache.stride(2), size, TILE=tile,
+            enable_fp_fusion=True,
+        )  # fmt: skip
