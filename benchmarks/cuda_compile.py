@@ -26,6 +26,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # read when triton is first imported
 
 import torch
 import triton
+from cuda_kernels import SHAPES, Shape
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
@@ -112,24 +113,6 @@ def _described(kernel: Any, arch: int, shape: str) -> Compiled:
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model that kernels see."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-
-
-SHAPES = {
-    "m135": Shape(576, 1536, 9, 3, 64, 49152),
-    "m1b": Shape(2048, 8192, 32, 8, 64, 128256),
-    "7b": Shape(4096, 11008, 32, 32, 128, 32000),
-    "gemma2": Shape(2304, 9216, 8, 4, 256, 256000),
-}
 FORMATS = ("plain", "int8", "int8_w8a8", "int4", "int4_w4a8", "fp8")
 META = torch.device("meta")
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from quire.ops.cuda.provider import CudaOps
-from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape
+from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape, Rounding
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ SHAPES = {
     "m135": Shape(576, 1536, 9, 3, 64, 49152),
     "m1b": Shape(2048, 8192, 32, 8, 64, 128256),
     "7b": Shape(4096, 11008, 32, 32, 128, 32000),
+    "gemma2": Shape(2304, 9216, 8, 4, 256, 256000),
     "tiny": Shape(64, 96, 4, 2, 16, 130),
 }
 
@@ -98,13 +99,13 @@ class Bench:
 
 
 def products(bench: Bench, ops: CudaOps, shape: Shape, rows: list[int]) -> Iterator[Result]:
-    """The four matrices of a layer and the head, in bfloat16 (float32 where interpreted)."""
+    """Three matrices of a layer and the head, in bfloat16 (float32 where interpreted)."""
     storage: Any = "bfloat16" if bench.on_device else "float32"
     item = 2 if bench.on_device else 4
     qkv = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     sizes = [(qkv, shape.hidden), (2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)]
     for out, inputs in [*sizes, (shape.vocabulary, shape.hidden)]:
-        packed = ops.pack_linear(np.zeros((out, inputs), np.float32), None, storage)
+        packed = ops.pack_linear(np.random.default_rng(0).standard_normal((out, inputs), np.float32), None, storage)
         for count in rows:
             x = torch.randn((count, inputs), dtype=packed.dtype, device=bench.device)
             moved = item * (out * inputs + count * (inputs + out))
@@ -112,9 +113,38 @@ def products(bench: Bench, ops: CudaOps, shape: Shape, rows: list[int]) -> Itera
             yield bench.result(
                 "linear", name, lambda x=x, p=packed: ops.linear(x, p), moved, 2.0 * count * out * inputs
             )
-            if bench.on_device:
-                w = packed.weight.T
-                yield bench.result("cuBLAS", name, lambda x=x, w=w: x @ w, moved, 2.0 * count * out * inputs)
+            w = packed.weight.T
+            yield bench.result("cuBLAS", name, lambda x=x, w=w: x @ w, moved, 2.0 * count * out * inputs)
+
+
+def quantised(bench: Bench, ops: CudaOps, shape: Shape, rows: list[int]) -> Iterator[Result]:
+    """Gate and up in each format, whose bytes are counted as they lie."""
+    storage: Any = "bfloat16" if bench.on_device else "float32"
+    outputs = 2 * shape.intermediate
+    values = np.random.default_rng(0).standard_normal((outputs, shape.hidden), np.float32)
+    for kind in ops.formats:
+        rounded = ops.quantize(values, Rounding(kind, 64 if kind.startswith("int4") else None))
+        packed = ops.pack_linear(rounded, None, storage)
+        for count in rows:
+            x = torch.randn((count, shape.hidden), dtype=packed.dtype, device=bench.device)
+            moved = packed.bytes + x.element_size() * count * (shape.hidden + outputs)
+            yield bench.result(
+                f"linear {kind}", f"{count} x {shape.hidden} -> {outputs}", lambda x=x, p=packed: ops.linear(x, p),
+                moved, 2.0 * count * outputs * shape.hidden,
+            )  # fmt: skip
+
+
+def cost_of_row_independence(results: list[Result]) -> Iterator[str]:
+    """Time of our products over cuBLAS's, by number of rows, over all matrices."""
+    times: dict[str, dict[str, float]] = {}
+    for result in results:
+        if result.kernel in ("linear", "cuBLAS"):
+            by_kernel = times.setdefault(result.shape.split(" x ")[0], {"linear": 0.0, "cuBLAS": 0.0})
+            by_kernel[result.kernel] += result.microseconds
+    for rows, found in times.items():
+        cost = found["linear"] / found["cuBLAS"] - 1
+        remark = "  over 10 %: batch_invariant=False is quicker" if cost > 0.1 else ""
+        yield f"row independence costs {cost:7.1%} at {rows:>5} rows{remark}"
 
 
 def attention(bench: Bench, ops: CudaOps, shape: Shape, cases: list[tuple[int, int, int]]) -> Iterator[Result]:
@@ -191,7 +221,8 @@ def main() -> int:
     print(f"{ops.name}; torch {torch.__version__}; copy {bench.limits[0] / 1e9:.0f} GB/s,"
           f" bfloat16 product {bench.limits[1] / 1e12:.0f} TFLOP/s; medians of {arguments.reps}")  # fmt: skip
     results = [
-        *products(bench, ops, shape, [1, 3] if tiny else [1, 16, 64, 256, 2048, 8192]),
+        *products(bench, ops, shape, [1, 3] if tiny else [1, 16, 64, 256, 1024, 4096]),
+        *quantised(bench, ops, shape, [3] if tiny else [1, 64, 4096]),
         *attention(bench, ops, shape, [(2, 20, 1), (1, 20, 20)] if tiny else
                    [(1, 2048, 1), (1, 32768, 1), (32, 1024, 1), (256, 1024, 1), (1, 2048, 2048), (1, 8192, 8192)]),
         *elementwise(bench, ops, shape, 3 if tiny else 8192),
@@ -202,6 +233,8 @@ def main() -> int:
         else:
             print(f"{result.kernel:20} {result.shape:34} {result.microseconds:10.1f} us {result.gb_per_s:8.1f} GB/s"
                   f" {result.tflop_per_s:8.2f} TFLOP/s {result.fraction:7.1%}")  # fmt: skip
+    for line in cost_of_row_independence(results):
+        print(line)
     return 0
 
 

@@ -65,6 +65,9 @@ class EngineArgs:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     tensor_parallel_size: int = 1
+    batch_invariant: bool = True
+    """The bits of an answer do not depend on what runs beside it. False lets a GPU's own library multiply, which picks
+    its order of sums by the number of rows; a CPU keeps the promise at no cost."""
     enforce_eager: bool = False
     """No captured graphs of decode steps on a GPU. The CPU has none, so it is honoured by nature there."""
     device: str = "auto"
@@ -95,7 +98,7 @@ class EngineArgs:
         timeout = self.hang_timeout
         if timeout is not None and (type(timeout) not in (int, float) or not 0.1 <= timeout <= 86400):
             raise _bad("hang_timeout", f"must be between 0.1 and 86400 seconds, got {timeout!r}")
-        for name in ("enable_prefix_caching", "enforce_eager", "core_process", "async_scheduling"):
+        for name in ("enable_prefix_caching", "batch_invariant", "enforce_eager", "core_process", "async_scheduling"):
             value = getattr(self, name)
             if type(value) is not bool and (name not in _OPTIONAL or value is not None):
                 raise _bad(name, "must be true or false")

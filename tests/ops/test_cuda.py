@@ -116,6 +116,34 @@ def test_products_of_floats(shape: tuple[int, int]) -> None:
         )
 
 
+@pytest.mark.skipif(not ON_DEVICE, reason="the interpreter multiplies with numpy, whose sums depend on the rows")
+@pytest.mark.parametrize("kind", ["plain", *CUDA.formats])
+def test_a_row_has_the_same_bits_in_any_company(kind: Any) -> None:
+    rng = np.random.default_rng(10)
+    for outputs, inputs in ((4096, 4096), (1000, 704)):
+        weight: Any = normal(rng, outputs, inputs)
+        if kind != "plain":
+            weight = CUDA.quantize(weight, Rounding(kind, 64 if kind.startswith("int4") else None))
+        packed = CUDA.pack_linear(weight, None, "bfloat16")
+        (x,) = on_device(normal(rng, 3000, inputs))
+        whole = CUDA.linear(x, packed)
+        for rows in (1, 2, 16, 17, 64, 65, 128, 1000):
+            assert torch.equal(CUDA.linear(x[:rows], packed), whole[:rows]), rows
+        assert torch.equal(CUDA.linear(x[2000:2001], packed), whole[2000:2001])
+
+
+def test_products_by_the_library_where_rows_need_not_be_independent() -> None:
+    rng = np.random.default_rng(9)
+    ops = CudaOps("cuda" if ON_DEVICE else "cpu", batch_invariant=False)
+    weight, bias, x = normal(rng, 40, 70), normal(rng, 40), normal(rng, 9, 70)
+    for storage in STORAGES:
+        expected = REFERENCE.linear(x, REFERENCE.pack_linear(weight, bias, storage))
+        got = numpy(ops.linear(*on_device(x), ops.pack_linear(weight, bias, storage)))
+        assert relative_error(got, expected) < TOLERANCE[storage]
+    rounded = ops.pack_linear(random_weight(rng, "int8", 40, 70, 70), bias, "float32")
+    assert np.array_equal(numpy(ops.linear(*on_device(x), rounded)), numpy(CUDA.linear(*on_device(x), rounded)))
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 def test_products_of_integers(kind: QuantizedFormat) -> None:
     rng = np.random.default_rng(2)

@@ -153,7 +153,7 @@ def test_an_engine_on_a_device_records_unless_told_not_to(
     params = SamplingParams(max_tokens=7, ignore_eos=True, detokenize=False, logprobs=1, seed=1)
 
     def answers(ops: ReferenceOps, **arguments: Any) -> list[Any]:
-        monkeypatch.setattr(compose, "select_ops", lambda device, threads: (ops, []))
+        monkeypatch.setattr(compose, "select_ops", lambda *_: (ops, []))
         with LLM(str(tiny_model), **sizes, **arguments) as llm:
             decisions = {item.name: item for item in llm.decisions}
             assert decisions["async_scheduling"].value == ("on" if ops.memory() is not None else "off")

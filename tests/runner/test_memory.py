@@ -94,7 +94,7 @@ def test_a_device_without_room_is_said_in_one_line(
 ) -> None:
     ops = SmallDevice()
     setattr(ops, room, False)
-    monkeypatch.setattr(compose, "select_ops", lambda device, threads: (ops, []))
+    monkeypatch.setattr(compose, "select_ops", lambda *_: (ops, []))
     with pytest.raises(ConfigurationError, match=words) as caught:
         LLM(
             str(tiny_model), dtype="float32", max_num_seqs=3, max_num_batched_tokens=40, max_model_len=32,
@@ -109,7 +109,7 @@ def test_weights_without_room_are_said_in_one_line(tiny_model: Path, monkeypatch
 
     ops = SmallDevice()
     monkeypatch.setattr(ops, "pack_linear", full)
-    monkeypatch.setattr(compose, "select_ops", lambda device, threads: (ops, []))
+    monkeypatch.setattr(compose, "select_ops", lambda *_: (ops, []))
     with pytest.raises(ConfigurationError, match="the weights do not fit into memory"):
         LLM(str(tiny_model))
 

@@ -34,6 +34,7 @@ ENGINE_HELP = {
     "seed": "seeds requests that bring none",
     "revision": "branch, tag or commit on the hub",
     "tensor_parallel_size": "devices that share one model",
+    "batch_invariant": "answers do not depend on what runs beside them; on a GPU this may cost some speed",
     "enforce_eager": "no captured graphs",
     "device": ", ".join(DEVICES),
     "threads": "CPU threads; the physical cores that this process may use",

@@ -63,7 +63,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     Raises:
         ConfigurationError: naming the argument or the file at fault.
     """
-    ops, decisions = select_ops(args.device, args.threads)
+    ops, decisions = select_ops(args.device, args.threads, args.batch_invariant)
     spec = read_spec(directory)
     model_len = resolve_model_len(args, spec.max_position_embeddings)
     stamp = _stamp(directory)

@@ -10,10 +10,11 @@ from quire.ops.types import Ops
 from quire.outputs import Decision
 
 
-def select_ops(device: str, threads: int | None) -> tuple[Ops, list[Decision]]:
+def select_ops(device: str, threads: int | None, batch_invariant: bool = True) -> tuple[Ops, list[Decision]]:
     """The provider for `device` ("auto", "cpu", "cuda" or "reference") and each decision.
 
-    `threads` None takes the physical cores that this process may use. The environment variable `QUIRE_ISA`
+    `threads` None takes the physical cores that this process may use. `batch_invariant` False allows a GPU
+    results that depend on the number of rows. The environment variable `QUIRE_ISA`
     (`baseline`, `avx2`, `avx512`, `amx`) forbids the instruction sets above the one that it names. Raises
     ConfigurationError.
     """
@@ -24,12 +25,12 @@ def select_ops(device: str, threads: int | None) -> tuple[Ops, list[Decision]]:
 
         return ReferenceOps(np), [Decision("operations", "reference", "as asked: plain array code, slow")]
     if device == "cuda":
-        return _cuda_ops(), [Decision("operations", "cuda", "as asked")]
+        return _cuda_ops(batch_invariant), [Decision("operations", "cuda", "as asked")]
     device_reason = "as asked" if device == "cpu" else "auto: no NVIDIA GPU with quire[cuda] here"
     if device == "auto" and Path("/dev/nvidia0").exists() and not _missing_cuda_packages():
         try:
             reason = "auto: this machine has an NVIDIA GPU, and quire[cuda] is installed"
-            return _cuda_ops(), [Decision("operations", "cuda", reason)]
+            return _cuda_ops(batch_invariant), [Decision("operations", "cuda", reason)]
         except ConfigurationError as error:
             device_reason = f"auto: {error.message}"
     if device not in ("auto", "cpu"):
@@ -60,7 +61,7 @@ def _missing_cuda_packages() -> list[str]:
     return [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
 
 
-def _cuda_ops() -> Ops:
+def _cuda_ops(batch_invariant: bool) -> Ops:
     missing = " and ".join(_missing_cuda_packages())
     if missing:
         raise ConfigurationError(f"device 'cuda' needs {missing}: pip install 'quire[cuda]'", field="device")

@@ -77,6 +77,12 @@ def linear(x: Array, packed: CudaLinear, dtype: torch.dtype, scale: float = 1.0,
     return y
 
 
+def library_linear(x: Array, packed: CudaLinear) -> Array:
+    """The same by torch's library, for a weight that is not quantised; a row's bits depend on the number of rows."""
+    bias = None if packed.bias is None else packed.bias.to(packed.dtype)
+    return torch.nn.functional.linear(x.to(packed.dtype), packed.weight, bias)
+
+
 def round_rows(x: Array, kind: QuantizedFormat) -> tuple[Array, Array]:
     """Inputs as a format multiplies them `[tokens, in]`, and the step of each row `[tokens]`."""
     values = torch.empty(x.shape, dtype=INPUT_TYPES[kind], device=x.device)

@@ -40,10 +40,12 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 class CudaOps(ComposedOps):
-    """`device` as torch names it: "cuda", "cuda:1"; "cpu" under the interpreter alone."""
+    """`device` as torch names it: "cuda", "cuda:1"; "cpu" under the interpreter alone. Without `batch_invariant`
+    weights that are not quantised are multiplied by torch's library, whose sums depend on the number of rows."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, batch_invariant: bool = True) -> None:
         self.device = torch.device(device)
+        self._batch_invariant = batch_invariant
         self.name = f"cuda ({torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else 'interpreted'})"
         self.xp: Any = array_api_compat.torch
         # Before compute capability 8.9 there is no product of e4m3.
@@ -152,7 +154,9 @@ class CudaOps(ComposedOps):
     # products
 
     def linear(self, x: Array, packed: products.CudaLinear) -> Array:
-        return products.linear(x, packed, packed.dtype)
+        if self._batch_invariant or packed.format != "plain":
+            return products.linear(x, packed, packed.dtype)
+        return products.library_linear(x, packed)
 
     def embed(self, token_ids: Array, packed: products.CudaLinear, scale: float = 1.0) -> Array:
         return products.rows_of(packed, token_ids) * scale
