@@ -95,11 +95,12 @@ class Model:
         bits = {None: 16, "int4": 4.5}.get(arguments.quantization, 8)
         self.weight_bytes = self.parameters * bits / 8 + self.head * (2 if arguments.quantization is None else 1)
         self.copy, self.rate = limits(arguments.device)
+        room = {"gpu_memory_utilization": 0.96} if arguments.device == "cuda" else {"num_gpu_blocks_override": 512}
         self.llm = LLM(
             str(arguments.directory), device=arguments.device, dtype="bfloat16", quantization=arguments.quantization,
             max_model_len=max(64, 8448 // self.scale), max_num_seqs=max(4, 256 // self.scale),
             batch_invariant=not arguments.variant, enable_prefix_caching=False,
-            **({"gpu_memory_utilization": 0.96} if arguments.device == "cuda" else {"num_gpu_blocks_override": 512, "threads": 1}),
+            **room,
         )  # fmt: skip
 
     def run(self, items: list[Item]) -> tuple[float, float | None]:
