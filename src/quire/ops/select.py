@@ -78,7 +78,7 @@ def _cuda_ops(batch_invariant: bool) -> Ops:
     from quire.ops.cuda.provider import CudaOps
 
     kernel_cache()
-    return CudaOps("cuda")
+    return CudaOps("cuda", batch_invariant)
 
 
 def instruction_sets() -> list[str]:

@@ -65,7 +65,13 @@ class CudaOps(ComposedOps):
         if self.device.type == "cpu":
             return []
         cache = kernel_cache()
-        return [Decision("kernels", f"{cache.num_compiled} compiled, {cache.num_found} found", f"in {cache.folder}")]
+        products_by = (
+            "every number of rows has the same sums" if self._batch_invariant else "torch's library multiplies"
+        )
+        return [
+            Decision("batch_invariant", str(self._batch_invariant).lower(), products_by),
+            Decision("kernels", f"{cache.num_compiled} compiled, {cache.num_found} found", f"in {cache.folder}"),
+        ]
 
     def peak_bytes(self, work: Callable[[], object]) -> int:
         if self.device.type == "cpu":
