@@ -140,6 +140,21 @@ def test_a_new_core_is_a_recovery() -> None:
     assert seconds_of(story.end("a")) == {"recovering": 2.0, "prefilling": 0.2, "decoding": 0.2}
 
 
+def test_a_replaced_core_is_named() -> None:
+    story = Story()
+    story.arrive("a")
+    story.step(0.1, ("a", 0, 10))
+    story.ledger.core_replaced()
+    story.arrive("b")
+    story.step(0.1, ("a", 10, 1), ("b", 0, 10))
+    found = story.end("a")
+    assert found.num_restarts == 1 and found.sentence.endswith("; the engine's core was replaced once meanwhile.")
+    story.ledger.core_replaced()
+    story.ledger.core_replaced()
+    found = story.end("b")
+    assert found.num_restarts == 2 and "2 times" in found.sentence
+
+
 def test_text_and_socket_come_last() -> None:
     story = Story()
     story.arrive("a")

@@ -94,7 +94,7 @@ def test_every_route_is_described(http: httpx.Client, running: Running) -> None:
     described = {path.replace("{name}", "{name:path}") for path in found.json()["paths"]}
     assert described <= set(_paths(running.server.config.app))
     posted = {path for path in described if path not in ("/livez", "/readyz", "/health", "/metrics", "/version")}
-    assert len(posted) == 7
+    assert len(posted) == 8
     assert "security" not in found.json()
 
 
@@ -127,6 +127,10 @@ def test_answers_are_as_described(real: Running) -> None:
         for route in ("/v1/models", "/v1/models/tiny", "/v1/models/none", "/version", "/livez", "/readyz"):
             name = "/v1/models/{name}" if route.startswith("/v1/models/") else route
             _check(http.get(route), DOCUMENT["paths"][name]["get"])
+        explained = DOCUMENT["paths"]["/v1/requests/{request_id}/explain"]["get"]
+        known = http.post("/v1/completions", json={"prompt": "ab", "max_tokens": 2}).headers["x-request-id"]
+        for name in (known, "cmpl-none"):
+            _check(http.get(f"/v1/requests/{name}/explain"), explained)
 
 
 def _check(response: httpx.Response, described: dict[str, Any]) -> None:

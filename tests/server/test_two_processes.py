@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -116,6 +117,28 @@ def test_a_killed_core_is_not_seen_on_open_streams(serve: Any) -> None:
         thread.join(20)
     assert [_text(events) for events in found] == [_text(events) for events in whole]
     assert served.core_pid != core
+    text = httpx.get(f"{served.url}/metrics", timeout=5).text
+    assert re.search(r'quire:engine_core_restarts_total\{.*reason="died"\} 1\.0', text)
+    assert re.search(r'quire:engine_core_state\{.*state="serving"\} 1\.0', text)
+
+
+def test_a_request_that_outlived_a_core_says_so(serve: Any) -> None:
+    served = serve()
+    found: list[httpx.Response] = []
+    asked = threading.Thread(
+        target=lambda: found.append(
+            httpx.post(f"{served.url}/v1/completions", json={**BODY, "stream": False, "n": 8}, timeout=30)
+        )
+    )
+    asked.start()
+    assert wait_until(lambda: served.num_running > 0)
+    os.kill(served.core_pid, signal.SIGKILL)
+    asked.join(30)
+    assert found[0].status_code == 200
+    url = f"{served.url}/v1/requests/{found[0].headers['x-request-id']}/explain"
+    (item,) = httpx.get(url, timeout=5).json()["data"]
+    assert item["num_restarts"] == 1 and "the engine's core was replaced once meanwhile" in item["sentence"]
+    assert item["parts"]["recovering"] > 0 and sum(item["parts"].values()) == pytest.approx(item["total_s"], rel=0.01)
 
 
 def _text(events: list[Any]) -> Any:

@@ -57,6 +57,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._metrics = EngineMetrics(cache_config)
         self.ledger = Ledger()
+        self._num_replaced = 0
         self._states: dict[str, RequestState] = {}
         """The core's request id -> the state of the request that it is a sequence of."""
 
@@ -114,6 +115,11 @@ class Engine:
         except OverloadedError:
             self._drop_all()
             raise
+        health = self._channel.health
+        num_replaced = health.num_died + health.num_hung
+        if num_replaced > self._num_replaced:
+            self._num_replaced = num_replaced
+            self.ledger.core_replaced()
         for item in news:
             if item.record is not None:
                 self._observe_step(item.record)

@@ -49,6 +49,8 @@ class Explanation:
     num_prompt_tokens: int
     num_output_tokens: int
     num_preemptions: int
+    num_restarts: int
+    """Times that the engine's core was replaced meanwhile."""
 
 
 def explain(times: RequestTimes, now_s: float, name_of: Callable[[str], str | None]) -> Explanation:
@@ -88,6 +90,7 @@ def explain(times: RequestTimes, now_s: float, name_of: Callable[[str], str | No
         num_prompt_tokens=slowest.num_prompt_tokens,
         num_output_tokens=slowest.num_output_tokens,
         num_preemptions=slowest.num_preemptions,
+        num_restarts=slowest.num_restarts,
     )
 
 
@@ -127,6 +130,9 @@ def _sentence(
         text += f", since {_QUEUE_CAUSES[reason]}; {_ADVICE[reason]}"
     elif largest in (Part.WAITING_FOR_PREFILL, Part.PREEMPTED, Part.WAITING_FOR_BLOCKS) and blamed:
         text += f", most of all for {next(iter(blamed))}"
+    if timeline.num_restarts:
+        count = "once" if timeline.num_restarts == 1 else f"{timeline.num_restarts} times"
+        text += f"; the engine's core was replaced {count} meanwhile"
     return text + "."
 
 

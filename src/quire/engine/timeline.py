@@ -75,6 +75,8 @@ class Timeline:
     finish_reason: str | None = None
     num_output_tokens: int = 0
     num_preemptions: int = 0
+    num_restarts: int = 0
+    """Cores that were replaced while it was here."""
 
     MAX_BLAMED = 8
 
@@ -174,6 +176,11 @@ class Ledger:
                 if timeline is not None and timeline.part is not Part.QUEUED and stalled.reason in _STALLED:
                     self._stall(stalled.request_id, timeline, stalled.reason, stalled.by, now_s)
         return first
+
+    def core_replaced(self) -> None:
+        """The core is another one: all who live go on in it."""
+        for timeline in self._live.values():
+            timeline.num_restarts += 1
 
     def first_token(self, core_id: str, now_s: float) -> None:
         """A sequence's first token came."""

@@ -11,6 +11,9 @@ _NUMBER: Schema = {"type": "number"}
 _IDS = array(_INTEGER)
 
 
+EXPLAIN = "Where the time of a request went, for operators: one entry for each prompt of it."
+
+
 def document(limits: Limits, *, needs_key: bool) -> dict[str, Any]:
     """The description of a server with these limits."""
     paths = {
@@ -19,7 +22,10 @@ def document(limits: Limits, *, needs_key: bool) -> dict[str, Any]:
         "/tokenize": {"post": _post("Tokenize", "Tokens of a text or of a conversation.")},
         "/detokenize": {"post": _post("Detokenize", "The text of tokens.")},
         "/v1/models": {"get": _get("listModels", "What is served.", _ref("ModelList"))},
-        "/v1/models/{name}": {"get": _get("retrieveModel", "One model.", _ref("Model"), 404, names_model=True)},
+        "/v1/models/{name}": {"get": _get("retrieveModel", "One model.", _ref("Model"), 404, of="name")},
+        "/v1/requests/{request_id}/explain": {
+            "get": _get("explain", EXPLAIN, _ref("Explanations"), 403, 404, of="request_id")
+        },
         "/version": {"get": _get("version", "The version of Quire.", _open({"version": STRING}))},
         "/metrics": {"get": _get("metrics", "Prometheus metrics.", STRING, media="text/plain")},
         "/openapi.json": {"get": _get("openapi", "This document.", {"type": "object"})},
@@ -61,6 +67,7 @@ def _content(schema: Schema, media: str = "application/json") -> dict[str, Any]:
 _ERRORS = {
     400: "The request is refused; `param` names the field.",
     401: "A key is needed.",
+    403: "The admin key is needed.",
     404: "No such model or route.",
     405: "The method is not allowed here.",
     408: "The body took too long, or the request's own timeout passed.",
@@ -86,7 +93,7 @@ def _post(name: str, summary: str, *, streams: bool = False) -> dict[str, Any]:
         "operationId": f"create{name}",
         "summary": summary,
         "requestBody": {"required": True, "content": _content(_ref(f"{name}Request"))},
-        "responses": {"200": {"description": "Done.", "content": content}, **_errors(*_ERRORS)},
+        "responses": {"200": {"description": "Done.", "content": content}, **_errors(*sorted(_ERRORS.keys() - {403}))},
     }
 
 
@@ -96,19 +103,35 @@ def _get(
     schema: Schema,
     *more: int,
     media: str = "application/json",
-    names_model: bool = False,
+    of: str | None = None,
     probe: bool = False,
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"operationId": name, "summary": summary}
     responses = {"200": {"description": "Done.", "content": _content(schema, media)}}
-    if names_model:
-        found["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": STRING}]
+    if of is not None:
+        found["parameters"] = [{"name": of, "in": "path", "required": True, "schema": STRING}]
     if probe:
         found["security"] = []
         responses["503"] = {"description": "Not so.", "content": _content(schema)}
     else:
         responses |= _errors(401, *more)
     return {**found, "responses": {**responses, **_errors(405)}}
+
+
+def _explanation() -> Schema:
+    counts = ("num_prompt_tokens", "num_output_tokens", "num_preemptions", "num_restarts")
+    seconds: Schema = {"type": "object", "additionalProperties": _NUMBER}
+    return _open(
+        {
+            **{name: STRING for name in ("id", "sentence", "largest")},
+            **{name: _INTEGER for name in counts},
+            **{name: seconds for name in ("parts", "queued_because", "blamed")},
+            "finished": {"type": "boolean"},
+            "finish_reason": or_null(STRING),
+            "total_s": _NUMBER,
+            "time_to_first_token_s": or_null(_NUMBER),
+        }
+    )
 
 
 def _answers() -> dict[str, Schema]:
@@ -156,6 +179,8 @@ def _answers() -> dict[str, Schema]:
         "DetokenizeResponse": _open({"prompt": STRING}),
         "Model": _open({**card, "max_model_len": _INTEGER}),
         "ModelList": _open({"object": {"const": "list"}, "data": array(_ref("Model"))}),
+        "Explanations": _open({"object": {"const": "list"}, "data": array(_ref("Explanation"))}),
+        "Explanation": _explanation(),
         "Status": _open({"status": STRING}),
         "Error": _open({"error": _open({**error, "code": {"type": ["string", "null"]}})}),
     }
