@@ -90,3 +90,13 @@ def test_prometheus_scrapes_the_service() -> None:
     (compose,) = documents("compose.yaml")
     assert job["metrics_path"] == "/metrics"
     assert job["static_configs"][0]["targets"][0].split(":") == ["quire", "8000"] and "quire" in compose["services"]
+
+
+def test_the_image_is_made_from_sources_alone() -> None:
+    """Keys beside the compose file stay out of it, and so does a native module built for another Python."""
+    ignored = (DEPLOY.parent / ".dockerignore").read_text().splitlines()
+    assert {".git", "build", "deploy", "**/*.so"} <= set(ignored)
+    (compose,) = documents("compose.yaml")
+    assert compose["secrets"]["keys"]["file"] == "./keys"
+    for needed in ("src", "native", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
+        assert (DEPLOY.parent / needed).exists() and needed not in ignored
