@@ -60,9 +60,13 @@ def undisturbed(tiny_model: Path) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 100, 600])
-async def test_a_death_is_not_seen_in_any_stream(tiny_model: Path, undisturbed: list[Any], num_tokens: int) -> None:
-    llm = AsyncLLM(model=str(tiny_model), core_process=True, **COMMON)
+@pytest.mark.parametrize(
+    ("num_tokens", "overlap"), [(0, False), (1, False), (100, False), (600, False), (1, True), (300, True)]
+)
+async def test_a_death_is_not_seen_in_any_stream(
+    tiny_model: Path, undisturbed: list[Any], num_tokens: int, overlap: bool
+) -> None:
+    llm = AsyncLLM(model=str(tiny_model), core_process=True, async_scheduling=overlap, **COMMON)
     try:
         seen: list[int] = []
         tasks = [asyncio.ensure_future(joined(llm, item, seen)) for item in long_cases()]
