@@ -175,7 +175,7 @@ struct GroupSums {
     const int8_t* x;
     const uint8_t* weights;  // widened
     const uint8_t* scales;   // of the first group
-    int32_t* sums;  // [2][16][16]: what leaves the unit
+    int32_t* sums;  // [2][digits][16][16]: what leaves the unit, of two groups
 
     // Tile `Tile` = the inputs of a group, or one digit of them, by its weights. (A tile's number is a literal of gcc's.)
     template <int Tile>
@@ -198,19 +198,15 @@ struct GroupSums {
         }
     }
 
-    template <int Tile>
-    __attribute__((always_inline)) const int32_t* take() {
-        int32_t* const to = sums + Tile * kTileSide * kTileSide;
-        if constexpr (Tile == 0) {
-            _tile_stored(0, to, kTileSide * 4);
-        } else {
-            _tile_stored(1, to, kTileSide * 4);
-        }
-        return to;
+    // Where the sums of a group go that leave the unit.
+    __attribute__((always_inline)) int32_t* place(int64_t group, int digit) const {
+        return sums + (group % 2 * 2 + digit) * kTileSide * kTileSide;
     }
 
     // (`y` is no member: what the unit may write to in memory would not stay in registers)
-    __attribute__((always_inline)) void scale(int64_t group, const int32_t* high, const int32_t* low, __m512* y) {
+    __attribute__((always_inline)) void scale(int64_t group, __m512* y) const {
+        const int32_t* const high = place(group, 0);
+        const int32_t* const low = Stacked ? high + job.args->rows * kTileSide : place(group, 1);
         const __m512 factor = _mm512_load_ps(scales + group * job.args->weight.group_bytes());
         for (int r = 0; r < Rows; ++r) {
             __m512i sum = _mm512_load_si512(high + r * kTileSide);
@@ -221,28 +217,30 @@ struct GroupSums {
         }
     }
 
+    // Sums are scaled a group later than they leave the unit: vectors do not wait for it.
     __attribute__((always_inline)) void add_digits(int64_t groups, __m512* y) {
         multiply<0>(0);
         for (int64_t group = 0; group < groups; ++group) {
             multiply<1>(group);
-            const int32_t* const high = take<0>();
+            _tile_stored(0, place(group, 0), kTileSide * 4);
+            if (group > 0) scale(group - 1, y);
             if (group + 1 < groups) multiply<0>(group + 1);
-            scale(group, high, take<1>(), y);
+            _tile_stored(1, place(group, 1), kTileSide * 4);
         }
+        scale(groups - 1, y);
     }
 
     __attribute__((always_inline)) void add_groups(int64_t groups, __m512* y) {
-        const int64_t low = Stacked ? job.args->rows * kTileSide : 0;
         multiply<0>(0);
         for (int64_t group = 0; group < groups; group += 2) {
             if (group + 1 < groups) multiply<1>(group + 1);
-            const int32_t* const first = take<0>();
-            scale(group, first, first + low, y);
+            _tile_stored(0, place(group, 0), kTileSide * 4);
+            if (group > 0) scale(group - 1, y);
             if (group + 2 < groups) multiply<0>(group + 2);
-            if (group + 1 >= groups) break;
-            const int32_t* const second = take<1>();
-            scale(group + 1, second, second + low, y);
+            if (group + 1 < groups) _tile_stored(1, place(group + 1, 0), kTileSide * 4);
+            scale(group, y);
         }
+        if (groups % 2 == 0) scale(groups - 1, y);
     }
 };
 
@@ -250,7 +248,7 @@ struct GroupSums {
 template <int Digits, bool Stacked, int Rows>
 void multiply_groups(const Job& job, const int8_t* x, const uint8_t* widened, const uint8_t* scales, int64_t groups,
                      float* y) {
-    alignas(64) int32_t sums[2 * kTileSide * kTileSide];
+    alignas(64) int32_t sums[4 * kTileSide * kTileSide];
     for (int64_t half = 0; half < kTilePanel; half += kTileSide) {
         GroupSums<Digits, Stacked, Rows> state{job, x, widened + half * kQuad, scales + half * 4, sums};
         __m512 results[Rows];
