@@ -12,6 +12,7 @@ from quire.errors import InvalidRequestError, OverloadedError, RequestFailedErro
 from quire.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
+    from quire.cli.remote_server import Server
     from quire.llm import AsyncLLM
 
 EXAMPLES = """examples:
@@ -126,7 +127,7 @@ async def _answer(engine: "AsyncLLM", params: SamplingParams, history: list[Mess
             say(output.outputs[0].text)
 
 
-def _answer_remotely(server: remote.Server, fields: dict[str, object], history: list[Message], say: Say) -> None:
+def _answer_remotely(server: "Server", fields: dict[str, object], history: list[Message], say: Say) -> None:
     with closing(server.stream("/v1/chat/completions", {**fields, "messages": history})) as events:
         for event in events:
             for choice in event.get("choices") or ():

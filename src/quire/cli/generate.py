@@ -12,6 +12,7 @@ from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
+    from quire.cli.remote_server import Server
     from quire.llm import AsyncLLM
 
 EXAMPLES = """examples:
@@ -126,7 +127,7 @@ def _print_answer(prompt: str, prompt_tokens: int, answers: list[dict[str, Any]]
     )
 
 
-def _ask_all(server: remote.Server, prompts: list[str], options: argparse.Namespace) -> None:
+def _ask_all(server: "Server", prompts: list[str], options: argparse.Namespace) -> None:
     """A server's answers, one prompt after the other."""
     fields = remote.sampling_fields(options)
     streams_text = not options.json and fields.get("n", 1) == 1
@@ -141,7 +142,7 @@ def _ask_all(server: remote.Server, prompts: list[str], options: argparse.Namesp
         print(flush=True)
 
 
-def _question(server: remote.Server, prompt: str, fields: dict[str, Any], *, raw: bool) -> tuple[str, dict[str, Any]]:
+def _question(server: "Server", prompt: str, fields: dict[str, Any], *, raw: bool) -> tuple[str, dict[str, Any]]:
     if not raw:
         return "/v1/chat/completions", {"messages": [{"role": "user", "content": prompt}], **fields}
     if "max_tokens" not in fields:  # there a completion ends after 16 tokens unless told otherwise

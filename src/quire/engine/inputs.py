@@ -140,16 +140,18 @@ class InputProcessor:
 
     def check_text_size(self, text: str) -> None:
         """Refuse, before the work of tokenising, text that has too many bytes for any tokenisation to fit."""
-        largest = self._tokenizer.max_token_bytes if self._tokenizer is not None else None
         try:
             size = len(text.encode())
         except UnicodeEncodeError as error:
             raise InvalidRequestError("prompt must be text that is valid Unicode", param="prompt") from error
-        limit = self._facts.max_model_len * largest if largest is not None else None
-        if limit is not None and size > limit:
+        max_model_len = self._facts.max_model_len
+        if size <= max_model_len or self._tokenizer is None:
+            return  # a token has a byte at least; how many it can have takes a look at the whole vocabulary
+        largest = self._tokenizer.max_token_bytes
+        if largest is not None and size > max_model_len * largest:
             raise PromptTooLongError(
-                f"the prompt has {size} bytes; at most {limit} can fit into max_model_len="
-                f"{self._facts.max_model_len} tokens",
+                f"the prompt has {size} bytes; at most {max_model_len * largest} can fit into "
+                f"max_model_len={max_model_len} tokens",
                 param="prompt",
             )
 

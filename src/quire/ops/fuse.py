@@ -13,16 +13,16 @@ def fuse(program: Program) -> Program:
 def add_to_residual(program: Program) -> Program:
     """A product that is only ever added to a residual is added where it is made: one array less is written and read."""
     instructions: list[Instruction | None] = list(program.instructions)
+    touching = _touching(program)
     for index, linear in enumerate(instructions):
         if not isinstance(linear, Linear) or linear.adds or linear.kind is not None:
             continue
-        uses = [at for at, one in enumerate(program.instructions) if at != index and _touches(one, linear.y.buffer)]
+        uses = [at for at in touching[linear.y.buffer] if at != index]
         if len(uses) != 1 or program.result.buffer == linear.y.buffer:
             continue
         user = instructions[uses[0]]
         residual = _residual(user, linear.y, program.buffers)
-        between = program.instructions[index + 1 : uses[0]]
-        if residual is None or any(_touches(one, residual.buffer) for one in between):
+        if residual is None or any(index < at < uses[0] for at in touching[residual.buffer]):
             continue
         instructions[index] = replace(linear, y=residual, adds=True)
         instructions[uses[0]] = replace(user, x=residual, residual=None) if isinstance(user, Norm) else None
@@ -68,5 +68,10 @@ def _whole(instruction: Instruction, buffers: tuple[Buffer, ...]) -> View | None
             return None
 
 
-def _touches(instruction: Instruction, buffer: int) -> bool:
-    return any(view.buffer == buffer for view in (*reads(instruction), *writes(instruction)))
+def _touching(program: Program) -> list[list[int]]:
+    """For each buffer the instructions that read or write it, by their places."""
+    found: list[list[int]] = [[] for _ in program.buffers]
+    for at, instruction in enumerate(program.instructions):
+        for number in {view.buffer for view in (*reads(instruction), *writes(instruction))}:
+            found[number].append(at)
+    return found

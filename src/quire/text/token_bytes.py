@@ -126,7 +126,11 @@ class TokenBytes:
         if not covered or any(token.lstrip or token.rstrip for token in added):
             return None
         # A token's own text may be longer than the bytes it decodes to: the metaspace stands for a space.
-        return shrink * max(len(self.following(number)) for number in vocabulary.values())
+        if not self._rules.byte_level:
+            return shrink * max(len(self.following(number)) for number in vocabulary.values())
+        # What `following` says, without keeping the bytes of all of them.
+        alphabet = self._alphabet.keys()
+        return shrink * max(len(text if alphabet >= set(text) else text.encode()) for text in vocabulary)
 
 
 def _state(part: Any) -> Mapping[str, Any] | None:
