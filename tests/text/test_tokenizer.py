@@ -271,3 +271,12 @@ def test_raw_prompts_do_without_the_template_engine():
     code = "import sys, quire.text.tokenizer; sys.exit('jinja2' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(Path(quire.errors.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", code], check=False, env=environment).returncode == 0
+
+
+def test_the_bound_is_the_longest_token(pairs):
+    found = {kind: ours.max_token_bytes for kind, (ours, _) in pairs.items() if ours.max_token_bytes is not None}
+    assert "byte_level" in found
+    for kind, bound in found.items():
+        ours = pairs[kind][0]
+        longest = max(len(ours.token_bytes(number)) for number in range(ours.vocab_size))
+        assert bound in (longest, 3 * longest)  # a normaliser may shrink a text
