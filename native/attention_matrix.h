@@ -102,8 +102,8 @@ public:
         : args_(*job.args), item_(item), next_(next), group_(group_of(args_)), queries_(item.tokens * group_),
           head_dim_(args_.cache.head_dim), value_dim_(args_.cache.value_dim()),
           unit_(args_.softcap != 0.0f ? kLog2e : magnitude(args_.scale) * kLog2e),
-          scratch_(args_.cache, tiles(), *job.pool, worker), keys_(args_, item, scratch_.gathered),
-          products_(smaller(queries_, 16), head_dim_, value_dim_) {
+          scratch_(args_.cache, tiles(), *job.pool, worker), keys_(args_, item, queries_ <= 16, scratch_.gathered),
+          products_(smaller(queries_, 16), head_dim_, value_dim_, keys_.paired()) {
         for (int t = 0; t < 2; ++t) states_[t].mixed = scratch_.mixed + t * value_dim_ * 16;
         pack_queries();
     }
@@ -268,7 +268,7 @@ private:
         const int64_t end = next_->first_position + next_->tokens;
         const int64_t seen = begin_of(args_, next_->first_position) / kMatrixChunk * kMatrixChunk;
         const int64_t start = larger(next_->split * kSplit, seen);
-        const MatrixKeys keys(args_, *next_, nullptr);
+        const MatrixKeys keys(args_, *next_, next_->tokens * group_ <= 16, nullptr);
         if (!keys.in_place()) return;
         for (int64_t base = start; base < smaller(end, start + kAhead * kMatrixChunk); base += kMatrixChunk) {
             keys.prefetch_keys(keys.find(base, end, 0));

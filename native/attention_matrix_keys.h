@@ -10,7 +10,7 @@ constexpr int64_t kPairs = kMatrixChunk / 2;
 
 struct MatrixChunk {
     const uint16_t* keys[4];    // of 16 positions each
-    const uint16_t* values[2];  // of 32 positions each
+    const uint16_t* values[4];  // the same; where they are `paired`, the second follows the first, the fourth the third
     int64_t value_stride;       // items from 16 dimensions to the next 16
 };
 
@@ -21,7 +21,7 @@ inline __mmask32 hidden_items(int64_t pair, int64_t low, int64_t high) {
 }
 
 inline const uint16_t* pair_of(const MatrixChunk& chunk, int64_t pair) {
-    return chunk.values[pair / 16] + pair % 16 * 32;
+    return chunk.values[pair / 8] + pair % 8 * 32;
 }
 
 // Whether all values outside [low, high) are finite.
@@ -45,8 +45,7 @@ inline MatrixChunk without_hidden(const MatrixChunk& chunk, int64_t value_dim, i
                                   uint16_t* room) {
     MatrixChunk clean = chunk;
     clean.value_stride = kPairs * 32;
-    clean.values[0] = room;
-    clean.values[1] = room + 16 * 32;
+    for (int64_t quarter = 0; quarter < 4; ++quarter) clean.values[quarter] = room + quarter * 8 * 32;
     for (int64_t pair = 0; pair < kPairs; ++pair) {
         const __mmask32 seen = ~hidden_items(pair, low, high);
         for (int64_t d = 0; d < value_dim / 16; ++d) {
@@ -60,8 +59,10 @@ inline MatrixChunk without_hidden(const MatrixChunk& chunk, int64_t value_dim, i
 // Where the keys and values of one row and head are.
 class MatrixKeys {
 public:
-    MatrixKeys(const AttentionArgs& args, const Item& item, uint16_t* room)
+    // `once`: one tile of queries uses the values, so that gathering them does not pay.
+    MatrixKeys(const AttentionArgs& args, const Item& item, bool once, uint16_t* room)
         : cache_(args.cache), layer_(args.layer), head_(item.head), room_(room),
+          paired_(whole_values(cache_) || !whole_keys(cache_) || !once),
           table_(args.tables + item.row * args.table_stride) {}
 
     // What a chunk needs whose keys and values are not where they can be used.
@@ -71,7 +72,10 @@ public:
     }
 
     // Whether nothing has to be gathered.
-    bool in_place() const { return whole_keys(cache_) && whole_values(cache_); }
+    bool in_place() const { return whole_keys(cache_) && (whole_values(cache_) || !paired_); }
+
+    // Whether the values of 32 positions follow each other, by 16 dimensions.
+    bool paired() const { return paired_; }
 
     // The chunk from position `base` on, gathered in place `place` of the room. Positions from `end` on hold anything
     // that may be read.
@@ -89,15 +93,14 @@ public:
             chunk.keys[tile] = room;
             room += kTile * cache_.head_dim;
         }
-        chunk.value_stride = whole_values(cache_) ? cache_.slots() * 16 : kPairs * 32;
-        for (int64_t half = 0; half < 2; ++half) {
-            const int64_t position = smaller(base + half * 32, (end - 1) / 32 * 32);
-            if (whole_values(cache_)) {
-                chunk.values[half] = values_at(position);
-                continue;
-            }
-            gather_values(position, end, room);
-            chunk.values[half] = room;
+        const bool gathered = paired_ && !whole_values(cache_);
+        chunk.value_stride = gathered ? kPairs * 32 : cache_.slots() * 16;
+        const int64_t step = paired_ ? 2 : 1, last = (end - 1) / (step * 16) * (step * 16);
+        for (int64_t quarter = 0; quarter < 4; quarter += step) {
+            const int64_t position = smaller(base + quarter * 16, last);
+            if (gathered) gather_values(position, end, room);
+            chunk.values[quarter] = gathered ? room : values_at(position);
+            if (paired_) chunk.values[quarter + 1] = chunk.values[quarter] + 8 * 32;
             room += 16 * 32;
         }
         return chunk;
@@ -112,7 +115,7 @@ public:
     void prefetch_values(const MatrixChunk& chunk, int64_t value_dim) const {
         for (const uint16_t* values : chunk.values) {
             for (int64_t d = 0; d < value_dim; d += 16, values += chunk.value_stride) {
-                for (int64_t at = 0; at < 16 * 32; at += 32) __builtin_prefetch(values + at, 0, 2);
+                for (int64_t at = 0; at < 8 * 32; at += 32) __builtin_prefetch(values + at, 0, 2);
             }
         }
     }
@@ -171,6 +174,7 @@ private:
     const CacheLayout& cache_;
     const int64_t layer_, head_;
     uint16_t* const room_;
+    const bool paired_;
     const int32_t* const table_;
 };
 

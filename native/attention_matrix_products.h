@@ -27,8 +27,10 @@ struct alignas(64) TileShapes {
 // thread of the core uses its eight there is none left to rename to (docs/design/amx.md).
 class MatrixProducts {
 public:
-    MatrixProducts(int64_t rows, int64_t head_dim, int64_t value_dim)
-        : rows_(rows), step_(key_step(head_dim)), steps_(head_dim / step_), value_dim_(value_dim) {}
+    // `paired`: the values of 32 positions follow each other. Else there is one tile of queries, and they are put
+    // together for each product: two products of 16 positions would not have the bits of one of 32.
+    MatrixProducts(int64_t rows, int64_t head_dim, int64_t value_dim, bool paired)
+        : rows_(rows), step_(key_step(head_dim)), steps_(head_dim / step_), value_dim_(value_dim), paired_(paired) {}
 
     int64_t query_items() const { return steps_ * 512; }  // of one tile: [steps][16][32]
 
@@ -183,7 +185,7 @@ private:
         for (int64_t c = 0; c < count; ++c) {
             for (int half = 0; half < 2; ++half) {
                 const uint16_t* weight = weights + c * 1024 + half * 512;
-                const uint16_t* value = chunks[c].values[half] + d / 16 * chunks[c].value_stride;
+                const uint16_t* value = chunks[c].values[2 * half] + d / 16 * chunks[c].value_stride;
                 _tile_loadd(4, weight, 64);
                 _tile_loadd(6, value, 64);
                 _tile_dpbf16ps(0, 4, 6);
@@ -217,24 +219,22 @@ private:
         _tile_zero(3);
         for (int64_t c = 0; c < count; ++c) {
             for (int half = 0; half < 2; ++half) {
-                const int64_t stride = chunks[c].value_stride;
-                const uint16_t* value = chunks[c].values[half] + d / 16 * stride;
                 _tile_loadd(4, weights + c * 1024 + half * 512, 64);
-                _tile_loadd(6, value, 64);
+                _tile_loadd(6, values_of(chunks[c], half, d), 64);
                 _tile_dpbf16ps(0, 4, 6);
                 _tile_zero(6);
                 if (blocks > 1) {
-                    _tile_loadd(7, value + stride, 64);
+                    _tile_loadd(7, values_of(chunks[c], half, d + 16), 64);
                     _tile_dpbf16ps(1, 4, 7);
                     _tile_zero(7);
                 }
                 if (blocks > 2) {
-                    _tile_loadd(5, value + 2 * stride, 64);
+                    _tile_loadd(5, values_of(chunks[c], half, d + 32), 64);
                     _tile_dpbf16ps(2, 4, 5);
                     _tile_zero(5);
                 }
                 if (blocks > 3) {
-                    _tile_loadd(6, value + 3 * stride, 64);
+                    _tile_loadd(6, values_of(chunks[c], half, d + 48), 64);
                     _tile_dpbf16ps(3, 4, 6);
                     _tile_zero(6);
                 }
@@ -247,7 +247,23 @@ private:
         if (blocks > 3) _tile_stored(3, mixed + 768, 64);
     }
 
+    // Sixteen dimensions of half a chunk, as one tile.
+    const uint16_t* values_of(const MatrixChunk& chunk, int half, int64_t d) {
+        const uint16_t* first = chunk.values[2 * half] + d / 16 * chunk.value_stride;
+        if (paired_) return first;
+        const uint16_t* second = chunk.values[2 * half + 1] + d / 16 * chunk.value_stride;
+        uint16_t* const tile = joined_ + d / 16 % 4 * 512;
+        for (int64_t at = 0; at < 8 * 32; at += 32) {
+            _mm512_store_si512(tile + at, _mm512_loadu_si512(first + at));
+            _mm512_store_si512(tile + 8 * 32 + at, _mm512_loadu_si512(second + at));
+        }
+        stores_are_done();
+        return tile;
+    }
+
+    alignas(64) uint16_t joined_[4 * 512];
     const int64_t rows_, step_, steps_, value_dim_;
+    const bool paired_;
     const uint16_t* queries_ = nullptr;
     bool two_ = false;
     const MatrixChunk* keys_ = nullptr;
