@@ -11,9 +11,10 @@ here can be quicker than that). With --idle, the CPU time of a server that does 
 """
 
 import argparse
-import asyncio
 import json
 import re
+import selectors
+import socket
 import subprocess
 import sys
 import time
@@ -60,50 +61,77 @@ def _percentile(values: list[float], percent: int) -> float | None:
     return round(1000 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 1) if ordered else None
 
 
-async def ask(port: int, tally: Tally) -> None:
-    """One request on a connection of its own; the client is plain, so that it costs little."""
-    begun_s = time.monotonic()
-    try:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(HEAD + BODY)
-        answer = await reader.read()
-        writer.close()
-    except OSError as error:
-        tally.statuses[type(error).__name__] += 1
-        return
-    spent_s = time.monotonic() - begun_s
-    status = answer[9:12].decode() or "closed"
-    tally.statuses[status] += 1
-    if status == "200":
-        tally.done_s.append(spent_s)
-    elif status in ("429", "503"):
-        tally.refused_s.append(spent_s)
-        found = re.search(rb"retry-after: (\d+)\r\n", answer, re.IGNORECASE)
-        tally.retry_after_s.append(int(found[1]) if found else -1)
+class Client:
+    """Requests to a port, each on a connection of its own. Plain sockets: it shares the processors with the server, and
+    what it uses is missing there."""
+
+    def __init__(self, port: int, tally: Tally) -> None:
+        self._address, self._tally = ("127.0.0.1", port), tally
+        self._selector = selectors.DefaultSelector()
+        self._open: dict[socket.socket, tuple[float, bytearray]] = {}
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def ask(self) -> None:
+        """Begin a request."""
+        connection = socket.socket()
+        connection.setblocking(False)
+        self._open[connection] = time.monotonic(), bytearray()
+        connection.connect_ex(self._address)
+        self._selector.register(connection, selectors.EVENT_WRITE)
+
+    def turn(self, until_s: float) -> None:
+        """Send and receive what there is, or wait for it until then."""
+        for key, events in self._selector.select(max(0.0, until_s - time.monotonic())):
+            connection = key.fileobj
+            assert isinstance(connection, socket.socket)
+            try:
+                if events & selectors.EVENT_WRITE:
+                    connection.send(HEAD + BODY)
+                    self._selector.modify(connection, selectors.EVENT_READ)
+                elif data := connection.recv(2**16):
+                    self._open[connection][1].extend(data)
+                else:
+                    self._end(connection, None)
+            except OSError as error:
+                self._end(connection, error)
+
+    def _end(self, connection: socket.socket, error: OSError | None) -> None:
+        begun_s, answer = self._open.pop(connection)
+        self._selector.unregister(connection)
+        connection.close()
+        spent_s, tally = time.monotonic() - begun_s, self._tally
+        status = answer[9:12].decode() or "closed"
+        tally.statuses[type(error).__name__ if error else status] += 1
+        if status == "200":
+            tally.done_s.append(spent_s)
+        elif status in ("429", "503"):
+            tally.refused_s.append(spent_s)
+            found = re.search(rb"retry-after: (\d+)\r\n", answer, re.IGNORECASE)
+            tally.retry_after_s.append(int(found[1]) if found else -1)
 
 
-async def closed_loop(port: int, clients: int, seconds: float) -> float:
+def closed_loop(port: int, clients: int, seconds: float) -> float:
     """Requests per second that are answered when so many clients ask one after another."""
     tally, end_s = Tally(), time.monotonic() + seconds
-
-    async def client() -> None:
-        while time.monotonic() < end_s:
-            await ask(port, tally)
-
-    await asyncio.gather(*(client() for _ in range(clients)))
+    client = Client(port, tally)
+    while time.monotonic() < end_s or len(client):
+        while time.monotonic() < end_s and len(client) < clients:
+            client.ask()
+        client.turn(time.monotonic() + 1.0)
     return len(tally.done_s) / seconds
 
 
-async def open_loop(port: int, per_second: float, seconds: float) -> tuple[Tally, int]:
+def open_loop(port: int, per_second: float, seconds: float) -> tuple[Tally, int]:
     """Requests at an even rate, whatever becomes of them."""
-    tally, tasks, begun_s = Tally(), [], time.monotonic()
-    count = int(per_second * seconds)
-    for number in range(count):
-        delay_s = begun_s + number / per_second - time.monotonic()
-        if delay_s > 0:
-            await asyncio.sleep(delay_s)
-        tasks.append(asyncio.create_task(ask(port, tally)))
-    await asyncio.wait(tasks, timeout=30)
+    tally, begun_s, asked, count = Tally(), time.monotonic(), 0, int(per_second * seconds)
+    client, last_s = Client(port, tally), begun_s + seconds + 30.0
+    while asked < count or (len(client) and time.monotonic() < last_s):
+        while asked < count and time.monotonic() >= begun_s + asked / per_second:
+            client.ask()
+            asked += 1
+        client.turn(begun_s + asked / per_second if asked < count else last_s)
     return tally, count
 
 
@@ -150,18 +178,18 @@ def main() -> None:
     options = parser.parse_args()
     server, port = start()
     try:
-        asyncio.run(closed_loop(port, 2, 1.0))  # everything that is made on first use
+        closed_loop(port, 2, 1.0)  # everything that is made on first use
         if options.idle:
             usage = Usage(server)
             time.sleep(options.idle)
             used = usage.share()
             print(json.dumps({"phase": "idle", "share_of_a_core": round(used["http"] + used["core"], 4)}))
-        rate = asyncio.run(closed_loop(port, ROWS, min(6.0, options.seconds)))
+        rate = closed_loop(port, ROWS, min(6.0, options.seconds))
         print(json.dumps({"phase": "closed loop", "clients": ROWS, "per_s": round(rate, 1)}), flush=True)
         for times in (1.0, options.times):
             seconds = min(6.0, options.seconds) if times == 1.0 else options.seconds
             usage = Usage(server)
-            tally, count = asyncio.run(open_loop(port, rate * times, seconds))
+            tally, count = open_loop(port, rate * times, seconds)
             report = tally.report(count, seconds, options.slo, usage.share())
             print(json.dumps({"phase": f"{times:g} x", **report}), flush=True)
     finally:

@@ -137,7 +137,7 @@ class RequestState:
             sequence.finish_reason, sequence.stop_reason = delta.finish_reason, delta.stop_reason
             self.error = self.error or delta.error
             return None
-        if not stopped and self._repeats(sequence, delta):
+        if sequence.repetition is not None and not stopped and self._repeats(sequence, sequence.repetition, delta):
             sequence.finish_reason, sequence.stop_reason = "repetition", "repetition_detected"
         return sequence.finish_reason if delta.finish_reason is None else None
 
@@ -178,9 +178,9 @@ class RequestState:
             sequence.finish_reason, sequence.stop_reason = "stop", stop
         return stop is not None
 
-    def _repeats(self, sequence: SequenceState, delta: TokenDelta) -> bool:
+    def _repeats(self, sequence: SequenceState, watch: RepetitionWatch, delta: TokenDelta) -> bool:
         """Whether it goes round in circles; its text is then complete."""
-        if sequence.repetition is None or not sequence.repetition.push(delta.token_ids):
+        if not watch.push(delta.token_ids):
             return False
         if len(sequence.token_ids) < self.parsed.params.min_tokens:
             return False
