@@ -93,6 +93,7 @@ async def test_reader_that_stops_is_aborted(monkeypatch: pytest.MonkeyPatch) -> 
             await asyncio.Event().wait()
 
     stream = events()
+    await anext(stream)  # as `start_events` does
     await EventStream(b"{}", stream, {})({"type": "http"}, never, send)
     assert closed
 

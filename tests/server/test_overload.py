@@ -1,6 +1,7 @@
 """Overload over HTTP: refusals with a time to come back, fair shares, deadlines, readers that stall."""
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -12,11 +13,14 @@ import httpx
 import pytest
 
 from quire import AsyncLLM, SamplingParams
+from quire.engine.queue_bound import ANYBODY, Caller
 from quire.engine.stream import MAX_UNREAD
-from quire.errors import ConfigurationError, RequestFailedError
+from quire.errors import ConfigurationError, OverloadedError, RequestFailedError
 from quire.sampling_params import RequestOutputKind
+from quire.server.app import Oversight
 from quire.server.keys import read_keys
 from tests.server.conftest import Running, start, wait_until
+from tests.server.fake_engine import FakeEngine
 from tests.tiny.checkpoints import make_tiny
 
 LONG: dict[str, Any] = {"prompt": "hello", "max_tokens": 300, "ignore_eos": True}
@@ -180,3 +184,34 @@ def test_keys_come_from_a_file(tmp_path: Path) -> None:
         assert caught.value.field == "api_key_file"
     with pytest.raises(ConfigurationError, match="cannot be read"):
         read_keys(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("options", [{}, {"oversight": Oversight(log_requests=True)}])
+def test_a_flood_is_refused_before_it_is_parsed_and_probes_are_not(options: dict[str, Any]) -> None:
+    """The same answer either way; without logs the first bytes of a connection are enough for it."""
+
+    class Full(FakeEngine):
+        def check_room(self, caller: Caller = ANYBODY) -> None:
+            raise OverloadedError("the queue is full: 3 requests wait", retry_after_s=7)
+
+    server = start(Full(), **options)
+    try:
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            answer = httpx.post(f"{server.url}{path}", json={"prompt": "x"})
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
+            assert answer.json()["error"]["code"] == "overloaded"
+            assert answer.json()["error"]["message"] == "the queue is full: 3 requests wait"
+        assert httpx.get(f"{server.url}/readyz").status_code == 200
+        assert httpx.get(f"{server.url}/v1/completions").status_code == 405
+        assert httpx.post(f"{server.url}/tokenize", json={"prompt": "x"}).status_code == 200
+        with httpx.Client(base_url=server.url) as session:  # a request that is not the first of its connection
+            assert session.get("/livez").status_code == 200
+            assert session.post("/v1/completions", json={"prompt": "x"}).status_code == 503
+        port = int(server.url.rsplit(":", 1)[1])
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:  # its head in two parts
+            connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+            time.sleep(0.05)
+            connection.sendall(b"Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+            assert connection.recv(4096).startswith(b"HTTP/1.1 503 ")
+    finally:
+        server.stop()

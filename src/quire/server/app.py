@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
@@ -10,8 +11,8 @@ from quire.errors import ConfigurationError
 from quire.server import errors
 from quire.server.access import Access
 from quire.server.body import Bodies
-from quire.server.connections import OneFraming
-from quire.server.context import Doorkeeper, Gate, ServerContext
+from quire.server.connections import QUEUED_PATHS, OneFraming
+from quire.server.context import Doorkeeper, Gate, ServerContext, early_refusal
 from quire.server.keys import KeyRequired, caller_name
 from quire.server.limits import REQUESTS_IN_FLIGHT, Limits
 from quire.server.metrics import make_registry
@@ -39,8 +40,6 @@ class Oversight:
 
 NO_OVERSIGHT = Oversight()
 ROUTE_MODULES = (completions, chat, tokenize, models, admin, health)
-QUEUED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
-"""Routes whose requests wait in the queue."""
 
 
 def create_app(
@@ -121,3 +120,6 @@ def _surround(app: Starlette, engine: "AsyncEngine", name: str, api_keys: Sequen
     endpoint = oversight.otlp_traces_endpoint
     tracer = None if endpoint is None else Tracer(endpoint, name)
     app.add_middleware(Access, engine=engine, tracer=tracer, logs=oversight.log_requests)
+    # Who asks, and what is to be noted of it, is known only when a request has been parsed.
+    must_parse = bool(api_keys) or tracer is not None or oversight.log_requests
+    app.state.early_refusal = (lambda: None) if must_parse else partial(early_refusal, engine)

@@ -5,12 +5,17 @@ at a time, it keeps for ever.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from quire.server.errors import ApiError
+
+QUEUED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+"""Routes whose requests wait in the queue."""
+_QUEUED = tuple(f"POST {path} HTTP/1.1\r\n".encode() for path in sorted(QUEUED_PATHS))
 
 
 class OneFraming:
@@ -31,17 +36,28 @@ class OneFraming:
         await refusal.response()(scope, receive, send)
 
 
-def patient_protocol(header_s: float) -> type[H11Protocol]:
-    """uvicorn's protocol, closing a connection whose headers are not complete after `header_s` seconds."""
+def patient_protocol(header_s: float, refusal: Callable[[], bytes | None] = lambda: None) -> type[H11Protocol]:
+    """uvicorn's protocol, closing a connection whose headers are not complete after `header_s` seconds.
+
+    Under a flood most connections bring one request that there is no place for, and to parse each would take the time
+    of those who have a place: where `refusal` gives an answer, a connection whose first bytes ask one of `QUEUED_PATHS`
+    gets it, unparsed, and is closed.
+    """
 
     class PatientProtocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
+        _has_begun = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._expect()
 
         def data_received(self, data: bytes) -> None:
+            is_first, self._has_begun = not self._has_begun, True
+            if is_first and data.startswith(_QUEUED) and b"\r\n\r\n" in data and (answer := refusal()) is not None:
+                self.transport.write(answer)
+                self.transport.close()
+                return
             if self._is_idle() and self._deadline is None:
                 self._expect()
             super().data_received(data)

@@ -10,6 +10,7 @@
 import logging
 import traceback
 from collections.abc import Mapping
+from http import HTTPStatus
 from pathlib import PurePath
 
 import msgspec
@@ -63,6 +64,16 @@ class ApiError(Exception):
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         text = self.message if len(self.message) <= MAX_TEXT else self.message[:MAX_TEXT] + "..."
         return {"error": {"message": text, "type": kind, "param": self.param, "code": self.code}}
+
+    def plain(self) -> bytes:
+        """The same as the bytes of a response after which the connection is closed."""
+        content = msgspec.json.encode(self.body())
+        lines = [
+            f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}",
+            *(f"{k}: {v}" for k, v in self.headers.items()),
+        ]
+        lines += ["content-type: application/json", f"content-length: {len(content)}", "connection: close", "", ""]
+        return "\r\n".join(lines).encode() + content
 
     def response(self) -> Response:
         """The same as a whole response."""

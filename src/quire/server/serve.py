@@ -35,7 +35,7 @@ class GracefulServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=patient_protocol(header_s),
+                http=patient_protocol(header_s, app.state.early_refusal),
                 ws="none",
                 loop="asyncio",
                 lifespan="off",
