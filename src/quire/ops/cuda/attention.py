@@ -263,7 +263,7 @@ def attention(
     group_tile = triton.next_power_of_2(group)
     single = tokens <= rows  # a query of each row: too few programs without splitting the context
     wide = dim_tile > 128
-    block_m, warps = (16, 4) if single else (64, 4) if wide else (128, 8)
+    block_m, warps = (16, 4) if single else (64, 8) if wide else (128, 8)
     block_q = max(1, block_m // group_tile)
     segments = -(-width * block_size // SEGMENT) if single else 1
     parts = torch.empty(
