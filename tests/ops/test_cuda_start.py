@@ -66,7 +66,7 @@ def test_missing_packages_are_named(missing: list[str], monkeypatch: pytest.Monk
 
 
 def test_auto_goes_on_with_the_processor_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> Any:
+    def refuse(batch_invariant: bool) -> Any:
         raise ConfigurationError("device 'cuda': the driver is too old", field="device")
 
     monkeypatch.setattr(select, "_cuda_ops", refuse)
