@@ -77,7 +77,7 @@ def linear(x: Array, packed: CudaLinear, dtype: torch.dtype, scale: float = 1.0,
     return y
 
 
-def library_linear(x: Array, packed: CudaLinear) -> Array:
+def cublas_linear(x: Array, packed: CudaLinear) -> Array:
     """The same by torch's library, for a weight that is not quantised; a row's bits depend on the number of rows."""
     bias = None if packed.bias is None else packed.bias.to(packed.dtype)
     return torch.nn.functional.linear(x.to(packed.dtype), packed.weight, bias)

@@ -162,7 +162,7 @@ class CudaOps(ComposedOps):
     def linear(self, x: Array, packed: products.CudaLinear) -> Array:
         if self._batch_invariant or packed.format != "plain":
             return products.linear(x, packed, packed.dtype)
-        return products.library_linear(x, packed)
+        return products.cublas_linear(x, packed)
 
     def embed(self, token_ids: Array, packed: products.CudaLinear, scale: float = 1.0) -> Array:
         return products.rows_of(packed, token_ids) * scale
