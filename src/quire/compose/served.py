@@ -5,20 +5,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from quire.compose.text import TextParts, compose_text
 from quire.config import EngineArgs
 from quire.demo import model_path
 from quire.engine.async_engine import ServedEngine
 from quire.engine.channel import CoreChannel, CoreFacts, LocalChannel
-from quire.engine.core_process import CoreProcess
 from quire.engine.engine import Engine
 from quire.engine.queue_bound import QueueBound, QueueLimits
 from quire.engine.step_allowance import LEAST_SECONDS
-from quire.engine.supervisor import SupervisedChannel
-from quire.engine.wire import Start
 from quire.errors import ConfigurationError
 from quire.weights.source import resolve_source
+
+if TYPE_CHECKING:
+    from quire.engine.supervisor import SupervisedChannel
 
 DEFAULT_QUEUED_TOKENS = 2**20
 
@@ -44,6 +45,11 @@ def begin(args: EngineArgs) -> Callable[[], ServedEngine]:
         if args.hang_timeout is not None:
             raise ConfigurationError("hang_timeout is of a core in a process of its own", field="hang_timeout")
         return partial(_compose_here, args, directory)
+    # Not above: an engine in this process does without messages and their format.
+    from quire.engine.core_process import CoreProcess
+    from quire.engine.supervisor import SupervisedChannel
+    from quire.engine.wire import Start
+
     start = Start(replace(args, core_process=False), str(directory.resolve()))
     channel = SupervisedChannel(partial(CoreProcess, start), args.hang_timeout or LEAST_SECONDS)
     return partial(_compose_apart, args, directory, channel)
@@ -57,7 +63,7 @@ def _compose_here(args: EngineArgs, directory: Path) -> ServedEngine:
     return _served(args, compose_text(args, directory), LocalChannel(parts.core()), parts.facts)
 
 
-def _compose_apart(args: EngineArgs, directory: Path, channel: SupervisedChannel) -> ServedEngine:
+def _compose_apart(args: EngineArgs, directory: Path, channel: "SupervisedChannel") -> ServedEngine:
     try:
         text = compose_text(args, directory)
         return _served(args, text, channel, channel.wait_ready())
