@@ -92,7 +92,7 @@ def in_row(victim: Victim) -> Callable[..., bool]:
 
 
 def in_rows(victim: Victim) -> Callable[..., bool]:
-    return lambda _, rows: victim.row in rows
+    return lambda _, rows, *__: victim.row in rows
 
 
 def of_victim(new: Any) -> bool:
@@ -129,10 +129,9 @@ POINTS: dict[str, Callable[[Victim], None]] = {
     "logits not finite": not_finite,
     "ops.sample": lambda v: v.throw(v.runner._ops, "sample", lambda _, batch: SEED in batch.seeds.tolist()),
     "sampler.add": lambda v: v.throw(v.runner._sampler, "add", of_victim),
-    "allowed tokens": lambda v: v.throw(feature(v, "AllowedTokens"), "apply", in_rows(v)),
-    "logit bias": lambda v: v.throw(feature(v, "LogitBias"), "add", of_victim),
-    "minimum": lambda v: v.throw(feature(v, "MinTokens"), "observe", in_row(v)),
-    "bad words": lambda v: v.throw(feature(v, "BadWords"), "apply", in_rows(v)),
+    "token rules enter": lambda v: v.throw(feature(v, "TokenRules"), "add", of_victim),
+    "token rules apply": lambda v: v.throw(feature(v, "TokenRules"), "apply", in_rows(v)),
+    "bad words": lambda v: v.throw(feature(v, "TokenRules"), "observe", in_row(v)),
     "penalties": lambda v: v.throw(feature(v, "Penalties"), "observe", in_row(v)),
     "logprobs": lambda v: v.throw(sampler_module, "token_logprobs", lambda *args: args[3] == 7),
     "prompt logprobs": lambda v: v.throw(model_runner, "token_logprobs", lambda *args: args[3] == 3),
@@ -221,7 +220,7 @@ def test_one_fault_fails_one_request(
         assert under_test._engine.queue.num_waiting == 0 and not under_test._engine.ledger._live
 
 
-CLEARED = ("AllowedTokens", "LogitBias", "MinTokens", "BadWords", "Penalties")
+CLEARED = ("TokenRules", "Penalties")
 
 
 def clearing(victim: Victim, point: str) -> Any:

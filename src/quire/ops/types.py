@@ -154,7 +154,8 @@ class RopeTables:
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Ragged rows over the paged cache. Tokens of a row are consecutive; the row's keys and values of
-    positions `[0, starts[r])` are in the cache already, those of this step are written by `attention`.
+    positions `[0, starts[r])` are in the cache already, those of this step are written by `attention`. As many tokens as
+    rows are one of each.
 
     ::
 

@@ -21,8 +21,12 @@ class LogitsFeature(Protocol):
     def remove(self, row: int) -> None:
         """Forget all of `row`; a row that never used the feature is fine."""
 
+    def follows(self, row: int) -> bool:
+        """Whether what it does to `row` depends on the tokens before, so that `observe` must have been told of them."""
+
     def observe(self, row: int, token_id: int) -> None:
         """`token_id` was appended to the sequence of `row`."""
 
-    def apply(self, logits: Array, rows: Sequence[int]) -> None:
-        """Edit `logits[i]`, which belongs to `rows[i]`, in place; float32 `[rows, vocabulary]`."""
+    def apply(self, logits: Array, rows: Sequence[int], positions: Sequence[int]) -> None:
+        """Edit `logits[i]`, which belongs to the token at `positions[i]` of `rows[i]`, in place; float32
+        `[rows, vocabulary]`."""

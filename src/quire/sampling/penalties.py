@@ -58,13 +58,17 @@ class Penalties:
         """Forget the row."""
         self._rows.pop(row, None)
 
+    def follows(self, row: int) -> bool:
+        """Whether it has a penalty."""
+        return row in self._rows
+
     def observe(self, row: int, token_id: int) -> None:
         """Count one more."""
         seen = self._rows.get(row)
         if seen is not None:
             _count(seen, token_id, 1)
 
-    def apply(self, logits: Array, rows: Sequence[int]) -> None:
+    def apply(self, logits: Array, rows: Sequence[int], positions: Sequence[int]) -> None:
         """Penalise, all rows at once."""
         found = [(index, self._rows[row]) for index, row in enumerate(rows) if row in self._rows]
         if not found:

@@ -10,16 +10,15 @@ the position of the token (see `ops.reference`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from quire.core.plan import NewRow, RowResult, TokenLogprobs
 from quire.errors import NO_TOKEN_LEFT
 from quire.ops.types import Array, Logprobs, Ops, SampleBatch
 from quire.sampling.features import LogitsFeature
-from quire.sampling.logits import AllowedTokens, BadWords, LogitBias, MinTokens
+from quire.sampling.logits import TokenRules
 from quire.sampling.logprobs import Named, named_logprobs, token_logprobs
 from quire.sampling.penalties import Penalties
 
@@ -28,15 +27,14 @@ NOT_FINITE = "the model gave logits that are not finite"
 _ERRORS = (NOT_FINITE, NO_TOKEN_LEFT)
 
 
-@dataclass(slots=True)
-class _Numbers:
-    """Parameters of the draw by row."""
+class _Numbers(NamedTuple):
+    """Parameters of the draw by permanent row, on the host or on the device."""
 
-    temperature: NDArray[np.float32]
-    top_k: NDArray[np.int32]
-    top_p: NDArray[np.float32]
-    min_p: NDArray[np.float32]
-    seeds: NDArray[np.uint64]
+    temperature: Array  # [max_rows] float32
+    top_k: Array  # int32
+    top_p: Array  # float32
+    min_p: Array  # float32
+    seeds: Array  # uint64
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +108,10 @@ class Sampler:
             np.zeros(max_rows, np.float32),
             np.zeros(max_rows, np.uint64),
         )
-        self._features: tuple[LogitsFeature, ...] = (
-            AllowedTokens(ops),
-            LogitBias(ops),
-            MinTokens(ops),
-            BadWords(),
-            Penalties(ops),
-        )
+        self._on_device: _Numbers | None = None
+        self._are_stale = True
+        """The numbers on the device."""
+        self._features: tuple[LogitsFeature, ...] = (TokenRules(ops), Penalties(ops))
         self._users: set[int] = set()
         """Rows that use a feature: when a step has none, its logits go to the draw untouched."""
         self._num_logprobs: dict[int, int] = {}
@@ -126,6 +121,7 @@ class Sampler:
     def add(self, new: NewRow) -> None:
         """A request takes a row."""
         row, spec = new.row, new.sampling
+        self._are_stale = True
         self._numbers.temperature[row] = spec.temperature
         self._numbers.top_k[row] = spec.top_k
         self._numbers.top_p[row] = spec.top_p
@@ -149,14 +145,37 @@ class Sampler:
                 feature.remove(row)
             self._users.remove(row)
 
+    def only_draws(self, rows: Sequence[int]) -> bool:
+        """Whether all that these rows want of their logits is a token: unedited, no log-probabilities."""
+        return self._users.isdisjoint(rows) and self._num_logprobs.keys().isdisjoint(rows)
+
     def takes_the_best(self, rows: Sequence[int]) -> bool:
-        """Whether all that these rows want of their logits is the largest: greedy, unedited, no log-probabilities."""
-        greedy = not self._numbers.temperature[np.array(rows)].any()
-        return greedy and self._users.isdisjoint(rows) and self._num_logprobs.keys().isdisjoint(rows)
+        """Whether all that these rows want of their logits is the largest."""
+        return self.only_draws(rows) and not self._numbers.temperature[np.array(rows)].any()
 
     def take(self, tokens: Array, finite: Array, rows: Sequence[int]) -> Drawn:
-        """The draw of rows that take the best: what `Model.greedy` gave, as `sample` would put it."""
+        """The draw of rows that only draw: what `draw` or `Model.greedy` gave, as `sample` would put it."""
         return Drawn(self._ops, rows, tokens, [finite], _NO_LOGPROBS)
+
+    def refresh(self) -> None:
+        """Let `draw` know the numbers of rows that have entered. What it reads are always the same arrays."""
+        if self._on_device is None:
+            kinds = ("float32", "int32", "float32", "float32", "uint64")
+            self._on_device = _Numbers(*map(self._ops.array, self._numbers, kinds))
+        elif self._are_stale:
+            for target, values in zip(self._on_device, self._numbers, strict=True):
+                target[:] = self._ops.array(values, values.dtype.name)
+        self._are_stale = False
+
+    def draw(self, logits: Array, rows: Array, positions: Array) -> tuple[Array, Array]:
+        """Tokens int32 `[rows]`, and bool `[rows]`: whether the logits are finite, which are cleared where they are not.
+        `rows` and `positions` int64 are on the device; `refresh` came before. Makes the same launches each time."""
+        finite = self._ops.clear_broken(logits)
+        return self._choose(logits, rows, positions), finite
+
+    def _choose(self, logits: Array, rows: Array, positions: Array) -> Array:
+        assert self._on_device is not None
+        return self._ops.sample(logits, SampleBatch(*(values[rows] for values in self._on_device), positions))
 
     def sample(self, logits: Array, rows: Sequence[int], positions: Sequence[int]) -> Drawn:
         """One token for each row, without waiting for the device. No state of rows changes until `observe` is told
@@ -168,15 +187,16 @@ class Sampler:
             positions: index in its sequence of the token to draw.
         """
         ops = self._ops
-        flags = [ops.clear_broken(logits)]
+        self.refresh()
         wanted = [index for index, row in enumerate(rows) if row in self._num_logprobs]
         chosen = ops.array(wanted, "int64") if wanted else None
+        flags = [ops.clear_broken(logits)]
         raw = None if chosen is None else logits[chosen]
         if not self._users.isdisjoint(rows):
             for feature in self._features:
-                feature.apply(logits, rows)
+                feature.apply(logits, rows, positions)
             flags.append(ops.clear_broken(logits))
-        tokens = ops.sample(logits, self._batch(rows, positions))
+        tokens = self._choose(logits, ops.array(rows, "int64"), ops.array(positions, "int64"))
         if raw is None:
             return Drawn(ops, rows, tokens, flags, _NO_LOGPROBS)
         num_top = [self._num_logprobs[rows[index]] for index in wanted]
@@ -191,28 +211,17 @@ class Sampler:
 
     def follows(self, row: int) -> bool:
         """Whether the next draw of `row` depends on the tokens before it: `observe` must have been told of them."""
-        return row in self._users
+        return row in self._users and any(feature.follows(row) for feature in self._features)
 
     def followed(self, results: Sequence[RowResult]) -> list[RowResult]:
         """Those whose tokens `observe` wants to know."""
-        return [result for result in results if result.row in self._users] if self._users else []
+        return [result for result in results if self.follows(result.row)] if self._users else []
 
     def observe(self, row: int, token_id: int) -> None:
         """`token_id` was appended to the sequence of `row`."""
         if row in self._users:
             for feature in self._features:
                 feature.observe(row, token_id)
-
-    def _batch(self, rows: Sequence[int], positions: Sequence[int]) -> SampleBatch:
-        index, numbers, array = np.array(rows), self._numbers, self._ops.array
-        return SampleBatch(
-            temperature=array(numbers.temperature[index], "float32"),
-            top_k=array(numbers.top_k[index], "int32"),
-            top_p=array(numbers.top_p[index], "float32"),
-            min_p=array(numbers.min_p[index], "float32"),
-            seeds=array(numbers.seeds[index], "uint64"),
-            positions=array(np.array(positions, np.int64), "int64"),
-        )
 
 
 def _edits_logits(new: NewRow) -> bool:

@@ -2,8 +2,9 @@
 
 The cache is `[layers, 2, blocks, kv_heads, block_size, head_dim]`, keys before values. A context is cut at multiples
 of `SEGMENT` positions. A query folds each segment into `(top, total, mixed)` from fresh values, then folds the segments
-in ascending order. One program does all of it for a tile of queries of a prompt; for single queries, where there are
-too few programs to fill a device, each segment is a program of its own and `merge` folds them with the same formula.
+in ascending order. One program does all of it for a tile of queries of a prompt. A row with one query has too little
+for a program of its own: each segment is one, and `merge` folds them with the same formula; so it is in every step, with
+or without prompts beside it: then both are launched, and each leaves the other's rows alone.
 What a query computes is a function of its own position alone: not of its companions, nor of how a prompt is cut.
 Three things that a compiler may choose by the shape of a tile are not left to it: sums over keys are products with ones
 (a reduction's order depends on how a tile lies over threads), fused multiplications are written out and no others are
@@ -154,16 +155,17 @@ def attention_kernel(
     BLOCK_Q: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SEGMENT_SIZE: tl.constexpr,
     SPLIT: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr, HALF: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Programs: tile of queries, kv head, and with SPLIT the segment. Without SPLIT writes `out`, with it `parts`."""
+    """Programs: tile of queries and kv head, of rows of several queries, to `out`; with SPLIT row, kv head and segment,
+    of rows of one, to `parts`."""
     BLOCK_M: tl.constexpr = BLOCK_Q * GROUP_TILE
     # The last tiles of a prompt have the most to read: they begin first.
     tile, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    row = _row_of(tile, query_starts, rows, BLOCK_Q, 1)
+    row = tile if SPLIT else _row_of(tile, query_starts, rows, BLOCK_Q, 1)
     first_token = tl.load(query_starts + row)
     count = tl.load(query_starts + row + 1) - first_token
-    offset = (tile - first_token // BLOCK_Q - row) * BLOCK_Q
+    offset = 0 if SPLIT else (tile - first_token // BLOCK_Q - row) * BLOCK_Q
     start = tl.load(starts + row)
-    if offset < count:
+    if (count == 1) if SPLIT else ((offset < count) & (count > 1)):
         lanes = tl.arange(0, BLOCK_M)
         token = offset + lanes // GROUP_TILE
         head = kv_head * GROUP + lanes % GROUP_TILE
@@ -186,7 +188,7 @@ def attention_kernel(
                     tl.minimum((segment + 1) * SEGMENT_SIZE, last), scale, softcap, window, block_stride,
                     DIM, DIM_TILE, BLOCK_M, TILE, BLOCK_SIZE, SOFTCAP, WINDOW,
                 )  # fmt: skip
-                at = parts + ((lane_token * HEADS + head) * parts_stride + segment * (DIM + 2))[:, None]
+                at = parts + ((row.to(tl.int64) * HEADS + head) * parts_stride + segment * (DIM + 2))[:, None]
                 tl.store(at, top, mask=valid[:, None])
                 tl.store(at + 1, total, mask=valid[:, None])
                 tl.store(at + 2 + dims[None, :], mixed, mask=mask)
@@ -208,29 +210,29 @@ def attention_kernel(
             tl.store(at, (mixed / total).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "parts_stride"])
+@triton.jit(do_not_specialize=["parts_stride"])
 def merge_kernel(
-    parts, out, query_starts, starts, sinks, rows, parts_stride, window,
+    parts, out, query_starts, starts, sinks, parts_stride, window,
     HEADS: tl.constexpr, DIM: tl.constexpr, DIM_TILE: tl.constexpr, SEGMENT_SIZE: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
-    """The segments of one token and head, in ascending order."""
-    token, head = tl.program_id(0), tl.program_id(1)
-    row = _row_of(token, query_starts, rows, 1, 0)
-    position = tl.load(starts + row) + token - tl.load(query_starts + row)
-    dims = tl.arange(0, DIM_TILE)
-    mask = dims < DIM
-    top, total = tl.full([], -float("inf"), tl.float32), tl.zeros([], tl.float32)
-    mixed = tl.zeros([DIM_TILE], tl.float32)
-    place = token.to(tl.int64) * HEADS + head
-    first_seen = tl.maximum(position - window + 1, 0)
-    for segment in tl.range(first_seen // SEGMENT_SIZE, position // SEGMENT_SIZE + 1, loop_unroll_factor=4):
-        at = parts + place * parts_stride + segment * (DIM + 2)
-        next_mixed = tl.load(at + 2 + dims, mask=mask, other=0.0)
-        top, total, mixed = _fold(top, total, mixed, tl.load(at), tl.load(at + 1), next_mixed)
-    if SINKS:
-        sink = tl.load(sinks + head) * 1.4426950408889634
-        top, total, mixed = _fold(top, total, mixed, sink, sink * 0.0 + 1.0, mixed * 0.0)
-    tl.store(out + place * DIM + dims, (mixed / total).to(out.dtype.element_ty), mask=mask)
+    """The segments of a row of one query and head, in ascending order."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    token = tl.load(query_starts + row).to(tl.int64)
+    if tl.load(query_starts + row + 1) == token + 1:
+        position = tl.load(starts + row)
+        dims = tl.arange(0, DIM_TILE)
+        mask = dims < DIM
+        top, total = tl.full([], -float("inf"), tl.float32), tl.zeros([], tl.float32)
+        mixed = tl.zeros([DIM_TILE], tl.float32)
+        first_seen = tl.maximum(position - window + 1, 0)
+        for segment in tl.range(first_seen // SEGMENT_SIZE, position // SEGMENT_SIZE + 1, loop_unroll_factor=4):
+            at = parts + (row.to(tl.int64) * HEADS + head) * parts_stride + segment * (DIM + 2)
+            next_mixed = tl.load(at + 2 + dims, mask=mask, other=0.0)
+            top, total, mixed = _fold(top, total, mixed, tl.load(at), tl.load(at + 1), next_mixed)
+        if SINKS:
+            sink = tl.load(sinks + head) * 1.4426950408889634
+            top, total, mixed = _fold(top, total, mixed, sink, sink * 0.0 + 1.0, mixed * 0.0)
+        tl.store(out + (token * HEADS + head) * DIM + dims, (mixed / total).to(out.dtype.element_ty), mask=mask)
 
 
 def attention(
@@ -260,29 +262,31 @@ def attention(
         KV_HEADS=kv_heads, DIM=dim, DIM_TILE=dim_tile, HEADS_TILE=triton.next_power_of_2(kv_heads),
         BLOCK_SIZE=block_size, HALF=half, enable_fp_fusion=False,
     )  # fmt: skip
-    group_tile = triton.next_power_of_2(group)
-    single = tokens <= rows  # a query of each row: too few programs without splitting the context
-    wide = dim_tile > 128
-    block_m, warps = (16, 4) if single else (64, 8) if wide else (128, 8)
-    block_q = max(1, block_m // group_tile)
-    segments = -(-width * block_size // SEGMENT) if single else 1
-    parts = torch.empty(
-        (tokens * heads, segments * (dim + 2)) if single else (1, 1), dtype=torch.float32, device=q.device
-    )
+    group_tile, wide = triton.next_power_of_2(group), dim_tile > 128
     window = 2**30 if spec.window is None else spec.window
     sinks = q if spec.sinks is None else spec.sinks
-    attention_kernel[(tokens // block_q + rows, kv_heads, segments)](
-        q, keys, values, out, parts, *tables, batch.query_starts, batch.starts, batch.block_tables, sinks, rows,
-        q.stride(0), batch.block_tables.stride(0), *strides, parts.stride(0),
-        spec.scale * (1.0 if spec.softcap is not None else LOG2_E), spec.softcap or 1.0, window,
-        HEADS=heads, GROUP=group, GROUP_TILE=group_tile, DIM=dim, DIM_TILE=dim_tile, BLOCK_Q=block_q,
-        TILE=32 if wide else 64, BLOCK_SIZE=block_size, SEGMENT_SIZE=SEGMENT, SPLIT=single,
-        SOFTCAP=spec.softcap is not None, SINKS=spec.sinks is not None, HALF=half, WINDOW=spec.window is not None,
-        num_warps=warps, num_stages=3, enable_fp_fusion=False,
-    )  # fmt: skip
-    if single:
-        merge_kernel[(tokens, heads)](
-            parts, out, batch.query_starts, batch.starts, sinks, rows, parts.stride(0), window, HEADS=heads, DIM=dim,
+    segments = -(-width * block_size // SEGMENT)
+    parts = q
+    for split in (False, True):
+        if (tokens == 1 or rows > 1) if split else tokens != rows:
+            block_m, warps = (16, 4) if split else (64, 8) if wide else (128, 8)
+            block_q = max(1, block_m // group_tile)
+            if split:
+                shape = (rows * heads, segments * (dim + 2))
+                parts = torch.empty(shape, dtype=torch.float32, device=q.device)
+            grid = (rows, kv_heads, segments) if split else (tokens // block_q + rows, kv_heads, 1)
+            attention_kernel[grid](
+                q, keys, values, out, parts, *tables, batch.query_starts, batch.starts, batch.block_tables, sinks, rows,
+                q.stride(0), batch.block_tables.stride(0), *strides, parts.stride(0),
+                spec.scale * (1.0 if spec.softcap is not None else LOG2_E), spec.softcap or 1.0, window,
+                HEADS=heads, GROUP=group, GROUP_TILE=group_tile, DIM=dim, DIM_TILE=dim_tile, BLOCK_Q=block_q,
+                TILE=32 if wide else 64, BLOCK_SIZE=block_size, SEGMENT_SIZE=SEGMENT, SPLIT=split,
+                SOFTCAP=spec.softcap is not None, SINKS=spec.sinks is not None, HALF=half,
+                WINDOW=spec.window is not None, num_warps=warps, num_stages=3, enable_fp_fusion=False,
+            )  # fmt: skip
+    if parts is not q:
+        merge_kernel[(rows, heads)](
+            parts, out, batch.query_starts, batch.starts, sinks, parts.stride(0), window, HEADS=heads, DIM=dim,
             DIM_TILE=dim_tile, SEGMENT_SIZE=SEGMENT, SINKS=spec.sinks is not None, num_warps=1,
             enable_fp_fusion=False,
         )  # fmt: skip
