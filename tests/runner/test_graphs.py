@@ -1,5 +1,7 @@
 """Recorded decode steps: sizes, padding, and that they give what launched ones give."""
 
+import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from quire import LLM, SamplingParams
+from quire import LLM, AsyncLLM, SamplingParams
 from quire.compose import core as compose
 from quire.core.plan import ScheduledRow, StepPlan
 from quire.ops.reference import ReferenceOps
@@ -43,12 +45,12 @@ class Recorder:
 def test_sizes_hold_what_they_are_for() -> None:
     limits = GraphLimits(max_rows=200, max_blocks=1000, block_size=16)
     for rows in range(1, 201):
-        size = limits.size_for(rows, 1)
+        size = limits.size_for(rows, 1, True)
         assert rows <= size.num_rows <= min(200, max(rows, rows * 3 // 2))
-        assert limits.size_for(size.num_rows, 1) == size
+        assert limits.size_for(size.num_rows, 1, True) == size
     assert sorted({size.num_rows for size in limits.sizes()}) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128,
                                                                   192, 200]  # fmt: skip
-    assert [limits.size_for(1, width).width for width in (1, 128, 129, 512, 513, 1000)] == [
+    assert [limits.size_for(1, width, True).width for width in (1, 128, 129, 512, 513, 1000)] == [
         128,
         128,
         512,
@@ -56,8 +58,8 @@ def test_sizes_hold_what_they_are_for() -> None:
         1000,
         1000,
     ]
-    assert len(limits.sizes()) == 16 * 3
-    assert GraphLimits(3, 2, 64).sizes() == {GraphSize(1, 2), GraphSize(2, 2), GraphSize(3, 2)}
+    assert len(limits.sizes()) == 16 * 3 * 2
+    assert GraphLimits(2, 2, 64).sizes() == {GraphSize(rows, 2, draws) for rows in (1, 2) for draws in (False, True)}
 
 
 def runner(directory: Path, xp: Any, record: Recorder | None) -> ModelRunner:
@@ -87,6 +89,7 @@ def test_recorded_steps_give_what_launched_ones_give(
 ) -> None:
     monkeypatch.setattr(graphs, "FIRST_WIDTH_TOKENS", 8)
     monkeypatch.setattr(graphs, "RECORD_AT", 1)
+    monkeypatch.setattr(graphs, "STEPS_APART", 1)
     todo = plans(15)
     assert len(todo) > 9
     plain = runner(tiny_model, xp, None)
@@ -116,6 +119,7 @@ def test_padding_writes_into_the_null_block_alone(tiny_model: Path) -> None:
 
 def test_a_device_that_cannot_record_goes_on(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "RECORD_AT", 1)
+    monkeypatch.setattr(graphs, "STEPS_APART", 1)
     todo = plans(6)
     plain, recorder = runner(tiny_model, np, None), Recorder()
     recorder.fails = True
@@ -162,5 +166,59 @@ def test_an_engine_on_a_device_records_unless_told_not_to(
 
     device = RecordingDevice()
     assert answers(device, enforce_eager=eager) == answers(ReferenceOps(np))
-    assert bool(device.recorder.num_replayed) != eager
+    assert bool(device.recorder.num_recorded) != eager
     assert device.num_blocks[-1] == (20 if eager else 21)
+
+
+def test_steps_record_now_and_then_and_moments_without_work_one_each(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "FIRST_WIDTH_TOKENS", 24)
+    recorder = Recorder()
+    one = runner(tiny_model, np, recorder)
+    assert not one.prepare(), "before anybody was answered it would keep the first waiting"
+    one.execute(StepPlan(0, (), (enter(0, [4, 5], GREEDY, (0, 1)), enter(1, [6], DRAWN, (2, 3))),
+                         (ScheduledRow(0, 0, 2, (), True), ScheduledRow(1, 0, 1, (), True))))  # fmt: skip
+    for step in range(1, 5):
+        one.execute(StepPlan(step, (), (), (single(0, step + 1),)))
+        assert recorder.num_recorded == (step >= 3), "at its third use"
+    for step in range(1, 6):
+        one.execute(StepPlan(4 + step, (), (), (single(1, step),)))
+        assert recorder.num_recorded == 1, "another is not recorded within so many steps"
+    before, left = one._cache.data.copy(), len(one._graphs._limits.sizes()) - 1
+    assert GraphSize(1, 3, False) not in one._graphs._recordings
+    assert one.prepare() and one._graphs._recordings.keys() == {GraphSize(1, 3, True), GraphSize(1, 3, False)}
+    assert one.prepare() and max(one._graphs._recordings) == GraphSize(7, 3, True), "then the largest"
+    while one.prepare():
+        pass
+    assert recorder.num_recorded == 1 + left
+    assert np.array_equal(one._cache.data[:, :, :16], before[:, :, :16]), "what is recorded without work writes nowhere"
+
+
+def test_a_server_records_while_nobody_waits(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = RecordingDevice()
+    monkeypatch.setattr(compose, "select_ops", lambda *_: (device, []))
+    engine = AsyncLLM(
+        str(tiny_model), dtype="float32", max_num_seqs=3, max_model_len=64, num_gpu_blocks_override=20,
+        max_num_batched_tokens=64,
+    )  # fmt: skip
+    try:
+        assert device.recorder.num_recorded == 1, "the largest: the others share its memory"
+
+        async def ask() -> list[int]:
+            params = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0)
+            ids: list[int] = []
+            async for output in engine.generate({"prompt_token_ids": [5, 6, 7]}, params):
+                ids = list(output.outputs[0].token_ids)
+            return ids
+
+        first = asyncio.run(ask())
+        until = time.monotonic() + 30
+        sizes = GraphLimits(3, 4, 16).sizes()
+        while device.recorder.num_recorded < len(sizes) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert device.recorder.num_recorded == len(sizes) == 6
+        replayed = device.recorder.num_replayed
+        assert asyncio.run(ask()) == first and device.recorder.num_replayed >= replayed + 3
+    finally:
+        engine.close()

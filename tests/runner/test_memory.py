@@ -22,14 +22,15 @@ LIMITS = StepLimits(max_num_seqs=3, max_num_batched_tokens=40, max_model_len=32,
 
 
 class SmallDevice(ReferenceOps):
-    """A device of 100 MiB, 60 of them free, on which a step takes a MiB for each of its tokens."""
+    """A device of 100 MiB, 60 of them free, on which a step takes a MiB for each token, and an eighth for each row
+    that is told log-probabilities: forty of a prompt, though there may be three rows."""
 
     def __init__(self) -> None:
         super().__init__(np)
         self.steps: list[int] = []
         self.room_for_cache = True
         self.room_for_steps = True
-        self._tokens = 0
+        self._tokens = 0.0
 
     def memory(self) -> DeviceMemory:
         return DeviceMemory(total=100 * MIB, free=60 * MIB, held=8 * MIB)
@@ -39,7 +40,7 @@ class SmallDevice(ReferenceOps):
             raise MemoryError
         self._tokens = 0
         work()
-        return self._tokens * MIB
+        return int(self._tokens * MIB)
 
     def embed(self, token_ids: Any, packed: Any, scale: float = 1.0) -> Any:
         self._tokens = len(token_ids)
@@ -48,7 +49,7 @@ class SmallDevice(ReferenceOps):
 
     def logprobs(self, logits: Any, token_ids: Any, num_top: int) -> Any:
         assert num_top == 20
-        self._tokens += len(logits)
+        self._tokens += len(logits) / 8
         return super().logprobs(logits, token_ids, num_top)
 
     def make_cache(self, shape: CacheShape) -> Any:
@@ -66,7 +67,7 @@ def test_a_device_is_measured_by_its_largest_steps(tiny_model: Path) -> None:
     ledger = make_ledger(model_on(tiny_model, ops), ops, LIMITS)
     assert set(ops.steps) == {40, 3}
     assert (ledger.device, ledger.taken, ledger.weights) == (100 * MIB, 32 * MIB, 8 * MIB)
-    assert (ledger.activations, ledger.sampler, ledger.cache) == (40 * MIB, 3 * MIB, 0)
+    assert (ledger.activations, ledger.sampler, ledger.cache) == (40 * MIB, 5 * MIB, 0)
     assert ledger.slack == MIB
 
 

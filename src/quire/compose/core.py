@@ -34,7 +34,7 @@ from quire.ops.types import Ops
 from quire.outputs import Decision, Labels
 from quire.quant.select import check_scheme, select_scheme
 from quire.quant.types import bits_per_weight
-from quire.runner.memory import StepLimits, make_ledger
+from quire.runner.memory import StepLimits, check_ledger, make_ledger
 from quire.runner.model_runner import ModelRunner
 from quire.weights.load import load_model, read_spec
 from quire.weights.loading_bar import LoadingBar
@@ -77,8 +77,10 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     sizes = resolve_cache(args, _facts(args, model, ops, model_len))
     logger.info("memory: %s", sizes.ledger)
     overlap, loop = _loop(args, ops)
-    decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions, *ops.decisions(), loop]
     runner = _runner(args, model, ops, sizes)
+    in_use = check_ledger(sizes.ledger, ops)
+    decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions, *ops.decisions(), loop]
+    decisions += [] if in_use is None else [in_use]
     return CoreParts(
         _scheduler(args, sizes),
         DeviceExecutor(runner) if overlap else LocalExecutor(runner),
@@ -143,7 +145,7 @@ def _records(args: EngineArgs, ops: Ops) -> bool:
 
 def _runner(args: EngineArgs, model: Model, ops: Ops, sizes: CachePlan) -> ModelRunner:
     try:
-        return ModelRunner(
+        runner = ModelRunner(
             model,
             ops,
             num_blocks=sizes.num_blocks,
@@ -152,6 +154,11 @@ def _runner(args: EngineArgs, model: Model, ops: Ops, sizes: CachePlan) -> Model
             max_model_len=sizes.max_model_len,
             record=ops.record if _records(args, ops) else None,
         )
+        if ops.memory() is not None:
+            runner.warm_up(
+                StepLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_model_len, sizes.block_size)
+            )
+        return runner
     except MemoryError as error:
         text = f"is too large: there is no room for the cache ({sizes.ledger})"
         raise ConfigurationError(f"gpu_memory_utilization {text}", field="gpu_memory_utilization") from error

@@ -17,6 +17,9 @@ class PlanExecutor(Protocol):
     def collect(self, handle: Any) -> StepResult:
         """Wait for the result."""
 
+    def prepare(self) -> bool:
+        """While there is no work: something short that makes later steps quicker. False: there is nothing to do."""
+
     def close(self) -> None:
         """Give everything back."""
 
@@ -40,6 +43,10 @@ class EngineCore:
         handle = self._executor.execute(plan)
         result = self._executor.collect(handle)
         return self._scheduler.update(plan, result)
+
+    def prepare(self) -> bool:
+        """See `PlanExecutor.prepare`."""
+        return self._executor.prepare()
 
     def add(self, new: NewRequest) -> None:
         """See `Scheduler.add`."""

@@ -136,8 +136,7 @@ class LocalChannel:
 
     def wait(self) -> None:
         """See `CoreChannel.wait`."""
-        if not self._core.has_work:
-            self._awake.wait()
+        wait_for_work(self._core, self._awake)
         self._awake.clear()
 
     def wake(self) -> None:
@@ -165,6 +164,13 @@ class LocalChannel:
 def core_gauges(core: EngineCore) -> Gauges:
     """Of a core in this process."""
     return Gauges(core.num_running, core.num_waiting, core.cache_usage)
+
+
+def wait_for_work(core: EngineCore, awake: threading.Event) -> None:
+    """Return when the core has work, or `awake` is set; moments until then are for `EngineCore.prepare`."""
+    while not core.has_work and not awake.is_set():
+        if not core.prepare():
+            awake.wait()
 
 
 def step_news(core: EngineCore) -> News:

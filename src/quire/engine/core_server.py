@@ -22,7 +22,7 @@ from typing import Any
 from quire.core.engine_core import EngineCore, PlanExecutor
 from quire.core.plan import StepPlan, StepResult, TokenDelta
 from quire.engine.admission import check_new
-from quire.engine.channel import CoreFacts, News, core_gauges, step_news
+from quire.engine.channel import CoreFacts, News, core_gauges, step_news, wait_for_work
 from quire.engine.step_allowance import StepAllowance
 from quire.engine.wire import (
     RECEIVE_BYTES,
@@ -81,6 +81,10 @@ class AnnouncingExecutor:
         self._allowance.observe(work, time.monotonic() - start_s)
         return result
 
+    def prepare(self) -> bool:
+        """See the executor."""
+        return self._executor.prepare()
+
     def close(self) -> None:
         """Close the executor."""
         self._executor.close()
@@ -100,8 +104,7 @@ class CoreServer:
         """Serve. Never returns: the process ends with the other side, or by an exception of the core."""
         threading.Thread(target=self._read, name="quire-reader", daemon=True).start()
         while True:
-            if not self._core.has_work:
-                self._arrived.wait()
+            wait_for_work(self._core, self._arrived)
             self._arrived.clear()
             self._take()
             if self._core.has_work:

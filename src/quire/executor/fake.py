@@ -88,6 +88,10 @@ class FakeExecutor:
         """The result of `execute`."""
         return handle
 
+    def prepare(self) -> bool:
+        """Nothing."""
+        return False
+
     def close(self) -> None:
         """Nothing is held outside this object."""
 

@@ -18,6 +18,10 @@ class LocalExecutor:
         """The result of `execute`."""
         return handle
 
+    def prepare(self) -> bool:
+        """See `ModelRunner.prepare`."""
+        return self._runner.prepare()
+
     def close(self) -> None:
         """Nothing is held outside this process."""
 
@@ -35,6 +39,10 @@ class DeviceExecutor:
     def collect(self, handle: BegunStep) -> StepResult:
         """Wait for the tokens of a step."""
         return self._runner.finish(handle)
+
+    def prepare(self) -> bool:
+        """See `ModelRunner.prepare`."""
+        return self._runner.prepare()
 
     def close(self) -> None:
         """Nothing is held outside this process."""

@@ -154,8 +154,8 @@ class RopeTables:
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
     """Ragged rows over the paged cache. Tokens of a row are consecutive; the row's keys and values of
-    positions `[0, starts[r])` are in the cache already, those of this step are written by `attention`. As many tokens as
-    rows are one of each.
+    positions `[0, starts[r])` are in the cache already, those of this step are written by `attention`. As many
+    tokens as rows are one of each.
 
     ::
 
@@ -215,6 +215,8 @@ class DeviceMemory:
     """What this process can still have, what its allocator holds back included."""
     held: int
     """Of this process's arrays."""
+    kept: int = 0
+    """Of `free`, what its allocator holds back."""
 
 
 Step = Callable[[Array, AttentionBatch, Opaque], Array]

@@ -1,16 +1,20 @@
-"""Decode steps as recordings: the launches of a whole forward pass, replayed in one call.
+"""Decode steps as recordings: the launches of a whole forward pass, and of the draw, replayed in one call.
 
 A recording is of fixed arrays and sizes. So a step in which every row has one token is written into arrays that stay,
 padded to one of a few sizes: rows, and blocks of the widest table. Padded rows compute token 0 at position 0 and write
-its keys and values into the *null block*, which belongs to nobody.
+its keys and values into the *null block*, which belongs to nobody. Rows that only draw have their tokens drawn in the
+recording; for others it ends with the hidden states.
 
 ::
 
     one array, one copy a step:   positions | token ids | awaited? | rows      | tables
                                   [rows]      [rows]      [rows]     [rows]      [rows, width]
 
-Nothing is recorded at a start. A size is recorded when it has come a few times, after it has been computed for the step
-that brought it: that step takes as long again on the host, and the server was ready at once.
+At a start the largest size alone is recorded, whose memory the others share. After the first answers, each moment
+without work is used to record one more (`prepare`), those that have come most often first. A size that comes again and
+again before that is recorded in its step, after it has been computed, but never in several steps close together: that
+step takes as long again on the host. No other thread records: it would share Python's lock and the allocator with the
+steps that people wait for, so that it delayed them all, and not one.
 """
 
 import logging
@@ -25,6 +29,7 @@ from quire.core.plan import ScheduledRow
 from quire.models.model import Model
 from quire.ops.types import Array, AttentionBatch, Opaque, Ops
 from quire.runner.rows import Rows
+from quire.sampling.sampler import Sampler
 
 logger = logging.getLogger("quire.runner")
 Work = Callable[[], None]
@@ -32,7 +37,9 @@ Record = Callable[[Work], Work]
 """See `Ops.record`."""
 
 RECORD_AT = 3
-"""The use of a size at which it is recorded."""
+"""The use of a size at which it is recorded in its step."""
+STEPS_APART = 16
+"""The fewest steps from one such recording to the next."""
 FIRST_WIDTH_TOKENS = 2048
 """Context of the narrowest tables; each next width has four times as much."""
 BYTES_PER_GRAPH = 2**20
@@ -45,6 +52,8 @@ class GraphSize(NamedTuple):
     num_rows: int
     width: int
     """Blocks of a row's table."""
+    draws: bool
+    """Whether tokens are drawn in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,32 +65,32 @@ class GraphLimits:
     """Of one row."""
     block_size: int
 
-    def size_for(self, num_rows: int, width: int) -> GraphSize:
+    def size_for(self, num_rows: int, width: int, draws: bool) -> GraphSize:
         """The smallest size that holds `num_rows` rows with tables of `width` blocks. Two sizes of rows to a doubling,
         1 2 3 4 6 8 12 16 24 ...: tiles of the kernels are no finer."""
         step = max(1, 2 ** (num_rows.bit_length() - 2))
         wide = max(1, FIRST_WIDTH_TOKENS // self.block_size)
         while wide < width:
             wide *= 4
-        return GraphSize(min(self.max_rows, -(-num_rows // step) * step), min(self.max_blocks, wide))
+        return GraphSize(min(self.max_rows, -(-num_rows // step) * step), min(self.max_blocks, wide), draws)
 
     def sizes(self) -> set[GraphSize]:
         """All that may be recorded."""
-        rows = {self.size_for(count, 1).num_rows for count in range(1, self.max_rows + 1)}
-        widths = {self.size_for(1, count).width for count in range(1, self.max_blocks + 1)}
-        return {GraphSize(count, width) for count in rows for width in widths}
+        rows = {self.size_for(count, 1, True).num_rows for count in range(1, self.max_rows + 1)}
+        widths = {self.size_for(1, count, True).width for count in range(1, self.max_blocks + 1)}
+        return {GraphSize(count, width, draws) for count in rows for width in widths for draws in (False, True)}
 
 
 class _Recording:
-    """One size: `replay` computes `hidden` from the arrays that stay."""
+    """One size: `replay` computes `results` from the arrays that stay."""
 
-    def __init__(self, compute: Callable[[], Array], record: Record) -> None:
+    def __init__(self, compute: Callable[[], tuple[Array, ...]], record: Record) -> None:
         self._compute = compute
-        self.hidden: Array = None
+        self.results: tuple[Array, ...] = ()
         self.replay = record(self._work)
 
     def _work(self) -> None:
-        self.hidden = self._compute()
+        self.results = self._compute()
 
 
 class DecodeGraphs:
@@ -92,47 +101,97 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, model: Model, ops: Ops, cache: Opaque, rows: Rows, limits: GraphLimits, null_block: int, record: Record
+        self,
+        model: Model,
+        ops: Ops,
+        cache: Opaque,
+        rows: Rows,
+        sampler: Sampler,
+        limits: GraphLimits,
+        null_block: int,
+        record: Record,
     ) -> None:
         self._model = model
         self._ops = ops
         self._cache = cache
         self._rows = rows
+        self._sampler = sampler
         self._limits = limits
         self._null_block = null_block
         self._record = record
-        self._recordings: dict[GraphSize, _Recording] = {}
+        self._recordings: dict[GraphSize, _Recording | None] = {}
+        """None: the device could not."""
         self._num_uses: Counter[GraphSize] = Counter()
+        self._num_steps_since = STEPS_APART
+        """Steps since one was recorded in its step."""
         self._input = ops.array(np.zeros(limits.max_rows * (4 + limits.max_blocks)), "int32")
         self._query_starts = ops.array(np.arange(limits.max_rows + 1), "int32")
+        self._ones = ops.array(np.ones(limits.max_rows), "int64")
         self._newest = rows.newest(ops)
 
     def forward(self, scheduled: Sequence[ScheduledRow]) -> Array:
         """Hidden states `[rows, hidden]` of rows with one token each, good until the next call."""
+        return self._run(scheduled, False)[0]
+
+    def draw(self, scheduled: Sequence[ScheduledRow]) -> tuple[Array, Array]:
+        """The same, and on to `Sampler.draw`: tokens and whether logits were finite, `[rows]`."""
+        tokens, finite = self._run(scheduled, True)
+        return tokens, finite
+
+    def prepare(self) -> bool:
+        """Record one size, if there is one left and somebody was answered; False if not. Steps may be in flight."""
+        left = self._limits.sizes() - self._recordings.keys()
+        if not left or not self._num_uses:
+            return False
+        self._record_at_rest(min(left, key=lambda one: (-self._num_uses[one], not one.draws, one.width, -one.num_rows)))
+        return True
+
+    def record_largest(self) -> None:
+        """At a start."""
+        self._record_at_rest(max(self._limits.sizes()))
+
+    def _record_at_rest(self, size: GraphSize) -> None:
+        values = np.zeros(size.num_rows * (4 + size.width), np.int32)
+        values[4 * size.num_rows :] = self._null_block
+        self._sampler.refresh()
+        self._input[: len(values)] = self._ops.array(values, "int32")
+        self._try_to_record(size)
+
+    def _run(self, scheduled: Sequence[ScheduledRow], draws: bool) -> list[Array]:
         width = -(-max(item.start + 1 for item in scheduled) // self._limits.block_size)
-        size = self._limits.size_for(len(scheduled), width)
+        size = self._limits.size_for(len(scheduled), width, draws)
         values = self._rows.gather_singles(scheduled, size.num_rows, size.width, self._null_block)
+        self._sampler.refresh()
         self._input[: len(values)] = self._ops.array(values, "int32")
         recording = self._recordings.get(size)
+        self._num_steps_since += 1
         if recording is not None:
             recording.replay()
-            return recording.hidden[: len(scheduled)]
-        hidden = self._compute(size)
-        self._num_uses[size] += 1
-        if self._num_uses[size] == RECORD_AT:
-            self._try_to_record(size)
-        return hidden[: len(scheduled)]
+            results = recording.results
+        else:
+            results = self._compute(size)
+            self._num_uses[size] += 1
+            is_time = self._num_steps_since >= STEPS_APART and self._num_uses[size] >= RECORD_AT
+            if is_time and size not in self._recordings:
+                self._num_steps_since = 0
+                self._try_to_record(size)
+        return [result[: len(scheduled)] for result in results]
 
     def _try_to_record(self, size: GraphSize) -> None:
-        """After the size was computed: so its kernels are compiled and loaded, which a recording must not do."""
+        self._recordings[size] = None
         try:
+            if not self._num_uses[size]:
+                self._compute(size)  # its kernels are compiled and loaded, which a recording must not do
             self._recordings[size] = _Recording(lambda: self._compute(size), self._record)
         except Exception:
             logger.exception("a decode step of %d rows cannot be recorded: it is launched each time", size.num_rows)
 
-    def _compute(self, size: GraphSize) -> Array:
-        count, width = size
+    def _compute(self, size: GraphSize) -> tuple[Array, ...]:
+        count, width, draws = size
         positions, token_ids, awaited, rows = self._input[: 4 * count].reshape((4, count))
         tables = self._input[4 * count : (4 + width) * count].reshape((count, width))
         batch = AttentionBatch(positions, self._query_starts[: count + 1], positions, tables)
-        return self._model.forward(token_ids + awaited * self._newest[rows], batch, self._cache)
+        hidden = self._model.forward(token_ids + awaited * self._newest[rows], batch, self._cache)
+        if not draws:
+            return (hidden,)
+        return self._sampler.draw(self._model.logits(hidden), rows, positions + self._ones[:count])

@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from quire.config import MemoryLedger
+from quire.config import MemoryLedger, mib
 from quire.errors import ConfigurationError
 from quire.models.model import Model
 from quire.ops.types import Array, AttentionBatch, Opaque, Ops, SampleBatch
+from quire.outputs import Decision
 from quire.runner.graphs import BYTES_PER_GRAPH, GraphLimits
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 MAX_TOP_LOGPROBS = 20
+PROMPT_LOGPROB_ROWS = 64
+"""Rows of logits held at once while the log-probabilities of a prompt are read."""
 SLACK_SHARE = 0.01
 """Of the device: pieces that the allocator cannot use. Held against the device by `scripts/gpu_check`."""
 
@@ -60,42 +63,75 @@ def _reckoned(model: Model, limits: StepLimits) -> MemoryLedger:
 
 
 def _measured(model: Model, ops: Ops, limits: StepLimits) -> MemoryLedger:
-    rows = min(limits.max_num_seqs, limits.max_num_batched_tokens)
-    forward, whole = [], []
-    for step in (prompt_step(ops, limits), single_step(ops, limits)):
-        cache = ops.make_cache(model.cache_shape(1, limits.block_size))
-        forward.append(ops.peak_bytes(partial(model.forward, *step, cache)))
-        whole.append(ops.peak_bytes(partial(_forward_and_choose, model, ops, (*step, cache), rows)))
-        del cache
+    cache = ops.make_cache(model.cache_shape(1, limits.block_size))
+    whole = take_largest_steps(model, ops, cache, limits)
+    forward = ops.peak_bytes(partial(model.forward, *prompt_step(ops, limits), cache))
+    graphs = 0
+    if limits.records:
+        drawn = ops.peak_bytes(partial(_draw, model, ops, single_step(ops, limits), cache, _num_rows(limits)))
+        graphs = drawn + _graph_bytes(model, limits)
+    del cache
     memory = ops.memory()
     assert memory is not None
     return MemoryLedger(
         device=memory.total,
         taken=max(0, memory.total - memory.free - memory.held),
         weights=memory.held,
-        activations=max(forward),
-        sampler=max(whole) - max(forward),
-        graphs=_graph_bytes(model, limits, forward[-1]) if limits.records else 0,
+        activations=forward,
+        sampler=whole - forward,
+        graphs=graphs,
         slack=int(memory.total * SLACK_SHARE),
     )
 
 
-def _graph_bytes(model: Model, limits: StepLimits, peak_bytes: int) -> int:
-    """All recordings share the memory of the largest, but for what each says and the device's own bookkeeping."""
+def _num_rows(limits: StepLimits) -> int:
+    return min(limits.max_num_seqs, limits.max_num_batched_tokens)
+
+
+def _graph_bytes(model: Model, limits: StepLimits) -> int:
+    """All recordings share the memory of the largest, but for what each says and the device's own bookkeeping; and the
+    block into which they pad."""
     sizes = GraphLimits(limits.max_num_seqs, -(-limits.max_model_len // limits.block_size), limits.block_size).sizes()
-    return peak_bytes + sum(BYTES_PER_GRAPH + 4 * size.num_rows * model.spec.hidden_size for size in sizes)
+    null_block = model.cache_shape(1, limits.block_size).bytes_per_block
+    return null_block + sum(
+        BYTES_PER_GRAPH + size.num_rows * (5 if size.draws else 4 * model.spec.hidden_size) for size in sizes
+    )
+
+
+def take_largest_steps(model: Model, ops: Ops, cache: Opaque, limits: StepLimits) -> int:
+    """Compute the largest steps, with all that may be asked of their logits, on block 0 of `cache`: the most that they
+    took, in bytes."""
+    rows = _num_rows(limits)
+    told = max(rows, min(limits.max_num_batched_tokens, PROMPT_LOGPROB_ROWS))
+    return max(
+        ops.peak_bytes(partial(_draw_and_tell, model, ops, prompt_step(ops, limits), cache, told)),
+        ops.peak_bytes(partial(_draw_and_tell, model, ops, single_step(ops, limits), cache, rows)),
+    )
+
+
+def check_ledger(ledger: MemoryLedger, ops: Ops) -> Decision | None:
+    """What the device says after the largest steps, beside the ledger; None where memory is the host's."""
+    memory = ops.memory()
+    if memory is None:
+        return None
+    used = memory.total - memory.free + memory.kept
+    return Decision("memory_in_use", mib(used), f"{used / ledger.used - 1:+.1%} of the ledger's {mib(ledger.used)}")
 
 
 def prompt_step(ops: Ops, limits: StepLimits) -> tuple[Array, AttentionBatch]:
-    """As many tokens of prompts as one step takes, in as few rows as hold them."""
+    """As many tokens as one step takes: the last one of as many of the longest sequences as there may be, and prompts,
+    in as few rows as hold them."""
     tokens, longest = limits.max_num_batched_tokens, limits.max_model_len
-    counts = [longest] * (tokens // longest) + ([tokens % longest] if tokens % longest else [])
-    return _step(ops, np.array(counts), np.zeros(len(counts), np.int64), limits)
+    singles = max(0, _num_rows(limits) - -(-tokens // longest))
+    full, rest = divmod(tokens - singles, longest)
+    prompts = [longest] * full + [rest] * (rest > 0)
+    starts = [0] * len(prompts) + [longest - 1] * singles
+    return _step(ops, np.array(prompts + [1] * singles), np.array(starts), limits)
 
 
 def single_step(ops: Ops, limits: StepLimits) -> tuple[Array, AttentionBatch]:
     """The last token of as many of the longest sequences as there may be."""
-    rows = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+    rows = _num_rows(limits)
     return _step(ops, np.ones(rows, np.int64), np.full(rows, limits.max_model_len - 1), limits)
 
 
@@ -113,11 +149,11 @@ def _step(ops: Ops, counts: Array, starts: Array, limits: StepLimits) -> tuple[A
     return ops.array(np.zeros(len(positions)), "int32"), batch
 
 
-def _forward_and_choose(model: Model, ops: Ops, step: tuple[Array, AttentionBatch, Opaque], rows: int) -> None:
-    """With all that may be asked of the logits of `rows` rows at one time."""
-    logits = model.logits(model.forward(*step)[:rows])
-    raw = logits[ops.array(np.arange(rows), "int64")]
-    ops.rows_finite(logits)
+def _draw(model: Model, ops: Ops, step: tuple[Array, AttentionBatch], cache: Opaque, rows: int) -> tuple[Array, ...]:
+    """Logits of `rows` rows and their tokens; hidden states stay until then."""
+    hidden = model.forward(*step, cache)
+    logits = model.logits(hidden[ops.array(np.arange(rows), "int64")])
+    ops.clear_broken(logits)
     batch = SampleBatch(
         temperature=ops.array(np.ones(rows), "float32"),
         top_k=ops.array(np.full(rows, 50), "int32"),
@@ -126,7 +162,18 @@ def _forward_and_choose(model: Model, ops: Ops, step: tuple[Array, AttentionBatc
         seeds=ops.array(np.zeros(rows), "uint64"),
         positions=ops.array(np.zeros(rows), "int64"),
     )
-    ops.logprobs(raw, ops.sample(logits, batch), min(MAX_TOP_LOGPROBS, model.spec.vocab_size))
+    return hidden, logits, ops.sample(logits, batch)
+
+
+def _draw_and_tell(
+    model: Model, ops: Ops, step: tuple[Array, AttentionBatch], cache: Opaque, rows: int
+) -> tuple[Array, ...]:
+    """With all that may be asked of the logits at one time."""
+    hidden, logits, tokens = _draw(model, ops, step, cache, rows)
+    raw = logits[ops.array(np.arange(rows), "int64")]
+    ops.clear_broken(logits)
+    ops.logprobs(raw, tokens, min(MAX_TOP_LOGPROBS, model.spec.vocab_size))
+    return hidden, raw
 
 
 def host_memory_bytes() -> int:

@@ -19,13 +19,12 @@ from quire.models.model import Model
 from quire.ops.types import Array, Ops
 from quire.runner.faults import RowFaults
 from quire.runner.graphs import DecodeGraphs, GraphLimits, Record
+from quire.runner.memory import PROMPT_LOGPROB_ROWS, StepLimits, take_largest_steps
 from quire.runner.rows import Rows
 from quire.sampling.logprobs import token_logprobs
 from quire.sampling.sampler import NOT_FINITE, Drawn, Sampler
 
 logger = logging.getLogger("quire.runner")
-PROMPT_LOGPROB_ROWS = 64
-"""Rows of logits held at once while the log-probabilities of a prompt are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +94,11 @@ class ModelRunner:
         self._ops = ops
         self._cache = ops.make_cache(model.cache_shape(num_blocks if record is None else num_blocks + 1, block_size))
         self._rows = Rows(max_rows, max_model_len, block_size)
+        self._sampler = Sampler(ops, max_rows)
         self._graphs: DecodeGraphs | None = None
         if record is not None:
             limits = GraphLimits(max_rows, -(-max_model_len // block_size), block_size)
-            self._graphs = DecodeGraphs(model, ops, self._cache, self._rows, limits, num_blocks, record)
-        self._sampler = Sampler(ops, max_rows)
+            self._graphs = DecodeGraphs(model, ops, self._cache, self._rows, self._sampler, limits, num_blocks, record)
         self._faults = RowFaults()
         self._begun: deque[BegunStep] = deque()
         """Steps that are not finished, in their order."""
@@ -107,6 +106,16 @@ class ModelRunner:
         """Row -> (number asked for, prompt length), for rows that asked."""
         self._unclean: set[int] = set()
         """Rows that somebody left and that could not be cleared."""
+
+    def warm_up(self, limits: StepLimits) -> None:
+        """Before any plan: compute the largest steps once. Memory that the allocator ever takes, it takes now."""
+        take_largest_steps(self._model, self._ops, self._cache, limits)
+        if self._graphs is not None:
+            self._graphs.record_largest()
+
+    def prepare(self) -> bool:
+        """In a moment without work: something that makes later steps quicker; False if there is nothing to do."""
+        return self._graphs is not None and self._graphs.prepare()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step. A fault in the work of one row fails that row (see `quire.runner.faults`).
@@ -204,6 +213,11 @@ class ModelRunner:
     def _launch(self, scheduled: Sequence[ScheduledRow]) -> Launched:
         """Hand rows to the device. Only the cache changes, and computing a row again writes the same into it."""
         if self._graphs is not None and all(item.num_tokens == 1 for item in scheduled):
+            rows = [item.row for item in scheduled]
+            tells = all(item.samples for item in scheduled) and self._prompt_logprobs.keys().isdisjoint(rows)
+            if tells and self._sampler.only_draws(rows):
+                tokens, finite = self._graphs.draw(scheduled)
+                return Launched(scheduled, range(len(rows)), self._sampler.take(tokens, finite, rows), {})
             hidden, last_tokens = self._graphs.forward(scheduled), np.arange(len(scheduled))
         else:
             batch = self._rows.gather(scheduled, self._ops)

@@ -44,8 +44,8 @@ class _Rules:
 
 
 class TokenRules:
-    """`allowed_token_ids` keep their logits alone; `logit_bias` is added; stop tokens are masked until `min_tokens` have
-    been generated; the last token of each of `bad_words` is masked where the tokens before it are the rest of it."""
+    """`allowed_token_ids` alone keep their logits; `logit_bias` is added; stop tokens are masked until `min_tokens` are
+    generated; the last token of each of `bad_words` is masked where the tokens before it are the rest of it."""
 
     def __init__(self, ops: Ops) -> None:
         self._ops = ops

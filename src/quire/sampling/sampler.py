@@ -168,14 +168,15 @@ class Sampler:
         self._are_stale = False
 
     def draw(self, logits: Array, rows: Array, positions: Array) -> tuple[Array, Array]:
-        """Tokens int32 `[rows]`, and bool `[rows]`: whether the logits are finite, which are cleared where they are not.
+        """Tokens int32 `[rows]`, and bool `[rows]`: whether the logits are finite; they are cleared where they are not.
         `rows` and `positions` int64 are on the device; `refresh` came before. Makes the same launches each time."""
         finite = self._ops.clear_broken(logits)
         return self._choose(logits, rows, positions), finite
 
     def _choose(self, logits: Array, rows: Array, positions: Array) -> Array:
         assert self._on_device is not None
-        return self._ops.sample(logits, SampleBatch(*(values[rows] for values in self._on_device), positions))
+        numbers = _Numbers(*(values[rows] for values in self._on_device))
+        return self._ops.sample(logits, SampleBatch(*numbers, positions))
 
     def sample(self, logits: Array, rows: Sequence[int], positions: Sequence[int]) -> Drawn:
         """One token for each row, without waiting for the device. No state of rows changes until `observe` is told

@@ -2,10 +2,10 @@
 
 The cache is `[layers, 2, blocks, kv_heads, block_size, head_dim]`, keys before values. A context is cut at multiples
 of `SEGMENT` positions. A query folds each segment into `(top, total, mixed)` from fresh values, then folds the segments
-in ascending order. One program does all of it for a tile of queries of a prompt. A row with one query has too little
-for a program of its own: each segment is one, and `merge` folds them with the same formula; so it is in every step, with
-or without prompts beside it: then both are launched, and each leaves the other's rows alone.
-What a query computes is a function of its own position alone: not of its companions, nor of how a prompt is cut.
+in ascending order. One program does all of it for a tile of queries of a prompt. A row with one query is too little for
+a program: each of its segments is one, and `merge` folds them with the same formula. Where a step has rows of both
+kinds, both are launched, and each leaves the other's rows alone. What a query computes is a function of its own
+position alone: not of its companions, nor of how a prompt is cut.
 Three things that a compiler may choose by the shape of a tile are not left to it: sums over keys are products with ones
 (a reduction's order depends on how a tile lies over threads), fused multiplications are written out and no others are
 made, and a maximum has no order.

@@ -59,7 +59,8 @@ class CudaOps(ComposedOps):
             return None
         free, total = torch.cuda.mem_get_info(self.device)
         held = torch.cuda.memory_allocated(self.device)
-        return DeviceMemory(total, free + torch.cuda.memory_reserved(self.device) - held, held)
+        kept = torch.cuda.memory_reserved(self.device) - held
+        return DeviceMemory(total, free + kept, held, kept)
 
     def decisions(self) -> list[Decision]:
         if self.device.type == "cpu":
