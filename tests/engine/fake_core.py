@@ -4,6 +4,8 @@ Its argument `directory` is a folder where it leaves marks, so that a harm can b
 """
 
 import os
+import resource
+import signal
 import socket
 import sys
 import time
@@ -20,11 +22,13 @@ from quire.engine.step_allowance import StepAllowance
 from quire.engine.wire import MAX_FRAME_BYTES, Ready, Start, StartFailed, Unframer, encode
 from quire.executor.fake import FakeExecutor
 
-DIES, DIES_ONCE, HANGS_ONCE, SPINS_ONCE = 90, 91, 92, 93
+DIES, DIES_ONCE, HANGS_ONCE, SPINS_ONCE, CRASHES_LATE, IS_KILLED_LATE = 90, 91, 92, 93, 94, 95
 """Token ids in a prompt."""
+LATE_TOKENS = 20
+"""So many are given first."""
 VOCAB_SIZE = 100
 MAX_MODEL_LEN = 512
-LIMITS = SchedulerLimits(16, 64, MAX_MODEL_LEN, 4, 600)
+LIMITS = SchedulerLimits(32, 64, MAX_MODEL_LEN, 4, 600)
 STEP_SECONDS = 0.002
 
 
@@ -32,12 +36,23 @@ class HarmfulExecutor(FakeExecutor):
     """Does what the prompts of the rows in a step ask for."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(num_blocks=600, block_size=4, max_num_seqs=16, vocab_size=VOCAB_SIZE)
+        super().__init__(num_blocks=600, block_size=4, max_num_seqs=32, vocab_size=VOCAB_SIZE)
         self._folder = folder
+        self._ends: dict[int, tuple[int, int]] = {}
+        """Row -> the length at which it does harm, the signal."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         for new in plan.new:
-            self._do_harm(new.token_ids[: new.num_prompt_tokens])
+            prompt = new.token_ids[: new.num_prompt_tokens]
+            self._do_harm(prompt)
+            self._ends.pop(new.row, None)
+            for token_id, how in ((CRASHES_LATE, signal.SIGSEGV), (IS_KILLED_LATE, signal.SIGKILL)):
+                if token_id in prompt:
+                    self._ends[new.row] = (len(prompt) + LATE_TOKENS, how)
+        for item in plan.scheduled:
+            length, how = self._ends.get(item.row, (MAX_MODEL_LEN + 1, signal.SIGKILL))
+            if item.start + item.num_tokens >= length:
+                os.kill(os.getpid(), how)
         time.sleep(STEP_SECONDS)
         return super().execute(plan)
 
@@ -60,6 +75,7 @@ class HarmfulExecutor(FakeExecutor):
 
 
 def main() -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file
     connection = socket.socket(fileno=int(sys.argv[1]))
     die_with_parent()
     frames = Unframer(Start, MAX_FRAME_BYTES)

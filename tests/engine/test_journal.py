@@ -1,19 +1,21 @@
 """Who goes on after a death, with what, and who is to blame for it."""
 
+from collections.abc import Callable
+
 import pytest
 
 from quire.core.plan import TokenDelta, TokenLogprobs
 from quire.core.request import Given
 from quire.engine.breaker import FIRST_PAUSE_SECONDS, LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Breaker
-from quire.engine.journal import MOST_ENTRANCES, Journal
+from quire.engine.journal import LONGER_TRIAL, MOST_TRIALS, TRIAL_TOKENS, Journal, Verdict
 from tests.core.harness import new_request
 
 
-def journal_of(names: str) -> Journal:
+def journal_of(names: str, max_tokens: int = 9) -> Journal:
     """Requests that all run and have each given one token."""
     journal = Journal()
     for name in names:
-        journal.add(new_request(name, [1, 2, 3], max_tokens=9))
+        journal.add(new_request(name, [1, 2, 3], max_tokens=max_tokens))
     assert [new.request_id for new in journal.take_unsent()] == list(names)
     run(journal, names)
     return journal
@@ -38,7 +40,7 @@ def test_what_was_given_goes_along() -> None:
     journal.take([TokenDelta("a", (5,), num_cached_tokens=2), TokenDelta("gone", (1,))])
     journal.take([TokenDelta("a", (6,), num_cached_tokens=3)])
     assert journal.num_sent == 1
-    journal.core_died()
+    kill(journal)
     assert journal.num_sent == 0
     assert [new.given for new in journal.take_unsent()] == [Given((5, 6), 2, 2)]
 
@@ -48,95 +50,145 @@ def test_the_ended_and_the_aborted_are_forgotten() -> None:
     assert journal.take([TokenDelta("a", (1,), finish_reason="stop")])
     assert journal.remove("b") and not journal.remove("b") and not journal.remove("a")
     assert (len(journal), journal.num_sent) == (1, 1)
-    journal.core_died()
+    kill(journal)
     assert not journal.remove("c")
     assert len(journal) == 0 and sent(journal) == ""
 
 
-def test_after_one_death_all_go_on_at_once() -> None:
+def crash(journal: Journal) -> Verdict:
+    return journal.core_died(by_itself=True)
+
+
+def kill(journal: Journal) -> Verdict:
+    return journal.core_died(by_itself=False)
+
+
+def try_all(journal: Journal, names: str, num_tokens: int = TRIAL_TOKENS) -> None:
+    """Each is alone in the core until it has stood its trial."""
+    for name in names:
+        (new,) = journal.take_unsent()
+        assert (new.request_id, new.max_tokens) == (name, len(new.given.output_token_ids) + num_tokens)
+        assert sent(journal) == "" and journal.num_sent == 1
+        journal.enter(name)
+        for _ in range(num_tokens - 1):
+            journal.take([TokenDelta(name, (5,))])
+            assert sent(journal) == ""
+        (told,) = journal.take([TokenDelta(name, (5,), finish_reason="length")])
+        assert told.finish_reason is None and told.token_ids == (5,)
+
+
+def test_after_a_kill_all_go_on_at_once() -> None:
     journal = journal_of("abc")
-    assert journal.core_died().num_kept == 3
+    assert kill(journal).num_kept == 3
     journal.add(new_request("n", [1]))
-    assert sent(journal) == "abc" and sent(journal) == ""
-    run(journal, "ab")
-    assert sent(journal) == ""
-    run(journal, "c")
-    assert sent(journal) == "n"  # newcomers when those are cleared
+    assert sent(journal) == "abcn" and sent(journal) == ""
 
 
-def test_alone_in_two_deaths_fails() -> None:
+def test_after_a_crash_each_is_tried_alone_and_then_all_go_on() -> None:
+    journal = journal_of("abc")
+    assert crash(journal).num_kept == 3
+    journal.add(new_request("n", [1]))
+    try_all(journal, "abc")
+    ready = journal.take_unsent()
+    assert [new.request_id for new in ready] == list("abcn") and journal.num_sent == 4
+    assert [len(new.given.output_token_ids) for new in ready] == [3, 3, 3, 0]
+    assert [new.max_tokens for new in ready[:3]] == [9] * 3
+
+
+@pytest.mark.parametrize("die", [crash, kill])
+def test_alone_in_two_deaths_fails(die: Callable[[Journal], Verdict]) -> None:
     journal = journal_of("a")
-    assert journal.core_died().failed == ()
+    assert die(journal).failed == ()
     assert sent(journal) == "a"
     run(journal, "a")
-    verdict = journal.core_died()
+    verdict = die(journal)
     assert (verdict.failed, verdict.num_kept, verdict.is_found) == (("a",), 0, True)
 
 
-def test_present_in_two_deaths_are_suspects_and_fail_with_the_third() -> None:
+@pytest.mark.parametrize("bad", "abcd")
+def test_who_crashes_a_core_fails_with_the_second_death_and_alone(bad: str) -> None:
+    journal = journal_of("abcd")
+    crash(journal)
+    try_all(journal, "abcd"[: "abcd".index(bad)])
+    assert sent(journal) == bad
+    journal.enter(bad)
+    verdict = crash(journal)
+    assert (verdict.failed, verdict.num_kept, verdict.is_found, verdict.is_narrowed) == ((bad,), 3, True, False)
+    assert sent(journal) == "abcd".replace(bad, "")
+
+
+def test_who_entered_with_the_crash_is_tried_first() -> None:
+    journal = journal_of("abc")
+    journal.add(new_request("x", [1]))
+    assert sent(journal) == "x"
+    journal.enter("x")
+    crash(journal)
+    assert sent(journal) == "x"
+    journal.enter("x")
+    assert crash(journal).failed == ("x",)
+
+
+def test_two_kills_try_who_was_present_in_both() -> None:
     journal = journal_of("ab")
-    journal.core_died()
-    assert sent(journal) == "ab"
-    run(journal, "ab")
-    verdict = journal.core_died()
+    kill(journal)
+    journal.add(new_request("n", [1]))
+    assert sent(journal) == "abn"
+    run(journal, "abn")
+    verdict = kill(journal)
     assert (verdict.failed, verdict.is_found, verdict.is_narrowed) == ((), False, False)
-    for name in "ab":
-        assert sent(journal) == name and sent(journal) == ""
-        run(journal, name)
-    verdict = journal.core_died()
-    assert (verdict.failed, verdict.num_kept, verdict.is_found) == (("a", "b"), 0, False)
+    try_all(journal, "ab")
+    assert sent(journal) == "abn"
+    run(journal, "abn")
+    verdict = kill(journal)
+    assert (verdict.failed, verdict.num_kept, verdict.is_found) == (("a", "b"), 1, False)
+
+
+def test_who_stood_a_trial_is_tried_for_longer() -> None:
+    journal = journal_of("ab", max_tokens=40)
+    crash(journal)
+    try_all(journal, "ab")
+    assert sent(journal) == "ab"
+    journal.enter("ab")
+    crash(journal)
+    try_all(journal, "ab", TRIAL_TOKENS * LONGER_TRIAL)
+    assert sent(journal) == "ab"
+
+
+def test_a_trial_may_be_the_end_of_a_request() -> None:
+    journal = journal_of("ab", max_tokens=2)
+    crash(journal)
+    (a,) = journal.take_unsent()
+    journal.enter("a")
+    assert (a.request_id, a.max_tokens) == ("a", 2)
+    (told,) = journal.take([TokenDelta("a", (5,), finish_reason="length")])
+    assert told.finish_reason == "length" and len(journal) == 1
+    assert sent(journal) == "b"
+    journal.enter("b")
+    assert journal.take([TokenDelta("b", (5,), finish_reason="stop")])[0].finish_reason == "stop"
+    assert len(journal) == journal.num_sent == 0
 
 
 def test_who_waits_in_the_queue_is_never_to_blame() -> None:
     journal = journal_of("a")
     journal.add(new_request("b", [1]))
     assert sent(journal) == "b"
-    journal.core_died()
+    crash(journal)
     assert sent(journal) == "a"
     journal.enter("a")
-    assert journal.core_died().failed == ("a",)
+    assert crash(journal).failed == ("a",)
     for _ in range(5):
         assert sent(journal) == "b"
-        assert journal.core_died().num_kept == 1
+        assert crash(journal).num_kept == 1
 
 
-def test_one_bad_newcomer_fails_alone() -> None:
-    journal = journal_of("abcdef")
-    journal.add(new_request("x", [1]))
-    assert sent(journal) == "x"
-    journal.enter("x")
-    assert journal.core_died().failed == ()  # only x was entering
-    journal.add(new_request("n", [1]))
-    assert sent(journal) == "abcdef" and sent(journal) == ""
-    run(journal, "abcdef")
-    assert sent(journal) == "x"
-    journal.enter("x")
-    verdict = journal.core_died()
-    assert (verdict.failed, verdict.num_kept, verdict.is_found) == (("x",), 7, True)
-    assert sent(journal) == "abcdef"
-    run(journal, "abcdef")
-    assert sent(journal) == "n"
-
-
-def test_one_that_turns_bad_while_it_runs_fails_alone() -> None:
-    """It kills again with the step with which it enters again; one who came meanwhile is not blamed for it."""
-    journal = journal_of("abx")
-    journal.add(new_request("n", [1]))
-    assert sent(journal) == "n"
-    journal.enter("n")
-    journal.core_died()
-    assert sent(journal) == "abx"
-    journal.enter("abx")
-    journal.core_died()
-    assert sent(journal) == "n"  # it entered with the first death alone
-    run(journal, "n")
-    for name in "ab":
-        assert sent(journal) == name and sent(journal) == ""
-        run(journal, name)
-    assert sent(journal) == "x"
-    journal.enter("x")
-    verdict = journal.core_died()
-    assert (verdict.failed, verdict.is_found, len(journal)) == (("x",), True, 3)
+def test_a_death_while_nobody_was_present_keeps_the_trials() -> None:
+    journal = journal_of("abc")
+    crash(journal)
+    try_all(journal, "a")
+    assert sent(journal) == "b"
+    assert crash(journal).failed == ()
+    try_all(journal, "bc")
+    assert sent(journal) == "abc"
 
 
 def test_what_one_is_to_blame_for_is_not_held_against_others() -> None:
@@ -145,58 +197,53 @@ def test_what_one_is_to_blame_for_is_not_held_against_others() -> None:
         journal.add(new_request(bad, [1]))
         sent(journal)
         journal.enter(bad)
-        assert journal.core_died().failed == ()
-        assert sent(journal) == "ab"
-        run(journal, "ab")
+        assert crash(journal).failed == ()
         assert sent(journal) == bad
         journal.enter(bad)
-        assert journal.core_died().failed == (bad,)
+        assert crash(journal).failed == (bad,)
         assert sent(journal) == "ab"
         run(journal, "ab")
-    assert journal.core_died().failed == () and len(journal) == 2
+    assert crash(journal).failed == () and len(journal) == 2
 
 
 def test_a_suspect_that_leaves_lets_the_next_enter() -> None:
-    journal = journal_of("ab")
-    for _ in range(2):
-        journal.core_died()
-        journal.enter(sent(journal))
+    journal = journal_of("abc")
+    crash(journal)
+    assert sent(journal) == "a"
+    assert journal.remove("a") and sent(journal) == "b"
+    assert not journal.remove("c") and journal.remove("b")
     journal.add(new_request("n", [1]))
-    journal.remove("a")
-    journal.core_died()
-    journal.add(new_request("m", [1]))
-    assert sent(journal) == "b"
-    journal.remove("b")
-    assert sent(journal) == "nm"
+    assert sent(journal) == "n" and journal.num_sent == 1
 
 
-@pytest.mark.parametrize("count", [2, MOST_ENTRANCES, 3 * MOST_ENTRANCES + 1, 1000])
-def test_many_suspects_enter_in_groups_and_the_bad_one_is_found(count: int) -> None:
+@pytest.mark.parametrize("count", [2, MOST_TRIALS, 3 * MOST_TRIALS + 1, 1000])
+def test_many_suspects_are_tried_in_groups_and_the_bad_one_is_found(count: int) -> None:
     names, bad = [str(number) for number in range(count)], str(count * 2 // 3)
     journal = Journal()
     for name in names:
-        journal.add(new_request(name, [1]))
-    num_unexplained, failed, entrances = 0, (), 0
+        journal.add(new_request(name, [1], max_tokens=9))
+    num_deaths, num_unexplained, failed = 0, 0, ()
     while not failed:
-        entrances = 0
-        while group := [new.request_id for new in journal.take_unsent()]:
-            entrances += 1
-            journal.enter(group)
-            if bad in group:
-                verdict = journal.core_died()
-                failed = verdict.failed
+        num_sent = 0
+        while group := journal.take_unsent():
+            num_sent += 1
+            assert num_sent <= MOST_TRIALS
+            journal.enter(new.request_id for new in group)
+            if bad in {new.request_id for new in group}:
+                verdict = crash(journal)
+                failed, num_deaths = verdict.failed, num_deaths + 1
                 num_unexplained += not (verdict.is_found or verdict.is_narrowed)
                 break
-            journal.take(TokenDelta(name, (5,)) for name in group)
-        assert entrances <= MOST_ENTRANCES + 2
-    assert failed == (bad,) and num_unexplained == 2 and len(journal) == count - 1
+            journal.take(TokenDelta(new.request_id, (5, 5), finish_reason="length") for new in group)
+    assert failed == (bad,) and len(journal) == count - 1
+    assert (num_deaths, num_unexplained) == (2 if count <= MOST_TRIALS else 3, 1)
 
 
 def test_the_breaker_opens_when_cores_die_in_vain() -> None:
     breaker = Breaker()
     breaker.died(0.0, 1.0)
-    breaker.explained()
-    breaker.explained()
+    breaker.explained(1.0, 1.0)
+    breaker.explained(1.0, 1.0)
     breaker.died(1.0, 2.0)
     breaker.died(2.0, 3.0)
     assert breaker.may_start(3.0)
@@ -222,3 +269,15 @@ def test_use_or_a_long_life_closes_the_breaker() -> None:
         then_s = number * LONG_LIFE_SECONDS
         breaker.died(then_s, then_s + LONG_LIFE_SECONDS)
     assert breaker.may_start(0.0)
+
+
+def test_requests_that_are_blamed_one_after_another_are_not_what_is_wrong() -> None:
+    for does_work in (True, False):
+        breaker, num_blamed = Breaker(), 0
+        while breaker.may_start(0.0) and num_blamed < 20:
+            breaker.died(0.0, 0.0)
+            breaker.explained(0.0, 0.0)
+            num_blamed += 1
+            if does_work:
+                breaker.worked()
+        assert num_blamed == (20 if does_work else 4)

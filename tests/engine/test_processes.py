@@ -27,7 +27,7 @@ from quire.engine.wire import Ready, Start
 from quire.errors import EngineDeadError, ModelFileError, OverloadedError
 from quire.outputs import Decision, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
-from tests.engine.fake_core import DIES, DIES_ONCE, HANGS_ONCE, SPINS_ONCE
+from tests.engine.fake_core import CRASHES_LATE, DIES, DIES_ONCE, HANGS_ONCE, IS_KILLED_LATE, LATE_TOKENS, SPINS_ONCE
 
 ROOT = Path(__file__).parents[2]
 CORE = "tests.engine.fake_core"
@@ -151,6 +151,25 @@ async def test_one_bad_request_fails_alone(apart: Apart) -> None:
     assert await asyncio.gather(*tasks) == undisturbed
     assert [item[2] for item in await asyncio.gather(*bad)] == ["error", "error"]
     assert (await apart.answer([1, 2]))[2] == "length"
+
+
+@pytest.mark.parametrize(("harm", "num_deaths"), [(CRASHES_LATE, 2), (IS_KILLED_LATE, 3)])
+async def test_one_that_turns_bad_beside_sixteen_fails_alone(apart: Apart, harm: int, num_deaths: int) -> None:
+    undisturbed = [await apart.answer(prompt, seed=seed) for seed, prompt in enumerate(prompts(16))]
+    tasks = [asyncio.ensure_future(apart.answer(prompt, seed=seed)) for seed, prompt in enumerate(prompts(16))]
+    tokens, _, reason = await apart.answer([harm, 1, 2])
+    assert (len(tokens), reason) == (LATE_TOKENS, "error")
+    assert await asyncio.gather(*tasks) == undisturbed
+    assert apart.channel.health == CoreHealth("serving", num_deaths, 0)
+
+
+async def test_an_engine_that_kills_whatever_it_is_given_opens_the_breaker(apart: Apart) -> None:
+    """However many requests could be blamed for it, one after another."""
+    tasks = [asyncio.ensure_future(apart.answer([DIES, number])) for number in range(12)]
+    found = await asyncio.gather(*tasks, return_exceptions=True)
+    refused = [item for item in found if isinstance(item, OverloadedError)]
+    assert len(refused) == 9 and all(item.retry_after_s >= 1 for item in refused)
+    assert [item[2] for item in found if isinstance(item, tuple)] == ["error"] * 3
 
 
 async def test_present_in_two_deaths_fails(apart: Apart) -> None:

@@ -61,11 +61,18 @@ def undisturbed(tiny_model: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "overlap"), [(0, False), (1, False), (100, False), (600, False), (1, True), (300, True)]
+    ("num_tokens", "overlap", "how"),
+    [
+        *((number, False, signal.SIGKILL) for number in (0, 1, 100, 600)),
+        *((number, True, signal.SIGKILL) for number in (1, 300)),
+        *((number, overlap, signal.SIGUSR1) for number, overlap in ((1, False), (300, False), (300, True))),
+    ],
 )
 async def test_a_death_is_not_seen_in_any_stream(
-    tiny_model: Path, undisturbed: list[Any], num_tokens: int, overlap: bool
+    tiny_model: Path, undisturbed: list[Any], num_tokens: int, overlap: bool, how: signal.Signals
 ) -> None:
+    """Killed from outside, all go on at once; after any other end each is tried alone before that. (SIGUSR1: as a
+    crash, without a file of the memory.)"""
     llm = AsyncLLM(model=str(tiny_model), core_process=True, async_scheduling=overlap, **COMMON)
     try:
         seen: list[int] = []
@@ -74,7 +81,7 @@ async def test_a_death_is_not_seen_in_any_stream(
             await asyncio.sleep(0)
         channel = llm._engine._channel
         assert isinstance(channel, SupervisedChannel) and channel.pid is not None
-        os.kill(channel.pid, signal.SIGKILL)
+        os.kill(channel.pid, how)
         assert not any(task.done() for task in tasks)
         assert await asyncio.gather(*tasks) == undisturbed
     finally:

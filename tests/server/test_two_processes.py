@@ -122,7 +122,9 @@ def test_a_killed_core_is_not_seen_on_open_streams(serve: Any) -> None:
     assert re.search(r'quire:engine_core_state\{.*state="serving"\} 1\.0', text)
 
 
-def test_a_request_that_outlived_a_core_says_so(serve: Any) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGUSR1])
+def test_a_request_that_outlived_a_core_says_so(serve: Any, how: int) -> None:
+    """Also when its sequences were tried one by one, after a death that nobody outside is to blame for."""
     served = serve()
     found: list[httpx.Response] = []
     asked = threading.Thread(
@@ -132,7 +134,7 @@ def test_a_request_that_outlived_a_core_says_so(serve: Any) -> None:
     )
     asked.start()
     assert wait_until(lambda: served.num_running > 0)
-    os.kill(served.core_pid, signal.SIGKILL)
+    os.kill(served.core_pid, how)
     asked.join(30)
     assert found[0].status_code == 200
     url = f"{served.url}/v1/requests/{found[0].headers['x-request-id']}/explain"

@@ -1,6 +1,7 @@
 """A core's process, from the side that started it: an interpreter of its own, and our end of the socket pair."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,15 @@ LEAVE_SECONDS = 5.0
 
 
 class CoreGoneError(Exception):
-    """The process has ended, or what it sends can no longer be understood."""
+    """The process has ended, or what it sends can no longer be understood.
+
+    Args:
+        is_from_outside: somebody ended it: a person, a service manager, the kernel that lacked memory.
+    """
+
+    def __init__(self, reason: str, *, is_from_outside: bool = False) -> None:
+        super().__init__(reason)
+        self.is_from_outside = is_from_outside
 
 
 class CoreProcess:
@@ -98,7 +107,7 @@ class CoreProcess:
             CoreGoneError: the process has ended, and all that it had said has been returned before.
         """
         if self._at_end:
-            raise CoreGoneError(self._end_text())
+            raise self._end()
         reports: list[Any] = []
         try:
             while data := self._connection.recv(RECEIVE_BYTES):
@@ -124,11 +133,12 @@ class CoreProcess:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(LEAVE_SECONDS)
 
-    def _end_text(self) -> str:
+    def _end(self) -> CoreGoneError:
         with suppress(subprocess.TimeoutExpired):
             status = self._process.wait(LEAVE_SECONDS)
-            return f"signal {-status}" if status < 0 else f"exit status {status}"
-        return "it closed its socket"
+            text = f"signal {-status}" if status < 0 else f"exit status {status}"
+            return CoreGoneError(text, is_from_outside=-status in (signal.SIGKILL, signal.SIGTERM))
+        return CoreGoneError("it closed its socket")
 
 
 def _after_name(stat: Path) -> list[str]:

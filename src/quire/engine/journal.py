@@ -1,10 +1,11 @@
 """What each open request has been given, so that another core can go on with it; and who is to blame for a death.
 
-A core that died may have died of a request, which would kill the next one as well, at the very step with which it
-enters: a step that is repeated computes the same. So the requests that were entering when a core died are in doubt, or,
-where none was, all that ran. In the next core they enter after the others, and all at once, for most deaths come from
-outside. Who is in doubt for a second death enters one by one, each when the one before has given a token; so the next
-death tells who it is. Newcomers come last. A request fails when it alone is in doubt for its second death.
+A core that died by itself may have died of a request, which would kill the next one as well, at the same token: what
+is computed again is the same. So who was present is a suspect, and is tried: alone in the next core, until it has
+gone past the point where it stood. If this core dies too, it is known of whom: the request that is present, alone, in
+a second death fails, and nothing is held against the others. Who stands its trial waits for the trials of the others;
+then all go on. A core that somebody killed from outside says little about requests: all go on at once, and only those
+that were present in two such deaths are tried.
 """
 
 from collections import deque
@@ -15,9 +16,13 @@ from quire.core.plan import TokenDelta
 from quire.core.request import Given, NewRequest
 
 MOST_DEATHS = 3
-"""Requests that had all entered well in so many cores that died fail together: nothing tells them apart."""
-MOST_ENTRANCES = 32
-"""Many suspects enter in groups, so that there are no more entrances than this; a death leaves one of the groups."""
+"""Requests that were present in so many deaths, and stood every trial, fail together: nothing tells them apart."""
+MOST_TRIALS = 32
+"""Many suspects are tried in groups, so that there are no more trials than this; a death leaves one of the groups."""
+TRIAL_TOKENS = 2
+"""One as all that is known is computed again, and one as the last token goes in alone: both ways of computing."""
+LONGER_TRIAL = 8
+"""Who stood a trial and is suspected again is tried for so many times more tokens."""
 
 
 @dataclass(slots=True)
@@ -30,9 +35,10 @@ class Entry:
     num_cached_tokens: int = 0
     num_deaths: int = 0
     """Deaths of cores in which it had a row, less those that another is to blame for."""
-    is_in_doubt: bool = False
-    """It may be to blame for a death, and has given no token since."""
-    has_run: bool = False
+    num_trials: int = 0
+    """Trials that it stood."""
+    trial_ends_at: int | None = None
+    """On trial: until it has been given so many tokens in all."""
     is_sent: bool = False
     has_entered: bool = False
     """It has, or had, a row."""
@@ -40,9 +46,18 @@ class Entry:
     """It has given a token, so the step with which it entered is over."""
 
     def resumed(self) -> NewRequest:
-        """The request as the next core should see it."""
+        """The request as the next core should see it. A trial ends there as if no more had been asked for."""
         given = Given(tuple(self.output_token_ids), self.num_prompt_logprobs, self.num_cached_tokens)
-        return replace(self.new, given=given)
+        return replace(self.new, given=given, max_tokens=self.trial_ends_at or self.new.max_tokens)
+
+    @property
+    def is_at_end_of_trial(self) -> bool:
+        """And more was asked for."""
+        return len(self.output_token_ids) == self.trial_ends_at != self.new.max_tokens
+
+    def leave_core(self) -> None:
+        """The core does not have it any more."""
+        self.trial_ends_at, self.is_sent, self.has_entered, self.is_cleared = None, False, False, False
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +69,7 @@ class Verdict:
     num_kept: int
     """Requests that go on in the next core."""
     is_narrowed: bool
-    """Only some of the suspects were entering: they, and not the engine, are what is wrong."""
+    """Only some of the suspects were present: they, and not the engine, are what is wrong."""
     is_found: bool
     """It is known of which request the core died. It fails."""
 
@@ -65,11 +80,9 @@ class Journal:
     def __init__(self) -> None:
         self._entries: dict[str, Entry] = {}
         self._unsent: dict[str, Entry] = {}
-        self._groups: deque[list[str]] = deque()
-        """Who enters, in this order, each group when the one before is cleared; then all others."""
-        self._suspects: frozenset[str] = frozenset()
-        self._entering: set[str] = set()
-        """Of the group that enters now: who is not cleared."""
+        self._trials: deque[tuple[str, ...]] = deque()
+        """Who is to be tried, in this order; then all others are sent."""
+        self._on_trial: set[str] = set()
         self.num_sent = 0
         """Requests that the present core works on, or has in its queue."""
 
@@ -84,7 +97,7 @@ class Journal:
         """A request has ended, or nobody wants it any more. Whether the core has it."""
         entry = self._entries.pop(request_id, None)
         self._unsent.pop(request_id, None)
-        self._entering.discard(request_id)
+        self._on_trial.discard(request_id)
         if entry is None or not entry.is_sent:
             return False
         self.num_sent -= 1
@@ -92,11 +105,15 @@ class Journal:
 
     def take_unsent(self) -> list[NewRequest]:
         """Those that may be sent to the core now: they count as sent."""
-        while self._groups and not self._entering:
-            self._entering = {name for name in self._groups.popleft() if name in self._unsent}
+        while self._trials and not self._on_trial:
+            self._on_trial = {name for name in self._trials.popleft() if name in self._unsent}
+            for name in self._on_trial:
+                entry = self._entries[name]
+                end = len(entry.output_token_ids) + TRIAL_TOKENS * LONGER_TRIAL**entry.num_trials
+                entry.trial_ends_at = min(end, entry.new.max_tokens)
         if not self._unsent:
             return []
-        names = [name for name in self._unsent if name in self._entering] if self._entering else list(self._unsent)
+        names = [name for name in self._unsent if name in self._on_trial] if self._on_trial else list(self._unsent)
         ready = [self._unsent.pop(name) for name in names]
         for entry in ready:
             entry.is_sent = True
@@ -108,58 +125,63 @@ class Journal:
         for request_id in request_ids:
             entry = self._entries.get(request_id)
             if entry is not None:
-                entry.has_entered = entry.has_run = True
+                entry.has_entered = True
 
     def take(self, deltas: Iterable[TokenDelta]) -> tuple[TokenDelta, ...]:
-        """News from the core; returned are those of open requests."""
+        """News from the core; returned are those of open requests. That a trial ended is nobody's news."""
         kept = []
         for delta in deltas:
             entry = self._entries.get(delta.request_id)
             if entry is None:
                 continue
-            kept.append(delta)
             entry.num_prompt_logprobs += len(delta.prompt_logprobs)
             if delta.token_ids:
                 if not entry.output_token_ids:
                     entry.num_cached_tokens = delta.num_cached_tokens
                 entry.output_token_ids += delta.token_ids
-                if not entry.is_cleared:
-                    entry.is_cleared, entry.is_in_doubt = True, False
-                    self._entering.discard(delta.request_id)
+                entry.is_cleared = True
+            if delta.finish_reason == "length" and entry.is_at_end_of_trial:
+                self._acquit(entry)
+                delta = delta._replace(finish_reason=None)
+            kept.append(delta)
             if delta.finish_reason is not None:
                 self.remove(delta.request_id)
         return tuple(kept)
 
-    def core_died(self) -> Verdict:
-        """The core is gone: who fails, who goes on."""
-        ran = [entry for entry in self._entries.values() if entry.has_entered]
-        entering = [entry for entry in ran if not entry.is_cleared]
-        doubtful = entering or ran
-        is_narrowed = bool(entering) and all(entry.new.request_id in self._suspects for entry in entering)
-        for entry in ran:
+    def core_died(self, *, by_itself: bool) -> Verdict:
+        """The core is gone: who fails, who goes on. `by_itself`: nobody killed it from outside."""
+        present = [entry for entry in self._entries.values() if entry.has_entered]
+        for entry in present:
             entry.num_deaths += 1
-        for entry in doubtful:
-            entry.is_in_doubt = True
-        is_found = len(doubtful) == 1 and doubtful[0].num_deaths > 1
-        failed = doubtful if is_found else [] if entering else [one for one in ran if one.num_deaths >= MOST_DEATHS]
+        is_found = len(present) == 1 and present[0].num_deaths > 1
+        is_narrowed = not is_found and bool(present) and bool(self._on_trial)
+        if is_found or is_narrowed:
+            failed = present if is_found else []
+            suspects = [] if is_found else present
+        else:
+            failed = [entry for entry in present if entry.num_deaths >= MOST_DEATHS]
+            suspects = [entry for entry in present if by_itself or entry.num_deaths > 1]
         for entry in failed:
             self.remove(entry.new.request_id)
+        names = [entry.new.request_id for entry in sorted(suspects, key=lambda entry: entry.is_cleared)]
+        if not present:
+            names = [*self._on_trial, *(name for group in self._trials for name in group)]
         for entry in self._entries.values():
-            entry.is_sent = entry.has_entered = entry.is_cleared = False
-            if is_found and not entry.is_in_doubt:
-                entry.num_deaths = 0
+            entry.leave_core()
+            if is_found:
+                entry.num_deaths = entry.num_trials = 0
         self._unsent, self.num_sent = dict(self._entries), 0
-        self._line_up()
+        self._on_trial = set()
+        size = -(-max(1, len(names)) // MOST_TRIALS)
+        self._trials = deque(tuple(names[start : start + size]) for start in range(0, len(names), size))
         return Verdict(tuple(entry.new.request_id for entry in failed), len(self._entries), is_narrowed, is_found)
 
-    def _line_up(self) -> None:
-        """Who enters the next core, and in which order."""
-        in_doubt = {name: entry for name, entry in self._entries.items() if entry.is_in_doubt}
-        most = max((entry.num_deaths for entry in in_doubt.values()), default=0)
-        suspects = [name for name, entry in in_doubt.items() if entry.num_deaths == most > 1]
-        self._suspects = frozenset(suspects)
-        steady = [name for name, entry in self._entries.items() if entry.has_run and name not in in_doubt]
-        others = [name for name in in_doubt if name not in self._suspects]
-        size = -(-max(1, len(suspects)) // MOST_ENTRANCES)
-        singly = (suspects[start : start + size] for start in range(0, len(suspects), size))
-        self._groups, self._entering = deque([steady, others, *singly]), set()
+    def _acquit(self, entry: Entry) -> None:
+        """It stood its trial, and goes on when all are over."""
+        entry.leave_core()
+        entry.num_trials += 1
+        self.num_sent -= 1
+        self._on_trial.discard(entry.new.request_id)
+        self._unsent[entry.new.request_id] = entry
+        if not self._trials and not self._on_trial:
+            self._unsent = {name: self._entries[name] for name in self._entries if name in self._unsent}

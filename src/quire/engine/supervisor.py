@@ -20,9 +20,10 @@ import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
-from quire.core.plan import TokenDelta
+from quire.core.plan import Stalled, StepRecord, TokenDelta
 from quire.core.request import NewRequest
 from quire.engine.breaker import Breaker
 from quire.engine.channel import CoreFacts, CoreHealth, Gauges, News
@@ -178,9 +179,9 @@ class SupervisedChannel:
             for report in self._core.receive():
                 self._take(report, news)
             if self._is_hung():
-                self._bury("it hangs: no word in the time that it should take", "hung", news)
+                self._bury(CoreGoneError("it hangs: no word in the time that it should take"), "hung", news)
         except CoreGoneError as error:
-            self._bury(str(error), "died", news)
+            self._bury(error, "died", news)
         self._feed()
         return news
 
@@ -214,8 +215,10 @@ class SupervisedChannel:
             deltas = self._journal.take(told.deltas)
             if any(delta.finish_reason in ("stop", "length") for delta in deltas):
                 self._breaker.proved()
+            elif any(delta.token_ids for delta in deltas):
+                self._breaker.worked()
             self._gauges = told.gauges
-            news.append(News(deltas, told.record, told.gauges))
+            news.append(News(deltas, _with_tried(told, deltas), told.gauges))
         elif isinstance(report, Begun):
             self._journal.enter(report.entered)
             self._heartbeat.expect(report.allowed_s, report.asleep_s)
@@ -240,7 +243,7 @@ class SupervisedChannel:
         if was_idle:
             self._heartbeat.heard()
 
-    def _bury(self, reason: str, kind: str, news: list[News]) -> None:
+    def _bury(self, reason: CoreGoneError, kind: str, news: list[News]) -> None:
         """The core is gone, or as good as gone."""
         core, now_s = self._core, self._clock()
         assert core is not None
@@ -249,9 +252,9 @@ class SupervisedChannel:
         self._core, self._is_serving = None, False
         self._gauges = IDLE
         self._num_replaced[kind] += 1
-        verdict = self._journal.core_died()
+        verdict = self._journal.core_died(by_itself=not reason.is_from_outside)
         if verdict.is_found:
-            self._breaker.explained()
+            self._breaker.explained(self._born_s, now_s)
         elif not verdict.is_narrowed:
             self._breaker.died(self._born_s, now_s)
         logger.error(
@@ -301,6 +304,15 @@ class SupervisedChannel:
     def _refusal(self) -> OverloadedError:
         retry_after_s = max(1, math.ceil(self._pause_s(self._clock())) + 1)
         return OverloadedError("the engine is being restarted after it failed repeatedly", retry_after_s=retry_after_s)
+
+
+def _with_tried(told: News, taken: tuple[TokenDelta, ...]) -> StepRecord | None:
+    """The record of a step, which also names those whose trial ended with it: they go on later."""
+    ended = {delta.request_id for delta in told.deltas if delta.finish_reason is not None}
+    tried = [delta.request_id for delta in taken if delta.finish_reason is None and delta.request_id in ended]
+    if not tried or told.record is None:
+        return told.record
+    return replace(told.record, stalled=(*told.record.stalled, *(Stalled(name, "on_trial") for name in tried)))
 
 
 def _start_error(report: StartFailed) -> ConfigurationError:

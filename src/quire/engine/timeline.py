@@ -45,7 +45,8 @@ class Part(IntEnum):
 
 
 QUEUE_REASONS = ("no_row", "no_blocks", "budget")
-_STALLED = {"budget": Part.WAITING_FOR_PREFILL, "no_blocks": Part.WAITING_FOR_BLOCKS, "preempted": Part.PREEMPTED}
+_STALLED = {"budget": Part.WAITING_FOR_PREFILL, "no_blocks": Part.WAITING_FOR_BLOCKS, "preempted": Part.PREEMPTED,
+            "on_trial": Part.RECOVERING}  # fmt: skip
 
 
 @dataclass(slots=True)
