@@ -1,10 +1,13 @@
 """Where time goes: the parts of a timeline add up, and each cause is found under its own name."""
 
+from dataclasses import replace
+
 import pytest
 
 from quire.core.plan import ScheduledRequest, Stalled, StepRecord
 from quire.engine.explain import Explanation, explain
 from quire.engine.timeline import Ledger
+from tests.core.harness import new_request
 
 
 class Story:
@@ -16,7 +19,8 @@ class Story:
         self.step_id = 0
 
     def arrive(self, name: str, num_prompt_tokens: int = 10, prepared_s: float = 0.0) -> None:
-        self.ledger.add(name, f"public-{name}", 0, num_prompt_tokens, self.now_s - prepared_s, self.now_s)
+        new = replace(new_request(name, [1] * num_prompt_tokens), arrival_s=self.now_s - prepared_s)
+        self.ledger.add(new, f"public-{name}", 0, self.now_s)
 
     def step(
         self, seconds: float, *scheduled: tuple[str, int, int], stalled: tuple[tuple[str, str, str | None], ...] = ()
@@ -160,8 +164,8 @@ def test_text_and_socket_come_last() -> None:
     story.arrive("a")
     story.step(0.1, ("a", 0, 10))
     story.end("a")
-    story.ledger.made("public-a", story.now_s + 0.25)
-    assert [item.request_id for item in story.ledger.sent("public-a", 99.5, story.now_s + 1.25)] == ["public-a"]
+    story.ledger.made("public-a", "", story.now_s + 0.25)
+    assert [item.request_id for item in story.ledger.sent("public-a", "", 99.5, story.now_s + 1.25)] == ["public-a"]
     assert seconds_of(story.explain("a")) == {
         "preparing": 0.5, "prefilling": 0.1, "detokenising": 0.25, "sending": 1.0,
     }  # fmt: skip
@@ -196,6 +200,39 @@ def test_only_so_many_are_remembered() -> None:
 def test_numbered_requests_of_one_response_are_found_together() -> None:
     ledger = Ledger()
     for number in range(3):
-        ledger.add(str(number), f"cmpl-x-{number}", 0, 5, 1.0, 1.0)
-    assert [item.request_id for item in ledger.find("cmpl-x")] == [f"cmpl-x-{number}" for number in range(3)]
+        ledger.add(new_request(str(number), [1]), f"cmpl-x/{number}", 0, 1.0)
+    assert [item.request_id for item in ledger.find("cmpl-x")] == [f"cmpl-x/{number}" for number in range(3)]
     assert ledger.find("cmpl") == []
+
+
+def test_a_name_that_comes_again_is_another_request() -> None:
+    """Of the same caller, after the first has ended; of another caller, also at the same time."""
+    ledger = Ledger()
+
+    def add(core_id: str, caller: str, number: int) -> None:
+        ledger.add(replace(new_request(core_id, [1]), caller=caller), f"cmpl-x/{number}", 0, 1.0)
+
+    for number in range(3):
+        add(f"a{number}", "ann", number)
+    add("b0", "bob", 0)
+    found = [(item.caller, item.request_id, len(item.sequences)) for item in ledger.find("cmpl-x")]
+    assert found == [*(("ann", f"cmpl-x/{number}", 1) for number in range(3)), ("bob", "cmpl-x/0", 1)]
+    assert [item.caller for item in ledger.sent("cmpl-x", "bob", 1.0, 2.0)] == ["bob"]
+    assert [item.sent_s for item in ledger.find("cmpl-x")] == [None, None, None, 2.0]
+    for number in range(3):
+        ledger.end(f"a{number}", "stop", 1, 2.0)
+    add("again", "ann", 0)
+    assert [(item.caller, item.has_ended) for item in ledger.find("cmpl-x")] == [("bob", False), ("ann", False)]
+
+
+def test_who_waits_for_the_trials_of_others_recovers() -> None:
+    story = Story()
+    story.arrive("a")
+    story.step(0.1, ("a", 0, 10))
+    story.ledger.core_replaced()
+    story.step_id = 0
+    story.step(0.2, ("a", 0, 11))
+    story.step(0.1, ("a", 11, 1), stalled=(("a", "on_trial", None),))
+    story.step(5.0, ("b", 0, 9))
+    story.step(0.3, ("a", 0, 12))
+    assert seconds_of(story.end("a")) == {"prefilling": 0.5, "recovering": 5.2}

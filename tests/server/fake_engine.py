@@ -77,7 +77,7 @@ class FakeEngine:
     def explain(self, request_id: str) -> list[Explanation]:
         return []
 
-    def mark_sent(self, response_id: str, received_s: float, sent_s: float) -> list[RequestTimes]:
+    def mark_sent(self, response_id: str, caller: str, received_s: float, sent_s: float) -> list[RequestTimes]:
         self.sent.append(response_id)
         return []
 

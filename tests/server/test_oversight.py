@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -16,6 +17,7 @@ from quire.cli.main import main
 from quire.errors import ConfigurationError
 from quire.server.access import LOG_FORMATS, configure_logs
 from quire.server.app import Oversight
+from quire.server.keys import caller_name
 from quire.server.traces import Tracer
 from tests.server.conftest import Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
@@ -47,6 +49,29 @@ def test_every_prompt_of_a_response_is_explained(real: Running) -> None:
     answer = complete(real, prompt=["one", "two"], n=2)
     url = f"{real.url}/v1/requests/{answer.headers['x-request-id']}/explain"
     assert len(httpx.get(url).json()["data"]) == 2
+
+
+def test_one_name_under_two_keys_is_two_requests(real: Running) -> None:
+    """Under way at the same time, each with its own times."""
+    server = start(real.engine, api_key=["ann", "bob"], oversight=Oversight("boss"))
+    address, body = f"{server.url}/v1/completions", {"prompt": "x", "request_id": "mine", "ignore_eos": True}
+
+    def ask(key: str, max_tokens: int) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.post(address, json={**body, "max_tokens": max_tokens}, headers=headers, timeout=30)
+
+    with ThreadPoolExecutor() as pool:
+        answers = list(pool.map(ask, ("ann", "bob"), (200, 100)))
+    assert [item.status_code for item in answers] == [200, 200]
+    url, headers = f"{server.url}/v1/requests/cmpl-mine/explain", {"Authorization": "Bearer boss"}
+    assert wait_until(lambda: all(one["parts"]["sending"] for one in httpx.get(url, headers=headers).json()["data"]))
+    data = httpx.get(url, headers=headers).json()["data"]
+    assert {(one["caller"], one["num_output_tokens"]) for one in data} == {
+        (caller_name("ann"), 200), (caller_name("bob"), 100),
+    }  # fmt: skip
+    for one in data:
+        assert sum(one["parts"].values()) == pytest.approx(one["total_s"], rel=0.01)
+    server.stop()
 
 
 def test_an_unknown_request_is_404(real: Running) -> None:

@@ -228,9 +228,9 @@ class AsyncEngine:
         """Where the time of a request went; empty when it is not remembered."""
         return self._engine.explain(request_id)
 
-    def mark_sent(self, response_id: str, received_s: float, sent_s: float) -> list[RequestTimes]:
+    def mark_sent(self, response_id: str, caller: str, received_s: float, sent_s: float) -> list[RequestTimes]:
         """A server is done with a response: when it received the request, and when the last byte had left."""
-        return self._engine.ledger.sent(response_id, received_s, sent_s)
+        return self._engine.ledger.sent(response_id, caller, received_s, sent_s)
 
     async def shutdown(self) -> None:
         """Stop: requests that still run end with `EngineDeadError`. Calling it again does nothing."""

@@ -87,7 +87,7 @@ class Engine:
         for index, new in enumerate(parsed.sequences):
             self._channel.add(new)
             self._states[new.request_id] = state
-            self.ledger.add(new.request_id, parsed.request_id, index, len(new.prompt_token_ids), new.arrival_s, now_s)
+            self.ledger.add(new, parsed.request_id, index, now_s)
 
     def abort(self, parsed: ParsedRequest) -> list[NumberedOutput]:
         """Drop a request. Its last output, with `finish_reason` abort, unless it had ended."""
@@ -174,9 +174,9 @@ class Engine:
             if output is not None:
                 news.append(NumberedOutput(number, output))
         made_s = self.clock()
-        for _, output in news:
+        for number, output in news:
             if output.finished:
-                self.ledger.made(output.request_id, made_s)
+                self.ledger.made(output.request_id, changed[number].parsed.sequences[0].caller, made_s)
         return news
 
     def _take(self, state: RequestState, delta: TokenDelta, now_s: float) -> None:

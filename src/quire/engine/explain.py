@@ -34,6 +34,8 @@ class Explanation:
     """Where the time of one request went. `parts` add up to `total_s`."""
 
     id: str
+    caller: str
+    """A digest of the API key; empty on a server without keys. Callers may give their requests the same id."""
     finished: bool
     finish_reason: str | None
     sentence: str
@@ -78,6 +80,7 @@ def explain(times: RequestTimes, now_s: float, name_of: Callable[[str], str | No
     because = _queue_reasons(slowest)
     return Explanation(
         id=times.request_id,
+        caller=times.caller,
         finished=slowest.ended_s is not None,
         finish_reason=slowest.finish_reason,
         sentence=_sentence(slowest, largest, parts[largest], end_s - begin_s, because, blamed),

@@ -18,9 +18,12 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from quire.core.plan import StepRecord
+from quire.core.request import NewRequest
 
 MAX_REMEMBERED = 2048
 """Requests that ended and can still be explained; each takes about a kilobyte."""
+FIRST = "/0"
+"""What is added to the name of a response to name the first of its requests, where it numbers them."""
 STEP_MEMORY = 0.1
 """Weight of the newest step in the running mean of steps that only decode."""
 
@@ -101,6 +104,8 @@ class RequestTimes:
     """One request: its sequences, and when the server received it and was done with it."""
 
     request_id: str
+    caller: str = ""
+    """Who asked: two callers may give their requests the same name."""
     sequences: list[Timeline] = field(default_factory=list)
     received_s: float | None = None
     made_s: float | None = None
@@ -125,8 +130,8 @@ class Ledger:
         self._lock = threading.Lock()
         self._live: dict[str, Timeline] = {}
         self._decoding: set[str] = set()
-        self._requests: OrderedDict[str, RequestTimes] = OrderedDict()
-        """By public name, oldest first; those that live are never forgotten."""
+        self._requests: OrderedDict[tuple[str, str], RequestTimes] = OrderedDict()
+        """By caller and public name, oldest first; those that live are never forgotten."""
         self._names: dict[str, str] = {}
         """The core's id -> the public name, for who is blamed; of the remembered."""
         self._last: StepRecord | None = None
@@ -134,24 +139,25 @@ class Ledger:
         self._queue_clocks_s = [0.0] * len(QUEUE_REASONS)
         self._decode_step_s: float | None = None
 
-    def add(
-        self, core_id: str, request_id: str, sequence: int, num_prompt_tokens: int, arrival_s: float, now_s: float
-    ) -> None:
-        """A sequence is in the queue from `now_s` on."""
+    def add(self, new: NewRequest, request_id: str, sequence: int, now_s: float) -> None:
+        """A sequence of a request of this public name is in the queue from `now_s` on."""
         timeline = Timeline(
-            request_id, sequence, num_prompt_tokens, arrival_s, Part.QUEUED, now_s,
+            request_id, sequence, len(new.prompt_token_ids), new.arrival_s, Part.QUEUED, now_s,
             queue_clocks_s=tuple(self._queue_clocks_s),
         )  # fmt: skip
-        timeline.seconds[Part.PREPARING] = max(0.0, now_s - arrival_s)
+        timeline.seconds[Part.PREPARING] = max(0.0, now_s - new.arrival_s)
         with self._lock:
-            self._live[core_id] = timeline
-            times = self._requests.get(request_id)
+            self._live[new.request_id] = timeline
+            key = (new.caller, request_id)
+            times = self._requests.get(key)
             if times is None or (sequence == 0 and times.has_ended):
-                times = self._requests[request_id] = RequestTimes(request_id)
-                self._requests.move_to_end(request_id)
+                times = self._requests[key] = RequestTimes(request_id, new.caller)
+                self._requests.move_to_end(key)
+                if request_id.endswith(FIRST):
+                    self._forget_rest(key)
                 self._forget_oldest()
             times.sequences.append(timeline)
-            self._names[core_id] = request_id
+            self._names[new.request_id] = request_id
 
     def observe(self, record: StepRecord) -> list[str]:
         """A step begins at `record.now_s`; the one before has ended. Returns who has its first step in it."""
@@ -206,40 +212,50 @@ class Ledger:
             timeline.num_output_tokens = num_output_tokens
             return timeline
 
-    def made(self, request_id: str, now_s: float) -> None:
+    def made(self, request_id: str, caller: str, now_s: float) -> None:
         """The last text of a request was made."""
-        times = self._requests.get(request_id)
+        times = self._requests.get((caller, request_id))
         if times is not None:
             times.made_s = now_s
 
-    def sent(self, response_id: str, received_s: float, sent_s: float) -> list[RequestTimes]:
+    def sent(self, response_id: str, caller: str, received_s: float, sent_s: float) -> list[RequestTimes]:
         """The server is done with a response, which answers the request of that name or those numbered below it."""
         with self._lock:
-            found = self._named(response_id)
+            found = self._named(caller, response_id)
             for times in found:
                 times.received_s, times.sent_s = received_s, sent_s
             return found
 
     def find(self, request_id: str) -> list[RequestTimes]:
-        """The request of a name, or the numbered ones of a response; empty when it is not remembered."""
+        """The request of a name, or the numbered ones of a response, of every caller who gave that name; empty when
+        it is not remembered."""
         with self._lock:
             for core_id, timeline in self._live.items():
                 if timeline.request_id.startswith(request_id):
                     self._cut(core_id, timeline)
-            return self._named(request_id)
+            names = (request_id, request_id + FIRST)
+            callers = [caller for caller, name in self._requests if name in names]
+            return [times for caller in callers for times in self._named(caller, request_id)]
 
     def name_of(self, core_id: str) -> str | None:
         """The public name behind an id of the core."""
         return self._names.get(core_id)
 
-    def _named(self, response_id: str) -> list[RequestTimes]:
-        times = self._requests.get(response_id)
+    def _named(self, caller: str, response_id: str) -> list[RequestTimes]:
+        times = self._requests.get((caller, response_id))
         if times is not None:
             return [times]
         numbered: list[RequestTimes] = []
-        while (times := self._requests.get(f"{response_id}-{len(numbered)}")) is not None:
+        while (times := self._requests.get((caller, f"{response_id}/{len(numbered)}"))) is not None:
             numbered.append(times)
         return numbered
+
+    def _forget_rest(self, first: tuple[str, str]) -> None:
+        """A response begins: what is numbered below the same name is of one that ended."""
+        caller, response_id = first[0], first[1].removesuffix(FIRST)
+        for times in self._named(caller, response_id)[1:]:
+            if times.has_ended:
+                del self._requests[caller, times.request_id]
 
     def _cut(self, core_id: str, timeline: Timeline) -> None:
         """Bring a living sequence up to the last record."""
@@ -307,17 +323,17 @@ class Ledger:
         timeline.queue_clocks_s = tuple(now - then for now, then in zip(self._queue_clocks_s, before, strict=True))
 
     def _forget_oldest(self) -> None:
-        for name in self._oldest_ended(len(self._requests) - self._max_remembered):
-            del self._requests[name]
+        for key in self._oldest_ended(len(self._requests) - self._max_remembered):
+            del self._requests[key]
         if len(self._names) > 4 * self._max_remembered:
-            kept = self._requests
+            kept = {name for _, name in self._requests}
             self._names = {key: name for key, name in self._names.items() if name in kept}
 
-    def _oldest_ended(self, count: int) -> Iterable[str]:
-        found: list[str] = []
-        for name, times in self._requests.items():
+    def _oldest_ended(self, count: int) -> Iterable[tuple[str, str]]:
+        found: list[tuple[str, str]] = []
+        for key, times in self._requests.items():
             if len(found) >= count:
                 break
             if times.sequences and times.has_ended:
-                found.append(name)
+                found.append(key)
         return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.engine.timeline import RequestTimes, Timeline
+from quire.server.keys import caller_of
 from quire.server.traces import Tracer
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Access:
         sent_s = time.monotonic()
         found: list[RequestTimes] = []
         if response.request_id is not None:
-            found = self._engine.mark_sent(response.request_id, received_s, sent_s)
+            found = self._engine.mark_sent(response.request_id, caller_of(scope), received_s, sent_s)
         if self._tracer is not None:
             parent = dict(scope["headers"]).get(b"traceparent")
             for times in found:

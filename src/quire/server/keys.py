@@ -95,7 +95,8 @@ class KeyRequired:
         admin = self._admin is not None and digest is not None and hmac.compare_digest(digest, self._admin)
         caller = "" if admin or not self._callers else self._caller(digest)
         if caller is not None:
-            await self._app({**scope, CALLER: caller, ADMIN: admin}, receive, send)
+            scope[CALLER], scope[ADMIN] = caller, admin
+            await self._app(scope, receive, send)
             return
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})

@@ -123,7 +123,7 @@ def _explanation() -> Schema:
     seconds: Schema = {"type": "object", "additionalProperties": _NUMBER}
     return _open(
         {
-            **{name: STRING for name in ("id", "sentence", "largest")},
+            **{name: STRING for name in ("id", "caller", "sentence", "largest")},
             **{name: _INTEGER for name in counts},
             **{name: seconds for name in ("parts", "queued_because", "blamed")},
             "finished": {"type": "boolean"},

@@ -101,7 +101,7 @@ class _Answer:
             engine.generate(
                 {"prompt_token_ids": token_ids},
                 call.params,
-                request_id=f"{self._id}-{number}",
+                request_id=f"{self._id}/{number}",
                 priority=call.delivery.priority,
                 cache_salt=self._asker.cache_salt,
                 caller=self._asker.caller,
