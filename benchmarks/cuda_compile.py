@@ -197,8 +197,8 @@ def one_of_each(shape: Shape, arch: int) -> list[Iterator[str]]:
     if arch < 90:
         return [launch_products(shape, ("plain",), (64,)), launch_attention(shape)]
     return [
-        launch_products(shape, ("plain", "int4", "fp8"), (64,)), launch_attention(shape), launch_rows(shape),
-        launch_sampling(shape),
+        launch_products(shape, ("plain",), (1, 64, 2048)), launch_products(shape, ("int4", "fp8"), (64,)),
+        launch_attention(shape), launch_rows(shape), launch_sampling(shape),
     ]  # fmt: skip
 
 

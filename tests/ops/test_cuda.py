@@ -80,6 +80,19 @@ def test_a_context_of_several_segments() -> None:
         assert np.array_equal(alone, actual.step([(0, 1280, 1300)], spec)[0][-1:])
 
 
+def test_a_single_query_has_the_same_bits_beside_prompts() -> None:
+    """It is one program for each segment in any company."""
+    heads, spec = Heads(2, 1, 16), AttentionSpec(0.25)
+    for storage in STORAGES if ON_DEVICE else STORAGES[-1:]:
+        rows = Rows(CUDA, [260, 12, 9], heads, 16, storage)
+        rows.step([(0, 0, 259), (1, 0, 8), (2, 0, 8)], AttentionSpec(0.25, window=1))
+        alone = rows.step([(0, 259, 260)], spec)[0]
+        singles = rows.step([(0, 259, 260), (2, 8, 9)], spec)
+        mixed = rows.step([(2, 8, 9), (1, 8, 12), (0, 259, 260)], spec)
+        assert np.array_equal(alone, singles[0]) and np.array_equal(alone, mixed[2])
+        assert np.array_equal(singles[1], mixed[0])
+
+
 def test_rope_before_or_inside_attention() -> None:
     rng = np.random.default_rng(0)
     heads, angles = Heads(4, 2, 16), normal(rng, 64, 6)

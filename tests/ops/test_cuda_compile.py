@@ -27,6 +27,13 @@ def test_every_kernel_compiles(tmp_path: Path) -> None:
         for arch, units in by_arch.items():
             lines = [one["matrix_instructions"] for one in found if (one["kernel"], one["arch"]) == (kernel, arch)]
             assert {word.split(".")[0] for line in lines for word in line.split()} == units, (kernel, arch)
+    units = [
+        one["matrix_instructions"].split(".")[1]
+        for one in found
+        if (one["kernel"], one["arch"]) == ("linear_kernel", 90) and one["shape"].startswith("plain")
+    ]
+    # 64 outputs, as many rows as the tile has, 16 inputs at a time: a row's chain of sums is the same in all of them.
+    assert sorted(units) == ["64x128x16", "64x16x16", "64x64x16"]
     kernels = {one["kernel"] for one in found}
     modules = (ROOT / "src/quire/ops/cuda").glob("*.py")
     written = {

@@ -82,7 +82,7 @@ def linear_kernel(
             for first in range(0, inputs, BLOCK_K):
                 at = first + tl.arange(0, BLOCK_K)
                 part_w, part_x = _part(x_rows, columns, at, inputs, row_exists, output_exists, EVEN)
-                sums = tl.dot(part_w, part_x, sums)
+                sums = tl.dot(part_w, part_x, sums, out_dtype=tl.int32)
             total = sums.to(tl.float32)
         elif FORMAT == "fp8":
             for first in range(0, inputs, BLOCK_K):

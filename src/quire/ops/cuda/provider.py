@@ -77,7 +77,6 @@ class CudaOps(ComposedOps):
     def peak_bytes(self, work: Callable[[], object]) -> int:
         if self.device.type == "cpu":
             return super().peak_bytes(work)
-        torch.cuda.empty_cache()  # of what loading left: the cache is to have it
         before = int(torch.cuda.memory_allocated(self.device))
         torch.cuda.reset_peak_memory_stats(self.device)
         with _room():
@@ -189,6 +188,8 @@ class CudaOps(ComposedOps):
 
     def make_cache(self, shape: CacheShape) -> Array:
         dims = (shape.num_layers, 2, shape.num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of what loading left: the cache is to have it
         with _room():
             return torch.zeros(dims, dtype=_DTYPES[shape.storage], device=self.device)
 
