@@ -149,6 +149,40 @@ def test_weights_that_are_not_finite_are_named(provider: Ops, tiny: Tiny, tmp_pa
         load_model(tmp_path, provider, scheme=select_scheme("int8", None))
 
 
+class ExactInputs(ReferenceOps):
+    """Rounded weights and inputs as they are."""
+
+    def round_inputs(self, x: Any, levels: int, floating: bool = False) -> tuple[Any, Any]:
+        return x, np.ones((x.shape[0], 1), np.float32)
+
+
+@pytest.mark.parametrize("factor", [50, 1000])
+def test_channels_of_large_inputs_harm_inputs_of_eight_bits_and_not_those_of_sixteen(
+    factor: int, ops: Ops, tiny: Tiny, tmp_path: Path
+) -> None:
+    """A few channels of each norm are large, as in many trained models; the weights make up for it."""
+    from safetensors.numpy import load_file, save_file
+
+    source = tiny("llama")
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")):
+            tensor[[3, 30]] *= factor
+        elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+            tensor[:, [3, 30]] /= factor
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((source / "config.json").read_text())
+    tokens = np.random.default_rng(4).integers(0, 320, 100).tolist()
+    exact = logits(tmp_path, ops, None, tokens, [100])
+
+    def divergence(name: str, provider: Ops) -> float:
+        return mean_kl(exact, logits(tmp_path, provider, select_scheme(name, None), tokens, [100]))
+
+    for name in ("int8", "int4"):
+        assert divergence(name, ops) == pytest.approx(divergence(name, ExactInputs(np)), rel=0.1)
+    assert divergence("int8_w8a8", ops) > 4 * divergence("int8", ops)
+
+
 def test_fp8_is_as_near_to_the_model_as_its_three_bits_and_the_cpu_refuses_it(ops: Ops, tiny: Tiny) -> None:
     tokens, reference = np.random.default_rng(3).integers(0, 320, 60).tolist(), ReferenceOps(np)
     exact = logits(tiny("qwen3"), reference, None, tokens, [60])

@@ -121,7 +121,6 @@ REFUSED = {
     "{{ raise_exception('this conversation is refused') }}": "this conversation is refused",
     "{{ 1 / 0 }}": "division by zero",
     "{% autoescape true %}{% set x %}a{% endset %}{{ x.ljust(10**9) }}{% endautoescape %}": "autoescape",
-    "{% if a %}" + "{% elif a %}" * 3000 + "{% endif %}": "nests too deeply",
     "{% if %}": "not valid, line 1",
     "{{ messages[0].nothing.more }}": "has no attribute 'nothing'",
     "{{ " + "[" * 3000 + "]" * 3000 + " }}": "nests too deeply",
@@ -164,6 +163,16 @@ def test_refusals_are_clear(template):
         ChatTemplates().render(template, MESSAGES)
     assert "0x" not in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_a_long_chain_of_branches_is_rendered_or_refused():
+    """Which of them is up to Python's compiler: that of 3.13 takes more than those before it."""
+    template = "{% if a %}" + "{% elif a %}" * 3000 + "{% endif %}x"
+    try:
+        found = ChatTemplates().render(template, MESSAGES)
+    except InvalidRequestError as error:
+        found = str(error)
+    assert found in ("x", "the chat template failed: it nests too deeply")
 
 
 def test_long_numbers_in_text_are_no_widths():
