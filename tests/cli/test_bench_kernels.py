@@ -1,6 +1,8 @@
-"""`quire bench kernels`: what it prints, what it refuses, what it draws."""
+"""`quire bench kernels`: what it prints, what it refuses, what is drawn of it."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,22 @@ import numpy as np
 import pytest
 
 from quire.bench.kernels import Case, Limits, rate
-from quire.bench.plot import Panel, Series, draw
 from quire.cli.main import main
 from quire.ops.cpu import CpuOps
 from quire.ops.select import instruction_sets
 
+PLOT = Path(__file__).parents[2] / "benchmarks/plot_kernels.py"
 
-def test_one_operation_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    plot = tmp_path / "rates.svg"
-    flags = "--only gated_linear bfloat16 int4 m135 --rows 1 16 --threads 1 --json --plot".split()
-    code = main(["bench", "kernels", *flags, str(plot)])
-    report = json.loads(capsys.readouterr().out)
+
+def draw(report: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(PLOT)], input=report, capture_output=True, text=True)
+
+
+def test_one_operation_as_json_and_as_a_drawing(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--only gated_linear bfloat16 int4 m135 --rows 1 16 --threads 1 --json".split()
+    code = main(["bench", "kernels", *flags])
+    text = capsys.readouterr().out
+    report = json.loads(text)
     assert code == 0
     assert {(one["operation"], one["model"], one["shape"]) for one in report["rates"]} == {
         ("gated_linear", "m135", "3072x576")
@@ -32,8 +39,16 @@ def test_one_operation_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         assert one["seconds"] > 0 and 0 < one["of_limit"] < 50
         assert one["products_per_s"] * one["seconds"] == pytest.approx(2 * one["rows"] * 3072 * 576)
     assert report["limits"]["read_bytes_per_s"] > 1e8
-    root = ElementTree.fromstring(plot.read_text())
-    assert len(root.findall(".//{*}polyline")) == 4  # two formats, each with its limit
+    lines = ElementTree.fromstring(draw(text).stdout).findall(".//{*}polyline")
+    assert len(lines) == 4  # two formats, each with its limit
+    for line in lines:
+        (left, _), (right, _) = (map(float, point.split(",")) for point in line.attrib["points"].split())
+        assert left < right
+
+
+def test_nothing_to_draw_is_said() -> None:
+    done = draw('{"rates": []}')
+    assert done.returncode == 1 and done.stderr == "gated_linear was not measured\n"
 
 
 def test_time_runs_out(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,15 +92,3 @@ def test_the_binding_limit_is_named() -> None:
         0.4,
     )
     assert found(10**9, 4 * 10**11, None).bound == "memory"
-
-
-def test_a_plot_is_a_document_with_its_points_in_order() -> None:
-    series = Series("a < b", [(1, 0.01), (16, 0.1), (512, 1.0)], [(1, 0.02), (16, 0.2), (512, 2.0)])
-    root = ElementTree.fromstring(draw([Panel("one", [series]), Panel("two", [series])], "rows", "rate"))
-    line = root.findall(".//{*}polyline")[1].attrib["points"].split()
-    places = [tuple(map(float, point.split(","))) for point in line]
-    assert [x for x, _ in places] == sorted(x for x, _ in places)
-    assert [y for _, y in places] == sorted((y for _, y in places), reverse=True)
-    for points in ([], [(1, 0.0)], [(0, 1.0)]):
-        with pytest.raises(ValueError, match="above zero"):
-            draw([Panel("one", [Series("a", points, [])])], "rows", "rate")

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from quire.bench.plot import Panel, Series
-
 HOW = (
     "medians of single calls, each on another copy of weights and cache where these are small, so that they come from "
     "memory; limits: the best of several rounds with all threads, products of tiles or vectors loaded from the L1; "
@@ -102,11 +100,11 @@ def rate(case: Case, seconds: float, limits: Limits) -> Rate:
 
 
 def time_cases(cases: Iterable[Case], seconds: float) -> tuple[list[tuple[Case, float]], bool]:
-    """Times of all cases, or of those that were begun within `seconds`; whether these are all."""
+    """Times of all cases, or of the first and those that were begun within `seconds`; whether these are all."""
     end = time.perf_counter() + seconds
     found: list[tuple[Case, float]] = []
     for case in cases:
-        if time.perf_counter() > end:
+        if found and time.perf_counter() > end:
             return found, False
         found.append((case, time_case(case)))
     return found, True
@@ -137,25 +135,3 @@ def as_json(rates: Sequence[Rate], limits: Limits, machine: Mapping[str, str]) -
         "limits": asdict(limits),
         "rates": [asdict(one) | {"of_limit": one.of_limit} for one in rates],
     }
-
-
-def panels(rates: Sequence[Rate], operation: str = "gated_linear") -> list[Panel]:
-    """For each model: rows against TOP/s of one matrix, a line for each format, the limit of each beside it."""
-    found: dict[str, dict[str, list[Rate]]] = {}
-    for one in rates:
-        if one.operation == operation:
-            found.setdefault(f"{one.model}, {one.shape}", {}).setdefault(one.format, []).append(one)
-    return [
-        Panel(
-            title=title,
-            series=[
-                Series(
-                    name=name,
-                    points=[(one.rows, one.products_per_s / 1e12) for one in ones],
-                    limit=[(one.rows, one.products_per_s * one.of_limit**-1 / 1e12) for one in ones],
-                )
-                for name, ones in formats.items()
-            ],
-        )
-        for title, formats in found.items()
-    ]

@@ -18,7 +18,7 @@ ENGINE_HELP = {
     "model": "a directory or a hub id; without it, the embedded model",
     "tokenizer": "a directory or hub id; the model's own",
     "dtype": f"weights and cache: {', '.join(DTYPES)}; float32 computes exactly",
-    "quantization": f"round the weights while loading: {', '.join(QUANTIZATIONS)}; the checkpoint's own",
+    "quantization": f"round the weights while loading: {', '.join(QUANTIZATIONS)} (GPU); left out: not at all",
     "quantization_group_size": f"weights that share a scale with int4: {', '.join(map(str, GROUP_SIZES))}; 64",
     "max_model_len": "longest prompt plus output, in tokens (32k and 32K are understood); auto takes the model's",
     "max_num_seqs": "requests that run at once",
@@ -184,7 +184,7 @@ def _add_fields(group: Any, owner: type, helps: dict[str, str]) -> None:
     for name, text in helps.items():
         flag, kind = "--" + name.replace("_", "-"), _plain_type(hints[name])
         default = defaults[name]
-        shown = text if default in (None, MISSING) or owner is SamplingParams else f"{text} (default: {default})"
+        shown = text if default in (None, MISSING, False) or owner is SamplingParams else f"{text} (default: {default})"
         common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": shown.replace("%", "%%")}
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)

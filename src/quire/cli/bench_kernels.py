@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.errors import ConfigurationError
@@ -15,7 +14,6 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   quire bench kernels --only linear gated_linear int4 m1b
   quire bench kernels --rows 1 64 --json > rates.json
-  quire bench kernels --only gated_linear --plot kernels.svg
 
 names for --only, of any number of kinds; of one kind any is meant:
   operations  linear gated_linear logits attention add_rms_norm activation_multiply rope sample
@@ -39,7 +37,6 @@ def add(kinds: Any) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="the physical cores that this process may use")
     parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--plot", metavar="FILE", help="also draw the rates of gated_linear over rows, as SVG")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -74,17 +71,7 @@ def run(options: argparse.Namespace) -> int:
         print(kernels.as_text(rates, limits, facts))
     if not is_all:
         print(f"quire: not all was measured within {options.seconds:g} s; --seconds and --only", file=sys.stderr)
-    if options.plot:
-        _plot(kernels.panels(rates), options.plot)
     return 0
-
-
-def _plot(panels: Any, path: str) -> None:
-    from quire.bench.plot import draw
-
-    if not panels:
-        raise ConfigurationError("the plot shows gated_linear, which was not measured", field="plot")
-    Path(path).write_text(draw(panels, "rows", "TOP/s"), encoding="utf-8")
 
 
 def _chosen(only: list[str]) -> Any:

@@ -33,7 +33,6 @@ from quire.errors import (
     QuireError,
     RequestFailedError,
     internal_fault_message,
-    request_failure,
 )
 from quire.outputs import Decision, Metric, RequestOutput
 from quire.sampling_params import SamplingParams
@@ -330,9 +329,3 @@ def _put_all(items: list[tuple[Stream, RequestOutput]]) -> None:
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
     if not loop.is_closed():
         loop.call_soon_threadsafe(function, *args)
-
-
-def raise_if_failed(output: RequestOutput) -> None:
-    """Raise `RequestFailedError` when a sequence of `output` ended with an error."""
-    if output.error is not None:
-        raise request_failure(output.error)

@@ -1,8 +1,14 @@
-"""Lines on logarithmic axes as SVG: what a report needs, and no library for it."""
+"""Rates over rows, beside their limits, as SVG: what a report needs, and no library for it.
 
+quire bench kernels --only gated_linear --json | python benchmarks/plot_kernels.py [OPERATION] > kernels.svg
+"""
+
+import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from xml.sax.saxutils import escape
 
 COLOURS = ("#1f6fb4", "#d1495b", "#2a9d5c", "#8a5fbf", "#c98a1b")
@@ -100,3 +106,38 @@ class _Axes:
 def _share(value: float, ticks: Sequence[float]) -> float:
     low, high = math.log(ticks[0]), math.log(ticks[-1])
     return (math.log(value) - low) / (high - low) if high > low else 0.5
+
+
+def panels(rates: Sequence[Mapping[str, Any]], operation: str) -> list[Panel]:
+    """For each model: rows against TOP/s of one matrix, a line for each format, the limit of each beside it."""
+    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for one in rates:
+        if one["operation"] == operation:
+            found.setdefault(f"{one['model']}, {one['shape']}", {}).setdefault(one["format"], []).append(one)
+    return [
+        Panel(
+            title=title,
+            series=[
+                Series(
+                    name=name,
+                    points=[(one["rows"], one["products_per_s"] / 1e12) for one in ones],
+                    limit=[(one["rows"], one["products_per_s"] / one["of_limit"] / 1e12) for one in ones],
+                )
+                for name, ones in formats.items()
+            ],
+        )
+        for title, formats in found.items()
+    ]
+
+
+def main() -> None:
+    """The report of `quire bench kernels --json` in, the drawing out."""
+    operation = sys.argv[1] if len(sys.argv) > 1 else "gated_linear"
+    drawn = panels(json.load(sys.stdin)["rates"], operation)
+    if not drawn:
+        sys.exit(f"{operation} was not measured")
+    print(draw(drawn, "rows", "TOP/s"), end="")
+
+
+if __name__ == "__main__":
+    main()
