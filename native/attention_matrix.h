@@ -58,7 +58,7 @@ constexpr float kLargestSum = 0x1p40f;
 struct MatrixScratch {
     float* rotated;       // [head_dim]
     uint16_t* queries;    // [tiles][steps][16][32]
-    float* scores;        // [2][2 tiles][4][16][16]
+    float* scores;        // [2 tiles][4][16][16]
     uint16_t* weights;    // [2 tiles][chunks][2][16][32]
     float* mixed;         // [2 tiles][value_dim / 16][16][16]
     float* apart;         // the same, of which only one row is wanted
@@ -75,7 +75,7 @@ struct MatrixScratch {
             return taken;
         };
         for (int pass = 0; pass < 2; ++pass) {  // the first only counts
-            scores = reinterpret_cast<float*>(take(2 * 2 * 4096));
+            scores = reinterpret_cast<float*>(take(2 * 4096));
             weights = reinterpret_cast<uint16_t*>(take(2 * kSplitChunks * 2048));
             mixed = reinterpret_cast<float*>(take(2 * mixed_bytes));
             apart = reinterpret_cast<float*>(take(2 * mixed_bytes));
@@ -234,7 +234,7 @@ private:
         broken_ = false;
         weigh_chunks();
         if (find_overflow()) {
-            for_each_chunk([&](int64_t c, float* scores) { raise_tops(c, scores); });
+            for_each_chunk([&](int64_t c, const float* scores) { raise_tops(c, scores); });
             for (int64_t t = 0; t < group_tiles_; ++t) states_[t].clear_totals();
             weigh_chunks();
             find_overflow();
@@ -245,22 +245,14 @@ private:
         products_.mix(scratch_.weights + first_ * 1024, tile_stride, chunks_ + first_, last_ - first_, scratch_.mixed);
     }
 
-    // Calls work(chunk, scores) for each; the scores of the next chunk can be computed meanwhile.
+    // Calls work(chunk, scores) for each.
     template <class ChunkWork>
     void for_each_chunk(ChunkWork&& work) {
         products_.begin_scores(scratch_.queries + group_tile_ * products_.query_items(), group_tiles_);
-        if (first_ == last_) return;
-        float *scores = scratch_.scores, *next = scratch_.scores + 2048;
-        products_.start(chunks_[first_], scores);
-        products_.finish();
         for (int64_t c = first_; c < last_; ++c) {
-            if (c + 1 < last_) products_.start(chunks_[c + 1], next);
-            if (args_.softcap != 0.0f) cap(scores);
-            work(c, scores);
-            products_.finish();
-            float* const done = scores;
-            scores = next;
-            next = done;
+            products_.score(chunks_[c], scratch_.scores);
+            if (args_.softcap != 0.0f) cap(scratch_.scores);
+            work(c, scratch_.scores);
         }
     }
 
@@ -276,7 +268,7 @@ private:
     }
 
     void weigh_chunks() {
-        for_each_chunk([&](int64_t c, float* scores) {
+        for_each_chunk([&](int64_t c, const float* scores) {
             if (prefetch_) {
                 keys_.prefetch_values(chunks_[c], value_dim_);
                 if (c + kAhead < last_) keys_.prefetch_keys(chunks_[c + kAhead]);
@@ -295,11 +287,10 @@ private:
             const __mmask16 lacking = state.lacking(rows);
             if (lacking != 0) state.raise(lacking, largest_scores(scores, rows, seen), unit_);
             uint16_t* const weights = scratch_.weights + (t * kSplitChunks + c) * 1024;
-            const auto between = [this] { products_.advance(); };
             if (visible.all) {
-                weigh<false>(scores, rows, nullptr, unit_, state, weights, between);
+                weigh<false>(scores, rows, nullptr, unit_, state, weights);
             } else {
-                weigh<true>(scores, rows, seen, unit_, state, weights, between);
+                weigh<true>(scores, rows, seen, unit_, state, weights);
             }
         }
     }

@@ -23,6 +23,8 @@ struct alignas(64) TileShapes {
 
 // The products of up to two tiles of queries (32) with the keys of a chunk, and of their weights with its values.
 //
+// Keys and values are loaded past the first cache, where they would push out what is used again.
+//
 // A tile is zeroed as soon as nobody needs it: a zero tile takes none of the core's tile registers, and while another
 // thread of the core uses its eight there is none left to rename to (docs/design/amx.md).
 class MatrixProducts {
@@ -47,24 +49,17 @@ public:
         if (steps_ == 2) _tile_loadd(7, queries + query_items() + 512, 64);
     }
 
-    // scores [tiles][4][16][16] = queries . keys, in small parts, so that vectors can be busy meanwhile
-    void start(const MatrixChunk& chunk, float* scores) {
-        keys_ = &chunk;
-        scores_ = scores;
-        quarter_ = 0;
-        at_ = 0;
-    }
-    bool done() const { return quarter_ == 4; }
-    void advance() {
-        if (done()) return;
-        if (resident()) {
-            one_quarter();
-        } else {
-            two_quarters();
+    // scores [tiles][4][16][16] = queries . keys
+    void score(const MatrixChunk& chunk, float* scores) const {
+        for (int quarter = 0; quarter < 4; quarter += 2) {
+            float* const to = scores + quarter * 256;
+            if (resident()) {
+                score_quarter(chunk.keys[quarter], to);
+                score_quarter(chunk.keys[quarter + 1], to + 256);
+            } else {
+                score_half(chunk.keys[quarter], chunk.keys[quarter + 1], to);
+            }
         }
-    }
-    void finish() {
-        while (!done()) advance();
     }
 
     // mixed [tiles][value_dim / 16][16][16] = weights [tiles][chunks][2][16][32] . values, over `count` chunks of
@@ -109,70 +104,56 @@ private:
         _tile_loadconfig(&shapes);
     }
 
-    void one_quarter() {
-        const uint16_t* keys = keys_->keys[quarter_];
-        if (at_ == 0) {
-            _tile_loadd(2, keys, 64);
-            _tile_dpbf16ps(0, 4, 2);
-            if (two_) _tile_dpbf16ps(1, 6, 2);
-            _tile_zero(2);
-            if (steps_ == 2) {
-                _tile_loadd(3, keys + step_ * 16, 64);
-                _tile_dpbf16ps(0, 5, 3);
-                if (two_) _tile_dpbf16ps(1, 7, 3);
-                _tile_zero(3);
-            }
-            at_ = 1;
-            return;
-        }
-        _tile_stored(0, scores_ + quarter_ * 256, 64);
-        _tile_zero(0);
-        if (two_) {
-            _tile_stored(1, scores_ + 1024 + quarter_ * 256, 64);
-            _tile_zero(1);
-        }
-        at_ = 0;
-        ++quarter_;
-    }
-
-    void two_quarters() {
-        if (at_ == 0) {
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
+    // The scores of 16 positions, with all queries in registers.
+    void score_quarter(const uint16_t* keys, float* scores) const {
+        _tile_stream_loadd(2, keys, 64);
+        _tile_dpbf16ps(0, 4, 2);
+        if (two_) _tile_dpbf16ps(1, 6, 2);
+        _tile_zero(2);
+        if (steps_ == 2) {
+            _tile_stream_loadd(3, keys + step_ * 16, 64);
+            _tile_dpbf16ps(0, 5, 3);
+            if (two_) _tile_dpbf16ps(1, 7, 3);
             _tile_zero(3);
         }
-        if (at_ < steps_) {
-            const uint16_t* query = queries_ + at_ * 512;
-            const int64_t key = at_ * step_ * 16;
+        _tile_stored(0, scores, 64);
+        _tile_zero(0);
+        if (!two_) return;
+        _tile_stored(1, scores + 1024, 64);
+        _tile_zero(1);
+    }
+
+    // The scores of 32 positions.
+    void score_half(const uint16_t* first, const uint16_t* second, float* scores) const {
+        for (int64_t s = 0; s < steps_; ++s) {
+            const uint16_t* const query = queries_ + s * 512;
+            const int64_t at = s * step_ * 16;
+            _tile_stream_loadd(6, first + at, 64);
             _tile_loadd(4, query, 64);
-            _tile_loadd(6, keys_->keys[quarter_] + key, 64);
             _tile_dpbf16ps(0, 4, 6);
-            if (two_) {
-                _tile_loadd(5, query + query_items(), 64);
-                _tile_dpbf16ps(2, 5, 6);
-            }
-            _tile_zero(6);
-            _tile_loadd(7, keys_->keys[quarter_ + 1] + key, 64);
+            _tile_stream_loadd(7, second + at, 64);
             _tile_dpbf16ps(1, 4, 7);
             _tile_zero(4);
             if (two_) {
+                _tile_loadd(5, query + query_items(), 64);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_zero(6);
                 _tile_dpbf16ps(3, 5, 7);
                 _tile_zero(5);
+            } else {
+                _tile_zero(6);
             }
             _tile_zero(7);
-            ++at_;
-            return;
         }
-        float* const to = scores_ + quarter_ * 256;
-        _tile_stored(0, to, 64);
-        _tile_stored(1, to + 256, 64);
-        if (two_) {
-            _tile_stored(2, to + 1024, 64);
-            _tile_stored(3, to + 1024 + 256, 64);
-        }
-        at_ = 0;
-        quarter_ += 2;
+        _tile_stored(0, scores, 64);
+        _tile_zero(0);
+        _tile_stored(1, scores + 256, 64);
+        _tile_zero(1);
+        if (!two_) return;
+        _tile_stored(2, scores + 1024, 64);
+        _tile_zero(2);
+        _tile_stored(3, scores + 1280, 64);
+        _tile_zero(3);
     }
 
     // 32 dimensions, or the last 16, of two tiles of queries
@@ -186,20 +167,18 @@ private:
             for (int half = 0; half < 2; ++half) {
                 const uint16_t* weight = weights + c * 1024 + half * 512;
                 const uint16_t* value = chunks[c].values[2 * half] + d / 16 * chunks[c].value_stride;
+                _tile_stream_loadd(6, value, 64);
+                if (wide) _tile_stream_loadd(7, value + chunks[c].value_stride, 64);
                 _tile_loadd(4, weight, 64);
-                _tile_loadd(6, value, 64);
                 _tile_dpbf16ps(0, 4, 6);
+                if (wide) _tile_dpbf16ps(1, 4, 7);
+                _tile_zero(4);
                 _tile_loadd(5, weight + tile_stride, 64);
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_zero(6);
-                if (wide) {
-                    _tile_loadd(7, value + chunks[c].value_stride, 64);
-                    _tile_dpbf16ps(1, 4, 7);
-                    _tile_dpbf16ps(3, 5, 7);
-                    _tile_zero(7);
-                }
-                _tile_zero(4);
+                if (wide) _tile_dpbf16ps(3, 5, 7);
                 _tile_zero(5);
+                _tile_zero(7);
             }
         }
         float* const second = mixed + value_dim_ * 16;
@@ -266,9 +245,6 @@ private:
     const bool paired_;
     const uint16_t* queries_ = nullptr;
     bool two_ = false;
-    const MatrixChunk* keys_ = nullptr;
-    float* scores_ = nullptr;
-    int64_t quarter_ = 4, at_ = 0;
 };
 
 }  // namespace quire::QUIRE_ISA

@@ -158,11 +158,10 @@ inline __m512 largest_scores(const float* scores, int64_t rows, const uint64_t* 
     return across_rows<Largest>(largest);
 }
 
-// Weights 2^(unit score - top), as bfloat16 [2][16][32]; totals grow by them. `between` runs now and then: the matrix
-// unit gets its next work while vectors are busy.
-template <bool Masked, class Between>
+// Weights 2^(unit score - top), as bfloat16 [2][16][32]; totals grow by them.
+template <bool Masked>
 void weigh(const float* scores, int64_t rows, const uint64_t* visible, float unit, MatrixState& state,
-           uint16_t* weights, Between&& between) {
+           uint16_t* weights) {
     const PowerOfTwo power;
     const __m512 units = PowerOfTwo::constant(unit), lowest = _mm512_set1_ps(-__builtin_inff());
     for (int64_t row = 0; row < rows; ++row) {
@@ -179,7 +178,6 @@ void weigh(const float* scores, int64_t rows, const uint64_t* visible, float uni
             const __m512bh pair = _mm512_cvtne2ps_pbh(w[2 * half + 1], w[2 * half]);
             _mm512_storeu_si512(weights + half * 512 + row * 32, (__m512i)pair);
         }
-        if (row % 4 == 3) between();
     }
 }
 
