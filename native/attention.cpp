@@ -78,6 +78,13 @@ int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 template <class Program>
 void run(const AttentionArgs& args, ThreadPool& pool) {
+    const int64_t writes = (args.query_starts[args.rows] + kWriteTokens - 1) / kWriteTokens;
+    if (args.out == nullptr) {
+        Job job{};
+        job.args = &args;
+        job.pool = &pool;
+        return pool.run(writes, write_tokens<Program>, &job);
+    }
     int64_t tile = Program::tile_tokens(group_of(args));
     int64_t count = Plan(args, tile, nullptr).count();
     while (tile > 4 && count < 10 * pool.threads()) {
@@ -100,9 +107,10 @@ void run(const AttentionArgs& args, ThreadPool& pool) {
     Plan(args, tile, job.items);
     list_divided(args, tile, job.partial_starts, job.unfinished);
     job.count = count;
-    job.writes = only_last_splits_grow(args, tile);
-    job.batch = job.writes ? larger(1, count / (pool.threads() * 8)) : 1;
-    if (!job.writes) pool.run((args.query_starts[args.rows] + kWriteTokens - 1) / kWriteTokens, write_tokens<Program>, &job);
+    const bool divided = only_last_splits_grow(args, tile);
+    job.writes = divided && args.k != nullptr;
+    job.batch = divided ? larger(1, count / (pool.threads() * 8)) : 1;
+    if (!divided && args.k != nullptr) pool.run(writes, write_tokens<Program>, &job);
     pool.run((count + job.batch - 1) / job.batch, attend_items<Program>, &job);
 }
 

@@ -183,7 +183,7 @@ struct RopeTables {
 };
 
 struct AttentionArgs {
-    const float *q, *k, *v;  // [tokens, heads | kv_heads, head_dim]
+    const float *q, *k, *v;  // [tokens, heads | kv_heads, head_dim]; k and v null: they are written already
     int64_t q_stride, k_stride, v_stride;
     int64_t heads;
     CacheLayout cache;
@@ -198,7 +198,7 @@ struct AttentionArgs {
     float softcap;       // 0: none
     const float* sinks;  // [heads] or null
     RopeTables rope;     // of q, and of k before it is written
-    float* out;          // [tokens, heads * head_dim]
+    float* out;          // [tokens, heads * head_dim]; null: k and v are only written
 };
 
 struct SampleArgs {

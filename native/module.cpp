@@ -555,9 +555,9 @@ NB_MODULE(_native, module) {
         .def("norm", &Program::norm, nb::arg(), nb::arg().none(), nb::arg(), none, nb::arg(), nb::arg(), nb::arg())
         .def("add", &Program::add)
         .def("attention", &Program::attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), none,
-             none, none, nb::arg())
+             none, none, nb::arg(), nb::arg())
         .def("activation", &Program::activation)
-        .def("run", &Program::run);
+        .def("run", &Program::run, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), none, nb::arg(), nb::arg());
 }
 
 }  // namespace quire

@@ -1,5 +1,7 @@
 #include "program.h"
 
+#include <cstring>
+
 namespace quire {
 
 namespace {
@@ -23,6 +25,19 @@ void add_rows(void* context, int64_t item, int) {
     }
 }
 
+void require_outputs(const Ints1& outputs, const Ints1& query_starts, bool narrows) {
+    require(narrows, "program: this one gives all of its tokens");
+    int64_t next = 0;
+    for (int64_t row = 0; row + 1 < query_starts.size(0); ++row) {
+        const int64_t end = query_starts.data()[row + 1];
+        const int64_t first = next < outputs.size(0) ? std::max(outputs.data()[next], query_starts.data()[row]) : end;
+        for (int64_t token = first; token < end; ++token, ++next) {
+            require(next < outputs.size(0) && outputs.data()[next] == token, "program: outputs are not a row's last tokens");
+        }
+    }
+    require(next == outputs.size(0), "program: outputs are not a row's last tokens");
+}
+
 }  // namespace
 
 Program::Program(const Kernels& kernels, ThreadPool& pool, std::vector<ProgramBuffer> buffers, int64_t floats,
@@ -41,8 +56,28 @@ Program::Program(const Kernels& kernels, ThreadPool& pool, std::vector<ProgramBu
 
 float* Program::Frame::base(const View& view) const {
     if (view.buffer == program->result_) return result;
-    const int64_t offset = std::get<0>(program->buffers_[view.buffer]) * program->padded(tokens);
+    const int64_t offset = std::get<0>(program->buffers_[view.buffer]) * program->padded(room);
     return static_cast<float*>(program->arena_->data()) + offset;
+}
+
+void Program::Frame::narrow(const std::vector<int64_t>& buffers) {
+    for (const int64_t buffer : buffers) {
+        const View all{buffer, 0, 1, std::get<1>(program->buffers_[buffer])};
+        for (int64_t i = 0; i < num_outputs; ++i) {
+            std::memmove(base(all) + i * all.width, base(all) + outputs[i] * all.width, all.width * sizeof(float));
+        }
+    }
+    narrow_query_starts = {0};
+    for (int64_t row = 0, next = 0; row < rows; ++row) {
+        const int64_t end = query_starts[row + 1];
+        while (next < num_outputs && outputs[next] < end) ++next;
+        const int64_t kept = next - narrow_query_starts.back();
+        narrow_starts.push_back(static_cast<int32_t>(starts[row] + end - query_starts[row] - kept));
+        narrow_query_starts.push_back(static_cast<int32_t>(next));
+    }
+    tokens = num_outputs;
+    query_starts = narrow_query_starts.data();
+    starts = narrow_starts.data();
 }
 
 float* Program::Frame::at(const View& view) const {
@@ -77,7 +112,7 @@ Program::View Program::output(const ViewNumbers& numbers, int64_t size, const ch
     return result;
 }
 
-void Program::append(const std::string& name, std::function<void(const Frame&)> run, int64_t bytes, int64_t products) {
+void Program::append(const std::string& name, std::function<void(Frame&)> run, int64_t bytes, int64_t products) {
     const auto lock = pool_.exclusive();
     instructions_.push_back({std::move(run), &pool_.profile().entry(name, bytes, products)});
 }
@@ -186,7 +221,7 @@ RopeTables Program::keep_tables(nb::handle cos_, nb::handle sin_, int64_t head_d
 
 void Program::attention(std::tuple<ViewNumbers, ViewNumbers, ViewNumbers> qkv, int64_t layer, float scale,
                         int64_t window, float softcap, nb::handle sinks_, nb::handle cos, nb::handle sin,
-                        ViewNumbers y_) {
+                        std::vector<int64_t> narrows, ViewNumbers y_) {
     const View q = view(std::get<0>(qkv)), k = view(std::get<1>(qkv)), v = view(std::get<2>(qkv));
     const View y = output(y_, q.size(), "attention: out has the wrong shape");
     require(layer >= 0, "attention: no such layer");
@@ -200,12 +235,27 @@ void Program::attention(std::tuple<ViewNumbers, ViewNumbers, ViewNumbers> qkv, i
     layers_ = std::max(layers_, layer + 1);
     kv_heads_ = k.groups;
     head_dim_ = q.width;
-    append(window == INT64_MAX ? "attention" : "attention, window", [=](const Frame& frame) {
-        kernels_.attention(AttentionArgs{frame.at(q), frame.at(k), frame.at(v), frame.stride(q), frame.stride(k),
-                                         frame.stride(v), q.groups, *frame.cache, layer, frame.rows,
-                                         frame.query_starts, frame.starts, frame.tables, frame.table_stride, scale,
-                                         window, softcap, sinks, tables, frame.at(y)},
-                           pool_);
+    for (const int64_t buffer : narrows) {
+        const bool exists = buffer >= 0 && buffer < static_cast<int64_t>(buffers_.size());
+        require(exists && !std::get<2>(buffers_[buffer]) && buffer != result_, "program: no such buffer to narrow");
+    }
+    require(narrows.empty() || !narrows_, "program: a step is narrowed once");
+    narrows_ = narrows_ || !narrows.empty();
+    append(window == INT64_MAX ? "attention" : "attention, window", [=](Frame& frame) {
+        AttentionArgs args{frame.at(q), frame.at(k), frame.at(v), frame.stride(q), frame.stride(k),
+                           frame.stride(v), q.groups, *frame.cache, layer, frame.rows,
+                           frame.query_starts, frame.starts, frame.tables, frame.table_stride, scale,
+                           window, softcap, sinks, tables, frame.at(y)};
+        if (frame.num_outputs < frame.tokens && !narrows.empty()) {
+            args.out = nullptr;
+            kernels_.attention(args, pool_);
+            frame.narrow(narrows);
+            args.k = args.v = nullptr;
+            args.query_starts = frame.query_starts;
+            args.starts = frame.starts;
+            args.out = frame.at(y);
+        }
+        if (frame.tokens > 0) kernels_.attention(args, pool_);
     });
 }
 
@@ -223,7 +273,7 @@ void Program::activation(ViewNumbers x_, int kind_, bool multiply, ViewNumbers y
 }
 
 void Program::run(nb::handle token_ids_, nb::handle positions_, nb::handle query_starts_, nb::handle starts_,
-                  nb::handle tables_, const Cache& cache, nb::handle out_) {
+                  nb::handle tables_, nb::handle outputs_, const Cache& cache, nb::handle out_) {
     Ints1 token_ids(token_ids_, "token_ids"), positions(positions_, "positions");
     Ints1 query_starts(query_starts_, "query_starts"), starts(starts_, "starts");
     Ints2 tables(tables_, "block_tables");
@@ -232,15 +282,21 @@ void Program::run(nb::handle token_ids_, nb::handle positions_, nb::handle query
     require(positions.size(0) == tokens, "program: one position for each token is needed");
     require_ids(token_ids, token_limit_, "embed: a token id is outside the table");
     require_ids(positions, position_limit_, "embed: a position is outside the table");
-    require(out.size(0) == tokens && out.size(1) == std::get<1>(buffers_[result_]), "program: out has the wrong shape");
+    std::optional<Ints1> outputs;
+    if (!outputs_.is_none()) outputs.emplace(outputs_, "outputs");
+    const int64_t num_outputs = outputs.has_value() ? outputs->size(0) : tokens;
+    require(out.size(0) == num_outputs && out.size(1) == std::get<1>(buffers_[result_]),
+            "program: out has the wrong shape");
     const CacheLayout& layout = cache.layout();
     require(layers_ <= layout.layers, "attention: no such layer");
     require(layers_ == 0 || head_dim_ == layout.head_dim, "attention: head_dim is not the cache's");
     require(layers_ == 0 || kv_heads_ == layout.kv_heads, "attention: heads do not fit the cache's kv_heads");
     require_rows(tokens, layout, query_starts, starts, tables);
     require_rope_covers(rope_limit_, query_starts, starts);
-    const Frame frame{this,           tokens,        out.data(),    token_ids.data(), positions.data(), starts.size(0),
-                      query_starts.data(), starts.data(), tables.data(), tables.stride(),  &layout};
+    if (outputs.has_value()) require_outputs(*outputs, query_starts, narrows_);
+    Frame frame{this, tokens, tokens, out.data(), token_ids.data(), positions.data(), starts.size(0),
+                query_starts.data(), starts.data(), tables.data(), tables.stride(), &layout,
+                outputs.has_value() ? outputs->data() : nullptr, num_outputs};
     nb::gil_scoped_release unlocked;
     const auto lock = pool_.exclusive();
     const size_t bytes = floats_ * padded(tokens) * sizeof(float);
@@ -251,8 +307,9 @@ void Program::run(nb::handle token_ids_, nb::handle positions_, nb::handle query
     const ThreadPool::Hot hot(pool_);
     auto begun = Profile::Clock::now();
     for (const Instruction& instruction : instructions_) {
+        if (frame.tokens == 0) break;  // nobody asked for what would follow
         instruction.run(frame);
-        instruction.times->add(tokens, begun);
+        instruction.times->add(frame.tokens, begun);
     }
 }
 

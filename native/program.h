@@ -32,12 +32,14 @@ public:
               bool centre, ViewNumbers y);
     void add(ViewNumbers x, ViewNumbers y);
     void attention(std::tuple<ViewNumbers, ViewNumbers, ViewNumbers> qkv, int64_t layer, float scale, int64_t window,
-                   float softcap, nb::handle sinks, nb::handle cos, nb::handle sin, ViewNumbers y);
+                   float softcap, nb::handle sinks, nb::handle cos, nb::handle sin, std::vector<int64_t> narrows,
+                   ViewNumbers y);
     void activation(ViewNumbers x, int kind, bool multiply, ViewNumbers y);
 
-    // Runs all of it; `out` [tokens, width of the result].
+    // Runs all of it; `out` [outputs, width of the result]. `outputs` are tokens, of each row its last ones, or null: all.
+    // From an attention that `narrows` on, only they are computed: their rows of those buffers move up.
     void run(nb::handle token_ids, nb::handle positions, nb::handle query_starts, nb::handle starts,
-             nb::handle block_tables, const Cache& cache, nb::handle out);
+             nb::handle block_tables, nb::handle outputs, const Cache& cache, nb::handle out);
 
 private:
     struct View {
@@ -48,14 +50,18 @@ private:
     // What is known of one step only.
     struct Frame {
         const Program* program;
-        int64_t tokens;
+        int64_t room, tokens;  // those for which there is memory, those that are computed
         float* result;
         const int32_t *token_ids, *positions;
         int64_t rows;
         const int32_t *query_starts, *starts, *tables;
         int64_t table_stride;
         const CacheLayout* cache;
+        const int32_t* outputs;
+        int64_t num_outputs;
+        std::vector<int32_t> narrow_starts = {}, narrow_query_starts = {};
 
+        void narrow(const std::vector<int64_t>& buffers);
         float* at(const View& view) const;        // null for tiles
         TileRows tiles(const View& view) const;  // null for float32
         int64_t stride(const View& view) const { return program->width_of(view); }
@@ -63,7 +69,7 @@ private:
         float* base(const View& view) const;
     };
     struct Instruction {
-        std::function<void(const Frame&)> run;
+        std::function<void(Frame&)> run;
         Profile::Entry* times;
     };
 
@@ -73,7 +79,7 @@ private:
     View output(const ViewNumbers& numbers, int64_t size, const char* message) const;
     int64_t width_of(const View& view) const { return std::get<1>(buffers_[view.buffer]); }
     bool is_tiles(const View& view) const { return std::get<2>(buffers_[view.buffer]); }
-    void append(const std::string& name, std::function<void(const Frame&)> run, int64_t bytes = 0,
+    void append(const std::string& name, std::function<void(Frame&)> run, int64_t bytes = 0,
                 int64_t products = 0);
     const PackedLinear& keep_packed(nb::handle object);
     const float* keep_floats(nb::handle object, int64_t size, const char* name);
@@ -89,6 +95,7 @@ private:
     std::vector<std::unique_ptr<Floats1>> vectors_;
     std::vector<std::unique_ptr<Floats2>> tables_;
     int64_t token_limit_ = INT64_MAX, position_limit_ = INT64_MAX, rope_limit_ = INT64_MAX;
+    bool narrows_ = false;
     int64_t layers_ = 0, kv_heads_ = 0, head_dim_ = 0;  // that the cache must have; 0 without attention
     std::unique_ptr<Pages> arena_;  // of the largest step so far
 };

@@ -29,8 +29,8 @@ class PagedModel:
         self.cache = ops.make_cache(model.cache_shape(num_blocks, block_size))
         self.free = np.random.default_rng(seed).permutation(num_blocks).tolist()
 
-    def step(self, rows: Sequence[Row], counts: Sequence[int]) -> list[Any]:
-        """Compute the next `counts[r]` tokens of each row; logits `[counts[r], vocabulary]` of each."""
+    def step(self, rows: Sequence[Row], counts: Sequence[int], outputs: Sequence[int] | None = None) -> list[Any]:
+        """Compute the next `counts[r]` tokens of each row; logits `[outputs[r], vocabulary]` of the last of each."""
         token_ids, positions = [], []
         for row, count in zip(rows, counts, strict=True):
             stop = row.num_computed + count
@@ -47,12 +47,17 @@ class PagedModel:
             query_starts=self.ops.array(query_starts, "int32"),
             starts=self.ops.array([row.num_computed for row in rows], "int32"),
             block_tables=self.ops.array(tables, "int32"),
+            outputs=None
+            if outputs is None
+            else np.array(
+                [at for end, n in zip(query_starts[1:], outputs, strict=True) for at in range(end - n, end)], np.int32
+            ),
         )
         hidden = self.model.forward(self.ops.array(token_ids, "int32"), batch, self.cache)
         logits = self.ops.to_numpy(self.model.logits(hidden))
         for row, count in zip(rows, counts, strict=True):
             row.num_computed += count
-        return np.split(logits, query_starts[1:-1])
+        return np.split(logits, np.cumsum(counts if outputs is None else outputs)[:-1])
 
     def all_logits(self, token_ids: Sequence[int], chunks: Sequence[int]) -> Any:
         """`[tokens, vocabulary]` of one sequence, computed in chunks."""

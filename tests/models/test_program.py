@@ -55,6 +55,32 @@ def test_a_program_gives_the_bits_of_its_operations(family: str, isa: str, tiny:
             assert np.array_equal(ours, expected)
 
 
+OUTPUTS = [[1, 1, 0], [1, 0, 1], [0, 0, 0], [60, 0, 1], [0, 0, 1]]
+"""Of `COUNTS`, those whose hidden states are wanted."""
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_outputs_have_the_bits_of_the_whole_step_and_the_cache_is_the_same(family: str, isa: str, tiny: Tiny) -> None:
+    model, ops = load(tiny(family), 2, isa)
+    tokens = np.random.default_rng(5).integers(0, VOCAB_SIZE, (3, MAX_MODEL_LEN)).tolist()
+    paged = PagedModel(model, ops, num_blocks=48, block_size=16)
+    rows = [Row(one) for one in tokens]
+    some = [
+        logits for counts, outputs in zip(COUNTS, OUTPUTS, strict=True) for logits in paged.step(rows, counts, outputs)
+    ]
+    for ours, expected, count in zip(some, run(model, ops), np.ravel(OUTPUTS), strict=True):
+        assert np.array_equal(ours, expected[len(expected) - count :])
+
+
+@pytest.mark.parametrize("outputs", [[0], [0, 2], [2, 1], [3], [-1], [2, 2], [[2]], [2, 3]], ids=str)
+def test_outputs_that_are_not_the_last_of_their_rows_are_refused(outputs: list[int], tiny: Tiny) -> None:
+    model, ops = load(tiny("llama"))
+    assert step_of(model, ops, outputs=[2]).shape == (1, 64)
+    with pytest.raises(ValueError, match="outputs"):
+        step_of(model, ops, outputs=outputs)
+
+
 @pytest.mark.parametrize("isa", instruction_sets())
 def test_threads_change_no_bit(isa: str, tiny: Tiny) -> None:
     expected = run(*load(tiny("gemma3"), 1, isa))
@@ -70,7 +96,7 @@ def step_of(model: Decoder, ops: CpuOps, **changes: Any) -> Any:
     shape = replace(model.cache_shape(2, 16), **{name: changes.pop(name) for name in list(changes) if name in CACHE})
     arrays = {name: np.array(value, np.int32) for name, value in (values | changes).items()}
     token_ids, positions = arrays["token_ids"], arrays["positions"]
-    batch = AttentionBatch(positions, arrays["query_starts"], arrays["starts"], arrays["tables"])
+    batch = AttentionBatch(positions, arrays["query_starts"], arrays["starts"], arrays["tables"], arrays.get("outputs"))
     return model.forward(token_ids, batch, ops.make_cache(shape))
 
 

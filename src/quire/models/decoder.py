@@ -272,11 +272,11 @@ class Decoder:
         return CacheShape(spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, self._storage)
 
     def forward(self, token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
-        """`[tokens]` -> hidden states after the last norm `[tokens, hidden]`."""
+        """`[tokens]` -> hidden states after the last norm `[outputs, hidden]`."""
         return self._compute(token_ids, batch, cache)
 
     def compute(self, ops: Ops, token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
-        """`forward` operation by operation; `ops` holds the weights, or stands for the provider that does."""
+        """`forward` of all tokens, by operations; `ops` holds the weights, or stands for the provider that does."""
         residual = ops.embed(token_ids, self._embedding, self.spec.embedding_scale)
         if self._positions is not None:
             residual += ops.embed(batch.positions, self._positions)

@@ -25,7 +25,7 @@ class Model(Protocol):
         """The key-value cache that `forward` wants."""
 
     def forward(self, token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
-        """`token_ids [tokens]` int32 -> `[tokens, hidden]` after the last norm. Fills the cache."""
+        """`token_ids [tokens]` int32 -> `[outputs, hidden]` after the last norm. Fills the cache."""
 
     def greedy(self, hidden: Array) -> tuple[Array, Array]:
         """`Ops.greedy` of rows of hidden states: the token of the largest logit and whether the logits are finite."""

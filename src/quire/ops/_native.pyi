@@ -49,9 +49,11 @@ class Program:
         sinks: Any | None,
         cos: Any | None,
         sin: Any | None,
+        narrows: Sequence[int],
         y: _View,
         /,
-    ) -> None: ...
+    ) -> None:
+        """From one that `narrows` on, only the outputs of a step are computed: their rows of these buffers move up."""
     def activation(self, x: _View, kind: int, multiply: bool, y: _View, /) -> None: ...
     def run(
         self,
@@ -60,11 +62,13 @@ class Program:
         query_starts: Any,
         starts: Any,
         block_tables: Any,
+        outputs: Any | None,
         cache: Cache,
         out: Any,
         /,
     ) -> None:
-        """`out [tokens, width of the result]`."""
+        """`outputs`: ascending numbers of tokens, of each row its last ones, or None for all; `out [outputs, width of
+        the result]`."""
 
 class Runtime:
     def __init__(self, threads: int, isa: str, affinity: Sequence[Sequence[int]], /) -> None:

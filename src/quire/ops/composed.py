@@ -2,10 +2,20 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal, cast
 
-from quire.ops.types import Activation, Array, DeviceMemory, Forward, Opaque, Ops, PenaltyBatch, Step, StorageType
+from quire.ops.types import (
+    Activation,
+    Array,
+    AttentionBatch,
+    DeviceMemory,
+    Forward,
+    Opaque,
+    Ops,
+    PenaltyBatch,
+    Step,
+    StorageType,
+)
 from quire.outputs import Decision
 
 
@@ -66,7 +76,12 @@ class ComposedOps:
 
     def compile(self, forward: Forward) -> Step:
         """Operation by operation."""
-        return partial(forward, cast(Ops, self))
+
+        def step(token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
+            hidden = forward(cast(Ops, self), token_ids, batch, cache)
+            return hidden if batch.outputs is None else hidden[cast(Ops, self).array(batch.outputs, "int64")]
+
+        return step
 
     def clear_broken(self, logits: Array) -> Array:
         """Exact."""

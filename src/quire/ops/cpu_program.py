@@ -44,8 +44,10 @@ class CpuProgram:
 
     def __call__(self, token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Any:
         """Raises ValueError as the single operations do."""
-        out = np.empty((token_ids.shape[0], self._width), np.float32)
-        self._native.run(token_ids, batch.positions, batch.query_starts, batch.starts, batch.block_tables, cache, out)
+        outputs = batch.outputs
+        out = np.empty((token_ids.shape[0] if outputs is None else len(outputs), self._width), np.float32)
+        tables = batch.block_tables
+        self._native.run(token_ids, batch.positions, batch.query_starts, batch.starts, tables, outputs, cache, out)
         return out
 
 
@@ -60,12 +62,13 @@ def _append(native: _native.Program, instruction: Instruction) -> None:
             native.norm(_numbers(x), into, weight, bias, eps, centre, _numbers(y))
         case Add(x, y):
             native.add(_numbers(x), _numbers(y))
-        case Attention(q, k, v, layer, spec, rope, y):
+        case Attention(q, k, v, layer, spec, rope, y, narrows):
             window = NO_WINDOW if spec.window is None else spec.window
             softcap = spec.softcap or 0.0
             qkv = _numbers(q), _numbers(k), _numbers(v)
             cos, sin = (None, None) if rope is None else (rope.cos, rope.sin)
-            native.attention(qkv, layer, spec.scale, window, softcap, spec.sinks, cos, sin, _numbers(y))
+            kept = [view.buffer for view in narrows]
+            native.attention(qkv, layer, spec.scale, window, softcap, spec.sinks, cos, sin, kept, _numbers(y))
         case Activate(x, kind, multiplies, y):
             native.activation(_numbers(x), ACTIVATION[kind], multiplies, _numbers(y))
 

@@ -2,12 +2,42 @@
 
 from dataclasses import replace
 
-from quire.ops.program import Activate, Add, Buffer, Instruction, Linear, Norm, Program, View, reads, writes
+from quire.ops.program import (
+    Activate,
+    Add,
+    Attention,
+    Buffer,
+    Embed,
+    Instruction,
+    Linear,
+    Norm,
+    Program,
+    View,
+    reads,
+    writes,
+)
 
 
 def fuse(program: Program) -> Program:
     """All passes, each once."""
-    return hand_on_tiles(add_to_residual(program))
+    return hand_on_tiles(add_to_residual(narrow_outputs(program)))
+
+
+def narrow_outputs(program: Program) -> Program:
+    """What follows the last writing of keys and values is computed for the outputs of a step only."""
+    instructions = program.instructions
+    last = max((at for at, one in enumerate(instructions) if isinstance(one, Attention)), default=0)
+    attention, after = instructions[last], instructions[last + 1 :]
+    made = {view.buffer for one in instructions[:last] for view in writes(one)}
+    if (
+        not isinstance(attention, Attention)
+        or program.result.buffer in made
+        or any(isinstance(one, Embed) for one in after)
+    ):
+        return program
+    kept = {attention.q.buffer} | made & {view.buffer for one in after for view in reads(one)}
+    views = tuple(View(number, 0, 1, program.buffers[number].width) for number in sorted(kept))
+    return replace(program, instructions=(*instructions[:last], replace(attention, narrows=views), *after))
 
 
 def add_to_residual(program: Program) -> Program:

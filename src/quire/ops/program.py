@@ -102,7 +102,8 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Write k and v to the cache, attend with q; with `rope` tables q and k are rotated on the way."""
+    """Write k and v to the cache, attend with q; with `rope` tables q and k are rotated on the way. Where it `narrows`,
+    only the outputs of the step attend and go on: their rows of these buffers move up."""
 
     q: View
     k: View
@@ -111,6 +112,7 @@ class Attention:
     spec: AttentionSpec
     rope: RopeTables | None
     y: View
+    narrows: tuple[View, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +139,8 @@ def reads(instruction: Instruction) -> tuple[View, ...]:
             return (x,) if residual is None else (x, residual)
         case Add(x=x, y=y):
             return (x, y)
-        case Attention(q=q, k=k, v=v):
-            return (q, k, v)
+        case Attention(q=q, k=k, v=v, narrows=narrows):
+            return (q, k, v, *narrows)
         case Activate(x=x):
             return (x,)
 
@@ -147,6 +149,8 @@ def writes(instruction: Instruction) -> tuple[View, ...]:
     """What an instruction writes, in place or not."""
     if isinstance(instruction, Norm) and instruction.residual is not None:
         return (instruction.residual, instruction.y)
+    if isinstance(instruction, Attention):
+        return (instruction.y, *instruction.narrows)
     return (instruction.y,)
 
 

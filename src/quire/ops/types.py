@@ -169,6 +169,9 @@ class AttentionBatch:
     query_starts: Array  # [rows + 1] int32
     starts: Array  # [rows] int32: tokens in the cache before this step
     block_tables: Array  # [rows, max_blocks] int32; entries past a row's last block are not read
+    outputs: Array | None = None
+    """`[outputs]` int32 (numpy): the tokens whose hidden states a step gives, ascending, of each row its last ones;
+    None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,9 +223,9 @@ class DeviceMemory:
 
 
 Step = Callable[[Array, AttentionBatch, Opaque], Array]
-"""`step(token_ids, batch, cache)` -> hidden states `[tokens, hidden]`"""
+"""`step(token_ids, batch, cache)` -> hidden states of the batch's outputs `[outputs, hidden]`"""
 Forward = Callable[["Ops", Array, AttentionBatch, Opaque], Array]
-"""The same, computed with the operations that it is handed."""
+"""The same of all tokens, computed with the operations that it is handed."""
 
 
 class Ops(Protocol):

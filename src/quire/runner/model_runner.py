@@ -218,13 +218,15 @@ class ModelRunner:
             if tells and self._sampler.only_draws(rows):
                 tokens, finite = self._graphs.draw(scheduled)
                 return Launched(scheduled, range(len(rows)), self._sampler.take(tokens, finite, rows), {})
-            hidden, last_tokens = self._graphs.forward(scheduled), np.arange(len(scheduled))
+            hidden, ends = self._graphs.forward(scheduled), np.arange(1, len(scheduled) + 1)
         else:
-            batch = self._rows.gather(scheduled, self._ops)
-            hidden, last_tokens = self._model.forward(batch.token_ids, batch.attention, self._cache), batch.last_tokens
+            told = self._prompt_logprobs
+            num_outputs = [item.num_tokens if item.row in told else int(item.samples) for item in scheduled]
+            batch = self._rows.gather(scheduled, num_outputs, self._ops)
+            hidden, ends = self._model.forward(batch.token_ids, batch.attention, self._cache), batch.output_ends
         sampling = [index for index, item in enumerate(scheduled) if item.samples]
-        drawn = self._draw(scheduled, sampling, hidden, last_tokens) if sampling else None
-        asked = self._prompt_logprobs_of(scheduled, hidden) if self._prompt_logprobs else {}
+        drawn = self._draw(scheduled, sampling, hidden, ends) if sampling else None
+        asked = self._prompt_logprobs_of(scheduled, hidden, ends) if self._prompt_logprobs else {}
         return Launched(scheduled, sampling, drawn, asked)
 
     def _draw(
@@ -232,9 +234,9 @@ class ModelRunner:
         scheduled: Sequence[ScheduledRow],
         sampling: Sequence[int],
         hidden: Array,
-        last_tokens: NDArray[np.int64],
+        ends: NDArray[np.int64],
     ) -> Drawn:
-        picked = hidden if len(hidden) == len(sampling) else hidden[self._ops.array(last_tokens[sampling], "int64")]
+        picked = hidden if len(hidden) == len(sampling) else hidden[self._ops.array(ends[sampling] - 1, "int64")]
         items = [scheduled[index] for index in sampling]
         rows = [item.row for item in items]
         if self._sampler.takes_the_best(rows):
@@ -243,15 +245,13 @@ class ModelRunner:
         return self._sampler.sample(self._model.logits(picked), rows, positions)
 
     def _prompt_logprobs_of(
-        self, scheduled: Sequence[ScheduledRow], hidden: Array
+        self, scheduled: Sequence[ScheduledRow], hidden: Array, ends: NDArray[np.int64]
     ) -> dict[int, tuple[TokenLogprobs, ...] | None]:
-        found = {}
-        first = 0
-        for item in scheduled:
-            if item.row in self._prompt_logprobs:
-                found[item.row] = self._read_prompt(item, hidden[first : first + item.num_tokens])
-            first += item.num_tokens
-        return found
+        return {
+            item.row: self._read_prompt(item, hidden[end - item.num_tokens : end])
+            for item, end in zip(scheduled, ends.tolist(), strict=True)
+            if item.row in self._prompt_logprobs
+        }
 
     def _read_prompt(self, item: ScheduledRow, hidden: Array) -> tuple[TokenLogprobs, ...] | None:
         """Waits for the device: these are many numbers, and few ask for them."""
