@@ -56,7 +56,7 @@ class Victim:
         elif new.row == self.row:
             self.row = None  # the victim has left it
 
-    def _gathering(self, scheduled: Any, ops: Any) -> None:
+    def _gathering(self, scheduled: Any, num_outputs: Any, ops: Any) -> None:
         self.computed = [item.row for item in scheduled]
 
     def watch(self, owner: Any, name: str, see: Callable[..., None]) -> None:
@@ -122,7 +122,7 @@ def of_new_state(parsed: Any) -> bool:
 POINTS: dict[str, Callable[[Victim], None]] = {
     "rows.enter": lambda v: v.throw(v.runner._rows, "enter", of_victim),
     "rows.extend": lambda v: v.throw(v.runner._rows, "extend", lambda row, ids: row == v.row and v.computed != []),
-    "rows.gather": lambda v: v.throw(v.runner._rows, "gather", lambda s, _: v.row in [item.row for item in s]),
+    "rows.gather": lambda v: v.throw(v.runner._rows, "gather", lambda s, *_: v.row in [item.row for item in s]),
     "rows.append": lambda v: v.throw(v.runner._rows, "append", lambda rows, _: v.row in rows),
     "model.forward": lambda v: v.throw(v.runner._model, "forward", lambda ids, *_: MARK in ids.tolist()),
     "model.logits": lambda v: v.throw(v.runner._model, "logits", v.is_computed),
