@@ -77,7 +77,12 @@ def test_the_ledger_is_held_to_two_percent(tiny_model: Path, monkeypatch: pytest
     assert abs(used[-1] - ledger.used) <= 0.02 * ledger.used
 
 
-def test_a_decoding_step_waits_for_nothing_but_its_tokens(tiny_model: Path) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"logprobs": 5}, {"logit_bias": {5: 2.0}, "allowed_token_ids": list(range(99)), "min_tokens": 20}],
+    ids=["draws", "logprobs", "rules"],
+)
+def test_a_decoding_step_waits_for_nothing_but_its_tokens(tiny_model: Path, more: dict[str, Any]) -> None:
     """torch raises wherever the host waits, but for an event that is asked for: that of `Ops.fetch`."""
     with LLM(str(tiny_model), **SIZES) as llm:
         worst(llm)
@@ -95,7 +100,7 @@ def test_a_decoding_step_waits_for_nothing_but_its_tokens(tiny_model: Path) -> N
                 torch.cuda.set_sync_debug_mode("default")
 
         core._executor.execute = watched
-        outputs = worst(llm)
+        outputs = worst(llm, **more)
     assert num_begun >= 20 and all(len(item.outputs[0].token_ids) == 24 for item in outputs)
 
 
