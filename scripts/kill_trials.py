@@ -1,6 +1,9 @@
 """Kill the core of a server at random moments under load, and hold every stream against the undisturbed one.
 
-    python scripts/kill_trials.py [--trials 25] [--streams 16] [--signal KILL|STOP] [--model DIR] [--out FILE]
+    python scripts/kill_trials.py [--trials 25] [--streams 16] [--signal KILL|STOP|SEGV] [--hang-timeout S]
+                                  [--model DIR] [--out FILE]
+
+KILL is a death from outside, SEGV a crash (whoever was present is tried alone), STOP a core that hangs.
 
 Each trial opens all streams, kills, and waits until they end. One JSON line a trial goes to `--out`, which is
 appended to; the summary at the end is of all lines in it. Exit 1 when a stream was lost or differs. Linux only.
@@ -11,6 +14,7 @@ import asyncio
 import json
 import os
 import random
+import resource
 import signal
 import statistics
 import subprocess
@@ -46,8 +50,10 @@ def bodies(count: int) -> list[dict[str, Any]]:
 class Server:
     """`quire serve` on a free port."""
 
-    def __init__(self, model: str | None) -> None:
+    def __init__(self, model: str | None, hang_timeout: str | None) -> None:
         command = [sys.executable, "-m", "quire", "serve", *([model] if model else []), "--port", "0", "--quiet"]
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file
+        command += ["--hang-timeout", hang_timeout] if hang_timeout else []
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert self.process.stderr is not None
         line = self.process.stderr.readline()
@@ -160,13 +166,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=25)
     parser.add_argument("--streams", type=int, default=16)
-    parser.add_argument("--signal", choices=("KILL", "STOP"), default="KILL", help="STOP is a core that hangs")
+    parser.add_argument("--signal", choices=("KILL", "STOP", "SEGV"), default="KILL")
+    parser.add_argument("--hang-timeout", metavar="S", help="of the server, seconds")
     parser.add_argument("--model", help="a directory; the embedded model")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**32, help="of the random moments")
     parser.add_argument("--out", type=Path, default=Path("build/kill_trials.jsonl"))
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    server = Server(options.model)
+    server = Server(options.model, options.hang_timeout)
     try:
         lines = asyncio.run(run(options, server))
         server.process.send_signal(signal.SIGTERM)

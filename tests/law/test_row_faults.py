@@ -100,7 +100,7 @@ def of_victim(new: Any) -> bool:
 
 
 def named_victim(state: RequestState, *_: Any) -> bool:
-    return state.parsed.request_id == "victim"
+    return state.parsed.request_id.endswith("victim")
 
 
 def not_finite(victim: Victim) -> None:
@@ -116,7 +116,7 @@ def not_finite(victim: Victim) -> None:
 
 
 def of_new_state(parsed: Any) -> bool:
-    return bool(parsed.request_id == "victim")
+    return bool(parsed.request_id.endswith("victim"))
 
 
 POINTS: dict[str, Callable[[Victim], None]] = {
