@@ -241,7 +241,7 @@ struct QuantizeArgs {
     size_t scratch_bytes() const { return static_cast<size_t>(padded()) * 5; }
 };
 
-enum class Probe { read, float32, bfloat16, int8 };
+enum class Probe { read, float32, bfloat16, int8, bfloat16_four_tiles, int8_four_tiles };
 
 struct ProbeArgs {
     Probe kind;
@@ -272,6 +272,8 @@ namespace baseline { extern const Kernels kernels; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512_vnni { extern const Kernels kernels; }
+namespace avx512_bf16 { extern const Kernels kernels; }
 namespace amx { extern const Kernels kernels; }
 #endif
 

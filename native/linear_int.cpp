@@ -1,4 +1,5 @@
-// y = x W^T + b for weights of 8 or 4 bits, by vectors: pairs of 16-bit integers multiplied and added into 32 bits.
+// y = x W^T + b for weights of 8 or 4 bits. By vectors without AVX512-VNNI: pairs of 16-bit integers multiplied and added
+// into 32 bits.
 //
 // Up to kBlockRows rows read the weights once, as they come from memory. More rows meet a piece of a panel that was
 // widened to 16 bits once for all of them.
@@ -8,6 +9,7 @@ namespace quire::QUIRE_ISA {
 
 namespace {
 
+#if !defined(__AVX512VNNI__)
 constexpr int64_t kItemRows = 64;
 constexpr int64_t kPiece = 256;     // inputs at a time: with 15 bits by 7 their sum fits into 32 bits
 constexpr int64_t kAheadBytes = 12288;  // between what is read and what is asked of memory
@@ -31,9 +33,7 @@ struct Job {
 
 // sum + pairs of a by pairs of b
 inline Ints multiply_pairs(Ints sum, Shorts a, Shorts b) {
-#if defined(__AVX512VNNI__)
-    return (Ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
-#elif defined(__AVX512BW__)
+#if defined(__AVX512BW__)
     return sum + (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
     return sum + (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
@@ -245,6 +245,8 @@ void round_row(void* context, int64_t row, int) {
     }
 }
 
+#endif
+
 void embed_row(void* context, int64_t item, int) {
     const EmbedArgs& args = *static_cast<const EmbedArgs*>(context);
     const Panels& table = args.table;
@@ -264,14 +266,14 @@ void embed_row(void* context, int64_t item, int) {
 
 void linear_int(const LinearArgs& args, ThreadPool& pool) {
     if (args.rows == 0) return;
-#if QUIRE_TILES
+#if QUIRE_MATRIX_UNIT
     // Bytes go from memory into tiles as they are; few rows by 4-bit weights, which must be widened, are faster by vectors.
     const int64_t by_vectors = args.weight.bits == 8 ? 0 : byte_rows(args.weight);
     if (args.rows > by_vectors && args.weight.in > 0) return linear_int_tiles(args, pool);
 #endif
 #if defined(__AVX512VNNI__)
-    if (args.weight.bits == 4 && args.rows <= byte_rows(args.weight)) return linear_int_bytes(args, pool);
-#endif
+    return linear_int_bytes(args, pool);
+#else
     Job job{};
     job.args = &args;
     job.pool = &pool;
@@ -291,6 +293,7 @@ void linear_int(const LinearArgs& args, ThreadPool& pool) {
     const int64_t runs = divide_panels(panels, args.rows <= kBlockRows ? panels : 1, pool.threads(), job.borders);
     const int64_t row_groups = (args.rows + kItemRows - 1) / kItemRows;
     pool.run(runs * row_groups, args.weight.bits == 4 ? work<FourBits> : work<EightBits>, &job);
+#endif
 }
 
 void embed_int(const EmbedArgs& args, ThreadPool& pool) {

@@ -131,11 +131,11 @@ static inline void store_digits(Ints q, int64_t digits, int8_t* to, int64_t apar
 void linear_int(const LinearArgs& args, ThreadPool& pool);
 void embed_int(const EmbedArgs& args, ThreadPool& pool);
 #if defined(__AVX512VNNI__)
-// The most rows that linear_int_bytes, for 4-bit weights, takes: more sums do not fit into registers.
+// The most rows whose sums linear_int_bytes holds in registers.
 static inline int64_t byte_rows(const Panels& weight) { return weight.levels > 127 ? 4 : 6; }
 void linear_int_bytes(const LinearArgs& args, ThreadPool& pool);
 #endif
-#if QUIRE_TILES
+#if QUIRE_MATRIX_UNIT
 void linear_int_tiles(const LinearArgs& args, ThreadPool& pool);
 #endif
 

@@ -1,8 +1,8 @@
-// Few rows by 4-bit weights, by products of four bytes at once (AVX512-VNNI): 64 bytes of memory, 128 weights, are two
-// vectors of bytes after three instructions. An input of 16 bits is two signed bytes, 256 high + low.
+// Weights of 8 or 4 bits by products of four bytes at once (AVX512-VNNI): 64 bytes of memory are 64 weights after one
+// instruction, or 128 after three. An input of 16 bits is two signed bytes, 256 high + low.
 //
-// The instruction takes one side without sign. Weights lie as value + 8, so each group's sum is 8 times the sum of its
-// inputs too large.
+// The instruction takes one side without sign: weights are value + 128, or + 8, so each group's sum is so many times the sum
+// of its inputs too large. (What does not fit into 32 bits on the way there wraps, and wraps back.)
 #include "linear_int.h"
 
 #if defined(__AVX512VNNI__)
@@ -12,35 +12,45 @@ namespace quire::QUIRE_ISA {
 namespace {
 
 constexpr int64_t kAheadBytes = 8192;
-constexpr int64_t kPairBytes = kIntegerBytes;  // of two quads of inputs
+constexpr int64_t kItemRows = 96;       // of x that stay in the second cache beside a panel
+constexpr int64_t kSerialItems = 32768;  // inputs that one thread rounds faster than it finds others to help
 
 struct Job {
     const LinearArgs* args;
     ThreadPool* pool;
-    int8_t* x;           // [rows][digits][padded]
-    int32_t* excess;     // [rows][groups]: 8 times the sum of a group's inputs
-    float* steps;        // [rows]
+    int8_t* x;          // [rows][digits][padded]
+    int32_t* excess;    // [rows][groups][digits]: what the sums of a group are too large by
+    float* steps;       // [rows]
     int32_t* borders;
     int64_t digits, padded, groups;
 };
 
-void round_row(const Job& job, int64_t row) {
+// What turns a weight into value + excess.
+constexpr int excess_bits(int64_t bits) { return bits == 4 ? 3 : 7; }
+
+void round_row(void* context, int64_t row, int) {
+    const Job& job = *static_cast<const Job*>(context);
     const Panels& weight = job.args->weight;
     const float* const x = job.args->x + row * job.args->x_stride;
     const RoundedRow rounded = measure_row(x, weight.in, weight.levels);
     job.steps[row] = rounded.step;
     int8_t* const to = job.x + row * job.digits * job.padded;
     for (int64_t group = 0; group < job.groups; ++group) {
-        __m512i sum = _mm512_setzero_si512();
+        __m512i high_sum = _mm512_setzero_si512(), sum = _mm512_setzero_si512();
         for (int64_t i = group * weight.group; i < (group + 1) * weight.group; i += kLanes) {
             Ints q = {};
             if (rounded.inverse != 0.0f && i < weight.in) {
                 q = round_to_ints(load_some(x + i, weight.in - i), rounded.inverse);
             }
             sum = _mm512_add_epi32(sum, (__m512i)q);
+            high_sum = _mm512_add_epi32(high_sum, (__m512i)((q + 128) >> 8));
             store_digits(q, job.digits, to + i, job.padded);
         }
-        job.excess[row * job.groups + group] = 8 * _mm512_reduce_add_epi32(sum);
+        if (job.digits == 2) sum = _mm512_sub_epi32(sum, _mm512_slli_epi32(high_sum, 8));
+        int32_t* const excess = job.excess + (row * job.groups + group) * job.digits;
+        const int bits = excess_bits(weight.bits);
+        if (job.digits == 2) excess[0] = _mm512_reduce_add_epi32(_mm512_slli_epi32(high_sum, bits));
+        excess[job.digits - 1] = _mm512_reduce_add_epi32(_mm512_slli_epi32(sum, bits));
     }
 }
 
@@ -50,24 +60,37 @@ inline __m512i splat_quad(const int8_t* x) {
     return _mm512_set1_epi32(quad);
 }
 
-// sums[r][v] = inputs of a group by the weights of a panel as they lie
-template <int R, int Digits>
-void multiply_group(const Job& job, const int8_t* x, const uint8_t* weights, const uint8_t* end, __m512i sums[][2]) {
-    constexpr int kChains = R * Digits <= 2 ? 2 : 1;  // sums that do not wait for each other
-    const __m512i low_half = _mm512_set1_epi8(15);
-    __m512i acc[R][Digits][2][kChains];
-    for (int i = 0; i < R * Digits * 2 * kChains; ++i) (&acc[0][0][0][0])[i] = _mm512_setzero_si512();
-    for (int64_t k = 0; k < job.args->weight.group; k += 2 * kQuad, weights += kPairBytes) {
-        if (weights + kAheadBytes < end) {
-            __builtin_prefetch(weights + kAheadBytes);
-            __builtin_prefetch(weights + kAheadBytes + 64);
-        }
-        __m512i first[2], second[2];
-        for (int v = 0; v < 2; ++v) {
-            const __m512i both = _mm512_loadu_si512(weights + v * 64);
+// Two quads of inputs, by 16 outputs each.
+template <int Bits>
+inline void load_quads(const uint8_t* weights, __m512i* first, __m512i* second) {
+    for (int v = 0; v < 2; ++v) {
+        const __m512i both = _mm512_loadu_si512(weights + v * 64);
+        if constexpr (Bits == 4) {
+            const __m512i low_half = _mm512_set1_epi8(15);
             first[v] = _mm512_and_si512(both, low_half);
             second[v] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_half);
+        } else {
+            const __m512i sign = _mm512_set1_epi8(-128);
+            first[v] = _mm512_xor_si512(both, sign);
+            second[v] = _mm512_xor_si512(_mm512_loadu_si512(weights + kIntegerBytes + v * 64), sign);
         }
+    }
+}
+
+// sums[r][d][v] = one digit of the inputs of a group by the weights of a panel as they lie, value + excess
+template <int Bits, int R, int Digits>
+void multiply_group(const Job& job, const int8_t* x, const uint8_t* weights, const uint8_t* end,
+                    __m512i sums[][Digits][2]) {
+    constexpr int64_t bytes = 2 * kQuad * kTilePanel * Bits / 8;  // of two quads of inputs
+    constexpr int kChains = R * Digits <= 2 ? 2 : 1;  // sums that do not wait for each other
+    __m512i acc[R][Digits][2][kChains];
+    for (int i = 0; i < R * Digits * 2 * kChains; ++i) (&acc[0][0][0][0])[i] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < job.args->weight.group; k += 2 * kQuad, weights += bytes) {
+        if (weights + kAheadBytes < end) {
+            for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(weights + kAheadBytes + line);
+        }
+        __m512i first[2], second[2];
+        load_quads<Bits>(weights, first, second);
         for (int r = 0; r < R; ++r) {
             for (int d = 0; d < Digits; ++d) {
                 const int8_t* const at = x + (r * Digits + d) * job.padded + k;
@@ -80,56 +103,79 @@ void multiply_group(const Job& job, const int8_t* x, const uint8_t* weights, con
             }
         }
     }
-    for (int r = 0; r < R; ++r) {
-        for (int v = 0; v < 2; ++v) {
-            __m512i digit[2];
-            for (int d = 0; d < Digits; ++d) {
-                digit[d] = kChains == 2 ? _mm512_add_epi32(acc[r][d][v][0], acc[r][d][v][kChains - 1]) : acc[r][d][v][0];
-            }
-            sums[r][v] = Digits == 1 ? digit[0] : _mm512_add_epi32(_mm512_slli_epi32(digit[0], 8), digit[Digits - 1]);
-        }
+    for (int i = 0; i < R * Digits * 2; ++i) {
+        const __m512i* const chains = &acc[0][0][0][0] + i * kChains;
+        (&sums[0][0][0])[i] = kChains == 2 ? _mm512_add_epi32(chains[0], chains[kChains - 1]) : chains[0];
     }
 }
 
-// A run of panels for all rows.
-template <int R, int Digits>
+// One panel for R rows from `row` on. Memory is asked for what lies ahead where that is before `end`.
+template <int Bits, int R, int Digits>
+void multiply_panel(const Job& job, int64_t panel, int64_t row, const uint8_t* end) {
+    const Panels& weight = job.args->weight;
+    alignas(64) float y[R][kTilePanel] = {};
+    const uint8_t* at = static_cast<const uint8_t*>(weight.data) + panel * weight.panel_bytes();
+    const int8_t* const x = job.x + row * Digits * job.padded;
+    for (int64_t group = 0; group < job.groups; ++group, at += weight.group_bytes()) {
+        __m512i sums[R][Digits][2];
+        if (at + kAheadBytes < end) {
+            __builtin_prefetch(at + kAheadBytes);
+            __builtin_prefetch(at + kAheadBytes + 64);
+        }
+        multiply_group<Bits, R, Digits>(job, x + group * weight.group, at + kScaleBytes, end, sums);
+        for (int r = 0; r < R; ++r) {
+            const int32_t* const excess = job.excess + ((row + r) * job.groups + group) * Digits;
+            Floats whole[2];
+            for (int v = 0; v < 2; ++v) {
+                const Ints high = (Ints)sums[r][0][v] - excess[0];
+                const Ints low = (Ints)sums[r][Digits - 1][v] - excess[Digits - 1];
+                whole[v] = Digits == 1 ? to_floats(high) : Bits == 8 ? join(high, low, 8) : to_floats((high << 8) + low);
+            }
+            add_group(reinterpret_cast<const float*>(at), whole, y[r]);
+        }
+    }
+    for (int64_t r = 0; r < R; ++r) {
+        for (int64_t i = 0; i < kTilePanel; i += kLanes) store(y[r] + i, load(y[r] + i) * job.steps[row + r]);
+        finish_row<kTilePanel>(*job.args, panel, row + r, y[r]);
+    }
+}
+
+template <int Bits, int Digits>
+void multiply_rows(const Job& job, int64_t panel, int64_t row, int64_t rows, const uint8_t* end) {
+    switch (rows) {
+        case 1: return multiply_panel<Bits, 1, Digits>(job, panel, row, end);
+        case 2: return multiply_panel<Bits, 2, Digits>(job, panel, row, end);
+        case 3: return multiply_panel<Bits, 3, Digits>(job, panel, row, end);
+        case 4: return multiply_panel<Bits, 4, Digits>(job, panel, row, end);
+    }
+    if constexpr (Digits == 1) {
+        if (rows == 5) return multiply_panel<Bits, 5, 1>(job, panel, row, end);
+        multiply_panel<Bits, 6, 1>(job, panel, row, end);
+    }
+}
+
+// A run of panels for one group of rows.
+template <int Bits, int Digits>
 void work(void* context, int64_t item, int) {
     const Job& job = *static_cast<const Job*>(context);
     const Panels& weight = job.args->weight;
+    const int64_t row_groups = (job.args->rows + kItemRows - 1) / kItemRows, run = item / row_groups;
+    const int64_t first_row = item % row_groups * kItemRows, end_row = smaller(first_row + kItemRows, job.args->rows);
+    const int64_t last = job.borders[run + 1], most = byte_rows(weight);
     const uint8_t* const data = static_cast<const uint8_t*>(weight.data);
-    const int64_t last = job.borders[item + 1];
-    const uint8_t* const end = data + last * weight.panel_bytes();
-    for (int64_t panel = job.borders[item]; panel < last; ++panel) {
-        alignas(64) float y[R][kTilePanel] = {};
-        const uint8_t* at = data + panel * weight.panel_bytes();
-        for (int64_t group = 0; group < job.groups; ++group, at += weight.group_bytes()) {
-            __m512i sums[R][2];
-            __builtin_prefetch(at + kAheadBytes);
-            __builtin_prefetch(at + kAheadBytes + 64);
-            multiply_group<R, Digits>(job, job.x + group * weight.group, at + kScaleBytes, end, sums);
-            for (int r = 0; r < R; ++r) {
-                const __m512i excess = _mm512_set1_epi32(job.excess[r * job.groups + group]);
-                Floats whole[2];
-                for (int v = 0; v < 2; ++v) whole[v] = to_floats((Ints)_mm512_sub_epi32(sums[r][v], excess));
-                add_group(reinterpret_cast<const float*>(at), whole, y[r]);
-            }
-        }
-        for (int64_t r = 0; r < R; ++r) {
-            for (int64_t i = 0; i < kTilePanel; i += kLanes) store(y[r] + i, load(y[r] + i) * job.steps[r]);
-            finish_row<kTilePanel>(*job.args, panel, r, y[r]);
+    for (int64_t panel = job.borders[run]; panel < last; ++panel) {
+        const uint8_t* end = data + last * weight.panel_bytes();
+        for (int64_t row = first_row; row < end_row; end = data) {
+            const int64_t blocks = (end_row - row + most - 1) / most, now = (end_row - row + blocks - 1) / blocks;
+            multiply_rows<Bits, Digits>(job, panel, row, now, end);
+            row += now;
         }
     }
 }
 
-Work work_of(int64_t rows, int64_t digits) {
-    switch (rows) {
-        case 1: return digits == 2 ? work<1, 2> : work<1, 1>;
-        case 2: return digits == 2 ? work<2, 2> : work<2, 1>;
-        case 3: return digits == 2 ? work<3, 2> : work<3, 1>;
-        case 4: return digits == 2 ? work<4, 2> : work<4, 1>;
-        case 5: return work<5, 1>;
-        default: return work<6, 1>;
-    }
+Work work_of(int64_t bits, int64_t digits) {
+    if (bits == 8) return digits == 2 ? work<8, 2> : work<8, 1>;
+    return digits == 2 ? work<4, 2> : work<4, 1>;
 }
 
 }  // namespace
@@ -143,15 +189,21 @@ void linear_int_bytes(const LinearArgs& args, ThreadPool& pool) {
     job.groups = weight.groups();
     job.padded = job.groups * weight.group;
     const int64_t x_bytes = args.rows * job.digits * job.padded;
-    const int64_t words = args.rows * (job.groups + 1) + weight.panels() + 1;
+    const int64_t words = args.rows * (job.groups * job.digits + 1) + weight.panels() + 1;
     uint8_t* const shared = static_cast<uint8_t*>(pool.shared_scratch(x_bytes + words * 4));
     job.x = reinterpret_cast<int8_t*>(shared);
     job.excess = reinterpret_cast<int32_t*>(shared + x_bytes);
-    job.steps = reinterpret_cast<float*>(job.excess + args.rows * job.groups);
+    job.steps = reinterpret_cast<float*>(job.excess + args.rows * job.groups * job.digits);
     job.borders = reinterpret_cast<int32_t*>(job.steps + args.rows);
-    for (int64_t row = 0; row < args.rows; ++row) round_row(job, row);
-    const int64_t runs = divide_panels(weight.panels(), weight.panels(), pool.threads(), job.borders);
-    pool.run(runs, work_of(args.rows, job.digits), &job);
+    if (args.rows * weight.in < kSerialItems) {
+        for (int64_t row = 0; row < args.rows; ++row) round_row(&job, row, 0);
+    } else {
+        pool.run(args.rows, round_row, &job);
+    }
+    const int64_t longest = args.rows <= byte_rows(weight) ? weight.panels() : 1;
+    const int64_t runs = divide_panels(weight.panels(), longest, pool.threads(), job.borders);
+    const int64_t row_groups = (args.rows + kItemRows - 1) / kItemRows;
+    pool.run(runs * row_groups, work_of(weight.bits, job.digits), &job);
 }
 
 }  // namespace quire::QUIRE_ISA

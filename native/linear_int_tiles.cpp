@@ -4,7 +4,7 @@
 // bytes in the nearest cache, once for all rows of an item; each group's sums leave the unit, are scaled and added.
 #include "linear_int.h"
 
-#if QUIRE_TILES
+#if QUIRE_MATRIX_UNIT
 
 namespace quire::QUIRE_ISA {
 

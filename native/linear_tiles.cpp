@@ -1,7 +1,8 @@
-// y = x W^T + b by the matrix unit (AMX): x rounded to bfloat16, products exact, sums float32.
+// y = x W^T + b by the matrix unit (AMX), or by vectors of pairs (AVX512-BF16): x rounded to bfloat16, products exact, sums
+// float32.
 //
-// An output is one chain of tile products over chunks of 32 inputs, from the first to the last. The unit treats
-// the rows of a tile alike, so a row's sums have the same bits in any row of a tile and beside any others; where
+// An output is one chain of products over chunks of 32 inputs, from the first to the last. The rows of a tile are treated
+// alike, so a row's sums have the same bits in any row of a tile and beside any others; where
 // `in` is cut into pieces to stay in the cache, the partial sums wait as float32. docs/design/amx.md
 #include "linear_tiles.h"
 
@@ -28,13 +29,6 @@ constexpr int64_t kGroupItems = 1 << 19;  // inputs of a group of rows that stay
 constexpr int64_t kRunPanels = 8;         // panels of an item
 constexpr int64_t kLongRunPanels = 16;    // the same where x does not stay: it is read once for each run
 constexpr int64_t kBlockSums = kTileSide * kTilePanel;
-
-// Tiles 0 and 1 hold sums (a block of rows by two of outputs), 2 rows of x, 3 weights.
-void configure(int64_t rows) {
-    TileConfig config;
-    for (int tile = 0; tile < 3; ++tile) config.rows[tile] = static_cast<uint8_t>(rows);
-    load_config(config);
-}
 
 struct Job {
     const LinearArgs* args;
@@ -115,7 +109,18 @@ struct Piece {
     int64_t chunks, x_items;
     float* sums;  // [16][32]; nobody needs what they held once `beside` has ended
     bool fresh;   // else added to what sums holds
+    int64_t rows;  // that exist; the matrix unit computes its whole tile
 };
+
+#if QUIRE_MATRIX_UNIT
+// Tiles 0 and 1 hold sums (a block of rows by two of outputs), 2 rows of x, 3 weights.
+void configure(int64_t rows) {
+    TileConfig config;
+    for (int tile = 0; tile < 3; ++tile) config.rows[tile] = static_cast<uint8_t>(rows);
+    load_config(config);
+}
+
+void release() { _tile_release(); }
 
 // x that passes by once for each piece of weights should not displace them.
 template <bool Streams>
@@ -146,6 +151,64 @@ void multiply(const Piece& piece, Beside<Streams>& beside) {
     _tile_stored(0, piece.sums, bytes);
     _tile_stored(1, piece.sums + kTileSide, bytes);
 }
+#else
+void configure(int64_t) {}
+void release() {}
+
+// Rows [first, first + R) of a block. A pair of inputs is added at a time, the same for any R.
+template <int R, bool Streams>
+void multiply_rows(const Piece& piece, int64_t first, Beside<Streams>* beside) {
+    __m512 acc[R][2];
+    float* const sums = piece.sums + first * kTilePanel;
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < 2; ++v) {
+            acc[r][v] = piece.fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * kTilePanel + v * kTileSide);
+        }
+    }
+    const uint16_t *x = piece.x + first * kTileDepth, *weights = piece.weights;
+    for (int64_t chunk = 0; chunk < piece.chunks; ++chunk, x += piece.x_items, weights += kChunkItems) {
+        for (int64_t pair = 0; pair < kTileDepth; pair += 2) {
+            const __m512bh left = (__m512bh)_mm512_loadu_si512(weights + pair * kTileSide);
+            const __m512bh right = (__m512bh)_mm512_loadu_si512(weights + kTileItems + pair * kTileSide);
+            for (int r = 0; r < R; ++r) {
+                int32_t both;
+                __builtin_memcpy(&both, x + r * kTileDepth + pair, 4);
+                const __m512bh inputs = (__m512bh)_mm512_set1_epi32(both);
+                acc[r][0] = _mm512_dpbf16_ps(acc[r][0], left, inputs);
+                acc[r][1] = _mm512_dpbf16_ps(acc[r][1], right, inputs);
+            }
+        }
+        if (beside != nullptr) {
+            beside->fetch();
+            beside->finish();
+        }
+    }
+    if (beside != nullptr) beside->end();
+    for (int r = 0; r < R; ++r) {
+        for (int v = 0; v < 2; ++v) _mm512_storeu_ps(sums + r * kTilePanel + v * kTileSide, acc[r][v]);
+    }
+}
+
+template <bool Streams>
+void multiply(const Piece& piece, Beside<Streams>& beside) {
+    constexpr int64_t most = 8;  // rows whose sums are held in registers
+    for (int64_t row = 0; row < piece.rows;) {
+        const int64_t blocks = (piece.rows - row + most - 1) / most, now = (piece.rows - row + blocks - 1) / blocks;
+        Beside<Streams>* const once = row == 0 ? &beside : nullptr;
+        switch (now) {
+            case 1: multiply_rows<1>(piece, row, once); break;
+            case 2: multiply_rows<2>(piece, row, once); break;
+            case 3: multiply_rows<3>(piece, row, once); break;
+            case 4: multiply_rows<4>(piece, row, once); break;
+            case 5: multiply_rows<5>(piece, row, once); break;
+            case 6: multiply_rows<6>(piece, row, once); break;
+            case 7: multiply_rows<7>(piece, row, once); break;
+            default: multiply_rows<8>(piece, row, once); break;
+        }
+        row += now;
+    }
+}
+#endif
 
 // Up to 32 rows by a run of panels: each weight comes from memory once. Nothing past the end of the run is fetched: another
 // thread reads on there.
@@ -154,7 +217,7 @@ void stream_item(void* context, int64_t item, int worker) {
     const LinearArgs& args = *job.args;
     const int64_t first = job.borders[item], last = job.borders[item + 1];
     const int64_t blocks = (args.rows + kTileSide - 1) / kTileSide;
-    Piece piece{nullptr, nullptr, job.chunks, job.tile_rows * kTileDepth, nullptr, true};
+    Piece piece{nullptr, nullptr, job.chunks, job.tile_rows * kTileDepth, nullptr, true, 0};
     piece.sums = static_cast<float*>(job.pool->scratch(worker, kBlockSums * sizeof(float)));
     Beside<true> beside{};
     beside.args = &args;
@@ -168,11 +231,12 @@ void stream_item(void* context, int64_t item, int worker) {
         for (int64_t block = 0; block < blocks; ++block) {
             piece.x = job.x + block * job.chunks * kTileItems;
             piece.weights = job.weights(panel, 0);
+            piece.rows = smaller(kTileSide, args.rows - block * kTileSide);
             multiply(piece, beside);
             beside.begin(panel, block * kTileSide, smaller((block + 1) * kTileSide, args.rows), piece.sums);
         }
     }
-    _tile_release();
+    release();
     beside.end();
 }
 
@@ -209,13 +273,14 @@ void block_item(void* context, int64_t item, int worker) {
                 const int64_t row = first_row + block * kTileSide;
                 const int64_t slot = job.pieces == 1 ? 0 : step % together * blocks + block;
                 const uint16_t* const x = job.x + (row * job.chunks + chunk * kTileSide) * kTileDepth;
-                const Piece piece{x, job.weights(panel, chunk), chunks, kTileItems, sums + slot * kBlockSums, part == 0};
+                const Piece piece{x, job.weights(panel, chunk), chunks, kTileItems, sums + slot * kBlockSums,
+                                  part == 0, smaller(kTileSide, end_row - row)};
                 multiply(piece, beside);
                 if (part + 1 == job.pieces) beside.begin(panel, row, smaller(row + kTileSide, end_row), piece.sums);
             }
         }
     }
-    _tile_release();
+    release();
     beside.end();
 }
 

@@ -1,12 +1,17 @@
-// Products of bfloat16 by the matrix unit, where the instruction set of this file has one.
+// Products of bfloat16, weights in tiles: by the matrix unit where the instruction set of this file has one, else by vectors.
 #pragma once
 
 #include "kernels.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)
 #define QUIRE_TILES 1
 #else
 #define QUIRE_TILES 0
+#endif
+#if defined(__AMX_TILE__) && QUIRE_TILES
+#define QUIRE_MATRIX_UNIT 1
+#else
+#define QUIRE_MATRIX_UNIT 0
 #endif
 
 namespace quire::QUIRE_ISA {

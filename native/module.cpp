@@ -171,8 +171,8 @@ public:
     // What was done: bytes of `data` read, or multiplications and additions; 0 where the unit is missing.
     int64_t probe(const std::string& kind, nb::handle data_) {
         Array<uint8_t, 1> data(data_, "data");
-        const char* const names[] = {"read", "float32", "bfloat16", "int8"};
-        for (int i = 0; i < 4; ++i) {
+        const char* const names[] = {"read", "float32", "bfloat16", "int8", "bfloat16_four_tiles", "int8_four_tiles"};
+        for (int i = 0; i < 6; ++i) {
             if (kind != names[i]) continue;
             nb::gil_scoped_release unlocked;
             const auto lock = pool_.exclusive();

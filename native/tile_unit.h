@@ -22,7 +22,7 @@ static inline int64_t divide_panels(int64_t panels, int64_t longest, int threads
     return runs;
 }
 
-#if QUIRE_TILES
+#if QUIRE_MATRIX_UNIT
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};

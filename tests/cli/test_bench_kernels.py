@@ -70,7 +70,11 @@ def test_probes_do_what_they_count(isa: str) -> None:
     ops = CpuOps(2, isa)
     assert ops.probe("read", np.ones(5_000_001, np.uint8)) == 5_000_001
     assert ops.probe("float32", np.empty(0, np.uint8)) > 0
-    assert (ops.probe("int8", np.empty(0, np.uint8)) > 0) == (isa == "amx")
+    nothing = np.empty(0, np.uint8)
+    assert (ops.probe("int8", nothing) > 0) == (isa in ("avx512_vnni", "avx512_bf16", "amx"))
+    assert (ops.probe("bfloat16", nothing) > 0) == (isa in ("avx512_bf16", "amx"))
+    assert ops.probe("int8_four_tiles", nothing) == (ops.probe("int8", nothing) if isa == "amx" else 0)
+    assert ops.probe("bfloat16_four_tiles", nothing) == (ops.probe("bfloat16", nothing) if isa == "amx" else 0)
     with pytest.raises(ValueError, match="no such kind"):
         ops.probe("int3", np.empty(0, np.uint8))
 

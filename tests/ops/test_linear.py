@@ -16,9 +16,14 @@ STORAGES = ["bfloat16", "float16", "float32"]
 WEIGHTS = [(1, 1), (31, 15), (33, 65), (70, 33), (64, 576), (130, 600), (70, 1231)]
 
 
+def in_tiles(name: str) -> bool:
+    """Whether an instruction set, or its provider, has weights of bfloat16 in tiles and multiplies pairs of bfloat16."""
+    return "amx" in name or "avx512_bf16" in name
+
+
 def inputs_of_products(cpu: CpuOps, storage: str, x: Any) -> Any:
-    """`x` as the matrix unit sees it: the definition of `linear` allows that rounding, and no other error."""
-    rounds = "amx" in cpu.name and storage == "bfloat16"
+    """`x` as products of pairs see it: the definition of `linear` allows that rounding, and no other error."""
+    rounds = in_tiles(cpu.name) and storage == "bfloat16"
     return x.astype(ml_dtypes.bfloat16).astype(np.float32) if rounds else x
 
 
@@ -109,7 +114,7 @@ def test_a_weight_packed_for_another_instruction_set_is_refused() -> None:
     for packer in providers:
         for user in providers:
             packed = packer.pack_linear(weight, None, "bfloat16")
-            if ("amx" in packer.name) == ("amx" in user.name):
+            if in_tiles(packer.name) == in_tiles(user.name):
                 assert (user.linear(x, packed) == 40).all()
             else:
                 for call in (lambda: user.linear(x, packed), lambda: user.embed(np.zeros(1, np.int32), packed)):  # noqa: B023

@@ -11,14 +11,14 @@ from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
 from quire.ops.types import Activation
 from tests.ops.cases import normal, relative_error
-from tests.ops.test_linear import STORAGES, inputs_of_products
+from tests.ops.test_linear import STORAGES, in_tiles, inputs_of_products
 
 REFERENCE = ReferenceOps(np)
 KINDS: list[Activation] = ["silu", "gelu", "gelu_tanh", "relu"]
 # outputs of gate (and of up), in: less than half a panel; half a tile panel and one more; not whole chunks; pieces
 GATED = [(1, 1), (15, 33), (16, 64), (17, 70), (48, 31), (100, 600), (33, 1300)]
 ROWS = (1, 2, 7, 15, 16, 17, 31, 32, 33, 40, 65, 200)
-needs_tiles = pytest.mark.skipif("amx" not in instruction_sets(), reason="this processor has no matrix unit")
+TILED = [isa for isa in instruction_sets() if in_tiles(isa)]
 
 
 def tiles_of(ops: CpuOps, x: Any) -> Any:
@@ -98,17 +98,17 @@ def test_tiles_are_refused_where_weights_are_not_in_tiles() -> None:
     for isa in instruction_sets():
         ops = CpuOps(1, isa)
         for storage in STORAGES:
-            if isa == "amx" and storage == "bfloat16":
+            if in_tiles(isa) and storage == "bfloat16":
                 continue
             packed = ops.pack_linear(np.ones((6, 4), np.float32), None, storage)
             with pytest.raises(ValueError, match="not one of tiles"):
                 ops._native.linear(make_tiles(2, 4), packed, np.empty((2, 6), np.float32), 1.0, 0.0, False)
 
 
-@needs_tiles
+@pytest.mark.parametrize("isa", TILED)
 @pytest.mark.parametrize("width", [1, 31, 32, 33, 64, 576, 1500])
-def test_what_a_producer_rounds_gives_the_bits_of_what_a_product_rounds(width: int) -> None:
-    cpu = CpuOps(2, "amx")
+def test_what_a_producer_rounds_gives_the_bits_of_what_a_product_rounds(isa: str, width: int) -> None:
+    cpu = CpuOps(2, isa)
     rng = np.random.default_rng(width)
     weight, gate_up = normal(rng, 70, width), normal(rng, 2 * width, 40)
     packed, gated = (cpu.pack_linear(weight, None, "bfloat16"), cpu.pack_gated(gate_up, None, "bfloat16"))
