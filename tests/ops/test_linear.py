@@ -17,7 +17,7 @@ WEIGHTS = [(1, 1), (31, 15), (33, 65), (70, 33), (64, 576), (130, 600), (70, 123
 
 
 def in_tiles(name: str) -> bool:
-    """Whether an instruction set, or its provider, has weights of bfloat16 in tiles and multiplies pairs of bfloat16."""
+    """Whether an instruction set, or its provider, multiplies pairs of bfloat16, with weights of bfloat16 in tiles."""
     return "amx" in name or "avx512_bf16" in name
 
 

@@ -81,9 +81,7 @@ def measure_limits(ops: CpuOps, clock: Callable[[], float]) -> Limits:
         return max(rates)
 
     data = np.ones(MEMORY_BYTES, np.uint8)
-    products = {
-        unit: max(best(probe, data[:0], PRODUCT_ROUNDS) for probe in probes) for unit, probes in UNITS.items()
-    }
+    products = {unit: max(best(probe, data[:0], PRODUCT_ROUNDS) for probe in probes) for unit, probes in UNITS.items()}
     products = {unit: value for unit, value in products.items() if value}
     if "int8" in products:  # inputs of sixteen bits are two products of bytes
         products["int8 twice"] = products["int8"] / 2

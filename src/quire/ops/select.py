@@ -14,8 +14,8 @@ def select_ops(device: str, threads: int | None, batch_invariant: bool = True) -
     """The provider for `device` ("auto", "cpu", "cuda" or "reference") and each decision.
 
     `threads` None takes the physical cores that this process may use. `batch_invariant` False allows a GPU
-    results that depend on the number of rows. The environment variable `QUIRE_ISA`
-    (`baseline`, `avx2`, `avx512`, `avx512_vnni`, `avx512_bf16`, `amx`) forbids the instruction sets above the one that it names. Raises
+    results that depend on the number of rows. The environment variable `QUIRE_ISA` (`baseline`, `avx2`, `avx512`,
+    `avx512_vnni`, `avx512_bf16`, `amx`) forbids the instruction sets above the one that it names. Raises
     ConfigurationError.
     """
     if device == "reference":
