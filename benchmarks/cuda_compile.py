@@ -163,6 +163,9 @@ def launch_rows(shape: Shape) -> Iterator[str]:
     x, residual = empty(torch.bfloat16, 4, shape.hidden), empty(torch.float32, 4, shape.hidden)
     vector = empty(torch.float32, shape.hidden)
     yield f"{shape.hidden}"
+    ids = empty(torch.int32, 4)
+    for table, scales in ((x, None), (empty(torch.int8, 4, shape.hidden), empty(torch.float32, 4, 1))):
+        rows.embed(table, scales, ids, 1.0)
     rows.norm(x, residual, vector, None, 1e-5, False, torch.bfloat16)
     rows.norm(residual, None, vector, vector, 1e-5, True, torch.bfloat16)
     for kind in rows.KINDS:

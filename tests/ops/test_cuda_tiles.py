@@ -20,7 +20,7 @@ META = torch.device("meta")
 LAUNCHED = {
     attention: ("store_kernel", "attention_kernel", "merge_kernel"),
     products: ("linear_kernel", "round_rows_kernel"),
-    rows: ("norm_kernel", "rope_kernel", "activation_kernel"),
+    rows: ("embed_kernel", "norm_kernel", "rope_kernel", "activation_kernel"),
     sampling: ("sample_kernel", "logprobs_kernel"),
 }
 
@@ -51,6 +51,7 @@ def all_but_products(count: int) -> None:
         batch = AttentionBatch(*(empty(torch.int32, n) for n in (tokens, count + 1, count)), tables)
         attention.attention(q, k, v, cache, 0, batch, AttentionSpec(0.1), None)
     x, residual, vector = empty(torch.bfloat16, count, 768), empty(torch.float32, count, 768), empty(torch.float32, 768)
+    rows.embed(residual, None, empty(torch.int32, count), 1.0)
     rows.norm(x, residual, vector, None, 1e-5, False, torch.bfloat16)
     rows.norm(x, None, vector, vector, 1e-5, True, torch.bfloat16)
     rows.activation(x, "silu", multiply=True)

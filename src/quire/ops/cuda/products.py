@@ -148,9 +148,3 @@ def to_tensor(host: Any) -> Array:
     if host.dtype == ml_dtypes.float8_e4m3fn:
         return torch.from_numpy(host.view(np.int8)).view(torch.float8_e4m3fn)
     return torch.from_numpy(host)
-
-
-def rows_of(packed: CudaLinear, ids: Array) -> Array:
-    """Rows of a table in float32: of floats, or of integers with a scale for each row."""
-    rows = packed.weight[ids].to(torch.float32)
-    return rows if packed.scales is None else rows * packed.scales[ids]

@@ -165,7 +165,7 @@ class CudaOps(ComposedOps):
         return products.cublas_linear(x, packed)
 
     def embed(self, token_ids: Array, packed: products.CudaLinear, scale: float = 1.0) -> Array:
-        return products.rows_of(packed, token_ids) * scale
+        return rows.embed(packed.weight, packed.scales, token_ids, scale)
 
     def logits(self, x: Array, packed: products.CudaLinear, scale: float = 1.0, softcap: float | None = None) -> Array:
         return products.linear(x, packed, torch.float32, scale, softcap)

@@ -1,4 +1,4 @@
-"""Norms, rotary positions, activations, copies of blocks: one pass each, in Triton. Reductions are over a row alone."""
+"""Rows of tables, norms, rotary positions, activations, copies of blocks: one pass each. Sums are over a row alone."""
 
 import math
 
@@ -9,6 +9,32 @@ import triton.language as tl
 from quire.ops.types import Activation, Array
 
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+
+
+@triton.jit
+def embed_kernel(table, scales, ids, y, table_stride, size, scale, SCALED: tl.constexpr, TILE: tl.constexpr):
+    """A tile of one row."""
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(ids + place).to(tl.int64)
+    at = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    values = tl.load(table + row * table_stride + at, mask=at < size).to(tl.float32)
+    if SCALED:
+        values *= tl.load(scales + row)
+    tl.store(y + place * size + at, values * scale, mask=at < size)
+
+
+def embed(table: Array, scales: Array | None, ids: Array, scale: float) -> Array:
+    """Rows `ids [n]` of a table of floats, or of small numbers with a scale for each row `[rows, 1]`, times `scale`:
+    float32 `[n, size]`."""
+    size = table.shape[1]
+    y = torch.empty((ids.shape[0], size), dtype=torch.float32, device=table.device)
+    if y.numel():
+        tile = min(1024, triton.next_power_of_2(size))
+        embed_kernel[(ids.shape[0], triton.cdiv(size, tile))](
+            table, table if scales is None else scales, ids, y, table.stride(0), size, float(scale),
+            SCALED=scales is not None, TILE=tile, enable_fp_fusion=False,
+        )  # fmt: skip
+    return y
 
 
 @triton.jit
