@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from quire.server import delivery, streams
-from quire.server.routes import completions
+from quire.server.routes import chat, completions
 from tests.server.conftest import Running, wait_until
 
 BODY = {"prompt": "hello", "max_tokens": 12, "temperature": 0, "ignore_eos": True, "logprobs": 1}
@@ -56,16 +56,28 @@ def throws(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 def parsing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(completions, "parse_completion", throws(completions.parse_completion))
+    patch.setattr(chat, "parse_chat", throws(chat.parse_chat))
+
+
+def asked(answer: Any) -> Any:
+    return getattr(answer._call, "prompts", None) or answer._call.conversation
+
+
+def in_answers(patch: pytest.MonkeyPatch, **names: Any) -> None:
+    """The method of each route's answer throws for the victim."""
+    for route, name in names.items():
+        kind = {"completions": completions, "chat": chat}[route]._Answer
+        plain = getattr(kind, name)
+
+        def method(self: Any, *args: Any, plain: Any = plain) -> Any:
+            throws(lambda _: None)(asked(self))
+            return plain(self, *args)
+
+        patch.setattr(kind, name, method)
 
 
 def making(patch: pytest.MonkeyPatch) -> None:
-    plain = completions._Answer._choice
-
-    def choice(self: Any, *args: Any) -> dict[str, Any]:
-        throws(lambda _: None)(self._call.prompts)
-        return plain(self, *args)
-
-    patch.setattr(completions._Answer, "_choice", choice)
+    in_answers(patch, completions="_choice", chat="_token_ids")
 
 
 def encoding(num_good: int) -> Callable[[pytest.MonkeyPatch], None]:
@@ -77,13 +89,7 @@ def encoding(num_good: int) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 def heading(patch: pytest.MonkeyPatch) -> None:
-    plain = completions._Answer.headers
-
-    def headers(self: Any) -> dict[str, str]:
-        throws(lambda _: None)(self._call.prompts)
-        return plain(self)
-
-    patch.setattr(completions._Answer, "headers", headers)
+    in_answers(patch, completions="headers", chat="headers")
 
 
 POINTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], bool]] = {
@@ -99,8 +105,20 @@ POINTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], bool]] = {
 }
 
 
+VICTIM = {**BODY, "max_tokens": 60, "echo": True}
+ROUTES: dict[str, dict[str, Any]] = {
+    "completions": {**VICTIM, "prompt": f"{MARK} hello"},
+    "chat/completions": {
+        **{name: value for name, value in VICTIM.items() if name not in ("prompt", "logprobs")},
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": MARK}],
+        **{"add_generation_prompt": False, "continue_final_message": True},
+    },
+}
+
+
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("point", POINTS)
-def test_one_fault_fails_one_answer(point: str, real: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_fault_fails_one_answer(point: str, route: str, real: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     install, stream = POINTS[point]
     with httpx.Client(base_url=real.url, timeout=20) as http:
         canary = choices(http)
@@ -110,8 +128,7 @@ def test_one_fault_fails_one_answer(point: str, real: Running, monkeypatch: pyte
             install(patch)
             for other in others:
                 other.start()
-            body = {**BODY, "prompt": f"{MARK} hello", "max_tokens": 60, "echo": True, "stream": stream}
-            response = http.post("/v1/completions", json=body)
+            response = http.post(f"/v1/{route}", json={**ROUTES[route], "stream": stream})
             for other in others:
                 other.join()
         assert found == [canary] * 3
