@@ -3,6 +3,7 @@ runner over a model that computes next to nothing."""
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from quire.errors import ConfigurationError
@@ -124,8 +125,9 @@ class _Hollow:
         return CacheShape(1, num_blocks, block_size, 1, HIDDEN, "bfloat16")
 
     def forward(self, token_ids: "Array", batch: "AttentionBatch", cache: Any) -> "Array":
-        """Nothing is written to the cache."""
-        return self._step(token_ids, batch, cache)
+        """Nothing is written to the cache, and without attention all tokens go the whole way."""
+        hidden = self._step(token_ids, replace(batch, outputs=None), cache)
+        return hidden if batch.outputs is None else hidden[batch.outputs]
 
     def greedy(self, hidden: "Array") -> tuple["Array", "Array"]:
         """As `Model.greedy`."""

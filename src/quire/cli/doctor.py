@@ -3,7 +3,6 @@
 import argparse
 import sys
 import time
-from typing import Any
 
 from quire.cli import banner
 from quire.errors import QuireError
@@ -13,8 +12,6 @@ EXAMPLES = """example:
 PACKAGES = tuple(
     "numpy ml_dtypes safetensors tokenizers jinja2 starlette uvicorn huggingface_hub torch transformers".split()
 )
-CHUNK_BYTES = 2**25
-BANDWIDTH_SECONDS = 1.0
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +29,7 @@ def run(options: argparse.Namespace) -> int:
     for line in _operations():
         print(f"  {line}")
     _section("versions", {name: _version(name) for name in PACKAGES})
-    threads = machine.usable_processors()
-    rate = read_bandwidth(threads)
-    _section("memory", {"streaming read": f"{rate / 1e9:.1f} GB/s with {threads} threads (numpy)"})
+    _section("rates of all threads together", _rates())
     return _embedded()
 
 
@@ -57,6 +52,22 @@ def _operations() -> list[str]:
     return [*banner.lines(decisions), *rejected]
 
 
+def _rates() -> dict[str, str]:
+    """What memory and the processors' units do at best; nothing where the native operations do not load."""
+    try:
+        from quire.cli.kernel_cases import measure_limits
+        from quire.ops.cpu import CpuOps
+        from quire.ops.select import select_ops
+
+        ops, _ = select_ops("cpu", None)
+    except (ImportError, QuireError):
+        return {}
+    assert isinstance(ops, CpuOps)
+    limits = measure_limits(ops, time.perf_counter)
+    products = {f"products, {unit}": f"{value / 1e12:.2f} TOP/s" for unit, value in limits.products_per_s.items()}
+    return {"streaming read": f"{limits.read_bytes_per_s / 1e9:.1f} GB/s", **products}
+
+
 def _version(package: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -64,22 +75,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def read_bandwidth(threads: int, seconds: float = BANDWIDTH_SECONDS) -> float:
-    """Bytes a second that `threads` threads read together, each from its own 32 MiB, the best of several rounds."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    import numpy as np
-
-    arrays: list[Any] = [np.ones(CHUNK_BYTES // 8, np.int64) for _ in range(4 * threads)]
-    best, end = 0.0, time.perf_counter() + seconds
-    with ThreadPoolExecutor(threads) as pool:
-        while time.perf_counter() < end:
-            begun = time.perf_counter()
-            list(pool.map(np.max, arrays))
-            best = max(best, CHUNK_BYTES * len(arrays) / (time.perf_counter() - begun))
-    return best
 
 
 def _embedded() -> int:

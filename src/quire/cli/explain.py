@@ -1,21 +1,15 @@
 """`quire explain`: where the time of a request went, asked of a running server."""
 
 import argparse
-import http.client
 import json
-import urllib.error
-import urllib.parse
-import urllib.request
 from typing import Any
-
-from quire.errors import ConfigurationError, InvalidRequestError, QuireError
+from urllib.parse import quote
 
 EXAMPLES = """examples:
   quire explain chatcmpl-0123456789abcdef0123456789abcdef
   quire explain --url http://host:8000 --admin-api-key SECRET --json cmpl-...
 
 The id is that of the answer (`id`, and the header x-request-id)."""
-SECONDS = 10
 BAR_WIDTH = 30
 
 
@@ -29,7 +23,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Ask and print."""
-    answer = _ask(options.url, options.request_id, options.admin_api_key)
+    from quire.cli.remote_server import Server
+
+    server = Server(options.url, options.admin_api_key)
+    answer = server.look_up(f"/v1/requests/{quote(options.request_id, safe='')}/explain")
     if options.json:
         print(json.dumps(answer, indent=2))
         return 0
@@ -52,25 +49,3 @@ def lines(item: dict[str, Any]) -> list[str]:
             shown.append(f"  {name.replace('_', ' '):20} {seconds:10.4f} s {seconds / total_s:6.1%}  {bar}".rstrip())
     shown.append(f"  {'whole':20} {item['total_s']:10.4f} s")
     return shown
-
-
-def _ask(url: str, request_id: str, key: str | None) -> dict[str, Any]:
-    if not url.startswith(("http://", "https://")):
-        raise ConfigurationError(f"url must begin with http:// or https://, got {url[:200]!r}", field="url")
-    address = f"{url.rstrip('/').removesuffix('/v1')}/v1/requests/{urllib.parse.quote(request_id, safe='')}/explain"
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=SECONDS) as response:
-            answer: dict[str, Any] = json.load(response)
-            return answer
-    except urllib.error.HTTPError as error:
-        raise InvalidRequestError(_message(error)) from error
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise QuireError(f"no answer from {url}: {type(error).__name__}") from error
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.load(error)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"the server answered {error.code}"

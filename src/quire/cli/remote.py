@@ -23,6 +23,7 @@ def server_of(options: argparse.Namespace) -> "Server | None":
 
     Raises:
         ConfigurationError: flags that do not go together.
+        QuireError: the server does not say what models it has.
     """
     if options.url is None:
         for name in ("api_key", "model_name"):
@@ -35,7 +36,9 @@ def server_of(options: argparse.Namespace) -> "Server | None":
         raise ConfigurationError(f"{flag} does not go with --url: the server has its model", field=given[0])
     from quire.cli.remote_server import Server  # its HTTP client is slow to import
 
-    return Server(options.url, options.api_key, options.model_name)
+    server = Server(options.url, options.api_key)
+    server.model_name = options.model_name or server.first_model()
+    return server
 
 
 def sampling_fields(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A running server, Quire's or another of OpenAI's kind, as `quire chat` and `quire generate` speak to it.
+"""A running server, Quire's or another of OpenAI's kind, as `quire chat`, `generate` and `explain` speak to it.
 
 The standard library alone: no HTTP client is needed to talk to a server, nor a model to be loaded.
 """
@@ -25,7 +25,7 @@ class Server:
         ConfigurationError: the address is not one.
     """
 
-    def __init__(self, url: str, api_key: str | None, model_name: str | None) -> None:
+    def __init__(self, url: str, api_key: str | None) -> None:
         try:
             parts = urlsplit(url)
             self._port = parts.port
@@ -40,7 +40,21 @@ class Server:
             if not api_key.isascii() or not api_key.isprintable():
                 raise ConfigurationError("--api-key must be printable ASCII", field="api_key")
             self._headers["Authorization"] = f"Bearer {api_key}"
-        self.model_name = model_name or self._first_model()
+        self.model_name = ""
+        """Which of its models is asked."""
+
+    def first_model(self) -> str:
+        """The name of one of its models; errors as for `ask`."""
+        models = self.look_up("/v1/models").get("data") or [{}]
+        name = models[0].get("id") if isinstance(models[0], dict) else None
+        if not isinstance(name, str):
+            raise QuireError("the server names no model: --model-name says which to ask")
+        return name
+
+    def look_up(self, route: str) -> dict[str, Any]:
+        """What the server tells without a body; errors as for `ask`."""
+        with closing(self._connect()) as connection:
+            return _object(_read(self._send(connection, "GET", route, None)))
 
     def ask(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         """The whole answer.
@@ -71,14 +85,6 @@ class Server:
                     raise RequestFailedError(_message(event))
                 yield event
         raise RequestFailedError("the server closed the stream before its end")
-
-    def _first_model(self) -> str:
-        with closing(self._connect()) as connection:
-            models = _object(_read(self._send(connection, "GET", "/v1/models", None))).get("data") or [{}]
-        name = models[0].get("id") if isinstance(models[0], dict) else None
-        if not isinstance(name, str):
-            raise QuireError("the server names no model: --model-name says which to ask")
-        return name
 
     def _connect(self) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._is_secure else http.client.HTTPConnection
