@@ -379,7 +379,7 @@ private:
         }
     }
 
-    static constexpr int64_t kAhead = 3;        // chunks whose keys are asked for before they are needed
+    static constexpr int64_t kAhead = 8;        // chunks whose keys are asked for before they are needed: a split's
     static constexpr int64_t kTokensAhead = 6;  // tokens whose queries, or outputs, are
 
     const AttentionArgs& args_;

@@ -122,14 +122,10 @@ struct alignas(64) MatrixTotal {
         alignas(64) float factors[2][16];
         store(factors[0], merge.factor_a);
         store(factors[1], merge.factor_b);
-        for (int row = 0; row < 16; ++row) {
-            const __m512 a = _mm512_set1_ps(factors[0][row]), b = _mm512_set1_ps(factors[1][row]);
-            float* const to = mixed + row * 16;
-            const float* const from = split.mixed + row * 16;
-            for (int64_t at = 0; at < value_dim * 16; at += 256) {
-                const __m512 before = _mm512_mul_ps(_mm512_load_ps(to + at), a);
-                _mm512_store_ps(to + at, _mm512_add_ps(before, _mm512_mul_ps(_mm512_load_ps(from + at), b)));
-            }
+        for (int64_t at = 0; at < value_dim * 16; at += 16) {
+            const __m512 a = _mm512_set1_ps(factors[0][at / 16 % 16]), b = _mm512_set1_ps(factors[1][at / 16 % 16]);
+            const __m512 before = _mm512_mul_ps(_mm512_load_ps(mixed + at), a);
+            _mm512_store_ps(mixed + at, _mm512_add_ps(before, _mm512_mul_ps(_mm512_load_ps(split.mixed + at), b)));
         }
     }
 };
