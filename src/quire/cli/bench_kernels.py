@@ -16,7 +16,7 @@ EXAMPLES = """examples:
   quire bench kernels --rows 1 64 --json > rates.json
 
 names for --only, of any number of kinds; of one kind any is meant:
-  operations  linear gated_linear logits attention add_rms_norm activation_multiply rope sample
+  operations  linear gated_linear logits greedy attention add_rms_norm activation_multiply rope sample
   formats     bfloat16 int8 int8_w8a8 int4 float32
   models      m135 m1b 7b"""
 

@@ -46,6 +46,7 @@ class Shapes:
             ("gated_linear", 2 * self.inner, self.hidden),
             ("linear", self.hidden, self.inner),
             ("logits", self.vocabulary, self.hidden),
+            ("greedy", self.vocabulary, self.hidden),
         ]
 
 
@@ -55,7 +56,9 @@ MODELS = (
     Shapes("7b", 4096, 14336, 32, 8, 128, 32000),
 )
 """SmolLM2 135M, Llama 3.2 1B, Mistral 7B."""
-OPERATIONS = ("linear", "gated_linear", "logits", "attention", "add_rms_norm", "activation_multiply", "rope", "sample")
+OPERATIONS = (
+    "linear", "gated_linear", "logits", "greedy", "attention", "add_rms_norm", "activation_multiply", "rope", "sample"
+)  # fmt: skip
 
 
 def cases(ops: CpuOps, wanted: Callable[[str, str, str], bool], rows: Sequence[int]) -> Iterator[Case]:
@@ -97,12 +100,14 @@ def _products(
     pack = ops.pack_gated if gated else ops.pack_linear
     first = pack(weight, None, "bfloat16")
     copies = [first, *(pack(weight, None, "bfloat16") for _ in range(MEMORY_BYTES // first.bytes))]
-    width = outputs // 2 if gated else outputs
+    width = {"gated_linear": outputs // 2, "greedy": 0}.get(operation, outputs)
     for count in rows:
         x = _floats(count, inputs)
 
         def run(turn: int, x: Any = x) -> object:
             packed = copies[turn % len(copies)]
+            if operation == "greedy":
+                return ops.greedy(x, packed)
             return ops.gated_linear(x, packed, "silu") if gated else ops.linear(x, packed)
 
         yield Case(
