@@ -167,7 +167,7 @@ def test_generation_defaults_come_under_vllm_names(tmp_path: Path) -> None:
         "bos_token_id": 1,
     }
     defaults = load_generation_defaults(write(tmp_path, config={"eos_token_id": 3}, generation_config=generation))
-    assert defaults.eos_token_ids == (7, 9) and defaults.bos_token_id == 1
+    assert defaults.eos_token_ids == (7, 9)
     assert defaults.sampling == {
         "temperature": 0.6,
         "top_k": 20,
@@ -186,7 +186,7 @@ def test_a_stated_no_to_sampling_is_greedy(tmp_path: Path) -> None:
 
 def test_config_stands_in_for_a_missing_generation_config(tmp_path: Path) -> None:
     defaults = load_generation_defaults(write(tmp_path, config={"eos_token_id": 3, "bos_token_id": None}))
-    assert (defaults.eos_token_ids, defaults.bos_token_id, dict(defaults.sampling)) == ((3,), None, {})
+    assert (defaults.eos_token_ids, dict(defaults.sampling)) == ((3,), {})
 
 
 @pytest.mark.parametrize("bad", [{"eos_token_id": "x"}, {"eos_token_id": [-1]}, {"top_p": "0.9"}, {"top_k": True}])

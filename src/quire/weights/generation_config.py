@@ -27,7 +27,6 @@ class GenerationDefaults:
     """`sampling` has vLLM's names; values are numbers as the file has them, not yet validated as parameters."""
 
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
     sampling: Mapping[str, int | float]
 
 
@@ -42,10 +41,8 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
     config = read_json_object(directory / "config.json", 4 * MAX_BYTES)
     text = config.get("text_config")
     sources = [generation, config, text if isinstance(text, dict) else {}]
-    bos = _ids("bos_token_id", *sources)
     return GenerationDefaults(
         eos_token_ids=_ids("eos_token_id", *sources),
-        bos_token_id=bos[0] if bos else None,
         sampling=MappingProxyType(_sampling(generation)),
     )
 
