@@ -1,9 +1,11 @@
 """An engine without a model: it answers with the letters of the alphabet, one a token, from where the seed says.
 
-Words in the prompt steer it: `slow` waits between tokens, `fail` fails after two, `die` kills the engine.
+Words in the prompt steer it: `slow` waits between tokens, `held` before the third until `released` is set, `fail` fails
+after two, `die` kills the engine.
 """
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -42,6 +44,7 @@ class FakeEngine:
         self.is_healthy = True
         self.num_running = 0
         self.num_aborted = 0
+        self.released = threading.Event()
         self.sent: list[str] = []
         self.calls: list[dict[str, Any]] = []
 
@@ -111,6 +114,8 @@ class FakeEngine:
             longest = max(map(len, sequences))
             for step in range(longest):
                 await asyncio.sleep(0.02 if "slow" in text else 0)
+                while "held" in text and step == 2 and not self.released.is_set():
+                    await asyncio.sleep(0.01)
                 if "die" in text and step == 2:
                     self.is_healthy = False
                 if not self.is_healthy:

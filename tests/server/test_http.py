@@ -196,16 +196,16 @@ def test_dead_engine_is_not_alive() -> None:
         dying.stop()
 
 
-def _read_stream(url: str, lines: list[str]) -> None:
-    body = {"prompt": "slow", "max_tokens": 25, "stream": True, "model": MODEL}
+def _read_stream(url: str, lines: list[str], prompt: str = "slow") -> None:
+    body = {"prompt": prompt, "max_tokens": 25, "stream": True, "model": MODEL}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as response:
         lines.extend(line for line in response.iter_lines() if line)
 
 
 def test_stopping_lets_requests_finish() -> None:
-    stopping = start(FakeEngine())
+    stopping = start(FakeEngine(), drain_s=30.0)
     lines: list[str] = []
-    reader = threading.Thread(target=_read_stream, args=(stopping.url, lines))
+    reader = threading.Thread(target=_read_stream, args=(stopping.url, lines, "held"))
     reader.start()
     assert wait_until(lambda: stopping.engine.num_running == 1)
     stopping.server.drain()
@@ -214,8 +214,9 @@ def test_stopping_lets_requests_finish() -> None:
     refused = httpx.post(f"{stopping.url}/v1/completions", json={"prompt": "x"})
     assert refused.status_code == 503
     assert "retry-after" in refused.headers
-    reader.join(10)
-    stopping.thread.join(10)
+    stopping.engine.released.set()
+    reader.join(20)
+    stopping.thread.join(20)
     assert not stopping.thread.is_alive()
     assert lines[-1] == "data: [DONE]"
     assert len(lines) == 26

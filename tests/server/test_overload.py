@@ -1,6 +1,7 @@
 """Overload over HTTP: refusals with a time to come back, fair shares, deadlines, readers that stall."""
 
 import asyncio
+import logging
 import socket
 import threading
 import time
@@ -15,10 +16,10 @@ import pytest
 from quire import AsyncLLM, SamplingParams
 from quire.engine.queue_bound import ANYBODY, Caller
 from quire.engine.stream import MAX_UNREAD
-from quire.errors import ConfigurationError, OverloadedError, RequestFailedError
+from quire.errors import ConfigurationError, OverloadedError, RequestFailedError, TooManyRequestsError
 from quire.sampling_params import RequestOutputKind
 from quire.server.app import Oversight
-from quire.server.keys import read_keys
+from quire.server.keys import caller_name, read_keys
 from tests.server.conftest import Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
 from tests.tiny.checkpoints import make_tiny
@@ -186,9 +187,34 @@ def test_keys_come_from_a_file(tmp_path: Path) -> None:
         read_keys(str(tmp_path / "none"))
 
 
+def test_one_key_is_refused_from_its_first_bytes_while_another_is_let_in(caplog: pytest.LogCaptureFixture) -> None:
+    class HalfFull(FakeEngine):
+        def check_room(self, caller: Caller = ANYBODY) -> None:
+            assert caller.weight == {caller_name("flood"): 3, caller_name("guest"): 2}.get(caller.name, 1)
+            if caller.name == caller_name("flood"):
+                raise TooManyRequestsError("too many requests with this key", retry_after_s=7)
+
+    server = start(HalfFull(), api_key={"flood": 3, "guest": 2}, oversight=Oversight(log_requests=True))
+    try:
+        with caplog.at_level(logging.INFO, "quire.access"):
+            refused = post(server, SHORT)
+            assert (refused.status_code, refused.headers["retry-after"]) == (429, "7")
+            assert refused.headers["connection"] == "close", "unparsed"
+            assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+        (record,) = [item for item in caplog.records if item.name == "quire.access"]
+        fields = vars(record)["fields"]
+        assert (fields["method"], fields["path"], fields["status"]) == ("POST", "/v1/completions", 429)
+        assert post(server, SHORT, "guest").status_code == 200
+        assert post(server, SHORT, "nobody").status_code == 401
+        twice = httpx.Headers([("authorization", "Bearer flood"), ("authorization", "Bearer guest")])
+        assert httpx.post(f"{server.url}/v1/completions", json=SHORT, headers=twice).status_code == 401
+    finally:
+        server.stop()
+
+
 @pytest.mark.parametrize("options", [{}, {"oversight": Oversight(log_requests=True)}])
 def test_a_flood_is_refused_before_it_is_parsed_and_probes_are_not(options: dict[str, Any]) -> None:
-    """The same answer either way; without logs the first bytes of a connection are enough for it."""
+    """The same answer with logs and without: the first bytes of a connection are enough for it."""
 
     class Full(FakeEngine):
         def check_room(self, caller: Caller = ANYBODY) -> None:

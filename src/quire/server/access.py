@@ -58,21 +58,38 @@ class Access:
             for times in found:
                 self._tracer.request(times, parent)
         if self._logs:
-            timelines = [timeline for times in found for timeline in times.sequences]
-            logger.info(
-                "request",
-                extra={
-                    "fields": {
-                        "method": scope["method"],
-                        "path": ascii(scope["path"])[1:-1][:128],
-                        "status": response.status,
-                        "request_id": response.request_id,
-                        "seconds": round(sent_s - received_s, 6),
-                        "is_complete": response.is_complete,
-                        **_counts(timelines),
-                    }
-                },
+            log_request(
+                scope["method"],
+                scope["path"],
+                response.status,
+                sent_s - received_s,
+                request_id=response.request_id,
+                is_complete=response.is_complete,
+                timelines=[timeline for times in found for timeline in times.sequences],
             )
+
+
+def log_request(
+    method: str,
+    path: str,
+    status: int | None,
+    seconds: float,
+    *,
+    request_id: str | None = None,
+    is_complete: bool = True,
+    timelines: Sequence[Timeline] = (),
+) -> None:
+    """Write the record of one request."""
+    fields = {
+        "method": method,
+        "path": ascii(path)[1:-1][:128],
+        "status": status,
+        "request_id": request_id,
+        "seconds": round(seconds, 6),
+        "is_complete": is_complete,
+        **_counts(timelines),
+    }
+    logger.info("request", extra={"fields": fields})
 
 
 class _Response:

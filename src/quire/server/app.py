@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
@@ -12,7 +11,8 @@ from quire.server import errors
 from quire.server.access import Access
 from quire.server.body import Bodies
 from quire.server.connections import QUEUED_PATHS, OneFraming
-from quire.server.context import Doorkeeper, Gate, ServerContext, early_refusal
+from quire.server.context import Doorkeeper, Gate, ServerContext
+from quire.server.early import EarlyRefusal
 from quire.server.keys import KeyRequired, caller_name
 from quire.server.limits import REQUESTS_IN_FLIGHT, Limits
 from quire.server.metrics import make_registry
@@ -114,12 +114,12 @@ def _surround(app: Starlette, engine: "AsyncEngine", name: str, api_keys: Sequen
     if admin_key is not None and (not admin_key.strip() or admin_key in api_keys):
         raise ConfigurationError("admin_api_key must not be empty, nor a caller's key", field="admin_api_key")
     app.add_middleware(Doorkeeper, context=app.state.context, paths=QUEUED_PATHS)
+    keys = None
     if api_keys or admin_key is not None:
+        keys = KeyRequired(app, api_keys=api_keys, open_paths=health.OPEN_PATHS, admin_key=admin_key)
         app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=health.OPEN_PATHS, admin_key=admin_key)
     app.add_middleware(OneFraming)
     endpoint = oversight.otlp_traces_endpoint
     tracer = None if endpoint is None else Tracer(endpoint, name)
     app.add_middleware(Access, engine=engine, tracer=tracer, logs=oversight.log_requests)
-    # Who asks, and what is to be noted of it, is known only when a request has been parsed.
-    must_parse = bool(api_keys) or tracer is not None or oversight.log_requests
-    app.state.early_refusal = (lambda: None) if must_parse else partial(early_refusal, engine)
+    app.state.early_refusal = EarlyRefusal(app.state.context, keys, logs=oversight.log_requests)

@@ -36,7 +36,7 @@ class OneFraming:
         await refusal.response()(scope, receive, send)
 
 
-def patient_protocol(header_s: float, refusal: Callable[[], bytes | None] = lambda: None) -> type[H11Protocol]:
+def patient_protocol(header_s: float, refusal: Callable[[bytes], bytes | None]) -> type[H11Protocol]:
     """uvicorn's protocol, closing a connection whose headers are not complete after `header_s` seconds.
 
     Under a flood most connections bring one request that there is no place for, and to parse each would take the time
@@ -54,7 +54,7 @@ def patient_protocol(header_s: float, refusal: Callable[[], bytes | None] = lamb
 
         def data_received(self, data: bytes) -> None:
             is_first, self._has_begun = not self._has_begun, True
-            if is_first and data.startswith(_QUEUED) and b"\r\n\r\n" in data and (answer := refusal()) is not None:
+            if is_first and data.startswith(_QUEUED) and b"\r\n\r\n" in data and (answer := refusal(data)) is not None:
                 self.transport.write(answer)
                 self.transport.close()
                 return

@@ -147,15 +147,6 @@ class ServerContext:
         return self.gate.is_open and self.engine.is_ready
 
 
-def early_refusal(engine: "AsyncEngine") -> bytes | None:
-    """The whole answer to a request of anybody that there is no place for; None while there is one."""
-    try:
-        engine.check_room()
-    except OverloadedError as error:
-        return as_api_error(error).plain()
-    return None
-
-
 class Doorkeeper:
     """Refuses, before a body is read or a route is found, what the queue has no place for: under a flood, refusals
     are most of the work."""

@@ -6,7 +6,7 @@ caller, "".
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from starlette.requests import Request
@@ -91,9 +91,7 @@ class KeyRequired:
         if scope["type"] == "lifespan" or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
-        digest = _digest_of(scope)
-        admin = self._admin is not None and digest is not None and hmac.compare_digest(digest, self._admin)
-        caller = "" if admin or not self._callers else self._caller(digest)
+        caller, admin = self.who([value for name, value in scope.get("headers", ()) if name == b"authorization"])
         if caller is not None:
             scope[CALLER], scope[ADMIN] = caller, admin
             await self._app(scope, receive, send)
@@ -105,6 +103,13 @@ class KeyRequired:
         refusal = ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         await refusal.response()(scope, receive, send)
 
+    def who(self, authorizations: Sequence[bytes]) -> tuple[str | None, bool]:
+        """The caller, None for one who may not come in, and whether the key is the admin's, from what
+        `Authorization` headers hold."""
+        digest = _digest_of(authorizations)
+        admin = self._admin is not None and digest is not None and hmac.compare_digest(digest, self._admin)
+        return "" if admin or not self._callers else self._caller(digest), admin
+
     def _caller(self, digest: bytes | None) -> str | None:
         """Digests are compared, all of them, in a time that does not depend on where they differ."""
         found = None
@@ -114,10 +119,9 @@ class KeyRequired:
         return found
 
 
-def _digest_of(scope: Scope) -> bytes | None:
+def _digest_of(authorizations: Sequence[bytes]) -> bytes | None:
     """Of the one bearer token that came."""
-    given = [value for name, value in scope.get("headers", ()) if name == b"authorization"]
-    if len(given) != 1:
+    if len(authorizations) != 1:
         return None
-    scheme, _, key = given[0].partition(b" ")
+    scheme, _, key = authorizations[0].partition(b" ")
     return hashlib.sha256(key.strip()).digest() if scheme.lower() == b"bearer" else None
