@@ -8,6 +8,9 @@
 Prints one line of JSON for each: offered, goodput, refused, latency of refusals, values of Retry-After; and how many
 processors the server's processes and the client used, and the host of a virtual machine took away meanwhile (nothing
 here can be quicker than that). With --idle, the CPU time of a server that does nothing is measured first.
+
+With --keys the server has two API keys and writes a record of each request: the flood comes with one of them, and a
+guest with the other key asks at a quarter of the sustained rate; the guest has a line of its own.
 """
 
 import argparse
@@ -17,8 +20,9 @@ import selectors
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +30,17 @@ import psutil  # type: ignore[import-untyped]
 
 ROWS, QUEUE, TOKENS = 16, 64, 128
 BODY = json.dumps({"prompt": "What is PagedAttention?", "max_tokens": TOKENS, "ignore_eos": True}).encode()
-HEAD = (
-    "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    f"Content-Length: {len(BODY)}\r\nConnection: close\r\n\r\n"
-).encode()
+FLOOD, GUEST = "flood-key", "guest-key"
+GUEST_SHARE = 0.25  # of the sustained rate
+
+
+def request_with(key: str | None) -> bytes:
+    """A whole request."""
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(BODY)}\r\n"
+    )
+    authorization = f"Authorization: Bearer {key}\r\n" if key else ""
+    return f"{head}{authorization}Connection: close\r\n\r\n".encode() + BODY
 
 
 @dataclass
@@ -65,19 +76,19 @@ class Client:
     """Requests to a port, each on a connection of its own. Plain sockets: it shares the processors with the server, and
     what it uses is missing there."""
 
-    def __init__(self, port: int, tally: Tally) -> None:
-        self._address, self._tally = ("127.0.0.1", port), tally
+    def __init__(self, port: int) -> None:
+        self._address = ("127.0.0.1", port)
         self._selector = selectors.DefaultSelector()
-        self._open: dict[socket.socket, tuple[float, bytearray]] = {}
+        self._open: dict[socket.socket, tuple[float, bytearray, Tally, bytes]] = {}
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def ask(self) -> None:
+    def ask(self, key: str | None, tally: Tally) -> None:
         """Begin a request."""
         connection = socket.socket()
         connection.setblocking(False)
-        self._open[connection] = time.monotonic(), bytearray()
+        self._open[connection] = time.monotonic(), bytearray(), tally, request_with(key)
         connection.connect_ex(self._address)
         self._selector.register(connection, selectors.EVENT_WRITE)
 
@@ -88,7 +99,7 @@ class Client:
             assert isinstance(connection, socket.socket)
             try:
                 if events & selectors.EVENT_WRITE:
-                    connection.send(HEAD + BODY)
+                    connection.send(self._open[connection][3])
                     self._selector.modify(connection, selectors.EVENT_READ)
                 elif data := connection.recv(2**16):
                     self._open[connection][1].extend(data)
@@ -98,10 +109,10 @@ class Client:
                 self._end(connection, error)
 
     def _end(self, connection: socket.socket, error: OSError | None) -> None:
-        begun_s, answer = self._open.pop(connection)
+        begun_s, answer, tally, _ = self._open.pop(connection)
         self._selector.unregister(connection)
         connection.close()
-        spent_s, tally = time.monotonic() - begun_s, self._tally
+        spent_s = time.monotonic() - begun_s
         status = answer[9:12].decode() or "closed"
         tally.statuses[type(error).__name__ if error else status] += 1
         if status == "200":
@@ -112,37 +123,58 @@ class Client:
             tally.retry_after_s.append(int(found[1]) if found else -1)
 
 
-def closed_loop(port: int, clients: int, seconds: float) -> float:
+def closed_loop(port: int, key: str | None, clients: int, seconds: float) -> float:
     """Requests per second that are answered when so many clients ask one after another."""
     tally, end_s = Tally(), time.monotonic() + seconds
-    client = Client(port, tally)
+    client = Client(port)
     while time.monotonic() < end_s or len(client):
         while time.monotonic() < end_s and len(client) < clients:
-            client.ask()
+            client.ask(key, tally)
         client.turn(time.monotonic() + 1.0)
     return len(tally.done_s) / seconds
 
 
-def open_loop(port: int, per_second: float, seconds: float) -> tuple[Tally, int]:
+@dataclass
+class Stream:
     """Requests at an even rate, whatever becomes of them."""
-    tally, begun_s, asked, count = Tally(), time.monotonic(), 0, int(per_second * seconds)
-    client, last_s = Client(port, tally), begun_s + seconds + 30.0
-    while asked < count or (len(client) and time.monotonic() < last_s):
-        while asked < count and time.monotonic() >= begun_s + asked / per_second:
-            client.ask()
-            asked += 1
-        client.turn(begun_s + asked / per_second if asked < count else last_s)
-    return tally, count
+
+    key: str | None
+    per_second: float
+    asked: int = 0
+    tally: Tally = field(default_factory=Tally)
 
 
-def start() -> tuple[subprocess.Popen[str], int]:
+def open_loop(port: int, streams: list[Stream], seconds: float) -> None:
+    """All of them at once."""
+    client, begun_s = Client(port), time.monotonic()
+    last_s = begun_s + seconds + 30.0
+
+    def due_s(stream: Stream) -> float:
+        return begun_s + stream.asked / stream.per_second
+
+    while True:
+        going = [stream for stream in streams if due_s(stream) < begun_s + seconds]
+        if not going and (not len(client) or time.monotonic() >= last_s):
+            return
+        for stream in going:
+            while due_s(stream) <= min(time.monotonic(), begun_s + seconds):
+                client.ask(stream.key, stream.tally)
+                stream.asked += 1
+        client.turn(min((due_s(stream) for stream in going), default=last_s))
+
+
+def start(*, keys: bool) -> tuple[subprocess.Popen[str], int]:
     """A server, and its port."""
     command = [sys.executable, "-m", "quire", "serve", "--port", "0", "--quiet", "--max-num-seqs", str(ROWS)]
-    server = subprocess.Popen([*command, "--max-num-queued-reqs", str(QUEUE)], stderr=subprocess.PIPE, text=True)
+    command += ["--max-num-queued-reqs", str(QUEUE)]
+    if keys:
+        command += ["--api-key", FLOOD, "--api-key", GUEST, "--enable-log-requests"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     for line in server.stderr:
         found = re.search(r"ready on http://[^:]+:(\d+)", line)
         if found:
+            threading.Thread(target=deque, args=(server.stderr, 0), daemon=True).start()  # its records are not kept
             return server, int(found[1])
     raise RuntimeError("the server did not start")
 
@@ -175,23 +207,30 @@ def main() -> None:
     parser.add_argument("--times", type=float, default=10.0)
     parser.add_argument("--slo", type=float, default=10.0, metavar="S")
     parser.add_argument("--idle", type=float, default=0.0, metavar="S", help="measure an idle server for so long")
+    parser.add_argument("--keys", action="store_true", help="two API keys and request logs; one key floods")
     options = parser.parse_args()
-    server, port = start()
+    key = FLOOD if options.keys else None
+    server, port = start(keys=options.keys)
     try:
-        closed_loop(port, 2, 1.0)  # everything that is made on first use
+        closed_loop(port, key, 2, 1.0)  # everything that is made on first use
         if options.idle:
             usage = Usage(server)
             time.sleep(options.idle)
             used = usage.share()
             print(json.dumps({"phase": "idle", "share_of_a_core": round(used["http"] + used["core"], 4)}))
-        rate = closed_loop(port, ROWS, min(6.0, options.seconds))
+        rate = closed_loop(port, key, ROWS, min(6.0, options.seconds))
         print(json.dumps({"phase": "closed loop", "clients": ROWS, "per_s": round(rate, 1)}), flush=True)
         for times in (1.0, options.times):
             seconds = min(6.0, options.seconds) if times == 1.0 else options.seconds
+            streams = [Stream(key, rate * times)]
+            if options.keys:
+                streams.append(Stream(GUEST, rate * GUEST_SHARE))
             usage = Usage(server)
-            tally, count = open_loop(port, rate * times, seconds)
-            report = tally.report(count, seconds, options.slo, usage.share())
-            print(json.dumps({"phase": f"{times:g} x", **report}), flush=True)
+            open_loop(port, streams, seconds)
+            used = usage.share()
+            for stream in streams:
+                report = stream.tally.report(stream.asked, seconds, options.slo, used)
+                print(json.dumps({"phase": f"{times:g} x", "key": stream.key, **report}), flush=True)
     finally:
         server.terminate()
         server.wait(40)

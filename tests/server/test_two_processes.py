@@ -229,3 +229,12 @@ def test_a_crash_loop_gives_503_and_when_to_come_back(serve: Any) -> None:
 def test_one_process_when_asked(serve: Any) -> None:
     served = serve("--no-core-process")
     assert served.core_pid is None and list(served.stream(max_tokens=5))[-1] == {}
+
+
+def test_numbers_of_many_digits_are_refused_unconverted(serve: Any) -> None:
+    url = f"{serve('--no-core-process').url}/v1/completions"
+    bodies = [f'{{"prompt": "a", "seed": {"7" * digits}}}' for digits in (640, 641)]
+    answers = [httpx.post(url, content=body, headers={"Content-Type": "application/json"}) for body in bodies]
+    assert [answer.status_code for answer in answers] == [400, 400]
+    assert [answer.json()["error"]["code"] for answer in answers][1] == "malformed_json"
+    assert [answer.json()["error"]["param"] for answer in answers] == ["seed", None]
