@@ -28,6 +28,7 @@ constexpr int64_t kGroupRows = 512;       // with that piece of their x, 0.6 MB,
 constexpr int64_t kGroupItems = 1 << 19;  // inputs of a group of rows that stay in the L2, all pieces together
 constexpr int64_t kRunPanels = 8;         // panels of an item
 constexpr int64_t kLongRunPanels = 16;    // the same where x does not stay: it is read once for each run
+constexpr int64_t kRowsBeside = 4;        // of a block before that are finished at once: one by one they cost a third more
 constexpr int64_t kBlockSums = kTileSide * kTilePanel;
 
 struct Job {
@@ -268,7 +269,7 @@ void block_item(void* context, int64_t item, int worker) {
             beside.at = reinterpret_cast<const char*>(next);
             beside.end_at = reinterpret_cast<const char*>(none ? next : next + chunks * kChunkItems);
             beside.lines = (kChunkLines + blocks - 1) / blocks;
-            beside.rows_per_chunk = (kTileSide + chunks - 1) / chunks;
+            beside.rows_per_chunk = kRowsBeside;
             for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t row = first_row + block * kTileSide;
                 const int64_t slot = job.pieces == 1 ? 0 : step % together * blocks + block;

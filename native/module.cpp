@@ -319,8 +319,8 @@ public:
         for (int64_t i = 0; i < sources.size(0); ++i) cache.copy_block(sources.data()[i], targets.data()[i]);
     }
 
-    Program* program(std::vector<ProgramBuffer> buffers, int64_t floats, int64_t result) {
-        return new Program(*kernels_, pool_, std::move(buffers), floats, result);
+    Program* program(std::vector<ProgramBuffer> buffers, int64_t kept, int64_t passing, int64_t result) {
+        return new Program(*kernels_, pool_, std::move(buffers), kept, passing, result);
     }
 
 private:

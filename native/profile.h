@@ -22,6 +22,9 @@ public:
     struct Cell {
         int64_t calls = 0, rows = 0, nanoseconds = 0;
     };
+    static int64_t nanoseconds_between(Clock::time_point begun, Clock::time_point ended) {
+        return std::chrono::duration_cast<std::chrono::nanoseconds>(ended - begun).count();
+    }
     struct Entry {
         int64_t bytes = 0;     // of its weight
         int64_t products = 0;  // multiplications and additions for each row
@@ -29,14 +32,18 @@ public:
 
         // The operation ended now and began at `begun`, where the next one begins.
         void add(int64_t rows, Clock::time_point& begun) {
+            const Clock::time_point then = begun;
+            begun = Clock::now();
+            add(rows, 1, nanoseconds_between(then, begun));
+        }
+        // So many calls, with so many rows in all.
+        void add(int64_t rows, int64_t calls, int64_t nanoseconds) {
             size_t index = 0;
             while (index < kRows.size() && rows > kRows[index]) ++index;
-            const Clock::time_point now = Clock::now();
             Cell& cell = cells[index];
-            cell.calls += 1;
+            cell.calls += calls;
             cell.rows += rows;
-            cell.nanoseconds += std::chrono::duration_cast<std::chrono::nanoseconds>(now - begun).count();
-            begun = now;
+            cell.nanoseconds += nanoseconds;
         }
     };
 

@@ -1,12 +1,17 @@
 #include "program.h"
 
 #include <cstring>
+#include <numeric>
 
 namespace quire {
 
 namespace {
 
 constexpr int64_t kAddedRows = 16;  // in an item
+// Tokens that one thread takes through a stage, and the bytes of a stage's weights up to which they are taken so: each band
+// reads them again, from a cache that all processors share if they are few.
+constexpr int64_t kLeastBand = 128, kMostBand = 256, kBandStep = 32;
+constexpr int64_t kBandWeights = int64_t{32} << 20;
 
 struct AddJob {
     const float* x;
@@ -40,13 +45,16 @@ void require_outputs(const Ints1& outputs, const Ints1& query_starts, bool narro
 
 }  // namespace
 
-Program::Program(const Kernels& kernels, ThreadPool& pool, std::vector<ProgramBuffer> buffers, int64_t floats,
-                 int64_t result)
-    : kernels_(kernels), pool_(pool), buffers_(std::move(buffers)), floats_(floats), result_(result) {
+Program::Program(const Kernels& kernels, ThreadPool& pool, std::vector<ProgramBuffer> buffers, int64_t kept,
+                 int64_t passing, int64_t result)
+    : kernels_(kernels), pool_(pool), buffers_(std::move(buffers)), kept_floats_(kept), passing_floats_(passing),
+      result_(result) {
     const int64_t count = static_cast<int64_t>(buffers_.size());
     require(result >= 0 && result < count && !std::get<2>(buffers_[result]), "program: no such result");
     for (int64_t buffer = 0; buffer < count; ++buffer) {
-        const auto [offset, width, tiles] = buffers_[buffer];
+        const auto [offset, width, tiles, passes] = buffers_[buffer];
+        const int64_t floats = passes ? passing : kept;
+        require(passes || !tiles, "program: tiles do not outlive a stage");
         require(width >= 0 && width < INT32_MAX && offset >= 0, "program: a buffer has no size");
         const int64_t size = tiles ? (width + kTileDepth - 1) / kTileDepth * kTileDepth / 2 : width;
         const bool fits = offset <= floats && size <= floats - offset;
@@ -55,9 +63,9 @@ Program::Program(const Kernels& kernels, ThreadPool& pool, std::vector<ProgramBu
 }
 
 float* Program::Frame::base(const View& view) const {
-    if (view.buffer == program->result_) return result;
-    const int64_t offset = std::get<0>(program->buffers_[view.buffer]) * program->padded(room);
-    return static_cast<float*>(program->arena_->data()) + offset;
+    if (view.buffer == program->result_) return result + first * program->width_of(view);
+    const auto [offset, width, tiles, passes] = program->buffers_[view.buffer];
+    return passes ? own + offset * padded(own_room) : kept + offset * padded(room) + first * width;
 }
 
 void Program::Frame::narrow(const std::vector<int64_t>& buffers) {
@@ -92,7 +100,8 @@ TileRows Program::Frame::tiles(const View& view) const {
 Program::View Program::view_any(const ViewNumbers& numbers) const {
     const auto [buffer, offset, groups, width] = numbers;
     require(buffer >= 0 && buffer < static_cast<int64_t>(buffers_.size()), "program: no such buffer");
-    const auto [_, whole, tiles] = buffers_[buffer];
+    const int64_t whole = std::get<1>(buffers_[buffer]);
+    const bool tiles = std::get<2>(buffers_[buffer]);
     require(offset >= 0 && groups > 0 && width > 0 && offset <= whole && width <= whole &&
                 groups <= (whole - offset) / width,
             "program: a view is outside its buffer");
@@ -138,8 +147,8 @@ void Program::embed(bool positions, nb::handle table_, float scale, ViewNumbers 
     int64_t& limit = positions ? position_limit_ : token_limit_;
     limit = std::min(limit, table.out);
     append("embed", [=, &table](const Frame& frame) {
-        const int32_t* const ids = positions ? frame.positions : frame.token_ids;
-        kernels_.embed(EmbedArgs{ids, frame.tokens, table.panels(), scale, frame.at(y)}, pool_);
+        const int32_t* const ids = (positions ? frame.positions : frame.token_ids) + frame.first;
+        kernels_.embed(EmbedArgs{ids, frame.tokens, table.panels(), scale, frame.at(y)}, *frame.pool);
     });
 }
 
@@ -162,10 +171,12 @@ void Program::linear(ViewNumbers x_, nb::handle weight_, bool adds, int kind, Vi
         args.y_tiles = frame.tiles(y);
         args.activation = activation;
         args.scale = 1.0f;
-        kernels_.linear(args, pool_);
+        kernels_.linear(args, *frame.pool);
     };
     const std::string name = weight.gated ? "gated_linear" : adds ? "linear, added" : "linear";
     append(name + " " + weight.text(), compute, weight.bytes(), weight.num_operations());
+    stage_bytes_ += weight.bytes();
+    heaviest_stage_ = std::max(heaviest_stage_, stage_bytes_);
 }
 
 void Program::norm(ViewNumbers x_, std::optional<ViewNumbers> residual_, nb::handle weight_, nb::handle bias_,
@@ -195,7 +206,7 @@ void Program::norm(ViewNumbers x_, std::optional<ViewNumbers> residual_, nb::han
         args.centre = centre;
         args.y = frame.at(y);
         args.y_tiles = frame.tiles(y);
-        kernels_.norm(args, pool_);
+        kernels_.norm(args, *frame.pool);
     });
 }
 
@@ -204,7 +215,7 @@ void Program::add(ViewNumbers x_, ViewNumbers y_) {
     require(x.size() == y.size(), "add: x and y differ in shape");
     append("add", [=](const Frame& frame) {
         AddJob job{frame.at(x), frame.stride(x), frame.at(y), frame.stride(y), frame.tokens, x.size()};
-        pool_.run((frame.tokens + kAddedRows - 1) / kAddedRows, add_rows, &job);
+        frame.pool->run((frame.tokens + kAddedRows - 1) / kAddedRows, add_rows, &job);
     });
 }
 
@@ -232,6 +243,7 @@ void Program::attention(std::tuple<ViewNumbers, ViewNumbers, ViewNumbers> qkv, i
     require(layers_ == 0 || (kv_heads_ == k.groups && head_dim_ == q.width), "attention: layers differ in shape");
     const float* const sinks = keep_floats(sinks_, q.groups, "sinks");
     const RopeTables tables = keep_tables(cos, sin, q.width);
+    stage_bytes_ = 0;
     layers_ = std::max(layers_, layer + 1);
     kv_heads_ = k.groups;
     head_dim_ = q.width;
@@ -257,6 +269,7 @@ void Program::attention(std::tuple<ViewNumbers, ViewNumbers, ViewNumbers> qkv, i
         }
         if (frame.tokens > 0) kernels_.attention(args, pool_);
     });
+    instructions_.back().by_row = false;
 }
 
 void Program::activation(ViewNumbers x_, int kind_, bool multiply, ViewNumbers y_) {
@@ -268,7 +281,7 @@ void Program::activation(ViewNumbers x_, int kind_, bool multiply, ViewNumbers y
     append("activation", [=](const Frame& frame) {
         kernels_.activation(ActivationArgs{frame.at(x), frame.stride(x), frame.tokens, size, kind, multiply,
                                            frame.at(y), frame.tiles(y)},
-                            pool_);
+                            *frame.pool);
     });
 }
 
@@ -294,22 +307,79 @@ void Program::run(nb::handle token_ids_, nb::handle positions_, nb::handle query
     require_rows(tokens, layout, query_starts, starts, tables);
     require_rope_covers(rope_limit_, query_starts, starts);
     if (outputs.has_value()) require_outputs(*outputs, query_starts, narrows_);
-    Frame frame{this, tokens, tokens, out.data(), token_ids.data(), positions.data(), starts.size(0),
-                query_starts.data(), starts.data(), tables.data(), tables.stride(), &layout,
-                outputs.has_value() ? outputs->data() : nullptr, num_outputs};
+    const int64_t in_work = band_of(tokens) < tokens ? pool_.threads() * kMostBand : tokens;
+    Frame frame{this, &pool_, tokens, in_work, 0, tokens, nullptr, nullptr, out.data(), token_ids.data(),
+                positions.data(), starts.size(0), query_starts.data(), starts.data(), tables.data(), tables.stride(),
+                &layout, outputs.has_value() ? outputs->data() : nullptr, num_outputs};
     nb::gil_scoped_release unlocked;
     const auto lock = pool_.exclusive();
-    const size_t bytes = floats_ * padded(tokens) * sizeof(float);
+    const int64_t kept = kept_floats_ * padded(tokens);
+    const size_t bytes = (kept + passing_floats_ * padded(in_work)) * sizeof(float);
     if (arena_ == nullptr || arena_->bytes() < bytes) {
         arena_.reset();
         arena_ = std::make_unique<Pages>(bytes, true);
     }
     const ThreadPool::Hot hot(pool_);
-    auto begun = Profile::Clock::now();
-    for (const Instruction& instruction : instructions_) {
-        if (frame.tokens == 0) break;  // nobody asked for what would follow
-        instruction.run(frame);
-        instruction.times->add(frame.tokens, begun);
+    frame.kept = static_cast<float*>(arena_->data());
+    frame.own = frame.kept + kept;
+    auto begun = Clock::now();
+    for (size_t at = 0; at < instructions_.size() && frame.tokens > 0;) {  // else nobody asked for what would follow
+        size_t end = at;
+        while (end < instructions_.size() && instructions_[end].by_row) ++end;
+        if (end > at + 1 && band_of(frame.tokens) < frame.tokens) {
+            run_stage(frame, at, end, begun);
+            at = end;
+        } else {
+            instructions_[at].run(frame);
+            instructions_[at++].times->add(frame.tokens, begun);
+        }
+    }
+}
+
+// Many tokens are divided so that what an operation hands on stays in a thread's own cache; few are computed by all threads
+// together, so that each weight is read once.
+int64_t Program::band_of(int64_t tokens) const {
+    const int64_t threads = pool_.threads();
+    if (tokens < threads * kLeastBand || heaviest_stage_ > kBandWeights) return tokens;
+    const int64_t bands = (tokens + threads * kMostBand - 1) / (threads * kMostBand) * threads;
+    return (tokens + bands * kBandStep - 1) / (bands * kBandStep) * kBandStep;
+}
+
+// The operations between two attentions, on bands of tokens. What an operation took is its share of the whole.
+void Program::run_stage(Frame& frame, size_t begin, size_t end, Clock::time_point& begun) const {
+    const int64_t band = band_of(frame.tokens), bands = (frame.tokens + band - 1) / band;
+    const size_t count = end - begin;
+    std::vector<int64_t> nanoseconds(bands * count);
+    BandJob job{this, &frame, begin, end, band, nanoseconds.data()};
+    pool_.run(bands, run_band, &job);
+    const Clock::time_point then = begun;
+    begun = Clock::now();
+    const double all = std::max<int64_t>(1, std::accumulate(nanoseconds.begin(), nanoseconds.end(), int64_t{0}));
+    const double share = Profile::nanoseconds_between(then, begun) / all;
+    for (size_t i = 0; i < count; ++i) {
+        int64_t sum = 0;
+        for (size_t at = i; at < nanoseconds.size(); at += count) sum += nanoseconds[at];
+        instructions_[begin + i].times->add(frame.tokens, bands, static_cast<int64_t>(sum * share));
+    }
+}
+
+void Program::run_band(void* context, int64_t item, int worker) {
+    const BandJob& job = *static_cast<const BandJob*>(context);
+    const Program& program = *job.program;
+    ThreadPool lane = program.pool_.lane(worker);
+    Frame frame = *job.frame;
+    frame.pool = &lane;
+    frame.first = item * job.band;
+    frame.tokens = std::min(job.band, job.frame->tokens - frame.first);
+    frame.own_room = job.band;
+    frame.own += worker * program.passing_floats_ * padded(job.band);
+    int64_t* const nanoseconds = job.nanoseconds + item * static_cast<int64_t>(job.end - job.begin);
+    auto begun = Clock::now();
+    for (size_t i = job.begin; i < job.end; ++i) {
+        program.instructions_[i].run(frame);
+        const Clock::time_point then = begun;
+        begun = Clock::now();
+        nanoseconds[i - job.begin] = Profile::nanoseconds_between(then, begun);
     }
 }
 

@@ -13,16 +13,18 @@
 
 namespace quire {
 
-// Where a buffer begins in the arena, in floats for each token; its width; whether it holds TileRows.
-using ProgramBuffer = std::tuple<int64_t, int64_t, bool>;
+// Where a buffer begins, in floats for each token; its width; whether it holds TileRows; whether it passes: nobody needs
+// it beyond one stage.
+using ProgramBuffer = std::tuple<int64_t, int64_t, bool, bool>;
 
 class Program {
 public:
     // (buffer, offset, groups, width): of each row of a buffer, `groups * width` floats that begin at `offset`.
     using ViewNumbers = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 
-    // The arena has `floats` for each token. The buffer `result` is the caller's array instead.
-    Program(const Kernels& kernels, ThreadPool& pool, std::vector<ProgramBuffer> buffers, int64_t floats,
+    // The arena has `kept` floats for each token, and `passing` for each that is in work. The buffer `result` is the
+    // caller's array instead.
+    Program(const Kernels& kernels, ThreadPool& pool, std::vector<ProgramBuffer> buffers, int64_t kept, int64_t passing,
             int64_t result);
 
     // Each appends an instruction. Products and what comes out of linear, norm and activation may be TileRows.
@@ -50,7 +52,10 @@ private:
     // What is known of one step only.
     struct Frame {
         const Program* program;
-        int64_t room, tokens;  // those for which there is memory, those that are computed
+        ThreadPool* pool;         // who computes
+        int64_t room, own_room;   // tokens for which there is memory: of what is kept, of what passes
+        int64_t first, tokens;    // those that are computed
+        float *kept, *own;
         float* result;
         const int32_t *token_ids, *positions;
         int64_t rows;
@@ -71,7 +76,20 @@ private:
     struct Instruction {
         std::function<void(Frame&)> run;
         Profile::Entry* times;
+        bool by_row = true;  // all but attention
     };
+    struct BandJob {
+        const Program* program;
+        const Frame* frame;
+        size_t begin, end;      // instructions
+        int64_t band;           // tokens
+        int64_t* nanoseconds;  // [bands][instructions]
+    };
+    using Clock = Profile::Clock;
+
+    int64_t band_of(int64_t tokens) const;
+    void run_stage(Frame& frame, size_t begin, size_t end, Clock::time_point& begun) const;
+    static void run_band(void* context, int64_t item, int worker);
 
     // The first is of float32, the second may be of tiles; an output covers its buffer.
     View view(const ViewNumbers& numbers) const;
@@ -84,18 +102,19 @@ private:
     const PackedLinear& keep_packed(nb::handle object);
     const float* keep_floats(nb::handle object, int64_t size, const char* name);
     RopeTables keep_tables(nb::handle cos, nb::handle sin, int64_t head_dim);
-    int64_t padded(int64_t tokens) const { return (tokens + 15) / 16 * 16; }
+    static int64_t padded(int64_t tokens) { return (tokens + 15) / 16 * 16; }
 
     const Kernels& kernels_;
     ThreadPool& pool_;
     const std::vector<ProgramBuffer> buffers_;
-    const int64_t floats_, result_;
+    const int64_t kept_floats_, passing_floats_, result_;
     std::vector<Instruction> instructions_;
     std::vector<nb::object> kept_;
     std::vector<std::unique_ptr<Floats1>> vectors_;
     std::vector<std::unique_ptr<Floats2>> tables_;
     int64_t token_limit_ = INT64_MAX, position_limit_ = INT64_MAX, rope_limit_ = INT64_MAX;
     bool narrows_ = false;
+    int64_t stage_bytes_ = 0, heaviest_stage_ = 0;  // of weights between two attentions
     int64_t layers_ = 0, kv_heads_ = 0, head_dim_ = 0;  // that the cache must have; 0 without attention
     std::unique_ptr<Pages> arena_;  // of the largest step so far
 };

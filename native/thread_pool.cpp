@@ -72,7 +72,7 @@ std::shared_ptr<Crew> Crew::of_this_process() {
     return crew;
 }
 
-Crew::Crew() : owner_process_(getpid()), buffers_(2) {}
+Crew::Crew() : owner_process_(getpid()), scratch_(1), shared_scratch_(2) {}
 
 Crew::~Crew() {
     if (getpid() != owner_process_) {
@@ -83,11 +83,15 @@ Crew::~Crew() {
         for (int worker = 1; worker <= static_cast<int>(workers_.size()); ++worker) wake(worker);
         for (auto& worker : workers_) worker.join();
     }
-    for (auto& buffer : buffers_) std::free(buffer.data);
+    for (auto& buffer : scratch_) std::free(buffer.data);
+    for (auto& buffer : shared_scratch_) std::free(buffer.data);
 }
 
 void Crew::grow(int threads, const Affinity& affinity) {
-    if (static_cast<int>(buffers_.size()) < threads + 1) buffers_.resize(threads + 1);
+    if (static_cast<int>(scratch_.size()) < threads) {
+        scratch_.resize(threads);
+        shared_scratch_.resize(threads + 1);
+    }
     if (affinity_.size() < affinity.size()) affinity_ = affinity;
     for (int worker = static_cast<int>(workers_.size()) + 1; worker < threads; ++worker) {
         std::vector<int> processors;
@@ -212,8 +216,11 @@ void Crew::serve(int worker, const std::vector<int>& processors) {
     }
 }
 
-void* Crew::scratch(int index, size_t bytes) {
-    Buffer& buffer = buffers_[index];
+void* Crew::scratch(int worker, size_t bytes) { return at_least(scratch_[worker], bytes); }
+
+void* Crew::shared_scratch(int lane, size_t bytes) { return at_least(shared_scratch_[lane], bytes); }
+
+void* Crew::at_least(Buffer& buffer, size_t bytes) {
     if (buffer.bytes < bytes) {
         std::free(buffer.data);
         buffer.bytes = (bytes + bytes / 2 + 63) / 64 * 64;

@@ -37,7 +37,8 @@ public:
     // To `threads`, the caller included; those that are there already stay where they are.
     void grow(int threads, const Affinity& affinity);
     void run(int64_t items, Work work, void* context, int threads);
-    void* scratch(int index, size_t bytes);  // 0 is shared, then one for each worker
+    void* scratch(int worker, size_t bytes);
+    void* shared_scratch(int lane, size_t bytes);  // of the whole crew (0), of each worker's lane
     // Workers below `threads` do not sleep between jobs.
     void set_hot(int threads) { hot_threads_.store(threads, std::memory_order_release); }
     // What was done on these threads; read and written under the lock.
@@ -51,6 +52,7 @@ private:
         size_t bytes = 0;
     };
 
+    static void* at_least(Buffer& buffer, size_t bytes);
     void serve(int worker, const std::vector<int>& processors);
     struct Sleeper {
         std::atomic<bool> asleep{false};
@@ -76,7 +78,7 @@ private:
     std::atomic<int> hot_threads_{0};
     std::atomic<bool> stop_{false};
     std::vector<std::unique_ptr<Sleeper>> sleepers_;  // one for each worker
-    std::vector<Buffer> buffers_;
+    std::vector<Buffer> scratch_, shared_scratch_;
     Profile profile_;
     Affinity affinity_;  // of those whose places are known
     std::vector<std::thread> workers_;
@@ -98,9 +100,12 @@ public:
     void run(int64_t items, Work work, void* context) { crew_->run(items, work, context, threads_); }
 
     // At least `bytes` of 64-byte aligned memory of the worker's own, valid until its next call.
-    void* scratch(int worker, size_t bytes) { return crew_->scratch(worker + 1, bytes); }
+    void* scratch(int worker, size_t bytes) { return crew_->scratch(first_worker_ + worker, bytes); }
     // The same for the caller of `run`, shared by the items of one operation.
-    void* shared_scratch(size_t bytes) { return crew_->scratch(0, bytes); }
+    void* shared_scratch(size_t bytes) { return crew_->shared_scratch(lane_, bytes); }
+
+    // A pool of that worker alone, with scratch memory of its own: what an item of a job of this pool may compute with.
+    ThreadPool lane(int worker) const { return ThreadPool(crew_, worker); }
 
     // While this lives one job follows another: the workers wait for the next one awake, and a caller that runs where a
     // worker belongs is moved to its own processors.
@@ -117,7 +122,10 @@ public:
     };
 
 private:
-    const int threads_;
+    ThreadPool(std::shared_ptr<Crew> crew, int worker)
+        : threads_(1), first_worker_(worker), lane_(worker + 1), crew_(std::move(crew)) {}
+
+    const int threads_, first_worker_ = 0, lane_ = 0;
     const std::shared_ptr<Crew> crew_;
 };
 

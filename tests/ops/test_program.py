@@ -49,6 +49,15 @@ def small(ops: Any, token_ids: Any, batch: Any, cache: Any) -> Any:
     return ops.layer_norm(residual, WEIGHT, None, 1e-5)
 
 
+def two_layers(ops: Any, token_ids: Any, batch: Any, cache: Any) -> Any:
+    residual = ops.embed(token_ids, TABLE, 2.0)
+    for layer in range(2):
+        heads = ops.linear(ops.rms_norm(residual, WEIGHT, 1e-5), packed(16, 8)).reshape((-1, 4, 4))
+        x = ops.attention(heads[:, :2], heads[:, 2:3], heads[:, 3:], cache, layer, batch, SPEC, ROPE)
+        residual += ops.linear(x, packed(8, 8))
+    return ops.layer_norm(residual, WEIGHT, None, 1e-5)
+
+
 def test_a_program_says_what_the_function_computes() -> None:
     program = trace(small)
     assert [type(one) for one in program.instructions] == [
@@ -80,19 +89,40 @@ def live(program: Program) -> dict[int, tuple[int, int]]:
 
 def test_buffers_share_memory_only_when_they_are_not_alive_together() -> None:
     program = trace(small)
-    offsets, floats = place(program)
-    end = lambda one: offsets[one] + program.buffers[one].floats  # noqa: E731
+    where = place(program)
+    offsets, passes = where.offsets, where.passes
+    ends = [offset + buffer.floats for offset, buffer in zip(offsets, program.buffers, strict=True)]
     spans = {buffer: span for buffer, span in live(program).items() if buffer != program.result.buffer}
     for a, (first_a, last_a) in spans.items():
-        assert end(a) <= floats
+        assert ends[a] <= (where.passing if passes[a] else where.kept)
         for b, (first_b, last_b) in spans.items():
-            overlap = (
-                offsets[a] < offsets[b] + program.buffers[b].floats
-                and offsets[b] < offsets[a] + program.buffers[a].floats
-            )
+            overlap = passes[a] == passes[b] and offsets[a] < ends[b] and offsets[b] < ends[a]
             if a != b and overlap:
                 assert last_a < first_b or last_b < first_a
-    assert floats < sum(buffer.floats for buffer in program.buffers), "nothing is shared"
+    assert where.kept + where.passing < sum(buffer.floats for buffer in program.buffers), "nothing is shared"
+
+
+def test_what_a_stage_hands_on_is_kept_and_a_later_band_finds_it() -> None:
+    program = trace(two_layers)
+    where = place(program)
+    stage = 0
+    stages: dict[int, set[int]] = {}
+    for one in program.instructions:
+        stage += isinstance(one, Attention)
+        for view in (*reads(one), *writes(one)):
+            stages.setdefault(view.buffer, set()).add(stage)
+        stage += isinstance(one, Attention)
+    for a, seen in stages.items():
+        if a == program.result.buffer:
+            continue
+        assert where.passes[a] == (len(seen) == 1)
+        for b, others in stages.items():
+            if a != b and not where.passes[a] and not where.passes[b] and b != program.result.buffer:
+                apart = (
+                    where.offsets[a] + program.buffers[a].floats <= where.offsets[b]
+                    or where.offsets[b] + program.buffers[b].floats <= where.offsets[a]
+                )
+                assert apart or max(seen) < min(others) or max(others) < min(seen)
 
 
 def refuses(forward: Any) -> None:

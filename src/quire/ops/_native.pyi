@@ -151,9 +151,9 @@ class Runtime:
     ) -> None: ...
     def rows_finite(self, logits: Any, finite: Any, /) -> None: ...
     def copy_blocks(self, cache: Cache, source_ids: Any, target_ids: Any, /) -> None: ...
-    def program(self, buffers: list[tuple[int, int, bool]], floats: int, result: int, /) -> Program:
-        """An empty program. Of each buffer: where it begins in an arena of `floats` for each token, its width, and
-        whether it holds rows of bfloat16. The buffer `result` is outside the arena."""
+    def program(self, buffers: list[tuple[int, int, bool, bool]], kept: int, passing: int, result: int, /) -> Program:
+        """An empty program. Of each buffer: where it begins, in floats for each token, its width, whether it holds rows
+        of bfloat16, and whether it passes (`quire.ops.program.Placement`). The buffer `result` is outside the arena."""
 
 def instruction_sets() -> list[tuple[str, bool, str]]:
     """(name, whether this processor runs it, "yes" or what it lacks), slowest first."""

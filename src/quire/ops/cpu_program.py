@@ -32,13 +32,13 @@ class CpuProgram:
 
     def __init__(self, runtime: _native.Runtime, program: Program) -> None:
         self.program = program
-        offsets, floats = place(program)
+        where = place(program)
         buffers = [
-            (offset, buffer.width, buffer.form == "tiles")
-            for offset, buffer in zip(offsets, program.buffers, strict=True)
+            (offset, buffer.width, buffer.form == "tiles", passes)
+            for offset, passes, buffer in zip(where.offsets, where.passes, program.buffers, strict=True)
         ]
         self._width = program.result.size
-        self._native = runtime.program(buffers, floats, program.result.buffer)
+        self._native = runtime.program(buffers, where.kept, where.passing, program.result.buffer)
         for instruction in program.instructions:
             _append(self._native, instruction)
 

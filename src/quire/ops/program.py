@@ -200,27 +200,59 @@ def _line(instruction: Instruction) -> str:
     return f"{outs} = {name}({', '.join([ins, *map(str, details)] if ins else map(str, details))})"
 
 
-def place(program: Program) -> tuple[tuple[int, ...], int]:
-    """Where each buffer begins, in floats for each token, and the floats of all of them. Two buffers share memory if
-    one is last used before the other is first written. The buffer of the result lies outside, at 0."""
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
-    for index, instruction in enumerate(program.instructions):
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where each buffer begins, in floats for each token, in one of two memories.
+
+    What lies between two attentions is a stage, whose tokens may be computed in any order. A buffer that *passes* is
+    used in one stage only; all others are kept for the tokens of a whole step.
+    """
+
+    offsets: tuple[int, ...]
+    passes: tuple[bool, ...]
+    kept: int
+    """Floats of each token of a step."""
+    passing: int
+    """Floats of each token that is in work."""
+
+
+def place(program: Program) -> Placement:
+    """Two buffers that pass share memory if one is last used before the other is first written; two that are kept, if
+    one's last stage ends before the other's first begins. The buffer of the result lies outside, at 0."""
+    first = dict.fromkeys(
+        range(len(program.buffers)), (0, 0)
+    )  # stage and instruction; passes may leave a buffer unused
+    last = first.copy()
+    stage = 0
+    for index, instruction in enumerate(program.instructions, 1):
+        stage += isinstance(instruction, Attention)
         for view in (*reads(instruction), *writes(instruction)):
-            first.setdefault(view.buffer, index)
-            last[view.buffer] = index
-    first.pop(program.result.buffer)
+            if last[view.buffer] == (0, 0):
+                first[view.buffer] = stage, index
+            last[view.buffer] = stage, index
+        stage += isinstance(instruction, Attention)
+    del first[program.result.buffer]
+    passes = [number in first and first[number][0] == last[number][0] for number in last]
+    offsets = [0] * len(passes)
+    floats = [
+        _pack(program, {one: (first[one][which], last[one][which]) for one in first if passes[one] == which}, offsets)
+        for which in (False, True)
+    ]
+    return Placement(tuple(offsets), tuple(passes), *floats)
+
+
+def _pack(program: Program, spans: dict[int, tuple[int, int]], offsets: list[int]) -> int:
+    """Sets the offsets of buffers that are alive from one moment to another; returns the memory they need."""
     sizes = [buffer.floats for buffer in program.buffers]
-    offsets = [0] * len(sizes)
     placed: list[int] = []
-    for buffer in sorted(first, key=lambda one: first[one]):
+    for buffer in sorted(spans, key=lambda one: spans[one][0]):
         for other in sorted(placed, key=lambda one: offsets[one]):
-            alive = last[other] >= first[buffer]
+            alive = spans[other][1] >= spans[buffer][0]
             ends_before = offsets[buffer] + sizes[buffer] <= offsets[other]
             if alive and not ends_before and offsets[buffer] < offsets[other] + sizes[other]:
                 offsets[buffer] = offsets[other] + sizes[other]
         placed.append(buffer)
-    return tuple(offsets), max((offsets[one] + sizes[one] for one in placed), default=0)
+    return max((offsets[one] + sizes[one] for one in placed), default=0)
 
 
 @dataclass(frozen=True, slots=True)
