@@ -27,7 +27,7 @@
 
 namespace quire::QUIRE_ISA {
 
-constexpr int64_t kMatrixQueries = 384;  // query vectors of an item, about
+constexpr int64_t kMatrixQueries = 768;  // query vectors of an item, about
 
 inline void write_matrix_token(const AttentionArgs& args, int64_t row, int64_t token, int64_t head, float* room) {
     const CacheLayout& cache = args.cache;
@@ -410,7 +410,7 @@ struct MatrixAttention {
 
     static int64_t tile_tokens(int64_t group) {
         const int64_t tokens = kMatrixQueries / group;
-        return tokens >= 128 ? 128 : tokens >= 16 ? tokens / 16 * 16 : larger(1, tokens);
+        return tokens >= 256 ? 256 : tokens >= 16 ? tokens / 16 * 16 : larger(1, tokens);
     }
 
     static void write(const AttentionArgs& args, int64_t row, int64_t token, int64_t head, float* room) {
