@@ -19,7 +19,8 @@ constexpr int64_t kTileItems = kTileSide * kTileDepth;    // bfloat16 in a tile
 constexpr int64_t kChunkItems = kTilePanel * kTileDepth;  // weights of a panel for one chunk of inputs
 constexpr int64_t kChunkLines = kChunkItems * 2 / 64;
 constexpr int64_t kStreamedRows = 2 * kTileSide;  // up to here each weight is used once and memory is the limit
-constexpr int64_t kAheadItems = 8192;             // weights between what is read and what is asked of memory
+constexpr int64_t kAheadItems = 4096;             // weights between what is read and what is asked of memory
+constexpr int64_t kRowsBeside = 4;                // of results that are finished at once: one by one they cost more
 constexpr int64_t kRoundedChunks = 8;
 constexpr int64_t kSerialItems = 32768;  // inputs that one thread rounds faster than it finds others to help
 // Above kStreamedRows a group of rows meets a piece of a panel at a time.
@@ -28,7 +29,6 @@ constexpr int64_t kGroupRows = 512;       // with that piece of their x, 0.6 MB,
 constexpr int64_t kGroupItems = 1 << 19;  // inputs of a group of rows that stay in the L2, all pieces together
 constexpr int64_t kRunPanels = 8;         // panels of an item
 constexpr int64_t kLongRunPanels = 16;    // the same where x does not stay: it is read once for each run
-constexpr int64_t kRowsBeside = 4;        // of a block before that are finished at once: one by one they cost a third more
 constexpr int64_t kBlockSums = kTileSide * kTilePanel;
 
 struct Job {
@@ -67,26 +67,25 @@ void round_block(void* context, int64_t block, int) {
 }
 
 // What vectors do while the matrix unit works, some of it in each chunk: fetch weights that will be read soon, and write
-// the results of the block before.
-template <bool Streams>
+// the results of the rows before.
 struct Beside {
     const LinearArgs* args;
     Finish finish_rows;
     const char* at;  // weights
     const char* end_at;
     int64_t lines;  // of them for each chunk
-    int64_t panel, row, end_row, rows_per_chunk;
+    int64_t panel, row, end_row;
     const float* sums;
 
-    // The weights of a run that come from memory go to the L1; what the second cache keeps waits there.
+    // To the second cache: the first has too few requests on their way to keep memory busy.
     void fetch() {
         if (at < end_at) {
-            for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + line * 64, 0, Streams ? 3 : 2);
+            for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + line * 64, 0, 2);
         }
         at += lines * 64;
     }
     void finish() {
-        if (row < end_row) finish_until(smaller(end_row, row + rows_per_chunk));
+        if (row < end_row) finish_until(smaller(end_row, row + kRowsBeside));
     }
     void end() {
         if (row < end_row) finish_until(end_row);
@@ -108,13 +107,13 @@ struct Beside {
 struct Piece {
     const uint16_t *x, *weights;
     int64_t chunks, x_items;
-    float* sums;  // [16][32]; nobody needs what they held once `beside` has ended
+    float* sums;  // [16][32], or [32][32] of both blocks; nobody needs what they held once `beside` has ended
     bool fresh;   // else added to what sums holds
     int64_t rows;  // that exist; the matrix unit computes its whole tile
 };
 
 #if QUIRE_MATRIX_UNIT
-// Tiles 0 and 1 hold sums (a block of rows by two of outputs), 2 rows of x, 3 weights.
+// Tiles 0 and 1 hold sums (a block of rows by two of outputs), 2 rows of x, 3 weights; of a second block 4 and 5, 6, 7.
 void configure(int64_t rows) {
     TileConfig config;
     for (int tile = 0; tile < 3; ++tile) config.rows[tile] = static_cast<uint8_t>(rows);
@@ -125,7 +124,7 @@ void release() { _tile_release(); }
 
 // x that passes by once for each piece of weights should not displace them.
 template <bool Streams>
-void multiply(const Piece& piece, Beside<Streams>& beside) {
+void multiply(const Piece& piece, Beside& beside) {
     constexpr int64_t bytes = kTilePanel * 4;
     if (piece.fresh) {
         _tile_zero(0);
@@ -152,13 +151,47 @@ void multiply(const Piece& piece, Beside<Streams>& beside) {
     _tile_stored(0, piece.sums, bytes);
     _tile_stored(1, piece.sums + kTileSide, bytes);
 }
+
+// Two blocks of rows, all chunks of inputs: each weight is loaded once. A tile is zeroed after its last use, which frees its
+// register.
+void multiply_both(const Piece& piece, Beside& beside) {
+    constexpr int64_t bytes = kTilePanel * 4;
+    const uint16_t *x = piece.x, *weights = piece.weights;
+    const uint16_t* second = x + piece.chunks * piece.x_items;
+    for (int64_t chunk = 0; chunk < piece.chunks; ++chunk, x += piece.x_items, second += piece.x_items) {
+        _tile_loadd(3, weights, 64);
+        _tile_loadd(2, x, 64);
+        _tile_dpbf16ps(0, 2, 3);
+        _tile_loadd(6, second, 64);
+        _tile_dpbf16ps(4, 6, 3);
+        _tile_zero(3);
+        beside.fetch();
+        _tile_loadd(7, weights + kTileItems, 64);
+        _tile_dpbf16ps(1, 2, 7);
+        _tile_zero(2);
+        _tile_dpbf16ps(5, 6, 7);
+        _tile_zero(6);
+        _tile_zero(7);
+        beside.finish();
+        weights += kChunkItems;
+    }
+    beside.end();
+    _tile_stored(0, piece.sums, bytes);
+    _tile_stored(1, piece.sums + kTileSide, bytes);
+    _tile_stored(4, piece.sums + kBlockSums, bytes);
+    _tile_stored(5, piece.sums + kBlockSums + kTileSide, bytes);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(4);
+    _tile_zero(5);
+}
 #else
 void configure(int64_t) {}
 void release() {}
 
 // Rows [first, first + R) of a block. A pair of inputs is added at a time, the same for any R.
-template <int R, bool Streams>
-void multiply_rows(const Piece& piece, int64_t first, Beside<Streams>* beside) {
+template <int R>
+void multiply_rows(const Piece& piece, int64_t first, Beside* beside) {
     __m512 acc[R][2];
     float* const sums = piece.sums + first * kTilePanel;
     for (int r = 0; r < R; ++r) {
@@ -191,11 +224,11 @@ void multiply_rows(const Piece& piece, int64_t first, Beside<Streams>* beside) {
 }
 
 template <bool Streams>
-void multiply(const Piece& piece, Beside<Streams>& beside) {
+void multiply(const Piece& piece, Beside& beside) {
     constexpr int64_t most = 8;  // rows whose sums are held in registers
     for (int64_t row = 0; row < piece.rows;) {
         const int64_t blocks = (piece.rows - row + most - 1) / most, now = (piece.rows - row + blocks - 1) / blocks;
-        Beside<Streams>* const once = row == 0 ? &beside : nullptr;
+        Beside* const once = row == 0 ? &beside : nullptr;
         switch (now) {
             case 1: multiply_rows<1>(piece, row, once); break;
             case 2: multiply_rows<2>(piece, row, once); break;
@@ -209,6 +242,17 @@ void multiply(const Piece& piece, Beside<Streams>& beside) {
         row += now;
     }
 }
+
+void multiply_both(const Piece& piece, Beside& beside) {
+    Piece block = piece;
+    block.rows = kTileSide;
+    multiply<true>(block, beside);
+    block.x += piece.chunks * piece.x_items;
+    block.sums += kBlockSums;
+    block.rows = piece.rows - kTileSide;
+    Beside nothing{};
+    multiply<true>(block, nothing);
+}
 #endif
 
 // Up to 32 rows by a run of panels: each weight comes from memory once. Nothing past the end of the run is fetched: another
@@ -217,25 +261,19 @@ void stream_item(void* context, int64_t item, int worker) {
     const Job& job = *static_cast<const Job*>(context);
     const LinearArgs& args = *job.args;
     const int64_t first = job.borders[item], last = job.borders[item + 1];
-    const int64_t blocks = (args.rows + kTileSide - 1) / kTileSide;
-    Piece piece{nullptr, nullptr, job.chunks, job.tile_rows * kTileDepth, nullptr, true, 0};
-    piece.sums = static_cast<float*>(job.pool->scratch(worker, kBlockSums * sizeof(float)));
-    Beside<true> beside{};
+    Piece piece{job.x, nullptr, job.chunks, job.tile_rows * kTileDepth, nullptr, true, args.rows};
+    piece.sums = static_cast<float*>(job.pool->scratch(worker, kStreamedRows * kTilePanel * sizeof(float)));
+    Beside beside{};
     beside.args = &args;
     beside.finish_rows = finish_of<kTilePanel>(args);
     beside.at = reinterpret_cast<const char*>(job.weights(first, 0) + kAheadItems);
     beside.end_at = reinterpret_cast<const char*>(job.weights(last, 0));
-    beside.lines = kChunkLines / blocks;
-    beside.rows_per_chunk = (kTileSide + job.chunks - 1) / larger(1, job.chunks);
+    beside.lines = kChunkLines;
     configure(job.tile_rows);
     for (int64_t panel = first; panel < last; ++panel) {
-        for (int64_t block = 0; block < blocks; ++block) {
-            piece.x = job.x + block * job.chunks * kTileItems;
-            piece.weights = job.weights(panel, 0);
-            piece.rows = smaller(kTileSide, args.rows - block * kTileSide);
-            multiply(piece, beside);
-            beside.begin(panel, block * kTileSide, smaller((block + 1) * kTileSide, args.rows), piece.sums);
-        }
+        piece.weights = job.weights(panel, 0);
+        args.rows > kTileSide ? multiply_both(piece, beside) : multiply<true>(piece, beside);
+        beside.begin(panel, 0, args.rows, piece.sums);
     }
     release();
     beside.end();
@@ -253,7 +291,7 @@ void block_item(void* context, int64_t item, int worker) {
     const int64_t together = job.resident ? 1 : last_panel - first_panel;
     const size_t sums_bytes = together * blocks * kBlockSums * sizeof(float);
     float* const sums = static_cast<float*>(job.pool->scratch(worker, sums_bytes));
-    Beside<false> beside{};
+    Beside beside{};
     beside.args = &args;
     beside.finish_rows = finish_of<kTilePanel>(args);
     configure(kTileSide);
@@ -269,14 +307,13 @@ void block_item(void* context, int64_t item, int worker) {
             beside.at = reinterpret_cast<const char*>(next);
             beside.end_at = reinterpret_cast<const char*>(none ? next : next + chunks * kChunkItems);
             beside.lines = (kChunkLines + blocks - 1) / blocks;
-            beside.rows_per_chunk = kRowsBeside;
             for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t row = first_row + block * kTileSide;
                 const int64_t slot = job.pieces == 1 ? 0 : step % together * blocks + block;
                 const uint16_t* const x = job.x + (row * job.chunks + chunk * kTileSide) * kTileDepth;
                 const Piece piece{x, job.weights(panel, chunk), chunks, kTileItems, sums + slot * kBlockSums,
                                   part == 0, smaller(kTileSide, end_row - row)};
-                multiply(piece, beside);
+                multiply<false>(piece, beside);
                 if (part + 1 == job.pieces) beside.begin(panel, row, smaller(row + kTileSide, end_row), piece.sums);
             }
         }
