@@ -45,7 +45,7 @@ void attend_items(void* context, int64_t index, int worker) {
                 Program::write(args, item.row, item.first_token + t, item.head, room);
             }
         }
-        Program::attend(job, item, i + 1 < last ? &job.items[i + 1] : nullptr, worker);
+        Program::attend(job, item, worker);
         close_item<typename Program::Exponential>(job, item);
     }
 }

@@ -166,7 +166,7 @@ public:
         for (int64_t row = 0; row < args.rows; ++row) {
             if (!divides(row)) add_tiles(row);
         }
-        for (int64_t head = 0; head < args.cache.kv_heads; ++head) add_splits(head);
+        add_splits();
     }
 
     int64_t count() const { return count_; }
@@ -196,7 +196,8 @@ private:
         }
     }
 
-    void add_splits(int64_t head) {
+    // The heads of a row one after the other: their keys and values lie side by side.
+    void add_splits() {
         bool more = true;
         for (int64_t split = 0; more; ++split) {
             more = false;
@@ -210,8 +211,10 @@ private:
                 int64_t end = row + 1;
                 while (end - row < tile_ && end < args_.rows && shares(row, end, split)) ++end;
                 const bool shared = end - row > 1;
-                add({row, head, args_.query_starts[row], shared ? end - row : tokens_of(args_, row),
-                     args_.starts[row], split, true, shared});
+                for (int64_t head = 0; head < args_.cache.kv_heads; ++head) {
+                    add({row, head, args_.query_starts[row], shared ? end - row : tokens_of(args_, row),
+                         args_.starts[row], split, true, shared});
+                }
                 row = end;
             }
         }

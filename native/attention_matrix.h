@@ -97,9 +97,8 @@ struct MatrixScratch {
 // One item: queries in the order token, head of the group; sixteen of them are a tile.
 class MatrixItem {
 public:
-    // `next` is what this worker does afterwards, if that is known.
-    MatrixItem(const Job& job, const Item& item, const Item* next, int worker)
-        : args_(*job.args), item_(item), next_(next), group_(group_of(args_)), queries_(item.tokens * group_),
+    MatrixItem(const Job& job, const Item& item, int worker)
+        : args_(*job.args), item_(item), ahead_(item.divided ? 1 : kSplitChunks), group_(group_of(args_)), queries_(item.tokens * group_),
           head_dim_(args_.cache.head_dim), value_dim_(args_.cache.value_dim()),
           unit_(args_.softcap != 0.0f ? kLog2e : magnitude(args_.scale) * kLog2e),
           scratch_(args_.cache, tiles(), *job.pool, worker), keys_(args_, item, queries_ <= 16, scratch_.gathered),
@@ -212,7 +211,7 @@ private:
         const int64_t count = (stop - start_ + kMatrixChunk - 1) / kMatrixChunk;
         for (int64_t c = 0; c < count; ++c) {
             chunks_[c] = keys_.find(start_ + c * kMatrixChunk, end, c);
-            if (c < kAhead) keys_.prefetch_keys(chunks_[c]);
+            if (c < ahead_) keys_.prefetch_keys(chunks_[c]);
         }
         prefetch_ = true;
         for (int64_t tile = 0; tile < tiles(); tile += 2) {
@@ -239,7 +238,6 @@ private:
             weigh_chunks();
             find_overflow();
         }
-        if (prefetch_ && next_ != nullptr) prefetch_next();
         if (broken_) return mix_rows_apart();
         const int64_t tile_stride = kSplitChunks * 1024;
         products_.mix(scratch_.weights + first_ * 1024, tile_stride, chunks_ + first_, last_ - first_, scratch_.mixed);
@@ -256,22 +254,11 @@ private:
         }
     }
 
-    void prefetch_next() const {
-        const int64_t end = next_->first_position + next_->tokens;
-        const int64_t seen = begin_of(args_, next_->first_position) / kMatrixChunk * kMatrixChunk;
-        const int64_t start = larger(next_->split * kSplit, seen);
-        const MatrixKeys keys(args_, *next_, next_->tokens * group_ <= 16, nullptr);
-        if (!keys.in_place()) return;
-        for (int64_t base = start; base < smaller(end, start + kAhead * kMatrixChunk); base += kMatrixChunk) {
-            keys.prefetch_keys(keys.find(base, end, 0));
-        }
-    }
-
     void weigh_chunks() {
         for_each_chunk([&](int64_t c, const float* scores) {
             if (prefetch_) {
-                keys_.prefetch_values(chunks_[c], value_dim_);
-                if (c + kAhead < last_) keys_.prefetch_keys(chunks_[c + kAhead]);
+                if (!item_.divided) keys_.prefetch_values(chunks_[c], value_dim_);
+                if (c + ahead_ < last_) keys_.prefetch_keys(chunks_[c + ahead_]);
             }
             weigh_chunk(c, scores);
         });
@@ -379,12 +366,13 @@ private:
         }
     }
 
-    static constexpr int64_t kAhead = 8;        // chunks whose keys are asked for before they are needed: a split's
-    static constexpr int64_t kTokensAhead = 6;  // tokens whose queries, or outputs, are
+    static constexpr int64_t kTokensAhead = 6;  // tokens whose queries, or outputs, are asked for before they are needed
 
     const AttentionArgs& args_;
     const Item& item_;
-    const Item* const next_;
+    // Chunks whose keys are asked for before they are needed: for many tiles of queries a split's; for one the next, as the
+    // processor follows the rest by itself, and faster.
+    const int64_t ahead_;
     const int64_t group_, queries_, head_dim_, value_dim_;
     const float unit_;  // of scores, in binary logits
     MatrixScratch scratch_;
@@ -417,8 +405,8 @@ struct MatrixAttention {
         write_matrix_token(args, row, token, head, room);
     }
 
-    static void attend(const Job& job, const Item& item, const Item* next, int worker) {
-        MatrixItem work(job, item, next, worker);
+    static void attend(const Job& job, const Item& item, int worker) {
+        MatrixItem work(job, item, worker);
         if (item.divided) {
             work.keep_split(job, item.split);
         } else {

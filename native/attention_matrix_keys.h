@@ -71,9 +71,6 @@ public:
         return kMatrixChunk * (keys + (whole_values(cache) ? 0 : cache.value_dim()));
     }
 
-    // Whether nothing has to be gathered.
-    bool in_place() const { return whole_keys(cache_) && (whole_values(cache_) || !paired_); }
-
     // Whether the values of 32 positions follow each other, by 16 dimensions.
     bool paired() const { return paired_; }
 

@@ -215,7 +215,7 @@ struct VectorAttention {
         write_token<T>(args, row, token, head, room);
     }
 
-    static void attend(const Job& job, const Item& item, const Item*, int worker) {
+    static void attend(const Job& job, const Item& item, int worker) {
         const AttentionArgs& args = *job.args;
         const int64_t group = group_of(args), dims = args.cache.value_dim();
         const int64_t queries = item.tokens * group;
