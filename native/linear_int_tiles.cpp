@@ -14,7 +14,7 @@ constexpr int64_t kChunk = 64;                            // inputs in a tile
 constexpr int64_t kChunkBytes = kChunk * kTilePanel;      // 8-bit weights of a panel for one chunk
 constexpr int64_t kBlockSums = kTileSide * kTilePanel;    // of a block of rows and a panel
 constexpr int64_t kRowBytes = kIntegerBytes;              // from one quad of weights to the next
-constexpr int64_t kAheadBytes = 16384;
+constexpr int64_t kAheadBytes = 8192;
 constexpr int64_t kPieceChunks = 18;   // their 8-bit weights, 36 KB, stay in the L1
 constexpr int64_t kWidenedChunks = 4;   // the same of 4-bit weights as they are widened: 8 KB
 constexpr int64_t kStreamedChunks = 4;  // and where they are used once
@@ -81,7 +81,7 @@ struct Fetch {
 
     void operator()(int64_t bytes) {
         if (at < end) {
-            for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line);
+            for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
         }
         at += bytes;
     }
