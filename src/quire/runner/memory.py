@@ -50,10 +50,11 @@ def make_ledger(model: Model, ops: Ops, limits: StepLimits) -> MemoryLedger:
 
 
 def _reckoned(model: Model, limits: StepLimits) -> MemoryLedger:
-    """In the host's memory, float32: what a layer holds at one time for each token, and two copies of the logits."""
+    """In the host's memory, float32: what a layer has for each token (what attention reads and writes shares
+    nothing with the rest, see `quire.ops.program.place`), and two copies of the logits."""
     spec = model.spec
     heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    floats = 3 * spec.hidden_size + max(heads, (3 if spec.gated_mlp else 2) * spec.intermediate_size)
+    floats = 3 * spec.hidden_size + heads + 2 * spec.intermediate_size
     return MemoryLedger(
         device=host_memory_bytes(),
         weights=model.weight_bytes,
