@@ -326,7 +326,7 @@ void Program::run(nb::handle token_ids_, nb::handle positions_, nb::handle query
     for (size_t at = 0; at < instructions_.size() && frame.tokens > 0;) {  // else nobody asked for what would follow
         size_t end = at;
         while (end < instructions_.size() && instructions_[end].by_row) ++end;
-        if (end > at + 1 && band_of(frame.tokens) < frame.tokens) {
+        if (end > at && band_of(frame.tokens) < frame.tokens) {
             run_stage(frame, at, end, begun);
             at = end;
         } else {
