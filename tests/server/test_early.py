@@ -32,6 +32,7 @@ def head(*fields: str) -> bytes:
 
 
 def door(engine: FakeEngine, **options: object) -> EarlyRefusal:
+    # `FakeEngine` has the methods that the routes call, and is no `AsyncEngine`.
     app = create_app(engine, served_model_name="tiny", **options)  # type: ignore[arg-type]
     found = app.state.early_refusal
     assert isinstance(found, EarlyRefusal)

@@ -219,9 +219,7 @@ class Placement:
 def place(program: Program) -> Placement:
     """Two buffers that pass share memory if one is last used before the other is first written; two that are kept, if
     one's last stage ends before the other's first begins. The buffer of the result lies outside, at 0."""
-    first = dict.fromkeys(
-        range(len(program.buffers)), (0, 0)
-    )  # stage and instruction; passes may leave a buffer unused
+    first = dict.fromkeys(range(len(program.buffers)), (0, 0))  # stage and instruction, from 1; 0 where it is unused
     last = first.copy()
     stage = 0
     for index, instruction in enumerate(program.instructions, 1):
