@@ -60,9 +60,9 @@ class HarmfulExecutor(FakeExecutor):
         if DIES in prompt or (DIES_ONCE in prompt and self._first_time("died")):
             os._exit(7)
         if HANGS_ONCE in prompt and self._first_time("hung"):
-            time.sleep(60)
+            time.sleep(300)
         if SPINS_ONCE in prompt and self._first_time("hung"):
-            end_s = time.monotonic() + 60
+            end_s = time.monotonic() + 300
             while time.monotonic() < end_s:
                 pass
 

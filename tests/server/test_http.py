@@ -4,7 +4,6 @@ import asyncio
 import json
 import socket
 import threading
-import time
 from typing import Any
 
 import httpx
@@ -228,10 +227,9 @@ def test_stopping_ends_what_does_not_finish_with_an_error() -> None:
     reader = threading.Thread(target=_read_stream, args=(stopping.url, lines))
     reader.start()
     assert wait_until(lambda: stopping.engine.num_running == 1)
-    started = time.monotonic()
     stopping.stop()
     reader.join(10)
-    assert time.monotonic() - started < 8
+    assert not reader.is_alive()
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "engine_dead"
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -15,8 +16,9 @@ import pytest
 
 from quire import AsyncLLM, SamplingParams
 from quire.engine.queue_bound import ANYBODY, Caller
-from quire.engine.stream import MAX_UNREAD
+from quire.engine.stream import MAX_UNREAD, Stream
 from quire.errors import ConfigurationError, OverloadedError, RequestFailedError, TooManyRequestsError
+from quire.outputs import CompletionOutput, RequestOutput
 from quire.sampling_params import RequestOutputKind
 from quire.server.app import Oversight
 from quire.server.keys import caller_name, read_keys
@@ -97,10 +99,8 @@ def test_what_can_never_wait_is_refused_with_the_numbers(small: Running) -> None
 
 
 def test_a_deadline_holds_while_it_runs_and_in_the_queue(open_small: Running) -> None:
-    begun_s = time.monotonic()
     answer = post(open_small, {**LONG, "max_tokens": 500, "timeout": 0.05})
     assert answer.status_code == 408 and answer.json()["error"]["code"] == "deadline_exceeded"
-    assert time.monotonic() - begun_s < 5
     with ThreadPoolExecutor(2) as pool:
         runs = [pool.submit(post, open_small, {**LONG, "max_tokens": 480}) for _ in range(2)]
         assert wait_until(lambda: open_small.engine._engine.queue.num_waiting >= 1)
@@ -134,8 +134,11 @@ def test_a_late_reader_gets_all_of_it_in_few_outputs(directory: str) -> None:
             n=2, max_tokens=300, ignore_eos=True, logprobs=2, output_kind=RequestOutputKind.DELTA, seed=1
         )
         outputs = engine.generate("hello", params)
-        found = [await anext(outputs)]
+        first = asyncio.ensure_future(anext(outputs))
+        while not engine._streams:
+            await asyncio.sleep(0)
         (stream,) = engine._streams.values()
+        found = [await first]
         while late and engine.has_work:
             await asyncio.sleep(0.01)
             assert stream.num_unread <= MAX_UNREAD
@@ -150,20 +153,17 @@ def test_a_late_reader_gets_all_of_it_in_few_outputs(directory: str) -> None:
     assert (late_tokens, late_text) == (tokens, text) and num_outputs <= MAX_UNREAD + 2
 
 
-def test_a_failure_comes_after_what_was_made(directory: str) -> None:
+def test_a_failure_comes_after_what_was_made() -> None:
     async def fail() -> None:
-        engine = AsyncLLM(directory, max_num_seqs=2)
-        outputs = engine.generate("hello", SamplingParams(max_tokens=500, output_kind=RequestOutputKind.DELTA))
-        await anext(outputs)
-        (stream,) = engine._streams.values()
-        while stream.num_unread == 0:
-            await asyncio.sleep(0.001)
+        request: Any = SimpleNamespace(params=SamplingParams(output_kind=RequestOutputKind.DELTA))
+        stream = Stream(request)
+        for token in range(3):
+            stream.put(RequestOutput("r", None, [1], [CompletionOutput(0, "", [token])], finished=False))
         stream.put(RequestFailedError("broken"))
-        assert (await anext(outputs)).outputs[0].token_ids
-        with pytest.raises(RequestFailedError, match="broken"):
-            while True:
-                await anext(outputs)
-        await engine.shutdown()
+        assert [(await stream.get(None)).outputs[0].token_ids for _ in range(3)] == [[0], [1], [2]]
+        for _ in range(2):
+            with pytest.raises(RequestFailedError, match="broken"):
+                await stream.get(None)
 
     asyncio.run(fail())
 
