@@ -32,11 +32,19 @@ void write_tokens(void* context, int64_t item, int worker) {
     }
 }
 
+// The queries of an item's first token, written by whoever multiplied for them.
+void prefetch_queries(const AttentionArgs& args, const Item& item) {
+    const int64_t count = group_of(args) * args.cache.head_dim;
+    const float* const q = args.q + item.first_token * args.q_stride + item.head * count;
+    for (int64_t d = 0; d < count; d += 16) __builtin_prefetch(q + d, 0, 3);
+}
+
 template <class Program>
 void attend_items(void* context, int64_t index, int worker) {
     const Job& job = *static_cast<Job*>(context);
     const AttentionArgs& args = *job.args;
     const int64_t last = smaller(job.count, (index + 1) * job.batch);
+    typename Program::Unit unit;
     for (int64_t i = index * job.batch; i < last; ++i) {
         const Item& item = job.items[i];
         if (job.writes && item.split == last_split(args, item.row)) {
@@ -45,7 +53,8 @@ void attend_items(void* context, int64_t index, int worker) {
                 Program::write(args, item.row, item.first_token + t, item.head, room);
             }
         }
-        Program::attend(job, item, worker);
+        if (i + 1 < last) prefetch_queries(args, job.items[i + 1]);
+        Program::attend(job, item, unit, worker);
         close_item<typename Program::Exponential>(job, item);
     }
 }

@@ -28,6 +28,7 @@
 namespace quire::QUIRE_ISA {
 
 constexpr int64_t kMatrixQueries = 768;  // query vectors of an item, about
+constexpr int64_t kFewQueries = 64;      // up to which values are put together where they are used
 
 inline void write_matrix_token(const AttentionArgs& args, int64_t row, int64_t token, int64_t head, float* room) {
     const CacheLayout& cache = args.cache;
@@ -97,16 +98,17 @@ struct MatrixScratch {
 // One item: queries in the order token, head of the group; sixteen of them are a tile.
 class MatrixItem {
 public:
-    MatrixItem(const Job& job, const Item& item, int worker)
-        : args_(*job.args), item_(item), ahead_(item.divided ? 1 : kSplitChunks), group_(group_of(args_)), queries_(item.tokens * group_),
-          head_dim_(args_.cache.head_dim), value_dim_(args_.cache.value_dim()),
+    MatrixItem(const Job& job, const Item& item, MatrixUnit& unit, int worker)
+        : args_(*job.args), item_(item), group_(group_of(args_)), queries_(item.tokens * group_),
+          ahead_(queries_ <= 16 ? 1 : kSplitChunks), head_dim_(args_.cache.head_dim),
+          value_dim_(args_.cache.value_dim()),
           unit_(args_.softcap != 0.0f ? kLog2e : magnitude(args_.scale) * kLog2e),
-          scratch_(args_.cache, tiles(), *job.pool, worker), keys_(args_, item, queries_ <= 16, scratch_.gathered),
-          products_(smaller(queries_, 16), head_dim_, value_dim_, keys_.paired()) {
+          scratch_(args_.cache, tiles(), *job.pool, worker),
+          keys_(args_, item, queries_ <= kFewQueries, scratch_.gathered),
+          products_(unit, smaller(queries_, 16), head_dim_, value_dim_, keys_.paired()) {
         for (int t = 0; t < 2; ++t) states_[t].mixed = scratch_.mixed + t * value_dim_ * 16;
         pack_queries();
     }
-    ~MatrixItem() { _tile_release(); }
     MatrixItem(const MatrixItem&) = delete;
     MatrixItem& operator=(const MatrixItem&) = delete;
 
@@ -179,12 +181,13 @@ private:
         for (int64_t d = 0; d < head_dim_; d += 16) __builtin_prefetch(out + d, 1, 3);
     }
 
-    // Rows past the last query are zero. The sign of the scale goes to the queries: the largest score is the top.
+    // Tiles are whole, with zeros past the last query, unless there is but one. The sign of the scale goes to the queries: the largest score is the top.
     void pack_queries() {
         const int64_t step = key_step(head_dim_), steps = head_dim_ / step;
         const __m512i sign = _mm512_set1_epi32(args_.scale < 0.0f && args_.softcap == 0.0f ? INT32_MIN : 0);
         Place place(0, group_);
-        for (int64_t row = 0; row < tiles() * 16; ++row, place.advance()) {
+        const int64_t rows = queries_ < 16 ? queries_ : tiles() * 16;
+        for (int64_t row = 0; row < rows; ++row, place.advance()) {
             const float* q = query_at(place);
             if (row < queries_) {
                 prefetch_query(place);
@@ -257,7 +260,7 @@ private:
     void weigh_chunks() {
         for_each_chunk([&](int64_t c, const float* scores) {
             if (prefetch_) {
-                if (!item_.divided) keys_.prefetch_values(chunks_[c], value_dim_);
+                if (queries_ > 16) keys_.prefetch_values(chunks_[c], value_dim_);
                 if (c + ahead_ < last_) keys_.prefetch_keys(chunks_[c + ahead_]);
             }
             weigh_chunk(c, scores);
@@ -370,10 +373,11 @@ private:
 
     const AttentionArgs& args_;
     const Item& item_;
+    const int64_t group_, queries_;
     // Chunks whose keys are asked for before they are needed: for many tiles of queries a split's; for one the next, as the
     // processor follows the rest by itself, and faster.
     const int64_t ahead_;
-    const int64_t group_, queries_, head_dim_, value_dim_;
+    const int64_t head_dim_, value_dim_;
     const float unit_;  // of scores, in binary logits
     MatrixScratch scratch_;
     const MatrixKeys keys_;
@@ -391,6 +395,7 @@ private:
 // The program of an item; the counterpart of `VectorAttention`.
 struct MatrixAttention {
     using Exponential = BinaryExponential;
+    using Unit = MatrixUnit;
 
     static bool serves(const CacheLayout& cache) {
         return cache.storage == Storage::bfloat16 && cache.head_dim % 2 == 0;
@@ -405,8 +410,8 @@ struct MatrixAttention {
         write_matrix_token(args, row, token, head, room);
     }
 
-    static void attend(const Job& job, const Item& item, int worker) {
-        MatrixItem work(job, item, worker);
+    static void attend(const Job& job, const Item& item, Unit& unit, int worker) {
+        MatrixItem work(job, item, unit, worker);
         if (item.divided) {
             work.keep_split(job, item.split);
         } else {

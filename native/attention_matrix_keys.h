@@ -59,10 +59,10 @@ inline MatrixChunk without_hidden(const MatrixChunk& chunk, int64_t value_dim, i
 // Where the keys and values of one row and head are.
 class MatrixKeys {
 public:
-    // `once`: one tile of queries uses the values, so that gathering them does not pay.
-    MatrixKeys(const AttentionArgs& args, const Item& item, bool once, uint16_t* room)
+    // `few`: so few queries use the values that gathering them does not pay.
+    MatrixKeys(const AttentionArgs& args, const Item& item, bool few, uint16_t* room)
         : cache_(args.cache), layer_(args.layer), head_(item.head), room_(room),
-          paired_(whole_values(cache_) || !whole_keys(cache_) || !once),
+          paired_(whole_values(cache_) || !whole_keys(cache_) || !few),
           table_(args.tables + item.row * args.table_stride) {}
 
     // What a chunk needs whose keys and values are not where they can be used.

@@ -21,6 +21,25 @@ struct alignas(64) TileShapes {
     uint8_t rows[16];
 };
 
+// The tile registers of a worker while it attends. Loading shapes takes as long as 20 products: the same are loaded once.
+class MatrixUnit {
+public:
+    MatrixUnit() = default;
+    ~MatrixUnit() { _tile_release(); }
+    MatrixUnit(const MatrixUnit&) = delete;
+    MatrixUnit& operator=(const MatrixUnit&) = delete;
+
+    void configure(const TileShapes& shapes) {
+        if (__builtin_memcmp(&shapes, &shapes_, sizeof shapes) == 0) return;
+        shapes_ = shapes;
+        stores_are_done();
+        _tile_loadconfig(&shapes_);
+    }
+
+private:
+    TileShapes shapes_ = {};  // that are loaded
+};
+
 // The products of up to two tiles of queries (32) with the keys of a chunk, and of their weights with its values.
 //
 // Keys and values are loaded past the first cache, where they would push out what is used again.
@@ -29,10 +48,11 @@ struct alignas(64) TileShapes {
 // thread of the core uses its eight there is none left to rename to (docs/design/amx.md).
 class MatrixProducts {
 public:
-    // `paired`: the values of 32 positions follow each other. Else there is one tile of queries, and they are put
-    // together for each product: two products of 16 positions would not have the bits of one of 32.
-    MatrixProducts(int64_t rows, int64_t head_dim, int64_t value_dim, bool paired)
-        : rows_(rows), step_(key_step(head_dim)), steps_(head_dim / step_), value_dim_(value_dim), paired_(paired) {}
+    // `paired`: the values of 32 positions follow each other. Else they are put together for each product: two
+    // products of 16 positions would not have the bits of one of 32.
+    MatrixProducts(MatrixUnit& unit, int64_t rows, int64_t head_dim, int64_t value_dim, bool paired)
+        : unit_(unit), rows_(rows), step_(key_step(head_dim)), steps_(head_dim / step_), value_dim_(value_dim),
+          paired_(paired) {}
 
     int64_t query_items() const { return steps_ * 512; }  // of one tile: [steps][16][32]
 
@@ -88,8 +108,9 @@ private:
         _tile_zero(3);
     }
 
-    // The tile registers: sums 0 and 1, keys 2 and 3, queries 4 to 7; or sums 0 to 3, left sides 4 and 5, right 6 and 7.
-    // Loading shapes takes as long as 20 products: where both are the same (head_dim a multiple of 32, whole tiles) once.
+    // The tile registers. Two tiles of queries: sums 0 and 1, keys 2, queries 4 to 7; then sums 0 to 3, left sides 4 and 5,
+    // right ones 6 and 7. One tile, of fewer rows perhaps: keys and values in 2, 6 and 7, all the rest in the others, so
+    // that scores and mixing have the same shapes where head_dim is a multiple of 32.
     void configure(bool scores) {
         TileShapes shapes = {};
         shapes.palette = 1;
@@ -97,22 +118,20 @@ private:
             shapes.row_bytes[i] = 64;
             shapes.rows[i] = static_cast<uint8_t>(rows_);
         }
-        const auto left = [&](int i) { shapes.row_bytes[i] = static_cast<uint16_t>(2 * step_); };
-        const auto right = [&](int i, int64_t depth) { shapes.rows[i] = static_cast<uint8_t>(depth / 2); };
-        if (scores && resident()) {
-            for (const int i : {4, 5, 6, 7}) left(i);
-            for (const int i : {2, 3}) right(i, step_);
-        } else {
-            for (const int i : {4, 5}) {
-                if (scores) left(i);
-            }
-            for (const int i : {6, 7}) right(i, scores ? step_ : 32);
-            if (!scores && !two_) right(5, 32);
+        if (scores) {
+            for (const int i : {4, 5, 6, 7}) shapes.row_bytes[i] = static_cast<uint16_t>(2 * step_);
         }
-        if (__builtin_memcmp(&shapes, &shapes_, sizeof shapes) == 0) return;
-        shapes_ = shapes;
-        stores_are_done();
-        _tile_loadconfig(&shapes_);
+        const int64_t depth = scores ? step_ : 32;
+        const auto right = [&](int i) {
+            shapes.row_bytes[i] = 64;
+            shapes.rows[i] = static_cast<uint8_t>(depth / 2);
+        };
+        if (!two_ || (scores && resident())) right(2);
+        if (!two_ || !scores || !resident()) {
+            right(6);
+            right(7);
+        }
+        unit_.configure(shapes);
     }
 
     // The scores of 16 positions, with all queries in registers.
@@ -122,10 +141,10 @@ private:
         if (two_) _tile_dpbf16ps(1, 6, 2);
         _tile_zero(2);
         if (steps_ == 2) {
-            _tile_stream_loadd(3, keys + step_ * 16, 64);
-            _tile_dpbf16ps(0, 5, 3);
-            if (two_) _tile_dpbf16ps(1, 7, 3);
-            _tile_zero(3);
+            _tile_stream_loadd(2, keys + step_ * 16, 64);
+            _tile_dpbf16ps(0, 5, 2);
+            if (two_) _tile_dpbf16ps(1, 7, 2);
+            _tile_zero(2);
         }
         _tile_stored(0, scores, 64);
         _tile_zero(0);
@@ -174,9 +193,10 @@ private:
         for (int64_t c = 0; c < count; ++c) {
             for (int half = 0; half < 2; ++half) {
                 const uint16_t* weight = weights + c * 1024 + half * 512;
-                const uint16_t* value = chunks[c].values[2 * half] + d / 16 * chunks[c].value_stride;
+                const uint16_t* const value = values_of(chunks[c], half, d);
+                const uint16_t* const next = wide ? values_of(chunks[c], half, d + 16) : value;
                 _tile_stream_loadd(6, value, 64);
-                if (wide) _tile_stream_loadd(7, value + chunks[c].value_stride, 64);
+                if (wide) _tile_stream_loadd(7, next, 64);
                 _tile_loadd(4, weight, 64);
                 _tile_dpbf16ps(0, 4, 6);
                 if (wide) _tile_dpbf16ps(1, 4, 7);
@@ -200,35 +220,38 @@ private:
     // `blocks` times 16 dimensions of one tile of queries
     void mix_one(const uint16_t* weights, const MatrixChunk* chunks, int64_t count, float* mixed, int64_t d,
                  int64_t blocks) {
-        zero_sums();
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(3);
+        _tile_zero(4);
         for (int64_t c = 0; c < count; ++c) {
             for (int half = 0; half < 2; ++half) {
-                _tile_loadd(4, weights + c * 1024 + half * 512, 64);
-                _tile_loadd(6, values_of(chunks[c], half, d), 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_zero(6);
+                _tile_loadd(5, weights + c * 1024 + half * 512, 64);
+                _tile_loadd(2, values_of(chunks[c], half, d), 64);
+                _tile_dpbf16ps(0, 5, 2);
+                _tile_zero(2);
                 if (blocks > 1) {
-                    _tile_loadd(7, values_of(chunks[c], half, d + 16), 64);
-                    _tile_dpbf16ps(1, 4, 7);
-                    _tile_zero(7);
-                }
-                if (blocks > 2) {
-                    _tile_loadd(5, values_of(chunks[c], half, d + 32), 64);
-                    _tile_dpbf16ps(2, 4, 5);
-                    _tile_zero(5);
-                }
-                if (blocks > 3) {
-                    _tile_loadd(6, values_of(chunks[c], half, d + 48), 64);
-                    _tile_dpbf16ps(3, 4, 6);
+                    _tile_loadd(6, values_of(chunks[c], half, d + 16), 64);
+                    _tile_dpbf16ps(1, 5, 6);
                     _tile_zero(6);
                 }
-                _tile_zero(4);
+                if (blocks > 2) {
+                    _tile_loadd(7, values_of(chunks[c], half, d + 32), 64);
+                    _tile_dpbf16ps(3, 5, 7);
+                    _tile_zero(7);
+                }
+                if (blocks > 3) {
+                    _tile_loadd(2, values_of(chunks[c], half, d + 48), 64);
+                    _tile_dpbf16ps(4, 5, 2);
+                    _tile_zero(2);
+                }
+                _tile_zero(5);
             }
         }
         _tile_stored(0, mixed, 64);
         if (blocks > 1) _tile_stored(1, mixed + 256, 64);
-        if (blocks > 2) _tile_stored(2, mixed + 512, 64);
-        if (blocks > 3) _tile_stored(3, mixed + 768, 64);
+        if (blocks > 2) _tile_stored(3, mixed + 512, 64);
+        if (blocks > 3) _tile_stored(4, mixed + 768, 64);
     }
 
     // Sixteen dimensions of half a chunk, as one tile.
@@ -245,12 +268,12 @@ private:
         return tile;
     }
 
+    MatrixUnit& unit_;
     alignas(64) uint16_t joined_[4 * 512];
     const int64_t rows_, step_, steps_, value_dim_;
     const bool paired_;
     const uint16_t* queries_ = nullptr;
     bool two_ = false;
-    TileShapes shapes_ = {};  // that are loaded
 };
 
 }  // namespace quire::QUIRE_ISA

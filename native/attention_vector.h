@@ -208,6 +208,7 @@ void attend_split(const AttentionArgs& args, const Item& item, int64_t split, Sc
 template <class T>
 struct VectorAttention {
     using Exponential = NaturalExponential;
+    struct Unit {};  // it has no registers to keep
 
     static int64_t tile_tokens(int64_t group) { return larger(1, kVectorQueries / group); }
 
@@ -215,7 +216,7 @@ struct VectorAttention {
         write_token<T>(args, row, token, head, room);
     }
 
-    static void attend(const Job& job, const Item& item, int worker) {
+    static void attend(const Job& job, const Item& item, Unit&, int worker) {
         const AttentionArgs& args = *job.args;
         const int64_t group = group_of(args), dims = args.cache.value_dim();
         const int64_t queries = item.tokens * group;
