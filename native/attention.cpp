@@ -26,9 +26,11 @@ void write_tokens(void* context, int64_t item, int worker) {
         const int64_t middle = (low + high) / 2;
         (args.query_starts[middle] <= first ? low : high) = middle;
     }
-    for (int64_t token = first, row = low; token < last; ++token) {
+    for (int64_t token = first, row = low; token < last;) {
         while (args.query_starts[row + 1] <= token) ++row;
-        for (int64_t head = 0; head < args.cache.kv_heads; ++head) Program::write(args, row, token, head, room);
+        const int64_t count = smaller(last, args.query_starts[row + 1]) - token;
+        for (int64_t head = 0; head < args.cache.kv_heads; ++head) Program::write(args, row, token, count, head, room);
+        token += count;
     }
 }
 
@@ -49,9 +51,7 @@ void attend_items(void* context, int64_t index, int worker) {
         const Item& item = job.items[i];
         if (job.writes && item.split == last_split(args, item.row)) {
             float* const room = static_cast<float*>(job.pool->scratch(worker, args.cache.head_dim * sizeof(float)));
-            for (int64_t t = 0; t < item.tokens; ++t) {
-                Program::write(args, item.row, item.first_token + t, item.head, room);
-            }
+            Program::write(args, item.row, item.first_token, item.tokens, item.head, room);
         }
         if (i + 1 < last) prefetch_queries(args, job.items[i + 1]);
         Program::attend(job, item, unit, worker);

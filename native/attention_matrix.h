@@ -23,34 +23,12 @@
 
 #include "attention_matrix_products.h"
 #include "attention_matrix_softmax.h"
-#include "rotate.h"
+#include "attention_matrix_write.h"
 
 namespace quire::QUIRE_ISA {
 
 constexpr int64_t kMatrixQueries = 768;  // query vectors of an item, about
 constexpr int64_t kFewQueries = 64;      // up to which values are put together where they are used
-
-inline void write_matrix_token(const AttentionArgs& args, int64_t row, int64_t token, int64_t head, float* room) {
-    const CacheLayout& cache = args.cache;
-    const int64_t position = args.starts[row] + token - args.query_starts[row];
-    const int64_t block = args.tables[row * args.table_stride + position / cache.block_size];
-    const int64_t slot = position % cache.block_size, dims = cache.head_dim;
-    uint16_t* keys = reinterpret_cast<uint16_t*>(cache.unit(args.layer, block, head));
-    uint16_t* values = keys + cache.slots() * dims + slot / 2 * 32 + slot % 2;
-    keys += slot / kTile * kTile * dims + slot % kTile * 2;
-    const float* k = rotated(args.rope, position, args.k + token * args.k_stride + head * dims, dims, room);
-    const float* v = args.v + token * args.v_stride + head * dims;
-    for (int64_t d = 0; d < cache.value_dim(); d += 16, values += cache.slots() * 16) {
-        const __mmask16 present = static_cast<__mmask16>((1u << smaller(16, dims - d)) - 1);
-        alignas(32) uint32_t pairs[8];
-        const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(present, k + d));
-        _mm256_store_si256(reinterpret_cast<__m256i*>(pairs), (__m256i)rounded);
-        for (int64_t i = 0; i < smaller(16, dims - d) / 2; ++i) __builtin_memcpy(keys + (d / 2 + i) * 32, pairs + i, 4);
-        // Only this token's half of each pair is written: another thread may be writing the other.
-        const __m512i spread = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(present, v + d)));
-        _mm512_mask_storeu_epi16(values, 0x55555555u, spread);
-    }
-}
 
 constexpr int64_t kSplitChunks = kSplit / kMatrixChunk;
 constexpr float kLargestSum = 0x1p40f;
@@ -181,29 +159,34 @@ private:
         for (int64_t d = 0; d < head_dim_; d += 16) __builtin_prefetch(out + d, 1, 3);
     }
 
-    // Tiles are whole, with zeros past the last query, unless there is but one. The sign of the scale goes to the queries: the largest score is the top.
+    // Tiles are whole, with zeros past the last query, unless there is but one. The sign of the scale goes to the queries:
+    // the largest score is the top.
     void pack_queries() {
         const int64_t step = key_step(head_dim_), steps = head_dim_ / step;
         const __m512i sign = _mm512_set1_epi32(args_.scale < 0.0f && args_.softcap == 0.0f ? INT32_MIN : 0);
+        const __mmask16 low = first_lanes(step), high = first_lanes(step - 16);
         Place place(0, group_);
-        const int64_t rows = queries_ < 16 ? queries_ : tiles() * 16;
-        for (int64_t row = 0; row < rows; ++row, place.advance()) {
-            const float* q = query_at(place);
-            if (row < queries_) {
-                prefetch_query(place);
-                q = rotated(args_.rope, token_position(args_, item_, place.token), q, head_dim_, scratch_.rotated);
-            }
-            uint16_t* to = scratch_.queries + row / 16 * steps * 512 + row % 16 * 32;
+        for (int64_t row = 0; row < queries_; ++row, place.advance()) {
+            prefetch_query(place);
+            const HeadVectors q(args_.rope, token_position(args_, item_, place.token), query_at(place), head_dim_,
+                                scratch_.rotated);
+            uint16_t* to = packed_query(row, steps);
             for (int64_t d = 0; d < head_dim_; d += step, to += 512) {
-                const uint32_t present = row < queries_ ? static_cast<uint32_t>((uint64_t{1} << step) - 1) : 0;
-                const __mmask16 low = static_cast<__mmask16>(present), high = static_cast<__mmask16>(present >> 16);
-                const __m512i a = _mm512_castps_si512(_mm512_maskz_loadu_ps(low, q + d));
-                const __m512i b = _mm512_castps_si512(_mm512_maskz_loadu_ps(high, q + d + 16));
+                const __m512i a = _mm512_castps_si512(q.at(d, low));
+                const __m512i b = high == 0 ? a : _mm512_castps_si512(q.at(d + 16, high));
                 const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_castsi512_ps(_mm512_xor_si512(b, sign)),
                                                              _mm512_castsi512_ps(_mm512_xor_si512(a, sign)));
                 _mm512_storeu_si512(to, (__m512i)rounded);
             }
         }
+        for (int64_t row = queries_; queries_ > 16 && row < tiles() * 16; ++row) {
+            uint16_t* const to = packed_query(row, steps);
+            for (int64_t s = 0; s < steps; ++s) _mm512_storeu_si512(to + s * 512, _mm512_setzero_si512());
+        }
+    }
+
+    uint16_t* packed_query(int64_t row, int64_t steps) const {
+        return scratch_.queries + row / 16 * steps * 512 + row % 16 * 32;
     }
 
     // Calls keep(tile, state) for each tile that sees something of the split.
@@ -406,8 +389,8 @@ struct MatrixAttention {
         return tokens >= 256 ? 256 : tokens >= 16 ? tokens / 16 * 16 : larger(1, tokens);
     }
 
-    static void write(const AttentionArgs& args, int64_t row, int64_t token, int64_t head, float* room) {
-        write_matrix_token(args, row, token, head, room);
+    static void write(const AttentionArgs& args, int64_t row, int64_t token, int64_t count, int64_t head, float* room) {
+        write_matrix_tokens(args, row, token, count, head, room);
     }
 
     static void attend(const Job& job, const Item& item, Unit& unit, int worker) {

@@ -212,8 +212,8 @@ struct VectorAttention {
 
     static int64_t tile_tokens(int64_t group) { return larger(1, kVectorQueries / group); }
 
-    static void write(const AttentionArgs& args, int64_t row, int64_t token, int64_t head, float* room) {
-        write_token<T>(args, row, token, head, room);
+    static void write(const AttentionArgs& args, int64_t row, int64_t token, int64_t count, int64_t head, float* room) {
+        for (const int64_t end = token + count; token < end; ++token) write_token<T>(args, row, token, head, room);
     }
 
     static void attend(const Job& job, const Item& item, Unit&, int worker) {
