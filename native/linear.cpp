@@ -116,7 +116,7 @@ void compute_item(const LinearArgs& args, int64_t item, float* scratch) {
             }
         }
     }
-    finish_rows<kPanel>(args, panel, first_row, first_row + rows, sums);
+    for (int64_t r = 0; r < rows; ++r) finish_row<kPanel>(args, panel, first_row + r, sums + r * kPanel);
 }
 
 struct Job {

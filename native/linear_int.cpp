@@ -290,7 +290,7 @@ void linear_int(const LinearArgs& args, ThreadPool& pool) {
     } else {
         pool.run(args.rows, round_row, &job);
     }
-    const int64_t runs = divide_panels(panels, args.rows <= kBlockRows ? panels : 1, pool.threads(), job.borders);
+    const int64_t runs = divide_panels(panels, args.rows <= kBlockRows ? panels : 1, 1, pool.threads(), job.borders);
     const int64_t row_groups = (args.rows + kItemRows - 1) / kItemRows;
     pool.run(runs * row_groups, args.weight.bits == 4 ? work<FourBits> : work<EightBits>, &job);
 #endif

@@ -201,7 +201,7 @@ void linear_int_bytes(const LinearArgs& args, ThreadPool& pool) {
         pool.run(args.rows, round_row, &job);
     }
     const int64_t longest = args.rows <= byte_rows(weight) ? weight.panels() : 1;
-    const int64_t runs = divide_panels(weight.panels(), longest, pool.threads(), job.borders);
+    const int64_t runs = divide_panels(weight.panels(), longest, 1, pool.threads(), job.borders);
     const int64_t row_groups = (args.rows + kItemRows - 1) / kItemRows;
     pool.run(runs * row_groups, work_of(weight.bits, job.digits), &job);
 }

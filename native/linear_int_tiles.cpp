@@ -389,7 +389,7 @@ void linear_int_tiles(const LinearArgs& args, ThreadPool& pool) {
     } else {
         pool.run(row_blocks, round_block, &job);
     }
-    const int64_t runs = divide_panels(panels, streamed ? panels : kRunPanels, pool.threads(), job.borders);
+    const int64_t runs = divide_panels(panels, streamed ? panels : kRunPanels, job.groups, pool.threads(), job.borders);
     if (streamed) {
         pool.run(runs, weight.bits == 8 ? stream_item<EightBitTiles> : stream_item<FourBitTiles>, &job);
     } else {

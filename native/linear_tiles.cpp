@@ -8,7 +8,7 @@
 
 #if QUIRE_TILES
 
-#include "linear_finish.h"
+#include "linear_results.h"
 #include "tile_unit.h"
 
 namespace quire::QUIRE_ISA {
@@ -20,15 +20,14 @@ constexpr int64_t kChunkItems = kTilePanel * kTileDepth;  // weights of a panel 
 constexpr int64_t kChunkLines = kChunkItems * 2 / 64;
 constexpr int64_t kStreamedRows = 2 * kTileSide;  // up to here each weight is used once and memory is the limit
 constexpr int64_t kAheadItems = 4096;             // weights between what is read and what is asked of memory
-constexpr int64_t kRowsBeside = 4;                // of results that are finished at once: one by one they cost more
 constexpr int64_t kRoundedChunks = 8;
 constexpr int64_t kSerialItems = 32768;  // inputs that one thread rounds faster than it finds others to help
 // Above kStreamedRows a group of rows meets a piece of a panel at a time.
 constexpr int64_t kPieceChunks = 18;      // chunks of inputs in a piece: its weights, 36 KB, stay in the L1
 constexpr int64_t kGroupRows = 512;       // with that piece of their x, 0.6 MB, in the L2
 constexpr int64_t kGroupItems = 1 << 19;  // inputs of a group of rows that stay in the L2, all pieces together
-constexpr int64_t kRunPanels = 8;         // panels of an item
-constexpr int64_t kLongRunPanels = 16;    // the same where x does not stay: it is read once for each run
+constexpr int64_t kRunPanels = 32;        // panels for which a group's x, which other items displace, comes to the L2 once
+constexpr int64_t kLongRunPanels = 16;    // the same where x does not stay even then
 constexpr int64_t kBlockSums = kTileSide * kTilePanel;
 
 struct Job {
@@ -66,40 +65,20 @@ void round_block(void* context, int64_t block, int) {
     }
 }
 
-// What vectors do while the matrix unit works, some of it in each chunk: fetch weights that will be read soon, and write
-// the results of the rows before.
+// What vectors do while the matrix unit works, some of it in each chunk: ask for weights that will be read soon, and write
+// the results of the rows before. A product works on a copy, so that it lies in registers.
+template <class Results>
 struct Beside {
-    const LinearArgs* args;
-    Finish finish_rows;
+    Results results;
     const char* at;  // weights
     const char* end_at;
     int64_t lines;  // of them for each chunk
-    int64_t panel, row, end_row;
-    const float* sums;
 
     // To the second cache: the first has too few requests on their way to keep memory busy.
-    void fetch() {
-        if (at < end_at) {
-            for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + line * 64, 0, 2);
-        }
+    inline void fetch() {
+        if (at >= end_at) return;
+        for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + line * 64, 0, 2);
         at += lines * 64;
-    }
-    void finish() {
-        if (row < end_row) finish_until(smaller(end_row, row + kRowsBeside));
-    }
-    void end() {
-        if (row < end_row) finish_until(end_row);
-    }
-    void begin(int64_t its_panel, int64_t first_row, int64_t its_end, const float* its_sums) {
-        panel = its_panel;
-        row = first_row;
-        end_row = its_end;
-        sums = its_sums;
-    }
-    void finish_until(int64_t end) {
-        finish_rows(*args, panel, row, end, sums);
-        sums += (end - row) * kTilePanel;
-        row = end;
     }
 };
 
@@ -123,9 +102,10 @@ void configure(int64_t rows) {
 void release() { _tile_release(); }
 
 // x that passes by once for each piece of weights should not displace them.
-template <bool Streams>
-void multiply(const Piece& piece, Beside& beside) {
+template <bool Streams, class Results>
+void multiply(const Piece& piece, Beside<Results>& outer) {
     constexpr int64_t bytes = kTilePanel * 4;
+    Beside<Results> beside = outer;
     if (piece.fresh) {
         _tile_zero(0);
         _tile_zero(1);
@@ -145,17 +125,20 @@ void multiply(const Piece& piece, Beside& beside) {
         beside.fetch();
         _tile_loadd(3, weights + kTileItems, 64);
         _tile_dpbf16ps(1, 2, 3);
-        beside.finish();
+        beside.results.step();
     }
-    beside.end();
+    beside.results.finish();
+    outer = beside;
     _tile_stored(0, piece.sums, bytes);
     _tile_stored(1, piece.sums + kTileSide, bytes);
 }
 
 // Two blocks of rows, all chunks of inputs: each weight is loaded once. A tile is zeroed after its last use, which frees its
 // register.
-void multiply_both(const Piece& piece, Beside& beside) {
+template <class Results>
+void multiply_both(const Piece& piece, Beside<Results>& outer) {
     constexpr int64_t bytes = kTilePanel * 4;
+    Beside<Results> beside = outer;
     const uint16_t *x = piece.x, *weights = piece.weights;
     const uint16_t* second = x + piece.chunks * piece.x_items;
     for (int64_t chunk = 0; chunk < piece.chunks; ++chunk, x += piece.x_items, second += piece.x_items) {
@@ -172,10 +155,12 @@ void multiply_both(const Piece& piece, Beside& beside) {
         _tile_dpbf16ps(5, 6, 7);
         _tile_zero(6);
         _tile_zero(7);
-        beside.finish();
+        beside.results.step();
+        beside.results.step();
         weights += kChunkItems;
     }
-    beside.end();
+    beside.results.finish();
+    outer = beside;
     _tile_stored(0, piece.sums, bytes);
     _tile_stored(1, piece.sums + kTileSide, bytes);
     _tile_stored(4, piece.sums + kBlockSums, bytes);
@@ -191,7 +176,7 @@ void release() {}
 
 // Rows [first, first + R) of a block. A pair of inputs is added at a time, the same for any R.
 template <int R>
-void multiply_rows(const Piece& piece, int64_t first, Beside* beside) {
+void multiply_rows(const Piece& piece, int64_t first, Beside<AnyResults>* beside) {
     __m512 acc[R][2];
     float* const sums = piece.sums + first * kTilePanel;
     for (int r = 0; r < R; ++r) {
@@ -214,21 +199,21 @@ void multiply_rows(const Piece& piece, int64_t first, Beside* beside) {
         }
         if (beside != nullptr) {
             beside->fetch();
-            beside->finish();
+            beside->results.step();
         }
     }
-    if (beside != nullptr) beside->end();
+    if (beside != nullptr) beside->results.finish();
     for (int r = 0; r < R; ++r) {
         for (int v = 0; v < 2; ++v) _mm512_storeu_ps(sums + r * kTilePanel + v * kTileSide, acc[r][v]);
     }
 }
 
 template <bool Streams>
-void multiply(const Piece& piece, Beside& beside) {
+void multiply(const Piece& piece, Beside<AnyResults>& beside) {
     constexpr int64_t most = 8;  // rows whose sums are held in registers
     for (int64_t row = 0; row < piece.rows;) {
         const int64_t blocks = (piece.rows - row + most - 1) / most, now = (piece.rows - row + blocks - 1) / blocks;
-        Beside* const once = row == 0 ? &beside : nullptr;
+        Beside<AnyResults>* const once = row == 0 ? &beside : nullptr;
         switch (now) {
             case 1: multiply_rows<1>(piece, row, once); break;
             case 2: multiply_rows<2>(piece, row, once); break;
@@ -243,44 +228,43 @@ void multiply(const Piece& piece, Beside& beside) {
     }
 }
 
-void multiply_both(const Piece& piece, Beside& beside) {
+void multiply_both(const Piece& piece, Beside<AnyResults>& beside) {
     Piece block = piece;
     block.rows = kTileSide;
     multiply<true>(block, beside);
     block.x += piece.chunks * piece.x_items;
     block.sums += kBlockSums;
     block.rows = piece.rows - kTileSide;
-    Beside nothing{};
+    Beside<AnyResults> nothing = beside;
+    nothing.at = nothing.end_at;
     multiply<true>(block, nothing);
 }
 #endif
 
 // Up to 32 rows by a run of panels: each weight comes from memory once. Nothing past the end of the run is fetched: another
 // thread reads on there.
+template <class Results>
 void stream_item(void* context, int64_t item, int worker) {
     const Job& job = *static_cast<const Job*>(context);
     const LinearArgs& args = *job.args;
     const int64_t first = job.borders[item], last = job.borders[item + 1];
     Piece piece{job.x, nullptr, job.chunks, job.tile_rows * kTileDepth, nullptr, true, args.rows};
     piece.sums = static_cast<float*>(job.pool->scratch(worker, kStreamedRows * kTilePanel * sizeof(float)));
-    Beside beside{};
-    beside.args = &args;
-    beside.finish_rows = finish_of<kTilePanel>(args);
-    beside.at = reinterpret_cast<const char*>(job.weights(first, 0) + kAheadItems);
-    beside.end_at = reinterpret_cast<const char*>(job.weights(last, 0));
-    beside.lines = kChunkLines;
+    Beside<Results> beside{Results(args), reinterpret_cast<const char*>(job.weights(first, 0) + kAheadItems),
+                           reinterpret_cast<const char*>(job.weights(last, 0)), kChunkLines};
     configure(job.tile_rows);
     for (int64_t panel = first; panel < last; ++panel) {
         piece.weights = job.weights(panel, 0);
         args.rows > kTileSide ? multiply_both(piece, beside) : multiply<true>(piece, beside);
-        beside.begin(panel, 0, args.rows, piece.sums);
+        beside.results.begin(panel, 0, args.rows, piece.sums);
     }
     release();
-    beside.end();
+    beside.results.finish();
 }
 
 // A run of panels for one group of rows: `together` panels at a time, for each piece of `in`, for each of the panels, all
 // rows. Where x stays in the cache one panel is complete before the next.
+template <class Results>
 void block_item(void* context, int64_t item, int worker) {
     const Job& job = *static_cast<const Job*>(context);
     const LinearArgs& args = *job.args;
@@ -291,9 +275,7 @@ void block_item(void* context, int64_t item, int worker) {
     const int64_t together = job.resident ? 1 : last_panel - first_panel;
     const size_t sums_bytes = together * blocks * kBlockSums * sizeof(float);
     float* const sums = static_cast<float*>(job.pool->scratch(worker, sums_bytes));
-    Beside beside{};
-    beside.args = &args;
-    beside.finish_rows = finish_of<kTilePanel>(args);
+    Beside<Results> beside{Results(args), nullptr, nullptr, (kChunkLines + blocks - 1) / blocks};
     configure(kTileSide);
     for (int64_t start = first_panel; start < last_panel; start += together) {
         for (int64_t step = 0; step < job.pieces * together; ++step) {
@@ -306,7 +288,6 @@ void block_item(void* context, int64_t item, int worker) {
                                                             (step + 1) / together * job.chunks / job.pieces);
             beside.at = reinterpret_cast<const char*>(next);
             beside.end_at = reinterpret_cast<const char*>(none ? next : next + chunks * kChunkItems);
-            beside.lines = (kChunkLines + blocks - 1) / blocks;
             for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t row = first_row + block * kTileSide;
                 const int64_t slot = job.pieces == 1 ? 0 : step % together * blocks + block;
@@ -314,12 +295,14 @@ void block_item(void* context, int64_t item, int worker) {
                 const Piece piece{x, job.weights(panel, chunk), chunks, kTileItems, sums + slot * kBlockSums,
                                   part == 0, smaller(kTileSide, end_row - row)};
                 multiply<false>(piece, beside);
-                if (part + 1 == job.pieces) beside.begin(panel, row, smaller(row + kTileSide, end_row), piece.sums);
+                if (part + 1 == job.pieces) {
+                    beside.results.begin(panel, row, smaller(row + kTileSide, end_row), piece.sums);
+                }
             }
         }
     }
     release();
-    beside.end();
+    beside.results.finish();
 }
 
 void embed_row(void* context, int64_t item, int) {
@@ -364,13 +347,13 @@ void linear_tiles(const LinearArgs& args, ThreadPool& pool) {
     } else {
         pool.run(blocks, round_block, &job);
     }
-    const int64_t longest = streamed ? panels : job.resident ? kRunPanels : kLongRunPanels;
-    const int64_t runs = divide_panels(panels, longest, pool.threads(), job.borders);
-    if (streamed) {
-        pool.run(runs, stream_item, &job);
-    } else {
-        pool.run(runs * job.groups, block_item, &job);
-    }
+    const bool stays = streamed || (job.resident && job.groups == 1);
+    const int64_t longest = stays ? panels : job.resident ? kRunPanels : kLongRunPanels;
+    const int64_t runs = divide_panels(panels, longest, job.groups, pool.threads(), job.borders);
+    with_results(args, [&](auto results) {
+        using Results = decltype(results);
+        pool.run(runs * job.groups, streamed ? stream_item<Results> : block_item<Results>, &job);
+    });
 }
 
 void embed_tiles(const EmbedArgs& args, ThreadPool& pool) {

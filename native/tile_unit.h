@@ -9,14 +9,14 @@
 
 namespace quire::QUIRE_ISA {
 
-// Runs of panels that shrink towards the end: long enough to stream, and no thread waits long for the last one.
-// Returns their number.
-static inline int64_t divide_panels(int64_t panels, int64_t longest, int threads, int32_t* borders) {
+// Runs of panels that shrink towards the end: long enough to stream, and no thread waits long for the last one. `groups`
+// items of other rows share a run: where they are many they even things out. Returns the number of runs.
+static inline int64_t divide_panels(int64_t panels, int64_t longest, int64_t groups, int threads, int32_t* borders) {
     int64_t runs = 0;
     borders[0] = 0;
     for (int64_t first = 0; first < panels;) {
-        const int64_t share = (panels - first) / (2 * threads);
-        first += larger(1, smaller(share, longest));
+        const int64_t left = panels - first, share = threads == 1 ? left : left * groups / (2 * threads);
+        first += larger(1, smaller(smaller(share, longest), left));
         borders[++runs] = static_cast<int32_t>(first);
     }
     return runs;
