@@ -27,7 +27,9 @@ constexpr int64_t kPieceChunks = 18;      // chunks of inputs in a piece: its we
 constexpr int64_t kGroupRows = 512;       // with that piece of their x, 0.6 MB, in the L2
 constexpr int64_t kGroupItems = 1 << 19;  // inputs of a group of rows that stay in the L2, all pieces together
 constexpr int64_t kRunPanels = 32;        // panels for which a group's x, which other items displace, comes to the L2 once
-constexpr int64_t kLongRunPanels = 16;    // the same where x does not stay even then
+// Where even those do not stay, a piece of x passes by so many panels while its next piece is fetched; it and their sums do.
+constexpr int64_t kPassedPanels = 16;
+constexpr int64_t kPassingRows = 256;
 constexpr int64_t kBlockSums = kTileSide * kTilePanel;
 
 struct Job {
@@ -65,20 +67,29 @@ void round_block(void* context, int64_t block, int) {
     }
 }
 
+// Memory that is asked for, some lines with each chunk, to the second cache: the first has too few requests on their way to
+// keep memory busy.
+struct Ahead {
+    const char *at, *end;
+    int64_t lines;
+
+    inline void step() {
+        if (at >= end) return;
+        for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + line * 64, 0, 2);
+        at += lines * 64;
+    }
+};
+
 // What vectors do while the matrix unit works, some of it in each chunk: ask for weights that will be read soon, and write
 // the results of the rows before. A product works on a copy, so that it lies in registers.
 template <class Results>
 struct Beside {
     Results results;
-    const char* at;  // weights
-    const char* end_at;
-    int64_t lines;  // of them for each chunk
+    Ahead weights, x{nullptr, nullptr, 0};
 
-    // To the second cache: the first has too few requests on their way to keep memory busy.
     inline void fetch() {
-        if (at >= end_at) return;
-        for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + line * 64, 0, 2);
-        at += lines * 64;
+        weights.step();
+        x.step();
     }
 };
 
@@ -236,7 +247,7 @@ void multiply_both(const Piece& piece, Beside<AnyResults>& beside) {
     block.sums += kBlockSums;
     block.rows = piece.rows - kTileSide;
     Beside<AnyResults> nothing = beside;
-    nothing.at = nothing.end_at;
+    nothing.weights.at = nothing.weights.end;
     multiply<true>(block, nothing);
 }
 #endif
@@ -250,8 +261,9 @@ void stream_item(void* context, int64_t item, int worker) {
     const int64_t first = job.borders[item], last = job.borders[item + 1];
     Piece piece{job.x, nullptr, job.chunks, job.tile_rows * kTileDepth, nullptr, true, args.rows};
     piece.sums = static_cast<float*>(job.pool->scratch(worker, kStreamedRows * kTilePanel * sizeof(float)));
-    Beside<Results> beside{Results(args), reinterpret_cast<const char*>(job.weights(first, 0) + kAheadItems),
-                           reinterpret_cast<const char*>(job.weights(last, 0)), kChunkLines};
+    Beside<Results> beside{Results(args),
+                           {reinterpret_cast<const char*>(job.weights(first, 0) + kAheadItems),
+                            reinterpret_cast<const char*>(job.weights(last, 0)), kChunkLines}};
     configure(job.tile_rows);
     for (int64_t panel = first; panel < last; ++panel) {
         piece.weights = job.weights(panel, 0);
@@ -275,7 +287,8 @@ void block_item(void* context, int64_t item, int worker) {
     const int64_t together = job.resident ? 1 : last_panel - first_panel;
     const size_t sums_bytes = together * blocks * kBlockSums * sizeof(float);
     float* const sums = static_cast<float*>(job.pool->scratch(worker, sums_bytes));
-    Beside<Results> beside{Results(args), nullptr, nullptr, (kChunkLines + blocks - 1) / blocks};
+    Beside<Results> beside{Results(args), {nullptr, nullptr, (kChunkLines + blocks - 1) / blocks}};
+    const int64_t tile_bytes = kTileItems * 2, x_lines = (tile_bytes / 64 + together - 1) / together;
     configure(kTileSide);
     for (int64_t start = first_panel; start < last_panel; start += together) {
         for (int64_t step = 0; step < job.pieces * together; ++step) {
@@ -286,14 +299,21 @@ void block_item(void* context, int64_t item, int worker) {
             const uint16_t* const next = done ? job.weights(none ? panel : start + together, 0)
                                               : job.weights(start + (step + 1) % together,
                                                             (step + 1) / together * job.chunks / job.pieces);
-            beside.at = reinterpret_cast<const char*>(next);
-            beside.end_at = reinterpret_cast<const char*>(none ? next : next + chunks * kChunkItems);
+            beside.weights.at = reinterpret_cast<const char*>(next);
+            beside.weights.end = reinterpret_cast<const char*>(none ? next : next + chunks * kChunkItems);
+            const bool more = !job.resident && part + 1 < job.pieces;
             for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t row = first_row + block * kTileSide;
                 const int64_t slot = job.pieces == 1 ? 0 : step % together * blocks + block;
                 const uint16_t* const x = job.x + (row * job.chunks + chunk * kTileSide) * kTileDepth;
                 const Piece piece{x, job.weights(panel, chunk), chunks, kTileItems, sums + slot * kBlockSums,
                                   part == 0, smaller(kTileSide, end_row - row)};
+                if (more) {  // a share of the block's next piece of x
+                    const char* const coming = reinterpret_cast<const char*>(x + chunks * kTileItems);
+                    beside.x.at = coming + step % together * chunks * x_lines * 64;
+                    beside.x.end = coming + chunks * tile_bytes;
+                    beside.x.lines = x_lines;
+                }
                 multiply<false>(piece, beside);
                 if (part + 1 == job.pieces) {
                     beside.results.begin(panel, row, smaller(row + kTileSide, end_row), piece.sums);
@@ -332,7 +352,7 @@ void linear_tiles(const LinearArgs& args, ThreadPool& pool) {
     job.pieces = larger(1, (job.chunks + kPieceChunks - 1) / kPieceChunks);
     const int64_t resident_rows = kGroupItems / larger(1, job.chunks * kTileDepth) / kStreamedRows * kStreamedRows;
     job.resident = resident_rows >= smaller(args.rows, kGroupRows / 2);
-    job.group_rows = job.resident ? smaller(kGroupRows, resident_rows) : kGroupRows;
+    job.group_rows = job.resident ? smaller(kGroupRows, resident_rows) : kPassingRows;
     if (streamed) job.group_rows = kStreamedRows;
     job.groups = (args.rows + job.group_rows - 1) / job.group_rows;
 
@@ -348,7 +368,7 @@ void linear_tiles(const LinearArgs& args, ThreadPool& pool) {
         pool.run(blocks, round_block, &job);
     }
     const bool stays = streamed || (job.resident && job.groups == 1);
-    const int64_t longest = stays ? panels : job.resident ? kRunPanels : kLongRunPanels;
+    const int64_t longest = stays ? panels : job.resident ? kRunPanels : kPassedPanels;
     const int64_t runs = divide_panels(panels, longest, job.groups, pool.threads(), job.borders);
     with_results(args, [&](auto results) {
         using Results = decltype(results);
