@@ -76,9 +76,10 @@ def test_a_row_has_the_same_bits_in_any_company(cpu: CpuOps, storage: str, shape
         assert np.array_equal(cpu.linear(x[17:50], packed), whole[17:50])
 
 
-def test_a_row_has_the_same_bits_where_inputs_do_not_fit_the_cache(cpu: CpuOps) -> None:
+@pytest.mark.parametrize("shape", [(40, 4200), (576, 2600)])
+def test_a_row_has_the_same_bits_where_inputs_do_not_fit_the_cache(cpu: CpuOps, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(10)
-    packed, x = cpu.pack_linear(normal(rng, 40, 4200), None, "bfloat16"), normal(rng, 300, 4200)
+    packed, x = cpu.pack_linear(normal(rng, *shape), None, "bfloat16"), normal(rng, 300, shape[1])
     whole = cpu.linear(x, packed)
     for first, last in ((0, 1), (31, 64), (50, 151), (299, 300)):
         assert np.array_equal(cpu.linear(x[first:last], packed), whole[first:last])

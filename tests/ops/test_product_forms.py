@@ -15,8 +15,8 @@ from tests.ops.test_linear import STORAGES, in_tiles, inputs_of_products
 
 REFERENCE = ReferenceOps(np)
 KINDS: list[Activation] = ["silu", "gelu", "gelu_tanh", "relu"]
-# outputs of gate (and of up), in: less than half a panel; half a tile panel and one more; not whole chunks; pieces
-GATED = [(1, 1), (15, 33), (16, 64), (17, 70), (48, 31), (100, 600), (33, 1300)]
+# outputs of gate (and of up), in: less than half a panel; half and one more; not whole chunks; whole panels; pieces
+GATED = [(1, 1), (15, 33), (16, 64), (17, 70), (48, 31), (96, 70), (100, 600), (33, 1300)]
 ROWS = (1, 2, 7, 15, 16, 17, 31, 32, 33, 40, 65, 200)
 TILED = [isa for isa in instruction_sets() if in_tiles(isa)]
 
