@@ -40,7 +40,8 @@ template <bool Add>
 class PlainResults {
 public:
     explicit PlainResults(const LinearArgs& args)
-        : y_(args.y), all_bias_(args.weight.bias), stride_(args.weight.products()) {}
+        : y_(args.y), all_bias_(args.weight.bias), stride_(args.weight.products()),
+          far_(args.rows * stride_ * int64_t{sizeof(float)} > kStaysBytes) {}
 
     void begin(int64_t panel, int64_t row, int64_t end, const float* sums) {
         to_ = y_ + row * stride_ + panel * kTilePanel;
@@ -55,6 +56,10 @@ public:
             if (bias_ != nullptr) y = y + load(bias_ + i);
             store(to_ + i, Add ? load(to_ + i) + y : y);
         }
+        if (far_) {
+            __builtin_prefetch(to_ + kTileSide * stride_, 0, 2);
+            __builtin_prefetch(to_ + kTileSide * stride_ + kLanes, 0, 2);
+        }
         to_ += stride_;
         sums_ += kTilePanel;
         --left_;
@@ -64,9 +69,12 @@ public:
     }
 
 private:
+    static constexpr int64_t kStaysBytes = 1 << 21;  // of y: up to here it is in the second cache, or may be
+
     float* y_;
     const float* all_bias_;
     int64_t stride_, left_ = 0;
+    bool far_;  // the rows of the next block are asked for
     float* to_ = nullptr;
     const float *bias_ = nullptr, *sums_ = nullptr;
 };
