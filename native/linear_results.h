@@ -21,7 +21,7 @@ public:
         sums_ = sums;
     }
     void step() {
-        for (const int64_t last = smaller(row_ + 4, end_); row_ < last; ++row_, sums_ += kTilePanel) {
+        for (const int64_t last = smaller(row_ + kRows, end_); row_ < last; ++row_, sums_ += kTilePanel) {
             finish_row<kTilePanel>(*args_, panel_, row_, sums_);
         }
     }
@@ -30,6 +30,8 @@ public:
     }
 
 private:
+    static constexpr int64_t kRows = 4;  // at once: one by one, calls cost more
+
     const LinearArgs* args_;
     int64_t panel_ = 0, row_ = 0, end_ = 0;
     const float* sums_ = nullptr;

@@ -97,7 +97,7 @@ struct Beside {
 struct Piece {
     const uint16_t *x, *weights;
     int64_t chunks, x_items;
-    float* sums;  // [16][32], or [32][32] of both blocks; nobody needs what they held once `beside` has ended
+    float* sums;  // [16][32], or [32][32] of both blocks; nobody needs what they held once `beside.results` are finished
     bool fresh;   // else added to what sums holds
     int64_t rows;  // that exist; the matrix unit computes its whole tile
 };

@@ -10,7 +10,8 @@
 namespace quire::QUIRE_ISA {
 
 // Runs of panels that shrink towards the end: long enough to stream, and no thread waits long for the last one. `groups`
-// items of other rows share a run: where they are many they even things out. Returns the number of runs.
+// items of other rows share a run: where they are many they even things out. One thread has nobody to wait for. Returns the
+// number of runs.
 static inline int64_t divide_panels(int64_t panels, int64_t longest, int64_t groups, int threads, int32_t* borders) {
     int64_t runs = 0;
     borders[0] = 0;
