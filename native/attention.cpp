@@ -1,5 +1,8 @@
 // Attention over the paged cache: write this step's keys and values, then attend.
 //
+// All writes of a step come before the reads of other rows. One pass over all rows writes, and its end is the barrier;
+// only where no row reads what another one writes (`private_writes`) may each thread write just before it reads.
+//
 // On matrix units (level amx) keys and values in bfloat16 are multiplied as they are; everything else is float32
 // arithmetic on vectors. Which of the two a cache gets depends on its storage and head_dim alone.
 #include "attention_vector.h"
@@ -59,7 +62,8 @@ void attend_items(void* context, int64_t index, int worker) {
     }
 }
 
-// Whether all rows are divided, each with its new tokens in one split: then nobody else reads what these write.
+// Whether all rows are divided, each with its new tokens in its last split: then of the items of a row only that of the
+// last split reads what the row writes.
 bool only_last_splits_grow(const AttentionArgs& args, int64_t tile) {
     for (int64_t row = 0; row < args.rows; ++row) {
         if (tokens_of(args, row) == 0) continue;
@@ -117,9 +121,9 @@ void run(const AttentionArgs& args, ThreadPool& pool) {
     list_divided(args, tile, job.partial_starts, job.unfinished);
     job.count = count;
     const bool divided = only_last_splits_grow(args, tile);
-    job.writes = divided && args.k != nullptr;
+    job.writes = divided && args.private_writes && args.k != nullptr;
     job.batch = divided ? larger(1, count / (pool.threads() * 8)) : 1;
-    if (!divided && args.k != nullptr) pool.run(writes, write_tokens<Program>, &job);
+    if (!job.writes && args.k != nullptr) pool.run(writes, write_tokens<Program>, &job);
     pool.run((count + job.batch - 1) / job.batch, attend_items<Program>, &job);
 }
 

@@ -1,6 +1,8 @@
 // What the binding requires of arrays before a kernel sees them.
 #pragma once
 
+#include <vector>
+
 #include "arrays.h"
 #include "packed.h"
 
@@ -58,6 +60,33 @@ inline void require_rows(int64_t tokens, const CacheLayout& layout, const Ints1&
             require(table[i] >= 0 && table[i] < layout.blocks, "attention: a block id is outside the cache");
         }
     }
+}
+
+// Whether no row of the step reads a block that another one writes. Only then may a thread write a row's keys and values
+// as late as just before it attends to them: a block stands in the tables of others as soon as its step is scheduled,
+// so that a request which is admitted in the same step shares it. Expects what `require_rows` requires.
+inline bool writes_are_private(const CacheLayout& layout, const Ints1& query_starts, const Ints1& starts,
+                               const Ints2& tables) {
+    std::vector<uint64_t> written((layout.blocks + 63) / 64);
+    const auto bit = [](int64_t block) { return uint64_t{1} << (block % 64); };
+    const int64_t size = layout.block_size, rows = starts.size(0);
+    for (int64_t row = 0; row < rows; ++row) {
+        const int32_t* const table = tables.data() + row * tables.stride();
+        const int64_t start = starts.data()[row], end = start + query_starts.data()[row + 1] - query_starts.data()[row];
+        for (int64_t i = start / size; start < end && i < (end + size - 1) / size; ++i) {
+            uint64_t& word = written[table[i] / 64];
+            if ((word & bit(table[i])) != 0) return false;
+            word |= bit(table[i]);
+        }
+    }
+    for (int64_t row = 0; row < rows; ++row) {
+        if (query_starts.data()[row] == query_starts.data()[row + 1]) continue;
+        const int32_t* const table = tables.data() + row * tables.stride();
+        for (int64_t i = 0; i < starts.data()[row] / size; ++i) {
+            if ((written[table[i] / 64] & bit(table[i])) != 0) return false;
+        }
+    }
+    return true;
 }
 
 inline void require_rope_covers(int64_t positions, const Ints1& query_starts, const Ints1& starts) {

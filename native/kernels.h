@@ -193,6 +193,7 @@ struct AttentionArgs {
     const int32_t* starts;        // [rows]
     const int32_t* tables;        // [rows, max_blocks]
     int64_t table_stride;
+    bool private_writes;  // no row reads a block that another row of this step writes
     float scale;
     int64_t window;      // INT64_MAX: none
     float softcap;       // 0: none

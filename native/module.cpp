@@ -247,7 +247,8 @@ public:
         require_rows(q.size(0), layout, query_starts, starts, tables);
         AttentionArgs args{q.data(),        k.data(),     v.data(),        q.stride(), k.stride(),
                            v.stride(),      q.size(1),    layout,          layer,      starts.size(0),
-                           query_starts.data(), starts.data(), tables.data(), tables.stride(), scale,
+                           query_starts.data(), starts.data(), tables.data(), tables.stride(),
+                           writes_are_private(layout, query_starts, starts, tables), scale,
                            window,          softcap,      nullptr,         {},         out.data()};
         std::optional<Floats1> sinks;
         if (!sinks_.is_none()) {

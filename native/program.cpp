@@ -256,8 +256,8 @@ void Program::attention(std::tuple<ViewNumbers, ViewNumbers, ViewNumbers> qkv, i
     append(window == INT64_MAX ? "attention" : "attention, window", [=](Frame& frame) {
         AttentionArgs args{frame.at(q), frame.at(k), frame.at(v), frame.stride(q), frame.stride(k),
                            frame.stride(v), q.groups, *frame.cache, layer, frame.rows,
-                           frame.query_starts, frame.starts, frame.tables, frame.table_stride, scale,
-                           window, softcap, sinks, tables, frame.at(y)};
+                           frame.query_starts, frame.starts, frame.tables, frame.table_stride,
+                           frame.private_writes, scale, window, softcap, sinks, tables, frame.at(y)};
         if (frame.num_outputs < frame.tokens && !narrows.empty()) {
             args.out = nullptr;
             kernels_.attention(args, pool_);
@@ -310,7 +310,8 @@ void Program::run(nb::handle token_ids_, nb::handle positions_, nb::handle query
     const int64_t in_work = band_of(tokens) < tokens ? pool_.threads() * kMostBand : tokens;
     Frame frame{this, &pool_, tokens, in_work, 0, tokens, nullptr, nullptr, out.data(), token_ids.data(),
                 positions.data(), starts.size(0), query_starts.data(), starts.data(), tables.data(), tables.stride(),
-                &layout, outputs.has_value() ? outputs->data() : nullptr, num_outputs};
+                writes_are_private(layout, query_starts, starts, tables), &layout,
+                outputs.has_value() ? outputs->data() : nullptr, num_outputs};
     nb::gil_scoped_release unlocked;
     const auto lock = pool_.exclusive();
     const int64_t kept = kept_floats_ * padded(tokens);

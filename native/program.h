@@ -61,6 +61,7 @@ private:
         int64_t rows;
         const int32_t *query_starts, *starts, *tables;
         int64_t table_stride;
+        bool private_writes;  // as in AttentionArgs
         const CacheLayout* cache;
         const int32_t* outputs;
         int64_t num_outputs;

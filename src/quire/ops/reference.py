@@ -198,7 +198,7 @@ class ReferenceOps(composed.ComposedOps):
             self.rope(k, batch.positions, rope.cos, rope.sin)
         dtype = _namespace_dtype(xp, cache.shape.storage)
         keys, values = cache.data[0, layer, ...], cache.data[1, layer, ...]
-        out = []
+        rows: list[tuple[int, int, int, Array]] = []
         bounds = [int(start) for start in batch.query_starts]
         for row, (first, last) in enumerate(itertools.pairwise(bounds)):
             if first == last:
@@ -210,6 +210,10 @@ class ReferenceOps(composed.ComposedOps):
             blocks, slots = xp.take(table, positions // size), positions % size
             keys[blocks, slots, ...] = xp.astype(xp.astype(k[first:last, ...], dtype), xp.float32)
             values[blocks, slots, ...] = xp.astype(xp.astype(v[first:last, ...], dtype), xp.float32)
+            rows.append((first, last, start, table))
+        out = []  # only now: a row may read what another one has just written
+        for first, last, start, table in rows:
+            stop = start + last - first
             row_keys = xp.reshape(xp.take(keys, table, axis=0), (-1, *k.shape[1:]))[:stop, ...]
             row_values = xp.reshape(xp.take(values, table, axis=0), (-1, *v.shape[1:]))[:stop, ...]
             out.append(self._attend(q[first:last, ...], row_keys, row_values, start, spec))

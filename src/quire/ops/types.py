@@ -316,9 +316,14 @@ class Ops(Protocol):
         rope: RopeTables | None = None,
     ) -> Array:
         """Write `k, v [tokens, kv_heads, head_dim]` into the cache, then attend causally with
-        `q [tokens, heads, head_dim]` -> `[tokens, heads * head_dim]` (PagedAttention, arXiv 2309.06180). With `rope`,
-        q and k are rotated on the way by their positions in their rows, to the bits of `rope` before; the arrays stay
-        as they are."""
+        `q [tokens, heads, head_dim]` -> `[tokens, heads * head_dim]` (PagedAttention, arXiv 2309.06180).
+
+        Writes first: all keys and values of the step are in the cache before a row reads what another row of the step
+        wrote. Rows do share such blocks: the prefix cache finds a block as soon as its step is scheduled. What a row
+        writes is therefore not private, and the order of the rows in the batch means nothing.
+
+        With `rope`, q and k are rotated on the way by their positions in their rows, to the bits of `rope` before; the
+        arrays stay as they are."""
 
     def activation(self, x: Array, kind: Activation) -> Array:
         """`kind(x)`, element by element."""
