@@ -86,9 +86,14 @@ class BlockPool:
         return self._block_of.get(block_hash)
 
     def forget(self, block_ids: Iterable[int]) -> None:
-        """Held blocks whose content is in doubt: who shares them keeps them, nobody finds them again."""
+        """The content of these blocks is in doubt: no request finds them again. Requests that hold them keep them."""
         for block_id in block_ids:
-            self._forget(block_id)
+            if self._num_holders[block_id] == 0 and self._hash_of[block_id] is not None:  # free: it becomes plain
+                self._unlink(block_id)
+                self._forget(block_id)
+                self._link(block_id)
+            else:
+                self._forget(block_id)
 
     def _forget(self, block_id: int) -> None:
         block_hash = self._hash_of[block_id]

@@ -91,8 +91,8 @@ class Scheduler:
         """In policy order, always."""
         self._free_rows = list(reversed(range(limits.max_num_seqs)))
         self._removed_rows: list[int] = []
-        self._in_flight: dict[int, dict[int, Request]] = {}
-        """Step -> the owners of its rows who still want their results."""
+        self._in_flight: dict[int, Step] = {}
+        """Steps whose results are not back, in their order. Their owners are the requests that still want them."""
         self._num_arrived = 0
         self._num_steps = 0
         self.last_record = Step(0, 0).record(0.0, 0, 0, self._pool)
@@ -150,11 +150,10 @@ class Scheduler:
 
     def schedule(self, now_s: float = 0.0) -> StepPlan:
         """Decide the next step. `now_s` is only written into the record."""
-        step = Step(self._num_steps, self.limits.max_num_batched_tokens)
+        step = self._in_flight[self._num_steps] = Step(self._num_steps, self.limits.max_num_batched_tokens)
         self._num_steps += 1
         self._advance_running(step)
         self._admit_waiting(step)
-        self._in_flight[step.step_id] = step.owners
         plan = StepPlan(step.step_id, tuple(self._removed_rows), tuple(step.new), tuple(step.scheduled))
         self._removed_rows.clear()
         self.last_record = step.record(now_s, len(self._running), len(self._waiting), self._pool)
@@ -163,12 +162,13 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Take in what a step gave; results of requests that ended or were preempted meanwhile are dropped."""
         require(result.step_id == plan.step_id, "a result answers its own plan")
-        owners = self._in_flight[plan.step_id]
+        step = self._in_flight[plan.step_id]
         deltas: list[TokenDelta] = []
+        failed = {row_result.row for row_result in result.rows if row_result.error is not None}
+        if not failed <= step.void_rows:
+            self._void(step, failed)
         for scheduled, row_result in zip(plan.scheduled, result.rows, strict=True):
-            request = owners.get(scheduled.row)
-            if row_result.error is not None and request is not None:
-                self._evict_sharers(request, scheduled)
+            request = step.owners.get(scheduled.row)
             if request is not None:
                 delta = self._apply(request, scheduled, row_result)
                 if delta is not None:
@@ -215,7 +215,14 @@ class Scheduler:
         end = start + num_tokens
         step.give(request, num_tokens, new_block_ids)
         if end % self._pool.block_size < num_tokens and end <= len(request.token_ids):  # a block becomes full
-            self._prefix_cache.register(request, self._pool, start, end)
+            self._register(request, start, end)
+
+    def _register(self, request: Request, start: int, end: int) -> None:
+        """The blocks that tokens `[start, end)` fill can be found from now on: see `_void`."""
+        self._prefix_cache.register(request, self._pool, start, end)
+        size = self.limits.block_size
+        newest = self._in_flight[self._num_steps - 1]
+        newest.registered += [(block_id, request) for block_id in request.block_ids[start // size : end // size]]
 
     def _make_room(self, request: Request, num_blocks: int, step: Step) -> bool:
         """Preempt from the end of the order until `num_blocks` are free.
@@ -304,7 +311,7 @@ class Scheduler:
             num_known = len(request.token_ids)
             if num_known % self._pool.block_size == 0 and num_known <= request.num_computed:
                 # It was given while it was in flight: only now is it known what its block holds.
-                self._prefix_cache.register(request, self._pool, num_known - 1, num_known)
+                self._register(request, num_known - 1, num_known)
         if not token_ids and not prompt_logprobs:
             return None
         return make(
@@ -323,13 +330,23 @@ class Scheduler:
 
     # Leaving.
 
-    def _evict_sharers(self, failed: Request, scheduled: ScheduledRow) -> None:
-        """Blocks that a failed row was to fill may hold nothing: who shares them computes them anew."""
-        first, end = scheduled.start, scheduled.start + scheduled.num_tokens
-        doubtful = failed.block_ids[first // self.limits.block_size : self._pool.blocks_for(end)]
-        self._pool.forget(doubtful)
-        for request in [other for other in self._running if other is not failed]:
-            if not set(doubtful).isdisjoint(request.block_ids):
+    def _void(self, step: Step, failed: set[int]) -> None:
+        """Rows of a step failed, also rows whose requests have ended since: the blocks that they were to fill may hold
+        anything, and so may every block that was computed from those, by whichever request.
+
+        A block is shared at the earliest in the step that fills it, so all that is in doubt was registered since that
+        step was scheduled. The prefix cache forgets all of it, and each request that holds such a block of another
+        request is preempted: it computes again what it read."""
+        fillers: dict[int, Request] = {}
+        for later in self._in_flight.values():
+            if later.step_id >= step.step_id:
+                fillers.update(later.registered)
+                later.registered.clear()
+                later.void_rows |= {row for row in failed if later.owners.get(row) is step.owners.get(row)}
+        self._pool.forget(fillers)
+        for request in [*self._running]:
+            has_failed = request.row in failed and step.owners.get(request.row) is request
+            if not has_failed and any(fillers.get(block_id, request) is not request for block_id in request.block_ids):
                 self._preempt(request)
 
     def _end(self, request: Request) -> None:
@@ -348,8 +365,8 @@ class Scheduler:
         if self._running[place] is not request or request.row is None:
             raise AssertionError(f"request {request.new.request_id} does not run")
         del self._running[place]
-        for owners in self._in_flight.values():
-            owners.pop(request.row, None)
+        for step in self._in_flight.values():
+            step.owners.pop(request.row, None)
         self._removed_rows.append(request.row)
         self._free_rows.append(request.row)
         request.row = None
@@ -384,12 +401,12 @@ class Scheduler:
             num_known = request.num_known
             require(len(request.token_ids) < request.max_num_tokens, "who has all its tokens has ended")
             require(request.num_computed <= num_known <= request.max_num_tokens, "counts are in order")
-            flights = sum(request in owners.values() for owners in self._in_flight.values())
+            flights = sum(request in step.owners.values() for step in self._in_flight.values())
             require(0 <= request.num_in_flight <= flights, "what is in flight is in a step")
             num_blocks = len(request.block_ids)
             require(
                 self._pool.blocks_for(request.num_computed) <= num_blocks <= self._pool.blocks_for(num_known),
                 "blocks cover what is computed and nothing unknown",
             )
-        for owners in self._in_flight.values():
-            require(all(request.row == row for row, request in owners.items()), "owners still run")
+        for step in self._in_flight.values():
+            require(all(request.row == row for row, request in step.owners.items()), "owners still run")

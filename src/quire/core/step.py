@@ -24,6 +24,10 @@ class Step:
     victims: list[Request] = field(default_factory=list)
     owners: dict[int, Request] = field(default_factory=dict)
     """Row -> the request that the row's result belongs to."""
+    registered: list[tuple[int, Request]] = field(default_factory=list)
+    """Blocks that can be found since this step was scheduled, each with the request that fills it."""
+    void_rows: set[int] = field(default_factory=set)
+    """Rows that failed in an earlier step: what they write in this one is forgotten already."""
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
     _greediest: str | None = None
