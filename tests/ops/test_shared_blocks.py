@@ -41,7 +41,8 @@ class SharedStep:
         self.rows: list[Row] = []
         self.texts: list[Any] = []
         self.num_blocks = 0
-        start = int(rng.integers(0, 2)) * int(rng.integers(0, max_length - 20))
+        last_split = max(0, max_length // 512 * 512 - int(rng.integers(1, 20)))  # a writer at the end of a KV split
+        start = int(rng.choice([0, int(rng.integers(0, max_length - 20)), last_split]))
         self._add(rng, None, start, longest_piece)
         for _ in range(int(rng.integers(1, 4))):
             parent = int(rng.integers(len(self.rows)))
@@ -125,22 +126,24 @@ def count_differences(
         expected = step.run(apart or ops, storage, [], apart=True, **options)
         assert not any(np.isnan(x).any() for x in expected)
         orders = list(itertools.permutations(range(len(step.rows))))
-        for place in rng.permutation(len(orders))[:6]:
+        for place in rng.permutation(len(orders))[:4]:
             found = step.run(ops, storage, list(orders[place]), apart=False, **options)
             compared += len(found)
             different += sum(not np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
     return compared, different
 
 
-@pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("storage", "threads"), [("bfloat16", (1, 2, 8)), ("float16", (2, 3, 5)), ("float32", (4, 6, 7))], ids=str
+)
 @pytest.mark.parametrize("isa", instruction_sets())
-def test_native(isa: str, storage: StorageType) -> None:
+def test_native(isa: str, storage: StorageType, threads: tuple[int, ...]) -> None:
     alone = CpuOps(1, isa)
-    for number, threads in enumerate((1, 2, 3, 4, 8)):
-        heads = [Heads(6, 2, 16), Heads(9, 3, 64), Heads(4, 1, 40)][number % 3]
+    for number, count in enumerate(threads):
+        heads = [Heads(6, 2, 16), Heads(9, 3, 64), Heads(4, 1, 40)][number]
         seeds = range(number * 8, number * 8 + 8)
-        compared, different = count_differences(CpuOps(threads, isa), storage, heads, seeds, alone)
-        assert compared > 50 and different == 0, (threads, different, compared)
+        compared, different = count_differences(CpuOps(count, isa), storage, heads, seeds, alone)
+        assert compared > 50 and different == 0, (count, different, compared)
 
 
 @pytest.mark.parametrize("namespace", [np, torch], ids=["numpy", "torch"])
