@@ -38,7 +38,7 @@ FULL = replace(
         stop_token_ids=(3, 4), logit_bias=((1, -2.5),), allowed_token_ids=(1, 2), bad_words=((1,), (2, 3)),
         num_logprobs=2, num_prompt_logprobs=0, presence_penalty=-2.0, min_tokens=2,
     ),
-    given=Given((5, 6), 2, 1), arrival_s=12.25,
+    given=Given((5, 6), 2, 1), arrival_s=12.25, needs_output_tokens=True,
 )  # fmt: skip
 FACTS = CoreFacts(64, 13, (Decision("dtype", "bfloat16", "so", ["float32: slow"]),), "stamp")
 RECORD = StepRecord(
@@ -146,6 +146,7 @@ def test_the_core_takes_what_the_door_lets_in() -> None:
         ({"bad_words": ((),)}, "bad_words"),
         ({"bad_words": ((13,),)}, "bad_words"),
         ({"bad_words": ((1,),) * 513}, "bad_words"),
+        ({"needs_output_tokens": False}, "needs_output_tokens"),
     ],
 )
 def test_the_core_refuses_what_the_door_would_have_refused(changes: dict[str, Any], field: str) -> None:

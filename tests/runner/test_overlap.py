@@ -1,6 +1,7 @@
 """The halves of a step: what begins while tokens are in flight gives what it gives when they are known."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +85,22 @@ def test_steps_in_flight_give_the_same(tiny_model: Path, xp: Any, in_flight: int
     assert late.finish(begun[-1]) == expected[-1], "asked again, it says the same"
 
 
-def test_a_row_that_counts_its_tokens_has_them_first(tiny_model: Path) -> None:
-    todo = plans([GREEDY, PENALISED], 5)
+def test_a_row_that_counts_its_tokens_is_not_planned_before_they_are_known(tiny_model: Path) -> None:
+    first, second, third, *_ = plans([GREEDY, PENALISED], 5)
     plain = runner(tiny_model, ReferenceOps(np))
-    expected = [plain.execute(plan) for plan in todo]
+    expected = [plain.execute(plan) for plan in (first, second, third)]
     ops = LateOps(np)
     late = runner(tiny_model, ops)
-    begun = []
-    for number, plan in enumerate(todo):
-        begun.append(late.begin(plan))
-        assert ops.num_waits == number, "the step before was finished first"
-    assert [late.finish(step) for step in begun] == expected
+    begun = [late.begin(first), late.begin(replace(second, scheduled=second.scheduled[:1]))]
+    assert ops.num_waits == 0, "the other row goes on"
+    with pytest.raises(AssertionError, match="needs its last token on the host"):
+        late.begin(third)
+    late.finish(begun[0])
+    begun.append(late.begin(StepPlan(2, (), (), (third.scheduled[0], second.scheduled[1]))))
+    assert ops.num_waits == 1
+    results = [late.finish(step).rows for step in begun]
+    assert [rows[0] for rows in results] == [result.rows[0] for result in expected]
+    assert [results[0][1], results[2][1]] == [result.rows[1] for result in expected[:2]]
 
 
 def test_a_row_taken_anew_gets_nothing_of_the_one_before(tiny_model: Path) -> None:

@@ -36,6 +36,13 @@ class SamplingSpec(NamedTuple):
     logprob_token_ids: tuple[int, ...] = ()
     """With `num_logprobs`: told of these tokens, instead of the best."""
 
+    @property
+    def needs_output_tokens(self) -> bool:
+        """Whether the host must know the last sampled token before the next one is sampled: penalties count it, and a
+        bad word of several tokens may end with the next."""
+        has_penalty = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(has_penalty) or any(len(word) > 1 for word in self.bad_words)
+
 
 class Given(NamedTuple):
     """What an earlier core has already given of a request: it is gone on with, and none of it is given again."""
@@ -74,6 +81,9 @@ class NewRequest:
     """Who asks, a name without meaning: callers share the engine fairly."""
     caller_weight: int = 1
     """The caller's share against that of others."""
+    needs_output_tokens: bool = False
+    """The next step of this request needs its own last token on the host. While that token is in flight, the scheduler
+    stalls this request alone. True at least where `sampling.needs_output_tokens` is."""
 
 
 class RequestStatus(Enum):

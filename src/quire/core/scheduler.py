@@ -191,7 +191,7 @@ class Scheduler:
             num_slots = len(request.block_ids) * self._pool.block_size
             if step.budget == 0:
                 step.stall_for_budget(request)
-            elif num_tokens == 0:
+            elif num_tokens == 0 or (request.num_in_flight and request.new.needs_output_tokens):
                 step.stall(request, "in_flight")
             elif request.num_computed + num_tokens <= num_slots:
                 self._give(request, num_tokens, (), step)

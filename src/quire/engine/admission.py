@@ -39,6 +39,7 @@ def check_new(new: NewRequest, facts: CoreFacts) -> None:
     _require(len(new.cache_salt.encode(errors="replace")) <= MAX_SALT_BYTES, "cache_salt")
     _require(len(new.caller.encode(errors="replace")) <= MAX_ID_BYTES, "caller")
     _require(0 <= spec.seed < 2**64, "seed")
+    _require(new.needs_output_tokens or not spec.needs_output_tokens, "needs_output_tokens")
     _require(len(new.eos_token_ids) <= len(spec.stop_token_ids), "eos_token_ids")
     _require(len(spec.bad_words) <= 2 * MAX_BAD_WORDS, "bad_words")
     _require(all(0 < len(word) <= MAX_STOP_STRING_BYTES + 1 for word in spec.bad_words), "bad_words")

@@ -106,6 +106,7 @@ class InputProcessor:
                 arrival_s=arrival_s,
                 caller=caller.name,
                 caller_weight=caller.weight,
+                needs_output_tokens=spec.needs_output_tokens,
             )
             for index in range(params.n)
         )

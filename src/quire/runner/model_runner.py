@@ -1,8 +1,8 @@
 """Runs a plan: rows in and out, gather, model, logits, sample.
 
 A step has two halves. `begin` hands all its work to the device and waits for nothing; `finish` waits for the tokens
-that were drawn. Between them the next steps may begin: what they need of those tokens is on the device, by row. Where
-the host itself needs them (a penalty counts them), `begin` finishes what has begun before.
+that were drawn. Between them the next steps may begin: what they need of those tokens is on the device, by row. A row
+whose next step needs its token on the host (a penalty counts it) is not in a plan before that token is known.
 """
 
 import logging
@@ -127,8 +127,8 @@ class ModelRunner:
 
     def begin(self, plan: StepPlan) -> BegunStep:
         """The first half of `execute`."""
-        if self._begun and any(self._sampler.follows(row) and self._rows.awaits(row) for row, *_ in plan.scheduled):
-            self.finish(self._begun[-1])
+        waiting = (row for row, *_ in plan.scheduled if self._sampler.follows(row) and self._rows.awaits(row))
+        assert next(waiting, None) is None, "a plan schedules a row that needs its last token on the host"
         step = BegunStep(plan, self._launch_all(plan))
         for launched in step.launched:
             if launched.drawn is not None:
