@@ -86,15 +86,18 @@ def test_a_priority_goes_first(tiny_model: Path) -> None:
 
 def test_a_conversation_may_be_left_open(llm: LLM) -> None:
     messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "I th"}]
-    tokenizer, params = llm.get_tokenizer(), SamplingParams(max_tokens=1)
-    open_ids = tokenizer.apply_chat_template(messages, continue_final_message=True)
-    asked = {"add_generation_prompt": False, "continue_final_message": True}
-    assert llm.chat(messages, params, use_tqdm=False, **asked)[0].prompt_token_ids == open_ids
-    closed = tokenizer.apply_chat_template(messages, add_generation_prompt=False)
-    assert llm.chat(messages, params, use_tqdm=False, add_generation_prompt=False)[0].prompt_token_ids == closed
-    template = "{{ messages[0].content }}{{ mark }}"
-    given = llm.chat(messages, params, use_tqdm=False, chat_template=template, chat_template_kwargs={"mark": "?"})
-    assert given[0].prompt_token_ids == tokenizer.encode("Hello?")
+    template = (
+        "{% for m in messages %}[{{ m.content }}{{ mark }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+
+    def prompt(**options: Any) -> str:
+        asked = {"chat_template": template, "chat_template_kwargs": {"mark": "?"}, **options}
+        (output,) = llm.chat(messages, SamplingParams(max_tokens=1), use_tqdm=False, **asked)
+        return bytes(output.prompt_token_ids).decode()
+
+    assert prompt() == "[Hello?][I th?]>"
+    assert prompt(add_generation_prompt=False) == "[Hello?][I th?]"
+    assert prompt(add_generation_prompt=False, continue_final_message=True) == "[Hello?][I th"
 
 
 def test_chat_is_its_template(llm: LLM) -> None:

@@ -82,13 +82,13 @@ def test_a_stream_of_differences_says_what_is_new(tokenizer: Tokenizer) -> None:
         for index in talking:
             text = "".join(draw.choices("abcdef", k=draw.randint(1, 2)))
             reason = "length" if step == 39 else None
-            state.apply(delta(state, text, index, logprobs=logprobs_of(text, -0.125 * index), finish_reason=reason))
+            state.apply(delta(state, text, index, logprobs=logprobs_of(text, -0.5 - index), finish_reason=reason))
             expected[index][0] += text
             expected[index][1] += map(ord, text)
             expected[index][2] += [
-                {ord(one): Logprob(-0.125 * index, 7, one), 0x2A: Logprob(-0.25, 1, "*")} for one in text
+                {ord(one): Logprob(-0.5 - index, 7, one), 0x2A: Logprob(-0.25, 1, "*")} for one in text
             ]
-            totals[index] -= 0.125 * index * len(text)
+            totals[index] += (-0.5 - index) * len(text)
         output = state.output()
         assert output is not None and [item.index for item in output.outputs] == sorted(talking)
         for item in output.outputs:

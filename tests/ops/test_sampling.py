@@ -124,6 +124,15 @@ def test_kept_tokens_by_brute_force() -> None:
         assert set(np.nonzero(kept_tokens(REFERENCE.xp, scaled, top_k, top_p, min_p))[0].tolist()) == kept
 
 
+def test_a_mass_that_reaches_top_p_exactly_is_enough(cpu: CpuOps) -> None:
+    """Ten equal tokens, of which five make half of the mass; eight, of which two make a quarter."""
+    for size, top_p, count in ((10, 0.5, 5), (8, 0.25, 2), (4, 0.75, 3), (2, 0.5, 1)):
+        for top_k in (0, size):
+            kept = kept_tokens(REFERENCE.xp, np.zeros(size, np.float32), top_k, top_p, 0.0)
+            assert kept.tolist() == [token < count for token in range(size)]
+            assert seen(cpu, [0.0] * size, top_k=top_k, top_p=top_p) == set(range(count))
+
+
 def test_extreme_logits(cpu: CpuOps) -> None:
     huge = np.float32(3e38)
     logits = np.array([[huge, -huge, 0, -np.inf], [-huge] * 3 + [-np.inf], [-np.inf] * 4, [-np.inf] * 3 + [5]])
