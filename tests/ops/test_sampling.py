@@ -176,6 +176,18 @@ def test_logprobs_equal_the_reference(cpu: CpuOps, vocabulary: int) -> None:
     assert np.allclose(on_torch.top_logprobs[:, 0].numpy(), best.numpy(), rtol=0, atol=1e-5)
 
 
+def test_the_best_token_of_broken_rows_is_nought(cpu: CpuOps) -> None:
+    """`greedy` over a head of three tokens, which spoiled inputs make NaN, infinite, or nothing but -inf."""
+    weight = np.array([[1, 0], [0, 1], [2, 2]], np.float32)
+    x = np.array([[1, 3], [np.nan, 1], [np.inf, 1], [-np.inf, -np.inf], [-1, -3], [3, -2]], np.float32)
+    for ops in (cpu, REFERENCE, ReferenceOps(torch)):
+        packed = ops.pack_embedding(weight, "float32")
+        with np.errstate(invalid="ignore"):
+            tokens, finite = (ops.to_numpy(found).tolist() for found in ops.greedy(ops.array(x, "float32"), packed))
+        assert tokens == [2, 0, 0, 0, 0, 0]
+        assert finite == [True, False, False, False, True, True]
+
+
 def test_rows_finite(cpu: CpuOps) -> None:
     rows = np.zeros((6, 70), np.float32)
     rows[1, 69], rows[2, 0], rows[3, 5] = np.nan, np.inf, -np.inf

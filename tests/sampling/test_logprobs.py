@@ -154,6 +154,18 @@ def test_a_batch_of_different_numbers_is_that_of_transformers(model: Path, judge
         assert completion.cumulative_logprob == pytest.approx(total, abs=1e-3)
 
 
+def test_those_of_a_long_prompt_in_one_step(model: Path, judge: Any) -> None:
+    """More positions than are read at one time (64)."""
+    prompt = [(11 * place + place // 20) % 250 for place in range(150)]
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1)
+    with LLM(model=str(model), dtype="float32", max_num_batched_tokens=512) as llm:
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+    assert output.prompt_logprobs is not None and len(output.prompt_logprobs) == 150
+    rows = expected_rows(judge, prompt)
+    for token, logits, found in zip(prompt[1:], rows, output.prompt_logprobs[1:], strict=False):
+        check_position(logits, token, found, 1)
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("batched_tokens", [64, 7])
 def test_those_of_the_prompt_are_given_once_for_n_sequences(

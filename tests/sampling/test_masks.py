@@ -65,6 +65,15 @@ def test_the_end_may_come_right_after_the_minimum(llm: LLM, prompt: list[int], m
     assert 50 not in found.token_ids[:-1]
 
 
+def test_a_minimum_alone_masks_what_stops(llm: LLM) -> None:
+    """Without a bias or a mask beside it: of all tokens two stop nothing, and only they come before the minimum."""
+    stops = [token for token in range(320) if token not in (70, 71)]
+    found = ask(llm, [10, 11], min_tokens=4, stop_token_ids=stops)
+    assert set(found.token_ids[:4]) <= {70, 71}
+    (first,) = ask(llm, [10, 11], max_tokens=1).token_ids
+    assert first in stops, "the model's own wish"
+
+
 def test_each_row_has_its_own_minimum(llm: LLM) -> None:
     """In one batch, prompts and minima of all lengths; one request has none."""
     prompts = [[10 + place] * (1 + 3 * place) for place in range(6)]
