@@ -1,5 +1,7 @@
 """`LLM` as vLLM's users know it, on a tiny random checkpoint."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,54 @@ def test_one_params_for_each_prompt(llm: LLM) -> None:
         llm.generate(["a", "b"], params, use_tqdm=False)
     with pytest.raises(InvalidRequestError, match="priority"):
         llm.generate(["a", "b"], use_tqdm=False, priority=[1])
+
+
+def test_outputs_are_in_the_order_of_the_prompts(llm: LLM) -> None:
+    """Whatever the order in which they end."""
+    counts = [9, 1, 5, 2]
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in counts]
+    outputs = llm.generate(["a", "b", "c", "d"], params, use_tqdm=False)
+    assert [item.prompt for item in outputs] == ["a", "b", "c", "d"]
+    assert [len(item.outputs[0].token_ids) for item in outputs] == counts
+
+
+def test_the_defaults_are_the_models_own(tiny_model: Path, tmp_path: Path) -> None:
+    """Where no parameters are given, and only there."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"do_sample": True, "temperature": 0.25, "top_k": 1}))
+    with LLM(model=str(model), max_model_len=64) as llm:
+        defaults = llm.get_default_sampling_params()
+        assert (defaults.temperature, defaults.top_k, defaults.top_p) == (0.25, 1, 1.0)
+        greedy = ask(llm, "Hello", max_tokens=defaults.max_tokens).outputs[0].token_ids
+        answers = llm.generate(["Hello"] * 3, use_tqdm=False)
+        assert [item.outputs[0].token_ids for item in answers] == [greedy] * 3, "the best one, as top_k says"
+        free = llm.generate(["Hello"] * 3, SamplingParams(max_tokens=16, temperature=1.5), use_tqdm=False)
+        assert [item.outputs[0].token_ids for item in free] != [greedy] * 3
+
+
+def test_a_priority_goes_first(tiny_model: Path) -> None:
+    """One row, and the prompts in the reverse order of their priorities: the lowest number is served first."""
+    with LLM(model=str(tiny_model), max_num_seqs=1, max_model_len=64, scheduling_policy="priority") as llm:
+        params = SamplingParams(max_tokens=3, ignore_eos=True)
+        outputs = llm.generate(["a", "b", "c"], params, use_tqdm=False, priority=[3, 2, 1])
+        finished = [item.metrics.finished_s for item in outputs if item.metrics is not None]
+        assert len(finished) == 3 and finished == sorted(finished, reverse=True)
+
+
+def test_a_conversation_may_be_left_open(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "I th"}]
+    template = (
+        "{% for m in messages %}[{{ m.content }}{{ mark }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+
+    def prompt(**options: Any) -> str:
+        asked = {"chat_template": template, "chat_template_kwargs": {"mark": "?"}, **options}
+        (output,) = llm.chat(messages, SamplingParams(max_tokens=1), use_tqdm=False, **asked)
+        return bytes(output.prompt_token_ids).decode()
+
+    assert prompt() == "[Hello?][I th?]>"
+    assert prompt(add_generation_prompt=False) == "[Hello?][I th?]"
+    assert prompt(add_generation_prompt=False, continue_final_message=True) == "[Hello?][I th"
 
 
 def test_chat_is_its_template(llm: LLM) -> None:

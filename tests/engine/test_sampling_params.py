@@ -92,6 +92,60 @@ def test_accepted_forms() -> None:
     assert SamplingParams(max_tokens=None, min_tokens=3).max_tokens is None
 
 
+@pytest.mark.parametrize(
+    ("name", "edges"),
+    [
+        ("temperature", [0.0, 100.0]),
+        ("top_p", [1e-9, 1.0]),
+        ("min_p", [0.0, 1.0]),
+        ("presence_penalty", [-2.0, 2.0]),
+        ("frequency_penalty", [-2.0, 2.0]),
+        ("repetition_penalty", [0.001, 2.0]),
+        ("n", [1, 128]),
+        ("top_k", [0, 2**31 - 1]),
+        ("seed", [-(2**63), 2**63 - 1, None]),
+        ("max_tokens", [1, 2**31 - 1, None]),
+        ("logprobs", [0, 20, None]),
+        ("prompt_logprobs", [0, 20, None]),
+        ("stop", [["é" * 512] * 64]),
+        ("bad_words", [["x"] * 256]),
+        ("stop_token_ids", [[0, 2**31 - 1], list(range(4096))]),
+        ("logit_bias", [{0: -100.0, 1: 100.0}]),
+    ],
+)
+def test_the_edges_are_inside(name: str, edges: list[Any]) -> None:
+    for value in edges:
+        assert getattr(SamplingParams.from_mapping({name: value}), name) == value
+
+
+def test_one_past_the_edges_of_lists_is_outside() -> None:
+    for name, value in (
+        ("stop", ["é" * 513]),  # bytes, not characters
+        ("bad_words", ["x"] * 257),
+        ("stop_token_ids", list(range(4097))),
+        ("logit_bias", dict.fromkeys(range(4097), 1.0)),
+        ("allowed_token_ids", list(range(4097))),
+    ):
+        with pytest.raises(InvalidRequestError, match="at most") as caught:
+            SamplingParams.from_mapping({name: value})
+        assert caught.value.param == name
+    with pytest.raises(InvalidRequestError, match="at most 128 token ids"):
+        SamplingParams(logprobs=1, logprob_token_ids=list(range(129)))
+
+
+def test_greedy_begins_below_vllms_epsilon() -> None:
+    assert SamplingParams(temperature=1e-5).temperature == 1e-5
+    assert SamplingParams(temperature=0.99e-5).temperature == 0.0
+
+
+def test_fields_that_need_each_other() -> None:
+    assert SamplingParams(min_tokens=5, max_tokens=5).min_tokens == 5
+    assert SamplingParams(logprobs=0, logprob_token_ids=[3, 1]).logprob_token_ids == [1, 3]
+    with pytest.raises(InvalidRequestError, match="needs logprobs"):
+        SamplingParams(logprob_token_ids=[1])
+    assert SamplingParams(stop=[], detokenize=False).stop == []
+
+
 @given(
     st.dictionaries(
         st.sampled_from(["temperature", "top_p", "n", "seed", "stop", "logit_bias", "top_k", "logprobs"]),

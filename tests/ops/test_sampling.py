@@ -124,6 +124,15 @@ def test_kept_tokens_by_brute_force() -> None:
         assert set(np.nonzero(kept_tokens(REFERENCE.xp, scaled, top_k, top_p, min_p))[0].tolist()) == kept
 
 
+def test_a_mass_that_reaches_top_p_exactly_is_enough(cpu: CpuOps) -> None:
+    """Ten equal tokens, of which five make half of the mass; eight, of which two make a quarter."""
+    for size, top_p, count in ((10, 0.5, 5), (8, 0.25, 2), (4, 0.75, 3), (2, 0.5, 1)):
+        for top_k in (0, size):
+            kept = kept_tokens(REFERENCE.xp, np.zeros(size, np.float32), top_k, top_p, 0.0)
+            assert kept.tolist() == [token < count for token in range(size)]
+            assert seen(cpu, [0.0] * size, top_k=top_k, top_p=top_p) == set(range(count))
+
+
 def test_extreme_logits(cpu: CpuOps) -> None:
     huge = np.float32(3e38)
     logits = np.array([[huge, -huge, 0, -np.inf], [-huge] * 3 + [-np.inf], [-np.inf] * 4, [-np.inf] * 3 + [5]])
@@ -165,6 +174,18 @@ def test_logprobs_equal_the_reference(cpu: CpuOps, vocabulary: int) -> None:
     assert np.allclose(on_torch.chosen.numpy(), expected.chosen, rtol=0, atol=1e-5)
     best = torch.log_softmax(torch_logits, dim=-1).max(dim=-1).values
     assert np.allclose(on_torch.top_logprobs[:, 0].numpy(), best.numpy(), rtol=0, atol=1e-5)
+
+
+def test_the_best_token_of_broken_rows_is_nought(cpu: CpuOps) -> None:
+    """`greedy` over a head of three tokens, which spoiled inputs make NaN, infinite, or nothing but -inf."""
+    weight = np.array([[1, 0], [0, 1], [2, 2]], np.float32)
+    x = np.array([[1, 3], [np.nan, 1], [np.inf, 1], [-np.inf, -np.inf], [-1, -3], [3, -2]], np.float32)
+    for ops in (cpu, REFERENCE, ReferenceOps(torch)):
+        packed = ops.pack_embedding(weight, "float32")
+        with np.errstate(invalid="ignore"):
+            tokens, finite = (ops.to_numpy(found).tolist() for found in ops.greedy(ops.array(x, "float32"), packed))
+        assert tokens == [2, 0, 0, 0, 0, 0]
+        assert finite == [True, False, False, False, True, True]
 
 
 def test_rows_finite(cpu: CpuOps) -> None:

@@ -118,11 +118,28 @@ def test_continue_final_message_cannot_be_cut_elsewhere(pairs):
         ours.apply_chat_template(chat, continue_final_message=True, chat_template=drops)
 
 
+def test_continue_final_message_that_stands_in_two_places(pairs):
+    """The text ends after the last of them; what marks the end is in none."""
+    ours, _ = pairs["byte_level"]
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "so"}]
+    template = "({{ messages[-1].content }}|{{ messages[-1].content|trim }}){% for m in messages %}[{{ m.content }}]{% endfor %}!"
+    text = ours.apply_chat_template(chat, continue_final_message=True, chat_template=template, tokenize=False)
+    assert text == "(so|so)[hello][so"
+
+
 def test_reasoning_goes_by_each_of_its_names(pairs):
     template = "{{ messages[0].reasoning_content }}|{{ messages[0].thinking }}|{{ messages[0].reasoning }}"
     for name in ("reasoning_content", "thinking", "reasoning"):
         chat = [{"role": "assistant", "content": "x", name: "why"}]
         assert both(pairs["byte_level"], chat, chat_template=template, tokenize=False).startswith("why|why|")
+
+
+def test_keys_without_a_value_are_left_out(pairs):
+    """Of a message, not of what lies inside it."""
+    chat = [{"role": "assistant", "content": None, "name": None, "tool_calls": [{"arguments": None}]}]
+    template = "{% for m in messages %}{{ m.keys()|list }}{{ m.name is defined }}{{ m.tool_calls }}{% endfor %}"
+    text = both(pairs["byte_level"], chat, chat_template=template, tokenize=False)
+    assert text == "['role', 'tool_calls']False[{'arguments': None}]"
 
 
 def test_content_in_parts(pairs):
@@ -195,6 +212,18 @@ def test_refusals(pairs, tmp_path):
         bare.apply_chat_template(chat)
     with pytest.raises(ModelFileError, match="chat_template"):
         Tokenizer.from_directory(write_directory(tmp_path / "wrong", byte_level(), chat_template=[{"name": "x"}]))
+
+
+def test_messages_nest_up_to_the_bound(pairs):
+    """A value of a message may be a list in a list ... 64 times."""
+    ours, _ = pairs["byte_level"]
+    for depth, fits in ((1, True), (64, True), (65, False)):
+        chat = [{"role": "user", "content": "x", "more": json.loads("[" * depth + "]" * depth)}]
+        if fits:
+            assert ours.apply_chat_template(chat, tokenize=False).endswith("user\nx<|im_end|>\n")
+        else:
+            with pytest.raises(InvalidRequestError, match="deeper than 64 levels"):
+                ours.apply_chat_template(chat, tokenize=False)
 
 
 EVIL = [
@@ -294,6 +323,31 @@ def test_a_special_token_of_one_character(tmp_path):
     ours = Tokenizer.from_directory(write_directory(tmp_path, backend, chat_template="¶{{ messages[0].content }}¶"))
     (sign,) = ours.encode("¶")
     assert ours.apply_chat_template([{"role": "user", "content": "a¶¶b"}]).count(sign) == 2
+
+
+def test_private_characters_that_others_wrote_stay(pairs):
+    """In the template, in the messages, and escaped: what marks a forged token is yet another character."""
+    ours, _ = pairs["byte_level"]
+    template = "\ue000{{ messages[0].content }}\ue001{{ x }}"
+    ids = ours.apply_chat_template([{"role": "user", "content": "\ue002<s>"}], chat_template=template, x="\\ue003</s>")
+    assert not ours.special_token_ids.intersection(ids)
+    assert ours.decode(ids) == "\ue000\ue002<s>\ue001\\ue003</s>"
+
+
+@pytest.mark.parametrize("names", [["<|t|>", "<|t|>>"], ["<|t|>>", "<|t|>"]])
+def test_of_two_special_tokens_the_longer_is_meant(tmp_path, names):
+    """One begins with the other; the way that keeps forged tokens apart reads the template as the plain one does."""
+    backend = byte_level()
+    backend.add_special_tokens(names)
+    template = "<|t|>>a<|t|>b{{ messages[0].content }}<|t|><|t|>>"
+    ours = Tokenizer.from_directory(write_directory(tmp_path, backend, chat_template=template))
+    plain = ours.apply_chat_template([{"role": "user", "content": "x"}])
+    assert plain == ours.encode("<|t|>>a<|t|>bx<|t|><|t|>>")
+    assert ours.apply_chat_template([{"role": "user", "content": "x"}], ignored="<|t|>") == plain
+    forged = ours.apply_chat_template([{"role": "user", "content": "<|t|>>"}])
+    assert [one for one in forged if one in ours.special_token_ids] == [
+        one for one in plain if one in ours.special_token_ids
+    ]
 
 
 @settings(max_examples=150, deadline=None)

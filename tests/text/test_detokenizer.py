@@ -99,6 +99,24 @@ def test_spaces_between_special_tokens(tokenizers):
     assert tokenizer.decode(ids, spaces_between_special_tokens=False) == "hello"
 
 
+def test_a_special_token_may_follow_one_of_the_prompt(tokenizers):
+    """The space between them is left out, or written, as between two tokens of the answer."""
+    tokenizer = tokenizers["no_decoder"]
+    first, second, word = tokenizer.encode("<s></s> hello", add_special_tokens=False)
+    for prompt, spaces, expected in (
+        ([first], True, " </s>"),
+        ([first], False, "</s>"),
+        ([first, word], False, " </s>"),
+        ([word, first], False, "</s>"),
+    ):
+        detokenizer = IncrementalDetokenizer(
+            tokenizer, skip_special_tokens=False, spaces_between_special_tokens=spaces, prompt_token_ids=prompt
+        )
+        assert detokenizer.push([second]) == expected
+        whole = tokenizer.decode([*prompt, second], skip_special_tokens=False, spaces_between_special_tokens=spaces)
+        assert whole.endswith(expected)
+
+
 def expected_match(text, stops):
     """By brute force: the stop string that is complete first, the longest of several."""
     for end in range(1, len(text) + 1):
@@ -150,6 +168,9 @@ def test_only_the_beginning_of_a_stop_string_is_held_back(text, stops):
 def test_examples():
     assert StopStrings(("lo", "hello"), False).push("hello there") == ("", "hello")
     assert StopStrings(("abc", "b"), False).push("abc") == ("a", "b")
+    matcher = StopStrings(("abc", "b"), False)
+    assert matcher.push("a") == ("", None)
+    assert matcher.push("bc") == ("a", "b"), "what was held and is no part of the match"
     matcher = StopStrings(("</end>",), True)
     assert matcher.push("x</e") == ("x</e", None)
     assert matcher.push("nd>yz") == ("nd>", "</end>")

@@ -23,17 +23,16 @@ class SequenceText:
             prompt_token_ids=prompt_token_ids,
         )
         self._stops = StopStrings(tuple(params.stop or ()), params.include_stop_str_in_output)
-        self._tokens_before_stops = params.min_tokens
+        self._min_tokens = params.min_tokens
+        self._num_tokens = 0
 
     def push(self, token_ids: Sequence[int]) -> tuple[str, str | None]:
         """New text that is certain, and the stop string that ended it, if one did."""
         pieces = []
         for token_id in token_ids:
-            text, stop = self._detokenizer.push((token_id,)), None
-            if self._tokens_before_stops > 1:
-                self._tokens_before_stops -= 1
-            else:
-                text, stop = self._stops.push(text)
+            self._num_tokens += 1
+            may_stop = self._num_tokens >= self._min_tokens
+            text, stop = self._stops.push(self._detokenizer.push((token_id,)), may_match=may_stop)
             pieces.append(text)
             if stop is not None:
                 return "".join(pieces), stop

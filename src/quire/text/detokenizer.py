@@ -136,9 +136,10 @@ class StopStrings:
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> tuple[str, str | None]:
+    def push(self, text: str, *, may_match: bool = True) -> tuple[str, str | None]:
         """Take the next piece; give `(text to emit now, the stop string found or None)`.
 
+        Without `may_match`, stop strings that end in this piece are ignored; one that ends later may begin in it.
         After a match there is nothing more to emit: every later call gives `("", matched)`.
         """
         if self.matched is not None:
@@ -152,7 +153,7 @@ class StopStrings:
         state = self._state
         for place in range(start, len(text)):
             state = self._next(state, text[place])
-            if state.stop is not None:
+            if state.stop is not None and may_match:
                 return self._finish(text[: place + 1], state.stop)
         self._state = state
         if self._include:

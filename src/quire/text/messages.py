@@ -106,4 +106,5 @@ class OpenEnd:
                 "continue_final_message: the chat template does not keep the last message as it is", param="messages"
             )
         keeps_space = rendered.startswith(" ", place + len(self._mark))
-        return rendered[:place] if keeps_space else rendered[:place].rstrip()
+        kept = rendered[:place].replace(self._mark + " ", "").replace(self._mark, "")  # where it stands earlier too
+        return kept if keeps_space else kept.rstrip()

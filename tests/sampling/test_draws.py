@@ -1,0 +1,136 @@
+"""The draw against a reference of its own: Philox and the Gumbel maximum in plain Python, from the papers' constants.
+
+The lists of tokens below are pinned: a request with a seed gives the same tokens in every version of Quire, or the
+change is one for users.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from quire import LLM, SamplingParams
+from quire.core.request import SamplingSpec
+from quire.ops import sampling_reference
+from quire.ops.reference import ReferenceOps
+from quire.ops.types import Ops
+from quire.sampling.sampler import Sampler
+from tests.sampling.known_rows import PROVIDERS, new_row
+from tests.tiny.checkpoints import make_tiny
+
+PINNED: dict[tuple[int, int], list[int]] = {
+    # (seed, first position) -> sixteen tokens, one at each position
+    (0, 1): [45, 49, 46, 95, 56, 75, 34, 5, 57, 60, 57, 17, 79, 42, 54, 13],
+    (7, 1): [84, 27, 62, 65, 60, 84, 85, 19, 38, 95, 85, 27, 68, 44, 94, 95],
+    (7, 5): [60, 84, 85, 19, 38, 95, 85, 27, 68, 44, 94, 95, 35, 0, 59, 85],
+    (2**32 + 7, 1): [87, 68, 24, 70, 54, 7, 53, 8, 4, 8, 67, 70, 5, 24, 90, 79],
+    (2**63 + 7, 2**32 + 1): [1, 49, 87, 65, 14, 10, 49, 99, 49, 72, 65, 89, 67, 90, 87, 18],
+}
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC'11), section 3.3."""
+    (a, b, c, d), (left, right) = counter, key
+    for _ in range(10):
+        first, second = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = (second >> 32) ^ b ^ left, second % 2**32, (first >> 32) ^ d ^ right, first % 2**32
+        left, right = (left + 0x9E3779B9) % 2**32, (right + 0xBB67AE85) % 2**32
+    return [a, b, c, d]
+
+
+def noise(seed: int, position: int, token: int) -> float:
+    """Standard Gumbel (arXiv 1411.0030), a function of seed, position and token id (docs/design/decisions.md)."""
+    counter = [position % 2**32, position >> 32, token // 4, int.from_bytes(b"QUIR", "big")]
+    word = philox(counter, [seed % 2**32, seed >> 32])[token % 4]
+    uniform = min((word + 0.5) / 2**32, 1 - 2.0**-24)
+    return -math.log(-math.log1p(-uniform))
+
+
+def drawn(logits: Any, seed: int, position: int, temperature: float = 1.0) -> int:
+    scores = [float(one) / temperature + noise(seed, position, token) for token, one in enumerate(logits)]
+    return max(range(len(scores)), key=scores.__getitem__)
+
+
+def known_logits() -> Any:
+    return np.array([((token * 37) % 101) / 40 for token in range(101)], np.float32)
+
+
+@pytest.fixture(scope="module", params=PROVIDERS)
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return PROVIDERS[request.param]()
+
+
+def test_the_reference_gives_the_published_words() -> None:
+    """Known answers of the authors' library, Random123."""
+    pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344]
+    assert philox(pi, [0xA4093822, 0x299F31D0]) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
+
+
+@pytest.mark.parametrize(("seed", "first"), PINNED)
+def test_pinned_draws(ops: Ops, seed: int, first: int) -> None:
+    expected = [drawn(known_logits(), seed, position) for position in range(first, first + 16)]
+    assert expected == PINNED[seed, first], "the reference itself"
+    sampler = Sampler(ops, 1)
+    sampler.add(new_row(0, [1], SamplingSpec(temperature=1.0, seed=seed)))
+    found = []
+    for position in range(first, first + 16):
+        logits = ops.array(known_logits()[None], "float32")
+        found += sampler.sample(logits, [0], [position]).read([0])[0].token_ids
+    assert found == expected
+
+
+def test_rows_of_one_step_draw_by_their_own_numbers(ops: Ops) -> None:
+    """Permanent rows in any order, each with its seed, position and temperature; one of them greedy."""
+    temperatures, order = [0.7, 1.0, 0.0, 1.9, 0.3], [3, 0, 4, 2, 1]
+    sampler = Sampler(ops, 5)
+    for row, temperature in enumerate(temperatures):
+        sampler.add(new_row(row, [1], SamplingSpec(temperature=temperature, seed=1000 + row)))
+    for start in range(0, 60, 6):
+        positions = [start + row for row in order]
+        logits = ops.array(np.tile(known_logits(), (5, 1)), "float32")
+        results = sampler.sample(logits, order, positions).read(range(5))
+        for row, position, result in zip(order, positions, results, strict=True):
+            if temperatures[row] == 0:
+                expected = int(known_logits().argmax())
+            else:
+                expected = drawn(known_logits(), 1000 + row, position, temperatures[row])
+            assert result.token_ids == (expected,)
+
+
+def test_the_largest_word_gives_noise_that_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded to float32 it would be 1, and its token could never be drawn."""
+    xp = ReferenceOps(np).xp
+    for word in (0, 1, 2**31, 2**32 - 256, 2**32 - 1):
+        words = tuple(np.full(1, word, np.int64) for _ in range(4))
+        monkeypatch.setattr(sampling_reference, "philox", lambda *_, words=words: words)
+        found = sampling_reference.gumbel(xp, 0, 0, np.zeros(4, np.float32))
+        uniform = min((word + 0.5) / 2**32, 1 - 2.0**-24)
+        np.testing.assert_allclose(found, -math.log(-math.log1p(-uniform)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_generation_is_the_reference_over_the_logits_of_transformers(
+    tmp_path_factory: pytest.TempPathFactory, overlap: bool
+) -> None:
+    """End to end, each token drawn with the noise of its index in the sequence, whatever the length of the prompt."""
+    model = make_tiny("llama", tmp_path_factory.mktemp("float32") / "llama", tokenizer=True)
+    judge = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    prompts = [[10], [11, 12, 13, 14, 15, 16], [30 + place for place in range(40)]]
+    params = [
+        SamplingParams(temperature=temperature, seed=seed, max_tokens=20, ignore_eos=True)
+        for seed, temperature in ((3, 1.0), (2**62, 0.8), (5, 1.3))
+    ]
+    with LLM(model=str(model), dtype="float32", async_scheduling=overlap, max_num_batched_tokens=16) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, one, output in zip(prompts, params, outputs, strict=True):
+        chosen = output.outputs[0].token_ids
+        with torch.no_grad():
+            logits = judge(torch.tensor([[*prompt, *chosen]])).logits[0].numpy()
+        expected = [
+            drawn(logits[position - 1], one.seed, position, one.temperature)
+            for position in range(len(prompt), len(prompt) + 20)
+        ]
+        assert chosen == expected
