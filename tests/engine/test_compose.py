@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from quire.compose import core
 from quire.compose.core import CoreParts, compose_core
 from quire.compose.served import DEFAULT_QUEUED_TOKENS, _queue, compose
 from quire.compose.text import compose_text
@@ -17,6 +18,7 @@ from quire.core.engine_core import EngineCore, OverlappingCore
 from quire.engine.channel import CoreFacts
 from quire.engine.queue_bound import ANYBODY
 from quire.errors import ConfigurationError, InvalidRequestError
+from quire.weights.load import load_model
 from tests.core.harness import new_request
 
 SIZES: dict[str, Any] = {"max_num_seqs": 2, "max_model_len": 64, "num_gpu_blocks_override": 16, "threads": 1}
@@ -58,6 +60,15 @@ def test_sizes_and_labels_are_the_arguments(tiny_model: Path) -> None:
     assert labels["enable_prefix_caching"] == "True" and labels["gpu_memory_utilization"] == "0.5"
 
 
+def test_a_model_is_loaded_for_the_length_that_is_asked(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which set of LongRoPE's factors it takes follows from that, as does the size of the tables of positions."""
+    loaded: list[Any] = []
+    monkeypatch.setattr(core, "load_model", lambda *arguments: loaded.append(load_model(*arguments)) or loaded[-1])
+    core_of(tiny_model, max_model_len=40)
+    core_of(tiny_model, max_model_len=None)
+    assert [model.max_model_len for model in loaded] == [40, 512]
+
+
 def test_the_stamp_is_that_of_the_files(model: Path) -> None:
     """A core that restarts must not go on with requests under other weights: a file of equal size included."""
     first = core_of(model).facts.model_stamp
@@ -73,11 +84,11 @@ def test_the_stamp_is_that_of_the_files(model: Path) -> None:
 @pytest.mark.parametrize("enabled", [True, False])
 def test_prompts_are_found_again_only_with_a_prefix_cache(enabled: bool, tiny_model: Path) -> None:
     parts = core_of(tiny_model, enable_prefix_caching=enabled)
-    core = parts.core()
+    engine_core = parts.core()
     hits = []
     for request_id in ("first", "second"):
-        core.add(new_request(request_id, range(40), max_tokens=1))
-        hits += [delta.num_cached_tokens for delta in core.step()]
+        engine_core.add(new_request(request_id, range(40), max_tokens=1))
+        hits += [delta.num_cached_tokens for delta in engine_core.step()]
     assert hits == [0, 32 if enabled else 0]
     parts.executor.close()
 
