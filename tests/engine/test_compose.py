@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from quire.compose import core
@@ -15,9 +16,11 @@ from quire.compose.served import DEFAULT_QUEUED_TOKENS, _queue, compose
 from quire.compose.text import compose_text
 from quire.config import EngineArgs
 from quire.core.engine_core import EngineCore, OverlappingCore
+from quire.engine import supervisor
 from quire.engine.channel import CoreFacts
 from quire.engine.queue_bound import ANYBODY
-from quire.errors import ConfigurationError, InvalidRequestError
+from quire.engine.supervisor import SupervisedChannel
+from quire.errors import ConfigurationError, InvalidRequestError, ModelFileError
 from quire.weights.load import load_model
 from tests.core.harness import new_request
 
@@ -130,3 +133,31 @@ def test_a_hang_timeout_needs_a_process_that_can_be_ended(tiny_model: Path) -> N
     with pytest.raises(ConfigurationError) as caught:
         compose(EngineArgs(model=str(tiny_model), hang_timeout=5.0))
     assert caught.value.field == "hang_timeout"
+
+
+def test_what_a_core_in_its_own_process_refuses_is_raised_here_with_its_argument(tiny_model: Path) -> None:
+    before = set(psutil.Process().children(recursive=True))
+    args = EngineArgs(**(SIZES | {"model": str(tiny_model), "core_process": True, "num_gpu_blocks_override": 3}))
+    with pytest.raises(ConfigurationError, match="is 64, which needs") as caught:
+        compose(args)
+    assert caught.value.field == "max_model_len"
+    assert not psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=60)[1]
+
+
+def test_a_core_in_its_own_process_ends_where_the_text_side_cannot_be_built(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[SupervisedChannel] = []  # so that it is closed, and not collected, if it ends
+
+    class Held(SupervisedChannel):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            held.append(self)
+
+    monkeypatch.setattr(supervisor, "SupervisedChannel", Held)
+    before = set(psutil.Process().children(recursive=True))
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json"):
+        compose(EngineArgs(**(SIZES | {"model": str(model), "core_process": True})))
+    assert not psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=30)[1]
+    assert len(held) == 1
