@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from quire.config import EngineArgs, MemoryLedger, ModelFacts, resolve_cache
+from quire.config import EngineArgs, MemoryLedger, ModelFacts, resolve_batched_tokens, resolve_cache
 from quire.errors import ConfigurationError
 
 FACTS = ModelFacts(
@@ -90,6 +90,52 @@ def test_explicit_sizes() -> None:
     assert resolve_cache(EngineArgs(kv_cache_memory_bytes=2**17 + 5), FACTS).num_blocks == 128
     shortened = resolve_cache(EngineArgs(num_gpu_blocks_override=10), FACTS)
     assert shortened.max_model_len == 160
+
+
+def test_blocks_that_just_hold_one_sequence_are_enough() -> None:
+    plan = resolve_cache(EngineArgs(max_model_len=1024, num_gpu_blocks_override=64), FACTS)
+    assert (plan.max_model_len, plan.num_blocks) == (1024, 64)
+    assert not any(decision.name == "max_model_len" for decision in plan.decisions)
+
+
+def test_a_device_may_be_filled_to_the_last_byte() -> None:
+    plan = resolve_cache(EngineArgs(kv_cache_memory_bytes=490 * MIB), DEVICE)
+    assert plan.ledger.used == plan.ledger.device
+
+
+def test_the_last_block_of_a_sequence_may_be_part_full() -> None:
+    plan = resolve_cache(EngineArgs(max_num_seqs=3, max_model_len=1000), FACTS)
+    assert plan.num_blocks == 3 * 63
+
+
+@pytest.mark.parametrize(("rows", "asked", "budget"), [(256, None, 2048), (4096, None, 4096), (4096, 100, 100)])
+def test_a_step_has_room_for_one_token_of_each_row(rows: int, asked: int | None, budget: int) -> None:
+    args = EngineArgs(max_num_seqs=rows, max_num_batched_tokens=asked, num_gpu_blocks_override=64)
+    assert resolve_batched_tokens(args) == resolve_cache(args, FACTS).max_num_batched_tokens == budget
+
+
+@pytest.mark.parametrize(
+    ("name", "smallest", "largest"),
+    [
+        ("seed", 0, 2**63 - 1), ("max_num_queued_reqs", 0, 2**62), ("max_num_queued_tokens", 1, 2**62),
+        ("max_num_seqs", 1, 4096), ("max_num_batched_tokens", 1, 2**20), ("threads", 1, 1024),
+        ("max_model_len", 1, 2**24), ("hang_timeout", 0.1, 86400),
+    ],
+)  # fmt: skip
+def test_the_ends_of_a_range_belong_to_it(name: str, smallest: float, largest: float) -> None:
+    for value in (smallest, largest):
+        assert getattr(EngineArgs.from_mapping({name: value}), name) == value
+    for value in (smallest - (1 if smallest in (0, 1) else 0.01), largest + 1):
+        with pytest.raises(ConfigurationError) as caught:
+            EngineArgs.from_mapping({name: value})
+        assert caught.value.field == name
+
+
+@pytest.mark.parametrize("name", ["max_num_seqs", "max_num_queued_reqs", "tensor_parallel_size", "core_process"])
+def test_null_is_no_value_where_nothing_is_decided(name: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        EngineArgs.from_mapping({name: None})
+    assert caught.value.field == name
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,19 @@ def test_an_unknown_architecture_names_the_nearest_and_lists_all() -> None:
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
         {"sliding_window": 4096},
         {"layer_types": ["sliding_attention"] * 16},
+        {"layer_types": ["full_attention"] * 15 + ["sliding_attention"]},
+        {"clip_qkv": 8.0},
+        {"alibi": True},
+        {"qk_layernorm": True},
+        {"use_qk_norm": True},
+        {"query_pre_attn_scalar": 224},
+        {"attention_multiplier": 0.0078125},
+        {"embedding_multiplier": 12.0},
+        {"rope_local_base_freq": 10000.0},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"use_bias": True},
+        {"use_sliding_window": True},
+        {"position_embedding_type": "relative_key"},
         {"attn_logit_softcapping": 50.0},
         {"final_logit_softcapping": 30.0},
         {"residual_multiplier": 0.22},
@@ -157,11 +170,15 @@ def test_what_changes_the_result_is_refused_by_name(changes: dict[str, Any]) -> 
         {"max_position_embeddings": 10**12},
         {"architectures": []},
         {"architectures": "LlamaForCausalLM"},
+        {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1] * 17},
+        {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1] * 15},
+        {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [2] * 16},
+        {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": 4},
     ],
     ids=str,
 )
 def test_wrong_values_are_refused_by_name(changes: dict[str, Any]) -> None:
-    name = next(iter(changes)).rstrip("s")
+    name = list(changes)[-1].rstrip("s")
     with pytest.raises(ConfigurationError, match=name):
         load_spec(LLAMA_32_1B | changes)
 

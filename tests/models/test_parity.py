@@ -98,6 +98,16 @@ def test_rotary_positions_stay_exact_far_into_the_sequence(
     assert_close(model.all_logits(prompt, [512]), transformers_logits(directory, [prompt])[0])
 
 
+def test_greedy_tokens_are_those_of_capped_logits(ops: Ops, tiny: Tiny) -> None:
+    """Logits that a soft cap makes equal are a tie, which the lowest token wins: the cap is not only for samples."""
+    model = load_model(tiny("gemma2"), ops, "float32", MAX_MODEL_LEN)
+    hidden = np.random.default_rng(3).standard_normal((50, 64), dtype=np.float32) * 1e4
+    logits = ops.to_numpy(model.logits(hidden))
+    assert np.abs(logits).max() == 1.5 and ((logits == 1.5).sum(axis=1) > 1).all()
+    tokens, finite = model.greedy(hidden)
+    assert np.array_equal(tokens, logits.argmax(axis=1)) and finite.all()
+
+
 SETTINGS_THAT_MATTER = [
     ("llama-3.1", {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}),
     ("llama-bias", {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}),

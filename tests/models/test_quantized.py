@@ -15,11 +15,12 @@ from quire.config import GROUP_SIZES, QUANTIZATIONS
 from quire.demo import model_path
 from quire.errors import ConfigurationError, ModelFileError
 from quire.ops.cpu import CpuOps
+from quire.ops.quantize_reference import quantize
 from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
-from quire.ops.types import Ops
+from quire.ops.types import Ops, QuantizedWeight, Rounding
 from quire.quant.select import check_scheme, select_scheme
-from quire.quant.types import Scheme
+from quire.quant.types import Scheme, bits_per_weight, rounded_bytes
 from quire.text.tokenizer import Tokenizer
 from quire.weights.load import load_model
 from tests.models.paged import PagedModel
@@ -33,6 +34,7 @@ LARGEST_KL = {
     "olmo2": {"int8": 7e-4, "int8_w8a8": 1.2e-3, "int4": 0.15},
 }
 ON_CPU = [name for name in QUANTIZATIONS if name in CpuOps.formats]
+ROUNDINGS = [Rounding("int8", None), Rounding("int8_w8a8", None), *(Rounding("int4", size) for size in GROUP_SIZES)]
 EMBEDDED_KL = {"int8": 1e-4, "int8_w8a8": 5e-4, "int4": 6e-3}
 
 
@@ -111,10 +113,20 @@ def test_chunks_and_threads_change_nothing(name: str, family: str, ops: Ops, tin
     assert np.array_equal(logits(tiny(family), CpuOps(5, instruction_sets()[-1]), scheme, tokens, [64, 26]), whole)
 
 
+@pytest.mark.parametrize(
+    ("family", "settings", "vectors"),
+    [
+        ("llama", {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}, 256 * (2 * 2 + 1)),
+        ("gpt2", {"n_embd": 256, "n_layer": 2}, 2 * 256 * (2 * 2 + 1)),  # weights and biases of the norms
+    ],
+    ids=["llama", "gpt2"],
+)
 @pytest.mark.parametrize("name", ON_CPU)
-def test_weight_bytes_are_what_is_packed(name: str, ops: Ops, tiny: Tiny) -> None:
+def test_weight_bytes_are_what_is_packed(
+    name: str, family: str, settings: dict[str, int], vectors: int, ops: Ops, tiny: Tiny
+) -> None:
     """Padding aside: no dimension here but the vocabulary's (320 of 64) is a multiple of what kernels pad to."""
-    directory = tiny("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+    directory = tiny(family, **settings)
     packed: list[int] = []
 
     class Counting(CpuOps):
@@ -129,8 +141,7 @@ def test_weight_bytes_are_what_is_packed(name: str, ops: Ops, tiny: Tiny) -> Non
             return result
 
     model = load_model(directory, Counting(1, instruction_sets()[-1]), scheme=select_scheme(name, None))
-    vectors = 4 * 256 * (2 * 2 + 1)
-    assert sum(packed) + vectors == model.weight_bytes
+    assert sum(packed) + 4 * vectors == model.weight_bytes
 
 
 @pytest.mark.parametrize("provider", [ReferenceOps(np), CpuOps(2, instruction_sets()[-1])])
@@ -191,6 +202,40 @@ def test_fp8_is_as_near_to_the_model_as_its_three_bits_and_the_cpu_refuses_it(op
     check_scheme(select_scheme("fp8", None), reference)
     with pytest.raises(ConfigurationError, match=r"'fp8' needs .* cpu .* has int8, int8_w8a8, int4$"):
         check_scheme(select_scheme("fp8", None), ops)
+
+
+@pytest.mark.parametrize("inputs", [64, 96, 100, 1])
+@pytest.mark.parametrize("rounding", ROUNDINGS, ids=lambda one: f"{one.format}-{one.group_size}")
+def test_bytes_of_a_rounded_weight_are_those_of_its_numbers_and_scales(rounding: Rounding, inputs: int) -> None:
+    """The last group of a row has its scale too, and room for all of its numbers."""
+    weight = quantize(np.ones((5, inputs), np.float32), rounding)
+    numbers = 5 * inputs if rounding.group_size is None else weight.scales.size * rounding.group_size // 2
+    assert rounded_bytes(rounding, 5, inputs) == numbers + weight.scales.nbytes
+
+
+def test_bits_of_a_weight_count_the_scales_of_groups() -> None:
+    assert [bits_per_weight(one) for one in ROUNDINGS] == ["8", "8", "5", "4.5", "4.25"]
+
+
+@pytest.mark.parametrize("name", QUANTIZATIONS)
+def test_embedding_and_head_keep_the_error_of_eight_bits(name: str) -> None:
+    """Their inputs are not rounded to eight bits, nor they to four: see `docs/howto/quantize.md`."""
+    scheme = select_scheme(name, None)
+    assert scheme is not None and scheme.tables == Rounding("int8", None)
+    assert scheme.layers == Rounding(name, 64 if name == "int4" else None)  # type: ignore[arg-type]
+
+
+def test_learned_positions_are_not_rounded(ops: Ops, tiny: Tiny) -> None:
+    tokens = np.random.default_rng(5).integers(0, 320, 30).tolist()
+    seen: list[Any] = []
+
+    class Watching(ReferenceOps):
+        def pack_embedding(self, table: Any, storage: Any) -> Any:
+            seen.append(table)
+            return super().pack_embedding(table, storage)
+
+    logits(tiny("gpt2"), Watching(np), select_scheme("int8", None), tokens, [30])
+    assert [isinstance(table, QuantizedWeight) for table in seen] == [True, False]
 
 
 def test_schemes_by_name() -> None:

@@ -1,11 +1,14 @@
 """Mixture of experts, adapters and pooling: one definition for every provider, over its own products."""
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 
 from quire.ops.cpu import CpuOps
 from quire.ops.reference import ReferenceOps
-from quire.ops.types import Ops
+from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape, Ops
 from tests.ops.cases import normal, relative_error
 
 
@@ -52,6 +55,36 @@ def test_each_token_gets_its_own_adapter(cpu: CpuOps) -> None:
         ops.lora(ops.array(x, "float32"), y, [None, *packed], ops.array(ids, "int32"))
         assert relative_error(ops.to_numpy(y), expected) < 2e-5
         assert np.array_equal(ops.to_numpy(y)[1], base[1])
+
+
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_a_row_that_is_not_finite_gets_token_0_and_says_so(cpu: CpuOps) -> None:
+    weight = np.float32([[1, 0], [2, 0], [3e38, 1], [-1, 0]])
+    x = np.float32([[1, 0], [10, 0], [-1, 0]])  # the third token of the second row is infinite
+    for ops in (cpu, ReferenceOps(np), ReferenceOps(torch)):
+        packed = ops.pack_embedding(weight, "float32")
+        tokens, finite = (ops.to_numpy(one) for one in ops.greedy(ops.array(x, "float32"), packed))
+        assert tokens.tolist() == [2, 0, 3] and finite.tolist() == [True, False, True]
+
+
+def test_a_step_gives_the_outputs_that_are_asked_for(cpu: CpuOps) -> None:
+    rng = np.random.default_rng(3)
+    table, square = normal(rng, 7, 16), normal(rng, 16, 16)
+    providers: list[Ops] = [cpu, ReferenceOps(np), ReferenceOps(torch)]
+    for provider in providers:
+        weights = provider.pack_embedding(table, "float32"), provider.pack_linear(square, None, "float32")
+
+        def forward(ops: Ops, ids: Any, batch: AttentionBatch, cache: Any, weights: Any = weights) -> Any:
+            heads = ops.linear(ops.embed(ids, weights[0]), weights[1]).reshape((-1, 4, 4))
+            return ops.attention(heads[:, :2], heads[:, 2:3], heads[:, 3:], cache, 0, batch, AttentionSpec(0.5))
+
+        ids, *ints = (
+            provider.array(one, "int32") for one in ([4, 2, 6, 1], [0, 1, 2, 0], [0, 3, 4], [0, 0], [[0], [1]])
+        )
+        step, cache = provider.compile(forward), provider.make_cache(CacheShape(1, 2, 16, 1, 4, "float32"))
+        every = provider.to_numpy(step(ids, AttentionBatch(*ints), cache))
+        some = provider.to_numpy(step(ids, AttentionBatch(*ints, np.array([1, 2, 3], np.int32)), cache))
+        assert every.shape == (4, 8) and np.array_equal(some, every[[1, 2, 3]])
 
 
 def test_pool(cpu: CpuOps) -> None:

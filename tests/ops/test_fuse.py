@@ -1,5 +1,6 @@
 """Each pass: what it rewrites, what it must leave alone, and that results keep their bits."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,9 +9,9 @@ import pytest
 
 from quire.ops.cpu import CpuOps
 from quire.ops.cpu_program import CpuProgram
-from quire.ops.fuse import add_to_residual, fuse, hand_on_tiles
-from quire.ops.program import Activate, Add, Linear, Norm, Program, trace
-from quire.ops.types import AttentionBatch, StorageType
+from quire.ops.fuse import add_to_residual, fuse, hand_on_tiles, narrow_outputs
+from quire.ops.program import Activate, Add, Attention, Linear, Norm, Program, trace
+from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape, StorageType
 
 HIDDEN, WIDE, VOCABULARY = 40, 72, 11
 """No multiples of 16 or 32: tiles have padding."""
@@ -25,6 +26,7 @@ class Weights:
         self.table = self.linear(VOCABULARY, HIDDEN)
         self.up, self.down = self.linear(WIDE, HIDDEN), self.linear(HIDDEN, WIDE)
         self.gated, self.square = self.linear(2 * WIDE, HIDDEN, gated=True), self.linear(HIDDEN, HIDDEN)
+        self.back = self.linear(HIDDEN, 24)
         self.ones, self.norm = np.ones(HIDDEN, np.float32), self.numbers(HIDDEN)
 
     def numbers(self, *shape: int) -> Any:
@@ -123,6 +125,68 @@ def test_what_something_else_reads_stays_float32() -> None:
     assert all(buffer.form == "float32" for buffer in hand_on_tiles(trace(forward)).buffers)
 
 
+def test_what_is_also_read_by_something_else_stays_float32() -> None:
+    w = Weights()
+
+    def forward(ops: Any, token_ids: Any, batch: Any, cache: Any) -> Any:
+        x = ops.rms_norm(ops.embed(token_ids, w.table), w.norm, 1e-5)
+        y = ops.linear(x, w.square)
+        y += ops.activation(x, "silu")
+        return y
+
+    assert all(buffer.form == "float32" for buffer in hand_on_tiles(trace(forward)).buffers)
+
+
+def attends_and_then(w: Weights, rest: Any) -> Any:
+    """A forward function: a layer of attention over the embedding, and the rest."""
+
+    def forward(ops: Any, token_ids: Any, batch: Any, cache: Any) -> Any:
+        residual = ops.embed(token_ids, w.table)
+        heads = ops.linear(residual, w.square).reshape((-1, 5, 8))
+        x = ops.attention(heads[:, :3], heads[:, 3:4], heads[:, 4:], cache, 0, batch, AttentionSpec(0.3))
+        return rest(ops, residual, ops.linear(x, w.back), token_ids)
+
+    return forward
+
+
+def adds(ops: Any, residual: Any, x: Any, token_ids: Any) -> Any:
+    residual += x
+    return residual
+
+
+def norms(w: Weights) -> Any:
+    return lambda ops, residual, x, token_ids: ops.add_rms_norm(x, residual, w.norm, 1e-5)
+
+
+def embeds(w: Weights) -> Any:
+    """The tokens are read once more, all of them, after the last attention."""
+
+    def rest(ops: Any, residual: Any, x: Any, token_ids: Any) -> Any:
+        x += ops.embed(token_ids, w.table)
+        return x
+
+    return rest
+
+
+@pytest.mark.parametrize(("name", "narrows"), [("norms", True), ("adds", False), ("embeds", False)])
+def test_a_step_is_narrowed_only_where_the_rest_is_of_its_outputs(name: str, narrows: bool, cpu: CpuOps) -> None:
+    w = Weights(cpu, "float32")
+    forward = attends_and_then(w, {"norms": norms(w), "adds": adds, "embeds": embeds(w)}[name])
+    program = narrow_outputs(trace(forward))
+    assert any(one.narrows for one in program.instructions if isinstance(one, Attention)) == narrows
+    ids, cache = np.arange(9, dtype=np.int32), cpu.make_cache(CacheShape(1, 2, 16, 1, 8, "float32"))
+    ints = [np.array(one, np.int32) for one in ([0, 1, 2, 3, 4, 5, 0, 1, 2], [0, 6, 9], [0, 0], [[0], [1]])]
+    batch, step = AttentionBatch(*ints), CpuProgram(cpu._native, fuse(trace(forward)))
+    expected = forward(cpu, ids, batch, cache)
+    assert np.array_equal(step(ids, batch, cache), expected)
+    some = replace(batch, outputs=np.array([4, 5, 8], np.int32))
+    if narrows:
+        assert np.array_equal(step(ids, some, cache), expected[some.outputs])
+    else:
+        with pytest.raises(ValueError, match="gives all of its tokens"):
+            step(ids, some, cache)
+
+
 @pytest.mark.parametrize("storage", ["bfloat16", "float32"])
 def test_each_pass_keeps_the_bits(cpu: CpuOps, storage: StorageType) -> None:
     forward = chain(Weights(cpu, storage))
@@ -140,8 +204,6 @@ def test_each_pass_keeps_the_bits(cpu: CpuOps, storage: StorageType) -> None:
 
 
 def _cache_shape() -> Any:
-    from quire.ops.types import CacheShape
-
     return CacheShape(1, 1, 16, 1, 16, "float32")
 
 

@@ -146,6 +146,14 @@ def test_weights_of_any_type_round_like_the_reference(cpu: CpuOps) -> None:
                 assert np.array_equal(actual, expected)
 
 
+def test_weights_of_many_rows_are_converted_to_the_last(cpu: CpuOps) -> None:
+    weight, rows = normal(np.random.default_rng(11), 700, 4), np.arange(700, dtype=np.int32)
+    for storage, dtype in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)):
+        assert np.array_equal(
+            cpu.embed(rows, cpu.pack_embedding(weight, storage)), weight.astype(dtype).astype(np.float32)
+        )
+
+
 def test_a_strided_weight_and_input_are_read_as_they_lie(cpu: CpuOps) -> None:
     rng = np.random.default_rng(5)
     wide = normal(rng, 50, 90)

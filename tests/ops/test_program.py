@@ -78,6 +78,24 @@ def test_a_program_is_printed_a_line_for_each_instruction() -> None:
     assert re.fullmatch(r"return %\d+\[0: 8\]", lines[-1])
 
 
+def test_what_is_changed_in_place_is_read_and_written() -> None:
+    x, y, z = View(0, 0, 1, 8), View(1, 0, 1, 8), View(2, 0, 1, 8)
+    weight = packed(8, 8)
+    whole = View(3, 0, 1, 24)
+    attention = Attention(x, y, z, 0, SPEC, None, View(4, 0, 1, 8), (whole,))
+    for instruction, read, written in (
+        (Embed("token_ids", weight, 1.0, y), (), (y,)),
+        (Linear(x, weight, None, y), (x,), (y,)),
+        (Linear(x, weight, None, y, adds=True), (x, y), (y,)),
+        (Norm(x, None, WEIGHT, None, 1e-5, False, y), (x,), (y,)),
+        (Norm(x, z, WEIGHT, None, 1e-5, False, y), (x, z), (z, y)),
+        (Add(x, y), (x, y), (y,)),
+        (attention, (x, y, z, whole), (attention.y, whole)),
+        (Activate(x, "silu", False, y), (x,), (y,)),
+    ):
+        assert (reads(instruction), writes(instruction)) == (read, written)
+
+
 def live(program: Program) -> dict[int, tuple[int, int]]:
     """Buffer -> first and last instruction that touches it."""
     found: dict[int, tuple[int, int]] = {}

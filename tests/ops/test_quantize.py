@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from quire.ops.cpu import CpuOps
-from quire.ops.quantize_reference import quantize
+from quire.ops.quantize_reference import e4m3, quantize
 from quire.ops.select import instruction_sets
 from quire.ops.types import Rounding
 from tests.ops.cases import normal
@@ -75,6 +75,19 @@ def test_weights_that_are_not_finite_are_refused(rounding: Rounding, value: floa
     for round_it in (quantize, CpuOps(2, instruction_sets()[-1]).quantize):
         with pytest.raises(ValueError, match="not finite"):
             round_it(weight, rounding)
+
+
+def test_fp8_uses_the_whole_range_of_e4m3() -> None:
+    """The largest of a row becomes 448; of three bits of mantissa, the error is at most half of the last."""
+    weight = normal(np.random.default_rng(4), 50, 300) * np.float32(0.05)
+    rounded = quantize(weight, Rounding("fp8", None))
+    values = rounded.values.astype(np.float32)
+    assert np.array_equal(np.abs(values).max(axis=1), np.full(50, 448.0))
+    assert np.array_equal(rounded.scales, np.abs(weight).max(axis=1, keepdims=True) / np.float32(448))
+    nearest = (weight / rounded.scales).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert (np.abs(values * rounded.scales - weight) <= np.abs(weight) / 16 + rounded.scales * 2.0**-10).all()
+    assert (values == nearest).mean() > 0.999  # a product with the reciprocal may fall on the other side of a tie
+    assert np.array_equal(e4m3(np.float32([500.0, -1e9, 448.0])).astype(np.float32), [448, -448, 448])
 
 
 def test_roundings_that_do_not_exist() -> None:

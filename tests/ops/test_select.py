@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from quire.errors import ConfigurationError
+from quire.ops import select
 from quire.ops.cpu import CpuOps
 from quire.ops.select import (
     available_cores,
@@ -51,10 +52,41 @@ def test_threads_by_default_are_the_cores_of_this_process() -> None:
     assert str(count) in reason
 
 
+CGROUPS = [
+    ({"cpu.max": "max 100000"}, 4),
+    ({"cpu.max": "150000 100000"}, 1),
+    ({"cpu.max": "399999 100000"}, 3),
+    ({"cpu.max": "50000 100000"}, 1),
+    ({"cpu.max": "800000 100000"}, 4),
+    ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 4),
+    ({"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+    ({}, 4),
+]
+
+
+@pytest.mark.parametrize(("files", "count"), CGROUPS, ids=lambda value: str(value))
+def test_a_quota_of_processors_bounds_the_threads(
+    files: dict[str, str], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the kernel's documentation has it: version 2 says `max`, version 1 says -1 where there is no limit."""
+
+    def read_text(path: Path) -> str:
+        name = path.as_posix().removeprefix("/sys/fs/cgroup/")
+        if name not in files:
+            raise FileNotFoundError(name)
+        return files[name] + "\n"
+
+    monkeypatch.setattr(select, "core_processors", lambda: [[0, 4], [1, 5], [2, 6], [3, 7]])
+    monkeypatch.setattr(Path, "read_text", read_text)
+    chosen, reason = available_cores()
+    assert chosen == count
+    assert ("quota" in reason) == (count < 4)
+
+
 def test_threads_keep_to_cores_only_where_they_have_all_of_them() -> None:
     cores = core_processors()
     assert sorted(itertools.chain(*cores)) == sorted(os.sched_getaffinity(0))
-    for threads in (len(cores), len(cores) + 1):
+    for threads in {1, len(cores), len(cores) + 1}:
         chosen = {item.name: item.value for item in select_ops("cpu", threads)[1]}["thread_affinity"]
         assert chosen == ("cores" if threads == len(cores) > 1 else "none")
 

@@ -178,14 +178,14 @@ def make_tiny(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, tiny.model)._from_config(config, attn_implementation="eager")
-        _randomise(model, tiny.embedding_std)
+        randomise(model, tiny.embedding_std)
     model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=max_shard_size)
     if tokenizer:
         write_tokenizer(directory)
     return directory
 
 
-def _randomise(model: torch.nn.Module, embedding_std: float) -> None:
+def randomise(model: torch.nn.Module, embedding_std: float) -> None:
     """Matrices of a gain a little above one, norms around one (Gemma stores them minus one), small biases."""
     for name, parameter in model.named_parameters():
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from quire.errors import ConfigurationError, ModelFileError
+from quire.ops.cpu import CpuOps
 from quire.ops.reference import ReferenceOps
+from quire.ops.select import instruction_sets
+from quire.ops.types import Ops
+from quire.quant.select import select_scheme
 from quire.weights.generation_config import load_generation_defaults
+from quire.weights.json_file import read_json_object
 from quire.weights.load import load_model, read_spec
+from tests.models.paged import PagedModel
 from tests.tiny.checkpoints import make_tiny
 
 
@@ -148,6 +155,69 @@ def test_a_damaged_config_is_an_error_that_names_it(text: str, tmp_path: Path) -
         read_spec(tmp_path)
 
 
+SHRINKS = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def in_two_files(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
+    """One matrix has a file of its own."""
+    shutil.copytree(checkpoints["llama"], tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    weight_map = {name: "one.safetensors" if name == SHRINKS else "rest.safetensors" for name in tensors}
+    save_file({SHRINKS: tensors.pop(SHRINKS)}, tmp_path / "one.safetensors")
+    save_file(tensors, tmp_path / "rest.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
+@pytest.mark.parametrize("provider", ["reference", "native"])
+def test_a_file_that_shrinks_while_it_is_loaded_is_noticed(
+    provider: str, quantization: str | None, dtype: str, in_two_files: Path
+) -> None:
+    """The native provider reads a matrix while it packs it, unless its type changes; others read it before."""
+    ops: Ops = ReferenceOps(np) if provider == "reference" else CpuOps(2, instruction_sets()[-1])
+    file = in_two_files / "one.safetensors"
+    size = file.stat().st_size
+    packs_from_file = provider == "native" and (quantization is not None or dtype == "float32")
+    why = ".*its file ended or could not be read" if packs_from_file else r"one\.safetensors: truncated while"
+    load_model(in_two_files, ops, dtype, scheme=select_scheme(quantization, None))
+    with pytest.raises(ModelFileError, match=rf"^{SHRINKS} cannot be packed: {why}"):
+        load_model(
+            in_two_files,
+            ops,
+            dtype,
+            progress=lambda *_: os.truncate(file, size - 1),
+            scheme=select_scheme(quantization, None),
+        )
+
+
+def test_matrices_of_several_types_are_joined_by_value(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """What the native provider packs from the file, rows of one type, is not the case here."""
+    names = [f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj")]
+    plain, mixed = tmp_path / "plain", tmp_path / "mixed"
+    changed(
+        checkpoints["llama"], plain, lambda t: t.update({n: t[n].astype(np.float16).astype(np.float32) for n in names})
+    )
+    changed(checkpoints["llama"], mixed, lambda t: t.update({n: t[n].astype(np.float16) for n in names}))
+    ops = CpuOps(1, instruction_sets()[-1])
+    tokens = list(range(20))
+    results = [
+        PagedModel(load_model(directory, ops, "float32"), ops, num_blocks=4, block_size=16).all_logits(tokens, [20])
+        for directory in (plain, mixed, checkpoints["llama"])
+    ]
+    assert np.array_equal(results[0], results[1]) and not np.array_equal(results[0], results[2])
+
+
+def test_json_larger_than_its_bound_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert read_json_object(tmp_path / "config.json", 8) == {"a": 1}
+    with pytest.raises(ModelFileError, match=r"^config\.json: larger than 7 bytes$"):
+        read_json_object(tmp_path / "config.json", 7)
+
+
 def write(directory: Path, **files: Any) -> Path:
     for name, value in files.items():
         (directory / f"{name}.json").write_text(json.dumps(value))
@@ -187,6 +257,12 @@ def test_a_stated_no_to_sampling_is_greedy(tmp_path: Path) -> None:
 def test_config_stands_in_for_a_missing_generation_config(tmp_path: Path) -> None:
     defaults = load_generation_defaults(write(tmp_path, config={"eos_token_id": 3, "bos_token_id": None}))
     assert (defaults.eos_token_ids, dict(defaults.sampling)) == ((3,), {})
+
+
+def test_the_text_part_says_where_answers_end_if_nothing_else_does(tmp_path: Path) -> None:
+    config: dict[str, Any] = {"text_config": {"eos_token_id": [1, 106]}}
+    assert load_generation_defaults(write(tmp_path, config=config)).eos_token_ids == (1, 106)
+    assert load_generation_defaults(write(tmp_path, config=config | {"eos_token_id": 3})).eos_token_ids == (3,)
 
 
 @pytest.mark.parametrize("bad", [{"eos_token_id": "x"}, {"eos_token_id": [-1]}, {"top_p": "0.9"}, {"top_k": True}])

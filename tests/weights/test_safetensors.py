@@ -237,6 +237,48 @@ def test_an_index_that_points_elsewhere_is_refused(weight_map: Any, tmp_path: Pa
     assert ".safetensors" in str(caught.value) and str(tmp_path) not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "sub/inside.safetensors", "{outside}", "sub/../one.safetensors"]
+)
+def test_an_index_may_not_point_elsewhere_even_where_a_file_is(name: str, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    (directory / "sub").mkdir(parents=True)
+    outside = tmp_path / "outside.safetensors"
+    for path in (outside, directory / "sub" / "inside.safetensors"):
+        save_file({"a": np.zeros(3, np.float32)}, path)
+    name = name.format(outside=outside)
+    assert (directory / name).is_file() or name.startswith("sub/..")
+    with pytest.raises(ModelFileError, match="is not the name of a safetensors file beside it"):
+        Checkpoint(sharded(directory, {"a": name}))
+
+
+def test_an_index_that_swaps_its_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"index\.json: a is not in two\.safetensors"):
+        Checkpoint(sharded(tmp_path, {"a": "two.safetensors", "b": "one.safetensors"}))
+
+
+def test_an_index_of_too_many_files_is_refused_before_any_is_opened(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="more than 1000 files"):
+        Checkpoint(sharded(tmp_path, {str(i): f"{i}.safetensors" for i in range(1001)}))
+
+
+def test_a_number_of_bits_that_is_no_number_of_bytes_is_refused_with_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "half.safetensors"
+    path.write_bytes(pack({"a": entry([3], 0, 1, "F4")}, b"\0"))
+    with pytest.raises(ModelFileError, match=r"offsets span 1 bytes, its shape 1$"):
+        SafetensorsFile(path)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 20_000])
+def test_a_file_that_shrinks_after_its_header_was_read_is_noticed(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / SINGLE
+    save_file({"a": np.arange(2**13, dtype=np.float32)}, path)  # more than a file object reads ahead
+    with Checkpoint(tmp_path) as checkpoint:
+        os.truncate(path, checkpoint.files[0].tensors["a"].start + kept)
+        with pytest.raises(ModelFileError, match=r"^model\.safetensors: truncated while a was read$"):
+            checkpoint.read(Parameter((("a", (2**13,)),)))
+
+
 def test_one_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     sharded(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
     save_file({"a": np.zeros(3, np.float32), "b": np.zeros(3, np.float32)}, tmp_path / "two.safetensors")

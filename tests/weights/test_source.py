@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
 from quire.errors import ConfigurationError, ModelFileError
-from quire.weights.source import resolve_source
+from quire.weights.source import resolve_source, resolve_tokenizer_source
 
 OLD, NEW = "1" * 40, "2" * 40
 FILES = (
@@ -125,6 +126,15 @@ def test_every_file_is_of_the_pinned_revision(revision: str | None, commit: str,
     assert read(directory) == {name: f"{name} of {commit}" for name in WANTED}
     assert {asked for asked, _ in hub.files_asked_for} == {commit}
     assert {name for _, name in hub.files_asked_for} == WANTED
+
+
+def test_a_tokenizer_comes_without_the_weights(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    download = huggingface_hub.snapshot_download
+    here = {"endpoint": hub.endpoint, "cache_dir": tmp_path}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: download(name, **how | here))
+    directory = resolve_tokenizer_source("owner/model", "v2")
+    assert set(read(directory)) == WANTED - {"model.safetensors"}
+    assert hub.files_asked_for and {asked for asked, _ in hub.files_asked_for} == {NEW}
 
 
 def test_offline_the_cached_commit_is_used(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,12 +136,16 @@ class ConfigReader:
             raise self._wrong(name, f"a list of {count} zeros and ones")
         return tuple(bool(item) for item in value)
 
-    def nested(self, name: str, defaults: Mapping[str, Any] | None = None) -> "ConfigReader | None":
-        """An object inside this one, or None; `defaults` are the keys that it may leave out."""
+    def nested(self, name: str) -> "ConfigReader | None":
+        """An object inside this one, or None; an empty one says nothing."""
         value = self._value(name)
         if value is not None and not isinstance(value, dict):
             raise self._wrong(name, "an object")
-        return None if value is None else ConfigReader({**(defaults or {}), **value}, f"{self._where}{name}.")
+        return ConfigReader(value, f"{self._where}{name}.") if value else None
+
+    def over(self, other: "ConfigReader") -> "ConfigReader":
+        """The keys of both; where both have one, this one's."""
+        return ConfigReader({**other._values, **self._values}, self._where)
 
     def windows(self, num_layers: int, window: int | None, default_is_sliding: Sequence[bool]) -> list[int | None]:
         """The window of each layer: `layer_types` if it is there, else by the family's default pattern."""

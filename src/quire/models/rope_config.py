@@ -2,7 +2,7 @@
 (`rope_parameters`)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quire.models.hf_config import ConfigReader
 from quire.models.spec import (
@@ -23,10 +23,14 @@ _KNOWN = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RopeDefaults:
-    """What a family takes when its config is silent, and whether it rotates only part of a head."""
+    """What a family takes when its config is silent, and what only some have."""
 
     theta: float = 10_000.0
     can_be_partial: bool = False
+    """Whether part of a head may be rotated."""
+    longrope_names: tuple[str, ...] = ("longrope",)
+    original_positions: int | None = None
+    """A family with such a number takes it before that of the rope object."""
 
 
 def read_rope(config: ConfigReader, head_dim: int, defaults: RopeDefaults) -> RopeSpec:
@@ -36,7 +40,7 @@ def read_rope(config: ConfigReader, head_dim: int, defaults: RopeDefaults) -> Ro
     theta = config.number("rope_theta", defaults.theta)
     partial = config.number("partial_rotary_factor", 1.0)
     found = rope[0] or rope[1] or ConfigReader({}, "rope_parameters.")
-    return parse_rope(config, found, head_dim, RopeDefaults(theta, defaults.can_be_partial), partial)
+    return parse_rope(config, found, head_dim, replace(defaults, theta=theta), partial)
 
 
 def parse_rope(
@@ -51,7 +55,7 @@ def parse_rope(
     if rotary_dim < 2 or rotary_dim % 2:
         raise rope.unsupported("partial_rotary_factor", f"{rotary_dim} rotated dimensions are not a number of pairs")
     theta = rope.number("rope_theta", defaults.theta)
-    return RopeSpec(theta, rotary_dim, _scaling(config, rope, rotary_dim))
+    return RopeSpec(theta, rotary_dim, _scaling(config, rope, rotary_dim, defaults))
 
 
 def extended_positions(rope: RopeSpec, max_positions: int) -> int:
@@ -61,14 +65,14 @@ def extended_positions(rope: RopeSpec, max_positions: int) -> int:
     return max_positions
 
 
-def _scaling(config: ConfigReader, rope: ConfigReader, rotary_dim: int) -> RopeScaling | None:
+def _scaling(config: ConfigReader, rope: ConfigReader, rotary_dim: int, defaults: RopeDefaults) -> RopeScaling | None:
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind == "default":
         return None
     if kind == "linear":
         return LinearScaling(rope.number("factor"))
     max_positions = config.integer("max_position_embeddings")
-    original = config.optional_integer("original_max_position_embeddings")
+    original = config.optional_integer("original_max_position_embeddings", if_absent=defaults.original_positions)
     if original is None:
         original = rope.integer("original_max_position_embeddings", max_positions)
     if kind == "llama3":
@@ -76,10 +80,10 @@ def _scaling(config: ConfigReader, rope: ConfigReader, rotary_dim: int) -> RopeS
         if low >= high:
             raise rope.unsupported("low_freq_factor", "it must be below high_freq_factor")
         return Llama3Scaling(rope.number("factor"), low, high, original)
+    if kind in defaults.longrope_names:
+        return _longrope(rope, max_positions, original, rotary_dim)
     if kind == "yarn":
         return _yarn(rope, max_positions, original)
-    if kind in ("longrope", "su"):
-        return _longrope(rope, max_positions, original, rotary_dim)
     raise rope.unsupported(
         "rope_type" if rope.has("rope_type") else "type", "known are default, linear, llama3, yarn, longrope"
     )

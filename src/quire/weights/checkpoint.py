@@ -78,6 +78,12 @@ class Checkpoint:
             first += shape[0] if shape else 0
         return out
 
+    def differ(self, one: str, other: str) -> bool:
+        """Whether both tensors are there and have different values."""
+        if one not in self._home or other not in self._home:
+            return False
+        return not np.array_equal(self._home[one].read(one), self._home[other].read(other))
+
     def stored(self, parameter: Parameter, read: Callable[[], NDArray[Any]]) -> StoredWeight | None:
         """A parameter where it lies; None unless it is rows of one type that follow one another in its files."""
         tensors = [(self._home[name], self._home[name].tensors[name]) for name, _ in parameter.tensors]

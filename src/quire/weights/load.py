@@ -96,11 +96,12 @@ def load_model(
         )
     with Checkpoint(directory) as checkpoint:
         names = _fit_prefix(config.names, checkpoint.shapes)
+        embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
+        # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
+        if spec.tied_head and checkpoint.differ(embedding, head):
+            spec = replace(spec, tied_head=False)
         parameters = decoder_parameters(spec, names)
-        # A tied head is saved a second time by some tools.
-        unused = (*names.unused, f"{names.head}.weight") if spec.tied_head else names.unused
-        check_tensors(parameters, checkpoint.shapes, unused)
-        embedding = parameters["embedding.weight"].tensors[0][0]
+        check_tensors(parameters, checkpoint.shapes, (*names.unused, head) if spec.tied_head else names.unused)
         storage = _storage(dtype, config.storage, checkpoint.dtype(embedding))
         source = _Parts(checkpoint, parameters, progress)
         model = Decoder(spec, names, ops, source, storage, max_model_len or spec.max_position_embeddings, scheme)

@@ -32,7 +32,7 @@ def gemma_like(
     rope: RopeSpec | RopeDefaults = RopeDefaults(),  # noqa: B008  (frozen)
 ) -> DecoderSpec:
     """What Gemma 2 and 3 share. The embedding scale is exact: transformers rounds it to the weights' type."""
-    spec = llama_like(config, rope=rope, head_dim=HEAD_DIM, windows=windows, tied_head=True)
+    spec = llama_like(config, rope=rope, head_dim=HEAD_DIM, windows=windows, num_kv_heads=4, tied_head=True)
     scale = config.number("query_pre_attn_scalar", 256.0) ** -0.5
     bias = config.boolean("attention_bias", False)
     return replace(

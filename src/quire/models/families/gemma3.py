@@ -12,7 +12,6 @@ from quire.models.weights_map import NameMap
 _TEXT_DEFAULTS = {
     "vocab_size": 262_208,
     "num_attention_heads": 8,
-    "num_key_value_heads": 4,
     "max_position_embeddings": 131_072,
 }
 """What the published configs with a vision part leave out of their `text_config`."""
@@ -34,9 +33,10 @@ def gemma3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
 
 def gemma3_text_of(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
     """The text part of Gemma3ForConditionalGeneration; its vision tower stays on the disk."""
-    text = config.nested("text_config", _TEXT_DEFAULTS)
+    text = config.nested("text_config")
     if text is None:
         raise config.unsupported("text_config", "it must be there")
+    text = text.over(ConfigReader(_TEXT_DEFAULTS))
     spec, names = gemma3(text)
     text.refuse_unread()
     if not config.boolean("tie_word_embeddings", True):
@@ -52,13 +52,13 @@ def gemma3_text_of(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
 
 def _ropes(config: ConfigReader, head_dim: int) -> tuple[RopeSpec, RopeSpec]:
     """Of full and of sliding layers. v4: `rope_theta`, `rope_scaling` and `rope_local_base_freq`."""
-    parameters, scaling = config.nested("rope_parameters"), config.nested("rope_scaling")
-    full = parameters.nested("full_attention") if parameters else scaling
-    sliding = parameters.nested("sliding_attention") if parameters else None
     empty = ConfigReader({}, "rope_parameters.")
+    parameters, scaling = config.nested("rope_parameters") or empty, config.nested("rope_scaling")
+    full = parameters.nested("full_attention") or empty
+    sliding = parameters.nested("sliding_attention") or empty
     full_theta = RopeDefaults(config.number("rope_theta", 1_000_000.0))
     sliding_theta = RopeDefaults(config.number("rope_local_base_freq", 10_000.0))
     return (
-        parse_rope(config, full or empty, head_dim, full_theta),
-        parse_rope(config, sliding or empty, head_dim, sliding_theta),
+        parse_rope(config, scaling.over(full) if scaling else full, head_dim, full_theta),
+        parse_rope(config, sliding, head_dim, sliding_theta),
     )

@@ -34,6 +34,7 @@ def llama_like(
     rope: RopeSpec | RopeDefaults = RopeDefaults(),  # noqa: B008  (frozen)
     head_dim: int | None = None,
     windows: Sequence[int | None] | None = None,
+    num_kv_heads: int | None = None,
     tied_head: bool = False,
     norm_eps: float = 1e-6,
 ) -> DecoderSpec:
@@ -44,7 +45,7 @@ def llama_like(
     hidden_size = config.integer("hidden_size")
     num_layers = num_layers_of(config)
     num_heads = config.integer("num_attention_heads")
-    num_kv_heads = config.integer("num_key_value_heads", num_heads)
+    num_kv_heads = config.optional_integer("num_key_value_heads", if_absent=num_kv_heads) or num_heads
     head_dim = config.integer("head_dim", head_dim or hidden_size // num_heads, at_least=2)
     if num_heads % num_kv_heads:
         raise config.unsupported("num_key_value_heads", f"it must divide the {num_heads} heads")

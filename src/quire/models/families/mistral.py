@@ -9,4 +9,4 @@ from quire.models.weights_map import NameMap
 def mistral(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
     """MistralForCausalLM."""
     windows = same_window(config, if_absent=4096)
-    return llama_like(config, windows=windows), NameMap()
+    return llama_like(config, windows=windows, num_kv_heads=8), NameMap()

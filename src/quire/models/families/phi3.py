@@ -10,5 +10,6 @@ from quire.models.weights_map import NameMap
 def phi3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
     """Phi3ForCausalLM."""
     windows = same_window(config)
-    spec = llama_like(config, rope=RopeDefaults(can_be_partial=True), windows=windows, norm_eps=1e-5)
+    rope = RopeDefaults(can_be_partial=True, longrope_names=("longrope", "su", "yarn"), original_positions=4096)
+    spec = llama_like(config, rope=rope, windows=windows, norm_eps=1e-5)
     return spec, NameMap(qkv=("self_attn.qkv_proj",), up=("mlp.gate_up_proj",))

@@ -10,13 +10,13 @@ from quire.models.weights_map import NameMap
 
 def qwen2(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
     """Qwen2ForCausalLM."""
-    return replace(llama_like(config, windows=qwen_windows(config)), qkv_bias=True), NameMap()
+    return replace(llama_like(config, windows=qwen_windows(config), num_kv_heads=32), qkv_bias=True), NameMap()
 
 
 def qwen_windows(config: ConfigReader) -> list[int | None]:
     """Layers from `max_window_layers` on slide, if the model uses windows at all."""
     num_layers = num_layers_of(config)
-    window = config.optional_integer("sliding_window")
+    window = config.optional_integer("sliding_window", if_absent=4096)
     first = config.integer("max_window_layers", 28, at_least=0)
     if not config.boolean("use_sliding_window", False):
         window = None

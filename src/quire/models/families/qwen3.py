@@ -12,5 +12,5 @@ from quire.models.weights_map import NameMap
 def qwen3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
     """Qwen3ForCausalLM."""
     bias = config.boolean("attention_bias", False)
-    spec = llama_like(config, head_dim=128, windows=qwen_windows(config))
+    spec = llama_like(config, head_dim=128, windows=qwen_windows(config), num_kv_heads=32)
     return replace(spec, qk_norm="head", qkv_bias=bias, o_bias=bias), NameMap()

@@ -20,7 +20,7 @@ def smollm3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
     if not config.boolean("use_sliding_window", False):
         window = None
     windows = config.windows(num_layers, window, [window is not None and not rope for rope in has_rope])
-    spec = llama_like(config, rope=RopeDefaults(2_000_000.0), windows=windows, tied_head=True)
+    spec = llama_like(config, rope=RopeDefaults(2_000_000.0), windows=windows, num_kv_heads=4, tied_head=True)
     layers = (layer if rope else replace(layer, rope=None) for layer, rope in zip(spec.layers, has_rope, strict=True))
     bias = config.boolean("attention_bias", False)
     return replace(

@@ -13,7 +13,7 @@ def starcoder2(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
     windows = same_window(config)
     bias = config.boolean("use_bias", True)
     spec = replace(
-        llama_like(config, windows=windows, tied_head=True),
+        llama_like(config, windows=windows, num_kv_heads=2, tied_head=True),
         norm=NormSpec(config.number("norm_epsilon", 1e-5), kind="layer"),
         activation=config.activation("hidden_act", "gelu_pytorch_tanh"),
         gated_mlp=False,

@@ -1,0 +1,163 @@
+"""What an engine is made of follows from its arguments and the model's files."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from quire.compose import core
+from quire.compose.core import CoreParts, compose_core
+from quire.compose.served import DEFAULT_QUEUED_TOKENS, _queue, compose
+from quire.compose.text import compose_text
+from quire.config import EngineArgs
+from quire.core.engine_core import EngineCore, OverlappingCore
+from quire.engine import supervisor
+from quire.engine.channel import CoreFacts
+from quire.engine.queue_bound import ANYBODY
+from quire.engine.supervisor import SupervisedChannel
+from quire.errors import ConfigurationError, InvalidRequestError, ModelFileError
+from quire.weights.load import load_model
+from tests.core.harness import new_request
+
+SIZES: dict[str, Any] = {"max_num_seqs": 2, "max_model_len": 64, "num_gpu_blocks_override": 16, "threads": 1}
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy whose files a test may change."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    yield tmp_path / "model"
+
+
+def core_of(directory: Path, **arguments: Any) -> CoreParts:
+    return compose_core(EngineArgs(**(SIZES | {"model": str(directory)} | arguments)), directory)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "word"),
+    [(None, EngineCore, "off"), (False, EngineCore, "off"), (True, OverlappingCore, "on")],
+    ids=str,
+)
+def test_steps_overlap_on_the_cpu_only_where_asked(
+    asked: bool | None, kind: type[EngineCore], word: str, tiny_model: Path
+) -> None:
+    parts = core_of(tiny_model, async_scheduling=asked)
+    assert parts.core_type is kind
+    decided = {decision.name: decision for decision in parts.facts.decisions}["async_scheduling"]
+    assert decided.value == word and (decided.reason == "as asked") == (asked is not None)
+
+
+def test_sizes_and_labels_are_the_arguments(tiny_model: Path) -> None:
+    parts = core_of(tiny_model, block_size=8, max_num_batched_tokens=40, gpu_memory_utilization=0.5)
+    limits = parts.scheduler.limits
+    assert (limits.max_num_seqs, limits.max_num_batched_tokens) == (2, 40)
+    assert (limits.max_model_len, limits.block_size, limits.num_blocks) == (64, 8, 16)
+    assert (parts.facts.max_model_len, parts.facts.vocab_size) == (64, 320)
+    labels = dict(parts.facts.cache_config)
+    assert labels["block_size"] == "8" and labels["num_gpu_blocks"] == "16"
+    assert labels["enable_prefix_caching"] == "True" and labels["gpu_memory_utilization"] == "0.5"
+
+
+def test_a_model_is_loaded_for_the_length_that_is_asked(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which set of LongRoPE's factors it takes follows from that, as does the size of the tables of positions."""
+    loaded: list[Any] = []
+    monkeypatch.setattr(core, "load_model", lambda *arguments: loaded.append(load_model(*arguments)) or loaded[-1])
+    core_of(tiny_model, max_model_len=40)
+    core_of(tiny_model, max_model_len=None)
+    assert [model.max_model_len for model in loaded] == [40, 512]
+
+
+def test_the_stamp_is_that_of_the_files(model: Path) -> None:
+    """A core that restarts must not go on with requests under other weights: a file of equal size included."""
+    first = core_of(model).facts.model_stamp
+    assert core_of(model).facts.model_stamp == first
+    file = model / "model.safetensors"
+    os.utime(file, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns + 1))
+    touched = core_of(model).facts.model_stamp
+    (model / "added.txt").write_text("")
+    renamed = core_of(model).facts.model_stamp
+    assert len({first, touched, renamed}) == 3
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_prompts_are_found_again_only_with_a_prefix_cache(enabled: bool, tiny_model: Path) -> None:
+    parts = core_of(tiny_model, enable_prefix_caching=enabled)
+    engine_core = parts.core()
+    hits = []
+    for request_id in ("first", "second"):
+        engine_core.add(new_request(request_id, range(40), max_tokens=1))
+        hits += [delta.num_cached_tokens for delta in engine_core.step()]
+    assert hits == [0, 32 if enabled else 0]
+    parts.executor.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "model_len", "bound"),
+    [(None, 64, DEFAULT_QUEUED_TOKENS), (100, 64, 100), (None, 2**18, 2**21)],
+)
+def test_the_queue_holds_what_is_asked_or_eight_long_prompts(asked: int | None, model_len: int, bound: int) -> None:
+    queue = _queue(EngineArgs(max_num_queued_tokens=asked), model_len)
+    queue.enter(ANYBODY, bound, ("full",))
+    with pytest.raises(InvalidRequestError, match=f"the queue holds {bound} "):
+        queue.enter(ANYBODY, bound + 1, ("more",))
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_requests_may_bring_priorities_where_the_policy_has_them(policy: str, tiny_model: Path) -> None:
+    args = EngineArgs(scheduling_policy=policy, seed=7)
+    facts = compose_text(args, tiny_model).facts(args, CoreFacts(64, 320, (), "stamp"))
+    assert facts.has_priorities == (policy == "priority")
+    assert (facts.max_model_len, facts.vocab_size, facts.seed) == (64, 320, 7)
+
+
+def test_without_a_tokenizer_the_configuration_says_where_answers_end(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "temperature": 0.5}))
+    text = compose_text(EngineArgs(), model)
+    assert text.tokenizer is None and text.eos_token_ids == (7, 9)
+    assert dict(text.default_params) == {"temperature": 0.5}
+
+
+def test_another_tokenizer_is_taken_from_its_own_directory(model: Path, tiny_model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    text = compose_text(EngineArgs(tokenizer=str(tiny_model)), model)
+    assert text.tokenizer is not None and text.eos_token_ids == text.tokenizer.eos_token_ids == (256,)
+
+
+def test_a_hang_timeout_needs_a_process_that_can_be_ended(tiny_model: Path) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        compose(EngineArgs(model=str(tiny_model), hang_timeout=5.0))
+    assert caught.value.field == "hang_timeout"
+
+
+def test_what_a_core_in_its_own_process_refuses_is_raised_here_with_its_argument(tiny_model: Path) -> None:
+    before = set(psutil.Process().children(recursive=True))
+    args = EngineArgs(**(SIZES | {"model": str(tiny_model), "core_process": True, "num_gpu_blocks_override": 3}))
+    with pytest.raises(ConfigurationError, match="is 64, which needs") as caught:
+        compose(args)
+    assert caught.value.field == "max_model_len"
+    assert not psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=60)[1]
+
+
+def test_a_core_in_its_own_process_ends_where_the_text_side_cannot_be_built(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[SupervisedChannel] = []  # so that it is closed, and not collected, if it ends
+
+    class Held(SupervisedChannel):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            held.append(self)
+
+    monkeypatch.setattr(supervisor, "SupervisedChannel", Held)
+    before = set(psutil.Process().children(recursive=True))
+    (model / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json"):
+        compose(EngineArgs(**(SIZES | {"model": str(model), "core_process": True})))
+    assert not psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=30)[1]
+    assert len(held) == 1
