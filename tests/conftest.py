@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 if not os.path.exists("/dev/nvidia0"):
     # Triton reads it when it is first imported, which may be by torch.
@@ -15,8 +15,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # A busy machine must not fail a test; in CI the same commit must give the same answer twice.
-settings.register_profile("quire", deadline=None, derandomize="CI" in os.environ)
+settings.register_profile(
+    "quire", deadline=None, derandomize="CI" in os.environ, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("quire")
+
+PATIENCE_S = 300.0
+"""How long a test waits for what comes before it fails: long, so that only what never comes fails it."""
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import pytest
 
 from quire.cli.main import main
 from quire.llm import AsyncLLM
+from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start
 
 SAMPLING = ["--max-tokens", "6", "--temperature", "0", "--ignore-eos"]
@@ -163,7 +164,7 @@ class _saying:
 
     def __exit__(self, *_: Any) -> None:
         self._listener.close()
-        self._thread.join(5)
+        self._thread.join(PATIENCE_S)
 
     def _serve(self) -> None:
         for answer in self._answers:

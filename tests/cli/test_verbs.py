@@ -16,19 +16,20 @@ from quire.bench.workloads import WORKLOADS, longest
 from quire.cli import banner
 from quire.cli.main import main
 from quire.outputs import Decision
+from tests.conftest import PATIENCE_S
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"}
 HEAVY = {"starlette", "uvicorn", "pydantic", "huggingface_hub", "prometheus_client", "torch", "transformers"}
 
 
-def quire(*words: object, text: str = "", timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+def quire(*words: object, text: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "quire", *map(str, words)],
         input=text,
         capture_output=True,
         text=True,
-        timeout=timeout_s,
+        timeout=PATIENCE_S,
         env=ENVIRONMENT,
         check=False,
     )
@@ -66,7 +67,7 @@ def test_generate_imports_nothing_of_the_server(tiny: Path) -> None:
         f"print(code, sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, env=ENVIRONMENT, check=True
     )
     assert done.stderr == "0 []\n"
 
@@ -117,14 +118,14 @@ def test_serve_answers_and_stops_with_code_0(tiny: Path) -> None:
                 lines.append(process.stderr.readline())
                 assert lines[-1], lines
             url = lines[-1].split()[-1]
-            assert httpx.get(f"{url}/models").status_code == 401
+            assert httpx.get(f"{url}/models", timeout=PATIENCE_S).status_code == 401
             headers = {"authorization": "Bearer k"}
-            assert httpx.get(f"{url}/models", headers=headers).json()["data"][0]["id"] == tiny.name
+            assert httpx.get(f"{url}/models", headers=headers, timeout=PATIENCE_S).json()["data"][0]["id"] == tiny.name
             body = {"model": str(tiny), "prompt": "x", "max_tokens": 3, "ignore_eos": True}
-            answer = httpx.post(f"{url}/completions", json=body, headers=headers)
+            answer = httpx.post(f"{url}/completions", json=body, headers=headers, timeout=PATIENCE_S)
             assert answer.json()["usage"]["completion_tokens"] == 3
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
+            assert process.wait(PATIENCE_S) == 0
         finally:
             process.kill()
 

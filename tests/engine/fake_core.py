@@ -22,7 +22,7 @@ from quire.engine.step_allowance import StepAllowance
 from quire.engine.wire import MAX_FRAME_BYTES, Ready, Start, StartFailed, Unframer, encode
 from quire.executor.fake import FakeExecutor
 
-DIES, DIES_ONCE, HANGS_ONCE, SPINS_ONCE, CRASHES_LATE, IS_KILLED_LATE = 90, 91, 92, 93, 94, 95
+DIES, DIES_ONCE, HANGS_ONCE, SPINS_ONCE, CRASHES_LATE, IS_KILLED_LATE, STOPS_LATE_ONCE = 90, 91, 92, 93, 94, 95, 96
 """Token ids in a prompt."""
 LATE_TOKENS = 20
 """So many are given first."""
@@ -30,6 +30,11 @@ VOCAB_SIZE = 100
 MAX_MODEL_LEN = 512
 LIMITS = SchedulerLimits(32, 64, MAX_MODEL_LEN, 4, 600)
 STEP_SECONDS = 0.002
+_LATE_HARMS = (
+    (CRASHES_LATE, signal.SIGSEGV),
+    (IS_KILLED_LATE, signal.SIGKILL),
+    (STOPS_LATE_ONCE, signal.SIGSTOP),
+)
 
 
 class HarmfulExecutor(FakeExecutor):
@@ -46,8 +51,8 @@ class HarmfulExecutor(FakeExecutor):
             prompt = new.token_ids[: new.num_prompt_tokens]
             self._do_harm(prompt)
             self._ends.pop(new.row, None)
-            for token_id, how in ((CRASHES_LATE, signal.SIGSEGV), (IS_KILLED_LATE, signal.SIGKILL)):
-                if token_id in prompt:
+            for token_id, how in _LATE_HARMS:
+                if token_id in prompt and (how != signal.SIGSTOP or self._first_time("stopped")):
                     self._ends[new.row] = (len(prompt) + LATE_TOKENS, how)
         for item in plan.scheduled:
             length, how = self._ends.get(item.row, (MAX_MODEL_LEN + 1, signal.SIGKILL))

@@ -7,15 +7,16 @@ from quire.engine.step_allowance import FIRST_SECONDS, LEAST_SECONDS, SLACK, Ste
 
 
 class World:
-    """A clock, and a process that uses `speed` processors."""
+    """A clock, and a process each of whose threads uses a processor for its part of the time."""
 
-    def __init__(self, speed: float = 1.0, *, is_awake: bool = True, is_told: bool = True) -> None:
-        self.now_s = self.used_s = 0.0
-        self.speed, self.is_awake, self.is_told = speed, is_awake, is_told
+    def __init__(self, *speeds: float, is_awake: bool = True, is_told: bool = True) -> None:
+        self.now_s = 0.0
+        self.used_s = dict.fromkeys(range(len(speeds)), 0.0)
+        self.speeds, self.is_awake, self.is_told = speeds, is_awake, is_told
         self.heartbeat = Heartbeat(lambda: self.now_s, self.activity)
 
     def activity(self) -> Activity | None:
-        return Activity(self.used_s, self.is_awake) if self.is_told else None
+        return Activity(dict(self.used_s), self.is_awake) if self.is_told else None
 
     def seconds_until_hung(self, most_s: float = 100.0) -> float:
         """`inf` if it is not, within `most_s`. Looks when the watcher would."""
@@ -23,7 +24,8 @@ class World:
         while self.now_s < start_s + most_s:
             step_s = max(0.0, min(self.heartbeat.look_s, start_s + most_s) - self.now_s) + 0.001
             self.now_s += step_s
-            self.used_s += step_s * self.speed
+            for thread, speed in enumerate(self.speeds):
+                self.used_s[thread] += step_s * speed
             if self.heartbeat.is_hung():
                 return self.now_s - start_s
         return math.inf
@@ -55,15 +57,43 @@ def test_between_two_threads_is_no_sleep() -> None:
 
 
 def test_one_that_computes_for_ever_is_hung_when_its_time_is_up() -> None:
-    world = World(2.0)
+    world = World(0.0, 1.0)
     world.heartbeat.expect(20.0, 1.5)
     assert 20.0 <= world.seconds_until_hung() < 20.1
 
 
 def test_one_that_gets_no_processor_is_not() -> None:
-    world = World(0.1)
+    world = World(0.0001, 0.01)
     world.heartbeat.expect(2.0, 1.5)
-    assert world.seconds_until_hung(19.0) == math.inf
+    assert world.seconds_until_hung(99.0) == math.inf
+
+
+def test_many_threads_that_share_the_work_of_a_step_are_no_hang() -> None:
+    """A step that should take 2 s and may take 20: on a machine that others keep busy, eight threads have not done
+    their 2 s each in twice that time."""
+    world = World(*[0.04] * 8)
+    world.heartbeat.expect(20.0, 1.5)
+    assert world.seconds_until_hung(2.0 / 0.04) == math.inf
+
+
+def test_one_that_computes_for_ever_on_a_busy_machine_is_hung_in_the_end() -> None:
+    """What it has used counts from the last word on, however long it took to get it."""
+    world = World(0.05, 0.0)
+    world.heartbeat.expect(2.0, 1.5)
+    assert 1.0 / 0.05 < world.seconds_until_hung() < 1.0 / 0.05 + 1.5 + 2.0 + 0.1
+    world.heartbeat.heard()
+    assert world.seconds_until_hung(1.0 / 0.05) == math.inf, "a word ends the account"
+
+
+def test_a_thread_that_is_new_has_used_all_that_it_has() -> None:
+    world = World(0.0)
+    world.heartbeat.expect(2.0, 1.0)
+    world.now_s = 1.01
+    assert not world.heartbeat.is_hung()
+    world.used_s[7], world.now_s = 1.1, 2.02
+    assert world.heartbeat.is_hung()
+    world.used_s[7] = 0.9
+    assert not world.heartbeat.is_hung()
 
 
 def test_a_word_begins_anew() -> None:

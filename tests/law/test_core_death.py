@@ -75,14 +75,18 @@ async def test_a_death_is_not_seen_in_any_stream(
     crash, without a file of the memory.)"""
     llm = AsyncLLM(model=str(tiny_model), core_process=True, async_scheduling=overlap, **COMMON)
     try:
-        seen: list[int] = []
-        tasks = [asyncio.ensure_future(joined(llm, item, seen)) for item in long_cases()]
-        while len(seen) < num_tokens:
-            await asyncio.sleep(0)
-        channel = llm._engine._channel
-        assert isinstance(channel, SupervisedChannel) and channel.pid is not None
-        os.kill(channel.pid, how)
-        assert not any(task.done() for task in tasks)
-        assert await asyncio.gather(*tasks) == undisturbed
+        for _ in range(20):  # on a busy machine the core may be done before the kill
+            seen: list[int] = []
+            tasks = [asyncio.ensure_future(joined(llm, item, seen)) for item in long_cases()]
+            while len(seen) < num_tokens:
+                await asyncio.sleep(0)
+            channel = llm._engine._channel
+            assert isinstance(channel, SupervisedChannel) and channel.pid is not None
+            os.kill(channel.pid, how)
+            is_in_time = not any(task.done() for task in tasks)
+            assert await asyncio.gather(*tasks) == undisturbed
+            if is_in_time:
+                return
+        raise AssertionError("no kill came in time")
     finally:
         await llm.shutdown()

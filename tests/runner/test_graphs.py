@@ -19,6 +19,7 @@ from quire.runner import graphs
 from quire.runner.graphs import GraphLimits, GraphSize
 from quire.runner.model_runner import ModelRunner
 from quire.weights.load import load_model
+from tests.conftest import PATIENCE_S
 from tests.runner.test_overlap import DRAWN, GREEDY, enter, single
 
 
@@ -213,7 +214,7 @@ def test_a_server_records_while_nobody_waits(tiny_model: Path, monkeypatch: pyte
             return ids
 
         first = asyncio.run(ask())
-        until = time.monotonic() + 30
+        until = time.monotonic() + PATIENCE_S
         sizes = GraphLimits(3, 4, 16).sizes()
         while device.recorder.num_recorded < len(sizes) and time.monotonic() < until:
             time.sleep(0.01)

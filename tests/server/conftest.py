@@ -9,15 +9,19 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
 from quire.llm import AsyncLLM
 from quire.server.app import create_app
 from quire.server.listen import bind
 from quire.server.serve import GracefulServer
+from tests.conftest import PATIENCE_S
 from tests.server.fake_engine import FakeEngine
 from tests.tiny.checkpoints import make_tiny
 
 MODEL = "tiny"
+for _name in ("connect", "read", "write", "pool"):
+    setattr(DEFAULT_TIMEOUT_CONFIG, _name, PATIENCE_S)  # of every HTTP client that names no timeout
 
 
 @dataclass
@@ -34,7 +38,7 @@ class Running:
 
     def stop(self) -> None:
         self.server.drain()
-        self.thread.join(10)
+        self.thread.join(PATIENCE_S)
         if self.thread.is_alive():
             raise TimeoutError("the server did not stop")
 
@@ -46,14 +50,14 @@ def start(engine: Any, *, drain_s: float = 5.0, header_s: float = 30.0, **option
     server = GracefulServer(app, drain_s=drain_s, header_s=header_s, on_ready=ready.set)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
-    if not ready.wait(10):
+    if not ready.wait(PATIENCE_S):
         raise TimeoutError("the server did not start")
     return Running(f"http://127.0.0.1:{listener.getsockname()[1]}", engine, server, thread)
 
 
-def wait_until(condition: Any, seconds: float = 5.0) -> bool:
+def wait_until(condition: Any) -> bool:
     """True as soon as `condition()` holds."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE_S
     while time.monotonic() < end:
         if condition():
             return True
@@ -75,7 +79,7 @@ def client(running: Running) -> openai.OpenAI:
 
 @pytest.fixture(scope="session")
 def http(running: Running) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=running.url, timeout=10) as session:
+    with httpx.Client(base_url=running.url) as session:
         yield session
 
 

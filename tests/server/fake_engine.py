@@ -1,7 +1,7 @@
 """An engine without a model: it answers with the letters of the alphabet, one a token, from where the seed says.
 
-Words in the prompt steer it: `slow` waits between tokens, `held` before the third until `released` is set, `fail` fails
-after two, `die` kills the engine.
+Words in the prompt steer it: `slow` waits between tokens, `held` before the third until `released` is set or the engine
+is dead, `fail` fails after two, `die` kills the engine.
 """
 
 import asyncio
@@ -114,7 +114,7 @@ class FakeEngine:
             longest = max(map(len, sequences))
             for step in range(longest):
                 await asyncio.sleep(0.02 if "slow" in text else 0)
-                while "held" in text and step == 2 and not self.released.is_set():
+                while "held" in text and step == 2 and self.is_healthy and not self.released.is_set():
                     await asyncio.sleep(0.01)
                 if "die" in text and step == 2:
                     self.is_healthy = False

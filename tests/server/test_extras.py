@@ -16,7 +16,7 @@ MAX_MODEL_LEN = 512
 
 @pytest.fixture(scope="module")
 def http(real: Running) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=real.url, timeout=30) as session:
+    with httpx.Client(base_url=real.url) as session:
         yield session
 
 

@@ -14,11 +14,12 @@ from quire.errors import OverloadedError
 from quire.server.listen import bind
 from quire.server.routes.health import OPEN_PATHS
 from quire.server.streams import EventStream
+from tests.conftest import PATIENCE_S
 from tests.server.conftest import MODEL, Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
 
-SLOW_CHAT = {"messages": [{"role": "user", "content": "slow"}], "max_tokens": 400}
-SLOW_TEXT = {"prompt": ["slow", "slow too"], "n": 2, "max_tokens": 400}
+HELD_CHAT = {"messages": [{"role": "user", "content": "held"}], "max_tokens": 400}
+HELD_TEXT = {"prompt": ["held", "held too"], "n": 2, "max_tokens": 400}
 
 
 def test_event_framing(http: httpx.Client) -> None:
@@ -48,7 +49,7 @@ def test_error_before_the_first_token_is_a_status(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize(("route", "body"), [("chat/completions", SLOW_CHAT), ("completions", SLOW_TEXT)])
+@pytest.mark.parametrize(("route", "body"), [("chat/completions", HELD_CHAT), ("completions", HELD_TEXT)])
 def test_closed_connection_aborts(running: Running, route: str, body: dict[str, Any], stream: bool) -> None:
     engine: FakeEngine = running.engine
     before, wanted = engine.num_aborted, len(body.get("prompt", [1]))
@@ -61,12 +62,12 @@ def test_closed_connection_aborts(running: Running, route: str, body: dict[str, 
             assert connection.recv(64).startswith(b"HTTP/1.1 200")
     assert wait_until(lambda: engine.num_aborted == before + wanted)
     assert engine.num_running == 0
-    assert running.server._context.gate.num_inside == 0
+    assert wait_until(lambda: running.server._context.gate.num_inside == 0)
 
 
 def test_one_failing_prompt_aborts_its_siblings(running: Running, http: httpx.Client) -> None:
     before = running.engine.num_aborted
-    response = http.post("/v1/completions", json={"prompt": ["slow", [256]], "max_tokens": 400})
+    response = http.post("/v1/completions", json={"prompt": ["held", [256]], "max_tokens": 400})
     assert response.status_code == 400
     assert running.engine.num_running == 0
     assert running.engine.num_aborted == before + 1
@@ -141,13 +142,13 @@ def test_key_guards_every_route_but_the_probes() -> None:
 def test_full_house_is_503_with_retry_after() -> None:
     small = start(FakeEngine(), max_requests_in_flight=1)
     try:
-        with httpx.Client(base_url=small.url, timeout=10) as http:
-            with http.stream("POST", "/v1/chat/completions", json={**SLOW_CHAT, "stream": True}):
+        with httpx.Client(base_url=small.url) as http:
+            with http.stream("POST", "/v1/chat/completions", json={**HELD_CHAT, "stream": True}):
                 response = http.post("/v1/completions", json={"prompt": "x"})
             assert response.status_code == 503
             assert int(response.headers["retry-after"]) >= 1
             assert response.json()["error"]["code"] == "overloaded"
-            assert wait_until(lambda: small.engine.num_running == 0)
+            assert wait_until(lambda: small.server._context.gate.num_inside == 0)
             assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 200
     finally:
         small.stop()
@@ -175,7 +176,7 @@ def test_unexpected_exception_is_a_500_that_tells_nothing() -> None:
 
     broken = start(Broken())
     try:
-        response = httpx.post(f"{broken.url}/v1/chat/completions", json=SLOW_CHAT)
+        response = httpx.post(f"{broken.url}/v1/chat/completions", json=HELD_CHAT)
         assert response.status_code == 500
         assert response.json()["error"]["code"] == "internal_error"
         assert "secret" not in response.text
@@ -195,16 +196,16 @@ def test_dead_engine_is_not_alive() -> None:
         dying.stop()
 
 
-def _read_stream(url: str, lines: list[str], prompt: str = "slow") -> None:
-    body = {"prompt": prompt, "max_tokens": 25, "stream": True, "model": MODEL}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as response:
+def _read_stream(url: str, lines: list[str]) -> None:
+    body = {"prompt": "held", "max_tokens": 25, "stream": True, "model": MODEL}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
         lines.extend(line for line in response.iter_lines() if line)
 
 
 def test_stopping_lets_requests_finish() -> None:
-    stopping = start(FakeEngine(), drain_s=30.0)
+    stopping = start(FakeEngine(), drain_s=PATIENCE_S)
     lines: list[str] = []
-    reader = threading.Thread(target=_read_stream, args=(stopping.url, lines, "held"))
+    reader = threading.Thread(target=_read_stream, args=(stopping.url, lines))
     reader.start()
     assert wait_until(lambda: stopping.engine.num_running == 1)
     stopping.server.drain()
@@ -214,8 +215,8 @@ def test_stopping_lets_requests_finish() -> None:
     assert refused.status_code == 503
     assert "retry-after" in refused.headers
     stopping.engine.released.set()
-    reader.join(20)
-    stopping.thread.join(20)
+    reader.join(PATIENCE_S)
+    stopping.thread.join(PATIENCE_S)
     assert not stopping.thread.is_alive()
     assert lines[-1] == "data: [DONE]"
     assert len(lines) == 26
@@ -228,7 +229,7 @@ def test_stopping_ends_what_does_not_finish_with_an_error() -> None:
     reader.start()
     assert wait_until(lambda: stopping.engine.num_running == 1)
     stopping.stop()
-    reader.join(10)
+    reader.join(PATIENCE_S)
     assert not reader.is_alive()
     assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "engine_dead"
 

@@ -15,6 +15,7 @@ from quire.server.body import Bodies, count_outside_strings
 from quire.server.errors import ApiError
 from quire.server.limits import Limits
 from scripts import limits_page
+from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start
 from tests.server.fake_engine import FakeEngine
 
@@ -22,7 +23,6 @@ JSON = {"content-type": "application/json"}
 HELLO = [{"role": "user", "content": "x"}]
 SMALL = {
     "body_bytes": 20_000,
-    "body_seconds": 1,
     "body_values": 500,
     "body_names": 40,
     "all_bodies_bytes": 15_000,
@@ -84,6 +84,13 @@ def narrow() -> Iterator[Running]:
     instance.stop()
 
 
+@pytest.fixture
+def hasty() -> Iterator[Running]:
+    instance = start(FakeEngine(), limits=Limits().with_values({"body_seconds": 1}))
+    yield instance
+    instance.stop()
+
+
 @pytest.mark.parametrize("name", [item.name for item in fields(Limits) if item.name != "body_seconds"])
 def test_each_limit_has_its_own_error(narrow: Running, name: str) -> None:
     limit = getattr(Limits().with_values(SMALL), name)
@@ -98,14 +105,13 @@ def test_each_limit_has_its_own_error(narrow: Running, name: str) -> None:
         assert response.status_code == 200, response.text
 
 
-async def test_a_body_that_trickles_in_is_cut_off(narrow: Running) -> None:
-    host, _, port = narrow.url.removeprefix("http://").partition(":")
+async def test_a_body_that_trickles_in_is_cut_off(hasty: Running) -> None:
+    host, _, port = hasty.url.removeprefix("http://").partition(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(
         b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
     )
-    status = await asyncio.wait_for(reader.readline(), 10)
-    assert b" 408 " in status
+    assert b" 408 " in await asyncio.wait_for(reader.readline(), PATIENCE_S)
     writer.close()
 
 
@@ -150,7 +156,7 @@ async def test_a_large_body_does_not_hold_up_the_event_loop() -> None:
     turned = threading.Event()
     request: Any = _Request(data)
     asyncio.get_running_loop().call_soon(turned.set)
-    assert await bodies.read(request, lambda body: len(body["messages"]) if turned.wait(10) else 0) == 30_000
+    assert await bodies.read(request, lambda body: len(body["messages"]) if turned.wait(PATIENCE_S) else 0) == 30_000
     assert bodies.num_bytes == 0
 
 
@@ -164,7 +170,7 @@ async def test_what_the_parser_takes_long_for_is_refused_before_it(
     turned, request = threading.Event(), _Request(data)
 
     def count(data: bytes, *signs: bytes) -> list[int]:
-        assert turned.wait(10), "the loop stood still"
+        assert turned.wait(PATIENCE_S), "the loop stood still"
         return count_outside_strings(data, *signs)
 
     monkeypatch.setattr("quire.server.body.parse_json", None)

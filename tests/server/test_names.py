@@ -68,7 +68,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
 def trusting(real: Running) -> Any:
     """The real engine behind a second door, which takes templates."""
     instance = start(real.engine, limits=Limits().with_values({"chat_template_characters": 500}))
-    with httpx.Client(base_url=instance.url, timeout=20) as session:
+    with httpx.Client(base_url=instance.url) as session:
         yield session
     instance.stop()
 

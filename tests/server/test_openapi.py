@@ -110,7 +110,7 @@ def test_the_description_needs_the_key_and_says_so() -> None:
 
 
 def test_answers_are_as_described(real: Running) -> None:
-    with httpx.Client(base_url=real.url, timeout=30) as http:
+    with httpx.Client(base_url=real.url) as http:
         extras: dict[str, Any] = {"return_token_ids": True, "prompt_logprobs": 1, "max_tokens": 3}
         for route, body in (
             ("/v1/completions", {"prompt": ["ab", "c"], "n": 2, "logprobs": 2, **extras}),

@@ -19,6 +19,7 @@ from quire.server.access import LOG_FORMATS, configure_logs
 from quire.server.app import Oversight
 from quire.server.keys import caller_name
 from quire.server.traces import Tracer
+from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
 
@@ -27,7 +28,7 @@ SECRET = "a prompt that nobody may log"
 
 def complete(server: Running, **more: Any) -> httpx.Response:
     body = {"prompt": SECRET, "max_tokens": 40, "ignore_eos": True, **more}
-    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=30)
+    return httpx.post(f"{server.url}/v1/completions", json=body)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -58,7 +59,7 @@ def test_one_name_under_two_keys_is_two_requests(real: Running) -> None:
 
     def ask(key: str, max_tokens: int) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"}
-        return httpx.post(address, json={**body, "max_tokens": max_tokens}, headers=headers, timeout=30)
+        return httpx.post(address, json={**body, "max_tokens": max_tokens}, headers=headers)
 
     with ThreadPoolExecutor() as pool:
         answers = list(pool.map(ask, ("ann", "bob"), (200, 100)))
@@ -127,11 +128,11 @@ def test_a_record_tells_sizes_and_times_and_no_text(real: Running, caplog: pytes
     with caplog.at_level(logging.INFO, "quire.access"):
         body = {"prompt": SECRET, "max_tokens": 5, "ignore_eos": True}
         headers = {"Authorization": "Bearer hidden-key"}
-        httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=30)
+        httpx.post(f"{server.url}/v1/completions", json=body, headers=headers)
         httpx.get(f"{server.url}/no/such%0aroute", headers=headers)
         assert wait_until(lambda: len(caplog.records) >= 2)
     server.server.should_exit = True
-    server.thread.join(10)
+    server.thread.join(PATIENCE_S)
     shown = [json.loads(LOG_FORMATS["json"]().format(record)) for record in caplog.records]
     assert shown[0]["status"] == 200 and shown[0]["output_tokens"] == 5 and shown[0]["is_complete"]
     assert shown[0]["finish_reasons"] == ["length"] and shown[0]["time_to_first_token"] > 0
@@ -186,13 +187,12 @@ def test_spans_reach_the_collector(real: Running, collector: tuple[str, list[tup
     server = start(real.engine, oversight=Oversight(otlp_traces_endpoint=url))
     parent = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
     body = {"prompt": SECRET, "max_tokens": 5, "ignore_eos": True}
-    httpx.post(f"{server.url}/v1/completions", json=body, headers=parent, timeout=30)
-    assert wait_until(lambda: bodies, 10)
+    httpx.post(f"{server.url}/v1/completions", json=body, headers=parent)
+    assert wait_until(lambda: len(spans_of(bodies)) >= 4)
     server.server.should_exit = True
-    server.thread.join(10)
-    path, content = bodies[0]
-    assert path == "/v1/traces"
-    spans = {span["name"]: span for span in content["resourceSpans"][0]["scopeSpans"][0]["spans"]}
+    server.thread.join(PATIENCE_S)
+    assert {path for path, _ in bodies} == {"/v1/traces"}
+    spans = {span["name"]: span for span in spans_of(bodies)}
     assert set(spans) == {"llm_request", "queue", "prefill", "decode"}
     root = spans["llm_request"]
     assert root["traceId"] == "ab" * 16 and root["parentSpanId"] == "cd" * 8
@@ -200,10 +200,14 @@ def test_spans_reach_the_collector(real: Running, collector: tuple[str, list[tup
         assert spans[name]["parentSpanId"] == root["spanId"]
         assert int(root["startTimeUnixNano"]) <= int(spans[name]["startTimeUnixNano"])
         assert int(spans[name]["endTimeUnixNano"]) <= int(root["endTimeUnixNano"])
-    assert abs(int(root["endTimeUnixNano"]) / 1e9 - time.time()) < 60
+    assert abs(int(root["endTimeUnixNano"]) / 1e9 - time.time()) < 3600
     values = {item["key"]: item["value"] for item in root["attributes"]}
     assert values["gen_ai.usage.completion_tokens"] == {"intValue": "5"}
-    assert SECRET not in json.dumps(content)
+    assert SECRET not in json.dumps(bodies)
+
+
+def spans_of(bodies: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [span for _, content in bodies for span in content["resourceSpans"][0]["scopeSpans"][0]["spans"]]
 
 
 def test_a_collector_that_is_gone_costs_spans_only(real: Running) -> None:

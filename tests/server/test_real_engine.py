@@ -102,9 +102,9 @@ def test_closed_connection_frees_its_blocks(real: Running, stream: bool) -> None
     with socket.create_connection(("127.0.0.1", int(real.url.rsplit(":", 1)[1]))) as connection:
         connection.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
         assert wait_until(lambda: _metric(real, "quire:kv_cache_usage_perc") > 0)
-    assert wait_until(lambda: _metric(real, "quire:num_requests_running") == 0)
-    assert wait_until(lambda: _metric(real, "quire:kv_cache_usage_perc") == 0)
-    assert _metric(real, "quire:num_requests_waiting") == 0
+    assert wait_until(lambda: not real.engine.has_work)
+    for name in ("quire:num_requests_running", "quire:kv_cache_usage_perc", "quire:num_requests_waiting"):
+        assert wait_until(lambda name=name: _metric(real, name) == 0)
     assert _metric(real, "quire:request_success_total", 'finished_reason="abort"') == aborted + 4
 
 

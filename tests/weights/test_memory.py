@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from tests.conftest import PATIENCE_S
+
 LAYERS, HIDDEN, INNER, VOCABULARY = 8, 512, 2048, 8192
 SLACK = 12 * 2**20  # pages of the interpreter, scratch memory of the threads
 
@@ -89,7 +91,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_peak_memory(checkpoint: Path, dtype: str, quantization: str, item: int, provider: str) -> None:
     command = [sys.executable, "-c", CHILD, str(checkpoint), dtype, quantization, provider]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     weights, peak, settled = map(int, done.stdout.split())
     largest = VOCABULARY * HIDDEN * item

@@ -14,7 +14,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
@@ -59,6 +59,11 @@ class _Abort:
 
 
 @dataclass(frozen=True, slots=True)
+class _Check:
+    done: "Future[None]"
+
+
+@dataclass(frozen=True, slots=True)
 class ServedEngine:
     """What an `AsyncEngine` is made of."""
 
@@ -78,9 +83,10 @@ class AsyncEngine:
     def __init__(self, served: ServedEngine) -> None:
         self._served = served
         self._engine = served.engine
-        self._commands: deque[_Add | _Abort] = deque()
+        self._commands: deque[_Add | _Abort | _Check] = deque()
+        """The first is under way: it leaves when it is done."""
         self._lock = threading.Lock()
-        """Held where `_commands`, `_stopping` and `_dead` are read together or changed."""
+        """Held where `_commands` grows, and where `_stopping` and `_dead` are read with it or changed."""
         self._stopping = False
         self._dead: Exception | None = None
         self._streams: dict[int, Stream] = {}
@@ -119,8 +125,10 @@ class AsyncEngine:
         return bool(self._commands) or self._engine.has_work
 
     def check(self) -> None:
-        """State the invariants of the core; only while there is no work."""
-        self._engine.check()
+        """State the invariants of the core, in the engine's thread; only while there is no work."""
+        command = _Check(Future())
+        self._post(command)
+        command.done.result()
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -247,7 +255,7 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._text_worker, lambda: function(*args, **kwargs))
 
-    def _post(self, command: _Add | _Abort) -> None:
+    def _post(self, command: _Add | _Abort | _Check) -> None:
         with self._lock:
             if self._dead is not None or self._stopping:
                 raise EngineDeadError("the engine has stopped")
@@ -267,10 +275,13 @@ class AsyncEngine:
             failure = EngineDeadError(f"the engine stopped: {type(error).__name__}")
         with self._lock:
             self._dead = failure
-            waiting = [command.stream for command in self._commands if isinstance(command, _Add)]
+            waiting = list(self._commands)
             self._commands.clear()
-        for stream in waiting:
-            _call(stream.loop, stream.put, failure)
+        for command in waiting:
+            if isinstance(command, _Add):
+                _call(command.stream.loop, command.stream.put, failure)
+            elif isinstance(command, _Check):
+                command.done.set_exception(failure)
         self._fail_all(failure)
         self._served.close()
 
@@ -280,15 +291,23 @@ class AsyncEngine:
         with self._lock:
             if self._stopping:
                 return False
-            commands = list(self._commands)
-            self._commands.clear()
-        for command in commands:
-            if isinstance(command, _Add):
-                self._add(command)
-            else:
-                self._streams.pop(command.parsed.number, None)
-                self._engine.abort(command.parsed)
+        for _ in range(len(self._commands)):
+            self._obey(self._commands[0])
+            self._commands.popleft()
         return True
+
+    def _obey(self, command: _Add | _Abort | _Check) -> None:
+        if isinstance(command, _Add):
+            self._add(command)
+        elif isinstance(command, _Abort):
+            self._streams.pop(command.parsed.number, None)
+            self._engine.abort(command.parsed)
+        else:
+            try:
+                self._engine.check()
+                command.done.set_result(None)
+            except Exception as error:
+                command.done.set_exception(error)
 
     def _add(self, command: _Add) -> None:
         try:

@@ -64,12 +64,15 @@ class CoreProcess:
 
     def activity(self) -> Activity | None:
         """What it does; None where the system does not say."""
-        try:
-            fields = _after_name(Path(f"/proc/{self.pid}/stat"))
-            is_awake = any(_after_name(path)[0] in "RD" for path in Path(f"/proc/{self.pid}/task").glob("*/stat"))
-        except OSError:
+        threads: dict[int, list[str]] = {}
+        for path in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+            with suppress(OSError):  # a thread that has just ended
+                threads[int(path.parent.name)] = _after_name(path)
+        if not threads:
             return None
-        return Activity((int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), is_awake)
+        ticks = os.sysconf("SC_CLK_TCK")
+        used_s = {thread: (int(fields[11]) + int(fields[12])) / ticks for thread, fields in threads.items()}
+        return Activity(used_s, any(fields[0] in "RD" for fields in threads.values()))
 
     @property
     def pid(self) -> int:
@@ -142,7 +145,7 @@ class CoreProcess:
 
 
 def _after_name(stat: Path) -> list[str]:
-    """Fields of a process or a thread (proc_pid_stat(5)), from its state on."""
+    """Fields of a thread (proc_pid_stat(5)), from its state on."""
     return stat.read_text().rpartition(")")[2].split()
 
 

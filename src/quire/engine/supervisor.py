@@ -111,7 +111,8 @@ class SupervisedChannel:
     @property
     def pid(self) -> int | None:
         """The process of the present core."""
-        return self._core.pid if self._core is not None else None
+        core = self._core
+        return None if core is None else core.pid
 
     @property
     def is_ready(self) -> bool:
@@ -271,7 +272,8 @@ class SupervisedChannel:
             self._must_refuse = True
 
     def _activity(self) -> Activity | None:
-        return None if self._core is None else self._core.activity()
+        core = self._core  # read once: another thread may ask while this one replaces it
+        return None if core is None else core.activity()
 
     @property
     def _has_promised(self) -> bool:

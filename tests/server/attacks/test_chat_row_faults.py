@@ -35,7 +35,7 @@ CANARIES: list[dict[str, Any]] = [
 def ask(engine: AsyncLLM, *, victim: bool, stream: bool) -> list[httpx.Response]:
     async def together() -> list[httpx.Response]:
         transport = httpx.ASGITransport(create_app(engine, served_model_name="tiny"))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=20) as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
             bodies = [{**body, "max_tokens": 24, "ignore_eos": True} for body in CANARIES]
             delivery = {"stream": True} if stream else {"prompt_logprobs": 3}
             bodies = [{**VICTIM, **delivery}, *bodies] if victim else bodies

@@ -9,6 +9,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -19,6 +20,7 @@ from quire.server.limits import Limits
 from quire.server.protocol.fields import COMPLETIONS
 from quire.server.protocol.schemas import request_bodies
 from scripts.fuzz_api import KEY, PRIVATE, corpus
+from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start
 from tests.server.fake_engine import FakeEngine
 
@@ -31,7 +33,15 @@ TAKE_OBJECTS = LISTS | {"logit_bias", "repetition_detection"}
 
 @pytest.fixture(scope="module")
 def locked() -> Iterator[Running]:
-    instance = start(FakeEngine(), api_key=KEY, header_s=0.5)
+    instance = start(FakeEngine(), api_key=KEY)
+    yield instance
+    instance.stop()
+
+
+@pytest.fixture
+def hasty() -> Iterator[Running]:
+    """A server that waits half a second for headers."""
+    instance = start(FakeEngine(), header_s=0.5)
     yield instance
     instance.stop()
 
@@ -40,9 +50,9 @@ def port_of(running: Running) -> int:
     return int(running.url.rsplit(":", 1)[1])
 
 
-def say(running: Running, data: bytes, *, seconds: float = 10) -> bytes:
+def say(running: Running, data: bytes) -> bytes:
     """What the server answers to these bytes, until it closes or has answered."""
-    with socket.create_connection(("127.0.0.1", port_of(running)), timeout=seconds) as connection:
+    with socket.create_connection(("127.0.0.1", port_of(running)), timeout=PATIENCE_S) as connection:
         try:
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
@@ -160,14 +170,24 @@ def test_keys_are_compared_as_digests_in_constant_time() -> None:
     assert not [text for text in compared if re.search(r"\b(key|digest)\b", text) and "None" not in text]
 
 
-def test_connections_that_never_ask_are_closed(locked: Running) -> None:
+def ask_first(running: Running) -> socket.socket:
+    """A connection that asked, and was answered, before its time was up: tried again where the machine was too busy."""
+    for _ in range(100):
+        connection = socket.create_connection(("127.0.0.1", port_of(running)))
+        with suppress(ConnectionError):
+            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            if found := connection.recv(4096):
+                assert found.startswith(b"HTTP/1.1 200")
+                return connection
+        connection.close()
+    raise TimeoutError("no answer came in time")
+
+
+def test_connections_that_never_ask_are_closed(hasty: Running) -> None:
     """A14: silent ones, ones that send a byte now and then, and ones that dawdle over a second request."""
-    quiet = [socket.create_connection(("127.0.0.1", port_of(locked))) for _ in range(40)]
-    slow = [socket.create_connection(("127.0.0.1", port_of(locked))) for _ in range(40)]
-    for connection in slow:
-        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-    open_ones, end = set(quiet + slow), time.monotonic() + 10
+    quiet = [socket.create_connection(("127.0.0.1", port_of(hasty))) for _ in range(40)]
+    slow = [ask_first(hasty) for _ in range(40)]
+    open_ones, end = set(quiet + slow), time.monotonic() + PATIENCE_S
     while open_ones and time.monotonic() < end:
         for connection in list(open_ones):
             try:
@@ -182,18 +202,22 @@ def test_connections_that_never_ask_are_closed(locked: Running) -> None:
                 open_ones.discard(connection)
         time.sleep(0.05)
     assert not open_ones
-    assert is_alive(locked)
+    ask_first(hasty).close()
     for connection in quiet + slow:
         connection.close()
 
 
-def test_a_request_may_take_longer_than_its_headers(locked: Running) -> None:
-    """A14's limit is of the headers: an answer that takes longer is not cut off."""
+def test_a_request_may_take_longer_than_its_headers(hasty: Running) -> None:
+    """A14's limit is of the headers: an answer that takes longer is not cut off. Headers that are late on a busy
+    machine are sent again; an answer that has begun is the last."""
     body = {"prompt": "slow", "max_tokens": 60, "stream": True}
-    answer = httpx.post(
-        f"{locked.url}/v1/completions", json=body, headers={"authorization": f"Bearer {KEY}"}, timeout=20
-    )
-    assert answer.text.endswith("data: [DONE]\n\n")
+    found, num_tries = "", 0
+    while not found and num_tries < 100:
+        num_tries += 1
+        with suppress(httpx.TransportError), httpx.stream("POST", f"{hasty.url}/v1/completions", json=body) as answer:
+            for text in answer.iter_text():
+                found += text
+    assert found.endswith("data: [DONE]\n\n")
 
 
 def test_logs_hold_one_line_a_record_and_nothing_of_the_request(caplog: pytest.LogCaptureFixture) -> None:
