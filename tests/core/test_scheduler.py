@@ -80,6 +80,22 @@ def test_the_last_token_is_always_computed() -> None:
     assert harness.outputs["a"].sequence == harness.outputs["b"].sequence
 
 
+def test_the_record_counts_blocks_and_hits() -> None:
+    harness = Harness(num_blocks=16, block_size=4)
+    harness.add(new_request("a", range(9), max_tokens=1))
+    harness.drain(1)
+    assert harness.scheduler.cache_usage == 0.0
+    harness.add(new_request("b", [*range(4), *range(20, 29)], max_tokens=1))
+    harness.step()
+    record = harness.scheduler.last_record
+    assert (record.num_prefix_queries, record.num_prefix_hits) == (12, 4)
+    assert (record.num_blocks, record.num_free_blocks, record.num_cached_blocks) == (16, 12, 1)
+    assert harness.scheduler.cache_usage == 0.0, "b ended with its first token"
+    harness.add(new_request("c", range(40, 52), max_tokens=2))
+    harness.step()
+    assert harness.scheduler.cache_usage == 3 / 16
+
+
 @pytest.mark.parametrize(("salt", "num_cached"), [("", 8), ("other", 0)])
 def test_blocks_are_shared_within_one_salt(salt: str, num_cached: int) -> None:
     harness = Harness()
@@ -152,6 +168,18 @@ def test_admission_keeps_a_block_for_each_that_runs() -> None:
     assert stalls(harness) == {"b": ("no_blocks", None)}
     harness.update(plan, harness.executor.execute(plan))
     harness.drain(10)
+
+
+def test_hits_that_nobody_holds_take_room_too() -> None:
+    """Of three free blocks two are hits; with the third, for the rest of c, none were left for b to grow."""
+    harness = Harness(num_blocks=4, block_size=4)
+    harness.add(new_request("a", range(8), max_tokens=1))
+    harness.drain(1)
+    harness.add(new_request("b", [30], max_tokens=6))
+    harness.step()
+    harness.add(new_request("c", range(9), max_tokens=1))
+    assert harness.schedule().new == ()
+    assert stalls(harness) == {"c": ("no_blocks", None)}
 
 
 def test_the_head_is_never_overtaken() -> None:
@@ -268,6 +296,14 @@ def test_abort_while_running() -> None:
     harness.step()
     harness.abort("a")
     harness.check_empty()
+
+
+def test_the_final_of_an_aborted_request_says_what_was_cached() -> None:
+    harness = Harness()
+    for name in "ab":
+        harness.add(new_request(name, range(9), max_tokens=5))
+        harness.step()
+    assert harness.abort("b") == [TokenDelta("b", (), num_cached_tokens=8, finish_reason="abort")]
 
 
 def test_abort_in_the_middle_of_a_prompt() -> None:
