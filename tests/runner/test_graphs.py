@@ -13,24 +13,28 @@ import torch
 from quire import LLM, AsyncLLM, SamplingParams
 from quire.compose import core as compose
 from quire.core.plan import ScheduledRow, StepPlan
+from quire.core.request import SamplingSpec
 from quire.ops.reference import ReferenceOps
-from quire.ops.types import CacheShape, DeviceMemory
+from quire.ops.types import CacheShape, DeviceMemory, SampleBatch
 from quire.runner import graphs
 from quire.runner.graphs import GraphLimits, GraphSize
 from quire.runner.model_runner import ModelRunner
 from quire.weights.load import load_model
 from tests.runner.test_overlap import DRAWN, GREEDY, enter, single
+from tests.runner.test_overlap import plans as overlapping_plans
 
 
 class Recorder:
     """Notes what is recorded and replayed. A recording is made of arrays: nothing else may reach the work again."""
 
     def __init__(self) -> None:
+        self.num_asked = 0
         self.num_recorded = 0
         self.num_replayed = 0
         self.fails = False
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.num_asked += 1
         if self.fails:
             raise RuntimeError("the device does not record")
         self.num_recorded += 1
@@ -106,6 +110,30 @@ def test_recorded_steps_give_what_launched_ones_give(
     assert recorder.num_replayed >= 2
 
 
+@pytest.mark.parametrize("recorder", [None, Recorder()], ids=["launched", "recorded"])
+@pytest.mark.parametrize("num_logprobs", [None, 0])
+def test_a_draw_is_of_the_place_that_its_token_takes(
+    tiny_model: Path, recorder: Recorder | None, num_logprobs: int | None
+) -> None:
+    """The index of the new token, not of the one that is computed: the noise of a draw depends on it."""
+    seen: list[tuple[list[int], list[int]]] = []
+
+    class WatchedOps(ReferenceOps):
+        def sample(self, logits: Any, batch: SampleBatch) -> Any:
+            seen.append((batch.seeds.tolist(), batch.positions.tolist()))
+            return super().sample(logits, batch)
+
+    ops = WatchedOps(np)
+    model = load_model(tiny_model, ops, dtype="float32")
+    one = ModelRunner(model, ops, num_blocks=16, block_size=16, max_rows=4, max_model_len=64, record=recorder)
+    specs = [SamplingSpec(temperature=1.0, seed=seed, num_logprobs=num_logprobs) for seed in (7, 8, 9)]
+    for plan in overlapping_plans(specs, 6):
+        one.execute(plan)
+    assert len(seen) == 6
+    for step, (seeds, positions) in enumerate(seen):
+        assert (seeds[:3], positions[:3]) == ([7, 8, 9], [3 + step, 4 + step, 5 + step])
+
+
 def test_padding_writes_into_the_null_block_alone(tiny_model: Path) -> None:
     one = runner(tiny_model, np, Recorder())
     for plan in plans(15)[:2]:
@@ -125,6 +153,7 @@ def test_a_device_that_cannot_record_goes_on(tiny_model: Path, monkeypatch: pyte
     recorder.fails = True
     failing = runner(tiny_model, np, recorder)
     assert [failing.execute(plan) for plan in todo] == [plain.execute(plan) for plan in todo]
+    assert recorder.num_asked == len(failing._graphs._recordings) < sum(failing._graphs._num_uses.values())
 
 
 class RecordingDevice(ReferenceOps):
