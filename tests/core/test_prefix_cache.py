@@ -43,12 +43,14 @@ def test_only_full_blocks_that_were_computed_are_found() -> None:
 def test_matches_are_the_longest_common_beginnings() -> None:
     """Against texts kept as they are: a block stands for its salt and for all tokens up to its end."""
     dice = random.Random(5)
-    pool, cache = BlockPool(1000, 2), PrefixCache(KEY)
+    pool, cache = BlockPool(4000, 2), PrefixCache(KEY)
     texts: dict[tuple[str, tuple[int, ...]], int] = {}
-    num_found = 0
-    for _ in range(200):
-        salt = dice.choice(["", "x"])
-        token_ids = [dice.choice([0, 1, 256, 1 << 16, 1 << 31]) for _ in range(dice.randint(1, 9))]
+    num_found, before = 0, [0]
+    for _ in range(400):
+        salt = dice.choice(["", "", "x"])
+        token_ids = before[: dice.randint(0, len(before))]
+        token_ids += [dice.choice([0, 1, 256, 1 << 16, 1 << 31]) for _ in range(dice.randint(1, 4))]
+        before = token_ids
         expected: list[int] = []
         for end in range(2, len(token_ids), 2):
             block_id = texts.get((salt, tuple(token_ids[:end])))

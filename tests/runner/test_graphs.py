@@ -110,6 +110,43 @@ def test_recorded_steps_give_what_launched_ones_give(
     assert recorder.num_replayed >= 2
 
 
+def drawing_plans() -> list[StepPlan]:
+    """Five rows that want tokens alone, padded to six; then a greedy request takes a row that was drawn for."""
+    drawn = SamplingSpec(temperature=1.5, seed=11)
+    prompts = [list(range(10 + row, 13 + 2 * row)) for row in range(5)]
+    new = [enter(row, prompt, (drawn, GREEDY)[row % 2], (row, 5 + row)) for row, prompt in enumerate(prompts)]
+    lengths = [len(prompt) for prompt in prompts]
+    made = [StepPlan(0, (), tuple(new), tuple(ScheduledRow(row, 0, lengths[row], (), True) for row in range(5)))]
+    for step in range(1, 9):
+        if step == 4:
+            again = enter(0, [4, 5], GREEDY, (0, 5))
+            lengths[0] = 2
+            made.append(StepPlan(step, (0,), (again,), (ScheduledRow(0, 0, 2, (), True),)))
+        else:
+            made.append(StepPlan(step, (), (), tuple(single(row, lengths[row]) for row in range(5))))
+            lengths = [length + 1 for length in lengths]
+    return made
+
+
+@pytest.mark.parametrize("xp", [np, torch], ids=lambda xp: xp.__name__)
+def test_recorded_draws_give_what_launched_ones_give(
+    tiny_model: Path, xp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "RECORD_AT", 1)
+    monkeypatch.setattr(graphs, "STEPS_APART", 1)
+    todo = drawing_plans()
+    plain = runner(tiny_model, xp, None)
+    expected = [plain.execute(plan) for plan in todo]
+    recorder = Recorder()
+    assert [one.execute(plan) for one in [runner(tiny_model, xp, recorder)] for plan in todo] == expected
+    assert recorder.num_replayed >= 3
+    late, found = runner(tiny_model, xp, Recorder()), []
+    for part in (todo[:4], todo[4:]):  # what is in flight for a row that is removed would be void
+        begun = [late.begin(plan) for plan in part]
+        found += [late.finish(step) for step in begun]
+    assert found == expected
+
+
 @pytest.mark.parametrize("recorder", [None, Recorder()], ids=["launched", "recorded"])
 @pytest.mark.parametrize("num_logprobs", [None, 0])
 def test_a_draw_is_of_the_place_that_its_token_takes(
