@@ -75,6 +75,7 @@ def test_taking_too_many_is_an_error_and_changes_nothing() -> None:
         lambda pool: pool._hash_of.__setitem__(0, b"x"),
         lambda pool: pool._block_of.__setitem__(b"x", 0),
         lambda pool: pool._next.__setitem__(1, 1),
+        lambda pool: pool._previous.__setitem__(2, 3),
         lambda pool: setattr(pool, "num_cached", 1),
         lambda pool: setattr(pool, "num_free", 1),
     ],

@@ -2,6 +2,7 @@
 
 import pytest
 
+from quire.bench import core_clock
 from quire.bench.core_clock import time_core
 from quire.core.engine_core import EngineCore, OverlappingCore
 from quire.core.plan import StepPlan, StepResult
@@ -38,6 +39,35 @@ def test_steps_until_the_work_is_done() -> None:
     core.add(new_request("d", [1]))
     assert [delta.finish_reason for delta in core.abort("d")] == ["abort"]
     core.close()
+
+
+class CountingExecutor(FakeExecutor):
+    """Counts what it is asked besides steps."""
+
+    num_prepared = num_closed = 0
+
+    def prepare(self) -> bool:
+        self.num_prepared += 1
+        return self.num_prepared == 1
+
+    def close(self) -> None:
+        self.num_closed += 1
+
+
+def test_the_core_hands_on_what_it_is_asked() -> None:
+    scheduler, _ = parts(1)
+    executor = CountingExecutor(num_blocks=16, block_size=4, max_num_seqs=1, vocab_size=VOCAB_SIZE)
+    core = EngineCore(scheduler, executor, lambda: 0.0)
+    for name in "abc":
+        core.add(new_request(name, [1, 2], max_tokens=3))
+    core.step()
+    assert (core.num_running, core.num_waiting, core.cache_usage) == (1, 2, 1 / 16)
+    assert [core.prepare(), core.prepare(), executor.num_prepared] == [True, False, 2]
+    core.close()
+    assert executor.num_closed == 1
+    scheduler._free_rows.append(0)
+    with pytest.raises(AssertionError, match="free rows and held rows are all rows"):
+        core.check()
 
 
 class LateExecutor:
@@ -99,3 +129,47 @@ def test_the_clock_counts_decoding_steps_only() -> None:
     assert times.core_us == times.schedule_us + times.update_us
     with pytest.raises(ValueError, match=r"ended after 1[0-9] of 50 steps"):
         time_core(make, 3, num_steps=50)
+
+
+class Ticks:
+    """A clock that stands still but for what the parts of a step add to it: schedule 3 us, execute 7, collect 11,
+    update 5; ten times as much in a step that computes prompts."""
+
+    def __init__(self, scheduler: Scheduler, executor: FakeExecutor) -> None:
+        self.now_s = 0.0
+        self._scheduler, self._executor = scheduler, executor
+        self._scale = 1e-6
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+    def schedule(self, now_s: float) -> StepPlan:
+        plan = self._scheduler.schedule(now_s)
+        self._scale = 1e-6 if plan.num_tokens == len(plan.scheduled) else 1e-5
+        self.now_s += 3 * self._scale
+        return plan
+
+    def update(self, plan: StepPlan, result: StepResult) -> object:
+        self.now_s += 5 * self._scale
+        return self._scheduler.update(plan, result)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        self.now_s += 7 * self._scale
+        return self._executor.execute(plan)
+
+    def collect(self, handle: StepResult) -> StepResult:
+        self.now_s += 11 * self._scale
+        return handle
+
+
+def test_the_clock_tells_the_parts_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(num_rows: int) -> tuple[Ticks, Ticks]:
+        ticks = Ticks(*parts(num_rows))
+        for number in range(num_rows):
+            ticks._scheduler.add(new_request(str(number), range(30), max_tokens=20))
+        monkeypatch.setattr(core_clock, "time", ticks)
+        return ticks, ticks
+
+    times = time_core(make, 2, num_steps=1)
+    assert (times.schedule_us, times.executor_us, times.update_us) == pytest.approx((3, 18, 5))
+    assert times.core_us == pytest.approx(8)

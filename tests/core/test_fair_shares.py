@@ -3,11 +3,12 @@
 import random
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 
 from quire.core import fair_shares
-from quire.core.fair_shares import OUTPUT_TOKEN_COST, FairShares
+from quire.core.fair_shares import OUTPUT_TOKEN_COST, UNIT, FairShares
 from quire.core.request import NewRequest
 from quire.errors import InvalidRequestError
 from tests.core.harness import Harness, alone, new_request
@@ -86,6 +87,29 @@ def test_a_flood_does_not_keep_another_out() -> None:
     assert fair.num_steps - before <= 6, "as soon as one of the two rows came free"
 
 
+def test_a_caller_that_asks_again_while_it_waits_keeps_its_claim() -> None:
+    """Each new request of the guest finds one of its own in the queue: it is no return from idleness."""
+    fair = Fair(num_blocks=32, max_num_seqs=1, prefix_caching=False)
+    for number in range(100):
+        fair.ask(f"flood.{number}", 6, 4)
+    for number in range(120):
+        fair.ask(f"guest.{number}", 6, 4)
+        fair.step()
+    assert abs(fair.service["guest"] - fair.service["flood"]) <= 2 * (6 + OUTPUT_TOKEN_COST * 4)
+
+
+def test_hits_in_the_prefix_cache_cost_nothing() -> None:
+    fair = Fair(num_blocks=32, max_num_seqs=2, block_size=4)
+    fair.ask("a.0", 13, 1)
+    fair.step()
+    again = replace(fair.outputs["a.0"].new, request_id="b.0", caller="b")
+    fair.add(again)
+    before = fair.scheduler._shares["b"]
+    fair.step()
+    assert fair.outputs["b.0"].num_cached_tokens == 12
+    assert fair.scheduler._shares["b"] - before == (1 + OUTPUT_TOKEN_COST) * UNIT
+
+
 def test_nobody_saves_up_claims() -> None:
     fair = Fair(num_blocks=32, max_num_seqs=1, prefix_caching=False)
     for number in range(60):
@@ -149,3 +173,53 @@ def test_counters_of_the_idle_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(shares._counters) <= 9
     shares.arrive("0", ())
     assert shares["0"] == shares._floor, "what is forgotten is the same as lifted"
+
+
+class Paper:
+    """Algorithm 2 of the paper, in fractions; nothing is forgotten."""
+
+    def __init__(self) -> None:
+        self.counters: dict[str, Fraction] = {}
+        self.waiting: Counter[str] = Counter()
+        self.floor = Fraction(0)
+
+    def arrive(self, caller: str) -> None:
+        if not self.waiting[caller]:
+            lift = min((self.counters[other] for other in +self.waiting), default=self.floor)
+            self.counters[caller] = max(self.counters.get(caller, Fraction(0)), lift)
+        self.waiting[caller] += 1
+
+    def serve(self, caller: str, weight: int, num_prompt: int, num_output: int) -> None:
+        self.waiting[caller] -= 1
+        self.counters[caller] += Fraction(num_prompt, weight)
+        self.floor = max(self.floor, self.counters[caller])
+        self.counters[caller] += Fraction(2 * num_output, weight)
+
+
+@pytest.mark.parametrize("max_counters", [4096, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_counters_are_those_of_the_paper(monkeypatch: pytest.MonkeyPatch, seed: int, max_counters: int) -> None:
+    """Of all callers that wait, also when the counters of idle callers are forgotten."""
+    monkeypatch.setattr(fair_shares, "MAX_COUNTERS", max_counters)
+    dice, shares, paper, one = random.Random(seed), FairShares(), Paper(), new_request("x", [1])
+    weights = {caller: dice.choice([1, 1, 3, 7]) for caller in "abcdefgh"}
+    num_seen = 0
+    for _ in range(2000):
+        caller = dice.choice("abcdefgh")
+        if dice.random() < 0.5:
+            shares.arrive(caller, list(+paper.waiting))
+            paper.arrive(caller)
+        elif paper.waiting[caller]:
+            num_prompt, num_output = dice.randint(1, 20), dice.randint(0, 20)
+            new = replace(one, caller=caller, caller_weight=weights[caller])
+            shares.charge_prompt(new, num_prompt)
+            shares.charge_output(new, num_output)
+            paper.serve(caller, weights[caller], num_prompt, num_output)
+        if dice.random() < 0.02:  # a rest: all that wait are served
+            for other in list(paper.waiting.elements()):
+                shares.charge_prompt(replace(one, caller=other), 2)
+                paper.serve(other, 1, 2, 0)
+        for other in +paper.waiting:
+            assert float(paper.counters[other]) == pytest.approx(shares[other] / UNIT, abs=0.01)
+            num_seen += 1
+    assert num_seen > 1000

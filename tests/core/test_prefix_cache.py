@@ -1,5 +1,7 @@
 """Hash chains: what they cover, and what they cost."""
 
+import random
+
 from quire.core.block_pool import BlockPool
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.request import Request
@@ -36,6 +38,35 @@ def test_only_full_blocks_that_were_computed_are_found() -> None:
     assert cache.match(request([1, 2, 3, 4, 5]), pool) == (4, part.block_ids[:1])
     cache.register(part, pool, 3, 4)
     assert cache.match(request([1, 2, 3, 4, 5]), pool) == (4, part.block_ids[:2])
+
+
+def test_matches_are_the_longest_common_beginnings() -> None:
+    """Against texts kept as they are: a block stands for its salt and for all tokens up to its end."""
+    dice = random.Random(5)
+    pool, cache = BlockPool(4000, 2), PrefixCache(KEY)
+    texts: dict[tuple[str, tuple[int, ...]], int] = {}
+    num_found, before = 0, [0]
+    for _ in range(400):
+        salt = dice.choice(["", "", "x"])
+        token_ids = before[: dice.randint(0, len(before))]
+        token_ids += [dice.choice([0, 1, 256, 1 << 16, 1 << 31]) for _ in range(dice.randint(1, 4))]
+        before = token_ids
+        expected: list[int] = []
+        for end in range(2, len(token_ids), 2):
+            block_id = texts.get((salt, tuple(token_ids[:end])))
+            if block_id is None:
+                break
+            expected.append(block_id)
+        assert cache.match(request(token_ids, salt), pool) == (2 * ((len(token_ids) - 1) // 2), expected)
+        num_found += len(expected)
+        done = computed(cache, pool, token_ids, salt)
+        for index in range(len(token_ids) // 2):
+            texts.setdefault((salt, tuple(token_ids[: 2 * index + 2])), done.block_ids[index])
+        if dice.random() < 0.3:
+            forgotten = dice.choice(sorted(texts.values()) or [0])
+            pool.forget([forgotten])
+            texts = {text: block_id for text, block_id in texts.items() if block_id != forgotten}
+    assert num_found > 100
 
 
 def test_salts_and_keys_separate() -> None:
@@ -77,6 +108,16 @@ def test_who_wants_prompt_logprobs_reads_what_was_told() -> None:
     for num_sent, num_blocks in [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2)]:
         wants.num_prompt_logprobs_sent = num_sent
         assert cache.match(wants, pool).block_ids == done.block_ids[:num_blocks]
+
+
+def test_prompt_logprobs_that_were_told_hold_back_nothing() -> None:
+    """A request that was preempted after its prompt reads all blocks, those of its own tokens as well."""
+    pool, cache = BlockPool(16, 2), PrefixCache(KEY)
+    done = computed(cache, pool, list(range(9)))
+    back = request(list(range(5)), num_prompt_logprobs=1)
+    back.token_ids += range(5, 9)
+    back.num_prompt_logprobs_sent = 4
+    assert cache.match(back, pool).block_ids == done.block_ids[:4]
 
 
 def test_switched_off_nothing_is_kept() -> None:

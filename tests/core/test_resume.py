@@ -63,3 +63,13 @@ def test_what_has_all_its_tokens_is_refused(num_given: int) -> None:
     new = new_request("done", [1, 2, 3], max_tokens=4)
     with pytest.raises(InvalidRequestError, match="all its tokens"):
         Harness().scheduler.add(replace(new, given=Given((1,) * num_given)))
+
+
+def test_a_request_as_long_as_the_model_allows_is_refused() -> None:
+    new = new_request("done", [1, 2, 3], max_tokens=100)
+    harness = Harness(max_model_len=8)
+    with pytest.raises(InvalidRequestError, match="all its tokens"):
+        harness.scheduler.add(replace(new, given=Given((1,) * 5)))
+    harness.add(replace(new, given=Given((1,) * 4)))
+    harness.drain(1)
+    assert len(harness.outputs["done"].token_ids) == 1

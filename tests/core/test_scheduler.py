@@ -47,15 +47,23 @@ def test_the_budget_goes_round_in_order() -> None:
     assert [item[:3] for item in plan.scheduled] == [(0, 3, 1), (1, 1, 2), (2, 0, 1)]
 
 
-def test_blocks_are_taken_at_the_border_and_not_before() -> None:
-    harness = Harness()
+@pytest.mark.parametrize(
+    ("block_size", "expected"),
+    [
+        (4, [0, 0, 1, 0, 0, 0]),  # tokens 0-2, 3, then 4 in a new block, 5, 6, 7
+        (3, [0, 1, 0, 0, 1, 0]),
+        (1, [0, 1, 1, 1, 1, 1]),
+    ],
+)
+def test_blocks_are_taken_at_the_border_and_not_before(block_size: int, expected: list[int]) -> None:
+    harness = Harness(block_size=block_size)
     harness.add(new_request("a", range(3), max_tokens=6))
     grown = []
     while harness.scheduler.has_work:
         plan = harness.schedule()
         grown.append(sum(len(item.new_block_ids) for item in plan.scheduled))
         harness.update(plan, harness.executor.execute(plan))
-    assert grown == [0, 0, 1, 0, 0, 0]  # tokens 0-2, 3, then 4 in a new block, 5, 6, 7
+    assert grown == expected
 
 
 def test_a_full_block_is_found_by_the_next_request() -> None:

@@ -13,25 +13,29 @@ import torch
 from quire import LLM, AsyncLLM, SamplingParams
 from quire.compose import core as compose
 from quire.core.plan import ScheduledRow, StepPlan
+from quire.core.request import SamplingSpec
 from quire.ops.reference import ReferenceOps
-from quire.ops.types import CacheShape, DeviceMemory
+from quire.ops.types import CacheShape, DeviceMemory, SampleBatch
 from quire.runner import graphs
 from quire.runner.graphs import GraphLimits, GraphSize
 from quire.runner.model_runner import ModelRunner
 from quire.weights.load import load_model
 from tests.conftest import PATIENCE_S
 from tests.runner.test_overlap import DRAWN, GREEDY, enter, single
+from tests.runner.test_overlap import plans as overlapping_plans
 
 
 class Recorder:
     """Notes what is recorded and replayed. A recording is made of arrays: nothing else may reach the work again."""
 
     def __init__(self) -> None:
+        self.num_asked = 0
         self.num_recorded = 0
         self.num_replayed = 0
         self.fails = False
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.num_asked += 1
         if self.fails:
             raise RuntimeError("the device does not record")
         self.num_recorded += 1
@@ -107,6 +111,67 @@ def test_recorded_steps_give_what_launched_ones_give(
     assert recorder.num_replayed >= 2
 
 
+def drawing_plans() -> list[StepPlan]:
+    """Five rows that want tokens alone, padded to six; then a greedy request takes a row that was drawn for."""
+    drawn = SamplingSpec(temperature=1.5, seed=11)
+    prompts = [list(range(10 + row, 13 + 2 * row)) for row in range(5)]
+    new = [enter(row, prompt, (drawn, GREEDY)[row % 2], (row, 5 + row)) for row, prompt in enumerate(prompts)]
+    lengths = [len(prompt) for prompt in prompts]
+    made = [StepPlan(0, (), tuple(new), tuple(ScheduledRow(row, 0, lengths[row], (), True) for row in range(5)))]
+    for step in range(1, 9):
+        if step == 4:
+            again = enter(0, [4, 5], GREEDY, (0, 5))
+            lengths[0] = 2
+            made.append(StepPlan(step, (0,), (again,), (ScheduledRow(0, 0, 2, (), True),)))
+        else:
+            made.append(StepPlan(step, (), (), tuple(single(row, lengths[row]) for row in range(5))))
+            lengths = [length + 1 for length in lengths]
+    return made
+
+
+@pytest.mark.parametrize("xp", [np, torch], ids=lambda xp: xp.__name__)
+def test_recorded_draws_give_what_launched_ones_give(
+    tiny_model: Path, xp: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "RECORD_AT", 1)
+    monkeypatch.setattr(graphs, "STEPS_APART", 1)
+    todo = drawing_plans()
+    plain = runner(tiny_model, xp, None)
+    expected = [plain.execute(plan) for plan in todo]
+    recorder = Recorder()
+    assert [one.execute(plan) for one in [runner(tiny_model, xp, recorder)] for plan in todo] == expected
+    assert recorder.num_replayed >= 3
+    late, found = runner(tiny_model, xp, Recorder()), []
+    for part in (todo[:4], todo[4:]):  # what is in flight for a row that is removed would be void
+        begun = [late.begin(plan) for plan in part]
+        found += [late.finish(step) for step in begun]
+    assert found == expected
+
+
+@pytest.mark.parametrize("recorder", [None, Recorder()], ids=["launched", "recorded"])
+@pytest.mark.parametrize("num_logprobs", [None, 0])
+def test_a_draw_is_of_the_place_that_its_token_takes(
+    tiny_model: Path, recorder: Recorder | None, num_logprobs: int | None
+) -> None:
+    """The index of the new token, not of the one that is computed: the noise of a draw depends on it."""
+    seen: list[tuple[list[int], list[int]]] = []
+
+    class WatchedOps(ReferenceOps):
+        def sample(self, logits: Any, batch: SampleBatch) -> Any:
+            seen.append((batch.seeds.tolist(), batch.positions.tolist()))
+            return super().sample(logits, batch)
+
+    ops = WatchedOps(np)
+    model = load_model(tiny_model, ops, dtype="float32")
+    one = ModelRunner(model, ops, num_blocks=16, block_size=16, max_rows=4, max_model_len=64, record=recorder)
+    specs = [SamplingSpec(temperature=1.0, seed=seed, num_logprobs=num_logprobs) for seed in (7, 8, 9)]
+    for plan in overlapping_plans(specs, 6):
+        one.execute(plan)
+    assert len(seen) == 6
+    for step, (seeds, positions) in enumerate(seen):
+        assert (seeds[:3], positions[:3]) == ([7, 8, 9], [3 + step, 4 + step, 5 + step])
+
+
 def test_padding_writes_into_the_null_block_alone(tiny_model: Path) -> None:
     one = runner(tiny_model, np, Recorder())
     for plan in plans(15)[:2]:
@@ -126,6 +191,7 @@ def test_a_device_that_cannot_record_goes_on(tiny_model: Path, monkeypatch: pyte
     recorder.fails = True
     failing = runner(tiny_model, np, recorder)
     assert [failing.execute(plan) for plan in todo] == [plain.execute(plan) for plan in todo]
+    assert recorder.num_asked == len(failing._graphs._recordings) < sum(failing._graphs._num_uses.values())
 
 
 class RecordingDevice(ReferenceOps):

@@ -1,5 +1,6 @@
 """The ledger of memory: both fillers, and what a start says when the device is too small."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from quire.errors import ConfigurationError
 from quire.models.model import Model
 from quire.ops.reference import ReferenceOps
 from quire.ops.types import CacheShape, DeviceMemory
+from quire.runner import memory
 from quire.runner.memory import StepLimits, host_memory_bytes, make_ledger
 from quire.weights.load import load_model
 
@@ -78,6 +80,49 @@ def test_the_host_is_reckoned(tiny_model: Path) -> None:
     assert (small.device, small.taken, small.weights) == (host_memory_bytes(), 0, model.weight_bytes)
     assert large.activations == 10 * small.activations > 0
     assert small.sampler == 2 * 3 * model.spec.vocab_size * 4
+
+
+@pytest.mark.parametrize("limit", [1 << 20, 1 << 60])
+def test_the_host_is_no_larger_than_its_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name, text in {"one": f"{limit}\n", "two": "max\n"}.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(memory, "CGROUP_LIMITS", tuple(str(tmp_path / name) for name in ("two", "one", "missing")))
+    assert host_memory_bytes() == min(machine, limit)
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens"), [(r, t) for r in (1, 2, 3, 8, 50) for t in (1, 3, 31, 32, 40, 64, 65, 200) if t <= 32 * r]
+)
+def test_the_largest_steps_are_ones_that_the_scheduler_may_ask_for(rows: int, tokens: int) -> None:
+    limits = replace(LIMITS, max_num_seqs=rows, max_num_batched_tokens=tokens)
+    token_ids, batch = memory.prompt_step(ReferenceOps(np), limits)
+    counts, starts = np.diff(batch.query_starts), np.asarray(batch.starts)
+    assert len(token_ids) == counts.sum() == tokens, "the budget is spent"
+    assert len(counts) <= rows and (starts + counts <= 32).all()
+    assert len(counts) >= min(rows, tokens) - -(-tokens // 32), "singles beside the prompts"
+    assert batch.block_tables.shape[1] * limits.block_size >= (starts + counts).max()
+    single, _ = memory.single_step(ReferenceOps(np), limits)
+    assert len(single) == min(rows, tokens)
+
+
+def test_graphs_are_counted_with_the_block_into_which_they_pad(tiny_model: Path) -> None:
+    """Of two sizes of blocks that lead to the same graphs, the larger takes as much more as its block is larger."""
+    ops = SmallDevice()
+    model = model_on(tiny_model, ops)
+    small, large = (make_ledger(model, ops, replace(LIMITS, block_size=size, records=True)).graphs for size in (16, 32))
+    assert large - small == model.cache_shape(1, 16).bytes_per_block
+    assert small > 3 * MIB, "a step of three rows, and the graphs' own"
+
+
+def test_what_the_allocator_keeps_is_in_use(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = SmallDevice()
+    ledger = make_ledger(model_on(tiny_model, ops), ops, LIMITS)
+    monkeypatch.setattr(ops, "memory", lambda: DeviceMemory(100 * MIB, 30 * MIB, held=60 * MIB, kept=7 * MIB))
+    decision = memory.check_ledger(ledger, ops)
+    assert decision is not None and decision.value == "77 MiB"
+    assert decision.reason.startswith(f"{77 * MIB / ledger.used - 1:+.1%} of the ledger's ")
+    assert memory.check_ledger(ledger, ReferenceOps(np)) is None
 
 
 @pytest.mark.parametrize(

@@ -103,12 +103,16 @@ def test_a_row_that_counts_its_tokens_is_not_planned_before_they_are_known(tiny_
     assert [results[0][1], results[2][1]] == [result.rows[1] for result in expected[:2]]
 
 
-def test_a_row_taken_anew_gets_nothing_of_the_one_before(tiny_model: Path) -> None:
+@pytest.mark.parametrize("num_collected", [0, 1, 2])
+def test_a_row_taken_anew_gets_nothing_of_the_one_before(tiny_model: Path, num_collected: int) -> None:
+    """Whether the steps of the one before are collected before the new one's token is needed, or after."""
     first, second, third = plans([GREEDY, DRAWN], 3)
     late, alone = runner(tiny_model, LateOps(np)), runner(tiny_model, ReferenceOps(np))
     begun = [late.begin(first), late.begin(second)]
     taken = StepPlan(2, (0,), (enter(0, [7, 8], GREEDY, (5,)),), (ScheduledRow(0, 0, 2, (), True), third.scheduled[1]))
     begun.append(late.begin(taken))
+    for step in begun[:num_collected]:
+        late.finish(step)
     begun.append(late.begin(StepPlan(3, (), (), (single(0, 2),))))
     results = [late.finish(step) for step in begun]
     assert results[0].rows[0] == results[1].rows[0] == RowResult(0, ()), "void: nobody waits for it"
@@ -118,6 +122,7 @@ def test_a_row_taken_anew_gets_nothing_of_the_one_before(tiny_model: Path) -> No
     ]
     assert [results[2].rows[0], results[3].rows[0]] == [one.rows[0] for one in expected]
     assert late._rows.token_ids(0, 0, 4) == [7, 8, *(one.rows[0].token_ids[0] for one in expected)]
+    assert not any(late._rows.awaits(row) for row in range(2))
 
 
 def test_a_device_that_is_gone_is_nobodys_row(tiny_model: Path) -> None:

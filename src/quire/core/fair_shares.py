@@ -7,7 +7,7 @@ counter of those who wait: nobody saves up claims. So the service of two callers
 differs by no more than a constant, whatever lengths and rates they send.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from quire.core.request import NewRequest
 
@@ -27,18 +27,19 @@ class FairShares:
     def __init__(self) -> None:
         self._counters: dict[str, int] = {}
         self._floor = 0
-        """The counter of whoever was last served from an otherwise empty queue."""
+        """The most that a caller had been given when a request of it entered: the lift where no caller waits."""
 
     def __getitem__(self, caller: str) -> int:
         """The service that a caller was given, in units over its weight."""
         return self._counters.get(caller, 0)
 
-    def arrive(self, caller: str, waiting: Iterable[str]) -> None:
-        """A request comes; `waiting` are the callers who have others in the queue."""
-        counters = [self._counters.get(other, 0) for other in waiting if other != caller]
-        floor = min(counters, default=self._floor)
+    def arrive(self, caller: str, waiting: Collection[str]) -> None:
+        """A request comes; `waiting` are the callers that have others in the queue. A caller among them keeps its
+        claim: only one that comes back is lifted."""
+        floor = min((self._counters.get(other, 0) for other in waiting), default=self._floor)
         if len(self._counters) >= MAX_COUNTERS and caller not in self._counters:
-            self._counters = {name: count for name, count in self._counters.items() if count > floor}
+            kept = {name: count for name, count in self._counters.items() if count > floor or name in waiting}
+            self._counters = kept
         self._counters[caller] = max(self._counters.get(caller, 0), floor)
 
     def charge_prompt(self, new: NewRequest, num_tokens: int) -> None:
