@@ -60,12 +60,11 @@ def test_matches_are_the_longest_common_beginnings() -> None:
         assert cache.match(request(token_ids, salt), pool) == (2 * ((len(token_ids) - 1) // 2), expected)
         num_found += len(expected)
         done = computed(cache, pool, token_ids, salt)
-        for index in range(len(token_ids) // 2):
-            texts.setdefault((salt, tuple(token_ids[: 2 * index + 2])), done.block_ids[index])
-        if dice.random() < 0.3:
-            forgotten = dice.choice(sorted(texts.values()) or [0])
-            pool.forget([forgotten])
-            texts = {text: block_id for text, block_id in texts.items() if block_id != forgotten}
+        beginnings = [(salt, tuple(token_ids[:end])) for end in range(2, len(token_ids) + 1, 2)]
+        for text, block_id in zip(beginnings, done.block_ids, strict=False):
+            texts.setdefault(text, block_id)
+        if beginnings and dice.random() < 0.3:  # what comes after it is remembered, and must not be found
+            pool.forget([texts.pop(dice.choice(beginnings))])
     assert num_found > 100
 
 

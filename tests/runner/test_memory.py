@@ -71,6 +71,8 @@ def test_a_device_is_measured_by_its_largest_steps(tiny_model: Path) -> None:
     assert (ledger.device, ledger.taken, ledger.weights) == (100 * MIB, 32 * MIB, 8 * MIB)
     assert (ledger.activations, ledger.sampler, ledger.cache) == (40 * MIB, 5 * MIB, 0)
     assert ledger.slack == MIB
+    wide = make_ledger(model_on(tiny_model, ops), ops, replace(LIMITS, max_num_batched_tokens=80))
+    assert (wide.activations, wide.sampler) == (80 * MIB, 8 * MIB), "64 rows at a time are told log-probabilities"
 
 
 def test_the_host_is_reckoned(tiny_model: Path) -> None:

@@ -5,12 +5,12 @@ change is one for users.
 """
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from quire import LLM, SamplingParams
 from quire.core.request import SamplingSpec
@@ -18,8 +18,7 @@ from quire.ops import sampling_reference
 from quire.ops.reference import ReferenceOps
 from quire.ops.types import Ops
 from quire.sampling.sampler import Sampler
-from tests.sampling.known_rows import PROVIDERS, new_row
-from tests.tiny.checkpoints import make_tiny
+from tests.sampling.known_rows import new_row
 
 PINNED: dict[tuple[int, int], list[int]] = {
     # (seed, first position) -> sixteen tokens, one at each position
@@ -56,11 +55,6 @@ def drawn(logits: Any, seed: int, position: int, temperature: float = 1.0) -> in
 
 def known_logits() -> Any:
     return np.array([((token * 37) % 101) / 40 for token in range(101)], np.float32)
-
-
-@pytest.fixture(scope="module", params=PROVIDERS)
-def ops(request: pytest.FixtureRequest) -> Ops:
-    return PROVIDERS[request.param]()
 
 
 def test_the_reference_gives_the_published_words() -> None:
@@ -112,12 +106,8 @@ def test_the_largest_word_gives_noise_that_is_finite(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_generation_is_the_reference_over_the_logits_of_transformers(
-    tmp_path_factory: pytest.TempPathFactory, overlap: bool
-) -> None:
+def test_generation_is_the_reference_over_the_logits_of_transformers(model: Path, judge: Any, overlap: bool) -> None:
     """End to end, each token drawn with the noise of its index in the sequence, whatever the length of the prompt."""
-    model = make_tiny("llama", tmp_path_factory.mktemp("float32") / "llama", tokenizer=True)
-    judge = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     prompts = [[10], [11, 12, 13, 14, 15, 16], [30 + place for place in range(40)]]
     params = [
         SamplingParams(temperature=temperature, seed=seed, max_tokens=20, ignore_eos=True)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from quire import LLM, SamplingParams
 from quire.core.plan import RowResult
@@ -16,15 +15,9 @@ from quire.core.request import SamplingSpec
 from quire.ops.types import Ops
 from quire.outputs import PositionLogprobs
 from quire.sampling.sampler import Sampler
-from tests.sampling.known_rows import PROVIDERS, new_row, normal_logits
-from tests.tiny.checkpoints import make_tiny
+from tests.sampling.known_rows import new_row, normal_logits
 
 VOCABULARY = 500
-
-
-@pytest.fixture(scope="module", params=PROVIDERS)
-def ops(request: pytest.FixtureRequest) -> Ops:
-    return PROVIDERS[request.param]()
 
 
 def log_softmax(logits: Any) -> Any:
@@ -99,16 +92,6 @@ def test_they_are_of_the_models_own_logits(ops: Ops) -> None:
 
 
 # End to end.
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny("llama", tmp_path_factory.mktemp("float32") / "llama", tokenizer=True)
-
-
-@pytest.fixture(scope="module")
-def judge(model: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
 
 def expected_rows(judge: Any, token_ids: list[int]) -> Any:

@@ -15,15 +15,9 @@ from quire import LLM, SamplingParams
 from quire.core.request import SamplingSpec
 from quire.ops.types import Ops
 from quire.sampling.sampler import Sampler
-from tests.sampling.known_rows import PROVIDERS, new_row, normal_logits
-from tests.tiny.checkpoints import make_tiny
+from tests.sampling.known_rows import new_row, normal_logits
 
 VOCABULARY = 400
-
-
-@pytest.fixture(scope="module", params=PROVIDERS)
-def ops(request: pytest.FixtureRequest) -> Ops:
-    return PROVIDERS[request.param]()
 
 
 def penalised(logits: Any, prompt: Sequence[int], output: Sequence[int], spec: SamplingSpec) -> Any:
@@ -112,16 +106,6 @@ def test_rows_with_and_without_penalties_over_many_tokens(ops: Ops) -> None:
 
 
 # End to end.
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny("llama", tmp_path_factory.mktemp("float32") / "llama", tokenizer=True)
-
-
-@pytest.fixture(scope="module")
-def judge(model: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
 
 PROMPTS = [[10, 11, 12, 10, 11], [40] * 9, [7, 200, 31, 90, 91, 92, 93, 94, 95, 96, 97, 98]]

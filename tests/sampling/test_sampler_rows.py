@@ -21,11 +21,6 @@ FULL = SamplingSpec(
 """A request that uses everything."""
 
 
-@pytest.fixture(scope="module", params=PROVIDERS)
-def ops(request: pytest.FixtureRequest) -> Ops:
-    return PROVIDERS[request.param]()
-
-
 def test_a_row_taken_anew_is_clean(ops: Ops) -> None:
     """A neighbour uses every feature all the time, so that each of them is asked in each step."""
     sampler = Sampler(ops, 2)

@@ -169,6 +169,7 @@ def test_where_templates_are_found(tmp_path, form):
         files |= {"chat_template.jinja": default, "chat_template.json": {"chat_template": "wrong"}}
     elif form == "json":
         files["chat_template.json"] = {"chat_template": default}
+        config["chat_template"] = "wrong"
     elif form == "inline":
         config["chat_template"] = default
     elif form == "list":

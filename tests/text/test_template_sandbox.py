@@ -59,6 +59,7 @@ TOO_LARGE = r"""
 {% set ns = namespace(t=()) %}{% for i in range(100000) %}{% set ns.t = (ns.t, i) %}{% endfor %}{{ ns.t }}
 {% set a = 'a' * 4000000 %}{{ a.replace('', a) }}
 {% set a = 'a' * 4000000 %}{{ a | replace('a', a) }}
+{% set a = 'a' * 1000000 %}{{ a.replace('a', 'b' * 300) }}
 {% set a = 'a' * 4000000 %}{{ a.join(['x'] * 100) }}
 {% set a = 'a' * 100000 %}{{ (['x'] * 100000) | join(a) }}
 {% set a = 'a ' * 4000000 %}{{ a.split() | length }}

@@ -165,6 +165,33 @@ def test_tokens_named_outside_tokenizer_json(tmp_path, form):
     assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text), skip_special_tokens=True)
 
 
+def test_tokens_named_by_their_ids_are_added_in_that_order(tmp_path):
+    """As numbers, not as texts; flags are kept, so that one takes the spaces before it."""
+    flags = {"special": True, "normalized": False, "lstrip": False, "rstrip": False}
+    config = {
+        "tokenizer_class": "X",
+        "added_tokens_decoder": {
+            "1000": {"content": "<b>", **flags},
+            "999": {"content": "<a>", **flags, "lstrip": True},
+            "1001": {"content": "<c>", **flags, "rstrip": True, "special": False},
+        },
+    }
+    path = write_directory(tmp_path, byte_level(), files={"tokenizer_config.json": config})
+    ours, theirs = Tokenizer.from_directory(path), PreTrainedTokenizerFast.from_pretrained(str(path))
+    for text in ("<a><b><c>", "x  <a>  y <b> z  <c>  w"):
+        assert ours.encode(text) == theirs.encode(text)
+    assert ours.special_token_ids >= set(ours.encode("<a><b>")) and ours.encode("<c>")[0] not in ours.special_token_ids
+
+
+def test_files_of_any_size_are_not_read(tmp_path):
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        path = write_directory(tmp_path / name, byte_level())
+        with (path / name).open("wb") as file:
+            file.truncate((32 << 20) + 1)
+        with pytest.raises(ModelFileError, match=f"{name} is larger than 32 MB"):
+            Tokenizer.from_directory(path)
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
@@ -241,7 +268,8 @@ def test_truncation_and_padding_in_the_file_do_not_apply(tmp_path):
     backend.enable_truncation(3)
     backend.enable_padding(length=50)
     ours = Tokenizer.from_directory(write_directory(tmp_path, backend))
-    assert ours.decode(ours.encode(CORPUS[0])) == CORPUS[0]
+    assert ours.encode(CORPUS[0]) == byte_level().encode(CORPUS[0]).ids
+    assert ours.encode("a") == byte_level().encode("a").ids
 
 
 def test_threads_share_one_tokenizer(tmp_path):
