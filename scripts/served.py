@@ -148,4 +148,4 @@ async def until(client: httpx.AsyncClient, server: Server, status: int, start_s:
 
 def open_client() -> httpx.AsyncClient:
     """As many connections as there are streams."""
-    return httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None), trust_env=False)
+    return httpx.AsyncClient(timeout=300, limits=httpx.Limits(max_connections=None), trust_env=False)

@@ -38,13 +38,21 @@ NUM_FAMILIES = 16
 EPOCH_SECONDS = 20
 """The last round on a server has begun by then."""
 NUM_PROCESSORS = 2
-SLACK_SECONDS = 150
+SLACK_SECONDS = 240
 """A run that takes so much longer than it was asked to is cut off, and has failed."""
 SPINNING = "import os\nparent = os.getppid()\nos.nice(5)\nwhile os.getppid() == parent:\n    sum(range(100_000))"
 """What keeps a processor busy, as nice as a core is."""
+LEFT = "its client left"
 PASS = re.compile(r"^(\d+) cached blocks (?:are in doubt|compared: (\d+), different: \d+)$", re.MULTILINE)
 WRONG = re.compile(r"^\d+ (cached block \d+ is wrong .*)$", re.MULTILINE)
-METRICS = {"preemptions": "quire:num_preemptions_total", "prefix_hits": "quire:prefix_cache_hits_total"}
+LEAVERS = 0.1
+"""Of the streams, those that the client leaves before their end."""
+METRICS = {
+    "preemptions": "quire:num_preemptions_total",
+    "prefix_hits": "quire:prefix_cache_hits_total",
+    "died": r"quire:engine_core_restarts_total\S*died",
+    "hung": r"quire:engine_core_restarts_total\S*hung",
+}
 FIGURES = (*METRICS, "blocks_compared", "blocks_different")
 """Those that a server and its cores tell, since they started."""
 
@@ -105,6 +113,8 @@ class Asked:
     salt: str = ""
     after_s: float = 0.0
     """How long after the round's beginning it is asked."""
+    leaves_s: float | None = None
+    """How long the client then stays."""
 
 
 @dataclass
@@ -129,8 +139,9 @@ class Soak:
                 program.kill()
                 program.wait()
             status = server.end()
-        if status:
-            raise SystemExit(f"the server ended with {status}: see {log}")
+        if status or total["died"] > total["deaths"]:
+            told = f"{total['died']} of its cores died, {total['deaths']} were killed"
+            raise SystemExit(f"the server ended with {status}; {told}: see {log}")
         if not total["different"] and not total["blocks_different"]:
             log.unlink()
         return total
@@ -160,11 +171,13 @@ class Soak:
     async def _round(self, server: Server, rng: random.Random) -> tuple[Counter[str], list[dict[str, Any]]]:
         """The streams of some families, maybe with a death among them; figures and differences."""
         chosen: list[Asked] = []
-        for family in rng.sample(self.families, rng.randint(1, min(len(self.families), self.options.families))):
+        for family in rng.sample(self.families, min(self.options.families, rng.choice([1, 4, 8, 8]))):
             salt = rng.choice(["", str(rng.random())])  # a new one: nothing of the family is cached
             after_s = rng.choice([0.0, rng.random()])  # the short ones come while others run
             for number, asked in enumerate(family):
-                chosen.append(replace(asked, salt=salt, after_s=after_s if number >= NUM_LONG else 0.0))
+                leaves_s = rng.random() if rng.random() < LEAVERS else None
+                begins_s = after_s if number >= NUM_LONG else 0.0
+                chosen.append(replace(asked, salt=salt, after_s=begins_s, leaves_s=leaves_s))
         seen = [0]
         tasks = [asyncio.ensure_future(self._ask(server, asked, seen)) for asked in chosen]
         share = rng.choice([None, rng.random() * 0.9])
@@ -172,19 +185,26 @@ class Soak:
             characters = sum(len(part.text) for asked in chosen for part in asked.whole.parts.values())
             while seen[0] < share * characters and not all(task.done() for task in tasks):
                 await asyncio.sleep(0.001)
+            while server.core_pid() is None:
+                await asyncio.sleep(0.001)
             server.kill_core(signal.SIGKILL)
         found = await asyncio.gather(*tasks)
         wrong = []
         for asked, answer in zip(chosen, found, strict=True):
             place = difference(answer, asked.whole)
-            if place is not None:
+            if place is not None and answer.end != LEFT:
                 wrong.append({"killed": share is not None, **place, "salt": asked.salt, "request": asked.body})
-        return Counter(rounds=1, deaths=int(share is not None), streams=len(chosen), different=len(wrong)), wrong
+        num_left = sum(answer.end == LEFT for answer in found)
+        counted = {"streams": len(chosen) - num_left, "left": num_left, "different": len(wrong)}
+        return Counter(rounds=1, deaths=int(share is not None), **counted), wrong
 
     async def _ask(self, server: Server, asked: Asked, seen: list[int]) -> Answer:
         await asyncio.sleep(asked.after_s)
         try:
-            return await stream(self.client, server.url, {**asked.body, "cache_salt": asked.salt}, seen)
+            async with asyncio.timeout(asked.leaves_s):
+                return await stream(self.client, server.url, {**asked.body, "cache_salt": asked.salt}, seen)
+        except TimeoutError:
+            return Answer(end=LEFT)
         except httpx.HTTPError as error:
             return Answer(end=f"{type(error).__name__}: {error}")
 
@@ -258,8 +278,8 @@ def main() -> int:
     signal.alarm(int(60 * options.minutes) + SLACK_SECONDS)
     total = asyncio.run(run(options))
     print(
-        f"seed {options.seed}: {total['epochs']} servers, {total['rounds']} rounds, {total['deaths']} deaths; "
-        f"{total['streams']:,} streams compared, {total['different']:,} different; "
+        f"seed {options.seed}: {total['epochs']} servers, {total['rounds']} rounds, {total['deaths']} deaths, "
+        f"{total['hung']} hangs; {total['streams']:,} streams compared, {total['different']:,} different; "
         f"{total['blocks_compared']:,} cached blocks compared, {total['blocks_different']:,} different; "
         f"{total['preemptions']:,} preemptions, {total['prefix_hits']:,} tokens from the prefix cache"
     )

@@ -59,7 +59,7 @@ def make_settings(rng: random.Random) -> dict[str, Any]:
         "max_num_batched_tokens": rng.choice([16, 32, 33, 48, 64, 64]),
         "max_num_seqs": rng.choice([8, 32, 64, 64, 64]),
         "block_size": block_size,
-        "num_gpu_blocks_override": MAX_MODEL_LEN // block_size * rng.choice([1, 2, 3, 8, 24, 24]),
+        "num_gpu_blocks_override": MAX_MODEL_LEN // block_size * rng.choice([1, 2, 3, 8, 24, 24, 24]),
         "async_scheduling": rng.random() < 0.5,
         "threads": rng.choice([4, 4, 4, 6]),
     }

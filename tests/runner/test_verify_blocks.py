@@ -5,6 +5,7 @@ import asyncio
 import logging
 import random
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -159,9 +160,9 @@ async def test_a_core_in_its_own_process_tells_what_it_compared(
     try:
         async for _ in llm.generate({"prompt_token_ids": PROMPT}, SamplingParams(max_tokens=1)):
             pass
-        said = ""
+        said, start_s = "", time.monotonic()
         while "cached blocks compared: 4, different: 0" not in said:
-            assert llm.is_healthy
+            assert llm.is_healthy and time.monotonic() - start_s < 60, "it did not happen"
             await asyncio.sleep(0.01)
             said += capfd.readouterr().err
         assert said.index("cached blocks are in doubt") < said.index("cached blocks compared")
