@@ -418,6 +418,13 @@ Cache* make_cache(int64_t layers, int64_t blocks, int64_t block_size, int64_t kv
     return new Cache(layers, blocks, block_size, kv_heads, head_dim, storage_or_raise(storage));
 }
 
+nb::bytes block_bytes(const Cache& cache, int64_t block, int64_t layer) {
+    const CacheLayout& layout = cache.layout();
+    require(block >= 0 && block < layout.blocks, "block_bytes: the block is outside the cache");
+    require(layer >= 0 && layer < layout.layers, "block_bytes: there is no such layer");
+    return nb::bytes(layout.unit(layer, block, 0), layout.block_bytes());
+}
+
 std::vector<std::tuple<std::string, bool, std::string>> list_instruction_sets() {
     std::vector<std::tuple<std::string, bool, std::string>> result;
     for (const IsaChoice& choice : instruction_sets()) {
@@ -444,7 +451,7 @@ NB_MODULE(_native, module) {
         return crew->profile().read();
     });
     module.def("make_tiles", &make_tiles, nb::rv_policy::take_ownership);
-    nb::class_<Cache>(module, "Cache").def_prop_ro("bytes", &Cache::bytes);
+    nb::class_<Cache>(module, "Cache").def_prop_ro("bytes", &Cache::bytes).def("block_bytes", &block_bytes);
     const auto none = nb::arg().none();
     nb::class_<Runtime>(module, "Runtime")
         .def(nb::init<int, const std::string&, const Affinity&>())

@@ -79,6 +79,9 @@ class EngineArgs:
     """Compute in a process of its own, which is watched over: when it dies, requests go on in another one."""
     hang_timeout: float | None = None
     """Seconds that a step may take before that process counts as hung; None learns it from the steps seen."""
+    verify_cached_blocks: bool = False
+    """For debugging: compute the blocks of the prefix cache again in moments without work, and compare them bit for
+    bit."""
 
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, DTYPES)
@@ -98,10 +101,15 @@ class EngineArgs:
         timeout = self.hang_timeout
         if timeout is not None and (type(timeout) not in (int, float) or not 0.1 <= timeout <= 86400):
             raise _bad("hang_timeout", f"must be between 0.1 and 86400 seconds, got {timeout!r}")
-        for name in ("enable_prefix_caching", "batch_invariant", "enforce_eager", "core_process", "async_scheduling"):
+        for name in (
+            *("enable_prefix_caching", "batch_invariant", "enforce_eager", "core_process", "async_scheduling"),
+            "verify_cached_blocks",
+        ):
             value = getattr(self, name)
             if type(value) is not bool and (name not in _OPTIONAL or value is not None):
                 raise _bad(name, "must be true or false")
+        if self.verify_cached_blocks and not self.enable_prefix_caching:
+            raise _bad("verify_cached_blocks", "needs enable_prefix_caching: without it no block is cached")
         for name in ("model", "tokenizer", "revision"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value or "\0" in value):

@@ -33,13 +33,18 @@ DEVICE = replace(
         ("threads", 0), ("scheduling_policy", "lifo"), ("device", "tpu"), ("seed", -1), ("model", ""),
         ("tensor_parallel_size", 2), ("quantization", "awq"), ("quantization", "int4 "), ("quantization", True),
         ("quantization_group_size", 48), ("quantization_group_size", True), ("quantization_group_size", "64"),
-        ("enable_prefix_caching", 1), ("kv_cache_memory_bytes", -5),
+        ("enable_prefix_caching", 1), ("verify_cached_blocks", "yes"), ("kv_cache_memory_bytes", -5),
     ],
 )  # fmt: skip
 def test_refusals_name_the_argument(name: str, value: Any) -> None:
     with pytest.raises(ConfigurationError) as caught:
         EngineArgs.from_mapping({name: value})
     assert caught.value.field == name
+
+
+def test_without_a_prefix_cache_there_are_no_cached_blocks_to_verify() -> None:
+    with pytest.raises(ConfigurationError, match="verify_cached_blocks needs enable_prefix_caching"):
+        EngineArgs(verify_cached_blocks=True, enable_prefix_caching=False)
 
 
 def test_unknown_arguments_are_refused_with_the_nearest() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from quire.ops.types import AttentionBatch, CacheShape, Ops
+from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape, Ops
 
 
 def relative_error(actual: Any, expected: Any) -> float:
@@ -79,3 +79,33 @@ class Rows:
         length = len(self.q[row])
         parts = [self.step([(row, a, min(a + size, length))], spec)[0] for a in range(0, length, size)]
         return np.concatenate(parts)
+
+
+def assert_bytes_tell_blocks_apart(ops: Ops) -> None:
+    """`block_bytes` of two sequences that are equal, written in different pieces, and then differ in one number."""
+    for block_size, storage in ((16, "float32"), (8, "float16"), (24, "bfloat16")):
+        rows = Rows(ops, [2 * block_size] * 2, Heads(4, 2, 24), block_size, storage)
+        rows.k[1][...], rows.v[1][...] = rows.k[0], rows.v[0]
+        spec = AttentionSpec(0.25)
+        rows.step([(0, 0, 2 * block_size)], spec)
+        for first, last in ((0, 5), (5, block_size + 1), (block_size + 1, 2 * block_size)):
+            rows.step([(1, first, last)], spec)
+        assert _blocks_that_differ(rows) == []
+        last = 2 * block_size - 1
+        for changed in (rows.k[1], rows.v[1]):
+            kept = changed[last, 1, 23]
+            for value, differ in ((kept + 1, [(1, 1)]), (kept, [])):
+                changed[last, 1, 23] = value
+                rows.step([(1, last, last + 1)], spec)
+                assert _blocks_that_differ(rows) == differ
+
+
+def _blocks_that_differ(rows: Rows) -> list[tuple[int, int]]:
+    """(Layer, block) in which the sequences 0 and 1 do not have the same bytes."""
+    read = rows.ops.block_bytes
+    return [
+        (layer, index)
+        for layer in (0, 1)
+        for index, (one, other) in enumerate(zip(*rows.tables.tolist(), strict=True))
+        if read(rows.cache, one, layer) != read(rows.cache, other, layer)
+    ]

@@ -11,7 +11,7 @@ from quire.ops.cpu import CpuOps
 from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
 from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape, Ops, RopeTables
-from tests.ops.cases import Heads, Rows, normal, relative_error
+from tests.ops.cases import Heads, Rows, assert_bytes_tell_blocks_apart, normal, relative_error
 
 REFERENCE = ReferenceOps(np)
 HEADS = [Heads(4, 2, 8), Heads(9, 3, 64), Heads(8, 1, 80), Heads(5, 5, 16), Heads(4, 1, 256), Heads(20, 1, 40)]
@@ -201,6 +201,11 @@ def test_layers_and_copied_blocks(provider: str, tolerance: float, cpu: CpuOps) 
     ops.copy_blocks(rows.cache, rows.tables[0, :1].copy(), target)
     rows.tables[0, 0] = target[0]
     assert relative_error(rows.step([(0, 32, 33)], spec, 0)[0], first[32:]) <= tolerance
+
+
+def test_blocks_have_the_same_bytes_where_keys_and_values_are_the_same(cpu: CpuOps) -> None:
+    for ops in (cpu, REFERENCE, ReferenceOps(torch)):
+        assert_bytes_tell_blocks_apart(ops)
 
 
 @pytest.mark.parametrize(("heads", "rotary"), [(Heads(6, 2, 24), 24), (Heads(4, 1, 80), 20), (Heads(9, 3, 64), 64)])

@@ -17,7 +17,7 @@ from quire.ops.types import (
     Rounding,
     SampleBatch,
 )
-from tests.ops.cases import Heads, Rows, normal, relative_error
+from tests.ops.cases import Heads, Rows, assert_bytes_tell_blocks_apart, normal, relative_error
 from tests.ops.test_quantized import FORMATS, random_weight
 
 pytest.importorskip("triton")
@@ -259,6 +259,10 @@ def test_blocks_are_copied_pair_by_pair() -> None:
     assert torch.equal(cache, expected)
     CUDA.copy_blocks(cache, CUDA.array([], "int32"), CUDA.array([], "int32"))
     assert torch.equal(cache, expected)
+
+
+def test_blocks_have_the_same_bytes_where_keys_and_values_are_the_same() -> None:
+    assert_bytes_tell_blocks_apart(CUDA)
 
 
 def test_penalties_of_all_rows_at_once() -> None:

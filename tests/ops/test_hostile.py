@@ -92,6 +92,9 @@ CALLS: list[Callable[[CpuOps], Any]] = [
     lambda ops: ops.make_cache(CacheShape(1, 0, 16, 1, 8, "float32")),
     lambda ops: ops.copy_blocks(ops.make_cache(CacheShape(1, 4, 16, 1, 8, "float32")), ints(0), ints(4)),
     lambda ops: ops.copy_blocks(ops.make_cache(CacheShape(1, 4, 16, 1, 8, "float32")), ints(0, 1), ints(1)),
+    lambda ops: ops.block_bytes(ops.make_cache(CacheShape(1, 4, 16, 1, 8, "float32")), 4, 0),
+    lambda ops: ops.block_bytes(ops.make_cache(CacheShape(1, 4, 16, 1, 8, "float32")), -1, 0),
+    lambda ops: ops.block_bytes(ops.make_cache(CacheShape(1, 4, 16, 1, 8, "float32")), 0, 1),
 ]
 
 

@@ -41,6 +41,7 @@ ENGINE_HELP = {
     "async_scheduling": "plan the next step while one is computed; on a GPU unless told not to",
     "core_process": "compute in a process of its own, replaced when it dies; serve does so unless told not to",
     "hang_timeout": "seconds that a step may take before that process is replaced; learned from steps like it",
+    "verify_cached_blocks": "for debugging: when idle, compute cached blocks again and compare them bit for bit",
 }
 SAMPLING_HELP = {
     "n": "answers to each prompt",

@@ -26,6 +26,7 @@ from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.scheduler import Scheduler, SchedulerLimits
 from quire.engine.channel import CoreFacts
 from quire.engine.step_allowance import StepAllowance
+from quire.engine.verify_blocks import CachedBlockVerifier
 from quire.errors import ConfigurationError
 from quire.executor.local import DeviceExecutor, LocalExecutor
 from quire.models.model import Model
@@ -51,10 +52,13 @@ class CoreParts:
     facts: CoreFacts
     allowance: StepAllowance
     core_type: type[EngineCore]
+    verifier: CachedBlockVerifier | None
 
     def core(self, executor: PlanExecutor | None = None) -> EngineCore:
         """The core itself; over another executor that passes on to this one, if one is given."""
-        return self.core_type(self.scheduler, executor or self.executor, time.monotonic)
+        core = self.core_type(self.scheduler, executor or self.executor, time.monotonic)
+        core.idle_work = self.verifier
+        return core
 
 
 def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
@@ -79,14 +83,17 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     overlap, loop = _loop(args, ops)
     runner = _runner(args, model, ops, sizes)
     in_use = check_ledger(sizes.ledger, ops)
+    key = secrets.token_bytes(32)
+    verifier = CachedBlockVerifier(key, runner.first_difference) if args.verify_cached_blocks else None
     decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions, *ops.decisions(), loop]
     decisions += [] if in_use is None else [in_use]
     return CoreParts(
-        _scheduler(args, sizes),
+        _scheduler(args, sizes, verifier or (PrefixCache(key) if args.enable_prefix_caching else NullPrefixCache())),
         DeviceExecutor(runner) if overlap else LocalExecutor(runner),
         CoreFacts(sizes.max_model_len, spec.vocab_size, tuple(decisions), stamp, _cache_config(args, sizes)),
         StepAllowance(model.weight_bytes if ops.memory() is None else None, args.hang_timeout),
         OverlappingCore if overlap else EngineCore,
+        verifier,
     )
 
 
@@ -153,6 +160,7 @@ def _runner(args: EngineArgs, model: Model, ops: Ops, sizes: CachePlan) -> Model
             max_rows=sizes.max_num_seqs,
             max_model_len=sizes.max_model_len,
             record=ops.record if _records(args, ops) else None,
+            recomputes=args.verify_cached_blocks,
         )
         if ops.memory() is not None:
             runner.warm_up(
@@ -164,7 +172,7 @@ def _runner(args: EngineArgs, model: Model, ops: Ops, sizes: CachePlan) -> Model
         raise ConfigurationError(f"gpu_memory_utilization {text}", field="gpu_memory_utilization") from error
 
 
-def _scheduler(args: EngineArgs, sizes: CachePlan) -> Scheduler:
+def _scheduler(args: EngineArgs, sizes: CachePlan, prefix_cache: PrefixCache | NullPrefixCache) -> Scheduler:
     limits = SchedulerLimits(
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
@@ -172,7 +180,6 @@ def _scheduler(args: EngineArgs, sizes: CachePlan) -> Scheduler:
         block_size=sizes.block_size,
         num_blocks=sizes.num_blocks,
     )
-    prefix_cache = PrefixCache(secrets.token_bytes(32)) if args.enable_prefix_caching else NullPrefixCache()
     return Scheduler(limits, make_policy(args.scheduling_policy), prefix_cache)
 
 

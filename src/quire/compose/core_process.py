@@ -3,6 +3,7 @@
 Started by `quire.engine.core_process` and by nobody else. It lives as long as the process that started it.
 """
 
+import logging
 import socket
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     die_with_parent()
     start = _first_message(connection)
+    if start.args.verify_cached_blocks:
+        logging.basicConfig(level=logging.INFO, format="%(process)d %(message)s")
     try:
         parts = compose_core(start.args, Path(start.directory))
     except ConfigurationError as error:

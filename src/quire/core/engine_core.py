@@ -24,11 +24,23 @@ class PlanExecutor(Protocol):
         """Give everything back."""
 
 
+class IdleWork(Protocol):
+    """What the core does while there is no work, once the executor has nothing left to prepare."""
+
+    def do_next(self) -> bool:
+        """One short piece. False: there is none left until requests have come."""
+
+    def check(self) -> None:
+        """State what should be true by all that was done."""
+
+
 class EngineCore:
     """A scheduler, an executor, and the body of the loop between them.
 
     `clock` gives seconds; the core writes them into its records and decides nothing by them.
     """
+
+    idle_work: IdleWork | None = None
 
     def __init__(self, scheduler: Scheduler, executor: PlanExecutor, clock: Callable[[], float]) -> None:
         self._scheduler = scheduler
@@ -45,8 +57,8 @@ class EngineCore:
         return self._scheduler.update(plan, result)
 
     def prepare(self) -> bool:
-        """See `PlanExecutor.prepare`."""
-        return self._executor.prepare()
+        """See `PlanExecutor.prepare`; then the idle work."""
+        return self._executor.prepare() or (self.idle_work is not None and self.idle_work.do_next())
 
     def add(self, new: NewRequest) -> None:
         """See `Scheduler.add`."""
@@ -84,6 +96,8 @@ class EngineCore:
     def check(self) -> None:
         """State what is always true; for tests, and for idle times in production."""
         self._scheduler.check()
+        if self.idle_work is not None:
+            self.idle_work.check()
 
     def close(self) -> None:
         """Close the executor. Nothing can be computed afterwards."""
@@ -98,9 +112,7 @@ class OverlappingCore(EngineCore):
     last request has ended, a step that nobody wants may be in flight; it is collected with the next.
     """
 
-    def __init__(self, scheduler: Scheduler, executor: PlanExecutor, clock: Callable[[], float]) -> None:
-        super().__init__(scheduler, executor, clock)
-        self._started: tuple[StepPlan, Any] | None = None
+    _started: tuple[StepPlan, Any] | None = None
 
     def step(self) -> list[TokenDelta]:
         """Start the next step, then take in the one before it: the first call after a rest has no news."""

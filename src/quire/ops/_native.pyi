@@ -24,6 +24,8 @@ class TileBuffer:
 class Cache:
     @property
     def bytes(self) -> int: ...
+    def block_bytes(self, block: int, layer: int, /) -> Any:
+        """A copy of the bytes of one block in one layer."""
 
 _View = tuple[int, int, int, int]
 """`quire.ops.program.View`: buffer, offset, groups, width."""

@@ -228,6 +228,9 @@ class CpuOps(ComposedOps):
     def copy_blocks(self, cache: Opaque, source_ids: Array, target_ids: Array) -> None:
         self._native.copy_blocks(cache, source_ids, target_ids)
 
+    def block_bytes(self, cache: Opaque, block: int, layer: int) -> bytes:
+        return bytes(cache.block_bytes(block, layer))
+
     # element by element
 
     def activation(self, x: Array, kind: Activation) -> Array:

@@ -252,6 +252,10 @@ class ReferenceOps(composed.ComposedOps):
         for source, target in zip(source_ids, target_ids, strict=True):
             cache.data[:, :, int(target), ...] = cache.data[:, :, int(source), ...]
 
+    def block_bytes(self, cache: ReferenceCache, block: int, layer: int) -> bytes:
+        """All of them, float32. Exact."""
+        return bytes(self.to_numpy(cache.data[:, layer, block, ...]).tobytes())
+
     # element by element
 
     def activation(self, x: Array, kind: Activation) -> Array:

@@ -356,6 +356,9 @@ class Ops(Protocol):
     def copy_blocks(self, cache: Opaque, source_ids: Array, target_ids: Array) -> None:
         """Copy whole blocks, all layers."""
 
+    def block_bytes(self, cache: Opaque, block: int, layer: int) -> bytes:
+        """The keys and values of a block in one layer: blocks with the same ones have the same bytes. For debugging."""
+
     def moe(self, x: Array, router: Opaque, experts: Opaque, num_active: int, normalize: bool) -> Array:
         """Mixture of experts: softmax routing, the best `num_active` experts' gated MLPs, weighted sum."""
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from quire.core.plan import NewRow, RowResult, ScheduledRow, StepPlan, StepResult, TokenLogprobs
 from quire.models.model import Model
-from quire.ops.types import Array, Ops
+from quire.ops.types import Array, AttentionBatch, Ops
 from quire.runner.faults import RowFaults
 from quire.runner.graphs import DecodeGraphs, GraphLimits, Record
 from quire.runner.memory import PROMPT_LOGPROB_ROWS, StepLimits, take_largest_steps
@@ -77,6 +77,7 @@ class ModelRunner:
         max_rows: permanent rows, the scheduler's `max_num_seqs`.
         max_model_len: longest sequence in tokens.
         record: how decode steps are recorded (`Ops.record`); None: they are launched each time.
+        recomputes: `first_difference` will be called, which needs a block of its own.
     """
 
     def __init__(
@@ -89,10 +90,13 @@ class ModelRunner:
         max_rows: int,
         max_model_len: int,
         record: Record | None = None,
+        recomputes: bool = False,
     ) -> None:
         self._model = model
         self._ops = ops
-        self._cache = ops.make_cache(model.cache_shape(num_blocks if record is None else num_blocks + 1, block_size))
+        self._spare_block = num_blocks
+        """Behind those of the scheduler, where `record` or `recomputes` wants it."""
+        self._cache = ops.make_cache(model.cache_shape(num_blocks + (record is not None or recomputes), block_size))
         self._rows = Rows(max_rows, max_model_len, block_size)
         self._sampler = Sampler(ops, max_rows)
         self._graphs: DecodeGraphs | None = None
@@ -116,6 +120,23 @@ class ModelRunner:
     def prepare(self) -> bool:
         """In a moment without work: something that makes later steps quicker; False if there is nothing to do."""
         return self._graphs is not None and self._graphs.prepare()
+
+    def first_difference(self, block_ids: Sequence[int], token_ids: Sequence[int]) -> int | None:
+        """Between steps: of the blocks of a text, compute the last one, which holds `token_ids`, again, and compare it
+        bit for bit: the first layer whose keys or values differ, or None."""
+        ops, size, start = self._ops, len(token_ids), (len(block_ids) - 1) * len(token_ids)
+        batch = AttentionBatch(
+            positions=ops.array(np.arange(start, start + size), "int32"),
+            query_starts=ops.array(np.array([0, size]), "int32"),
+            starts=ops.array(np.array([start]), "int32"),
+            block_tables=ops.array(np.array([[*block_ids[:-1], self._spare_block]]), "int32"),
+        )
+        self._model.forward(ops.array(np.array(token_ids), "int32"), batch, self._cache)
+        for layer in range(self._model.spec.num_layers):
+            kept, computed = (ops.block_bytes(self._cache, one, layer) for one in (block_ids[-1], self._spare_block))
+            if kept != computed:
+                return layer
+        return None
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step. A fault in the work of one row fails that row (see `quire.runner.faults`).

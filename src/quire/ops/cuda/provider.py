@@ -209,6 +209,9 @@ class CudaOps(ComposedOps):
     def copy_blocks(self, cache: Array, source_ids: Array, target_ids: Array) -> None:
         rows.copy_blocks(cache, source_ids, target_ids)
 
+    def block_bytes(self, cache: Array, block: int, layer: int) -> bytes:
+        return bytes(cache[layer, :, block].contiguous().view(torch.uint8).cpu().numpy().tobytes())
+
     # element by element
 
     def activation(self, x: Array, kind: Activation) -> Array:
