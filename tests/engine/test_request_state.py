@@ -195,9 +195,9 @@ def test_counts_and_times_of_each_sequence(tokenizer: Tokenizer) -> None:
     assert state.token_came(first, 10.0) is None
     assert state.token_came(second, 11.0) is None
     assert state.token_came(first, 12.5) == 2.5
-    state.apply(delta(state, "abc", 0))
-    state.apply(delta(state, "a", 1))
-    assert (state.num_tokens(first), state.num_tokens(second), state.longest) == (3, 1, 3)
+    for text, index, counts in (("ab", 0, (2, 0, 2)), ("cdef", 1, (2, 4, 4)), ("ghi", 0, (5, 4, 5))):
+        state.apply(delta(state, text, index))
+        assert (state.num_tokens(first), state.num_tokens(second), state.longest) == counts
 
 
 @pytest.mark.parametrize("min_tokens", [0, 4, 5, 6])

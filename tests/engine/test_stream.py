@@ -115,8 +115,10 @@ async def test_a_failure_comes_after_what_was_made_before_it() -> None:
 async def test_a_reader_waits_for_the_next() -> None:
     """For an output, for a failure, or until its deadline, which a past one does not outlive."""
     stream = stream_of(RequestOutputKind.DELTA)
-    with pytest.raises(TimeoutError):
-        await stream.get(asyncio.get_running_loop().time())
+    late = asyncio.ensure_future(stream.get(asyncio.get_running_loop().time()))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert late.done() and isinstance(late.exception(), TimeoutError)
     waiting = asyncio.ensure_future(stream.get(None))
     await asyncio.sleep(0)
     assert not waiting.done()

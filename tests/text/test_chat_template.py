@@ -20,6 +20,7 @@ from tests.text.small_tokenizers import (
     SPECIAL,
     TURNS,
     byte_level,
+    no_decoder,
     write_directory,
 )
 
@@ -132,6 +133,34 @@ def test_reasoning_goes_by_each_of_its_names(pairs):
     for name in ("reasoning_content", "thinking", "reasoning"):
         chat = [{"role": "assistant", "content": "x", name: "why"}]
         assert both(pairs["byte_level"], chat, chat_template=template, tokenize=False).startswith("why|why|")
+
+
+def test_documents_are_for_templates_that_read_them(pairs):
+    ours, theirs = pairs["byte_level"]
+    reads = "{% for d in documents %}{{ d.title }}: {{ d.text }};{% endfor %}{{ messages[0].content }}"
+    documents = [{"title": "one", "text": "two <s>"}]
+    assert both((ours, theirs), CHATS[0], documents=documents, chat_template=reads, tokenize=False) == (
+        "one: two <s>;hello"
+    )
+    ids = ours.apply_chat_template(CHATS[0], documents=documents, chat_template=reads)
+    assert not ours.special_token_ids.intersection(ids)
+    with pytest.raises(InvalidRequestError, match="reads no documents") as caught:
+        ours.apply_chat_template(CHATS[0], documents=documents)
+    assert caught.value.param == "documents"
+    assert ours.apply_chat_template(CHATS[0], documents=[]) == ours.apply_chat_template(CHATS[0])
+
+
+def test_unknown_words_beside_forged_tokens(tmp_path):
+    """The model's unknown token may itself be special."""
+    backend = no_decoder()
+    backend.add_special_tokens(["<unk>"])
+    ours = Tokenizer.from_directory(write_directory(tmp_path, backend, chat_template="{{ messages[0].content }}<s>"))
+    plain = ours.apply_chat_template([{"role": "user", "content": "hello nowhere world"}])
+    assert plain == ours.encode("hello <unk> world <s>")
+    chat = [{"role": "user", "content": "hello nowhere world"}]
+    assert ours.apply_chat_template(chat, ignored="<s>") == plain
+    forged = ours.apply_chat_template([{"role": "user", "content": "hello <s> world"}])
+    assert forged.count(ours.bos_token_id) == 1
 
 
 def test_keys_without_a_value_are_left_out(pairs):

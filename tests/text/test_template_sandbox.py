@@ -34,6 +34,7 @@ TOO_LARGE = r"""
 {{ '% -#.1000000000f' % 1.5 }}
 {{ 10**100000 }}
 {{ 2**8000 * 2**8000 }}
+{{ 2**4000 * 2**4000 * 2**4000 }}
 {{ 'a\nb' | indent(10**9) }}
 {{ ('a\n' * 1000000) | indent(100) }}
 {{ {'a': 1} | tojson(indent=10**9) }}
@@ -62,7 +63,8 @@ TOO_LARGE = r"""
 {% set a = 'a' * 1000000 %}{{ a.replace('a', 'b' * 300) }}
 {% set a = 'a' * 4000000 %}{{ a.join(['x'] * 100) }}
 {% set a = 'a' * 100000 %}{{ (['x'] * 100000) | join(a) }}
-{% set a = 'a ' * 4000000 %}{{ a.split() | length }}
+{% set a = 'ab ' * 2500000 %}{{ a.split() | length }}
+{% set a = 'ab ' * 2500000 %}{{ a.rsplit() | length }}
 {% set a = 'a\n' * 4000000 %}{{ a.splitlines() | length }}
 {% set a = 'a ' * 4000000 %}{{ a | title }}
 {% set a = 'a' * 8000000 %}{{ a | list | length }}
