@@ -105,9 +105,7 @@ class CachedBlockVerifier(PrefixCache):
         for other in self._texts:
             block_id = pool.find(other)
             if block_id is not None and block_hash in self._chain(other):
-                pool.share([block_id])
                 pool.forget([block_id])
-                pool.release([block_id])
 
     def _chain(self, block_hash: bytes) -> Iterator[bytes]:
         """A block and those before it, back to the first; where a text was dropped, it ends with what no block is."""
