@@ -29,7 +29,7 @@ def test_the_tree_keeps_the_budgets() -> None:
 
 def test_the_promised_numbers_stand() -> None:
     budget = read_budget(ROOT)
-    assert budget["lines"]["source_file"] <= 400
+    assert budget["lines"]["source_file"] <= 500
     assert budget["lines"]["source_function"] <= 60
     assert budget["fields"] == {
         "src/quire/core/request.py:Request": 16,

@@ -138,7 +138,7 @@ POINTS: dict[str, Callable[[Victim], None]] = {
     "request state": lambda v: v.throw(RequestState, "__init__", lambda self, parsed, *_: of_new_state(parsed)),
     "detokenizer": lambda v: v.throw(RequestState, "_push_text", named_victim),
     "text of logprobs": lambda v: v.throw(RequestState, "_position", named_victim),
-    "stop strings": lambda v: v.throw(StopStrings, "push", lambda self, _: "\0" in self._root.following),
+    "stop strings": lambda v: v.throw(StopStrings, "push", lambda self, *_, **__: "\0" in self._root.following),
     "output": lambda v: v.throw(RequestState, "output", named_victim),
 }
 
