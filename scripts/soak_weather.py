@@ -52,16 +52,18 @@ def _family(rng: random.Random) -> list[dict[str, Any]]:
 
 
 def make_settings(rng: random.Random) -> dict[str, Any]:
-    """Engine arguments of one server: short chunks, few blocks, more threads than the soak has processors."""
-    block_size = rng.choice([8, 8, 16, 16, 32])
+    """Engine arguments of one server: short chunks, more threads than the soak has processors. Half of them are crowded
+    (many rows, blocks for all), as some faults need a step of many rows; many of the others have few blocks."""
+    crowded = rng.random() < 0.5
+    block_size = rng.choice([8, 16] if crowded else [8, 16, 32])
     return {
         "max_model_len": MAX_MODEL_LEN,
-        "max_num_batched_tokens": rng.choice([16, 32, 33, 48, 64, 64]),
-        "max_num_seqs": rng.choice([8, 32, 64, 64, 64]),
+        "max_num_batched_tokens": rng.choice([48, 64] if crowded else [16, 24, 32, 33, 48, 64]),
+        "max_num_seqs": 64 if crowded else rng.choice([8, 32, 64]),
         "block_size": block_size,
-        "num_gpu_blocks_override": MAX_MODEL_LEN // block_size * rng.choice([1, 2, 3, 8, 24, 24, 24]),
+        "num_gpu_blocks_override": MAX_MODEL_LEN // block_size * (24 if crowded else rng.choice([1, 2, 3, 8])),
         "async_scheduling": rng.random() < 0.5,
-        "threads": rng.choice([4, 4, 4, 6]),
+        "threads": 4 if crowded else rng.choice([4, 6]),
     }
 
 
