@@ -28,18 +28,20 @@ class FairShares:
         self._counters: dict[str, int] = {}
         self._floor = 0
         """The counter of whoever was last served from an otherwise empty queue."""
+        self._forgotten = 0
+        """The counter of a caller that has none of its own."""
 
     def __getitem__(self, caller: str) -> int:
         """The service that a caller was given, in units over its weight."""
-        return self._counters.get(caller, 0)
+        return self._counters.get(caller, self._forgotten)
 
     def arrive(self, caller: str, waiting: Iterable[str]) -> None:
         """A request comes; `waiting` are the callers who have others in the queue."""
-        counters = [self._counters.get(other, 0) for other in waiting if other != caller]
-        floor = min(counters, default=self._floor)
+        floor = min((self[other] for other in waiting if other != caller), default=self._floor)
         if len(self._counters) >= MAX_COUNTERS and caller not in self._counters:
-            self._counters = {name: count for name, count in self._counters.items() if count > floor}
-        self._counters[caller] = max(self._counters.get(caller, 0), floor)
+            self._forgotten = max(self._forgotten, floor)
+            self._counters = {name: count for name, count in self._counters.items() if count > self._forgotten}
+        self._counters[caller] = max(self[caller], floor)
 
     def charge_prompt(self, new: NewRequest, num_tokens: int) -> None:
         """`num_tokens` of a prompt are about to be computed: a request enters for the first time."""
@@ -51,4 +53,4 @@ class FairShares:
         self._charge(new, OUTPUT_TOKEN_COST * num_tokens)
 
     def _charge(self, new: NewRequest, cost: int) -> None:
-        self._counters[new.caller] = self._counters.get(new.caller, 0) + cost * UNIT // new.caller_weight
+        self._counters[new.caller] = self[new.caller] + cost * UNIT // new.caller_weight
