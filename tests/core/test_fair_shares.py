@@ -223,3 +223,102 @@ def test_counters_are_those_of_the_paper(monkeypatch: pytest.MonkeyPatch, seed: 
             assert float(paper.counters[other]) == pytest.approx(shares[other] / UNIT, abs=0.01)
             num_seen += 1
     assert num_seen > 1000
+
+
+def widest_difference(fair: Fair, first: str, second: str) -> int:
+    """Of the service that two callers are given from now on, while both have requests waiting."""
+    before, widest = dict(fair.service), 0
+    while {first, second} <= {new.new.caller for new in fair.scheduler._waiting}:
+        fair.step()
+        given = [fair.service[name] - before.get(name, 0) for name in (first, second)]
+        widest = max(widest, abs(given[0] - given[1]))
+    assert min(given) > 2 * BOUND, "they competed for a while"
+    return widest
+
+
+BOUND = 2 * max(6, OUTPUT_TOKEN_COST * 2 * 4)
+"""The paper's, for prompts of 6 tokens, 2 rows and 4 tokens of output."""
+
+
+@pytest.mark.parametrize("other_weight", [1, 4])
+def test_work_that_nobody_else_wanted_is_not_held_against_a_caller(other_weight: int) -> None:
+    """One caller had the engine to itself, then another one: from the moment at which both wait they share it."""
+    fair = Fair(num_blocks=64, max_num_seqs=2, prefix_caching=False)
+    for name, count, weight in (("early", 60, 1), ("other", 5, other_weight), ("early", 0, 1)):
+        for number in range(count):
+            fair.ask(f"{name}.{fair.num_steps}.{number}", 6, 4, weight=weight)
+        while fair.scheduler.has_work:
+            fair.step()
+    for number in range(60):
+        fair.ask(f"early.again.{number}", 6, 4)
+        fair.ask(f"other.again.{number}", 6, 4)
+    assert widest_difference(fair, "early", "other") <= BOUND
+
+
+def test_callers_that_pass_by_change_nothing_between_two_that_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many counters are forgotten meanwhile: those of callers that wait, or that run and come back, hold."""
+    monkeypatch.setattr(fair_shares, "MAX_COUNTERS", 4)
+    fair = Fair(num_blocks=64, max_num_seqs=2, prefix_caching=False)
+    for number in range(40):
+        fair.ask(f"one.{number}", 6, 4)
+    while fair.service["one"] < 20 * BOUND // 8:
+        fair.step()
+    for number in range(80):
+        fair.ask(f"one.late.{number}", 6, 4)
+        fair.ask(f"two.{number}", 6, 4)
+        fair.ask(f"passing{number}.0", 1, 1)
+        fair.ask(f"passing{number + 1000}.0", 1, 1)
+    assert widest_difference(fair, "one", "two") <= BOUND
+    assert len(fair.scheduler._shares._counters) <= 170, "no more than have waited at one time"
+
+
+def test_more_than_4096_callers_are_told_apart_where_it_matters() -> None:
+    """Each comes once and is served; a caller that waits keeps its counter, and so do those ahead of it."""
+    shares, one = FairShares(), new_request("x", [1])
+    waiting, ahead = replace(one, caller="waiting"), replace(one, caller="ahead")
+    for new in (waiting, ahead):
+        shares.arrive(new.caller, ())
+    shares.charge_output(waiting, 10**6)
+    shares.charge_output(ahead, 10**7)
+    counters = {"waiting": shares["waiting"], "ahead": shares["ahead"]}
+    assert counters == {"waiting": 2 * 10**6 * fair_shares.UNIT, "ahead": 2 * 10**7 * fair_shares.UNIT}
+    for number in range(3 * fair_shares.MAX_COUNTERS):
+        passing = f"passing.{number}"
+        shares.arrive(passing, ("waiting",))
+        assert shares[passing] == counters["waiting"], "lifted to the one that waits, and no further"
+    assert {name: shares[name] for name in counters} == counters
+    assert len(shares._counters) <= fair_shares.MAX_COUNTERS + 1
+
+
+def test_a_caller_that_comes_back_at_once_keeps_what_it_was_given() -> None:
+    """One has a long queue of small requests; the other has one large request at a time, and the next one ready."""
+    fair = Fair(num_blocks=64, max_num_seqs=2, prefix_caching=False)
+    for number in range(150):
+        fair.ask(f"steady.{number}", 2, 2)
+    number = widest = 0
+    while any(request.new.caller == "steady" for request in fair.scheduler._waiting):
+        if number == 0 or fair.outputs[f"large.{number - 1}"].finish_reason:
+            fair.ask(f"large.{number}", 20, 8)
+            number += 1
+        fair.step()
+        widest = max(widest, fair.service["large"] - fair.service["steady"])
+    assert number > 5 and widest <= 2 * (20 + OUTPUT_TOKEN_COST * 8)
+
+
+def test_a_caller_is_lifted_as_the_paper_says() -> None:
+    """c(u) becomes max(c(u), min over those who wait); where nobody waits, the counter of the one served last."""
+    shares, one = FairShares(), new_request("x", [1])
+    for name, num_tokens in (("low", 10), ("high", 1000), ("back", 500)):
+        shares.charge_output(replace(one, caller=name), num_tokens)
+    unit = fair_shares.UNIT * OUTPUT_TOKEN_COST
+    for name, waiting, expected in (
+        ("new", ("low", "high"), 10),
+        ("back", ("low", "high"), 500),
+        ("other", ("low", "high"), 10),
+        ("back", ("high",), 1000),
+    ):
+        shares.arrive(name, waiting)
+        assert shares[name] == expected * unit, name
+    shares.charge_prompt(replace(one, caller="low"), 2000)
+    shares.arrive("late", ())
+    assert shares["late"] == shares["low"] == 1010 * unit

@@ -117,6 +117,17 @@ def test_steps_are_judged_by_those_of_their_size() -> None:
     assert allowance.seconds_for(16.0) == LEAST_SECONDS
 
 
+def test_the_longest_step_of_a_size_is_what_counts() -> None:
+    """And a longer one of a smaller size: more work takes no less time."""
+    allowance = StepAllowance()
+    for seconds in (0.3, 2.0, 0.1):
+        allowance.observe(1000.0, seconds)
+    assert allowance.seconds_for(1000.0) == SLACK * 2.0
+    allowance.observe(2000.0, 0.1)
+    assert allowance.seconds_for(2000.0) == SLACK * 2.0
+    assert allowance.seconds_for(4000.0) == 2 * SLACK * 2.0
+
+
 def test_first_steps_are_judged_by_the_size_of_the_model() -> None:
     small, large, huge = (StepAllowance(size) for size in (4 * 2**20, 270 * 10**6, 16 * 10**9))
     assert small.seconds_for(1.0) == LEAST_SECONDS and small.seconds_for(512.0) == LEAST_SECONDS

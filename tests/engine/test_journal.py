@@ -6,7 +6,6 @@ import pytest
 
 from quire.core.plan import TokenDelta, TokenLogprobs
 from quire.core.request import Given
-from quire.engine.breaker import FIRST_PAUSE_SECONDS, LONG_LIFE_SECONDS, LONGEST_PAUSE_SECONDS, Breaker
 from quire.engine.journal import LONGER_TRIAL, MOST_TRIALS, TRIAL_TOKENS, Journal, Verdict
 from tests.core.harness import new_request
 
@@ -237,47 +236,3 @@ def test_many_suspects_are_tried_in_groups_and_the_bad_one_is_found(count: int) 
             journal.take(TokenDelta(new.request_id, (5, 5), finish_reason="length") for new in group)
     assert failed == (bad,) and len(journal) == count - 1
     assert (num_deaths, num_unexplained) == (2 if count <= MOST_TRIALS else 3, 1)
-
-
-def test_the_breaker_opens_when_cores_die_in_vain() -> None:
-    breaker = Breaker()
-    breaker.died(0.0, 1.0)
-    breaker.explained(1.0, 1.0)
-    breaker.explained(1.0, 1.0)
-    breaker.died(1.0, 2.0)
-    breaker.died(2.0, 3.0)
-    assert breaker.may_start(3.0)
-    breaker.died(3.0, 4.0)
-    assert not breaker.may_start(4.0 + FIRST_PAUSE_SECONDS / 2)
-    now_s, pauses_s = 4.0 + FIRST_PAUSE_SECONDS, []
-    for _ in range(6):
-        assert breaker.may_start(now_s)
-        breaker.died(now_s, now_s)
-        assert breaker.open_until_s is not None
-        pauses_s.append(breaker.open_until_s - now_s)
-        now_s = breaker.open_until_s
-    assert pauses_s[:2] == [2 * FIRST_PAUSE_SECONDS, 4 * FIRST_PAUSE_SECONDS]
-    assert pauses_s[-1] == LONGEST_PAUSE_SECONDS
-
-
-def test_use_or_a_long_life_closes_the_breaker() -> None:
-    breaker = Breaker()
-    for born_s in range(10):
-        breaker.died(born_s, born_s + 1.0)
-        breaker.proved()
-    for number in range(10):
-        then_s = number * LONG_LIFE_SECONDS
-        breaker.died(then_s, then_s + LONG_LIFE_SECONDS)
-    assert breaker.may_start(0.0)
-
-
-def test_requests_that_are_blamed_one_after_another_are_not_what_is_wrong() -> None:
-    for does_work in (True, False):
-        breaker, num_blamed = Breaker(), 0
-        while breaker.may_start(0.0) and num_blamed < 20:
-            breaker.died(0.0, 0.0)
-            breaker.explained(0.0, 0.0)
-            num_blamed += 1
-            if does_work:
-                breaker.worked()
-        assert num_blamed == (20 if does_work else 4)

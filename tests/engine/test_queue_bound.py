@@ -151,6 +151,81 @@ def test_random_comings_and_goings_stay_within_bound_and_shares() -> None:
     assert queue._held == {} and queue._waiting == {}
 
 
+class Steady:
+    """A rate that is known."""
+
+    def __init__(self, per_second: float | None) -> None:
+        self.per_second = per_second
+
+    def read(self, now_s: float) -> float | None:
+        return self.per_second
+
+
+@pytest.mark.parametrize(("waiting", "per_second", "expected"), [
+    (7, 2.0, 4), (8, 2.0, 4), (9, 2.0, 5), (1, 3.0, 1), (1, 1000.0, 1), (10, 0.3, 34), (599, 1.0, 599),
+    (600, 1.0, queue_bound.MAX_RETRY_SECONDS), (7, 0.0, queue_bound.MAX_RETRY_SECONDS),
+    (7, None, queue_bound.FIRST_RETRY_SECONDS),
+])  # fmt: skip
+@pytest.mark.parametrize("what", ["requests", "tokens"])
+def test_the_time_to_come_back_is_whole_seconds_and_never_too_short(
+    what: str, waiting: int, per_second: float | None, expected: int
+) -> None:
+    """RFC 9110, 10.2.3: a number of seconds without a part; what is asked for before it is over is refused again."""
+    full = {"requests": (waiting, 10**9), "tokens": (10**9, waiting)}[what]
+    queue, _ = bound(max_requests=full[0], max_tokens=full[1])
+    queue._requests_rate = queue._tokens_rate = Steady(None if per_second is None else 10**6)  # type: ignore[assignment]
+    setattr(queue, f"_{what}_rate", Steady(per_second))
+    for number in range(waiting):
+        queue.enter(ANYBODY, 1, (str(number),))
+    with pytest.raises(OverloadedError, match=str(waiting)) as caught:
+        queue.enter(ANYBODY, 1, ("x",))
+    assert caught.value.retry_after_s == expected
+    assert per_second is None or expected == queue_bound.MAX_RETRY_SECONDS or expected * per_second >= waiting
+
+
+def test_a_prompt_of_any_length_that_fits_is_let_in_where_nobody_waits() -> None:
+    queue, _ = bound(max_requests=100, max_tokens=10, weights={"a": 1, "b": 1})
+    queue.enter(Caller("a"), 10, ("long",))
+    with pytest.raises(TooManyRequestsError):
+        queue.enter(Caller("a"), 1, ("more",))
+    queue.left("long", was_scheduled=False)
+    queue.enter(Caller("a"), 10, ("again",))
+
+
+def test_one_known_caller_has_no_share_to_keep_from_others() -> None:
+    queue, _ = bound(max_requests=10, weights={"a": 1})
+    assert fill(queue, "") == 10
+    with pytest.raises(OverloadedError, match="the queue is full: 10 requests wait") as caught:
+        queue.check_room(Caller("a"))
+    assert not isinstance(caught.value, TooManyRequestsError)
+
+
+def test_five_thousand_callers_leave_nothing_behind() -> None:
+    """Counts are right with as many callers as there are, and each is forgotten when its last request has left."""
+    queue, _ = bound(max_requests=20_000, max_tokens=10**6, weights={str(n): 1 for n in range(5000)})
+    for number in range(5000):
+        queue.enter(Caller(str(number)), 3, (f"{number}.0", f"{number}.1"))
+    assert (queue.num_waiting, queue.num_waiting_tokens, len(queue._held)) == (10_000, 30_000, 5000)
+    for number in range(5000):
+        queue.left(f"{number}.0", was_scheduled=True)
+    assert (queue.num_waiting, queue.num_waiting_tokens, len(queue._held)) == (5000, 15_000, 5000)
+    for number in range(5000):
+        queue.left(f"{number}.1", was_scheduled=False)
+    assert (queue.num_waiting, queue.num_waiting_tokens, queue._held, queue._waiting) == (0, 0, {}, {})
+
+
+@pytest.mark.parametrize("age_s", [1, 3, 10, 40])
+def test_a_steady_rate_is_known_from_its_beginning(age_s: int) -> None:
+    """Twenty a second give twenty a second, however short the memory of them is."""
+    rate = Rate()
+    for number in range(20 * age_s + 1):
+        rate.add(1, 100.0 + number / 20)
+    found = rate.read(100.0 + age_s)
+    assert found is not None and found == pytest.approx(20, rel=0.1)
+    quiet = rate.read(100.0 + age_s + queue_bound.RATE_SECONDS)
+    assert quiet is not None and quiet < found / 2
+
+
 def test_a_rate_follows_what_happens() -> None:
     rate, now_s = Rate(), 50.0
     assert rate.read(now_s) is None

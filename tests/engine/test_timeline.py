@@ -6,7 +6,7 @@ import pytest
 
 from quire.core.plan import ScheduledRequest, Stalled, StepRecord
 from quire.engine.explain import Explanation, explain
-from quire.engine.timeline import Ledger
+from quire.engine.timeline import Ledger, Timeline
 from tests.core.harness import new_request
 
 
@@ -82,7 +82,9 @@ def test_the_queue_names_what_the_head_lacked() -> None:
     assert "max_num_seqs requests were running" in found.sentence
     assert found.parts["queued"] == pytest.approx(4.0)
     story.step(0.1, ("c", 0, 10))
-    assert story.end("c").queued_because == {"no_row": pytest.approx(4.0), "no_blocks": pytest.approx(0.1)}
+    found = story.end("c")
+    assert found.queued_because == {"no_row": pytest.approx(4.0), "no_blocks": pytest.approx(0.1)}
+    assert "max_num_seqs requests were running" in found.sentence, "the larger part of it"
 
 
 def test_a_batch_mates_prompt_is_named() -> None:
@@ -236,3 +238,83 @@ def test_who_waits_for_the_trials_of_others_recovers() -> None:
     story.step(5.0, ("b", 0, 9))
     story.step(0.3, ("a", 0, 12))
     assert seconds_of(story.end("a")) == {"prefilling": 0.5, "recovering": 5.2}
+
+
+def test_one_that_leaves_the_queue_without_a_step_waited_for_what_the_head_lacked_meanwhile() -> None:
+    story = Story()
+    story.arrive("a")
+    story.step(0.1, ("a", 0, 10))
+    story.arrive("b")
+    story.step(4.0, ("a", 10, 1), stalled=(("b", "no_row", None),))
+    story.arrive("c")
+    story.step(1.5, ("a", 11, 1), stalled=(("b", "no_row", None),))
+    story.step(0.5, ("a", 12, 1), stalled=(("b", "no_blocks", None),))
+    story.step(0.1, ("a", 13, 1))
+    found = story.end("c", 0)
+    assert found.queued_because == {"no_row": pytest.approx(1.5), "no_blocks": pytest.approx(0.5)}
+    assert seconds_of(found) == {"queued": 2.1}
+
+
+def test_a_prompt_costs_those_who_decode_the_time_over_the_mean_of_steps_without_one() -> None:
+    """The running mean gives the newest step a tenth of its weight."""
+    story = Story()
+    story.arrive("a")
+    story.step(0.1, ("a", 0, 10))
+    durations, mean_s = [0.1, 0.3, 0.3, 0.2, 0.05], None
+    for position, seconds in enumerate(durations):
+        story.step(seconds, ("a", 10 + position, 1))
+        mean_s = seconds if mean_s is None else 0.9 * mean_s + 0.1 * seconds
+    story.arrive("b", 1000)
+    story.step(2.0, ("a", 15, 1), ("b", 0, 1000))
+    story.step(0.1, ("a", 16, 1), ("b", 1000, 1))
+    found = story.end("a")
+    assert mean_s is not None
+    assert found.parts["waiting_for_prefill"] == pytest.approx(2.0 - mean_s)
+    assert found.parts["decoding"] == pytest.approx(sum(durations) + mean_s + 0.1)
+
+
+def test_the_way_back_from_a_preemption_is_prefill_also_where_the_cache_has_the_prompt() -> None:
+    story = Story()
+    story.arrive("a")
+    story.step(0.1, ("a", 0, 10))
+    for position in range(10, 18):
+        story.step(0.1, ("a", position, 1))
+    story.step(1.0, stalled=(("a", "preempted", None),))
+    story.step(0.5, ("a", 16, 2))
+    story.step(0.1, ("a", 18, 1))
+    assert seconds_of(story.end("a")) == {"preempted": 1.0, "prefilling": 0.6, "decoding": 0.9}
+
+
+def test_the_one_that_was_waited_for_longest_is_named_first_by_its_public_name() -> None:
+    """Two sequences of one request are one; and no more than eight are kept."""
+    story = Story(max_remembered=64)
+    story.arrive("a")
+    for number in range(12):
+        story.arrive(f"b{number}")
+    story.ledger.add(replace(new_request("b3.2", [1]), arrival_s=story.now_s), "public-b3", 1, story.now_s)
+    story.step(0.1, ("a", 0, 10))
+    waits = {"b0": 1.0, "b1": 2.0, "b2": 3.0, "b3": 1.8, "b3.2": 1.9, "b4": 0.5, "b5": 0.4, "b6": 0.3, "b7": 0.2}
+    for name, seconds in waits.items():
+        story.step(seconds, stalled=(("a", "no_blocks", name),))
+    found = story.end("a")
+    assert list(found.blamed.items())[:2] == [
+        ("public-b3", pytest.approx(3.7)), ("public-b2", pytest.approx(3.0)),
+    ]  # fmt: skip
+    assert len(story.ledger.find("public-a")[0].sequences[0].blamed) == Timeline.MAX_BLAMED
+    assert "public-b7" not in found.blamed and found.parts["waiting_for_blocks"] == pytest.approx(sum(waits.values()))
+
+
+def test_a_request_is_explained_by_its_sequence_that_ended_last() -> None:
+    story = Story()
+    for number in range(2):
+        new = replace(new_request(f"a.{number}", [1] * 10), arrival_s=story.now_s)
+        story.ledger.add(new, "public-a", number, story.now_s)
+    story.step(0.5, ("a.0", 0, 10), ("a.1", 0, 10))
+    story.step(1.0, ("a.0", 10, 1), ("a.1", 10, 1))
+    story.ledger.end("a.0", "stop", 2, story.now_s)
+    story.step(2.0, ("a.1", 11, 1))
+    found = story.explain("a")
+    assert not found.finished and found.total_s == pytest.approx(3.5), "one still runs"
+    story.ledger.end("a.1", "length", 3, story.now_s)
+    found = story.explain("a")
+    assert (found.finish_reason, found.num_output_tokens, found.total_s) == ("length", 3, pytest.approx(3.5))

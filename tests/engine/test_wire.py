@@ -27,6 +27,7 @@ from quire.engine.wire import (
     Stepped,
     Unframer,
     encode,
+    max_command_bytes,
 )
 from quire.errors import InvalidRequestError
 from quire.outputs import Decision
@@ -115,6 +116,21 @@ def test_a_frame_that_is_too_long_is_refused_by_its_header() -> None:
         list(Unframer(Command, 1000).feed((1001).to_bytes(4, "big")))
 
 
+@pytest.mark.parametrize("max_model_len", [64, 1_500_000])
+def test_the_longest_request_that_a_core_may_get_fits_its_frames(max_model_len: int) -> None:
+    """Of the largest token ids, and with its lists full."""
+    tokens = tuple(range(2**31 - 4096, 2**31))
+    spec = FULL.sampling._replace(
+        stop_token_ids=tokens, allowed_token_ids=tokens, logit_bias=tuple((token, -99.5) for token in tokens),
+        bad_words=((2**31 - 1,) * 257,) * 512,
+    )  # fmt: skip
+    new = replace(FULL, prompt_token_ids=(2**31 - 1,) * max_model_len, sampling=spec)
+    frames = Unframer(Command, max_command_bytes(max_model_len))
+    data = encode(Add(new))
+    assert list(frames.feed(data)) == [Add(new)]
+    assert max_command_bytes(max_model_len) < 2 * max(len(data), 2**22), "and is no larger than it must be"
+
+
 def test_the_core_takes_what_the_door_lets_in() -> None:
     check_new(FULL, FACTS)
 
@@ -127,6 +143,8 @@ def test_the_core_takes_what_the_door_lets_in() -> None:
         ({"given": Given((13,))}, "given"),
         ({"given": Given((), -1)}, "given"),
         ({"given": Given((), 0, 64)}, "given"),
+        ({"given": Given((), 64, 0)}, "given"),
+        ({"caller": "x" * 65}, "caller"),
         ({"request_id": "x" * 65}, "request_id"),
         ({"cache_salt": "x" * 1025}, "cache_salt"),
         ({"eos_token_ids": tuple(range(13))}, "eos_token_ids"),

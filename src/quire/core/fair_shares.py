@@ -52,4 +52,4 @@ class FairShares:
         self._charge(new, OUTPUT_TOKEN_COST * num_tokens)
 
     def _charge(self, new: NewRequest, cost: int) -> None:
-        self._counters[new.caller] = self._counters.get(new.caller, 0) + cost * UNIT // new.caller_weight
+        self._counters[new.caller] = self[new.caller] + cost * UNIT // new.caller_weight

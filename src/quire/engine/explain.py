@@ -106,11 +106,11 @@ def _queue_reasons(timeline: Timeline) -> dict[str, float]:
 
 def _by_name(timeline: Timeline, name_of: Callable[[str], str | None]) -> dict[str, float]:
     found: dict[str, float] = {}
-    for core_id, seconds in sorted(timeline.blamed.items(), key=lambda item: -item[1]):
+    for core_id, seconds in timeline.blamed.items():
         name = name_of(core_id)
         if name is not None:
             found[name] = found.get(name, 0.0) + seconds
-    return found
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def _sentence(

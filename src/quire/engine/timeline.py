@@ -136,14 +136,14 @@ class Ledger:
         """The core's id -> the public name, for who is blamed; of the remembered."""
         self._last: StepRecord | None = None
         self._prefill_clock_s = 0.0
-        self._queue_clocks_s = [0.0] * len(QUEUE_REASONS)
+        self._queue_clocks_s = (0.0,) * len(QUEUE_REASONS)
         self._decode_step_s: float | None = None
 
     def add(self, new: NewRequest, request_id: str, sequence: int, now_s: float) -> None:
         """A sequence of a request of this public name is in the queue from `now_s` on."""
         timeline = Timeline(
             request_id, sequence, len(new.prompt_token_ids), new.arrival_s, Part.QUEUED, now_s,
-            queue_clocks_s=tuple(self._queue_clocks_s),
+            queue_clocks_s=self._queue_clocks_at(now_s),
         )  # fmt: skip
         timeline.seconds[Part.PREPARING] = max(0.0, now_s - new.arrival_s)
         with self._lock:
@@ -203,7 +203,7 @@ class Ledger:
             if timeline is None:
                 return None
             if timeline.part is Part.QUEUED:
-                self._leave_queue(timeline)
+                self._leave_queue(timeline, now_s)
             clock_s = self._prefill_clock_s
             if self._last is not None and timeline.part is Part.DECODING:
                 clock_s += self._prefill_cost(self._last, max(0.0, now_s - self._last.now_s))
@@ -267,11 +267,17 @@ class Ledger:
         if last.scheduled and not self._prefill_tokens(last):
             mean = self._decode_step_s
             self._decode_step_s = spent_s if mean is None else mean + STEP_MEMORY * (spent_s - mean)
-        for stalled in last.stalled:
+        self._queue_clocks_s = self._queue_clocks_at(last.now_s + spent_s)
+
+    def _queue_clocks_at(self, now_s: float) -> tuple[float, ...]:
+        """The clocks at a time since the last record: what the head of the queue lacked then, it lacks until now."""
+        clocks_s, last = list(self._queue_clocks_s), self._last
+        for stalled in () if last is None else last.stalled:
             timeline = self._live.get(stalled.request_id)
             waits = timeline is None or timeline.part is Part.QUEUED
-            if waits and stalled.reason in QUEUE_REASONS:
-                self._queue_clocks_s[QUEUE_REASONS.index(stalled.reason)] += spent_s
+            if last is not None and waits and stalled.reason in QUEUE_REASONS:
+                clocks_s[QUEUE_REASONS.index(stalled.reason)] += max(0.0, now_s - last.now_s)
+        return tuple(clocks_s)
 
     def _prefill_tokens(self, record: StepRecord) -> int:
         return sum(item.num_tokens for item in record.scheduled if item.num_tokens > 1)
@@ -299,7 +305,7 @@ class Ledger:
 
     def _schedule(self, core_id: str, timeline: Timeline, start: int, share: float, now_s: float) -> None:
         if timeline.part is Part.QUEUED:
-            self._leave_queue(timeline)
+            self._leave_queue(timeline, now_s)
         timeline.close(now_s, self._prefill_clock_s)
         timeline.blames = None
         if timeline.first_scheduled_s is None:
@@ -318,9 +324,9 @@ class Ledger:
         timeline.part, timeline.blames = _STALLED[reason], by
         timeline.num_preemptions += reason == "preempted"
 
-    def _leave_queue(self, timeline: Timeline) -> None:
-        before = timeline.queue_clocks_s
-        timeline.queue_clocks_s = tuple(now - then for now, then in zip(self._queue_clocks_s, before, strict=True))
+    def _leave_queue(self, timeline: Timeline, now_s: float) -> None:
+        clocks_s, before_s = self._queue_clocks_at(now_s), timeline.queue_clocks_s
+        timeline.queue_clocks_s = tuple(now - then for now, then in zip(clocks_s, before_s, strict=True))
 
     def _forget_oldest(self) -> None:
         for key in self._oldest_ended(len(self._requests) - self._max_remembered):

@@ -8,6 +8,7 @@
 """
 
 import logging
+import math
 import traceback
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -96,7 +97,7 @@ def as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, InvalidRequestError):
         return ApiError(400, error.message, param=error.param, code="invalid_value")
     if isinstance(error, OverloadedError):
-        headers = {"Retry-After": str(max(1, int(error.retry_after_s)))}
+        headers = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
         if isinstance(error, TooManyRequestsError):
             return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
         return ApiError(503, str(error), code="overloaded", headers=headers)
