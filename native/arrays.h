@@ -44,6 +44,10 @@ constexpr const char* type_name() {
     return "uint16";
 }
 
+// Sizes of arrays of two and three dimensions are below this. Rows may be one and the same (a stride of 0), so memory does
+// not bound their number; what is computed from two sizes and a few constants fits into 64 bits.
+constexpr int64_t kSizeLimit = int64_t{1} << 30;
+
 // An array of `Dims` dimensions whose last `Dims - 1` (all, with one) are contiguous; the first may be strided.
 // Holds the buffer while it lives.
 template <class T, int Dims>
@@ -59,6 +63,9 @@ public:
         if (!right_type) release_and_fail(name, std::string("is not ") + type_name<T>());
         if (view_.ndim != Dims) {
             release_and_fail(name, "has shape " + shape_text(view_) + ", not " + std::to_string(Dims) + " dimensions");
+        }
+        for (int i = 0; i < Dims && Dims > 1; ++i) {
+            if (view_.shape[i] >= kSizeLimit) release_and_fail(name, "is too large: its shape is " + shape_text(view_));
         }
         int64_t expected = sizeof(T);
         for (int i = Dims - 1; i >= (Dims > 1 ? 1 : 0); --i) {

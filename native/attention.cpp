@@ -127,16 +127,25 @@ void run(const AttentionArgs& args, ThreadPool& pool) {
     pool.run((count + job.batch - 1) / job.batch, attend_items<Program>, &job);
 }
 
+// With memory for the items of `run`: none has more than a tile of tokens.
+template <class Program>
+void run_reserved(const AttentionArgs& args, ThreadPool& pool) {
+    const int64_t group = group_of(args);
+    const int64_t tokens = smaller(Program::tile_tokens(group), args.query_starts[args.rows]);
+    if (pool.reserve(Program::scratch_bytes(args, tokens * group))) run<Program>(args, pool);
+}
+
 }  // namespace
 
 void attention(const AttentionArgs& args, ThreadPool& pool) {
+    if (args.query_starts[args.rows] == 0) return;
 #if defined(__AMX_BF16__)
-    if (MatrixAttention::serves(args.cache)) return run<MatrixAttention>(args, pool);
+    if (MatrixAttention::serves(args.cache)) return run_reserved<MatrixAttention>(args, pool);
 #endif
     switch (args.cache.storage) {
-        case Storage::bfloat16: run<VectorAttention<BFloat16>>(args, pool); break;
-        case Storage::float16: run<VectorAttention<Float16>>(args, pool); break;
-        case Storage::float32: run<VectorAttention<float>>(args, pool); break;
+        case Storage::bfloat16: run_reserved<VectorAttention<BFloat16>>(args, pool); break;
+        case Storage::float16: run_reserved<VectorAttention<Float16>>(args, pool); break;
+        case Storage::float32: run_reserved<VectorAttention<float>>(args, pool); break;
     }
 }
 

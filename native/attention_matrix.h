@@ -44,32 +44,35 @@ struct MatrixScratch {
     uint16_t* gathered;   // [chunks] what MatrixKeys needs for each
     uint16_t* clean;      // [2 chunks][value_dim / 16][32][16][2]
     MatrixTotal* totals;  // [tiles]
+    uintptr_t end;
 
-    MatrixScratch(const CacheLayout& cache, int64_t tiles, ThreadPool& pool, int worker) {
+    MatrixScratch(const CacheLayout& cache, int64_t tiles, ThreadPool& pool, int worker)
+        : MatrixScratch(cache, tiles, pool.scratch(worker, bytes(cache, tiles))) {
+        const int64_t mixed_items = cache.value_dim() * 16;
+        float* const sums = reinterpret_cast<float*>(end) - tiles * mixed_items;
+        for (int64_t t = 0; t < tiles; ++t) totals[t].mixed = sums + t * mixed_items;
+    }
+    static size_t bytes(const CacheLayout& cache, int64_t tiles) { return MatrixScratch(cache, tiles, nullptr).end; }
+
+private:
+    // What lies where from `memory` on.
+    MatrixScratch(const CacheLayout& cache, int64_t tiles, void* memory) : end(reinterpret_cast<uintptr_t>(memory)) {
         const int64_t dims = cache.value_dim(), mixed_bytes = dims * 64;
-        char* next = nullptr;
-        const auto take = [&](int64_t bytes) {
-            char* const taken = next;
-            next += (bytes + 63) / 64 * 64;
-            return taken;
-        };
-        for (int pass = 0; pass < 2; ++pass) {  // the first only counts
-            scores = reinterpret_cast<float*>(take(2 * 4096));
-            weights = reinterpret_cast<uint16_t*>(take(2 * kSplitChunks * 2048));
-            mixed = reinterpret_cast<float*>(take(2 * mixed_bytes));
-            apart = reinterpret_cast<float*>(take(2 * mixed_bytes));
-            rotated = reinterpret_cast<float*>(take(cache.head_dim * int64_t(sizeof(float))));
-            queries = reinterpret_cast<uint16_t*>(take(tiles * (cache.head_dim / key_step(cache.head_dim)) * 1024));
-            gathered = reinterpret_cast<uint16_t*>(take(kSplitChunks * MatrixKeys::room_items(cache) * 2));
-            clean = reinterpret_cast<uint16_t*>(take(2 * dims * kMatrixChunk * 2));
-            totals = reinterpret_cast<MatrixTotal*>(take(tiles * int64_t(sizeof(MatrixTotal))));
-            char* const sums = take(tiles * mixed_bytes);
-            if (pass == 1) {
-                for (int64_t t = 0; t < tiles; ++t) totals[t].mixed = reinterpret_cast<float*>(sums + t * mixed_bytes);
-            } else {
-                next = static_cast<char*>(pool.scratch(worker, reinterpret_cast<uintptr_t>(next)));
-            }
-        }
+        take(scores, 2 * 4096);
+        take(weights, 2 * kSplitChunks * 2048);
+        take(mixed, 2 * mixed_bytes);
+        take(apart, 2 * mixed_bytes);
+        take(rotated, cache.head_dim * int64_t(sizeof(float)));
+        take(queries, tiles * (cache.head_dim / key_step(cache.head_dim)) * 1024);
+        take(gathered, kSplitChunks * MatrixKeys::room_items(cache) * 2);
+        take(clean, 2 * dims * kMatrixChunk * 2);
+        take(totals, tiles * int64_t(sizeof(MatrixTotal)));
+        end += tiles * mixed_bytes;  // the sums of the totals
+    }
+    template <class T>
+    void take(T*& part, int64_t bytes) {
+        part = reinterpret_cast<T*>(end);
+        end += (bytes + 63) / 64 * 64;
     }
 };
 
@@ -382,6 +385,11 @@ struct MatrixAttention {
 
     static bool serves(const CacheLayout& cache) {
         return cache.storage == Storage::bfloat16 && cache.head_dim % 2 == 0;
+    }
+
+    // Of a worker, for an item of so many queries.
+    static size_t scratch_bytes(const AttentionArgs& args, int64_t queries) {
+        return MatrixScratch::bytes(args.cache, (queries + 15) / 16);
     }
 
     static int64_t tile_tokens(int64_t group) {

@@ -75,10 +75,10 @@ struct Scratch {
     float* converted;
     void* gathered;
 
-    static int64_t floats(const AttentionArgs& args, int64_t queries) {
+    static size_t bytes(const AttentionArgs& args, int64_t queries) {
         const int64_t chunk = kChunk * (args.cache.head_dim + args.cache.value_dim());
         const int64_t states = queries * 2 * (args.cache.value_dim() + int64_t(sizeof(Running) / 4));
-        return states + 2 * chunk + queries * (args.cache.head_dim + 2) + 64;
+        return (states + 2 * chunk + queries * (args.cache.head_dim + 2) + 64) * sizeof(float);
     }
 
     Scratch(const AttentionArgs& args, const Item& item, void* memory) {
@@ -211,6 +211,8 @@ struct VectorAttention {
     struct Unit {};  // it has no registers to keep
 
     static int64_t tile_tokens(int64_t group) { return larger(1, kVectorQueries / group); }
+    // Of a worker, for an item of so many queries.
+    static size_t scratch_bytes(const AttentionArgs& args, int64_t queries) { return Scratch::bytes(args, queries); }
 
     static void write(const AttentionArgs& args, int64_t row, int64_t token, int64_t count, int64_t head, float* room) {
         for (const int64_t end = token + count; token < end; ++token) write_token<T>(args, row, token, head, room);
@@ -220,7 +222,7 @@ struct VectorAttention {
         const AttentionArgs& args = *job.args;
         const int64_t group = group_of(args), dims = args.cache.value_dim();
         const int64_t queries = item.tokens * group;
-        Scratch scratch(args, item, job.pool->scratch(worker, Scratch::floats(args, queries) * sizeof(float)));
+        Scratch scratch(args, item, job.pool->scratch(worker, Scratch::bytes(args, queries)));
         if (item.divided) {
             attend_split<T>(args, item, item.split, scratch);
             for (int64_t i = 0; i < queries; ++i) {

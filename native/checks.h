@@ -32,15 +32,26 @@ inline void require_packed_here(const Kernels& kernels, const PackedLinear& pack
             "the weight is packed for another instruction set");
 }
 
+// Results are written to one row after the other.
+template <class T>
+void require_contiguous(const Array<T, 2>& array, const char* message) {
+    require(array.size(0) <= 1 || array.size(1) == 0 || array.stride() == array.size(1), message);
+}
+
 inline void require_rope_tables(const Floats2& cos, const Floats2& sin, int64_t head_dim) {
     require(cos.size(0) == sin.size(0) && cos.size(1) == sin.size(1), "rope: cos and sin differ in shape");
     require(cos.stride() == cos.size(1) && sin.stride() == sin.size(1), "rope: cos and sin are not contiguous");
-    require(2 * cos.size(1) <= head_dim, "rope: the rotated part is wider than a head");
+    require(cos.size(1) <= head_dim / 2, "rope: the rotated part is wider than a head");
 }
 
 inline Activation activation_numbered(int kind) {
     require(kind >= 0 && kind <= 3, "activation: no such kind");
     return static_cast<Activation>(kind);
+}
+
+// The position behind a row's last new token. Both numbers may be as large as an int32.
+inline int64_t row_end(const Ints1& query_starts, const Ints1& starts, int64_t row) {
+    return int64_t{starts.data()[row]} + query_starts.data()[row + 1] - query_starts.data()[row];
 }
 
 inline void require_rows(int64_t tokens, const CacheLayout& layout, const Ints1& query_starts, const Ints1& starts,
@@ -52,7 +63,8 @@ inline void require_rows(int64_t tokens, const CacheLayout& layout, const Ints1&
     for (int64_t row = 0; row < rows; ++row) {
         require(first[row] <= first[row + 1], "attention: query_starts descend");
         require(starts.data()[row] >= 0, "attention: a start is negative");
-        const int64_t end = int64_t{starts.data()[row]} + first[row + 1] - first[row];
+        const int64_t end = row_end(query_starts, starts, row);
+        require(end <= INT32_MAX, "attention: a position is out of range");
         const int64_t blocks = (end + layout.block_size - 1) / layout.block_size;
         require(blocks <= tables.size(1), "attention: a row is longer than its block table");
         const int32_t* table = tables.data() + row * tables.stride();
@@ -91,8 +103,7 @@ inline bool writes_are_private(const CacheLayout& layout, const Ints1& query_sta
 
 inline void require_rope_covers(int64_t positions, const Ints1& query_starts, const Ints1& starts) {
     for (int64_t row = 0; row < starts.size(0); ++row) {
-        const int64_t end = starts.data()[row] + query_starts.data()[row + 1] - query_starts.data()[row];
-        require(end <= positions, "attention: a position is outside the rope tables");
+        require(row_end(query_starts, starts, row) <= positions, "attention: a position is outside the rope tables");
     }
 }
 

@@ -124,11 +124,12 @@ struct Job {
     ThreadPool* pool;
 };
 
+constexpr size_t kScratchBytes = (kItemRows + kDepth) * kPanel * sizeof(float);
+
 template <class T>
 void work(void* context, int64_t item, int worker) {
     const Job& job = *static_cast<const Job*>(context);
-    constexpr size_t bytes = (kItemRows + kDepth) * kPanel * sizeof(float);
-    compute_item<T>(*job.args, item, static_cast<float*>(job.pool->scratch(worker, bytes)));
+    compute_item<T>(*job.args, item, static_cast<float*>(job.pool->scratch(worker, kScratchBytes)));
 }
 
 template <class T>
@@ -153,7 +154,7 @@ void linear(const LinearArgs& args, ThreadPool& pool) {
     Work item = args.weight.storage == Storage::bfloat16  ? work<BFloat16>
                 : args.weight.storage == Storage::float16 ? work<Float16>
                                                           : work<float>;
-    pool.run(panels * groups, item, &job);
+    if (pool.reserve(kScratchBytes)) pool.run(panels * groups, item, &job);
 }
 
 void embed(const EmbedArgs& args, ThreadPool& pool) {

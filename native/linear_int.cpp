@@ -212,13 +212,14 @@ void multiply_panel(const Job& job, int64_t panel, int64_t first_row, int64_t ro
     }
 }
 
+constexpr size_t kScratchBytes = kItemRows * sizeof(RowState) + kPiece / (2 * kQuad) * Widened::kPairBytes;
+
 // A run of panels for one group of rows.
 template <class Source>
 void work(void* context, int64_t item, int worker) {
     const Job& job = *static_cast<const Job*>(context);
     const LinearArgs& args = *job.args;
-    constexpr size_t bytes = kItemRows * sizeof(RowState) + kPiece / (2 * kQuad) * Widened::kPairBytes;
-    uint8_t* const scratch = static_cast<uint8_t*>(job.pool->scratch(worker, bytes));
+    uint8_t* const scratch = static_cast<uint8_t*>(job.pool->scratch(worker, kScratchBytes));
     const int64_t row_groups = (args.rows + kItemRows - 1) / kItemRows;
     const int64_t run = item / row_groups, first_row = item % row_groups * kItemRows;
     const int64_t last = job.borders[run + 1];
@@ -282,6 +283,7 @@ void linear_int(const LinearArgs& args, ThreadPool& pool) {
     const int64_t panels = args.weight.panels();
     const int64_t x_bytes = (args.rows * job.padded * 2 + 63) / 64 * 64;
     uint8_t* const shared = static_cast<uint8_t*>(pool.shared_scratch(x_bytes + (args.rows + panels + 1) * 4));
+    if (shared == nullptr || !pool.reserve(kScratchBytes)) return;
     job.x = reinterpret_cast<int16_t*>(shared);
     job.steps = reinterpret_cast<float*>(shared + x_bytes);
     job.borders = reinterpret_cast<int32_t*>(job.steps + args.rows);

@@ -191,6 +191,7 @@ void linear_int_bytes(const LinearArgs& args, ThreadPool& pool) {
     const int64_t x_bytes = args.rows * job.digits * job.padded;
     const int64_t words = args.rows * (job.groups * job.digits + 1) + weight.panels() + 1;
     uint8_t* const shared = static_cast<uint8_t*>(pool.shared_scratch(x_bytes + words * 4));
+    if (shared == nullptr) return;
     job.x = reinterpret_cast<int8_t*>(shared);
     job.excess = reinterpret_cast<int32_t*>(shared + x_bytes);
     job.steps = reinterpret_cast<float*>(job.excess + args.rows * job.groups * job.digits);

@@ -381,6 +381,9 @@ void linear_int_tiles(const LinearArgs& args, ThreadPool& pool) {
 
     const int64_t x_bytes = job.blocks * job.block_bytes();
     uint8_t* const shared = static_cast<uint8_t*>(pool.shared_scratch(x_bytes + (args.rows + panels + 1) * 4));
+    const int64_t block_sums = (smaller(job.group_blocks, job.blocks) + 1) / 2 * 2 * kBlockSums;
+    const int64_t sums = streamed ? job.blocks * kBlockSums : smaller(kRunPanels, panels) * block_sums;
+    if (shared == nullptr || !pool.reserve(kWidenedBytes + sums * 4)) return;
     job.x = reinterpret_cast<int8_t*>(shared);
     job.steps = reinterpret_cast<float*>(shared + x_bytes);
     job.borders = reinterpret_cast<int32_t*>(job.steps + args.rows);

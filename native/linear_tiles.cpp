@@ -357,7 +357,13 @@ void linear_tiles(const LinearArgs& args, ThreadPool& pool) {
     job.groups = (args.rows + job.group_rows - 1) / job.group_rows;
 
     job.rounded = TileRows{nullptr, args.x == nullptr ? 0 : args.rows, args.weight.in};
+    const bool stays = streamed || (job.resident && job.groups == 1);
+    const int64_t longest = stays ? panels : job.resident ? kRunPanels : kPassedPanels;
+    const int64_t together = job.resident ? 1 : smaller(longest, panels);  // most panels whose sums an item keeps
+    const int64_t group_blocks = (smaller(job.group_rows, args.rows) + kTileSide - 1) / kTileSide;
+    const int64_t sums = streamed ? kStreamedRows * kTilePanel : together * group_blocks * kBlockSums;
     void* const memory = pool.shared_scratch(job.rounded.bytes() + (panels + 1) * sizeof(int32_t));
+    if (memory == nullptr || !pool.reserve(sums * sizeof(float))) return;
     job.rounded.data = static_cast<uint16_t*>(memory);
     job.borders = reinterpret_cast<int32_t*>(job.rounded.data + job.rounded.bytes() / 2);
     job.x = args.x == nullptr ? args.x_tiles.data : job.rounded.data;
@@ -367,8 +373,6 @@ void linear_tiles(const LinearArgs& args, ThreadPool& pool) {
     } else {
         pool.run(blocks, round_block, &job);
     }
-    const bool stays = streamed || (job.resident && job.groups == 1);
-    const int64_t longest = stays ? panels : job.resident ? kRunPanels : kPassedPanels;
     const int64_t runs = divide_panels(panels, longest, job.groups, pool.threads(), job.borders);
     with_results(args, [&](auto results) {
         using Results = decltype(results);

@@ -143,6 +143,7 @@ void check_row(void* context, int64_t row, int) {
 
 void logprobs(const LogprobsArgs& args, ThreadPool& pool) {
     Job job{&args, &pool};
+    if (args.rows == 0 || (args.num_top > 0 && !pool.reserve(args.num_top * sizeof(uint64_t)))) return;
     pool.run(args.rows, work, &job);
 }
 

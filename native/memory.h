@@ -4,10 +4,36 @@
 #include <sys/mman.h>
 
 #include <cstddef>
+#include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace quire {
+
+// The product of sizes that make up so many bytes. std::bad_alloc where one is negative, or no memory is that large.
+inline size_t checked_bytes(std::initializer_list<int64_t> sizes) {
+    int64_t bytes = 1;
+    for (const int64_t size : sizes) {
+        if (size < 0 || __builtin_mul_overflow(bytes, size, &bytes)) throw std::bad_alloc();
+    }
+    return static_cast<size_t>(bytes);
+}
+
+// For AddressSanitizer, which does not see where one object of ours ends inside a larger piece of memory: the first
+// `bytes` of `all` may be used, the others not.
+inline void mark_usable(const void* data, size_t bytes, size_t all) {
+#if defined(__SANITIZE_ADDRESS__)
+    ASAN_UNPOISON_MEMORY_REGION(data, bytes);
+    ASAN_POISON_MEMORY_REGION(static_cast<const char*>(data) + bytes, all - bytes);
+#else
+    (void)data, (void)bytes, (void)all;
+#endif
+}
 
 class Pages {
 public:
@@ -20,8 +46,12 @@ public:
 #else
         (void)dense;
 #endif
+        mark_usable(end(), 0, rest());
     }
-    ~Pages() { munmap(data_, bytes_); }
+    ~Pages() {
+        mark_usable(end(), rest(), rest());  // its addresses may be another's next
+        munmap(data_, bytes_);
+    }
     Pages(const Pages&) = delete;
     Pages& operator=(const Pages&) = delete;
 
@@ -29,6 +59,11 @@ public:
     size_t bytes() const { return bytes_; }
 
 private:
+    const char* end() const { return static_cast<const char*>(data_) + bytes_; }
+    size_t rest() const { return (kPage - bytes_ % kPage) % kPage; }  // of the last page
+
+    static constexpr size_t kPage = 4096;
+
     size_t bytes_;
     void* data_;
 };
@@ -48,17 +83,27 @@ public:
             const auto own = std::make_shared<const Pages>(bytes, true);
             return {own, own->data(), bytes};
         }
-        if (pages_ == nullptr || used_ + lines > pages_->bytes()) {
-            pages_ = std::make_shared<const Pages>(kShared, true);
+        if (pages_ == nullptr || used_ + lines + kGap > pages_->bytes()) {
+            pages_ = std::shared_ptr<const Pages>(new Pages(kShared, true), [](const Pages* pages) {
+                mark_usable(pages->data(), pages->bytes(), pages->bytes());
+                delete pages;
+            });
+            mark_usable(pages_->data(), 0, pages_->bytes());
             used_ = 0;
         }
-        void* const data = static_cast<char*>(pages_->data()) + used_;
-        used_ += lines;
+        char* const data = static_cast<char*>(pages_->data()) + used_;
+        used_ += lines + kGap;
+        mark_usable(data, bytes, lines + kGap);
         return {pages_, data, bytes};
     }
 
 private:
     static constexpr size_t kSmall = size_t{8} << 20, kShared = size_t{64} << 20;
+#if defined(__SANITIZE_ADDRESS__)
+    static constexpr size_t kGap = 64;  // so that what runs past the end of a piece is not in the next
+#else
+    static constexpr size_t kGap = 0;
+#endif
 
     std::shared_ptr<const Pages> pages_;
     size_t used_ = 0;

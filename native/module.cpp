@@ -27,6 +27,7 @@ struct Rows {
             return;
         }
         array.emplace(object, name, writable);
+        if (writable) require_contiguous(*array, "y is not contiguous");
         floats = array->data();
         stride = array->stride();
         rows = array->size(0);
@@ -119,6 +120,7 @@ public:
                 "pack: one scale for each group of each output is needed");
         const Bias bias(bias_, out);
         if (bits == 4) require_four_bits(values);
+        if (bits == 8) require_eight_bits(values);
         const IntegerWeight weight{values.data(), values.stride(), scales.data(), scales.stride()};
         nb::gil_scoped_release unlocked;
         const auto lock = pool_.exclusive();
@@ -177,6 +179,7 @@ public:
         require_packed_here(packed);
         require(!packed.gated, "embed: the weight is packed for gated_linear");
         require(y.size(0) == ids.size(0) && y.size(1) == packed.in, "embed: y has the wrong shape");
+        require_contiguous(y, "embed: y is not contiguous");
         require_ids(ids, packed.out, "embed: a token id is outside the table");
         call("embed", ids.size(0), kernels_->embed, EmbedArgs{ids.data(), ids.size(0), packed.panels(), scale, y.data()});
     }
@@ -243,6 +246,7 @@ public:
         require(k.size(0) == q.size(0) && v.size(0) == q.size(0), "attention: q, k and v differ in tokens");
         require(out.size(0) == q.size(0) && out.size(1) == q.size(1) * q.size(2),
                 "attention: out has the wrong shape");
+        require_contiguous(out, "attention: out is not contiguous");
         require(window > 0, "attention: a window is at least 1");
         require_rows(q.size(0), layout, query_starts, starts, tables);
         AttentionArgs args{q.data(),        k.data(),     v.data(),        q.stride(), k.stride(),
@@ -295,6 +299,8 @@ public:
         require(ids.size(0) == rows && chosen.size(0) == rows && rank.size(0) == rows && top_ids.size(0) == rows &&
                     top_logprobs.size(0) == rows && top_logprobs.size(1) == num_top,
                 "logprobs: shapes differ in rows");
+        require_contiguous(top_ids, "logprobs: top_ids is not contiguous");
+        require_contiguous(top_logprobs, "logprobs: top_logprobs is not contiguous");
         require(num_top <= logits.size(1), "logprobs: num_top is larger than the vocabulary");
         require_ids(ids, logits.size(1), "logprobs: a token id is outside the vocabulary");
         call("logprobs", rows, kernels_->logprobs,
@@ -396,6 +402,7 @@ private:
                         values.data(), values.stride(), scales.data(), scales.stride(), {true}};
         nb::gil_scoped_release unlocked;
         const auto lock = pool_.exclusive();
+        if (out > 0) pool_.reserve(args.scratch_bytes());
         pool_.run((out + QuantizeJob::kRows - 1) / QuantizeJob::kRows, &QuantizeJob::work, &job);
         return job.finite;
     }
@@ -446,15 +453,16 @@ NB_MODULE(_native, module) {
         .def_prop_ro("bytes", &PackedLinear::bytes);
     nb::class_<TileBuffer>(module, "TileBuffer");
     module.def("operation_times", [] {
+        const nb::gil_scoped_release unlocked;
         const auto crew = Crew::of_this_process();
-        const auto lock = crew->exclusive();
+        const Exclusive lock = crew->exclusive();
         return crew->profile().read();
     });
     module.def("make_tiles", &make_tiles, nb::rv_policy::take_ownership);
     nb::class_<Cache>(module, "Cache").def_prop_ro("bytes", &Cache::bytes).def("block_bytes", &block_bytes);
     const auto none = nb::arg().none();
     nb::class_<Runtime>(module, "Runtime")
-        .def(nb::init<int, const std::string&, const Affinity&>())
+        .def(nb::init<int, const std::string&, const Affinity&>(), nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("threads", &Runtime::threads)
         .def("pack", &Runtime::pack, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg(), nb::arg(), none)
         .def("probe", &Runtime::probe)

@@ -251,6 +251,7 @@ Packed pack_rows(const WeightRows& weight, const Panels& shape, void* data, cons
     const QuantizeArgs rounding{weight.in, weight.storage, shape.group, shape.bits == 4};
     const int64_t step = panels_per_item(shape, pool.threads());
     Job job{weight, shape, static_cast<char*>(data), kernels, pool, rounding, {weight, shape, rounding}, step};
+    if (shape.panels() > 0) pool.reserve(job.workspace.bytes());
     pool.run((shape.panels() + step - 1) / step, pack_item, &job);
     return job.result;
 }

@@ -71,6 +71,15 @@ inline void require_four_bits(const Array<int8_t, 2>& values) {
     require(outside == 0, "pack: an integer of 4 bits is outside [-8, 7]");
 }
 
+inline void require_eight_bits(const Array<int8_t, 2>& values) {
+    unsigned outside = 0;
+    for (int64_t row = 0; row < values.size(0); ++row) {
+        const int8_t* const at = values.data() + row * values.stride();
+        for (int64_t i = 0; i < values.size(1); ++i) outside |= at[i] == -128;
+    }
+    require(outside == 0, "pack: an integer of 8 bits is outside [-127, 127]");
+}
+
 inline Integers checked_integers(int bits, int64_t group, int levels, int64_t in) {
     require(bits == 4 || bits == 8, "pack: integers have 4 or 8 bits");
     require(bits == 8 ? group == in : group == 32 || group == 64 || group == 128, "pack: no such size of groups");

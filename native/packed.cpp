@@ -13,15 +13,8 @@ Integers padded(const Integers& integers, int64_t in) {
 }
 
 size_t cache_bytes(const CacheLayout& layout) {
-    // Each factor is below 2^31 (checked by the binding), so a product of two cannot wrap; the others are checked.
-    int64_t bytes = 0;
-    const bool wraps = __builtin_mul_overflow(layout.slots() * bytes_of(layout.storage),
-                                              layout.head_dim + layout.value_dim(), &bytes) ||
-                       __builtin_mul_overflow(bytes, layout.kv_heads, &bytes) ||
-                       __builtin_mul_overflow(bytes, layout.blocks, &bytes) ||
-                       __builtin_mul_overflow(bytes, layout.layers, &bytes);
-    if (wraps) throw std::bad_alloc();
-    return static_cast<size_t>(bytes);
+    return checked_bytes({layout.slots(), layout.head_dim + layout.value_dim(), bytes_of(layout.storage), layout.kv_heads,
+                          layout.blocks, layout.layers});
 }
 
 }  // namespace
@@ -30,7 +23,7 @@ PackedLinear::PackedLinear(int64_t out, int64_t in, Storage storage, Layout layo
                            bool gated, const float* bias, Arena& arena)
     : out(out), in(in), storage(storage), layout(layout), gated(gated), integers(padded(integers, in)) {
     const Panels shape = panels();
-    memory_ = arena.take(static_cast<size_t>(shape.panels() * shape.bytes_each()));
+    memory_ = arena.take(checked_bytes({shape.panels(), shape.bytes_each()}));
     if (bias == nullptr) return;
     bias_.resize(shape.panels() * shape.width());
     for (size_t i = 0; i < bias_.size(); ++i) {

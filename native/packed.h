@@ -27,7 +27,8 @@ struct Integers {
 class PackedLinear {
 public:
     // A weight as it is, and one that is rounded to integers of `bits` bits; `bias` [out] may be null.
-    // std::invalid_argument where its file ends early or it cannot be rounded.
+    // std::invalid_argument where its file ends early or it cannot be rounded; std::bad_alloc where it has no room.
+    // `out` and `in` are below 2^31.
     PackedLinear(const WeightRows& weight, const float* bias, Layout layout, bool gated, const Kernels& kernels,
                  ThreadPool& pool, Arena& arena);
     PackedLinear(const WeightRows& weight, const float* bias, const Integers& integers, bool gated,
@@ -72,21 +73,24 @@ private:
 class TileBuffer {
 public:
     TileBuffer(int64_t rows, int64_t width)
-        : pages_(TileRows{nullptr, rows, width}.bytes(), false),
-          rows_{static_cast<uint16_t*>(pages_.data()), rows, width} {
+        : pages_(bytes_of({nullptr, rows, width}), false), rows_{static_cast<uint16_t*>(pages_.data()), rows, width} {
         std::memset(pages_.data(), 0xff, rows_.bytes());
     }
 
     const TileRows& rows() const { return rows_; }
 
 private:
+    static size_t bytes_of(const TileRows& rows) {
+        return checked_bytes({rows.blocks(), rows.chunks(), rows.tile_rows(), kTileDepth, 2});
+    }
+
     Pages pages_;
     TileRows rows_;
 };
 
 class Cache {
 public:
-    // All dimensions are at least 1; std::bad_alloc where their product is more than memory can be.
+    // All dimensions are in [1, 2^31); std::bad_alloc where their product is more than memory can be.
     Cache(int64_t layers, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim, Storage storage);
 
     const CacheLayout& layout() const { return layout_; }

@@ -50,6 +50,7 @@ Program::Program(const Kernels& kernels, ThreadPool& pool, std::vector<ProgramBu
     : kernels_(kernels), pool_(pool), buffers_(std::move(buffers)), kept_floats_(kept), passing_floats_(passing),
       result_(result) {
     const int64_t count = static_cast<int64_t>(buffers_.size());
+    require(kept >= 0 && passing >= 0, "program: the arena has no size");
     require(result >= 0 && result < count && !std::get<2>(buffers_[result]), "program: no such result");
     for (int64_t buffer = 0; buffer < count; ++buffer) {
         const auto [offset, width, tiles, passes] = buffers_[buffer];
@@ -75,17 +76,19 @@ void Program::Frame::narrow(const std::vector<int64_t>& buffers) {
             std::memmove(base(all) + i * all.width, base(all) + outputs[i] * all.width, all.width * sizeof(float));
         }
     }
-    narrow_query_starts = {0};
+    int32_t* const narrow_starts = narrowed->data();
+    int32_t* const narrow_query_starts = narrow_starts + rows;
+    narrow_query_starts[0] = 0;
     for (int64_t row = 0, next = 0; row < rows; ++row) {
         const int64_t end = query_starts[row + 1];
         while (next < num_outputs && outputs[next] < end) ++next;
-        const int64_t kept = next - narrow_query_starts.back();
-        narrow_starts.push_back(static_cast<int32_t>(starts[row] + end - query_starts[row] - kept));
-        narrow_query_starts.push_back(static_cast<int32_t>(next));
+        const int64_t kept = next - narrow_query_starts[row];
+        narrow_starts[row] = static_cast<int32_t>(starts[row] + end - query_starts[row] - kept);
+        narrow_query_starts[row + 1] = static_cast<int32_t>(next);
     }
     tokens = num_outputs;
-    query_starts = narrow_query_starts.data();
-    starts = narrow_starts.data();
+    query_starts = narrow_query_starts;
+    starts = narrow_starts;
 }
 
 float* Program::Frame::at(const View& view) const {
@@ -121,9 +124,11 @@ Program::View Program::output(const ViewNumbers& numbers, int64_t size, const ch
     return result;
 }
 
-void Program::append(const std::string& name, std::function<void(Frame&)> run, int64_t bytes, int64_t products) {
-    const auto lock = pool_.exclusive();
-    instructions_.push_back({std::move(run), &pool_.profile().entry(name, bytes, products)});
+void Program::append(const std::string& name, std::function<void(Frame&)> run, int64_t bytes, int64_t products,
+                     bool by_row) {
+    const nb::gil_scoped_release unlocked;
+    const Exclusive lock = pool_.exclusive();
+    instructions_.push_back({std::move(run), &pool_.profile().entry(name, bytes, products), by_row});
 }
 
 const PackedLinear& Program::keep_packed(nb::handle object) {
@@ -268,8 +273,7 @@ void Program::attention(std::tuple<ViewNumbers, ViewNumbers, ViewNumbers> qkv, i
             args.out = frame.at(y);
         }
         if (frame.tokens > 0) kernels_.attention(args, pool_);
-    });
-    instructions_.back().by_row = false;
+    }, 0, 0, false);
 }
 
 void Program::activation(ViewNumbers x_, int kind_, bool multiply, ViewNumbers y_) {
@@ -300,6 +304,7 @@ void Program::run(nb::handle token_ids_, nb::handle positions_, nb::handle query
     const int64_t num_outputs = outputs.has_value() ? outputs->size(0) : tokens;
     require(out.size(0) == num_outputs && out.size(1) == std::get<1>(buffers_[result_]),
             "program: out has the wrong shape");
+    require_contiguous(out, "program: out is not contiguous");
     const CacheLayout& layout = cache.layout();
     require(layers_ <= layout.layers, "attention: no such layer");
     require(layers_ == 0 || head_dim_ == layout.head_dim, "attention: head_dim is not the cache's");
@@ -308,21 +313,22 @@ void Program::run(nb::handle token_ids_, nb::handle positions_, nb::handle query
     require_rope_covers(rope_limit_, query_starts, starts);
     if (outputs.has_value()) require_outputs(*outputs, query_starts, narrows_);
     const int64_t in_work = band_of(tokens) < tokens ? pool_.threads() * kMostBand : tokens;
+    std::vector<int32_t> narrowed(num_outputs < tokens ? 2 * starts.size(0) + 1 : 0);
     Frame frame{this, &pool_, tokens, in_work, 0, tokens, nullptr, nullptr, out.data(), token_ids.data(),
                 positions.data(), starts.size(0), query_starts.data(), starts.data(), tables.data(), tables.stride(),
                 writes_are_private(layout, query_starts, starts, tables), &layout,
-                outputs.has_value() ? outputs->data() : nullptr, num_outputs};
+                outputs.has_value() ? outputs->data() : nullptr, num_outputs, &narrowed};
+    const size_t kept_bytes = checked_bytes({kept_floats_, padded(tokens), sizeof(float)});
+    const size_t bytes = kept_bytes + checked_bytes({passing_floats_, padded(in_work), sizeof(float)});
     nb::gil_scoped_release unlocked;
     const auto lock = pool_.exclusive();
-    const int64_t kept = kept_floats_ * padded(tokens);
-    const size_t bytes = (kept + passing_floats_ * padded(in_work)) * sizeof(float);
     if (arena_ == nullptr || arena_->bytes() < bytes) {
         arena_.reset();
         arena_ = std::make_unique<Pages>(bytes, true);
     }
     const ThreadPool::Hot hot(pool_);
     frame.kept = static_cast<float*>(arena_->data());
-    frame.own = frame.kept + kept;
+    frame.own = frame.kept + kept_bytes / sizeof(float);
     auto begun = Clock::now();
     for (size_t at = 0; at < instructions_.size() && frame.tokens > 0;) {  // else nobody asked for what would follow
         size_t end = at;
@@ -353,6 +359,7 @@ void Program::run_stage(Frame& frame, size_t begin, size_t end, Clock::time_poin
     std::vector<int64_t> nanoseconds(bands * count);
     BandJob job{this, &frame, begin, end, band, nanoseconds.data()};
     pool_.run(bands, run_band, &job);
+    if (pool_.lane_was_out_of_memory()) throw std::bad_alloc();
     const Clock::time_point then = begun;
     begun = Clock::now();
     const double all = std::max<int64_t>(1, std::accumulate(nanoseconds.begin(), nanoseconds.end(), int64_t{0}));

@@ -49,7 +49,7 @@ private:
         int64_t size() const { return groups * width; }
     };
 
-    // What is known of one step only.
+    // What is known of one step only. A copy of it allocates nothing: workers make their own.
     struct Frame {
         const Program* program;
         ThreadPool* pool;         // who computes
@@ -65,7 +65,7 @@ private:
         const CacheLayout* cache;
         const int32_t* outputs;
         int64_t num_outputs;
-        std::vector<int32_t> narrow_starts = {}, narrow_query_starts = {};
+        std::vector<int32_t>* narrowed;  // memory for `narrow`
 
         void narrow(const std::vector<int64_t>& buffers);
         float* at(const View& view) const;        // null for tiles
@@ -77,7 +77,7 @@ private:
     struct Instruction {
         std::function<void(Frame&)> run;
         Profile::Entry* times;
-        bool by_row = true;  // all but attention
+        bool by_row;  // all but attention
     };
     struct BandJob {
         const Program* program;
@@ -98,8 +98,8 @@ private:
     View output(const ViewNumbers& numbers, int64_t size, const char* message) const;
     int64_t width_of(const View& view) const { return std::get<1>(buffers_[view.buffer]); }
     bool is_tiles(const View& view) const { return std::get<2>(buffers_[view.buffer]); }
-    void append(const std::string& name, std::function<void(Frame&)> run, int64_t bytes = 0,
-                int64_t products = 0);
+    void append(const std::string& name, std::function<void(Frame&)> run, int64_t bytes = 0, int64_t products = 0,
+                bool by_row = true);
     const PackedLinear& keep_packed(nb::handle object);
     const float* keep_floats(nb::handle object, int64_t size, const char* name);
     RopeTables keep_tables(nb::handle cos, nb::handle sin, int64_t head_dim);

@@ -133,6 +133,7 @@ void to_floats(const void* weight, int64_t in, float* to) {
 
 bool quantize_row(const QuantizeArgs& args, const void* weight, int8_t* values, float* scales, void* scratch) {
     const int64_t in = args.in, padded = args.padded();
+    if (in == 0) return true;  // and no scale
     float* const x = static_cast<float*>(scratch);
     int8_t* const bytes = reinterpret_cast<int8_t*>(x + padded);
     const auto convert = args.storage == Storage::bfloat16  ? to_floats<BFloat16>

@@ -279,7 +279,7 @@ void work(void* context, int64_t row, int worker) {
 
 void sample(const SampleArgs& args, ThreadPool& pool) {
     Job job{&args, &pool};
-    pool.run(args.rows, work, &job);
+    if (args.rows > 0 && pool.reserve(scratch_bytes(args.vocabulary))) pool.run(args.rows, work, &job);
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -3,12 +3,15 @@
 #if defined(__linux__)
 #include <sched.h>
 #endif
-#include <unistd.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
+
+#include "memory.h"
 
 namespace quire {
 
@@ -19,6 +22,7 @@ namespace {
 constexpr auto kSpin = std::chrono::microseconds(80);
 constexpr int kLooksPerClock = 64;
 constexpr int kLooksBeforeYield = 4096;  // about as long: then whoever else wants the processor may have it
+constexpr int64_t kMostItems = UINT32_MAX - 1;  // that the ticket counts
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -60,28 +64,65 @@ inline uint32_t generation_of(uint64_t ticket) { return static_cast<uint32_t>(ti
 
 }  // namespace
 
-std::shared_ptr<Crew> Crew::of_this_process() {
-    static std::mutex mutex;
-    static std::weak_ptr<Crew> current;
-    std::lock_guard<std::mutex> lock(mutex);
-    std::shared_ptr<Crew> crew = current.lock();
-    if (crew == nullptr || crew->owner_process_ != getpid()) {  // the workers do not follow into a fork
-        crew = std::make_shared<Crew>();
-        current = crew;
+// Never destroyed: threads may fork while the process ends.
+struct Crew::Register {
+    std::mutex mutex;  // taken before the lock of a crew
+    std::vector<Crew*> all;
+    std::weak_ptr<Crew> current;
+
+    static Register& get() {
+        static Register& only = *new Register;
+        return only;
     }
+};
+
+std::shared_ptr<Crew> Crew::of_this_process() {
+    static const int watched = pthread_atfork(before_fork, [] { after_fork(false); }, [] { after_fork(true); });
+    if (watched != 0) throw std::bad_alloc();
+    Register& crews = Register::get();
+    std::shared_ptr<Crew> found;  // may be the last one: its end takes the mutex, after this lock
+    std::lock_guard<std::mutex> lock(crews.mutex);
+    found = crews.current.lock();
+    if (found != nullptr && !found->orphaned_) return found;
+    std::shared_ptr<Crew> crew = std::make_shared<Crew>();
+    crews.all.push_back(crew.get());
+    crews.current = crew;
     return crew;
 }
 
-Crew::Crew() : owner_process_(getpid()), scratch_(1), shared_scratch_(2) {}
+void Crew::before_fork() {
+    Register& crews = Register::get();
+    crews.mutex.lock();
+    for (Crew* crew : crews.all) crew->callers_.lock();
+}
+
+void Crew::after_fork(bool in_child) {
+    Register& crews = Register::get();
+    for (Crew* crew : crews.all) {
+        crew->orphaned_ = crew->orphaned_ || in_child;
+        crew->callers_.unlock();
+    }
+    crews.mutex.unlock();
+}
+
+Crew::Crew() : scratch_(1), shared_scratch_(2) {}
 
 Crew::~Crew() {
-    if (getpid() != owner_process_) {
-        // After a fork the workers do not exist here; joining them would wait for ever.
-        for (auto& worker : workers_) worker.detach();
-    } else {
-        stop_.store(true);
-        for (int worker = 1; worker <= static_cast<int>(workers_.size()); ++worker) wake(worker);
-        for (auto& worker : workers_) worker.join();
+    Register& crews = Register::get();
+    {
+        std::lock_guard<std::mutex> lock(crews.mutex);
+        crews.all.erase(std::remove(crews.all.begin(), crews.all.end(), this), crews.all.end());
+    }
+    if (orphaned_) {
+        // The threads cannot be joined, and a condition variable waits for those that wait for it: both stay behind.
+        for (auto& worker : workers_) (void)worker.release();
+    }
+    stop_.store(true);
+    for (auto& worker : workers_) {
+        if (worker != nullptr) wake(*worker);
+    }
+    for (auto& worker : workers_) {
+        if (worker != nullptr) worker->thread.join();
     }
     for (auto& buffer : scratch_) std::free(buffer.data);
     for (auto& buffer : shared_scratch_) std::free(buffer.data);
@@ -93,11 +134,13 @@ void Crew::grow(int threads, const Affinity& affinity) {
         shared_scratch_.resize(threads + 1);
     }
     if (affinity_.size() < affinity.size()) affinity_ = affinity;
-    for (int worker = static_cast<int>(workers_.size()) + 1; worker < threads; ++worker) {
+    workers_.reserve(threads);
+    for (int number = static_cast<int>(workers_.size()) + 1; number < threads; ++number) {
         std::vector<int> processors;
-        if (worker < static_cast<int>(affinity.size())) processors = affinity[worker];
-        sleepers_.push_back(std::make_unique<Sleeper>());
-        workers_.emplace_back([this, worker, processors] { serve(worker, processors); });
+        if (number < static_cast<int>(affinity.size())) processors = affinity[number];
+        auto worker = std::make_unique<Worker>();
+        worker->thread = std::thread([this, self = worker.get(), number, processors] { serve(*self, number, processors); });
+        workers_.push_back(std::move(worker));  // there is room: this does not throw
     }
 }
 
@@ -125,13 +168,32 @@ ThreadPool::Hot::~Hot() {
 
 ThreadPool::ThreadPool(int threads, const Affinity& affinity)
     : threads_(threads < 1 ? 1 : threads), crew_(Crew::of_this_process()) {
-    const auto lock = exclusive();
+    const Exclusive lock = exclusive();
     crew_->grow(threads_, affinity);
+}
+
+bool ThreadPool::reserve(size_t bytes) {
+    for (int worker = 0; worker < threads_; ++worker) {
+        if (!crew_->reserve(first_worker_ + worker, bytes)) return out_of_memory();
+    }
+    return true;
+}
+
+void* ThreadPool::shared_scratch(size_t bytes) {
+    void* const data = crew_->shared_scratch(lane_, bytes);
+    if (data == nullptr) out_of_memory();
+    return data;
+}
+
+bool ThreadPool::out_of_memory() {
+    if (lane_ == 0) throw std::bad_alloc();
+    crew_->note_out_of_memory();
+    return false;
 }
 
 void Crew::run(int64_t items, Work work, void* context, int threads) {
     if (items <= 0) return;
-    if (items == 1 || threads == 1 || getpid() != owner_process_) {
+    if (items == 1 || threads == 1 || items > kMostItems || orphaned_) {
         for (int64_t item = 0; item < items; ++item) work(context, item, 0);
         return;
     }
@@ -146,7 +208,7 @@ void Crew::run(int64_t items, Work work, void* context, int threads) {
     threads_.store(threads, std::memory_order_release);
     done_.store(0, std::memory_order_release);
     ticket_.store(static_cast<uint64_t>(generation) << 32);
-    for (int worker = 1; worker < threads; ++worker) wake(worker);
+    for (int worker = 1; worker < threads; ++worker) wake(*workers_[worker - 1]);
     take_items(generation, 0);
     for (int looks = 0; done_.load(std::memory_order_acquire) < items; ++looks) {
         if (looks < kLooksBeforeYield) {
@@ -157,11 +219,10 @@ void Crew::run(int64_t items, Work work, void* context, int threads) {
     }
 }
 
-void Crew::wake(int worker) {
-    Sleeper& sleeper = *sleepers_[worker - 1];
-    if (!sleeper.asleep.load()) return;
-    std::lock_guard<std::mutex> lock(sleeper.mutex);
-    sleeper.wake.notify_one();
+void Crew::wake(Worker& worker) {
+    if (!worker.asleep.load()) return;
+    std::lock_guard<std::mutex> lock(worker.mutex);
+    worker.wake.notify_one();
 }
 
 // A job for fewer threads calls nobody beyond them: `threads_` is written before the ticket.
@@ -185,7 +246,7 @@ void Crew::take_items(uint32_t generation, int worker) {
     }
 }
 
-void Crew::wait_for_job(uint32_t seen, int worker) {
+void Crew::wait_for_job(uint32_t seen, Worker& self, int worker) {
     auto until = std::chrono::steady_clock::now() + kSpin;
     for (int looks = 1; !is_called(seen, worker); ++looks) {
         pause_briefly();
@@ -198,38 +259,42 @@ void Crew::wait_for_job(uint32_t seen, int worker) {
             break;
         }
     }
-    Sleeper& sleeper = *sleepers_[worker - 1];
-    std::unique_lock<std::mutex> lock(sleeper.mutex);
-    sleeper.asleep.store(true);
-    sleeper.wake.wait(lock, [&] { return is_called(seen, worker); });
-    sleeper.asleep.store(false);
+    std::unique_lock<std::mutex> lock(self.mutex);
+    self.asleep.store(true);
+    self.wake.wait(lock, [&] { return is_called(seen, worker); });
+    self.asleep.store(false);
 }
 
-void Crew::serve(int worker, const std::vector<int>& processors) {
+void Crew::serve(Worker& self, int worker, const std::vector<int>& processors) {
+    const FloatMode mode;  // not that of the thread that made this one
     keep_to(processors);
     uint32_t seen = 0;
     while (true) {
-        wait_for_job(seen, worker);
+        wait_for_job(seen, self, worker);
         if (stop_.load()) return;
         seen = generation_of(ticket_.load(std::memory_order_acquire));
         take_items(seen, worker);
     }
 }
 
-void* Crew::scratch(int worker, size_t bytes) { return at_least(scratch_[worker], bytes); }
-
-void* Crew::shared_scratch(int lane, size_t bytes) { return at_least(shared_scratch_[lane], bytes); }
+void* Crew::scratch(int worker, size_t bytes) {
+    const Buffer& buffer = scratch_[worker];
+    if (buffer.data == nullptr || buffer.bytes < bytes) std::abort();  // a kernel that did not reserve what it takes
+    mark_usable(buffer.data, bytes, buffer.bytes);
+    return buffer.data;
+}
 
 void* Crew::at_least(Buffer& buffer, size_t bytes) {
-    if (buffer.bytes < bytes) {
+    if (buffer.data == nullptr || buffer.bytes < bytes) {
         std::free(buffer.data);
-        buffer.bytes = (bytes + bytes / 2 + 63) / 64 * 64;
-        buffer.data = std::aligned_alloc(64, buffer.bytes);
-        if (buffer.data == nullptr) {
-            buffer.bytes = 0;
-            throw std::bad_alloc();
-        }
+        buffer = {};
+        if (bytes > PTRDIFF_MAX / 2) return nullptr;
+        const size_t more = (bytes + bytes / 2 + 64) / 64 * 64;
+        buffer.data = std::aligned_alloc(64, more);
+        if (buffer.data == nullptr) return nullptr;
+        buffer.bytes = more;
     }
+    mark_usable(buffer.data, bytes, buffer.bytes);
     return buffer.data;
 }
 

@@ -2,7 +2,11 @@
 // is late or descheduled costs at most the item it holds.
 //
 // A process has one crew of workers, however many pools: their jobs run one after another on the same threads, so two
-// engines never ask for more processors than one.
+// engines never ask for more processors than one. After a fork the child has none of the threads: what it inherits
+// computes on the caller's thread alone, and what it makes has a crew of its own.
+//
+// No item throws: it would leave a job in the middle, and kernels are compiled without exceptions. Memory for items is
+// therefore reserved before the job.
 #pragma once
 
 #include <atomic>
@@ -14,14 +18,26 @@
 #include <thread>
 #include <vector>
 
+#include "float_mode.h"
 #include "profile.h"
 
 namespace quire {
 
-// Computes one item. Must write only what belongs to that item: results may not depend on the thread.
+// Computes one item. Must write only what belongs to that item: results may not depend on the thread. Never throws.
 using Work = void (*)(void* context, int64_t item, int worker);
 // For each worker, the caller first, the processors that it keeps to.
 using Affinity = std::vector<std::vector<int>>;
+
+// What an operation holds while it runs: the lock of the crew, and the calling thread's floating-point state. The
+// interpreter's lock is not awaited while this one is held, nor this one while the interpreter's is held.
+class Exclusive {
+public:
+    explicit Exclusive(std::mutex& mutex) : lock_(mutex) {}
+
+private:
+    const std::lock_guard<std::mutex> lock_;
+    const FloatMode mode_;
+};
 
 // The workers of this process. Whoever calls anything but `exclusive` holds that lock meanwhile.
 class Crew {
@@ -33,12 +49,17 @@ public:
     Crew(const Crew&) = delete;
     Crew& operator=(const Crew&) = delete;
 
-    std::unique_lock<std::mutex> exclusive() { return std::unique_lock<std::mutex>(callers_); }
+    Exclusive exclusive() { return Exclusive(callers_); }
     // To `threads`, the caller included; those that are there already stay where they are.
     void grow(int threads, const Affinity& affinity);
     void run(int64_t items, Work work, void* context, int threads);
+    // False, and null, where there is no such memory.
+    bool reserve(int worker, size_t bytes) { return at_least(scratch_[worker], bytes) != nullptr; }
     void* scratch(int worker, size_t bytes);
-    void* shared_scratch(int lane, size_t bytes);  // of the whole crew (0), of each worker's lane
+    void* shared_scratch(int lane, size_t bytes) { return at_least(shared_scratch_[lane], bytes); }
+    // That some lane had no memory; whether one had none since the last question.
+    void note_out_of_memory() { out_of_memory_.store(true, std::memory_order_relaxed); }
+    bool take_out_of_memory() { return out_of_memory_.exchange(false, std::memory_order_relaxed); }
     // Workers below `threads` do not sleep between jobs.
     void set_hot(int threads) { hot_threads_.store(threads, std::memory_order_release); }
     // What was done on these threads; read and written under the lock.
@@ -51,21 +72,28 @@ private:
         void* data = nullptr;
         size_t bytes = 0;
     };
-
-    static void* at_least(Buffer& buffer, size_t bytes);
-    void serve(int worker, const std::vector<int>& processors);
-    struct Sleeper {
+    // A thread, which knows its own place: the list of workers grows while they wait.
+    struct Worker {
         std::atomic<bool> asleep{false};
         std::mutex mutex;
         std::condition_variable wake;
+        std::thread thread;
     };
 
-    bool is_called(uint32_t seen, int worker) const;
-    void wake(int worker);
-    void take_items(uint32_t generation, int worker);
-    void wait_for_job(uint32_t seen, int worker);
+    struct Register;  // of all crews
 
-    const int owner_process_;
+    static void* at_least(Buffer& buffer, size_t bytes);
+    // Around a fork: no operation runs meanwhile, so the child finds each lock free and each buffer whole.
+    static void before_fork();
+    static void after_fork(bool in_child);
+
+    void serve(Worker& self, int worker, const std::vector<int>& processors);
+    bool is_called(uint32_t seen, int worker) const;
+    static void wake(Worker& worker);
+    void take_items(uint32_t generation, int worker);
+    void wait_for_job(uint32_t seen, Worker& self, int worker);
+
+    bool orphaned_ = false;  // in a child: the workers did not follow
     std::mutex callers_;
     // The ticket holds the job's generation (high half) and its next item (low half) in one word: a worker that
     // wakes late cannot take an item of a job whose description it has not read.
@@ -76,12 +104,12 @@ private:
     std::atomic<Work> work_{nullptr};
     std::atomic<void*> context_{nullptr};
     std::atomic<int> hot_threads_{0};
-    std::atomic<bool> stop_{false};
-    std::vector<std::unique_ptr<Sleeper>> sleepers_;  // one for each worker
+    std::atomic<bool> stop_{false}, out_of_memory_{false};
+    // Worker 0 is the caller of `run`. Resized under the lock, so never while items are computed.
     std::vector<Buffer> scratch_, shared_scratch_;
     Profile profile_;
     Affinity affinity_;  // of those whose places are known
-    std::vector<std::thread> workers_;
+    std::vector<std::unique_ptr<Worker>> workers_;  // from worker 1 on
 };
 
 class ThreadPool {
@@ -92,20 +120,26 @@ public:
     int threads() const { return threads_; }
 
     // One operation at a time: whoever calls `run` or asks for scratch memory holds this lock meanwhile.
-    std::unique_lock<std::mutex> exclusive() { return crew_->exclusive(); }
+    Exclusive exclusive() { return crew_->exclusive(); }
 
     Profile& profile() { return crew_->profile(); }
 
     // Calls work(context, item, worker) once for each item in [0, items) and returns when all have returned.
     void run(int64_t items, Work work, void* context) { crew_->run(items, work, context, threads_); }
 
-    // At least `bytes` of 64-byte aligned memory of the worker's own, valid until its next call.
+    // Before a job whose items take scratch memory: `bytes` of it for each thread. Where there is no such memory
+    // std::bad_alloc; in a lane, which is in the middle of a job, false (see `lane_was_out_of_memory`).
+    bool reserve(size_t bytes);
+    // At least `bytes` of 64-byte aligned memory of the worker's own, valid until its next call. It has been reserved.
     void* scratch(int worker, size_t bytes) { return crew_->scratch(first_worker_ + worker, bytes); }
-    // The same for the caller of `run`, shared by the items of one operation.
-    void* shared_scratch(size_t bytes) { return crew_->shared_scratch(lane_, bytes); }
+    // The same for the caller of `run`, shared by the items of one operation. Where there is none std::bad_alloc; in a
+    // lane null.
+    void* shared_scratch(size_t bytes);
 
     // A pool of that worker alone, with scratch memory of its own: what an item of a job of this pool may compute with.
     ThreadPool lane(int worker) const { return ThreadPool(crew_, worker); }
+    // After a job whose items computed in lanes: whether one had no memory, so that its results are void.
+    bool lane_was_out_of_memory() { return crew_->take_out_of_memory(); }
 
     // While this lives one job follows another: the workers wait for the next one awake, and a caller that runs where a
     // worker belongs is moved to its own processors.
@@ -125,7 +159,9 @@ private:
     ThreadPool(std::shared_ptr<Crew> crew, int worker)
         : threads_(1), first_worker_(worker), lane_(worker + 1), crew_(std::move(crew)) {}
 
-    const int threads_, first_worker_ = 0, lane_ = 0;
+    bool out_of_memory();
+
+    const int threads_, first_worker_ = 0, lane_ = 0;  // lane 0: none
     const std::shared_ptr<Crew> crew_;
 };
 

@@ -82,6 +82,7 @@ class ReferenceOps(composed.ComposedOps):
         kind = None
         if isinstance(weight, QuantizedWeight):
             kind = weight.format
+            weight.require_range()
             scales = np.repeat(weight.scales, weight.group_size, axis=1)[:, : weight.values.shape[1]]
             rounded = weight.values.astype(np.float32) * scales
         else:

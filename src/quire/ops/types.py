@@ -76,6 +76,12 @@ class QuantizedWeight:
             shape = list(self.scales.shape)
             raise ValueError(f"scales are {self.scales.dtype} {shape}, not float32 [{rows}, {groups}]")
 
+    def require_range(self) -> None:
+        """ValueError where a value (of numpy's) is outside the format's range, or NaN: what packing begins with."""
+        low, high = {"int8": (-127, 127), "int4": (-8, 7)}.get(self.format[:4], (-448, 448))
+        if self.values.size and not (low <= self.values.min() and self.values.max() <= high):
+            raise ValueError(f"a value of {self.format} is outside [{low}, {high}]")
+
 
 @dataclass(frozen=True, slots=True)
 class Rounding:

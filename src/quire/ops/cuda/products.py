@@ -111,6 +111,8 @@ def pack(weight: Any, bias: Any | None, dtype: torch.dtype, device: torch.device
         tensor = to_tensor(np.ascontiguousarray(weight)).to(device, copy=True).to(dtype)
         return packed_linear(tensor, None, device_bias, "plain", 0, tensor.shape[1], dtype)
     inputs, size = weight.values.shape[1], weight.group_size
+    if not torch.is_tensor(weight.values):  # tensors are what `quantize` made
+        weight.require_range()
     values, scales = (
         x.to(device) if torch.is_tensor(x) else to_tensor(np.ascontiguousarray(x)).to(device, copy=True)
         for x in (weight.values, weight.scales)
