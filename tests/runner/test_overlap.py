@@ -103,6 +103,15 @@ def test_a_row_that_counts_its_tokens_is_not_planned_before_they_are_known(tiny_
     assert [results[0][1], results[2][1]] == [result.rows[1] for result in expected[:2]]
 
 
+def test_a_row_whose_token_is_in_flight_may_be_taken_anew(tiny_model: Path) -> None:
+    """By another request that needs its tokens: what the one before it waited for is of no use."""
+    first = plans([PENALISED], 1)[0]
+    late, alone = runner(tiny_model, LateOps(np)), runner(tiny_model, ReferenceOps(np))
+    late.begin(first)
+    taken = StepPlan(1, (0,), (enter(0, [7, 8], PENALISED, (5,)),), (ScheduledRow(0, 0, 2, (), True),))
+    assert late.finish(late.begin(taken)).rows == alone.execute(replace(taken, step_id=0, removed=())).rows
+
+
 @pytest.mark.parametrize("num_collected", [0, 1, 2])
 def test_a_row_taken_anew_gets_nothing_of_the_one_before(tiny_model: Path, num_collected: int) -> None:
     """Whether the steps of the one before are collected before the new one's token is needed, or after."""

@@ -148,8 +148,6 @@ class ModelRunner:
 
     def begin(self, plan: StepPlan) -> BegunStep:
         """The first half of `execute`."""
-        waiting = (row for row, *_ in plan.scheduled if self._sampler.follows(row) and self._rows.awaits(row))
-        assert next(waiting, None) is None, "a plan schedules a row that needs its last token on the host"
         step = BegunStep(plan, self._launch_all(plan))
         for launched in step.launched:
             if launched.drawn is not None:
@@ -178,6 +176,8 @@ class ModelRunner:
         for item in plan.scheduled:
             if item.new_block_ids:
                 faults.contain(item.row, self._rows.extend, item.row, item.new_block_ids)
+        waiting = (row for row, *_ in plan.scheduled if self._rows.awaits(row) and self._sampler.follows(row))
+        assert next(waiting, None) is None, "a plan schedules a row that needs its last token on the host"
         return faults.apart_if_it_fails(self._launch, faults.without_failed(plan.scheduled))
 
     def _take_in(self, step: BegunStep) -> StepResult:
