@@ -20,7 +20,7 @@ settings.register_profile(
 )
 settings.load_profile("quire")
 
-PATIENCE_S = 300.0
+PATIENCE_S = float(os.environ.get("QUIRE_TEST_PATIENCE_S", "120"))
 """How long a test waits for what comes before it fails: long, so that only what never comes fails it."""
 
 

@@ -43,6 +43,9 @@ def test_every_engine_argument_is_a_flag() -> None:
         (["--max_num_seqs=3"], {"max_num_seqs": 3}),
         (["--max-model-len", "2k"], {"max_model_len": 2000}),
         (["--max-model-len", "2K"], {"max_model_len": 2048}),
+        (["--max-num-batched-tokens", "1.5k"], {"max_num_batched_tokens": 1500}),
+        (["--kv-cache-memory-bytes", "0.5G"], {"kv_cache_memory_bytes": 2**29}),
+        (["one/model", "--model", "another"], {"model": "another"}),
         (["--max-model-len", "auto"], {"max_model_len": None}),
         (["--max-model-len", "-1"], {"max_model_len": None}),
         (["--no-enable-prefix-caching"], {"enable_prefix_caching": False}),
@@ -77,6 +80,9 @@ def test_what_has_no_effect_says_so_once() -> None:
     said: list[str] = []
     assert canonical(["--swap_space", "4", "serve", "--use-v2-block-manager"], said.append) == ["serve"]
     assert len(said) == 2
+    assert canonical(["--swap-space=4", "serve", "--preemption-mode"], said.append) == ["serve"]
+    assert canonical(["--temperature", "-1", "-", "-0.5"], said.append) == ["--temperature", "-1", "-", "-0.5"]
+    assert len(said) == 4
     assert all("no effect" in line for line in said)
 
 
@@ -91,6 +97,9 @@ def test_words_after_two_hyphens_are_left_alone() -> None:
         (["serve", "--trust-remote-code"], "unknown flag '--trust-remote-code'"),
         (["serve", "a", "b"], "unexpected argument 'b'"),
         (["serve", "--max-num-seqs", "many"], "'many' is not a whole number"),
+        (["serve", "--max-num-seqs", "1.5"], "'1.5' is not a whole number"),
+        (["serve", "--max-num-seqs", "0.0015k"], "'0.0015k' is not a whole number"),
+        (["serve", "--max-num-seqs", "1e400k"], "'1e400k' is not a whole number"),
         (["serve", "--max-num-seqs", "0"], "max_num_seqs must be a whole number between"),
         (["serve", "--port", "70000"], "port must be between"),
         (["serve", "--tensor-parallel-size", "2"], "tensor_parallel_size must be 1"),

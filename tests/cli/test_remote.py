@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from quire.cli.main import main
+from quire.cli.remote_server import Server
+from quire.errors import InvalidRequestError, OverloadedError, RequestFailedError
 from quire.llm import AsyncLLM
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start
@@ -129,6 +131,40 @@ ANSWERS: list[tuple[bytes, str]] = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("status", "field", "expected"),
+    [
+        (503, b"Retry-After: 7\r\n", (OverloadedError, 7)),
+        (429, b"retry-after: 12\r\n", (OverloadedError, 12)),
+        (503, b"", (OverloadedError, 1)),
+        (503, b"Retry-After: Wed, 21 Oct 2015 07:28:00 GMT\r\n", (OverloadedError, 1)),
+        (400, b"", (InvalidRequestError, None)),
+        (404, b"", (InvalidRequestError, None)),
+        (500, b"Retry-After: 7\r\n", (RequestFailedError, None)),
+    ],
+)
+def test_a_refusal_is_the_error_that_it_would_be_here(status: int, field: bytes, expected: Any) -> None:
+    body = b'{"error": {"message": "so it is"}}'
+    head = b"HTTP/1.1 %d X\r\n%sContent-Length: %d\r\n\r\n" % (status, field, len(body))
+    kind, retry_after_s = expected
+    with _saying([head + body]) as url, pytest.raises(kind, match="so it is") as caught:
+        Server(url, None).look_up("/v1/models")
+    assert getattr(caught.value, "retry_after_s", None) == retry_after_s
+
+
+@pytest.mark.parametrize(
+    ("base", "path"),
+    [("", "/v1/models"), ("/", "/v1/models"), ("/v1", "/v1/models"), ("/v1/", "/v1/models"), ("/p/v1/", "/p/v1/models"),
+     ("/v1x", "/v1x/v1/models")],
+)  # fmt: skip
+def test_an_address_may_end_in_v1_or_not(base: str, path: str) -> None:
+    saying = _saying([b'HTTP/1.1 200 OK\r\nContent-Length: 25\r\n\r\n{"data": [{"id": "one"}]}'])
+    with saying as url:
+        assert Server(url + base, "key").first_model() == "one"
+    assert saying.heard[0].startswith(f"GET {path} HTTP/1.1\r\n".encode())
+    assert b"Authorization: Bearer key\r\n" in saying.heard[0]
+
+
 @pytest.mark.parametrize(("answer", "text"), ANSWERS)
 def test_other_servers_answers(capsys: pytest.CaptureFixture[str], answer: bytes, text: str) -> None:
     with _saying([answer]) as url:
@@ -155,6 +191,7 @@ class _saying:
 
     def __init__(self, answers: list[bytes]) -> None:
         self._answers = answers
+        self.heard: list[bytes] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._thread = threading.Thread(target=self._serve, daemon=True)
 
@@ -170,7 +207,7 @@ class _saying:
         for answer in self._answers:
             connection, _ = self._listener.accept()
             with connection:
-                connection.recv(65536)
+                self.heard.append(connection.recv(65536))
                 connection.sendall(answer)
                 connection.shutdown(socket.SHUT_WR)
                 while connection.recv(65536):  # closing with bytes unread would reset the connection

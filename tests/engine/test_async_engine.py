@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from quire.core.plan import TokenDelta
+from quire.core.request import NewRequest
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.queue_bound import Caller
 from quire.errors import (
@@ -170,12 +171,31 @@ async def test_a_fault_of_the_thread_ends_all_that_wait_also_what_is_only_posted
     assert served.queue.num_waiting == 0
 
 
+async def test_a_request_is_work_also_while_the_core_is_given_it(served: Served) -> None:
+    """And one in whose adding the thread dies is told so."""
+    seen: list[bool] = []
+    add = served.channel.add
+
+    def watched(new: NewRequest) -> None:
+        seen.append(served.under_test.has_work)
+        add(new)
+
+    served.channel.add = watched  # type: ignore[method-assign]
+    served.channel.raises = {"0.1": RuntimeError("it broke"), "abort": RuntimeError("it broke again")}
+    async with asyncio.timeout(PATIENCE_S):
+        with pytest.raises(EngineDeadError):
+            await _all(served.under_test.generate([1, 2], _params(n=2)))
+    assert seen == [True, True] and not served.under_test.is_healthy
+
+
 async def test_after_the_order_to_stop_nothing_is_taken(served: Served) -> None:
     held = _hold(served)
     stopping = asyncio.ensure_future(served.under_test.shutdown())
     await served.until(lambda: served.under_test._stopping)
-    with pytest.raises(EngineDeadError):
-        await _all(served.ask())
+    refused = asyncio.ensure_future(_all(served.ask()))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert refused.done() and isinstance(refused.exception(), EngineDeadError), "at once, and not when it has stopped"
     assert not served.under_test._commands
     held.set()
     await stopping

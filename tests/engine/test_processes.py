@@ -27,6 +27,7 @@ from quire.engine.wire import Ready, Start
 from quire.errors import EngineDeadError, ModelFileError, OverloadedError
 from quire.outputs import Decision, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
+from tests.conftest import PATIENCE_S
 from tests.engine.fake_core import (
     CRASHES_LATE,
     DIES,
@@ -43,10 +44,6 @@ CORE = "tests.engine.fake_core"
 PARAMS = SamplingParams(
     max_tokens=60, temperature=1.0, seed=3, logprobs=0, detokenize=False, output_kind=RequestOutputKind.DELTA
 )
-
-
-PATIENCE_S = 300.0
-"""Before a test gives up. No test waits so long for what comes, however busy the machine is."""
 
 
 @dataclass

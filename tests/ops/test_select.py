@@ -20,6 +20,7 @@ from quire.ops.select import (
     select_ops,
 )
 from quire.ops.types import AttentionBatch, CacheShape
+from tests.conftest import PATIENCE_S
 from tests.ops.cases import normal
 
 
@@ -93,7 +94,9 @@ def test_threads_keep_to_cores_only_where_they_have_all_of_them() -> None:
 
 def in_a_process_of_its_own(code: str) -> str:
     """What it prints; pools of other tests would take part."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE_S
+    ).stdout
 
 
 TASKS = """

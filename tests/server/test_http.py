@@ -185,6 +185,30 @@ def test_unexpected_exception_is_a_500_that_tells_nothing() -> None:
         broken.stop()
 
 
+@pytest.mark.parametrize(
+    ("is_healthy", "is_ready", "statuses"),
+    [(True, True, (200, 200, 200)), (True, False, (200, 503, 503)), (False, False, (503, 503, 503))],
+)
+def test_probes_tell_a_core_that_is_replaced_from_an_engine_that_is_dead(
+    is_healthy: bool, is_ready: bool, statuses: tuple[int, ...]
+) -> None:
+    """The first takes no new traffic and is left alone; the second is started again."""
+
+    class Engine(FakeEngine):
+        @property
+        def is_ready(self) -> bool:
+            return is_ready
+
+    engine = Engine()
+    engine.is_healthy = is_healthy
+    probed = start(engine)
+    try:
+        paths = ("/livez", "/readyz", "/health")
+        assert tuple(httpx.get(probed.url + path).status_code for path in paths) == statuses
+    finally:
+        probed.stop()
+
+
 def test_dead_engine_is_not_alive() -> None:
     dying = start(FakeEngine())
     try:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -14,8 +15,9 @@ import pytest
 
 from quire.cli import explain as verb
 from quire.cli.main import main
+from quire.engine.timeline import Part, Timeline
 from quire.errors import ConfigurationError
-from quire.server.access import LOG_FORMATS, configure_logs
+from quire.server.access import LOG_FORMATS, Access, configure_logs, log_request
 from quire.server.app import Oversight
 from quire.server.keys import caller_name
 from quire.server.traces import Tracer
@@ -139,6 +141,61 @@ def test_a_record_tells_sizes_and_times_and_no_text(real: Running, caplog: pytes
     assert shown[1]["status"] == 404 and "\n" not in shown[1]["path"]
     text = json.dumps(shown) + "".join(LOG_FORMATS["text"]().format(record) for record in caplog.records)
     assert SECRET not in text and "hidden-key" not in text and "\n" not in text
+
+
+def ended(request_id: str, num_tokens: int, first_token_s: float | None, reason: str | None) -> Timeline:
+    """A sequence that arrived at 100."""
+    return Timeline(
+        request_id, 0, 9, 100.0, Part.QUEUED, 100.0, first_token_s=first_token_s, finish_reason=reason,
+        num_output_tokens=num_tokens,
+    )  # fmt: skip
+
+
+def test_a_record_counts_all_sequences_and_the_first_token_of_any(caplog: pytest.LogCaptureFixture) -> None:
+    sequences = [ended("r", 5, 103.5, "stop"), ended("r", 7, 101.25, None), ended("r", 0, None, "error")]
+    with caplog.at_level(logging.INFO, "quire.access"):
+        log_request("POST", "/x", 200, 1.5, timelines=sequences)
+        log_request("GET", "/y", None, 0.5, is_complete=False)
+    first, second = (vars(record)["fields"] for record in caplog.records)
+    assert (first["prompt_tokens"], first["output_tokens"], first["time_to_first_token"]) == (9, 12, 1.25)
+    assert first["finish_reasons"] == ["error", "running", "stop"]
+    assert "output_tokens" not in second and second["is_complete"] is False and second["status"] is None
+
+
+async def test_a_response_is_complete_when_its_last_part_was_sent(caplog: pytest.LogCaptureFixture) -> None:
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", b"r")]})
+        await send({"type": "http.response.body", "body": b"a", "more_body": True})
+        if scope["path"] == "/cut":
+            raise ConnectionError("the caller left")
+        await send({"type": "http.response.body", "body": b""})
+
+    async def send(message: Any) -> None: ...
+
+    engine = FakeEngine()
+    access = Access(answer, engine=engine, tracer=None, logs=True)  # type: ignore[arg-type]
+    with caplog.at_level(logging.INFO, "quire.access"):
+        for path in ("/whole", "/cut"):
+            with suppress(ConnectionError):
+                await access({"type": "http", "method": "GET", "path": path, "headers": []}, send, send)  # type: ignore[arg-type]
+    assert [vars(record)["fields"]["is_complete"] for record in caplog.records] == [True, False]
+    assert engine.sent == ["r", "r"]
+
+
+@pytest.mark.parametrize(("requests", "shown"), [(True, ["request", "warning"]), (False, ["warning"])])
+def test_requests_are_logged_where_they_are_asked_for(
+    capfd: pytest.CaptureFixture[str], requests: bool, shown: list[str]
+) -> None:
+    root, access = logging.getLogger(), logging.getLogger("quire.access")
+    before = root.handlers[:], root.level, access.level
+    try:
+        configure_logs("json", requests=requests)
+        log_request("GET", "/x", 200, 0.5)
+        logging.getLogger("quire.test").info("no news")
+        access.warning("warning")
+    finally:
+        root.handlers[:], root.level, access.level = before
+    assert [json.loads(line)["message"] for line in capfd.readouterr().err.splitlines()] == shown
 
 
 def test_logs_are_json_objects(capfd: pytest.CaptureFixture[str]) -> None:

@@ -306,7 +306,7 @@ class AsyncEngine:
             try:
                 self._engine.check()
                 command.done.set_result(None)
-            except Exception as error:  # noqa: BLE001 -- it is the caller's, who waits for it
+            except Exception as error:  # noqa: BLE001 -- raised where the check was asked for
                 command.done.set_exception(error)
 
     def _add(self, command: _Add) -> None:
