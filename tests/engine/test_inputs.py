@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from quire.core.request import NewRequest
 from quire.engine.inputs import EngineFacts, InputProcessor, ParsedRequest
+from quire.engine.queue_bound import Caller
 from quire.errors import InvalidRequestError, PromptTooLongError
 from quire.sampling_params import SamplingParams
 from quire.text.tokenizer import Tokenizer
@@ -221,5 +222,22 @@ def test_priorities_and_salts() -> None:
     for salt in ("é" * 128 + "x", 5, None):
         with pytest.raises(InvalidRequestError, match="cache_salt"):
             parse([1], arguments={"cache_salt": salt})
-    parsed = parse([1, 2], arguments={"arrival_s": 4.5}, n=2)
-    assert [(new.arrival_s, new.prompt_token_ids) for new in parsed.sequences] == [(4.5, (1, 2))] * 2
+    parsed = parse([1, 2], arguments={"arrival_s": 4.5, "caller": Caller("x", 3)}, n=2)
+    facts = [(new.arrival_s, new.prompt_token_ids, new.caller, new.caller_weight) for new in parsed.sequences]
+    assert facts == [(4.5, (1, 2), "x", 3)] * 2
+    assert (one().caller, one().caller_weight, one().cache_salt, one().priority) == ("", 1, "", 0)
+
+
+def test_token_ids_that_are_there_are_the_prompt(tiny_model: Path) -> None:
+    inputs = processor(Tokenizer.from_directory(tiny_model))
+    parsed = parse({"prompt": "x", "prompt_token_ids": [1, 2]}, inputs)
+    assert (parsed.prompt, parsed.sequences[0].prompt_token_ids) == (None, (1, 2))
+    parsed = parse({"prompt": "x", "prompt_token_ids": None}, inputs)
+    assert (parsed.prompt, parsed.sequences[0].prompt_token_ids) == ("x", (0x78,))
+    for prompt in ({"prompt": "x", "prompt_token_ids": []}, {"prompt_token_ids": []}, [], ""):
+        with pytest.raises(InvalidRequestError, match="prompt must hold at least one token"):
+            parse(prompt, inputs)
+    for prompt in (None, 5, b"x", {"prompt": None}, {"prompt": ["x"]}, {}):
+        with pytest.raises(InvalidRequestError, match="prompt must be text") as caught:
+            parse(prompt, inputs)
+        assert caught.value.param == "prompt"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quire import LLM, RequestOutput, SamplingParams
+from quire import LLM, RequestOutput, RequestOutputKind, SamplingParams
 from quire.errors import ConfigurationError, InvalidRequestError, PromptTooLongError
 
 
@@ -59,6 +59,16 @@ def test_outputs_are_in_the_order_of_the_prompts(llm: LLM) -> None:
     outputs = llm.generate(["a", "b", "c", "d"], params, use_tqdm=False)
     assert [item.prompt for item in outputs] == ["a", "b", "c", "d"]
     assert [len(item.outputs[0].token_ids) for item in outputs] == counts
+
+
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_what_comes_back_is_whole(llm: LLM, kind: RequestOutputKind) -> None:
+    """Whatever kind of stream the parameters were made for; and they stay as they are."""
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=0, output_kind=kind)
+    (item,) = llm.generate("Hello", params, use_tqdm=False)[0].outputs
+    assert item.logprobs is not None and len(item.token_ids) == len(item.logprobs) == 6
+    assert item.text == llm.get_tokenizer().decode(item.token_ids)
+    assert params.output_kind is kind
 
 
 def test_the_defaults_are_the_models_own(tiny_model: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from quire.engine.request_state import RequestState
 from quire.outputs import Logprob, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.text.tokenizer import Tokenizer
-from tests.text.small_tokenizers import fallback_bpe, write_directory
+from tests.text.small_tokenizers import fallback_bpe, no_decoder, write_directory
 
 FACTS = EngineFacts(max_model_len=256, vocab_size=320, eos_token_ids=(256,), seed=0, has_priorities=False)
 
@@ -214,6 +214,16 @@ def test_a_repetition_ends_a_sequence_after_the_minimum(tokenizer: Tokenizer, mi
     assert (item.text, item.finish_reason, item.stop_reason) == (
         "a" * len(reasons), "repetition", "repetition_detected"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("spaces", [True, False])
+def test_spaces_between_special_tokens_are_as_asked(tmp_path: Path, spaces: bool) -> None:
+    tokenizer = Tokenizer.from_directory(write_directory(tmp_path, no_decoder()))
+    ids = tokenizer.encode("<s> </s> hello", add_special_tokens=False)
+    params = {"skip_special_tokens": False, "spaces_between_special_tokens": spaces}
+    state = state_of(tokenizer, ids[2:], **params)
+    state.apply(TokenDelta(state.parsed.sequences[0].request_id, tuple(ids), finish_reason="length"))
+    assert texts(state.output()) == [(0, " <s> </s> hello" if spaces else " <s></s> hello")]
 
 
 def test_the_text_goes_on_from_the_prompt(tmp_path: Path) -> None:

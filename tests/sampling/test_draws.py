@@ -94,6 +94,42 @@ def test_rows_of_one_step_draw_by_their_own_numbers(ops: Ops) -> None:
             assert result.token_ids == (expected,)
 
 
+def kept(logits: Any, spec: SamplingSpec) -> list[int]:
+    """The cut-offs in their order, in float64: min_p, of those the top_k, of those as many as reach top_p."""
+    scaled = (logits.astype(np.float64) - logits.max()) / spec.temperature
+    order = sorted(range(len(scaled)), key=lambda token: (-scaled[token], token))
+    order = [token for token in order if np.exp(scaled[token]) >= spec.min_p][: spec.top_k or None]
+    total, before, found = sum(np.exp(scaled[order])), 0.0, []
+    for token in order:
+        if before < spec.top_p * total:
+            found.append(token)
+        before += np.exp(scaled[token])
+    return found
+
+
+def test_rows_of_one_step_cut_off_by_their_own_numbers(ops: Ops) -> None:
+    settings: list[dict[str, Any]] = [
+        {"top_p": 0.13}, {"top_p": 0.4}, {"top_p": 0.75}, {"top_k": 3}, {"top_k": 20}, {"min_p": 0.3}, {"min_p": 0.77},
+        {"top_k": 30, "top_p": 0.6, "min_p": 0.2}, {"top_p": 0.3, "temperature": 0.5}, {},
+    ]  # fmt: skip
+    specs = [SamplingSpec(**{"temperature": 1.0, "seed": 50 + row, **one}) for row, one in enumerate(settings)]
+    sampler, order = Sampler(ops, len(specs)), [(3 * row) % len(specs) for row in range(len(specs))]
+    for row, spec in enumerate(specs):
+        sampler.add(new_row(row, [1], spec))
+    logits, rng = known_logits(), np.random.default_rng(0)
+    logits += rng.standard_normal(len(logits), np.float32) / 100  # no ties, and no mass at an edge
+    for position in range(1, 60):
+        array = ops.array(np.tile(logits, (len(specs), 1)), "float32")
+        results = sampler.sample(array, order, [position] * len(order)).read(range(len(order)))
+        for row, result in zip(order, results, strict=True):
+            spec = specs[row]
+            scores = {
+                token: logits[token] / spec.temperature + noise(spec.seed, position, token)
+                for token in kept(logits, spec)
+            }
+            assert result.token_ids == (max(scores, key=scores.__getitem__),)
+
+
 def test_the_largest_word_gives_noise_that_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded to float32 it would be 1, and its token could never be drawn."""
     xp = ReferenceOps(np).xp

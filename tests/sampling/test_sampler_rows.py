@@ -89,13 +89,14 @@ def test_what_rows_want_of_their_logits() -> None:
         assert sampler.only_draws([0, 3])
 
 
-def test_a_fault_of_logits_is_of_one_row(ops: Ops) -> None:
+@pytest.mark.parametrize("tells", [True, False], ids=["logprobs", "tokens"])
+def test_a_fault_of_logits_is_of_one_row(ops: Ops, tells: bool) -> None:
     """Of five rows one has NaN, one an infinite logit, and one has no token left once its logits are edited."""
     specs = [GREEDY, GREEDY, GREEDY, SamplingSpec(temperature=0.0, logit_bias=((2, 1.0),)), GREEDY]
     specs[1] = SamplingSpec(temperature=0.0, allowed_token_ids=(7,), bad_words=((7,),))
     sampler = Sampler(ops, 5)
     for row, spec in enumerate(specs):
-        sampler.add(new_row(row, [1], spec._replace(num_logprobs=1 if row == 4 else None)))
+        sampler.add(new_row(row, [1], spec._replace(num_logprobs=1 if tells and row == 4 else None)))
     logits = normal_logits(8, 5, VOCABULARY)
     logits[2, 30], logits[0, 89] = math.nan, math.inf
     results = sampler.sample(ops.array(logits, "float32"), range(5), [1] * 5).read(range(5))
@@ -103,5 +104,9 @@ def test_a_fault_of_logits_is_of_one_row(ops: Ops) -> None:
     logits[3, 2] += 1.0
     for row in (3, 4):
         assert results[row].token_ids == (int(logits[row].argmax()),)
-    assert results[4].logprobs[0].token_ids == (int(logits[4].argmax()),) * 2
+    assert [one.token_ids for one in results[4].logprobs] == [(int(logits[4].argmax()),) * 2] * tells
     assert not any(result.token_ids or result.logprobs for result in results[:3])
+    # The one that has no token left, alone among rows that are well.
+    logits = normal_logits(9, 5, VOCABULARY)
+    results = sampler.sample(ops.array(logits, "float32"), range(5), [1] * 5).read(range(5))
+    assert [result.error for result in results] == [None, NO_TOKEN_LEFT, None, None, None]

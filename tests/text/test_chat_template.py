@@ -189,7 +189,7 @@ def test_content_in_parts(pairs):
             ours.apply_chat_template([{"role": "user", "content": [part]}])
 
 
-@pytest.mark.parametrize("form", ["jinja", "json", "inline", "list", "folder"])
+@pytest.mark.parametrize("form", ["jinja", "json", "inline", "list", "folder", "folder alone"])
 def test_where_templates_are_found(tmp_path, form):
     default, tool_use = "D{{ messages[0].content }}", "T{{ tools|length }}"
     config = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -208,13 +208,22 @@ def test_where_templates_are_found(tmp_path, form):
         ]
     else:
         files["chat_template.jinja"] = default
+    if form == "folder alone":
+        del files["chat_template.jinja"]
+        config["chat_template"] = "wrong"
     path = write_directory(tmp_path, byte_level(), files=files)
-    if form == "folder":
+    if form.startswith("folder"):
         (path / "additional_chat_templates").mkdir()
         (path / "additional_chat_templates" / "tool_use.jinja").write_text(tool_use, encoding="utf-8")
     ours = Tokenizer.from_directory(path)
     assert ours.has_chat_template
     chat = [{"role": "user", "content": "x"}]
+    if form == "folder alone":
+        theirs = PreTrainedTokenizerFast.from_pretrained(str(path))
+        assert both((ours, theirs), chat, tools=TOOLS, tokenize=False) == "T1"
+        with pytest.raises(InvalidRequestError, match="choose a chat template by name: tool_use"):
+            ours.apply_chat_template(chat)
+        return
     assert ours.apply_chat_template(chat, tokenize=False) == "Dx"
     if form in ("list", "folder"):
         assert ours.apply_chat_template(chat, tools=TOOLS, tokenize=False) == "T1"
@@ -323,6 +332,13 @@ def test_special_tokens_anywhere_in_the_input_are_text(pairs):
         [{"role": "user", "content": evil}], chat_template="{{ messages[0].content|tojson(ensure_ascii=true) }}"
     )
     assert ours.decode(escaped) == f'"{evil}"'
+
+
+def test_a_special_token_in_a_key_alone_is_text(pairs):
+    ours, _ = pairs["byte_level"]
+    ids = ours.apply_chat_template(CHATS[0], tools=[{"<|im_end|>": 1}], chat_template="{{ tools|tojson }}")
+    assert not ours.special_token_ids.intersection(ids)
+    assert ours.decode(ids) == '[{"<|im_end|>": 1}]'
 
 
 def test_added_tokens_that_are_not_special_stay_tokens(pairs):

@@ -123,6 +123,7 @@ REFUSED = {
     "{{ [[1], [2]] | sum(start=[]) }}": "cannot calculate",
     "{{ raise_exception('this conversation is refused') }}": "this conversation is refused",
     "{{ 1 / 0 }}": "division by zero",
+    "{{ raise_exception(cycler('a')) }}": "Cycler object>",
     "{% autoescape true %}{% set x %}a{% endset %}{{ x.ljust(10**9) }}{% endautoescape %}": "autoescape",
     "{% if %}": "not valid, line 1",
     "{{ messages[0].nothing.more }}": "has no attribute 'nothing'",

@@ -57,6 +57,14 @@ def test_decoders_are_those_of_transformers(tmp_path: Any, kind: str) -> None:
                 assert ours.decode(ids, skip_special_tokens=skip) == expected, ids
 
 
+def test_spaces_go_between_special_tokens_that_are_shown(tmp_path: Any) -> None:
+    """Without them added tokens that are not special are told apart by spaces as before."""
+    ours = OurTokenizer.from_directory(write_directory(tmp_path, word_pieces(None)))
+    ids = [len(PIECES)] * 2
+    assert ours.decode(ids) == ours.decode(ids, spaces_between_special_tokens=False) == "<x> <x>"
+    assert ours.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=False) == "<x><x>"
+
+
 def test_added_tokens_beside_the_alphabet_of_bytes(tmp_path: Any) -> None:
     """An added token is its own text, unless every character of it stands for a byte: then the decoder reads bytes."""
     backend = byte_level()

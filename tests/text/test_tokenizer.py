@@ -183,6 +183,14 @@ def test_tokens_named_by_their_ids_are_added_in_that_order(tmp_path):
     assert ours.special_token_ids >= set(ours.encode("<a><b>")) and ours.encode("<c>")[0] not in ours.special_token_ids
 
 
+def test_special_tokens_may_be_text_in_raw_prompts(tmp_path):
+    config = {"bos_token": "<s>", "tokenizer_class": "X", "split_special_tokens": True}
+    path = write_directory(tmp_path, byte_level(), files={"tokenizer_config.json": config})
+    ours, theirs = Tokenizer.from_directory(path), PreTrainedTokenizerFast.from_pretrained(str(path))
+    assert ours.encode("a<s>b") == theirs.encode("a<s>b", split_special_tokens=True)
+    assert not ours.special_token_ids.intersection(ours.encode("a<s>b"))
+
+
 def test_files_of_any_size_are_not_read(tmp_path):
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         path = write_directory(tmp_path / name, byte_level())
@@ -245,6 +253,12 @@ def test_damaged_files_are_named(tmp_path, name, content, message):
         {"type": "WordPiece", "prefix": "##", "cleanup": True},
         {"type": "Sequence", "decoders": [{"type": "Fuse"}, {"type": "ByteFallback"}]},
         {"type": "Strip", "content": " ", "start": 0, "stop": 1},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        {"type": "Replace", "pattern": {"Regex": "a+"}, "content": "b"},
+        {
+            "type": "Sequence",
+            "decoders": [{"type": "Fuse"}, {"type": "Replace", "pattern": {"String": "ab"}, "content": "c"}],
+        },
     ],
 )
 def test_decoders_that_are_not_local_are_refused(tmp_path, decoder):

@@ -145,8 +145,6 @@ class Tokenizer:
             "documents": plain_data(documents),
             **plain_data(template_kwargs),
         }
-        if len(inputs) != 3 + len(template_kwargs):
-            raise InvalidRequestError("chat_template_kwargs repeats an argument", param="chat_template_kwargs")
         breaks = None
         if tokenize and self._special_text.occurs_in(inputs.values()):
             breaks = self._special_text.choose_breaks(inputs.values(), source)
