@@ -9,12 +9,15 @@ from pathlib import Path
 
 from scripts.house.budgets import check_budgets, lines_by_folder
 from scripts.house.core_start import check_core_start
+from scripts.house.docstrings import check_docstrings
 from scripts.house.forbidden import check_forbidden
 from scripts.house.imports import check_imports
 from scripts.house.names import check_names
 from scripts.house.size import check_size
 from scripts.house.tree import ROOT, Report
 
+GENERATED = ("limits_page", "reference_pages")
+"""Modules of scripts that write pages of docs/ from the code."""
 LINTED = [name for name in ("src", "tests", "scripts", "examples", "benchmarks") if (ROOT / name).is_dir()]
 
 
@@ -41,6 +44,8 @@ CHECKS: dict[str, tuple[str, Callable[[Path], Report]]] = {
     "imports": ("who may import whom", check_imports),
     "start": ("what importing the core loads", check_core_start),
     "budgets": ("lines, fields, variables", check_budgets),
+    "docstrings": ("shapes, exceptions, more than three words", check_docstrings),
+    "pages": ("the generated pages are fresh", _tool(*([f"scripts.{page}", "--check"] for page in GENERATED))),
     "names": ("the public names", check_names),
     "forbidden": ("code-running data, foreign places", check_forbidden),
     "size": ("the base install", check_size),

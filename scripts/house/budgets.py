@@ -39,6 +39,9 @@ def check_budgets(root: Path, budget: dict[str, Any] | None = None) -> Report:
         breaches += _functions(source, lines["source_function"])
         breaches += _manners(source)
     breaches += _fields(sources, budget["fields"])
+    breaches += _folders(root, budget.get("folders", {}))
+    breaches += _methods(sources, budget.get("methods", {}))
+    breaches += _spine(root, budget.get("spine", {}))
     variables = environment_variables(root, sources)
     breaches += _over(
         ", ".join(variables),
@@ -96,6 +99,52 @@ def _fields(sources: list[Source], limits: dict[str, int]) -> list[str]:
         else:
             breaches += _over(place, len(names), limit, "fields")
     return breaches
+
+
+def _folders(root: Path, limits: dict[str, int]) -> list[str]:
+    """Lines by folder, so that what grows has to say so where it grows."""
+    counts = {folder: lines for folder, _, lines in lines_by_folder(root) if folder.startswith("src/")}
+    breaches = [f"{folder}: no budget in scripts/budget.toml" for folder in counts if limits and folder not in limits]
+    return breaches + [
+        one for folder, limit in limits.items() for one in _over(folder, counts.get(folder, 0), limit, "lines")
+    ]
+
+
+def _methods(sources: list[Source], limits: dict[str, int]) -> list[str]:
+    """Methods of a class, private ones left out."""
+    breaches = []
+    by_path = {source.path: source for source in sources}
+    for place, limit in limits.items():
+        path, class_name = place.split(":")
+        classes = [node for node in by_path[path].nodes if isinstance(node, ast.ClassDef)] if path in by_path else []
+        bodies = [node.body for node in classes if node.name == class_name]
+        if not bodies:
+            breaches.append(f"{path}: no class {class_name}, which scripts/budget.toml counts")
+        functions = [
+            item for body in bodies for item in body if isinstance(item, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
+        breaches += _over(place, sum(not item.name.startswith("_") for item in functions), limit, "methods")
+    return breaches
+
+
+def spine(page: str) -> list[str]:
+    """The files of the section "The reading spine" of docs/tour.md: the first code of each item of its list."""
+    section = page.partition("## The reading spine\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\s*(?:-|\d+\.) `([^`]+)`", section, re.MULTILINE)
+
+
+def _spine(root: Path, limits: dict[str, int]) -> list[str]:
+    """The files that a reader of docs/tour.md is led through: they exist, and are few."""
+    if not limits:
+        return []
+    paths = spine((root / "docs/tour.md").read_text(encoding="utf-8"))
+    breaches = [f"docs/tour.md: the reading spine has no file {path}" for path in paths if not (root / path).is_file()]
+    if len(paths) < limits["least_files"]:
+        breaches.append(f"docs/tour.md: {len(paths)} files in the reading spine, at least {limits['least_files']}")
+    texts = [(root / path).read_text(encoding="utf-8") for path in paths if (root / path).is_file()]
+    return breaches + _over(
+        "the reading spine", sum(len(text.splitlines()) for text in texts), limits["lines"], "lines"
+    )
 
 
 def class_fields(source: Source, class_name: str) -> set[str] | None:

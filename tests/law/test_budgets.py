@@ -99,3 +99,37 @@ def test_lines_by_folder(tmp_path: Path) -> None:
         ("src/quire/core", 2, 4),
         ("tests", 1, 2),
     ]
+
+
+def test_a_folder_has_a_budget_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "src/quire/core").mkdir(parents=True)
+    (tmp_path / "src/quire/core/a.py").write_text("x = 1\n" * 8, encoding="utf-8")
+    assert check_budgets(tmp_path, BUDGET | {"folders": {"src/quire/core": 8}}).breaches == []
+    assert check_budgets(tmp_path, BUDGET | {"folders": {"src/quire/core": 7}}).breaches == [
+        "src/quire/core: 8 lines, the budget is 7"
+    ]
+    assert check_budgets(tmp_path, BUDGET | {"folders": {"src/quire/ops": 7}}).breaches == [
+        "src/quire/core: no budget in scripts/budget.toml"
+    ]
+
+
+def test_methods_of_a_class_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "src/quire").mkdir(parents=True)
+    text = "class A:\n    def f(self): ...\n    def g(self): ...\n    def _h(self): ...\n"
+    (tmp_path / "src/quire/a.py").write_text(text, encoding="utf-8")
+    assert check_budgets(tmp_path, BUDGET | {"methods": {"src/quire/a.py:A": 2}}).breaches == []
+    for limits, word in (({"src/quire/a.py:A": 1}, "2 methods"), ({"src/quire/a.py:B": 1}, "no class B")):
+        assert word in check_budgets(tmp_path, BUDGET | {"methods": limits}).breaches[0]
+
+
+def test_the_reading_spine_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "a.py").write_text("x = 1\n" * 8, encoding="utf-8")
+    page = tmp_path / "docs/tour.md"
+    page.write_text("# Tour\n- `no.py`\n## The reading spine\n\n1. `a.py`: what it is, `b`\n\n## Else\n- `c.py`\n")
+    limits = {"lines": 8, "least_files": 1}
+    assert check_budgets(tmp_path, BUDGET | {"spine": limits}).breaches == []
+    for changed, word in (({"lines": 7}, "spine: 8 lines"), ({"least_files": 2}, "1 files in the reading spine")):
+        assert word in check_budgets(tmp_path, BUDGET | {"spine": limits | changed}).breaches[0]
+    page.write_text("## The reading spine\n- `gone.py`\n")
+    assert "no file gone.py" in check_budgets(tmp_path, BUDGET | {"spine": limits}).breaches[0]
