@@ -1,24 +1,23 @@
-// Attention on matrix units (AMX): queries, keys, weights and values in bfloat16, sums and softmax in float32.
-// Why it is done so: docs/design/attention.md.
+// Attention on AMX: Q, K, P and V in bfloat16, sums and softmax in float32. Why it is done so: docs/design/attention.md.
 //
-// A block for one head (a unit of the cache) holds what the units read, without a copy:
+// A head block of the cache (one block for one head) is in the order of AMX tiles, which read it without a copy:
 //
 //   | keys: tiles of 16 positions, each [head_dim / 2][16][2] | values: [value_dim / 16][slots / 2][16][2] |
 //
-// A group of two tiles of sixteen queries goes through the chunks of a split, 64 positions each from a multiple of 64:
+// A group of two tiles of sixteen queries goes through the chunks of a KV split, 64 positions each from a multiple of 64:
 //
-//   scores [32][64] = queries [32][head_dim] . keys         weights = 2^(scores - top), rounded to bfloat16
-//   mixed [32][value_dim] = weights [32][512] . values, once for all chunks of a split
+//   S [32][64] = Q [32][head_dim] K^T         P = 2^(S - m), rounded to bfloat16
+//   acc [32][value_dim] = P [32][512] V, once for all chunks of a split
 //
-// `top` is the largest score of the first chunk that the query sees of a split: any number of about that size will do,
-// as floats of either kind have exponents enough. Where later scores are larger by so much that the weights sum up to
-// more than 2^40, the query's largest score of all takes its place and the split is weighed again.
+// `m` is the row max of the first chunk that the query sees of a split: any number of about that size will do, as floats
+// of either kind have exponents enough. Where later scores are larger by so much that the row sum of P exceeds 2^40, the
+// row max of all chunks takes its place and the softmax of the split is computed again.
 //
-// A row of a product depends on that row alone, so a query has the same bits alone and among others; what it must not
-// see gets weight 0, and a chunk of which it sees nothing leaves it as it was. Weight 0 times a value that is not
-// finite would still be heard: where hidden values are such, each query gets a copy of the values without them.
+// A row of a GEMM depends on that row alone, so a query has the same bits alone and among others; P is 0 where the query
+// must not look, and a chunk of which it sees nothing leaves it as it was. 0 times a value that is not finite is NaN:
+// where hidden values are such, each query gets a copy of the values without them.
 //
-// Rounding queries and weights to bfloat16 moves a result by up to 2^-8 of the largest value, usually far less.
+// Rounding queries and probabilities to bfloat16 moves a result by up to 2^-8 of the largest value, usually far less.
 #pragma once
 
 #include "attention_matrix_products.h"
@@ -27,47 +26,47 @@
 
 namespace quire::QUIRE_ISA {
 
-constexpr int64_t kMatrixQueries = 768;  // query vectors of an item, about
-constexpr int64_t kFewQueries = 64;      // up to which values are put together where they are used
+constexpr int64_t kAmxQueries = 768;  // query vectors of a work item, about
+constexpr int64_t kFewQueries = 64;   // up to which values are put together where they are used
 
-constexpr int64_t kSplitChunks = kSplit / kMatrixChunk;
-constexpr float kLargestSum = 0x1p40f;
+constexpr int64_t kKvSplitChunks = kKvSplit / kAmxChunk;
+constexpr float kMaxRowSum = 0x1p40f;
 
 // A worker's memory for one item.
-struct MatrixScratch {
-    float* rotated;       // [head_dim]
-    uint16_t* queries;    // [tiles][steps][16][32]
-    float* scores;        // [2 tiles][4][16][16]
-    uint16_t* weights;    // [2 tiles][chunks][2][16][32]
-    float* mixed;         // [2 tiles][value_dim / 16][16][16]
-    float* apart;         // the same, of which only one row is wanted
-    uint16_t* gathered;   // [chunks] what MatrixKeys needs for each
-    uint16_t* clean;      // [2 chunks][value_dim / 16][32][16][2]
-    MatrixTotal* totals;  // [tiles]
+struct AmxScratch {
+    float* rotated;             // [head_dim]
+    uint16_t* queries;          // [tiles][steps][16][32]
+    float* scores;              // [2 tiles][4][16][16]
+    uint16_t* probabilities;    // [2 tiles][chunks][2][16][32]
+    float* acc;                 // [2 tiles][value_dim / 16][16][16]
+    float* apart;               // the same, of which only one row is wanted
+    uint16_t* gathered;         // [chunks] what AmxKeys needs for each
+    uint16_t* clean;            // [2 chunks][value_dim / 16][32][16][2]
+    AmxRunningSoftmax* merged;  // [tiles]
     uintptr_t end;
 
-    MatrixScratch(const CacheLayout& cache, int64_t tiles, ThreadPool& pool, int worker)
-        : MatrixScratch(cache, tiles, pool.scratch(worker, bytes(cache, tiles))) {
-        const int64_t mixed_items = cache.value_dim() * 16;
-        float* const sums = reinterpret_cast<float*>(end) - tiles * mixed_items;
-        for (int64_t t = 0; t < tiles; ++t) totals[t].mixed = sums + t * mixed_items;
+    AmxScratch(const CacheLayout& cache, int64_t tiles, ThreadPool& pool, int worker)
+        : AmxScratch(cache, tiles, pool.scratch(worker, bytes(cache, tiles))) {
+        const int64_t acc_items = cache.value_dim() * 16;
+        float* const first = reinterpret_cast<float*>(end) - tiles * acc_items;
+        for (int64_t t = 0; t < tiles; ++t) merged[t].acc = first + t * acc_items;
     }
-    static size_t bytes(const CacheLayout& cache, int64_t tiles) { return MatrixScratch(cache, tiles, nullptr).end; }
+    static size_t bytes(const CacheLayout& cache, int64_t tiles) { return AmxScratch(cache, tiles, nullptr).end; }
 
 private:
     // What lies where from `memory` on.
-    MatrixScratch(const CacheLayout& cache, int64_t tiles, void* memory) : end(reinterpret_cast<uintptr_t>(memory)) {
-        const int64_t dims = cache.value_dim(), mixed_bytes = dims * 64;
+    AmxScratch(const CacheLayout& cache, int64_t tiles, void* memory) : end(reinterpret_cast<uintptr_t>(memory)) {
+        const int64_t dims = cache.value_dim(), acc_bytes = dims * 64;
         take(scores, 2 * 4096);
-        take(weights, 2 * kSplitChunks * 2048);
-        take(mixed, 2 * mixed_bytes);
-        take(apart, 2 * mixed_bytes);
+        take(probabilities, 2 * kKvSplitChunks * 2048);
+        take(acc, 2 * acc_bytes);
+        take(apart, 2 * acc_bytes);
         take(rotated, cache.head_dim * int64_t(sizeof(float)));
         take(queries, tiles * (cache.head_dim / key_step(cache.head_dim)) * 1024);
-        take(gathered, kSplitChunks * MatrixKeys::room_items(cache) * 2);
-        take(clean, 2 * dims * kMatrixChunk * 2);
-        take(totals, tiles * int64_t(sizeof(MatrixTotal)));
-        end += tiles * mixed_bytes;  // the sums of the totals
+        take(gathered, kKvSplitChunks * AmxKeys::room_items(cache) * 2);
+        take(clean, 2 * dims * kAmxChunk * 2);
+        take(merged, tiles * int64_t(sizeof(AmxRunningSoftmax)));
+        end += tiles * acc_bytes;  // acc of `merged`
     }
     template <class T>
     void take(T*& part, int64_t bytes) {
@@ -77,31 +76,31 @@ private:
 };
 
 // One item: queries in the order token, head of the group; sixteen of them are a tile.
-class MatrixItem {
+class AmxWorkItem {
 public:
-    MatrixItem(const Job& job, const Item& item, MatrixUnit& unit, int worker)
-        : args_(*job.args), item_(item), group_(group_of(args_)), queries_(item.tokens * group_),
-          ahead_(queries_ <= 16 ? 1 : kSplitChunks), head_dim_(args_.cache.head_dim),
+    AmxWorkItem(const LaunchArgs& launch, const WorkItem& item, AmxTileConfig& tiles_config, int worker)
+        : args_(*launch.args), item_(item), group_(group_of(args_)), queries_(item.tokens * group_),
+          prefetch_chunks_(queries_ <= 16 ? 1 : kKvSplitChunks), head_dim_(args_.cache.head_dim),
           value_dim_(args_.cache.value_dim()),
-          unit_(args_.softcap != 0.0f ? kLog2e : magnitude(args_.scale) * kLog2e),
-          scratch_(args_.cache, tiles(), *job.pool, worker),
+          scale_log2_(args_.softcap != 0.0f ? kLog2e : magnitude(args_.scale) * kLog2e),
+          scratch_(args_.cache, tiles(), *launch.pool, worker),
           keys_(args_, item, queries_ <= kFewQueries, scratch_.gathered),
-          products_(unit, smaller(queries_, 16), head_dim_, value_dim_, keys_.paired()) {
-        for (int t = 0; t < 2; ++t) states_[t].mixed = scratch_.mixed + t * value_dim_ * 16;
+          gemm_(tiles_config, smaller(queries_, 16), head_dim_, value_dim_, keys_.paired()) {
+        for (int t = 0; t < 2; ++t) states_[t].acc = scratch_.acc + t * value_dim_ * 16;
         pack_queries();
     }
-    MatrixItem(const MatrixItem&) = delete;
-    MatrixItem& operator=(const MatrixItem&) = delete;
+    AmxWorkItem(const AmxWorkItem&) = delete;
+    AmxWorkItem& operator=(const AmxWorkItem&) = delete;
 
-    // Writes the records of a split.
-    void keep_split(const Job& job, int64_t split) {
-        attend_split(split, [&](int64_t tile, const MatrixState& state) {
+    // Writes the partial results of a KV split.
+    void store_partial(const LaunchArgs& launch, int64_t split) {
+        attend_split(split, [&](int64_t tile, const AmxSoftmaxState& state) {
             for (int64_t row = 0; row < rows_of(tile); ++row) {
-                float* record = record_of(job, item_, tile * 16 + row);
-                record[0] = state.tops[row];
-                record[1] = state.sums[row];
+                float* partial = partial_of(launch, item_, tile * 16 + row);
+                partial[0] = state.m[row];
+                partial[1] = state.l[row];
                 for (int64_t d = 0; d < value_dim_; d += 16) {
-                    store(record + 2 + d, load(state.mixed + d * 16 + row * 16));
+                    store(partial + 2 + d, load(state.acc + d * 16 + row * 16));
                 }
             }
         });
@@ -109,20 +108,20 @@ public:
 
     // All splits, one after the other.
     void attend_all() {
-        for (int64_t tile = 0; tile < tiles(); ++tile) scratch_.totals[tile].empty = true;
+        for (int64_t tile = 0; tile < tiles(); ++tile) scratch_.merged[tile].empty = true;
         const int64_t end = item_.first_position + item_.tokens;
-        for (int64_t split = begin_of(args_, item_.first_position) / kSplit; split * kSplit < end; ++split) {
-            attend_split(split, [&](int64_t tile, const MatrixState& state) {
-                scratch_.totals[tile].add(state, value_dim_);
+        for (int64_t split = begin_of(args_, item_.first_position) / kKvSplit; split * kKvSplit < end; ++split) {
+            attend_split(split, [&](int64_t tile, const AmxSoftmaxState& state) {
+                scratch_.merged[tile].add(state, value_dim_);
             });
         }
         Place place(0, group_);
         for (int64_t query = 0; query < queries_; ++query, place.advance()) {
-            const MatrixTotal& total = scratch_.totals[query / 16];
+            const AmxRunningSoftmax& state = scratch_.merged[query / 16];
             const int64_t row = query % 16;
             prefetch_output(place);
             finish<BinaryExponential>(args_, item_.first_token + place.token, item_.head * group_ + place.head,
-                                      {total.tops[row], total.totals[row], total.mixed + row * 16}, 16);
+                                      {state.m[row], state.l[row], state.acc + row * 16}, 16);
         }
     }
 
@@ -149,21 +148,21 @@ private:
                (item_.head * group_ + place.head) * head_dim_;
     }
 
-    // Queries and outputs of one token are close together, those of the next one are not: they are asked for here.
+    // Queries and outputs of one token are close together, those of the next one are not: they are prefetched here.
     void prefetch_query(const Place& place) const {
-        if (place.token + kTokensAhead >= item_.tokens) return;
-        const float* q = query_at(place) + kTokensAhead * args_.q_stride;
+        if (place.token + kPrefetchTokens >= item_.tokens) return;
+        const float* q = query_at(place) + kPrefetchTokens * args_.q_stride;
         for (int64_t d = 0; d < head_dim_; d += 16) __builtin_prefetch(q + d, 0, 3);
     }
     void prefetch_output(const Place& place) const {
-        if (place.token + kTokensAhead >= item_.tokens) return;
-        const int64_t token = item_.first_token + place.token + kTokensAhead;
+        if (place.token + kPrefetchTokens >= item_.tokens) return;
+        const int64_t token = item_.first_token + place.token + kPrefetchTokens;
         const float* out = args_.out + (token * args_.heads + item_.head * group_ + place.head) * head_dim_;
         for (int64_t d = 0; d < head_dim_; d += 16) __builtin_prefetch(out + d, 1, 3);
     }
 
     // Tiles are whole, with zeros past the last query, unless there is but one. The sign of the scale goes to the queries:
-    // the largest score is the top.
+    // the largest score is the row max.
     void pack_queries() {
         const int64_t step = key_step(head_dim_), steps = head_dim_ / step;
         const __m512i sign = _mm512_set1_epi32(args_.scale < 0.0f && args_.softcap == 0.0f ? INT32_MIN : 0);
@@ -195,12 +194,12 @@ private:
     // Calls keep(tile, state) for each tile that sees something of the split.
     template <class Keep>
     void attend_split(int64_t split, Keep&& keep) {
-        const int64_t end = item_.first_position + item_.tokens, stop = smaller(end, (split + 1) * kSplit);
-        start_ = larger(split * kSplit, begin_of(args_, item_.first_position) / kMatrixChunk * kMatrixChunk);
-        const int64_t count = (stop - start_ + kMatrixChunk - 1) / kMatrixChunk;
+        const int64_t end = item_.first_position + item_.tokens, stop = smaller(end, (split + 1) * kKvSplit);
+        start_ = larger(split * kKvSplit, begin_of(args_, item_.first_position) / kAmxChunk * kAmxChunk);
+        const int64_t count = (stop - start_ + kAmxChunk - 1) / kAmxChunk;
         for (int64_t c = 0; c < count; ++c) {
-            chunks_[c] = keys_.find(start_ + c * kMatrixChunk, end, c);
-            if (c < ahead_) keys_.prefetch_keys(chunks_[c]);
+            chunks_[c] = keys_.find(start_ + c * kAmxChunk, end, c);
+            if (c < prefetch_chunks_) keys_.prefetch_keys(chunks_[c]);
         }
         prefetch_ = true;
         for (int64_t tile = 0; tile < tiles(); tile += 2) {
@@ -216,73 +215,76 @@ private:
     void attend_group(int64_t count) {
         const int64_t last = position_of(smaller((group_tile_ + group_tiles_) * 16, queries_) - 1);
         const int64_t seen = begin_of(args_, position_of(group_tile_ * 16));
-        first_ = seen < start_ ? 0 : smaller(count, (seen - start_) / kMatrixChunk);
-        last_ = last < start_ ? first_ : larger(first_, smaller(count, (last - start_) / kMatrixChunk + 1));
+        first_ = seen < start_ ? 0 : smaller(count, (seen - start_) / kAmxChunk);
+        last_ = last < start_ ? first_ : larger(first_, smaller(count, (last - start_) / kAmxChunk + 1));
         for (int64_t t = 0; t < group_tiles_; ++t) states_[t].clear();
-        broken_ = false;
-        weigh_chunks();
+        hidden_nonfinite_ = false;
+        softmax_chunks();
         if (find_overflow()) {
-            for_each_chunk([&](int64_t c, const float* scores) { raise_tops(c, scores); });
-            for (int64_t t = 0; t < group_tiles_; ++t) states_[t].clear_totals();
-            weigh_chunks();
+            for_each_chunk([&](int64_t c, const float* scores) { rescale_chunk(c, scores); });
+            for (int64_t t = 0; t < group_tiles_; ++t) states_[t].clear_l();
+            softmax_chunks();
             find_overflow();
         }
-        if (broken_) return mix_rows_apart();
-        const int64_t tile_stride = kSplitChunks * 1024;
-        products_.mix(scratch_.weights + first_ * 1024, tile_stride, chunks_ + first_, last_ - first_, scratch_.mixed);
+        if (hidden_nonfinite_) return accumulate_rows_apart();
+        const int64_t tile_stride = kKvSplitChunks * 1024;
+        gemm_.accumulate_values(scratch_.probabilities + first_ * 1024, tile_stride, chunks_ + first_, last_ - first_,
+                                scratch_.acc);
     }
 
     // Calls work(chunk, scores) for each.
     template <class ChunkWork>
     void for_each_chunk(ChunkWork&& work) {
-        products_.begin_scores(scratch_.queries + group_tile_ * products_.query_items(), group_tiles_);
+        gemm_.begin_scores(scratch_.queries + group_tile_ * gemm_.query_items(), group_tiles_);
         for (int64_t c = first_; c < last_; ++c) {
-            products_.score(chunks_[c], scratch_.scores);
+            gemm_.score(chunks_[c], scratch_.scores);
             if (args_.softcap != 0.0f) cap(scratch_.scores);
             work(c, scratch_.scores);
         }
     }
 
-    void weigh_chunks() {
+    void softmax_chunks() {
         for_each_chunk([&](int64_t c, const float* scores) {
             if (prefetch_) {
                 if (queries_ > 16) keys_.prefetch_values(chunks_[c], value_dim_);
-                if (c + ahead_ < last_) keys_.prefetch_keys(chunks_[c + ahead_]);
+                if (c + prefetch_chunks_ < last_) keys_.prefetch_keys(chunks_[c + prefetch_chunks_]);
             }
-            weigh_chunk(c, scores);
+            softmax_chunk(c, scores);
         });
     }
 
-    void weigh_chunk(int64_t c, const float* scores) {
+    void softmax_chunk(int64_t c, const float* scores) {
         const Visible visible(*this, c);
-        if (!visible.all && !hidden_are_finite(chunks_[c], value_dim_, visible.low, visible.high)) broken_ = true;
+        if (!visible.all && !hidden_are_finite(chunks_[c], value_dim_, visible.low, visible.high)) {
+            hidden_nonfinite_ = true;
+        }
         for (int64_t t = 0; t < group_tiles_; ++t, scores += 1024) {
             const int64_t rows = rows_of(group_tile_ + t);
-            MatrixState& state = states_[t];
+            AmxSoftmaxState& state = states_[t];
             const uint64_t* seen = visible.all ? nullptr : visible.rows + t * 16;
-            const __mmask16 lacking = state.lacking(rows);
-            if (lacking != 0) state.raise(lacking, largest_scores(scores, rows, seen), unit_);
-            uint16_t* const weights = scratch_.weights + (t * kSplitChunks + c) * 1024;
+            const __mmask16 without_max = state.without_max(rows);
+            if (without_max != 0) state.rescale(without_max, row_max(scores, rows, seen), scale_log2_);
+            uint16_t* const probabilities = scratch_.probabilities + (t * kKvSplitChunks + c) * 1024;
             if (visible.all) {
-                weigh<false>(scores, rows, nullptr, unit_, state, weights);
+                compute_probabilities<false>(scores, rows, nullptr, scale_log2_, state, probabilities);
             } else {
-                weigh<true>(scores, rows, seen, unit_, state, weights);
+                compute_probabilities<true>(scores, rows, seen, scale_log2_, state, probabilities);
             }
         }
     }
 
-    void raise_tops(int64_t c, const float* scores) {
+    void rescale_chunk(int64_t c, const float* scores) {
         const Visible visible(*this, c);
         for (int64_t t = 0; t < group_tiles_; ++t, scores += 1024) {
             const uint64_t* seen = visible.all ? nullptr : visible.rows + t * 16;
-            states_[t].raise(overflow_[t], largest_scores(scores, rows_of(group_tile_ + t), seen), unit_);
+            states_[t].rescale(overflow_[t], row_max(scores, rows_of(group_tile_ + t), seen), scale_log2_);
         }
     }
 
     bool find_overflow() {
         bool any = false;
         for (int64_t t = 0; t < group_tiles_; ++t) {
-            overflow_[t] = states_[t].sum_up(rows_of(group_tile_ + t), kLargestSum);
+            overflow_[t] = states_[t].sum_up(rows_of(group_tile_ + t), kMaxRowSum);
             any = any || overflow_[t] != 0;
         }
         return any;
@@ -299,7 +301,7 @@ private:
     };
 
     Range seen_by(int64_t position, int64_t base) const {
-        return {larger(0, begin_of(args_, position) - base), smaller(kMatrixChunk, position + 1 - base)};
+        return {larger(0, begin_of(args_, position) - base), smaller(kAmxChunk, position + 1 - base)};
     }
 
     // What each query of the group sees of a chunk.
@@ -308,14 +310,14 @@ private:
         int64_t low, high;  // what all of them see
         uint64_t rows[32];
 
-        Visible(const MatrixItem& item, int64_t c) {
-            const int64_t base = item.start_ + c * kMatrixChunk, first = item.group_tile_ * 16;
+        Visible(const AmxWorkItem& item, int64_t c) {
+            const int64_t base = item.start_ + c * kAmxChunk, first = item.group_tile_ * 16;
             const int64_t count = smaller(item.group_tiles_ * 16, item.queries_ - first);
-            all = item.position_of(first) >= base + kMatrixChunk - 1 &&
+            all = item.position_of(first) >= base + kAmxChunk - 1 &&
                   begin_of(item.args_, item.position_of(first + count - 1)) <= base;
             if (all) return;
             low = 0;
-            high = kMatrixChunk;
+            high = kAmxChunk;
             Place place(first, item.group_);
             for (int64_t row = 0; row < count; ++row, place.advance()) {
                 const Range range = item.seen_by(item.item_.first_position + place.token, base);
@@ -327,61 +329,62 @@ private:
     };
 
     // Each query with the values that it sees, and zeros in place of the others.
-    void mix_rows_apart() {
-        __builtin_memset(scratch_.mixed, 0, group_tiles_ * value_dim_ * 64);
+    void accumulate_rows_apart() {
+        __builtin_memset(scratch_.acc, 0, group_tiles_ * value_dim_ * 64);
         const int64_t count = smaller(group_tiles_ * 16, queries_ - group_tile_ * 16);
         for (int64_t row = 0; row < count; ++row) {
-            MatrixChunk own[kSplitChunks];
+            AmxChunk own[kKvSplitChunks];
             int64_t first = first_, last = first_, copies = 0;
             for (int64_t c = first_; c < last_; ++c) {
-                const Range range = seen_by(position_of(group_tile_ * 16 + row), start_ + c * kMatrixChunk);
+                const Range range = seen_by(position_of(group_tile_ * 16 + row), start_ + c * kAmxChunk);
                 if (range.low >= range.high) {
                     if (last == first) last = first = c + 1;
                     continue;
                 }
                 own[c] = chunks_[c];
                 last = c + 1;
-                if (range.low == 0 && range.high == kMatrixChunk) continue;
-                uint16_t* const room = scratch_.clean + copies++ * value_dim_ * kMatrixChunk;
+                if (range.low == 0 && range.high == kAmxChunk) continue;
+                uint16_t* const room = scratch_.clean + copies++ * value_dim_ * kAmxChunk;
                 own[c] = without_hidden(chunks_[c], value_dim_, range.low, range.high, room);
             }
             if (first == last) continue;
-            const int64_t tile_stride = kSplitChunks * 1024;
-            products_.mix(scratch_.weights + first * 1024, tile_stride, own + first, last - first, scratch_.apart);
+            const int64_t tile_stride = kKvSplitChunks * 1024;
+            gemm_.accumulate_values(scratch_.probabilities + first * 1024, tile_stride, own + first, last - first,
+                                    scratch_.apart);
             for (int64_t d = 0; d < value_dim_; d += 16) {
                 const int64_t at = row / 16 * value_dim_ * 16 + (d + row % 16) * 16;
-                _mm512_storeu_ps(scratch_.mixed + at, _mm512_loadu_ps(scratch_.apart + at));
+                _mm512_storeu_ps(scratch_.acc + at, _mm512_loadu_ps(scratch_.apart + at));
             }
         }
     }
 
-    static constexpr int64_t kTokensAhead = 6;  // tokens whose queries, or outputs, are asked for before they are needed
+    static constexpr int64_t kPrefetchTokens = 6;  // tokens by which queries, or outputs, are prefetched
 
     const AttentionArgs& args_;
-    const Item& item_;
+    const WorkItem& item_;
     const int64_t group_, queries_;
-    // Chunks whose keys are asked for before they are needed: for many tiles of queries a split's; for one the next, as the
-    // processor follows the rest by itself, and faster.
-    const int64_t ahead_;
+    // Chunks by which keys are prefetched: for many tiles of queries a whole split; for one tile the next chunk, as the
+    // processor's own prefetcher follows the rest, and faster.
+    const int64_t prefetch_chunks_;
     const int64_t head_dim_, value_dim_;
-    const float unit_;  // of scores, in binary logits
-    MatrixScratch scratch_;
-    const MatrixKeys keys_;
-    MatrixProducts products_;
-    MatrixChunk chunks_[kSplitChunks];
+    const float scale_log2_;  // FlashAttention's softmax_scale_log2: scores become exponents of two
+    AmxScratch scratch_;
+    const AmxKeys keys_;
+    AmxGemm gemm_;
+    AmxChunk chunks_[kKvSplitChunks];
     int64_t start_ = 0;  // the position of chunks_[0]
     bool prefetch_ = false;
     // The group of tiles that is worked on: the chunks of which it sees something, and its softmax.
     int64_t group_tile_ = 0, group_tiles_ = 0, first_ = 0, last_ = 0;
-    bool broken_ = false;  // some hidden value is not finite
-    MatrixState states_[2];
+    bool hidden_nonfinite_ = false;  // some hidden value is not finite
+    AmxSoftmaxState states_[2];
     __mmask16 overflow_[2];
 };
 
-// The program of an item; the counterpart of `VectorAttention`.
-struct MatrixAttention {
+// The kernel of a work item; the counterpart of `VectorAttention`.
+struct AmxAttention {
     using Exponential = BinaryExponential;
-    using Unit = MatrixUnit;
+    using TileState = AmxTileConfig;
 
     static bool serves(const CacheLayout& cache) {
         return cache.storage == Storage::bfloat16 && cache.head_dim % 2 == 0;
@@ -389,22 +392,22 @@ struct MatrixAttention {
 
     // Of a worker, for an item of so many queries.
     static size_t scratch_bytes(const AttentionArgs& args, int64_t queries) {
-        return MatrixScratch::bytes(args.cache, (queries + 15) / 16);
+        return AmxScratch::bytes(args.cache, (queries + 15) / 16);
     }
 
     static int64_t tile_tokens(int64_t group) {
-        const int64_t tokens = kMatrixQueries / group;
+        const int64_t tokens = kAmxQueries / group;
         return tokens >= 256 ? 256 : tokens >= 16 ? tokens / 16 * 16 : larger(1, tokens);
     }
 
     static void write(const AttentionArgs& args, int64_t row, int64_t token, int64_t count, int64_t head, float* room) {
-        write_matrix_tokens(args, row, token, count, head, room);
+        write_amx_tokens(args, row, token, count, head, room);
     }
 
-    static void attend(const Job& job, const Item& item, Unit& unit, int worker) {
-        MatrixItem work(job, item, unit, worker);
-        if (item.divided) {
-            work.keep_split(job, item.split);
+    static void attend(const LaunchArgs& launch, const WorkItem& item, TileState& tiles, int worker) {
+        AmxWorkItem work(launch, item, tiles, worker);
+        if (item.is_split) {
+            work.store_partial(launch, item.split);
         } else {
             work.attend_all();
         }

@@ -1,14 +1,14 @@
-// Where attention on matrix units finds the keys and values of a chunk of 64 positions (see attention_matrix.h).
+// Where attention on AMX finds the keys and values of a chunk of 64 positions (see attention.h).
 #pragma once
 
 #include "attention_items.h"
 
 namespace quire::QUIRE_ISA {
 
-constexpr int64_t kMatrixChunk = 64;  // positions for which the running softmax is updated at once
-constexpr int64_t kPairs = kMatrixChunk / 2;
+constexpr int64_t kAmxChunk = 64;  // positions for which the running softmax is updated at once
+constexpr int64_t kPairs = kAmxChunk / 2;
 
-struct MatrixChunk {
+struct AmxChunk {
     const uint16_t* keys[4];    // of 16 positions each
     const uint16_t* values[4];  // the same; where they are `paired`, the second follows the first, the fourth the third
     int64_t value_stride;       // items from 16 dimensions to the next 16
@@ -20,12 +20,12 @@ inline __mmask32 hidden_items(int64_t pair, int64_t low, int64_t high) {
     return (hidden(2 * pair) ? 0x55555555u : 0u) | (hidden(2 * pair + 1) ? 0xaaaaaaaau : 0u);
 }
 
-inline const uint16_t* pair_of(const MatrixChunk& chunk, int64_t pair) {
+inline const uint16_t* pair_of(const AmxChunk& chunk, int64_t pair) {
     return chunk.values[pair / 8] + pair % 8 * 32;
 }
 
 // Whether all values outside [low, high) are finite.
-inline bool hidden_are_finite(const MatrixChunk& chunk, int64_t value_dim, int64_t low, int64_t high) {
+inline bool hidden_are_finite(const AmxChunk& chunk, int64_t value_dim, int64_t low, int64_t high) {
     const __m512i exponent = _mm512_set1_epi16(0x7f80);
     for (int64_t pair = 0; pair < kPairs; ++pair) {
         const __mmask32 hidden = hidden_items(pair, low, high);
@@ -41,9 +41,9 @@ inline bool hidden_are_finite(const MatrixChunk& chunk, int64_t value_dim, int64
 }
 
 // A copy whose values outside [low, high) are 0. `room`: [value_dim / 16][32][16][2]
-inline MatrixChunk without_hidden(const MatrixChunk& chunk, int64_t value_dim, int64_t low, int64_t high,
+inline AmxChunk without_hidden(const AmxChunk& chunk, int64_t value_dim, int64_t low, int64_t high,
                                   uint16_t* room) {
-    MatrixChunk clean = chunk;
+    AmxChunk clean = chunk;
     clean.value_stride = kPairs * 32;
     for (int64_t quarter = 0; quarter < 4; ++quarter) clean.values[quarter] = room + quarter * 8 * 32;
     for (int64_t pair = 0; pair < kPairs; ++pair) {
@@ -57,10 +57,10 @@ inline MatrixChunk without_hidden(const MatrixChunk& chunk, int64_t value_dim, i
 }
 
 // Where the keys and values of one row and head are.
-class MatrixKeys {
+class AmxKeys {
 public:
     // `few`: so few queries use the values that gathering them does not pay.
-    MatrixKeys(const AttentionArgs& args, const Item& item, bool few, uint16_t* room)
+    AmxKeys(const AttentionArgs& args, const WorkItem& item, bool few, uint16_t* room)
         : cache_(args.cache), layer_(args.layer), head_(item.head), room_(room),
           paired_(whole_values(cache_) || !whole_keys(cache_) || !few),
           table_(args.tables + item.row * args.table_stride) {}
@@ -68,7 +68,7 @@ public:
     // What a chunk needs whose keys and values are not where they can be used.
     static int64_t room_items(const CacheLayout& cache) {
         const int64_t keys = whole_keys(cache) ? 0 : cache.head_dim;
-        return kMatrixChunk * (keys + (whole_values(cache) ? 0 : cache.value_dim()));
+        return kAmxChunk * (keys + (whole_values(cache) ? 0 : cache.value_dim()));
     }
 
     // Whether the values of 32 positions follow each other, by 16 dimensions.
@@ -76,11 +76,11 @@ public:
 
     // The chunk from position `base` on, gathered in place `place` of the room. Positions from `end` on hold anything
     // that may be read.
-    MatrixChunk find(int64_t base, int64_t end, int64_t place) const {
-        MatrixChunk chunk;
+    AmxChunk find(int64_t base, int64_t end, int64_t place) const {
+        AmxChunk chunk;
         uint16_t* room = room_ + place * room_items(cache_);
         for (int64_t tile = 0; tile < 4; ++tile) {
-            // A tile past the end is the last one again; its weights are 0.
+            // A tile past the end is the last one again; P is 0 there.
             const int64_t position = smaller(base + tile * 16, (end - 1) / 16 * 16);
             if (whole_keys(cache_)) {
                 chunk.keys[tile] = keys_at(position);
@@ -103,13 +103,13 @@ public:
         return chunk;
     }
 
-    // Asks for the keys, or values, of a chunk, so that memory works while the processor does.
-    void prefetch_keys(const MatrixChunk& chunk) const {
+    // Prefetches the keys, or values, of a chunk.
+    void prefetch_keys(const AmxChunk& chunk) const {
         for (const uint16_t* keys : chunk.keys) {
             for (int64_t at = 0; at < 16 * cache_.head_dim; at += 32) __builtin_prefetch(keys + at, 0, 2);
         }
     }
-    void prefetch_values(const MatrixChunk& chunk, int64_t value_dim) const {
+    void prefetch_values(const AmxChunk& chunk, int64_t value_dim) const {
         for (const uint16_t* values : chunk.values) {
             for (int64_t d = 0; d < value_dim; d += 16, values += chunk.value_stride) {
                 for (int64_t at = 0; at < 8 * 32; at += 32) __builtin_prefetch(values + at, 0, 2);
@@ -121,17 +121,17 @@ private:
     static bool whole_keys(const CacheLayout& cache) { return cache.block_size % 16 == 0; }
     static bool whole_values(const CacheLayout& cache) { return cache.block_size % 32 == 0; }
 
-    const uint16_t* unit_at(int64_t position) const {
+    const uint16_t* head_block_at(int64_t position) const {
         const int64_t block = table_[position / cache_.block_size];
-        return reinterpret_cast<const uint16_t*>(cache_.unit(layer_, block, head_));
+        return reinterpret_cast<const uint16_t*>(cache_.head_block(layer_, block, head_));
     }
     const uint16_t* keys_at(int64_t position) const {
         const int64_t slot = position % cache_.block_size;
-        return unit_at(position) + slot / 16 * 16 * cache_.head_dim + slot % 16 * 2;
+        return head_block_at(position) + slot / 16 * 16 * cache_.head_dim + slot % 16 * 2;
     }
     const uint16_t* values_at(int64_t position) const {
         const int64_t slot = position % cache_.block_size;
-        return unit_at(position) + cache_.slots() * cache_.head_dim + slot / 2 * 32 + slot % 2;
+        return head_block_at(position) + cache_.slots() * cache_.head_dim + slot / 2 * 32 + slot % 2;
     }
 
     void gather_keys(int64_t position, int64_t end, uint16_t* room) const {

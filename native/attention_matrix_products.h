@@ -1,4 +1,4 @@
-// The products of attention on matrix units (see attention_matrix.h), sixteen queries and 64 positions at a time.
+// The GEMMs of attention on AMX (see attention.h), sixteen queries and 64 positions at a time: S = Q K^T and P V.
 #pragma once
 
 #include "attention_matrix_keys.h"
@@ -8,7 +8,7 @@ namespace quire::QUIRE_ISA {
 // The intrinsics of gcc 12 do not say that they read memory: what was stored before must be there.
 inline void stores_are_done() { asm volatile("" : : : "memory"); }
 
-// The widest part of a key that one product takes: an even divisor of head_dim up to 32.
+// The widest part of a key that one tile instruction takes: an even divisor of head_dim up to 32.
 inline int64_t key_step(int64_t head_dim) {
     int64_t step = smaller(head_dim, 32);
     while (head_dim % step != 0 || step % 2 != 0) --step;
@@ -21,13 +21,14 @@ struct alignas(64) TileShapes {
     uint8_t rows[16];
 };
 
-// The tile registers of a worker while it attends. Loading shapes takes as long as 20 products: the same are loaded once.
-class MatrixUnit {
+// The tile configuration of a worker while it attends. Loading one takes as long as 20 tile instructions: the same one is
+// loaded once.
+class AmxTileConfig {
 public:
-    MatrixUnit() = default;
-    ~MatrixUnit() { _tile_release(); }
-    MatrixUnit(const MatrixUnit&) = delete;
-    MatrixUnit& operator=(const MatrixUnit&) = delete;
+    AmxTileConfig() = default;
+    ~AmxTileConfig() { _tile_release(); }
+    AmxTileConfig(const AmxTileConfig&) = delete;
+    AmxTileConfig& operator=(const AmxTileConfig&) = delete;
 
     void configure(const TileShapes& shapes) {
         if (__builtin_memcmp(&shapes, &shapes_, sizeof shapes) == 0) return;
@@ -40,18 +41,18 @@ private:
     TileShapes shapes_ = {};  // that are loaded
 };
 
-// The products of up to two tiles of queries (32) with the keys of a chunk, and of their weights with its values.
+// Up to two tiles of queries (32) by the keys of a chunk, and their probabilities by its values.
 //
-// Keys and values are loaded past the first cache, where they would push out what is used again.
+// Keys and values are loaded past the L1, where they would push out what is used again.
 //
-// A tile is zeroed as soon as nobody needs it: a zero tile takes none of the core's tile registers, and while another
+// A tile is zeroed after its last use: a zero tile takes none of the core's tile registers, and while another
 // thread of the core uses its eight there is none left to rename to (docs/design/amx.md).
-class MatrixProducts {
+class AmxGemm {
 public:
-    // `paired`: the values of 32 positions follow each other. Else they are put together for each product: two
-    // products of 16 positions would not have the bits of one of 32.
-    MatrixProducts(MatrixUnit& unit, int64_t rows, int64_t head_dim, int64_t value_dim, bool paired)
-        : unit_(unit), rows_(rows), step_(key_step(head_dim)), steps_(head_dim / step_), value_dim_(value_dim),
+    // `paired`: the values of 32 positions follow each other. Else they are put together for each GEMM: two of
+    // 16 positions would not have the bits of one of 32.
+    AmxGemm(AmxTileConfig& tiles, int64_t rows, int64_t head_dim, int64_t value_dim, bool paired)
+        : tiles_(tiles), rows_(rows), step_(key_step(head_dim)), steps_(head_dim / step_), value_dim_(value_dim),
           paired_(paired) {}
 
     int64_t query_items() const { return steps_ * 512; }  // of one tile: [steps][16][32]
@@ -70,8 +71,8 @@ public:
         if (steps_ == 2) _tile_loadd(7, queries + query_items() + 512, 64);
     }
 
-    // scores [tiles][4][16][16] = queries . keys
-    void score(const MatrixChunk& chunk, float* scores) const {
+    // S = Q K^T: scores [tiles][4][16][16]
+    void score(const AmxChunk& chunk, float* scores) const {
         for (int quarter = 0; quarter < 4; quarter += 2) {
             float* const to = scores + quarter * 256;
             if (resident()) {
@@ -83,17 +84,18 @@ public:
         }
     }
 
-    // mixed [tiles][value_dim / 16][16][16] = weights [tiles][chunks][2][16][32] . values, over `count` chunks of
-    // which that of tile t and chunk c is at weights + t * tile_stride + c * 1024
-    void mix(const uint16_t* weights, int64_t tile_stride, const MatrixChunk* chunks, int64_t count, float* mixed) {
+    // acc [tiles][value_dim / 16][16][16] = P [tiles][chunks][2][16][32] V, over `count` chunks; that of tile t and chunk c
+    // is at probabilities + t * tile_stride + c * 1024
+    void accumulate_values(const uint16_t* probabilities, int64_t tile_stride, const AmxChunk* chunks, int64_t count,
+                           float* acc) {
         configure(false);
         const int64_t width = two_ ? 32 : 64;
         for (int64_t d = 0; d < value_dim_; d += width) {
             const int64_t left = value_dim_ - d;
             if (two_) {
-                mix_two(weights, tile_stride, chunks, count, mixed + d * 16, d, left >= 32);
+                accumulate_two(probabilities, tile_stride, chunks, count, acc + d * 16, d, left >= 32);
             } else {
-                mix_one(weights, chunks, count, mixed + d * 16, d, smaller(left / 16, 4));
+                accumulate_one(probabilities, chunks, count, acc + d * 16, d, smaller(left / 16, 4));
             }
         }
     }
@@ -110,7 +112,7 @@ private:
 
     // The tile registers. Two tiles of queries: sums 0 and 1, keys 2, queries 4 to 7; then sums 0 to 3, left sides 4 and 5,
     // right ones 6 and 7. One tile, of fewer rows perhaps: keys and values in 2, 6 and 7, all the rest in the others, so
-    // that scores and mixing have the same shapes where head_dim is a multiple of 32.
+    // that both GEMMs have the same shapes where head_dim is a multiple of 32.
     void configure(bool scores) {
         TileShapes shapes = {};
         shapes.palette = 1;
@@ -131,7 +133,7 @@ private:
             right(6);
             right(7);
         }
-        unit_.configure(shapes);
+        tiles_.configure(shapes);
     }
 
     // The scores of 16 positions, with all queries in registers.
@@ -187,21 +189,21 @@ private:
     }
 
     // 32 dimensions, or the last 16, of two tiles of queries
-    void mix_two(const uint16_t* weights, int64_t tile_stride, const MatrixChunk* chunks, int64_t count, float* mixed,
+    void accumulate_two(const uint16_t* probabilities, int64_t tile_stride, const AmxChunk* chunks, int64_t count, float* acc,
                  int64_t d, bool wide) {
         zero_sums();
         for (int64_t c = 0; c < count; ++c) {
             for (int half = 0; half < 2; ++half) {
-                const uint16_t* weight = weights + c * 1024 + half * 512;
+                const uint16_t* p = probabilities + c * 1024 + half * 512;
                 const uint16_t* const value = values_of(chunks[c], half, d);
                 const uint16_t* const next = wide ? values_of(chunks[c], half, d + 16) : value;
                 _tile_stream_loadd(6, value, 64);
                 if (wide) _tile_stream_loadd(7, next, 64);
-                _tile_loadd(4, weight, 64);
+                _tile_loadd(4, p, 64);
                 _tile_dpbf16ps(0, 4, 6);
                 if (wide) _tile_dpbf16ps(1, 4, 7);
                 _tile_zero(4);
-                _tile_loadd(5, weight + tile_stride, 64);
+                _tile_loadd(5, p + tile_stride, 64);
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_zero(6);
                 if (wide) _tile_dpbf16ps(3, 5, 7);
@@ -209,16 +211,16 @@ private:
                 _tile_zero(7);
             }
         }
-        float* const second = mixed + value_dim_ * 16;
-        _tile_stored(0, mixed, 64);
+        float* const second = acc + value_dim_ * 16;
+        _tile_stored(0, acc, 64);
         _tile_stored(2, second, 64);
         if (!wide) return;
-        _tile_stored(1, mixed + 256, 64);
+        _tile_stored(1, acc + 256, 64);
         _tile_stored(3, second + 256, 64);
     }
 
     // `blocks` times 16 dimensions of one tile of queries
-    void mix_one(const uint16_t* weights, const MatrixChunk* chunks, int64_t count, float* mixed, int64_t d,
+    void accumulate_one(const uint16_t* probabilities, const AmxChunk* chunks, int64_t count, float* acc, int64_t d,
                  int64_t blocks) {
         _tile_zero(0);
         _tile_zero(1);
@@ -226,7 +228,7 @@ private:
         _tile_zero(4);
         for (int64_t c = 0; c < count; ++c) {
             for (int half = 0; half < 2; ++half) {
-                _tile_loadd(5, weights + c * 1024 + half * 512, 64);
+                _tile_loadd(5, probabilities + c * 1024 + half * 512, 64);
                 _tile_loadd(2, values_of(chunks[c], half, d), 64);
                 _tile_dpbf16ps(0, 5, 2);
                 _tile_zero(2);
@@ -248,14 +250,14 @@ private:
                 _tile_zero(5);
             }
         }
-        _tile_stored(0, mixed, 64);
-        if (blocks > 1) _tile_stored(1, mixed + 256, 64);
-        if (blocks > 2) _tile_stored(3, mixed + 512, 64);
-        if (blocks > 3) _tile_stored(4, mixed + 768, 64);
+        _tile_stored(0, acc, 64);
+        if (blocks > 1) _tile_stored(1, acc + 256, 64);
+        if (blocks > 2) _tile_stored(3, acc + 512, 64);
+        if (blocks > 3) _tile_stored(4, acc + 768, 64);
     }
 
     // Sixteen dimensions of half a chunk, as one tile.
-    const uint16_t* values_of(const MatrixChunk& chunk, int half, int64_t d) {
+    const uint16_t* values_of(const AmxChunk& chunk, int half, int64_t d) {
         const uint16_t* first = chunk.values[2 * half] + d / 16 * chunk.value_stride;
         if (paired_) return first;
         const uint16_t* second = chunk.values[2 * half + 1] + d / 16 * chunk.value_stride;
@@ -268,7 +270,7 @@ private:
         return tile;
     }
 
-    MatrixUnit& unit_;
+    AmxTileConfig& tiles_;
     alignas(64) uint16_t joined_[4 * 512];
     const int64_t rows_, step_, steps_, value_dim_;
     const bool paired_;

@@ -1,5 +1,4 @@
-// The softmax of attention on matrix units (see attention_matrix.h). Scores are in logits times log2 e here: weights
-// are powers of two.
+// The softmax of attention on AMX (see attention.h). Scores are in logits times log2 e here: P holds powers of two.
 #pragma once
 
 #include "attention_matrix_keys.h"
@@ -8,7 +7,7 @@ namespace quire::QUIRE_ISA {
 
 constexpr float kLog2e = 1.44269504f;
 
-// 2^x to a relative 1e-4, which is little beside what a weight loses as bfloat16. A minimax polynomial on [0, 1), made
+// 2^x to a relative 1e-4, which is little beside what P loses as bfloat16. A minimax polynomial on [0, 1), made
 // for this file, of degree 3: every instruction here counts.
 struct PowerOfTwo {
     __m512 c3 = constant(0.0780244768f), c2 = constant(0.226067156f);
@@ -30,15 +29,15 @@ struct PowerOfTwo {
 
 // Of scores in binary units, exact to float32: for merging.
 struct BinaryExponential {
-    static constexpr float kUnit = kLog2e;  // of scores, in logits
+    static constexpr float kUnit = kLog2e;  // a logit, in scores
     static Floats of(Floats x) { return exp(x * 0.693147181f); }
 };
 
-struct Largest {
+struct RowMax {
     static __m512 of(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 };
 
-struct Total {
+struct RowSum {
     static __m512 of(__m512 a, __m512 b) { return _mm512_add_ps(a, b); }
 };
 
@@ -64,68 +63,69 @@ inline __m512 across_rows(__m512* rows) {
                          _mm512_shuffle_ps(halves[0], halves[1], 0xdd));
 }
 
-// The softmax of sixteen queries over one split. Totals are kept by lane and summed when it ends.
-struct alignas(64) MatrixState {
-    float tops[16];
-    float sums[16];
-    float totals[16][16];
-    float* mixed;  // [value_dim / 16][16 queries][16]
+// The softmax of sixteen queries over one KV split. The row sum is kept by lane and folded when the split ends.
+struct alignas(64) AmxSoftmaxState {
+    float m[16];
+    float l[16];
+    float l_lanes[16][16];
+    float* acc;  // [value_dim / 16][16 queries][16]
 
     void clear() {
-        for (float& top : tops) top = -__builtin_inff();
-        clear_totals();
+        for (float& row_max : m) row_max = -__builtin_inff();
+        clear_l();
     }
 
-    void clear_totals() { __builtin_memset(totals, 0, sizeof totals); }
+    void clear_l() { __builtin_memset(l_lanes, 0, sizeof l_lanes); }
 
-    // Those of the first `rows` queries that have no top yet.
-    __mmask16 lacking(int64_t rows) const {
+    // Those of the first `rows` queries that have no row max yet.
+    __mmask16 without_max(int64_t rows) const {
         const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
-        return _mm512_mask_cmp_ps_mask(static_cast<__mmask16>((1u << rows) - 1), _mm512_load_ps(tops), lowest, _CMP_EQ_OQ);
+        return _mm512_mask_cmp_ps_mask(static_cast<__mmask16>((1u << rows) - 1), _mm512_load_ps(m), lowest, _CMP_EQ_OQ);
     }
 
-    void raise(__mmask16 which, __m512 largest, float unit) {
-        const __m512 before = _mm512_load_ps(tops);
-        const __m512 after = _mm512_max_ps(before, _mm512_mul_ps(largest, _mm512_set1_ps(unit)));
-        _mm512_store_ps(tops, _mm512_mask_mov_ps(before, which, after));
+    // Moves m of those queries to the row max of one more chunk.
+    void rescale(__mmask16 which, __m512 largest, float scale_log2) {
+        const __m512 before = _mm512_load_ps(m);
+        const __m512 after = _mm512_max_ps(before, _mm512_mul_ps(largest, _mm512_set1_ps(scale_log2)));
+        _mm512_store_ps(m, _mm512_mask_mov_ps(before, which, after));
     }
 
-    // Returns which of the first `rows` sums exceed the limit.
+    // Folds the row sums; returns which of the first `rows` exceed the limit.
     __mmask16 sum_up(int64_t rows, float limit) {
         __m512 lanes[16];
-        for (int row = 0; row < 16; ++row) lanes[row] = _mm512_load_ps(totals[row]);
-        const __m512 sum = across_rows<Total>(lanes);
-        _mm512_store_ps(sums, sum);
+        for (int row = 0; row < 16; ++row) lanes[row] = _mm512_load_ps(l_lanes[row]);
+        const __m512 sum = across_rows<RowSum>(lanes);
+        _mm512_store_ps(l, sum);
         return _mm512_mask_cmp_ps_mask(static_cast<__mmask16>((1u << rows) - 1), sum, _mm512_set1_ps(limit), _CMP_GT_OQ);
     }
 };
 
 // The same over the splits before.
-struct alignas(64) MatrixTotal {
-    float tops[16];
-    float totals[16];
-    float* mixed;
+struct alignas(64) AmxRunningSoftmax {
+    float m[16];
+    float l[16];
+    float* acc;
     bool empty;
 
-    void add(const MatrixState& split, int64_t value_dim) {
-        const Floats sums = load(split.sums);
+    void add(const AmxSoftmaxState& split, int64_t value_dim) {
+        const Floats split_l = load(split.l);
         if (empty) {
-            store(tops, sums != 0.0f ? load(split.tops) : splat(-__builtin_inff()));
-            store(totals, sums);
-            __builtin_memcpy(mixed, split.mixed, value_dim * 16 * sizeof(float));
+            store(m, split_l != 0.0f ? load(split.m) : splat(-__builtin_inff()));
+            store(l, split_l);
+            __builtin_memcpy(acc, split.acc, value_dim * 16 * sizeof(float));
             empty = false;
             return;
         }
-        const Merge<BinaryExponential> merge(load(tops), load(split.tops), sums);
-        store(tops, merge.top);
-        store(totals, load(totals) * merge.factor_a + sums * merge.factor_b);
+        const Merge<BinaryExponential> merge(load(m), load(split.m), split_l);
+        store(m, merge.m);
+        store(l, load(l) * merge.factor_a + split_l * merge.factor_b);
         alignas(64) float factors[2][16];
         store(factors[0], merge.factor_a);
         store(factors[1], merge.factor_b);
         for (int64_t at = 0; at < value_dim * 16; at += 16) {
             const __m512 a = _mm512_set1_ps(factors[0][at / 16 % 16]), b = _mm512_set1_ps(factors[1][at / 16 % 16]);
-            const __m512 before = _mm512_mul_ps(_mm512_load_ps(mixed + at), a);
-            _mm512_store_ps(mixed + at, _mm512_add_ps(before, _mm512_mul_ps(_mm512_load_ps(split.mixed + at), b)));
+            const __m512 before = _mm512_mul_ps(_mm512_load_ps(acc + at), a);
+            _mm512_store_ps(acc + at, _mm512_add_ps(before, _mm512_mul_ps(_mm512_load_ps(split.acc + at), b)));
         }
     }
 };
@@ -136,7 +136,7 @@ inline __m512 scores_at(const float* scores, int quarter, int64_t row) {
 }
 
 // The largest score of each query; only those in `visible[row]` count where `visible` is given.
-inline __m512 largest_scores(const float* scores, int64_t rows, const uint64_t* visible) {
+inline __m512 row_max(const float* scores, int64_t rows, const uint64_t* visible) {
     const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
     __m512 largest[16];
     for (int64_t row = 0; row < 16; ++row) {
@@ -151,28 +151,28 @@ inline __m512 largest_scores(const float* scores, int64_t rows, const uint64_t* 
         }
         largest[row] = _mm512_max_ps(_mm512_max_ps(s[0], s[1]), _mm512_max_ps(s[2], s[3]));
     }
-    return across_rows<Largest>(largest);
+    return across_rows<RowMax>(largest);
 }
 
-// Weights 2^(unit score - top), as bfloat16 [2][16][32]; totals grow by them.
+// P = 2^(scale_log2 S - m), as bfloat16 [2][16][32]; l grows by its row sum.
 template <bool Masked>
-void weigh(const float* scores, int64_t rows, const uint64_t* visible, float unit, MatrixState& state,
-           uint16_t* weights) {
+void compute_probabilities(const float* scores, int64_t rows, const uint64_t* visible, float scale_log2,
+                           AmxSoftmaxState& state, uint16_t* probabilities) {
     const PowerOfTwo power;
-    const __m512 units = PowerOfTwo::constant(unit), lowest = _mm512_set1_ps(-__builtin_inff());
+    const __m512 scales = PowerOfTwo::constant(scale_log2), lowest = _mm512_set1_ps(-__builtin_inff());
     for (int64_t row = 0; row < rows; ++row) {
-        const __m512 top = _mm512_set1_ps(state.tops[row]);
-        __m512 w[4];
+        const __m512 m = _mm512_set1_ps(state.m[row]);
+        __m512 p[4];
         for (int v = 0; v < 4; ++v) {
-            __m512 x = _mm512_fmsub_ps(scores_at(scores, v, row), units, top);
+            __m512 x = _mm512_fmsub_ps(scores_at(scores, v, row), scales, m);
             if (Masked) x = _mm512_mask_mov_ps(lowest, static_cast<__mmask16>(visible[row] >> 16 * v), x);
-            w[v] = power(x);
+            p[v] = power(x);
         }
-        const __m512 sum = _mm512_add_ps(_mm512_add_ps(w[0], w[1]), _mm512_add_ps(w[2], w[3]));
-        _mm512_storeu_ps(state.totals[row], _mm512_add_ps(_mm512_loadu_ps(state.totals[row]), sum));
+        const __m512 sum = _mm512_add_ps(_mm512_add_ps(p[0], p[1]), _mm512_add_ps(p[2], p[3]));
+        _mm512_storeu_ps(state.l_lanes[row], _mm512_add_ps(_mm512_loadu_ps(state.l_lanes[row]), sum));
         for (int half = 0; half < 2; ++half) {
-            const __m512bh pair = _mm512_cvtne2ps_pbh(w[2 * half + 1], w[2 * half]);
-            _mm512_storeu_si512(weights + half * 512 + row * 32, (__m512i)pair);
+            const __m512bh pair = _mm512_cvtne2ps_pbh(p[2 * half + 1], p[2 * half]);
+            _mm512_storeu_si512(probabilities + half * 512 + row * 32, (__m512i)pair);
         }
     }
 }

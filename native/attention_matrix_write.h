@@ -1,4 +1,4 @@
-// New keys and values on their way into a cache for matrix units (its layout: attention_matrix.h).
+// New keys and values on their way into a cache for AMX (its layout: attention.h).
 #pragma once
 
 #include "attention_matrix_keys.h"
@@ -91,7 +91,7 @@ struct NewTokens {
         slot = position % cache.block_size;
         count = smaller(most, smaller(16 - slot % 16, cache.block_size - slot));
         const int64_t block = args.tables[row * args.table_stride + position / cache.block_size];
-        keys = reinterpret_cast<uint16_t*>(cache.unit(args.layer, block, head));
+        keys = reinterpret_cast<uint16_t*>(cache.head_block(args.layer, block, head));
         values = keys + cache.slots() * cache.head_dim;
     }
 
@@ -159,7 +159,7 @@ struct NewTokens {
 };
 
 // `count` consecutive tokens of a row. room: [head_dim]
-inline void write_matrix_tokens(const AttentionArgs& args, int64_t row, int64_t token, int64_t count, int64_t head,
+inline void write_amx_tokens(const AttentionArgs& args, int64_t row, int64_t token, int64_t count, int64_t head,
                                 float* room) {
     for (const int64_t end = token + count; token < end;) {
         const NewTokens tokens(args, row, token, end - token, head, room);

@@ -1,7 +1,7 @@
 // The inner loops of attention: up to four query vectors against one chunk of 64 positions.
 //
-// For each query, scores, maximum, exponentials, their sum and the weighted values are computed in an order that
-// depends on positions alone. How queries are grouped, and where blocks begin, changes nothing.
+// For each query, S, its row max m, P, its row sum l and acc are computed in an order that depends on positions alone.
+// How queries are grouped, and where blocks begin, changes nothing.
 #pragma once
 
 #include "attention_items.h"
@@ -19,7 +19,7 @@ struct Chunk {
     const T* values[kTiles];
 };
 
-// scores[i][j] = queries[i] . key j
+// S = Q K^T: scores[i][j] = queries[i] . key j
 template <int Q, class T>
 void score(const float* const* queries, const Chunk<T>& chunk, int64_t head_dim, float (*scores)[kChunk]) {
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -48,13 +48,14 @@ void score(const float* const* queries, const Chunk<T>& chunk, int64_t head_dim,
     }
 }
 
-// Scores of the visible positions [low[i], high[i]) of the chunk become weights; the others become 0. Each stage runs
-// for all queries before the next one begins: their chains of dependent instructions overlap.
+// P = exp(S - m) in place of S at the visible positions [low[i], high[i]) of the chunk, 0 at the others; m and l follow,
+// and acc is rescaled where m grows. Each stage runs for all queries before the next one begins: their chains of
+// dependent instructions overlap.
 template <int Q>
-void update(const AttentionArgs& args, const int64_t* low, const int64_t* high, float (*scores)[kChunk],
-            Running* const* states) {
+void softmax_chunk(const AttentionArgs& args, const int64_t* low, const int64_t* high, float (*scores)[kChunk],
+                   SoftmaxState* const* states) {
     const float lowest = -__builtin_inff();
-    float top[Q];
+    float m[Q];
     for (int i = 0; i < Q; ++i) {
         for (int64_t j = 0; j < kChunk; j += kLanes) {
             Floats s = load(scores[i] + j) * args.scale;
@@ -67,33 +68,33 @@ void update(const AttentionArgs& args, const int64_t* low, const int64_t* high, 
     for (int i = 0; i < Q; ++i) {
         Floats best = splat(lowest);
         for (int64_t j = 0; j < kChunk; j += kLanes) best = max(best, load(scores[i] + j));
-        const float chunk_top = max_lanes(best);
-        top[i] = states[i]->top > chunk_top ? states[i]->top : chunk_top;
+        const float chunk_max = max_lanes(best);
+        m[i] = states[i]->m > chunk_max ? states[i]->m : chunk_max;
     }
     for (int i = 0; i < Q; ++i) {
         Floats sum{};
         for (int64_t j = 0; j < kChunk; j += kLanes) {
-            const Floats weight = exp(load(scores[i] + j) - top[i]);
-            store(scores[i] + j, weight);
-            sum = sum + weight;
+            const Floats p = exp(load(scores[i] + j) - m[i]);
+            store(scores[i] + j, p);
+            sum = sum + p;
         }
-        Running& state = *states[i];
-        if (state.top == top[i]) {
-            state.total += sum_lanes(sum);
+        SoftmaxState& state = *states[i];
+        if (state.m == m[i]) {
+            state.l += sum_lanes(sum);
             continue;
         }
-        const float keep = exp(splat(state.top - top[i]))[0];
-        state.top = top[i];
-        state.total = state.total * keep + sum_lanes(sum);
+        const float rescale = exp(splat(state.m - m[i]))[0];
+        state.m = m[i];
+        state.l = state.l * rescale + sum_lanes(sum);
         const int64_t dims = (args.cache.head_dim + 15) / 16 * 16;
-        for (int64_t d = 0; d < dims; ++d) state.mixed[d] *= keep;
+        for (int64_t d = 0; d < dims; ++d) state.acc[d] *= rescale;
     }
 }
 
-// mixed[i] += sum over j in [low, high) of weights[i][j] * value j
+// acc[i] += P V: the sum over j in [low, high) of probabilities[i][j] * value j
 template <int Q, class T>
-void mix(const float (*weights)[kChunk], const Chunk<T>& chunk, int64_t low, int64_t high, int64_t dims,
-         Running* const* states) {
+void accumulate_values(const float (*probabilities)[kChunk], const Chunk<T>& chunk, int64_t low, int64_t high,
+                       int64_t dims, SoftmaxState* const* states) {
 #if defined(__AVX512F__) || defined(__aarch64__)
     constexpr int V = 4;
 #else
@@ -105,19 +106,19 @@ void mix(const float (*weights)[kChunk], const Chunk<T>& chunk, int64_t low, int
         for (int v = 0; v < V; ++v) at[v] = smaller(d + v * kLanes, dims - kLanes);
         Floats acc[Q][V];
         for (int i = 0; i < Q; ++i) {
-            for (int v = 0; v < V; ++v) acc[i][v] = load(states[i]->mixed + at[v]);
+            for (int v = 0; v < V; ++v) acc[i][v] = load(states[i]->acc + at[v]);
         }
         for (int64_t j = low; j < high; ++j) {
             const T* row = chunk.values[j / kTile] + j % kTile * dims;
             Floats value[V];
             for (int v = 0; v < V; ++v) value[v] = load(row + at[v]);
             for (int i = 0; i < Q; ++i) {
-                const Floats weight = splat(weights[i][j]);
-                for (int v = 0; v < V; ++v) acc[i][v] = fma(weight, value[v], acc[i][v]);
+                const Floats p = splat(probabilities[i][j]);
+                for (int v = 0; v < V; ++v) acc[i][v] = fma(p, value[v], acc[i][v]);
             }
         }
         for (int i = 0; i < Q; ++i) {
-            for (int v = 0; v < V; ++v) store(states[i]->mixed + at[v], acc[i][v]);
+            for (int v = 0; v < V; ++v) store(states[i]->acc + at[v], acc[i][v]);
         }
     }
 }
@@ -125,26 +126,26 @@ void mix(const float (*weights)[kChunk], const Chunk<T>& chunk, int64_t low, int
 // One chunk for Q queries; query i sees positions [low[i], high[i]) of it, counted from the chunk's first.
 template <int Q, class T>
 void attend_chunk(const AttentionArgs& args, const float* const* queries, const Chunk<T>& chunk,
-                  const int64_t* low, const int64_t* high, Running* const* states) {
+                  const int64_t* low, const int64_t* high, SoftmaxState* const* states) {
     float scores[Q][kChunk];
     score<Q, T>(queries, chunk, args.cache.head_dim, scores);
-    update<Q>(args, low, high, scores, states);
+    softmax_chunk<Q>(args, low, high, scores, states);
     int64_t shared_low = 0, shared_high = kChunk;
     for (int i = 0; i < Q; ++i) {
         shared_low = larger(shared_low, low[i]);
         shared_high = smaller(shared_high, high[i]);
     }
-    // Never a position the query may not see, not even with weight 0: it may hold another request's NaN.
+    // Never a position the query may not see, not even with p = 0: it may hold another request's NaN.
     const int64_t dims = (args.cache.head_dim + 15) / 16 * 16;
     const bool share = shared_low < shared_high;
     for (int i = 0; i < Q; ++i) {
         const int64_t end = share ? shared_low : high[i];
-        if (low[i] < end) mix<1, T>(&scores[i], chunk, low[i], end, dims, &states[i]);
+        if (low[i] < end) accumulate_values<1, T>(&scores[i], chunk, low[i], end, dims, &states[i]);
     }
     if (!share) return;
-    mix<Q, T>(scores, chunk, shared_low, shared_high, dims, states);
+    accumulate_values<Q, T>(scores, chunk, shared_low, shared_high, dims, states);
     for (int i = 0; i < Q; ++i) {
-        if (shared_high < high[i]) mix<1, T>(&scores[i], chunk, shared_high, high[i], dims, &states[i]);
+        if (shared_high < high[i]) accumulate_values<1, T>(&scores[i], chunk, shared_high, high[i], dims, &states[i]);
     }
 }
 

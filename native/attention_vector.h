@@ -1,6 +1,6 @@
 // Attention on vectors: float32 arithmetic over keys and values of any storage.
 //
-// A block for one head (a unit of the cache) is
+// A head block of the cache (one block for one head) is
 //
 //   | keys: tiles of 16 positions, each [head_dim][16] | values: [slots][value_dim] |
 //
@@ -12,11 +12,11 @@
 
 namespace quire::QUIRE_ISA {
 
-constexpr int64_t kVectorQueries = 48;  // query vectors (tokens x heads of a group) of an item, about
+constexpr int64_t kVectorQueries = 48;  // query vectors (tokens x heads of a group) of a work item, about
 constexpr int64_t kConvertQueries = 9;  // from here on keys and values of a chunk are converted to float32 once
 
 struct NaturalExponential {
-    static constexpr float kUnit = 1.0f;  // of scores, in logits
+    static constexpr float kUnit = 1.0f;  // a logit, in scores
     static Floats of(Floats x) { return exp(x); }
 };
 
@@ -26,7 +26,7 @@ void write_token(const AttentionArgs& args, int64_t row, int64_t token, int64_t 
     const int64_t position = args.starts[row] + token - args.query_starts[row];
     const int64_t block = args.tables[row * args.table_stride + position / cache.block_size];
     const int64_t slot = position % cache.block_size;
-    T* keys = reinterpret_cast<T*>(cache.unit(args.layer, block, head));
+    T* keys = reinterpret_cast<T*>(cache.head_block(args.layer, block, head));
     T* values = keys + cache.slots() * cache.head_dim + slot * cache.value_dim();
     keys += slot / kTile * kTile * cache.head_dim + slot % kTile;
     const float* k = args.k + token * args.k_stride + head * cache.head_dim;
@@ -40,27 +40,27 @@ void write_token(const AttentionArgs& args, int64_t row, int64_t token, int64_t 
 // The 16 positions from `position` on (a multiple of 16), of which those before `end` exist. Where blocks are whole
 // tiles they lie in one block; otherwise they are gathered into `room` [16 * (head_dim + value_dim)].
 template <class T>
-void find_tile(const AttentionArgs& args, const Item& item, int64_t position, int64_t end, T* room, const T** keys,
+void find_tile(const AttentionArgs& args, const WorkItem& item, int64_t position, int64_t end, T* room, const T** keys,
                const T** values) {
     const CacheLayout& cache = args.cache;
     const int32_t* table = args.tables + item.row * args.table_stride;
     const int64_t size = cache.block_size;
     const int64_t key_items = cache.slots() * cache.head_dim;
     if (size % kTile == 0) {
-        const T* unit =
-            reinterpret_cast<const T*>(cache.unit(args.layer, table[position / size], item.head));
-        *keys = unit + position % size * cache.head_dim;
-        *values = unit + key_items + position % size * cache.value_dim();
+        const T* block =
+            reinterpret_cast<const T*>(cache.head_block(args.layer, table[position / size], item.head));
+        *keys = block + position % size * cache.head_dim;
+        *values = block + key_items + position % size * cache.value_dim();
         return;
     }
     T* room_values = room + kTile * cache.head_dim;
     for (int64_t j = 0; j < smaller(kTile, end - position); ++j) {
         const int64_t slot = (position + j) % size;
-        const T* unit =
-            reinterpret_cast<const T*>(cache.unit(args.layer, table[(position + j) / size], item.head));
-        const T* from = unit + slot / kTile * kTile * cache.head_dim + slot % kTile;
+        const T* block =
+            reinterpret_cast<const T*>(cache.head_block(args.layer, table[(position + j) / size], item.head));
+        const T* from = block + slot / kTile * kTile * cache.head_dim + slot % kTile;
         for (int64_t d = 0; d < cache.head_dim; ++d) room[d * kTile + j] = from[d * kTile];
-        __builtin_memcpy(room_values + j * cache.value_dim(), unit + key_items + slot * cache.value_dim(),
+        __builtin_memcpy(room_values + j * cache.value_dim(), block + key_items + slot * cache.value_dim(),
                          cache.value_dim() * sizeof(T));
     }
     *keys = room;
@@ -69,39 +69,39 @@ void find_tile(const AttentionArgs& args, const Item& item, int64_t position, in
 
 // A worker's memory for one item.
 struct Scratch {
-    Running* splits;  // [queries]: the running softmax of the present split
-    Running* totals;  // [queries]: of those before
+    SoftmaxState* splits;  // [queries]: the softmax of the current KV split
+    SoftmaxState* merged;  // [queries]: of the splits before
     const float** queries;  // [queries]: as they are, or rotated
     float* converted;
     void* gathered;
 
     static size_t bytes(const AttentionArgs& args, int64_t queries) {
         const int64_t chunk = kChunk * (args.cache.head_dim + args.cache.value_dim());
-        const int64_t states = queries * 2 * (args.cache.value_dim() + int64_t(sizeof(Running) / 4));
+        const int64_t states = queries * 2 * (args.cache.value_dim() + int64_t(sizeof(SoftmaxState) / 4));
         return (states + 2 * chunk + queries * (args.cache.head_dim + 2) + 64) * sizeof(float);
     }
 
-    Scratch(const AttentionArgs& args, const Item& item, void* memory) {
+    Scratch(const AttentionArgs& args, const WorkItem& item, void* memory) {
         const int64_t dims = args.cache.value_dim(), queries = item.tokens * group_of(args);
         float* next = static_cast<float*>(memory);
         converted = next;
         next += kChunk * (args.cache.head_dim + dims);
         gathered = next;
         next += kChunk * (args.cache.head_dim + dims);
-        float* mixed = next;
-        splits = reinterpret_cast<Running*>(next + 2 * queries * dims);
-        totals = splits + queries;
-        this->queries = reinterpret_cast<const float**>(totals + queries);
+        float* acc = next;
+        splits = reinterpret_cast<SoftmaxState*>(next + 2 * queries * dims);
+        merged = splits + queries;
+        this->queries = reinterpret_cast<const float**>(merged + queries);
         find_queries(args, item, reinterpret_cast<float*>(this->queries + queries));
         for (int64_t i = 0; i < queries; ++i) {
-            splits[i].mixed = mixed + i * dims;
-            totals[i] = {-__builtin_inff(), 0.0f, mixed + (queries + i) * dims};
-            __builtin_memset(totals[i].mixed, 0, dims * sizeof(float));
+            splits[i].acc = acc + i * dims;
+            merged[i] = {-__builtin_inff(), 0.0f, acc + (queries + i) * dims};
+            __builtin_memset(merged[i].acc, 0, dims * sizeof(float));
         }
     }
 
 private:
-    void find_queries(const AttentionArgs& args, const Item& item, float* room) {
+    void find_queries(const AttentionArgs& args, const WorkItem& item, float* room) {
         const int64_t group = group_of(args), head_dim = args.cache.head_dim;
         for (int64_t i = 0; i < item.tokens * group; ++i, room += head_dim) {
             const int64_t token = item.first_token + i / group, head = item.head * group + i % group;
@@ -129,12 +129,12 @@ Chunk<float> convert_chunk(const AttentionArgs& args, const Chunk<T>& chunk, flo
 
 // All queries of the item, in groups of up to four, against the chunk whose first position is `base`.
 template <class T>
-void attend_queries(const AttentionArgs& args, const Item& item, const Chunk<T>& chunk, int64_t base,
+void attend_queries(const AttentionArgs& args, const WorkItem& item, const Chunk<T>& chunk, int64_t base,
                     const Scratch& scratch) {
     const int64_t group = group_of(args);
     const int64_t queries = item.tokens * group;
     const float* vectors[kQueries];
-    Running* running[kQueries];
+    SoftmaxState* running[kQueries];
     int64_t low[kQueries], high[kQueries];
     int count = 0;
     for (int64_t i = 0; i < queries; ++i) {
@@ -157,9 +157,9 @@ void attend_queries(const AttentionArgs& args, const Item& item, const Chunk<T>&
     }
 }
 
-// Asks for the tiles of the chunk after the one at `base`, so that memory works while the processor does.
+// Prefetches the tiles of the chunk after the one at `base`.
 template <class T>
-void prefetch_next(const AttentionArgs& args, const Item& item, int64_t base, int64_t stop) {
+void prefetch_next(const AttentionArgs& args, const WorkItem& item, int64_t base, int64_t stop) {
     const CacheLayout& cache = args.cache;
     if (cache.block_size % kTile != 0) return;
     const int64_t tile_bytes = kTile * (cache.head_dim + cache.value_dim()) * int64_t(sizeof(T));
@@ -176,18 +176,18 @@ void prefetch_next(const AttentionArgs& args, const Item& item, int64_t base, in
 }
 
 template <class T>
-void attend_split(const AttentionArgs& args, const Item& item, int64_t split, Scratch& scratch) {
+void attend_split(const AttentionArgs& args, const WorkItem& item, int64_t split, Scratch& scratch) {
     const CacheLayout& cache = args.cache;
     const int64_t queries = item.tokens * group_of(args);
     const int64_t begin = begin_of(args, item.first_position);
     const int64_t end = item.first_position + item.tokens;
     for (int64_t i = 0; i < queries; ++i) {
-        scratch.splits[i].top = -__builtin_inff();
-        scratch.splits[i].total = 0.0f;
-        __builtin_memset(scratch.splits[i].mixed, 0, cache.value_dim() * sizeof(float));
+        scratch.splits[i].m = -__builtin_inff();
+        scratch.splits[i].l = 0.0f;
+        __builtin_memset(scratch.splits[i].acc, 0, cache.value_dim() * sizeof(float));
     }
-    const int64_t stop = smaller(end, (split + 1) * kSplit);
-    for (int64_t base = larger(split * kSplit, begin / kChunk * kChunk); base < stop; base += kChunk) {
+    const int64_t stop = smaller(end, (split + 1) * kKvSplit);
+    for (int64_t base = larger(split * kKvSplit, begin / kChunk * kChunk); base < stop; base += kChunk) {
         prefetch_next<T>(args, item, base, stop);
         Chunk<T> chunk;
         for (int64_t tile = 0; tile < kTiles; ++tile) {
@@ -204,11 +204,11 @@ void attend_split(const AttentionArgs& args, const Item& item, int64_t split, Sc
     }
 }
 
-// The program of an item; the counterpart of `MatrixAttention`.
+// The kernel of a work item; the counterpart of `AmxAttention`.
 template <class T>
 struct VectorAttention {
     using Exponential = NaturalExponential;
-    struct Unit {};  // it has no registers to keep
+    struct TileState {};  // it configures no tiles
 
     static int64_t tile_tokens(int64_t group) { return larger(1, kVectorQueries / group); }
     // Of a worker, for an item of so many queries.
@@ -218,30 +218,30 @@ struct VectorAttention {
         for (const int64_t end = token + count; token < end; ++token) write_token<T>(args, row, token, head, room);
     }
 
-    static void attend(const Job& job, const Item& item, Unit&, int worker) {
-        const AttentionArgs& args = *job.args;
+    static void attend(const LaunchArgs& launch, const WorkItem& item, TileState&, int worker) {
+        const AttentionArgs& args = *launch.args;
         const int64_t group = group_of(args), dims = args.cache.value_dim();
         const int64_t queries = item.tokens * group;
-        Scratch scratch(args, item, job.pool->scratch(worker, Scratch::bytes(args, queries)));
-        if (item.divided) {
+        Scratch scratch(args, item, launch.pool->scratch(worker, Scratch::bytes(args, queries)));
+        if (item.is_split) {
             attend_split<T>(args, item, item.split, scratch);
             for (int64_t i = 0; i < queries; ++i) {
-                float* record = record_of(job, item, i);
-                record[0] = scratch.splits[i].top;
-                record[1] = scratch.splits[i].total;
-                __builtin_memcpy(record + 2, scratch.splits[i].mixed, dims * sizeof(float));
+                float* partial = partial_of(launch, item, i);
+                partial[0] = scratch.splits[i].m;
+                partial[1] = scratch.splits[i].l;
+                __builtin_memcpy(partial + 2, scratch.splits[i].acc, dims * sizeof(float));
             }
             return;
         }
         const int64_t end = item.first_position + item.tokens;
-        for (int64_t split = begin_of(args, item.first_position) / kSplit; split * kSplit < end; ++split) {
+        for (int64_t split = begin_of(args, item.first_position) / kKvSplit; split * kKvSplit < end; ++split) {
             attend_split<T>(args, item, split, scratch);
             for (int64_t i = 0; i < queries; ++i) {
-                merge<Exponential>(scratch.totals[i], scratch.splits[i], dims);
+                merge<Exponential>(scratch.merged[i], scratch.splits[i], dims);
             }
         }
         for (int64_t i = 0; i < queries; ++i) {
-            finish<Exponential>(args, item.first_token + i / group, item.head * group + i % group, scratch.totals[i],
+            finish<Exponential>(args, item.first_token + i / group, item.head * group + i % group, scratch.merged[i],
                                 1);
         }
     }

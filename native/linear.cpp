@@ -119,7 +119,7 @@ void compute_item(const LinearArgs& args, int64_t item, float* scratch) {
     for (int64_t r = 0; r < rows; ++r) finish_row<kPanel>(args, panel, first_row + r, sums + r * kPanel);
 }
 
-struct Job {
+struct LaunchArgs {
     const LinearArgs* args;
     ThreadPool* pool;
 };
@@ -128,8 +128,8 @@ constexpr size_t kScratchBytes = (kItemRows + kDepth) * kPanel * sizeof(float);
 
 template <class T>
 void work(void* context, int64_t item, int worker) {
-    const Job& job = *static_cast<const Job*>(context);
-    compute_item<T>(*job.args, item, static_cast<float*>(job.pool->scratch(worker, kScratchBytes)));
+    const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
+    compute_item<T>(*launch.args, item, static_cast<float*>(launch.pool->scratch(worker, kScratchBytes)));
 }
 
 template <class T>
@@ -150,11 +150,11 @@ void linear(const LinearArgs& args, ThreadPool& pool) {
 #endif
     const int64_t panels = args.weight.panels();
     const int64_t groups = (args.rows + kItemRows - 1) / kItemRows;
-    Job job{&args, &pool};
+    LaunchArgs launch{&args, &pool};
     Work item = args.weight.storage == Storage::bfloat16  ? work<BFloat16>
                 : args.weight.storage == Storage::float16 ? work<Float16>
                                                           : work<float>;
-    if (pool.reserve(kScratchBytes)) pool.run(panels * groups, item, &job);
+    if (pool.reserve(kScratchBytes)) pool.run(panels * groups, item, &launch);
 }
 
 void embed(const EmbedArgs& args, ThreadPool& pool) {

@@ -1,4 +1,4 @@
-// What follows the sums of a product: bias, scale, soft-cap, activation; and where the results go.
+// The epilogue of a GEMM: bias, scale, soft-cap, activation; and where the results go.
 #pragma once
 
 #include "activate.h"
@@ -39,7 +39,7 @@ static inline Best best_of(const Floats* results, int64_t first, int64_t width) 
 template <int64_t Vectors>
 static inline void write_results(const LinearArgs& args, int64_t first, int64_t row, const Floats* results) {
     constexpr int64_t span = Vectors * kLanes;
-    const int64_t width = smaller(span, args.weight.products() - first);
+    const int64_t width = smaller(span, args.weight.out_width() - first);
     if (args.best != nullptr) {
         args.best[row * args.weight.panels() + first / span] = best_of<Vectors>(results, first, width);
         return;
@@ -50,7 +50,7 @@ static inline void write_results(const LinearArgs& args, int64_t first, int64_t 
         store_rounded(args.y_tiles, row, first, values, width);
         return;
     }
-    float* const to = args.y + row * args.weight.products() + first;
+    float* const to = args.y + row * args.weight.out_width() + first;
     if (width < span) {
         for (int64_t i = 0; i < width; ++i) to[i] = args.add ? to[i] + values[i] : values[i];
     } else if (args.add) {

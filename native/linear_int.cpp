@@ -1,4 +1,4 @@
-// y = x W^T + b for weights of 8 or 4 bits. By vectors without AVX512-VNNI: pairs of 16-bit integers multiplied and added
+// y = x W^T + b for weights of 8 or 4 bits, by vectors without AVX512-VNNI: pairs of 16-bit integers multiplied and added
 // into 32 bits.
 //
 // Up to kBlockRows rows read the weights once, as they come from memory. More rows meet a piece of a panel that was
@@ -12,7 +12,7 @@ namespace {
 #if !defined(__AVX512VNNI__)
 constexpr int64_t kItemRows = 64;
 constexpr int64_t kPiece = 256;     // inputs at a time: with 15 bits by 7 their sum fits into 32 bits
-constexpr int64_t kAheadBytes = 12288;  // between what is read and what is asked of memory
+constexpr int64_t kPrefetchBytes = 12288;  // between what is read and what is prefetched
 constexpr int64_t kSerialItems = 32768;  // inputs that one thread rounds faster than it finds others to help
 constexpr int64_t kVectors = kTilePanel / kLanes;  // of sums of a panel; two are computed at a time
 constexpr int64_t kVectorBytes = kLanes * 4;
@@ -22,11 +22,11 @@ constexpr int64_t kBlockRows = 6;  // whose sums are held in registers
 constexpr int64_t kBlockRows = 3;
 #endif
 
-struct Job {
+struct LaunchArgs {
     const LinearArgs* args;
     ThreadPool* pool;
     int16_t* x;    // [rows][padded]
-    float* steps;  // [rows]
+    float* x_scales;  // [rows]
     int32_t* borders;
     int64_t padded, groups;
 };
@@ -96,8 +96,8 @@ void widen(const uint8_t* from, int64_t inputs, uint8_t* to) {
     }
 }
 
-// sums[r][v] = x[r] . weights of kLanes outputs, for all vectors of a panel, over `inputs` (a multiple of 8). Memory is
-// asked for what lies kAheadBytes ahead, where that is before `end`.
+// sums[r][v] = x[r] . weights of kLanes outputs, for all vectors of a panel, over `inputs` (a multiple of 8). Prefetches
+// kPrefetchBytes ahead, where that is before `end`.
 template <int R, class Source>
 void multiply(const int16_t* x, int64_t x_stride, const uint8_t* weights, int64_t inputs, const uint8_t* end,
               Ints sums[][kVectors]) {
@@ -106,9 +106,9 @@ void multiply(const int16_t* x, int64_t x_stride, const uint8_t* weights, int64_
         Ints acc[R][2][kChains] = {};
         const uint8_t* at = weights + first * Source::kStep;
         for (int64_t k = 0; k < inputs; k += 2 * kQuad, at += Source::kPairBytes) {
-            if (at + kAheadBytes < end) {
+            if (at + kPrefetchBytes < end) {
                 for (int64_t line = 0; line < 2 * Source::kStep * Source::kPairBytes / kIntegerBytes; line += 64) {
-                    __builtin_prefetch(at + kAheadBytes + line);
+                    __builtin_prefetch(at + kPrefetchBytes + line);
                 }
             }
             Shorts w[2][4];
@@ -174,15 +174,15 @@ void absorb(const Ints* sums, const float* scales, bool first, bool last, RowSta
 
 // One panel for up to kItemRows rows.
 template <class Source>
-void multiply_panel(const Job& job, int64_t panel, int64_t first_row, int64_t rows, const uint8_t* end,
+void multiply_panel(const LaunchArgs& launch, int64_t panel, int64_t first_row, int64_t rows, const uint8_t* end,
                     uint8_t* scratch) {
-    const Panels& weight = job.args->weight;
+    const Panels& weight = launch.args->weight;
     RowState* const states = reinterpret_cast<RowState*>(scratch);
     uint8_t* const widened = scratch + kItemRows * sizeof(RowState);
     for (int64_t r = 0; r < rows; ++r) __builtin_memset(states[r].y, 0, sizeof states[r].y);
     const uint8_t* at = static_cast<const uint8_t*>(weight.data) + panel * weight.panel_bytes();
     const bool streamed = rows <= kBlockRows;
-    for (int64_t group = 0; group < job.groups; ++group) {
+    for (int64_t group = 0; group < launch.groups; ++group) {
         const float* const scales = reinterpret_cast<const float*>(at);
         at += kScaleBytes;
         for (int64_t k = 0; k < weight.group; k += kPiece) {
@@ -190,12 +190,12 @@ void multiply_panel(const Job& job, int64_t panel, int64_t first_row, int64_t ro
             if (!streamed) widen<Source>(at, inputs, widened);
             for (int64_t r = 0; r < rows;) {
                 const int64_t blocks = (rows - r + kBlockRows - 1) / kBlockRows, now = (rows - r + blocks - 1) / blocks;
-                const int16_t* const x = job.x + (first_row + r) * job.padded + group * weight.group + k;
+                const int16_t* const x = launch.x + (first_row + r) * launch.padded + group * weight.group + k;
                 Ints sums[kBlockRows][kVectors];
                 if (streamed) {
-                    multiply_rows<Source>(now, x, job.padded, at, inputs, end, sums);
+                    multiply_rows<Source>(now, x, launch.padded, at, inputs, end, sums);
                 } else {
-                    multiply_rows<Widened>(now, x, job.padded, widened, inputs, widened, sums);
+                    multiply_rows<Widened>(now, x, launch.padded, widened, inputs, widened, sums);
                 }
                 for (int64_t i = 0; i < now; ++i) {
                     absorb(sums[i], scales, k == 0, k + inputs == weight.group, states[r + i]);
@@ -207,8 +207,8 @@ void multiply_panel(const Job& job, int64_t panel, int64_t first_row, int64_t ro
     }
     for (int64_t r = 0; r < rows; ++r) {
         float* const y = states[r].y;
-        for (int64_t i = 0; i < kTilePanel; i += kLanes) store(y + i, load(y + i) * job.steps[first_row + r]);
-        finish_row<kTilePanel>(*job.args, panel, first_row + r, y);
+        for (int64_t i = 0; i < kTilePanel; i += kLanes) store(y + i, load(y + i) * launch.x_scales[first_row + r]);
+        finish_row<kTilePanel>(*launch.args, panel, first_row + r, y);
     }
 }
 
@@ -217,30 +217,30 @@ constexpr size_t kScratchBytes = kItemRows * sizeof(RowState) + kPiece / (2 * kQ
 // A run of panels for one group of rows.
 template <class Source>
 void work(void* context, int64_t item, int worker) {
-    const Job& job = *static_cast<const Job*>(context);
-    const LinearArgs& args = *job.args;
-    uint8_t* const scratch = static_cast<uint8_t*>(job.pool->scratch(worker, kScratchBytes));
+    const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
+    const LinearArgs& args = *launch.args;
+    uint8_t* const scratch = static_cast<uint8_t*>(launch.pool->scratch(worker, kScratchBytes));
     const int64_t row_groups = (args.rows + kItemRows - 1) / kItemRows;
     const int64_t run = item / row_groups, first_row = item % row_groups * kItemRows;
-    const int64_t last = job.borders[run + 1];
+    const int64_t last = launch.borders[run + 1];
     const uint8_t* const end = static_cast<const uint8_t*>(args.weight.data) + last * args.weight.panel_bytes();
-    for (int64_t panel = job.borders[run]; panel < last; ++panel) {
-        multiply_panel<Source>(job, panel, first_row, smaller(kItemRows, args.rows - first_row), end, scratch);
+    for (int64_t panel = launch.borders[run]; panel < last; ++panel) {
+        multiply_panel<Source>(launch, panel, first_row, smaller(kItemRows, args.rows - first_row), end, scratch);
     }
 }
 
-void round_row(void* context, int64_t row, int) {
-    const Job& job = *static_cast<const Job*>(context);
-    const LinearArgs& args = *job.args;
+void quantize_activations(void* context, int64_t row, int) {
+    const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
+    const LinearArgs& args = *launch.args;
     const float* const x = args.x + row * args.x_stride;
-    const RoundedRow rounded = measure_row(x, args.weight.in, args.weight.levels);
-    job.steps[row] = rounded.step;
-    int16_t* const to = job.x + row * job.padded;
+    const QuantizedRow quantized = measure_row(x, args.weight.in, args.weight.levels);
+    launch.x_scales[row] = quantized.scale;
+    int16_t* const to = launch.x + row * launch.padded;
     typedef int16_t Narrow __attribute__((vector_size(kLanes * 2)));
-    for (int64_t i = 0; i < job.padded; i += kLanes) {
+    for (int64_t i = 0; i < launch.padded; i += kLanes) {
         Narrow q = {};
-        if (rounded.inverse != 0.0f && i < args.weight.in) {
-            q = __builtin_convertvector(round_to_ints(load_some(x + i, args.weight.in - i), rounded.inverse), Narrow);
+        if (quantized.inverse != 0.0f && i < args.weight.in) {
+            q = __builtin_convertvector(quantize_to_ints(load_some(x + i, args.weight.in - i), quantized.inverse), Narrow);
         }
         __builtin_memcpy(to + i, &q, sizeof q);
     }
@@ -267,7 +267,7 @@ void embed_row(void* context, int64_t item, int) {
 
 void linear_int(const LinearArgs& args, ThreadPool& pool) {
     if (args.rows == 0) return;
-#if QUIRE_MATRIX_UNIT
+#if QUIRE_AMX
     // Bytes go from memory into tiles as they are; few rows by 4-bit weights, which must be widened, are faster by vectors.
     const int64_t by_vectors = args.weight.bits == 8 ? 0 : byte_rows(args.weight);
     if (args.rows > by_vectors && args.weight.in > 0) return linear_int_tiles(args, pool);
@@ -275,26 +275,26 @@ void linear_int(const LinearArgs& args, ThreadPool& pool) {
 #if defined(__AVX512VNNI__)
     return linear_int_bytes(args, pool);
 #else
-    Job job{};
-    job.args = &args;
-    job.pool = &pool;
-    job.groups = args.weight.groups();
-    job.padded = job.groups * args.weight.group;
+    LaunchArgs launch{};
+    launch.args = &args;
+    launch.pool = &pool;
+    launch.groups = args.weight.groups();
+    launch.padded = launch.groups * args.weight.group;
     const int64_t panels = args.weight.panels();
-    const int64_t x_bytes = (args.rows * job.padded * 2 + 63) / 64 * 64;
+    const int64_t x_bytes = (args.rows * launch.padded * 2 + 63) / 64 * 64;
     uint8_t* const shared = static_cast<uint8_t*>(pool.shared_scratch(x_bytes + (args.rows + panels + 1) * 4));
     if (shared == nullptr || !pool.reserve(kScratchBytes)) return;
-    job.x = reinterpret_cast<int16_t*>(shared);
-    job.steps = reinterpret_cast<float*>(shared + x_bytes);
-    job.borders = reinterpret_cast<int32_t*>(job.steps + args.rows);
+    launch.x = reinterpret_cast<int16_t*>(shared);
+    launch.x_scales = reinterpret_cast<float*>(shared + x_bytes);
+    launch.borders = reinterpret_cast<int32_t*>(launch.x_scales + args.rows);
     if (args.rows * args.weight.in < kSerialItems) {
-        for (int64_t row = 0; row < args.rows; ++row) round_row(&job, row, 0);
+        for (int64_t row = 0; row < args.rows; ++row) quantize_activations(&launch, row, 0);
     } else {
-        pool.run(args.rows, round_row, &job);
+        pool.run(args.rows, quantize_activations, &launch);
     }
-    const int64_t runs = divide_panels(panels, args.rows <= kBlockRows ? panels : 1, 1, pool.threads(), job.borders);
+    const int64_t runs = divide_panels(panels, args.rows <= kBlockRows ? panels : 1, 1, pool.threads(), launch.borders);
     const int64_t row_groups = (args.rows + kItemRows - 1) / kItemRows;
-    pool.run(runs * row_groups, args.weight.bits == 4 ? work<FourBits> : work<EightBits>, &job);
+    pool.run(runs * row_groups, args.weight.bits == 4 ? work<FourBits> : work<EightBits>, &launch);
 #endif
 }
 

@@ -1,8 +1,8 @@
-// Products of integers: weights of 8 or 4 bits, inputs rounded to integers, each row by its largest.
+// GEMM of integers: weights of 8 or 4 bits, activations quantized dynamically per token (each row by its absmax).
 //
-// Sums of products are exact, so they have the same bits in any order: few rows and many, vectors and the matrix unit
-// may each do as suits them. What follows has one order: for each group of inputs, first to last,
-// y = fma(float(sum), scale, y), and at the end y * step of the row.
+// Integer sums are exact, so they have the same bits in any order: few rows and many, vectors and AMX may each do as suits
+// them. What follows has one order: for each group of inputs, first to last, y = fma(float(sum), scale, y), and at the end
+// y * activation scale of the row.
 #pragma once
 
 #include "linear_finish.h"
@@ -65,14 +65,13 @@ static inline Floats join(Ints high, Ints low, int shift) {
     return y;
 }
 
-// Integers of the inputs in [0, in), with their step: x = q * step. Zero up to `padded`. Everything is as the
-// definition says (`round_inputs` in src/quire/ops/reference.py).
-struct RoundedRow {
+// How the activations of a row are quantized: x = q * scale. Everything is as the definition says (`round_inputs` in src/quire/ops/reference.py).
+struct QuantizedRow {
     float inverse;  // 0: all zero
-    float step;     // NaN where an input is infinite or NaN
+    float scale;     // NaN where an input is infinite or NaN
 };
 
-static inline RoundedRow measure_row(const float* x, int64_t in, int32_t levels) {
+static inline QuantizedRow measure_row(const float* x, int64_t in, int32_t levels) {
     constexpr uint32_t magnitude = 0x7fffffffu, infinity = 0x7f800000u;
     Words top = {};  // of bits without sign: an order in which infinity and NaN are the largest
     int64_t i = 0;
@@ -96,7 +95,7 @@ static inline RoundedRow measure_row(const float* x, int64_t in, int32_t levels)
 }
 
 // rint(x * inverse): the sum with 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
-static inline Ints round_to_ints(Floats x, float inverse) {
+static inline Ints quantize_to_ints(Floats x, float inverse) {
     return (Ints)(as_words(x * inverse + 0x1.8p23f) - 0x4b400000u);
 }
 
@@ -108,7 +107,7 @@ static inline Floats load_some(const float* p, int64_t count) {
     return load(values);
 }
 
-// One group's sums of products of a row, for the 32 outputs of a panel, joined with what the groups before left.
+// One group's sums of a row, for the 32 outputs of a panel, scaled and added to what the groups before left.
 static inline void add_group(const float* scales, const Floats* sums, float* y) {
     for (int64_t v = 0; v < kTilePanel / kLanes; ++v) {
         float* const at = y + v * kLanes;
@@ -117,12 +116,12 @@ static inline void add_group(const float* scales, const Floats* sums, float* y) 
 }
 
 #if defined(__AVX512F__)
-// 16 integers as bytes in the order of weights: of two digits 256 high + low the high ones, and the low ones `apart` on.
-static inline void store_digits(Ints q, int64_t digits, int8_t* to, int64_t apart) {
+// 16 integers as bytes in the order of weights: of two byte planes 256 high + low the high one, and the low one `apart` on.
+static inline void store_planes(Ints q, int64_t planes, int8_t* to, int64_t apart) {
     const __m128i order = _mm_set_epi8(15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
-    const Ints high = digits == 1 ? q : (q + 128) >> 8;
+    const Ints high = planes == 1 ? q : (q + 128) >> 8;
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)high), order));
-    if (digits == 1) return;
+    if (planes == 1) return;
     const __m128i low = _mm512_cvtepi32_epi8((__m512i)(q - (high << 8)));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + apart), _mm_shuffle_epi8(low, order));
 }
@@ -135,7 +134,7 @@ void embed_int(const EmbedArgs& args, ThreadPool& pool);
 static inline int64_t byte_rows(const Panels& weight) { return weight.levels > 127 ? 4 : 6; }
 void linear_int_bytes(const LinearArgs& args, ThreadPool& pool);
 #endif
-#if QUIRE_MATRIX_UNIT
+#if QUIRE_AMX
 void linear_int_tiles(const LinearArgs& args, ThreadPool& pool);
 #endif
 

@@ -1,7 +1,8 @@
-// Results of a block of rows by one panel of tiles, a row at a time, written beside the products of the next block.
+// Epilogues that are interleaved with the GEMM: results of a block of rows by one panel of tiles, a row at a time, are
+// written between the tile instructions of the next block.
 //
 // Written so that a compiler keeps where they go in registers: a row finished by a call, which computes its address anew,
-// made the products of 256 rows take 1.13 to 1.2 times as long (docs/design/amx.md).
+// made the GEMM of 256 rows take 1.13 to 1.2 times as long (docs/design/amx.md).
 #pragma once
 
 #include "linear_finish.h"
@@ -42,7 +43,7 @@ template <bool Add>
 class PlainResults {
 public:
     explicit PlainResults(const LinearArgs& args)
-        : y_(args.y), all_bias_(args.weight.bias), stride_(args.weight.products()),
+        : y_(args.y), all_bias_(args.weight.bias), stride_(args.weight.out_width()),
           far_(args.rows * stride_ * int64_t{sizeof(float)} > kStaysBytes) {}
 
     void begin(int64_t panel, int64_t row, int64_t end, const float* sums) {
@@ -71,12 +72,12 @@ public:
     }
 
 private:
-    static constexpr int64_t kStaysBytes = 1 << 21;  // of y: up to here it is in the second cache, or may be
+    static constexpr int64_t kStaysBytes = 1 << 21;  // of y: up to here it is in the L2, or may be
 
     float* y_;
     const float* all_bias_;
     int64_t stride_, left_ = 0;
-    bool far_;  // the rows of the next block are asked for
+    bool far_;  // the rows of the next block are prefetched
     float* to_ = nullptr;
     const float *bias_ = nullptr, *sums_ = nullptr;
 };
@@ -123,8 +124,8 @@ private:
 // Calls `use` with the class that writes the results of `args`.
 template <class Use>
 static inline void with_results(const LinearArgs& args, Use use) {
-#if QUIRE_MATRIX_UNIT
-    const bool whole = args.weight.products() % kTilePanel == 0;  // no panel is partly padding, nor a row's last chunk
+#if QUIRE_AMX
+    const bool whole = args.weight.out_width() % kTilePanel == 0;  // no panel is partly padding, nor a row's last chunk
     if (whole && args.best == nullptr && args.scale == 1.0f && args.softcap == 0.0f) {
         if (!args.weight.gated && args.y != nullptr) {
             return args.add ? use(PlainResults<true>(args)) : use(PlainResults<false>(args));

@@ -1,9 +1,8 @@
-// y = x W^T + b by the matrix unit (AMX), or by vectors of pairs (AVX512-BF16): x rounded to bfloat16, products exact, sums
-// float32.
+// y = x W^T + b by AMX, or by vectors of pairs (AVX512-BF16): x rounded to bfloat16, accumulated in float32.
 //
-// An output is one chain of products over chunks of 32 inputs, from the first to the last. The rows of a tile are treated
-// alike, so a row's sums have the same bits in any row of a tile and beside any others; where
-// `in` is cut into pieces to stay in the cache, the partial sums wait as float32. docs/design/amx.md
+// An output is one chain of tile multiplications over chunks of 32 inputs, from the first to the last. The rows of a tile
+// are treated alike, so a row's sums have the same bits in any row of a tile and beside any others; where `in` is cut into
+// pieces to stay in the cache, the partial sums wait as float32. docs/design/amx.md
 #include "linear_tiles.h"
 
 #if QUIRE_TILES
@@ -19,7 +18,7 @@ constexpr int64_t kTileItems = kTileSide * kTileDepth;    // bfloat16 in a tile
 constexpr int64_t kChunkItems = kTilePanel * kTileDepth;  // weights of a panel for one chunk of inputs
 constexpr int64_t kChunkLines = kChunkItems * 2 / 64;
 constexpr int64_t kStreamedRows = 2 * kTileSide;  // up to here each weight is used once and memory is the limit
-constexpr int64_t kAheadItems = 4096;             // weights between what is read and what is asked of memory
+constexpr int64_t kPrefetchItems = 4096;          // weights between what is read and what is prefetched
 constexpr int64_t kRoundedChunks = 8;
 constexpr int64_t kSerialItems = 32768;  // inputs that one thread rounds faster than it finds others to help
 // Above kStreamedRows a group of rows meets a piece of a panel at a time.
@@ -32,7 +31,7 @@ constexpr int64_t kPassedPanels = 16;
 constexpr int64_t kPassingRows = 256;
 constexpr int64_t kBlockSums = kTileSide * kTilePanel;
 
-struct Job {
+struct LaunchArgs {
     const LinearArgs* args;
     ThreadPool* pool;
     const uint16_t* x;   // TileRows
@@ -52,24 +51,24 @@ struct Job {
 // One block of rows as tiles; rows and inputs that do not exist are zero. A few chunks of all rows at a time, so that
 // tiles leave the cache complete.
 void round_block(void* context, int64_t block, int) {
-    const Job& job = *static_cast<const Job*>(context);
-    const LinearArgs& args = *job.args;
-    for (int64_t first = 0; first < job.chunks; first += kRoundedChunks) {
-        const int64_t last = smaller(job.chunks, first + kRoundedChunks);
-        for (int64_t r = 0; r < job.tile_rows; ++r) {
+    const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
+    const LinearArgs& args = *launch.args;
+    for (int64_t first = 0; first < launch.chunks; first += kRoundedChunks) {
+        const int64_t last = smaller(launch.chunks, first + kRoundedChunks);
+        for (int64_t r = 0; r < launch.tile_rows; ++r) {
             const int64_t row = block * kTileSide + r;
             for (int64_t chunk = first; chunk < last; ++chunk) {
                 const int64_t inputs = row < args.rows ? args.weight.in - chunk * kTileDepth : 0;
                 const float* from = inputs > 0 ? args.x + row * args.x_stride + chunk * kTileDepth : args.x;
-                round_chunk(from, inputs, job.rounded.at(block * kTileSide + r, chunk));
+                round_chunk(from, inputs, launch.rounded.at(block * kTileSide + r, chunk));
             }
         }
     }
 }
 
-// Memory that is asked for, some lines with each chunk, to the second cache: the first has too few requests on their way to
-// keep memory busy.
-struct Ahead {
+// Memory that is prefetched, some lines with each chunk, into the L2: the L1 has too few requests on their way to keep
+// memory busy.
+struct Prefetcher {
     const char *at, *end;
     int64_t lines;
 
@@ -80,12 +79,12 @@ struct Ahead {
     }
 };
 
-// What vectors do while the matrix unit works, some of it in each chunk: ask for weights that will be read soon, and write
-// the results of the rows before. A product works on a copy, so that it lies in registers.
+// What is interleaved with the GEMM, some of it in each chunk: the prefetch of weights that will be read soon, and the
+// epilogue of the rows before. A GEMM tile works on a copy, so that it lies in registers.
 template <class Results>
-struct Beside {
+struct Interleaved {
     Results results;
-    Ahead weights, x{nullptr, nullptr, 0};
+    Prefetcher weights, x{nullptr, nullptr, 0};
 
     inline void fetch() {
         weights.step();
@@ -93,16 +92,16 @@ struct Beside {
     }
 };
 
-// Part of a product: a block of rows by a panel over some chunks of inputs.
-struct Piece {
+// A block of rows by a panel over some chunks of inputs.
+struct GemmTile {
     const uint16_t *x, *weights;
     int64_t chunks, x_items;
-    float* sums;  // [16][32], or [32][32] of both blocks; nobody needs what they held once `beside.results` are finished
+    float* sums;  // [16][32], or [32][32] of both blocks; free once `interleaved.results` are finished
     bool fresh;   // else added to what sums holds
-    int64_t rows;  // that exist; the matrix unit computes its whole tile
+    int64_t rows;  // that exist; AMX computes the whole tile
 };
 
-#if QUIRE_MATRIX_UNIT
+#if QUIRE_AMX
 // Tiles 0 and 1 hold sums (a block of rows by two of outputs), 2 rows of x, 3 weights; of a second block 4 and 5, 6, 7.
 void configure(int64_t rows) {
     TileConfig config;
@@ -114,18 +113,18 @@ void release() { _tile_release(); }
 
 // x that passes by once for each piece of weights should not displace them.
 template <bool Streams, class Results>
-void multiply(const Piece& piece, Beside<Results>& outer) {
+void multiply(const GemmTile& tile, Interleaved<Results>& outer) {
     constexpr int64_t bytes = kTilePanel * 4;
-    Beside<Results> beside = outer;
-    if (piece.fresh) {
+    Interleaved<Results> interleaved = outer;
+    if (tile.fresh) {
         _tile_zero(0);
         _tile_zero(1);
     } else {
-        _tile_loadd(0, piece.sums, bytes);
-        _tile_loadd(1, piece.sums + kTileSide, bytes);
+        _tile_loadd(0, tile.sums, bytes);
+        _tile_loadd(1, tile.sums + kTileSide, bytes);
     }
-    const uint16_t *x = piece.x, *weights = piece.weights;
-    for (int64_t chunk = 0; chunk < piece.chunks; ++chunk, x += piece.x_items, weights += kChunkItems) {
+    const uint16_t *x = tile.x, *weights = tile.weights;
+    for (int64_t chunk = 0; chunk < tile.chunks; ++chunk, x += tile.x_items, weights += kChunkItems) {
         _tile_loadd(3, weights, 64);
         if constexpr (Streams) {
             _tile_loadd(2, x, 64);
@@ -133,49 +132,49 @@ void multiply(const Piece& piece, Beside<Results>& outer) {
             _tile_stream_loadd(2, x, 64);
         }
         _tile_dpbf16ps(0, 2, 3);
-        beside.fetch();
+        interleaved.fetch();
         _tile_loadd(3, weights + kTileItems, 64);
         _tile_dpbf16ps(1, 2, 3);
-        beside.results.step();
+        interleaved.results.step();
     }
-    beside.results.finish();
-    outer = beside;
-    _tile_stored(0, piece.sums, bytes);
-    _tile_stored(1, piece.sums + kTileSide, bytes);
+    interleaved.results.finish();
+    outer = interleaved;
+    _tile_stored(0, tile.sums, bytes);
+    _tile_stored(1, tile.sums + kTileSide, bytes);
 }
 
 // Two blocks of rows, all chunks of inputs: each weight is loaded once. A tile is zeroed after its last use, which frees its
 // register.
 template <class Results>
-void multiply_both(const Piece& piece, Beside<Results>& outer) {
+void multiply_both(const GemmTile& tile, Interleaved<Results>& outer) {
     constexpr int64_t bytes = kTilePanel * 4;
-    Beside<Results> beside = outer;
-    const uint16_t *x = piece.x, *weights = piece.weights;
-    const uint16_t* second = x + piece.chunks * piece.x_items;
-    for (int64_t chunk = 0; chunk < piece.chunks; ++chunk, x += piece.x_items, second += piece.x_items) {
+    Interleaved<Results> interleaved = outer;
+    const uint16_t *x = tile.x, *weights = tile.weights;
+    const uint16_t* second = x + tile.chunks * tile.x_items;
+    for (int64_t chunk = 0; chunk < tile.chunks; ++chunk, x += tile.x_items, second += tile.x_items) {
         _tile_loadd(3, weights, 64);
         _tile_loadd(2, x, 64);
         _tile_dpbf16ps(0, 2, 3);
         _tile_loadd(6, second, 64);
         _tile_dpbf16ps(4, 6, 3);
         _tile_zero(3);
-        beside.fetch();
+        interleaved.fetch();
         _tile_loadd(7, weights + kTileItems, 64);
         _tile_dpbf16ps(1, 2, 7);
         _tile_zero(2);
         _tile_dpbf16ps(5, 6, 7);
         _tile_zero(6);
         _tile_zero(7);
-        beside.results.step();
-        beside.results.step();
+        interleaved.results.step();
+        interleaved.results.step();
         weights += kChunkItems;
     }
-    beside.results.finish();
-    outer = beside;
-    _tile_stored(0, piece.sums, bytes);
-    _tile_stored(1, piece.sums + kTileSide, bytes);
-    _tile_stored(4, piece.sums + kBlockSums, bytes);
-    _tile_stored(5, piece.sums + kBlockSums + kTileSide, bytes);
+    interleaved.results.finish();
+    outer = interleaved;
+    _tile_stored(0, tile.sums, bytes);
+    _tile_stored(1, tile.sums + kTileSide, bytes);
+    _tile_stored(4, tile.sums + kBlockSums, bytes);
+    _tile_stored(5, tile.sums + kBlockSums + kTileSide, bytes);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(4);
@@ -187,16 +186,16 @@ void release() {}
 
 // Rows [first, first + R) of a block. A pair of inputs is added at a time, the same for any R.
 template <int R>
-void multiply_rows(const Piece& piece, int64_t first, Beside<AnyResults>* beside) {
+void multiply_rows(const GemmTile& tile, int64_t first, Interleaved<AnyResults>* interleaved) {
     __m512 acc[R][2];
-    float* const sums = piece.sums + first * kTilePanel;
+    float* const sums = tile.sums + first * kTilePanel;
     for (int r = 0; r < R; ++r) {
         for (int v = 0; v < 2; ++v) {
-            acc[r][v] = piece.fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * kTilePanel + v * kTileSide);
+            acc[r][v] = tile.fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(sums + r * kTilePanel + v * kTileSide);
         }
     }
-    const uint16_t *x = piece.x + first * kTileDepth, *weights = piece.weights;
-    for (int64_t chunk = 0; chunk < piece.chunks; ++chunk, x += piece.x_items, weights += kChunkItems) {
+    const uint16_t *x = tile.x + first * kTileDepth, *weights = tile.weights;
+    for (int64_t chunk = 0; chunk < tile.chunks; ++chunk, x += tile.x_items, weights += kChunkItems) {
         for (int64_t pair = 0; pair < kTileDepth; pair += 2) {
             const __m512bh left = (__m512bh)_mm512_loadu_si512(weights + pair * kTileSide);
             const __m512bh right = (__m512bh)_mm512_loadu_si512(weights + kTileItems + pair * kTileSide);
@@ -208,45 +207,45 @@ void multiply_rows(const Piece& piece, int64_t first, Beside<AnyResults>* beside
                 acc[r][1] = _mm512_dpbf16_ps(acc[r][1], right, inputs);
             }
         }
-        if (beside != nullptr) {
-            beside->fetch();
-            beside->results.step();
+        if (interleaved != nullptr) {
+            interleaved->fetch();
+            interleaved->results.step();
         }
     }
-    if (beside != nullptr) beside->results.finish();
+    if (interleaved != nullptr) interleaved->results.finish();
     for (int r = 0; r < R; ++r) {
         for (int v = 0; v < 2; ++v) _mm512_storeu_ps(sums + r * kTilePanel + v * kTileSide, acc[r][v]);
     }
 }
 
 template <bool Streams>
-void multiply(const Piece& piece, Beside<AnyResults>& beside) {
+void multiply(const GemmTile& tile, Interleaved<AnyResults>& interleaved) {
     constexpr int64_t most = 8;  // rows whose sums are held in registers
-    for (int64_t row = 0; row < piece.rows;) {
-        const int64_t blocks = (piece.rows - row + most - 1) / most, now = (piece.rows - row + blocks - 1) / blocks;
-        Beside<AnyResults>* const once = row == 0 ? &beside : nullptr;
+    for (int64_t row = 0; row < tile.rows;) {
+        const int64_t blocks = (tile.rows - row + most - 1) / most, now = (tile.rows - row + blocks - 1) / blocks;
+        Interleaved<AnyResults>* const once = row == 0 ? &interleaved : nullptr;
         switch (now) {
-            case 1: multiply_rows<1>(piece, row, once); break;
-            case 2: multiply_rows<2>(piece, row, once); break;
-            case 3: multiply_rows<3>(piece, row, once); break;
-            case 4: multiply_rows<4>(piece, row, once); break;
-            case 5: multiply_rows<5>(piece, row, once); break;
-            case 6: multiply_rows<6>(piece, row, once); break;
-            case 7: multiply_rows<7>(piece, row, once); break;
-            default: multiply_rows<8>(piece, row, once); break;
+            case 1: multiply_rows<1>(tile, row, once); break;
+            case 2: multiply_rows<2>(tile, row, once); break;
+            case 3: multiply_rows<3>(tile, row, once); break;
+            case 4: multiply_rows<4>(tile, row, once); break;
+            case 5: multiply_rows<5>(tile, row, once); break;
+            case 6: multiply_rows<6>(tile, row, once); break;
+            case 7: multiply_rows<7>(tile, row, once); break;
+            default: multiply_rows<8>(tile, row, once); break;
         }
         row += now;
     }
 }
 
-void multiply_both(const Piece& piece, Beside<AnyResults>& beside) {
-    Piece block = piece;
+void multiply_both(const GemmTile& tile, Interleaved<AnyResults>& interleaved) {
+    GemmTile block = tile;
     block.rows = kTileSide;
-    multiply<true>(block, beside);
-    block.x += piece.chunks * piece.x_items;
+    multiply<true>(block, interleaved);
+    block.x += tile.chunks * tile.x_items;
     block.sums += kBlockSums;
-    block.rows = piece.rows - kTileSide;
-    Beside<AnyResults> nothing = beside;
+    block.rows = tile.rows - kTileSide;
+    Interleaved<AnyResults> nothing = interleaved;
     nothing.weights.at = nothing.weights.end;
     multiply<true>(block, nothing);
 }
@@ -256,73 +255,73 @@ void multiply_both(const Piece& piece, Beside<AnyResults>& beside) {
 // thread reads on there.
 template <class Results>
 void stream_item(void* context, int64_t item, int worker) {
-    const Job& job = *static_cast<const Job*>(context);
-    const LinearArgs& args = *job.args;
-    const int64_t first = job.borders[item], last = job.borders[item + 1];
-    Piece piece{job.x, nullptr, job.chunks, job.tile_rows * kTileDepth, nullptr, true, args.rows};
-    piece.sums = static_cast<float*>(job.pool->scratch(worker, kStreamedRows * kTilePanel * sizeof(float)));
-    Beside<Results> beside{Results(args),
-                           {reinterpret_cast<const char*>(job.weights(first, 0) + kAheadItems),
-                            reinterpret_cast<const char*>(job.weights(last, 0)), kChunkLines}};
-    configure(job.tile_rows);
+    const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
+    const LinearArgs& args = *launch.args;
+    const int64_t first = launch.borders[item], last = launch.borders[item + 1];
+    GemmTile tile{launch.x, nullptr, launch.chunks, launch.tile_rows * kTileDepth, nullptr, true, args.rows};
+    tile.sums = static_cast<float*>(launch.pool->scratch(worker, kStreamedRows * kTilePanel * sizeof(float)));
+    Interleaved<Results> interleaved{Results(args),
+                                     {reinterpret_cast<const char*>(launch.weights(first, 0) + kPrefetchItems),
+                                      reinterpret_cast<const char*>(launch.weights(last, 0)), kChunkLines}};
+    configure(launch.tile_rows);
     for (int64_t panel = first; panel < last; ++panel) {
-        piece.weights = job.weights(panel, 0);
-        args.rows > kTileSide ? multiply_both(piece, beside) : multiply<true>(piece, beside);
-        beside.results.begin(panel, 0, args.rows, piece.sums);
+        tile.weights = launch.weights(panel, 0);
+        args.rows > kTileSide ? multiply_both(tile, interleaved) : multiply<true>(tile, interleaved);
+        interleaved.results.begin(panel, 0, args.rows, tile.sums);
     }
     release();
-    beside.results.finish();
+    interleaved.results.finish();
 }
 
 // A run of panels for one group of rows: `together` panels at a time, for each piece of `in`, for each of the panels, all
 // rows. Where x stays in the cache one panel is complete before the next.
 template <class Results>
 void block_item(void* context, int64_t item, int worker) {
-    const Job& job = *static_cast<const Job*>(context);
-    const LinearArgs& args = *job.args;
-    const int64_t first_panel = job.borders[item / job.groups], last_panel = job.borders[item / job.groups + 1];
-    const int64_t first_row = item % job.groups * job.group_rows;
-    const int64_t end_row = smaller(first_row + job.group_rows, args.rows);
+    const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
+    const LinearArgs& args = *launch.args;
+    const int64_t first_panel = launch.borders[item / launch.groups], last_panel = launch.borders[item / launch.groups + 1];
+    const int64_t first_row = item % launch.groups * launch.group_rows;
+    const int64_t end_row = smaller(first_row + launch.group_rows, args.rows);
     const int64_t blocks = (end_row - first_row + kTileSide - 1) / kTileSide;
-    const int64_t together = job.resident ? 1 : last_panel - first_panel;
+    const int64_t together = launch.resident ? 1 : last_panel - first_panel;
     const size_t sums_bytes = together * blocks * kBlockSums * sizeof(float);
-    float* const sums = static_cast<float*>(job.pool->scratch(worker, sums_bytes));
-    Beside<Results> beside{Results(args), {nullptr, nullptr, (kChunkLines + blocks - 1) / blocks}};
+    float* const sums = static_cast<float*>(launch.pool->scratch(worker, sums_bytes));
+    Interleaved<Results> interleaved{Results(args), {nullptr, nullptr, (kChunkLines + blocks - 1) / blocks}};
     const int64_t tile_bytes = kTileItems * 2, x_lines = (tile_bytes / 64 + together - 1) / together;
     configure(kTileSide);
     for (int64_t start = first_panel; start < last_panel; start += together) {
-        for (int64_t step = 0; step < job.pieces * together; ++step) {
+        for (int64_t step = 0; step < launch.pieces * together; ++step) {
             const int64_t part = step / together, panel = start + step % together;
-            const int64_t chunk = part * job.chunks / job.pieces;
-            const int64_t chunks = (part + 1) * job.chunks / job.pieces - chunk;
-            const bool done = step + 1 == job.pieces * together, none = done && start + together >= last_panel;
-            const uint16_t* const next = done ? job.weights(none ? panel : start + together, 0)
-                                              : job.weights(start + (step + 1) % together,
-                                                            (step + 1) / together * job.chunks / job.pieces);
-            beside.weights.at = reinterpret_cast<const char*>(next);
-            beside.weights.end = reinterpret_cast<const char*>(none ? next : next + chunks * kChunkItems);
-            const bool more = !job.resident && part + 1 < job.pieces;
+            const int64_t chunk = part * launch.chunks / launch.pieces;
+            const int64_t chunks = (part + 1) * launch.chunks / launch.pieces - chunk;
+            const bool done = step + 1 == launch.pieces * together, none = done && start + together >= last_panel;
+            const uint16_t* const next = done ? launch.weights(none ? panel : start + together, 0)
+                                              : launch.weights(start + (step + 1) % together,
+                                                            (step + 1) / together * launch.chunks / launch.pieces);
+            interleaved.weights.at = reinterpret_cast<const char*>(next);
+            interleaved.weights.end = reinterpret_cast<const char*>(none ? next : next + chunks * kChunkItems);
+            const bool more = !launch.resident && part + 1 < launch.pieces;
             for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t row = first_row + block * kTileSide;
-                const int64_t slot = job.pieces == 1 ? 0 : step % together * blocks + block;
-                const uint16_t* const x = job.x + (row * job.chunks + chunk * kTileSide) * kTileDepth;
-                const Piece piece{x, job.weights(panel, chunk), chunks, kTileItems, sums + slot * kBlockSums,
+                const int64_t slot = launch.pieces == 1 ? 0 : step % together * blocks + block;
+                const uint16_t* const x = launch.x + (row * launch.chunks + chunk * kTileSide) * kTileDepth;
+                const GemmTile tile{x, launch.weights(panel, chunk), chunks, kTileItems, sums + slot * kBlockSums,
                                   part == 0, smaller(kTileSide, end_row - row)};
                 if (more) {  // a share of the block's next piece of x
                     const char* const coming = reinterpret_cast<const char*>(x + chunks * kTileItems);
-                    beside.x.at = coming + step % together * chunks * x_lines * 64;
-                    beside.x.end = coming + chunks * tile_bytes;
-                    beside.x.lines = x_lines;
+                    interleaved.x.at = coming + step % together * chunks * x_lines * 64;
+                    interleaved.x.end = coming + chunks * tile_bytes;
+                    interleaved.x.lines = x_lines;
                 }
-                multiply<false>(piece, beside);
-                if (part + 1 == job.pieces) {
-                    beside.results.begin(panel, row, smaller(row + kTileSide, end_row), piece.sums);
+                multiply<false>(tile, interleaved);
+                if (part + 1 == launch.pieces) {
+                    interleaved.results.begin(panel, row, smaller(row + kTileSide, end_row), tile.sums);
                 }
             }
         }
     }
     release();
-    beside.results.finish();
+    interleaved.results.finish();
 }
 
 void embed_row(void* context, int64_t item, int) {
@@ -344,39 +343,39 @@ void linear_tiles(const LinearArgs& args, ThreadPool& pool) {
     if (args.rows == 0) return;
     const bool streamed = args.rows <= kStreamedRows;
     const int64_t panels = args.weight.panels();
-    Job job{};
-    job.args = &args;
-    job.pool = &pool;
-    job.chunks = (args.weight.in + kTileDepth - 1) / kTileDepth;
-    job.tile_rows = smaller(args.rows, kTileSide);
-    job.pieces = larger(1, (job.chunks + kPieceChunks - 1) / kPieceChunks);
-    const int64_t resident_rows = kGroupItems / larger(1, job.chunks * kTileDepth) / kStreamedRows * kStreamedRows;
-    job.resident = resident_rows >= smaller(args.rows, kGroupRows / 2);
-    job.group_rows = job.resident ? smaller(kGroupRows, resident_rows) : kPassingRows;
-    if (streamed) job.group_rows = kStreamedRows;
-    job.groups = (args.rows + job.group_rows - 1) / job.group_rows;
+    LaunchArgs launch{};
+    launch.args = &args;
+    launch.pool = &pool;
+    launch.chunks = (args.weight.in + kTileDepth - 1) / kTileDepth;
+    launch.tile_rows = smaller(args.rows, kTileSide);
+    launch.pieces = larger(1, (launch.chunks + kPieceChunks - 1) / kPieceChunks);
+    const int64_t resident_rows = kGroupItems / larger(1, launch.chunks * kTileDepth) / kStreamedRows * kStreamedRows;
+    launch.resident = resident_rows >= smaller(args.rows, kGroupRows / 2);
+    launch.group_rows = launch.resident ? smaller(kGroupRows, resident_rows) : kPassingRows;
+    if (streamed) launch.group_rows = kStreamedRows;
+    launch.groups = (args.rows + launch.group_rows - 1) / launch.group_rows;
 
-    job.rounded = TileRows{nullptr, args.x == nullptr ? 0 : args.rows, args.weight.in};
-    const bool stays = streamed || (job.resident && job.groups == 1);
-    const int64_t longest = stays ? panels : job.resident ? kRunPanels : kPassedPanels;
-    const int64_t together = job.resident ? 1 : smaller(longest, panels);  // most panels whose sums an item keeps
-    const int64_t group_blocks = (smaller(job.group_rows, args.rows) + kTileSide - 1) / kTileSide;
+    launch.rounded = TileRows{nullptr, args.x == nullptr ? 0 : args.rows, args.weight.in};
+    const bool stays = streamed || (launch.resident && launch.groups == 1);
+    const int64_t longest = stays ? panels : launch.resident ? kRunPanels : kPassedPanels;
+    const int64_t together = launch.resident ? 1 : smaller(longest, panels);  // most panels whose sums an item keeps
+    const int64_t group_blocks = (smaller(launch.group_rows, args.rows) + kTileSide - 1) / kTileSide;
     const int64_t sums = streamed ? kStreamedRows * kTilePanel : together * group_blocks * kBlockSums;
-    void* const memory = pool.shared_scratch(job.rounded.bytes() + (panels + 1) * sizeof(int32_t));
+    void* const memory = pool.shared_scratch(launch.rounded.bytes() + (panels + 1) * sizeof(int32_t));
     if (memory == nullptr || !pool.reserve(sums * sizeof(float))) return;
-    job.rounded.data = static_cast<uint16_t*>(memory);
-    job.borders = reinterpret_cast<int32_t*>(job.rounded.data + job.rounded.bytes() / 2);
-    job.x = args.x == nullptr ? args.x_tiles.data : job.rounded.data;
-    const int64_t blocks = job.rounded.blocks();
+    launch.rounded.data = static_cast<uint16_t*>(memory);
+    launch.borders = reinterpret_cast<int32_t*>(launch.rounded.data + launch.rounded.bytes() / 2);
+    launch.x = args.x == nullptr ? args.x_tiles.data : launch.rounded.data;
+    const int64_t blocks = launch.rounded.blocks();
     if (args.rows * args.weight.in < kSerialItems) {
-        for (int64_t block = 0; block < blocks; ++block) round_block(&job, block, 0);
+        for (int64_t block = 0; block < blocks; ++block) round_block(&launch, block, 0);
     } else {
-        pool.run(blocks, round_block, &job);
+        pool.run(blocks, round_block, &launch);
     }
-    const int64_t runs = divide_panels(panels, longest, job.groups, pool.threads(), job.borders);
+    const int64_t runs = divide_panels(panels, longest, launch.groups, pool.threads(), launch.borders);
     with_results(args, [&](auto results) {
         using Results = decltype(results);
-        pool.run(runs * job.groups, streamed ? stream_item<Results> : block_item<Results>, &job);
+        pool.run(runs * launch.groups, streamed ? stream_item<Results> : block_item<Results>, &launch);
     });
 }
 

@@ -1,4 +1,4 @@
-// Products of bfloat16, weights in tiles: by the matrix unit where the instruction set of this file has one, else by vectors.
+// GEMM of bfloat16, weights in tiles: by AMX where the instruction set of this file has it, else by vectors.
 #pragma once
 
 #include "kernels.h"
@@ -9,9 +9,9 @@
 #define QUIRE_TILES 0
 #endif
 #if defined(__AMX_TILE__) && QUIRE_TILES
-#define QUIRE_MATRIX_UNIT 1
+#define QUIRE_AMX 1
 #else
-#define QUIRE_MATRIX_UNIT 0
+#define QUIRE_AMX 0
 #endif
 
 namespace quire::QUIRE_ISA {

@@ -10,18 +10,18 @@ namespace {
 constexpr int64_t kSumStep = 2048;  // float32 sums of this many terms are added up in float64
 
 float log_sum_exp(const float* x, int64_t size) {
-    const float top = largest(x, size);
-    double total = 0.0;
+    const float m = largest(x, size);
+    double l = 0.0;
     for (int64_t step = 0; step < size; step += kSumStep) {
         const int64_t end = smaller(size, step + kSumStep);
         Floats sum{};
         int64_t i = step;
-        for (; i + kLanes <= end; i += kLanes) sum = sum + exp(load(x + i) - top);
+        for (; i + kLanes <= end; i += kLanes) sum = sum + exp(load(x + i) - m);
         float rest[kLanes];
-        for (int j = 0; j < kLanes; ++j) rest[j] = i + j < end ? x[i + j] - top : -__builtin_inff();
-        total += sum_lanes(sum + exp(load(rest)));
+        for (int j = 0; j < kLanes; ++j) rest[j] = i + j < end ? x[i + j] - m : -__builtin_inff();
+        l += sum_lanes(sum + exp(load(rest)));
     }
-    return top + static_cast<float>(::log(total));
+    return m + static_cast<float>(::log(l));
 }
 
 int32_t rank_of(const float* x, int64_t size, float value) {
@@ -120,23 +120,23 @@ void work(void* context, int64_t row, int worker) {
 void check_row(void* context, int64_t row, int) {
     const FiniteArgs& args = *static_cast<const FiniteArgs*>(context);
     const float* x = args.logits + row * args.stride;
-    Ints broken_lanes{}, any_lanes{};
+    Ints nonfinite_lanes{}, any_lanes{};
     int64_t i = 0;
     for (; i + kLanes <= args.vocabulary; i += kLanes) {
         const Floats v = load(x + i);
-        broken_lanes |= ~(Ints)(v < __builtin_inff());
+        nonfinite_lanes |= ~(Ints)(v < __builtin_inff());
         any_lanes |= (Ints)(v > -__builtin_inff());
     }
-    bool broken = false, any = false;
+    bool nonfinite = false, any = false;
     for (int lane = 0; lane < kLanes; ++lane) {
-        broken |= broken_lanes[lane] != 0;
+        nonfinite |= nonfinite_lanes[lane] != 0;
         any |= any_lanes[lane] != 0;
     }
     for (; i < args.vocabulary; ++i) {
-        broken |= !(x[i] < __builtin_inff());
+        nonfinite |= !(x[i] < __builtin_inff());
         any |= x[i] > -__builtin_inff();
     }
-    args.finite[row] = any && !broken;
+    args.finite[row] = any && !nonfinite;
 }
 
 }  // namespace

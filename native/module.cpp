@@ -17,7 +17,7 @@ namespace quire {
 
 namespace {
 
-// A two-dimensional argument: float32, or rows of bfloat16 for the matrix unit.
+// A two-dimensional argument: float32, or rows of bfloat16 in the order of AMX tiles.
 struct Rows {
     Rows(nb::handle object, const char* name, bool writable) {
         if (const TileBuffer* buffer; nb::try_cast(object, buffer) && buffer != nullptr) {
@@ -87,7 +87,7 @@ public:
         return pack_array<uint16_t>(weight, bias, storage, gated, rounding);
     }
 
-    // What was done: bytes of `data` read, or multiplications and additions; 0 where the unit is missing.
+    // What was done: bytes of `data` read, or multiplications and additions; 0 where the instructions are missing.
     int64_t probe(const std::string& kind, nb::handle data_) {
         Array<uint8_t, 1> data(data_, "data");
         const char* const names[] = {"read", "float32", "bfloat16", "int8", "bfloat16_four_tiles", "int8_four_tiles"};
@@ -349,7 +349,7 @@ private:
         Rows x(x_, "x", false), y(y_, "y", true);
         require_packed_here(packed);
         require(x.width == packed.in, "linear: the width of x is not the weight's");
-        require(y.rows == x.rows && y.width == packed.products(), "linear: y has the wrong shape");
+        require(y.rows == x.rows && y.width == packed.out_width(), "linear: y has the wrong shape");
         require(x.floats != nullptr || packed.layout == Layout::tiles, "linear: the weight is not one of tiles");
         require(y.floats != nullptr || !args.add, "linear: tiles of bfloat16 are not added to");
         args.x = x.floats;
@@ -412,9 +412,9 @@ private:
     void require_packed_here(const PackedLinear& packed) const { quire::require_packed_here(*kernels_, packed); }
 
     ThreadPool pool_;
-    Arena arena_;  // whoever holds the pool uses it
+    Arena arena_;  // used by the holder of the pool's lock
     const Kernels* kernels_ = nullptr;
-    std::vector<Best> best_;  // of `greedy`; whoever holds the pool uses it
+    std::vector<Best> best_;  // of `greedy`; used by the holder of the pool's lock
 };
 
 Cache* make_cache(int64_t layers, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim,
@@ -429,7 +429,7 @@ nb::bytes block_bytes(const Cache& cache, int64_t block, int64_t layer) {
     const CacheLayout& layout = cache.layout();
     require(block >= 0 && block < layout.blocks, "block_bytes: the block is outside the cache");
     require(layer >= 0 && layer < layout.layers, "block_bytes: there is no such layer");
-    return nb::bytes(layout.unit(layer, block, 0), layout.block_bytes());
+    return nb::bytes(layout.head_block(layer, block, 0), layout.block_bytes());
 }
 
 std::vector<std::tuple<std::string, bool, std::string>> list_instruction_sets() {
@@ -448,15 +448,15 @@ NB_MODULE(_native, module) {
     nb::class_<PackedLinear>(module, "PackedLinear")
         .def_ro("out_features", &PackedLinear::out)
         .def_ro("in_features", &PackedLinear::in)
-        .def_prop_ro("products", &PackedLinear::products, "the width of a product")
+        .def_prop_ro("out_width", &PackedLinear::out_width, "the width of y")
         .def_prop_ro("reads_tiles", &PackedLinear::reads_tiles, "whether its inputs may be rows of bfloat16")
         .def_prop_ro("bytes", &PackedLinear::bytes);
     nb::class_<TileBuffer>(module, "TileBuffer");
     module.def("operation_times", [] {
         const nb::gil_scoped_release unlocked;
-        const auto crew = Crew::of_this_process();
-        const Exclusive lock = crew->exclusive();
-        return crew->profile().read();
+        const auto process_pool = ProcessPool::of_this_process();
+        const Exclusive lock = process_pool->exclusive();
+        return process_pool->profile().read();
     });
     module.def("make_tiles", &make_tiles, nb::rv_policy::take_ownership);
     nb::class_<Cache>(module, "Cache").def_prop_ro("bytes", &Cache::bytes).def("block_bytes", &block_bytes);

@@ -44,7 +44,7 @@ public:
     }
     size_t bytes() const { return memory_.bytes + bias_.size() * sizeof(float); }
     int64_t num_operations() const { return 2 * out * in; }  // for each row
-    int64_t products() const { return gated ? out / 2 : out; }
+    int64_t out_width() const { return gated ? out / 2 : out; }
     // "960x576 bfloat16"
     std::string text() const {
         static const char* const names[] = {"bfloat16", "float16", "float32"};

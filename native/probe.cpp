@@ -1,5 +1,5 @@
-// What the machine can do, for `quire bench kernels`: a streaming read, and products of operands that are loaded from
-// the L1, as any kernel must load them. (Products of registers alone run faster; no kernel reaches that.)
+// What the machine can do, for `quire bench kernels`: a streaming read, and multiplications of operands that are
+// loaded from the L1, as any kernel must load them. (Registers alone run faster; no kernel reaches that.)
 #include "tile_unit.h"
 
 namespace quire::QUIRE_ISA {
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kPiece = 1 << 20;  // bytes that one item reads
 constexpr int64_t kSums = 8;
-constexpr int kChains = 14;  // of products with longer latency
+constexpr int kChains = 14;  // of multiplications with longer latency
 constexpr int64_t kRounds = 4096;
 
 void read_item(void* context, int64_t item, int) {
@@ -29,7 +29,7 @@ void float_item(void*, int64_t, int) {
     Floats sums[kSums] = {};
     for (int64_t round = 0; round < kRounds; ++round) {
         const float* from = weights;
-        asm volatile("" : "+r"(from));  // who knows what it is: loads stay in the loop, sums in registers
+        asm volatile("" : "+r"(from));  // the compiler cannot know it: loads stay in the loop, sums in registers
         const Floats input = splat(from[0]);
         for (int64_t i = 0; i < kSums; ++i) sums[i] = fma(input, load(from + i * kLanes), sums[i]);
     }
@@ -38,8 +38,8 @@ void float_item(void*, int64_t, int) {
     asm volatile("" : : "x"(sum));
 }
 
-#if QUIRE_MATRIX_UNIT
-// Four loads and four products, by all eight tiles: two of inputs by two of weights into four of sums, the most that loads
+#if QUIRE_AMX
+// Four loads and four multiplications, by all eight tiles: two of inputs by two of weights into four of sums, the most that loads
 // can be shared. Or by four: what the kernels use, and faster beside a busy hyper-thread (tile_unit.h).
 template <bool Bytes, bool Eight>
 void tile_item(void*, int64_t, int) {
@@ -69,7 +69,7 @@ void tile_item(void*, int64_t, int) {
                 _tile_dpbf16ps(3, 5, 7);
             }
         } else {
-            for (int half = 0; half < 2; ++half) {  // three loads for two products
+            for (int half = 0; half < 2; ++half) {  // three loads for two multiplications
                 _tile_loadd(3, tiles[2], 64);
                 _tile_loadd(2, tiles[half], 64);
                 if constexpr (Bytes) {
@@ -127,7 +127,7 @@ int64_t probe(const ProbeArgs& args, ThreadPool& pool) {
         case Probe::float32:
             pool.run(items, float_item, nullptr);
             return items * kRounds * kSums * kLanes * 2;
-#if QUIRE_MATRIX_UNIT
+#if QUIRE_AMX
         case Probe::bfloat16:
             pool.run(items, tile_item<false, true>, nullptr);
             return items * kRounds * 4 * 16 * 16 * 32 * 2;

@@ -27,7 +27,7 @@ public:
     }
     struct Entry {
         int64_t bytes = 0;     // of its weight
-        int64_t products = 0;  // multiplications and additions for each row
+        int64_t num_operations = 0;  // multiplications and additions for each row
         std::array<Cell, kRows.size() + 1> cells;
 
         // The operation ended now and began at `begun`, where the next one begins.
@@ -48,14 +48,14 @@ public:
     };
 
     // The one of that name, or a new one; it stays where it is.
-    Entry& entry(const std::string& name, int64_t bytes = 0, int64_t products = 0) {
+    Entry& entry(const std::string& name, int64_t bytes = 0, int64_t num_operations = 0) {
         Entry& found = entries_[name];
         found.bytes = bytes;
-        found.products = products;
+        found.num_operations = num_operations;
         return found;
     }
 
-    // (name, the most rows of the class or 0 for no bound, calls, rows, nanoseconds, bytes, products) of what was called.
+    // (name, the most rows of the class or 0 for no bound, calls, rows, nanoseconds, bytes, operations) of what was called.
     std::vector<std::tuple<std::string, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>> read() const {
         std::vector<std::tuple<std::string, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>> all;
         for (const auto& [name, entry] : entries_) {
@@ -63,7 +63,7 @@ public:
                 const Cell& cell = entry.cells[i];
                 const int64_t bound = i < kRows.size() ? kRows[i] : 0;
                 if (cell.calls == 0) continue;
-                all.emplace_back(name, bound, cell.calls, cell.rows, cell.nanoseconds, entry.bytes, entry.products);
+                all.emplace_back(name, bound, cell.calls, cell.rows, cell.nanoseconds, entry.bytes, entry.num_operations);
             }
         }
         return all;

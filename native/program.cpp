@@ -8,10 +8,10 @@ namespace quire {
 namespace {
 
 constexpr int64_t kAddedRows = 16;  // in an item
-// Tokens that one thread takes through a stage, and the bytes of a stage's weights up to which they are taken so: each band
-// reads them again, from a cache that all processors share if they are few.
-constexpr int64_t kLeastBand = 128, kMostBand = 256, kBandStep = 32;
-constexpr int64_t kBandWeights = int64_t{32} << 20;
+// Tokens that one thread takes through a stage, and the bytes of a stage's weights up to which they are taken so: each token
+// tile reads them again, from a cache that all processors share if they are few.
+constexpr int64_t kMinTokenTile = 128, kMaxTokenTile = 256, kTokenTileStep = 32;
+constexpr int64_t kTokenTileWeights = int64_t{32} << 20;
 
 struct AddJob {
     const float* x;
@@ -124,11 +124,11 @@ Program::View Program::output(const ViewNumbers& numbers, int64_t size, const ch
     return result;
 }
 
-void Program::append(const std::string& name, std::function<void(Frame&)> run, int64_t bytes, int64_t products,
+void Program::append(const std::string& name, std::function<void(Frame&)> run, int64_t bytes, int64_t num_operations,
                      bool by_row) {
     const nb::gil_scoped_release unlocked;
     const Exclusive lock = pool_.exclusive();
-    instructions_.push_back({std::move(run), &pool_.profile().entry(name, bytes, products), by_row});
+    instructions_.push_back({std::move(run), &pool_.profile().entry(name, bytes, num_operations), by_row});
 }
 
 const PackedLinear& Program::keep_packed(nb::handle object) {
@@ -159,7 +159,7 @@ void Program::embed(bool positions, nb::handle table_, float scale, ViewNumbers 
 
 void Program::linear(ViewNumbers x_, nb::handle weight_, bool adds, int kind, ViewNumbers y_) {
     const PackedLinear& weight = keep_packed(weight_);
-    const View x = view_any(x_), y = output(y_, weight.products(), "linear: y has the wrong shape");
+    const View x = view_any(x_), y = output(y_, weight.out_width(), "linear: y has the wrong shape");
     const Activation activation = activation_numbered(kind);
     require(x.size() == weight.in, "linear: the width of x is not the weight's");
     require(!is_tiles(x) || weight.reads_tiles(), "linear: the weight does not read tiles");
@@ -312,7 +312,7 @@ void Program::run(nb::handle token_ids_, nb::handle positions_, nb::handle query
     require_rows(tokens, layout, query_starts, starts, tables);
     require_rope_covers(rope_limit_, query_starts, starts);
     if (outputs.has_value()) require_outputs(*outputs, query_starts, narrows_);
-    const int64_t in_work = band_of(tokens) < tokens ? pool_.threads() * kMostBand : tokens;
+    const int64_t in_work = token_tile_size(tokens) < tokens ? pool_.threads() * kMaxTokenTile : tokens;
     std::vector<int32_t> narrowed(num_outputs < tokens ? 2 * starts.size(0) + 1 : 0);
     Frame frame{this, &pool_, tokens, in_work, 0, tokens, nullptr, nullptr, out.data(), token_ids.data(),
                 positions.data(), starts.size(0), query_starts.data(), starts.data(), tables.data(), tables.stride(),
@@ -326,14 +326,14 @@ void Program::run(nb::handle token_ids_, nb::handle positions_, nb::handle query
         arena_.reset();
         arena_ = std::make_unique<Pages>(bytes, true);
     }
-    const ThreadPool::Hot hot(pool_);
+    const ThreadPool::SpinScope spin(pool_);
     frame.kept = static_cast<float*>(arena_->data());
     frame.own = frame.kept + kept_bytes / sizeof(float);
     auto begun = Clock::now();
-    for (size_t at = 0; at < instructions_.size() && frame.tokens > 0;) {  // else nobody asked for what would follow
+    for (size_t at = 0; at < instructions_.size() && frame.tokens > 0;) {  // else no output needs what would follow
         size_t end = at;
         while (end < instructions_.size() && instructions_[end].by_row) ++end;
-        if (end > at && band_of(frame.tokens) < frame.tokens) {
+        if (end > at && token_tile_size(frame.tokens) < frame.tokens) {
             run_stage(frame, at, end, begun);
             at = end;
         } else {
@@ -345,21 +345,21 @@ void Program::run(nb::handle token_ids_, nb::handle positions_, nb::handle query
 
 // Many tokens are divided so that what an operation hands on stays in a thread's own cache; few are computed by all threads
 // together, so that each weight is read once.
-int64_t Program::band_of(int64_t tokens) const {
+int64_t Program::token_tile_size(int64_t tokens) const {
     const int64_t threads = pool_.threads();
-    if (tokens < threads * kLeastBand || heaviest_stage_ > kBandWeights) return tokens;
-    const int64_t bands = (tokens + threads * kMostBand - 1) / (threads * kMostBand) * threads;
-    return (tokens + bands * kBandStep - 1) / (bands * kBandStep) * kBandStep;
+    if (tokens < threads * kMinTokenTile || heaviest_stage_ > kTokenTileWeights) return tokens;
+    const int64_t tiles = (tokens + threads * kMaxTokenTile - 1) / (threads * kMaxTokenTile) * threads;
+    return (tokens + tiles * kTokenTileStep - 1) / (tiles * kTokenTileStep) * kTokenTileStep;
 }
 
-// The operations between two attentions, on bands of tokens. What an operation took is its share of the whole.
+// The operations between two attentions, on tiles of tokens. What an operation took is its share of the whole.
 void Program::run_stage(Frame& frame, size_t begin, size_t end, Clock::time_point& begun) const {
-    const int64_t band = band_of(frame.tokens), bands = (frame.tokens + band - 1) / band;
+    const int64_t tile_tokens = token_tile_size(frame.tokens), tiles = (frame.tokens + tile_tokens - 1) / tile_tokens;
     const size_t count = end - begin;
-    std::vector<int64_t> nanoseconds(bands * count);
-    BandJob job{this, &frame, begin, end, band, nanoseconds.data()};
-    pool_.run(bands, run_band, &job);
-    if (pool_.lane_was_out_of_memory()) throw std::bad_alloc();
+    std::vector<int64_t> nanoseconds(tiles * count);
+    TokenTileArgs job{this, &frame, begin, end, tile_tokens, nanoseconds.data()};
+    pool_.run(tiles, run_token_tile, &job);
+    if (pool_.sub_pool_was_out_of_memory()) throw std::bad_alloc();
     const Clock::time_point then = begun;
     begun = Clock::now();
     const double all = std::max<int64_t>(1, std::accumulate(nanoseconds.begin(), nanoseconds.end(), int64_t{0}));
@@ -367,20 +367,20 @@ void Program::run_stage(Frame& frame, size_t begin, size_t end, Clock::time_poin
     for (size_t i = 0; i < count; ++i) {
         int64_t sum = 0;
         for (size_t at = i; at < nanoseconds.size(); at += count) sum += nanoseconds[at];
-        instructions_[begin + i].times->add(frame.tokens, bands, static_cast<int64_t>(sum * share));
+        instructions_[begin + i].times->add(frame.tokens, tiles, static_cast<int64_t>(sum * share));
     }
 }
 
-void Program::run_band(void* context, int64_t item, int worker) {
-    const BandJob& job = *static_cast<const BandJob*>(context);
+void Program::run_token_tile(void* context, int64_t item, int worker) {
+    const TokenTileArgs& job = *static_cast<const TokenTileArgs*>(context);
     const Program& program = *job.program;
-    ThreadPool lane = program.pool_.lane(worker);
+    ThreadPool sub_pool = program.pool_.sub_pool(worker);
     Frame frame = *job.frame;
-    frame.pool = &lane;
-    frame.first = item * job.band;
-    frame.tokens = std::min(job.band, job.frame->tokens - frame.first);
-    frame.own_room = job.band;
-    frame.own += worker * program.passing_floats_ * padded(job.band);
+    frame.pool = &sub_pool;
+    frame.first = item * job.tile_tokens;
+    frame.tokens = std::min(job.tile_tokens, job.frame->tokens - frame.first);
+    frame.own_room = job.tile_tokens;
+    frame.own += worker * program.passing_floats_ * padded(job.tile_tokens);
     int64_t* const nanoseconds = job.nanoseconds + item * static_cast<int64_t>(job.end - job.begin);
     auto begun = Clock::now();
     for (size_t i = job.begin; i < job.end; ++i) {

@@ -13,7 +13,7 @@
 
 namespace quire {
 
-// Where a buffer begins, in floats for each token; its width; whether it holds TileRows; whether it passes: nobody needs
+// Where a buffer begins, in floats for each token; its width; whether it holds TileRows; whether it passes: nothing reads
 // it beyond one stage.
 using ProgramBuffer = std::tuple<int64_t, int64_t, bool, bool>;
 
@@ -52,7 +52,7 @@ private:
     // What is known of one step only. A copy of it allocates nothing: workers make their own.
     struct Frame {
         const Program* program;
-        ThreadPool* pool;         // who computes
+        ThreadPool* pool;         // that computes
         int64_t room, own_room;   // tokens for which there is memory: of what is kept, of what passes
         int64_t first, tokens;    // those that are computed
         float *kept, *own;
@@ -79,18 +79,18 @@ private:
         Profile::Entry* times;
         bool by_row;  // all but attention
     };
-    struct BandJob {
+    struct TokenTileArgs {
         const Program* program;
         const Frame* frame;
         size_t begin, end;      // instructions
-        int64_t band;           // tokens
-        int64_t* nanoseconds;  // [bands][instructions]
+        int64_t tile_tokens;
+        int64_t* nanoseconds;  // [tiles][instructions]
     };
     using Clock = Profile::Clock;
 
-    int64_t band_of(int64_t tokens) const;
+    int64_t token_tile_size(int64_t tokens) const;
     void run_stage(Frame& frame, size_t begin, size_t end, Clock::time_point& begun) const;
-    static void run_band(void* context, int64_t item, int worker);
+    static void run_token_tile(void* context, int64_t item, int worker);
 
     // The first is of float32, the second may be of tiles; an output covers its buffer.
     View view(const ViewNumbers& numbers) const;
@@ -98,7 +98,7 @@ private:
     View output(const ViewNumbers& numbers, int64_t size, const char* message) const;
     int64_t width_of(const View& view) const { return std::get<1>(buffers_[view.buffer]); }
     bool is_tiles(const View& view) const { return std::get<2>(buffers_[view.buffer]); }
-    void append(const std::string& name, std::function<void(Frame&)> run, int64_t bytes = 0, int64_t products = 0,
+    void append(const std::string& name, std::function<void(Frame&)> run, int64_t bytes = 0, int64_t num_operations = 0,
                 bool by_row = true);
     const PackedLinear& keep_packed(nb::handle object);
     const float* keep_floats(nb::handle object, int64_t size, const char* name);

@@ -1,5 +1,5 @@
 // Sampling of one token for each row, as defined in sampling_reference.py: temperature, min_p, top_k, top_p, then
-// the Gumbel-max draw. Linear in the vocabulary: the borders of top_k and top_p are found by counting, not sorting.
+// the Gumbel-max sample. Linear in the vocabulary: the borders of top_k and top_p are found by counting, not sorting.
 #include <math.h>
 
 #include "functions.h"
@@ -122,7 +122,7 @@ void drop_beyond(Border border, float* scaled, int64_t vocabulary) {
 }
 
 // exp of every kept token, 0 for the others; returns their sum
-double weigh(const Scratch& scratch, int64_t vocabulary) {
+double exponentiate(const Scratch& scratch, int64_t vocabulary) {
     double sums[8] = {};
     for (int64_t i = 0; i < padded(vocabulary); i += kLanes) store(scratch.weights + i, exp(load(scratch.scaled + i)));
     for (int64_t i = 0; i < padded(vocabulary); i += 8) {
@@ -145,7 +145,7 @@ void keep_top_k(const Scratch& scratch, int64_t vocabulary, int64_t top_k) {
 }
 
 void keep_top_p(const Scratch& scratch, int64_t vocabulary, double top_p) {
-    const double total = weigh(scratch, vocabulary);
+    const double total = exponentiate(scratch, vocabulary);
     // All tokens below (1 - top_p) / vocabulary of the best one's weight together weigh less than 1 - top_p of the
     // total, which is at least the best one's: none of them is kept. (The 0.01 is for rounding.)
     const double lowest = ::log((1.0 - top_p) / vocabulary) - 0.01;
@@ -199,10 +199,10 @@ struct Best {
     int64_t token;
 };
 
-// Whether the noise of any word can lift a token from `top` to the best score. Noise falls as the word grows, and
+// Whether the noise of any word can lift a token from `block_max` to the best score. Noise falls as the word grows, and
 // -log(-log1p(-v)) > g needs v < e^-g: the 0.01 is for rounding.
-bool can_win(const Words* words, float top, float best) {
-    const float limit = exp(splat(top - best + 0.01f))[0] * 0x1p32f + 2.0f;
+bool can_win(const Words* words, float block_max, float best) {
+    const float limit = exp(splat(block_max - best + 0.01f))[0] * 0x1p32f + 2.0f;
     if (!(limit < 0x1p32f)) return true;
     const uint32_t highest = static_cast<uint32_t>(limit);
     Ints low{};
@@ -212,15 +212,15 @@ bool can_win(const Words* words, float top, float best) {
     return any != 0;
 }
 
-// Scores of the 4 * kLanes tokens from `first` on, of which the largest is `top`, against the best so far.
-void score_block(const SampleArgs& args, int64_t row, const float* scaled, int64_t first, float top, Best& best) {
+// Scores of the 4 * kLanes tokens from `first` on, of which the largest is `block_max`, against the best so far.
+void score_block(const SampleArgs& args, int64_t row, const float* scaled, int64_t first, float block_max, Best& best) {
     const uint64_t seed = args.seeds[row], position = static_cast<uint64_t>(args.positions[row]);
     Words index{};
     for (int i = 0; i < kLanes; ++i) index[i] = static_cast<uint32_t>(first / 4 + i);
     Words words[4] = {Words{} + static_cast<uint32_t>(position), Words{} + static_cast<uint32_t>(position >> 32),
                       index, Words{} + kStream};
     philox(words, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-    if (!can_win(words, top, best.score)) return;
+    if (!can_win(words, block_max, best.score)) return;
     float noise[4][kLanes];
     for (int lane = 0; lane < 4; ++lane) store(noise[lane], gumbel(words[lane]));
     for (int i = 0; i < 4 * kLanes && first + i < args.vocabulary; ++i) {
@@ -232,15 +232,15 @@ void score_block(const SampleArgs& args, int64_t row, const float* scaled, int64
 }
 
 // The largest logit's block goes first: with its score known, most other blocks cannot win, whatever their noise.
-int32_t draw(const SampleArgs& args, int64_t row, const float* scaled) {
-    constexpr int64_t kDraws = 4 * kLanes;
+int32_t sample_token(const SampleArgs& args, int64_t row, const float* scaled) {
+    constexpr int64_t kStep = 4 * kLanes;
     const int64_t likely = first_equal(scaled, args.vocabulary, 0.0f);
     Best best{-__builtin_inff(), likely};
-    score_block(args, row, scaled, likely / kDraws * kDraws, 0.0f, best);
-    for (int64_t first = 0; first < args.vocabulary; first += kDraws) {
-        if (first == likely / kDraws * kDraws) continue;
-        const float top = largest(scaled + first, kDraws);
-        if (top + kLargestNoise >= best.score) score_block(args, row, scaled, first, top, best);
+    score_block(args, row, scaled, likely / kStep * kStep, 0.0f, best);
+    for (int64_t first = 0; first < args.vocabulary; first += kStep) {
+        if (first == likely / kStep * kStep) continue;
+        const float block_max = largest(scaled + first, kStep);
+        if (block_max + kLargestNoise >= best.score) score_block(args, row, scaled, first, block_max, best);
     }
     return static_cast<int32_t>(best.token);
 }
@@ -248,19 +248,19 @@ int32_t draw(const SampleArgs& args, int64_t row, const float* scaled) {
 int32_t sample_row(const SampleArgs& args, int64_t row, const Scratch& scratch) {
     const float* logits = args.logits + row * args.stride;
     const int64_t vocabulary = args.vocabulary;
-    const float top = largest(logits, vocabulary), temperature = args.temperature[row];
-    if (top == -__builtin_inff()) return 0;
-    if (temperature == 0.0f) return first_equal(logits, vocabulary, top);
+    const float max_logit = largest(logits, vocabulary), temperature = args.temperature[row];
+    if (max_logit == -__builtin_inff()) return 0;
+    if (temperature == 0.0f) return first_equal(logits, vocabulary, max_logit);
     const float min_p = args.min_p[row];
     const float lowest = min_p > 0.0f ? static_cast<float>(::log(static_cast<double>(min_p))) : -__builtin_inff();
     for (int64_t i = 0; i < vocabulary; ++i) {
-        const float s = (logits[i] - top) / temperature;
+        const float s = (logits[i] - max_logit) / temperature;
         scratch.scaled[i] = s >= lowest ? s : -__builtin_inff();
     }
     for (int64_t i = vocabulary; i < padded(vocabulary); ++i) scratch.scaled[i] = -__builtin_inff();
     if (args.top_k[row] > 0 && args.top_k[row] < vocabulary) keep_top_k(scratch, vocabulary, args.top_k[row]);
     if (args.top_p[row] < 1.0f) keep_top_p(scratch, vocabulary, args.top_p[row]);
-    return draw(args, row, scratch.scaled);
+    return sample_token(args, row, scratch.scaled);
 }
 
 struct Job {

@@ -1,4 +1,4 @@
-// The table of the instruction set this file is compiled for. One that adds only to products takes the rest from the set
+// The table of the instruction set this file is compiled for. One that adds only to GEMMs takes the rest from the set
 // below, QUIRE_BELOW; else that is itself.
 #include "linear_tiles.h"
 

@@ -21,7 +21,7 @@ namespace {
 // worker therefore looks for the next job about this long before it sleeps; within a program it does not sleep.
 constexpr auto kSpin = std::chrono::microseconds(80);
 constexpr int kLooksPerClock = 64;
-constexpr int kLooksBeforeYield = 4096;  // about as long: then whoever else wants the processor may have it
+constexpr int kLooksBeforeYield = 4096;  // about as long: then other threads may have the processor
 constexpr int64_t kMostItems = UINT32_MAX - 1;  // that the ticket counts
 
 inline void pause_briefly() {
@@ -65,10 +65,10 @@ inline uint32_t generation_of(uint64_t ticket) { return static_cast<uint32_t>(ti
 }  // namespace
 
 // Never destroyed: threads may fork while the process ends.
-struct Crew::Register {
-    std::mutex mutex;  // taken before the lock of a crew
-    std::vector<Crew*> all;
-    std::weak_ptr<Crew> current;
+struct ProcessPool::Register {
+    std::mutex mutex;  // taken before the lock of a pool
+    std::vector<ProcessPool*> all;
+    std::weak_ptr<ProcessPool> current;
 
     static Register& get() {
         static Register& only = *new Register;
@@ -76,42 +76,42 @@ struct Crew::Register {
     }
 };
 
-std::shared_ptr<Crew> Crew::of_this_process() {
+std::shared_ptr<ProcessPool> ProcessPool::of_this_process() {
     static const int watched = pthread_atfork(before_fork, [] { after_fork(false); }, [] { after_fork(true); });
     if (watched != 0) throw std::bad_alloc();
-    Register& crews = Register::get();
-    std::shared_ptr<Crew> found;  // may be the last one: its end takes the mutex, after this lock
-    std::lock_guard<std::mutex> lock(crews.mutex);
-    found = crews.current.lock();
+    Register& pools = Register::get();
+    std::shared_ptr<ProcessPool> found;  // may be the last one: its end takes the mutex, after this lock
+    std::lock_guard<std::mutex> lock(pools.mutex);
+    found = pools.current.lock();
     if (found != nullptr && !found->orphaned_) return found;
-    std::shared_ptr<Crew> crew = std::make_shared<Crew>();
-    crews.all.push_back(crew.get());
-    crews.current = crew;
-    return crew;
+    std::shared_ptr<ProcessPool> process_pool = std::make_shared<ProcessPool>();
+    pools.all.push_back(process_pool.get());
+    pools.current = process_pool;
+    return process_pool;
 }
 
-void Crew::before_fork() {
-    Register& crews = Register::get();
-    crews.mutex.lock();
-    for (Crew* crew : crews.all) crew->callers_.lock();
+void ProcessPool::before_fork() {
+    Register& pools = Register::get();
+    pools.mutex.lock();
+    for (ProcessPool* process_pool : pools.all) process_pool->callers_.lock();
 }
 
-void Crew::after_fork(bool in_child) {
-    Register& crews = Register::get();
-    for (Crew* crew : crews.all) {
-        crew->orphaned_ = crew->orphaned_ || in_child;
-        crew->callers_.unlock();
+void ProcessPool::after_fork(bool in_child) {
+    Register& pools = Register::get();
+    for (ProcessPool* process_pool : pools.all) {
+        process_pool->orphaned_ = process_pool->orphaned_ || in_child;
+        process_pool->callers_.unlock();
     }
-    crews.mutex.unlock();
+    pools.mutex.unlock();
 }
 
-Crew::Crew() : scratch_(1), shared_scratch_(2) {}
+ProcessPool::ProcessPool() : scratch_(1), shared_scratch_(2) {}
 
-Crew::~Crew() {
-    Register& crews = Register::get();
+ProcessPool::~ProcessPool() {
+    Register& pools = Register::get();
     {
-        std::lock_guard<std::mutex> lock(crews.mutex);
-        crews.all.erase(std::remove(crews.all.begin(), crews.all.end(), this), crews.all.end());
+        std::lock_guard<std::mutex> lock(pools.mutex);
+        pools.all.erase(std::remove(pools.all.begin(), pools.all.end(), this), pools.all.end());
     }
     if (orphaned_) {
         // The threads cannot be joined, and a condition variable waits for those that wait for it: both stay behind.
@@ -128,7 +128,7 @@ Crew::~Crew() {
     for (auto& buffer : shared_scratch_) std::free(buffer.data);
 }
 
-void Crew::grow(int threads, const Affinity& affinity) {
+void ProcessPool::grow(int threads, const Affinity& affinity) {
     if (static_cast<int>(scratch_.size()) < threads) {
         scratch_.resize(threads);
         shared_scratch_.resize(threads + 1);
@@ -144,7 +144,7 @@ void Crew::grow(int threads, const Affinity& affinity) {
     }
 }
 
-std::vector<int> Crew::place_for_caller(int threads) const {
+std::vector<int> ProcessPool::place_for_caller(int threads) const {
     const int here = affinity_.empty() ? 0 : current_processor();
     for (size_t worker = 1; worker < affinity_.size() && static_cast<int>(worker) < threads; ++worker) {
         const auto& processors = affinity_[worker];
@@ -153,45 +153,45 @@ std::vector<int> Crew::place_for_caller(int threads) const {
     return {};
 }
 
-ThreadPool::Hot::Hot(ThreadPool& pool) : crew_(*pool.crew_) {
-    crew_.set_hot(pool.threads_);
-    const std::vector<int> place = crew_.place_for_caller(pool.threads_);
+ThreadPool::SpinScope::SpinScope(ThreadPool& pool) : process_pool_(*pool.process_pool_) {
+    process_pool_.set_spinning(pool.threads_);
+    const std::vector<int> place = process_pool_.place_for_caller(pool.threads_);
     if (place.empty()) return;
     came_from_ = allowed_processors();
     keep_to(place);
 }
 
-ThreadPool::Hot::~Hot() {
-    crew_.set_hot(0);
+ThreadPool::SpinScope::~SpinScope() {
+    process_pool_.set_spinning(0);
     if (!came_from_.empty()) keep_to(came_from_);
 }
 
 ThreadPool::ThreadPool(int threads, const Affinity& affinity)
-    : threads_(threads < 1 ? 1 : threads), crew_(Crew::of_this_process()) {
+    : threads_(threads < 1 ? 1 : threads), process_pool_(ProcessPool::of_this_process()) {
     const Exclusive lock = exclusive();
-    crew_->grow(threads_, affinity);
+    process_pool_->grow(threads_, affinity);
 }
 
 bool ThreadPool::reserve(size_t bytes) {
     for (int worker = 0; worker < threads_; ++worker) {
-        if (!crew_->reserve(first_worker_ + worker, bytes)) return out_of_memory();
+        if (!process_pool_->reserve(first_worker_ + worker, bytes)) return out_of_memory();
     }
     return true;
 }
 
 void* ThreadPool::shared_scratch(size_t bytes) {
-    void* const data = crew_->shared_scratch(lane_, bytes);
+    void* const data = process_pool_->shared_scratch(sub_pool_, bytes);
     if (data == nullptr) out_of_memory();
     return data;
 }
 
 bool ThreadPool::out_of_memory() {
-    if (lane_ == 0) throw std::bad_alloc();
-    crew_->note_out_of_memory();
+    if (sub_pool_ == 0) throw std::bad_alloc();
+    process_pool_->note_out_of_memory();
     return false;
 }
 
-void Crew::run(int64_t items, Work work, void* context, int threads) {
+void ProcessPool::run(int64_t items, Work work, void* context, int threads) {
     if (items <= 0) return;
     if (items == 1 || threads == 1 || items > kMostItems || orphaned_) {
         for (int64_t item = 0; item < items; ++item) work(context, item, 0);
@@ -219,18 +219,18 @@ void Crew::run(int64_t items, Work work, void* context, int threads) {
     }
 }
 
-void Crew::wake(Worker& worker) {
+void ProcessPool::wake(Worker& worker) {
     if (!worker.asleep.load()) return;
     std::lock_guard<std::mutex> lock(worker.mutex);
     worker.wake.notify_one();
 }
 
-// A job for fewer threads calls nobody beyond them: `threads_` is written before the ticket.
-bool Crew::is_called(uint32_t seen, int worker) const {
+// A job for fewer threads calls none beyond them: `threads_` is written before the ticket.
+bool ProcessPool::is_called(uint32_t seen, int worker) const {
     return (generation_of(ticket_.load()) != seen && worker < threads_.load()) || stop_.load();
 }
 
-void Crew::take_items(uint32_t generation, int worker) {
+void ProcessPool::take_items(uint32_t generation, int worker) {
     if (worker >= threads_.load(std::memory_order_acquire)) return;
     const Work work = work_.load(std::memory_order_acquire);
     void* const context = context_.load(std::memory_order_acquire);
@@ -246,13 +246,13 @@ void Crew::take_items(uint32_t generation, int worker) {
     }
 }
 
-void Crew::wait_for_job(uint32_t seen, Worker& self, int worker) {
+void ProcessPool::wait_for_job(uint32_t seen, Worker& self, int worker) {
     auto until = std::chrono::steady_clock::now() + kSpin;
     for (int looks = 1; !is_called(seen, worker); ++looks) {
         pause_briefly();
         if (looks % kLooksPerClock != 0) continue;
         const auto now = std::chrono::steady_clock::now();
-        if (worker < hot_threads_.load(std::memory_order_acquire)) {
+        if (worker < spinning_threads_.load(std::memory_order_acquire)) {
             until = now + kSpin;
             if (looks > kLooksBeforeYield) std::this_thread::yield();
         } else if (now >= until) {
@@ -265,7 +265,7 @@ void Crew::wait_for_job(uint32_t seen, Worker& self, int worker) {
     self.asleep.store(false);
 }
 
-void Crew::serve(Worker& self, int worker, const std::vector<int>& processors) {
+void ProcessPool::serve(Worker& self, int worker, const std::vector<int>& processors) {
     const FloatMode mode;  // not that of the thread that made this one
     keep_to(processors);
     uint32_t seen = 0;
@@ -277,14 +277,14 @@ void Crew::serve(Worker& self, int worker, const std::vector<int>& processors) {
     }
 }
 
-void* Crew::scratch(int worker, size_t bytes) {
+void* ProcessPool::scratch(int worker, size_t bytes) {
     const Buffer& buffer = scratch_[worker];
     if (buffer.data == nullptr || buffer.bytes < bytes) std::abort();  // a kernel that did not reserve what it takes
     mark_usable(buffer.data, bytes, buffer.bytes);
     return buffer.data;
 }
 
-void* Crew::at_least(Buffer& buffer, size_t bytes) {
+void* ProcessPool::at_least(Buffer& buffer, size_t bytes) {
     if (buffer.data == nullptr || buffer.bytes < bytes) {
         std::free(buffer.data);
         buffer = {};

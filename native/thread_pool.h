@@ -1,9 +1,9 @@
 // Threads of our own. One job at a time; its items are taken one by one from a shared counter, so a thread that
 // is late or descheduled costs at most the item it holds.
 //
-// A process has one crew of workers, however many pools: their jobs run one after another on the same threads, so two
-// engines never ask for more processors than one. After a fork the child has none of the threads: what it inherits
-// computes on the caller's thread alone, and what it makes has a crew of its own.
+// A process has one process-wide pool of workers, however many `ThreadPool`s: their jobs run one after another on the same
+// threads, so two engines never occupy more processors than one. After a fork the child has none of the threads: what it
+// inherits computes on the caller's thread alone, and what it makes has a process-wide pool of its own.
 //
 // No item throws: it would leave a job in the middle, and kernels are compiled without exceptions. Memory for items is
 // therefore reserved before the job.
@@ -28,7 +28,7 @@ using Work = void (*)(void* context, int64_t item, int worker);
 // For each worker, the caller first, the processors that it keeps to.
 using Affinity = std::vector<std::vector<int>>;
 
-// What an operation holds while it runs: the lock of the crew, and the calling thread's floating-point state. The
+// What an operation holds while it runs: the lock of the process-wide pool, and the calling thread's floating-point state. The
 // interpreter's lock is not awaited while this one is held, nor this one while the interpreter's is held.
 class Exclusive {
 public:
@@ -39,15 +39,15 @@ private:
     const FloatMode mode_;
 };
 
-// The workers of this process. Whoever calls anything but `exclusive` holds that lock meanwhile.
-class Crew {
+// The process-wide pool of workers. A caller of anything but `exclusive` holds that lock meanwhile.
+class ProcessPool {
 public:
     // The one there is, or the first.
-    static std::shared_ptr<Crew> of_this_process();
-    Crew();
-    ~Crew();
-    Crew(const Crew&) = delete;
-    Crew& operator=(const Crew&) = delete;
+    static std::shared_ptr<ProcessPool> of_this_process();
+    ProcessPool();
+    ~ProcessPool();
+    ProcessPool(const ProcessPool&) = delete;
+    ProcessPool& operator=(const ProcessPool&) = delete;
 
     Exclusive exclusive() { return Exclusive(callers_); }
     // To `threads`, the caller included; those that are there already stay where they are.
@@ -56,12 +56,12 @@ public:
     // False, and null, where there is no such memory.
     bool reserve(int worker, size_t bytes) { return at_least(scratch_[worker], bytes) != nullptr; }
     void* scratch(int worker, size_t bytes);
-    void* shared_scratch(int lane, size_t bytes) { return at_least(shared_scratch_[lane], bytes); }
-    // That some lane had no memory; whether one had none since the last question.
+    void* shared_scratch(int sub_pool, size_t bytes) { return at_least(shared_scratch_[sub_pool], bytes); }
+    // That some sub-pool had no memory; whether one had none since the last call.
     void note_out_of_memory() { out_of_memory_.store(true, std::memory_order_relaxed); }
     bool take_out_of_memory() { return out_of_memory_.exchange(false, std::memory_order_relaxed); }
     // Workers below `threads` do not sleep between jobs.
-    void set_hot(int threads) { hot_threads_.store(threads, std::memory_order_release); }
+    void set_spinning(int threads) { spinning_threads_.store(threads, std::memory_order_release); }
     // What was done on these threads; read and written under the lock.
     Profile& profile() { return profile_; }
     // The processors for a caller that runs on a worker's; empty where it runs anywhere else.
@@ -80,7 +80,7 @@ private:
         std::thread thread;
     };
 
-    struct Register;  // of all crews
+    struct Register;  // of all pools
 
     static void* at_least(Buffer& buffer, size_t bytes);
     // Around a fork: no operation runs meanwhile, so the child finds each lock free and each buffer whole.
@@ -103,7 +103,7 @@ private:
     std::atomic<int> threads_{0};  // workers from here on leave the job alone
     std::atomic<Work> work_{nullptr};
     std::atomic<void*> context_{nullptr};
-    std::atomic<int> hot_threads_{0};
+    std::atomic<int> spinning_threads_{0};
     std::atomic<bool> stop_{false}, out_of_memory_{false};
     // Worker 0 is the caller of `run`. Resized under the lock, so never while items are computed.
     std::vector<Buffer> scratch_, shared_scratch_;
@@ -119,50 +119,50 @@ public:
 
     int threads() const { return threads_; }
 
-    // One operation at a time: whoever calls `run` or asks for scratch memory holds this lock meanwhile.
-    Exclusive exclusive() { return crew_->exclusive(); }
+    // One operation at a time: a caller of `run` or of scratch memory holds this lock meanwhile.
+    Exclusive exclusive() { return process_pool_->exclusive(); }
 
-    Profile& profile() { return crew_->profile(); }
+    Profile& profile() { return process_pool_->profile(); }
 
     // Calls work(context, item, worker) once for each item in [0, items) and returns when all have returned.
-    void run(int64_t items, Work work, void* context) { crew_->run(items, work, context, threads_); }
+    void run(int64_t items, Work work, void* context) { process_pool_->run(items, work, context, threads_); }
 
     // Before a job whose items take scratch memory: `bytes` of it for each thread. Where there is no such memory
-    // std::bad_alloc; in a lane, which is in the middle of a job, false (see `lane_was_out_of_memory`).
+    // std::bad_alloc; in a sub-pool, which is in the middle of a job, false (see `sub_pool_was_out_of_memory`).
     bool reserve(size_t bytes);
     // At least `bytes` of 64-byte aligned memory of the worker's own, valid until its next call. It has been reserved.
-    void* scratch(int worker, size_t bytes) { return crew_->scratch(first_worker_ + worker, bytes); }
+    void* scratch(int worker, size_t bytes) { return process_pool_->scratch(first_worker_ + worker, bytes); }
     // The same for the caller of `run`, shared by the items of one operation. Where there is none std::bad_alloc; in a
-    // lane null.
+    // sub-pool null.
     void* shared_scratch(size_t bytes);
 
     // A pool of that worker alone, with scratch memory of its own: what an item of a job of this pool may compute with.
-    ThreadPool lane(int worker) const { return ThreadPool(crew_, worker); }
-    // After a job whose items computed in lanes: whether one had no memory, so that its results are void.
-    bool lane_was_out_of_memory() { return crew_->take_out_of_memory(); }
+    ThreadPool sub_pool(int worker) const { return ThreadPool(process_pool_, worker); }
+    // After a job whose items computed in sub-pools: whether one had no memory, so that its results are void.
+    bool sub_pool_was_out_of_memory() { return process_pool_->take_out_of_memory(); }
 
     // While this lives one job follows another: the workers wait for the next one awake, and a caller that runs where a
     // worker belongs is moved to its own processors.
-    class Hot {
+    class SpinScope {
     public:
-        explicit Hot(ThreadPool& pool);
-        ~Hot();
-        Hot(const Hot&) = delete;
-        Hot& operator=(const Hot&) = delete;
+        explicit SpinScope(ThreadPool& pool);
+        ~SpinScope();
+        SpinScope(const SpinScope&) = delete;
+        SpinScope& operator=(const SpinScope&) = delete;
 
     private:
-        Crew& crew_;
+        ProcessPool& process_pool_;
         std::vector<int> came_from_;  // where the caller may run; empty: it was not moved
     };
 
 private:
-    ThreadPool(std::shared_ptr<Crew> crew, int worker)
-        : threads_(1), first_worker_(worker), lane_(worker + 1), crew_(std::move(crew)) {}
+    ThreadPool(std::shared_ptr<ProcessPool> process_pool, int worker)
+        : threads_(1), first_worker_(worker), sub_pool_(worker + 1), process_pool_(std::move(process_pool)) {}
 
     bool out_of_memory();
 
-    const int threads_, first_worker_ = 0, lane_ = 0;  // lane 0: none
-    const std::shared_ptr<Crew> crew_;
+    const int threads_, first_worker_ = 0, sub_pool_ = 0;  // 0: none
+    const std::shared_ptr<ProcessPool> process_pool_;
 };
 
 }  // namespace quire

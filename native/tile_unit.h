@@ -1,7 +1,7 @@
-// The registers of the matrix unit (AMX), and how a product is divided into items.
+// The tile configuration of AMX, and how a GEMM is partitioned into work items.
 //
 // Few registers are used at a time: while a neighbour keeps the core busy, a loop over all eight takes more than twice as long
-// as one that makes as many products with four, as if both threads renamed them from one small store (docs/design/amx.md).
+// as one that multiplies as often with four, as if both threads renamed them from one small store (docs/design/amx.md).
 #pragma once
 
 #include "linear_tiles.h"
@@ -10,8 +10,8 @@
 namespace quire::QUIRE_ISA {
 
 // Runs of panels that shrink towards the end: long enough to stream, and no thread waits long for the last one. `groups`
-// items of other rows share a run: where they are many they even things out. One thread has nobody to wait for. Returns the
-// number of runs.
+// items of other rows share a run: where they are many they even things out. One thread never waits. Returns the number of
+// runs.
 static inline int64_t divide_panels(int64_t panels, int64_t longest, int64_t groups, int threads, int32_t* borders) {
     int64_t runs = 0;
     borders[0] = 0;
@@ -23,7 +23,7 @@ static inline int64_t divide_panels(int64_t panels, int64_t longest, int64_t gro
     return runs;
 }
 
-#if QUIRE_MATRIX_UNIT
+#if QUIRE_AMX
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};

@@ -1,5 +1,5 @@
-// Writing rows of bfloat16 for the matrix unit (TileRows). The rounding here is the only one: what a producer rounds has
-// the bits that a product would have made of the same floats.
+// Writing rows of bfloat16 in the order of AMX tiles (TileRows). The rounding here is the only one: what a producer rounds
+// has the bits that a GEMM would have made of the same floats.
 #pragma once
 
 #include "simd.h"
@@ -37,7 +37,7 @@ static inline void round_half(const float* from, uint16_t* to) {
 #endif
 }
 
-// Inputs [first, first + count) of one row. Whoever writes a row piece by piece leaves the padding of its last chunk to
+// Inputs [first, first + count) of one row. A caller that writes a row in pieces leaves the padding of its last chunk to
 // the piece that ends the row.
 static inline void store_rounded(const TileRows& to, int64_t row, int64_t first, const float* values, int64_t count) {
     if (count == kTileDepth && first % kTileDepth == 0) {
