@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "thread_pool.h"
+#include "runtime/thread_pool.h"
 
 namespace quire {
 
@@ -79,7 +79,7 @@ inline int64_t integer_byte(int64_t bits, int64_t input, int64_t column) {
 //
 //   [blocks of 16 rows][chunks of 32 inputs][16 rows, or all where there are fewer][32 inputs]
 //
-// Inputs past `width` are zero; rows past `rows` are anything. tiles.h writes them.
+// Inputs past `width` are zero; rows past `rows` are anything. gemm/tile_rows.h writes them.
 struct TileRows {
     uint16_t* data;  // 64-byte aligned; null: none
     int64_t rows, width;
@@ -268,7 +268,7 @@ struct Kernels {
     bool (*quantize_row)(const QuantizeArgs&, const void* weight, int8_t* values, float* scales, void* scratch);
 };
 
-// Written by hand: adding an instruction set is one line here, one in isa.cpp and one in CMakeLists.txt.
+// Written by hand: adding an instruction set is one line here, one in runtime/isa.cpp and one in CMakeLists.txt.
 namespace baseline { extern const Kernels kernels; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Kernels kernels; }
