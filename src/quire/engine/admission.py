@@ -17,7 +17,7 @@ def check_new(new: NewRequest, facts: CoreFacts) -> None:
     Raises:
         InvalidRequestError: naming the field.
     """
-    spec, given = new.sampling, new.given
+    spec, given = new.sampling, new.resume
     SamplingParams(
         temperature=spec.temperature,
         top_p=spec.top_p,
