@@ -47,8 +47,8 @@ class Entry:
 
     def resumed(self) -> NewRequest:
         """The request as the next core should see it. A trial ends there as if no more had been asked for."""
-        given = ResumeState(tuple(self.output_token_ids), self.num_prompt_logprobs, self.num_cached_tokens)
-        return replace(self.new, resume=given, max_tokens=self.trial_ends_at or self.new.max_tokens)
+        resume = ResumeState(tuple(self.output_token_ids), self.num_prompt_logprobs, self.num_cached_tokens)
+        return replace(self.new, resume=resume, max_tokens=self.trial_ends_at or self.new.max_tokens)
 
     @property
     def is_at_end_of_trial(self) -> bool:
