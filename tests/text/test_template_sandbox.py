@@ -10,8 +10,8 @@ import pytest
 from jinja2 import nodes
 
 from quire.errors import InvalidRequestError
-from quire.text import template_limits
-from quire.text.chat_template import ChatTemplates
+from quire.text.chat import limits
+from quire.text.chat.template import ChatTemplates
 
 MESSAGES = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -144,7 +144,7 @@ def peak_mb():
 @pytest.mark.parametrize("template", TOO_LARGE)
 def test_no_value_grows_beyond_its_bound(template, monkeypatch):
     # The bound of size is what ends it, however slow the machine is.
-    monkeypatch.setattr(template_limits, "MAX_CPU_SECONDS", 20.0)
+    monkeypatch.setattr(limits, "MAX_CPU_SECONDS", 20.0)
     before = peak_mb()
     with pytest.raises(InvalidRequestError, match=r"more than|too large|too long|too many|apart") as caught:
         ChatTemplates().render(template, MESSAGES)
@@ -154,7 +154,7 @@ def test_no_value_grows_beyond_its_bound(template, monkeypatch):
 
 @pytest.mark.parametrize("template", TOO_LONG)
 def test_no_loop_runs_beyond_its_time(template, monkeypatch):
-    monkeypatch.setattr(template_limits, "MAX_CPU_SECONDS", 0.2)
+    monkeypatch.setattr(limits, "MAX_CPU_SECONDS", 0.2)
     before = peak_mb()
     with pytest.raises(InvalidRequestError, match=r"longer than 0\.2 s"):
         ChatTemplates().render(template, MESSAGES)

@@ -2,7 +2,7 @@
 
 It gives a template what `transformers` gives it (trimmed blocks, loop controls, `tojson`,
 `raise_exception`, `strftime_now`, `generation` blocks), in an immutable sandbox without a loader, and
-sends every operation through the meter of `template_limits`: calls, filters, tests, operators and
+sends every operation through the meter of `limits`: calls, filters, tests, operators and
 attributes through the hooks of the sandbox; literals, slices, comparisons, `~` and loops through
 internal filters that are put around those nodes when a template is parsed.
 """
@@ -26,8 +26,8 @@ import markupsafe
 from jinja2.exceptions import SecurityError
 from jinja2.visitor import NodeTransformer
 
-from quire.text import template_limits as limits
-from quire.text.template_limits import Meter, TemplateLimitError
+from quire.text.chat import limits
+from quire.text.chat.limits import Meter, TemplateLimitError
 
 # Names that no template can write, for the filters that the parser puts in.
 _SETTLE, _ITERATE, _CONCATENATE = " settle", " iterate", " concatenate"

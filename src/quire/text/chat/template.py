@@ -10,8 +10,8 @@ import jinja2.meta
 import jinja2.nodes
 
 from quire.errors import InvalidRequestError
-from quire.text.template_limits import MAX_VALUE_BYTES, weigh
-from quire.text.template_sandbox import TemplateEnvironment
+from quire.text.chat.limits import MAX_VALUE_BYTES, weigh
+from quire.text.chat.sandbox import TemplateEnvironment
 
 _MAX_TEMPLATE_CHARACTERS = 256 << 10
 _MAX_TEMPLATE_TOKENS = 16 << 10  # compiling takes some 40 microseconds and 3 KB for each; large templates have 6,000
