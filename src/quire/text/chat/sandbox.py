@@ -1,67 +1,169 @@
 """The jinja2 environment in which chat templates run.
 
-It gives a template what `transformers` gives it (trimmed blocks, loop controls, `tojson`,
-`raise_exception`, `strftime_now`, `generation` blocks), in an immutable sandbox without a loader, and
-sends every operation through the meter of `limits`: calls, filters, tests, operators and
-attributes through the hooks of the sandbox; literals, slices, comparisons, `~` and loops through
-internal filters that are put around those nodes when a template is parsed.
+It is jinja2's immutable sandbox, set up as `transformers` does it (trimmed blocks, loop controls,
+`tojson`, `raise_exception`, `strftime_now`, `generation` blocks; all filters and tests), without a
+loader and without `lipsum`. What a template computes passes through the budget of `limits`: calls,
+filters, tests, operators and attributes through the hooks of the sandbox; literals, slices, `~` and
+loops through two internal filters that are put around those nodes when a template is parsed.
 """
 
 import functools
 import json
 import operator
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
-from string import Formatter
-from types import BuiltinMethodType
 from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.filters
 import jinja2.nodes
+import jinja2.runtime
 import jinja2.sandbox
-import markupsafe
 from jinja2.exceptions import SecurityError
 from jinja2.visitor import NodeTransformer
 
 from quire.text.chat import limits
-from quire.text.chat.limits import Meter, TemplateLimitError
+from quire.text.chat.limits import Budget, TemplateLimitError, require, size_of
 
-# Names that no template can write, for the filters that the parser puts in.
-_SETTLE, _ITERATE, _CONCATENATE = " settle", " iterate", " concatenate"
+_CHARGE, _COUNT = " charge", " count"  # names that no template can write
 _JINJA_ARGUMENTS = ("_loop_vars", "_block_vars")  # what the compiler adds to calls inside loops and blocks
-_FILTERS = (
-    "abs attr batch capitalize count d default dictsort e escape first float format indent int items join last "
-    "length list lower map max min reject rejectattr replace reverse round safe select selectattr slice "
-    "sort string sum title trim truncate upper"
-).split()
-_ITERATING = frozenset("map max min reject rejectattr select selectattr sort title".split())
 _MAX_FORMAT_CHARACTERS = 128
-_WIDE_FIELD = re.compile(r"\d{4}")
+_MAX_INDENT = 16
+_MAX_POWER_BITS = 8192
 
 
-class _Namespace(jinja2.utils.Namespace):
-    """A namespace that prints as a word and takes no private names."""
+class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """One for all templates and threads; `budget.start()` begins a rendering."""
 
-    def __init__(self, *sources: Any, **named: Any) -> None:
-        values = _new_dict(*sources, **named)
-        for name in values:
-            _refuse_private(name)
-        jinja2.utils.Namespace.__init__(self, values)
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_private(name)
-        super().__setitem__(name, value)
+    def __init__(self) -> None:
+        extensions = (_GenerationExtension, jinja2.ext.loopcontrols)
+        # Not optimised: what can be computed before a rendering is not worth a second place that computes.
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False)
+        self.budget = Budget()
+        self.finalize = self._finalize
+        self.concat = self._concat  # type: ignore[method-assign]
+        self.filters["tojson"] = _to_json
+        self.filters = {name: self._bounded(name, function) for name, function in self.filters.items()}
+        self.filters |= {_CHARGE: self.budget.charge, _COUNT: self.budget.count}
+        self.tests = {name: self._counted(test) for name, test in dict[str, Any](self.tests).items()}
+        del self.globals["lipsum"]
+        self.globals |= {
+            "dict": _TemplateDict(),
+            "namespace": _Namespace,
+            "raise_exception": _raise,
+            "strftime_now": _strftime_now,
+        }
+        self.binop_table |= {"+": _add, "*": _multiply, "**": _power, "%": _modulo}
 
-    def __repr__(self) -> str:
-        return "<namespace>"
+    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        tree: jinja2.nodes.Template = _Instrument().visit(super()._parse(source, name, filename))
+        return tree
+
+    def _bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter whose result is estimated before and charged after."""
+        place = 1 if hasattr(function, "jinja_pass_arg") else 0  # jinja's context comes first
+
+        @functools.wraps(function)
+        def bounded(*arguments: Any, **named: Any) -> Any:
+            before, operands = arguments[:place], list(arguments[place:])
+            if name in limits.CONSUMING and isinstance(operands[0], Iterator):
+                operands[0] = list(operands[0])
+            require(limits.filter_size(name, *operands, **named))
+            return self.budget.charge(function(*before, *operands, **named))
+
+        return bounded
+
+    def _counted(self, test: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(test)
+        def counted(*arguments: Any, **named: Any) -> Any:
+            self.budget.spend()
+            return test(*arguments, **named)
+
+        return counted
+
+    def _concat(self, pieces: Iterable[str]) -> str:
+        """What jinja joins the output of macros and blocks with."""
+        pieces = list(pieces)
+        require(sum(map(len, pieces)))
+        text: str = self.budget.charge("".join(pieces))
+        return text
+
+    def _finalize(self, value: Any) -> Any:
+        """What `{{ value }}` prints."""
+        return self.budget.charge(value if isinstance(value, str) else str(value))
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        return self.budget.charge(super().call_binop(context, operator, left, right))
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        self.budget.spend()
+        return super().getitem(obj, argument)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        if not super().is_safe_attribute(obj, attr, value):
+            return False
+        return next((attr in names for kind, names in limits.METHODS.items() if isinstance(obj, kind)), True)
+
+    def call(self, context: Any, obj: Any, /, *arguments: Any, **named: Any) -> Any:
+        self.budget.spend()
+        own = {name: value for name, value in named.items() if name not in _JINJA_ARGUMENTS}
+        is_macro = isinstance(obj, jinja2.runtime.Macro)
+        if not is_macro or obj.catch_varargs or obj.catch_kwargs:
+            require(size_of([arguments, own]))  # they may become one value: `varargs`, the items of a cycler
+        if isinstance(obj, jinja2.runtime.LoopContext) and arguments:  # a recursive loop
+            arguments = (self.budget.count(arguments[0]), *arguments[1:])
+        method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps `format`
+        text = None if is_macro else getattr(method, "__self__", None)
+        if not isinstance(text, str):
+            return self.budget.charge(super().call(context, obj, *arguments, **named))
+        if method.__name__ == "join" and arguments:
+            arguments = (list(arguments[0]), *arguments[1:])
+        estimate = limits.METHOD_SIZES.get(method.__name__)
+        if estimate is not None:
+            require(estimate(str(text), *arguments, **own))
+        result = super().call(context, obj, *arguments, **named)
+        self.budget.spend(size_of(result))  # the parts of a string are new, each of them
+        return self.budget.charge(result)
 
 
-def _refuse_private(name: str) -> None:
-    if name.startswith("_"):
-        raise SecurityError(f"a namespace takes no name that begins with an underscore: {name!r}")
+class _Instrument(NodeTransformer):
+    """Puts the internal filters around what the sandbox has no hook for."""
+
+    def _charged(self, node: Any) -> jinja2.nodes.Node:
+        self.generic_visit(node)
+        return _filtered(node, _CHARGE)
+
+    visit_List = visit_Dict = _charged
+
+    def visit_Tuple(self, node: jinja2.nodes.Tuple) -> jinja2.nodes.Node:
+        return self.generic_visit(node) if node.ctx == "store" else self._charged(node)
+
+    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:
+        return self._charged(node) if isinstance(node.arg, jinja2.nodes.Slice) else self.generic_visit(node)
+
+    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:
+        self.generic_visit(node)
+        node.nodes = [_filtered(operand, _CHARGE) for operand in node.nodes]
+        return _filtered(node, _CHARGE)
+
+    def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
+        self.generic_visit(node)
+        node.iter = _filtered(node.iter, _COUNT)
+        return node
+
+    def _counted_star(self, node: Any) -> jinja2.nodes.Node:
+        self.generic_visit(node)
+        if node.dyn_args is not None:
+            node.dyn_args = _filtered(node.dyn_args, _COUNT)
+        return node
+
+    visit_Call = visit_Filter = visit_Test = _counted_star
+
+
+def _filtered(node: Any, name: str) -> jinja2.nodes.Filter:
+    return jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
 class _GenerationExtension(jinja2.ext.Extension):
@@ -75,277 +177,36 @@ class _GenerationExtension(jinja2.ext.Extension):
         return jinja2.nodes.Scope(body, lineno=line)
 
 
-class _Instrument(NodeTransformer):
-    """Puts the internal filters around what the sandbox has no hook for."""
+class _Namespace(jinja2.utils.Namespace):
+    """A namespace that prints as a word (what it holds has been counted elsewhere) and takes no private names."""
 
-    def _settled(self, node: Any) -> jinja2.nodes.Node:
-        self.generic_visit(node)
-        return _filtered(node, _SETTLE)
+    def __init__(self, *sources: Any, **named: Any) -> None:
+        values = dict(*map(limits.few, sources), **named)
+        for name in values:
+            _refuse_private(name)
+        jinja2.utils.Namespace.__init__(self, values)
 
-    visit_List = visit_Dict = visit_Compare = _settled
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private(name)
+        super().__setitem__(name, value)
 
-    def visit_Tuple(self, node: jinja2.nodes.Tuple) -> jinja2.nodes.Node:
-        return self.generic_visit(node) if node.ctx == "store" else self._settled(node)
-
-    def visit_Getitem(self, node: jinja2.nodes.Getitem) -> jinja2.nodes.Node:
-        self.generic_visit(node)
-        return _filtered(node, _SETTLE) if isinstance(node.arg, jinja2.nodes.Slice) else node
-
-    def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:
-        self.generic_visit(node)
-        return _filtered(jinja2.nodes.Tuple(node.nodes, "load", lineno=node.lineno), _CONCATENATE)
-
-    def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
-        self.generic_visit(node)
-        node.iter = _filtered(node.iter, _ITERATE)
-        return node
-
-    def _without_star(self, node: Any) -> jinja2.nodes.Node:
-        if node.dyn_args is not None:
-            raise jinja2.TemplateSyntaxError("'*' arguments are not supported", node.lineno)
-        return self.generic_visit(node)
-
-    visit_Call = visit_Filter = visit_Test = _without_star
-
-    def visit_ScopedEvalContextModifier(self, node: jinja2.nodes.ScopedEvalContextModifier) -> jinja2.nodes.Node:
-        # It would make `Markup`: strings whose methods are not those that the limits know.
-        raise jinja2.TemplateSyntaxError("'autoescape' is not supported", node.lineno)
+    def __repr__(self) -> str:
+        return "<namespace>"
 
 
-def _filtered(node: Any, name: str) -> jinja2.nodes.Filter:
-    return jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
+def _refuse_private(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise SecurityError(f"a namespace takes no name that begins with an underscore: {name!r}")
 
 
-class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """One for all templates and threads; `meter.begin()` starts a rendering."""
+class _TemplateDict:
+    """`dict(...)` and `dict.fromkeys(...)`, without the attributes of a type."""
 
-    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "**", "%"})
+    def __call__(self, *sources: Any, **named: Any) -> dict[Any, Any]:
+        return dict(*map(limits.few, sources), **named)
 
-    def __init__(self) -> None:
-        extensions = (_GenerationExtension, jinja2.ext.loopcontrols)
-        # Not optimised: folding constants would run operations while compiling, outside any meter.
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False)
-        self.meter = Meter()
-        self.finalize = self._finalize
-        self.concat = self._concat  # type: ignore[method-assign]
-        available = self.filters | _own_filters()
-        self.filters = {name: self._metered(available[name], name in _ITERATING) for name in _FILTERS}
-        self.filters["tojson"] = self._to_json
-        self.filters[_SETTLE] = self.meter.settle
-        self.filters[_ITERATE] = self.meter.iterate
-        self.filters[_CONCATENATE] = self._metered(limits.concatenate_values, False)
-        self.tests = {name: self._metered(test, False) for name, test in dict[str, Any](self.tests).items()}
-        self.globals = {name: self.globals[name] for name in ("range", "cycler", "joiner")} | {
-            "dict": _new_dict,
-            "namespace": _Namespace,
-            "raise_exception": _raise,
-            "strftime_now": _strftime_now,
-        }
-        self.binop_table |= {
-            "+": limits.add,
-            "*": limits.multiply,
-            "**": limits.power,
-            "%": limits.modulo,
-            **{sign: limits.arithmetic(self.binop_table[sign]) for sign in ("-", "/", "//")},
-        }
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
-        tree: jinja2.nodes.Template = _Instrument().visit(super()._parse(source, name, filename))
-        return tree
-
-    def _metered(self, function: Callable[..., Any], is_iterating: bool) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def metered(*arguments: Any, **named: Any) -> Any:
-            if is_iterating:
-                for value in arguments[:2]:  # the first may be jinja's context
-                    if isinstance(value, str) and len(value) > limits.MAX_ITEMS:
-                        raise TemplateLimitError("it takes a long string apart")
-            return self.meter.settle(function(*arguments, **named))
-
-        return metered
-
-    def _concat(self, pieces: Iterable[str]) -> str:
-        """What jinja joins the output of macros and blocks with."""
-        text: str = self.meter.settle(limits.concatenate(pieces))
-        return text
-
-    @jinja2.pass_context
-    def _finalize(self, context: jinja2.runtime.Context, value: Any) -> str:
-        """What `{{ value }}` prints."""
-        if type(value) is str:
-            self.meter.charge(limits.string_bytes(value))
-            return value
-        self.meter.charge()
-        text: str = self.meter.settle(str(value))
-        return text
-
-    def _to_json(
-        self,
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | str | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        if (indent if isinstance(indent, int) else len(indent or "")) > 16:
-            raise TemplateLimitError("an indent of it is too large")
-        if separators is not None and sum(map(len, separators)) > 16:
-            raise TemplateLimitError("a separator of it is too long")
-        encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-        if indent is None:
-            return str(self.meter.settle(encoder.encode(value)))
-        pieces, size = [], 0
-        for piece in encoder.iterencode(value):
-            pieces.append(piece)
-            size += len(piece)
-            if size > limits.MAX_VALUE_BYTES:
-                raise TemplateLimitError("a value of it is too large")
-        return str(self.meter.settle("".join(pieces)))
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        return self.meter.settle(self.binop_table[operator](left, right))
-
-    def getitem(self, obj: Any, argument: Any) -> Any:
-        self.meter.charge()
-        return super().getitem(obj, argument)
-
-    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if not super().is_safe_attribute(obj, attr, value):
-            return False
-        for kind, names in limits.VALUE_METHODS.items():
-            if isinstance(obj, kind):
-                return attr in names
-        return True
-
-    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        if not isinstance(value, BuiltinMethodType) or not isinstance(value.__self__, str):
-            return None
-        if value.__name__ == "format":
-            return functools.partial(_MeteredFormatter(self).format, value.__self__)
-        return None
-
-    def call(self, context: Any, obj: Any, /, *arguments: Any, **named: Any) -> Any:
-        self.meter.charge()
-        if isinstance(obj, BuiltinMethodType) and isinstance(obj.__self__, str):
-            replacement = limits.STRING_METHODS[obj.__name__]
-            if replacement is not None:
-                own = {name: value for name, value in named.items() if name not in _JINJA_ARGUMENTS}
-                return self.meter.settle(replacement(obj.__self__, *arguments, **own))
-        if isinstance(obj, jinja2.runtime.LoopContext) and arguments:  # a recursive loop
-            arguments = (self.meter.iterate(arguments[0]), *arguments[1:])
-        return self.meter.settle(super().call(context, obj, *arguments, **named))
-
-
-class _MeteredFormatter(jinja2.sandbox.SandboxedFormatter):
-    """`str.format` without wide fields, each field charged."""
-
-    def __init__(self, environment: TemplateEnvironment) -> None:
-        super().__init__(environment)
-        self._meter = environment.meter
-
-    def format_field(self, value: Any, format_spec: str) -> str:
-        if _WIDE_FIELD.search(format_spec):
-            raise TemplateLimitError("a field width of it is too large")
-        text: str = Formatter.format_field(self, value, format_spec)
-        self._meter.settle(text)
-        return text
-
-
-def _own_filters() -> dict[str, Callable[..., Any]]:
-    return {
-        "join": _join_filter,
-        "replace": _replace_filter,
-        "trim": _trim_filter,
-        "format": _format_filter,
-        "indent": _indent_filter,
-        "batch": _batch_filter,
-        "slice": _slice_filter,
-        "list": limits.as_items,
-        # Plain strings, not `Markup`, which would bring methods of its own.
-        "safe": str,
-        "e": _escape_filter,
-        "escape": _escape_filter,
-        "int": _int_filter,
-        "round": _round_filter,
-        "sum": _sum_filter,
-    }
-
-
-@jinja2.pass_environment
-def _join_filter(environment: jinja2.Environment, value: Any, d: str = "", attribute: str | int | None = None) -> str:
-    items = limits.as_items(value)
-    if attribute is not None:
-        getter = jinja2.filters.make_attrgetter(environment, attribute)
-        items = [getter(item) for item in items]
-    return limits.join(str(d), items)
-
-
-def _replace_filter(text: Any, old: str, new: str, count: int | None = None) -> str:
-    return limits.replace(str(text), str(old), str(new), count)
-
-
-def _escape_filter(value: Any) -> str:
-    return str.__str__(markupsafe.escape(value))
-
-
-def _trim_filter(value: Any, chars: str | None = None) -> str:
-    return limits.strip(str(value), chars)
-
-
-def _format_filter(value: Any, *arguments: Any, **named: Any) -> str:
-    return str(limits.modulo(str(value), named or arguments))
-
-
-def _indent_filter(text: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    text = str(text)
-    step = limits.ITEM_BYTES + 4 * (width if isinstance(width, int) else len(width))
-    if limits.string_bytes(text) + step * (text.count("\n") + 1) > limits.MAX_VALUE_BYTES:
-        raise TemplateLimitError("an indent of it is too large")
-    return jinja2.filters.do_indent(text, width, first, blank)
-
-
-def _batch_filter(value: Any, linecount: int, fill_with: Any = None) -> Any:
-    if linecount > limits.MAX_ITEMS:
-        raise TemplateLimitError("a batch of it is too large")
-    return jinja2.filters.do_batch(limits.as_items(value), linecount, fill_with)
-
-
-def _slice_filter(value: Any, slices: int, fill_with: Any = None) -> Any:
-    if slices > limits.MAX_ITEMS:
-        raise TemplateLimitError("it cuts into too many slices")
-    return jinja2.filters.sync_do_slice(limits.as_items(value), slices, fill_with)
-
-
-def _int_filter(value: Any, default: int = 0, base: int = 10) -> int:
-    # Beyond this length only bases that are powers of two are read at all, into numbers of any size.
-    return default if isinstance(value, str) and len(value) > 2048 else jinja2.filters.do_int(value, default, base)
-
-
-def _round_filter(value: float, precision: int = 0, method: Any = "common") -> float:
-    if abs(precision) > 64:
-        raise TemplateLimitError("a precision of it is too large")
-    return jinja2.filters.do_round(value, precision, method)
-
-
-@jinja2.pass_environment
-def _sum_filter(environment: jinja2.Environment, value: Any, attribute: Any = None, start: float = 0) -> float:
-    items = limits.as_items(value)
-    if attribute is not None:
-        getter = jinja2.filters.make_attrgetter(environment, attribute)
-        items = [getter(item) for item in items]
-    return functools.reduce(limits.arithmetic(operator.add), items, start)
-
-
-def _new_dict(*sources: Any, **named: Any) -> dict[str, Any]:
-    """`dict(...)`; with string keys only, because other keys can be made to collide."""
-    result: dict[str, Any] = {}
-    for source in sources:
-        pairs = source.items() if isinstance(source, Mapping) else limits.as_items(source)
-        for key, value in pairs:
-            if not isinstance(key, str):
-                raise TypeError("the keys of dict() must be strings")
-            result[key] = value
-    return result | named
+    def fromkeys(self, keys: Iterable[Any], value: Any = None) -> dict[Any, Any]:
+        return dict.fromkeys(limits.few(keys), value)
 
 
 def _raise(message: Any) -> None:
@@ -357,3 +218,50 @@ def _strftime_now(format: str) -> str:
     if len(format) > _MAX_FORMAT_CHARACTERS:
         raise TemplateLimitError("a date format of it is too long")
     return datetime.now().strftime(format)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    if (indent if isinstance(indent, int) else len(indent or "")) > _MAX_INDENT:
+        raise TemplateLimitError("an indent of it is too large")
+    if separators is not None and sum(map(len, separators)) > _MAX_INDENT:
+        raise TemplateLimitError("a separator of it is too long")
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    if indent is None:
+        return encoder.encode(value)
+    pieces, size = [], 0
+    for piece in encoder.iterencode(value):  # each line is as long as its value is deep
+        pieces.append(piece)
+        size += len(piece)
+        require(size)
+    return "".join(pieces)
+
+
+def _add(left: Any, right: Any) -> Any:
+    if not isinstance(left, int | float):
+        require(size_of(left) + size_of(right))
+    return operator.add(left, right)
+
+
+def _multiply(left: Any, right: Any) -> Any:
+    for value, times in ((left, right), (right, left)):
+        if isinstance(value, str | list | tuple) and isinstance(times, int):
+            require(size_of(value) * times)
+    return operator.mul(left, right)
+
+
+def _power(left: Any, right: Any) -> Any:
+    if isinstance(left, int) and isinstance(right, int) and left.bit_length() * abs(right) > _MAX_POWER_BITS:
+        raise TemplateLimitError("a number of it is too large")
+    return operator.pow(left, right)
+
+
+def _modulo(left: Any, right: Any) -> Any:
+    if isinstance(left, str):
+        require(limits.printf_size(str(left), right))
+    return operator.mod(left, right)
