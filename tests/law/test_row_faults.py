@@ -217,7 +217,7 @@ def test_one_fault_fails_one_request(
         scheduler = victim.core._scheduler
         assert scheduler._pool.num_free == scheduler._pool.num_blocks
         assert len(scheduler._free_rows) == 8 and not under_test._streams
-        assert under_test._engine.queue.num_waiting == 0 and not under_test._engine.ledger._live
+        assert under_test._engine.queue.num_waiting == 0 and not under_test._engine.timelines._live
 
 
 CLEARED = ("LogitMasks", "Penalties")
