@@ -133,7 +133,9 @@ def run(options: argparse.Namespace) -> int:
             served_model_name=options.served_model_name or name,
             model_names=[name] if args.model is None else [name, args.model],
             api_key=keys,
-            observability=Observability(options.admin_api_key, options.otlp_traces_endpoint, options.enable_log_requests),
+            observability=Observability(
+                options.admin_api_key, options.otlp_traces_endpoint, options.enable_log_requests
+            ),
             metrics_prefix=options.metrics_prefix,
             show_cached_tokens=options.enable_prompt_tokens_details,
             limits=limits,

@@ -108,7 +108,9 @@ def _weighted(api_key: str | Sequence[str] | Mapping[str, int]) -> dict[str, int
     return dict(api_key) if isinstance(api_key, Mapping) else dict.fromkeys(api_key, 1)
 
 
-def _surround(app: Starlette, engine: "AsyncEngine", name: str, api_keys: Sequence[str], observability: Observability) -> None:
+def _surround(
+    app: Starlette, engine: "AsyncEngine", name: str, api_keys: Sequence[str], observability: Observability
+) -> None:
     """Keys, and around them what takes notes of every request."""
     admin_key = observability.admin_api_key
     if admin_key is not None and (not admin_key.strip() or admin_key in api_keys):
