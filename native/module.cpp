@@ -127,6 +127,31 @@ public:
         return new PackedLinear(weight, out, in, bias.data(), integers, gated, pool_, arena_);
     }
 
+    // What `pack` made elsewhere with the same arguments, over the bytes that it had; `integers` as its `rounding`.
+    PackedLinear* map_packed(nb::handle weights_, nb::handle bias_, int64_t out, int64_t in, const std::string& storage_name,
+                             const std::string& layout_name, bool gated,
+                             std::optional<std::tuple<int, int64_t, int>> integers_) {
+        require(out >= 0 && out < INT32_MAX && in >= 0 && in < INT32_MAX, 
+                "packed weight: out_features or in_features is out of range");
+        require(!gated || out % 2 == 0, "packed weight: gated is true, and out_features is odd");
+        const Storage storage = integers_ ? Storage::float32 : storage_or_raise(storage_name);
+        const Layout layout = integers_ ? Layout::integers : layout_of(storage);
+        require_field(layout_name == name_of(layout), "layout", layout_name,
+                      std::string(name_of(layout)) + ", which " + kernels_->name + " reads");
+        Integers integers;
+        if (integers_) integers = std::apply([&](auto... of) { return checked_integers(of..., in); }, *integers_);
+        const Panels shape = PackedLinear(out, in, storage, layout, integers, gated, {}, {}).panels();
+        const Arena::Piece weights = borrowed(weights_, "weights");
+        const Arena::Piece bias = bias_.is_none() ? Arena::Piece{} : borrowed(bias_, "bias");
+        try {
+            require_piece(weights, "weights", PackedLinear::weight_bytes(shape));
+            if (bias.owner != nullptr) require_piece(bias, "bias", PackedLinear::bias_bytes(shape));
+        } catch (const std::bad_alloc&) {
+            throw nb::value_error("packed weight: out_features and in_features are of more bytes than there can be");
+        }
+        return new PackedLinear(out, in, storage, layout, integers, gated, weights, bias);
+    }
+
     void linear(nb::handle x, const PackedLinear& packed, nb::handle y, float scale, float softcap, bool add) {
         require(!packed.gated, "linear: the weight is packed for gated_linear");
         LinearArgs args{};
@@ -450,7 +475,21 @@ NB_MODULE(_native, module) {
         .def_ro("in_features", &PackedLinear::in)
         .def_prop_ro("products", &PackedLinear::products, "the width of a product")
         .def_prop_ro("reads_tiles", &PackedLinear::reads_tiles, "whether its inputs may be rows of bfloat16")
-        .def_prop_ro("bytes", &PackedLinear::bytes);
+        .def_prop_ro("bytes", &PackedLinear::bytes)
+        .def_ro("gated", &PackedLinear::gated)
+        .def_prop_ro("storage", [](const PackedLinear& packed) { return name_of(packed.storage); })
+        .def_prop_ro("layout", [](const PackedLinear& packed) { return name_of(packed.layout); })
+        .def_prop_ro("integers", [](const PackedLinear& packed) {
+            return std::make_tuple(packed.integers.bits, packed.integers.group, packed.integers.levels);
+        })
+        .def_prop_ro("weights", [](const PackedLinear& packed) { return PackedBytes{packed.weights()}; })
+        .def_prop_ro("bias", [](const PackedLinear& packed) -> std::optional<PackedBytes> {
+            if (packed.bias().data == nullptr) return std::nullopt;
+            return PackedBytes{packed.bias()};
+        });
+    static PyType_Slot packed_bytes_slots[] = {
+        {Py_bf_getbuffer, reinterpret_cast<void*>(&PackedBytes::get_buffer)}, {0, nullptr}};
+    nb::class_<PackedBytes>(module, "PackedBytes", nb::type_slots(packed_bytes_slots));
     nb::class_<TileBuffer>(module, "TileBuffer");
     module.def("operation_times", [] {
         const nb::gil_scoped_release unlocked;
@@ -465,6 +504,8 @@ NB_MODULE(_native, module) {
         .def(nb::init<int, const std::string&, const Affinity&>(), nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("threads", &Runtime::threads)
         .def("pack", &Runtime::pack, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg(), nb::arg(), none)
+        .def("map_packed", &Runtime::map_packed, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg(), nb::arg(),
+             nb::arg(), nb::arg(), nb::arg(), none)
         .def("probe", &Runtime::probe)
         .def("quantize", &Runtime::quantize)
         .def("pack_integers", &Runtime::pack_integers, nb::rv_policy::take_ownership, nb::arg(), nb::arg(), none, nb::arg(),

@@ -17,6 +17,25 @@ class PackedLinear:
         """Whether its inputs may be rows of bfloat16."""
     @property
     def bytes(self) -> int: ...
+    @property
+    def gated(self) -> bool: ...
+    @property
+    def storage(self) -> str: ...
+    @property
+    def layout(self) -> str:
+        """`panels`, `amx_bf16` or `integers`."""
+    @property
+    def integers(self) -> tuple[int, int, int]:
+        """Bits (0: the weight is of floating point), inputs in a group, padded; the largest integer of an input."""
+    @property
+    def weights(self) -> PackedBytes: ...
+    @property
+    def bias(self) -> PackedBytes | None: ...
+
+class PackedBytes:
+    """Read-only memory of a packed weight, which it keeps alive: `memoryview(bytes)`."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class TileBuffer:
     """Rows of bfloat16 as the matrix unit reads them (`TileRows` in native/kernels.h)."""
@@ -89,6 +108,20 @@ class Runtime:
         """`weight [out, in]`: uint16 bits of bfloat16 or float16, or float32; or `(in, [(descriptor, offset in bytes,
         rows), ...])` of files. `rounding`: bits, group and levels of `pack_integers`, to which it is rounded first.
         ValueError also where a file ends early, and with rounding where a weight is not finite."""
+    def map_packed(
+        self,
+        weights: Any,
+        bias: Any | None,
+        out: int,
+        inputs: int,
+        storage: str,
+        layout: str,
+        gated: bool,
+        integers: tuple[int, int, int] | None,
+        /,
+    ) -> PackedLinear:
+        """A weight over the bytes of another one's `weights` and `bias`, which are not copied and kept alive;
+        `integers` as `rounding` of `pack`. ValueError, which names the field, where they are not of such a weight."""
     def probe(self, kind: str, data: Any, /) -> int:
         """`kind` is read (of `data`), float32, bfloat16 or int8: bytes, or products; 0 where the unit is missing."""
     def quantize(

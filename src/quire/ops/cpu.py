@@ -14,10 +14,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from quire.ops import _native
+from quire.ops import _native, cpu_packed
 from quire.ops.composed import ComposedOps
 from quire.ops.cpu_program import ACTIVATION, NO_WINDOW, CpuProgram
 from quire.ops.fuse import fuse
+from quire.ops.packed import Buffer, PackedHeader, PackedState
 from quire.ops.program import trace
 from quire.ops.types import (
     INPUT_LEVELS,
@@ -40,7 +41,6 @@ from quire.ops.types import (
 )
 
 _STORAGE = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
-_BITS: dict[QuantizedFormat, int] = {name: 8 if name.startswith("int8") else 4 for name in INPUT_LEVELS}
 _FLOAT32 = np.dtype(np.float32)
 
 
@@ -119,7 +119,7 @@ class CpuOps(ComposedOps):
         inputs, rounding = weight.shape[1], None
         if weight.rounding is not None:
             name, size = weight.rounding.format, weight.rounding.group_size
-            rounding = _BITS[name], size or inputs, INPUT_LEVELS[name]
+            rounding = cpu_packed.BITS[name], size or inputs, INPUT_LEVELS[name]
         return self._native.pack((inputs, list(weight.files)), bias, weight.storage, gated, rounding)
 
     def _pack_integers(self, weight: QuantizedWeight, bias: Any | None, gated: bool) -> Opaque:
@@ -130,7 +130,7 @@ class CpuOps(ComposedOps):
             values,
             np.ascontiguousarray(scales),
             bias,
-            _BITS[weight.format],
+            cpu_packed.BITS[weight.format],
             weight.group_size,
             INPUT_LEVELS[weight.format],
             gated,
@@ -138,6 +138,12 @@ class CpuOps(ComposedOps):
 
     def pack_embedding(self, table: Any, storage: StorageType) -> Opaque:
         return self.pack_linear(table, None, storage)
+
+    def packed_state(self, packed: Opaque) -> PackedState:
+        return cpu_packed.packed_state(packed)
+
+    def map_packed(self, header: PackedHeader, buffers: Sequence[Buffer]) -> Opaque:
+        return cpu_packed.map_packed(self._native, header, buffers)
 
     # products
 

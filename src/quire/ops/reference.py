@@ -12,6 +12,7 @@ promise row independence to the last bit; the providers that serve do.
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 from array_api_compat import array_namespace, to_device
 
 from quire.ops import composed, quantize_reference, sampling_reference
+from quire.ops.packed import VERSION, Buffer, PackedHeader, PackedState, check_header, checked_buffers
 from quire.ops.types import (
     INPUT_LEVELS,
     Activation,
@@ -95,6 +97,25 @@ class ReferenceOps(composed.ComposedOps):
 
     def pack_embedding(self, table: Any, storage: StorageType) -> ReferenceLinear:
         return self.pack_linear(table, None, storage)
+
+    def packed_state(self, packed: ReferenceLinear) -> PackedState:
+        """The weight as it is multiplied, float32 `[out, in]`, then the bias `[out]` if there is one."""
+        kind, has_bias = packed.format or "float32", packed.bias is not None
+        rows, inputs = packed.weight.shape
+        header = PackedHeader(VERSION, "reference", "rows", kind, "float32", rows, inputs, 0, False, has_bias)
+        arrays = (packed.weight, packed.bias) if has_bias else (packed.weight,)
+        return PackedState(header, tuple(self.to_numpy(x).view(np.uint8).reshape(-1) for x in arrays))
+
+    def map_packed(self, header: PackedHeader, buffers: Sequence[Buffer]) -> ReferenceLinear:
+        """`PackedStore.map_packed`; with a namespace other than numpy's the memory is copied."""
+        kind = header.format if header.format in INPUT_LEVELS else None
+        check_header(header, "reference", layout="rows", format=kind or "float32", group_size=0, gated=False)
+        rows, inputs = header.out_features, header.in_features
+        sizes = [4 * rows * inputs, 4 * rows] if header.has_bias else [4 * rows * inputs]
+        arrays = [view.view(np.float32) for view in checked_buffers(buffers, sizes)]
+        if not self.xp.__name__.endswith("numpy"):
+            arrays = [self.array(x, "float32") for x in arrays]
+        return ReferenceLinear(arrays[0].reshape(rows, inputs), arrays[1] if header.has_bias else None, kind)
 
     # products
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from quire.ops.packed import PackedStore
 from quire.outputs import Decision
 
 Array = Any
@@ -234,7 +235,7 @@ Forward = Callable[["Ops", Array, AttentionBatch, Opaque], Array]
 """The same of all tokens, computed with the operations that it is handed."""
 
 
-class Ops(Protocol):
+class Ops(PackedStore, Protocol):
     """A provider of the operations. Formulas, tolerances and sources: `reference.py`."""
 
     name: str

@@ -15,8 +15,9 @@ import torch
 
 from quire.ops import quantize_reference
 from quire.ops.composed import ComposedOps
-from quire.ops.cuda import attention, products, rows, sampling
+from quire.ops.cuda import attention, packed_weights, products, rows, sampling
 from quire.ops.cuda.kernel_cache import kernel_cache
+from quire.ops.packed import Buffer, PackedHeader, PackedState
 from quire.ops.types import (
     INPUT_LEVELS,
     Activation,
@@ -156,6 +157,14 @@ class CudaOps(ComposedOps):
         if isinstance(table, QuantizedWeight) and table.group_size != table.values.shape[1]:
             raise ValueError("a table is quantised by rows, not by groups")
         return self.pack_linear(table, None, storage)
+
+    def packed_state(self, packed: products.CudaLinear) -> PackedState:
+        """The tensors as they lie on the device."""
+        return packed_weights.packed_state(packed)
+
+    def map_packed(self, header: PackedHeader, buffers: Sequence[Buffer]) -> products.CudaLinear:
+        with _room():
+            return packed_weights.map_packed(header, buffers, self.device, self.formats)
 
     # products
 
