@@ -221,8 +221,8 @@ def test_bits_of_a_weight_count_the_scales_of_groups() -> None:
 def test_embedding_and_head_keep_the_error_of_eight_bits(name: str) -> None:
     """Their inputs are not rounded to eight bits, nor they to four: see `docs/howto/quantize.md`."""
     scheme = select_scheme(name, None)
-    assert scheme is not None and scheme.tables == Rounding("int8", None)
-    assert scheme.layers == Rounding(name, 64 if name == "int4" else None)  # type: ignore[arg-type]
+    assert scheme is not None and scheme.embedding == Rounding("int8", None)
+    assert scheme.linear == Rounding(name, 64 if name == "int4" else None)  # type: ignore[arg-type]
 
 
 def test_learned_positions_are_not_rounded(ops: Ops, tiny: Tiny) -> None:
@@ -242,10 +242,10 @@ def test_schemes_by_name() -> None:
     assert select_scheme(None, None) is None
     for name in QUANTIZATIONS:
         scheme = select_scheme(name, None)
-        assert scheme is not None and scheme.name == name and scheme.layers.format == name
+        assert scheme is not None and scheme.name == name and scheme.linear.format == name
     for size in GROUP_SIZES:
         scheme = select_scheme("int4", size)
-        assert scheme is not None and scheme.layers.group_size == size
+        assert scheme is not None and scheme.linear.group_size == size
     for other in (None, "int8"):
         with pytest.raises(ConfigurationError, match="quantization_group_size is for quantization 'int4'") as caught:
             select_scheme(other, 64)

@@ -139,9 +139,9 @@ def _quantization_decisions(args: EngineArgs) -> list[Decision]:
     scheme = select_scheme(args.quantization, args.quantization_group_size)
     if scheme is None:
         return []
-    layers, tables = (f"{bits_per_weight(one)} bits a weight" for one in (scheme.layers, scheme.tables))
-    size = scheme.layers.group_size
-    reason = f"layers {layers}" + (f" in groups of {size}" if size else "") + f", embedding and head {tables}"
+    linear, embedding = (f"{bits_per_weight(one)} bits a weight" for one in (scheme.linear, scheme.embedding))
+    size = scheme.linear.group_size
+    reason = f"layers {linear}" + (f" in groups of {size}" if size else "") + f", embedding and head {embedding}"
     return [Decision("quantization", scheme.name, reason)]
 
 

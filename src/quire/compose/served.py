@@ -16,7 +16,7 @@ from quire.engine.engine import Engine
 from quire.engine.queue_bound import QueueBound, QueueLimits
 from quire.engine.step_allowance import LEAST_SECONDS
 from quire.errors import ConfigurationError
-from quire.weights.source import resolve_source
+from quire.weights.hub import resolve_model_directory
 
 if TYPE_CHECKING:
     from quire.engine.supervisor import SupervisedChannel
@@ -40,7 +40,7 @@ def begin(args: EngineArgs) -> Callable[[], ServedEngine]:
     Raises:
         ConfigurationError: naming the argument or the file at fault. So does the second half.
     """
-    directory = Path(model_path()) if args.model is None else resolve_source(args.model, args.revision)
+    directory = Path(model_path()) if args.model is None else resolve_model_directory(args.model, args.revision)
     if not args.core_process:
         if args.hang_timeout is not None:
             raise ConfigurationError("hang_timeout is of a core in a process of its own", field="hang_timeout")

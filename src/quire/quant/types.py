@@ -1,4 +1,4 @@
-"""A scheme says how each weight is rounded while a model is loaded, and what the result weighs."""
+"""A scheme says how each weight is quantised while a model is loaded, and what the result weighs."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,20 @@ from quire.ops.types import Rounding
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Products of the layers are rounded by `layers`; embedding and head by `tables`, so that they can be one.
+    """How the weights of a model are quantised.
 
-    Norms, biases and learned positions are not rounded: they are a thousandth of the bytes.
+    Norms, biases and learned positions are not: they are a thousandth of the bytes.
     """
 
     name: str
-    layers: Rounding
-    tables: Rounding
+    linear: Rounding
+    """Of the linear layers."""
+    embedding: Rounding
+    """Of embedding and head alike, so that they can be one."""
 
 
 def rounded_bytes(rounding: Rounding, out: int, inputs: int) -> int:
-    """Bytes of a weight `[out, inputs]`: its integers and one float32 for each scale. Kernels pad beside that."""
+    """Bytes of a quantised weight `[out, inputs]`: its values and one float32 for each scale, without padding."""
     if rounding.group_size is None:
         return out * (inputs + 4)
     groups = -(-inputs // rounding.group_size)
@@ -26,5 +28,5 @@ def rounded_bytes(rounding: Rounding, out: int, inputs: int) -> int:
 
 
 def bits_per_weight(rounding: Rounding) -> str:
-    """For people: `4.5` with groups of 64; a row's single scale does not count."""
+    """For display: `4.5` with groups of 64; a row's single scale does not count."""
     return "8" if rounding.group_size is None else f"{4 + 32 / rounding.group_size:g}"

@@ -5,9 +5,9 @@ from dataclasses import replace
 from quire.models.families.gemma2 import GEMMA_NAMES, HEAD_DIM, gemma_like
 from quire.models.families.llama import num_layers_of
 from quire.models.hf_config import ConfigReader
+from quire.models.parameters import NameMap
 from quire.models.rope_config import RopeDefaults, parse_rope
 from quire.models.spec import DecoderSpec, RopeSpec
-from quire.models.weights_map import NameMap
 
 _TEXT_DEFAULTS = {
     "vocab_size": 262_208,

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from quire.models.families.llama import llama
 from quire.models.hf_config import ConfigReader
+from quire.models.parameters import NameMap
 from quire.models.spec import DecoderSpec, NormSpec
-from quire.models.weights_map import NameMap
 
 
 def granite(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:

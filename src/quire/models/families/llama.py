@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from quire.models.hf_config import ConfigReader
+from quire.models.parameters import NameMap
 from quire.models.rope_config import RopeDefaults, extended_positions, read_rope
 from quire.models.spec import DecoderSpec, LayerSpec, NormSpec, RopeSpec
-from quire.models.weights_map import NameMap
 
 MAX_LAYERS = 1024
 

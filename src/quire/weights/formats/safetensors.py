@@ -1,7 +1,8 @@
-"""The safetensors files of one model directory as one set of tensors."""
+"""The safetensors files of one model directory as one `WeightSource`."""
 
-import fnmatch
+import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.errors import ModelFileError
-from quire.models.weights_map import Parameter
+from quire.models.parameters import Concatenated, Parameter
 from quire.ops.types import StorageType, StoredWeight
-from quire.weights.json_file import read_json_object
-from quire.weights.safetensors_file import SafetensorsFile, printable
+from quire.weights.formats.safetensors_file import FileTensor, SafetensorsFile
+from quire.weights.json_file import printable, read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 32 * 2**20
 MAX_SHARDS = 1000
-STORAGE_BY_DTYPE: dict[str, StorageType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+DTYPES_BY_FORMAT: dict[str, StorageType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 """`allocate(shape, dtype)`: a contiguous array with anything in it."""
 
 
-class Checkpoint:
-    """All tensors of a directory. Use as a context manager, or `close()`."""
+class CheckpointWeights:
+    """All tensors of a directory: a `WeightSource`. Use as a context manager, or `close()`."""
 
     def __init__(self, directory: Path) -> None:
         """
@@ -32,7 +33,9 @@ class Checkpoint:
             ModelFileError: a file is missing or damaged, or the index and the files disagree.
         """
         self.files: list[SafetensorsFile] = []
+        self.tensors: dict[str, FileTensor] = {}
         self._home: dict[str, SafetensorsFile] = {}
+        self._memory = _ReadMemory()
         try:
             index = _read_index(directory)
             for name in sorted(set(index.values())) if index is not None else [SINGLE]:
@@ -43,36 +46,41 @@ class Checkpoint:
             self.close()
             raise
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor."""
-        return {name: file.tensors[name].shape for name, file in self._home.items()}
-
-    def dtype(self, tensor: str) -> str:
-        """The format's name of a tensor's type (`BF16`)."""
-        return self._home[tensor].tensors[tensor].dtype
-
     def size_bytes(self, parameter: Parameter) -> int:
         """Bytes of a parameter's tensors in their files."""
-        tensors = [self._home[name].tensors[name] for name, _ in parameter.tensors]
+        tensors = [self.tensors[name] for array in parameter.arrays for name, _ in array.tensors]
         return sum(tensor.end - tensor.start for tensor in tensors)
 
-    def read(self, parameter: Parameter, allocate: Allocate = np.empty) -> NDArray[Any]:
-        """The joined tensors of a parameter, a linear weight as `[out, in]`, contiguous, in memory of `allocate`.
+    def packed(self, name: str) -> None:
+        """A checkpoint holds tensors."""
 
-        Tensors of one type are read straight into the joined array: no copy is made of them.
+    def vector(self, array: Concatenated) -> NDArray[Any]:
+        """`WeightSource.vector`."""
+        return self.read(array)
+
+    def matrix(self, array: Concatenated) -> NDArray[Any] | StoredWeight:
+        """`WeightSource.matrix`: in its files where it is rows of one type there, so that each thread reads what it
+        packs."""
+        read = partial(self.read, array, self._memory.take)
+        return self._stored(array, read) or read()
+
+    def read(self, array: Concatenated, allocate: Allocate = np.empty) -> NDArray[Any]:
+        """The values, a matrix as `[out, in]`, contiguous, in memory of `allocate`. Tensors of one type are read
+        straight into the array: no copy is made of them.
+
+        Raises:
+            ModelFileError: a file ends early, or a tensor has a type that weights cannot have.
         """
-        dtypes = {self._home[name].dtype(name) for name, _ in parameter.tensors}
+        dtypes = {self._home[name].dtype(name) for name, _ in array.tensors}
         dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-        shapes = [shape[::-1] if parameter.transposed else shape for _, shape in parameter.tensors]
-        whole = shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        out = allocate(whole, dtype)
+        out = allocate(array.shape, dtype)
         first = 0
-        for (name, _), shape in zip(parameter.tensors, shapes, strict=True):
-            file, rows = self._home[name], out if shape == whole else out[first : first + shape[0]]
-            if parameter.transposed or file.dtype(name) != dtype:
+        for name, stated in array.tensors:
+            shape = stated[::-1] if array.transposed else stated
+            file, rows = self._home[name], out if shape == array.shape else out[first : first + shape[0]]
+            if array.transposed or file.dtype(name) != dtype:
                 tensor = file.read(name)
-                rows[...] = tensor.T if parameter.transposed else tensor
+                rows[...] = tensor.T if array.transposed else tensor
             else:
                 file.read_into(name, rows)
             first += shape[0] if shape else 0
@@ -84,24 +92,24 @@ class Checkpoint:
             return False
         return not np.array_equal(self._home[one].read(one), self._home[other].read(other))
 
-    def stored(self, parameter: Parameter, read: Callable[[], NDArray[Any]]) -> StoredWeight | None:
-        """A parameter where it lies; None unless it is rows of one type that follow one another in its files."""
-        tensors = [(self._home[name], self._home[name].tensors[name]) for name, _ in parameter.tensors]
+    def _stored(self, array: Concatenated, read: Callable[[], NDArray[Any]]) -> StoredWeight | None:
+        """The matrix where it lies; None unless it is rows of one type that follow one another in its files."""
+        tensors = [(self._home[name], self.tensors[name]) for name, _ in array.tensors]
         first = tensors[0][1]
-        if parameter.transposed or len(first.shape) != 2 or first.dtype not in STORAGE_BY_DTYPE:
+        if array.transposed or first.format not in DTYPES_BY_FORMAT:
             return None
-        if any(info.dtype != first.dtype for _, info in tensors):
+        if any(info.format != first.format for _, info in tensors):
             return None
         files = tuple((file.descriptor, info.start, info.shape[0]) for file, info in tensors)
-        rows = sum(count for _, _, count in files)
-        return StoredWeight((rows, first.shape[1]), STORAGE_BY_DTYPE[first.dtype], files, read)
+        rows, inputs = array.shape
+        return StoredWeight((rows, inputs), DTYPES_BY_FORMAT[first.format], files, read)
 
     def close(self) -> None:
         """Close all files."""
         for file in self.files:
             file.close()
 
-    def __enter__(self) -> "Checkpoint":
+    def __enter__(self) -> "CheckpointWeights":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -114,6 +122,7 @@ class Checkpoint:
                 other = self._home[tensor].name
                 raise ModelFileError(f"{file.name}: {printable(tensor)} is in {other} too")
             self._home[tensor] = file
+        self.tensors.update(file.tensors)
 
     def _check_index(self, index: Mapping[str, str]) -> None:
         for tensor, name in index.items():
@@ -121,30 +130,24 @@ class Checkpoint:
                 raise ModelFileError(f"{INDEX}: {printable(tensor)} is not in {printable(name)}")
 
 
-def check_tensors(
-    parameters: Mapping[str, Parameter], shapes: Mapping[str, tuple[int, ...]], unused: tuple[str, ...]
-) -> None:
-    """Every tensor of the parameters must be there with its shape, and nothing else but `unused` patterns.
+class _ReadMemory:
+    """Arrays for matrices to be read into. Large ones share one piece of memory, so that the system need not clear new
+    pages for each, which takes longer than reading into them."""
 
-    Raises:
-        ModelFileError: names the first tensors that are missing, wrongly shaped or left over.
-    """
-    wanted = {name: shape for parameter in parameters.values() for name, shape in parameter.tensors}
-    missing = [name for name in wanted if name not in shapes]
-    if missing:
-        raise ModelFileError(f"the checkpoint lacks {_first_of(missing)}")
-    for name, shape in wanted.items():
-        if shapes[name] != shape:
-            raise ModelFileError(f"{name} has the shape {list(shapes[name])}; the config asks for {list(shape)}")
-    extra = [name for name in shapes if name not in wanted]
-    extra = [name for name in extra if not any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)]
-    if extra:
-        raise ModelFileError(f"the checkpoint has tensors that the model does not: {_first_of(extra)}")
+    SHARED_BYTES = 2**20
 
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
 
-def _first_of(names: list[str]) -> str:
-    shown = ", ".join(printable(name) for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """A contiguous array with anything in it; a large one is good until the next large one is taken."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < self.SHARED_BYTES:
+            return np.empty(shape, dtype)
+        if not size <= len(self._bytes) <= 4 * size:
+            self._bytes = np.empty(0, np.uint8)  # given back before more is allocated
+            self._bytes = np.empty(size, np.uint8)
+        return self._bytes[:size].view(dtype).reshape(shape)
 
 
 def _read_index(directory: Path) -> dict[str, str] | None:
