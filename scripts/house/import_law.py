@@ -12,7 +12,7 @@ COMPOSERS = frozenset({"", "__main__", "cli", "compose", "llm", "async_llm"})
 BASE = frozenset(
     (
         "array_api_compat huggingface_hub jinja2 ml_dtypes msgspec numpy prometheus_client "
-        "safetensors starlette tokenizers tqdm uvicorn"
+        "starlette tokenizers tqdm uvicorn"
     ).split()
 )
 """What the base install promises, by import name: `dependencies` in pyproject.toml."""
@@ -44,7 +44,7 @@ LAW: dict[str, Room] = {
     "ops.cuda": _room("ops", "array_api_compat ml_dtypes numpy torch triton"),
     "quant": _room("ops", "ml_dtypes numpy"),
     "models": _room("ops.types quant.types", "ml_dtypes msgspec numpy"),
-    "weights": _room("models quant ops", "huggingface_hub ml_dtypes msgspec numpy safetensors tqdm"),
+    "weights": _room("models quant ops", "huggingface_hub ml_dtypes msgspec numpy tqdm"),
     "sampling": _room("ops core.plan", "ml_dtypes numpy"),
     "speculative": _room("ops core.plan", "numpy"),
     "lora": _room("ops core.plan", "ml_dtypes numpy"),
@@ -52,7 +52,7 @@ LAW: dict[str, Room] = {
     "runner": _room("ops quant models weights sampling speculative lora parallel core.plan", "ml_dtypes msgspec numpy"),
     "executor": _room("runner core.plan", "msgspec"),
     "engine": _room("core executor.base text structured", "msgspec tqdm"),
-    "build": _room("weights quant models ops", "ml_dtypes msgspec numpy safetensors tqdm"),
+    "build": _room("weights quant models ops", "ml_dtypes msgspec numpy tqdm"),
     "server": _room("engine", "anyio msgspec prometheus_client starlette uvicorn"),
     "bench": _room("engine", "msgspec numpy tqdm"),
     "demo": _room(),
