@@ -81,7 +81,7 @@ def test_a_layout_of_another_instruction_set_is_refused_and_a_shared_one_is_not(
 
 
 Change = Callable[[PackedHeader], PackedHeader]
-SIZE = "packed weight: size of|group_size is|no such size of groups|out of range|more bytes than|more inputs than"
+SIZE = "packed weight: size of|group_size is|out of range|more bytes than|more inputs than"
 WRONG: dict[str, tuple[Change, str]] = {
     "version": (lambda h: replace(h, version=h.version + 1), "version is"),
     "provider": (lambda h: replace(h, provider="disk"), "provider is"),  # type: ignore[arg-type]
@@ -93,7 +93,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "in_features": (lambda h: replace(h, in_features=h.in_features + 128), SIZE),
     "in_features of 2^31 - 1": (lambda h: replace(h, in_features=2**31 - 1), SIZE),
     "both of 2^31 - 2": (lambda h: replace(h, in_features=2**31 - 2, out_features=2**31 - 2), SIZE),
-    "group_size": (lambda h: replace(h, group_size=48), "group_size is|no such size of groups"),
+    "group_size": (lambda h: replace(h, group_size=48), "group_size is"),
     "has_bias": (lambda h: replace(h, has_bias=not h.has_bias), "number of buffers is"),
 }
 

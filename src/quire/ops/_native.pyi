@@ -123,7 +123,8 @@ class Runtime:
         """A weight over the bytes of another one's `weights` and `bias`, which are not copied and kept alive;
         `integers` as `rounding` of `pack`. ValueError, which names the field, where they are not of such a weight."""
     def probe(self, kind: str, data: Any, /) -> int:
-        """`kind` is read (of `data`), float32, bfloat16 or int8: bytes, or operations; 0 where the instructions are missing."""
+        """`kind` is read (of `data`), float32, bfloat16 or int8: bytes, or operations; 0 where there are no such
+        instructions."""
     def quantize(
         self, weight: Any, storage: str, four_bits: bool, group_size: int, values: Any, scales: Any, /
     ) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quire.ops import _native
-from quire.ops.packed import VERSION, Buffer, PackedHeader, PackedState, check_header, require_field
+from quire.ops.packed import VERSION, Buffer, PackedHeader, PackedState, check_group_size, check_header, require_field
 from quire.ops.types import INPUT_LEVELS, QuantizedFormat
 
 BITS: dict[QuantizedFormat, int] = {"int8": 8, "int8_w8a8": 8, "int4": 4, "int4_w4a8": 4}
@@ -38,7 +38,8 @@ def map_packed(runtime: _native.Runtime, header: PackedHeader, buffers: Sequence
     if header.format in BITS:
         integers = BITS[header.format], header.group_size, INPUT_LEVELS[header.format]
     else:
-        check_header(header, "cpu", format=header.dtype, group_size=0)
+        check_header(header, "cpu", format=header.dtype)
+    check_group_size(header)
     views: list[Any] = [memoryview(buffer).cast("B") for buffer in buffers]
     return runtime.map_packed(
         views[0],

@@ -77,6 +77,14 @@ def check_header(header: PackedHeader, provider: str, **expected: Any) -> None:
         require_field(name, getattr(header, name), value)
 
 
+def check_group_size(header: PackedHeader) -> None:
+    """ValueError, which names the field, unless the format has groups of that size."""
+    is_float = header.format in ("bfloat16", "float16", "float32")
+    sizes = (0,) if is_float else (32, 64, 128) if header.format.startswith("int4") else (header.in_features,)
+    if header.group_size not in sizes:
+        raise ValueError(f"packed weight: group_size is {header.group_size}, not one of {sizes}")
+
+
 def checked_buffers(buffers: Sequence[Buffer], sizes: Sequence[int]) -> list[Any]:
     """The buffers as read-only views, uint8 `[size]`.
 

@@ -1,4 +1,4 @@
-"""What a model's files say about generation: where it ends, and how it is sampled by default."""
+"""What a model's files say about generation: the ids that end it, and the default sampling parameters."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Where a model's files are: a directory, or a repository of the hub in the local cache."""
+"""The directory of a model's files: as given, or of a repository of the hub in the local cache."""
 
 import re
 from pathlib import Path

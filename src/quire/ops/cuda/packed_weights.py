@@ -7,7 +7,16 @@ from typing import Any, Literal, cast
 import torch
 
 from quire.ops.cuda.products import CudaLinear, packed_linear
-from quire.ops.packed import VERSION, Buffer, PackedHeader, PackedState, check_header, checked_buffers, require_field
+from quire.ops.packed import (
+    VERSION,
+    Buffer,
+    PackedHeader,
+    PackedState,
+    check_group_size,
+    check_header,
+    checked_buffers,
+    require_field,
+)
 from quire.ops.types import QuantizedFormat
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -42,6 +51,7 @@ def map_packed(
         raise ValueError(f"packed weight: format is {kind!r}; this device has {', '.join(formats)}")
     if header.dtype not in ((header.format,) if kind == "plain" else _DTYPES):
         raise ValueError(f"packed weight: dtype is {header.dtype!r} with format {header.format!r}")
+    check_group_size(header)
     shapes = _shapes(header)
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in shapes]
     if buffers and all(torch.is_tensor(buffer) for buffer in buffers):
@@ -66,15 +76,11 @@ def _shapes(header: PackedHeader) -> list[tuple[tuple[int, ...], Any]]:
     rows, inputs, size = header.out_features, header.in_features, header.group_size
     found: list[tuple[tuple[int, ...], Any]]
     if header.format.startswith("int4"):
-        if size not in (32, 64, 128):
-            raise ValueError(f"packed weight: group_size is {size}, not one of 32, 64, 128")
         pairs = -(-inputs // (2 * size))  # of groups
         found = [((rows, pairs * size), torch.uint8), ((2 * pairs, rows), torch.float32)]
     elif header.format in _DTYPES:
-        require_field("group_size", size, 0)
         found = [((rows, inputs), _DTYPES[header.format])]
     else:
-        require_field("group_size", size, inputs)
         values = torch.float8_e4m3fn if header.format == "fp8" else torch.int8
         found = [((rows, inputs), values), ((rows, 1), torch.float32)]
     return [*found, ((rows,), torch.float32)] if header.has_bias else found
