@@ -58,6 +58,15 @@ def test_mapped_memory_is_not_copied_and_lives_as_long_as_the_weight(provider: s
     memory.close()
 
 
+def test_tensors_of_the_device_are_mapped_as_they_are() -> None:
+    ops = make_ops("cuda")
+    for _, packed in packed_weights(ops):
+        state = ops.packed_state(packed)
+        mapped = ops.map_packed(state.header, state.buffers)
+        assert mapped.weight.data_ptr() == packed.weight.data_ptr()
+        assert ops.packed_state(mapped).header == state.header
+
+
 def test_a_state_is_a_view_that_outlives_its_weight() -> None:
     ops = make_ops(instruction_sets()[0])
     state = ops.packed_state(ops.pack_linear(np.ones((40, 64), np.float32), None, "float32"))

@@ -18,8 +18,8 @@ def rope_tables(spec: RopeSpec, max_positions: int) -> tuple[Float32Array, Float
     """Cosines and sines of RoPE (arXiv 2104.09864) for positions `[0, max_positions)`.
 
     Returns:
-        `cos, sin`, float32 `[max_positions, rotary_dim / 2]`: of `position * theta^(-2 i / rotary_dim)` with the scaling of
-        `spec`.
+        `cos, sin`, float32 `[max_positions, rotary_dim / 2]`: of `position * theta^(-2 i / rotary_dim)`, scaled as
+        `spec` says.
     """
     frequencies, attention_factor = _frequencies(spec, max_positions)
     angles = np.arange(max_positions, dtype=np.float32)[:, None] * frequencies

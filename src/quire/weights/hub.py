@@ -8,7 +8,7 @@ from quire.errors import ConfigurationError, ModelFileError
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _TOKENIZER_FILES = ("*.json", "*.jinja")
 _MODEL_FILES = ("*.safetensors", *_TOKENIZER_FILES)
-# Files of folders are other formats or parts, `consolidated` is a second copy of the weights.
+# Files of folders are other formats or modules, `consolidated` is a second copy of the weights.
 _IGNORED = ("*/*", "consolidated*")
 
 
@@ -60,7 +60,7 @@ def _download(
 
     wanted = repo_id if revision is None else f"{repo_id} at revision {revision!r}"
     try:
-        # It asks for the commit of the revision first and names that commit in all that follows; offline it
+        # It looks up the commit of the revision first and names that commit in all that follows; offline it
         # takes the commit that the revision was when it was last seen.
         directory = huggingface_hub.snapshot_download(
             repo_id,

@@ -25,8 +25,8 @@ class TensorInfo:
 
 
 class WeightSource(Protocol):
-    """The tensors of one model. Names, shapes and formats are known at once; values are read when they are asked for.
-    Closed by its user."""
+    """The tensors of one model. Names, shapes and formats are known at once; values are read by the
+    methods that return them. Closed by its user."""
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

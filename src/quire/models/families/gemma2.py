@@ -1,4 +1,4 @@
-"""Gemma 2 (arXiv 2408.00118): norms before and after each part, soft caps, every other layer slides."""
+"""Gemma 2 (arXiv 2408.00118): norms before and after each sublayer, soft caps, every other layer slides."""
 
 from dataclasses import replace
 

@@ -14,7 +14,7 @@ _TEXT_DEFAULTS = {
     "num_attention_heads": 8,
     "max_position_embeddings": 131_072,
 }
-"""What the published configs with a vision part leave out of their `text_config`."""
+"""What the published configs with a vision tower leave out of their `text_config`."""
 
 
 def gemma3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
@@ -32,7 +32,7 @@ def gemma3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
 
 
 def gemma3_text_of(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
-    """The text part of Gemma3ForConditionalGeneration; its vision tower stays on the disk."""
+    """The text model of Gemma3ForConditionalGeneration; its vision tower stays on the disk."""
     text = config.nested("text_config")
     if text is None:
         raise config.unsupported("text_config", "it must be there")

@@ -11,7 +11,7 @@ from quire.models.spec import DecoderSpec, NormSpec
 def granite(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
     """GraniteForCausalLM.
 
-    Every part adds `m * x` to the residual. All that is read of the residual are its RMS norms, which do not
+    Every sublayer adds `m * x` to the residual. All that is read of the residual are its RMS norms, which do not
     change when it is divided by m, if eps is divided by m squared; so the decoder keeps `residual / m`, and
     adds plain x to it. Then only the embedding is scaled.
     """

@@ -1,4 +1,4 @@
-"""OLMo 2 (arXiv 2501.00656): norms only after each part, and norms of the whole projections of q and k."""
+"""OLMo 2 (arXiv 2501.00656): norms only after each sublayer, and norms of the whole projections of q and k."""
 
 from dataclasses import replace
 
