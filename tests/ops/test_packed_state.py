@@ -1,5 +1,6 @@
 """Packed weights are written, mapped by another process and compute the same bits; what does not fit is refused."""
 
+import ctypes
 import mmap
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +58,26 @@ def test_mapped_memory_is_not_copied_and_lives_as_long_as_the_weight(provider: s
     assert np.array_equal(ops.linear(x, mapped), np.full((2, 5), 8, np.float32))
     del mapped
     memory.close()
+
+
+def before_a_forbidden_page(buffer: Any) -> Any:
+    """A copy of a buffer that ends where reading on is a fault."""
+    data = np.frombuffer(buffer, np.uint8)
+    end = -(-len(data) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = np.frombuffer(mmap.mmap(-1, end + mmap.PAGESIZE), np.uint8)
+    memory[end - len(data) : end] = data
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(memory.ctypes.data + end), mmap.PAGESIZE, 0) == 0
+    return memory[end - len(data) : end]
+
+
+@pytest.mark.parametrize("provider", instruction_sets())
+def test_no_kernel_reads_past_mapped_memory(provider: str) -> None:
+    """A mapped file may end where its last weight does."""
+    ops = make_ops(provider)
+    for name, packed in packed_weights(ops):
+        state = ops.packed_state(packed)
+        mapped = ops.map_packed(state.header, [before_a_forbidden_page(buffer) for buffer in state.buffers])
+        assert results(ops, name, mapped) == results(ops, name, packed), name
 
 
 def test_tensors_of_the_device_are_mapped_as_they_are() -> None:
