@@ -11,7 +11,7 @@ from quire.engine.async_engine import AsyncEngine, ServedEngine
 from quire.engine.channel import CoreHealth, Gauges, News
 from quire.engine.engine import Engine
 from quire.engine.inputs import EngineFacts, InputProcessor, ParsedRequest
-from quire.engine.queue_bound import Caller, QueueBound, QueueLimits
+from quire.engine.queue_bound import Caller, QueueBound, QueueConfig
 from quire.sampling_params import RequestOutputKind, SamplingParams
 
 FACTS = EngineFacts(64, 100, (), 0, False)
@@ -87,10 +87,10 @@ class ScriptedChannel:
 class Scripted:
     """A channel, and an engine over it with a clock that stands still; or one in a thread beside the event loop."""
 
-    def __init__(self, limits: QueueLimits | None = None) -> None:
+    def __init__(self, limits: QueueConfig | None = None) -> None:
         self.clock = Clock()
         self.channel = ScriptedChannel()
-        self.queue = QueueBound(limits or QueueLimits(8, 1000, 4), self.clock)
+        self.queue = QueueBound(limits or QueueConfig(8, 1000, 4), self.clock)
         self.engine = Engine(self.channel, None, self.queue, self.clock)
         self.inputs = InputProcessor(None, FACTS)
         self._num_steps = 0

@@ -21,7 +21,7 @@ from quire.engine.channel import CoreHealth
 from quire.engine.core_process import CoreGoneError, CoreProcess
 from quire.engine.engine import Engine
 from quire.engine.inputs import EngineFacts, InputProcessor
-from quire.engine.queue_bound import QueueBound, QueueLimits
+from quire.engine.queue_bound import QueueBound, QueueConfig
 from quire.engine.supervisor import SupervisedChannel
 from quire.engine.wire import Ready, Start
 from quire.errors import EngineDeadError, ModelFileError, OverloadedError
@@ -112,7 +112,7 @@ async def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     core = channel.wait_ready()
     facts = EngineFacts(core.max_model_len, core.vocab_size, (), 0, False)
     inputs = InputProcessor(None, facts)
-    queue = QueueBound(QueueLimits(1024, 2**20, 256), time.monotonic)
+    queue = QueueBound(QueueConfig(1024, 2**20, 256), time.monotonic)
     engine = AsyncEngine(ServedEngine(Engine(channel, None, queue), inputs, None, facts, [], {}, channel.close))
     pid = channel.pid
     found = Apart(engine, channel)

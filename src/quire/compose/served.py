@@ -13,7 +13,7 @@ from quire.demo import model_path
 from quire.engine.async_engine import ServedEngine
 from quire.engine.channel import CoreChannel, CoreFacts, LocalChannel
 from quire.engine.engine import Engine
-from quire.engine.queue_bound import QueueBound, QueueLimits
+from quire.engine.queue_bound import QueueBound, QueueConfig
 from quire.engine.step_allowance import LEAST_SECONDS
 from quire.errors import ConfigurationError
 from quire.weights.source import resolve_source
@@ -89,4 +89,4 @@ def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core_facts:
 
 def _queue(args: EngineArgs, max_model_len: int) -> QueueBound:
     max_tokens = args.max_num_queued_tokens or max(DEFAULT_QUEUED_TOKENS, 8 * max_model_len)
-    return QueueBound(QueueLimits(args.max_num_queued_reqs, max_tokens, args.max_num_seqs), time.monotonic)
+    return QueueBound(QueueConfig(args.max_num_queued_reqs, max_tokens, args.max_num_seqs), time.monotonic)

@@ -81,9 +81,9 @@ class AnnouncingExecutor:
         self._allowance.observe(work, time.monotonic() - start_s)
         return result
 
-    def prepare(self) -> bool:
+    def run_idle_work(self) -> bool:
         """See the executor."""
-        return self._executor.prepare()
+        return self._executor.run_idle_work()
 
     def close(self) -> None:
         """Close the executor."""
