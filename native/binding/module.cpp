@@ -428,15 +428,9 @@ NB_MODULE(_native, module) {
         .def("logprobs", &Runtime::logprobs)
         .def("rows_finite", &Runtime::rows_finite)
         .def("program", &Runtime::program, nb::rv_policy::take_ownership, nb::keep_alive<0, 1>());
-    nb::class_<Program>(module, "Program")
-        .def("embed", &Program::embed)
-        .def("linear", &Program::linear)
-        .def("norm", &Program::norm, nb::arg(), nb::arg().none(), nb::arg(), none, nb::arg(), nb::arg(), nb::arg())
-        .def("add", &Program::add)
-        .def("attention", &Program::attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), none,
-             none, none, nb::arg(), nb::arg())
-        .def("activation", &Program::activation)
-        .def("run", &Program::run, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), none, nb::arg(), nb::arg());
+    nb::class_<Program> program(module, "Program");
+    Program::bind(program);
+    program.def("run", &Program::run, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), none, nb::arg(), nb::arg());
 }
 
 }  // namespace quire

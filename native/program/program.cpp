@@ -7,28 +7,10 @@ namespace quire {
 
 namespace {
 
-constexpr int64_t kAddedRows = 16;  // in an item
 // Tokens that one thread takes through a segment, and the bytes of a segment's weights up to which they are taken so: each token
 // tile reads them again, from a cache that all processors share if they are few.
 constexpr int64_t kMinTokenTile = 128, kMaxTokenTile = 256, kTokenTileStep = 32;
 constexpr int64_t kTokenTileWeights = int64_t{32} << 20;
-
-struct AddJob {
-    const float* x;
-    int64_t x_stride;
-    float* y;
-    int64_t y_stride, rows, size;
-};
-
-void add_rows(void* context, int64_t item, int) {
-    const AddJob& job = *static_cast<const AddJob*>(context);
-    const int64_t last = std::min(job.rows, (item + 1) * kAddedRows);
-    for (int64_t row = item * kAddedRows; row < last; ++row) {
-        const float* const x = job.x + row * job.x_stride;
-        float* const y = job.y + row * job.y_stride;
-        for (int64_t i = 0; i < job.size; ++i) y[i] += x[i];
-    }
-}
 
 void require_outputs(const Ints1& outputs, const Ints1& query_starts, bool selects) {
     require(selects, "program: this one gives all of its tokens");
@@ -145,85 +127,6 @@ const float* Program::keep_floats(nb::handle object, int64_t size, const char* n
     return vectors_.back()->data();
 }
 
-void Program::embed(bool positions, nb::handle table_, float scale, ViewNumbers y_) {
-    const PackedLinear& table = keep_packed(table_);
-    const View y = output(y_, table.in, "embed: y has the wrong shape");
-    require(!is_tiles(y) && !table.gated, "embed: a table of another kind");
-    int64_t& limit = positions ? position_limit_ : token_limit_;
-    limit = std::min(limit, table.out);
-    append("embed", [=, &table](const Frame& frame) {
-        const int32_t* const ids = (positions ? frame.positions : frame.token_ids) + frame.first;
-        kernels_.embed(EmbedArgs{ids, frame.tokens, table.panels(), scale, frame.at(y)}, *frame.pool);
-    });
-}
-
-void Program::linear(ViewNumbers x_, nb::handle weight_, bool adds, int kind, ViewNumbers y_) {
-    const PackedLinear& weight = keep_packed(weight_);
-    const View x = view_any(x_), y = output(y_, weight.out_width(), "linear: y has the wrong shape");
-    const Activation activation = activation_numbered(kind);
-    require(x.size() == weight.in, "linear: the width of x is not the weight's");
-    require(!is_tiles(x) || weight.reads_amx_bf16(), "linear: the weight does not read amx_bf16");
-    require(!adds || !is_tiles(y), "linear: tiles of bfloat16 are not added to");
-    const auto compute = [=, &weight](const Frame& frame) {
-        LinearArgs args{};
-        args.x = frame.at(x);
-        args.x_stride = frame.stride(x);
-        args.rows = frame.tokens;
-        args.x_tiles = frame.tiles(x);
-        args.weight = weight.panels();
-        args.y = frame.at(y);
-        args.add = adds;
-        args.y_tiles = frame.tiles(y);
-        args.activation = activation;
-        args.scale = 1.0f;
-        kernels_.linear(args, *frame.pool);
-    };
-    const std::string name = weight.gated ? "gated_linear" : adds ? "linear, added" : "linear";
-    append(name + " " + weight.text(), compute, weight.bytes(), weight.num_operations());
-    segment_bytes_ += weight.bytes();
-    largest_segment_ = std::max(largest_segment_, segment_bytes_);
-}
-
-void Program::norm(ViewNumbers x_, std::optional<ViewNumbers> residual_, nb::handle weight_, nb::handle bias_,
-                   float eps, bool centre, ViewNumbers y_) {
-    const View x = view(x_), y = output(y_, x.size(), "norm: y has the wrong shape");
-    const View residual = residual_.has_value() ? view(*residual_) : View{};
-    const bool adds = residual_.has_value();
-    const float* const weight = keep_floats(weight_, x.width, "weight");
-    const float* const bias = keep_floats(bias_, x.width, "bias");
-    require(weight != nullptr, "norm: there is no weight");
-    require(!is_tiles(y) || x.groups == 1, "norm: y has the wrong shape");
-    require(!adds || (residual.size() == x.size() && x.groups == 1), "norm: residual has the wrong shape");
-    append("norm", [=](const Frame& frame) {
-        NormArgs args{};
-        args.x = frame.at(x);
-        args.x_stride = frame.stride(x);
-        args.groups = x.groups;
-        args.rows = frame.tokens * x.groups;
-        args.size = x.width;
-        if (adds) {
-            args.residual = frame.at(residual);
-            args.residual_stride = frame.stride(residual);
-        }
-        args.weight = weight;
-        args.bias = bias;
-        args.eps = eps;
-        args.centre = centre;
-        args.y = frame.at(y);
-        args.y_tiles = frame.tiles(y);
-        kernels_.norm(args, *frame.pool);
-    });
-}
-
-void Program::add(ViewNumbers x_, ViewNumbers y_) {
-    const View x = view(x_), y = view(y_);
-    require(x.size() == y.size(), "add: x and y differ in shape");
-    append("add", [=](const Frame& frame) {
-        AddJob job{frame.at(x), frame.stride(x), frame.at(y), frame.stride(y), frame.tokens, x.size()};
-        frame.pool->run((frame.tokens + kAddedRows - 1) / kAddedRows, add_rows, &job);
-    });
-}
-
 RopeTables Program::keep_tables(nb::handle cos_, nb::handle sin_, int64_t head_dim) {
     if (cos_.is_none()) return {};
     tables_.push_back(std::make_unique<Floats2>(cos_, "cos"));
@@ -233,60 +136,6 @@ RopeTables Program::keep_tables(nb::handle cos_, nb::handle sin_, int64_t head_d
     require_rope_tables(cos, sin, head_dim);
     rope_limit_ = std::min(rope_limit_, cos.size(0));
     return {cos.data(), sin.data(), cos.size(1)};
-}
-
-void Program::attention(std::tuple<ViewNumbers, ViewNumbers, ViewNumbers> qkv, int64_t layer, float scale,
-                        int64_t window, float softcap, nb::handle sinks_, nb::handle cos, nb::handle sin,
-                        std::vector<int64_t> selected, ViewNumbers y_) {
-    const View q = view(std::get<0>(qkv)), k = view(std::get<1>(qkv)), v = view(std::get<2>(qkv));
-    const View y = output(y_, q.size(), "attention: out has the wrong shape");
-    require(layer >= 0, "attention: no such layer");
-    require(k.groups == v.groups && q.groups % k.groups == 0, "attention: heads do not fit the cache's kv_heads");
-    require(q.width == k.width && q.width == v.width, "attention: head_dim is not the cache's");
-    require(!is_tiles(y), "attention: out has the wrong shape");
-    require(window > 0, "attention: a window is at least 1");
-    require(layers_ == 0 || (kv_heads_ == k.groups && head_dim_ == q.width), "attention: layers differ in shape");
-    const float* const sinks = keep_floats(sinks_, q.groups, "sinks");
-    const RopeTables tables = keep_tables(cos, sin, q.width);
-    segment_bytes_ = 0;
-    layers_ = std::max(layers_, layer + 1);
-    kv_heads_ = k.groups;
-    head_dim_ = q.width;
-    for (const int64_t buffer : selected) {
-        const bool exists = buffer >= 0 && buffer < static_cast<int64_t>(buffers_.size());
-        require(exists && !std::get<2>(buffers_[buffer]) && buffer != result_, "program: no such buffer to select output tokens of");
-    }
-    require(selected.empty() || !selects_, "program: output tokens are selected once");
-    selects_ = selects_ || !selected.empty();
-    append(window == INT64_MAX ? "attention" : "attention, window", [=](Frame& frame) {
-        AttentionArgs args{frame.at(q), frame.at(k), frame.at(v), frame.stride(q), frame.stride(k),
-                           frame.stride(v), q.groups, *frame.cache, layer, frame.rows,
-                           frame.query_starts, frame.starts, frame.tables, frame.table_stride,
-                           frame.private_writes, scale, window, softcap, sinks, tables, frame.at(y)};
-        if (frame.num_outputs < frame.tokens && !selected.empty()) {
-            args.out = nullptr;
-            kernels_.attention(args, pool_);
-            frame.select_output_tokens(selected);
-            args.k = args.v = nullptr;
-            args.query_starts = frame.query_starts;
-            args.starts = frame.starts;
-            args.out = frame.at(y);
-        }
-        if (frame.tokens > 0) kernels_.attention(args, pool_);
-    }, 0, 0, false);
-}
-
-void Program::activation(ViewNumbers x_, int kind_, bool multiply, ViewNumbers y_) {
-    const View x = view(x_);
-    const int64_t size = multiply ? x.size() / 2 : x.size();
-    const View y = output(y_, size, "activation: y has the wrong shape");
-    const Activation kind = activation_numbered(kind_);
-    require(!multiply || x.size() == 2 * size, "activation: y has the wrong shape");
-    append("activation", [=](const Frame& frame) {
-        kernels_.activation(ActivationArgs{frame.at(x), frame.stride(x), frame.tokens, size, kind, multiply,
-                                           frame.at(y), frame.tiles(y)},
-                            *frame.pool);
-    });
 }
 
 void Program::run(nb::handle token_ids_, nb::handle positions_, nb::handle query_starts_, nb::handle starts_,

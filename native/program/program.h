@@ -27,16 +27,9 @@ public:
     Program(const Kernels& kernels, ThreadPool& pool, std::vector<ProgramBuffer> buffers, int64_t persistent, int64_t local,
             int64_t result);
 
-    // Each appends an instruction. Products and what comes out of linear, norm and activation may be TileRows.
-    void embed(bool positions, nb::handle table, float scale, ViewNumbers y);
-    void linear(ViewNumbers x, nb::handle weight, bool adds, int kind, ViewNumbers y);
-    void norm(ViewNumbers x, std::optional<ViewNumbers> residual, nb::handle weight, nb::handle bias, float eps,
-              bool centre, ViewNumbers y);
-    void add(ViewNumbers x, ViewNumbers y);
-    void attention(std::tuple<ViewNumbers, ViewNumbers, ViewNumbers> qkv, int64_t layer, float scale, int64_t window,
-                   float softcap, nb::handle sinks, nb::handle cos, nb::handle sin, std::vector<int64_t> selected,
-                   ViewNumbers y);
-    void activation(ViewNumbers x, int kind, bool multiply, ViewNumbers y);
+    // Gives the class its operations, each of which appends an instruction (`operations.cpp`). Views that GEMMs read and
+    // what comes out of linear, norm and activation may be TileRows.
+    static void bind(nb::class_<Program>& program);
 
     // Runs all of it; `out` [outputs, width of the result]. `outputs` are tokens, of each row its last ones, or null: all.
     // From an attention with buffers `selected` on, only they are computed: their rows of those buffers move up.
@@ -44,6 +37,7 @@ public:
              nb::handle block_tables, nb::handle outputs, const Cache& cache, nb::handle out);
 
 private:
+    struct Operations;
     struct View {
         int64_t buffer, offset, groups, width;
         int64_t size() const { return groups * width; }

@@ -30,13 +30,15 @@ from quire.ops.types import (
     AttentionBatch,
     AttentionSpec,
     CacheShape,
+    Device,
     Opaque,
     Ops,
+    Provider,
+    QuantSpec,
     RopeTables,
-    Rounding,
-    StorageType,
+    WeightDtype,
 )
-from quire.quant.types import Scheme, rounded_bytes
+from quire.quant.types import Scheme, quantized_bytes
 
 Join = Callable[[Ops, Array, Array], Array]
 """`join(ops, x, residual)`: adds `x` to the residual in place and returns the input of the next part."""
@@ -91,11 +93,11 @@ class Parts:
 
     def __init__(
         self,
-        ops: Ops,
+        ops: Provider,
         source: PartSource,
         spec: DecoderSpec,
         names: NameMap,
-        storage: StorageType,
+        storage: WeightDtype,
         scheme: Scheme | None,
     ) -> None:
         self.ops = ops
@@ -121,12 +123,12 @@ class Parts:
         """The packed table of learned positions; never rounded."""
         return self._packed(self.ops.pack_embedding, "positions", None)
 
-    def _layer(self, pack: Callable[[Any, Array | None, StorageType], Opaque], module: str) -> Opaque:
+    def _layer(self, pack: Callable[[Any, Array | None, WeightDtype], Opaque], module: str) -> Opaque:
         bias = self._source.part(f"{module}.bias") if f"{module}.bias" in self._parameters else None
         rounding = self._scheme.layers if self._scheme else None
         return self._packed(lambda weight, storage: pack(weight, bias, storage), module, rounding)
 
-    def _packed(self, pack: Callable[[Any, StorageType], Opaque], module: str, rounding: Rounding | None) -> Opaque:
+    def _packed(self, pack: Callable[[Any, WeightDtype], Opaque], module: str, rounding: QuantSpec | None) -> Opaque:
         weight = self._source.part(f"{module}.weight")
         try:
             return pack(weight if rounding is None else self.ops.quantize(weight, rounding), self.storage)
@@ -159,7 +161,7 @@ class Parts:
         if self._scheme is None or name == "positions.weight":
             return rows * inputs * (4 if self.storage == "float32" else 2)
         is_table = name in ("embedding.weight", "head.weight")
-        return rounded_bytes(self._scheme.tables if is_table else self._scheme.layers, rows, inputs)
+        return quantized_bytes(self._scheme.tables if is_table else self._scheme.layers, rows, inputs)
 
 
 class Attention:
@@ -247,9 +249,9 @@ class Decoder:
         self,
         spec: DecoderSpec,
         names: NameMap,
-        ops: Ops,
+        ops: Provider,
         source: PartSource,
-        storage: StorageType,
+        storage: WeightDtype,
         max_model_len: int,
         scheme: Scheme | None = None,
     ) -> None:
@@ -325,7 +327,9 @@ def _build_layers(
     return input_norms[0], layers
 
 
-def _rope_tables(ops: Ops, layers: Iterable[LayerSpec], max_model_len: int) -> dict[RopeSpec | None, RopeTables | None]:
+def _rope_tables(
+    ops: Device, layers: Iterable[LayerSpec], max_model_len: int
+) -> dict[RopeSpec | None, RopeTables | None]:
     """One pair of tables for each kind of rotary positions in the model."""
     tables: dict[RopeSpec | None, RopeTables | None] = {None: None}
     for spec in {layer.rope for layer in layers if layer.rope is not None}:

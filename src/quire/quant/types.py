@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from quire.ops.types import Rounding
+from quire.ops.types import QuantSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,11 +13,11 @@ class Scheme:
     """
 
     name: str
-    layers: Rounding
-    tables: Rounding
+    layers: QuantSpec
+    tables: QuantSpec
 
 
-def rounded_bytes(rounding: Rounding, out: int, inputs: int) -> int:
+def quantized_bytes(rounding: QuantSpec, out: int, inputs: int) -> int:
     """Bytes of a weight `[out, inputs]`: its integers and one float32 for each scale. Kernels pad beside that."""
     if rounding.group_size is None:
         return out * (inputs + 4)
@@ -25,6 +25,6 @@ def rounded_bytes(rounding: Rounding, out: int, inputs: int) -> int:
     return out * groups * (rounding.group_size // 2 + 4)
 
 
-def bits_per_weight(rounding: Rounding) -> str:
+def bits_per_weight(rounding: QuantSpec) -> str:
     """For people: `4.5` with groups of 64; a row's single scale does not count."""
     return "8" if rounding.group_size is None else f"{4 + 32 / rounding.group_size:g}"

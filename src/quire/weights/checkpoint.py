@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from quire.errors import ModelFileError
 from quire.models.weights_map import Parameter
-from quire.ops.types import StorageType, StoredWeight
+from quire.ops.types import StoredWeight, WeightDtype
 from quire.weights.json_file import read_json_object
 from quire.weights.safetensors_file import SafetensorsFile, printable
 
@@ -18,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 32 * 2**20
 MAX_SHARDS = 1000
-STORAGE_BY_DTYPE: dict[str, StorageType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+STORAGE_BY_DTYPE: dict[str, WeightDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 """`allocate(shape, dtype)`: a contiguous array with anything in it."""
 

@@ -16,7 +16,7 @@ from quire.models.model import Model
 from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
 from quire.models.weights_map import NameMap, Parameter, decoder_parameters
-from quire.ops.types import Ops, StorageType, StoredWeight
+from quire.ops.types import Provider, StoredWeight, WeightDtype
 from quire.quant.types import Scheme
 from quire.weights.checkpoint import STORAGE_BY_DTYPE, Checkpoint, check_tensors
 from quire.weights.generation_config import GenerationDefaults, load_generation_defaults
@@ -43,7 +43,7 @@ class ModelConfig:
 
     spec: DecoderSpec
     names: NameMap
-    storage: StorageType | None
+    storage: WeightDtype | None
     """The type that the config states, if it states one."""
 
 
@@ -57,8 +57,8 @@ def read_model_config(directory: Path) -> ModelConfig:
     config = read_json_object(directory / "config.json", MAX_CONFIG_BYTES)
     spec, names = load_spec(config)
     stated = config.get("dtype", config.get("torch_dtype"))
-    known = isinstance(stated, str) and stated in get_args(StorageType)
-    return ModelConfig(spec, names, cast(StorageType, stated) if known else None)
+    known = isinstance(stated, str) and stated in get_args(WeightDtype)
+    return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None)
 
 
 def read_spec(directory: Path) -> DecoderSpec:
@@ -68,7 +68,7 @@ def read_spec(directory: Path) -> DecoderSpec:
 
 def load_model(
     directory: Path,
-    ops: Ops,
+    ops: Provider,
     dtype: str = "auto",
     max_model_len: int | None = None,
     progress: Progress | None = None,
@@ -164,10 +164,10 @@ def _fit_prefix(names: NameMap, tensors: dict[str, Any]) -> NameMap:
     return names
 
 
-def _storage(dtype: str, stated: StorageType | None, embedding_dtype: str) -> StorageType:
-    if dtype in get_args(StorageType):
-        return cast(StorageType, dtype)
+def _storage(dtype: str, stated: WeightDtype | None, embedding_dtype: str) -> WeightDtype:
+    if dtype in get_args(WeightDtype):
+        return cast(WeightDtype, dtype)
     if dtype != "auto":
-        known = ", ".join(get_args(StorageType))
+        known = ", ".join(get_args(WeightDtype))
         raise ConfigurationError(f"dtype must be one of auto, {known}, got {dtype!r}", field="dtype")
     return stated or STORAGE_BY_DTYPE.get(embedding_dtype, "bfloat16")
