@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from quire.ops.cuda.provider import CudaOps
-from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape, Rounding
+from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def quantised(bench: Bench, ops: CudaOps, shape: Shape, rows: list[int]) -> Iter
     outputs = 2 * shape.intermediate
     values = np.random.default_rng(0).standard_normal((outputs, shape.hidden), np.float32)
     for kind in ops.formats:
-        rounded = ops.quantize(values, Rounding(kind, 64 if kind.startswith("int4") else None))
+        rounded = ops.quantize(values, QuantSpec(kind, 64 if kind.startswith("int4") else None))
         packed = ops.pack_linear(rounded, None, storage)
         for count in rows:
             x = torch.randn((count, shape.hidden), dtype=packed.dtype, device=bench.device)
@@ -191,13 +191,6 @@ def elementwise(bench: Bench, ops: CudaOps, shape: Shape, tokens: int) -> Iterat
     yield bench.result(
         "activation_multiply", f"{tokens} x {shape.intermediate}", lambda: ops.activation_multiply(gate_up, "silu"),
         3 * item * tokens * shape.intermediate, 0.0,
-    )  # fmt: skip
-    heads = torch.randn((tokens, shape.heads, shape.head_dim), dtype=dtype, device=bench.device)
-    tables = torch.ones((tokens, shape.head_dim // 2), device=bench.device)
-    positions = torch.arange(tokens, dtype=torch.int32, device=bench.device)
-    yield bench.result(
-        "rope", f"{tokens} x {shape.heads} x {shape.head_dim}", lambda: ops.rope(heads, positions, tables, tables),
-        2 * item * heads.numel(), 0.0,
     )  # fmt: skip
 
 

@@ -70,11 +70,4 @@ Cache::Cache(int64_t layers, int64_t blocks, int64_t block_size, int64_t kv_head
     layout_.data = static_cast<uint8_t*>(pages_.data());
 }
 
-void Cache::copy_block(int64_t source, int64_t target) const {
-    if (source == target) return;
-    for (int64_t layer = 0; layer < layout_.layers; ++layer) {
-        std::memcpy(layout_.head_block(layer, target, 0), layout_.head_block(layer, source, 0), layout_.block_bytes());
-    }
-}
-
 }  // namespace quire

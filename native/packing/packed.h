@@ -73,7 +73,7 @@ public:
         if (layout != Layout::integers) return shape + name_of(storage);
         return shape + "int" + std::to_string(integers.bits) + (integers.levels > 127 ? "" : " x int8");
     }
-    bool reads_tiles() const { return layout == Layout::tiles; }  // TileRows as inputs
+    bool reads_amx_bf16() const { return layout == Layout::tiles; }  // TileRows as inputs
 
     const int64_t out, in;
     const Storage storage;
@@ -89,25 +89,6 @@ private:
     Arena::Piece weights_, bias_;  // zero where padded
 };
 
-// TileRows in memory of their own, NaN until written: what a producer leaves out shows.
-class TileBuffer {
-public:
-    TileBuffer(int64_t rows, int64_t width)
-        : pages_(bytes_of({nullptr, rows, width}), false), rows_{static_cast<uint16_t*>(pages_.data()), rows, width} {
-        std::memset(pages_.data(), 0xff, rows_.bytes());
-    }
-
-    const TileRows& rows() const { return rows_; }
-
-private:
-    static size_t bytes_of(const TileRows& rows) {
-        return checked_bytes({rows.blocks(), rows.chunks(), rows.tile_rows(), kTileDepth, 2});
-    }
-
-    Pages pages_;
-    TileRows rows_;
-};
-
 class Cache {
 public:
     // All dimensions are in [1, 2^31); std::bad_alloc where their product is more than memory can be.
@@ -115,7 +96,6 @@ public:
 
     const CacheLayout& layout() const { return layout_; }
     size_t bytes() const { return pages_.bytes(); }
-    void copy_block(int64_t source, int64_t target) const;
 
 private:
     CacheLayout layout_;

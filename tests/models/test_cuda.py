@@ -58,10 +58,10 @@ def answers(directory: Path, ops: Ops, monkeypatch: pytest.MonkeyPatch, **argume
 
 
 class AsOnDevice(CudaOps):
-    """Tells of memory, as where there is a device: so decode steps are padded and recorded, and steps overlap."""
+    """Tells of memory, as where there is a device: so decode steps are padded and captured, and steps overlap."""
 
     def memory(self) -> DeviceMemory | None:
-        return super().memory() or DeviceMemory(total=2**30, free=2**30, held=0)
+        return super().memory() or DeviceMemory(total=2**30, free=2**30, allocated=0)
 
     def peak_bytes(self, work: Callable[[], object]) -> int:
         """The interpreter takes half a minute for what is measured here."""

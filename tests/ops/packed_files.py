@@ -15,9 +15,9 @@ import msgspec
 import numpy as np
 
 from quire.ops.packed import ALIGNMENT, PackedHeader, PackedState
-from quire.ops.types import QuantizedFormat, Rounding, StorageType
+from quire.ops.types import QuantizedFormat, QuantSpec, WeightDtype
 
-DTYPES: dict[StorageType, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+DTYPES: dict[WeightDtype, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 QUANTIZED: list[tuple[QuantizedFormat, int | None]] = [
     ("int8", None),
     ("int8_w8a8", None),
@@ -59,7 +59,7 @@ def packed_weights(ops: Any) -> Iterator[tuple[str, Any]]:
     for name, size in QUANTIZED:
         if name not in ops.formats:
             continue
-        quantized = ops.quantize(weight, Rounding(name, size))
+        quantized = ops.quantize(weight, QuantSpec(name, size))
         yield f"{name} {size} linear", ops.pack_linear(quantized, bias, "float32")
         yield f"{name} {size} gated", ops.pack_gated(quantized, bias, "float32")
         if size is None:

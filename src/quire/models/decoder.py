@@ -27,10 +27,12 @@ from quire.ops.types import (
     AttentionBatch,
     AttentionSpec,
     CacheShape,
+    Device,
     Opaque,
     Ops,
+    Provider,
     RopeTables,
-    StorageType,
+    WeightDtype,
 )
 
 Weights = Mapping[str, Any]
@@ -174,7 +176,13 @@ class Decoder:
     """A model of any family that `DecoderSpec` can describe; `Model` is the contract."""
 
     def __init__(
-        self, spec: DecoderSpec, weights: Weights, ops: Ops, dtype: StorageType, max_model_len: int, weight_bytes: int
+        self,
+        spec: DecoderSpec,
+        weights: Weights,
+        ops: Provider,
+        dtype: WeightDtype,
+        max_model_len: int,
+        weight_bytes: int,
     ) -> None:
         """
         Args:
@@ -257,7 +265,9 @@ def _build_layers(
     return norm("0.attention_norm") if has_input_norms else None, layers
 
 
-def _rope_tables(ops: Ops, layers: Iterable[LayerSpec], max_model_len: int) -> dict[RopeSpec | None, RopeTables | None]:
+def _rope_tables(
+    ops: Device, layers: Iterable[LayerSpec], max_model_len: int
+) -> dict[RopeSpec | None, RopeTables | None]:
     """One pair of tables for each kind of rotary positions in the model."""
     tables: dict[RopeSpec | None, RopeTables | None] = {None: None}
     for spec in {layer.rope for layer in layers if layer.rope is not None}:

@@ -5,22 +5,22 @@ from typing import Any
 
 from quire.ops import _native
 from quire.ops.packed import VERSION, Buffer, PackedHeader, PackedState, check_group_size, check_header, require_field
-from quire.ops.types import INPUT_LEVELS, QuantizedFormat
+from quire.ops.types import ACTIVATION_QMAX, QuantizedFormat
 
 BITS: dict[QuantizedFormat, int] = {"int8": 8, "int8_w8a8": 8, "int4": 4, "int4_w4a8": 4}
-_FORMATS = {(bits, INPUT_LEVELS[name]): name for name, bits in BITS.items()}
+_FORMATS = {(bits, ACTIVATION_QMAX[name]): name for name, bits in BITS.items()}
 
 
 def packed_state(packed: _native.PackedLinear) -> PackedState:
     """`PackedStore.packed_state`: the weights in the layout's order, then the bias if there is one."""
-    bits, group_size, levels = packed.integers
+    bits, group_size, qmax = packed.integers
     bias = packed.bias
     header = PackedHeader(
         version=VERSION,
         provider="cpu",
         layout=packed.layout,
-        format=_FORMATS[bits, levels] if bits else packed.storage,
-        dtype=packed.storage,
+        format=_FORMATS[bits, qmax] if bits else packed.dtype,
+        dtype=packed.dtype,
         out_features=packed.out_features,
         in_features=packed.in_features,
         group_size=packed.in_features if bits == 8 else group_size,
@@ -36,7 +36,7 @@ def map_packed(runtime: _native.Runtime, header: PackedHeader, buffers: Sequence
     require_field("number of buffers", len(buffers), 1 + header.has_bias)
     integers: tuple[int, int, int] | None = None
     if header.format in BITS:
-        integers = BITS[header.format], header.group_size, INPUT_LEVELS[header.format]
+        integers = BITS[header.format], header.group_size, ACTIVATION_QMAX[header.format]
     else:
         check_header(header, "cpu", format=header.dtype)
     check_group_size(header)

@@ -30,7 +30,7 @@ class PackedHeader:
     format: str
     """`bfloat16`, `float16`, `float32`, or a `QuantizedFormat`."""
     dtype: str
-    """Of the weights, or with a `QuantizedFormat` of the activations: a `StorageType`."""
+    """Of the weights, or with a `QuantizedFormat` of the activations: a `WeightDtype`."""
     out_features: int
     in_features: int
     group_size: int

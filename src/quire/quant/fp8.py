@@ -5,7 +5,7 @@ Half of bfloat16's bytes, and the tensor cores of NVIDIA GPUs from compute capab
 rate. Embedding and head are `int8` (W8A16): their error goes into the logits as it is.
 """
 
-from quire.ops.types import Rounding
+from quire.ops.types import QuantSpec
 from quire.quant.types import Scheme
 
-FP8 = Scheme("fp8", Rounding("fp8", None), Rounding("int8", None))
+FP8 = Scheme("fp8", QuantSpec("fp8", None), QuantSpec("int8", None))

@@ -5,7 +5,7 @@ among a hundred thousand rows of the head: with four bits there the divergence f
 the layers together (docs/howto/quantize.md).
 """
 
-from quire.ops.types import Rounding
+from quire.ops.types import QuantSpec
 from quire.quant.types import Scheme
 
 DEFAULT_GROUP_SIZE = 64
@@ -14,4 +14,4 @@ DEFAULT_GROUP_SIZE = 64
 
 def int4(group_size: int) -> Scheme:
     """The scheme with groups of 32, 64 or 128 inputs. Raises ValueError for another size."""
-    return Scheme("int4", Rounding("int4", group_size), Rounding("int8", None))
+    return Scheme("int4", QuantSpec("int4", group_size), QuantSpec("int8", None))

@@ -5,8 +5,8 @@ tensor cores multiply fastest. Both have a dynamic scale for each token. The hea
 into the logits as it is, and one GEMM of many is not where the time goes (docs/howto/quantize.md has the figures).
 """
 
-from quire.ops.types import Rounding
+from quire.ops.types import QuantSpec
 from quire.quant.types import Scheme
 
-INT8 = Scheme("int8", Rounding("int8", None), Rounding("int8", None))
-INT8_W8A8 = Scheme("int8_w8a8", Rounding("int8_w8a8", None), Rounding("int8", None))
+INT8 = Scheme("int8", QuantSpec("int8", None), QuantSpec("int8", None))
+INT8_W8A8 = Scheme("int8_w8a8", QuantSpec("int8_w8a8", None), QuantSpec("int8", None))

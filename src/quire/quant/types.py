@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from quire.ops.types import Rounding
+from quire.ops.types import QuantSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,20 +13,20 @@ class Scheme:
     """
 
     name: str
-    linear: Rounding
+    linear: QuantSpec
     """Of the linear layers."""
-    embedding: Rounding
+    embedding: QuantSpec
     """Of embedding and head alike, so that they can be one."""
 
 
-def rounded_bytes(rounding: Rounding, out: int, inputs: int) -> int:
+def quantized_bytes(quant: QuantSpec, out: int, inputs: int) -> int:
     """Bytes of a quantised weight `[out, inputs]`: its values and one float32 for each scale, without padding."""
-    if rounding.group_size is None:
+    if quant.group_size is None:
         return out * (inputs + 4)
-    groups = -(-inputs // rounding.group_size)
-    return out * groups * (rounding.group_size // 2 + 4)
+    groups = -(-inputs // quant.group_size)
+    return out * groups * (quant.group_size // 2 + 4)
 
 
-def bits_per_weight(rounding: Rounding) -> str:
+def bits_per_weight(quant: QuantSpec) -> str:
     """For display: `4.5` with groups of 64; a row's single scale does not count."""
-    return "8" if rounding.group_size is None else f"{4 + 32 / rounding.group_size:g}"
+    return "8" if quant.group_size is None else f"{4 + 32 / quant.group_size:g}"

@@ -12,7 +12,7 @@ from quire.models.model import Model
 from quire.models.parameters import NameMap, Parameter, decoder_parameters
 from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
-from quire.ops.types import Ops, StorageType
+from quire.ops.types import Provider, WeightDtype
 from quire.quant.types import Scheme
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
@@ -31,7 +31,7 @@ class ModelConfig:
 
     spec: DecoderSpec
     names: NameMap
-    dtype: StorageType | None
+    dtype: WeightDtype | None
     """Of the weights, if the config states it."""
 
 
@@ -45,8 +45,8 @@ def read_model_config(directory: Path) -> ModelConfig:
     config = read_json_object(directory / "config.json", MAX_CONFIG_BYTES)
     spec, names = load_spec(config)
     stated = config.get("dtype", config.get("torch_dtype"))
-    known = isinstance(stated, str) and stated in get_args(StorageType)
-    return ModelConfig(spec, names, cast(StorageType, stated) if known else None)
+    known = isinstance(stated, str) and stated in get_args(WeightDtype)
+    return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None)
 
 
 def read_spec(directory: Path) -> DecoderSpec:
@@ -56,7 +56,7 @@ def read_spec(directory: Path) -> DecoderSpec:
 
 def load_model(
     directory: Path,
-    ops: Ops,
+    ops: Provider,
     dtype: str = "auto",
     max_model_len: int | None = None,
     progress: Progress | None = None,
@@ -156,10 +156,10 @@ def _fit_prefix(names: NameMap, tensors: Container[str]) -> NameMap:
     return names
 
 
-def _weight_dtype(dtype: str, stated: StorageType | None, embedding_format: str) -> StorageType:
-    if dtype in get_args(StorageType):
-        return cast(StorageType, dtype)
+def _weight_dtype(dtype: str, stated: WeightDtype | None, embedding_format: str) -> WeightDtype:
+    if dtype in get_args(WeightDtype):
+        return cast(WeightDtype, dtype)
     if dtype != "auto":
-        known = ", ".join(get_args(StorageType))
+        known = ", ".join(get_args(WeightDtype))
         raise ConfigurationError(f"dtype must be one of auto, {known}, got {dtype!r}", field="dtype")
     return stated or DTYPES_BY_FORMAT.get(embedding_format, "bfloat16")

@@ -8,8 +8,8 @@ import numpy as np
 from quire.errors import ModelFileError
 from quire.models.parameters import Parameter
 from quire.ops.packed import PackedState, require_field
-from quire.ops.types import Array, Ops, Rounding, StorageType
-from quire.quant.types import Scheme, rounded_bytes
+from quire.ops.types import Array, Provider, QuantSpec, WeightDtype
+from quire.quant.types import Scheme, quantized_bytes
 from quire.weights.source import WeightSource
 
 
@@ -17,8 +17,8 @@ from quire.weights.source import WeightSource
 class WeightPacker:
     """Packs the parameters of one model for one provider, and knows what they weigh then."""
 
-    ops: Ops
-    dtype: StorageType
+    ops: Provider
+    dtype: WeightDtype
     """Of matrices that are not quantised."""
     scheme: Scheme | None
     norm_offset: float
@@ -62,20 +62,20 @@ class WeightPacker:
         if len(parameter.weight.shape) == 1:
             return vectors
         rows, inputs = parameter.weight.shape
-        rounding = self._rounding(parameter)
-        if rounding is None:
+        quant = self._quant(parameter)
+        if quant is None:
             return vectors + rows * inputs * (4 if self.dtype == "float32" else 2)
-        return vectors + rounded_bytes(rounding, rows, inputs)
+        return vectors + quantized_bytes(quant, rows, inputs)
 
-    def _rounding(self, parameter: Parameter) -> Rounding | None:
+    def _quant(self, parameter: Parameter) -> QuantSpec | None:
         if self.scheme is None or parameter.kind == "positions":
             return None
         return self.scheme.embedding if parameter.kind == "embedding" else self.scheme.linear
 
     def _pack_matrix(self, parameter: Parameter, weight: Any, bias: Any | None) -> Any:
-        rounding = self._rounding(parameter)
-        if rounding is not None:
-            weight = self.ops.quantize(weight, rounding)
+        quant = self._quant(parameter)
+        if quant is not None:
+            weight = self.ops.quantize(weight, quant)
         if parameter.kind == "linear":
             return self.ops.pack_linear(weight, bias, self.dtype)
         if parameter.kind == "gated_linear":

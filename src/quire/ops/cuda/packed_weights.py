@@ -6,7 +6,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from quire.ops.cuda.products import CudaLinear, packed_linear
+from quire.ops.cuda.gemm import CudaLinear, packed_linear
 from quire.ops.packed import (
     VERSION,
     Buffer,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from quire.errors import ModelFileError
 from quire.models.parameters import Concatenated, Parameter
-from quire.ops.types import StorageType, StoredWeight
+from quire.ops.types import StoredWeight, WeightDtype
 from quire.weights.formats.safetensors_file import FileTensor, SafetensorsFile
 from quire.weights.json_file import printable, read_json_object
 
@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_INDEX_BYTES = 32 * 2**20
 MAX_SHARDS = 1000
-DTYPES_BY_FORMAT: dict[str, StorageType] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+DTYPES_BY_FORMAT: dict[str, WeightDtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 """`allocate(shape, dtype)`: a contiguous array with anything in it."""
 

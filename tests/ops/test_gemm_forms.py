@@ -1,37 +1,55 @@
-"""The forms in which a product takes its inputs and gives its results: each has the bits of the plain one."""
+"""The forms in which a GEMM takes its inputs and gives its results: each has the bits of the plain one."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 
-from quire.ops._native import make_tiles
 from quire.ops.cpu import CpuOps
+from quire.ops.cpu_program import CpuProgram
+from quire.ops.graph.operations import Activate, Embed, Linear, Norm
+from quire.ops.graph.program import Buffer, Instruction, Program, View
 from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
-from quire.ops.types import Activation
+from quire.ops.types import Activation, AttentionBatch, CacheShape
 from tests.ops.cases import normal, relative_error
-from tests.ops.test_linear import STORAGES, in_tiles, inputs_of_products
+from tests.ops.test_linear import STORAGES, in_tiles, inputs_of_gemms
 
 REFERENCE = ReferenceOps(np)
 KINDS: list[Activation] = ["silu", "gelu", "gelu_tanh", "relu"]
 # outputs of gate (and of up), in: less than half a panel; half and one more; not whole chunks; whole panels; pieces
 GATED = [(1, 1), (15, 33), (16, 64), (17, 70), (48, 31), (96, 70), (100, 600), (33, 1300)]
 ROWS = (1, 2, 7, 15, 16, 17, 31, 32, 33, 40, 65, 200)
+Layout = Literal["float32", "amx_bf16"]
+LAYOUTS: tuple[Layout, Layout] = ("amx_bf16", "float32")
+Producer = Callable[[View, View, View], Instruction]
 TILED = [isa for isa in instruction_sets() if in_tiles(isa)]
 
 
-def tiles_of(ops: CpuOps, x: Any) -> Any:
-    """`x` as rows of bfloat16, made by a product with the identity. (What no producer writes is NaN.)"""
-    tiles = make_tiles(*x.shape)
-    one = ops.pack_linear(np.eye(x.shape[1], dtype=np.float32), None, "bfloat16")
-    ops._native.linear(x, one, tiles, 1.0, 0.0, False)
-    return tiles
+def through(cpu: CpuOps, layout: Layout, x: Any, residual: Any, producer: Producer, width: int, packed: Any) -> Any:
+    """`packed` times what `producer` makes of x in a buffer of `layout`: `producer(x, y, residual)` with views."""
+    buffers = (Buffer(x.shape[1]), Buffer(width, layout), Buffer(width), Buffer(packed.out_features))
+    whole = [View(number, 0, 1, buffer.width) for number, buffer in enumerate(buffers)]
+    tables = (cpu.pack_embedding(one, "float32") for one in (x, residual))
+    program = Program(
+        (
+            *(Embed("token_ids", table, 1.0, whole[number]) for table, number in zip(tables, (0, 2), strict=True)),
+            producer(whole[0], whole[1], whole[2]),
+            Linear(whole[1], packed, None, whole[3]),
+        ),
+        buffers,
+        whole[3],
+    )
+    ids = np.arange(len(x), dtype=np.int32)
+    batch = AttentionBatch(ids, np.array([0, len(x)], np.int32), np.zeros(1, np.int32), np.zeros((1, 1000), np.int32))
+    cache = cpu.make_cache(CacheShape(1, 1, 16, 1, 8, "float32"))
+    return CpuProgram(cpu._native, program)(ids, batch, cache)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("shape", GATED)
-def test_a_gated_product_has_the_bits_of_its_two_operations(cpu: CpuOps, storage: str, shape: tuple[int, int]) -> None:
+def test_a_gated_gemm_has_the_bits_of_its_two_operations(cpu: CpuOps, storage: str, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(1)
     half, width = shape
     weight, x = normal(rng, 2 * half, width), normal(rng, 200, width)
@@ -42,7 +60,7 @@ def test_a_gated_product_has_the_bits_of_its_two_operations(cpu: CpuOps, storage
             expected = cpu.activation_multiply(cpu.linear(x[:rows], plain), kind)
             assert np.array_equal(cpu.gated_linear(x[:rows], gated, kind), expected), rows
         definition = REFERENCE.gated_linear(
-            inputs_of_products(cpu, storage, x), REFERENCE.pack_gated(weight, bias, storage), "silu"
+            inputs_of_gemms(cpu, storage, x), REFERENCE.pack_gated(weight, bias, storage), "silu"
         )
         assert relative_error(cpu.gated_linear(x, gated, "silu"), definition) < 1e-4
 
@@ -60,7 +78,7 @@ def test_a_gated_row_has_the_same_bits_in_any_company_and_with_any_threads(cpu: 
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_product_is_added_to_what_is_there(cpu: CpuOps, storage: str) -> None:
+def test_the_result_of_a_gemm_is_added_to_what_is_there(cpu: CpuOps, storage: str) -> None:
     rng = np.random.default_rng(3)
     for out, width in ((1, 3), (31, 40), (64, 576), (130, 600)):
         bias = normal(rng, out)
@@ -94,56 +112,45 @@ def test_a_weight_packed_for_another_operation_is_refused(cpu: CpuOps) -> None:
         cpu.pack_gated(weight[:5], None, "bfloat16")
 
 
-def test_tiles_are_refused_where_weights_are_not_in_tiles() -> None:
+def test_amx_bf16_is_refused_where_weights_do_not_read_it() -> None:
+    x = np.ones((2, 4), np.float32)
     for isa in instruction_sets():
         ops = CpuOps(1, isa)
         for storage in STORAGES:
-            if in_tiles(isa) and storage == "bfloat16":
-                continue
             packed = ops.pack_linear(np.ones((6, 4), np.float32), None, storage)
-            with pytest.raises(ValueError, match="not one of tiles"):
-                ops._native.linear(make_tiles(2, 4), packed, np.empty((2, 6), np.float32), 1.0, 0.0, False)
+            assert packed.reads_amx_bf16 == (in_tiles(isa) and storage == "bfloat16")
+            if not packed.reads_amx_bf16:
+                with pytest.raises(ValueError, match="does not read amx_bf16"):
+                    through(ops, "amx_bf16", x, x, lambda x, y, _: Activate(x, "silu", False, y), 4, packed)
 
 
 @pytest.mark.parametrize("isa", TILED)
 @pytest.mark.parametrize("width", [1, 31, 32, 33, 64, 576, 1500])
-def test_what_a_producer_rounds_gives_the_bits_of_what_a_product_rounds(isa: str, width: int) -> None:
+def test_what_a_producer_rounds_gives_the_bits_of_what_a_gemm_rounds(isa: str, width: int) -> None:
     cpu = CpuOps(2, isa)
     rng = np.random.default_rng(width)
     weight, gate_up = normal(rng, 70, width), normal(rng, 2 * width, 40)
-    packed, gated = (cpu.pack_linear(weight, None, "bfloat16"), cpu.pack_gated(gate_up, None, "bfloat16"))
-    norm_weight, bias = normal(rng, width), normal(rng, width)
+    packed, gated = cpu.pack_linear(weight, None, "bfloat16"), cpu.pack_gated(gate_up, None, "bfloat16")
+    one = cpu.pack_linear(np.eye(width, dtype=np.float32), None, "bfloat16")
+    norm, bias = normal(rng, width), normal(rng, width)
     for rows in (1, 5, 16, 17, 32, 33, 100):
         x, wide = normal(rng, rows, width), normal(rng, rows, 2 * width)
         small, residual = normal(rng, rows, 40), normal(rng, rows, width)
-
-        def same(tiles: Any, floats: Any) -> None:
-            expected = cpu.linear(floats, packed)
-            y = np.full(expected.shape, 7, np.float32)
-            cpu._native.linear(tiles, packed, y, 1.0, 0.0, False)
-            assert np.array_equal(y, expected)
-
-        same(tiles_of(cpu, x), x)
-        for centre, b in ((False, None), (True, bias)):
-            tiles, floats = make_tiles(rows, width), np.empty((rows, width), np.float32)
-            residuals = residual.copy(), residual.copy()
-            cpu._native.norm(x, residuals[0], norm_weight, b, 1e-5, centre, tiles)
-            cpu._native.norm(x, residuals[1], norm_weight, b, 1e-5, centre, floats)
-            assert np.array_equal(*residuals)
-            same(tiles, floats)
-        tiles = make_tiles(rows, width)
-        cpu._native.activation(wide, 0, True, tiles)
-        same(tiles, cpu.activation_multiply(wide, "silu"))
-        tiles = make_tiles(rows, width)
-        cpu._native.activation(x, 1, False, tiles)
-        same(tiles, cpu.activation(x, "gelu"))
-        tiles = make_tiles(rows, width)
-        cpu._native.gated_linear(small, gated, 0, tiles)
-        same(tiles, cpu.gated_linear(small, gated, "silu"))
+        cases: list[tuple[Any, Producer]] = [
+            (x, lambda x, y, _: Linear(x, one, None, y)),
+            (x, lambda x, y, residual: Norm(x, residual, norm, None, 1e-5, False, y)),
+            (x, lambda x, y, residual: Norm(x, residual, norm, bias, 1e-5, True, y)),
+            (wide, lambda x, y, _: Activate(x, "silu", True, y)),
+            (x, lambda x, y, _: Activate(x, "gelu", False, y)),
+            (small, lambda x, y, _: Linear(x, gated, "silu", y)),
+        ]
+        for inputs, producer in cases:
+            tiles, floats = (through(cpu, layout, inputs, residual, producer, width, packed) for layout in LAYOUTS)
+            assert np.array_equal(tiles, floats)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_greedy_is_what_temperature_0_draws_from_the_logits(cpu: CpuOps, storage: str) -> None:
+def test_greedy_is_what_temperature_0_samples_from_the_logits(cpu: CpuOps, storage: str) -> None:
     rng = np.random.default_rng(5)
     for vocabulary, width in ((1, 3), (31, 40), (64, 64), (130, 70), (1000, 600)):
         weight = normal(rng, vocabulary, width)
@@ -155,7 +162,7 @@ def test_greedy_is_what_temperature_0_draws_from_the_logits(cpu: CpuOps, storage
             logits = cpu.logits(x, packed, scale, softcap)
             assert np.array_equal(tokens, logits.argmax(axis=-1)) and tokens.dtype == np.int32
             assert finite.all()
-            reference, _ = REFERENCE.greedy(inputs_of_products(cpu, storage, x), defined, scale, softcap)
+            reference, _ = REFERENCE.greedy(inputs_of_gemms(cpu, storage, x), defined, scale, softcap)
             lost = logits.max(axis=-1) - logits[np.arange(rows), reference]
             assert (lost <= 4e-5 * np.abs(logits).max()).all()  # sums in another order may break a tie otherwise
 
