@@ -25,7 +25,7 @@ def select_scheme(name: str | None, group_size: int | None) -> Scheme | None:
 
 
 def check_scheme(scheme: Scheme | None, ops: Ops) -> None:
-    """Refuse, before anything is loaded, a scheme whose products `ops` has not.
+    """Refuse, before anything is loaded, a scheme whose GEMMs `ops` has not.
 
     Raises:
         ConfigurationError: with those it has.
