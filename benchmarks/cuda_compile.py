@@ -3,7 +3,7 @@
     python benchmarks/cuda_compile.py [--model m135|m1b|7b] [--arch 80 90] [--json]
 
 Needs Triton and no GPU: the provider runs over tensors of the host, and each launch is compiled (ptxas comes with
-Triton) and not run. What the interpreter cannot show is found so: operand types of products, shapes that an
+Triton) and not run. What the interpreter cannot show is found so: operand types of GEMMs, shapes that an
 instruction does not have, names of the device's library, too much shared memory. For each launch the table has the
 registers of a thread, spilled bytes, shared memory, and the matrix instructions that are in the machine code.
 """

@@ -1,4 +1,4 @@
-"""Find the tiles of products for the device that is here, and write them into `src/quire/ops/cuda/tiles.toml`.
+"""Find the tiles of GEMMs for the device that is here, and write them into `src/quire/ops/cuda/tiles.toml`.
 
     python benchmarks/cuda_tune.py [--model m135|m1b|7b] [--formats plain int8 ...] [--seconds 200] [--write]
 

@@ -120,8 +120,8 @@ def panels(rates: Sequence[Mapping[str, Any]], operation: str) -> list[Panel]:
             series=[
                 Series(
                     name=name,
-                    points=[(one["rows"], one["products_per_s"] / 1e12) for one in ones],
-                    limit=[(one["rows"], one["products_per_s"] / one["of_limit"] / 1e12) for one in ones],
+                    points=[(one["rows"], one["operations_per_s"] / 1e12) for one in ones],
+                    limit=[(one["rows"], one["operations_per_s"] / one["of_limit"] / 1e12) for one in ones],
                 )
                 for name, ones in formats.items()
             ],

@@ -154,14 +154,11 @@ struct Program::Operations {
         }, 0, 0, false);
     }
 
-    static void activation(Program& p, ViewNumbers x_, int kind_, bool multiply, ViewNumbers y_) {
-        const View x = p.view(x_);
-        const int64_t size = multiply ? x.size() / 2 : x.size();
-        const View y = p.output(y_, size, "activation: y has the wrong shape");
+    static void activation(Program& p, ViewNumbers x_, int kind_, ViewNumbers y_) {
+        const View x = p.view(x_), y = p.output(y_, x.size(), "activation: y has the wrong shape");
         const Activation kind = activation_numbered(kind_);
-        require(!multiply || x.size() == 2 * size, "activation: y has the wrong shape");
         p.append("activation", [=, &kernels = p.kernels_](const Frame& frame) {
-            kernels.activation(ActivationArgs{frame.at(x), frame.stride(x), frame.tokens, size, kind, multiply,
+            kernels.activation(ActivationArgs{frame.at(x), frame.stride(x), frame.tokens, x.size(), kind, false,
                                                frame.at(y), frame.tiles(y)},
                                 *frame.pool);
         });

@@ -37,7 +37,7 @@ def test_one_operation_as_json_and_as_a_drawing(capsys: pytest.CaptureFixture[st
     }
     for one in report["rates"]:
         assert one["seconds"] > 0 and 0 < one["of_limit"] < 50
-        assert one["products_per_s"] * one["seconds"] == pytest.approx(2 * one["rows"] * 3072 * 576)
+        assert one["operations_per_s"] * one["seconds"] == pytest.approx(2 * one["rows"] * 3072 * 576)
     assert report["limits"]["read_bytes_per_s"] > 1e8
     lines = ElementTree.fromstring(draw(text).stdout).findall(".//{*}polyline")
     assert len(lines) == 4  # two formats, each with its limit
@@ -82,9 +82,9 @@ def test_probes_do_what_they_count(isa: str) -> None:
 def test_the_binding_limit_is_named() -> None:
     limits = Limits(10e9, {"bfloat16": 1e12})
 
-    def found(num_bytes: int, num_products: int, unit: str | None) -> Any:
+    def found(num_bytes: int, num_operations: int, unit: str | None) -> Any:
         nothing: Callable[[int], object] = lambda _: None  # noqa: E731
-        case = Case("linear", "bfloat16", "m135", "1x1", 1, num_bytes, num_products, unit, nothing)
+        case = Case("linear", "bfloat16", "m135", "1x1", 1, num_bytes, num_operations, unit, nothing)
         return rate(case, 1.0, limits)
 
     assert (found(5 * 10**9, 10**11, "bfloat16").bound, found(5 * 10**9, 10**11, "bfloat16").of_limit) == (

@@ -22,7 +22,7 @@ def in_tiles(name: str) -> bool:
 
 
 def inputs_of_gemms(cpu: CpuOps, storage: str, x: Any) -> Any:
-    """`x` as products of pairs see it: the definition of `linear` allows that rounding, and no other error."""
+    """`x` as GEMMs of pairs see it: the definition of `linear` allows that rounding, and no other error."""
     rounds = in_tiles(cpu.name) and storage == "bfloat16"
     return x.astype(ml_dtypes.bfloat16).astype(np.float32) if rounds else x
 
@@ -35,9 +35,9 @@ def test_linear_embed_and_logits_equal_the_reference(cpu: CpuOps, storage: str, 
     packed, expected = cpu.pack_linear(weight, bias, storage), REFERENCE.pack_linear(weight, bias, storage)
     x = normal(rng, 200, shape[1])
     seen = inputs_of_gemms(cpu, storage, x)
-    products = REFERENCE.linear(seen, expected)
+    defined = REFERENCE.linear(seen, expected)
     for rows in (*range(41), 200):
-        assert relative_error(cpu.linear(x[:rows], packed), products[:rows]) < 2e-5, rows
+        assert relative_error(cpu.linear(x[:rows], packed), defined[:rows]) < 2e-5, rows
     logits = cpu.logits(x, packed, 0.5, 30.0)
     assert relative_error(logits, REFERENCE.logits(seen, expected, 0.5, 30.0)) < 2e-5
     ids = rng.integers(0, shape[0], 9).astype(np.int32)

@@ -33,7 +33,7 @@ def small(ops: Any, token_ids: Any, batch: Any, cache: Any) -> Any:
     heads = ops.linear(x, packed(16, 8)).reshape((-1, 4, 4))
     x = ops.attention(heads[:, :2], heads[:, 2:3], heads[:, 3:], cache, 0, batch, SPEC, ROPE)
     x = ops.add_rms_norm(ops.linear(x, packed(8, 8)), residual, WEIGHT, 1e-5)
-    x = ops.linear(ops.activation_multiply(ops.linear(x, packed(24, 8)), "silu"), packed(8, 12))
+    x = ops.linear(ops.activation(ops.linear(x, packed(12, 8)), "silu"), packed(8, 12))
     residual += x
     return ops.layer_norm(residual, WEIGHT, None, 1e-5)
 
@@ -80,7 +80,7 @@ def test_what_is_changed_in_place_is_read_and_written() -> None:
         (Norm(x, z, WEIGHT, None, 1e-5, False, y), (x, z), (z, y)),
         (Add(x, y), (x, y), (y,)),
         (attention, (x, y, z, whole), (attention.y, whole)),
-        (Activate(x, "silu", False, y), (x,), (y,)),
+        (Activate(x, "silu", y), (x,), (y,)),
     ):
         assert (instruction.reads(), instruction.writes()) == (read, written)
 
@@ -146,7 +146,7 @@ def refuses(forward: Any) -> None:
         lambda ops, x, batch: ops.linear(x.reshape((-1, 4)), packed(8, 4)),
         lambda ops, x, batch: ops.rms_norm(x, np.ones(9, np.float32), 1e-5),
         lambda ops, x, batch: ops.add_rms_norm(x, ops.linear(x, packed(9, 8)), WEIGHT, 1e-5),
-        lambda ops, x, batch: ops.activation_multiply(ops.linear(x, packed(9, 8)), "silu"),
+        lambda ops, x, batch: ops.gated_linear(x, packed(8, 9, gated=True), "silu"),
         lambda ops, x, batch: x.reshape((-1, 3)),
         lambda ops, x, batch: x.reshape((-1, 3, 4)),
         lambda ops, x, batch: x.reshape((2, 4)),

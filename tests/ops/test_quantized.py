@@ -93,12 +93,12 @@ def test_linear_embed_and_logits_equal_the_reference(
     weight, bias = random_weight(rng, kind, *shape), normal(rng, shape[0])
     packed, expected = cpu.pack_linear(weight, bias, "bfloat16"), REFERENCE.pack_linear(weight, bias, "bfloat16")
     x = normal(rng, 200, shape[1]) * np.exp(3 * normal(rng, 200, 1))
-    products = REFERENCE.linear(x, expected)
+    defined = REFERENCE.linear(x, expected)
     for rows in (*range(41), 200):
         actual = cpu.linear(x[:rows], packed)
-        assert relative_error(actual, products[:rows]) < 2e-5, rows
-    assert relative_error(cpu.linear(x[5:6], packed), products[5:6]) < 2e-5
-    largest = np.abs(products).max()
+        assert relative_error(actual, defined[:rows]) < 2e-5, rows
+    assert relative_error(cpu.linear(x[5:6], packed), defined[5:6]) < 2e-5
+    largest = np.abs(defined).max()
     logits = cpu.logits(x, packed, 3 / largest, 2.0)
     assert relative_error(logits, REFERENCE.logits(x, expected, 3 / largest, 2.0)) < 4e-5
     ids = rng.integers(0, shape[0], 9).astype(np.int32)

@@ -1,4 +1,4 @@
-"""The rate of each operation beside what this machine allows: its memory's streaming read and its units' products.
+"""The rate of each operation beside what this machine allows: its memory's streaming read and its units' GEMMs.
 
 Who calls makes the cases (this folder may not import the operations); here they are timed and compared.
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 HOW = (
     "medians of single calls, each on another copy of weights and cache where these are small, so that they come from "
-    "memory; limits: the best of several rounds with all threads, products of tiles or vectors loaded from the L1; "
-    "of limit: the shortest time that bytes and products allow, over the time taken"
+    "memory; limits: the best of several rounds with all threads, GEMMs of tiles or vectors loaded from the L1; "
+    "of limit: the shortest time that bytes and arithmetic allow, over the time taken"
 )
 CALL_SECONDS = 0.06
 FEWEST_CALLS = 3
@@ -29,10 +29,10 @@ class Case:
     rows: int
     num_bytes: int
     """What must be read and written once."""
-    num_products: int
+    num_operations: int
     """Multiplications and additions; 0 where they do not matter."""
     unit: str | None
-    """The limit that its products have; None where no probe states it."""
+    """The limit that its arithmetic has; None where no probe states it."""
     run: Callable[[int], object]
 
 
@@ -41,7 +41,7 @@ class Limits:
     """What the machine can do, all threads together."""
 
     read_bytes_per_s: float
-    products_per_s: Mapping[str, float]
+    operations_per_s: Mapping[str, float]
     """By unit; one that the processor has not is absent."""
 
 
@@ -56,7 +56,7 @@ class Rate:
     rows: int
     seconds: float
     bytes_per_s: float
-    products_per_s: float
+    operations_per_s: float
     limit_seconds: float
     """The shortest time that the limits allow."""
     bound: str
@@ -83,8 +83,8 @@ def time_case(case: Case) -> float:
 def rate(case: Case, seconds: float, limits: Limits) -> Rate:
     """A time beside the limits."""
     memory_s = case.num_bytes / limits.read_bytes_per_s
-    peak = limits.products_per_s.get(case.unit) if case.unit is not None else None
-    products_s = case.num_products / peak if peak else 0.0
+    peak = limits.operations_per_s.get(case.unit) if case.unit is not None else None
+    arithmetic_s = case.num_operations / peak if peak else 0.0
     return Rate(
         operation=case.operation,
         format=case.format,
@@ -93,9 +93,9 @@ def rate(case: Case, seconds: float, limits: Limits) -> Rate:
         rows=case.rows,
         seconds=seconds,
         bytes_per_s=case.num_bytes / seconds,
-        products_per_s=case.num_products / seconds,
-        limit_seconds=max(memory_s, products_s),
-        bound="memory" if memory_s >= products_s else str(case.unit),
+        operations_per_s=case.num_operations / seconds,
+        limit_seconds=max(memory_s, arithmetic_s),
+        bound="memory" if memory_s >= arithmetic_s else str(case.unit),
     )
 
 
@@ -114,15 +114,15 @@ def as_text(rates: Sequence[Rate], limits: Limits, machine: Mapping[str, str]) -
     """A table for people."""
     lines = [f"{name}: {value}" for name, value in machine.items()]
     lines.append(f"limits: streaming read {limits.read_bytes_per_s / 1e9:.1f} GB/s" + "".join(
-        f", {unit} {value / 1e12:.2f} TOP/s" for unit, value in limits.products_per_s.items()))  # fmt: skip
+        f", {unit} {value / 1e12:.2f} TOP/s" for unit, value in limits.operations_per_s.items()))  # fmt: skip
     lines += [HOW, ""]
     head = f"{'operation':<16} {'format':<10} {'model':<6} {'shape':<16} {'rows':>5} {'us':>10}"
     lines.append(f"{head} {'GB/s':>7} {'TOP/s':>7}  of limit")
     for one in rates:
-        products = f"{one.products_per_s / 1e12:7.3f}" if one.products_per_s else f"{'-':>7}"
+        rate = f"{one.operations_per_s / 1e12:7.3f}" if one.operations_per_s else f"{'-':>7}"
         lines.append(
             f"{one.operation:<16} {one.format:<10} {one.model:<6} {one.shape:<16} {one.rows:>5} "
-            f"{one.seconds * 1e6:>10.1f} {one.bytes_per_s / 1e9:>7.2f} {products}  {one.of_limit:6.0%} {one.bound}"
+            f"{one.seconds * 1e6:>10.1f} {one.bytes_per_s / 1e9:>7.2f} {rate}  {one.of_limit:6.0%} {one.bound}"
         )
     return "\n".join(lines)
 

@@ -90,8 +90,8 @@ def _chosen(only: list[str]) -> Any:
 def _best(a: "Limits", b: "Limits") -> "Limits":
     from quire.bench.kernels import Limits
 
-    products = {unit: max(value, b.products_per_s.get(unit, 0.0)) for unit, value in a.products_per_s.items()}
-    return Limits(max(a.read_bytes_per_s, b.read_bytes_per_s), products)
+    rates = {unit: max(value, b.operations_per_s.get(unit, 0.0)) for unit, value in a.operations_per_s.items()}
+    return Limits(max(a.read_bytes_per_s, b.read_bytes_per_s), rates)
 
 
 def _watched(cases: "Iterable[Case]") -> "Iterable[Case]":

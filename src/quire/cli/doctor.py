@@ -64,8 +64,8 @@ def _rates() -> dict[str, str]:
         return {}
     assert isinstance(ops, CpuOps)
     limits = measure_limits(ops, time.perf_counter)
-    products = {f"products, {unit}": f"{value / 1e12:.2f} TOP/s" for unit, value in limits.products_per_s.items()}
-    return {"streaming read": f"{limits.read_bytes_per_s / 1e9:.1f} GB/s", **products}
+    rates = {f"GEMM, {unit}": f"{value / 1e12:.2f} TOP/s" for unit, value in limits.operations_per_s.items()}
+    return {"streaming read": f"{limits.read_bytes_per_s / 1e9:.1f} GB/s", **rates}
 
 
 def _version(package: str) -> str:

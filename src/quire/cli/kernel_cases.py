@@ -16,7 +16,7 @@ FORMATS = ("bfloat16", "int8", "int8_w8a8", "int4")
 MEMORY_BYTES = 2**28
 """Copies of a weight together, and what the streaming read reads: more than any cache holds."""
 GROUP_SIZE = 64
-READS, PRODUCT_ROUNDS = 8, 8
+READS, GEMM_ROUNDS = 8, 8
 UNITS = {
     "float32": ("float32",),
     "bfloat16": ("bfloat16", "bfloat16_four_tiles"),
@@ -38,7 +38,7 @@ class Shapes:
     vocabulary: int
 
     def matrices(self) -> list[tuple[str, int, int]]:
-        """(operation, outputs, inputs) of every product."""
+        """(operation, outputs, inputs) of every GEMM."""
         q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return [
             ("linear", q_size + 2 * kv_size, self.hidden),
@@ -67,7 +67,7 @@ def cases(ops: CpuOps, wanted: Callable[[str, str, str], bool], rows: Sequence[i
         for operation, outputs, inputs in model.matrices():
             for name in FORMATS:
                 if wanted(operation, name, model.name):
-                    yield from _products(ops, model, operation, name, (outputs, inputs), rows)
+                    yield from _gemms(ops, model, operation, name, (outputs, inputs), rows)
         if wanted("attention", "bfloat16", model.name):
             yield from _attention(ops, model)
         yield from (case for case in _others(ops, model, rows) if wanted(case.operation, case.format, case.model))
@@ -84,14 +84,14 @@ def measure_limits(ops: CpuOps, clock: Callable[[], float]) -> Limits:
         return max(rates)
 
     data = np.ones(MEMORY_BYTES, np.uint8)
-    products = {unit: max(best(probe, data[:0], PRODUCT_ROUNDS) for probe in probes) for unit, probes in UNITS.items()}
-    products = {unit: value for unit, value in products.items() if value}
-    if "int8" in products:  # inputs of sixteen bits are two products of bytes
-        products["int8 twice"] = products["int8"] / 2
-    return Limits(best("read", data, READS), products)
+    rates = {unit: max(best(probe, data[:0], GEMM_ROUNDS) for probe in probes) for unit, probes in UNITS.items()}
+    rates = {unit: value for unit, value in rates.items() if value}
+    if "int8" in rates:  # inputs of sixteen bits are two GEMMs of bytes
+        rates["int8 twice"] = rates["int8"] / 2
+    return Limits(best("read", data, READS), rates)
 
 
-def _products(
+def _gemms(
     ops: CpuOps, model: Shapes, operation: str, name: str, shape: tuple[int, int], rows: Sequence[int]
 ) -> Iterator[Case]:
     outputs, inputs = shape
@@ -117,14 +117,14 @@ def _products(
             f"{outputs}x{inputs}",
             count,
             num_bytes=first.bytes + 4 * count * (inputs + width),
-            num_products=2 * count * outputs * inputs,
+            num_operations=2 * count * outputs * inputs,
             unit=_unit(ops, name),
             run=run,
         )
 
 
 def _unit(ops: CpuOps, name: str) -> str | None:
-    """The probe whose products a format does; integers without products of bytes have none."""
+    """The probe whose arithmetic a format does; integers without GEMMs of bytes have none."""
     unit = {"bfloat16": "bfloat16", "int8_w8a8": "int8"}.get(name, "int8 twice")
     if ops.probe(unit.partition(" ")[0], np.empty(0, np.uint8)):
         return unit
@@ -177,7 +177,7 @@ def _attention(ops: CpuOps, model: Shapes) -> Iterator[Case]:
             f"{new} after {known}",
             count,
             num_bytes=4 * count * (known + new) * model.kv_heads * model.head_dim + 8 * q.size,
-            num_products=4 * pairs * model.heads * model.head_dim,
+            num_operations=4 * pairs * model.heads * model.head_dim,
             unit=_unit(ops, "bfloat16"),
             run=run,
         )

@@ -59,6 +59,7 @@ class ComposedOps:
         raise NotImplementedError
 
     def activation_multiply(self, gate_up: Array, kind: Activation) -> Array:
+        """`kind(gate_up[:, :n]) * gate_up[:, n:] -> [tokens, n]`: what `gated_linear` ends with."""
         raise NotImplementedError
 
     def logits(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> Array:

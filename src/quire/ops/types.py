@@ -334,8 +334,7 @@ class Ops(Protocol):
         ValueError as `pack_linear`."""
 
     def gated_linear(self, x: Array, packed: Opaque, kind: Activation) -> Array:
-        """`kind(gate) * up -> [tokens, n]` (GLU variants, arXiv 2002.05202), with the bits of
-        `activation_multiply(linear(x))`."""
+        """`kind(gate) * up -> [tokens, n]` of gate and up side by side in `linear(x)` (GLU variants, arXiv 2002.05202)."""
 
     def pack_embedding(self, table: Any, dtype: WeightDtype) -> Opaque:
         """Pack `table [vocabulary, hidden]`, or a `QuantizedWeight`, for `embed`. The result is also one of
@@ -375,9 +374,6 @@ class Ops(Protocol):
 
     def activation(self, x: Array, kind: Activation) -> Array:
         """`kind(x)`, element by element of `x [..., size]`."""
-
-    def activation_multiply(self, gate_up: Array, kind: Activation) -> Array:
-        """`kind(gate_up[:, :n]) * gate_up[:, n:]` of `[tokens, 2 n]` -> `[tokens, n]`."""
 
     def logits(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> Array:
         """`linear(x) * scale`, then soft-capped, float32 `[rows, vocabulary]`."""

@@ -6,7 +6,7 @@ in ascending order. One program does all of it for a tile of queries of a prompt
 a program: each of its segments is one, and `merge` folds them with the same formula. Where a step has rows of both
 kinds, both are launched, and each leaves the other's rows alone. What a query computes is a function of its own
 position alone: not of the other rows, nor of how a prompt is cut.
-Three things that a compiler may choose by the shape of a tile are not left to it: sums over keys are products with ones
+Three things that a compiler may choose by the shape of a tile are not left to it: sums over keys are GEMMs with ones
 (a reduction's order depends on how a tile lies over threads), fused multiplications are written out and no others are
 made, and a maximum has no order.
 

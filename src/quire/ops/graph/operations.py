@@ -155,24 +155,17 @@ def attention(
 
 @dataclass(frozen=True, slots=True)
 class Activate(Instruction):
-    """`y = kind(x)`; where it `multiplies`, x is a gate and a factor side by side and `y = kind(gate) * factor`."""
+    """`y = kind(x)`"""
 
     name: ClassVar[str] = "activation"
     x: Annotated[View, READ]
     kind: Activation
-    multiplies: bool
     y: Annotated[View, Role(writes=True, amx_bf16=True)]
 
 
 def activation(trace: Trace, x: Symbol, kind: Activation) -> Symbol:
     y = trace.new(like=x)
-    return trace.append(Activate(x.view, kind, False, y.view), y)
-
-
-def activation_multiply(trace: Trace, gate_up: Symbol, kind: Activation) -> Symbol:
-    trace.require(gate_up.view.groups == 1 and gate_up.view.width % 2 == 0, "activation_multiply", gate_up)
-    y = trace.new(gate_up.view.width // 2)
-    return trace.append(Activate(gate_up.view, kind, True, y.view), y)
+    return trace.append(Activate(x.view, kind, y.view), y)
 
 
 OPERATIONS: Mapping[str, Callable[..., Symbol]] = MappingProxyType(
@@ -188,7 +181,6 @@ OPERATIONS: Mapping[str, Callable[..., Symbol]] = MappingProxyType(
             add,
             attention,
             activation,
-            activation_multiply,
         )
     }
 )
