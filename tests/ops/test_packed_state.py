@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -81,12 +82,16 @@ def test_no_kernel_reads_past_mapped_memory(provider: str) -> None:
 
 
 def test_tensors_of_the_device_are_mapped_as_they_are() -> None:
+    """bfloat16 too, with which Triton's interpreter does not compute."""
     ops = make_ops("cuda")
-    for _, packed in packed_weights(ops):
+    weight = np.arange(35, dtype=np.float32).reshape(5, 7).astype(ml_dtypes.bfloat16)
+    for _, packed in [*packed_weights(ops), ("bfloat16", ops.pack_linear(weight, None, "bfloat16"))]:
         state = ops.packed_state(packed)
         mapped = ops.map_packed(state.header, state.buffers)
-        assert mapped.weight.data_ptr() == packed.weight.data_ptr()
+        assert mapped.weight.data_ptr() == packed.weight.data_ptr() and mapped.dtype == packed.dtype
         assert ops.packed_state(mapped).header == state.header
+    copied = ops.map_packed(state.header, [aligned_copy(buffer) for buffer in state.buffers])
+    assert (state.header.format, copied.weight.tolist()) == ("bfloat16", packed.weight.tolist())
 
 
 def test_a_state_is_a_view_that_outlives_its_weight() -> None:
