@@ -89,11 +89,11 @@ def plans(num_steps: int) -> list[StepPlan]:
 
 
 @pytest.mark.parametrize("xp", [np, torch], ids=lambda xp: xp.__name__)
-def test_recorded_steps_give_what_launched_ones_give(
+def test_captured_steps_give_what_launched_ones_give(
     tiny_model: Path, xp: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "FIRST_WIDTH_TOKENS", 8)
-    monkeypatch.setattr(graphs, "RECORD_AT", 1)
+    monkeypatch.setattr(graphs, "CAPTURE_AT", 1)
     monkeypatch.setattr(graphs, "STEPS_APART", 1)
     todo = plans(15)
     assert len(todo) > 9
@@ -133,7 +133,7 @@ def drawing_plans() -> list[StepPlan]:
 def test_recorded_draws_give_what_launched_ones_give(
     tiny_model: Path, xp: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "RECORD_AT", 1)
+    monkeypatch.setattr(graphs, "CAPTURE_AT", 1)
     monkeypatch.setattr(graphs, "STEPS_APART", 1)
     todo = drawing_plans()
     plain = runner(tiny_model, xp, None)
@@ -184,7 +184,7 @@ def test_padding_writes_into_the_null_block_alone(tiny_model: Path) -> None:
 
 
 def test_a_device_that_cannot_record_goes_on(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "RECORD_AT", 1)
+    monkeypatch.setattr(graphs, "CAPTURE_AT", 1)
     monkeypatch.setattr(graphs, "STEPS_APART", 1)
     todo = plans(6)
     plain, capturer = runner(tiny_model, np, None), Capturer()
