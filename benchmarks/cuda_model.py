@@ -175,7 +175,7 @@ def main() -> int:
         "engine": f"quire {arguments.quantization or 'bfloat16'}{' (variant)' if arguments.variant else ''}",
         "start_s": process_age_s(), "copy_gb_per_s": model.copy / 1e9, "tflop_per_s": model.rate / 1e12,
         "floor_step_ms": 1e3 * model.weight_bytes / model.copy,
-        "ledger": next(item.reason for item in model.llm.decisions if item.name == "memory"),
+        "budget": next(item.reason for item in model.llm.decisions if item.name == "memory"),
     }  # fmt: skip
     found |= dict(measure(model, arguments.parts))
     print(json.dumps(found))

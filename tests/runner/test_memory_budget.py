@@ -1,4 +1,4 @@
-"""The ledger beside an allocator that counts: every tensor of the reference provider, as it comes and goes."""
+"""The memory budget beside an allocator that counts: every tensor of the reference provider, as it comes and goes."""
 
 import weakref
 from collections import Counter
@@ -70,11 +70,11 @@ class CountedOps(ReferenceOps):
 
 
 @pytest.mark.parametrize("max_num_seqs", [2, 6])
-def test_no_step_takes_more_than_the_ledger_says(
+def test_no_step_takes_more_than_the_memory_budget(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, max_num_seqs: int
 ) -> None:
     """The largest batches of the longest prompts, with all log-probabilities that may be asked for: the most that was
-    held is the ledger to 2 %, and after the start nothing is beyond what the start took."""
+    held is the memory budget to 2 %, and after the start nothing is beyond what the start took."""
     plans: list[CachePlan] = []
     resolve = compose.resolve_cache
 
@@ -101,7 +101,7 @@ def test_no_step_takes_more_than_the_ledger_says(
                 )  # fmt: skip
                 llm.generate(prompts, params, use_tqdm=False)
             assert "memory_in_use" in {item.name for item in llm.decisions}
-    ledger = plans[0].ledger
+    budget = plans[0].memory
     assert counted.most <= 1.01 * at_start, "nothing grows after the start"
-    assert at_start == pytest.approx(ledger.used - ledger.slack, rel=0.02)
+    assert at_start == pytest.approx(budget.used - budget.slack, rel=0.02)
     assert counted.most == pytest.approx(at_start, rel=0.06), "two prompts of a token less are the worst that comes"

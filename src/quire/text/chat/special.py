@@ -1,11 +1,11 @@
 """Special tokens in what users write are text.
 
 A rendered conversation is one string in which the template's `<|im_end|>` and a user's look alike. So
-the user's are broken before rendering, by a character that occurs nowhere in the conversation or the
+the user's are escaped before rendering, by a character that occurs nowhere in the conversation or the
 template, put after their first character. What is still whole in the rendered text was written by
 the template. The text is then encoded by a second tokenizer, equal to the first but for the *names*
 of its special tokens: they are random there. The template's tokens are given their random names, the
-breaks are taken out, and no text can spell a special token any more: neither through the search for
+escapes are taken out, and no text can spell a special token any more: neither through the search for
 added tokens (however it normalises) nor through the vocabulary of the model itself (a Unigram model
 holds `</s>` as a piece like any other).
 
@@ -24,14 +24,14 @@ from typing import Any
 import tokenizers
 
 from quire.errors import InvalidRequestError
-from quire.text.messages import strings_in
+from quire.text.chat.messages import strings_in
 
 _PRIVATE_USE = range(0xE000, 0xF900)
 
 
 @dataclass(frozen=True, slots=True)
-class Breaks:
-    """How the special tokens of one conversation were broken."""
+class SpecialTokenEscape:
+    """How the special tokens of one conversation are escaped."""
 
     mark: str
 
@@ -41,7 +41,7 @@ class Breaks:
 
 
 class SpecialText:
-    """Finds, breaks and restores special tokens in messages, for one tokenizer."""
+    """Finds, escapes and unescapes special tokens in messages, for one tokenizer."""
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
@@ -66,48 +66,48 @@ class SpecialText:
             return True
         return self._normalizer is not None and bool(self._starts.search(self._normalizer.normalize_str(text)))
 
-    def choose_breaks(self, values: Iterable[Any], template: str) -> Breaks:
-        """A mark that occurs in none of the strings, so that nobody can have written it."""
+    def choose_escape(self, values: Iterable[Any], template: str) -> SpecialTokenEscape:
+        """A mark that occurs in none of the strings, so that none can have written it."""
         texts = [template, *(text for value in values for text in strings_in(value))]
         for code in _PRIVATE_USE:
-            breaks = Breaks(chr(code))
-            if not any(spelling in text for text in texts for spelling in breaks.spelled()):
-                return breaks
+            escape = SpecialTokenEscape(chr(code))
+            if not any(spelling in text for text in texts for spelling in escape.spelled()):
+                return escape
         raise InvalidRequestError("the messages use every private character", param="messages")
 
-    def broken(self, value: Any, breaks: Breaks) -> Any:
+    def escaped(self, value: Any, escape: SpecialTokenEscape) -> Any:
         """Plain data with a mark inside every special token of its strings, keys included."""
         if isinstance(value, str):
-            return self._broken_text(value, breaks.mark)
+            return self._escaped_text(value, escape.mark)
         if isinstance(value, dict):
-            return {self.broken(key, breaks): self.broken(item, breaks) for key, item in value.items()}
+            return {self.escaped(key, escape): self.escaped(item, escape) for key, item in value.items()}
         if isinstance(value, list):
-            return [self.broken(item, breaks) for item in value]
+            return [self.escaped(item, escape) for item in value]
         return value
 
-    def _broken_text(self, text: str, mark: str) -> str:
+    def _escaped_text(self, text: str, mark: str) -> str:
         pieces, end = [], 0
         for match in self._starts.finditer(text):
             pieces += [text[end : match.start() + 1], mark]
             end = match.start() + 1
         return "".join([*pieces, text[end:]])
 
-    def restored(self, rendered: str, breaks: Breaks) -> str:
+    def unescaped(self, rendered: str, escape: SpecialTokenEscape) -> str:
         """The rendered text without the marks."""
-        for spelling in breaks.spelled():
+        for spelling in escape.spelled():
             rendered = rendered.replace(spelling, "")
         return rendered
 
-    def encode(self, rendered: str, breaks: Breaks, *, add_special_tokens: bool) -> list[int]:
-        """The tokens of a text rendered from broken messages. Raises what `tokenizers` raises."""
+    def encode(self, rendered: str, escape: SpecialTokenEscape, *, add_special_tokens: bool) -> list[int]:
+        """The tokens of a text rendered from escaped messages. Raises what `tokenizers` raises."""
         with self._lock:
             if self._renamed is None:
                 self._renamed = _rename(self._backend, self._names)
             renamed = self._renamed
-        # A token of one character cannot be broken inside: there the mark stands behind it.
-        whole = re.compile(f"(?:{self._alternatives})(?!{breaks.mark})", re.DOTALL)
+        # A token of one character cannot be split inside: there the mark stands behind it.
+        whole = re.compile(f"(?:{self._alternatives})(?!{escape.mark})", re.DOTALL)
         text = whole.sub(lambda match: renamed.names[match[0]], rendered)
-        encoding = renamed.backend.encode(self.restored(text, breaks), add_special_tokens=False)
+        encoding = renamed.backend.encode(self.unescaped(text, escape), add_special_tokens=False)
         if add_special_tokens:  # the copy has no post-processor
             encoding = self._backend.post_process(encoding, None, True)
         ids: list[int] = encoding.ids
@@ -121,7 +121,7 @@ class _Renamed:
 
 
 def _rename(backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> _Renamed:
-    """A copy of the tokenizer in which special tokens have names that nobody can know."""
+    """A copy of the tokenizer in which special tokens have random names."""
     names = {name: f"<{secrets.token_hex(12)}>" for name in special}
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:

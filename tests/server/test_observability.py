@@ -15,10 +15,10 @@ import pytest
 
 from quire.cli import explain as verb
 from quire.cli.main import main
-from quire.engine.timeline import Part, Timeline
+from quire.engine.timeline import Phase, Timeline
 from quire.errors import ConfigurationError
 from quire.server.access import LOG_FORMATS, Access, configure_logs, log_request
-from quire.server.app import Oversight
+from quire.server.app import Observability
 from quire.server.keys import caller_name
 from quire.server.traces import Tracer
 from tests.conftest import PATIENCE_S
@@ -56,7 +56,7 @@ def test_every_prompt_of_a_response_is_explained(real: Running) -> None:
 
 def test_one_name_under_two_keys_is_two_requests(real: Running) -> None:
     """Under way at the same time, each with its own times."""
-    server = start(real.engine, api_key=["ann", "bob"], oversight=Oversight("boss"))
+    server = start(real.engine, api_key=["ann", "bob"], observability=Observability("boss"))
     address, body = f"{server.url}/v1/completions", {"prompt": "x", "request_id": "mine", "ignore_eos": True}
 
     def ask(key: str, max_tokens: int) -> httpx.Response:
@@ -101,11 +101,11 @@ def test_the_verb_prints_parts_and_a_sentence(real: Running, capsys: pytest.Capt
         ({}, None, 404),
         ({"api_key": "caller"}, "caller", 403),
         ({"api_key": "caller"}, None, 401),
-        ({"oversight": Oversight("boss")}, None, 403),
-        ({"oversight": Oversight("boss")}, "boss", 404),
-        ({"api_key": "caller", "oversight": Oversight("boss")}, "caller", 403),
-        ({"api_key": "caller", "oversight": Oversight("boss")}, "boss", 404),
-        ({"api_key": "caller", "oversight": Oversight("boss")}, "other", 401),
+        ({"observability": Observability("boss")}, None, 403),
+        ({"observability": Observability("boss")}, "boss", 404),
+        ({"api_key": "caller", "observability": Observability("boss")}, "caller", 403),
+        ({"api_key": "caller", "observability": Observability("boss")}, "boss", 404),
+        ({"api_key": "caller", "observability": Observability("boss")}, "other", 401),
     ],
 )
 def test_explanations_are_for_operators(options: dict[str, Any], key: str | None, status: int) -> None:
@@ -122,11 +122,11 @@ def test_explanations_are_for_operators(options: dict[str, Any], key: str | None
 @pytest.mark.parametrize("key", ["", "caller"])
 def test_an_admin_key_must_be_one(key: str) -> None:
     with pytest.raises(ConfigurationError, match="admin_api_key"):
-        start(FakeEngine(), api_key="caller", oversight=Oversight(key))
+        start(FakeEngine(), api_key="caller", observability=Observability(key))
 
 
 def test_a_record_tells_sizes_and_times_and_no_text(real: Running, caplog: pytest.LogCaptureFixture) -> None:
-    server = start(real.engine, api_key="hidden-key", oversight=Oversight(log_requests=True))
+    server = start(real.engine, api_key="hidden-key", observability=Observability(log_requests=True))
     with caplog.at_level(logging.INFO, "quire.access"):
         body = {"prompt": SECRET, "max_tokens": 5, "ignore_eos": True}
         headers = {"Authorization": "Bearer hidden-key"}
@@ -146,7 +146,7 @@ def test_a_record_tells_sizes_and_times_and_no_text(real: Running, caplog: pytes
 def ended(request_id: str, num_tokens: int, first_token_s: float | None, reason: str | None) -> Timeline:
     """A sequence that arrived at 100."""
     return Timeline(
-        request_id, 0, 9, 100.0, Part.QUEUED, 100.0, first_token_s=first_token_s, finish_reason=reason,
+        request_id, 0, 9, 100.0, Phase.QUEUED, 100.0, first_token_s=first_token_s, finish_reason=reason,
         num_output_tokens=num_tokens,
     )  # fmt: skip
 
@@ -241,7 +241,7 @@ def collector() -> Iterator[tuple[str, list[tuple[str, dict[str, Any]]]]]:
 
 def test_spans_reach_the_collector(real: Running, collector: tuple[str, list[tuple[str, dict[str, Any]]]]) -> None:
     url, bodies = collector
-    server = start(real.engine, oversight=Oversight(otlp_traces_endpoint=url))
+    server = start(real.engine, observability=Observability(otlp_traces_endpoint=url))
     parent = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
     body = {"prompt": SECRET, "max_tokens": 5, "ignore_eos": True}
     httpx.post(f"{server.url}/v1/completions", json=body, headers=parent)
@@ -270,7 +270,7 @@ def spans_of(bodies: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
 def test_a_collector_that_is_gone_costs_spans_only(real: Running) -> None:
     tracer = Tracer("http://127.0.0.1:1", "m")
     complete(real)
-    times = real.engine._engine.ledger._requests[next(reversed(real.engine._engine.ledger._requests))]
+    times = real.engine._engine.timelines._requests[next(reversed(real.engine._engine.timelines._requests))]
     tracer.request(times, None)
     tracer.request(times, b"00-" + b"ab" * 16 + b"-" + b"cd" * 8 + b"-00")
     tracer.close()

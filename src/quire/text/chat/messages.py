@@ -79,7 +79,7 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(item)
 
 
-class OpenEnd:
+class ContinuationMarker:
     """Leaves the last message open (`continue_final_message`): marks its end, and cuts the text there."""
 
     def __init__(self, messages: list[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.plan import NewRow
+from quire.core.request import SamplingSpec
 from quire.ops.types import Array, Ops, PenaltyBatch
 
 
@@ -21,9 +22,9 @@ class _Seen:
     presence: float
     frequency: float
     repetition: float
-    token_ids: NDArray[np.int64]
+    token_ids: NDArray[np.int64]  # [capacity], of which `size` are used
     """Distinct tokens of prompt and output, in order of appearance; `counts` belongs to them."""
-    counts: NDArray[np.float32]
+    counts: NDArray[np.float32]  # [capacity]
     slots: dict[int, int]
     size: int
 
@@ -36,11 +37,13 @@ class Penalties:
         self._ops = ops
         self._rows: dict[int, _Seen] = {}
 
+    def uses(self, spec: SamplingSpec) -> bool:
+        """Whether the request has a penalty."""
+        return bool(spec.presence_penalty or spec.frequency_penalty or spec.repetition_penalty != 1)
+
     def add(self, new: NewRow) -> None:
-        """Count what is there, if the request has a penalty."""
+        """Count the tokens that are there."""
         spec = new.sampling
-        if spec.presence_penalty == 0 and spec.frequency_penalty == 0 and spec.repetition_penalty == 1:
-            return
         seen = _Seen(
             spec.presence_penalty,
             spec.frequency_penalty,
@@ -58,22 +61,14 @@ class Penalties:
         """Forget the row."""
         self._rows.pop(row, None)
 
-    def follows(self, row: int) -> bool:
-        """Whether it has a penalty."""
-        return row in self._rows
-
-    def observe(self, row: int, token_id: int) -> None:
+    def on_token(self, row: int, token_id: int) -> None:
         """Count one more."""
-        seen = self._rows.get(row)
-        if seen is not None:
-            _count(seen, token_id, 1)
+        _count(self._rows[row], token_id, 1)
 
-    def apply(self, logits: Array, rows: Sequence[int], positions: Sequence[int]) -> None:
-        """Penalise, all rows at once."""
-        found = [(index, self._rows[row]) for index, row in enumerate(rows) if row in self._rows]
-        if not found:
-            return
-        sizes = [seen.size for _, seen in found]
+    def apply(self, logits: Array, rows: Sequence[int], places: Sequence[int], positions: Sequence[int]) -> None:
+        """Penalise, all rows at once. See `SamplingFeature.apply`."""
+        found = [self._rows[row] for row in rows]
+        sizes = [seen.size for seen in found]
 
         def entries(values: Sequence[float]) -> Array:
             return self._ops.array(np.repeat(values, sizes), "float32")
@@ -81,12 +76,12 @@ class Penalties:
         self._ops.penalize(
             logits,
             PenaltyBatch(
-                self._ops.array(np.repeat([index for index, _ in found], sizes), "int64"),
-                self._ops.array(np.concatenate([seen.token_ids[: seen.size] for _, seen in found]), "int64"),
-                self._ops.array(np.concatenate([seen.counts[: seen.size] for _, seen in found]), "float32"),
-                entries([seen.repetition for _, seen in found]),
-                entries([seen.frequency for _, seen in found]),
-                entries([seen.presence for _, seen in found]),
+                self._ops.array(np.repeat(places, sizes), "int64"),
+                self._ops.array(np.concatenate([seen.token_ids[: seen.size] for seen in found]), "int64"),
+                self._ops.array(np.concatenate([seen.counts[: seen.size] for seen in found]), "float32"),
+                entries([seen.repetition for seen in found]),
+                entries([seen.frequency for seen in found]),
+                entries([seen.presence for seen in found]),
             ),
         )
 

@@ -12,7 +12,7 @@ import torch
 from quire.core.plan import NewRow
 from quire.core.request import SamplingSpec
 from quire.ops.reference import ReferenceOps
-from quire.sampling.logits import TokenRules
+from quire.sampling.features.masks import LogitMasks
 from tests.runner.test_overlap import LateOps, plans, runner
 
 VOCABULARY = 12
@@ -48,21 +48,21 @@ def some_spec(draw: random.Random) -> SamplingSpec:
 def test_all_rows_at_once_as_each_alone(xp: Any) -> None:
     draw, rng, ops = random.Random(3), np.random.default_rng(3), ReferenceOps(xp)
     for _ in range(60):
-        rules, specs = TokenRules(ops), {row: some_spec(draw) for row in draw.sample(range(9), 5)}
+        rules, specs = LogitMasks(ops), {row: some_spec(draw) for row in draw.sample(range(9), 5)}
         given = {row: draw.choices(range(4), k=draw.randint(0, 3)) for row in specs}
+        specs = {row: spec for row, spec in specs.items() if rules.uses(spec)}
         for row, spec in specs.items():  # some come back after preemption
             rules.add(NewRow(row, "r", (1, 2, *given[row]), 2, spec, ()))
         for _ in range(5):
-            rows = draw.sample(sorted(specs), draw.randint(1, 5))
+            rows = draw.sample(sorted(specs), draw.randint(1, len(specs)))
             logits = rng.standard_normal((len(rows), VOCABULARY), np.float32)
             edited = ops.array(logits, "float32")
-            rules.apply(edited, rows, [2 + len(given[row]) for row in rows])
+            rules.apply(edited, rows, range(len(rows)), [2 + len(given[row]) for row in rows])
             expected = [plainly(logits[index], specs[row], given[row]) for index, row in enumerate(rows)]
             assert np.array_equal(ops.to_numpy(edited), np.stack(expected))
             for row in rows:
                 given[row].append(draw.randrange(4))
-                if rules.follows(row):
-                    rules.observe(row, given[row][-1])
+                rules.on_token(row, given[row][-1])
         for row in specs:
             rules.remove(row)
         assert not rules._rows
@@ -78,6 +78,6 @@ def test_what_does_not_look_at_tokens_waits_for_none(tiny_model: Path) -> None:
     expected = [plain.execute(plan) for plan in todo]
     ops = LateOps(np)
     late = runner(tiny_model, ops)
-    begun = [late.begin(plan) for plan in todo]
+    steps = [late.launch(plan) for plan in todo]
     assert ops.num_waits == 0
-    assert [late.finish(step) for step in begun] == expected
+    assert [late.collect(step) for step in steps] == expected

@@ -10,8 +10,8 @@ import jinja2.meta
 import jinja2.nodes
 
 from quire.errors import InvalidRequestError
-from quire.text.template_limits import MAX_VALUE_BYTES, weigh
-from quire.text.template_sandbox import TemplateEnvironment
+from quire.text.chat.limits import MAX_VALUE_BYTES, size_of
+from quire.text.chat.sandbox import TemplateEnvironment
 
 _MAX_TEMPLATE_CHARACTERS = 256 << 10
 _MAX_TEMPLATE_TOKENS = 16 << 10  # compiling takes some 40 microseconds and 3 KB for each; large templates have 6,000
@@ -57,7 +57,7 @@ class ChatTemplates:
                 raise InvalidRequestError(
                     f"the chat template has more than {_MAX_TEMPLATE_TOKENS} tokens", param="chat_template"
                 )
-            self._environment.meter.begin()
+            self._environment.budget.start()
             tree = self._environment.parse(source)
             names = frozenset(jinja2.meta.find_undeclared_variables(tree))
             return self._environment.from_string(tree), _loops_over_content(tree), names
@@ -67,17 +67,17 @@ class ChatTemplates:
 
     def _joined(self, template: jinja2.Template, variables: Mapping[str, Any]) -> str:
         for name, value in variables.items():
-            if weigh(value) > MAX_VALUE_BYTES:
+            if size_of(value) > MAX_VALUE_BYTES:
                 raise InvalidRequestError(f"{name} takes more than {MAX_VALUE_BYTES >> 20} MB", param=name)
-        meter = self._environment.meter
-        meter.begin()
+        budget = self._environment.budget
+        budget.start()
         pieces, size = [], 0
         for piece in template.root_render_func(template.new_context(dict(variables))):
             pieces.append(piece)
             size += len(piece)
             if size > MAX_VALUE_BYTES:
                 raise InvalidRequestError(f"the chat template writes more than {MAX_VALUE_BYTES >> 20} MB")
-            meter.charge()
+            budget.spend()
         return "".join(pieces)
 
     def _guarded(self, work: Any) -> Any:

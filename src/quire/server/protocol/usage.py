@@ -5,7 +5,7 @@ from typing import Any
 from quire.outputs import RequestMetrics, RequestOutput
 
 
-class Tally:
+class Usage:
     """Counts the outputs of one answer.
 
     Args:
@@ -38,7 +38,7 @@ class Tally:
         """True when every prompt has had its last output."""
         return self._num_open == 0
 
-    def usage(self) -> dict[str, Any]:
+    def counts(self) -> dict[str, Any]:
         """OpenAI's usage, so far."""
         prompt, answer = sum(self._prompt_tokens.values()), 0 if self._prompt_only else self._num_tokens
         counted: dict[str, Any] = {

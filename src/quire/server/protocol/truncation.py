@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from quire.errors import PromptTooLongError
-from quire.server.protocol.sampling import Delivery
+from quire.server.protocol.sampling import ResponseOptions
 
 
-def fit_prompt(token_ids: Sequence[int], delivery: Delivery, max_model_len: int) -> Sequence[int]:
+def truncate_prompt(token_ids: Sequence[int], options: ResponseOptions, max_model_len: int) -> Sequence[int]:
     """The tokens to go on from.
 
     Without `max_tokens` the answer is as long as fits. One that was asked for fits whole or is refused, as by vLLM's
@@ -15,12 +15,12 @@ def fit_prompt(token_ids: Sequence[int], delivery: Delivery, max_model_len: int)
     Raises:
         PromptTooLongError: prompt and `max_tokens` together exceed `max_model_len`.
     """
-    asked, kept = delivery.asked_max_tokens, token_ids
-    if delivery.truncation is not None:
-        most = delivery.truncation.num_tokens
+    asked, kept = options.asked_max_tokens, token_ids
+    if options.truncation is not None:
+        most = options.truncation.num_tokens
         if most is None:
             most = max(1, max_model_len - (asked or 1))
-        kept = token_ids[-most:] if delivery.truncation.keeps_end else token_ids[:most]
+        kept = token_ids[-most:] if options.truncation.keeps_end else token_ids[:most]
     if asked is not None and len(kept) < max_model_len < len(kept) + asked:
         raise PromptTooLongError(
             f"max_tokens is {asked} and the prompt has {len(kept)} tokens, {len(kept) + asked} together; at most "
