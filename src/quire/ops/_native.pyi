@@ -87,7 +87,7 @@ class Runtime:
         rows), ...])` of files. `rounding`: bits, group and levels of `pack_integers`, to which it is rounded first.
         ValueError also where a file ends early, and with rounding where a weight is not finite."""
     def probe(self, kind: str, data: Any, /) -> int:
-        """`kind` is read (of `data`), float32, bfloat16 or int8: bytes, or operations; 0 where the instructions are missing."""
+        """`kind` is read (of `data`), float32, bfloat16 or int8: bytes, or operations; 0 without such instructions."""
     def quantize(
         self, weight: Any, storage: str, four_bits: bool, group_size: int, values: Any, scales: Any, /
     ) -> bool:
