@@ -20,7 +20,7 @@ from quire.config import (
     resolve_cache,
     resolve_model_len,
 )
-from quire.core.engine_core import EngineCore, OverlappingCore, PlanExecutor
+from quire.core.engine_core import EngineCore, Executor, OverlappingCore
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.scheduler import Scheduler, SchedulerConfig
@@ -51,13 +51,13 @@ class CoreParts:
     """What a core is made of, before its executor is given to it."""
 
     scheduler: Scheduler
-    executor: PlanExecutor
+    executor: Executor
     facts: CoreFacts
     allowance: StepAllowance
     core_type: type[EngineCore]
     verifier: CachedBlockVerifier | None
 
-    def core(self, executor: PlanExecutor | None = None) -> EngineCore:
+    def core(self, executor: Executor | None = None) -> EngineCore:
         """The core itself; over another executor that passes on to this one, if one is given."""
         core = self.core_type(self.scheduler, executor or self.executor, time.monotonic)
         core.idle_work = self.verifier

@@ -1,4 +1,4 @@
-"""The blocks of the paged cache: who holds each, which may be taken next, which remember a text.
+"""The blocks of the paged cache: how many hold each, which may be taken next, which remember a text.
 
 ::
 
@@ -14,7 +14,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from quire.core.invariants import require
+
+def require(holds: bool, statement: str) -> None:
+    """State an invariant.
+
+    Raises:
+        AssertionError: it does not hold: a fault of the engine, never of a user.
+    """
+    if not holds:
+        raise AssertionError(f"broken invariant: {statement}")
 
 
 class BlockPool:
@@ -127,7 +135,7 @@ class BlockPool:
         return blocks
 
     def check(self, holders: Iterable[Sequence[int]]) -> None:
-        """State what is always true; `holders` are the block tables of all who hold blocks."""
+        """State what is always true; `holders` are the block tables of all requests that hold blocks."""
         free = self.free_blocks()
         held = Counter(chain.from_iterable(holders))
         cached = [self._hash_of[block_id] is not None for block_id in free]

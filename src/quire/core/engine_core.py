@@ -8,24 +8,28 @@ from quire.core.request import NewRequest
 from quire.core.scheduler import Scheduler
 
 
-class PlanExecutor(Protocol):
-    """What the core needs of an executor. The contract in full is `quire.executor.base.Executor`."""
+class Executor(Protocol):
+    """Carries plans down and results up: to a runner in this process, to several ranks, to a fake.
+
+    Plans are computed in the order in which they were given. A fault of one row is in its `RowResult`; an exception
+    means that nothing more can be computed.
+    """
 
     def execute(self, plan: StepPlan) -> Any:
-        """Start a step; what is returned stands for its result."""
+        """Start a step, without waiting if the executor can. The handle is good for one `collect`."""
 
     def collect(self, handle: Any) -> StepResult:
-        """Wait for the result."""
+        """Wait for the result of a step."""
 
     def run_idle_work(self) -> bool:
         """While there is no work: something short that makes later steps quicker. False: there is nothing to do."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Give back processes, threads and memory. May be called twice."""
 
 
 class IdleWork(Protocol):
-    """What the core does while there is no work, once the executor has nothing left to prepare."""
+    """What the core does while there is no work, once the executor has none of its own."""
 
     def do_next(self) -> bool:
         """One short piece. False: there is none left until requests have come."""
@@ -42,7 +46,7 @@ class EngineCore:
 
     idle_work: IdleWork | None = None
 
-    def __init__(self, scheduler: Scheduler, executor: PlanExecutor, clock: Callable[[], float]) -> None:
+    def __init__(self, scheduler: Scheduler, executor: Executor, clock: Callable[[], float]) -> None:
         self._scheduler = scheduler
         self._executor = executor
         self._clock = clock
@@ -57,7 +61,7 @@ class EngineCore:
         return self._scheduler.update(plan, result)
 
     def run_idle_work(self) -> bool:
-        """See `PlanExecutor.run_idle_work`; then the idle work."""
+        """See `Executor.run_idle_work`; then the idle work."""
         return self._executor.run_idle_work() or (self.idle_work is not None and self.idle_work.do_next())
 
     def add(self, new: NewRequest) -> None:
@@ -72,6 +76,11 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
         return self._scheduler.has_work
+
+    @property
+    def is_held(self) -> bool:
+        """See `Scheduler.is_held`."""
+        return self._scheduler.is_held
 
     @property
     def num_running(self) -> int:
@@ -107,9 +116,9 @@ class EngineCore:
 class OverlappingCore(EngineCore):
     """The same, with the next step planned while one is computed.
 
-    Plan n + 1 is made from counts alone, before the tokens of step n are known; who computes has them by then. That a
+    Plan n + 1 is made from counts alone, before the tokens of step n are known; the executor has them by then. That a
     request ended with a token of step n is seen one step late: what step n + 1 sampled for it is dropped. After the
-    last request has ended, a step that nobody wants may be in flight; it is collected with the next.
+    last request has ended, a step that no request needs may be in flight; it is collected with the next.
     """
 
     _started: tuple[StepPlan, Any] | None = None

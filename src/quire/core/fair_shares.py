@@ -3,7 +3,7 @@ Language Models", OSDI 2024, arXiv 2401.00588, algorithm 2).
 
 Each caller's counter grows with the tokens computed for it, divided by its weight; among callers whose requests
 wait, the one with the smallest counter comes first. A caller that comes back from idleness is lifted to the smallest
-counter of those who wait: nobody saves up claims. So the service of two callers that both have requests waiting
+counter of those that wait: no caller saves up claims. So the service of two callers that both have requests waiting
 differs by no more than a constant, whatever lengths and rates they send.
 """
 

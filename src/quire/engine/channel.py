@@ -15,6 +15,9 @@ from quire.core.plan import StepRecord, TokenDelta
 from quire.core.request import NewRequest
 from quire.outputs import Decision, Labels
 
+HELD_S = 0.005
+"""Between two questions to the admission rules, where every request is held and no step has anything to compute."""
+
 
 @dataclass(frozen=True, slots=True)
 class CoreFacts:
@@ -167,10 +170,13 @@ def core_gauges(core: EngineCore) -> Gauges:
 
 
 def wait_for_work(core: EngineCore, awake: threading.Event) -> None:
-    """Return when the core has work, or `awake` is set; moments until then are for `EngineCore.run_idle_work`."""
+    """Return when the core has work, or `awake` is set; moments until then are for `EngineCore.run_idle_work`. Where
+    all work is held by admission rules, return when it is time to ask them again."""
     while not core.has_work and not awake.is_set():
         if not core.run_idle_work():
             awake.wait()
+    if core.is_held:
+        awake.wait(HELD_S)
 
 
 def step_news(core: EngineCore) -> News:

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from typing import Any
 
-from quire.core.engine_core import EngineCore, PlanExecutor
+from quire.core.engine_core import EngineCore, Executor
 from quire.core.plan import StepPlan, StepResult, TokenDelta
 from quire.engine.admission import check_new
 from quire.engine.channel import CoreFacts, News, core_gauges, step_news, wait_for_work
@@ -57,7 +57,7 @@ class AnnouncingExecutor:
     Only what is news is told: most steps begin in silence.
     """
 
-    def __init__(self, executor: PlanExecutor, connection: socket.socket, allowance: StepAllowance) -> None:
+    def __init__(self, executor: Executor, connection: socket.socket, allowance: StepAllowance) -> None:
         self._executor = executor
         self._connection = connection
         self._allowance = allowance
@@ -78,7 +78,8 @@ class AnnouncingExecutor:
         """Wait, and learn how long it took."""
         inner, work, start_s = handle
         result = self._executor.collect(inner)
-        self._allowance.observe(work, time.monotonic() - start_s)
+        if work:  # an empty step, where every request is held or in flight, says nothing of others
+            self._allowance.observe(work, time.monotonic() - start_s)
         return result
 
     def run_idle_work(self) -> bool:

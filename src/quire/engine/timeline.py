@@ -50,6 +50,8 @@ class Part(IntEnum):
 QUEUE_REASONS = ("no_row", "no_blocks", "budget")
 _STALLED = {"budget": Part.WAITING_FOR_PREFILL, "no_blocks": Part.WAITING_FOR_BLOCKS, "preempted": Part.PREEMPTED,
             "on_trial": Part.RECOVERING}  # fmt: skip
+_KNOWN = {*QUEUE_REASONS, *_STALLED, "in_flight"}
+"""All other reasons are words of admission rules."""
 
 
 @dataclass(slots=True)
@@ -69,6 +71,8 @@ class Timeline:
     """The shared clock of others' prefill at `since_s`."""
     queue_clocks_s: tuple[float, ...] = ()
     """The clocks of reasons for which the head of the queue waited, at arrival; at admission, their advance."""
+    held_s: dict[str, float] = field(default_factory=dict)
+    """Seconds in the queue for which an admission rule held it, by the rule's word."""
     seconds: list[float] = field(default_factory=lambda: [0.0] * len(Part))
     blamed: dict[str, float] = field(default_factory=dict)
     """Sequence in the core -> seconds for which this one waited because of it. Bounded by `MAX_BLAMED`."""
@@ -267,7 +271,14 @@ class Ledger:
         if last.scheduled and not self._prefill_tokens(last):
             mean = self._decode_step_s
             self._decode_step_s = spent_s if mean is None else mean + STEP_MEMORY * (spent_s - mean)
-        self._queue_clocks_s = self._queue_clocks_at(last.now_s + spent_s)
+        before_s, self._queue_clocks_s = self._queue_clocks_s, self._queue_clocks_at(last.now_s + spent_s)
+        for stalled in last.stalled:
+            timeline = self._live.get(stalled.request_id)
+            if timeline is not None and timeline.part is Part.QUEUED and stalled.reason not in _KNOWN:
+                timeline.held_s[stalled.reason] = timeline.held_s.get(stalled.reason, 0.0) + spent_s
+                clocks_s = zip(timeline.queue_clocks_s, before_s, self._queue_clocks_s, strict=True)
+                # What the head of the queue lacked meanwhile is not what this one waited for.
+                timeline.queue_clocks_s = tuple(then + now - before for then, before, now in clocks_s)
 
     def _queue_clocks_at(self, now_s: float) -> tuple[float, ...]:
         """The clocks at a time since the last record: what the head of the queue lacked then, it lacks until now."""

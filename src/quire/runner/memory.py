@@ -24,7 +24,7 @@ SLACK_SHARE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """The largest step that a scheduler may ask for."""
+    """The largest step that a scheduler may plan."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -100,8 +100,11 @@ def _graph_bytes(model: Model, shape: StepShape) -> int:
 
 
 def take_largest_steps(model: Model, ops: Ops, cache: Opaque, shape: StepShape) -> int:
-    """Compute the largest steps, with all that may be asked of their logits, on block 0 of `cache`: the most that they
-    took, in bytes."""
+    """Compute the largest steps, with all that may be requested of their logits, on block 0 of `cache`.
+
+    Returns:
+        The most that they took, in bytes.
+    """
     rows = _num_rows(shape)
     num_reported = max(rows, min(shape.max_num_batched_tokens, PROMPT_LOGPROB_ROWS))
     return max(
@@ -169,7 +172,7 @@ def _sample(model: Model, ops: Ops, step: tuple[Array, AttentionBatch], cache: O
 def _sample_and_report(
     model: Model, ops: Ops, step: tuple[Array, AttentionBatch], cache: Opaque, rows: int
 ) -> tuple[Array, ...]:
-    """With all that may be asked of the logits at one time."""
+    """With all that may be requested of the logits at one time."""
     hidden, logits, tokens = _sample(model, ops, step, cache, rows)
     raw = logits[ops.array(np.arange(rows), "int64")]
     ops.clear_broken(logits)
