@@ -5,7 +5,7 @@
     start    seconds from the process's start to the first token of a prompt of 8 (run twice: the second time the
              compiled kernels are there)
     decode   1, 32 and 256 sequences at once, 512 tokens in and 256 out: output tokens per second; and the floor: the
-             time that weights and cache take through memory and prompts through the matrix units, over the time taken
+             time that weights and cache take through memory and prompts through the tensor cores, over the time taken
     ttft     prompts of 128, 2,048 and 8,192 tokens: milliseconds to the first token
     mixed    W2's lengths for 256 requests: tokens per second, median time to first token, memory in use
 

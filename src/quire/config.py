@@ -202,7 +202,7 @@ class MemoryBudget:
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class ModelSizes:
     """What the loaded model and the machine are, as far as sizes go."""
 
     max_position_embeddings: int
@@ -243,7 +243,7 @@ def resolve_model_len(args: EngineArgs, max_position_embeddings: int) -> int:
     return args.max_model_len
 
 
-def resolve_cache(args: EngineArgs, facts: ModelFacts) -> CachePlan:
+def resolve_cache(args: EngineArgs, facts: ModelSizes) -> CachePlan:
     """Size the cache: an explicit number of blocks, else explicit bytes, else what the budget leaves of the memory
     share; on the CPU no more than `max_num_seqs` sequences of full length need.
 
@@ -282,7 +282,7 @@ def resolve_cache(args: EngineArgs, facts: ModelFacts) -> CachePlan:
 _SIZES = ("num_gpu_blocks_override", "kv_cache_memory_bytes")
 
 
-def _num_blocks(args: EngineArgs, facts: ModelFacts, max_model_len: int) -> tuple[int, str]:
+def _num_blocks(args: EngineArgs, facts: ModelSizes, max_model_len: int) -> tuple[int, str]:
     if args.num_gpu_blocks_override is not None:
         return args.num_gpu_blocks_override, "num_gpu_blocks_override"
     if args.kv_cache_memory_bytes is not None:

@@ -1,4 +1,4 @@
-"""The engine between text and a core: what it tells the core, the queue and the metrics, news by news."""
+"""The engine between text and a core: what it tells the core, the queue and the metrics, output by output."""
 
 from pathlib import Path
 from typing import Any

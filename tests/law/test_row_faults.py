@@ -17,7 +17,7 @@ from quire.errors import RequestFailedError
 from quire.outputs import RequestOutput
 from quire.runner import model_runner
 from quire.sampling import sampler as sampler_module
-from quire.text.detokenizer import StopStrings
+from quire.text.detokenizer import StopSearch
 from tests.tiny.checkpoints import make_tiny
 
 SEED, MARK, SHARED = 666, 77, list(range(20, 60))
@@ -138,7 +138,7 @@ POINTS: dict[str, Callable[[Victim], None]] = {
     "request state": lambda v: v.throw(RequestState, "__init__", lambda self, parsed, *_: of_new_state(parsed)),
     "detokenizer": lambda v: v.throw(RequestState, "_push_text", named_victim),
     "text of logprobs": lambda v: v.throw(RequestState, "_position", named_victim),
-    "stop strings": lambda v: v.throw(StopStrings, "push", lambda self, *_, **__: "\0" in self._root.following),
+    "stop strings": lambda v: v.throw(StopSearch, "push", lambda self, *_, **__: self._stops.first.match("\0")),
     "output": lambda v: v.throw(RequestState, "output", named_victim),
 }
 
@@ -217,7 +217,7 @@ def test_one_fault_fails_one_request(
         scheduler = victim.core._scheduler
         assert scheduler._pool.num_free == scheduler._pool.num_blocks
         assert len(scheduler._free_rows) == 8 and not under_test._streams
-        assert under_test._engine.queue.num_waiting == 0 and not under_test._engine.ledger._live
+        assert under_test._engine.queue.num_waiting == 0 and not under_test._engine.timelines._live
 
 
 CLEARED = ("LogitMasks", "Penalties")

@@ -15,7 +15,7 @@ from pathlib import Path
 from quire.config import (
     CachePlan,
     EngineArgs,
-    ModelFacts,
+    ModelSizes,
     resolve_batched_tokens,
     resolve_cache,
     resolve_model_len,
@@ -24,7 +24,7 @@ from quire.core.engine_core import EngineCore, Executor, OverlappingCore
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.scheduler import Scheduler, SchedulerConfig
-from quire.engine.channel import CoreFacts
+from quire.engine.channel import CoreInfo
 from quire.engine.step_allowance import StepAllowance
 from quire.engine.verify_blocks import CachedBlockVerifier
 from quire.errors import ConfigurationError
@@ -52,7 +52,7 @@ class CoreParts:
 
     scheduler: Scheduler
     executor: Executor
-    facts: CoreFacts
+    info: CoreInfo
     allowance: StepAllowance
     core_type: type[EngineCore]
     verifier: CachedBlockVerifier | None
@@ -73,7 +73,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     ops, decisions = select_ops(args.device, args.threads, args.batch_invariant)
     spec = read_spec(directory)
     model_len = resolve_model_len(args, spec.max_position_embeddings)
-    stamp = _stamp(directory)
+    fingerprint = _fingerprint(directory)
     scheme = select_scheme(args.quantization, args.quantization_group_size)
     check_scheme(scheme, ops)
     with LoadingBar() as bar:
@@ -81,7 +81,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
             model = load_model(directory, ops, args.dtype, model_len, bar.show, scheme)
         except MemoryError as error:
             raise ConfigurationError("the weights do not fit into memory", field="model") from error
-    sizes = resolve_cache(args, _facts(args, model, ops, model_len))
+    sizes = resolve_cache(args, _sizes(args, model, ops, model_len))
     logger.info("memory: %s", sizes.memory)
     overlap, loop = _loop(args, ops)
     runner = _runner(args, model, ops, sizes)
@@ -93,7 +93,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     return CoreParts(
         _scheduler(args, sizes, verifier or (PrefixCache(key) if args.enable_prefix_caching else NullPrefixCache())),
         DeviceExecutor(runner) if overlap else LocalExecutor(runner),
-        CoreFacts(sizes.max_model_len, spec.vocab_size, tuple(decisions), stamp, _cache_config(args, sizes)),
+        CoreInfo(sizes.max_model_len, spec.vocab_size, tuple(decisions), fingerprint, _cache_config(args, sizes)),
         StepAllowance(model.weight_bytes if ops.memory() is None else None, args.hang_timeout),
         OverlappingCore if overlap else EngineCore,
         verifier,
@@ -122,7 +122,7 @@ def _loop(args: EngineArgs, ops: Ops) -> tuple[bool, Decision]:
     return overlap, Decision("async_scheduling", "on" if overlap else "off", why if asked is None else "as asked")
 
 
-def _stamp(directory: Path) -> str:
+def _fingerprint(directory: Path) -> str:
     """Names, sizes and times of the model's files."""
     found = sorted((item.name, item.stat()) for item in directory.iterdir() if item.is_file())
     return blake2b(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]).encode()).hexdigest()
@@ -192,9 +192,9 @@ def _scheduler(args: EngineArgs, sizes: CachePlan, prefix_cache: PrefixCache | N
     return Scheduler(config, make_policy(args.scheduling_policy), prefix_cache)
 
 
-def _facts(args: EngineArgs, model: Model, ops: Ops, model_len: int) -> ModelFacts:
+def _sizes(args: EngineArgs, model: Model, ops: Ops, model_len: int) -> ModelSizes:
     shape = StepShape(args.max_num_seqs, resolve_batched_tokens(args), model_len, args.block_size, _records(args, ops))
-    return ModelFacts(
+    return ModelSizes(
         max_position_embeddings=model.spec.max_position_embeddings,
         bytes_per_block=model.cache_shape(1, args.block_size).bytes_per_block,
         device="cpu" if ops.memory() is None else "cuda",
