@@ -47,12 +47,12 @@ class Clocked:
 
     def add(self, name: str, max_tokens: int) -> None:
         new = new_request(name, [1, 2, 3], max_tokens)
-        self.core.add(new)
+        self.core.scheduler.add(new)
         self.timelines.add(new, name, 0, self.now_s)
 
     def step(self) -> None:
         deltas = self.core.step()
-        self.timelines.observe(self.core.last_record)
+        self.timelines.observe(self.core.scheduler.last_record)
         self.now_s += 1.0
         for delta in deltas:
             if delta.finish_reason is not None:
@@ -73,7 +73,7 @@ def test_explain_names_what_held_a_request() -> None:
         story.step()
     waiting = story.explain("held")
     assert (waiting.largest, waiting.queued_because) == ("queued", {"grammar_compiling": pytest.approx(2.0)})
-    while story.core.has_work:
+    while story.core.scheduler.has_work:
         story.step()
     found = story.explain("held")
     assert found.queued_because == {"grammar_compiling": pytest.approx(6.0), "no_row": pytest.approx(2.0)}
@@ -93,9 +93,9 @@ def test_an_empty_step_teaches_the_hang_detection_nothing() -> None:
     story.add("held", 2)
     for _ in range(3):
         story.step()
-        assert story.core.is_held and allowance.seconds_for(500.0) == first_s > 10.0
+        assert story.core.scheduler.is_held and allowance.seconds_for(500.0) == first_s > 10.0
     story.step()
-    assert not story.core.is_held and allowance.seconds_for(500.0) != first_s
+    assert not story.core.scheduler.is_held and allowance.seconds_for(500.0) != first_s
     ours.close()
     theirs.close()
 
@@ -124,7 +124,7 @@ def test_a_core_whose_requests_are_all_held_does_not_spin() -> None:
     story.step()
     wait_for_work(story.core, awake)
     assert len(awake.waits) == 1
-    while story.core.has_work:
+    while story.core.scheduler.has_work:
         wait_for_work(story.core, awake)
         story.step()
     assert len(awake.waits) == 1

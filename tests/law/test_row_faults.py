@@ -16,7 +16,7 @@ from quire.engine.request_state import RequestState
 from quire.errors import RequestFailedError
 from quire.outputs import RequestOutput
 from quire.runner import model_runner
-from quire.sampling import sampler as sampler_module
+from quire.sampling import logprobs as logprobs_module
 from quire.text.detokenizer import StopSearch
 from tests.tiny.checkpoints import make_tiny
 
@@ -133,7 +133,7 @@ POINTS: dict[str, Callable[[Victim], None]] = {
     "masks apply": lambda v: v.throw(feature(v, "LogitMasks"), "apply", in_rows(v)),
     "bad words": lambda v: v.throw(feature(v, "LogitMasks"), "on_token", in_row(v)),
     "penalties": lambda v: v.throw(feature(v, "Penalties"), "on_token", in_row(v)),
-    "logprobs": lambda v: v.throw(sampler_module, "token_logprobs", lambda *args: args[3] == 7),
+    "logprobs": lambda v: v.throw(logprobs_module, "token_logprobs", lambda *args: args[3] == 7),
     "prompt logprobs": lambda v: v.throw(model_runner, "token_logprobs", lambda *args: args[3] == 3),
     "request state": lambda v: v.throw(RequestState, "__init__", lambda self, parsed, *_: of_new_state(parsed)),
     "detokenizer": lambda v: v.throw(RequestState, "_push_text", named_victim),
@@ -214,7 +214,7 @@ def test_one_fault_fails_one_request(
         assert [said(output) for output in canaries] == undisturbed
         assert [said(output) for output in run(under_test, victim=False)] == undisturbed, "and it goes on"
         under_test.check()
-        scheduler = victim.core._scheduler
+        scheduler = victim.core.scheduler
         assert scheduler._pool.num_free == scheduler._pool.num_blocks
         assert len(scheduler._free_rows) == 8 and not under_test._streams
         assert under_test._engine.queue.num_waiting == 0 and not under_test._engine.timelines._live

@@ -51,8 +51,8 @@ def ask(core: EngineCore, prompts: list[list[int]], max_tokens: int = 20) -> lis
     """All of them at once, to their ends."""
     news: dict[str, list[TokenDelta]] = {str(number): [] for number in range(len(prompts))}
     for number, prompt in enumerate(prompts):
-        core.add(NewRequest(str(number), tuple(prompt), max_tokens, SamplingSpec(seed=number, num_logprobs=2)))
-    while core.has_work:
+        core.scheduler.add(NewRequest(str(number), tuple(prompt), max_tokens, SamplingSpec(seed=number, num_logprobs=2)))
+    while core.scheduler.has_work:
         for delta in core.step():
             news[delta.request_id].append(delta)
     return [[delta._replace(num_cached_tokens=0) for delta in deltas] for deltas in news.values()]

@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from quire.core.plan import StepPlan, StepRecord, StepResult, TokenDelta
-from quire.core.request import NewRequest
+from quire.core.plan import StepPlan, StepResult, TokenDelta
 from quire.core.scheduler import Scheduler
 
 
@@ -41,72 +40,36 @@ class IdleWork(Protocol):
 class EngineCore:
     """A scheduler, an executor, and the body of the loop between them.
 
-    `clock` gives seconds; the core writes them into its records and decides nothing by them.
+    Requests are added to `scheduler`, and aborted there. `clock` gives seconds; the core writes them into its records
+    and decides nothing by them.
     """
 
-    idle_work: IdleWork | None = None
-
-    def __init__(self, scheduler: Scheduler, executor: Executor, clock: Callable[[], float]) -> None:
-        self._scheduler = scheduler
+    def __init__(
+        self, scheduler: Scheduler, executor: Executor, clock: Callable[[], float], idle_work: IdleWork | None = None
+    ) -> None:
+        self.scheduler = scheduler
         self._executor = executor
         self._clock = clock
+        self._idle_work = idle_work
 
     def step(self) -> list[TokenDelta]:
-        """One step for all: every unfinished request is considered, and news of them is returned."""
-        if not self._scheduler.has_work:
+        """One step for all: every unfinished request is considered, and what is new of them is returned."""
+        if not self.scheduler.has_work:
             return []
-        plan = self._scheduler.schedule(self._clock())
+        plan = self.scheduler.schedule(self._clock())
         handle = self._executor.execute(plan)
         result = self._executor.collect(handle)
-        return self._scheduler.update(plan, result)
+        return self.scheduler.update(plan, result)
 
     def run_idle_work(self) -> bool:
         """See `Executor.run_idle_work`; then the idle work."""
-        return self._executor.run_idle_work() or (self.idle_work is not None and self.idle_work.do_next())
-
-    def add(self, new: NewRequest) -> None:
-        """See `Scheduler.add`."""
-        self._scheduler.add(new)
-
-    def abort(self, request_id: str) -> list[TokenDelta]:
-        """See `Scheduler.abort`."""
-        return self._scheduler.abort(request_id)
-
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is unfinished."""
-        return self._scheduler.has_work
-
-    @property
-    def is_held(self) -> bool:
-        """See `Scheduler.is_held`."""
-        return self._scheduler.is_held
-
-    @property
-    def num_running(self) -> int:
-        """See `Scheduler.num_running`."""
-        return self._scheduler.num_running
-
-    @property
-    def num_waiting(self) -> int:
-        """See `Scheduler.num_waiting`."""
-        return self._scheduler.num_waiting
-
-    @property
-    def cache_usage(self) -> float:
-        """See `Scheduler.cache_usage`."""
-        return self._scheduler.cache_usage
-
-    @property
-    def last_record(self) -> StepRecord:
-        """What the last step did, and why some did not advance."""
-        return self._scheduler.last_record
+        return self._executor.run_idle_work() or (self._idle_work is not None and self._idle_work.do_next())
 
     def check(self) -> None:
         """State what is always true; for tests, and for idle times in production."""
-        self._scheduler.check()
-        if self.idle_work is not None:
-            self.idle_work.check()
+        self.scheduler.check()
+        if self._idle_work is not None:
+            self._idle_work.check()
 
     def close(self) -> None:
         """Close the executor. Nothing can be computed afterwards."""
@@ -124,12 +87,12 @@ class OverlappingCore(EngineCore):
     _started: tuple[StepPlan, Any] | None = None
 
     def step(self) -> list[TokenDelta]:
-        """Start the next step, then take in the one before it: the first call after a rest has no news."""
-        if not self._scheduler.has_work:
+        """Start the next step, then take in the one before it: the first call after a rest returns nothing."""
+        if not self.scheduler.has_work:
             return []
-        plan = self._scheduler.schedule(self._clock())
+        plan = self.scheduler.schedule(self._clock())
         before, self._started = self._started, (plan, self._executor.execute(plan))
         if before is None:
             return []
         plan, handle = before
-        return self._scheduler.update(plan, self._executor.collect(handle))
+        return self.scheduler.update(plan, self._executor.collect(handle))

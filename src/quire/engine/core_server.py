@@ -108,7 +108,7 @@ class CoreServer:
             wait_for_work(self._core, self._arrived)
             self._arrived.clear()
             self._take()
-            if self._core.has_work:
+            if self._core.scheduler.has_work:
                 self._tell(step_outputs(self._core))
 
     def _read(self) -> None:
@@ -135,16 +135,16 @@ class CoreServer:
             if isinstance(command, Add):
                 refused += self._add(command)
             elif isinstance(command, Abort):
-                aborted |= bool(self._core.abort(command.request_id))
+                aborted |= bool(self._core.scheduler.abort(command.request_id))
             elif isinstance(command, Check):
                 self._core.check()
-        if refused or (aborted and not self._core.has_work):
+        if refused or (aborted and not self._core.scheduler.has_work):
             self._tell(CoreOutputs(tuple(refused), None, core_gauges(self._core)))
 
     def _add(self, command: Add) -> list[TokenDelta]:
         try:
             check_new(command.new, self._info)
-            self._core.add(command.new)
+            self._core.scheduler.add(command.new)
         except InvalidRequestError as error:
             return [TokenDelta(command.new.request_id, (), finish_reason="error", error=error.message)]
         return []
