@@ -11,7 +11,7 @@ from tests.core.harness import Harness, alone, new_request
 
 REQUESTS = (
     new_request("plain", range(1, 10), max_tokens=9),
-    new_request("drawn", range(1, 7), max_tokens=12, seed=7, num_logprobs=0, stop_token_ids=(3, 4), eos=(3,)),
+    new_request("sampled", range(1, 7), max_tokens=12, seed=7, num_logprobs=0, stop_token_ids=(3, 4), eos=(3,)),
     new_request("least", range(2, 9), max_tokens=12, stop_token_ids=tuple(range(13)), min_tokens=6),
     new_request("scored", range(1, 12), max_tokens=5, num_logprobs=0, num_prompt_logprobs=0),
 )

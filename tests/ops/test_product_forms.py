@@ -143,7 +143,7 @@ def test_what_a_producer_rounds_gives_the_bits_of_what_a_product_rounds(isa: str
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_greedy_is_what_temperature_0_draws_from_the_logits(cpu: CpuOps, storage: str) -> None:
+def test_greedy_is_what_temperature_0_samples_from_the_logits(cpu: CpuOps, storage: str) -> None:
     rng = np.random.default_rng(5)
     for vocabulary, width in ((1, 3), (31, 40), (64, 64), (130, 70), (1000, 600)):
         weight = normal(rng, vocabulary, width)
