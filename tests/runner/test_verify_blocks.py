@@ -51,7 +51,8 @@ def ask(core: EngineCore, prompts: list[list[int]], max_tokens: int = 20) -> lis
     """All of them at once, to their ends."""
     news: dict[str, list[TokenDelta]] = {str(number): [] for number in range(len(prompts))}
     for number, prompt in enumerate(prompts):
-        core.scheduler.add(NewRequest(str(number), tuple(prompt), max_tokens, SamplingSpec(seed=number, num_logprobs=2)))
+        spec = SamplingSpec(seed=number, num_logprobs=2)
+        core.scheduler.add(NewRequest(str(number), tuple(prompt), max_tokens, spec))
     while core.scheduler.has_work:
         for delta in core.step():
             news[delta.request_id].append(delta)

@@ -67,7 +67,7 @@ def test_cut_offs_and_temperature_end_with_their_request(ops: Ops, kept: dict[st
 
 
 def test_what_rows_want_of_their_logits() -> None:
-    """The sampler samples without editing, or lets the model take the best token, only where all rows of a step allow."""
+    """The sampler edits nothing, or lets the model take the best token, only where all rows of a step allow."""
     plain = SamplingSpec(temperature=1.0)
     editing = [
         {"allowed_token_ids": (1,)}, {"logit_bias": ((1, 1.0),)}, {"min_tokens": 1, "stop_token_ids": (2,)},
