@@ -91,7 +91,7 @@ def _is_empty_container(statement: ast.stmt) -> bool:
     """A module's name for a container that can only be of use once something is put into it."""
     value = statement.value if isinstance(statement, ast.Assign | ast.AnnAssign) else None
     if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in CONTAINERS:
-        return value.func.id == "defaultdict" or not value.args and not value.keywords
+        return value.func.id == "defaultdict" or (not value.args and not value.keywords)
     return isinstance(value, ast.List | ast.Dict) and not (value.elts if isinstance(value, ast.List) else value.keys)
 
 

@@ -351,19 +351,8 @@ class Scheduler:
                 self._register(request, num_known - 1, num_known)
         if not token_ids and not prompt_logprobs:
             return None
-        return make(
-            TokenDelta,
-            (
-                request.new.request_id,
-                token_ids,
-                logprobs,
-                prompt_logprobs,
-                request.num_cached,
-                finish_reason,
-                stop_reason,
-                None,
-            ),
-        )
+        name, cached = request.new.request_id, request.num_cached
+        return make(TokenDelta, (name, token_ids, logprobs, prompt_logprobs, cached, finish_reason, stop_reason, None))
 
     # Leaving.
 
@@ -449,12 +438,7 @@ class Scheduler:
             require(all(request.row == row for row, request in step.owners.items()), "owners still run")
 
 
-def _final_delta(request: Request, finish_reason: str, error: str | None = None) -> TokenDelta:
+def _final_delta(request: Request, reason: str, error: str | None = None) -> TokenDelta:
     """The last delta of a request that ends without a token."""
-    return TokenDelta(
-        request.new.request_id,
-        (),
-        num_cached_tokens=request.num_cached,
-        finish_reason=finish_reason,
-        error=error,
-    )
+    name, cached = request.new.request_id, request.num_cached
+    return TokenDelta(name, (), num_cached_tokens=cached, finish_reason=reason, error=error)

@@ -31,7 +31,7 @@ class RowFaults:
         return bool(self._errors)
 
     def isolate(self, row: int, function: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Call; what it raises fails `row`. A row that has failed is left alone."""
+        """Call `function`; what it raises fails `row`. A row that has failed is left alone."""
         if row in self._errors:
             return
         try:

@@ -148,7 +148,7 @@ class DecodeGraphs:
         return True
 
     def record_largest(self) -> None:
-        """At a start."""
+        """Record the largest size, at a start."""
         self._record_at_rest(max(self._buckets.sizes()))
 
     def _record_at_rest(self, size: GraphSize) -> None:
