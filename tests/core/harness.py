@@ -1,6 +1,6 @@
 """A scheduler and the suspicious fake executor, watched at every call.
 
-After each call the invariants are checked, each request's news are held against the one-final automaton,
+After each call the invariants are checked, each request's deltas are held against the one-final automaton,
 and each record must explain every request that did not advance.
 """
 
@@ -36,7 +36,7 @@ def new_request(
 
 @dataclass
 class Output:
-    """All news of one request, put together."""
+    """All deltas of one request, put together."""
 
     new: NewRequest
     arrival: int
@@ -49,8 +49,8 @@ class Output:
     error: str | None = None
 
     def take(self, delta: TokenDelta) -> None:
-        assert self.finish_reason is None, f"news after the final: {delta}"
-        assert delta.token_ids or delta.prompt_logprobs or delta.finish_reason, f"no news: {delta}"
+        assert self.finish_reason is None, f"a delta after the final: {delta}"
+        assert delta.token_ids or delta.prompt_logprobs or delta.finish_reason, f"nothing new: {delta}"
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
         self.prompt_logprobs += delta.prompt_logprobs
@@ -128,7 +128,7 @@ class Harness:
         return self._emit(self.scheduler.update(plan, result))
 
     def step(self) -> list[TokenDelta]:
-        """One step, which must advance somebody if there is anybody."""
+        """One step, which must advance a request if there is any that is not held."""
         had_work = self.scheduler.has_work
         plan = self.schedule()
         assert bool(plan.scheduled) == had_work or self._before is not None or self.scheduler.is_held
@@ -196,7 +196,7 @@ class Harness:
         self.num_preemptions += len(preempted)
 
     def _check_order(self, plan: StepPlan) -> None:
-        """Nobody is overtaken at the door, and victims come from the end."""
+        """No request is overtaken by admission, and victims come from the end."""
         entered = [self.order(new.request_id) for new in plan.new]
         held = self.scheduler._waiting.held
         waiting = [self.order(name) for name in map(_id, self.scheduler._waiting) if name not in held]

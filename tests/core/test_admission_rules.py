@@ -192,7 +192,7 @@ class Slots:
         return None
 
 
-def test_a_stream_of_others_does_not_starve_who_waits_for_a_slot() -> None:
+def test_a_stream_of_others_does_not_starve_a_request_for_a_slot() -> None:
     """Requests of adapter A come in every step and would keep the one slot for ever; one of adapter B has its turn."""
     harness = Harness(rules=[Slots()], num_blocks=64, max_num_seqs=4)
     entered: list[str] = []

@@ -28,12 +28,12 @@ def test_steps_until_the_work_is_done() -> None:
     requests = [new_request(name, [1, 2, number], max_tokens=3) for number, name in enumerate("abc")]
     for new in requests:
         core.scheduler.add(new)
-    told: dict[str, list[int]] = {}
+    heard: dict[str, list[int]] = {}
     while core.scheduler.has_work:
         for delta in core.step():
-            told.setdefault(delta.request_id, []).extend(delta.token_ids)
+            heard.setdefault(delta.request_id, []).extend(delta.token_ids)
         core.check()
-    assert told == {new.request_id: alone(new).token_ids for new in requests}
+    assert heard == {new.request_id: alone(new).token_ids for new in requests}
     assert (core.scheduler.last_record.now_s, core.scheduler.num_running, core.scheduler.num_waiting) == (102.0, 0, 0)
     core.scheduler.add(new_request("d", [1]))
     assert [delta.finish_reason for delta in core.scheduler.abort("d")] == ["abort"]
@@ -94,7 +94,7 @@ def test_the_overlapping_loop_gives_the_same() -> None:
     scheduler, fake = parts(4)
     late = LateExecutor(fake)
     core = OverlappingCore(scheduler, late, lambda: 0.0)
-    told: dict[str, list[int]] = {}
+    heard: dict[str, list[int]] = {}
     assert core.step() == []
     waves = [[new_request(f"{wave}{name}", [1, 2, number], max_tokens=3 + number, stop_token_ids=(4,))
               for number, name in enumerate("abcdef")] for wave in range(2)]  # fmt: skip
@@ -105,10 +105,10 @@ def test_the_overlapping_loop_gives_the_same() -> None:
         while core.scheduler.has_work:
             num_steps += 1
             for delta in core.step():
-                told.setdefault(delta.request_id, []).extend(delta.token_ids)
+                heard.setdefault(delta.request_id, []).extend(delta.token_ids)
             core.check()
         assert num_steps < 25
-    assert told == {new.request_id: alone(new).token_ids for requests in waves for new in requests}
+    assert heard == {new.request_id: alone(new).token_ids for requests in waves for new in requests}
     assert late.most_in_flight == 2
     core.scheduler.add(new_request("late", [1]))
     assert [delta.finish_reason for delta in core.scheduler.abort("late")] == ["abort"]

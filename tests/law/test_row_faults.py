@@ -234,10 +234,10 @@ async def all_rows(engine: AsyncLLM, params: SamplingParams) -> None:
 
 
 @pytest.mark.parametrize("point", ["rows", "sampler", *CLEARED])
-def test_a_fault_while_a_row_is_cleared_reaches_nobody(
+def test_a_fault_while_a_row_is_cleared_reaches_no_request(
     point: str, directory: str, undisturbed: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The request of the row has had its end; and who enters the row next finds nothing of it."""
+    """The request of the row has had its end; and the next request of the row finds nothing of it."""
     with engine(directory) as under_test:
         whole = [said(output) for output in run(under_test, victim=True)]
         with monkeypatch.context() as patch:
@@ -255,7 +255,7 @@ def test_a_fault_while_a_row_is_cleared_reaches_nobody(
         assert not victim.runner._sampler._edited
 
 
-def test_a_row_that_cannot_be_cleared_is_entered_by_nobody(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_cannot_be_cleared_is_not_entered(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rather the engine stops: a core in a process of its own is then replaced, and everybody goes on."""
     with engine(directory) as under_test:
         victim = Victim(under_test, monkeypatch)
@@ -273,7 +273,7 @@ def test_a_row_that_cannot_be_cleared_is_entered_by_nobody(directory: str, monke
         assert victim.num_thrown == 2
 
 
-def test_a_broken_device_is_nobodys_row(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_device_is_no_rows_fault(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """When no row of several can be computed, the engine is at fault, and says so."""
     with engine(directory) as under_test:
         victim = Victim(under_test, monkeypatch)

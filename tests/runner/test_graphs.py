@@ -214,7 +214,7 @@ class RecordingDevice(ReferenceOps):
 
 
 @pytest.mark.parametrize("eager", [False, True])
-def test_an_engine_on_a_device_records_unless_told_not_to(
+def test_an_engine_on_a_device_records_unless_eager(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, eager: bool
 ) -> None:
     sizes: dict[str, Any] = dict(
@@ -243,7 +243,7 @@ def test_steps_record_now_and_then_and_moments_without_work_one_each(
     monkeypatch.setattr(graphs, "FIRST_WIDTH_TOKENS", 24)
     recorder = Recorder()
     one = runner(tiny_model, np, recorder)
-    assert not one.run_idle_work(), "before anybody was answered it would keep the first waiting"
+    assert not one.run_idle_work(), "before a request was answered it would keep the first waiting"
     one.execute(StepPlan(0, (), (enter(0, [4, 5], GREEDY, (0, 1)), enter(1, [6], DRAWN, (2, 3))),
                          (ScheduledRow(0, 0, 2, (), True), ScheduledRow(1, 0, 1, (), True))))  # fmt: skip
     for step in range(1, 5):
@@ -262,7 +262,7 @@ def test_steps_record_now_and_then_and_moments_without_work_one_each(
     assert np.array_equal(one._cache.data[:, :, :16], before[:, :, :16]), "what is recorded without work writes nowhere"
 
 
-def test_a_server_records_while_nobody_waits(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_records_while_no_request_waits(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = RecordingDevice()
     monkeypatch.setattr(compose, "select_ops", lambda *_: (device, []))
     engine = AsyncLLM(

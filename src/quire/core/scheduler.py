@@ -240,8 +240,8 @@ class Scheduler:
         """The blocks that tokens `[start, end)` fill can be found from now on: see `_void`."""
         self._prefix_cache.register(request, self._pool, start, end)
         size = self.config.block_size
-        newest = self._in_flight[self._num_steps - 1]
-        newest.registered += [(block_id, request) for block_id in request.block_ids[start // size : end // size]]
+        last = self._in_flight[self._num_steps - 1]
+        last.registered += [(block_id, request) for block_id in request.block_ids[start // size : end // size]]
 
     def _make_room(self, request: Request, num_blocks: int, step: PlannedStep) -> bool:
         """Preempt from the end of the order until `num_blocks` are free.

@@ -341,7 +341,7 @@ class Ops(Protocol):
         """`linear(x) * scale`, then soft-capped, float32 `[rows, vocabulary]`."""
 
     def penalize(self, logits: Array, batch: PenaltyBatch) -> None:
-        """In place, for `logits [rows, vocabulary]`: see `sampling/penalties.py`."""
+        """In place, for `logits [rows, vocabulary]`: see `sampling/features/penalties.py`."""
 
     def greedy(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> tuple[Array, Array]:
         """What temperature 0 samples from `logits(x, packed, scale, softcap)`, int32 `[rows]`, and bool `[rows]`, its
