@@ -186,7 +186,7 @@ class MemoryBudget:
 
     @property
     def used(self) -> int:
-        """All entries together."""
+        """Bytes of all entries together."""
         return sum(value for _, value in self._entries())
 
     def fits(self, share: float) -> int:

@@ -50,7 +50,7 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def take(self, num_blocks: int) -> list[int]:
-        """Hold `num_blocks` free blocks; what they remembered is forgotten. There must be that many."""
+        """Hold so many free blocks; what they remembered is forgotten. Raises AssertionError where there are fewer."""
         if num_blocks > self.num_free:
             raise AssertionError(f"{num_blocks} blocks wanted, {self.num_free} free")
         taken = []

@@ -22,7 +22,7 @@ MAX_COUNTERS = 4096
 
 
 class FairShares:
-    """Counters by caller."""
+    """A counter of service for each caller."""
 
     def __init__(self) -> None:
         self._counters: dict[str, int] = {}
@@ -48,7 +48,7 @@ class FairShares:
         self._floor = max(self._floor, self._counters[new.caller])
 
     def charge_output(self, new: NewRequest, num_tokens: int) -> None:
-        """Tokens were generated."""
+        """`num_tokens` of its output were generated."""
         self._charge(new, OUTPUT_TOKEN_COST * num_tokens)
 
     def _charge(self, new: NewRequest, cost: int) -> None:

@@ -35,7 +35,7 @@ class Fcfs:
     waits_for_held = False
 
     def order(self, request: Request) -> Order:
-        """By arrival alone."""
+        """By arrival and nothing else."""
         return 0, request.arrival_index
 
 
@@ -53,7 +53,7 @@ POLICIES: Mapping[str, type[Policy]] = MappingProxyType({"fcfs": Fcfs, "priority
 
 
 def make_policy(name: str) -> Policy:
-    """The policy that users call `name`."""
+    """The policy that users call `name`. Raises ConfigurationError where there is none."""
     if name not in POLICIES:
         raise ConfigurationError(unknown_name_message("scheduling policy", name, POLICIES), field="scheduling_policy")
     return POLICIES[name]()

@@ -82,4 +82,4 @@ class NullPrefixCache:
         return PrefixMatch(0, [])
 
     def register(self, request: Request, pool: BlockPool, start: int, end: int) -> None:
-        """Nothing is kept."""
+        """No block is remembered."""

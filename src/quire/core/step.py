@@ -34,7 +34,7 @@ class PlannedStep:
     _greediest: str | None = None
 
     def enter(self, request: Request) -> None:
-        """A request has taken its row and its first blocks."""
+        """A request has taken its row and its first blocks. Raises AssertionError where it has no row."""
         if request.row is None:
             raise AssertionError(f"request {request.new.request_id} has no row")
         new = request.new
@@ -50,7 +50,7 @@ class PlannedStep:
         )
 
     def give(self, request: Request, num_tokens: int, new_block_ids: tuple[int, ...]) -> None:
-        """Schedule the next `num_tokens` of a running request; the blocks for them are there."""
+        """Schedule the next `num_tokens` of a request, whose blocks are there. Raises AssertionError where it has no row."""
         row, start = request.row, request.num_computed
         if row is None:
             raise AssertionError(f"request {request.new.request_id} has no row")

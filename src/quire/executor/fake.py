@@ -99,7 +99,7 @@ class FakeExecutor:
         return handle
 
     def run_idle_work(self) -> bool:
-        """Nothing."""
+        """There is none."""
         return False
 
     def close(self) -> None:

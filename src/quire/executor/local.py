@@ -24,7 +24,7 @@ class LocalExecutor:
         return handle if isinstance(handle, StepResult) else self._runner.collect(handle)
 
     def run_idle_work(self) -> bool:
-        """See `ModelRunner.run_idle_work`."""
+        """Capture a graph, if the runner has any left."""
         return self._runner.run_idle_work()
 
     def close(self) -> None:
