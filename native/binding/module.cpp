@@ -183,13 +183,14 @@ public:
 
     void norm(nb::handle x_, nb::handle residual_, nb::handle weight_, nb::handle bias_, float eps, bool centre,
               nb::handle y_) {
-        Floats2 x(x_, "x"), y(y_, "y", true);
-        require_contiguous(y, "y is not contiguous");
+        Floats2 x(x_, "x");
+        Floats2 y(y_, "y", true);
         Floats1 weight(weight_, "weight");
         require(weight.size(0) == x.size(1), "norm: the width of x is not the weight's");
         require(y.size(0) == x.size(0) && y.size(1) == x.size(1), "norm: y has the wrong shape");
+        require_contiguous(y, "y is not contiguous");
         NormArgs args{x.data(),      x.stride(), x.size(0), x.size(1), nullptr,  0,
-                      weight.data(), nullptr,    eps,       centre,    y.data(), {}, 1};
+                      weight.data(), nullptr,    eps,       centre,    y.data(), {},        1};
         std::optional<Floats2> residual;
         if (!residual_.is_none()) {
             residual.emplace(residual_, "residual", true);
@@ -208,9 +209,11 @@ public:
     }
 
     void activation(nb::handle x_, int kind, bool multiply, nb::handle y_) {
-        Floats2 x(x_, "x"), y(y_, "y", true);
+        Floats2 x(x_, "x");
+        Floats2 y(y_, "y", true);
+        require(y.size(0) == x.size(0) && x.size(1) == y.size(1) * (multiply ? 2 : 1),
+                "activation: y has the wrong shape");
         require_contiguous(y, "y is not contiguous");
-        require(y.size(0) == x.size(0) && x.size(1) == y.size(1) * (multiply ? 2 : 1), "activation: y has the wrong shape");
         call("activation", x.size(0), kernels_->activation, ActivationArgs{x.data(), x.stride(), x.size(0), y.size(1),
                                                   activation_numbered(kind), multiply, y.data(), {}});
     }
@@ -324,10 +327,10 @@ private:
     // The pointers of `args` come from the arrays x and y.
     void run_linear(LinearArgs& args, nb::handle x_, const PackedLinear& packed, nb::handle y_) {
         Floats2 x(x_, "x"), y(y_, "y", true);
-        require_contiguous(y, "y is not contiguous");
         require_packed_here(packed);
         require(x.size(1) == packed.in, "linear: the width of x is not the weight's");
         require(y.size(0) == x.size(0) && y.size(1) == packed.out_width(), "linear: y has the wrong shape");
+        require_contiguous(y, "y is not contiguous");
         args.x = x.data();
         args.x_stride = x.stride();
         args.rows = x.size(0);

@@ -51,7 +51,7 @@ LAW: dict[str, Room] = {
     "parallel": _room("ops core.plan", "msgspec numpy"),
     "runner": _room("ops quant models weights sampling speculative lora parallel core.plan", "ml_dtypes msgspec numpy"),
     "executor": _room("runner core.plan", "msgspec"),
-    "engine": _room("core executor.base text structured", "msgspec tqdm"),
+    "engine": _room("core text structured", "msgspec tqdm"),
     "build": _room("weights quant models ops", "ml_dtypes msgspec numpy tqdm"),
     "server": _room("engine", "anyio msgspec prometheus_client starlette uvicorn"),
     "bench": _room("engine", "msgspec numpy tqdm"),

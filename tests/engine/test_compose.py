@@ -90,7 +90,7 @@ def test_prompts_are_found_again_only_with_a_prefix_cache(enabled: bool, tiny_mo
     engine_core = parts.core()
     hits = []
     for request_id in ("first", "second"):
-        engine_core.add(new_request(request_id, range(40), max_tokens=1))
+        engine_core.scheduler.add(new_request(request_id, range(40), max_tokens=1))
         hits += [delta.num_cached_tokens for delta in engine_core.step()]
     assert hits == [0, 32 if enabled else 0]
     parts.executor.close()

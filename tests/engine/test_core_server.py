@@ -149,7 +149,7 @@ def test_what_is_refused_is_told_with_the_reason_and_the_rest_is_taken(server: C
     ]
     assert "prompt_token_ids" in str(outputs.deltas[0].error) and "40" in str(outputs.deltas[1].error)
     assert outputs.record is None and outputs.gauges == Gauges(0, 1, 0.0)
-    assert server._core.has_work
+    assert server._core.scheduler.has_work
 
 
 def test_an_abort_is_told_when_no_step_will_tell_of_it(server: CoreServer, other: Other) -> None:
@@ -163,6 +163,6 @@ def test_an_abort_is_told_when_no_step_will_tell_of_it(server: CoreServer, other
 
 def test_a_core_that_breaks_an_invariant_ends(server: CoreServer, other: Other) -> None:
     told(server, other, Check())
-    server._core._scheduler._pool.num_free -= 1
+    server._core.scheduler._pool.num_free -= 1
     with pytest.raises(AssertionError):
         told(server, other, Check())

@@ -32,7 +32,7 @@ def test_a_stop_string_ends_the_cores_work_too(tiny_model: Path) -> None:
             finished = any(output.finished for output in outputs_of(engine))
             num_steps += 1
         assert num_steps == 4
-        assert not core.has_work and (core.num_running, core.num_waiting) == (0, 0)
+        assert not core.scheduler.has_work and (core.scheduler.num_running, core.scheduler.num_waiting) == (0, 0)
         assert engine._channel.gauges == Gauges(0, 0, 0.0) and outputs_of(engine) == []
     finally:
         served.close()

@@ -82,7 +82,7 @@ def test_the_memory_budget_is_held_to_two_percent(
 @pytest.mark.parametrize(
     "more",
     [{}, {"logprobs": 5}, {"logit_bias": {5: 2.0}, "allowed_token_ids": list(range(99)), "min_tokens": 20}],
-    ids=["draws", "logprobs", "rules"],
+    ids=["samples", "logprobs", "rules"],
 )
 def test_a_decoding_step_waits_for_nothing_but_its_tokens(tiny_model: Path, more: dict[str, Any]) -> None:
     """torch raises wherever the host waits, but for an event that is asked for: that of `Ops.fetch`."""

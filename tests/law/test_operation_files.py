@@ -1,4 +1,4 @@
-"""What a new operation touches: a throw-away one is added to a copy of the tree by the table of `docs/howto/kernel.md`."""
+"""What a new operation touches: a throw-away one is added to a copy of the tree by the table of `howto/kernel.md`."""
 
 import os
 import re
@@ -64,7 +64,8 @@ CHANGES = {
     "cuda/rows.py": [("", KERNEL)],
     "cuda/provider.py": [("\n    # choosing tokens", LAUNCH + "\n    # choosing tokens")],
 }
-"""For each file of `src/quire/ops`: what is replaced by what (nothing: the end). Native files need a compiler: they are only read here."""
+"""For each file of `src/quire/ops`: what is replaced by what (nothing: the end). Native files, which need a compiler,
+are only read here."""
 RUN = """
 import numpy as np
 from types import SimpleNamespace

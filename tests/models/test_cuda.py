@@ -74,7 +74,7 @@ def test_the_engine_on_torch_gives_the_tokens_of_numpy(
     directory = tiny("llama")
     expected = answers(directory, ReferenceOps(np), monkeypatch)
     assert answers(directory, ReferenceOps(torch), monkeypatch) == expected
-    monkeypatch.setattr(graphs, "RECORD_AT", 1)
+    monkeypatch.setattr(graphs, "CAPTURE_AT", 1)
     assert answers(directory, CudaOps(DEVICE), monkeypatch, async_scheduling=False) == expected
     assert answers(directory, AsOnDevice(DEVICE), monkeypatch) == expected
     assert answers(directory, ReferenceOps(torch), monkeypatch, async_scheduling=True) == expected

@@ -49,13 +49,14 @@ def cached(parts: CoreParts) -> int:
 
 def ask(core: EngineCore, prompts: list[list[int]], max_tokens: int = 20) -> list[list[TokenDelta]]:
     """All of them at once, to their ends."""
-    news: dict[str, list[TokenDelta]] = {str(number): [] for number in range(len(prompts))}
+    deltas_of: dict[str, list[TokenDelta]] = {str(number): [] for number in range(len(prompts))}
     for number, prompt in enumerate(prompts):
-        core.add(NewRequest(str(number), tuple(prompt), max_tokens, SamplingSpec(seed=number, num_logprobs=2)))
-    while core.has_work:
+        spec = SamplingSpec(seed=number, num_logprobs=2)
+        core.scheduler.add(NewRequest(str(number), tuple(prompt), max_tokens, spec))
+    while core.scheduler.has_work:
         for delta in core.step():
-            news[delta.request_id].append(delta)
-    return [[delta._replace(num_cached_tokens=0) for delta in deltas] for deltas in news.values()]
+            deltas_of[delta.request_id].append(delta)
+    return [[delta._replace(num_cached_tokens=0) for delta in deltas] for deltas in deltas_of.values()]
 
 
 def rest(core: EngineCore) -> int:

@@ -196,7 +196,7 @@ def test_logprobs_of_named_tokens_are_those_of_the_model(real: Running) -> None:
     assert [(item.token, item.logprob) for item in found] == [(item.token, item.logprob) for item in content]
 
 
-def test_rows_of_one_draw_have_their_own_logprobs(tiny_model: Path) -> None:
+def test_rows_of_one_step_have_their_own_logprobs(tiny_model: Path) -> None:
     named = list(range(2, 40))  # more than are read at one time
     asked = [{}, {"logprobs": 3}, {"logprobs": 0, "logprob_token_ids": named}, {"logprobs": 1}]
     params = [SamplingParams(max_tokens=5, seed=3, ignore_eos=True, **item) for item in asked]  # type: ignore[arg-type]

@@ -15,6 +15,9 @@ from quire.core.plan import StepRecord, TokenDelta
 from quire.core.request import NewRequest
 from quire.outputs import Decision, Labels
 
+HELD_S = 0.005
+"""Between two questions to the admission rules, where every request is held and no step has anything to compute."""
+
 
 @dataclass(frozen=True, slots=True)
 class CoreInfo:
@@ -128,11 +131,11 @@ class LocalChannel:
 
     def add(self, new: NewRequest) -> None:
         """See `CoreChannel.add`."""
-        self._core.add(new)
+        self._core.scheduler.add(new)
 
     def abort(self, request_id: str) -> None:
         """See `CoreChannel.abort`."""
-        self._core.abort(request_id)
+        self._core.scheduler.abort(request_id)
 
     def wait(self) -> None:
         """See `CoreChannel.wait`."""
@@ -145,7 +148,7 @@ class LocalChannel:
 
     def collect(self) -> list[CoreOutputs]:
         """See `CoreChannel.collect`."""
-        return [step_outputs(self._core)] if self._core.has_work else []
+        return [step_outputs(self._core)] if self._core.scheduler.has_work else []
 
     @property
     def gauges(self) -> Gauges:
@@ -163,17 +166,20 @@ class LocalChannel:
 
 def core_gauges(core: EngineCore) -> Gauges:
     """Of a core in this process."""
-    return Gauges(core.num_running, core.num_waiting, core.cache_usage)
+    return Gauges(core.scheduler.num_running, core.scheduler.num_waiting, core.scheduler.cache_usage)
 
 
 def wait_for_work(core: EngineCore, awake: threading.Event) -> None:
-    """Return when the core has work, or `awake` is set; moments until then are for `EngineCore.run_idle_work`."""
-    while not core.has_work and not awake.is_set():
+    """Return when the core has work, or `awake` is set; moments until then are for `EngineCore.run_idle_work`. Where
+    all work is held by admission rules, return when it is time to ask them again."""
+    while not core.scheduler.has_work and not awake.is_set():
         if not core.run_idle_work():
             awake.wait()
+    if core.scheduler.is_held:
+        awake.wait(HELD_S)
 
 
 def step_outputs(core: EngineCore) -> CoreOutputs:
     """Compute one step."""
     deltas = core.step()
-    return CoreOutputs(tuple(deltas), core.last_record, core_gauges(core))
+    return CoreOutputs(tuple(deltas), core.scheduler.last_record, core_gauges(core))

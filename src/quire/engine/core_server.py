@@ -19,7 +19,7 @@ import time
 from collections import deque
 from typing import Any
 
-from quire.core.engine_core import EngineCore, PlanExecutor
+from quire.core.engine_core import EngineCore, Executor
 from quire.core.plan import StepPlan, StepResult, TokenDelta
 from quire.engine.admission import check_new
 from quire.engine.channel import CoreInfo, CoreOutputs, core_gauges, step_outputs, wait_for_work
@@ -57,7 +57,7 @@ class AnnouncingExecutor:
     It announces only what differs from the step before: most steps begin in silence.
     """
 
-    def __init__(self, executor: PlanExecutor, connection: socket.socket, allowance: StepAllowance) -> None:
+    def __init__(self, executor: Executor, connection: socket.socket, allowance: StepAllowance) -> None:
         self._executor = executor
         self._connection = connection
         self._allowance = allowance
@@ -78,7 +78,8 @@ class AnnouncingExecutor:
         """Wait, and learn how long it took."""
         inner, work, start_s = handle
         result = self._executor.collect(inner)
-        self._allowance.observe(work, time.monotonic() - start_s)
+        if work:  # an empty step, where every request is held or in flight, says nothing of others
+            self._allowance.observe(work, time.monotonic() - start_s)
         return result
 
     def run_idle_work(self) -> bool:
@@ -107,7 +108,7 @@ class CoreServer:
             wait_for_work(self._core, self._arrived)
             self._arrived.clear()
             self._take()
-            if self._core.has_work:
+            if self._core.scheduler.has_work:
                 self._tell(step_outputs(self._core))
 
     def _read(self) -> None:
@@ -134,16 +135,16 @@ class CoreServer:
             if isinstance(command, Add):
                 refused += self._add(command)
             elif isinstance(command, Abort):
-                aborted |= bool(self._core.abort(command.request_id))
+                aborted |= bool(self._core.scheduler.abort(command.request_id))
             elif isinstance(command, Check):
                 self._core.check()
-        if refused or (aborted and not self._core.has_work):
+        if refused or (aborted and not self._core.scheduler.has_work):
             self._tell(CoreOutputs(tuple(refused), None, core_gauges(self._core)))
 
     def _add(self, command: Add) -> list[TokenDelta]:
         try:
             check_new(command.new, self._info)
-            self._core.add(command.new)
+            self._core.scheduler.add(command.new)
         except InvalidRequestError as error:
             return [TokenDelta(command.new.request_id, (), finish_reason="error", error=error.message)]
         return []

@@ -44,7 +44,8 @@ class Explanation:
     parts: dict[str, float]
     """Phase -> seconds; all phases, in the order in which a request meets them."""
     queued_because: dict[str, float]
-    """Seconds for which the head of the queue lacked a row, blocks or budget while this one queued."""
+    """Seconds for which the head of the queue lacked a row, blocks or budget while this one queued, and for which an
+    admission rule held this one, by the rule's word."""
     blamed: dict[str, float]
     """Other requests -> seconds for which this one waited because of them."""
     time_to_first_token_s: float | None
@@ -99,9 +100,9 @@ def explain(times: RequestTimes, now_s: float, name_of: Callable[[str], str | No
 
 def _queue_reasons(timeline: Timeline) -> dict[str, float]:
     if timeline.first_scheduled_s is None and timeline.ended_s is None:
-        return {}
+        return dict(timeline.held_s)
     found = zip(QUEUE_REASONS, timeline.queue_clocks_s, strict=True)
-    return {name: seconds for name, seconds in found if seconds > 0}
+    return {name: seconds for name, seconds in found if seconds > 0} | timeline.held_s
 
 
 def _by_name(timeline: Timeline, name_of: Callable[[str], str | None]) -> dict[str, float]:
@@ -130,7 +131,10 @@ def _sentence(
     text = f"{_duration(seconds)} of {_duration(total_s)} ({share:.0%}) {text}"
     if largest is Phase.QUEUED and because:
         reason = max(because, key=lambda name: because[name])
-        text += f", since {_QUEUE_CAUSES[reason]}; {_ADVICE[reason]}"
+        if reason in _QUEUE_CAUSES:
+            text += f", since {_QUEUE_CAUSES[reason]}; {_ADVICE[reason]}"
+        else:
+            text += f", since it could not enter before this was ready: {reason.replace('_', ' ')}"
     elif largest in (Phase.WAITING_FOR_PREFILL, Phase.PREEMPTED, Phase.WAITING_FOR_BLOCKS) and blamed:
         text += f", most of all for {next(iter(blamed))}"
     if timeline.num_restarts:

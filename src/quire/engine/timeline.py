@@ -51,6 +51,8 @@ class Phase(IntEnum):
 QUEUE_REASONS = ("no_row", "no_blocks", "budget")
 _STALLED = {"budget": Phase.WAITING_FOR_PREFILL, "no_blocks": Phase.WAITING_FOR_BLOCKS, "preempted": Phase.PREEMPTED,
             "quarantined": Phase.RECOVERING}  # fmt: skip
+_KNOWN = {*QUEUE_REASONS, *_STALLED, "in_flight"}
+"""All other reasons are words of admission rules."""
 
 
 @dataclass(slots=True)
@@ -70,6 +72,8 @@ class Timeline:
     """The shared clock of others' prefill at `since_s`."""
     queue_clocks_s: tuple[float, ...] = ()
     """The clocks of reasons for which the head of the queue waited, at arrival; at admission, their advance."""
+    held_s: dict[str, float] = field(default_factory=dict)
+    """Seconds in the queue for which an admission rule held it, by the rule's word."""
     seconds: list[float] = field(default_factory=lambda: [0.0] * len(Phase))
     waited_for: dict[str, float] = field(default_factory=dict)
     """Sequence in the core -> seconds for which this one waited because of it. Bounded by `MAX_WAITED_FOR`."""
@@ -270,7 +274,14 @@ class RequestTimelines:
         if last.scheduled and not self._prefill_tokens(last):
             mean = self._decode_step_s
             self._decode_step_s = spent_s if mean is None else mean + STEP_MEMORY * (spent_s - mean)
-        self._queue_clocks_s = self._queue_clocks_at(last.now_s + spent_s)
+        before_s, self._queue_clocks_s = self._queue_clocks_s, self._queue_clocks_at(last.now_s + spent_s)
+        for stalled in last.stalled:
+            timeline = self._live.get(stalled.request_id)
+            if timeline is not None and timeline.phase is Phase.QUEUED and stalled.reason not in _KNOWN:
+                timeline.held_s[stalled.reason] = timeline.held_s.get(stalled.reason, 0.0) + spent_s
+                clocks_s = zip(timeline.queue_clocks_s, before_s, self._queue_clocks_s, strict=True)
+                # What the head of the queue lacked meanwhile is not what this one waited for.
+                timeline.queue_clocks_s = tuple(then + now - before for then, before, now in clocks_s)
 
     def _queue_clocks_at(self, now_s: float) -> tuple[float, ...]:
         """The clocks at a time since the last record: what the head of the queue lacked then, it lacks until now."""

@@ -334,7 +334,7 @@ class Ops(Protocol):
         ValueError as `pack_linear`."""
 
     def gated_linear(self, x: Array, packed: Opaque, kind: Activation) -> Array:
-        """`kind(gate) * up -> [tokens, n]` of gate and up side by side in `linear(x)` (GLU variants, arXiv 2002.05202)."""
+        """`kind(gate) * up -> [tokens, n]`, gate and up side by side in `linear(x)` (GLU, arXiv 2002.05202)."""
 
     def pack_embedding(self, table: Any, dtype: WeightDtype) -> Opaque:
         """Pack `table [vocabulary, hidden]`, or a `QuantizedWeight`, for `embed`. The result is also one of

@@ -15,7 +15,7 @@ Prompt = str | list[int]
 
 @dataclass(frozen=True, slots=True)
 class CompletionCall:
-    """One parsed request: every prompt is drawn with the same parameters."""
+    """One parsed request: every prompt is sampled with the same parameters."""
 
     prompts: list[Prompt]
     params: SamplingParams

@@ -1,4 +1,4 @@
-"""The draw against a reference of its own: Philox and the Gumbel maximum in plain Python, from the papers' constants.
+"""Sampling against a reference of its own: Philox and the Gumbel maximum in plain Python, from the papers' constants.
 
 The lists of tokens below are pinned: a request with a seed gives the same tokens in every version of Quire, or the
 change is one for users.
@@ -47,7 +47,7 @@ def noise(seed: int, position: int, token: int) -> float:
     return -math.log(-math.log1p(-uniform))
 
 
-def drawn(logits: Any, seed: int, position: int, temperature: float = 1.0) -> int:
+def sampled(logits: Any, seed: int, position: int, temperature: float = 1.0) -> int:
     scores = [float(one) / temperature + noise(seed, position, token) for token, one in enumerate(logits)]
     return max(range(len(scores)), key=scores.__getitem__)
 
@@ -63,8 +63,8 @@ def test_the_reference_gives_the_published_words() -> None:
 
 
 @pytest.mark.parametrize(("seed", "first"), PINNED)
-def test_pinned_draws(ops: Ops, seed: int, first: int) -> None:
-    expected = [drawn(known_logits(), seed, position) for position in range(first, first + 16)]
+def test_pinned_samples(ops: Ops, seed: int, first: int) -> None:
+    expected = [sampled(known_logits(), seed, position) for position in range(first, first + 16)]
     assert expected == PINNED[seed, first], "the reference itself"
     sampler = full_sampler(ops, 1)
     sampler.add(new_row(0, [1], SamplingSpec(temperature=1.0, seed=seed)))
@@ -75,7 +75,7 @@ def test_pinned_draws(ops: Ops, seed: int, first: int) -> None:
     assert found == expected
 
 
-def test_rows_of_one_step_draw_by_their_own_numbers(ops: Ops) -> None:
+def test_rows_of_one_step_sample_by_their_own_numbers(ops: Ops) -> None:
     """Permanent rows in any order, each with its seed, position and temperature; one of them greedy."""
     temperatures, order = [0.7, 1.0, 0.0, 1.9, 0.3], [3, 0, 4, 2, 1]
     sampler = full_sampler(ops, 5)
@@ -89,7 +89,7 @@ def test_rows_of_one_step_draw_by_their_own_numbers(ops: Ops) -> None:
             if temperatures[row] == 0:
                 expected = int(known_logits().argmax())
             else:
-                expected = drawn(known_logits(), 1000 + row, position, temperatures[row])
+                expected = sampled(known_logits(), 1000 + row, position, temperatures[row])
             assert result.token_ids == (expected,)
 
 
@@ -130,7 +130,7 @@ def test_rows_of_one_step_cut_off_by_their_own_numbers(ops: Ops) -> None:
 
 
 def test_the_largest_word_gives_noise_that_is_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounded to float32 it would be 1, and its token could never be drawn."""
+    """Rounded to float32 it would be 1, and its token could never be sampled."""
     xp = ReferenceOps(np).xp
     for word in (0, 1, 2**31, 2**32 - 256, 2**32 - 1):
         words = tuple(np.full(1, word, np.int64) for _ in range(4))
@@ -142,7 +142,7 @@ def test_the_largest_word_gives_noise_that_is_finite(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_generation_is_the_reference_over_the_logits_of_transformers(model: Path, judge: Any, overlap: bool) -> None:
-    """End to end, each token drawn with the noise of its index in the sequence, whatever the length of the prompt."""
+    """End to end, each token sampled with the noise of its index in the sequence, whatever the length of the prompt."""
     prompts = [[10], [11, 12, 13, 14, 15, 16], [30 + place for place in range(40)]]
     params = [
         SamplingParams(temperature=temperature, seed=seed, max_tokens=20, ignore_eos=True)
@@ -155,7 +155,7 @@ def test_generation_is_the_reference_over_the_logits_of_transformers(model: Path
         with torch.no_grad():
             logits = judge(torch.tensor([[*prompt, *chosen]])).logits[0].numpy()
         expected = [
-            drawn(logits[position - 1], one.seed, position, one.temperature)
+            sampled(logits[position - 1], one.seed, position, one.temperature)
             for position in range(len(prompt), len(prompt) + 20)
         ]
         assert chosen == expected
