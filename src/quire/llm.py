@@ -1,6 +1,7 @@
 """`LLM` and `AsyncLLM`: an engine, and the two ways to ask it."""
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -9,12 +10,11 @@ from quire.compose.served import compose
 from quire.config import EngineArgs
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.chat import encode_chat
+from quire.engine.front import EngineFront
 from quire.engine.inputs import ParsedRequest, Prompt
-from quire.engine.progress import Progress
 from quire.errors import InvalidRequestError
-from quire.outputs import Decision, Metric, RequestOutput
+from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
-from quire.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 
@@ -37,7 +37,7 @@ class AsyncLLM(AsyncEngine):
         return cls(**{item.name: getattr(args, item.name) for item in dataclasses.fields(args)})
 
 
-class LLM:
+class LLM(EngineFront):
     """The engine for programs that have all their prompts at hand.
 
     Args: those of `EngineArgs`. `LLM()` is the embedded model.
@@ -47,23 +47,7 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, **engine_args: Any) -> None:
-        self._served = compose(EngineArgs.from_mapping({"model": model, **engine_args}))
-        self._engine = self._served.engine
-
-    @property
-    def decisions(self) -> list[Decision]:
-        """What was decided at start, and why."""
-        return self._served.decisions
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest prompt plus output, in tokens."""
-        return self._served.limits.max_model_len
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
-        return self._served.limits.vocab_size
+        super().__init__(compose(EngineArgs.from_mapping({"model": model, **engine_args})))
 
     def generate(
         self,
@@ -136,24 +120,6 @@ class LLM:
             [{"prompt_token_ids": token_ids} for token_ids in prompts], sampling_params, use_tqdm=use_tqdm
         )
 
-    def get_metrics(self) -> list[Metric]:
-        """All metrics now."""
-        return self._engine.get_metrics()
-
-    def get_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
-
-        Raises:
-            InvalidRequestError: the model has none.
-        """
-        if self._served.tokenizer is None:
-            raise InvalidRequestError("this model has no tokenizer")
-        return self._served.tokenizer
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """`SamplingParams` with the model's own defaults."""
-        return SamplingParams.from_mapping(self._served.default_params)
-
     def close(self) -> None:
         """Give back threads and memory. The object cannot be used after."""
         self._served.close()
@@ -187,7 +153,7 @@ class LLM:
         try:
             with Progress(len(parsed), show=show_progress) as progress:
                 while self._engine.has_work:
-                    self._engine.wait()
+                    self._engine.channel.wait()
                     for number, output in self._engine.step():
                         finished[number] = output
                         progress.advance(output)
@@ -203,3 +169,39 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     items: list[Any] = list(prompts)
     return [items] if items and isinstance(items[0], int) else items
+
+
+class Progress:
+    """One tick for each finished prompt, with tokens per second. Shows nothing when not wanted."""
+
+    def __init__(self, num_prompts: int, *, show: bool) -> None:
+        self._bar: Any = None
+        self._start_s = time.monotonic()
+        self._input_tokens = 0
+        self._output_tokens = 0
+        if show:
+            from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+            self._bar = tqdm(total=num_prompts, desc="Processed prompts", dynamic_ncols=True)
+
+    def advance(self, output: RequestOutput) -> None:
+        """A prompt has ended."""
+        if self._bar is None:
+            return
+        self._input_tokens += len(output.prompt_token_ids)
+        self._output_tokens += sum(len(item.token_ids) for item in output.outputs)
+        spent_s = max(time.monotonic() - self._start_s, 1e-9)
+        self._bar.set_postfix_str(
+            f"in {self._input_tokens / spent_s:.1f} tok/s, out {self._output_tokens / spent_s:.1f} tok/s",
+            refresh=False,
+        )
+        self._bar.update(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()

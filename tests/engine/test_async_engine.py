@@ -11,7 +11,7 @@ import pytest
 from quire.core.plan import TokenDelta
 from quire.core.request import NewRequest
 from quire.engine.async_engine import AsyncEngine
-from quire.engine.queue_bound import Caller
+from quire.engine.queue import Caller
 from quire.errors import (
     DeadlineExceededError,
     EngineDeadError,

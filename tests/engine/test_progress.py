@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from quire.engine.progress import Progress
+from quire.llm import Progress
 from quire.outputs import CompletionOutput, RequestOutput
 
 

@@ -65,7 +65,7 @@ def test_the_ledger_is_held_to_two_percent(tiny_model: Path, monkeypatch: pytest
         look()
         for _ in range(3):
             worst(llm, logprobs=20, prompt_logprobs=3)
-            while llm._engine._channel._core.prepare():  # type: ignore[attr-defined]
+            while llm._engine.channel._core.prepare():  # type: ignore[attr-defined]
                 pass
             look()
     ledger = plans[0].ledger
@@ -86,7 +86,7 @@ def test_a_decoding_step_waits_for_nothing_but_its_tokens(tiny_model: Path, more
     """torch raises wherever the host waits, but for an event that is asked for: that of `Ops.fetch`."""
     with LLM(str(tiny_model), **SIZES) as llm:
         worst(llm)
-        core: Any = llm._engine._channel._core
+        core: Any = llm._engine.channel._core
         begin, num_begun = core._executor.execute, 0
 
         def watched(plan: Any) -> Any:

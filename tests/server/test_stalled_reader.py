@@ -77,7 +77,7 @@ def test_a_reader_that_stalls_is_bounded_then_aborted(apart: Running, monkeypatc
     finally:
         for connection in connections:
             connection.close()
-    assert wait_until(lambda: engine._engine._channel.gauges.cache_usage == 0 and not engine._streams)
+    assert wait_until(lambda: engine._engine.channel.gauges.cache_usage == 0 and not engine._streams)
 
 
 def num_aborted(server: Running) -> float:

@@ -19,24 +19,22 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 from quire.engine.chat import encode_chat
-from quire.engine.engine import Engine, NumberedOutput
-from quire.engine.explain import Explanation
-from quire.engine.inputs import InputProcessor, ParsedRequest, Prompt, RequestLimits
-from quire.engine.queue_bound import ANYBODY, Caller
+from quire.engine.engine import Outputs
+from quire.engine.front import EngineFront, ServedEngine
+from quire.engine.inputs import ParsedRequest, Prompt
+from quire.engine.observer import Observer
+from quire.engine.queue import ANYBODY, Caller
 from quire.engine.stream import Stream
-from quire.engine.timeline import RequestTimes
 from quire.errors import (
     DeadlineExceededError,
     EngineDeadError,
-    InvalidRequestError,
     OverloadedError,
     QuireError,
     RequestFailedError,
     internal_fault_message,
 )
-from quire.outputs import Decision, Metric, RequestOutput
+from quire.outputs import Explanation, RequestOutput
 from quire.sampling_params import SamplingParams
-from quire.text.tokenizer import Tokenizer
 
 INLINE_PROMPT_CHARACTERS = 2048
 """Prompts up to this long are tokenised on the event loop: it takes less time than a thread's hand-over."""
@@ -63,26 +61,11 @@ class _Check:
     done: "Future[None]"
 
 
-@dataclass(frozen=True, slots=True)
-class ServedEngine:
-    """What an `AsyncEngine` is made of."""
-
-    engine: Engine
-    inputs: InputProcessor
-    tokenizer: Tokenizer | None
-    limits: RequestLimits
-    decisions: list[Decision]
-    default_params: Mapping[str, Any]
-    """Sampling defaults of the model's `generation_config.json`."""
-    close: Callable[[], None]
-
-
-class AsyncEngine:
+class AsyncEngine(EngineFront):
     """Serves many callers at once: every step computes whatever requests there are."""
 
     def __init__(self, served: ServedEngine) -> None:
-        self._served = served
-        self._engine = served.engine
+        super().__init__(served)
         self._commands: deque[_Add | _Abort | _Check] = deque()
         """The first is under way: it leaves when it is done."""
         self._lock = threading.Lock()
@@ -95,21 +78,6 @@ class AsyncEngine:
         self._thread.start()
 
     @property
-    def max_model_len(self) -> int:
-        """Longest prompt plus output, in tokens."""
-        return self._served.limits.max_model_len
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
-        return self._served.limits.vocab_size
-
-    @property
-    def decisions(self) -> list[Decision]:
-        """What was decided at start, and why."""
-        return self._served.decisions
-
-    @property
     def is_healthy(self) -> bool:
         """False once the engine's thread has stopped: this process can serve nothing any more."""
         return self._dead is None and self._thread.is_alive()
@@ -117,7 +85,7 @@ class AsyncEngine:
     @property
     def is_ready(self) -> bool:
         """False also while a core that died is being replaced: requests then wait for the new one."""
-        return self.is_healthy and self._engine.is_ready
+        return self.is_healthy and self._engine.channel.is_ready
 
     @property
     def has_work(self) -> bool:
@@ -129,24 +97,6 @@ class AsyncEngine:
         command = _Check(Future())
         self._post(command)
         command.done.result()
-
-    def get_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
-
-        Raises:
-            InvalidRequestError: the model has none.
-        """
-        if self._served.tokenizer is None:
-            raise InvalidRequestError("this model has no tokenizer")
-        return self._served.tokenizer
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """`SamplingParams` with the model's own defaults."""
-        return SamplingParams.from_mapping(self._served.default_params)
-
-    def get_metrics(self) -> list[Metric]:
-        """All metrics now."""
-        return self._engine.get_metrics()
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -233,11 +183,12 @@ class AsyncEngine:
 
     def explain(self, request_id: str) -> list[Explanation]:
         """Where the time of a request went; empty when it is not remembered."""
-        return self._engine.explain(request_id)
+        return self._engine.observer.explain(request_id, self._engine.clock())
 
-    def mark_sent(self, response_id: str, caller: str, received_s: float, sent_s: float) -> list[RequestTimes]:
-        """A server is done with a response: when it received the request, and when the last byte had left."""
-        return self._engine.timelines.sent(response_id, caller, received_s, sent_s)
+    @property
+    def observer(self) -> Observer:
+        """What counts and explains the engine's work."""
+        return self._engine.observer
 
     async def shutdown(self) -> None:
         """Stop: requests that still run end with `EngineDeadError`. Calling it again does nothing."""
@@ -247,7 +198,7 @@ class AsyncEngine:
         """`shutdown`, for callers without a loop."""
         with self._lock:
             self._stopping = True
-        self._engine.wake()
+        self._engine.channel.wake()
         self._thread.join()
         self._text_worker.shutdown(wait=False, cancel_futures=True)
 
@@ -260,7 +211,7 @@ class AsyncEngine:
             if self._dead is not None or self._stopping:
                 raise EngineDeadError("the engine has stopped")
             self._commands.append(command)
-        self._engine.wake()
+        self._engine.channel.wake()
 
     def _run(self) -> None:
         failure: Exception = EngineDeadError("the engine was shut down")
@@ -287,7 +238,7 @@ class AsyncEngine:
 
     def _take_commands(self) -> bool:
         """Wait while there is nothing to do; False when the engine is to stop."""
-        self._engine.wait()
+        self._engine.channel.wait()
         with self._lock:
             if self._stopping:
                 return False
@@ -304,7 +255,7 @@ class AsyncEngine:
             self._engine.abort(command.parsed)
         else:
             try:
-                self._engine.check()
+                self._engine.channel.check()
                 command.done.set_result(None)
             except Exception as error:  # noqa: BLE001 -- raised where the check was asked for
                 command.done.set_exception(error)
@@ -327,7 +278,7 @@ class AsyncEngine:
             _call(stream.loop, stream.put, error)
         self._streams.clear()
 
-    def _deliver(self, outputs: list[NumberedOutput]) -> None:
+    def _deliver(self, outputs: Outputs) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, RequestOutput]]] = {}
         for number, output in outputs:
             stream = self._streams.get(number)

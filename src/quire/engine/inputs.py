@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from quire.core.request import NewRequest, SamplingSpec
-from quire.engine.queue_bound import ANYBODY, Caller
+from quire.engine.queue import ANYBODY, Caller
 from quire.errors import InvalidRequestError, PromptTooLongError
 from quire.sampling_params import SamplingParams
 from quire.text.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ import pytest
 
 from quire.core.plan import ScheduledRequest, Stalled, StepRecord
 from quire.engine.channel import CoreHealth
-from quire.engine.metrics import EngineMetrics, Histogram, core_metrics
+from quire.observe.metrics import EngineMetrics, Histogram, core_metrics
 from quire.outputs import Metric, RequestMetrics
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from quire.core.plan import TokenDelta, TokenLogprobs
 from quire.core.request import Given
-from quire.engine.journal import LONGER_PROBE, MOST_PROBES, PROBE_TOKENS, DeathReport, Journal
+from quire.isolation.journal import LONGER_PROBE, MOST_PROBES, PROBE_TOKENS, DeathReport, Journal
 from tests.core.harness import new_request
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from quire.engine.breaker import (
+from quire.isolation.breaker import (
     FIRST_PAUSE_SECONDS,
     LONG_LIFE_SECONDS,
     LONGEST_PAUSE_SECONDS,

@@ -162,9 +162,8 @@ class RequestTimelines:
             times.sequences.append(timeline)
             self._names[new.request_id] = request_id
 
-    def observe(self, record: StepRecord) -> list[str]:
-        """A step begins at `record.now_s`; the one before has ended. Returns requests whose first step it is."""
-        first: list[str] = []
+    def observe(self, record: StepRecord) -> None:
+        """A step begins at `record.now_s`; the one before has ended."""
         with self._lock:
             now_s, last = record.now_s, self._last
             if last is not None:
@@ -178,14 +177,11 @@ class RequestTimelines:
             for request_id, start, num_tokens in changed:
                 timeline = self._live.get(request_id)
                 if timeline is not None:
-                    if timeline.first_scheduled_s is None:
-                        first.append(request_id)
                     self._schedule(request_id, timeline, start, num_tokens / num_prefill, now_s)
             for stalled in record.stalled:
                 timeline = self._live.get(stalled.request_id)
                 if timeline is not None and timeline.phase is not Phase.QUEUED and stalled.reason in _STALLED:
                     self._stall(stalled.request_id, timeline, stalled.reason, stalled.by, now_s)
-        return first
 
     def core_replaced(self) -> None:
         """The core was replaced: the new one resumes all live requests."""
@@ -198,13 +194,13 @@ class RequestTimelines:
         if timeline is not None:
             timeline.first_token_s = now_s
 
-    def end(self, core_id: str, finish_reason: str, num_output_tokens: int, now_s: float) -> Timeline | None:
+    def end(self, core_id: str, finish_reason: str, num_output_tokens: int, now_s: float) -> None:
         """A sequence has had its last token."""
         with self._lock:
             timeline = self._live.pop(core_id, None)
             self._decoding.discard(core_id)
             if timeline is None:
-                return None
+                return
             if timeline.phase is Phase.QUEUED:
                 self._leave_queue(timeline, now_s)
             clock_s = self._prefill_clock_s
@@ -213,7 +209,6 @@ class RequestTimelines:
             timeline.close(now_s, clock_s)
             timeline.ended_s, timeline.finish_reason = now_s, finish_reason
             timeline.num_output_tokens = num_output_tokens
-            return timeline
 
     def made(self, request_id: str, caller: str, now_s: float) -> None:
         """The last text of a request was made."""

@@ -25,13 +25,7 @@ from typing import Any
 
 from quire.core.plan import Stalled, StepRecord, TokenDelta
 from quire.core.request import NewRequest
-from quire.engine.breaker import Breaker
 from quire.engine.channel import CoreHealth, CoreInfo, CoreOutputs, Gauges
-from quire.engine.core_process import CoreExitedError, CoreProcess
-from quire.engine.heartbeat import Activity, Heartbeat
-from quire.engine.journal import Journal
-from quire.engine.step_allowance import LEAST_SECONDS
-from quire.engine.wire import Abort, Add, Begun, Check, Ready, StartFailed, Stepped
 from quire.errors import (
     ConfigurationError,
     EngineDeadError,
@@ -39,6 +33,11 @@ from quire.errors import (
     OverloadedError,
     UnsupportedModelError,
 )
+from quire.isolation.breaker import Breaker
+from quire.isolation.core_process import CoreExitedError, CoreProcess
+from quire.isolation.heartbeat import LEAST_SECONDS, Activity, Heartbeat
+from quire.isolation.journal import Journal
+from quire.isolation.wire import Abort, Add, Begun, Check, Ready, StartFailed, Stepped
 
 IDLE = Gauges(0, 0, 0.0)
 START_SECONDS = 10.0

@@ -15,20 +15,21 @@ from typing import Any
 import pytest
 
 from quire.config import EngineArgs
-from quire.engine import breaker
-from quire.engine.async_engine import AsyncEngine, ServedEngine
+from quire.engine.async_engine import AsyncEngine
 from quire.engine.channel import CoreHealth
-from quire.engine.core_process import CoreExitedError, CoreProcess
 from quire.engine.engine import Engine
+from quire.engine.front import ServedEngine
 from quire.engine.inputs import InputProcessor, RequestLimits
-from quire.engine.queue_bound import QueueBound, QueueLimits
-from quire.engine.supervisor import SupervisedChannel
-from quire.engine.wire import Ready, Start
+from quire.engine.queue import QueueBound, QueueLimits
 from quire.errors import EngineDeadError, ModelFileError, OverloadedError
+from quire.isolation import breaker
+from quire.isolation.core_process import CoreExitedError, CoreProcess
+from quire.isolation.supervisor import SupervisedChannel
+from quire.isolation.wire import Ready, Start
 from quire.outputs import Decision, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from tests.conftest import PATIENCE_S
-from tests.engine.fake_core import (
+from tests.isolation.fake_core import (
     CRASHES_LATE,
     DIES,
     DIES_ONCE,
@@ -40,7 +41,7 @@ from tests.engine.fake_core import (
 )
 
 ROOT = Path(__file__).parents[2]
-CORE = "tests.engine.fake_core"
+CORE = "tests.isolation.fake_core"
 PARAMS = SamplingParams(
     max_tokens=60, temperature=1.0, seed=3, logprobs=0, detokenize=False, output_kind=RequestOutputKind.DELTA
 )
@@ -278,10 +279,10 @@ OWNER = """
 import os, signal, sys, time
 from functools import partial
 from quire.config import EngineArgs
-from quire.engine.core_process import CoreProcess
-from quire.engine.supervisor import SupervisedChannel
-from quire.engine.wire import Start
-channel = SupervisedChannel(partial(CoreProcess, Start(EngineArgs(), "."), "tests.engine.fake_core"))
+from quire.isolation.core_process import CoreProcess
+from quire.isolation.supervisor import SupervisedChannel
+from quire.isolation.wire import Start
+channel = SupervisedChannel(partial(CoreProcess, Start(EngineArgs(), "."), "tests.isolation.fake_core"))
 channel.wait_ready()
 print(channel.pid, flush=True)
 time.sleep(600)

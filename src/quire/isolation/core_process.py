@@ -10,8 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from quire.engine.heartbeat import Activity
-from quire.engine.wire import MAX_FRAME_BYTES, RECEIVE_BYTES, ProtocolError, Report, Unframer, encode
+from quire.isolation.heartbeat import Activity
+from quire.isolation.wire import MAX_FRAME_BYTES, RECEIVE_BYTES, ProtocolError, Report, Unframer, encode
 
 CORE_MODULE = "quire.compose.core_process"
 NICENESS = 5

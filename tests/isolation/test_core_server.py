@@ -15,9 +15,9 @@ from quire.core.prefix_cache import PrefixCache
 from quire.core.request import SamplingSpec
 from quire.core.scheduler import Scheduler, SchedulerLimits
 from quire.engine.channel import CoreInfo, Gauges
-from quire.engine.core_server import AnnouncingExecutor, CoreServer
-from quire.engine.wire import Abort, Add, Begun, Check, Report, Stepped, Unframer
 from quire.executor.fake import FakeExecutor
+from quire.isolation.core_server import AnnouncingExecutor, CoreServer
+from quire.isolation.wire import Abort, Add, Begun, Check, Report, Stepped, Unframer
 from tests.core.harness import KEY, VOCAB_SIZE, new_request
 
 INFO = CoreInfo(32, VOCAB_SIZE, (), "fingerprint")

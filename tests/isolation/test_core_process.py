@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from quire.engine import core_process
-from quire.engine.core_process import NICENESS, CoreExitedError, CoreProcess
+from quire.isolation import core_process
+from quire.isolation.core_process import NICENESS, CoreExitedError, CoreProcess
 from tests.conftest import PATIENCE_S
-from tests.engine.obedient_core import SYSTEM_SECONDS
+from tests.isolation.obedient_core import SYSTEM_SECONDS
 
 ROOT = Path(__file__).parents[2]
-MODULE = "tests.engine.obedient_core"
+MODULE = "tests.isolation.obedient_core"
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from quire.core.plan import ScheduledRequest, Stalled, StepRecord
-from quire.engine.explain import Explanation, explain
-from quire.engine.timeline import RequestTimelines, Timeline
+from quire.observe.explain import Explanation, explain
+from quire.observe.timelines import RequestTimelines, Timeline
 from tests.core.harness import new_request
 
 

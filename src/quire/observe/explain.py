@@ -1,9 +1,9 @@
 """Why was this request slow: its phases, which add up, and one sentence that names the largest cause."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from quire.engine.timeline import QUEUE_REASONS, Phase, RequestTimes, Timeline
+from quire.observe.timelines import QUEUE_REASONS, Phase, RequestTimes, Timeline
+from quire.outputs import Explanation
 
 _CAUSES = {
     Phase.PREPARING: "went into reading and tokenising the request",
@@ -27,32 +27,6 @@ _ADVICE = {
     "no_blocks": "a larger cache (--kv-cache-memory-bytes) or a smaller --max-model-len would shorten it",
     "budget": "a larger --max-num-batched-tokens would shorten it",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """Where the time of one request went. `parts` add up to `total_s`."""
-
-    id: str
-    caller: str
-    """A digest of the API key; empty on a server without keys. Callers may give their requests the same id."""
-    finished: bool
-    finish_reason: str | None
-    sentence: str
-    largest: str
-    total_s: float
-    parts: dict[str, float]
-    """Phase -> seconds; all phases, in the order in which a request meets them."""
-    queued_because: dict[str, float]
-    """Seconds for which the head of the queue lacked a row, blocks or budget while this one queued."""
-    blamed: dict[str, float]
-    """Other requests -> seconds for which this one waited because of them."""
-    time_to_first_token_s: float | None
-    num_prompt_tokens: int
-    num_output_tokens: int
-    num_preemptions: int
-    num_restarts: int
-    """Times that the engine's core was replaced meanwhile."""
 
 
 def explain(times: RequestTimes, now_s: float, name_of: Callable[[str], str | None]) -> Explanation:

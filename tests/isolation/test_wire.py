@@ -11,9 +11,10 @@ import pytest
 from quire.config import EngineArgs
 from quire.core.plan import ScheduledRequest, Stalled, StepRecord, TokenDelta, TokenLogprobs
 from quire.core.request import Given, NewRequest
-from quire.engine.admission import check_new
 from quire.engine.channel import CoreInfo, CoreOutputs, Gauges
-from quire.engine.wire import (
+from quire.errors import InvalidRequestError
+from quire.isolation.core_server import check_new
+from quire.isolation.wire import (
     Abort,
     Add,
     Begun,
@@ -29,7 +30,6 @@ from quire.engine.wire import (
     encode,
     max_command_bytes,
 )
-from quire.errors import InvalidRequestError
 from quire.outputs import Decision
 from tests.core.harness import new_request
 

@@ -10,7 +10,7 @@ import threading
 import time
 from typing import Any
 
-from quire.engine.wire import Begun, Unframer, encode
+from quire.isolation.wire import Begun, Unframer, encode
 
 SYSTEM_SECONDS = 0.5
 

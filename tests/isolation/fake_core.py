@@ -17,10 +17,10 @@ from quire.core.policy import Fcfs
 from quire.core.prefix_cache import PrefixCache
 from quire.core.scheduler import Scheduler, SchedulerLimits
 from quire.engine.channel import CoreInfo
-from quire.engine.core_server import AnnouncingExecutor, CoreServer, die_with_parent
-from quire.engine.step_allowance import StepAllowance
-from quire.engine.wire import MAX_FRAME_BYTES, Ready, Start, StartFailed, Unframer, encode
 from quire.executor.fake import FakeExecutor
+from quire.isolation.core_server import AnnouncingExecutor, CoreServer, die_with_parent
+from quire.isolation.heartbeat import StepAllowance
+from quire.isolation.wire import MAX_FRAME_BYTES, Ready, Start, StartFailed, Unframer, encode
 
 DIES, DIES_ONCE, HANGS_ONCE, SPINS_ONCE, CRASHES_LATE, IS_KILLED_LATE, STOPS_LATE_ONCE = 90, 91, 92, 93, 94, 95, 96
 """Token ids in a prompt."""

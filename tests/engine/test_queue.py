@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from quire.engine import queue_bound
-from quire.engine.queue_bound import ANYBODY, Caller, QueueBound, QueueLimits, Rate
+from quire.engine import queue as queue_bound
+from quire.engine.queue import ANYBODY, Caller, QueueBound, QueueLimits, Rate
 from quire.errors import InvalidRequestError, OverloadedError, TooManyRequestsError
 
 

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 
 from quire.core.plan import TokenDelta
-from quire.engine.breaker import FIRST_PAUSE_SECONDS, MOST_DEATHS_IN_A_ROW
 from quire.engine.channel import CoreHealth, CoreInfo, CoreOutputs, Gauges
-from quire.engine.core_process import CoreExitedError
-from quire.engine.heartbeat import Activity
-from quire.engine.step_allowance import LEAST_SECONDS
-from quire.engine.supervisor import LATE_WAKE_SECONDS, SupervisedChannel
-from quire.engine.wire import Abort, Add, Begun, Check, Ready, StartFailed, Stepped
 from quire.errors import EngineDeadError, ModelFileError, OverloadedError
+from quire.isolation.breaker import FIRST_PAUSE_SECONDS, MOST_DEATHS_IN_A_ROW
+from quire.isolation.core_process import CoreExitedError
+from quire.isolation.heartbeat import LEAST_SECONDS, Activity
+from quire.isolation.supervisor import LATE_WAKE_SECONDS, SupervisedChannel
+from quire.isolation.wire import Abort, Add, Begun, Check, Ready, StartFailed, Stepped
 from tests.core.harness import new_request
 from tests.engine.scripted import Clock, final
 

@@ -2,8 +2,7 @@
 
 import math
 
-from quire.engine.heartbeat import RECHECK_S, Activity, Heartbeat
-from quire.engine.step_allowance import FIRST_SECONDS, LEAST_SECONDS, SLACK, StepAllowance
+from quire.isolation.heartbeat import FIRST_SECONDS, LEAST_SECONDS, RECHECK_S, SLACK, Activity, Heartbeat, StepAllowance
 
 
 class World:
