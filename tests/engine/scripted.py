@@ -13,7 +13,7 @@ from quire.engine.engine import Engine
 from quire.engine.front import ServedEngine
 from quire.engine.inputs import InputProcessor, ParsedRequest, RequestLimits
 from quire.engine.observer import Observer
-from quire.engine.queue import Caller, QueueBound, QueueLimits
+from quire.engine.queue import Caller, QueueBound, QueueConfig
 from quire.observe.observer import EngineObserver
 from quire.sampling_params import RequestOutputKind, SamplingParams
 
@@ -90,10 +90,10 @@ class ScriptedChannel:
 class Scripted:
     """A channel, and an engine over it with a clock that stands still; or one in a thread beside the event loop."""
 
-    def __init__(self, limits: QueueLimits | None = None, observer: Observer | None = None) -> None:
+    def __init__(self, limits: QueueConfig | None = None, observer: Observer | None = None) -> None:
         self.clock = Clock()
         self.channel = ScriptedChannel()
-        self.queue = QueueBound(limits or QueueLimits(8, 1000, 4), self.clock)
+        self.queue = QueueBound(limits or QueueConfig(8, 1000, 4), self.clock)
         self.engine = Engine(self.channel, None, self.queue, self.clock, observer or EngineObserver())
         self.inputs = InputProcessor(None, LIMITS)
         self._num_steps = 0

@@ -54,7 +54,7 @@ def test_steps_overlap_on_the_cpu_only_where_asked(
 
 def test_sizes_and_labels_are_the_arguments(tiny_model: Path) -> None:
     parts = core_of(tiny_model, block_size=8, max_num_batched_tokens=40, gpu_memory_utilization=0.5)
-    limits = parts.scheduler.limits
+    limits = parts.scheduler.config
     assert (limits.max_num_seqs, limits.max_num_batched_tokens) == (2, 40)
     assert (limits.max_model_len, limits.block_size, limits.num_blocks) == (64, 8, 16)
     assert (parts.info.max_model_len, parts.info.vocab_size) == (64, 320)

@@ -5,20 +5,20 @@ from typing import Any
 
 import pytest
 
-from quire.config import EngineArgs, MemoryLedger, ModelSizes, resolve_batched_tokens, resolve_cache
+from quire.config import EngineArgs, MemoryBudget, ModelSizes, resolve_batched_tokens, resolve_cache
 from quire.errors import ConfigurationError
 
 SIZES = ModelSizes(
     max_position_embeddings=1024,
     bytes_per_block=2**10,
     device="cpu",
-    ledger=MemoryLedger(device=2**30, weights=2**20),
+    memory=MemoryBudget(device=2**30, weights=2**20),
 )
 MIB = 2**20
 DEVICE = replace(
     SIZES,
     device="cuda",
-    ledger=MemoryLedger(
+    memory=MemoryBudget(
         device=1000 * MIB, taken=50 * MIB, weights=300 * MIB, activations=100 * MIB, sampler=20 * MIB,
         graphs=30 * MIB, slack=10 * MIB,
     ),
@@ -62,18 +62,18 @@ def test_cpu_cache_is_no_larger_than_its_users_need() -> None:
 def test_memory_share_bounds_weights_and_cache() -> None:
     args = EngineArgs(max_num_seqs=4096, gpu_memory_utilization=0.01)
     plan = resolve_cache(args, SIZES)
-    assert 0 <= int(0.01 * SIZES.ledger.device) - plan.ledger.used < SIZES.bytes_per_block
-    assert plan.ledger.cache == plan.num_blocks * SIZES.bytes_per_block
+    assert 0 <= int(0.01 * SIZES.memory.device) - plan.memory.used < SIZES.bytes_per_block
+    assert plan.memory.cache == plan.num_blocks * SIZES.bytes_per_block
 
 
 def test_on_a_device_the_cache_gets_what_the_other_lines_leave() -> None:
     plan = resolve_cache(EngineArgs(gpu_memory_utilization=0.9), DEVICE)
-    assert (plan.ledger.cache, plan.ledger.used) == (390 * MIB, 900 * MIB)
-    assert str(plan.ledger) == (
+    assert (plan.memory.cache, plan.memory.used) == (390 * MIB, 900 * MIB)
+    assert str(plan.memory) == (
         "taken 50 MiB, weights 300 MiB, activations 100 MiB, sampler 20 MiB, graphs 30 MiB, slack 10 MiB, "
         "cache 390 MiB: 900 MiB of 1,000 MiB"
     )
-    assert plan.decisions[-1].reason == str(plan.ledger)
+    assert plan.decisions[-1].reason == str(plan.memory)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_on_a_device_the_cache_gets_what_the_other_lines_leave() -> None:
         ({"gpu_memory_utilization": 0.511, "max_model_len": 1024 * 1024}, "positions"),
     ],
 )
-def test_what_a_device_cannot_hold_is_refused_with_the_ledger(arguments: dict[str, Any], words: str) -> None:
+def test_what_a_device_cannot_hold_is_refused_with_the_budget(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         resolve_cache(EngineArgs(**arguments), DEVICE)
 
@@ -105,7 +105,7 @@ def test_blocks_that_just_hold_one_sequence_are_enough() -> None:
 
 def test_a_device_may_be_filled_to_the_last_byte() -> None:
     plan = resolve_cache(EngineArgs(kv_cache_memory_bytes=490 * MIB), DEVICE)
-    assert plan.ledger.used == plan.ledger.device
+    assert plan.memory.used == plan.memory.device
 
 
 def test_the_last_block_of_a_sequence_may_be_part_full() -> None:

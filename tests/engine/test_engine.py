@@ -12,7 +12,7 @@ from quire.core.plan import Stalled, TokenDelta, TokenLogprobs
 from quire.engine.channel import CoreHealth, Gauges
 from quire.engine.engine import Engine
 from quire.engine.observer import Observer
-from quire.engine.queue import QueueLimits
+from quire.engine.queue import QueueConfig
 from quire.errors import ConfigurationError, OverloadedError
 from tests.engine.scripted import Scripted, final
 
@@ -97,7 +97,7 @@ def test_the_queue_knows_who_has_left_it() -> None:
 
 
 def test_rows_that_are_free_are_told_to_the_queue() -> None:
-    scripted = Scripted(QueueLimits(0, 1000, 4))
+    scripted = Scripted(QueueConfig(0, 1000, 4))
     scripted.channel.gauges = Gauges(3, 0, 0.5)
     scripted.engine.step()
     scripted.parse()

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from quire.core.plan import TokenDelta, TokenLogprobs
+from quire.engine import request_state
 from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.engine.request_state import RequestState
 from quire.outputs import Logprob, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.text.detokenizer import StopStrings
 from quire.text.tokenizer import Tokenizer
 from tests.text.small_tokenizers import fallback_bpe, no_decoder, write_directory
 
@@ -235,3 +237,21 @@ def test_the_text_goes_on_from_the_prompt(tmp_path: Path) -> None:
     state = RequestState(parsed, tokenizer, 0.0)
     state.apply(TokenDelta(parsed.sequences[0].request_id, tuple(world), finish_reason="length"))
     assert texts(state.output()) == [(0, " world")]
+
+
+def test_stop_strings_are_prepared_once_for_all_sequences(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    class Counted(StopStrings):
+        def __init__(self, *arguments: Any) -> None:
+            made.append(self)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr(request_state, "StopStrings", Counted)
+    state = state_of(tokenizer, n=3, temperature=1.0, stop=["bc", "cd"])
+    assert len(made) == 1
+    for index, text in enumerate(("abcd", "acd", "ab")):
+        state.apply(delta(state, text, index, finish_reason="length"))
+    assert texts(state.output()) == [(0, "a"), (1, "a"), (2, "ab")]

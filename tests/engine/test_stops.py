@@ -11,6 +11,7 @@ from quire import LLM, CompletionOutput, SamplingParams
 from quire.core.plan import StepRecord
 from quire.engine.channel import LocalChannel
 from quire.engine.request_state import SequenceText
+from quire.text.detokenizer import StopStrings
 from quire.text.tokenizer import Tokenizer
 from tests.tiny.checkpoints import END_OF_TEXT
 
@@ -165,7 +166,7 @@ def test_a_stop_string_may_begin_before_the_minimum(tiny_model: Path, include: b
             params = SamplingParams(
                 stop=stops, min_tokens=min_tokens, max_tokens=50, include_stop_str_in_output=include
             )  # fmt: skip
-            state = SequenceText(tokenizer, params, [10])
+            state = SequenceText(tokenizer, params, StopStrings(stops, include), [10])
             pieces, matched, count = [], None, 0
             while matched is None and count < len(text):
                 piece, matched = state.push([ord(text[count])])

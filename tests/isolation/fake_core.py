@@ -15,7 +15,7 @@ from quire.core.engine_core import EngineCore
 from quire.core.plan import StepPlan, StepResult
 from quire.core.policy import Fcfs
 from quire.core.prefix_cache import PrefixCache
-from quire.core.scheduler import Scheduler, SchedulerLimits
+from quire.core.scheduler import Scheduler, SchedulerConfig
 from quire.engine.channel import CoreInfo
 from quire.executor.fake import FakeExecutor
 from quire.isolation.core_server import AnnouncingExecutor, CoreServer, die_with_parent
@@ -28,7 +28,7 @@ LATE_TOKENS = 20
 """So many are given first."""
 VOCAB_SIZE = 100
 MAX_MODEL_LEN = 512
-LIMITS = SchedulerLimits(32, 64, MAX_MODEL_LEN, 4, 600)
+LIMITS = SchedulerConfig(32, 64, MAX_MODEL_LEN, 4, 600)
 STEP_SECONDS = 0.002
 _LATE_HARMS = (
     (CRASHES_LATE, signal.SIGSEGV),

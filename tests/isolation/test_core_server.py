@@ -13,7 +13,7 @@ from quire.core.plan import NewRow, ScheduledRow, StepPlan, StepResult
 from quire.core.policy import Fcfs
 from quire.core.prefix_cache import PrefixCache
 from quire.core.request import SamplingSpec
-from quire.core.scheduler import Scheduler, SchedulerLimits
+from quire.core.scheduler import Scheduler, SchedulerConfig
 from quire.engine.channel import CoreInfo, Gauges
 from quire.executor.fake import FakeExecutor
 from quire.isolation.core_server import AnnouncingExecutor, CoreServer
@@ -78,7 +78,7 @@ class Still:
     def collect(self, handle: StepPlan) -> StepResult:
         return StepResult(handle.step_id, ())
 
-    def prepare(self) -> bool:
+    def run_idle_work(self) -> bool:
         return False
 
     def close(self) -> None:
@@ -126,9 +126,9 @@ def test_the_work_of_a_step_grows_with_the_distance_of_its_tokens(other: Other) 
 
 @pytest.fixture
 def server(other: Other) -> CoreServer:
-    limits = SchedulerLimits(2, 8, INFO.max_model_len, 4, 16)
+    config = SchedulerConfig(2, 8, INFO.max_model_len, 4, 16)
     executor = FakeExecutor(num_blocks=16, block_size=4, max_num_seqs=2, vocab_size=VOCAB_SIZE)
-    core = EngineCore(Scheduler(limits, Fcfs(), PrefixCache(KEY)), executor, lambda: 0.0)
+    core = EngineCore(Scheduler(config, Fcfs(), PrefixCache(KEY)), executor, lambda: 0.0)
     return CoreServer(core, INFO, other.theirs)
 
 

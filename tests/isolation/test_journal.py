@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from quire.core.plan import TokenDelta, TokenLogprobs
-from quire.core.request import Given
+from quire.core.request import ResumeState
 from quire.isolation.journal import LONGER_PROBE, MOST_PROBES, PROBE_TOKENS, DeathReport, Journal
 from tests.core.harness import new_request
 
@@ -32,7 +32,7 @@ def sent(journal: Journal) -> str:
 def test_what_was_given_goes_along() -> None:
     journal = Journal()
     journal.add(new_request("a", [1, 2, 3], max_tokens=9))
-    assert [new.given for new in journal.take_unsent()] == [Given()]
+    assert [new.resume for new in journal.take_unsent()] == [ResumeState()]
     one = TokenLogprobs((1,), (-1.0,), (1,))
     journal.enter(["a"])
     journal.take([TokenDelta("a", (), prompt_logprobs=(one, one))])
@@ -41,7 +41,7 @@ def test_what_was_given_goes_along() -> None:
     assert journal.num_sent == 1
     kill(journal)
     assert journal.num_sent == 0
-    assert [new.given for new in journal.take_unsent()] == [Given((5, 6), 2, 2)]
+    assert [new.resume for new in journal.take_unsent()] == [ResumeState((5, 6), 2, 2)]
 
 
 def test_the_ended_and_the_aborted_are_forgotten() -> None:
@@ -66,7 +66,7 @@ def try_all(journal: Journal, names: str, num_tokens: int = PROBE_TOKENS) -> Non
     """Each is alone in the core until it is cleared."""
     for name in names:
         (new,) = journal.take_unsent()
-        assert (new.request_id, new.max_tokens) == (name, len(new.given.output_token_ids) + num_tokens)
+        assert (new.request_id, new.max_tokens) == (name, len(new.resume.output_token_ids) + num_tokens)
         assert sent(journal) == "" and journal.num_sent == 1
         journal.enter(name)
         for _ in range(num_tokens - 1):
@@ -90,7 +90,7 @@ def test_after_a_crash_each_is_tried_alone_and_then_all_go_on() -> None:
     try_all(journal, "abc")
     ready = journal.take_unsent()
     assert [new.request_id for new in ready] == list("abcn") and journal.num_sent == 4
-    assert [len(new.given.output_token_ids) for new in ready] == [3, 3, 3, 0]
+    assert [len(new.resume.output_token_ids) for new in ready] == [3, 3, 3, 0]
     assert [new.max_tokens for new in ready[:3]] == [9] * 3
 
 

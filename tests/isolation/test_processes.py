@@ -20,7 +20,7 @@ from quire.engine.channel import CoreHealth
 from quire.engine.engine import Engine
 from quire.engine.front import ServedEngine
 from quire.engine.inputs import InputProcessor, RequestLimits
-from quire.engine.queue import QueueBound, QueueLimits
+from quire.engine.queue import QueueBound, QueueConfig
 from quire.errors import EngineDeadError, ModelFileError, OverloadedError
 from quire.isolation import breaker
 from quire.isolation.core_process import CoreExitedError, CoreProcess
@@ -113,7 +113,7 @@ async def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     core = channel.wait_ready()
     limits = RequestLimits(core.max_model_len, core.vocab_size, (), 0, False)
     inputs = InputProcessor(None, limits)
-    queue = QueueBound(QueueLimits(1024, 2**20, 256), time.monotonic)
+    queue = QueueBound(QueueConfig(1024, 2**20, 256), time.monotonic)
     engine = AsyncEngine(ServedEngine(Engine(channel, None, queue), inputs, None, limits, [], {}, channel.close))
     pid = channel.pid
     found = Apart(engine, channel)

@@ -158,7 +158,7 @@ def test_requests_go_on_in_the_next_core_with_what_they_were_given(world: World)
     assert world.core.added == [], "it has not said that it is ready"
     world.says(Ready(INFO))
     assert world.core.added == ["a", "b"] and world.channel.is_ready
-    assert world.core.sent[0].new.given.output_token_ids == (5, 6)
+    assert world.core.sent[0].new.resume.output_token_ids == (5, 6)
     assert world.channel.health == CoreHealth("serving", 1, 0)
 
 
@@ -223,7 +223,7 @@ def test_a_request_that_is_found_fails_and_the_engine_is_not_what_is_wrong(world
     assert [(delta.request_id, delta.finish_reason) for delta in found] == [("b", "error")]
     assert "more than once" in str(found[0].error)
     world.says(Ready(INFO))
-    assert world.core.added == ["a"] and world.core.sent[0].new.given.output_token_ids == (5, 5, 5)
+    assert world.core.added == ["a"] and world.core.sent[0].new.resume.output_token_ids == (5, 5, 5)
     for _ in range(MOST_DEATHS_IN_A_ROW - 1):
         assert world.channel.health.state != "paused"
         die_idle(world)

@@ -10,7 +10,7 @@ import pytest
 
 from quire.config import EngineArgs
 from quire.core.plan import ScheduledRequest, Stalled, StepRecord, TokenDelta, TokenLogprobs
-from quire.core.request import Given, NewRequest
+from quire.core.request import NewRequest, ResumeState
 from quire.engine.channel import CoreInfo, CoreOutputs, Gauges
 from quire.errors import InvalidRequestError
 from quire.isolation.core_server import check_new
@@ -39,7 +39,7 @@ FULL = replace(
         stop_token_ids=(3, 4), logit_bias=((1, -2.5),), allowed_token_ids=(1, 2), bad_words=((1,), (2, 3)),
         num_logprobs=2, num_prompt_logprobs=0, presence_penalty=-2.0, min_tokens=2,
     ),
-    given=Given((5, 6), 2, 1), arrival_s=12.25, needs_output_tokens=True,
+    resume=ResumeState((5, 6), 2, 1), arrival_s=12.25, needs_output_tokens=True,
 )  # fmt: skip
 INFO = CoreInfo(64, 13, (Decision("dtype", "bfloat16", "so", ["float32: slow"]),), "fingerprint")
 RECORD = StepRecord(
@@ -142,10 +142,10 @@ def test_the_core_takes_what_the_door_lets_in() -> None:
     [
         ({"prompt_token_ids": (13,)}, "prompt_token_ids"),
         ({"prompt_token_ids": (-1,)}, "prompt_token_ids"),
-        ({"given": Given((13,))}, "given"),
-        ({"given": Given((), -1)}, "given"),
-        ({"given": Given((), 0, 64)}, "given"),
-        ({"given": Given((), 64, 0)}, "given"),
+        ({"resume": ResumeState((13,))}, "resume"),
+        ({"resume": ResumeState((), -1)}, "resume"),
+        ({"resume": ResumeState((), 0, 64)}, "resume"),
+        ({"resume": ResumeState((), 64, 0)}, "resume"),
         ({"caller": "x" * 65}, "caller"),
         ({"request_id": "x" * 65}, "request_id"),
         ({"cache_salt": "x" * 1025}, "cache_salt"),

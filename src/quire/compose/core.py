@@ -23,7 +23,7 @@ from quire.config import (
 from quire.core.engine_core import EngineCore, OverlappingCore, PlanExecutor
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
-from quire.core.scheduler import Scheduler, SchedulerLimits
+from quire.core.scheduler import Scheduler, SchedulerConfig
 from quire.engine.channel import CoreInfo
 from quire.engine.verify_blocks import CachedBlockVerifier
 from quire.errors import ConfigurationError
@@ -34,8 +34,11 @@ from quire.ops.types import Ops
 from quire.outputs import Decision, Labels
 from quire.quant.select import check_scheme, select_scheme
 from quire.quant.types import bits_per_weight
-from quire.runner.memory import StepLimits, check_ledger, make_ledger
+from quire.runner.memory import StepShape, check_budget, make_budget
 from quire.runner.model_runner import ModelRunner
+from quire.sampling.features import SamplingFeature
+from quire.sampling.features.masks import LogitMasks
+from quire.sampling.features.penalties import Penalties
 from quire.weights.load import load_model, read_spec
 from quire.weights.loading_bar import LoadingBar
 
@@ -79,10 +82,10 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
         except MemoryError as error:
             raise ConfigurationError("the weights do not fit into memory", field="model") from error
     sizes = resolve_cache(args, _sizes(args, model, ops, model_len))
-    logger.info("memory: %s", sizes.ledger)
+    logger.info("memory: %s", sizes.memory)
     overlap, loop = _loop(args, ops)
     runner = _runner(args, model, ops, sizes)
-    in_use = check_ledger(sizes.ledger, ops)
+    in_use = check_budget(sizes.memory, ops)
     key = secrets.token_bytes(32)
     verifier = CachedBlockVerifier(key, runner.first_difference) if args.verify_cached_blocks else None
     decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions, *ops.decisions(), loop]
@@ -150,6 +153,11 @@ def _records(args: EngineArgs, ops: Ops) -> bool:
     return ops.memory() is not None and not args.enforce_eager
 
 
+def sampling_features(ops: Ops) -> tuple[SamplingFeature, ...]:
+    """All that may edit logits, in the order in which it does: masks and biases before penalties, as vLLM has it."""
+    return LogitMasks(ops), Penalties(ops)
+
+
 def _runner(args: EngineArgs, model: Model, ops: Ops, sizes: CachePlan) -> ModelRunner:
     try:
         runner = ModelRunner(
@@ -159,37 +167,36 @@ def _runner(args: EngineArgs, model: Model, ops: Ops, sizes: CachePlan) -> Model
             block_size=sizes.block_size,
             max_rows=sizes.max_num_seqs,
             max_model_len=sizes.max_model_len,
+            features=sampling_features(ops),
             record=ops.record if _records(args, ops) else None,
             recomputes=args.verify_cached_blocks,
         )
         if ops.memory() is not None:
             runner.warm_up(
-                StepLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_model_len, sizes.block_size)
+                StepShape(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_model_len, sizes.block_size)
             )
         return runner
     except MemoryError as error:
-        text = f"is too large: there is no room for the cache ({sizes.ledger})"
+        text = f"is too large: there is no room for the cache ({sizes.memory})"
         raise ConfigurationError(f"gpu_memory_utilization {text}", field="gpu_memory_utilization") from error
 
 
 def _scheduler(args: EngineArgs, sizes: CachePlan, prefix_cache: PrefixCache | NullPrefixCache) -> Scheduler:
-    limits = SchedulerLimits(
+    config = SchedulerConfig(
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_model_len=sizes.max_model_len,
         block_size=sizes.block_size,
         num_blocks=sizes.num_blocks,
     )
-    return Scheduler(limits, make_policy(args.scheduling_policy), prefix_cache)
+    return Scheduler(config, make_policy(args.scheduling_policy), prefix_cache)
 
 
 def _sizes(args: EngineArgs, model: Model, ops: Ops, model_len: int) -> ModelSizes:
-    limits = StepLimits(
-        args.max_num_seqs, resolve_batched_tokens(args), model_len, args.block_size, _records(args, ops)
-    )
+    shape = StepShape(args.max_num_seqs, resolve_batched_tokens(args), model_len, args.block_size, _records(args, ops))
     return ModelSizes(
         max_position_embeddings=model.spec.max_position_embeddings,
         bytes_per_block=model.cache_shape(1, args.block_size).bytes_per_block,
         device="cpu" if ops.memory() is None else "cuda",
-        ledger=make_ledger(model, ops, limits),
+        memory=make_budget(model, ops, shape),
     )

@@ -15,7 +15,7 @@ from quire.engine.engine import Engine
 from quire.engine.front import ServedEngine
 from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.engine.observer import Observer
-from quire.engine.queue import QueueBound, QueueLimits
+from quire.engine.queue import QueueBound, QueueConfig
 from quire.errors import ConfigurationError
 from quire.weights.source import resolve_source
 
@@ -114,7 +114,7 @@ def _limits(args: EngineArgs, text: TextParts, core: CoreInfo) -> RequestLimits:
 
 def _queue(args: EngineArgs, max_model_len: int) -> QueueBound:
     max_tokens = args.max_num_queued_tokens or max(DEFAULT_QUEUED_TOKENS, 8 * max_model_len)
-    return QueueBound(QueueLimits(args.max_num_queued_reqs, max_tokens, args.max_num_seqs), time.monotonic)
+    return QueueBound(QueueConfig(args.max_num_queued_reqs, max_tokens, args.max_num_seqs), time.monotonic)
 
 
 def _observer(core: CoreInfo) -> Observer:

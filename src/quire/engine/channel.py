@@ -167,9 +167,9 @@ def core_gauges(core: EngineCore) -> Gauges:
 
 
 def wait_for_work(core: EngineCore, awake: threading.Event) -> None:
-    """Return when the core has work, or `awake` is set; moments until then are for `EngineCore.prepare`."""
+    """Return when the core has work, or `awake` is set; moments until then are for `EngineCore.run_idle_work`."""
     while not core.has_work and not awake.is_set():
-        if not core.prepare():
+        if not core.run_idle_work():
             awake.wait()
 
 

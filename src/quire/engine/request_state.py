@@ -7,21 +7,23 @@ from quire.core.plan import TokenDelta, TokenLogprobs
 from quire.engine.inputs import ParsedRequest
 from quire.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
 from quire.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
-from quire.text.detokenizer import IncrementalDetokenizer, StopStrings
+from quire.text.detokenizer import IncrementalDetokenizer, StopSearch, StopStrings
 from quire.text.tokenizer import Tokenizer
 
 
 class SequenceText:
     """Text of one sequence: detokenised as it comes, cut at stop strings."""
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, stops: StopStrings, prompt_token_ids: Sequence[int]
+    ) -> None:
         self._detokenizer = IncrementalDetokenizer(
             tokenizer,
             skip_special_tokens=params.skip_special_tokens,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
             prompt_token_ids=prompt_token_ids,
         )
-        self._stops = StopStrings(tuple(params.stop or ()), params.include_stop_str_in_output)
+        self._stops = StopSearch(stops)
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
 
@@ -116,11 +118,12 @@ class RequestState:
         self._prompt_logprobs: list[PositionLogprobs | None] | None = None
         if params.prompt_logprobs is not None:
             self._prompt_logprobs = [None]
+        stops = StopStrings(params.stop or (), params.include_stop_str_in_output)
         text_wanted = params.detokenize and tokenizer is not None
         self._sequences = {
             new.request_id: SequenceState(
                 index,
-                SequenceText(tokenizer, params, new.prompt_token_ids)
+                SequenceText(tokenizer, params, stops, new.prompt_token_ids)
                 if text_wanted and tokenizer is not None
                 else None,
                 None if params.repetition_detection is None else RepetitionDetector(params.repetition_detection),

@@ -85,9 +85,9 @@ class AnnouncingExecutor:
         self._allowance.observe(work, time.monotonic() - start_s)
         return result
 
-    def prepare(self) -> bool:
+    def run_idle_work(self) -> bool:
         """See the executor."""
-        return self._executor.prepare()
+        return self._executor.run_idle_work()
 
     def close(self) -> None:
         """Close the executor."""
@@ -162,7 +162,7 @@ def check_new(new: NewRequest, info: CoreInfo) -> None:
     Raises:
         InvalidRequestError: naming the field.
     """
-    spec, given = new.sampling, new.given
+    spec, resume = new.sampling, new.resume
     SamplingParams(
         temperature=spec.temperature,
         top_p=spec.top_p,
@@ -188,11 +188,11 @@ def check_new(new: NewRequest, info: CoreInfo) -> None:
     _require(len(new.eos_token_ids) <= len(spec.stop_token_ids), "eos_token_ids")
     _require(len(spec.bad_words) <= 2 * MAX_BAD_WORDS, "bad_words")
     _require(all(0 < len(word) <= MAX_STOP_STRING_BYTES + 1 for word in spec.bad_words), "bad_words")
-    _require(0 <= given.num_prompt_logprobs < info.max_model_len, "given")
-    _require(0 <= given.num_cached_tokens < info.max_model_len, "given")
+    _require(0 <= resume.num_prompt_logprobs < info.max_model_len, "resume")
+    _require(0 <= resume.num_cached_tokens < info.max_model_len, "resume")
     lists: dict[str, Iterable[Iterable[int]]] = {
         "prompt_token_ids": (new.prompt_token_ids,),
-        "given": (given.output_token_ids,),
+        "resume": (resume.output_token_ids,),
         "stop_token_ids": (spec.stop_token_ids, new.eos_token_ids),
         "allowed_token_ids": (spec.allowed_token_ids,),
         "logprob_token_ids": (spec.logprob_token_ids,),

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from quire.core.plan import TokenDelta
-from quire.core.request import Given, NewRequest
+from quire.core.request import NewRequest, ResumeState
 
 MOST_DEATHS = 3
 """Requests that were present in so many deaths, and that every probe cleared, fail together."""
@@ -47,8 +47,8 @@ class Entry:
 
     def resumed(self) -> NewRequest:
         """The request as the next core should see it. A probe ends there as if `max_tokens` were reached."""
-        given = Given(tuple(self.output_token_ids), self.num_prompt_logprobs, self.num_cached_tokens)
-        return replace(self.new, given=given, max_tokens=self.probe_ends_at or self.new.max_tokens)
+        resume = ResumeState(tuple(self.output_token_ids), self.num_prompt_logprobs, self.num_cached_tokens)
+        return replace(self.new, resume=resume, max_tokens=self.probe_ends_at or self.new.max_tokens)
 
     @property
     def is_at_end_of_probe(self) -> bool:
