@@ -43,7 +43,7 @@ class ScriptedChannel:
         self.raises: dict[str, BaseException] = {}
         """Method, or the core's id of a request that is added -> what it raises, once."""
         self.threads: list[tuple[str, threading.Thread]] = []
-        """Who called what."""
+        """Method -> the thread that called it."""
         self._outputs: deque[CoreOutputs] = deque()
         self._awake = threading.Event()
 

@@ -44,7 +44,7 @@ def test_requests_are_bounded_and_free_rows_come_on_top() -> None:
     queue, _ = bound(max_requests=4, rows=2)
     assert fill(queue, "") == 6
     queue, _ = bound(max_requests=0, rows=1)
-    assert fill(queue, "") == 1, "with no queue, who finds a row is still served"
+    assert fill(queue, "") == 1, "with no queue, a request that finds a row is still served"
 
 
 def test_rows_are_not_free_while_somebody_waits_for_blocks() -> None:
@@ -143,7 +143,7 @@ def test_random_comings_and_goings_stay_within_bound_and_shares() -> None:
             queue.enter(Caller(name), 1, (str(number),))
             inside[str(number)] = name
         except TooManyRequestsError:
-            assert held >= int(40 * weights[name] / 8 / 2), "nobody is refused a share"
+            assert held >= int(40 * weights[name] / 8 / 2), "no caller is refused its share"
         assert queue.num_waiting == len(inside) <= 40
     for name in list(inside):
         queue.left(name, was_scheduled=True)

@@ -1,4 +1,4 @@
-"""A reader who falls behind loses nothing: what it reads, joined, is what was put, in that order."""
+"""A reader that falls behind loses nothing: what it reads, joined, is what was put, in that order."""
 
 import asyncio
 import random

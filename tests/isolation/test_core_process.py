@@ -1,5 +1,5 @@
-"""A process from the side that started it: what is sent arrives whole, last words are heard, and how it ended is told
-from its status."""
+"""A process from the side that started it: what is sent arrives whole, the last reports are read, and
+its status says how it ended."""
 
 import hashlib
 import os
@@ -85,13 +85,13 @@ def test_last_words_are_heard_before_the_end(
         with pytest.raises(CoreExitedError) as caught:
             core.receive()
         assert (str(caught.value), caught.value.is_from_outside) == (text, is_from_outside)
-    core.send(["nobody", 0])
-    assert not core.has_unsent, "what nobody will read is not kept"
+    core.send(["absent", 0])
+    assert not core.has_unsent, "what no process will read is not kept"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_a_process_does_is_told_thread_by_thread(begin: Callable[..., CoreProcess]) -> None:
-    """The work of one thread is in its own account, most of it the system's; while all sleep nobody is awake."""
+    """The work of one thread is in its own account, most of it the system's; while all sleep none is awake."""
     core = begin("spend", 0)
     (report,) = heard(core, 1)
     thread, spent_s = int(report.entered[0]), report.allowed_s

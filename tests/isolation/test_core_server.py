@@ -93,7 +93,7 @@ def plan(*rows: tuple[int, int], new: tuple[str, ...] = ()) -> StepPlan:
 
 
 def test_a_step_is_announced_where_it_is_news(other: Other) -> None:
-    """Who enters, or another time than the last that was said; the rest begin in silence."""
+    """Requests that enter, or another time than the last announced; the rest begin in silence."""
     allowance = Allowance()
     executor = AnnouncingExecutor(Still(), other.theirs, allowance)  # type: ignore[arg-type]
 
@@ -132,7 +132,7 @@ def server(other: Other) -> CoreServer:
     return CoreServer(core, INFO, other.theirs)
 
 
-def told(server: CoreServer, other: Other, *commands: Any) -> list[Any]:
+def answers(server: CoreServer, other: Other, *commands: Any) -> list[Any]:
     """What is said when these commands have come together."""
     server._commands.extend(commands)
     server._take()
@@ -142,7 +142,7 @@ def told(server: CoreServer, other: Other, *commands: Any) -> list[Any]:
 
 def test_what_is_refused_is_told_with_the_reason_and_the_rest_is_taken(server: CoreServer, other: Other) -> None:
     bad = replace(new_request("bad", [1]), prompt_token_ids=(VOCAB_SIZE,))
-    (outputs,) = told(server, other, Add(bad), Add(new_request("good", [1, 2])), Add(new_request("long", [1] * 40)))
+    (outputs,) = answers(server, other, Add(bad), Add(new_request("good", [1, 2])), Add(new_request("long", [1] * 40)))
     assert [(delta.request_id, delta.finish_reason) for delta in outputs.deltas] == [
         ("bad", "error"),
         ("long", "error"),
@@ -153,16 +153,16 @@ def test_what_is_refused_is_told_with_the_reason_and_the_rest_is_taken(server: C
 
 
 def test_an_abort_is_told_when_no_step_will_tell_of_it(server: CoreServer, other: Other) -> None:
-    assert told(server, other, Add(new_request("a", [1, 2])), Add(new_request("b", [1, 2]))) == []
+    assert answers(server, other, Add(new_request("a", [1, 2])), Add(new_request("b", [1, 2]))) == []
     server._core.step()
-    assert told(server, other, Abort("a")) == [], "the next step tells of the room"
-    (outputs,) = told(server, other, Abort("b"))
+    assert answers(server, other, Abort("a")) == [], "the next step reports the room"
+    (outputs,) = answers(server, other, Abort("b"))
     assert outputs.deltas == () and outputs.gauges == Gauges(0, 0, 0.0)
-    assert told(server, other, Abort("b"), Abort("never")) == []
+    assert answers(server, other, Abort("b"), Abort("never")) == []
 
 
 def test_a_core_that_breaks_an_invariant_ends(server: CoreServer, other: Other) -> None:
-    told(server, other, Check())
+    answers(server, other, Check())
     server._core._scheduler._pool.num_free -= 1
     with pytest.raises(AssertionError):
-        told(server, other, Check())
+        answers(server, other, Check())

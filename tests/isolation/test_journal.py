@@ -72,8 +72,8 @@ def try_all(journal: Journal, names: str, num_tokens: int = PROBE_TOKENS) -> Non
         for _ in range(num_tokens - 1):
             journal.take([TokenDelta(name, (5,))])
             assert sent(journal) == ""
-        (told,) = journal.take([TokenDelta(name, (5,), finish_reason="length")])
-        assert told.finish_reason is None and told.token_ids == (5,)
+        (delta,) = journal.take([TokenDelta(name, (5,), finish_reason="length")])
+        assert delta.finish_reason is None and delta.token_ids == (5,)
 
 
 def test_after_a_kill_all_go_on_at_once() -> None:
@@ -159,8 +159,8 @@ def test_a_probe_may_be_the_end_of_a_request() -> None:
     (a,) = journal.take_unsent()
     journal.enter("a")
     assert (a.request_id, a.max_tokens) == ("a", 2)
-    (told,) = journal.take([TokenDelta("a", (5,), finish_reason="length")])
-    assert told.finish_reason == "length" and len(journal) == 1
+    (delta,) = journal.take([TokenDelta("a", (5,), finish_reason="length")])
+    assert delta.finish_reason == "length" and len(journal) == 1
     assert sent(journal) == "b"
     journal.enter("b")
     assert journal.take([TokenDelta("b", (5,), finish_reason="stop")])[0].finish_reason == "stop"

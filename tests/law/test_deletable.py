@@ -61,8 +61,8 @@ def run(tree: TreeCopy, *arguments: str) -> str:
 @pytest.mark.parametrize("folders", [("isolation",), ("observe",), ("bench", "cli", "demo", "server")], ids="-".join)
 def test_the_smallest_engine_needs_no_optional_folder(tree: TreeCopy, folders: tuple[str, ...]) -> None:
     with without(tree, folders):
-        told = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/tiny")
-    assert " passed" in told and "skipped" not in told
+        shown = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/tiny")
+    assert " passed" in shown and "skipped" not in shown
 
 
 @pytest.mark.parametrize("folder", [folder for folder, found in OPTIONAL.items() if found is not None])

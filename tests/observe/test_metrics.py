@@ -66,8 +66,8 @@ def test_a_prompt_is_what_was_computed_and_what_was_cached() -> None:
     metrics = EngineMetrics()
     for num_tokens, num_cached in ((100, 64), (10, 0)):
         metrics.observe_prompt(num_tokens, num_cached)
-    metrics.observe_tokens(3)
-    metrics.observe_tokens(1)
+    metrics.count("generation_tokens", 3)
+    metrics.count("generation_tokens", 1)
     found = read(metrics)
     source = "quire:prompt_tokens_by_source_total"
     assert reading(found, "quire:prompt_tokens_total").value == 110
@@ -130,7 +130,8 @@ def test_gauges_and_refusals_are_as_they_were_given() -> None:
 
 def test_what_was_asked_for_is_counted_once_for_a_request() -> None:
     metrics = EngineMetrics()
-    metrics.observe_asked(3, 100)
+    metrics.observe("request_params_n", 3)
+    metrics.observe("request_params_max_tokens", 100)
     found = read(metrics)
     assert reading(found, "quire:request_params_n").total == 3
     assert reading(found, "quire:request_params_max_tokens").total == 100

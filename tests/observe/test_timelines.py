@@ -11,7 +11,7 @@ from tests.core.harness import new_request
 
 
 class Story:
-    """Steps with chosen durations, told to a timelines as the core's records tell them."""
+    """Steps with chosen durations, given to the timelines as the core's records give them."""
 
     def __init__(self, max_remembered: int = 16) -> None:
         self.timelines = RequestTimelines(max_remembered)

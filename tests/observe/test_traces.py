@@ -1,4 +1,4 @@
-"""Spans as OTLP and W3C Trace Context have them: who is sampled, whose child a span is, when it begins and ends."""
+"""Spans as OTLP and W3C Trace Context have them: what is sampled, whose child a span is, when it begins and ends."""
 
 import sys
 from collections.abc import Callable, Iterator

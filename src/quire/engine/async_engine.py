@@ -15,8 +15,8 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from quire.engine.chat import encode_chat
 from quire.engine.engine import Outputs
@@ -45,20 +45,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class _Add:
-    parsed: ParsedRequest
-    stream: Stream
+class _Command(NamedTuple):
+    """For the engine's thread: `run`, or `fail` when the engine has stopped before."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    parsed: ParsedRequest
-
-
-@dataclass(frozen=True, slots=True)
-class _Check:
-    done: "Future[None]"
+    run: Callable[[], object]
+    fail: Callable[[Exception], object]
 
 
 class AsyncEngine(EngineFront):
@@ -66,8 +57,8 @@ class AsyncEngine(EngineFront):
 
     def __init__(self, served: ServedEngine) -> None:
         super().__init__(served)
-        self._commands: deque[_Add | _Abort | _Check] = deque()
-        """The first is under way: it leaves when it is done."""
+        self._commands: deque[_Command] = deque()
+        """The first is being executed: it is removed when it is done."""
         self._lock = threading.Lock()
         """Held where `_commands` grows, and where `_stopping` and `_dead` are read with it or changed."""
         self._stopping = False
@@ -94,9 +85,17 @@ class AsyncEngine(EngineFront):
 
     def check(self) -> None:
         """State the invariants of the core, in the engine's thread; only while there is no work."""
-        command = _Check(Future())
-        self._post(command)
-        command.done.result()
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                self._engine.channel.check()
+                done.set_result(None)
+            except Exception as error:  # noqa: BLE001 -- raised where the check was asked for
+                done.set_exception(error)
+
+        self._post(run, done.set_exception)
+        done.result()
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -123,11 +122,11 @@ class AsyncEngine(EngineFront):
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as they come; `sampling_params.output_kind` says what each holds.
 
-        Closing the iterator early, or cancelling the task that reads it, aborts the request. A reader who is slower
+        Closing the iterator early, or cancelling the task that reads it, aborts the request. A reader that is slower
         than the engine gets fewer and larger outputs.
 
         Args:
-            caller: who asks: callers share the engine fairly, and the queue.
+            caller: callers share the engine fairly, and the queue.
             timeout_s: seconds from now to the last output, in the queue and while it runs.
 
         Raises:
@@ -153,7 +152,7 @@ class AsyncEngine(EngineFront):
         self._engine.queue.enter(caller, len(parsed.sequences[0].prompt_token_ids), core_ids)
         stream, finished = Stream(parsed), False
         try:
-            self._post(_Add(parsed, stream))
+            self._post(partial(self._add, parsed, stream), partial(_call, stream.loop, stream.put))
             while not finished:
                 output = await stream.get(deadline_s)
                 finished = output.finished
@@ -167,7 +166,7 @@ class AsyncEngine(EngineFront):
             for core_id in core_ids:
                 self._engine.queue.left(core_id, was_scheduled=False)
             if not finished and self._dead is None:
-                self._post(_Abort(parsed))
+                self._post(partial(self._drop, parsed), lambda _: None)
 
     def check_room(self, caller: Caller = ANYBODY) -> None:
         """Refuse at once, before any work, what the queue has no place for.
@@ -178,7 +177,7 @@ class AsyncEngine(EngineFront):
         self._engine.queue.check_room(caller)
 
     def expect_callers(self, weights: Mapping[str, int]) -> None:
-        """Who is known to call, with their weights: each has its share of the queue."""
+        """Name the callers that are known in advance, with weights: each has its share of the queue."""
         self._engine.queue.expect(weights)
 
     def explain(self, request_id: str) -> list[Explanation]:
@@ -206,11 +205,11 @@ class AsyncEngine(EngineFront):
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._text_worker, lambda: function(*args, **kwargs))
 
-    def _post(self, command: _Add | _Abort | _Check) -> None:
+    def _post(self, run: Callable[[], object], fail: Callable[[Exception], object]) -> None:
         with self._lock:
             if self._dead is not None or self._stopping:
                 raise EngineDeadError("the engine has stopped")
-            self._commands.append(command)
+            self._commands.append(_Command(run, fail))
         self._engine.channel.wake()
 
     def _run(self) -> None:
@@ -221,7 +220,7 @@ class AsyncEngine(EngineFront):
                     self._deliver(self._engine.step())
                 except OverloadedError as error:
                     self._fail_all(error)
-        except BaseException as error:  # nobody may wait for a thread that is gone
+        except BaseException as error:  # no caller may wait for a thread that has ended
             logger.exception("the engine stopped")
             failure = EngineDeadError(f"the engine stopped: {type(error).__name__}")
         with self._lock:
@@ -229,10 +228,7 @@ class AsyncEngine(EngineFront):
             waiting = list(self._commands)
             self._commands.clear()
         for command in waiting:
-            if isinstance(command, _Add):
-                _call(command.stream.loop, command.stream.put, failure)
-            elif isinstance(command, _Check):
-                command.done.set_exception(failure)
+            command.fail(failure)
         self._fail_all(failure)
         self._served.close()
 
@@ -243,34 +239,25 @@ class AsyncEngine(EngineFront):
             if self._stopping:
                 return False
         for _ in range(len(self._commands)):
-            self._obey(self._commands[0])
+            self._commands[0].run()
             self._commands.popleft()
         return True
 
-    def _obey(self, command: _Add | _Abort | _Check) -> None:
-        if isinstance(command, _Add):
-            self._add(command)
-        elif isinstance(command, _Abort):
-            self._streams.pop(command.parsed.number, None)
-            self._engine.abort(command.parsed)
-        else:
-            try:
-                self._engine.channel.check()
-                command.done.set_result(None)
-            except Exception as error:  # noqa: BLE001 -- raised where the check was asked for
-                command.done.set_exception(error)
-
-    def _add(self, command: _Add) -> None:
+    def _add(self, parsed: ParsedRequest, stream: Stream) -> None:
         try:
-            self._engine.add(command.parsed)
+            self._engine.add(parsed)
         except Exception as error:
             if not isinstance(error, QuireError):
                 logger.exception("a request could not be added")
-            told = error if isinstance(error, QuireError) else RequestFailedError(internal_fault_message(error))
-            self._engine.abort(command.parsed)
-            _call(command.stream.loop, command.stream.put, told)
+            reported = error if isinstance(error, QuireError) else RequestFailedError(internal_fault_message(error))
+            self._engine.abort(parsed)
+            _call(stream.loop, stream.put, reported)
         else:
-            self._streams[command.parsed.number] = command.stream
+            self._streams[parsed.number] = stream
+
+    def _drop(self, parsed: ParsedRequest) -> None:
+        self._streams.pop(parsed.number, None)
+        self._engine.abort(parsed)
 
     def _fail_all(self, error: Exception) -> None:
         """End every open stream with `error`."""
@@ -283,7 +270,7 @@ class AsyncEngine(EngineFront):
         for number, output in outputs:
             stream = self._streams.get(number)
             if stream is None:
-                continue  # aborted: nobody reads it any more
+                continue  # aborted: its reader has left
             by_loop.setdefault(stream.loop, []).append((stream, output))
             if output.finished:
                 del self._streams[number]

@@ -1,10 +1,10 @@
-"""The bound of the queue: who may still wait, and when to come back.
+"""The bound of the queue: which requests may still wait, and when a refused caller should retry.
 
 A sequence waits from the moment it is let in here until its first step. Past the bound a request is refused before
 it costs anything. Where several callers are known, half of the queue is divided between them by weight and the other
-half is open to all: so one caller's flood leaves room for every other, and nobody's share is refused.
+half is open to all: so one caller's flood leaves room for every other, and no caller is refused its share.
 
-"When to come back" is the time that those who wait now need to leave, at the rate of the last seconds.
+`retry_after_s` is the time in which the queue empties at the rate of the last seconds.
 """
 
 import math
@@ -25,7 +25,7 @@ MAX_CALLER_WEIGHT = MAX_WEIGHT
 
 
 class Caller(NamedTuple):
-    """Who asks: a name without meaning (a digest of the key), and a share against that of others."""
+    """Of a request: a name without meaning (a digest of the key), and a share against that of other callers."""
 
     name: str = ""
     weight: int = 1
@@ -39,7 +39,7 @@ class QueueConfig:
     """Bounds of what waits."""
 
     max_requests: int
-    """Sequences that wait beyond those for which a row is free; 0: nobody waits for a row."""
+    """Sequences that wait beyond those for which a row is free; 0: no request waits for a row."""
     max_tokens: int
     """Their prompt tokens."""
     max_num_seqs: int
@@ -99,7 +99,7 @@ class QueueBound:
         """Refusals so far, by the bound that was met."""
 
     def expect(self, weights: Mapping[str, int]) -> None:
-        """Callers who are known in advance: with two or more, each has its share of half of the queue."""
+        """Name the known callers, with weights: of two or more, each has its share of half of the queue."""
         total, shared = sum(weights.values()), len(weights) > 1
         self._shares = {name: weight / total / 2 for name, weight in weights.items()} if shared else {}
 
@@ -158,7 +158,7 @@ class QueueBound:
                 self._tokens_rate.add(tokens, now_s)
 
     def observe(self, num_running: int, num_waiting: int) -> None:
-        """The state after a step. Rows count as free only when nobody waits for something else."""
+        """The state after a step. Rows count as free only while no request waits for something else."""
         self._free_rows = 0 if num_waiting else max(0, self._config.max_num_seqs - num_running)
 
     @property

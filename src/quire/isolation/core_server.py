@@ -1,4 +1,4 @@
-"""The core in a process of its own: what the other side asks, step by step, and what came of it.
+"""The core in a process of its own: its commands in, its outputs out.
 
 ::
 
@@ -6,7 +6,7 @@
                      └ end of file: the other side has exited, and this process exits at once
 
 The reader never waits for the loop, so the other side can always send; the loop may wait for the other side to read.
-What arrives is not trusted: it is decoded into declared types and held against the limits of the door again.
+What arrives is not trusted: it is decoded into declared types and checked against the limits of the API again.
 """
 
 import ctypes
@@ -65,16 +65,16 @@ class AnnouncingExecutor:
         self._executor = executor
         self._connection = connection
         self._allowance = allowance
-        self._told_s = 0.0
+        self._announced_s = 0.0
 
     def execute(self, plan: StepPlan) -> tuple[Any, float, float]:
-        """Tell, then begin."""
+        """Announce, then start."""
         work = sum(item.num_tokens * (1 + (item.start + item.num_tokens) / 1024) for item in plan.scheduled)
         allowed_s = self._allowance.seconds_for(work)
-        if plan.new or allowed_s != self._told_s:
+        if plan.new or allowed_s != self._announced_s:
             entered = tuple(new.request_id for new in plan.new)
             self._connection.sendall(encode(Begun(entered, allowed_s, self._allowance.idle_timeout_s)))
-            self._told_s = allowed_s
+            self._announced_s = allowed_s
         start_s = time.monotonic()
         return self._executor.execute(plan), work, start_s
 
@@ -112,7 +112,7 @@ class CoreServer:
             self._arrived.clear()
             self._take()
             if self._core.has_work:
-                self._tell(step_outputs(self._core))
+                self._send(step_outputs(self._core))
 
     def _read(self) -> None:
         """In a thread of its own. It ends the process, whatever the loop is doing."""
@@ -142,7 +142,7 @@ class CoreServer:
             elif isinstance(command, Check):
                 self._core.check()
         if refused or (aborted and not self._core.has_work):
-            self._tell(CoreOutputs(tuple(refused), None, core_gauges(self._core)))
+            self._send(CoreOutputs(tuple(refused), None, core_gauges(self._core)))
 
     def _add(self, command: Add) -> list[TokenDelta]:
         try:
@@ -152,7 +152,7 @@ class CoreServer:
             return [TokenDelta(command.new.request_id, (), finish_reason="error", error=error.message)]
         return []
 
-    def _tell(self, outputs: CoreOutputs) -> None:
+    def _send(self, outputs: CoreOutputs) -> None:
         self._connection.sendall(encode(Stepped(outputs)))
 
 

@@ -115,7 +115,7 @@ class SupervisedChannel:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a core answers now. Also told truly while the thread that should watch is stuck itself."""
+        """Whether a core answers now. True to the moment, also while the thread that calls `wait` is stuck."""
         return self._is_serving and not self._is_hung()
 
     @property
@@ -127,9 +127,9 @@ class SupervisedChannel:
     @property
     def gauges(self) -> Gauges:
         """The core's own report; requests that it has not received yet count as waiting."""
-        num_open, told = len(self._journal), self._gauges
-        num_running = min(told.num_running, num_open)
-        return Gauges(num_running, num_open - num_running, told.cache_usage)
+        num_open, reported = len(self._journal), self._gauges
+        num_running = min(reported.num_running, num_open)
+        return Gauges(num_running, num_open - num_running, reported.cache_usage)
 
     def add(self, new: NewRequest) -> None:
         """See `CoreChannel.add`."""
@@ -213,14 +213,14 @@ class SupervisedChannel:
     def _take(self, report: Any, outputs: list[CoreOutputs]) -> None:
         self._heartbeat.heard()
         if isinstance(report, Stepped):
-            told = report.outputs
-            deltas = self._journal.take(told.deltas)
+            step = report.outputs
+            deltas = self._journal.take(step.deltas)
             if any(delta.finish_reason in ("stop", "length") for delta in deltas):
                 self._breaker.record_success()
             elif any(delta.token_ids for delta in deltas):
                 self._breaker.record_progress()
-            self._gauges = told.gauges
-            outputs.append(CoreOutputs(deltas, _with_probed(told, deltas), told.gauges))
+            self._gauges = step.gauges
+            outputs.append(CoreOutputs(deltas, _with_probed(step, deltas), step.gauges))
         elif isinstance(report, Begun):
             self._journal.enter(report.entered)
             self._heartbeat.expect(report.allowed_s, report.idle_timeout_s)
@@ -309,13 +309,13 @@ class SupervisedChannel:
         return OverloadedError("the engine is being restarted after it failed repeatedly", retry_after_s=retry_after_s)
 
 
-def _with_probed(told: CoreOutputs, taken: tuple[TokenDelta, ...]) -> StepRecord | None:
+def _with_probed(step: CoreOutputs, taken: tuple[TokenDelta, ...]) -> StepRecord | None:
     """The record of a step, which also names those whose probe ended with it: they go on later."""
-    ended = {delta.request_id for delta in told.deltas if delta.finish_reason is not None}
+    ended = {delta.request_id for delta in step.deltas if delta.finish_reason is not None}
     probed = [delta.request_id for delta in taken if delta.finish_reason is None and delta.request_id in ended]
-    if not probed or told.record is None:
-        return told.record
-    return replace(told.record, stalled=(*told.record.stalled, *(Stalled(name, "quarantined") for name in probed)))
+    if not probed or step.record is None:
+        return step.record
+    return replace(step.record, stalled=(*step.record.stalled, *(Stalled(name, "quarantined") for name in probed)))
 
 
 def _start_error(report: StartFailed) -> ConfigurationError:

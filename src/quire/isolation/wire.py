@@ -102,10 +102,11 @@ _ENCODER = msgspec.msgpack.Encoder()
 
 
 class Unframer:
-    """Cuts what was received into messages of the given type.
+    """Cuts what was received into messages.
 
-    Raises:
-        ProtocolError: a frame is too long, or is no such message.
+    Args:
+        kind: the type that each must have.
+        max_bytes: of a frame's body.
     """
 
     def __init__(self, kind: Any, max_bytes: int) -> None:
@@ -114,7 +115,11 @@ class Unframer:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Any]:
-        """Messages that are complete with `data`."""
+        """Messages that are complete with `data`.
+
+        Raises:
+            ProtocolError: a frame is too long, or is no such message.
+        """
         buffer = self._buffer
         buffer += data
         start = 0

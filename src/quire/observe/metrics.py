@@ -36,6 +36,27 @@ COUNTERS = MappingProxyType(
     }
 )
 """Stem -> help text."""
+HISTOGRAMS = MappingProxyType(
+    {
+        "time_to_first_token_seconds": ("Arrival to first token.", FIRST_TOKEN_BUCKETS_S),
+        "inter_token_latency_seconds": ("Time between two tokens of a sequence.", TOKEN_GAP_BUCKETS_S),
+        "request_time_per_output_token_seconds": ("Mean time per token after the first.", TOKEN_GAP_BUCKETS_S),
+        "e2e_request_latency_seconds": ("Arrival to end.", LATENCY_BUCKETS_S),
+        "request_queue_time_seconds": ("Arrival to first step.", LATENCY_BUCKETS_S),
+        "request_prefill_time_seconds": ("First step to first token.", LATENCY_BUCKETS_S),
+        "request_decode_time_seconds": ("First token to last.", LATENCY_BUCKETS_S),
+        "request_prompt_tokens": ("Tokens in a prompt.", LENGTH_BUCKETS),
+        "request_generation_tokens": ("Tokens generated.", LENGTH_BUCKETS),
+        "request_max_num_generation_tokens": ("Tokens of a request's longest sequence.", LENGTH_BUCKETS),
+        "request_inference_time_seconds": ("First step to last token.", LATENCY_BUCKETS_S),
+        "request_prefill_kv_computed_tokens": ("Prompt tokens that the cache did not supply.", LENGTH_BUCKETS),
+        "request_num_preemptions": ("Preemptions of a request.", COUNT_BUCKETS),
+        "request_params_n": ("The parameter n.", COUNT_BUCKETS),
+        "request_params_max_tokens": ("The parameter max_tokens.", LENGTH_BUCKETS),
+        "iteration_tokens_total": ("Tokens computed in a step.", STEP_TOKEN_BUCKETS),
+    }
+)
+"""Stem -> help text and buckets."""
 FINISH_REASONS = ("stop", "length", "repetition", "abort", "error")
 
 
@@ -68,84 +89,50 @@ class EngineMetrics:
         self._cache_config = cache_config
         self._counters = dict.fromkeys(COUNTERS, 0)
         self._finished = dict.fromkeys(FINISH_REASONS, 0)
-        seconds = "seconds"
-        self.first_token = Histogram(
-            f"quire:time_to_first_token_{seconds}", "Arrival to first token.", FIRST_TOKEN_BUCKETS_S
-        )
-        self.token_gap = Histogram(
-            f"quire:inter_token_latency_{seconds}",
-            "Time between two tokens of a sequence.",
-            TOKEN_GAP_BUCKETS_S,
-        )
-        self.time_per_token = Histogram(
-            f"quire:request_time_per_output_token_{seconds}", "Mean time per token after the first.",
-            TOKEN_GAP_BUCKETS_S,
-        )  # fmt: skip
-        self.latency = Histogram(f"quire:e2e_request_latency_{seconds}", "Arrival to end.", LATENCY_BUCKETS_S)
-        self.queue_time = Histogram(f"quire:request_queue_time_{seconds}", "Arrival to first step.", LATENCY_BUCKETS_S)
-        self.prefill_time = Histogram(
-            f"quire:request_prefill_time_{seconds}", "First step to first token.", LATENCY_BUCKETS_S
-        )
-        self.decode_time = Histogram(f"quire:request_decode_time_{seconds}", "First token to last.", LATENCY_BUCKETS_S)
-        self.prompt_length = Histogram("quire:request_prompt_tokens", "Tokens in a prompt.", LENGTH_BUCKETS)
-        self.output_length = Histogram("quire:request_generation_tokens", "Tokens generated.", LENGTH_BUCKETS)
-        self.longest_length = Histogram(
-            "quire:request_max_num_generation_tokens", "Tokens of a request's longest sequence.", LENGTH_BUCKETS
-        )
-        self.inference_time = Histogram(
-            f"quire:request_inference_time_{seconds}", "First step to last token.", LATENCY_BUCKETS_S
-        )
-        self.computed_length = Histogram(
-            "quire:request_prefill_kv_computed_tokens", "Prompt tokens that the cache did not supply.", LENGTH_BUCKETS
-        )
-        self.preemptions = Histogram("quire:request_num_preemptions", "Preemptions of a request.", COUNT_BUCKETS)
-        self.asked_n = Histogram("quire:request_params_n", "The parameter n.", COUNT_BUCKETS)
-        self.asked_tokens = Histogram("quire:request_params_max_tokens", "The parameter max_tokens.", LENGTH_BUCKETS)
-        self.step_tokens = Histogram("quire:iteration_tokens_total", "Tokens computed in a step.", STEP_TOKEN_BUCKETS)
+        self._histograms = {name: Histogram(f"quire:{name}", *found) for name, found in HISTOGRAMS.items()}
+
+    def count(self, name: str, amount: int) -> None:
+        """Add to one of `COUNTERS`."""
+        self._counters[name] += amount
+
+    def observe(self, name: str, value: float) -> None:
+        """Add a value to one of `HISTOGRAMS`."""
+        self._histograms[name].observe(value)
 
     def observe_step(self, record: StepRecord) -> None:
         """Count a step."""
-        self.step_tokens.observe(sum(item.num_tokens for item in record.scheduled))
-        self._add("prefix_cache_queries", record.num_prefix_queries)
-        self._add("prefix_cache_hits", record.num_prefix_hits)
-        self._add("num_preemptions", sum(item.reason == "preempted" for item in record.stalled))
-
-    def observe_tokens(self, count: int) -> None:
-        """Count generated tokens."""
-        self._add("generation_tokens", count)
+        self.observe("iteration_tokens_total", sum(item.num_tokens for item in record.scheduled))
+        self.count("prefix_cache_queries", record.num_prefix_queries)
+        self.count("prefix_cache_hits", record.num_prefix_hits)
+        self.count("num_preemptions", sum(item.reason == "preempted" for item in record.stalled))
 
     def observe_prompt(self, num_tokens: int, num_cached: int) -> None:
         """Count a prompt whose first token has come."""
-        self._add("prompt_tokens", num_tokens)
-        self._add("prompt_tokens_cached", num_cached)
-        self.computed_length.observe(num_tokens - num_cached)
-
-    def observe_asked(self, n: int, max_tokens: int) -> None:
-        """Count the sizes that a request asks for."""
-        self.asked_n.observe(n)
-        self.asked_tokens.observe(max_tokens)
+        self.count("prompt_tokens", num_tokens)
+        self.count("prompt_tokens_cached", num_cached)
+        self.observe("request_prefill_kv_computed_tokens", num_tokens - num_cached)
 
     def observe_finished(
         self, times: RequestMetrics, finish_reason: str, num_prompt_tokens: int, num_output_tokens: int
     ) -> None:
         """Count a sequence that ended; its times that were reached."""
         self._finished[finish_reason] += 1
-        self.prompt_length.observe(num_prompt_tokens)
-        self.output_length.observe(num_output_tokens)
-        self.preemptions.observe(times.num_preemptions)
+        self.observe("request_prompt_tokens", num_prompt_tokens)
+        self.observe("request_generation_tokens", num_output_tokens)
+        self.observe("request_num_preemptions", times.num_preemptions)
         if times.finished_s is not None:
-            self.latency.observe(times.finished_s - times.arrival_s)
+            self.observe("e2e_request_latency_seconds", times.finished_s - times.arrival_s)
         if times.first_scheduled_s is not None:
-            self.queue_time.observe(times.first_scheduled_s - times.arrival_s)
+            self.observe("request_queue_time_seconds", times.first_scheduled_s - times.arrival_s)
             if times.first_token_s is not None:
-                self.prefill_time.observe(times.first_token_s - times.first_scheduled_s)
+                self.observe("request_prefill_time_seconds", times.first_token_s - times.first_scheduled_s)
             if times.last_token_s is not None:
-                self.inference_time.observe(times.last_token_s - times.first_scheduled_s)
+                self.observe("request_inference_time_seconds", times.last_token_s - times.first_scheduled_s)
         if times.first_token_s is not None and times.last_token_s is not None:
-            self.decode_time.observe(times.last_token_s - times.first_token_s)
+            self.observe("request_decode_time_seconds", times.last_token_s - times.first_token_s)
             if num_output_tokens > 1:
                 spent = times.last_token_s - times.first_token_s
-                self.time_per_token.observe(spent / (num_output_tokens - 1))
+                self.observe("request_time_per_output_token_seconds", spent / (num_output_tokens - 1))
 
     def read(self, num_running: int, num_waiting: int, usage: float, rejected: Mapping[str, int]) -> list[Metric]:
         """All metrics now; `usage` is the share of blocks held, `rejected` counts refusals by the bound met."""
@@ -173,11 +160,8 @@ class EngineMetrics:
         ) + _labelled(
             "quire:admission_rejections_total", "counter", "Requests refused, by the queue's bound.", "reason", rejected
         )  # fmt: skip
-        histograms = [item.read() for item in vars(self).values() if isinstance(item, Histogram)]
+        histograms = [item.read() for item in self._histograms.values()]
         return [*gauges, *counters, *histograms]
-
-    def _add(self, name: str, count: int) -> None:
-        self._counters[name] += count
 
 
 def core_metrics(health: CoreHealth) -> list[Metric]:

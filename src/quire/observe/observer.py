@@ -30,7 +30,8 @@ class EngineObserver(Observer):
 
     def on_request(self, parsed: ParsedRequest) -> None:
         """See `Observer.on_request`."""
-        self._metrics.observe_asked(len(parsed.sequences), parsed.sequences[0].max_tokens)
+        self._metrics.observe("request_params_n", len(parsed.sequences))
+        self._metrics.observe("request_params_max_tokens", parsed.sequences[0].max_tokens)
 
     def on_add(self, new: NewRequest, parsed: ParsedRequest, sequence: int, now_s: float) -> None:
         """See `Observer.on_add`."""
@@ -48,16 +49,16 @@ class EngineObserver(Observer):
         count = len(delta.token_ids)
         if is_first:
             self.timelines.first_token(delta.request_id, now_s)
-            self._metrics.first_token.observe(now_s - state.metrics.arrival_s)
+            self._metrics.observe("time_to_first_token_seconds", now_s - state.metrics.arrival_s)
             self._metrics.observe_prompt(state.num_prompt_tokens, delta.num_cached_tokens)
         if gap_s is not None:
-            self._metrics.token_gap.observe(gap_s / count)
-        self._metrics.observe_tokens(count)
+            self._metrics.observe("inter_token_latency_seconds", gap_s / count)
+        self._metrics.count("generation_tokens", count)
 
     def on_end(self, state: RequestState, request_id: str, reason: str, now_s: float) -> None:
         """See `Observer.on_end`."""
         if state.finished:
-            self._metrics.longest_length.observe(state.longest)
+            self._metrics.observe("request_max_num_generation_tokens", state.longest)
         num_tokens = state.num_tokens(request_id)
         self.timelines.end(request_id, reason, num_tokens, now_s)
         self._metrics.observe_finished(state.metrics, reason, state.num_prompt_tokens, num_tokens)

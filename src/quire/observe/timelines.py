@@ -225,7 +225,7 @@ class RequestTimelines:
             return found
 
     def find(self, request_id: str) -> list[RequestTimes]:
-        """The request of a name, or the numbered ones of a response, of every caller who gave that name; empty when
+        """The request of a name, or the numbered ones of a response, of every caller that gave that name; empty when
         it is not remembered."""
         with self._lock:
             for core_id, timeline in self._live.items():

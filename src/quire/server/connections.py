@@ -48,7 +48,7 @@ def header_timeout_protocol(header_s: float, refusal: Callable[[bytes], bytes | 
     """uvicorn's protocol, closing a connection whose headers are not complete after `header_s` seconds.
 
     Under a flood most connections bring one request that there is no place for, and to parse each would take the time
-    of those who have a place: where `refusal` gives an answer, a connection whose first bytes ask one of `QUEUED_PATHS`
+    of those that run: where `refusal` gives an answer, a connection whose first bytes ask one of `QUEUED_PATHS`
     gets it, unparsed, and is closed.
     """
 
