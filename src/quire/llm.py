@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -151,12 +152,12 @@ class LLM(EngineFront):
         for item in parsed:
             self._engine.add(item)
         try:
-            with Progress(len(parsed), show=show_progress) as progress:
+            with progress_bar(len(parsed), show=show_progress) as advance:
                 while self._engine.has_work:
                     self._engine.channel.wait()
                     for number, output in self._engine.step():
                         finished[number] = output
-                        progress.advance(output)
+                        advance(output)
         except BaseException:
             for item in parsed:
                 self._engine.abort(item)
@@ -171,37 +172,23 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [items] if items and isinstance(items[0], int) else items
 
 
-class Progress:
-    """One tick for each finished prompt, with tokens per second. Shows nothing when not wanted."""
+@contextmanager
+def progress_bar(num_prompts: int, *, show: bool) -> Iterator[Callable[[RequestOutput], None]]:
+    """A bar with tokens per second, if it is to be shown. What it yields is to be called with each finished output."""
+    if not show:
+        yield lambda output: None
+        return
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-    def __init__(self, num_prompts: int, *, show: bool) -> None:
-        self._bar: Any = None
-        self._start_s = time.monotonic()
-        self._input_tokens = 0
-        self._output_tokens = 0
-        if show:
-            from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    start_s, num_in, num_out = time.monotonic(), 0, 0
 
-            self._bar = tqdm(total=num_prompts, desc="Processed prompts", dynamic_ncols=True)
+    def advance(output: RequestOutput) -> None:
+        nonlocal num_in, num_out
+        num_in += len(output.prompt_token_ids)
+        num_out += sum(len(item.token_ids) for item in output.outputs)
+        spent_s = max(time.monotonic() - start_s, 1e-9)
+        bar.set_postfix_str(f"in {num_in / spent_s:.1f} tok/s, out {num_out / spent_s:.1f} tok/s", refresh=False)
+        bar.update(1)
 
-    def advance(self, output: RequestOutput) -> None:
-        """A prompt has ended."""
-        if self._bar is None:
-            return
-        self._input_tokens += len(output.prompt_token_ids)
-        self._output_tokens += sum(len(item.token_ids) for item in output.outputs)
-        spent_s = max(time.monotonic() - self._start_s, 1e-9)
-        self._bar.set_postfix_str(
-            f"in {self._input_tokens / spent_s:.1f} tok/s, out {self._output_tokens / spent_s:.1f} tok/s",
-            refresh=False,
-        )
-        self._bar.update(1)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    with tqdm(total=num_prompts, desc="Processed prompts", dynamic_ncols=True) as bar:
+        yield advance

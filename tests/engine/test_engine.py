@@ -84,10 +84,10 @@ def test_the_queue_knows_who_has_left_it() -> None:
     """With the first step, which is progress; or at the end without one, which is none."""
     scripted = Scripted()
     one, two = scripted.add(), scripted.add(1, 2, 3, 4, 5)
-    assert (scripted.queue.num_waiting, scripted.queue.num_waiting_tokens) == (2, 8)
+    assert (scripted.queue.num_waiting, scripted.queue._total.tokens) == (2, 8)
     scripted.channel.give(record=scripted.record(("0", 0, 3)))
     scripted.engine.step()
-    assert (scripted.queue.num_waiting, scripted.queue.num_waiting_tokens) == (1, 5)
+    assert (scripted.queue.num_waiting, scripted.queue._total.tokens) == (1, 5)
     assert scripted.queue._requests_rate.read(scripted.clock()) is not None
     rate = scripted.queue._requests_rate._weight
     scripted.channel.give(final("1", reason="error"))

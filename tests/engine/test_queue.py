@@ -56,7 +56,7 @@ def test_rows_are_not_free_while_somebody_waits_for_blocks() -> None:
 def test_tokens_are_bounded() -> None:
     queue, _ = bound(max_requests=100, max_tokens=10)
     assert fill(queue, "", tokens=3) == 3
-    assert queue.num_waiting_tokens == 9
+    assert queue._total.tokens == 9
     with pytest.raises(OverloadedError, match="9 prompt tokens wait"):
         queue.enter(ANYBODY, 2, ("x",))
     queue.enter(ANYBODY, 1, ("y",))
@@ -147,7 +147,7 @@ def test_random_comings_and_goings_stay_within_bound_and_shares() -> None:
         assert queue.num_waiting == len(inside) <= 40
     for name in list(inside):
         queue.left(name, was_scheduled=True)
-    assert queue.num_waiting == queue.num_waiting_tokens == 0
+    assert queue.num_waiting == queue._total.tokens == 0
     assert queue._held == {} and queue._waiting == {}
 
 
@@ -205,13 +205,13 @@ def test_five_thousand_callers_leave_nothing_behind() -> None:
     queue, _ = bound(max_requests=20_000, max_tokens=10**6, weights={str(n): 1 for n in range(5000)})
     for number in range(5000):
         queue.enter(Caller(str(number)), 3, (f"{number}.0", f"{number}.1"))
-    assert (queue.num_waiting, queue.num_waiting_tokens, len(queue._held)) == (10_000, 30_000, 5000)
+    assert (queue.num_waiting, queue._total.tokens, len(queue._held)) == (10_000, 30_000, 5000)
     for number in range(5000):
         queue.left(f"{number}.0", was_scheduled=True)
-    assert (queue.num_waiting, queue.num_waiting_tokens, len(queue._held)) == (5000, 15_000, 5000)
+    assert (queue.num_waiting, queue._total.tokens, len(queue._held)) == (5000, 15_000, 5000)
     for number in range(5000):
         queue.left(f"{number}.1", was_scheduled=False)
-    assert (queue.num_waiting, queue.num_waiting_tokens, queue._held, queue._waiting) == (0, 0, {}, {})
+    assert (queue.num_waiting, queue._total.tokens, queue._held, queue._waiting) == (0, 0, {}, {})
 
 
 @pytest.mark.parametrize("age_s", [1, 3, 10, 40])

@@ -60,7 +60,7 @@ def test_a_reader_that_stalls_is_bounded_then_aborted(apart: Running, monkeypatc
     class Seen(Stream):
         def put(self, output: RequestOutput | Exception) -> None:
             super().put(output)
-            unread.append(self.num_unread)
+            unread.append(len(self._unread))
 
     monkeypatch.setattr("quire.engine.async_engine.Stream", Seen)
     monkeypatch.setattr(limits, "SLOW_READER_SECONDS", 0.5)

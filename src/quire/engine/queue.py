@@ -166,11 +166,6 @@ class QueueBound:
         """Sequences that wait for their first step."""
         return self._total.requests
 
-    @property
-    def num_waiting_tokens(self) -> int:
-        """Their prompt tokens."""
-        return self._total.tokens
-
     def _check(self, caller: Caller, count: int, tokens: int) -> None:
         room = self._config.max_requests + self._free_rows
         if self._overfull(caller.name, count, room, lambda held: held.requests):

@@ -28,11 +28,6 @@ class Stream:
         self._failure: Exception | None = None
         self._ready = asyncio.Event()
 
-    @property
-    def num_unread(self) -> int:
-        """Outputs that wait for the reader."""
-        return len(self._unread)
-
     def put(self, output: RequestOutput | Exception) -> None:
         """On the loop: one more output, or the exception that ends the stream."""
         if isinstance(output, Exception):
