@@ -50,7 +50,7 @@ def test_importing_the_scheduler_loads_nothing_heavy() -> None:
         ("server/a.py", "from quire.core import request", "server may not import quire.core"),
         ("server/a.py", "import quire\nquire.LLM", "server may not import quire"),
         ("engine/a.py", "from quire.executor.local import b", "engine may not import quire.executor"),
-        ("engine/a.py", "from quire.executor.base import _b", "_b is private to quire.executor.base"),
+        ("engine/a.py", "from quire.core.plan import _b", "_b is private to quire.core.plan"),
         ("cli/a.py", "from quire.ops import _native", "_native is private"),
         ("attic/a.py", "", "no row for it"),
     ],
