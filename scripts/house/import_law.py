@@ -54,7 +54,7 @@ LAW: dict[str, Room] = {
     "isolation": _room("core engine", "msgspec"),
     "observe": _room("core engine"),
     "build": _room("weights quant models ops", "ml_dtypes msgspec numpy safetensors tqdm"),
-    "server": _room("engine isolation observe", "anyio msgspec starlette uvicorn"),
+    "server": _room("engine", "anyio msgspec starlette uvicorn"),
     "bench": _room("engine", "msgspec numpy tqdm"),
     "demo": _room(),
 }
