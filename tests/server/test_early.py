@@ -2,10 +2,10 @@
 
 import pytest
 
-from quire.engine.queue_bound import ANYBODY, Caller
+from quire.engine.queue import ANYBODY, Caller
 from quire.errors import OverloadedError, TooManyRequestsError
 from quire.server.app import create_app
-from quire.server.early import EarlyRefusal
+from quire.server.connections import EarlyRefusal
 from quire.server.keys import caller_name
 from tests.server.fake_engine import FakeEngine
 

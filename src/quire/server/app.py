@@ -10,14 +10,11 @@ from quire.errors import ConfigurationError
 from quire.server import errors
 from quire.server.access import Access
 from quire.server.body import Bodies
-from quire.server.connections import QUEUED_PATHS, RejectAmbiguousFraming
+from quire.server.connections import QUEUED_PATHS, EarlyRefusal, RejectAmbiguousFraming
 from quire.server.context import Gate, QueueGuard, ServerContext
-from quire.server.early import EarlyRefusal
 from quire.server.keys import KeyRequired, caller_name
 from quire.server.limits import REQUESTS_IN_FLIGHT, Limits
-from quire.server.metrics import make_registry
 from quire.server.routes import admin, chat, completions, health, models, tokenize
-from quire.server.traces import Tracer
 
 if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
@@ -96,7 +93,7 @@ def create_app(
         shares_prefix_cache=share_prefix_cache,
     )
     engine.expect_callers(app.state.context.weights)
-    app.state.registry = make_registry(engine, names[0], metrics_prefix)
+    app.state.metrics_prefix = metrics_prefix
     errors.install(app)
     _surround(app, engine, names[0], list(api_keys), observability)
     return app
@@ -121,7 +118,7 @@ def _surround(
         keys = KeyRequired(app, api_keys=api_keys, open_paths=health.OPEN_PATHS, admin_key=admin_key)
         app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=health.OPEN_PATHS, admin_key=admin_key)
     app.add_middleware(RejectAmbiguousFraming)
-    endpoint = observability.otlp_traces_endpoint
-    tracer = None if endpoint is None else Tracer(endpoint, name)
-    app.add_middleware(Access, engine=engine, tracer=tracer, logs=observability.log_requests)
+    if observability.otlp_traces_endpoint is not None:
+        engine.observer.trace_to(observability.otlp_traces_endpoint, name)
+    app.add_middleware(Access, observer=engine.observer, logs=observability.log_requests)
     app.state.early_refusal = EarlyRefusal(app.state.context, keys, logs=observability.log_requests)

@@ -5,13 +5,21 @@ at a time, it keeps for ever.
 """
 
 import asyncio
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from quire.server.errors import ApiError
+from quire.engine.queue import Caller
+from quire.errors import OverloadedError
+from quire.server.access import log_request
+from quire.server.errors import ApiError, as_api_error
+from quire.server.keys import KeyRequired
+
+if TYPE_CHECKING:
+    from quire.server.context import ServerContext
 
 QUEUED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 """Routes whose requests wait in the queue."""
@@ -40,7 +48,7 @@ def header_timeout_protocol(header_s: float, refusal: Callable[[bytes], bytes | 
     """uvicorn's protocol, closing a connection whose headers are not complete after `header_s` seconds.
 
     Under a flood most connections bring one request that there is no place for, and to parse each would take the time
-    of those who have a place: where `refusal` gives an answer, a connection whose first bytes ask one of `QUEUED_PATHS`
+    of those that run: where `refusal` gives an answer, a connection whose first bytes ask one of `QUEUED_PATHS`
     gets it, unparsed, and is closed.
     """
 
@@ -87,3 +95,42 @@ def header_timeout_protocol(header_s: float, refusal: Callable[[bytes], bytes | 
                 self.transport.close()
 
     return HeaderTimeoutProtocol
+
+
+class EarlyRefusal:
+    """Refuses from a request's first bytes, unparsed, when the queue has no place for its caller. What can be read in
+    more than one way, and a key that is none, is left to the parser.
+
+    Args:
+        keys: the callers' keys; None: all requests are one caller's.
+        logs: write a record for each request that is refused.
+    """
+
+    def __init__(self, context: "ServerContext", keys: KeyRequired | None, *, logs: bool) -> None:
+        self._context = context
+        self._keys = keys
+        self._logs = logs
+
+    def __call__(self, data: bytes) -> bytes | None:
+        """The whole response to a request with these first bytes, its head complete, if the queue has no place for
+        it; None while it has."""
+        begun_s = time.monotonic()
+        lines = data.partition(b"\r\n\r\n")[0].split(b"\r\n")
+        name = "" if self._keys is None else self._caller(self._keys, lines[1:])
+        if name is None:
+            return None
+        try:
+            self._context.engine.check_room(Caller(name, self._context.weights.get(name, 1)))
+        except OverloadedError as error:
+            refusal = as_api_error(error)
+            if self._logs:
+                method, path, _ = lines[0].decode().split(" ")
+                log_request(method, path, refusal.status, time.monotonic() - begun_s)
+            return refusal.plain()
+        return None
+
+    def _caller(self, keys: KeyRequired, lines: list[bytes]) -> str | None:
+        if any(line[:1] in (b" ", b"\t") for line in lines):  # the line before goes on
+            return None
+        named = [line.partition(b":") for line in lines]
+        return keys.who([value.strip() for name, _, value in named if name.lower() == b"authorization"])[0]
