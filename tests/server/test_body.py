@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from quire.server.body import Bodies, parse_json
-from quire.server.errors import ApiError, ClientGoneError
-from quire.server.limits import Limits
+from quire.server.http.body import Bodies, parse_json
+from quire.server.http.errors import ApiError, ClientGoneError
+from quire.server.http.limits import Limits
 
 JSON = {"content-type": "application/json"}
 

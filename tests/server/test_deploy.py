@@ -11,8 +11,8 @@ import yaml
 from quire import LLM, SamplingParams
 from quire.cli.main import make_parser
 from quire.cli.serve import run
+from quire.server.http.probes import OPEN_PATHS
 from quire.server.metrics import make_registry
-from quire.server.routes.health import OPEN_PATHS
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 

@@ -4,9 +4,10 @@ import pytest
 
 from quire.engine.queue_bound import ANYBODY, Caller
 from quire.errors import OverloadedError, TooManyRequestsError
-from quire.server.app import create_app
+from quire.server.doors.openai.routes import OPENAI
 from quire.server.early import EarlyRefusal
-from quire.server.keys import caller_name
+from quire.server.http.app import create_app
+from quire.server.http.keys import caller_name
 from tests.server.fake_engine import FakeEngine
 
 FLOOD = caller_name("flood")
@@ -33,7 +34,7 @@ def head(*fields: str) -> bytes:
 
 def door(engine: FakeEngine, **options: object) -> EarlyRefusal:
     # `FakeEngine` has the methods that the routes call, and is no `AsyncEngine`.
-    app = create_app(engine, served_model_name="tiny", **options)  # type: ignore[arg-type]
+    app = create_app(engine, apis=[OPENAI], served_model_name="tiny", **options)  # type: ignore[arg-type]
     found = app.state.early_refusal
     assert isinstance(found, EarlyRefusal)
     return found

@@ -17,9 +17,9 @@ from quire.cli import explain as verb
 from quire.cli.main import main
 from quire.engine.timeline import Part, Timeline
 from quire.errors import ConfigurationError
-from quire.server.access import LOG_FORMATS, Access, configure_logs, log_request
-from quire.server.app import Observability
-from quire.server.keys import caller_name
+from quire.server.http.access import LOG_FORMATS, Access, configure_logs, log_request
+from quire.server.http.app import Observability
+from quire.server.http.keys import caller_name
 from quire.server.traces import Tracer
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start, wait_until

@@ -22,8 +22,8 @@ from quire.engine.stream import MAX_UNREAD, Stream
 from quire.errors import ConfigurationError, OverloadedError, RequestFailedError, TooManyRequestsError
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.sampling_params import RequestOutputKind
-from quire.server.app import Observability
-from quire.server.keys import caller_name, read_keys
+from quire.server.http.app import Observability
+from quire.server.http.keys import caller_name, read_keys
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start, wait_until
 from tests.server.fake_engine import FakeEngine

@@ -101,7 +101,7 @@ def _add_observability(group: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     from quire.compose.served import begin
-    from quire.server.listen import bind
+    from quire.server.http.listen import bind
 
     if not 0 <= options.port < 65536:
         raise ConfigurationError(f"port must be between 0 and 65535, got {options.port}", field="port")
@@ -113,11 +113,12 @@ def run(options: argparse.Namespace) -> int:
     finish = begin(args)
     # While the core starts: what follows takes a third of a second to import.
     from quire.engine.async_engine import AsyncEngine
-    from quire.server.access import configure_logs
-    from quire.server.app import Observability, create_app
-    from quire.server.keys import read_keys
-    from quire.server.limits import TRUSTED_TEMPLATE_CHARACTERS, Limits
-    from quire.server.serve import GracefulServer
+    from quire.server.doors.openai.routes import OPENAI
+    from quire.server.http.access import configure_logs
+    from quire.server.http.app import Observability, create_app
+    from quire.server.http.keys import read_keys
+    from quire.server.http.limits import TRUSTED_TEMPLATE_CHARACTERS, Limits
+    from quire.server.http.serve import GracefulServer
 
     trusted = {"chat_template_characters": TRUSTED_TEMPLATE_CHARACTERS} if options.trust_request_chat_template else {}
     limits = Limits().with_values({**trusted, **_limit_values(options.limit)})
@@ -130,6 +131,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         app = create_app(
             engine,
+            apis=[OPENAI],
             served_model_name=options.served_model_name or name,
             model_names=[name] if args.model is None else [name, args.model],
             api_key=keys,

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 from quire.engine.queue_bound import Caller
 from quire.errors import OverloadedError
-from quire.server.access import log_request
-from quire.server.errors import as_api_error
-from quire.server.keys import KeyRequired
+from quire.server.http.access import log_request
+from quire.server.http.errors import as_api_error
+from quire.server.http.keys import KeyRequired
 
 if TYPE_CHECKING:
-    from quire.server.context import ServerContext
+    from quire.server.http.context import ServerContext
 
 
 class EarlyRefusal:
@@ -39,14 +39,14 @@ class EarlyRefusal:
             self._context.engine.check_room(Caller(name, self._context.weights.get(name, 1)))
         except OverloadedError as error:
             refusal = as_api_error(error)
+            method, path, _ = lines[0].decode().split(" ")
             if self._logs:
-                method, path, _ = lines[0].decode().split(" ")
                 log_request(method, path, refusal.status, time.monotonic() - begun_s)
-            return refusal.plain()
+            return refusal.plain(self._context.error_body(path, refusal))
         return None
 
     def _caller(self, keys: KeyRequired, lines: list[bytes]) -> str | None:
         if any(line[:1] in (b" ", b"\t") for line in lines):  # the line before goes on
             return None
         named = [line.partition(b":") for line in lines]
-        return keys.who([value.strip() for name, _, value in named if name.lower() == b"authorization"])[0]
+        return keys.identify([value.strip() for name, _, value in named if name.lower() == b"authorization"])[0]

@@ -11,7 +11,7 @@ from quire import sampling_params as sampling
 from quire.engine.chat import MAX_MESSAGES
 from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
 from quire.errors import ConfigurationError, unknown_name_message
-from quire.server.errors import ApiError
+from quire.server.http.errors import ApiError
 
 LARGEST = 2**40
 MAX_TIMEOUT_SECONDS = 86400

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.engine.timeline import RequestTimes, Timeline
-from quire.server.keys import caller_of
+from quire.server.http.keys import caller_of
 from quire.server.traces import Tracer
 
 if TYPE_CHECKING:
