@@ -82,7 +82,7 @@ class Connection:
         self.timers, self.transport = Timers(asyncio.get_running_loop()), Transport()
         config = Config(self._answer, interface="asgi3", lifespan="off", log_config=None, timeout_keep_alive=10_000)
         config.load()
-        kind = header_timeout_protocol(HEADER_S, refusal)
+        kind = header_timeout_protocol(HEADER_S, refusal, OPENAI.queued_paths)
         self.protocol = kind(config, ServerState(), {}, self.timers)  # type: ignore[arg-type]
         self.protocol.connection_made(self.transport)
 

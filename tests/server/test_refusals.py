@@ -94,6 +94,7 @@ def test_bad_values(http: httpx.Client, route: str, field: str, value: Any, stat
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"detokenize": False}, "detokenize"),
+        ({"prompt": "x"}, "prompt"),
     ],
 )
 def test_bad_chat(http: httpx.Client, changes: dict[str, Any], param: str) -> None:

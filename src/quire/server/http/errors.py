@@ -38,6 +38,11 @@ logger = logging.getLogger("quire.server")
 MAX_TEXT = 1000
 FRAMES = 6
 """Calls shown of an unexpected error."""
+_KINDS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
+    (DeadlineExceededError, 408, "deadline_exceeded", "timeout"),
+    (NoTokenLeftError, 400, "no_token_left", None),
+    (RequestFailedError, 500, "request_failed", None),
+)
 _ROUTING_CODES = {404: "unknown_route", 405: "method_not_allowed"}
 
 
@@ -97,14 +102,11 @@ def as_api_error(error: BaseException) -> ApiError:
         if isinstance(error, TooManyRequestsError):
             return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
         return ApiError(503, str(error), code="overloaded", headers=headers)
-    if isinstance(error, DeadlineExceededError):
-        return ApiError(408, str(error), param="timeout", code="deadline_exceeded")
-    if isinstance(error, NoTokenLeftError):
-        return ApiError(400, str(error), code="no_token_left")
-    if isinstance(error, RequestFailedError):
-        return ApiError(500, str(error), code="request_failed")
+    for kind, status, code, param in _KINDS:
+        if isinstance(error, kind):
+            return ApiError(status, str(error), param=param, code=code)
     if isinstance(error, EngineDeadError):
-        logger.error("the engine is dead: %s", _one_line(error))
+        logger.error("the engine is dead: %s", ascii(str(error))[:MAX_TEXT])
         return ApiError(500, "the engine has stopped", code="engine_dead")
     logger.error("unexpected %s at %s", type(error).__name__, _where(error))
     return ApiError(500, "the server failed to answer this request", code="internal_error")
@@ -114,18 +116,6 @@ def _where(error: BaseException) -> str:
     """The innermost calls, without the error's own text: it may quote a request, and logs hold none."""
     frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
     return " < ".join(f"{PurePath(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
-
-
-def _one_line(error: BaseException) -> str:
-    return ascii(str(error))[:MAX_TEXT]
-
-
-async def _answer_error(request: Request, error: Exception) -> Response:
-    return error_response(request.scope, error)
-
-
-async def _answer_client_gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)
 
 
 async def _answer_routing(request: Request, error: Exception) -> Response:
@@ -142,15 +132,12 @@ async def _answer_routing(request: Request, error: Exception) -> Response:
 
 def install(app: Starlette) -> None:
     """Give every exception its answer."""
-    app.add_exception_handler(ClientGoneError, _answer_client_gone)
     app.add_exception_handler(HTTPException, _answer_routing)
-    for kind in (ApiError, InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError):
-        app.add_exception_handler(kind, _answer_error)
     app.add_middleware(ErrorMiddleware)
 
 
 class ErrorMiddleware:
-    """Answers what no handler knows. Nothing goes on to the HTTP server, whose log would quote it."""
+    """Answers every exception of a route. Nothing goes on to the HTTP server, whose log would quote it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -166,6 +153,8 @@ class ErrorMiddleware:
 
         try:
             await self._app(scope, receive, watched)
+        except ClientGoneError:
+            await Response(status_code=499)(scope, receive, send)
         except Exception as error:  # noqa: BLE001 -- the last word on any error of a request
             refusal = as_api_error(error)
             if not begun:

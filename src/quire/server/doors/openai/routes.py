@@ -1,6 +1,8 @@
 """OpenAI's text API, and vLLM's /tokenize and /detokenize: the routes, the shape of errors, the framing of streams."""
 
 import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import msgspec
@@ -11,7 +13,7 @@ from starlette.routing import Route
 from quire.server.doors.openai.bodies import TokenizeTextBody
 from quire.server.doors.openai.describe import describe
 from quire.server.doors.openai.parse import parse_chat, parse_completion, parse_detokenize, parse_tokenize
-from quire.server.doors.openai.respond import ChatAnswer, CompletionAnswer, encode_conversation
+from quire.server.doors.openai.respond import Answer, C, ChatAnswer, CompletionAnswer, encode_conversation
 from quire.server.http.context import Api, ServerContext, new_id
 from quire.server.http.errors import ApiError
 from quire.server.http.streams import Framing, deliver, naming_param
@@ -33,24 +35,23 @@ FRAMING = Framing("text/event-stream", frame, frame(b"[DONE]"), error_body)
 
 async def create_chat_completion(request: Request) -> Response:
     """Go on with a conversation."""
-    context: ServerContext = request.app.state.context
-    defaults = context.engine.get_default_sampling_params()
-    call = await context.bodies.read(request, lambda body: parse_chat(body, defaults, context.limits))
-    answer = ChatAnswer(context, call, context.request_context(request, call.options.cache_salt, call.options.timeout))
-    with naming_param("prompt", "messages"):
-        return await deliver(request, answer, FRAMING if call.options.stream else None)
+    return await _create(request, parse_chat, ChatAnswer, naming_param("prompt", "messages"))
 
 
 async def create_completion(request: Request) -> Response:
     """Continue each prompt."""
+    return await _create(request, parse_completion, CompletionAnswer, naming_param("prompt_token_ids", "prompt"))
+
+
+async def _create(
+    request: Request, parse: Callable[..., C], answer: type[Answer[C]], naming: AbstractContextManager[None]
+) -> Response:
     context: ServerContext = request.app.state.context
     defaults = context.engine.get_default_sampling_params()
-    call = await context.bodies.read(request, lambda body: parse_completion(body, defaults, context.limits))
+    call = await context.bodies.read(request, lambda body: parse(body, defaults, context.limits))
     requested = context.request_context(request, call.options.cache_salt, call.options.timeout)
-    with naming_param("prompt_token_ids", "prompt"):
-        return await deliver(
-            request, CompletionAnswer(context, call, requested), FRAMING if call.options.stream else None
-        )
+    with naming:
+        return await deliver(request, answer(context, call, requested), FRAMING if call.options.stream else None)
 
 
 async def tokenize(request: Request) -> Response:
