@@ -119,7 +119,7 @@ async def test_an_answer_that_takes_longer_than_headers_may_is_not_cut_off() -> 
     connection.protocol.data_received(PROBE)
     assert connection.deadlines == []
     connection.timers.pass_time()
-    connection.protocol._give_up()  # type: ignore[attr-defined]
+    connection.protocol._on_timeout()  # type: ignore[attr-defined]
     assert not connection.transport.is_closed
     connection.go.set()
     await connection.answered(1)
