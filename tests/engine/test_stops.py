@@ -11,6 +11,7 @@ from quire import LLM, CompletionOutput, SamplingParams
 from quire.core.plan import StepRecord
 from quire.engine.channel import LocalChannel
 from quire.engine.request_state import SequenceText
+from quire.text.detokenizer import StopStrings
 from quire.text.tokenizer import Tokenizer
 from tests.tiny.checkpoints import END_OF_TEXT
 
@@ -48,9 +49,9 @@ def core(tiny_model: Path, request: pytest.FixtureRequest, monkeypatch: pytest.M
     collect: Callable[[LocalChannel], Any] = LocalChannel.collect
 
     def recorded(channel: LocalChannel) -> Any:
-        news = collect(channel)
-        records.extend(item.record for item in news if item.record is not None)
-        return news
+        outputs = collect(channel)
+        records.extend(item.record for item in outputs if item.record is not None)
+        return outputs
 
     monkeypatch.setattr(LocalChannel, "collect", recorded)
     with LLM(model=str(tiny_model), async_scheduling=request.param, max_model_len=256) as llm:
@@ -165,7 +166,7 @@ def test_a_stop_string_may_begin_before_the_minimum(tiny_model: Path, include: b
             params = SamplingParams(
                 stop=stops, min_tokens=min_tokens, max_tokens=50, include_stop_str_in_output=include
             )  # fmt: skip
-            state = SequenceText(tokenizer, params, [10])
+            state = SequenceText(tokenizer, params, StopStrings(stops, include), [10])
             pieces, matched, count = [], None, 0
             while matched is None and count < len(text):
                 piece, matched = state.push([ord(text[count])])

@@ -15,7 +15,7 @@ import pytest
 
 from quire.cli import explain as verb
 from quire.cli.main import main
-from quire.engine.timeline import Part, Timeline
+from quire.engine.timeline import Phase, Timeline
 from quire.errors import ConfigurationError
 from quire.server.http.access import LOG_FORMATS, Access, configure_logs, log_request
 from quire.server.http.app import Observability
@@ -146,7 +146,7 @@ def test_a_record_tells_sizes_and_times_and_no_text(real: Running, caplog: pytes
 def ended(request_id: str, num_tokens: int, first_token_s: float | None, reason: str | None) -> Timeline:
     """A sequence that arrived at 100."""
     return Timeline(
-        request_id, 0, 9, 100.0, Part.QUEUED, 100.0, first_token_s=first_token_s, finish_reason=reason,
+        request_id, 0, 9, 100.0, Phase.QUEUED, 100.0, first_token_s=first_token_s, finish_reason=reason,
         num_output_tokens=num_tokens,
     )  # fmt: skip
 
@@ -270,7 +270,7 @@ def spans_of(bodies: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
 def test_a_collector_that_is_gone_costs_spans_only(real: Running) -> None:
     tracer = Tracer("http://127.0.0.1:1", "m")
     complete(real)
-    times = real.engine._engine.ledger._requests[next(reversed(real.engine._engine.ledger._requests))]
+    times = real.engine._engine.timelines._requests[next(reversed(real.engine._engine.timelines._requests))]
     tracer.request(times, None)
     tracer.request(times, b"00-" + b"ab" * 16 + b"-" + b"cd" * 8 + b"-00")
     tracer.close()

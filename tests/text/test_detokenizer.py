@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quire.errors import InvalidRequestError
-from quire.text.detokenizer import IncrementalDetokenizer, StopStrings
+from quire.text.detokenizer import IncrementalDetokenizer, StopSearch, StopStrings
 from quire.text.tokenizer import Tokenizer
 from tests.text.small_tokenizers import KINDS, write_directory
 
@@ -133,7 +133,7 @@ STOPS = st.lists(st.text("ab分👍", min_size=1, max_size=4), min_size=0, max_s
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), text=st.text("ab分👍x", max_size=20), stops=STOPS, include=st.booleans())
 def test_stop_strings_do_not_depend_on_the_cuts(data, text, stops, include):
-    matcher = StopStrings(tuple(stops), include)
+    matcher = StopSearch(StopStrings(tuple(stops), include))
     emitted, matched = "", None
     for piece in in_pieces(data, text):
         emit, found = matcher.push(piece)
@@ -153,7 +153,7 @@ def test_stop_strings_do_not_depend_on_the_cuts(data, text, stops, include):
 @settings(max_examples=150, deadline=None)
 @given(text=st.text("abx", max_size=20), stops=STOPS)
 def test_only_the_beginning_of_a_stop_string_is_held_back(text, stops):
-    matcher = StopStrings(tuple(stops), False)
+    matcher = StopSearch(StopStrings(tuple(stops), False))
     emitted = seen = ""
     for character in text:
         emit, matched = matcher.push(character)
@@ -166,12 +166,12 @@ def test_only_the_beginning_of_a_stop_string_is_held_back(text, stops):
 
 
 def test_examples():
-    assert StopStrings(("lo", "hello"), False).push("hello there") == ("", "hello")
-    assert StopStrings(("abc", "b"), False).push("abc") == ("a", "b")
-    matcher = StopStrings(("abc", "b"), False)
+    assert StopSearch(StopStrings(("lo", "hello"), False)).push("hello there") == ("", "hello")
+    assert StopSearch(StopStrings(("abc", "b"), False)).push("abc") == ("a", "b")
+    matcher = StopSearch(StopStrings(("abc", "b"), False))
     assert matcher.push("a") == ("", None)
     assert matcher.push("bc") == ("a", "b"), "what was held and is no part of the match"
-    matcher = StopStrings(("</end>",), True)
+    matcher = StopSearch(StopStrings(("</end>",), True))
     assert matcher.push("x</e") == ("x</e", None)
     assert matcher.push("nd>yz") == ("nd>", "</end>")
     with pytest.raises(InvalidRequestError, match="empty"):
@@ -182,7 +182,7 @@ def test_a_stop_string_that_begins_inside_a_token_of_bytes(tokenizers):
     """The stop string begins with a character whose bytes lie in several tokens."""
     tokenizer = tokenizers["fallback_bpe"]
     ids = tokenizer.encode("ab👍cd")
-    detokenizer, matcher = IncrementalDetokenizer(tokenizer), StopStrings(("👍c",), False)
+    detokenizer, matcher = IncrementalDetokenizer(tokenizer), StopSearch(StopStrings(("👍c",), False))
     emitted, matched = "", None
     for token_id in ids:
         emit, matched = matcher.push(detokenizer.push([token_id]))
@@ -192,22 +192,40 @@ def test_a_stop_string_that_begins_inside_a_token_of_bytes(tokenizers):
     assert (emitted, matched) == ("ab", "👍c")
 
 
-def test_the_matcher_is_linear():
-    """Each character costs at most two transitions, whatever the stop strings repeat."""
-    steps = 0
+def test_a_piece_is_searched_with_what_may_have_begun_and_no_more(monkeypatch):
+    """However long the stop strings are; text that only looks like one of them is let go."""
+    searched = []
+    find = StopStrings.find
 
-    class Counting(StopStrings):
-        def _next(self, state, character):
-            nonlocal steps
-            while character not in state.following and state.shorter is not None:
-                state = state.shorter
-                steps += 1
-            steps += 1
-            return state.following.get(character, state)
+    def counting(stops, text, start):
+        searched.append(len(text))
+        return find(stops, text, start)
 
-    matcher = Counting(("a" * 500 + "b", "ab" * 200 + "c"), False)
-    text = ("a" * 499 + "c" + "ab" * 199) * 20
-    for character in text:
-        matcher.push(character)
+    monkeypatch.setattr(StopStrings, "find", counting)
+    matcher = StopSearch(StopStrings(("a" * 500 + "b", "ab" * 200 + "c"), False))
+    text = "ab" * 3 + "x" + "xyz" * 1000 + ("a" * 499 + "c" + "ab" * 199) * 20
+    emitted = "".join(matcher.push(character)[0] for character in text)
     assert matcher.matched is None
-    assert steps <= 2 * len(text)
+    assert emitted + matcher.flush() == text
+    assert max(searched) <= 501
+    assert len(searched) < len(text) - 2900, "not where no stop string can have begun"
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), text=st.text("ab", max_size=16), stops=STOPS, include=st.booleans())
+def test_what_is_ignored_may_be_the_beginning_of_a_match(data, text, stops, include):
+    """Stop strings that end before the minimum are text; one that ends behind it may begin before."""
+    pieces = in_pieces(data, text)
+    minimum = data.draw(st.integers(0, len(pieces)))
+    matcher = StopSearch(StopStrings(stops, include))
+    emitted, ignored = "", sum(map(len, pieces[:minimum]))
+    for place, piece in enumerate(pieces):
+        emitted += matcher.push(piece, may_match=place >= minimum)[0]
+    ends = [end for end in range(ignored + 1, len(text) + 1) if any(text[:end].endswith(stop) for stop in stops)]
+    if not ends:
+        assert matcher.matched is None
+        assert emitted + matcher.flush() == text
+        return
+    stop = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len)
+    assert matcher.matched == stop
+    assert emitted == text[: ends[0] if include else ends[0] - len(stop)]

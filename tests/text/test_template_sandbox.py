@@ -10,8 +10,8 @@ import pytest
 from jinja2 import nodes
 
 from quire.errors import InvalidRequestError
-from quire.text import template_limits
-from quire.text.chat_template import ChatTemplates
+from quire.text.chat import limits
+from quire.text.chat.template import ChatTemplates
 
 MESSAGES = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -44,6 +44,44 @@ TOO_LARGE = r"""
 {{ [1] | slice(10**9) | list }}
 {{ 1 | round(-10**9, 'floor') }}
 {{ strftime_now('%Y' * 1000) }}
+{{ 'a' | center(10**9) }}
+{{ 'a' | map('center', 10**9) | list }}
+{{ range(100000) | map('string') | map('center', 8000000) | list }}
+{{ '\t\t'.expandtabs(10**9) }}
+{{ '{x:1000000000}'.format_map({'x': 1}) }}
+{{ ('<' | e).ljust(10**9) }}
+{{ ('<' | safe) * 10**9 }}
+{{ ('%1000000000d' | safe) % 1 }}
+{{ ('{:1000000000}' | safe).format('a') }}
+{% autoescape true %}{% set x %}a{% endset %}{{ x.ljust(10**9) }}{% endautoescape %}
+{% filter center(10**9) %}a{% endfilter %}
+{{ ('a' * 60000) | wordwrap(1, true, 'b' * 1000) }}
+{{ ('http://a.b ' * 5000) | urlize(rel='x' * 10000) }}
+{{ ('http://a.b ' * 5000) | urlize(target='x' * 10000) }}
+{{ ('http://a.b ' * 8000) | urlize }}
+{{ ('a-' * 400000) | wordwrap(10) }}
+{{ ('<a>' * 400000) | striptags }}
+{{ ('(' * 400000 ~ ')' * 400000) | urlize }}
+{{ (range(2000) | list) | pprint }}
+{{ {'a': 'b' * 400000} | xmlattr }}
+{{ {'a': 'b' * 400000} | urlencode }}
+{{ ('a ' * 400000) | wordcount }}
+{{ ('\r' * 8000000) | indent }}
+{{ range(100000) | unique | list }}
+{{ ([[]] * 5000) | sum(start=[]) }}
+{{ dict(range(5000) | batch(2)) | length }}{{ dict(range(90000) | batch(2)) }}
+{{ dict.fromkeys(range(5000)) }}
+{% macro f() %}{% set ns.x = varargs %}{% endmacro %}{% set ns = namespace(x=1) %}{% for i in range(99) %}{{ f(ns.x, ns.x) }}{% endfor %}{{ ns.x }}
+{% macro f() %}{% set ns.x = kwargs %}{% endmacro %}{% set ns = namespace(x=1) %}{% for i in range(99) %}{{ f(a=ns.x, b=ns.x) }}{% endfor %}{{ ns.x }}
+{% set ns = namespace(x=1) %}{% for i in range(99) %}{% set ns.x = cycler(ns.x, ns.x).items %}{% endfor %}{{ ns.x }}
+{% set ns = namespace(x={}) %}{% for i in range(99) %}{% set ns.x = dict(a=ns.x.items(), b=ns.x.items()) %}{% endfor %}{{ ns.x }}
+{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] | batch(2) | list %}{% endfor %}{{ ns.x }}
+{% set ns = namespace(x='a') %}{% for i in range(99) %}{% set ns.x = [ns.x, ns.x] | groupby(0) %}{% endfor %}{{ ns.x }}
+{% set s = ({'a' * 100000: 1}.keys() - [1]) %}{{ [s] * 1000 }}
+{{ raise_exception(*('a' * 8000000)) }}
+{{ '{0}{0}{0}{0}{0}{0}{0}{0}{0}{0}'.format('x' * 1000000) }}
+{% set a = 'a' * 8000000 %}{{ a ~ a ~ a ~ a ~ a ~ a ~ a ~ a ~ a ~ a }}
+{% call(x) messages.count('a' * 10**9) %}{% endcall %}
 {% set ns = namespace(x='aaaaaaaa') %}{% for i in range(100) %}{% set ns.x = ns.x + ns.x %}{% endfor %}
 {% set ns = namespace(x='aaaaaaaa') %}{% for i in range(100) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}
 {% set ns = namespace(x='aaaaaaaa') %}{% for i in range(100) %}{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}
@@ -57,7 +95,6 @@ TOO_LARGE = r"""
 {% set ns = namespace(x=1, y=1) %}{% for i in range(99) %}{% set ns.x, ns.y = [ns.x, ns.x], [ns.y, ns.y] %}{% endfor %}{{ ns.x == ns.y }}
 {% set ns = namespace(x={}) %}{% for i in range(100) %}{% set ns.x = {'a': ns.x, 'b': ns.x} %}{% endfor %}
 {% set ns = namespace(x={}) %}{% for i in range(100) %}{% set ns.x = dict(a=ns.x, b=ns.x) %}{% endfor %}
-{% set ns = namespace(t=()) %}{% for i in range(100000) %}{% set ns.t = (ns.t, i) %}{% endfor %}{{ ns.t }}
 {% set a = 'a' * 4000000 %}{{ a.replace('', a) }}
 {% set a = 'a' * 4000000 %}{{ a | replace('a', a) }}
 {% set a = 'a' * 1000000 %}{{ a.replace('a', 'b' * 300) }}
@@ -87,6 +124,7 @@ TOO_LARGE = r"""
 """.strip().split("\n")
 
 TOO_LONG = r"""
+{% set ns = namespace(t=()) %}{% for i in range(100000) %}{% set ns.t = (ns.t, i) %}{% endfor %}{{ ns.t }}
 {% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}
 {% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}
 {% set a = range(90000) | list %}{% set b = range(90000) | list %}{% for i in range(9999) %}{% if a == b %}{% endif %}{% endfor %}
@@ -107,24 +145,24 @@ REFUSED = {
     "{{ messages.append(1) }}": "unsafe",
     "{{ messages[0].update(a=1) }}": "unsafe",
     "{{ (1).to_bytes(10**9) }}": "unsafe",
-    "{{ 'a'.expandtabs(10**9) }}": "unsafe",
     "{{ 'a'.translate({97: 'b'}) }}": "unsafe",
-    "{{ ''.format_map({}) }}": "unsafe",
+    "{{ '{x.__class__.__mro__}'.format_map({'x': 1}) }}": "unsafe",
+    "{{ {}.fromkeys([1]) }}": "unsafe",
+    "{{ 'a'.encode() }}": "unsafe",
     "{% set ns = namespace() %}{% set ns.__class__ = 1 %}": "underscore",
     "{{ namespace(_x=1) }}": "underscore",
     "{% include 'x' %}": "no loader",
     "{% import 'x' as y %}": "no loader",
     "{% extends 'x' %}": "no loader",
     "{% include 'x' ignore missing %}": "no loader",
-    "{{ 'a' | center(10**9) }}": "No filter named 'center'",
+    "{{ 'a' | nothing }}": "No filter named 'nothing'",
     "{{ lipsum(10**9) }}": "'lipsum' is undefined",
-    "{{ raise_exception(*('a' * 8000000)) }}": r"'\*' arguments",
-    "{{ dict([[1, 1]]) }}": "must be strings",
-    "{{ [[1], [2]] | sum(start=[]) }}": "cannot calculate",
     "{{ raise_exception('this conversation is refused') }}": "this conversation is refused",
     "{{ 1 / 0 }}": "division by zero",
+    "{{ [1] | batch('a' * 8000000) | list }}": "cannot be interpreted as an integer",
+    "{{ [1] | slice('a' * 8000000) | list }}": "cannot be interpreted as an integer",
+    "{{ '\\t'.expandtabs('a' * 8000000) }}": "cannot be interpreted as an integer",
     "{{ raise_exception(cycler('a')) }}": "Cycler object>",
-    "{% autoescape true %}{% set x %}a{% endset %}{{ x.ljust(10**9) }}{% endautoescape %}": "autoescape",
     "{% if %}": "not valid, line 1",
     "{{ messages[0].nothing.more }}": "has no attribute 'nothing'",
     "{{ " + "[" * 3000 + "]" * 3000 + " }}": "nests too deeply",
@@ -144,7 +182,7 @@ def peak_mb():
 @pytest.mark.parametrize("template", TOO_LARGE)
 def test_no_value_grows_beyond_its_bound(template, monkeypatch):
     # The bound of size is what ends it, however slow the machine is.
-    monkeypatch.setattr(template_limits, "MAX_CPU_SECONDS", 20.0)
+    monkeypatch.setattr(limits, "MAX_CPU_SECONDS", 20.0)
     before = peak_mb()
     with pytest.raises(InvalidRequestError, match=r"more than|too large|too long|too many|apart") as caught:
         ChatTemplates().render(template, MESSAGES)
@@ -154,7 +192,7 @@ def test_no_value_grows_beyond_its_bound(template, monkeypatch):
 
 @pytest.mark.parametrize("template", TOO_LONG)
 def test_no_loop_runs_beyond_its_time(template, monkeypatch):
-    monkeypatch.setattr(template_limits, "MAX_CPU_SECONDS", 0.2)
+    monkeypatch.setattr(limits, "MAX_CPU_SECONDS", 0.2)
     before = peak_mb()
     with pytest.raises(InvalidRequestError, match=r"longer than 0\.2 s"):
         ChatTemplates().render(template, MESSAGES)
@@ -189,8 +227,8 @@ def test_every_operation_is_metered():
     source = "{% for x in a %}{{ [x] }}{{ (x, x) }}{{ {x: x} }}{{ x == x }}{{ x ~ x }}{{ x[1:] }}{% endfor %}"
     tree = ChatTemplates()._environment.parse(source)
     wrapped = {type(node.node) for node in tree.find_all(nodes.Filter) if node.name.startswith(" ")}
-    assert {nodes.List, nodes.Tuple, nodes.Dict, nodes.Compare, nodes.Getitem, nodes.Name} <= wrapped
-    assert not list(tree.find_all(nodes.Concat))
+    assert {nodes.List, nodes.Tuple, nodes.Dict, nodes.Concat, nodes.Getitem, nodes.Name} <= wrapped
+    assert all(isinstance(node, nodes.Filter) for tilde in tree.find_all(nodes.Concat) for node in tilde.nodes)
 
 
 def test_a_spent_budget_is_not_the_next_ones():

@@ -1,9 +1,9 @@
 """From tokens to text while they arrive, and stop strings across token borders."""
 
+import bisect
 import codecs
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from quire.errors import InvalidRequestError
@@ -103,37 +103,59 @@ class IncrementalDetokenizer:
         return data
 
 
-@dataclass(slots=True, eq=False)
-class _State:
-    """A node of the automaton: the longest end of the text that begins a stop string."""
-
-    depth: int  # characters
-    stop: str | None = None  # the longest stop string that ends here
-    following: dict[str, "_State"] = field(default_factory=dict)
-    shorter: "_State | None" = None  # the next longest such end; None at the root
-
-
 class StopStrings:
-    """Finds the first stop string in a text that arrives in pieces (Aho and Corasick, 1975).
+    """The stop strings of a request, prepared once for all its sequences.
+
+    Raises `InvalidRequestError` for an empty stop string.
+    """
+
+    def __init__(self, stops: Iterable[str], include: bool) -> None:
+        self._sorted = sorted(set(stops))
+        if not all(self._sorted):
+            raise InvalidRequestError("a stop string must not be empty", param="stop")
+        self.include = include
+        self._by_length = sorted(self._sorted, key=len)
+        firsts = "".join(map(re.escape, sorted({stop[0] for stop in self._sorted})))
+        self.first = re.compile(f"[{firsts}]" if firsts else r"(?!)")
+
+    def find(self, text: str, start: int) -> tuple[int, str] | None:
+        """The match that ends first behind `start`, and of several the longest: `(end, stop string)`."""
+        found = []
+        for stop in self._by_length:
+            if len(stop) > len(text):
+                break
+            place = text.find(stop, max(0, start - len(stop) + 1))
+            if place >= 0:
+                found.append((place + len(stop), -len(stop), stop))
+        if not found:
+            return None
+        end, _, stop = min(found)
+        return end, stop
+
+    def beginning_in(self, text: str) -> str:
+        """The longest end of `text` with which a stop string begins that is longer."""
+        for match in self.first.finditer(text, max(0, len(text) - len(self._by_length[-1]) + 1)):
+            end = text[match.start() :]
+            place = bisect.bisect_right(self._sorted, end)  # in this order, what begins with it comes next
+            if place < len(self._sorted) and self._sorted[place].startswith(end):
+                return end
+        return ""
+
+
+class StopSearch:
+    """Finds the first stop string in the text of one sequence, which arrives in pieces.
 
     The match that is complete first wins; of several complete with the same character, the one that
     began first (the longest) does. So the result does not depend on how the text was cut in pieces.
     (vLLM looks for each stop string in the order of the list after each token, so that there the
     tokens may decide.) Text is held back only while it may be the beginning of a stop string, and with
-    `include` never, because then it is part of the result either way. Time is linear in the text.
-
-    Raises `InvalidRequestError` for an empty stop string.
+    `include` never, because then it is part of the result either way. A piece is searched together
+    with that beginning, which is seldom longer than a character or two.
     """
 
-    def __init__(self, stops: tuple[str, ...], include: bool) -> None:
-        if not all(stops):
-            raise InvalidRequestError("a stop string must not be empty", param="stop")
-        self._include = include
-        self._root = _build_automaton(stops)
-        firsts = "".join(re.escape(character) for character in sorted(self._root.following))
-        self._first = re.compile(f"[{firsts}]" if firsts else r"(?!)")
-        self._state = self._root
-        self._held = ""
+    def __init__(self, stops: StopStrings) -> None:
+        self._stops = stops
+        self._begun = ""  # the longest end of the text so far with which a stop string begins
         self.matched: str | None = None
 
     def push(self, text: str, *, may_match: bool = True) -> tuple[str, str | None]:
@@ -144,68 +166,21 @@ class StopStrings:
         """
         if self.matched is not None:
             return "", self.matched
-        start = 0
-        if self._state is self._root:
-            found = self._first.search(text)
-            if found is None:
-                return text, None
-            start = found.start()
-        state = self._state
-        for place in range(start, len(text)):
-            state = self._next(state, text[place])
-            if state.stop is not None and may_match:
-                return self._finish(text[: place + 1], state.stop)
-        self._state = state
-        if self._include:
+        if not self._begun and self._stops.first.search(text) is None:
             return text, None
-        text = self._held + text
-        border = len(text) - state.depth
-        self._held = text[border:]
-        return text[:border], None
+        start = len(self._begun)
+        whole = self._begun + text
+        found = self._stops.find(whole, start) if may_match else None
+        if found is not None:
+            end, self.matched = found
+            self._begun = ""
+            return whole[start:end] if self._stops.include else whole[: end - len(self.matched)], self.matched
+        self._begun = self._stops.beginning_in(whole)
+        if self._stops.include:
+            return text, None
+        return whole[: len(whole) - len(self._begun)], None
 
     def flush(self) -> str:
         """The text held back, once it is known that no more follows."""
-        held, self._held = self._held, ""
-        self._state = self._root
-        return held
-
-    def _finish(self, text: str, stop: str) -> tuple[str, str]:
-        self.matched = stop
-        if self._include:
-            return text, stop
-        text, self._held = self._held + text, ""
-        return text[: len(text) - len(stop)], stop
-
-    def _next(self, state: _State, character: str) -> _State:
-        while (following := state.following.get(character)) is None:
-            if state.shorter is None:
-                return state
-            state = state.shorter
-        return following
-
-
-def _build_automaton(stops: tuple[str, ...]) -> _State:
-    root = _State(0)
-    for stop in stops:
-        state = root
-        for character in stop:
-            if character not in state.following:
-                state.following[character] = _State(state.depth + 1)
-            state = state.following[character]
-        state.stop = stop
-    level = list(root.following.values())
-    for state in level:
-        state.shorter = root
-    while level:
-        below: list[_State] = []
-        for state in level:
-            for character, child in state.following.items():
-                shorter = state.shorter
-                while shorter is not None and character not in shorter.following:
-                    shorter = shorter.shorter
-                child.shorter = root if shorter is None else shorter.following[character]
-                if child.stop is None:
-                    child.stop = child.shorter.stop
-                below.append(child)
-        level = below
-    return root
+        begun, self._begun = self._begun, ""
+        return "" if self._stops.include else begun

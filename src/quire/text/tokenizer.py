@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.errors import InvalidRequestError
+from quire.text.chat.messages import ContinuationMarker, plain_data, read_messages
+from quire.text.chat.special import SpecialText
 from quire.text.detokenizer import IncrementalDetokenizer
-from quire.text.messages import OpenEnd, plain_data, read_messages
-from quire.text.special_text import SpecialText
 from quire.text.token_bytes import TokenBytes
 from quire.text.tokenizer_files import TokenizerFiles, read_tokenizer_files
 
 if TYPE_CHECKING:
-    from quire.text.chat_template import ChatTemplates
+    from quire.text.chat.template import ChatTemplates
 
 
 class Tokenizer:
@@ -41,7 +41,7 @@ class Tokenizer:
 
     @cached_property
     def _templates(self) -> "ChatTemplates":
-        from quire.text.chat_template import ChatTemplates  # jinja2 is slow to import, and raw prompts do without
+        from quire.text.chat.template import ChatTemplates  # jinja2 is slow to import, and raw prompts do without
 
         return ChatTemplates()
 
@@ -76,8 +76,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The tokens of a raw prompt.
 
-        Special tokens spelled in the text become those tokens, as in vLLM's completions: who sends a raw
-        prompt writes the template. `add_special_tokens` lets the post-processor add BOS and the like.
+        Special tokens spelled in the text become those tokens, as in vLLM's completions: the caller of a raw
+        prompt writes the template itself. `add_special_tokens` lets the post-processor add BOS and the like.
         """
         try:
             ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
@@ -125,7 +125,7 @@ class Tokenizer:
 
         `chat_template` is the name of one of the model's templates, or a template. In tokens, special
         tokens spelled anywhere in messages, tools, documents or `template_kwargs` are ordinary text, so
-        that nobody can forge a turn; the text form cannot tell them apart. A caller who passes on
+        that no message can forge a turn; the text form cannot tell them apart. A caller who passes on
         `template_kwargs` from outside must see to it that they hold no `chat_template`.
         `add_special_tokens` adds what the tokenizer adds to a raw prompt (most templates write it).
 
@@ -145,21 +145,21 @@ class Tokenizer:
             "documents": plain_data(documents),
             **plain_data(template_kwargs),
         }
-        breaks = None
+        escape = None
         if tokenize and self._special_text.occurs_in(inputs.values()):
-            breaks = self._special_text.choose_breaks(inputs.values(), source)
-            inputs = {name: self._special_text.broken(value, breaks) for name, value in inputs.items()}
-        open_end = OpenEnd(inputs["messages"]) if continue_final_message else None
+            escape = self._special_text.choose_escape(inputs.values(), source)
+            inputs = {name: self._special_text.escaped(value, escape) for name, value in inputs.items()}
+        continuation = ContinuationMarker(inputs["messages"]) if continue_final_message else None
         variables = {**self._files.named_tokens, "add_generation_prompt": add_generation_prompt, **inputs}
         rendered = self._templates.render(source, variables)
-        if open_end is not None:
-            rendered = open_end.cut(rendered)
+        if continuation is not None:
+            rendered = continuation.cut(rendered)
         if not tokenize:
             return rendered
-        if breaks is None:
+        if escape is None:
             return self.encode(rendered, add_special_tokens=add_special_tokens)
         try:
-            return self._special_text.encode(rendered, breaks, add_special_tokens=add_special_tokens)
+            return self._special_text.encode(rendered, escape, add_special_tokens=add_special_tokens)
         except InvalidRequestError:
             raise
         except Exception as error:  # noqa: BLE001 - the library raises bare Exception

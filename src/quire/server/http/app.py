@@ -78,6 +78,8 @@ def create_app(
     api_keys = _weighted(api_key)
     if not all(key.strip() for key in api_keys):
         raise ConfigurationError("api_key must not be empty", field="api_key")
+    if show_cached_tokens is None:
+        show_cached_tokens = not (share_prefix_cache and len(api_keys) > 1)
     app = Starlette(routes=[*(route for api in apis for route in api.routes), *probes.ROUTES])
     app.router.redirect_slashes = False
     app.state.context = ServerContext(
@@ -86,9 +88,7 @@ def create_app(
         served_names=names,
         accepted_names=frozenset(names) | frozenset(model_names),
         gate=Gate(max_requests_in_flight),
-        show_cached_tokens=not (share_prefix_cache and len(api_keys) > 1)
-        if show_cached_tokens is None
-        else show_cached_tokens,
+        show_cached_tokens=show_cached_tokens,
         limits=limits,
         bodies=Bodies(limits),
         needs_key=bool(api_keys),

@@ -1,0 +1,1 @@
+"""Conversations: messages checked, templates rendered, special tokens in messages kept as text."""
