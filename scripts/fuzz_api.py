@@ -132,9 +132,9 @@ def schemathesis(port: int, seconds: int, seed: int) -> int:
 def one_request(chance: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
     """Method, path, body and headers of the next request."""
     path = chance.choice(list(ROUTES))
-    door, base = ROUTES[path]
+    schema, base = ROUTES[path]
     body = dict(base)
-    for name in chance.sample(door.known(), chance.randint(1, 3)):
+    for name in chance.sample(schema.known(), chance.randint(1, 3)):
         body[name] = chance.choice(ATOMS)
     data = json.dumps(body).encode()
     kind = chance.random()

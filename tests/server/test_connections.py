@@ -200,7 +200,7 @@ async def test_it_leaves_with_the_last_request_or_ends_the_rest_when_time_is_up(
         server.servers = []
         gate._inside.update(str(number) for number in range(num_inside))
         await server.on_tick(0)
-        assert not server.should_exit, "nobody has asked it to"
+        assert not server.should_exit, "no signal has come"
         server.drain()
         monkeypatch.setattr(
             "quire.server.http.serve.time.monotonic", lambda now_s=now_s, more_s=passed_s: now_s + more_s

@@ -66,7 +66,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def trusting(real: Running) -> Any:
-    """The real engine behind a second door, which takes templates."""
+    """The real engine behind a second server, which takes templates."""
     instance = start(real.engine, limits=Limits().with_values({"chat_template_characters": 500}))
     with httpx.Client(base_url=instance.url) as session:
         yield session

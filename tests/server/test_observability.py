@@ -25,7 +25,7 @@ from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
 
-SECRET = "a prompt that nobody may log"
+SECRET = "a prompt that no log may hold"
 
 
 def complete(server: Running, **more: Any) -> httpx.Response:
@@ -109,7 +109,7 @@ def test_the_verb_prints_parts_and_a_sentence(real: Running, capsys: pytest.Capt
     ],
 )
 def test_explanations_are_for_operators(options: dict[str, Any], key: str | None, status: int) -> None:
-    """404 says that the door was open: the request is not known."""
+    """404 says that the key was taken: the request is not known."""
     server = start(FakeEngine(), **options)
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     assert httpx.get(f"{server.url}/v1/requests/x/explain", headers=headers).status_code == status

@@ -65,7 +65,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The one that was asked for."""
+    """The benchmark that was named."""
     runs = {"core": bench_core.run, "kernels": bench_kernels.run, "throughput": _throughput}
     return runs[options.kind](options)
 

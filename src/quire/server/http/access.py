@@ -156,7 +156,7 @@ LOG_FORMATS = {"text": TextFormatter, "json": JsonFormatter}
 
 
 def configure_logs(log_format: str, *, requests: bool) -> None:
-    """What `quire` logs goes to standard error in one of `LOG_FORMATS`: warnings, and each request if asked for."""
+    """What `quire` logs goes to standard error in one of `LOG_FORMATS`: warnings, and with `requests` each request."""
     handler = logging.StreamHandler()
     handler.setFormatter(LOG_FORMATS[log_format]())
     root = logging.getLogger()

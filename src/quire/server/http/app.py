@@ -98,7 +98,6 @@ def create_app(
     )
     engine.expect_callers(app.state.context.weights)
     app.state.registry = make_registry(engine, names[0], metrics_prefix)
-    errors.install(app)
     _surround(app, names[0], list(api_keys), observability)
     return app
 
@@ -110,10 +109,11 @@ def _weighted(api_key: str | Sequence[str] | Mapping[str, int]) -> dict[str, int
 
 
 def _surround(app: Starlette, name: str, api_keys: Sequence[str], observability: Observability) -> None:
-    """Keys, and around them what takes notes of every request."""
+    """Errors, the queue and keys, and around them what takes notes of every request."""
     admin_key = observability.admin_api_key
     if admin_key is not None and (not admin_key.strip() or admin_key in api_keys):
         raise ConfigurationError("admin_api_key must not be empty, nor a caller's key", field="admin_api_key")
+    errors.install(app)
     app.add_middleware(QueueGuard, context=app.state.context)
     keys = None
     if api_keys or admin_key is not None:

@@ -175,5 +175,5 @@ class ServerContext:
 
 
 def new_id(prefix: str, asked: str | None = None) -> str:
-    """The id that a client asked for, or one that cannot be guessed."""
+    """The id that a client gave its request, or one that cannot be guessed."""
     return f"{prefix}-{asked or secrets.token_hex(16)}"

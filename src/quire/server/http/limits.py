@@ -1,7 +1,7 @@
 """Every limit that a request can meet, in one table: value, unit, flag, and the error past it.
 
-`Limits` are those of the HTTP door, each set by `quire serve --limit NAME=VALUE`. `FIXED` are those that the engine
-holds at every door. The page docs/guide/limits.md and the API's schema are made from both.
+`Limits` are those of the server, each set by `quire serve --limit NAME=VALUE`. `FIXED` are those that the engine
+holds for the library too. The page docs/guide/limits.md and the API's schema are made from both.
 """
 
 from collections.abc import Mapping
@@ -17,12 +17,12 @@ LARGEST = 2**40
 MAX_TIMEOUT_SECONDS = 86400
 TRUSTED_TEMPLATE_CHARACTERS = 2**16
 """Of a chat template in a request, where such are trusted. They are not by default: to compile and run one may take a
-second of the one thread that tokenises for everybody."""
+second of the one thread that tokenises for all callers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """One bound of the HTTP door. `error` makes the refusal that names it."""
+    """One bound of the server. `error` makes the refusal that names it."""
 
     what: str
     value: int
@@ -82,7 +82,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """A bound that holds at every door and has no flag: the refusal names `param`."""
+    """A bound that holds for every caller and has no flag: the refusal names `param`."""
 
     param: str
     value: str

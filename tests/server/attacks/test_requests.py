@@ -1,4 +1,4 @@
-"""What an attacker sends to the door: numbers, headers, framing, paths, slow bytes. See docs/guide/trust.md."""
+"""What an attacker sends to the server: numbers, headers, framing, paths, slow bytes. See docs/guide/trust.md."""
 
 import ast
 import gc
@@ -242,7 +242,7 @@ def test_logs_hold_one_line_a_record_and_nothing_of_the_request(caplog: pytest.L
         assert KEY not in text
         assert "s3cret" not in text
         assert record.exc_info is None
-    assert any("unexpected RuntimeError at test_door.py" in record.getMessage() for record in caplog.records)
+    assert any("unexpected RuntimeError at test_requests.py" in record.getMessage() for record in caplog.records)
 
 
 def test_distinct_values_leave_nothing_behind(running: Running, http: httpx.Client) -> None:
