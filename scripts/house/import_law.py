@@ -54,6 +54,9 @@ LAW: dict[str, Room] = {
     "engine": _room("core executor.base text structured", "msgspec tqdm"),
     "build": _room("weights quant models ops", "ml_dtypes msgspec numpy safetensors tqdm"),
     "server": _room("engine", "anyio msgspec prometheus_client starlette uvicorn"),
+    "server.http": _room(
+        "engine server.early server.metrics server.traces", "anyio msgspec prometheus_client starlette uvicorn"
+    ),
     "bench": _room("engine", "msgspec numpy tqdm"),
     "demo": _room(),
 }
