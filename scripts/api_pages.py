@@ -7,13 +7,16 @@ python -m scripts.api_pages --check  exits 1 when they are not what it would wri
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from quire import sampling_params as sampling
+from quire.engine.chat import MAX_MESSAGES
+from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT, TOKENIZE_TEXT
 from quire.server.http import limits
-from quire.server.http.limits import FIXED, Limit, Limits
+from quire.server.http.limits import MAX_TIMEOUT_SECONDS, Limit, Limits
 from quire.server.http.schema import Refused, RequestSchema
 
 GUIDE = Path(__file__).parents[1] / "docs/guide"
@@ -61,6 +64,48 @@ OTHERS = (
     ("an idle connection", f"{limits.KEEP_ALIVE_SECONDS} seconds", "the connection is closed"),
     ("a reader that takes nothing of a stream", f"{limits.SLOW_READER_SECONDS} seconds", "the request is aborted"),
     ("running requests after SIGTERM", f"{limits.DRAIN_SECONDS} seconds; `--shutdown-timeout`", "an error event"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A bound that holds for every caller and has no flag: the refusal names `param`."""
+
+    param: str
+    value: str
+    unit: str
+    code: str = "invalid_value"
+
+
+def _ranges() -> list[Fixed]:
+    found = []
+    for name, item in sampling.RANGES.items():
+        edge = "above " if item.is_above_low else ""
+        low, high = (f"{bound:,}" if item.is_whole else f"{bound:g}" for bound in (item.low, item.high))
+        shown = "top_logprobs (chat), logprobs (completions)" if name == "logprobs" else name
+        found.append(Fixed(shown, f"{edge}{low} to {high}", "whole number" if item.is_whole else "number"))
+    return found
+
+
+FIXED = (
+    *_ranges(),
+    Fixed("stop", str(sampling.MAX_STOP_STRINGS), "strings"),
+    Fixed("stop, bad_words", f"{sampling.MAX_STOP_STRING_BYTES:,}", "bytes in each string"),
+    Fixed("bad_words", str(sampling.MAX_BAD_WORDS), "words"),
+    Fixed("stop_token_ids, allowed_token_ids, logit_bias", f"{sampling.MAX_TOKEN_LIST:,}", "tokens"),
+    Fixed("logprob_token_ids", str(sampling.MAX_LOGPROB_TOKEN_IDS), "tokens"),
+    Fixed("repetition_detection.max_pattern_size", f"0 to {sampling.MAX_PATTERN}", "tokens"),
+    Fixed("request_id", "1 to 64", "letters, digits and any of . _ : -"),
+    Fixed("logit_bias", f"{sampling.BIAS.low:g} to {sampling.BIAS.high:g}", "bias of a token"),
+    Fixed("priority", f"{-MAX_PRIORITY:,} to {MAX_PRIORITY:,}", "whole number"),
+    Fixed("cache_salt", str(MAX_SALT_BYTES), "bytes"),
+    Fixed("timeout", f"above 0 to {MAX_TIMEOUT_SECONDS:,}", "seconds"),
+    Fixed("n, prompt", "--max-num-queued-reqs, --max-num-queued-tokens", "what one request may queue"),
+    Fixed("messages", f"{MAX_MESSAGES:,}", "messages, for the library too"),
+    Fixed("token ids", "below the width of the logits", "each id"),
+    Fixed("prompt, messages", "--max-model-len less one", "tokens", "context_length_exceeded"),
+    Fixed("prompt, messages", "--max-model-len times the longest token", "bytes", "context_length_exceeded"),
+    Fixed("max_tokens", "--max-model-len less the prompt", "tokens", "context_length_exceeded"),
 )
 
 

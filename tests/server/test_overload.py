@@ -160,7 +160,7 @@ def test_a_timeout_that_is_none_is_refused(open_small: Running, value: Any) -> N
 
 
 def test_a_late_reader_gets_all_of_it_in_few_outputs(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The caller does not read while a request runs: what came lies in the stream as a bounded number of outputs, and is whole."""
+    """A caller that does not read: what came lies in the stream as a bounded number of outputs, and is whole."""
     streams: list[Stream] = []
 
     class Seen(Stream):
