@@ -56,7 +56,7 @@ def test_the_text_of_what_is_the_engines_fault_stays_inside(error: Exception) ->
 @pytest.mark.parametrize("kind", [OverloadedError, TooManyRequestsError])
 @pytest.mark.parametrize("wait_s", [0, 0.2, 1, 1.0001, 1.5, 1.9999, 2, 59.01, 600])
 def test_the_time_to_come_back_is_whole_seconds_and_never_too_short(kind: Any, wait_s: float) -> None:
-    """RFC 9110, 10.2.3: `Retry-After` is a number of seconds without a part, and a client that comes earlier comes too early."""
+    """RFC 9110, 10.2.3: `Retry-After` is a whole number of seconds, and a client that comes earlier comes too early."""
     found = as_api_error(kind("text", retry_after_s=wait_s)).headers["Retry-After"]
     assert found.isdecimal() and max(1, wait_s) <= int(found) < max(1, wait_s) + 1
     assert int(found) == max(1, math.ceil(wait_s))
