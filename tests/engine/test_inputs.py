@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from quire.core.request import NewRequest
 from quire.engine.inputs import InputProcessor, ParsedRequest, RequestLimits
-from quire.engine.queue_bound import Caller
+from quire.engine.queue import Caller
 from quire.errors import InvalidRequestError, PromptTooLongError
 from quire.sampling_params import SamplingParams
 from quire.text.tokenizer import Tokenizer

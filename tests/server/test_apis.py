@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from quire.engine.queue_bound import ANYBODY, Caller
+from quire.engine.queue import ANYBODY, Caller
 from quire.errors import OverloadedError
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.server.doors.openai.routes import OPENAI

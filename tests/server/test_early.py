@@ -2,12 +2,12 @@
 
 import pytest
 
-from quire.engine.queue_bound import ANYBODY, Caller
+from quire.engine.queue import ANYBODY, Caller
 from quire.errors import OverloadedError, TooManyRequestsError
 from quire.server.doors.openai.routes import OPENAI
-from quire.server.early import EarlyRefusal
 from quire.server.http.app import create_app
 from quire.server.http.keys import caller_name
+from quire.server.http.middleware import EarlyRefusal
 from tests.server.fake_engine import FakeEngine
 
 FLOOD = caller_name("flood")

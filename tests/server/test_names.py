@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from quire.engine.repetition import RepetitionDetector
+from quire.engine.request_state import RepetitionDetector
 from quire.llm import LLM
 from quire.sampling_params import RepetitionDetectionParams, SamplingParams
 from quire.server.doors.openai.bodies import CHAT, COMPLETION

@@ -17,7 +17,7 @@ import pytest
 
 from quire import AsyncLLM, SamplingParams
 from quire.engine.inputs import ParsedRequest
-from quire.engine.queue_bound import ANYBODY, Caller
+from quire.engine.queue import ANYBODY, Caller
 from quire.engine.stream import MAX_UNREAD, Stream
 from quire.errors import ConfigurationError, OverloadedError, RequestFailedError, TooManyRequestsError
 from quire.outputs import CompletionOutput, RequestOutput
@@ -36,7 +36,7 @@ SHORT: dict[str, Any] = {"prompt": "hello", "max_tokens": 2, "ignore_eos": True}
 @contextmanager
 def held(server: Running, num_steps: int = 0) -> Iterator[threading.Event]:
     """The engine computes `num_steps` more, and nothing after that until the event is set: at the latest at the end."""
-    channel, go, left = server.engine._engine._channel, threading.Event(), [num_steps]
+    channel, go, left = server.engine._engine.channel, threading.Event(), [num_steps]
     collect = channel.collect
 
     def wait() -> Any:
@@ -179,7 +179,7 @@ def test_a_late_reader_gets_all_of_it_in_few_outputs(directory: str, monkeypatch
         found = [await anext(outputs)]
         while late and engine.has_work:
             await asyncio.sleep(0.01)
-            assert streams[-1].num_unread <= MAX_UNREAD
+            assert len(streams[-1]._unread) <= MAX_UNREAD
         found += [output async for output in outputs]
         await engine.shutdown()
         second = [item for output in found for item in output.outputs if item.index == 1]

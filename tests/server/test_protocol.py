@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from quire.engine.queue_bound import ANYBODY
+from quire.engine.queue import ANYBODY
 from quire.errors import InvalidRequestError, PromptTooLongError
 from quire.outputs import CompletionOutput, Logprob, PositionLogprobs
 from quire.sampling_params import SamplingParams

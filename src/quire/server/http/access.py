@@ -3,17 +3,16 @@
 import json
 import logging
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from quire.engine.timeline import RequestTimes, Timeline
+from quire.engine.observer import Observer
 from quire.server.http.keys import caller_of
-from quire.server.traces import Tracer
 
-if TYPE_CHECKING:
-    from quire.engine.async_engine import AsyncEngine
+NOTHING_FOUND: Mapping[str, Any] = MappingProxyType({})
 
 logger = logging.getLogger("quire.access")
 
@@ -22,14 +21,13 @@ class Access:
     """ASGI middleware, outside of all others.
 
     Args:
-        tracer: gets a span for each request that reached the engine; None: no traces.
+        observer: of the engine: it is given the times of each response, and it knows what to log of it.
         logs: writes a record for each request (`--enable-log-requests`): sizes and times, no text and no key.
     """
 
-    def __init__(self, app: ASGIApp, *, engine: "AsyncEngine", tracer: Tracer | None, logs: bool) -> None:
+    def __init__(self, app: ASGIApp, *, observer: Observer, logs: bool) -> None:
         self._app = app
-        self._engine = engine
-        self._tracer = tracer
+        self._observer = observer
         self._logs = logs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,13 +48,10 @@ class Access:
 
     def _finish(self, scope: Scope, response: "_Response", received_s: float) -> None:
         sent_s = time.monotonic()
-        found: list[RequestTimes] = []
+        found: Mapping[str, Any] = {}
         if response.request_id is not None:
-            found = self._engine.mark_sent(response.request_id, caller_of(scope), received_s, sent_s)
-        if self._tracer is not None:
             parent = dict(scope["headers"]).get(b"traceparent")
-            for times in found:
-                self._tracer.request(times, parent)
+            found = self._observer.on_sent(response.request_id, caller_of(scope), received_s, sent_s, parent)
         if self._logs:
             log_request(
                 scope["method"],
@@ -65,7 +60,7 @@ class Access:
                 sent_s - received_s,
                 request_id=response.request_id,
                 is_complete=response.is_complete,
-                timelines=[timeline for times in found for timeline in times.sequences],
+                found=found,
             )
 
 
@@ -77,7 +72,7 @@ def log_request(
     *,
     request_id: str | None = None,
     is_complete: bool = True,
-    timelines: Sequence[Timeline] = (),
+    found: Mapping[str, Any] = NOTHING_FOUND,
 ) -> None:
     """Write the record of one request."""
     fields = {
@@ -87,7 +82,7 @@ def log_request(
         "request_id": request_id,
         "seconds": round(seconds, 6),
         "is_complete": is_complete,
-        **_counts(timelines),
+        **found,
     }
     logger.info("request", extra={"fields": fields})
 
@@ -108,19 +103,6 @@ class _Response:
                     self.request_id = value.decode("latin-1")
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self.is_complete = True
-
-
-def _counts(timelines: Sequence[Timeline]) -> dict[str, Any]:
-    if not timelines:
-        return {}
-    first = timelines[0]
-    tokens = [item.first_token_s for item in timelines if item.first_token_s is not None]
-    return {
-        "prompt_tokens": first.num_prompt_tokens,
-        "output_tokens": sum(item.num_output_tokens for item in timelines),
-        "finish_reasons": sorted({item.finish_reason or "running" for item in timelines}),
-        "time_to_first_token": round(min(tokens) - first.arrival_s, 6) if tokens else None,
-    }
 
 
 class JsonFormatter(logging.Formatter):

@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING
 from starlette.applications import Starlette
 
 from quire.errors import ConfigurationError
-from quire.server.early import EarlyRefusal
 from quire.server.http import errors, probes
 from quire.server.http.access import Access
 from quire.server.http.body import Bodies
 from quire.server.http.context import Api, Gate, ServerContext
 from quire.server.http.keys import KeyRequired, caller_name
 from quire.server.http.limits import REQUESTS_IN_FLIGHT, Limits
-from quire.server.http.middleware import QueueGuard, RejectAmbiguousFraming
-from quire.server.metrics import make_registry
-from quire.server.traces import Tracer
+from quire.server.http.middleware import EarlyRefusal, QueueGuard, RejectAmbiguousFraming
 
 if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
@@ -97,8 +94,8 @@ def create_app(
         shares_prefix_cache=share_prefix_cache,
     )
     engine.expect_callers(app.state.context.weights)
-    app.state.registry = make_registry(engine, names[0], metrics_prefix)
-    _surround(app, names[0], list(api_keys), observability)
+    app.state.metrics_prefix = metrics_prefix
+    _surround(app, engine, names[0], list(api_keys), observability)
     return app
 
 
@@ -108,7 +105,9 @@ def _weighted(api_key: str | Sequence[str] | Mapping[str, int]) -> dict[str, int
     return dict(api_key) if isinstance(api_key, Mapping) else dict.fromkeys(api_key, 1)
 
 
-def _surround(app: Starlette, name: str, api_keys: Sequence[str], observability: Observability) -> None:
+def _surround(
+    app: Starlette, engine: "AsyncEngine", name: str, api_keys: Sequence[str], observability: Observability
+) -> None:
     """Errors, the queue and keys, and around them what takes notes of every request."""
     admin_key = observability.admin_api_key
     if admin_key is not None and (not admin_key.strip() or admin_key in api_keys):
@@ -120,7 +119,7 @@ def _surround(app: Starlette, name: str, api_keys: Sequence[str], observability:
         keys = KeyRequired(app, api_keys=api_keys, open_paths=probes.OPEN_PATHS, admin_key=admin_key)
         app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=probes.OPEN_PATHS, admin_key=admin_key)
     app.add_middleware(RejectAmbiguousFraming)
-    endpoint = observability.otlp_traces_endpoint
-    tracer = None if endpoint is None else Tracer(endpoint, name)
-    app.add_middleware(Access, engine=app.state.context.engine, tracer=tracer, logs=observability.log_requests)
+    if observability.otlp_traces_endpoint is not None:
+        engine.observer.trace_to(observability.otlp_traces_endpoint, name)
+    app.add_middleware(Access, observer=engine.observer, logs=observability.log_requests)
     app.state.early_refusal = EarlyRefusal(app.state.context, keys, logs=observability.log_requests)

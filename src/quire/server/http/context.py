@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.routing import Route
 from starlette.types import Scope
 
-from quire.engine.queue_bound import Caller
+from quire.engine.queue import Caller
 from quire.errors import InvalidRequestError, ModelNotFoundError, OverloadedError
 from quire.server.http import limits
 from quire.server.http.body import Bodies

@@ -11,7 +11,7 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from quire.engine.queue_bound import MAX_CALLER_WEIGHT
+from quire.engine.queue import MAX_CALLER_WEIGHT
 from quire.errors import ConfigurationError
 from quire.server.http.errors import ApiError, error_response
 

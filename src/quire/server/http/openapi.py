@@ -6,9 +6,8 @@ from typing import Any
 import quire
 from quire.server.http.context import Api
 from quire.server.http.limits import Limits
-from quire.server.http.schema import Schema
+from quire.server.http.schema import STRING, Schema, array
 
-STRING: Schema = {"type": "string"}
 INTEGER: Schema = {"type": "integer"}
 NUMBER: Schema = {"type": "number"}
 EXPLAIN = "Where the time of a request went, for operators: one entry for each prompt of it."
@@ -64,11 +63,6 @@ def open_object(properties: dict[str, Schema], optional: tuple[str, ...] = ()) -
     """An object of an answer: later versions may add fields."""
     required = [name for name in properties if name not in optional]
     return {"type": "object", "properties": properties, "required": required}
-
-
-def array(items: Schema) -> Schema:
-    """The schema of a list."""
-    return {"type": "array", "items": items}
 
 
 def or_null(schema: Schema) -> Schema:

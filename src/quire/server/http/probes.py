@@ -12,8 +12,6 @@ import dataclasses
 import ipaddress
 
 import msgspec
-from prometheus_client import generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -23,6 +21,7 @@ from quire.server.http.context import ServerContext
 from quire.server.http.errors import ApiError
 from quire.server.http.keys import is_admin
 from quire.server.http.openapi import document
+from quire.server.metrics import CONTENT_TYPE, render_metrics
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
 """The only routes that need no key."""
@@ -46,7 +45,11 @@ def _answer(good: bool, yes: str, no: str) -> Response:
 
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
-    return Response(generate_latest(request.app.state.registry), media_type=CONTENT_TYPE_LATEST)
+    context: ServerContext = request.app.state.context
+    found = context.engine.get_metrics()
+    return Response(
+        render_metrics(found, context.served_names[0], request.app.state.metrics_prefix), media_type=CONTENT_TYPE
+    )
 
 
 async def version(request: Request) -> Response:

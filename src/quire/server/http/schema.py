@@ -18,6 +18,7 @@ from quire.sampling_params import Range
 from quire.server.http.limits import Limit, Limits
 
 Schema = dict[str, Any]
+STRING: Schema = {"type": "string"}
 B = TypeVar("B", bound=msgspec.Struct)
 REFERENCE = "#/components/schemas/{name}"
 _MUST = {bool: "be true or false", str: "be a string", int: "be a whole number", float: "be a number"}
@@ -133,14 +134,15 @@ class RequestSchema(Generic[B]):
         try:
             return msgspec.convert(values, self.body)
         except msgspec.ValidationError as error:
-            raise self._refusal(str(error), raw) from error
+            flat = {name: value for group in self._groups for name, value in values[group].items()}
+            raise self._refusal(str(error), values | flat) from error
 
     def refusal(self, name: str) -> InvalidRequestError:
         """Of a value that the type of a field lets through."""
         spec = self.fields[name].spec
         return InvalidRequestError(f"{name} must {getattr(spec, 'must', '')}", param=name)
 
-    def _refusal(self, text: str, raw: Mapping[str, Any]) -> InvalidRequestError:
+    def _refusal(self, text: str, values: Mapping[str, Any]) -> InvalidRequestError:
         """What msgspec found, in the words of the declarations: it says what is wrong, and where as a path."""
         problem, at, path = text.rpartition(" - at `$")
         problem, place = (problem, path.rstrip("`").removeprefix(".")) if at else (text, "")
@@ -153,7 +155,7 @@ class RequestSchema(Generic[B]):
             whole = getattr(struct, "unsupported", "")
             if whole and (form + ".").startswith(below + "."):
                 place = ".".join(place.split(".")[: below.count(".") + 1])
-                return InvalidRequestError(f"{place}{_kind(raw, place)} is not supported: {whole}", param=place)
+                return InvalidRequestError(f"{place}{_kind(values, place)} is not supported: {whole}", param=place)
         above, _, name = form.removesuffix("[]").rpartition(".")
         specs = _specs(self._below[above]) if above in self._below else {}
         param = place if "[" in place else place.partition(".")[0]
@@ -207,6 +209,12 @@ def check_length(limit: Limit, value: Any, place: str) -> None:
     """
     if len(value) > limit.value:
         raise limit.error(f"{len(value):,}" + ("" if limit.param else f" in {place}"))
+
+
+def array(items: Schema, most: int | None = None, least: int = 0) -> Schema:
+    """The schema of a list."""
+    bounds = {"minItems": least} | ({} if most is None else {"maxItems": most})
+    return {"type": "array", "items": items, **bounds}
 
 
 def number(allowed: Range) -> Schema:
@@ -270,9 +278,9 @@ def _counted(hint: Any) -> type:
     return next(kind for kind in (list, dict, str) if kind in kinds)
 
 
-def _kind(raw: Mapping[str, Any], place: str) -> str:
+def _kind(values: Mapping[str, Any], place: str) -> str:
     """` of type X`, where the value at a place names its type."""
-    value: Any = raw
+    value: Any = values
     for step in re.findall(r"\w+", place):
         value = value[int(step)] if isinstance(value, list) else value[step]
     kind = value.get("type") if isinstance(value, dict) else None

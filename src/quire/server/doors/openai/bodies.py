@@ -14,9 +14,8 @@ from quire import sampling_params as sampling
 from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
 from quire.sampling_params import SamplingParams
 from quire.server.http.limits import MAX_TIMEOUT_SECONDS, Limits
-from quire.server.http.schema import Field, Flattened, Refused, RequestSchema, Schema, number
+from quire.server.http.schema import STRING, Field, Flattened, Refused, RequestSchema, Schema, array, number
 
-STRING: Schema = {"type": "string"}
 TOKEN_ID: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
 ARGUMENT_NAME = r"^[^\W\d_]\w{0,63}$"
 """Of an argument of the chat template: a name of Python's that is not private."""
@@ -78,12 +77,6 @@ REFUSED_CHAT = {
     "mm_processor_kwargs": _REFUSED_MEDIA,
 }
 REFUSED_TOKENIZE = {"tools": _REFUSED_TOOLS, "mm_processor_kwargs": _REFUSED_MEDIA}
-
-
-def array(items: Schema, most: int | None = None, least: int = 0) -> Schema:
-    """The schema of a list."""
-    bounds = {"minItems": least} | ({} if most is None else {"maxItems": most})
-    return {"type": "array", "items": items, **bounds}
 
 
 def _strings(most: int) -> Schema:

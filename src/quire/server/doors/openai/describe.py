@@ -4,8 +4,8 @@ from typing import Any
 
 from quire.server.doors.openai.bodies import request_bodies
 from quire.server.http.limits import Limits
-from quire.server.http.openapi import INTEGER, NUMBER, STRING, array, get, open_object, or_null, post, ref
-from quire.server.http.schema import Schema
+from quire.server.http.openapi import INTEGER, NUMBER, get, open_object, or_null, post, ref
+from quire.server.http.schema import STRING, Schema, array
 
 IDS = array(INTEGER)
 EVENTS = "Server-sent events: each holds a part of the answer as JSON, the last is [DONE]."
