@@ -98,7 +98,11 @@ class LLM(EngineFront):
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or each of a list of them; see `quire.engine.chat.encode_chat` for the options.
+        """Answer a conversation, or each of a list of them; outputs in their order.
+
+        Args:
+            messages: one conversation, or a list of them; see `quire.engine.chat.encode_chat` for it and its options.
+            sampling_params: as for `generate`. So is `use_tqdm`.
 
         Raises:
             InvalidRequestError: some message or parameter is refused; then nothing was generated.

@@ -104,11 +104,11 @@ async def test_a_failure_comes_after_what_was_made_before_it() -> None:
     stream = stream_of(RequestOutputKind.DELTA)
     stream.put(output_of(difference(0, 1)))
     stream.put(output_of(difference(0, 2)))
-    stream.put(RuntimeError("the engine is gone"))
+    stream.put(RuntimeError("the engine has stopped"))
     for number in (1, 2):
         assert (await stream.get(None)).outputs[0].token_ids == [number]
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="the engine is gone"):
+        with pytest.raises(RuntimeError, match="the engine has stopped"):
             await stream.get(None)
 
 

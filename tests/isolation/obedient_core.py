@@ -32,7 +32,7 @@ def main() -> None:
         _digest(connection, frames, list(messages), value)
     elif name == "spend":
         _spend(connection)
-    connection.recv(1)  # until the other side is gone
+    connection.recv(1)  # until the other side has exited
     if name == "stay":
         time.sleep(600)
 

@@ -97,12 +97,12 @@ def test_what_a_process_does_is_told_thread_by_thread(begin: Callable[..., CoreP
     thread, spent_s = int(report.entered[0]), report.allowed_s
     assert thread != core.pid and spent_s >= SYSTEM_SECONDS
 
-    def is_asleep() -> bool:
+    def is_idle() -> bool:
         activity = core.activity()
         assert activity is not None
         return not activity.is_awake
 
-    until(is_asleep)
+    until(is_idle)
     activity = core.activity()
     assert activity is not None
     assert {core.pid, thread} <= set(activity.used_s)

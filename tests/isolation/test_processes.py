@@ -187,7 +187,7 @@ async def test_one_that_turns_bad_beside_sixteen_fails_alone(apart: Apart, harm:
 
 
 async def test_an_engine_that_kills_whatever_it_is_given_opens_the_breaker(apart: Apart) -> None:
-    """However many requests could be blamed for it, one after another."""
+    """However many requests the deaths could be attributed to, one after another."""
     tasks = apart.begin([[DIES, number] for number in range(12)])
     found = await asyncio.gather(*tasks, return_exceptions=True)
     refused = [item for item in found if isinstance(item, OverloadedError)]

@@ -32,7 +32,7 @@ class Engine:
         tokenizer: None when the model has none; then no request may ask for text.
         queue: every sequence that leaves it is reported there; requests that are to be bounded enter it before `add`.
         clock: seconds, monotonic; the core has the same one.
-        observer: gets every event; this one ignores them.
+        observer: of its events; None: they are ignored.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Engine:
         """Outputs of one step if the core is in this process, else of all steps since the last call.
 
         Raises:
-            OverloadedError: the core has exited for now. All requests have been dropped.
+            OverloadedError: there is no core for now. All requests have been dropped.
         """
         try:
             steps = self.channel.collect()

@@ -1,4 +1,4 @@
-"""Prompts and parameters in, checked `NewRequest`s out: the one validator behind every door."""
+"""Prompts and parameters in, checked `NewRequest`s out: the one validator behind every API."""
 
 import itertools
 from collections.abc import Mapping, Sequence

@@ -23,7 +23,7 @@ from typing import Any
 from quire.core.engine_core import EngineCore, PlanExecutor
 from quire.core.plan import StepPlan, StepResult, TokenDelta
 from quire.core.request import NewRequest
-from quire.engine.channel import CoreInfo, CoreOutputs, core_gauges, step_outputs, wait_for_work
+from quire.engine.channel import CoreInfo, CoreOutputs, LocalChannel
 from quire.errors import InvalidRequestError
 from quire.isolation.heartbeat import StepAllowance
 from quire.isolation.wire import (
@@ -99,20 +99,19 @@ class CoreServer:
 
     def __init__(self, core: EngineCore, info: CoreInfo, connection: socket.socket) -> None:
         self._core = core
+        self._channel = LocalChannel(core)
         self._info = info
         self._connection = connection
         self._commands: deque[Command] = deque()
-        self._arrived = threading.Event()
 
     def run(self) -> None:
         """Serve. Never returns: the process ends with the other side, or by an exception of the core."""
         threading.Thread(target=self._read, name="quire-reader", daemon=True).start()
         while True:
-            wait_for_work(self._core, self._arrived)
-            self._arrived.clear()
+            self._channel.wait()
             self._take()
-            if self._core.has_work:
-                self._send(step_outputs(self._core))
+            for outputs in self._channel.collect():
+                self._send(outputs)
 
     def _read(self) -> None:
         """In a thread of its own. It ends the process, whatever the loop is doing."""
@@ -121,7 +120,7 @@ class CoreServer:
         try:
             while data := self._connection.recv(RECEIVE_BYTES):
                 self._commands.extend(frames.feed(data))
-                self._arrived.set()
+                self._channel.wake()
         except ProtocolError:
             status = 3
         except OSError:
@@ -142,7 +141,7 @@ class CoreServer:
             elif isinstance(command, Check):
                 self._core.check()
         if refused or (aborted and not self._core.has_work):
-            self._send(CoreOutputs(tuple(refused), None, core_gauges(self._core)))
+            self._send(CoreOutputs(tuple(refused), None, self._channel.gauges))
 
     def _add(self, command: Add) -> list[TokenDelta]:
         try:

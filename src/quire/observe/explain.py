@@ -50,19 +50,19 @@ def explain(times: RequestTimes, now_s: float, name_of: Callable[[str], str | No
         parts[Phase.DETOKENISING] += made_s - slowest.ended_s
         parts[Phase.SENDING] += end_s - made_s
     largest = max(Phase, key=lambda part: parts[part])
-    blamed = _by_name(slowest, name_of)
+    waited_for = _by_name(slowest, name_of)
     because = _queue_reasons(slowest)
     return Explanation(
         id=times.request_id,
         caller=times.caller,
         finished=slowest.ended_s is not None,
         finish_reason=slowest.finish_reason,
-        sentence=_sentence(slowest, largest, parts[largest], end_s - begin_s, because, blamed),
+        sentence=_sentence(slowest, largest, parts[largest], end_s - begin_s, because, waited_for),
         largest=largest.name.lower(),
         total_s=end_s - begin_s,
         parts={part.name.lower(): parts[part] for part in Phase},
         queued_because=because,
-        blamed=blamed,
+        blamed=waited_for,
         time_to_first_token_s=None if slowest.first_token_s is None else slowest.first_token_s - begin_s,
         num_prompt_tokens=slowest.num_prompt_tokens,
         num_output_tokens=slowest.num_output_tokens,
@@ -93,7 +93,7 @@ def _sentence(
     seconds: float,
     total_s: float,
     because: dict[str, float],
-    blamed: dict[str, float],
+    waited_for: dict[str, float],
 ) -> str:
     share = seconds / total_s if total_s > 0 else 1.0
     text = _CAUSES[largest].format(
@@ -105,8 +105,8 @@ def _sentence(
     if largest is Phase.QUEUED and because:
         reason = max(because, key=lambda name: because[name])
         text += f", since {_QUEUE_CAUSES[reason]}; {_ADVICE[reason]}"
-    elif largest in (Phase.WAITING_FOR_PREFILL, Phase.PREEMPTED, Phase.WAITING_FOR_BLOCKS) and blamed:
-        text += f", most of all for {next(iter(blamed))}"
+    elif largest in (Phase.WAITING_FOR_PREFILL, Phase.PREEMPTED, Phase.WAITING_FOR_BLOCKS) and waited_for:
+        text += f", most of all for {next(iter(waited_for))}"
     if timeline.num_restarts:
         count = "once" if timeline.num_restarts == 1 else f"{timeline.num_restarts} times"
         text += f"; the engine's core was replaced {count} meanwhile"
