@@ -55,6 +55,7 @@ LAW: dict[str, Room] = {
     "observe": _room("core engine"),
     "build": _room("weights quant models ops", "ml_dtypes msgspec numpy safetensors tqdm"),
     "server": _room("engine", "anyio msgspec starlette uvicorn"),
+    "server.http": _room("engine server.metrics", "anyio msgspec starlette uvicorn"),
     "bench": _room("engine", "msgspec numpy tqdm"),
     "demo": _room(),
 }

@@ -20,14 +20,14 @@ from quire.errors import ConfigurationError
 from quire.observe.observer import _log_fields
 from quire.observe.timelines import Phase, Timeline
 from quire.observe.traces import Tracer
-from quire.server.access import LOG_FORMATS, Access, configure_logs, log_request
-from quire.server.app import Observability
-from quire.server.keys import caller_name
+from quire.server.http.access import LOG_FORMATS, Access, configure_logs, log_request
+from quire.server.http.app import Observability
+from quire.server.http.keys import caller_name
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
 
-SECRET = "a prompt that nobody may log"
+SECRET = "a prompt that no log may hold"
 
 
 def complete(server: Running, **more: Any) -> httpx.Response:
@@ -111,7 +111,7 @@ def test_the_verb_prints_parts_and_a_sentence(real: Running, capsys: pytest.Capt
     ],
 )
 def test_explanations_are_for_operators(options: dict[str, Any], key: str | None, status: int) -> None:
-    """404 says that the door was open: the request is not known."""
+    """404 says that the key was taken: the request is not known."""
     server = start(FakeEngine(), **options)
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     assert httpx.get(f"{server.url}/v1/requests/x/explain", headers=headers).status_code == status

@@ -13,7 +13,7 @@ import pytest
 from quire.engine.stream import MAX_UNREAD, Stream
 from quire.llm import AsyncLLM
 from quire.outputs import RequestOutput
-from quire.server import limits
+from quire.server.http import limits
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start, wait_until
 

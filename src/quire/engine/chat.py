@@ -13,7 +13,7 @@ ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """A role becomes part of the template's own markers, so it may hold nothing that could make one."""
 RESERVED_OPTIONS = frozenset(
     "messages tokenize add_generation_prompt continue_final_message chat_template tools documents "
-    "add_special_tokens".split()
+    "add_special_tokens self".split()
 )
 """What `chat_template_kwargs` may not set: each has, or will have, a field of its own."""
 

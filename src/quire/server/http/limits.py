@@ -1,28 +1,25 @@
-"""Every limit that a request can meet, in one table: value, unit, flag, and the error past it.
+"""The limits of the server in one table: value, unit and the error past it; `quire serve --limit NAME=VALUE` sets one.
 
-`Limits` are those of the HTTP door, each set by `quire serve --limit NAME=VALUE`. `FIXED` are those that the engine
-holds at every door. The page docs/guide/limits.md and the API's schema are made from both.
+Parser, schema and docs/guide/limits.md go by it. What holds for the library too is checked by `SamplingParams` and the
+engine.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
-from quire import sampling_params as sampling
-from quire.engine.chat import MAX_MESSAGES
-from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
 from quire.errors import ConfigurationError, unknown_name_message
-from quire.server.errors import ApiError
+from quire.server.http.errors import ApiError
 
 LARGEST = 2**40
 MAX_TIMEOUT_SECONDS = 86400
 TRUSTED_TEMPLATE_CHARACTERS = 2**16
 """Of a chat template in a request, where such are trusted. They are not by default: to compile and run one may take a
-second of the one thread that tokenises for everybody."""
+second of the one thread that tokenises for all callers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """One bound of the HTTP door. `error` makes the refusal that names it."""
+    """One bound of the server. `error` makes the refusal that names it."""
 
     what: str
     value: int
@@ -79,47 +76,6 @@ class Limits:
                 raise ConfigurationError(f"the limit {name} must be between 1 and {LARGEST}", field="limit")
         return replace(self, **{name: replace(getattr(self, name), value=value) for name, value in values.items()})
 
-
-@dataclass(frozen=True, slots=True)
-class Fixed:
-    """A bound that holds at every door and has no flag: the refusal names `param`."""
-
-    param: str
-    value: str
-    unit: str
-    code: str = "invalid_value"
-
-
-def _ranges() -> list[Fixed]:
-    found = []
-    for name, item in sampling.RANGES.items():
-        edge = "above " if item.is_above_low else ""
-        low, high = (f"{bound:,}" if item.is_whole else f"{bound:g}" for bound in (item.low, item.high))
-        shown = "top_logprobs (chat), logprobs (completions)" if name == "logprobs" else name
-        found.append(Fixed(shown, f"{edge}{low} to {high}", "whole number" if item.is_whole else "number"))
-    return found
-
-
-FIXED = (
-    *_ranges(),
-    Fixed("stop", str(sampling.MAX_STOP_STRINGS), "strings"),
-    Fixed("stop, bad_words", f"{sampling.MAX_STOP_STRING_BYTES:,}", "bytes in each string"),
-    Fixed("bad_words", str(sampling.MAX_BAD_WORDS), "words"),
-    Fixed("stop_token_ids, allowed_token_ids, logit_bias", f"{sampling.MAX_TOKEN_LIST:,}", "tokens"),
-    Fixed("logprob_token_ids", str(sampling.MAX_LOGPROB_TOKEN_IDS), "tokens"),
-    Fixed("repetition_detection.max_pattern_size", f"0 to {sampling.MAX_PATTERN}", "tokens"),
-    Fixed("request_id", "1 to 64", "letters, digits and any of . _ : -"),
-    Fixed("logit_bias", f"{sampling.BIAS.low:g} to {sampling.BIAS.high:g}", "bias of a token"),
-    Fixed("priority", f"{-MAX_PRIORITY:,} to {MAX_PRIORITY:,}", "whole number"),
-    Fixed("cache_salt", str(MAX_SALT_BYTES), "bytes"),
-    Fixed("timeout", f"above 0 to {MAX_TIMEOUT_SECONDS:,}", "seconds"),
-    Fixed("n, prompt", "--max-num-queued-reqs, --max-num-queued-tokens", "what one request may queue"),
-    Fixed("messages", f"{MAX_MESSAGES:,}", "messages, for the library too"),
-    Fixed("token ids", "below the width of the logits", "each id"),
-    Fixed("prompt, messages", "--max-model-len less one", "tokens", "context_length_exceeded"),
-    Fixed("prompt, messages", "--max-model-len times the longest token", "bytes", "context_length_exceeded"),
-    Fixed("max_tokens", "--max-model-len less the prompt", "tokens", "context_length_exceeded"),
-)
 
 INLINE_BODY_BYTES = 2**16
 """Larger bodies are parsed off the event loop."""

@@ -1,23 +1,25 @@
-"""Outputs of the engine on their way to a connection: several as one, watched for a caller who left.
+"""Outputs of the engine on their way to a connection: several as one, whole or as events, while the caller is there.
 
 Whatever ends a response early (a closed connection, a reader that stopped reading, an error) closes the engine's
 iterators, and closing an iterator aborts its request and frees its blocks.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from quire.engine.stream import joined_choice
+from quire.errors import InvalidRequestError
 from quire.outputs import CompletionOutput, RequestOutput
-from quire.server import limits
-from quire.server.errors import ApiError, ClientGoneError, as_api_error
+from quire.server.http import limits
+from quire.server.http.errors import ApiError, ClientGoneError, as_api_error
 
 T = TypeVar("T")
 Outputs = AsyncGenerator[RequestOutput, None]
@@ -103,7 +105,7 @@ async def _pump(
         async with aclosing(stream) as outputs:
             async for output in outputs:
                 await queue.put((number, output))
-    except Exception as error:  # noqa: BLE001 -- handed to the reader, who raises it
+    except Exception as error:  # noqa: BLE001 -- handed to the reader, which raises it
         await queue.put((number, error))
     else:
         await queue.put((number, None))
@@ -136,21 +138,31 @@ async def _gone(receive: Receive) -> None:
         pass
 
 
+class Framing(NamedTuple):
+    """How an API writes a stream."""
+
+    media_type: str
+    frame: Callable[[bytes], bytes]
+    """One event around its JSON."""
+    end: bytes
+    """Follows the last event."""
+    error_body: Callable[[ApiError], object]
+    """The event of an error, after which the stream ends without `end`."""
+
+
 class EventStream(Response):
-    """Server-sent events: `first`, which is JSON, and what `events` yields, as JSON; `[DONE]` follows the last one.
+    """A stream of `first`, which is JSON, and of what `events` yields, as JSON."""
 
-    An exception of `events` becomes an error event, and then the stream ends without `[DONE]`.
-    """
-
-    media_type = "text/event-stream"
-
-    def __init__(self, first: bytes, events: AsyncGenerator[Any, None], headers: dict[str, str]) -> None:
+    def __init__(
+        self, first: bytes, events: AsyncGenerator[Any, None], headers: dict[str, str], framing: Framing
+    ) -> None:
+        self.media_type = framing.media_type
         super().__init__(headers={**headers, "cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._first, self._events = first, events
+        self._first, self._events, self._framing = first, events, framing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Write until the end, or until nobody reads."""
+        """Write until the end, or until the reader is gone."""
         try:
             await cancel_on_disconnect(receive, self._write(send))
         except (ClientGoneError, TimeoutError):
@@ -161,15 +173,15 @@ class EventStream(Response):
     async def _write(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await _in_time(send(start))
-        await _in_time(send(_part(b"data: " + self._first + b"\n\n")))
-        encode, last = msgspec.json.encode, b"data: [DONE]\n\n"
+        frame, encode, last = self._framing.frame, msgspec.json.encode, self._framing.end
+        await _in_time(send(_part(frame(self._first))))
         try:
             async for event in self._events:
-                await _in_time(send(_part(b"data: " + encode(event) + b"\n\n")))
+                await _in_time(send(_part(frame(encode(event)))))
         except TimeoutError:
             raise
         except Exception as error:  # noqa: BLE001 -- the status is sent; the event says it
-            last = b"data: " + encode(as_api_error(error).body()) + b"\n\n"
+            last = frame(encode(self._framing.error_body(as_api_error(error))))
         await _in_time(send(_part(last)))
         await _in_time(send({"type": "http.response.body", "body": b"", "more_body": False}))
 
@@ -183,11 +195,48 @@ async def _in_time(sending: Awaitable[None]) -> None:
         await sending
 
 
-async def start_events(events: AsyncGenerator[Any, None], headers: Callable[[], dict[str, str]]) -> EventStream:
+async def start_events(
+    events: AsyncGenerator[Any, None], headers: Callable[[], dict[str, str]], framing: Framing
+) -> EventStream:
     """A stream whose first event has come: what goes wrong before it can still be a status."""
     try:
         first = msgspec.json.encode(await anext(events))
-        return EventStream(first, events, headers())
+        return EventStream(first, events, headers(), framing)
     except BaseException:
         await events.aclose()
+        raise
+
+
+class Answer(Protocol):
+    """What the routes make of a request."""
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer in one piece."""
+        ...
+
+    def events(self) -> AsyncGenerator[dict[str, Any], None]:
+        """The answer in pieces."""
+        ...
+
+    def headers(self) -> dict[str, str]:
+        """Headers of the response, taken when the answer or its first piece is there."""
+        ...
+
+
+async def deliver(request: Request, answer: Answer, framing: Framing | None) -> Response:
+    """The response, as a stream where there is a framing. Errors before the first piece are raised."""
+    if framing is not None:
+        return await cancel_on_disconnect(request.receive, start_events(answer.events(), answer.headers, framing))
+    content = await cancel_on_disconnect(request.receive, answer.whole())
+    return Response(msgspec.json.encode(content), headers=answer.headers(), media_type="application/json")
+
+
+@contextmanager
+def naming_param(engine_name: str, field: str) -> Iterator[None]:
+    """Let a refusal of the engine name the field of the body that it came from."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if error.param == engine_name:
+            error.param = field
         raise

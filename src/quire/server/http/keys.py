@@ -1,7 +1,6 @@
-"""API keys: who may come in, and which of them came.
+"""API keys: which are known, and which of them a request came with.
 
-A caller is known by a digest of the key, which names prefix caches and queues. Without keys everybody is the same
-caller, "".
+A caller is known by a digest of the key, which names prefix caches and queues. Without keys all callers are one, "".
 """
 
 import hashlib
@@ -14,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quire.engine.queue import MAX_CALLER_WEIGHT
 from quire.errors import ConfigurationError
-from quire.server.errors import ApiError
+from quire.server.http.errors import ApiError, error_response
 
 CALLER = "quire.caller"
 """The entry of an ASGI scope that holds the caller."""
@@ -23,7 +22,7 @@ ADMIN = "quire.admin"
 
 
 def caller_of(scope: Scope) -> str:
-    """Who asks: the same text for the same key, telling nothing about it; "" on a server without keys."""
+    """The caller: the same text for the same key, telling nothing about it; "" on a server without keys."""
     caller: str = scope.get(CALLER, "")
     return caller
 
@@ -91,7 +90,7 @@ class KeyRequired:
         if scope["type"] == "lifespan" or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
-        caller, admin = self.who([value for name, value in scope.get("headers", ()) if name == b"authorization"])
+        caller, admin = self.identify([value for name, value in scope.get("headers", ()) if name == b"authorization"])
         if caller is not None:
             scope[CALLER], scope[ADMIN] = caller, admin
             await self._app(scope, receive, send)
@@ -101,11 +100,11 @@ class KeyRequired:
             return
         text = "this server needs an API key: send it as 'Authorization: Bearer KEY'"
         refusal = ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        await refusal.response()(scope, receive, send)
+        await error_response(scope, refusal)(scope, receive, send)
 
-    def who(self, authorizations: Sequence[bytes]) -> tuple[str | None, bool]:
-        """The caller, None for one who may not come in, and whether the key is the admin's, from what
-        `Authorization` headers hold."""
+    def identify(self, authorizations: Sequence[bytes]) -> tuple[str | None, bool]:
+        """The caller, None without a known key, and whether the key is the admin's, from what `Authorization` headers
+        hold."""
         digest = _digest_of(authorizations)
         admin = self._admin is not None and digest is not None and hmac.compare_digest(digest, self._admin)
         return "" if admin or not self._callers else self._caller(digest), admin

@@ -1,4 +1,4 @@
-"""What an attacker sends to the door: numbers, headers, framing, paths, slow bytes. See docs/guide/trust.md."""
+"""What an attacker sends to the server: numbers, headers, framing, paths, slow bytes. See docs/guide/trust.md."""
 
 import ast
 import gc
@@ -15,10 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
-from quire.server import keys
-from quire.server.limits import Limits
-from quire.server.protocol.fields import COMPLETIONS
-from quire.server.protocol.schemas import request_bodies
+from quire.server.doors.openai.bodies import COMPLETION, request_bodies
+from quire.server.http import keys
+from quire.server.http.limits import Limits
 from scripts.fuzz_api import KEY, PRIVATE, corpus
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start
@@ -243,7 +242,7 @@ def test_logs_hold_one_line_a_record_and_nothing_of_the_request(caplog: pytest.L
         assert KEY not in text
         assert "s3cret" not in text
         assert record.exc_info is None
-    assert any("unexpected RuntimeError at test_door.py" in record.getMessage() for record in caplog.records)
+    assert any("unexpected RuntimeError at test_requests.py" in record.getMessage() for record in caplog.records)
 
 
 def test_distinct_values_leave_nothing_behind(running: Running, http: httpx.Client) -> None:
@@ -270,6 +269,6 @@ def test_distinct_values_leave_nothing_behind(running: Running, http: httpx.Clie
 def test_no_field_names_a_host_a_file_or_a_block() -> None:
     """A17, A18, A29: the fields that could are refused by name, whatever they hold."""
     for name in ("kv_transfer_params", "prompt_embeds", "vllm_xargs"):
-        assert name in COMPLETIONS.refused
+        assert name in COMPLETION.refused
     for name in ("lora", "image_url", "block_ids", "data_parallel_rank", "custom_logit_processor"):
-        assert name not in COMPLETIONS.known()
+        assert name not in COMPLETION.known()

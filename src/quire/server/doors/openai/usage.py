@@ -84,12 +84,11 @@ class Usage:
     def _clock(self) -> tuple[float | None, float | None, float | None, float | None]:
         """The first arrival, the first leaving of the queue, the first token and the last."""
         known = [item for item in self._metrics.values() if item is not None]
-        return (
-            min((item.arrival_s for item in known), default=None),
-            min((item.first_scheduled_s for item in known if item.first_scheduled_s is not None), default=None),
-            min((item.first_token_s for item in known if item.first_token_s is not None), default=None),
-            max((item.last_token_s for item in known if item.last_token_s is not None), default=None),
-        )
+        scheduled = [item.first_scheduled_s for item in known if item.first_scheduled_s is not None]
+        first = [item.first_token_s for item in known if item.first_token_s is not None]
+        last = [item.last_token_s for item in known if item.last_token_s is not None]
+        arrival = min((item.arrival_s for item in known), default=None)
+        return arrival, min(scheduled, default=None), min(first, default=None), max(last, default=None)
 
 
 def _ms(start_s: float | None, end_s: float | None) -> float | None:

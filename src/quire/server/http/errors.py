@@ -1,10 +1,10 @@
-"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`.
+"""Every exception as a status, a text, the field at fault and a code; each API gives them its own shape.
 
-400 invalid_request_error    the caller's fault, with the field in `param`
-401 403 404 405 408 413 415  invalid_request_error too, told apart by `code` (408: the request's own `timeout` passed)
-500 server_error             the engine's fault
-429 invalid_request_error    this key has too many requests waiting: with Retry-After
-503 server_error             overloaded, stopping: with Retry-After
+400                          the caller's fault, with the field in `param`
+401 403 404 405 408 413 415  the caller's fault too, told apart by `code` (408: the request's own `timeout` passed)
+500                          the engine's fault
+429                          this key has too many requests waiting: with Retry-After
+503                          overloaded, stopping: with Retry-After
 """
 
 import logging
@@ -38,6 +38,11 @@ logger = logging.getLogger("quire.server")
 MAX_TEXT = 1000
 FRAMES = 6
 """Calls shown of an unexpected error."""
+_KINDS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
+    (DeadlineExceededError, 408, "deadline_exceeded", "timeout"),
+    (NoTokenLeftError, 400, "no_token_left", None),
+    (RequestFailedError, 500, "request_failed", None),
+)
 _ROUTING_CODES = {404: "unknown_route", 405: "method_not_allowed"}
 
 
@@ -55,20 +60,14 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = message if len(message) <= MAX_TEXT else message[:MAX_TEXT] + "..."
         self.param = param
         self.code = code
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, object]:
-        """The JSON object that a response or a stream event carries."""
-        kind = "server_error" if self.status >= 500 else "invalid_request_error"
-        text = self.message if len(self.message) <= MAX_TEXT else self.message[:MAX_TEXT] + "..."
-        return {"error": {"message": text, "type": kind, "param": self.param, "code": self.code}}
-
-    def plain(self) -> bytes:
-        """The same as the bytes of a response after which the connection is closed."""
-        content = msgspec.json.encode(self.body())
+    def plain(self, body: object) -> bytes:
+        """The bytes of a response with this body, after which the connection is closed."""
+        content = msgspec.json.encode(body)
         lines = [
             f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}",
             *(f"{k}: {v}" for k, v in self.headers.items()),
@@ -76,14 +75,16 @@ class ApiError(Exception):
         lines += ["content-type: application/json", f"content-length: {len(content)}", "connection: close", "", ""]
         return "\r\n".join(lines).encode() + content
 
-    def response(self) -> Response:
-        """The same as a whole response."""
-        content = msgspec.json.encode(self.body())
-        return Response(content, self.status, self.headers, media_type="application/json")
+
+def error_response(scope: Scope, error: BaseException) -> Response:
+    """The response to a request that an exception ended, in the shape of the API that its path belongs to."""
+    found = as_api_error(error)
+    content = msgspec.json.encode(scope["app"].state.context.error_body(scope["path"], found))
+    return Response(content, found.status, found.headers, media_type="application/json")
 
 
 class ClientGoneError(Exception):
-    """The caller closed the connection: nobody reads the answer."""
+    """The caller closed the connection: no answer is read."""
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -101,14 +102,11 @@ def as_api_error(error: BaseException) -> ApiError:
         if isinstance(error, TooManyRequestsError):
             return ApiError(429, str(error), code="rate_limit_exceeded", headers=headers)
         return ApiError(503, str(error), code="overloaded", headers=headers)
-    if isinstance(error, DeadlineExceededError):
-        return ApiError(408, str(error), param="timeout", code="deadline_exceeded")
-    if isinstance(error, NoTokenLeftError):
-        return ApiError(400, str(error), code="no_token_left")
-    if isinstance(error, RequestFailedError):
-        return ApiError(500, str(error), code="request_failed")
+    for kind, status, code, param in _KINDS:
+        if isinstance(error, kind):
+            return ApiError(status, str(error), param=param, code=code)
     if isinstance(error, EngineDeadError):
-        logger.error("the engine is dead: %s", _one_line(error))
+        logger.error("the engine is dead: %s", ascii(str(error))[:MAX_TEXT])
         return ApiError(500, "the engine has stopped", code="engine_dead")
     logger.error("unexpected %s at %s", type(error).__name__, _where(error))
     return ApiError(500, "the server failed to answer this request", code="internal_error")
@@ -120,41 +118,26 @@ def _where(error: BaseException) -> str:
     return " < ".join(f"{PurePath(frame.filename).name}:{frame.lineno} {frame.name}" for frame in reversed(frames))
 
 
-def _one_line(error: BaseException) -> str:
-    return ascii(str(error))[:MAX_TEXT]
-
-
-async def _answer_error(request: Request, error: Exception) -> Response:
-    return as_api_error(error).response()
-
-
-async def _answer_client_gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)
-
-
 async def _answer_routing(request: Request, error: Exception) -> Response:
     """404 and 405 of the router itself."""
     if not isinstance(error, HTTPException):
-        return as_api_error(error).response()
+        return error_response(request.scope, error)
     path, method = ascii(request.scope["path"])[1:-1], ascii(request.method)[1:-1]
     text = {404: f"there is no route {path}", 405: f"{method} is not allowed on {path}"}.get(
         error.status_code, str(error.detail)
     )
     code = _ROUTING_CODES.get(error.status_code)
-    return ApiError(error.status_code, text, code=code, headers=error.headers).response()
+    return error_response(request.scope, ApiError(error.status_code, text, code=code, headers=error.headers))
 
 
 def install(app: Starlette) -> None:
     """Give every exception its answer."""
-    app.add_exception_handler(ClientGoneError, _answer_client_gone)
     app.add_exception_handler(HTTPException, _answer_routing)
-    for kind in (ApiError, InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError):
-        app.add_exception_handler(kind, _answer_error)
     app.add_middleware(ErrorMiddleware)
 
 
 class ErrorMiddleware:
-    """Answers what no handler knows. Nothing goes on to the HTTP server, whose log would quote it."""
+    """Answers every exception of a route. Nothing goes on to the HTTP server, whose log would quote it."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -170,7 +153,9 @@ class ErrorMiddleware:
 
         try:
             await self._app(scope, receive, watched)
+        except ClientGoneError:
+            await Response(status_code=499)(scope, receive, send)
         except Exception as error:  # noqa: BLE001 -- the last word on any error of a request
             refusal = as_api_error(error)
             if not begun:
-                await refusal.response()(scope, receive, send)
+                await error_response(scope, refusal)(scope, receive, send)

@@ -1,26 +1,41 @@
-"""What every route works with: the engine, its names, and the gate that requests come through."""
+"""What every route works with: the engine, its names, the APIs, and the gate that requests come through."""
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.routing import Route
+from starlette.types import Scope
 
 from quire.engine.queue import Caller
 from quire.errors import InvalidRequestError, ModelNotFoundError, OverloadedError
-from quire.server import limits
-from quire.server.body import Bodies
-from quire.server.errors import as_api_error
-from quire.server.keys import cache_namespace, caller_of
-from quire.server.limits import Limits
-from quire.server.protocol.sampling import check_timeout
+from quire.server.http import limits
+from quire.server.http.body import Bodies
+from quire.server.http.errors import ApiError
+from quire.server.http.keys import cache_namespace, caller_of
+from quire.server.http.limits import Limits
 
 if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """One HTTP API over the engine."""
+
+    prefix: str
+    """Of its paths. Where those of several APIs fit, the longest decides whose shape an error has."""
+    routes: tuple[Route, ...]
+    queued_paths: frozenset[str]
+    """Routes whose requests wait in the queue: a POST there is refused at once while the queue is full."""
+    error_body: Callable[[ApiError], object]
+    """An error in the API's shape."""
+    describe: Callable[[Limits], tuple[dict[str, Any], dict[str, dict[str, Any]]]]
+    """Its paths in OpenAPI, and the schemas they name."""
 
 
 class Gate:
@@ -32,7 +47,7 @@ class Gate:
         self.is_open = True
 
     def close(self) -> None:
-        """Let nobody in any more; those inside go on."""
+        """Let no request in any more; those inside go on."""
         self.is_open = False
 
     @contextmanager
@@ -71,15 +86,18 @@ def _timeout(text: str | None) -> float | None:
     if text is None:
         return None
     try:
-        return check_timeout(float(text))
-    except (ValueError, InvalidRequestError):
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= limits.MAX_TIMEOUT_SECONDS:
         raise InvalidRequestError(
             f"{TIMEOUT_HEADER} must be in (0, {limits.MAX_TIMEOUT_SECONDS}] seconds", param=TIMEOUT_HEADER
-        ) from None
+        )
+    return seconds
 
 
 class RequestContext(NamedTuple):
-    """Who asks, and how long they wait."""
+    """The caller, and how long they wait."""
 
     caller: Caller
     cache_salt: str
@@ -102,7 +120,8 @@ class ServerContext:
     limits: Limits
     bodies: Bodies
     weights: Mapping[str, int]
-    """Caller -> share of the engine; 1 for those who are not named."""
+    """Caller -> share of the engine; 1 for those that are not named."""
+    apis: tuple[Api, ...]
     needs_key: bool = False
     """Whether callers need a key."""
     has_admin_key: bool = False
@@ -125,21 +144,29 @@ class ServerContext:
         return name
 
     def request_context(self, request: Request, salt: str, timeout_s: float | None) -> RequestContext:
-        """Who asks, before any work is done for them. Of `timeout_s` and the header's, the shorter holds.
+        """The caller of a request. Of `timeout_s` and the header's, the shorter holds.
 
         Raises:
-            OverloadedError: there is no place in the queue.
             InvalidRequestError: the header is no number of seconds.
         """
         caller = self.caller(request.scope)
-        self.engine.check_room(caller)
         timeout_s = min(filter(None, (timeout_s, _timeout(request.headers.get(TIMEOUT_HEADER)))), default=None)
         return RequestContext(caller, cache_namespace("" if self.shares_prefix_cache else caller.name, salt), timeout_s)
 
     def caller(self, scope: Scope) -> Caller:
-        """Who sent a request, with their weight."""
+        """The caller of a request, with its weight."""
         name = caller_of(scope)
         return Caller(name, self.weights.get(name, 1))
+
+    def error_body(self, path: str, error: ApiError) -> object:
+        """An error in the shape of the API that a path belongs to; the first one has what belongs to none."""
+        fitting = [api for api in self.apis if path.startswith(api.prefix)]
+        return max(fitting or self.apis[:1], key=lambda api: len(api.prefix)).error_body(error)
+
+    @property
+    def queued_paths(self) -> frozenset[str]:
+        """Routes whose requests wait in the queue."""
+        return frozenset().union(*(api.queued_paths for api in self.apis))
 
     @property
     def is_ready(self) -> bool:
@@ -147,26 +174,6 @@ class ServerContext:
         return self.gate.is_open and self.engine.is_ready
 
 
-class QueueGuard:
-    """Refuses, before a body is read or a route is found, what the queue has no place for: under a flood, refusals
-    are most of the work."""
-
-    def __init__(self, app: ASGIApp, *, context: ServerContext, paths: frozenset[str]) -> None:
-        self._app = app
-        self._context = context
-        self._paths = paths
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Look, then pass on."""
-        if scope["type"] == "http" and scope["path"] in self._paths and scope["method"] == "POST":
-            try:
-                self._context.engine.check_room(self._context.caller(scope))
-            except OverloadedError as error:
-                await as_api_error(error).response()(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
 def new_id(prefix: str, asked: str | None = None) -> str:
-    """The id that a client asked for, or one that nobody can guess."""
+    """The id that a client gave its request, or one that cannot be guessed."""
     return f"{prefix}-{asked or secrets.token_hex(16)}"

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.engine.observer import Observer
-from quire.server.keys import caller_of
+from quire.server.http.keys import caller_of
 
 NOTHING_FOUND: Mapping[str, Any] = MappingProxyType({})
 
@@ -138,7 +138,7 @@ LOG_FORMATS = {"text": TextFormatter, "json": JsonFormatter}
 
 
 def configure_logs(log_format: str, *, requests: bool) -> None:
-    """What `quire` logs goes to standard error in one of `LOG_FORMATS`: warnings, and each request if asked for."""
+    """What `quire` logs goes to standard error in one of `LOG_FORMATS`: warnings, and with `requests` each request."""
     handler = logging.StreamHandler()
     handler.setFormatter(LOG_FORMATS[log_format]())
     root = logging.getLogger()

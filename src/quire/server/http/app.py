@@ -1,4 +1,4 @@
-"""The server's application: routes, errors and the key, put together around an engine."""
+"""The server's application: APIs, errors and the key, put together around an engine."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING
 from starlette.applications import Starlette
 
 from quire.errors import ConfigurationError
-from quire.server import errors
-from quire.server.access import Access
-from quire.server.body import Bodies
-from quire.server.connections import QUEUED_PATHS, EarlyRefusal, RejectAmbiguousFraming
-from quire.server.context import Gate, QueueGuard, ServerContext
-from quire.server.keys import KeyRequired, caller_name
-from quire.server.limits import REQUESTS_IN_FLIGHT, Limits
-from quire.server.routes import admin, chat, completions, health, models, tokenize
+from quire.server.http import errors, probes
+from quire.server.http.access import Access
+from quire.server.http.body import Bodies
+from quire.server.http.context import Api, Gate, ServerContext
+from quire.server.http.keys import KeyRequired, caller_name
+from quire.server.http.limits import REQUESTS_IN_FLIGHT, Limits
+from quire.server.http.middleware import EarlyRefusal, QueueGuard, RejectAmbiguousFraming
 
 if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
@@ -36,12 +35,12 @@ class Observability:
 
 
 NO_OBSERVABILITY = Observability()
-ROUTE_MODULES = (completions, chat, tokenize, models, admin, health)
 
 
 def create_app(
     engine: "AsyncEngine",
     *,
+    apis: Sequence[Api],
     served_model_name: str | Sequence[str],
     model_names: Sequence[str] = (),
     api_key: str | Sequence[str] | Mapping[str, int] = (),
@@ -55,13 +54,14 @@ def create_app(
     """An ASGI application. The caller keeps the engine and shuts it down.
 
     Args:
+        apis: what it speaks; errors outside of all of them have the shape of the first.
         served_model_name: names shown by /v1/models; the first stands for requests that name none.
         model_names: further names that requests may use (the model's directory, its id on the hub).
         api_key: keys, or keys with weights; with one, every route but the probes needs `Authorization: Bearer KEY`.
             Callers with different keys share the engine fairly, by weight (1 where none is given).
         metrics_prefix: stands before the colon of every metric's name.
         show_cached_tokens: usage tells how many prompt tokens the prefix cache supplied; None: unless callers with
-            different keys share it, who could learn from it what others ask.
+            different keys share it: they could learn from it what others ask.
         observability: what operators see.
         limits: of bodies and of the fields in them.
         share_prefix_cache: requests with different keys may find each other's prefixes.
@@ -75,16 +75,17 @@ def create_app(
     api_keys = _weighted(api_key)
     if not all(key.strip() for key in api_keys):
         raise ConfigurationError("api_key must not be empty", field="api_key")
-    app = Starlette(routes=[route for module in ROUTE_MODULES for route in module.ROUTES])
+    if show_cached_tokens is None:
+        show_cached_tokens = not (share_prefix_cache and len(api_keys) > 1)
+    app = Starlette(routes=[*(route for api in apis for route in api.routes), *probes.ROUTES])
     app.router.redirect_slashes = False
     app.state.context = ServerContext(
         engine=engine,
+        apis=tuple(apis),
         served_names=names,
         accepted_names=frozenset(names) | frozenset(model_names),
         gate=Gate(max_requests_in_flight),
-        show_cached_tokens=not (share_prefix_cache and len(api_keys) > 1)
-        if show_cached_tokens is None
-        else show_cached_tokens,
+        show_cached_tokens=show_cached_tokens,
         limits=limits,
         bodies=Bodies(limits),
         needs_key=bool(api_keys),
@@ -94,7 +95,6 @@ def create_app(
     )
     engine.expect_callers(app.state.context.weights)
     app.state.metrics_prefix = metrics_prefix
-    errors.install(app)
     _surround(app, engine, names[0], list(api_keys), observability)
     return app
 
@@ -108,15 +108,16 @@ def _weighted(api_key: str | Sequence[str] | Mapping[str, int]) -> dict[str, int
 def _surround(
     app: Starlette, engine: "AsyncEngine", name: str, api_keys: Sequence[str], observability: Observability
 ) -> None:
-    """Keys, and around them what takes notes of every request."""
+    """Errors, the queue and keys, and around them what takes notes of every request."""
     admin_key = observability.admin_api_key
     if admin_key is not None and (not admin_key.strip() or admin_key in api_keys):
         raise ConfigurationError("admin_api_key must not be empty, nor a caller's key", field="admin_api_key")
-    app.add_middleware(QueueGuard, context=app.state.context, paths=QUEUED_PATHS)
+    errors.install(app)
+    app.add_middleware(QueueGuard, context=app.state.context)
     keys = None
     if api_keys or admin_key is not None:
-        keys = KeyRequired(app, api_keys=api_keys, open_paths=health.OPEN_PATHS, admin_key=admin_key)
-        app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=health.OPEN_PATHS, admin_key=admin_key)
+        keys = KeyRequired(app, api_keys=api_keys, open_paths=probes.OPEN_PATHS, admin_key=admin_key)
+        app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=probes.OPEN_PATHS, admin_key=admin_key)
     app.add_middleware(RejectAmbiguousFraming)
     if observability.otlp_traces_endpoint is not None:
         engine.observer.trace_to(observability.otlp_traces_endpoint, name)
