@@ -125,8 +125,8 @@ class Tokenizer:
 
         `chat_template` is the name of one of the model's templates, or a template. In tokens, special
         tokens spelled anywhere in messages, tools, documents or `template_kwargs` are ordinary text, so
-        that no message can forge a turn; the text form cannot tell them apart. A caller who passes on
-        `template_kwargs` from outside must see to it that they hold no `chat_template`.
+        that no message can forge a turn; the text form cannot tell them apart. A caller that passes on
+        `template_kwargs` from outside refuses those of `RESERVED_NAMES` first.
         `add_special_tokens` adds what the tokenizer adds to a raw prompt (most templates write it).
 
         Raises `InvalidRequestError` for messages that the template refuses, for documents that it does not
@@ -176,7 +176,7 @@ class Tokenizer:
         if templates:
             names = ", ".join(sorted(templates))
             raise InvalidRequestError(f"choose a chat template by name: {names}", param="chat_template")
-        raise InvalidRequestError("this model has no chat template", param="messages")
+        raise InvalidRequestError("this model has no chat template: send a prompt", param="messages")
 
 
 def _cannot_encode(text: Any, error: Exception) -> InvalidRequestError:

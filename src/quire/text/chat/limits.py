@@ -34,7 +34,7 @@ _WIDE = re.compile(r"%[-+ #0]*(?:\d*\.)?(?:\d{4}|\*)")
 _WIDE_ANYWHERE = re.compile(r"\d{4}|\*")  # where a %(name) may stand in between
 _WIDE_SPEC = re.compile(r"\d{4}|\{")
 _EMPTY_STRING_BYTES = "".__sizeof__()
-_SEQUENCES = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
+_SEQUENCES: tuple[type, ...] = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
@@ -165,7 +165,7 @@ def _replaced(text: Any, old: str, new: str, count: int | None = None) -> int:
     return len(text) + times * max(len(new) - len(old), 0)
 
 
-def _joined(separator: str, items: Any) -> int:
+def _joined(separator: str, items: list[Any]) -> int:
     return size_of(items) + len(items) * len(separator)
 
 
@@ -266,7 +266,7 @@ def _uniques(value: Any, *options: Any, **named: Any) -> int:
     return size_of(few(value))
 
 
-CONSUMING = frozenset({"join", "sum", "unique"})
+CONSUMING = frozenset({"groupby", "join", "sum", "unique"})
 """Filters whose estimate walks through the value: an iterator becomes a list first."""
 LINEAR_FILTERS = frozenset(
     "abs capitalize center count d default e escape first forceescape format indent join last length lower random "
@@ -282,6 +282,7 @@ FILTER_SIZES: dict[str, Callable[..., int]] = {
     "replace": _replaced,
     "format": lambda value, *values, **named: printf_size(str(value), named or values),
     "join": lambda value, d="", attribute=None: _joined(str(d), value),
+    "groupby": lambda value, attribute, default=None, case_sensitive=False: len(value) * size_of(default),
     "batch": lambda value, linecount, fill_with=None: ITEM_BYTES * operator.index(linecount),
     "slice": lambda value, slices, fill_with=None: ITEM_BYTES * operator.index(slices),
     "round": _rounded,

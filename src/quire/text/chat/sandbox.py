@@ -154,10 +154,10 @@ class _Instrument(NodeTransformer):
         return node
 
     def _counted_star(self, node: Any) -> jinja2.nodes.Node:
-        self.generic_visit(node)
+        visited: jinja2.nodes.Node = self.generic_visit(node)
         if node.dyn_args is not None:
             node.dyn_args = _filtered(node.dyn_args, _COUNT)
-        return node
+        return visited
 
     visit_Call = visit_Filter = visit_Test = _counted_star
 
