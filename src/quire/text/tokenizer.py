@@ -52,14 +52,18 @@ class Tokenizer:
         return max(int(self._backend.get_vocab_size(with_added_tokens=True)), largest_added + 1)
 
     @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the tokenizer's own first, then those of the configuration."""
-        return self._files.eos_token_ids
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text, where the tokenizer names one; the model's configuration may name more."""
+        return self._named_token_id("eos_token")
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token that begins a text, where the model has one."""
-        return self._files.bos_token_id
+        """The token that begins a text, where the tokenizer names one."""
+        return self._named_token_id("bos_token")
+
+    def _named_token_id(self, name: str) -> int | None:
+        content = self._files.named_tokens.get(name)
+        return None if content is None else self._backend.token_to_id(content)
 
     @property
     def has_chat_template(self) -> bool:
