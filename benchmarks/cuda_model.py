@@ -5,7 +5,7 @@
     start    seconds from the process's start to the first token of a prompt of 8 (run twice: the second time the
              compiled kernels are there)
     decode   1, 32 and 256 sequences at once, 512 tokens in and 256 out: output tokens per second; and the floor: the
-             time that weights and cache take through memory and prompts through the matrix units, over the time taken
+             time that weights and cache take through memory and prompts through the tensor cores, over the time taken
     ttft     prompts of 128, 2,048 and 8,192 tokens: milliseconds to the first token
     mixed    W2's lengths for 256 requests: tokens per second, median time to first token, memory in use
 
@@ -175,7 +175,7 @@ def main() -> int:
         "engine": f"quire {arguments.quantization or 'bfloat16'}{' (variant)' if arguments.variant else ''}",
         "start_s": process_age_s(), "copy_gb_per_s": model.copy / 1e9, "tflop_per_s": model.rate / 1e12,
         "floor_step_ms": 1e3 * model.weight_bytes / model.copy,
-        "ledger": next(item.reason for item in model.llm.decisions if item.name == "memory"),
+        "budget": next(item.reason for item in model.llm.decisions if item.name == "memory"),
     }  # fmt: skip
     found |= dict(measure(model, arguments.parts))
     print(json.dumps(found))

@@ -67,8 +67,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 memory = "" if value["memory_in_use"] is None else f", memory {value['memory_in_use']:.1%}"
                 cells.append(f"mixed {value['tokens_per_s']:,.0f} tok/s, ttft {value['ttft_median_s']:.3f} s{memory}")
         lines.append(f"{name:26} {'; '.join(cells)}")
-        if "ledger" in found:
-            lines.append(f"{'':26} {found['ledger']}")
+        if "budget" in found:
+            lines.append(f"{'':26} {found['budget']}")
     static = results.get("transformers, static", {}).get("mixed")
     ours = results.get("bfloat16", {}).get("mixed")
     if static and ours:

@@ -1,4 +1,4 @@
-"""What share of the matrix unit the large products of a prompt reach: both in turns, in one process.
+"""What share of the peak of AMX the large GEMMs of a prompt reach: both in turns, in one process.
 
     python benchmarks/prefill_rate.py MODEL [--tokens 2048] [--runs 15] [--quantization int8]
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "thread_pool.h"
+#include "runtime/thread_pool.h"
 
 namespace quire {
 
@@ -14,7 +14,7 @@ enum class Activation { silu, gelu, gelu_tanh, relu };
 inline int64_t bytes_of(Storage storage) { return storage == Storage::float32 ? 4 : 2; }
 
 constexpr int64_t kPanel = 64;      // outputs in a weight panel
-constexpr int64_t kTileSide = 16;   // rows, or outputs, in a tile of the matrix unit
+constexpr int64_t kTileSide = 16;   // rows, or outputs, in a tile of AMX
 constexpr int64_t kTilePanel = 32;  // outputs in a panel of tiles: two side by side
 constexpr int64_t kTileDepth = 32;  // inputs in a tile of bfloat16
 constexpr int64_t kMaxIntegerInputs = 1 << 17;  // of a weight of integers: 2^17 products of two bytes fit into 32 bits
@@ -24,7 +24,7 @@ constexpr int64_t kTile = 16;   // positions in a tile of keys
 //
 //   panels  [ceil(out / 64)][in][64 outputs]
 //   tiles   [ceil(out / 32)][ceil(in / 32)][2 tiles][16 pairs of inputs][16 outputs][2 inputs], bfloat16 only:
-//           a tile is 1 KB, the right-hand side of one instruction of the matrix unit
+//           a tile is 1 KB, the right-hand side of one AMX instruction
 //   integers  [ceil(out / 32)][groups of inputs] of [32 scales][quads of inputs][32 outputs][4 inputs, in the order 0 2 1 3],
 //           int8, or int4 (as value + 8) with two quads in a byte, the first in its low half. A group of int8 is all inputs, padded to
 //           a multiple of 64.
@@ -33,7 +33,7 @@ enum class Layout { panels, tiles, integers };
 inline int64_t panel_width(Layout layout) { return layout == Layout::panels ? kPanel : kTilePanel; }
 
 // A *gated* weight [2 n, in] is that of gate (the first n outputs) and up: half of a panel's columns are outputs of gate,
-// the other half the same outputs of up. Its product is n wide: activation(gate x) * up x.
+// the other half the same outputs of up. Its result is n wide: activation(gate x) * up x.
 struct Panels {
     const void* data;
     const float* bias;  // [panels][width] in the order of the panels' columns, zero where padded; or null
@@ -47,13 +47,13 @@ struct Panels {
     int32_t levels = 0;  // the largest integer of an input
 
     int64_t width() const { return panel_width(layout); }
-    int64_t products() const { return gated ? out / 2 : out; }               // the width of y
-    int64_t panel_products() const { return gated ? width() / 2 : width(); }  // of them in a panel
-    int64_t panels() const { return (products() + panel_products() - 1) / panel_products(); }
+    int64_t out_width() const { return gated ? out / 2 : out; }                 // the width of y
+    int64_t panel_out_width() const { return gated ? width() / 2 : width(); }  // of a panel
+    int64_t panels() const { return (out_width() + panel_out_width() - 1) / panel_out_width(); }
     // The row of the weight in a column of a panel; -1 for padding.
     int64_t source(int64_t panel, int64_t column) const {
-        const int64_t product = panel * panel_products() + column % panel_products();
-        return product >= products() ? -1 : column < panel_products() ? product : products() + product;
+        const int64_t output = panel * panel_out_width() + column % panel_out_width();
+        return output >= out_width() ? -1 : column < panel_out_width() ? output : out_width() + output;
     }
 
     // of integers
@@ -75,11 +75,11 @@ inline int64_t integer_byte(int64_t bits, int64_t input, int64_t column) {
     return input * bits / 32 * kTilePanel * 4 + column * 4 + order[input % 4];
 }
 
-// Rows of bfloat16 as the matrix unit takes them: what makes them rounds (to nearest, ties to even), once.
+// Rows of bfloat16 in the order of AMX tiles: what makes them rounds (to nearest, ties to even), once.
 //
 //   [blocks of 16 rows][chunks of 32 inputs][16 rows, or all where there are fewer][32 inputs]
 //
-// Inputs past `width` are zero; rows past `rows` are anything. tiles.h writes them.
+// Inputs past `width` are zero; rows past `rows` are anything. gemm/tile_rows.h writes them.
 struct TileRows {
     uint16_t* data;  // 64-byte aligned; null: none
     int64_t rows, width;
@@ -107,9 +107,9 @@ struct LinearArgs {
     int64_t x_stride, rows;
     TileRows x_tiles;  // [rows, in]
     Panels weight;
-    float* y;          // [rows, weight.products()]
+    float* y;          // [rows, weight.out_width()]
     bool add;          // to what y holds
-    TileRows y_tiles;  // [rows, weight.products()]
+    TileRows y_tiles;  // [rows, weight.out_width()]
     Best* best;        // [rows, weight.panels()]
     Activation activation;  // of a gated weight
     float scale;
@@ -156,12 +156,12 @@ struct ActivationArgs {
     TileRows y_tiles;
 };
 
-// The paged cache, [blocks][layers][kv_heads] units of one block for one head:
+// The paged cache, [blocks][layers][kv_heads] head blocks, each of one block for one head:
 //
 //   | keys: [slots] positions of head_dim | values: [slots] positions of value_dim |
 //
 // `slots` is block_size rounded up to 16 and `value_dim` is head_dim rounded up to 16. The order inside the two parts is
-// the attention program's own: attention_vector.h and attention_matrix.h draw it.
+// the attention kernel's own: attention/vector/attention.h and attention/amx/attention.h show it.
 struct CacheLayout {
     uint8_t* data;
     int64_t layers, blocks, block_size, kv_heads, head_dim;
@@ -169,10 +169,10 @@ struct CacheLayout {
 
     int64_t slots() const { return (block_size + kTile - 1) / kTile * kTile; }
     int64_t value_dim() const { return (head_dim + 15) / 16 * 16; }
-    int64_t unit_bytes() const { return slots() * (head_dim + value_dim()) * bytes_of(storage); }
-    int64_t block_bytes() const { return kv_heads * unit_bytes(); }
-    uint8_t* unit(int64_t layer, int64_t block, int64_t head) const {
-        return data + ((block * layers + layer) * kv_heads + head) * unit_bytes();
+    int64_t head_block_bytes() const { return slots() * (head_dim + value_dim()) * bytes_of(storage); }
+    int64_t block_bytes() const { return kv_heads * head_block_bytes(); }
+    uint8_t* head_block(int64_t layer, int64_t block, int64_t head) const {
+        return data + ((block * layers + layer) * kv_heads + head) * head_block_bytes();
     }
 };
 
@@ -262,13 +262,13 @@ struct Kernels {
     void (*sample)(const SampleArgs&, ThreadPool&);
     void (*logprobs)(const LogprobsArgs&, ThreadPool&);
     void (*rows_finite)(const FiniteArgs&, ThreadPool&);
-    // The bytes that were read or the additions and multiplications that were done; 0 where the unit is missing.
+    // The bytes that were read or the additions and multiplications that were done; 0 where the instructions are missing.
     int64_t (*probe)(const ProbeArgs&, ThreadPool&);
     // One row: `values` [in], `scales` [groups()]. False where a weight is not finite: then both hold nothing.
     bool (*quantize_row)(const QuantizeArgs&, const void* weight, int8_t* values, float* scales, void* scratch);
 };
 
-// Written by hand: adding an instruction set is one line here, one in isa.cpp and one in CMakeLists.txt.
+// Written by hand: adding an instruction set is one line here, one in runtime/isa.cpp and one in CMakeLists.txt.
 namespace baseline { extern const Kernels kernels; }
 #if defined(__x86_64__)
 namespace avx2 { extern const Kernels kernels; }

@@ -45,7 +45,7 @@ LAW: dict[str, Room] = {
     "quant": _room("ops", "ml_dtypes numpy"),
     "models": _room("ops.types quant.types", "ml_dtypes msgspec numpy"),
     "weights": _room("models quant ops", "huggingface_hub ml_dtypes msgspec numpy safetensors tqdm"),
-    "sampling": _room("ops core.plan", "ml_dtypes numpy"),
+    "sampling": _room("ops core.plan core.request", "ml_dtypes numpy"),
     "speculative": _room("ops core.plan", "numpy"),
     "lora": _room("ops core.plan", "ml_dtypes numpy"),
     "parallel": _room("ops core.plan", "msgspec numpy"),

@@ -166,9 +166,9 @@ def _count(name: str, value: Any, *, optional: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryLedger:
+class MemoryBudget:
     """Where memory goes, in bytes. `quire.runner.memory` fills it in, all but `cache`, by measuring on a GPU and by
-    reckoning on a CPU; `resolve_cache` gives the cache what is left."""
+    estimating on a CPU; `resolve_cache` gives the cache what is left."""
 
     device: int
     """All that the device has (on the CPU: this machine, or its container)."""
@@ -186,29 +186,29 @@ class MemoryLedger:
 
     @property
     def used(self) -> int:
-        """All lines together."""
-        return sum(value for _, value in self._lines())
+        """All entries together."""
+        return sum(value for _, value in self._entries())
 
     def fits(self, share: float) -> int:
-        """What is left of `share` of the device; below 0 if the lines without the cache are more than that."""
+        """What is left of `share` of the device; below 0 if the entries without the cache are more than that."""
         return int(self.device * share) - (self.used - self.cache)
 
     def __str__(self) -> str:
-        lines = ", ".join(f"{name} {mib(value)}" for name, value in self._lines() if value)
-        return f"{lines}: {mib(self.used)} of {mib(self.device)}"
+        entries = ", ".join(f"{name} {mib(value)}" for name, value in self._entries() if value)
+        return f"{entries}: {mib(self.used)} of {mib(self.device)}"
 
-    def _lines(self) -> list[tuple[str, int]]:
+    def _entries(self) -> list[tuple[str, int]]:
         return [(item.name, getattr(self, item.name)) for item in fields(self) if item.name != "device"]
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
+class ModelSizes:
     """What the loaded model and the machine are, as far as sizes go."""
 
     max_position_embeddings: int
     bytes_per_block: int
     device: str
-    ledger: MemoryLedger
+    memory: MemoryBudget
     """Without the cache."""
 
 
@@ -221,7 +221,7 @@ class CachePlan:
     max_num_batched_tokens: int
     block_size: int
     num_blocks: int
-    ledger: MemoryLedger
+    memory: MemoryBudget
     decisions: tuple[Decision, ...]
 
 
@@ -243,8 +243,8 @@ def resolve_model_len(args: EngineArgs, max_position_embeddings: int) -> int:
     return args.max_model_len
 
 
-def resolve_cache(args: EngineArgs, facts: ModelFacts) -> CachePlan:
-    """Size the cache: an explicit number of blocks, else explicit bytes, else what the ledger leaves of the memory
+def resolve_cache(args: EngineArgs, facts: ModelSizes) -> CachePlan:
+    """Size the cache: an explicit number of blocks, else explicit bytes, else what the budget leaves of the memory
     share; on the CPU no more than `max_num_seqs` sequences of full length need.
 
     Raises:
@@ -266,38 +266,40 @@ def resolve_cache(args: EngineArgs, facts: ModelFacts) -> CachePlan:
         decisions.append(
             Decision("max_model_len", str(held), f"all that {num_blocks} blocks hold; the model has {wanted_len}")
         )
-    budget = resolve_batched_tokens(args)
+    max_tokens = resolve_batched_tokens(args)
     if args.max_num_batched_tokens is None:
-        decisions.append(Decision("max_num_batched_tokens", str(budget), "the default: one chunk of prompt a step"))
-    ledger = replace(facts.ledger, cache=num_blocks * facts.bytes_per_block)
-    if facts.device != "cpu" and ledger.used > ledger.device:
-        raise _bad(reason if reason in _SIZES else "gpu_memory_utilization", f"does not fit the device: {ledger}")
-    decisions.append(Decision("num_blocks", f"{num_blocks} x {args.block_size} tokens, {mib(ledger.cache)}", reason))
-    decisions.append(Decision("memory", mib(ledger.used), str(ledger)))
-    return CachePlan(max_model_len, args.max_num_seqs, budget, args.block_size, num_blocks, ledger, tuple(decisions))
+        decisions.append(Decision("max_num_batched_tokens", str(max_tokens), "the default: one chunk of prompt a step"))
+    budget = replace(facts.memory, cache=num_blocks * facts.bytes_per_block)
+    if facts.device != "cpu" and budget.used > budget.device:
+        raise _bad(reason if reason in _SIZES else "gpu_memory_utilization", f"does not fit the device: {budget}")
+    decisions.append(Decision("num_blocks", f"{num_blocks} x {args.block_size} tokens, {mib(budget.cache)}", reason))
+    decisions.append(Decision("memory", mib(budget.used), str(budget)))
+    return CachePlan(
+        max_model_len, args.max_num_seqs, max_tokens, args.block_size, num_blocks, budget, tuple(decisions)
+    )
 
 
 _SIZES = ("num_gpu_blocks_override", "kv_cache_memory_bytes")
 
 
-def _num_blocks(args: EngineArgs, facts: ModelFacts, max_model_len: int) -> tuple[int, str]:
+def _num_blocks(args: EngineArgs, facts: ModelSizes, max_model_len: int) -> tuple[int, str]:
     if args.num_gpu_blocks_override is not None:
         return args.num_gpu_blocks_override, "num_gpu_blocks_override"
     if args.kv_cache_memory_bytes is not None:
         return args.kv_cache_memory_bytes // facts.bytes_per_block, "kv_cache_memory_bytes"
-    ledger, share = facts.ledger, args.gpu_memory_utilization
-    left = ledger.fits(share)
+    budget, share = facts.memory, args.gpu_memory_utilization
+    left = budget.fits(share)
     if left < 0:
         raise _bad(
             "gpu_memory_utilization",
-            f"{share:g} of {mib(ledger.device)} is {mib(int(ledger.device * share))}; "
-            f"without any cache there is {ledger}",
+            f"{share:g} of {mib(budget.device)} is {mib(int(budget.device * share))}; "
+            f"without any cache there is {budget}",
         )
     fits = left // facts.bytes_per_block
     useful = args.max_num_seqs * math.ceil(max_model_len / args.block_size)
     if facts.device == "cpu" and useful < fits:
         return useful, f"what max_num_seqs={args.max_num_seqs} sequences of {max_model_len} tokens need"
-    return fits, f"gpu_memory_utilization={share:g} of {mib(ledger.device)}"
+    return fits, f"gpu_memory_utilization={share:g} of {mib(budget.device)}"
 
 
 def mib(size_bytes: int) -> str:

@@ -8,7 +8,7 @@
     │   └── PromptTooLongError   400: can never fit, with the numbers
     ├── OverloadedError          503: the queue is full, come back after `retry_after_s`
     │   └── TooManyRequestsError 429: this caller's part of the queue is
-    ├── RequestFailedError       this request's fault or fate: it alone ends with `error`
+    ├── RequestFailedError       this request failed while it ran: it alone ends with `error`
     │   ├── DeadlineExceededError  408: its `timeout` passed, in the queue or while it ran
     │   └── NoTokenLeftError     400: what it excludes left no token to go on with
     ├── ConfigurationError       the operator's fault: refused before the engine starts
@@ -58,11 +58,11 @@ class TooManyRequestsError(OverloadedError):
 
 
 class RequestFailedError(QuireError):
-    """One request failed while it ran; its batch-mates did not notice."""
+    """One request failed while it ran; the other requests in the batch are unaffected."""
 
 
 class DeadlineExceededError(RequestFailedError):
-    """The time that a request gave itself is over."""
+    """The request's `timeout` passed."""
 
 
 class NoTokenLeftError(RequestFailedError):
@@ -73,7 +73,7 @@ NO_TOKEN_LEFT = "no token is left to go on with: allowed_token_ids, bad_words an
 
 
 class ConfigurationError(QuireError, ValueError):
-    """The engine cannot start as asked. `field` names the argument at fault, if there is one."""
+    """The engine cannot start with these arguments. `field` names the argument at fault, if there is one."""
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
         super().__init__(message)
@@ -90,7 +90,7 @@ class UnsupportedModelError(ConfigurationError):
 
 
 class EngineDeadError(QuireError):
-    """The engine stopped for a reason that no single request is to blame for."""
+    """The engine stopped for a reason that is not one request's."""
 
 
 def request_failure(message: str) -> RequestFailedError:
@@ -106,5 +106,5 @@ def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def internal_fault_message(error: Exception) -> str:
-    """What the caller of one request is told of a fault within: no text of it, which may hold anything."""
+    """What the caller reads of an internal fault: none of its text, which may hold anything."""
     return f"an internal fault stopped this request ({type(error).__name__})"

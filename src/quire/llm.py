@@ -58,12 +58,12 @@ class LLM:
     @property
     def max_model_len(self) -> int:
         """Longest prompt plus output, in tokens."""
-        return self._served.facts.max_model_len
+        return self._served.limits.max_model_len
 
     @property
     def vocab_size(self) -> int:
         """Width of the logits."""
-        return self._served.facts.vocab_size
+        return self._served.limits.vocab_size
 
     def generate(
         self,

@@ -34,7 +34,7 @@ class RequestOutputKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RepetitionDetectionParams:
-    """What counts as going round in circles, in tokens: the last of them are one pattern, `min_count` times."""
+    """What counts as repetition, in tokens: the last of them are one pattern, `min_count` times."""
 
     max_pattern_size: int = 0
     """Longest pattern; 0 detects nothing."""

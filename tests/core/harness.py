@@ -11,7 +11,7 @@ from quire.core.plan import StepPlan, StepResult, TokenDelta, TokenLogprobs
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.request import NewRequest, Request, SamplingSpec
-from quire.core.scheduler import Scheduler, SchedulerLimits
+from quire.core.scheduler import Scheduler, SchedulerConfig
 from quire.executor.fake import FakeExecutor
 
 KEY = bytes(range(32))
@@ -85,7 +85,7 @@ class Harness:
     ) -> None:
         self.overlap = overlap
         self._before: tuple[StepPlan, StepResult] | None = None
-        limits = SchedulerLimits(
+        config = SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             max_model_len=max_model_len or num_blocks * block_size,
@@ -93,7 +93,7 @@ class Harness:
             num_blocks=num_blocks,
         )
         cache = PrefixCache(key) if prefix_caching else NullPrefixCache()
-        self.scheduler = Scheduler(limits, make_policy(policy), cache)
+        self.scheduler = Scheduler(config, make_policy(policy), cache)
         self.executor = FakeExecutor(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -187,7 +187,7 @@ class Harness:
         preempted = {name for name, item in stalled.items() if item.reason == "preempted"}
         assert preempted == ran_before - running
         assert all(stalled[name].by in advanced for name in preempted)
-        assert plan.num_tokens <= self.scheduler.limits.max_num_batched_tokens
+        assert plan.num_tokens <= self.scheduler.config.max_num_batched_tokens
         assert (record.num_running, record.num_waiting) == (len(running), len(waiting))
         assert record.num_prefix_hits <= record.num_prefix_queries
         self.num_preemptions += len(preempted)

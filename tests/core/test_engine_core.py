@@ -8,16 +8,16 @@ from quire.core.engine_core import EngineCore, OverlappingCore
 from quire.core.plan import StepPlan, StepResult
 from quire.core.policy import Fcfs
 from quire.core.prefix_cache import PrefixCache
-from quire.core.scheduler import Scheduler, SchedulerLimits
+from quire.core.scheduler import Scheduler, SchedulerConfig
 from quire.executor.base import Executor
 from quire.executor.fake import FakeExecutor
 from tests.core.harness import KEY, VOCAB_SIZE, alone, new_request
 
 
 def parts(max_num_seqs: int) -> tuple[Scheduler, FakeExecutor]:
-    limits = SchedulerLimits(max_num_seqs, 64, 64, 4, 16 * max_num_seqs)
-    fake = FakeExecutor(num_blocks=limits.num_blocks, block_size=4, max_num_seqs=max_num_seqs, vocab_size=VOCAB_SIZE)
-    return Scheduler(limits, Fcfs(), PrefixCache(KEY)), fake
+    config = SchedulerConfig(max_num_seqs, 64, 64, 4, 16 * max_num_seqs)
+    fake = FakeExecutor(num_blocks=config.num_blocks, block_size=4, max_num_seqs=max_num_seqs, vocab_size=VOCAB_SIZE)
+    return Scheduler(config, Fcfs(), PrefixCache(KEY)), fake
 
 
 def test_steps_until_the_work_is_done() -> None:
@@ -46,7 +46,7 @@ class CountingExecutor(FakeExecutor):
 
     num_prepared = num_closed = 0
 
-    def prepare(self) -> bool:
+    def run_idle_work(self) -> bool:
         self.num_prepared += 1
         return self.num_prepared == 1
 
@@ -62,7 +62,7 @@ def test_the_core_hands_on_what_it_is_asked() -> None:
         core.add(new_request(name, [1, 2], max_tokens=3))
     core.step()
     assert (core.num_running, core.num_waiting, core.cache_usage) == (1, 2, 1 / 16)
-    assert [core.prepare(), core.prepare(), executor.num_prepared] == [True, False, 2]
+    assert [core.run_idle_work(), core.run_idle_work(), executor.num_prepared] == [True, False, 2]
     core.close()
     assert executor.num_closed == 1
     scheduler._free_rows.append(0)

@@ -36,7 +36,7 @@ def test_nothing_is_left_over(policy: str, prefix_caching: bool) -> None:
     assert reasons == {"stop", "length", "abort", "error"}
     assert harness.num_preemptions > 10
     scheduler = harness.scheduler
-    assert not scheduler._requests and not scheduler._in_flight and not scheduler._waiting._lanes
+    assert not scheduler._requests and not scheduler._in_flight and not scheduler._waiting._queues
     assert sorted(scheduler._free_rows) == list(range(6))
 
 
@@ -49,6 +49,6 @@ def test_a_queue_of_the_aborted_does_not_grow() -> None:
     for number in range(300):
         harness.add(new_request(str(number), [1], max_tokens=1))
         harness.abort(str(number))
-        assert sum(len(lane.heap) for lane in harness.scheduler._waiting._lanes.values()) <= 3
+        assert sum(len(queue.heap) for queue in harness.scheduler._waiting._queues.values()) <= 3
     assert harness.scheduler.num_waiting == 1
     harness.drain(50)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from quire.core.plan import TokenDelta
-from quire.core.request import Given, NewRequest
+from quire.core.request import NewRequest, ResumeState
 from quire.errors import InvalidRequestError
 from tests.core.harness import Harness, alone, new_request
 
@@ -26,8 +26,8 @@ def news_of(new: NewRequest, budget: int) -> list[TokenDelta]:
     return news
 
 
-def given_by(news: list[TokenDelta]) -> Given:
-    return Given(
+def given_by(news: list[TokenDelta]) -> ResumeState:
+    return ResumeState(
         tuple(token for delta in news for token in delta.token_ids),
         sum(len(delta.prompt_logprobs) for delta in news),
         news[-1].num_cached_tokens if news else 0,
@@ -40,7 +40,7 @@ def test_any_death_between_two_steps_changes_nothing(new: NewRequest) -> None:
     news = news_of(new, budget=4)
     assert [token for delta in news for token in delta.token_ids] == whole.token_ids
     for num_seen in range(len(news)):
-        rest = news_of(replace(new, given=given_by(news[:num_seen])), budget=7)
+        rest = news_of(replace(new, resume=given_by(news[:num_seen])), budget=7)
         joined = [*news[:num_seen], *rest]
         assert [token for delta in joined for token in delta.token_ids] == whole.token_ids
         assert [item for delta in joined for item in delta.logprobs] == whole.logprobs
@@ -53,7 +53,7 @@ def test_the_cached_tokens_of_the_first_run_are_told() -> None:
     prompt = range(1, 12)
     harness.add(new_request("first", prompt))
     harness.drain(20)
-    harness.add(replace(new_request("resumed", prompt, max_tokens=5), given=Given((5, 6), 0, 3)))
+    harness.add(replace(new_request("resumed", prompt, max_tokens=5), resume=ResumeState((5, 6), 0, 3)))
     while harness.scheduler.has_work:
         assert all(delta.num_cached_tokens == 3 for delta in harness.step())
 
@@ -62,14 +62,14 @@ def test_the_cached_tokens_of_the_first_run_are_told() -> None:
 def test_what_has_all_its_tokens_is_refused(num_given: int) -> None:
     new = new_request("done", [1, 2, 3], max_tokens=4)
     with pytest.raises(InvalidRequestError, match="all its tokens"):
-        Harness().scheduler.add(replace(new, given=Given((1,) * num_given)))
+        Harness().scheduler.add(replace(new, resume=ResumeState((1,) * num_given)))
 
 
 def test_a_request_as_long_as_the_model_allows_is_refused() -> None:
     new = new_request("done", [1, 2, 3], max_tokens=100)
     harness = Harness(max_model_len=8)
     with pytest.raises(InvalidRequestError, match="all its tokens"):
-        harness.scheduler.add(replace(new, given=Given((1,) * 5)))
-    harness.add(replace(new, given=Given((1,) * 4)))
+        harness.scheduler.add(replace(new, resume=ResumeState((1,) * 5)))
+    harness.add(replace(new, resume=ResumeState((1,) * 4)))
     harness.drain(1)
     assert len(harness.outputs["done"].token_ids) == 1

@@ -5,7 +5,7 @@ import pytest
 from quire.core.plan import RowResult, ScheduledRow, Stalled, StepResult, TokenDelta
 from quire.core.policy import Fcfs
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
-from quire.core.scheduler import Scheduler, SchedulerLimits
+from quire.core.scheduler import Scheduler, SchedulerConfig
 from quire.errors import ConfigurationError, InvalidRequestError, PromptTooLongError
 from tests.core.harness import Harness, alone, new_request
 
@@ -406,13 +406,13 @@ def test_the_key_of_the_cache_changes_nothing() -> None:
 def test_limits_are_positive(name: str, value: int) -> None:
     limits = {"max_num_seqs": 1, "max_num_batched_tokens": 1, "max_model_len": 8, "block_size": 4, "num_blocks": 2}
     with pytest.raises(ConfigurationError, match=f"{name} must be at least 1") as caught:
-        SchedulerLimits(**{**limits, name: value})
+        SchedulerConfig(**{**limits, name: value})
     assert caught.value.field == name
 
 
 def test_a_cache_too_small_for_one_request_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"holds 32 tokens \(2 blocks of 16\).*max_model_len 33"):
-        SchedulerLimits(1, 1, max_model_len=33, block_size=16, num_blocks=2)
+        SchedulerConfig(1, 1, max_model_len=33, block_size=16, num_blocks=2)
 
 
 def test_add_refuses_what_would_break_the_core() -> None:
@@ -430,7 +430,7 @@ def test_add_refuses_what_would_break_the_core() -> None:
 
 
 def test_a_result_that_does_not_answer_is_refused() -> None:
-    scheduler = Scheduler(SchedulerLimits(1, 8, 8, 4, 2), Fcfs(), NullPrefixCache())
+    scheduler = Scheduler(SchedulerConfig(1, 8, 8, 4, 2), Fcfs(), NullPrefixCache())
     scheduler.add(new_request("a", [1, 2]))
     plan = scheduler.schedule()
     with pytest.raises(AssertionError, match="answers its own plan"):

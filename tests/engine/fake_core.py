@@ -15,8 +15,8 @@ from quire.core.engine_core import EngineCore
 from quire.core.plan import StepPlan, StepResult
 from quire.core.policy import Fcfs
 from quire.core.prefix_cache import PrefixCache
-from quire.core.scheduler import Scheduler, SchedulerLimits
-from quire.engine.channel import CoreFacts
+from quire.core.scheduler import Scheduler, SchedulerConfig
+from quire.engine.channel import CoreInfo
 from quire.engine.core_server import AnnouncingExecutor, CoreServer, die_with_parent
 from quire.engine.step_allowance import StepAllowance
 from quire.engine.wire import MAX_FRAME_BYTES, Ready, Start, StartFailed, Unframer, encode
@@ -28,7 +28,7 @@ LATE_TOKENS = 20
 """So many are given first."""
 VOCAB_SIZE = 100
 MAX_MODEL_LEN = 512
-LIMITS = SchedulerLimits(32, 64, MAX_MODEL_LEN, 4, 600)
+LIMITS = SchedulerConfig(32, 64, MAX_MODEL_LEN, 4, 600)
 STEP_SECONDS = 0.002
 _LATE_HARMS = (
     (CRASHES_LATE, signal.SIGSEGV),
@@ -90,11 +90,11 @@ def main() -> None:
         return
     if start.args.model == "dies":
         os._exit(5)
-    facts = CoreFacts(MAX_MODEL_LEN, VOCAB_SIZE, (), "stamp")
+    info = CoreInfo(MAX_MODEL_LEN, VOCAB_SIZE, (), "fingerprint")
     executor = AnnouncingExecutor(HarmfulExecutor(Path(start.directory)), connection, StepAllowance(1))
     core = EngineCore(Scheduler(LIMITS, Fcfs(), PrefixCache(bytes(32))), executor, time.monotonic)
-    connection.sendall(encode(Ready(facts)))
-    CoreServer(core, facts, connection).run()
+    connection.sendall(encode(Ready(info)))
+    CoreServer(core, info, connection).run()
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from typing import Any
 from quire.core.plan import ScheduledRequest, Stalled, StepRecord, TokenDelta
 from quire.core.request import NewRequest
 from quire.engine.async_engine import AsyncEngine, ServedEngine
-from quire.engine.channel import CoreHealth, Gauges, News
+from quire.engine.channel import CoreHealth, CoreOutputs, Gauges
 from quire.engine.engine import Engine
-from quire.engine.inputs import EngineFacts, InputProcessor, ParsedRequest
-from quire.engine.queue_bound import Caller, QueueBound, QueueLimits
+from quire.engine.inputs import InputProcessor, ParsedRequest, RequestLimits
+from quire.engine.queue_bound import Caller, QueueBound, QueueConfig
 from quire.sampling_params import RequestOutputKind, SamplingParams
 
-FACTS = EngineFacts(64, 100, (), 0, False)
+LIMITS = RequestLimits(64, 100, (), 0, False)
 PARAMS = SamplingParams(max_tokens=8, detokenize=False, output_kind=RequestOutputKind.DELTA)
 
 
@@ -28,7 +28,7 @@ class Clock:
 
 
 class ScriptedChannel:
-    """`CoreChannel` that keeps what it was asked, and whose news are given to it."""
+    """`CoreChannel` that keeps what it was asked, and whose outputs are given to it."""
 
     def __init__(self) -> None:
         self.added: list[str] = []
@@ -41,12 +41,12 @@ class ScriptedChannel:
         """Method, or the core's id of a request that is added -> what it raises, once."""
         self.threads: list[tuple[str, threading.Thread]] = []
         """Who called what."""
-        self._news: deque[News] = deque()
+        self._outputs: deque[CoreOutputs] = deque()
         self._awake = threading.Event()
 
     def give(self, *deltas: TokenDelta, record: StepRecord | None = None) -> None:
-        """News for the next `collect`."""
-        self._news.append(News(deltas, record, self.gauges))
+        """Outputs for the next `collect`."""
+        self._outputs.append(CoreOutputs(deltas, record, self.gauges))
         self._awake.set()
 
     def add(self, new: NewRequest) -> None:
@@ -65,10 +65,10 @@ class ScriptedChannel:
     def wake(self) -> None:
         self._awake.set()
 
-    def collect(self) -> list[News]:
+    def collect(self) -> list[CoreOutputs]:
         self._note("collect")
-        found = list(self._news)
-        self._news.clear()
+        found = list(self._outputs)
+        self._outputs.clear()
         return found
 
     def check(self) -> None:
@@ -87,17 +87,17 @@ class ScriptedChannel:
 class Scripted:
     """A channel, and an engine over it with a clock that stands still; or one in a thread beside the event loop."""
 
-    def __init__(self, limits: QueueLimits | None = None) -> None:
+    def __init__(self, limits: QueueConfig | None = None) -> None:
         self.clock = Clock()
         self.channel = ScriptedChannel()
-        self.queue = QueueBound(limits or QueueLimits(8, 1000, 4), self.clock)
+        self.queue = QueueBound(limits or QueueConfig(8, 1000, 4), self.clock)
         self.engine = Engine(self.channel, None, self.queue, self.clock)
-        self.inputs = InputProcessor(None, FACTS)
+        self.inputs = InputProcessor(None, LIMITS)
         self._num_steps = 0
 
     def beside_a_loop(self) -> AsyncEngine:
         """The engine, run by a thread."""
-        served = ServedEngine(self.engine, self.inputs, None, FACTS, [], {}, self.channel.close)
+        served = ServedEngine(self.engine, self.inputs, None, LIMITS, [], {}, self.channel.close)
         return AsyncEngine(served)
 
     def parse(self, prompt: Any = (1, 2, 3), caller: str = "", **changes: Any) -> ParsedRequest:
@@ -128,5 +128,5 @@ class Scripted:
 
 
 def final(request_id: str, *token_ids: int, reason: str = "length") -> TokenDelta:
-    """The last news of a request."""
+    """The last delta of a request."""
     return TokenDelta(request_id, token_ids, finish_reason=reason)

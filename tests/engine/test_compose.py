@@ -17,7 +17,7 @@ from quire.compose.text import compose_text
 from quire.config import EngineArgs
 from quire.core.engine_core import EngineCore, OverlappingCore
 from quire.engine import supervisor
-from quire.engine.channel import CoreFacts
+from quire.engine.channel import CoreInfo
 from quire.engine.queue_bound import ANYBODY
 from quire.engine.supervisor import SupervisedChannel
 from quire.errors import ConfigurationError, InvalidRequestError, ModelFileError
@@ -48,17 +48,17 @@ def test_steps_overlap_on_the_cpu_only_where_asked(
 ) -> None:
     parts = core_of(tiny_model, async_scheduling=asked)
     assert parts.core_type is kind
-    decided = {decision.name: decision for decision in parts.facts.decisions}["async_scheduling"]
+    decided = {decision.name: decision for decision in parts.info.decisions}["async_scheduling"]
     assert decided.value == word and (decided.reason == "as asked") == (asked is not None)
 
 
 def test_sizes_and_labels_are_the_arguments(tiny_model: Path) -> None:
     parts = core_of(tiny_model, block_size=8, max_num_batched_tokens=40, gpu_memory_utilization=0.5)
-    limits = parts.scheduler.limits
+    limits = parts.scheduler.config
     assert (limits.max_num_seqs, limits.max_num_batched_tokens) == (2, 40)
     assert (limits.max_model_len, limits.block_size, limits.num_blocks) == (64, 8, 16)
-    assert (parts.facts.max_model_len, parts.facts.vocab_size) == (64, 320)
-    labels = dict(parts.facts.cache_config)
+    assert (parts.info.max_model_len, parts.info.vocab_size) == (64, 320)
+    labels = dict(parts.info.cache_config)
     assert labels["block_size"] == "8" and labels["num_gpu_blocks"] == "16"
     assert labels["enable_prefix_caching"] == "True" and labels["gpu_memory_utilization"] == "0.5"
 
@@ -74,13 +74,13 @@ def test_a_model_is_loaded_for_the_length_that_is_asked(tiny_model: Path, monkey
 
 def test_the_stamp_is_that_of_the_files(model: Path) -> None:
     """A core that restarts must not go on with requests under other weights: a file of equal size included."""
-    first = core_of(model).facts.model_stamp
-    assert core_of(model).facts.model_stamp == first
+    first = core_of(model).info.model_fingerprint
+    assert core_of(model).info.model_fingerprint == first
     file = model / "model.safetensors"
     os.utime(file, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns + 1))
-    touched = core_of(model).facts.model_stamp
+    touched = core_of(model).info.model_fingerprint
     (model / "added.txt").write_text("")
-    renamed = core_of(model).facts.model_stamp
+    renamed = core_of(model).info.model_fingerprint
     assert len({first, touched, renamed}) == 3
 
 
@@ -110,9 +110,9 @@ def test_the_queue_holds_what_is_asked_or_eight_long_prompts(asked: int | None, 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_requests_may_bring_priorities_where_the_policy_has_them(policy: str, tiny_model: Path) -> None:
     args = EngineArgs(scheduling_policy=policy, seed=7)
-    facts = compose_text(args, tiny_model).facts(args, CoreFacts(64, 320, (), "stamp"))
-    assert facts.has_priorities == (policy == "priority")
-    assert (facts.max_model_len, facts.vocab_size, facts.seed) == (64, 320, 7)
+    limits = compose_text(args, tiny_model).limits(args, CoreInfo(64, 320, (), "fingerprint"))
+    assert limits.has_priorities == (policy == "priority")
+    assert (limits.max_model_len, limits.vocab_size, limits.seed) == (64, 320, 7)
 
 
 def test_without_a_tokenizer_the_configuration_says_where_answers_end(model: Path) -> None:

@@ -5,20 +5,20 @@ from typing import Any
 
 import pytest
 
-from quire.config import EngineArgs, MemoryLedger, ModelFacts, resolve_batched_tokens, resolve_cache
+from quire.config import EngineArgs, MemoryBudget, ModelSizes, resolve_batched_tokens, resolve_cache
 from quire.errors import ConfigurationError
 
-FACTS = ModelFacts(
+SIZES = ModelSizes(
     max_position_embeddings=1024,
     bytes_per_block=2**10,
     device="cpu",
-    ledger=MemoryLedger(device=2**30, weights=2**20),
+    memory=MemoryBudget(device=2**30, weights=2**20),
 )
 MIB = 2**20
 DEVICE = replace(
-    FACTS,
+    SIZES,
     device="cuda",
-    ledger=MemoryLedger(
+    memory=MemoryBudget(
         device=1000 * MIB, taken=50 * MIB, weights=300 * MIB, activations=100 * MIB, sampler=20 * MIB,
         graphs=30 * MIB, slack=10 * MIB,
     ),
@@ -53,7 +53,7 @@ def test_unknown_arguments_are_refused_with_the_nearest() -> None:
 
 
 def test_cpu_cache_is_no_larger_than_its_users_need() -> None:
-    plan = resolve_cache(EngineArgs(max_num_seqs=4), FACTS)
+    plan = resolve_cache(EngineArgs(max_num_seqs=4), SIZES)
     assert plan.num_blocks == 4 * 1024 // 16
     assert plan.max_model_len == 1024
     assert any("max_num_seqs=4" in decision.reason for decision in plan.decisions)
@@ -61,19 +61,19 @@ def test_cpu_cache_is_no_larger_than_its_users_need() -> None:
 
 def test_memory_share_bounds_weights_and_cache() -> None:
     args = EngineArgs(max_num_seqs=4096, gpu_memory_utilization=0.01)
-    plan = resolve_cache(args, FACTS)
-    assert 0 <= int(0.01 * FACTS.ledger.device) - plan.ledger.used < FACTS.bytes_per_block
-    assert plan.ledger.cache == plan.num_blocks * FACTS.bytes_per_block
+    plan = resolve_cache(args, SIZES)
+    assert 0 <= int(0.01 * SIZES.memory.device) - plan.memory.used < SIZES.bytes_per_block
+    assert plan.memory.cache == plan.num_blocks * SIZES.bytes_per_block
 
 
 def test_on_a_device_the_cache_gets_what_the_other_lines_leave() -> None:
     plan = resolve_cache(EngineArgs(gpu_memory_utilization=0.9), DEVICE)
-    assert (plan.ledger.cache, plan.ledger.used) == (390 * MIB, 900 * MIB)
-    assert str(plan.ledger) == (
+    assert (plan.memory.cache, plan.memory.used) == (390 * MIB, 900 * MIB)
+    assert str(plan.memory) == (
         "taken 50 MiB, weights 300 MiB, activations 100 MiB, sampler 20 MiB, graphs 30 MiB, slack 10 MiB, "
         "cache 390 MiB: 900 MiB of 1,000 MiB"
     )
-    assert plan.decisions[-1].reason == str(plan.ledger)
+    assert plan.decisions[-1].reason == str(plan.memory)
 
 
 @pytest.mark.parametrize(
@@ -85,38 +85,38 @@ def test_on_a_device_the_cache_gets_what_the_other_lines_leave() -> None:
         ({"gpu_memory_utilization": 0.511, "max_model_len": 1024 * 1024}, "positions"),
     ],
 )
-def test_what_a_device_cannot_hold_is_refused_with_the_ledger(arguments: dict[str, Any], words: str) -> None:
+def test_what_a_device_cannot_hold_is_refused_with_the_budget(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         resolve_cache(EngineArgs(**arguments), DEVICE)
 
 
 def test_explicit_sizes() -> None:
-    assert resolve_cache(EngineArgs(num_gpu_blocks_override=64), FACTS).num_blocks == 64
-    assert resolve_cache(EngineArgs(kv_cache_memory_bytes=2**17 + 5), FACTS).num_blocks == 128
-    shortened = resolve_cache(EngineArgs(num_gpu_blocks_override=10), FACTS)
+    assert resolve_cache(EngineArgs(num_gpu_blocks_override=64), SIZES).num_blocks == 64
+    assert resolve_cache(EngineArgs(kv_cache_memory_bytes=2**17 + 5), SIZES).num_blocks == 128
+    shortened = resolve_cache(EngineArgs(num_gpu_blocks_override=10), SIZES)
     assert shortened.max_model_len == 160
 
 
 def test_blocks_that_just_hold_one_sequence_are_enough() -> None:
-    plan = resolve_cache(EngineArgs(max_model_len=1024, num_gpu_blocks_override=64), FACTS)
+    plan = resolve_cache(EngineArgs(max_model_len=1024, num_gpu_blocks_override=64), SIZES)
     assert (plan.max_model_len, plan.num_blocks) == (1024, 64)
     assert not any(decision.name == "max_model_len" for decision in plan.decisions)
 
 
 def test_a_device_may_be_filled_to_the_last_byte() -> None:
     plan = resolve_cache(EngineArgs(kv_cache_memory_bytes=490 * MIB), DEVICE)
-    assert plan.ledger.used == plan.ledger.device
+    assert plan.memory.used == plan.memory.device
 
 
 def test_the_last_block_of_a_sequence_may_be_part_full() -> None:
-    plan = resolve_cache(EngineArgs(max_num_seqs=3, max_model_len=1000), FACTS)
+    plan = resolve_cache(EngineArgs(max_num_seqs=3, max_model_len=1000), SIZES)
     assert plan.num_blocks == 3 * 63
 
 
 @pytest.mark.parametrize(("rows", "asked", "budget"), [(256, None, 2048), (4096, None, 4096), (4096, 100, 100)])
 def test_a_step_has_room_for_one_token_of_each_row(rows: int, asked: int | None, budget: int) -> None:
     args = EngineArgs(max_num_seqs=rows, max_num_batched_tokens=asked, num_gpu_blocks_override=64)
-    assert resolve_batched_tokens(args) == resolve_cache(args, FACTS).max_num_batched_tokens == budget
+    assert resolve_batched_tokens(args) == resolve_cache(args, SIZES).max_num_batched_tokens == budget
 
 
 @pytest.mark.parametrize(
@@ -153,4 +153,4 @@ def test_null_is_no_value_where_nothing_is_decided(name: str) -> None:
 )
 def test_what_cannot_fit_is_refused_with_the_numbers(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
-        resolve_cache(EngineArgs(**arguments), FACTS)
+        resolve_cache(EngineArgs(**arguments), SIZES)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from quire.engine import core_process
-from quire.engine.core_process import NICENESS, CoreGoneError, CoreProcess
+from quire.engine.core_process import NICENESS, CoreExitedError, CoreProcess
 from tests.conftest import PATIENCE_S
 from tests.engine.obedient_core import SYSTEM_SECONDS
 
@@ -82,7 +82,7 @@ def test_last_words_are_heard_before_the_end(
     until(lambda: core._process.poll() is not None)
     assert [report.entered for report in core.receive()] == [("0",), ("1",), ("2",)]
     for _ in range(2):
-        with pytest.raises(CoreGoneError) as caught:
+        with pytest.raises(CoreExitedError) as caught:
             core.receive()
         assert (str(caught.value), caught.value.is_from_outside) == (text, is_from_outside)
     core.send(["nobody", 0])

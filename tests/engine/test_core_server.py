@@ -13,20 +13,20 @@ from quire.core.plan import NewRow, ScheduledRow, StepPlan, StepResult
 from quire.core.policy import Fcfs
 from quire.core.prefix_cache import PrefixCache
 from quire.core.request import SamplingSpec
-from quire.core.scheduler import Scheduler, SchedulerLimits
-from quire.engine.channel import CoreFacts, Gauges
+from quire.core.scheduler import Scheduler, SchedulerConfig
+from quire.engine.channel import CoreInfo, Gauges
 from quire.engine.core_server import AnnouncingExecutor, CoreServer
 from quire.engine.wire import Abort, Add, Begun, Check, Report, Stepped, Unframer
 from quire.executor.fake import FakeExecutor
 from tests.core.harness import KEY, VOCAB_SIZE, new_request
 
-FACTS = CoreFacts(32, VOCAB_SIZE, (), "stamp")
+INFO = CoreInfo(32, VOCAB_SIZE, (), "fingerprint")
 
 
 class Allowance:
     """What a step may take, as it is set; and what was asked and learned of it."""
 
-    asleep_s = math.inf
+    idle_timeout_s = math.inf
 
     def __init__(self) -> None:
         self.next_s = 1.5
@@ -78,7 +78,7 @@ class Still:
     def collect(self, handle: StepPlan) -> StepResult:
         return StepResult(handle.step_id, ())
 
-    def prepare(self) -> bool:
+    def run_idle_work(self) -> bool:
         return False
 
     def close(self) -> None:
@@ -126,10 +126,10 @@ def test_the_work_of_a_step_grows_with_the_distance_of_its_tokens(other: Other) 
 
 @pytest.fixture
 def server(other: Other) -> CoreServer:
-    limits = SchedulerLimits(2, 8, FACTS.max_model_len, 4, 16)
+    config = SchedulerConfig(2, 8, INFO.max_model_len, 4, 16)
     executor = FakeExecutor(num_blocks=16, block_size=4, max_num_seqs=2, vocab_size=VOCAB_SIZE)
-    core = EngineCore(Scheduler(limits, Fcfs(), PrefixCache(KEY)), executor, lambda: 0.0)
-    return CoreServer(core, FACTS, other.theirs)
+    core = EngineCore(Scheduler(config, Fcfs(), PrefixCache(KEY)), executor, lambda: 0.0)
+    return CoreServer(core, INFO, other.theirs)
 
 
 def told(server: CoreServer, other: Other, *commands: Any) -> list[Any]:
@@ -137,15 +137,18 @@ def told(server: CoreServer, other: Other, *commands: Any) -> list[Any]:
     server._commands.extend(commands)
     server._take()
     assert not server._commands
-    return [report.news for report in other.heard() if isinstance(report, Stepped)]
+    return [report.outputs for report in other.heard() if isinstance(report, Stepped)]
 
 
 def test_what_is_refused_is_told_with_the_reason_and_the_rest_is_taken(server: CoreServer, other: Other) -> None:
     bad = replace(new_request("bad", [1]), prompt_token_ids=(VOCAB_SIZE,))
-    (news,) = told(server, other, Add(bad), Add(new_request("good", [1, 2])), Add(new_request("long", [1] * 40)))
-    assert [(delta.request_id, delta.finish_reason) for delta in news.deltas] == [("bad", "error"), ("long", "error")]
-    assert "prompt_token_ids" in str(news.deltas[0].error) and "40" in str(news.deltas[1].error)
-    assert news.record is None and news.gauges == Gauges(0, 1, 0.0)
+    (outputs,) = told(server, other, Add(bad), Add(new_request("good", [1, 2])), Add(new_request("long", [1] * 40)))
+    assert [(delta.request_id, delta.finish_reason) for delta in outputs.deltas] == [
+        ("bad", "error"),
+        ("long", "error"),
+    ]
+    assert "prompt_token_ids" in str(outputs.deltas[0].error) and "40" in str(outputs.deltas[1].error)
+    assert outputs.record is None and outputs.gauges == Gauges(0, 1, 0.0)
     assert server._core.has_work
 
 
@@ -153,8 +156,8 @@ def test_an_abort_is_told_when_no_step_will_tell_of_it(server: CoreServer, other
     assert told(server, other, Add(new_request("a", [1, 2])), Add(new_request("b", [1, 2]))) == []
     server._core.step()
     assert told(server, other, Abort("a")) == [], "the next step tells of the room"
-    (news,) = told(server, other, Abort("b"))
-    assert news.deltas == () and news.gauges == Gauges(0, 0, 0.0)
+    (outputs,) = told(server, other, Abort("b"))
+    assert outputs.deltas == () and outputs.gauges == Gauges(0, 0, 0.0)
     assert told(server, other, Abort("b"), Abort("never")) == []
 
 

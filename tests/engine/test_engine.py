@@ -1,4 +1,4 @@
-"""The engine between text and a core: what it tells the core, the queue and the metrics, news by news."""
+"""The engine between text and a core: what it tells the core, the queue and the metrics, output by output."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from quire.config import EngineArgs
 from quire.core.plan import Stalled, TokenDelta, TokenLogprobs
 from quire.engine.channel import CoreHealth, Gauges
 from quire.engine.engine import Engine
-from quire.engine.queue_bound import QueueLimits
+from quire.engine.queue_bound import QueueConfig
 from quire.errors import OverloadedError
 from tests.engine.scripted import Scripted, final
 
@@ -96,7 +96,7 @@ def test_the_queue_knows_who_has_left_it() -> None:
 
 
 def test_rows_that_are_free_are_told_to_the_queue() -> None:
-    scripted = Scripted(QueueLimits(0, 1000, 4))
+    scripted = Scripted(QueueConfig(0, 1000, 4))
     scripted.channel.gauges = Gauges(3, 0, 0.5)
     scripted.engine.step()
     scripted.parse()

@@ -2,7 +2,7 @@
 
 import math
 
-from quire.engine.heartbeat import SURE_SECONDS, Activity, Heartbeat
+from quire.engine.heartbeat import RECHECK_S, Activity, Heartbeat
 from quire.engine.step_allowance import FIRST_SECONDS, LEAST_SECONDS, SLACK, StepAllowance
 
 
@@ -22,7 +22,7 @@ class World:
         """`inf` if it is not, within `most_s`. Looks when the watcher would."""
         start_s = self.now_s
         while self.now_s < start_s + most_s:
-            step_s = max(0.0, min(self.heartbeat.look_s, start_s + most_s) - self.now_s) + 0.001
+            step_s = max(0.0, min(self.heartbeat.next_check_s, start_s + most_s) - self.now_s) + 0.001
             self.now_s += step_s
             for thread, speed in enumerate(self.speeds):
                 self.used_s[thread] += step_s * speed
@@ -40,7 +40,7 @@ def test_without_the_systems_word_time_alone_decides() -> None:
 def test_nobody_awake_is_seen_long_before_the_time_is_up() -> None:
     world = World(0.0, is_awake=False)
     world.heartbeat.expect(60.0, 1.5)
-    assert 1.5 <= world.seconds_until_hung() < 1.6 + SURE_SECONDS
+    assert 1.5 <= world.seconds_until_hung() < 1.6 + RECHECK_S
     world.heartbeat.expect(60.0)  # a device computes: sleeping is no sign
     assert 60.0 <= world.seconds_until_hung() < 60.1
 
@@ -108,7 +108,7 @@ def test_a_word_begins_anew() -> None:
 
 def test_steps_are_judged_by_those_of_their_size() -> None:
     allowance = StepAllowance()
-    assert (allowance.seconds_for(1.0), allowance.asleep_s) == (FIRST_SECONDS, math.inf)
+    assert (allowance.seconds_for(1.0), allowance.idle_timeout_s) == (FIRST_SECONDS, math.inf)
     allowance.observe(16.0, 0.01)
     assert allowance.seconds_for(1.0) == allowance.seconds_for(16.0) == LEAST_SECONDS
     assert allowance.seconds_for(16 * 1024.0) == SLACK * 0.01 * 1024
@@ -133,11 +133,11 @@ def test_first_steps_are_judged_by_the_size_of_the_model() -> None:
     assert small.seconds_for(1.0) == LEAST_SECONDS and small.seconds_for(512.0) == LEAST_SECONDS
     assert LEAST_SECONDS <= large.seconds_for(1.0) < large.seconds_for(512.0) < 20.0
     assert huge.seconds_for(2048.0) == FIRST_SECONDS
-    assert small.asleep_s == LEAST_SECONDS
+    assert small.idle_timeout_s == LEAST_SECONDS
 
 
 def test_a_timeout_that_was_asked_for_holds_for_every_step() -> None:
     allowance = StepAllowance(4 * 2**20, 7.0)
     allowance.observe(16.0, 3.0)
     assert [allowance.seconds_for(work) for work in (1.0, 16.0, 1e6)] == [7.0] * 3
-    assert allowance.asleep_s == math.inf
+    assert allowance.idle_timeout_s == math.inf

@@ -7,19 +7,19 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from quire.core.request import NewRequest
-from quire.engine.inputs import EngineFacts, InputProcessor, ParsedRequest
+from quire.engine.inputs import InputProcessor, ParsedRequest, RequestLimits
 from quire.engine.queue_bound import Caller
 from quire.errors import InvalidRequestError, PromptTooLongError
 from quire.sampling_params import SamplingParams
 from quire.text.tokenizer import Tokenizer
 from tests.text.small_tokenizers import KINDS, write_directory
 
-FACTS = EngineFacts(max_model_len=20, vocab_size=320, eos_token_ids=(256,), seed=0, has_priorities=False)
+LIMITS = RequestLimits(max_model_len=20, vocab_size=320, eos_token_ids=(256,), seed=0, has_priorities=False)
 
 
-def processor(tokenizer: Tokenizer | None = None, **facts: Any) -> InputProcessor:
-    values = {name: getattr(FACTS, name) for name in EngineFacts.__slots__}
-    return InputProcessor(tokenizer, EngineFacts(**values | facts))
+def processor(tokenizer: Tokenizer | None = None, **limits: Any) -> InputProcessor:
+    values = {name: getattr(LIMITS, name) for name in RequestLimits.__slots__}
+    return InputProcessor(tokenizer, RequestLimits(**values | limits))
 
 
 def parse(prompt: Any, inputs: InputProcessor | None = None, *, arguments: Any = None, **params: Any) -> ParsedRequest:

@@ -1,12 +1,12 @@
-"""Who goes on after a death, with what, and who is to blame for it."""
+"""Which requests are resumed after a death, with what, and to which request the death is attributed."""
 
 from collections.abc import Callable
 
 import pytest
 
 from quire.core.plan import TokenDelta, TokenLogprobs
-from quire.core.request import Given
-from quire.engine.journal import LONGER_TRIAL, MOST_TRIALS, TRIAL_TOKENS, Journal, Verdict
+from quire.core.request import ResumeState
+from quire.engine.journal import LONGER_PROBE, MOST_PROBES, PROBE_TOKENS, DeathReport, Journal
 from tests.core.harness import new_request
 
 
@@ -32,7 +32,7 @@ def sent(journal: Journal) -> str:
 def test_what_was_given_goes_along() -> None:
     journal = Journal()
     journal.add(new_request("a", [1, 2, 3], max_tokens=9))
-    assert [new.given for new in journal.take_unsent()] == [Given()]
+    assert [new.resume for new in journal.take_unsent()] == [ResumeState()]
     one = TokenLogprobs((1,), (-1.0,), (1,))
     journal.enter(["a"])
     journal.take([TokenDelta("a", (), prompt_logprobs=(one, one))])
@@ -41,7 +41,7 @@ def test_what_was_given_goes_along() -> None:
     assert journal.num_sent == 1
     kill(journal)
     assert journal.num_sent == 0
-    assert [new.given for new in journal.take_unsent()] == [Given((5, 6), 2, 2)]
+    assert [new.resume for new in journal.take_unsent()] == [ResumeState((5, 6), 2, 2)]
 
 
 def test_the_ended_and_the_aborted_are_forgotten() -> None:
@@ -54,19 +54,19 @@ def test_the_ended_and_the_aborted_are_forgotten() -> None:
     assert len(journal) == 0 and sent(journal) == ""
 
 
-def crash(journal: Journal) -> Verdict:
+def crash(journal: Journal) -> DeathReport:
     return journal.core_died(by_itself=True)
 
 
-def kill(journal: Journal) -> Verdict:
+def kill(journal: Journal) -> DeathReport:
     return journal.core_died(by_itself=False)
 
 
-def try_all(journal: Journal, names: str, num_tokens: int = TRIAL_TOKENS) -> None:
-    """Each is alone in the core until it has stood its trial."""
+def try_all(journal: Journal, names: str, num_tokens: int = PROBE_TOKENS) -> None:
+    """Each is alone in the core until it is cleared."""
     for name in names:
         (new,) = journal.take_unsent()
-        assert (new.request_id, new.max_tokens) == (name, len(new.given.output_token_ids) + num_tokens)
+        assert (new.request_id, new.max_tokens) == (name, len(new.resume.output_token_ids) + num_tokens)
         assert sent(journal) == "" and journal.num_sent == 1
         journal.enter(name)
         for _ in range(num_tokens - 1):
@@ -90,18 +90,18 @@ def test_after_a_crash_each_is_tried_alone_and_then_all_go_on() -> None:
     try_all(journal, "abc")
     ready = journal.take_unsent()
     assert [new.request_id for new in ready] == list("abcn") and journal.num_sent == 4
-    assert [len(new.given.output_token_ids) for new in ready] == [3, 3, 3, 0]
+    assert [len(new.resume.output_token_ids) for new in ready] == [3, 3, 3, 0]
     assert [new.max_tokens for new in ready[:3]] == [9] * 3
 
 
 @pytest.mark.parametrize("die", [crash, kill])
-def test_alone_in_two_deaths_fails(die: Callable[[Journal], Verdict]) -> None:
+def test_alone_in_two_deaths_fails(die: Callable[[Journal], DeathReport]) -> None:
     journal = journal_of("a")
     assert die(journal).failed == ()
     assert sent(journal) == "a"
     run(journal, "a")
-    verdict = die(journal)
-    assert (verdict.failed, verdict.num_kept, verdict.is_found) == (("a",), 0, True)
+    report = die(journal)
+    assert (report.failed, report.num_kept, report.is_attributed) == (("a",), 0, True)
 
 
 @pytest.mark.parametrize("bad", "abcd")
@@ -111,8 +111,8 @@ def test_who_crashes_a_core_fails_with_the_second_death_and_alone(bad: str) -> N
     try_all(journal, "abcd"[: "abcd".index(bad)])
     assert sent(journal) == bad
     journal.enter(bad)
-    verdict = crash(journal)
-    assert (verdict.failed, verdict.num_kept, verdict.is_found, verdict.is_narrowed) == ((bad,), 3, True, False)
+    report = crash(journal)
+    assert (report.failed, report.num_kept, report.is_attributed, report.is_narrowed) == ((bad,), 3, True, False)
     assert sent(journal) == "abcd".replace(bad, "")
 
 
@@ -133,27 +133,27 @@ def test_two_kills_try_who_was_present_in_both() -> None:
     journal.add(new_request("n", [1]))
     assert sent(journal) == "abn"
     run(journal, "abn")
-    verdict = kill(journal)
-    assert (verdict.failed, verdict.is_found, verdict.is_narrowed) == ((), False, False)
+    report = kill(journal)
+    assert (report.failed, report.is_attributed, report.is_narrowed) == ((), False, False)
     try_all(journal, "ab")
     assert sent(journal) == "abn"
     run(journal, "abn")
-    verdict = kill(journal)
-    assert (verdict.failed, verdict.num_kept, verdict.is_found) == (("a", "b"), 1, False)
+    report = kill(journal)
+    assert (report.failed, report.num_kept, report.is_attributed) == (("a", "b"), 1, False)
 
 
-def test_who_stood_a_trial_is_tried_for_longer() -> None:
+def test_a_cleared_request_is_probed_for_longer() -> None:
     journal = journal_of("ab", max_tokens=40)
     crash(journal)
     try_all(journal, "ab")
     assert sent(journal) == "ab"
     journal.enter("ab")
     crash(journal)
-    try_all(journal, "ab", TRIAL_TOKENS * LONGER_TRIAL)
+    try_all(journal, "ab", PROBE_TOKENS * LONGER_PROBE)
     assert sent(journal) == "ab"
 
 
-def test_a_trial_may_be_the_end_of_a_request() -> None:
+def test_a_probe_may_be_the_end_of_a_request() -> None:
     journal = journal_of("ab", max_tokens=2)
     crash(journal)
     (a,) = journal.take_unsent()
@@ -167,7 +167,7 @@ def test_a_trial_may_be_the_end_of_a_request() -> None:
     assert len(journal) == journal.num_sent == 0
 
 
-def test_who_waits_in_the_queue_is_never_to_blame() -> None:
+def test_no_death_is_attributed_to_a_request_in_the_queue() -> None:
     journal = journal_of("a")
     journal.add(new_request("b", [1]))
     assert sent(journal) == "b"
@@ -180,7 +180,7 @@ def test_who_waits_in_the_queue_is_never_to_blame() -> None:
         assert crash(journal).num_kept == 1
 
 
-def test_a_death_while_nobody_was_present_keeps_the_trials() -> None:
+def test_a_death_while_nobody_was_present_keeps_the_probes() -> None:
     journal = journal_of("abc")
     crash(journal)
     try_all(journal, "a")
@@ -190,7 +190,7 @@ def test_a_death_while_nobody_was_present_keeps_the_trials() -> None:
     assert sent(journal) == "abc"
 
 
-def test_what_one_is_to_blame_for_is_not_held_against_others() -> None:
+def test_what_is_attributed_to_one_is_not_held_against_others() -> None:
     journal = journal_of("ab")
     for bad in "xyz":
         journal.add(new_request(bad, [1]))
@@ -205,7 +205,7 @@ def test_what_one_is_to_blame_for_is_not_held_against_others() -> None:
     assert crash(journal).failed == () and len(journal) == 2
 
 
-def test_a_suspect_that_leaves_lets_the_next_enter() -> None:
+def test_a_quarantined_request_that_leaves_lets_the_next_enter() -> None:
     journal = journal_of("abc")
     crash(journal)
     assert sent(journal) == "a"
@@ -215,8 +215,8 @@ def test_a_suspect_that_leaves_lets_the_next_enter() -> None:
     assert sent(journal) == "n" and journal.num_sent == 1
 
 
-@pytest.mark.parametrize("count", [2, MOST_TRIALS, 3 * MOST_TRIALS + 1, 1000])
-def test_many_suspects_are_tried_in_groups_and_the_bad_one_is_found(count: int) -> None:
+@pytest.mark.parametrize("count", [2, MOST_PROBES, 3 * MOST_PROBES + 1, 1000])
+def test_many_are_probed_in_groups_and_the_bad_one_is_found(count: int) -> None:
     names, bad = [str(number) for number in range(count)], str(count * 2 // 3)
     journal = Journal()
     for name in names:
@@ -226,13 +226,13 @@ def test_many_suspects_are_tried_in_groups_and_the_bad_one_is_found(count: int) 
         num_sent = 0
         while group := journal.take_unsent():
             num_sent += 1
-            assert num_sent <= MOST_TRIALS
+            assert num_sent <= MOST_PROBES
             journal.enter(new.request_id for new in group)
             if bad in {new.request_id for new in group}:
-                verdict = crash(journal)
-                failed, num_deaths = verdict.failed, num_deaths + 1
-                num_unexplained += not (verdict.is_found or verdict.is_narrowed)
+                report = crash(journal)
+                failed, num_deaths = report.failed, num_deaths + 1
+                num_unexplained += not (report.is_attributed or report.is_narrowed)
                 break
             journal.take(TokenDelta(new.request_id, (5, 5), finish_reason="length") for new in group)
     assert failed == (bad,) and len(journal) == count - 1
-    assert (num_deaths, num_unexplained) == (2 if count <= MOST_TRIALS else 3, 1)
+    assert (num_deaths, num_unexplained) == (2 if count <= MOST_PROBES else 3, 1)

@@ -18,10 +18,10 @@ from quire.config import EngineArgs
 from quire.engine import breaker
 from quire.engine.async_engine import AsyncEngine, ServedEngine
 from quire.engine.channel import CoreHealth
-from quire.engine.core_process import CoreGoneError, CoreProcess
+from quire.engine.core_process import CoreExitedError, CoreProcess
 from quire.engine.engine import Engine
-from quire.engine.inputs import EngineFacts, InputProcessor
-from quire.engine.queue_bound import QueueBound, QueueLimits
+from quire.engine.inputs import InputProcessor, RequestLimits
+from quire.engine.queue_bound import QueueBound, QueueConfig
 from quire.engine.supervisor import SupervisedChannel
 from quire.engine.wire import Ready, Start
 from quire.errors import EngineDeadError, ModelFileError, OverloadedError
@@ -110,10 +110,10 @@ async def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     channel = SupervisedChannel(partial(CoreProcess, Start(EngineArgs(), str(tmp_path)), CORE))
     core = channel.wait_ready()
-    facts = EngineFacts(core.max_model_len, core.vocab_size, (), 0, False)
-    inputs = InputProcessor(None, facts)
-    queue = QueueBound(QueueLimits(1024, 2**20, 256), time.monotonic)
-    engine = AsyncEngine(ServedEngine(Engine(channel, None, queue), inputs, None, facts, [], {}, channel.close))
+    limits = RequestLimits(core.max_model_len, core.vocab_size, (), 0, False)
+    inputs = InputProcessor(None, limits)
+    queue = QueueBound(QueueConfig(1024, 2**20, 256), time.monotonic)
+    engine = AsyncEngine(ServedEngine(Engine(channel, None, queue), inputs, None, limits, [], {}, channel.close))
     pid = channel.pid
     found = Apart(engine, channel)
     yield found
@@ -204,7 +204,7 @@ async def test_present_in_two_deaths_fails(apart: Apart) -> None:
 
 async def test_a_crash_loop_opens_the_breaker(apart: Apart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breaker, "FIRST_PAUSE_SECONDS", 1000.0)
-    apart.channel._breaker.proved()
+    apart.channel._breaker.record_success()
     old = None
     for _ in range(breaker.MOST_DEATHS_IN_A_ROW - 1):
         old = await apart.kill_next(old)
@@ -263,14 +263,14 @@ def test_a_core_that_cannot_start_is_told(
         channel.close()
 
 
-def test_a_core_whose_model_changed_is_not_gone_on_with(apart: Apart) -> None:
-    assert apart.channel._facts is not None
-    apart.channel._facts = replace(apart.channel._facts, model_stamp="another")
-    with pytest.raises(CoreGoneError, match="changed"):
-        apart.channel._take(Ready(replace(apart.channel._facts, model_stamp="stamp")), [])
-    with pytest.raises(CoreGoneError, match="changed"):
-        apart.channel._take(Ready(replace(apart.channel._facts, max_model_len=8)), [])
-    more = replace(apart.channel._facts, max_model_len=8192, decisions=(Decision("num_blocks", "9", "measured anew"),))
+def test_a_core_whose_model_changed_is_refused(apart: Apart) -> None:
+    assert apart.channel._info is not None
+    apart.channel._info = replace(apart.channel._info, model_fingerprint="another")
+    with pytest.raises(CoreExitedError, match="changed"):
+        apart.channel._take(Ready(replace(apart.channel._info, model_fingerprint="fingerprint")), [])
+    with pytest.raises(CoreExitedError, match="changed"):
+        apart.channel._take(Ready(replace(apart.channel._info, max_model_len=8)), [])
+    more = replace(apart.channel._info, max_model_len=8192, decisions=(Decision("num_blocks", "9", "measured anew"),))
     apart.channel._take(Ready(more), [])  # a device's free memory is never twice the same
 
 

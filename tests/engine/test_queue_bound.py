@@ -5,7 +5,7 @@ import random
 import pytest
 
 from quire.engine import queue_bound
-from quire.engine.queue_bound import ANYBODY, Caller, QueueBound, QueueLimits, Rate
+from quire.engine.queue_bound import ANYBODY, Caller, QueueBound, QueueConfig, Rate
 from quire.errors import InvalidRequestError, OverloadedError, TooManyRequestsError
 
 
@@ -20,7 +20,7 @@ def bound(
     max_requests: int = 4, max_tokens: int = 1000, rows: int = 0, weights: dict[str, int] | None = None
 ) -> tuple[QueueBound, Clock]:
     clock = Clock()
-    queue = QueueBound(QueueLimits(max_requests, max_tokens, 2), clock)
+    queue = QueueBound(QueueConfig(max_requests, max_tokens, 2), clock)
     queue.expect(weights or {})
     queue.observe(2 - rows, 0)
     return queue, clock

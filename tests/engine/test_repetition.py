@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from quire.engine.repetition import RepetitionWatch
+from quire.engine.repetition import RepetitionDetector
 from quire.sampling_params import RepetitionDetectionParams
 
 
@@ -33,7 +33,7 @@ def test_random_sequences_repeat_where_the_definition_says(options: dict[str, An
     params, dice = RepetitionDetectionParams(**options), random.Random(str(options))
     num_found = 0
     for _ in range(60):
-        watch, tokens = RepetitionWatch(params), list[int]()
+        watch, tokens = RepetitionDetector(params), list[int]()
         while len(tokens) < 60:
             pattern = [dice.randrange(3) for _ in range(dice.randint(1, 5))]
             for token in pattern * dice.randint(1, 4):
@@ -46,8 +46,8 @@ def test_random_sequences_repeat_where_the_definition_says(options: dict[str, An
 
 def test_a_pattern_must_be_complete_at_the_last_of_the_tokens_that_come_together() -> None:
     params = RepetitionDetectionParams(max_pattern_size=2, min_pattern_size=2, min_count=2)
-    watch = RepetitionWatch(params)
+    watch = RepetitionDetector(params)
     assert watch.push([1, 2, 1, 2])
     assert not watch.push([1, 3]) and not watch.push([])
-    assert RepetitionWatch(params).push([9, 1, 2, 1, 2])
-    assert not RepetitionWatch(params).push([1, 2, 1, 2, 5])
+    assert RepetitionDetector(params).push([9, 1, 2, 1, 2])
+    assert not RepetitionDetector(params).push([1, 2, 1, 2, 5])

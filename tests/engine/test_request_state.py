@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from quire.core.plan import TokenDelta, TokenLogprobs
-from quire.engine import request_state
-from quire.engine.inputs import EngineFacts, InputProcessor
+from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.engine.request_state import RequestState
 from quire.outputs import Logprob, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
@@ -17,7 +16,7 @@ from quire.text.detokenizer import StopStrings
 from quire.text.tokenizer import Tokenizer
 from tests.text.small_tokenizers import fallback_bpe, no_decoder, write_directory
 
-FACTS = EngineFacts(max_model_len=256, vocab_size=320, eos_token_ids=(256,), seed=0, has_priorities=False)
+LIMITS = RequestLimits(max_model_len=256, vocab_size=320, eos_token_ids=(256,), seed=0, has_priorities=False)
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +26,12 @@ def tokenizer(tiny_model: Path) -> Tokenizer:
 
 
 def state_of(tokenizer: Tokenizer, prompt: Sequence[int] = (10, 11, 12), **params: Any) -> RequestState:
-    parsed = InputProcessor(tokenizer, FACTS).parse(list(prompt), SamplingParams(**{"max_tokens": 50, **params}))
+    parsed = InputProcessor(tokenizer, LIMITS).parse(list(prompt), SamplingParams(**{"max_tokens": 50, **params}))
     return RequestState(parsed, tokenizer, arrival_s=3.0)
 
 
 def delta(state: RequestState, text: str, index: int = 0, **more: Any) -> TokenDelta:
-    """News of a sequence; a character of `text` is a token."""
+    """A delta of a sequence; a character of `text` is a token."""
     request_id = state.parsed.sequences[index].request_id
     return TokenDelta(request_id, tuple(map(ord, text)), **more)
 
@@ -74,7 +73,7 @@ def test_a_final_stream_says_it_once(tokenizer: Tokenizer) -> None:
 
 
 def test_a_stream_of_differences_says_what_is_new(tokenizer: Tokenizer) -> None:
-    """Text, tokens and log-probabilities of those sequences alone that have news, each once."""
+    """Text, tokens and log-probabilities of those sequences alone that have changed, each once."""
     state = state_of(tokenizer, n=3, logprobs=1, output_kind=RequestOutputKind.DELTA)
     given: dict[int, list[Any]] = {index: ["", [], []] for index in range(3)}
     expected: dict[int, list[Any]] = {index: ["", [], []] for index in range(3)}
@@ -231,9 +230,9 @@ def test_spaces_between_special_tokens_are_as_asked(tmp_path: Path, spaces: bool
 def test_the_text_goes_on_from_the_prompt(tmp_path: Path) -> None:
     """A SentencePiece model writes a space before each word but the first of a text."""
     tokenizer = Tokenizer.from_directory(write_directory(tmp_path, fallback_bpe()))
-    facts = EngineFacts(256, tokenizer.vocab_size, (), 0, has_priorities=False)
+    limits = RequestLimits(256, tokenizer.vocab_size, (), 0, has_priorities=False)
     hello, world = (tokenizer.encode(word, add_special_tokens=False) for word in ("hello", "world"))
-    parsed = InputProcessor(tokenizer, facts).parse(hello, SamplingParams())
+    parsed = InputProcessor(tokenizer, limits).parse(hello, SamplingParams())
     state = RequestState(parsed, tokenizer, 0.0)
     state.apply(TokenDelta(parsed.sequences[0].request_id, tuple(world), finish_reason="length"))
     assert texts(state.output()) == [(0, " world")]

@@ -49,9 +49,9 @@ def core(tiny_model: Path, request: pytest.FixtureRequest, monkeypatch: pytest.M
     collect: Callable[[LocalChannel], Any] = LocalChannel.collect
 
     def recorded(channel: LocalChannel) -> Any:
-        news = collect(channel)
-        records.extend(item.record for item in news if item.record is not None)
-        return news
+        outputs = collect(channel)
+        records.extend(item.record for item in outputs if item.record is not None)
+        return outputs
 
     monkeypatch.setattr(LocalChannel, "collect", recorded)
     with LLM(model=str(tiny_model), async_scheduling=request.param, max_model_len=256) as llm:

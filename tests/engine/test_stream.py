@@ -6,17 +6,17 @@ from typing import Any
 
 import pytest
 
-from quire.engine.inputs import EngineFacts, InputProcessor
+from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.engine.stream import MAX_UNREAD, Stream, joined
 from quire.outputs import CompletionOutput, Logprob, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
 
-FACTS = EngineFacts(max_model_len=64, vocab_size=320, eos_token_ids=(), seed=0, has_priorities=False)
+LIMITS = RequestLimits(max_model_len=64, vocab_size=320, eos_token_ids=(), seed=0, has_priorities=False)
 
 
 def stream_of(kind: RequestOutputKind) -> Stream:
     params = SamplingParams(output_kind=kind, detokenize=False)
-    return Stream(InputProcessor(None, FACTS).parse([1], params))
+    return Stream(InputProcessor(None, LIMITS).parse([1], params))
 
 
 def output_of(*choices: CompletionOutput, finished: bool = False, cached: int = 0) -> RequestOutput:

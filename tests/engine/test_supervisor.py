@@ -11,8 +11,8 @@ import pytest
 
 from quire.core.plan import TokenDelta
 from quire.engine.breaker import FIRST_PAUSE_SECONDS, MOST_DEATHS_IN_A_ROW
-from quire.engine.channel import CoreFacts, CoreHealth, Gauges, News
-from quire.engine.core_process import CoreGoneError
+from quire.engine.channel import CoreHealth, CoreInfo, CoreOutputs, Gauges
+from quire.engine.core_process import CoreExitedError
 from quire.engine.heartbeat import Activity
 from quire.engine.step_allowance import LEAST_SECONDS
 from quire.engine.supervisor import LATE_WAKE_SECONDS, SupervisedChannel
@@ -21,8 +21,8 @@ from quire.errors import EngineDeadError, ModelFileError, OverloadedError
 from tests.core.harness import new_request
 from tests.engine.scripted import Clock, final
 
-FACTS = CoreFacts(64, 13, (), "stamp")
-CRASH, KILL = CoreGoneError("signal 11"), CoreGoneError("signal 9", is_from_outside=True)
+INFO = CoreInfo(64, 13, (), "fingerprint")
+CRASH, KILL = CoreExitedError("signal 11"), CoreExitedError("signal 9", is_from_outside=True)
 
 
 class ScriptedCore:
@@ -90,15 +90,15 @@ class World:
         return self.cores[-1]
 
     def start(self) -> None:
-        self.core.says(Ready(FACTS))
-        assert self.channel.wait_ready() == FACTS
+        self.core.says(Ready(INFO))
+        assert self.channel.wait_ready() == INFO
 
     def says(self, *reports: Any) -> list[TokenDelta]:
-        """What the core says, and the news that come of it."""
+        """What the core says, and the deltas that come of it."""
         self.core.says(*reports)
-        return [delta for news in self.collect() for delta in news.deltas]
+        return [delta for outputs in self.collect() for delta in outputs.deltas]
 
-    def collect(self) -> list[News]:
+    def collect(self) -> list[CoreOutputs]:
         found = self.channel.collect()
         while self.core._reports and self.channel.pid == self.core.pid:
             found += self.channel.collect()
@@ -106,7 +106,7 @@ class World:
 
     def begin(self, *names: str) -> None:
         """The core is ready, takes what it is sent, and begins a step with these."""
-        self.says(Ready(FACTS), Begun(names, 10.0, math.inf))
+        self.says(Ready(INFO), Begun(names, 10.0, math.inf))
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ ONE_RUNS = Gauges(1, 0, 0.5)
 
 
 def stepped(*deltas: TokenDelta, gauges: Gauges = ONE_RUNS) -> Stepped:
-    return Stepped(News(deltas, None, gauges))
+    return Stepped(CoreOutputs(deltas, None, gauges))
 
 
 def add(world: World, *names: str) -> None:
@@ -157,14 +157,14 @@ def test_requests_go_on_in_the_next_core_with_what_they_were_given(world: World)
     assert world.channel.gauges == Gauges(0, 1, 0.0) and not world.channel.is_ready
     add(world, "b")
     assert world.core.added == [], "it has not said that it is ready"
-    world.says(Ready(FACTS))
+    world.says(Ready(INFO))
     assert world.core.added == ["a", "b"] and world.channel.is_ready
-    assert world.core.sent[0].new.given.output_token_ids == (5, 6)
+    assert world.core.sent[0].new.resume.output_token_ids == (5, 6)
     assert world.channel.health == CoreHealth("serving", 1, 0)
 
 
-def die_idle(world: World, reason: CoreGoneError = CRASH) -> None:
-    world.says(Ready(FACTS), reason)
+def die_idle(world: World, reason: CoreExitedError = CRASH) -> None:
+    world.says(Ready(INFO), reason)
 
 
 def test_three_deaths_in_a_row_refuse_all_that_wait_once_and_tell_when_to_come_back(world: World) -> None:
@@ -191,7 +191,7 @@ def test_three_deaths_in_a_row_refuse_all_that_wait_once_and_tell_when_to_come_b
     world.clock.now_s = Clock.now_s + FIRST_PAUSE_SECONDS
     add(world, "c")
     assert world.channel.collect() == [] and len(world.cores) == MOST_DEATHS_IN_A_ROW + 1
-    world.says(Ready(FACTS))
+    world.says(Ready(INFO))
     assert world.core.added == ["c"] and world.channel.is_ready
     assert world.channel.health.num_died == MOST_DEATHS_IN_A_ROW
 
@@ -204,7 +204,7 @@ def test_a_core_is_of_use_when_it_brings_a_request_to_its_end(
 ) -> None:
     for _ in range(MOST_DEATHS_IN_A_ROW - 1):
         die_idle(world)
-    world.says(Ready(FACTS))
+    world.says(Ready(INFO))
     add(world, "a")
     world.says(stepped(TokenDelta("a", (5,), finish_reason=reason)))
     die_idle(world)
@@ -216,26 +216,26 @@ def test_a_request_that_is_found_fails_and_the_engine_is_not_what_is_wrong(world
     more deaths than the breaker would let pass."""
     add(world, "a", "b")
     world.says(Begun(("a", "b"), 10.0, math.inf), stepped(TokenDelta("a", (5,)), TokenDelta("b", (5,))), CRASH)
-    world.says(Ready(FACTS))
+    world.says(Ready(INFO))
     assert world.core.added == ["a"], "it is tried alone"
     world.says(Begun(("a",), 10.0, math.inf), stepped(final("a", 5, 5)))
     assert world.core.added == ["a", "b"]
     found = world.says(Begun(("b",), 10.0, math.inf), CRASH)
     assert [(delta.request_id, delta.finish_reason) for delta in found] == [("b", "error")]
     assert "more than once" in str(found[0].error)
-    world.says(Ready(FACTS))
-    assert world.core.added == ["a"] and world.core.sent[0].new.given.output_token_ids == (5, 5, 5)
+    world.says(Ready(INFO))
+    assert world.core.added == ["a"] and world.core.sent[0].new.resume.output_token_ids == (5, 5, 5)
     for _ in range(MOST_DEATHS_IN_A_ROW - 1):
         assert world.channel.health.state != "paused"
         die_idle(world)
 
 
-def test_a_death_that_narrows_the_suspects_is_not_counted(world: World) -> None:
+def test_a_death_that_narrows_the_quarantine_is_not_counted(world: World) -> None:
     names = [f"r{number}" for number in range(64)]
     add(world, *names)
     world.says(Begun(tuple(names), 10.0, math.inf), CRASH)
     for _ in range(2 * MOST_DEATHS_IN_A_ROW):
-        world.says(Ready(FACTS))
+        world.says(Ready(INFO))
         group = world.core.added
         if len(group) == 1:
             break
@@ -273,12 +273,12 @@ def test_a_step_has_the_time_that_the_core_asks_for(world: World) -> None:
     world.channel.collect()
     assert world.channel.health.num_hung == 0
     world.clock.now_s += 1.0
-    assert [news.deltas for news in world.channel.collect()] == []
+    assert [outputs.deltas for outputs in world.channel.collect()] == []
     assert world.channel.health == CoreHealth("starting", 0, 1) and world.cores[0].ended == [True]
 
 
-def test_who_was_woken_late_blames_nobody(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    for late_s, is_blamed in ((LATE_WAKE_SECONDS / 2, True), (2 * LATE_WAKE_SECONDS, False)):
+def test_a_supervisor_that_woke_late_judges_no_core(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    for late_s, is_judged in ((LATE_WAKE_SECONDS / 2, True), (2 * LATE_WAKE_SECONDS, False)):
         world.core.now = None
         add(world, f"late {late_s}")
         world.says(Begun((f"late {late_s}",), 5.0, math.inf))
@@ -294,9 +294,9 @@ def test_who_was_woken_late_blames_nobody(world: World, monkeypatch: pytest.Monk
             patch.setattr(world.channel._selector, "select", select_late)
             world.channel.wait()
         world.channel.collect()
-        assert world.channel.health.num_hung - before == is_blamed
-        if is_blamed:
-            world.says(Ready(FACTS))
+        assert world.channel.health.num_hung - before == is_judged
+        if is_judged:
+            world.says(Ready(INFO))
 
 
 def test_a_successor_may_take_as_long_to_start_as_the_first_did_and_some(world: World) -> None:
@@ -329,7 +329,7 @@ def test_a_first_core_that_cannot_start_is_told_in_its_own_words() -> None:
     for report, error in (
         (StartFailed("ModelFileError", "no such file", "model"), ModelFileError),
         (StartFailed("SomethingElse", "no such file", "model"), Exception),
-        (CoreGoneError("no such file"), EngineDeadError),
+        (CoreExitedError("no such file"), EngineDeadError),
     ):
         world = World()
         world.core.says(report)

@@ -6,27 +6,27 @@ import pytest
 
 from quire.core.plan import ScheduledRequest, Stalled, StepRecord
 from quire.engine.explain import Explanation, explain
-from quire.engine.timeline import Ledger, Timeline
+from quire.engine.timeline import RequestTimelines, Timeline
 from tests.core.harness import new_request
 
 
 class Story:
-    """Steps with chosen durations, told to a ledger as the core's records tell them."""
+    """Steps with chosen durations, told to a timelines as the core's records tell them."""
 
     def __init__(self, max_remembered: int = 16) -> None:
-        self.ledger = Ledger(max_remembered)
+        self.timelines = RequestTimelines(max_remembered)
         self.now_s = 100.0
         self.step_id = 0
 
     def arrive(self, name: str, num_prompt_tokens: int = 10, prepared_s: float = 0.0) -> None:
         new = replace(new_request(name, [1] * num_prompt_tokens), arrival_s=self.now_s - prepared_s)
-        self.ledger.add(new, f"public-{name}", 0, self.now_s)
+        self.timelines.add(new, f"public-{name}", 0, self.now_s)
 
     def step(
         self, seconds: float, *scheduled: tuple[str, int, int], stalled: tuple[tuple[str, str, str | None], ...] = ()
     ) -> None:
         """A step that begins now and takes `seconds`."""
-        self.ledger.observe(
+        self.timelines.observe(
             StepRecord(
                 self.step_id,
                 self.now_s,
@@ -39,12 +39,12 @@ class Story:
         self.now_s += seconds
 
     def end(self, name: str, num_tokens: int = 1) -> Explanation:
-        self.ledger.end(name, "length", num_tokens, self.now_s)
+        self.timelines.end(name, "length", num_tokens, self.now_s)
         return self.explain(name)
 
     def explain(self, name: str) -> Explanation:
-        (times,) = self.ledger.find(f"public-{name}")
-        found = explain(times, self.now_s, self.ledger.name_of)
+        (times,) = self.timelines.find(f"public-{name}")
+        found = explain(times, self.now_s, self.timelines.name_of)
         assert sum(found.parts.values()) == pytest.approx(found.total_s, abs=1e-9)
         return found
 
@@ -150,13 +150,13 @@ def test_a_replaced_core_is_named() -> None:
     story = Story()
     story.arrive("a")
     story.step(0.1, ("a", 0, 10))
-    story.ledger.core_replaced()
+    story.timelines.core_replaced()
     story.arrive("b")
     story.step(0.1, ("a", 10, 1), ("b", 0, 10))
     found = story.end("a")
     assert found.num_restarts == 1 and found.sentence.endswith("; the engine's core was replaced once meanwhile.")
-    story.ledger.core_replaced()
-    story.ledger.core_replaced()
+    story.timelines.core_replaced()
+    story.timelines.core_replaced()
     found = story.end("b")
     assert found.num_restarts == 2 and "2 times" in found.sentence
 
@@ -166,8 +166,8 @@ def test_text_and_socket_come_last() -> None:
     story.arrive("a")
     story.step(0.1, ("a", 0, 10))
     story.end("a")
-    story.ledger.made("public-a", "", story.now_s + 0.25)
-    assert [item.request_id for item in story.ledger.sent("public-a", "", 99.5, story.now_s + 1.25)] == ["public-a"]
+    story.timelines.made("public-a", "", story.now_s + 0.25)
+    assert [item.request_id for item in story.timelines.sent("public-a", "", 99.5, story.now_s + 1.25)] == ["public-a"]
     assert seconds_of(story.explain("a")) == {
         "preparing": 0.5, "prefilling": 0.1, "detokenising": 0.25, "sending": 1.0,
     }  # fmt: skip
@@ -192,49 +192,49 @@ def test_only_so_many_are_remembered() -> None:
         story.arrive(str(number))
         story.step(0.1, (str(number), 0, 10))
         story.end(str(number))
-    assert story.ledger.find("public-0") == []
-    assert story.ledger.find("public-99") != []
-    assert story.ledger.find("public-old") != [], "one that lives is never forgotten"
-    assert len(story.ledger._requests) <= 6
-    assert len(story.ledger._names) <= 17
+    assert story.timelines.find("public-0") == []
+    assert story.timelines.find("public-99") != []
+    assert story.timelines.find("public-old") != [], "one that lives is never forgotten"
+    assert len(story.timelines._requests) <= 6
+    assert len(story.timelines._names) <= 17
 
 
 def test_numbered_requests_of_one_response_are_found_together() -> None:
-    ledger = Ledger()
+    timelines = RequestTimelines()
     for number in range(3):
-        ledger.add(new_request(str(number), [1]), f"cmpl-x/{number}", 0, 1.0)
-    assert [item.request_id for item in ledger.find("cmpl-x")] == [f"cmpl-x/{number}" for number in range(3)]
-    assert ledger.find("cmpl") == []
+        timelines.add(new_request(str(number), [1]), f"cmpl-x/{number}", 0, 1.0)
+    assert [item.request_id for item in timelines.find("cmpl-x")] == [f"cmpl-x/{number}" for number in range(3)]
+    assert timelines.find("cmpl") == []
 
 
 def test_a_name_that_comes_again_is_another_request() -> None:
     """Of the same caller, after the first has ended; of another caller, also at the same time."""
-    ledger = Ledger()
+    timelines = RequestTimelines()
 
     def add(core_id: str, caller: str, number: int) -> None:
-        ledger.add(replace(new_request(core_id, [1]), caller=caller), f"cmpl-x/{number}", 0, 1.0)
+        timelines.add(replace(new_request(core_id, [1]), caller=caller), f"cmpl-x/{number}", 0, 1.0)
 
     for number in range(3):
         add(f"a{number}", "ann", number)
     add("b0", "bob", 0)
-    found = [(item.caller, item.request_id, len(item.sequences)) for item in ledger.find("cmpl-x")]
+    found = [(item.caller, item.request_id, len(item.sequences)) for item in timelines.find("cmpl-x")]
     assert found == [*(("ann", f"cmpl-x/{number}", 1) for number in range(3)), ("bob", "cmpl-x/0", 1)]
-    assert [item.caller for item in ledger.sent("cmpl-x", "bob", 1.0, 2.0)] == ["bob"]
-    assert [item.sent_s for item in ledger.find("cmpl-x")] == [None, None, None, 2.0]
+    assert [item.caller for item in timelines.sent("cmpl-x", "bob", 1.0, 2.0)] == ["bob"]
+    assert [item.sent_s for item in timelines.find("cmpl-x")] == [None, None, None, 2.0]
     for number in range(3):
-        ledger.end(f"a{number}", "stop", 1, 2.0)
+        timelines.end(f"a{number}", "stop", 1, 2.0)
     add("again", "ann", 0)
-    assert [(item.caller, item.has_ended) for item in ledger.find("cmpl-x")] == [("bob", False), ("ann", False)]
+    assert [(item.caller, item.has_ended) for item in timelines.find("cmpl-x")] == [("bob", False), ("ann", False)]
 
 
-def test_who_waits_for_the_trials_of_others_recovers() -> None:
+def test_a_request_that_waits_for_probes_of_others_recovers() -> None:
     story = Story()
     story.arrive("a")
     story.step(0.1, ("a", 0, 10))
-    story.ledger.core_replaced()
+    story.timelines.core_replaced()
     story.step_id = 0
     story.step(0.2, ("a", 0, 11))
-    story.step(0.1, ("a", 11, 1), stalled=(("a", "on_trial", None),))
+    story.step(0.1, ("a", 11, 1), stalled=(("a", "quarantined", None),))
     story.step(5.0, ("b", 0, 9))
     story.step(0.3, ("a", 0, 12))
     assert seconds_of(story.end("a")) == {"prefilling": 0.5, "recovering": 5.2}
@@ -291,7 +291,7 @@ def test_the_one_that_was_waited_for_longest_is_named_first_by_its_public_name()
     story.arrive("a")
     for number in range(12):
         story.arrive(f"b{number}")
-    story.ledger.add(replace(new_request("b3.2", [1]), arrival_s=story.now_s), "public-b3", 1, story.now_s)
+    story.timelines.add(replace(new_request("b3.2", [1]), arrival_s=story.now_s), "public-b3", 1, story.now_s)
     story.step(0.1, ("a", 0, 10))
     waits = {"b0": 1.0, "b1": 2.0, "b2": 3.0, "b3": 1.8, "b3.2": 1.9, "b4": 0.5, "b5": 0.4, "b6": 0.3, "b7": 0.2}
     for name, seconds in waits.items():
@@ -300,7 +300,7 @@ def test_the_one_that_was_waited_for_longest_is_named_first_by_its_public_name()
     assert list(found.blamed.items())[:2] == [
         ("public-b3", pytest.approx(3.7)), ("public-b2", pytest.approx(3.0)),
     ]  # fmt: skip
-    assert len(story.ledger.find("public-a")[0].sequences[0].blamed) == Timeline.MAX_BLAMED
+    assert len(story.timelines.find("public-a")[0].sequences[0].waited_for) == Timeline.MAX_WAITED_FOR
     assert "public-b7" not in found.blamed and found.parts["waiting_for_blocks"] == pytest.approx(sum(waits.values()))
 
 
@@ -308,13 +308,13 @@ def test_a_request_is_explained_by_its_sequence_that_ended_last() -> None:
     story = Story()
     for number in range(2):
         new = replace(new_request(f"a.{number}", [1] * 10), arrival_s=story.now_s)
-        story.ledger.add(new, "public-a", number, story.now_s)
+        story.timelines.add(new, "public-a", number, story.now_s)
     story.step(0.5, ("a.0", 0, 10), ("a.1", 0, 10))
     story.step(1.0, ("a.0", 10, 1), ("a.1", 10, 1))
-    story.ledger.end("a.0", "stop", 2, story.now_s)
+    story.timelines.end("a.0", "stop", 2, story.now_s)
     story.step(2.0, ("a.1", 11, 1))
     found = story.explain("a")
     assert not found.finished and found.total_s == pytest.approx(3.5), "one still runs"
-    story.ledger.end("a.1", "length", 3, story.now_s)
+    story.timelines.end("a.1", "length", 3, story.now_s)
     found = story.explain("a")
     assert (found.finish_reason, found.num_output_tokens, found.total_s) == ("length", 3, pytest.approx(3.5))

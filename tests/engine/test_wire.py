@@ -10,9 +10,9 @@ import pytest
 
 from quire.config import EngineArgs
 from quire.core.plan import ScheduledRequest, Stalled, StepRecord, TokenDelta, TokenLogprobs
-from quire.core.request import Given, NewRequest
+from quire.core.request import NewRequest, ResumeState
 from quire.engine.admission import check_new
-from quire.engine.channel import CoreFacts, Gauges, News
+from quire.engine.channel import CoreInfo, CoreOutputs, Gauges
 from quire.engine.wire import (
     Abort,
     Add,
@@ -39,20 +39,22 @@ FULL = replace(
         stop_token_ids=(3, 4), logit_bias=((1, -2.5),), allowed_token_ids=(1, 2), bad_words=((1,), (2, 3)),
         num_logprobs=2, num_prompt_logprobs=0, presence_penalty=-2.0, min_tokens=2,
     ),
-    given=Given((5, 6), 2, 1), arrival_s=12.25, needs_output_tokens=True,
+    resume=ResumeState((5, 6), 2, 1), arrival_s=12.25, needs_output_tokens=True,
 )  # fmt: skip
-FACTS = CoreFacts(64, 13, (Decision("dtype", "bfloat16", "so", ["float32: slow"]),), "stamp")
+INFO = CoreInfo(64, 13, (Decision("dtype", "bfloat16", "so", ["float32: slow"]),), "fingerprint")
 RECORD = StepRecord(
     4, 1.5, (ScheduledRequest("7.1", 0, 3),), (Stalled("8", "budget", "7.1"),), 1, 2, 3, 4, 5, 6, 7,
 )  # fmt: skip
 LOGPROBS = TokenLogprobs((5, 6), (-0.1, float("-inf")), (1, 1))
-NEWS = News((TokenDelta("7.1", (5,), (LOGPROBS,), (LOGPROBS,), 1, "stop", 5, None),), RECORD, Gauges(1, 2, 0.5))
+OUTPUTS = CoreOutputs(
+    (TokenDelta("7.1", (5,), (LOGPROBS,), (LOGPROBS,), 1, "stop", 5, None),), RECORD, Gauges(1, 2, 0.5)
+)
 COMMANDS: list[Any] = [Add(FULL), Abort("7.1"), Check()]
 REPORTS: list[Any] = [
-    Ready(FACTS),
+    Ready(INFO),
     StartFailed("ModelFileError", "no", None),
     Begun(("7.1",), 1.5, math.inf),
-    Stepped(NEWS),
+    Stepped(OUTPUTS),
 ]
 
 
@@ -96,7 +98,7 @@ def test_random_bytes_are_refused_and_nothing_worse() -> None:
         ["add", {}],
         ["add"],
         ["abort", 5],
-        ["stepped", NEWS],
+        ["stepped", OUTPUTS],
         ["unknown"],
         [],
         {"type": "abort"},
@@ -132,7 +134,7 @@ def test_the_longest_request_that_a_core_may_get_fits_its_frames(max_model_len: 
 
 
 def test_the_core_takes_what_the_door_lets_in() -> None:
-    check_new(FULL, FACTS)
+    check_new(FULL, INFO)
 
 
 @pytest.mark.parametrize(
@@ -140,10 +142,10 @@ def test_the_core_takes_what_the_door_lets_in() -> None:
     [
         ({"prompt_token_ids": (13,)}, "prompt_token_ids"),
         ({"prompt_token_ids": (-1,)}, "prompt_token_ids"),
-        ({"given": Given((13,))}, "given"),
-        ({"given": Given((), -1)}, "given"),
-        ({"given": Given((), 0, 64)}, "given"),
-        ({"given": Given((), 64, 0)}, "given"),
+        ({"resume": ResumeState((13,))}, "resume"),
+        ({"resume": ResumeState((), -1)}, "resume"),
+        ({"resume": ResumeState((), 0, 64)}, "resume"),
+        ({"resume": ResumeState((), 64, 0)}, "resume"),
         ({"caller": "x" * 65}, "caller"),
         ({"request_id": "x" * 65}, "request_id"),
         ({"cache_salt": "x" * 1025}, "cache_salt"),
@@ -169,7 +171,7 @@ def test_the_core_takes_what_the_door_lets_in() -> None:
 )
 def test_the_core_refuses_what_the_door_would_have_refused(changes: dict[str, Any], field: str) -> None:
     with pytest.raises(InvalidRequestError) as caught:
-        check_new(_changed(changes), FACTS)
+        check_new(_changed(changes), INFO)
     assert caught.value.param == field
 
 

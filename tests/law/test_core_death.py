@@ -1,4 +1,4 @@
-"""Law 1, over death: a stream that was cut by the death of its core and gone on with is the undisturbed one, bit for
+"""Law 1, over death: a stream that was cut by the death of its core and resumed is the undisturbed one, bit for
 bit, whatever the request uses."""
 
 import asyncio

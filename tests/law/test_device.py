@@ -1,6 +1,6 @@
-"""The laws where there is a GPU: the same tokens whatever overlaps and is recorded, one wait a step, the ledger held,
-nothing compiled at a second start. Without one there is nothing here; `tests/runner` has the same on a device that is
-played."""
+"""The laws where there is a GPU: the same tokens whatever overlaps and is recorded, one wait a step, the memory budget
+held, nothing compiled at a second start. Without one there is nothing here; `tests/runner` has the same on a
+device that is played."""
 
 import os
 import subprocess
@@ -44,7 +44,9 @@ def worst(llm: LLM, max_tokens: int = 24, **more: Any) -> list[RequestOutput]:
 
 
 @pytest.mark.parametrize("eager", [False, True], ids=["recorded", "launched"])
-def test_the_ledger_is_held_to_two_percent(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, eager: bool) -> None:
+def test_the_memory_budget_is_held_to_two_percent(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, eager: bool
+) -> None:
     plans: list[CachePlan] = []
     resolve = compose.resolve_cache
 
@@ -65,16 +67,16 @@ def test_the_ledger_is_held_to_two_percent(tiny_model: Path, monkeypatch: pytest
         look()
         for _ in range(3):
             worst(llm, logprobs=20, prompt_logprobs=3)
-            while llm._engine._channel._core.prepare():  # type: ignore[attr-defined]
+            while llm._engine._channel._core.run_idle_work():  # type: ignore[attr-defined]
                 pass
             look()
-    ledger = plans[0].ledger
+    budget = plans[0].memory
     grown = [(size - reserved[0]) / 2**20 for size in reserved]
-    print(f"\nledger: {ledger}\nin use: {used[-1] / 2**20:,.0f} MiB, {used[-1] / ledger.used - 1:+.2%};"
+    print(f"\nbudget: {budget}\nin use: {used[-1] / 2**20:,.0f} MiB, {used[-1] / budget.used - 1:+.2%};"
           f" the allocator grew by {grown} MiB after the start")  # fmt: skip
     assert used[2] == used[3] and reserved[1] == reserved[3], "nothing grows after the first time"
-    assert reserved[1] - reserved[0] <= ledger.slack + (0 if eager else ledger.graphs)
-    assert abs(used[-1] - ledger.used) <= 0.02 * ledger.used
+    assert reserved[1] - reserved[0] <= budget.slack + (0 if eager else budget.graphs)
+    assert abs(used[-1] - budget.used) <= 0.02 * budget.used
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ class Victim:
 
 
 def feature(victim: Victim, kind: str) -> Any:
-    return next(item for item in victim.runner._sampler._features if type(item).__name__ == kind)
+    return next(item for item, _ in victim.runner._sampler._features if type(item).__name__ == kind)
 
 
 def in_row(victim: Victim) -> Callable[..., bool]:
@@ -129,10 +129,10 @@ POINTS: dict[str, Callable[[Victim], None]] = {
     "logits not finite": not_finite,
     "ops.sample": lambda v: v.throw(v.runner._ops, "sample", lambda _, batch: SEED in batch.seeds.tolist()),
     "sampler.add": lambda v: v.throw(v.runner._sampler, "add", of_victim),
-    "token rules enter": lambda v: v.throw(feature(v, "TokenRules"), "add", of_victim),
-    "token rules apply": lambda v: v.throw(feature(v, "TokenRules"), "apply", in_rows(v)),
-    "bad words": lambda v: v.throw(feature(v, "TokenRules"), "observe", in_row(v)),
-    "penalties": lambda v: v.throw(feature(v, "Penalties"), "observe", in_row(v)),
+    "masks enter": lambda v: v.throw(feature(v, "LogitMasks"), "add", of_victim),
+    "masks apply": lambda v: v.throw(feature(v, "LogitMasks"), "apply", in_rows(v)),
+    "bad words": lambda v: v.throw(feature(v, "LogitMasks"), "on_token", in_row(v)),
+    "penalties": lambda v: v.throw(feature(v, "Penalties"), "on_token", in_row(v)),
     "logprobs": lambda v: v.throw(sampler_module, "token_logprobs", lambda *args: args[3] == 7),
     "prompt logprobs": lambda v: v.throw(model_runner, "token_logprobs", lambda *args: args[3] == 3),
     "request state": lambda v: v.throw(RequestState, "__init__", lambda self, parsed, *_: of_new_state(parsed)),
@@ -217,10 +217,10 @@ def test_one_fault_fails_one_request(
         scheduler = victim.core._scheduler
         assert scheduler._pool.num_free == scheduler._pool.num_blocks
         assert len(scheduler._free_rows) == 8 and not under_test._streams
-        assert under_test._engine.queue.num_waiting == 0 and not under_test._engine.ledger._live
+        assert under_test._engine.queue.num_waiting == 0 and not under_test._engine.timelines._live
 
 
-CLEARED = ("TokenRules", "Penalties")
+CLEARED = ("LogitMasks", "Penalties")
 
 
 def clearing(victim: Victim, point: str) -> Any:
@@ -247,12 +247,12 @@ def test_a_fault_while_a_row_is_cleared_reaches_nobody(
             short = SamplingParams(max_tokens=3, ignore_eos=True, frequency_penalty=0.1)
             for _ in range(2):  # removals travel with the next plan; and all rows are entered again
                 asyncio.run(all_rows(under_test, short))
-            assert victim.num_thrown == 1 and not victim.runner._unclean
+            assert victim.num_thrown == 1 and not victim.runner._dirty_rows
         assert [said(output) for output in run(under_test, victim=False)] == undisturbed
         asyncio.run(all_rows(under_test, SamplingParams(max_tokens=1, temperature=0)))
         for item in CLEARED:
             assert not [held for held in vars(feature(victim, item)).values() if isinstance(held, dict) and held]
-        assert not victim.runner._sampler._users
+        assert not victim.runner._sampler._edited
 
 
 def test_a_row_that_cannot_be_cleared_is_entered_by_nobody(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:

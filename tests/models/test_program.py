@@ -20,7 +20,7 @@ from tests.tiny.checkpoints import FAMILIES, VOCAB_SIZE
 Tiny = Callable[..., Path]
 MAX_MODEL_LEN = 256
 COUNTS = [[37, 1, 5], [1, 1, 1], [1, 16, 2], [140, 1, 120], [1, 1, 1], [70, 200, 5]]
-"""Tokens of each of three rows in steps that grow, shrink and grow again. From 256 on two threads take bands."""
+"""Tokens of each of three rows in steps that grow, shrink and grow again. From 256 on two threads take token tiles."""
 
 
 def load(directory: Path, threads: int = 2, isa: str = "baseline", dtype: str = "bfloat16") -> tuple[Decoder, CpuOps]:

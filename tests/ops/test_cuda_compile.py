@@ -17,7 +17,7 @@ MATRIX = {
 
 
 def test_every_kernel_compiles(tmp_path: Path) -> None:
-    """In a process of its own, where kernels are not interpreted. Products use each generation's own matrix units."""
+    """In a process of its own, where kernels are not interpreted. GEMMs use each generation's own tensor cores."""
     command = [sys.executable, "-W", "ignore", "benchmarks/cuda_compile.py", "--model", "m1b", "--quick", "--json"]
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": "src"}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

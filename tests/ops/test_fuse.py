@@ -34,9 +34,9 @@ class Weights:
 
     def linear(self, out: int, inputs: int, *, gated: bool = False) -> Any:
         if self.ops is None:
-            products = out // 2 if gated else out
+            out_width = out // 2 if gated else out
             return SimpleNamespace(
-                out_features=out, in_features=inputs, products=products, reads_tiles=self.reads_tiles
+                out_features=out, in_features=inputs, out_width=out_width, reads_tiles=self.reads_tiles
             )
         pack = self.ops.pack_gated if gated else self.ops.pack_linear
         return pack(self.numbers(out, inputs), self.numbers(out), self.storage)

@@ -173,12 +173,12 @@ assert len(set(ops.sample(logits, batch).tolist())) == 1
     )
 
 
-def test_missing_memory_of_a_band_is_a_memory_error() -> None:
-    """Bands of tokens are computed by workers that take memory themselves, in the middle of a job."""
+def test_missing_memory_of_a_token_tile_is_a_memory_error() -> None:
+    """Token tiles are computed by workers that take memory themselves, in the middle of a job."""
     run(
         LIMITED
         + """
-inputs, tokens = 2**17 - 64, 512  # a band's rounded inputs are 34 MB
+inputs, tokens = 2**17 - 64, 512  # a token tile's quantized activations are 34 MB
 ops = CpuOps(4, instruction_sets()[-1])
 weights = [
     QuantizedWeight("int8", rng.integers(-127, 128, (out, width), np.int8), np.ones((out, 1), np.float32), width)

@@ -30,7 +30,7 @@ SPEC = AttentionSpec(0.5)
 
 def packed(out: int, inputs: int, *, gated: bool = False, reads_tiles: bool = False) -> Any:
     return SimpleNamespace(
-        out_features=out, in_features=inputs, products=out // 2 if gated else out, reads_tiles=reads_tiles
+        out_features=out, in_features=inputs, out_width=out // 2 if gated else out, reads_tiles=reads_tiles
     )
 
 

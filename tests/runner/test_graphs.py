@@ -17,7 +17,7 @@ from quire.core.request import SamplingSpec
 from quire.ops.reference import ReferenceOps
 from quire.ops.types import CacheShape, DeviceMemory, SampleBatch
 from quire.runner import graphs
-from quire.runner.graphs import GraphLimits, GraphSize
+from quire.runner.graphs import GraphBuckets, GraphSize
 from quire.runner.model_runner import ModelRunner
 from quire.weights.load import load_model
 from tests.conftest import PATIENCE_S
@@ -48,7 +48,7 @@ class Recorder:
 
 
 def test_sizes_hold_what_they_are_for() -> None:
-    limits = GraphLimits(max_rows=200, max_blocks=1000, block_size=16)
+    limits = GraphBuckets(max_rows=200, max_blocks=1000, block_size=16)
     for rows in range(1, 201):
         size = limits.size_for(rows, 1, True)
         assert rows <= size.num_rows <= min(200, max(rows, rows * 3 // 2))
@@ -64,7 +64,7 @@ def test_sizes_hold_what_they_are_for() -> None:
         1000,
     ]
     assert len(limits.sizes()) == 16 * 3 * 2
-    assert GraphLimits(2, 2, 64).sizes() == {GraphSize(rows, 2, draws) for rows in (1, 2) for draws in (False, True)}
+    assert GraphBuckets(2, 2, 64).sizes() == {GraphSize(rows, 2, flag) for rows in (1, 2) for flag in (False, True)}
 
 
 def runner(directory: Path, xp: Any, record: Recorder | None) -> ModelRunner:
@@ -102,12 +102,12 @@ def test_recorded_steps_give_what_launched_ones_give(
     recorder = Recorder()
     assert [one.execute(plan) for one in [runner(tiny_model, xp, recorder)] for plan in todo] == expected
     assert recorder.num_recorded >= 5 and recorder.num_replayed >= 3
-    recorder, found, begun = Recorder(), [], []
+    recorder, found, steps = Recorder(), [], []
     late = runner(tiny_model, xp, recorder)
     for plan in todo:
-        begun.append(late.begin(plan))
-        found += [late.finish(begun.pop(0))] if len(begun) == 2 else []
-    assert [*found, late.finish(begun[0])] == expected
+        steps.append(late.launch(plan))
+        found += [late.collect(steps.pop(0))] if len(steps) == 2 else []
+    assert [*found, late.collect(steps[0])] == expected
     assert recorder.num_replayed >= 2
 
 
@@ -143,8 +143,8 @@ def test_recorded_draws_give_what_launched_ones_give(
     assert recorder.num_replayed >= 3
     late, found = runner(tiny_model, xp, Recorder()), []
     for part in (todo[:4], todo[4:]):  # what is in flight for a row that is removed would be void
-        begun = [late.begin(plan) for plan in part]
-        found += [late.finish(step) for step in begun]
+        steps = [late.launch(plan) for plan in part]
+        found += [late.collect(step) for step in steps]
     assert found == expected
 
 
@@ -243,7 +243,7 @@ def test_steps_record_now_and_then_and_moments_without_work_one_each(
     monkeypatch.setattr(graphs, "FIRST_WIDTH_TOKENS", 24)
     recorder = Recorder()
     one = runner(tiny_model, np, recorder)
-    assert not one.prepare(), "before anybody was answered it would keep the first waiting"
+    assert not one.run_idle_work(), "before anybody was answered it would keep the first waiting"
     one.execute(StepPlan(0, (), (enter(0, [4, 5], GREEDY, (0, 1)), enter(1, [6], DRAWN, (2, 3))),
                          (ScheduledRow(0, 0, 2, (), True), ScheduledRow(1, 0, 1, (), True))))  # fmt: skip
     for step in range(1, 5):
@@ -252,11 +252,11 @@ def test_steps_record_now_and_then_and_moments_without_work_one_each(
     for step in range(1, 6):
         one.execute(StepPlan(4 + step, (), (), (single(1, step),)))
         assert recorder.num_recorded == 1, "another is not recorded within so many steps"
-    before, left = one._cache.data.copy(), len(one._graphs._limits.sizes()) - 1
+    before, left = one._cache.data.copy(), len(one._graphs._buckets.sizes()) - 1
     assert GraphSize(1, 3, False) not in one._graphs._recordings
-    assert one.prepare() and one._graphs._recordings.keys() == {GraphSize(1, 3, True), GraphSize(1, 3, False)}
-    assert one.prepare() and max(one._graphs._recordings) == GraphSize(7, 3, True), "then the largest"
-    while one.prepare():
+    assert one.run_idle_work() and one._graphs._recordings.keys() == {GraphSize(1, 3, True), GraphSize(1, 3, False)}
+    assert one.run_idle_work() and max(one._graphs._recordings) == GraphSize(7, 3, True), "then the largest"
+    while one.run_idle_work():
         pass
     assert recorder.num_recorded == 1 + left
     assert np.array_equal(one._cache.data[:, :, :16], before[:, :, :16]), "what is recorded without work writes nowhere"
@@ -281,7 +281,7 @@ def test_a_server_records_while_nobody_waits(tiny_model: Path, monkeypatch: pyte
 
         first = asyncio.run(ask())
         until = time.monotonic() + PATIENCE_S
-        sizes = GraphLimits(3, 4, 16).sizes()
+        sizes = GraphBuckets(3, 4, 16).sizes()
         while device.recorder.num_recorded < len(sizes) and time.monotonic() < until:
             time.sleep(0.01)
         assert device.recorder.num_recorded == len(sizes) == 6

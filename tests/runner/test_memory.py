@@ -1,4 +1,4 @@
-"""The ledger of memory: both fillers, and what a start says when the device is too small."""
+"""The memory budget: both fillers, and what a start says when the device is too small."""
 
 import os
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from quire.models.model import Model
 from quire.ops.reference import ReferenceOps
 from quire.ops.types import CacheShape, DeviceMemory
 from quire.runner import memory
-from quire.runner.memory import StepLimits, host_memory_bytes, make_ledger
+from quire.runner.memory import StepShape, host_memory_bytes, make_budget
 from quire.weights.load import load_model
 
 MIB = 2**20
-LIMITS = StepLimits(max_num_seqs=3, max_num_batched_tokens=40, max_model_len=32, block_size=16)
+LIMITS = StepShape(max_num_seqs=3, max_num_batched_tokens=40, max_model_len=32, block_size=16)
 
 
 class SmallDevice(ReferenceOps):
@@ -66,19 +66,19 @@ def model_on(directory: Path, ops: ReferenceOps) -> Model:
 
 def test_a_device_is_measured_by_its_largest_steps(tiny_model: Path) -> None:
     ops = SmallDevice()
-    ledger = make_ledger(model_on(tiny_model, ops), ops, LIMITS)
+    budget = make_budget(model_on(tiny_model, ops), ops, LIMITS)
     assert set(ops.steps) == {40, 3}
-    assert (ledger.device, ledger.taken, ledger.weights) == (100 * MIB, 32 * MIB, 8 * MIB)
-    assert (ledger.activations, ledger.sampler, ledger.cache) == (40 * MIB, 5 * MIB, 0)
-    assert ledger.slack == MIB
-    wide = make_ledger(model_on(tiny_model, ops), ops, replace(LIMITS, max_num_batched_tokens=80))
+    assert (budget.device, budget.taken, budget.weights) == (100 * MIB, 32 * MIB, 8 * MIB)
+    assert (budget.activations, budget.sampler, budget.cache) == (40 * MIB, 5 * MIB, 0)
+    assert budget.slack == MIB
+    wide = make_budget(model_on(tiny_model, ops), ops, replace(LIMITS, max_num_batched_tokens=80))
     assert (wide.activations, wide.sampler) == (80 * MIB, 8 * MIB), "64 rows at a time are told log-probabilities"
 
 
-def test_the_host_is_reckoned(tiny_model: Path) -> None:
+def test_the_host_is_estimated(tiny_model: Path) -> None:
     ops = ReferenceOps(np)
     model = model_on(tiny_model, ops)
-    small, large = (make_ledger(model, ops, replace(LIMITS, max_num_batched_tokens=tokens)) for tokens in (40, 400))
+    small, large = (make_budget(model, ops, replace(LIMITS, max_num_batched_tokens=tokens)) for tokens in (40, 400))
     assert (small.device, small.taken, small.weights) == (host_memory_bytes(), 0, model.weight_bytes)
     assert large.activations == 10 * small.activations > 0
     assert small.sampler == 2 * 3 * model.spec.vocab_size * 4
@@ -112,19 +112,19 @@ def test_graphs_are_counted_with_the_block_into_which_they_pad(tiny_model: Path)
     """Of two sizes of blocks that lead to the same graphs, the larger takes as much more as its block is larger."""
     ops = SmallDevice()
     model = model_on(tiny_model, ops)
-    small, large = (make_ledger(model, ops, replace(LIMITS, block_size=size, records=True)).graphs for size in (16, 32))
+    small, large = (make_budget(model, ops, replace(LIMITS, block_size=size, records=True)).graphs for size in (16, 32))
     assert large - small == model.cache_shape(1, 16).bytes_per_block
     assert small > 3 * MIB, "a step of three rows, and the graphs' own"
 
 
 def test_what_the_allocator_keeps_is_in_use(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ops = SmallDevice()
-    ledger = make_ledger(model_on(tiny_model, ops), ops, LIMITS)
+    budget = make_budget(model_on(tiny_model, ops), ops, LIMITS)
     monkeypatch.setattr(ops, "memory", lambda: DeviceMemory(100 * MIB, 30 * MIB, held=60 * MIB, kept=7 * MIB))
-    decision = memory.check_ledger(ledger, ops)
+    decision = memory.check_budget(budget, ops)
     assert decision is not None and decision.value == "77 MiB"
-    assert decision.reason.startswith(f"{77 * MIB / ledger.used - 1:+.1%} of the ledger's ")
-    assert memory.check_ledger(ledger, ReferenceOps(np)) is None
+    assert decision.reason.startswith(f"{77 * MIB / budget.used - 1:+.1%} of the budget's ")
+    assert memory.check_budget(budget, ReferenceOps(np)) is None
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_weights_without_room_are_said_in_one_line(tiny_model: Path, monkeypatch
         LLM(str(tiny_model))
 
 
-def test_the_start_tells_the_ledger(tiny_model: Path) -> None:
+def test_the_start_reports_the_memory_budget(tiny_model: Path) -> None:
     with LLM(str(tiny_model), max_num_seqs=2, max_model_len=64) as llm:
         (line,) = [item for item in llm.decisions if item.name == "memory"]
     assert line.reason.startswith("weights ") and "cache " in line.reason

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from quire.compose.core import sampling_features
 from quire.core.plan import NewRow, RowResult, ScheduledRow, StepPlan
 from quire.core.request import SamplingSpec
 from quire.ops.reference import ReferenceOps
@@ -41,7 +42,9 @@ class LateOps(ReferenceOps):
 
 def runner(directory: Path, ops: ReferenceOps) -> ModelRunner:
     model = load_model(directory, ops, dtype="float32")
-    return ModelRunner(model, ops, num_blocks=16, block_size=16, max_rows=4, max_model_len=64)
+    return ModelRunner(
+        model, ops, num_blocks=16, block_size=16, max_rows=4, max_model_len=64, features=sampling_features(ops)
+    )
 
 
 def enter(row: int, prompt: Sequence[int], spec: SamplingSpec, blocks: tuple[int, ...]) -> NewRow:
@@ -65,24 +68,24 @@ def plans(specs: Sequence[SamplingSpec], num_steps: int) -> list[StepPlan]:
 
 
 @pytest.mark.parametrize("xp", [np, torch], ids=lambda xp: xp.__name__)
-@pytest.mark.parametrize("in_flight", [2, 3])
-def test_steps_in_flight_give_the_same(tiny_model: Path, xp: Any, in_flight: int) -> None:
+@pytest.mark.parametrize("num_in_flight", [2, 3])
+def test_steps_in_flight_give_the_same(tiny_model: Path, xp: Any, num_in_flight: int) -> None:
     todo = plans([GREEDY, DRAWN, GREEDY], 6)
     plain = runner(tiny_model, ReferenceOps(xp))
     expected = [plain.execute(plan) for plan in todo]
     ops = LateOps(xp)
     late = runner(tiny_model, ops)
-    begun, found = [], []
+    steps, found = [], []
     for plan in todo:
-        begun.append(late.begin(plan))
-        if len(begun) == in_flight:
-            assert late._rows.awaits(0) and ops.num_waits == len(found)
-            found.append(late.finish(begun.pop(0)))
-    found += [late.finish(step) for step in begun]
+        steps.append(late.launch(plan))
+        if len(steps) == num_in_flight:
+            assert late._rows.has_pending_token(0) and ops.num_waits == len(found)
+            found.append(late.collect(steps.pop(0)))
+    found += [late.collect(step) for step in steps]
     assert found == expected
     assert ops.num_waits == len(todo), "one wait for each step"
-    assert not any(late._rows.awaits(row) for row in range(3))
-    assert late.finish(begun[-1]) == expected[-1], "asked again, it says the same"
+    assert not any(late._rows.has_pending_token(row) for row in range(3))
+    assert late.collect(steps[-1]) == expected[-1], "asked again, it says the same"
 
 
 def test_a_row_that_counts_its_tokens_is_not_planned_before_they_are_known(tiny_model: Path) -> None:
@@ -91,14 +94,14 @@ def test_a_row_that_counts_its_tokens_is_not_planned_before_they_are_known(tiny_
     expected = [plain.execute(plan) for plan in (first, second, third)]
     ops = LateOps(np)
     late = runner(tiny_model, ops)
-    begun = [late.begin(first), late.begin(replace(second, scheduled=second.scheduled[:1]))]
+    steps = [late.launch(first), late.launch(replace(second, scheduled=second.scheduled[:1]))]
     assert ops.num_waits == 0, "the other row goes on"
     with pytest.raises(AssertionError, match="needs its last token on the host"):
-        late.begin(third)
-    late.finish(begun[0])
-    begun.append(late.begin(StepPlan(2, (), (), (third.scheduled[0], second.scheduled[1]))))
+        late.launch(third)
+    late.collect(steps[0])
+    steps.append(late.launch(StepPlan(2, (), (), (third.scheduled[0], second.scheduled[1]))))
     assert ops.num_waits == 1
-    results = [late.finish(step).rows for step in begun]
+    results = [late.collect(step).rows for step in steps]
     assert [rows[0] for rows in results] == [result.rows[0] for result in expected]
     assert [results[0][1], results[2][1]] == [result.rows[1] for result in expected[:2]]
 
@@ -107,9 +110,9 @@ def test_a_row_whose_token_is_in_flight_may_be_taken_anew(tiny_model: Path) -> N
     """By another request that needs its tokens: what the one before it waited for is of no use."""
     first = plans([PENALISED], 1)[0]
     late, alone = runner(tiny_model, LateOps(np)), runner(tiny_model, ReferenceOps(np))
-    late.begin(first)
+    late.launch(first)
     taken = StepPlan(1, (0,), (enter(0, [7, 8], PENALISED, (5,)),), (ScheduledRow(0, 0, 2, (), True),))
-    assert late.finish(late.begin(taken)).rows == alone.execute(replace(taken, step_id=0, removed=())).rows
+    assert late.collect(late.launch(taken)).rows == alone.execute(replace(taken, step_id=0, removed=())).rows
 
 
 @pytest.mark.parametrize("num_collected", [0, 1, 2])
@@ -117,13 +120,13 @@ def test_a_row_taken_anew_gets_nothing_of_the_one_before(tiny_model: Path, num_c
     """Whether the steps of the one before are collected before the new one's token is needed, or after."""
     first, second, third = plans([GREEDY, DRAWN], 3)
     late, alone = runner(tiny_model, LateOps(np)), runner(tiny_model, ReferenceOps(np))
-    begun = [late.begin(first), late.begin(second)]
+    steps = [late.launch(first), late.launch(second)]
     taken = StepPlan(2, (0,), (enter(0, [7, 8], GREEDY, (5,)),), (ScheduledRow(0, 0, 2, (), True), third.scheduled[1]))
-    begun.append(late.begin(taken))
-    for step in begun[:num_collected]:
-        late.finish(step)
-    begun.append(late.begin(StepPlan(3, (), (), (single(0, 2),))))
-    results = [late.finish(step) for step in begun]
+    steps.append(late.launch(taken))
+    for step in steps[:num_collected]:
+        late.collect(step)
+    steps.append(late.launch(StepPlan(3, (), (), (single(0, 2),))))
+    results = [late.collect(step) for step in steps]
     assert results[0].rows[0] == results[1].rows[0] == RowResult(0, ()), "void: nobody waits for it"
     expected = [
         alone.execute(StepPlan(0, (), (enter(0, [7, 8], GREEDY, (5,)),), (ScheduledRow(0, 0, 2, (), True),))),
@@ -131,13 +134,13 @@ def test_a_row_taken_anew_gets_nothing_of_the_one_before(tiny_model: Path, num_c
     ]
     assert [results[2].rows[0], results[3].rows[0]] == [one.rows[0] for one in expected]
     assert late._rows.token_ids(0, 0, 4) == [7, 8, *(one.rows[0].token_ids[0] for one in expected)]
-    assert not any(late._rows.awaits(row) for row in range(2))
+    assert not any(late._rows.has_pending_token(row) for row in range(2))
 
 
 def test_a_device_that_is_gone_is_nobodys_row(tiny_model: Path) -> None:
     ops = LateOps(np)
     late = runner(tiny_model, ops)
-    step = late.begin(plans([GREEDY, DRAWN], 1)[0])
+    step = late.launch(plans([GREEDY, DRAWN], 1)[0])
     ops.breaks = True
     with pytest.raises(RuntimeError, match="the device is gone"):
-        late.finish(step)
+        late.collect(step)

@@ -21,12 +21,12 @@ class Row:
 
     known: list[int]
     blocks: list[int]
-    awaited: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
     """Tokens that only the device knows, the oldest first."""
 
     @property
     def tokens(self) -> list[int]:
-        return [*self.known, *self.awaited]
+        return [*self.known, *self.pending]
 
     def table(self, length: int) -> list[int]:
         return self.blocks[: -(-length // BLOCK_SIZE)]
@@ -39,7 +39,7 @@ class Watched:
         self.dice = random.Random(seed)
         self.rows = Rows(MAX_ROWS, MAX_MODEL_LEN, BLOCK_SIZE)
         self.held: dict[int, Row] = {}
-        self.num_gathered = self.num_awaited = self.num_full = 0
+        self.num_gathered = self.num_pending = self.num_full = 0
 
     def change(self) -> None:
         row = self.dice.randrange(MAX_ROWS)
@@ -48,10 +48,10 @@ class Watched:
         elif self.dice.random() < 0.15:
             self.rows.remove(row)
             del self.held[row]
-            assert not self.rows.awaits(row)
+            assert not self.rows.has_pending_token(row)
         elif len(self.held[row].tokens) < MAX_MODEL_LEN and self.dice.random() < 0.6:
             self.sample(row)
-        elif self.held[row].awaited:
+        elif self.held[row].pending:
             self.resolve(row)
 
     def enter(self, row: int) -> None:
@@ -66,22 +66,22 @@ class Watched:
         if len(held.tokens) == len(held.blocks) * BLOCK_SIZE:
             held.blocks.append(self.dice.randrange(90))
             self.rows.extend(row, held.blocks[-1:])
-        self.rows.expect([row], OPS.array(np.array([token_id]), "int32"), OPS)
-        held.awaited.append(token_id)
+        self.rows.add_pending([row], OPS.array(np.array([token_id]), "int32"), OPS)
+        held.pending.append(token_id)
 
     def resolve(self, row: int) -> None:
         held = self.held[row]
-        token_id = held.awaited.pop(0)
-        self.rows.arrive([row])
+        token_id = held.pending.pop(0)
+        self.rows.resolve_pending([row])
         self.rows.append([row], [token_id])
         held.known.append(token_id)
         assert self.rows.token_ids(row, 0, len(held.known)) == held.known
-        assert self.rows.awaits(row) == bool(held.awaited)
+        assert self.rows.has_pending_token(row) == bool(held.pending)
 
     def span(self, row: int) -> ScheduledRow:
-        """Known tokens, the awaited one after them, or the last of several that are awaited."""
+        """Known tokens, the pending one after them, or the last of several that are pending."""
         held = self.held[row]
-        if len(held.awaited) > 1:
+        if len(held.pending) > 1:
             return ScheduledRow(row, len(held.tokens) - 1, 1, (), True)
         start = self.dice.randrange(len(held.tokens))
         return ScheduledRow(row, start, self.dice.randint(1, len(held.tokens) - start), (), True)
@@ -119,13 +119,13 @@ class Watched:
         columns, tables = values[: 4 * num_rows].reshape(4, num_rows), values[4 * num_rows :].reshape(num_rows, width)
         for place, row in enumerate(chosen):
             held = self.held[row]
-            token_id = 0 if held.awaited else held.known[-1]
-            assert columns[:, place].tolist() == [lengths[place] - 1, token_id, bool(held.awaited), row]
-            if held.awaited:
-                assert int(self.rows.newest(OPS)[row]) == held.awaited[-1]
+            token_id = 0 if held.pending else held.known[-1]
+            assert columns[:, place].tolist() == [lengths[place] - 1, token_id, bool(held.pending), row]
+            if held.pending:
+                assert int(self.rows.last_sampled(OPS)[row]) == held.pending[-1]
             needed = held.table(lengths[place])
             assert tables[place, : len(needed)].tolist() == needed
-            self.num_awaited += bool(held.awaited)
+            self.num_pending += bool(held.pending)
         assert not columns[:, len(chosen) :].any() and (tables[len(chosen) :] == NULL_BLOCK).all()
 
 
@@ -137,7 +137,7 @@ def test_what_is_gathered_is_what_the_rows_hold(seed: int) -> None:
         if watched.held and watched.dice.random() < 0.5:
             watched.gather()
             watched.gather_singles()
-    assert min(watched.num_gathered, watched.num_awaited, watched.num_full) > 50
+    assert min(watched.num_gathered, watched.num_pending, watched.num_full) > 50
 
 
 def test_a_plan_past_the_known_tokens_is_refused() -> None:

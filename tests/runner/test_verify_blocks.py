@@ -61,14 +61,14 @@ def ask(core: EngineCore, prompts: list[list[int]], max_tokens: int = 20) -> lis
 def rest(core: EngineCore) -> int:
     """Have all idle work done; the number of its pieces."""
     pieces = 0
-    while core.prepare():
+    while core.run_idle_work():
         pieces += 1
     return pieces
 
 
 def write_garbage(parts: CoreParts, block_id: int, layer: int) -> None:
     runner = parts.executor._runner  # type: ignore[attr-defined]
-    size, spec = parts.scheduler.limits.block_size, runner._model.spec
+    size, spec = parts.scheduler.config.block_size, runner._model.spec
     rng, ops = np.random.default_rng(1), runner._ops
     k, v = rng.standard_normal((2, size, spec.num_kv_heads, spec.head_dim), np.float32)
     batch = AttentionBatch(*(np.array(values, np.int32) for values in (range(size), [0, size], [0], [[block_id]])))

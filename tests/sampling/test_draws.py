@@ -17,8 +17,7 @@ from quire.core.request import SamplingSpec
 from quire.ops import sampling_reference
 from quire.ops.reference import ReferenceOps
 from quire.ops.types import Ops
-from quire.sampling.sampler import Sampler
-from tests.sampling.known_rows import new_row
+from tests.sampling.known_rows import full_sampler, new_row
 
 PINNED: dict[tuple[int, int], list[int]] = {
     # (seed, first position) -> sixteen tokens, one at each position
@@ -67,7 +66,7 @@ def test_the_reference_gives_the_published_words() -> None:
 def test_pinned_draws(ops: Ops, seed: int, first: int) -> None:
     expected = [drawn(known_logits(), seed, position) for position in range(first, first + 16)]
     assert expected == PINNED[seed, first], "the reference itself"
-    sampler = Sampler(ops, 1)
+    sampler = full_sampler(ops, 1)
     sampler.add(new_row(0, [1], SamplingSpec(temperature=1.0, seed=seed)))
     found = []
     for position in range(first, first + 16):
@@ -79,7 +78,7 @@ def test_pinned_draws(ops: Ops, seed: int, first: int) -> None:
 def test_rows_of_one_step_draw_by_their_own_numbers(ops: Ops) -> None:
     """Permanent rows in any order, each with its seed, position and temperature; one of them greedy."""
     temperatures, order = [0.7, 1.0, 0.0, 1.9, 0.3], [3, 0, 4, 2, 1]
-    sampler = Sampler(ops, 5)
+    sampler = full_sampler(ops, 5)
     for row, temperature in enumerate(temperatures):
         sampler.add(new_row(row, [1], SamplingSpec(temperature=temperature, seed=1000 + row)))
     for start in range(0, 60, 6):
@@ -113,7 +112,7 @@ def test_rows_of_one_step_cut_off_by_their_own_numbers(ops: Ops) -> None:
         {"top_k": 30, "top_p": 0.6, "min_p": 0.2}, {"top_p": 0.3, "temperature": 0.5}, {},
     ]  # fmt: skip
     specs = [SamplingSpec(**{"temperature": 1.0, "seed": 50 + row, **one}) for row, one in enumerate(settings)]
-    sampler, order = Sampler(ops, len(specs)), [(3 * row) % len(specs) for row in range(len(specs))]
+    sampler, order = full_sampler(ops, len(specs)), [(3 * row) % len(specs) for row in range(len(specs))]
     for row, spec in enumerate(specs):
         sampler.add(new_row(row, [1], spec))
     logits, rng = known_logits(), np.random.default_rng(0)

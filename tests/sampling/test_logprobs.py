@@ -14,8 +14,7 @@ from quire.core.plan import RowResult
 from quire.core.request import SamplingSpec
 from quire.ops.types import Ops
 from quire.outputs import PositionLogprobs
-from quire.sampling.sampler import Sampler
-from tests.sampling.known_rows import new_row, normal_logits
+from tests.sampling.known_rows import full_sampler, new_row, normal_logits
 
 VOCABULARY = 500
 
@@ -46,7 +45,7 @@ def best(logits: Any, count: int) -> list[int]:
 @pytest.mark.parametrize("wanted", [[1, 5, 20], [20, 1, 5], [0, 3], [3, None, 0, 7], [None, 2, None, 1]])
 def test_rows_that_want_different_numbers(ops: Ops, wanted: list[int | None]) -> None:
     """In one batch, the smallest number first and last, and rows between that want none."""
-    sampler = Sampler(ops, 8)
+    sampler = full_sampler(ops, 8)
     for row, count in enumerate(wanted):
         sampler.add(new_row(row + 2, [1], SamplingSpec(temperature=1.0, seed=row, num_logprobs=count)))
     logits = normal_logits(3, len(wanted), VOCABULARY)
@@ -66,7 +65,7 @@ def test_tokens_that_rows_name(ops: Ops) -> None:
     """More of them together than the sampler reads at one time, beside rows that want the best."""
     draw = random.Random(4)
     named = [tuple(sorted(draw.sample(range(VOCABULARY), count))) for count in (11, 0, 17, 1)]
-    sampler = Sampler(ops, 4)
+    sampler = full_sampler(ops, 4)
     for row, ids in enumerate(named):
         sampler.add(new_row(row, [1], SamplingSpec(temperature=0.0, num_logprobs=2, logprob_token_ids=ids)))
     logits = normal_logits(4, 4, VOCABULARY)
@@ -81,7 +80,7 @@ def test_they_are_of_the_models_own_logits(ops: Ops) -> None:
     """A token that a bias or a mask made the best keeps the log-probability that the model gave it."""
     logits = normal_logits(6, 2, VOCABULARY)
     unlikely = [int(one.argmin()) for one in logits]
-    sampler = Sampler(ops, 2)
+    sampler = full_sampler(ops, 2)
     sampler.add(new_row(0, [1], SamplingSpec(temperature=0.0, num_logprobs=3, logit_bias=((unlikely[0], 100.0),))))
     sampler.add(new_row(1, [1], SamplingSpec(temperature=0.0, num_logprobs=3, allowed_token_ids=(unlikely[1],))))
     results = sampler.sample(ops.array(logits, "float32"), [0, 1], [1, 1]).read([0, 1])

@@ -15,7 +15,7 @@ from quire import LLM, SamplingParams
 from quire.core.request import SamplingSpec
 from quire.ops.types import Ops
 from quire.sampling.sampler import Sampler
-from tests.sampling.known_rows import new_row, normal_logits
+from tests.sampling.known_rows import full_sampler, new_row, normal_logits
 
 VOCABULARY = 400
 
@@ -60,7 +60,7 @@ def test_each_penalty_is_its_formula(ops: Ops, name: str) -> None:
     prompt, output = [5, 6, 5, 49], [6, 7, 8, 8, 8]
     logits = np.tile(np.float32([2.5, -1.5, 0.0]), VOCABULARY)[:VOCABULARY]
     logits = np.stack([logits, np.roll(logits, 1), np.roll(logits, 2)])  # each token positive, negative and zero
-    sampler = Sampler(ops, 4)
+    sampler = full_sampler(ops, 4)
     for row in (1, 2, 3):
         sampler.add(new_row(row, prompt, SPECS[name], output))
     found = edited(sampler, ops, logits, [1, 2, 3], [9, 9, 9])
@@ -75,7 +75,7 @@ def test_repetition_is_that_of_transformers(ops: Ops) -> None:
         judge = transformers.RepetitionPenaltyLogitsProcessor(penalty)
         token_ids = [rng.randrange(VOCABULARY) for _ in range(150)]
         logits = normal_logits(int(10 * penalty), 1, VOCABULARY)
-        sampler = Sampler(ops, 1)
+        sampler = full_sampler(ops, 1)
         sampler.add(new_row(0, token_ids[:90], SamplingSpec(repetition_penalty=penalty), token_ids[90:]))
         expected = judge(torch.tensor([token_ids]), torch.tensor(logits)).numpy()
         assert np.array_equal(edited(sampler, ops, logits, [0], [150]), expected)
@@ -86,7 +86,7 @@ def test_rows_with_and_without_penalties_over_many_tokens(ops: Ops) -> None:
     sequence grows."""
     rng, draw = np.random.default_rng(5), random.Random(5)
     specs = [*SPECS.values(), SamplingSpec(), SamplingSpec(temperature=0.0)]
-    sampler = Sampler(ops, len(specs))
+    sampler = full_sampler(ops, len(specs))
     prompts = {row: [draw.randrange(VOCABULARY) for _ in range(draw.choice([1, 60, 64, 65, 130, 300]))]
                for row in range(len(specs))}  # fmt: skip
     outputs: dict[int, list[int]] = {row: [draw.randrange(30) for _ in range(draw.randrange(3))] for row in prompts}
@@ -96,7 +96,7 @@ def test_rows_with_and_without_penalties_over_many_tokens(ops: Ops) -> None:
         rows = draw.sample(range(len(specs)), draw.randint(1, len(specs)))
         for row in rows:
             outputs[row].append(draw.randrange(VOCABULARY) if step % 2 else draw.randrange(5))
-            sampler.observe(row, outputs[row][-1])
+            sampler.on_token(row, outputs[row][-1])
         if step % 10 in (0, 1):
             logits = 3 * rng.standard_normal((len(rows), VOCABULARY), np.float32)
             found = edited(sampler, ops, logits, rows, [len(prompts[row]) + len(outputs[row]) for row in rows])

@@ -8,8 +8,8 @@ import pytest
 from quire.core.request import SamplingSpec
 from quire.errors import NO_TOKEN_LEFT
 from quire.ops.types import Ops
-from quire.sampling.sampler import NOT_FINITE, Sampler
-from tests.sampling.known_rows import PROVIDERS, new_row, normal_logits
+from quire.sampling.sampler import NOT_FINITE
+from tests.sampling.known_rows import PROVIDERS, full_sampler, new_row, normal_logits
 
 VOCABULARY = 90
 GREEDY = SamplingSpec(temperature=0.0)
@@ -23,16 +23,16 @@ FULL = SamplingSpec(
 
 def test_a_row_taken_anew_is_clean(ops: Ops) -> None:
     """A neighbour uses every feature all the time, so that each of them is asked in each step."""
-    sampler = Sampler(ops, 2)
+    sampler = full_sampler(ops, 2)
     sampler.add(new_row(0, [1, 2], FULL))
     sampler.add(new_row(1, [5, 6], FULL, [7, 7]))
-    sampler.observe(1, 7)
+    sampler.on_token(1, 7)
     logits = normal_logits(1, 2, VOCABULARY)
     sampler.sample(ops.array(logits, "float32"), [0, 1], [2, 5]).read([0, 1])
     sampler.remove(1)
     sampler.remove(1)  # after a fault it is called again
     sampler.add(new_row(1, [20], GREEDY))
-    assert sampler.takes_the_best([1]) and not sampler.follows(1)
+    assert sampler.all_greedy([1])
     array = ops.array(logits, "float32")
     results = sampler.sample(array, [0, 1], [2, 1]).read([0, 1])
     assert np.array_equal(ops.to_numpy(array)[1], logits[1]), "nothing was edited"
@@ -51,7 +51,7 @@ def test_a_row_taken_anew_is_clean(ops: Ops) -> None:
 )
 def test_cut_offs_and_temperature_end_with_their_request(ops: Ops, kept: dict[str, float]) -> None:
     """Each of them allows only the best token, 0. The request after it draws freely, so 1 comes too."""
-    sampler = Sampler(ops, 1)
+    sampler = full_sampler(ops, 1)
     near = np.full((1, 8), -50.0, np.float32)
     near[0, :2] = 1.0, 0.9
     free = SamplingSpec(temperature=1.0, seed=1)
@@ -74,19 +74,19 @@ def test_what_rows_want_of_their_logits() -> None:
         {"bad_words": ((1,),)}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}, {"repetition_penalty": 1.1},
         {"num_logprobs": 0},
     ]  # fmt: skip
-    sampler = Sampler(PROVIDERS["numpy"](), 4)
+    sampler = full_sampler(PROVIDERS["numpy"](), 4)
     sampler.add(new_row(0, [1], GREEDY))
     sampler.add(new_row(1, [1], plain))
     sampler.add(new_row(2, [1], GREEDY))
-    assert sampler.takes_the_best([0, 2]) and sampler.takes_the_best([0])
-    assert not sampler.takes_the_best([0, 1]) and not sampler.takes_the_best([1])
-    assert sampler.only_draws([0, 1, 2])
+    assert sampler.all_greedy([0, 2]) and sampler.all_greedy([0])
+    assert not sampler.all_greedy([0, 1]) and not sampler.all_greedy([1])
+    assert sampler.needs_only_tokens([0, 1, 2])
     for setting in editing:
         sampler.add(new_row(3, [1], GREEDY._replace(**setting)))
-        assert not sampler.only_draws([0, 3]) and not sampler.takes_the_best([3, 2]), setting
-        assert sampler.only_draws([0, 1]) and sampler.takes_the_best([0])
+        assert not sampler.needs_only_tokens([0, 3]) and not sampler.all_greedy([3, 2]), setting
+        assert sampler.needs_only_tokens([0, 1]) and sampler.all_greedy([0])
         sampler.remove(3)
-        assert sampler.only_draws([0, 3])
+        assert sampler.needs_only_tokens([0, 3])
 
 
 @pytest.mark.parametrize("tells", [True, False], ids=["logprobs", "tokens"])
@@ -94,7 +94,7 @@ def test_a_fault_of_logits_is_of_one_row(ops: Ops, tells: bool) -> None:
     """Of five rows one has NaN, one an infinite logit, and one has no token left once its logits are edited."""
     specs = [GREEDY, GREEDY, GREEDY, SamplingSpec(temperature=0.0, logit_bias=((2, 1.0),)), GREEDY]
     specs[1] = SamplingSpec(temperature=0.0, allowed_token_ids=(7,), bad_words=((7,),))
-    sampler = Sampler(ops, 5)
+    sampler = full_sampler(ops, 5)
     for row, spec in enumerate(specs):
         sampler.add(new_row(row, [1], spec._replace(num_logprobs=1 if tells and row == 4 else None)))
     logits = normal_logits(8, 5, VOCABULARY)

@@ -12,7 +12,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from quire.server.app import create_app
-from quire.server.connections import patient_protocol
+from quire.server.connections import header_timeout_protocol
 from quire.server.serve import GracefulServer
 from tests.conftest import PATIENCE_S
 from tests.server.fake_engine import FakeEngine
@@ -82,7 +82,7 @@ class Connection:
         self.timers, self.transport = Timers(asyncio.get_running_loop()), Transport()
         config = Config(self._answer, interface="asgi3", lifespan="off", log_config=None, timeout_keep_alive=10_000)
         config.load()
-        kind = patient_protocol(HEADER_S, refusal)
+        kind = header_timeout_protocol(HEADER_S, refusal)
         self.protocol = kind(config, ServerState(), {}, self.timers)  # type: ignore[arg-type]
         self.protocol.connection_made(self.transport)
 

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from quire.engine.repetition import RepetitionWatch
+from quire.engine.repetition import RepetitionDetector
 from quire.llm import LLM
 from quire.sampling_params import RepetitionDetectionParams, SamplingParams
 from quire.server.limits import Limits
@@ -248,7 +248,7 @@ def _repeats(tokens: list[int], params: RepetitionDetectionParams) -> bool:
 @pytest.mark.parametrize("low,high,count", [(0, 1, 2), (1, 4, 3), (2, 5, 2), (3, 3, 4), (0, 0, 0)])
 def test_repetition_is_what_the_definition_says(low: int, high: int, count: int) -> None:
     params = RepetitionDetectionParams(high, low, count)
-    watch, tokens, state, hits = RepetitionWatch(params), [], 1, 0
+    watch, tokens, state, hits = RepetitionDetector(params), [], 1, 0
     for step in range(3000):
         state = state * 1103515245 + 12345 & 0x7FFFFFFF
         tokens.append(step % 5 if step % 211 < 40 else (state >> 16) % (2 if step % 97 < 60 else 5))

@@ -22,7 +22,7 @@ from quire.engine.stream import MAX_UNREAD, Stream
 from quire.errors import ConfigurationError, OverloadedError, RequestFailedError, TooManyRequestsError
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.sampling_params import RequestOutputKind
-from quire.server.app import Oversight
+from quire.server.app import Observability
 from quire.server.keys import caller_name, read_keys
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start, wait_until
@@ -232,7 +232,7 @@ def test_one_key_is_refused_from_its_first_bytes_while_another_is_let_in(caplog:
             if caller.name == caller_name("flood"):
                 raise TooManyRequestsError("too many requests with this key", retry_after_s=7)
 
-    server = start(HalfFull(), api_key={"flood": 3, "guest": 2}, oversight=Oversight(log_requests=True))
+    server = start(HalfFull(), api_key={"flood": 3, "guest": 2}, observability=Observability(log_requests=True))
     try:
         with caplog.at_level(logging.INFO, "quire.access"):
             refused = post(server, SHORT)
@@ -250,7 +250,7 @@ def test_one_key_is_refused_from_its_first_bytes_while_another_is_let_in(caplog:
         server.stop()
 
 
-@pytest.mark.parametrize("options", [{}, {"oversight": Oversight(log_requests=True)}])
+@pytest.mark.parametrize("options", [{}, {"observability": Observability(log_requests=True)}])
 def test_a_flood_is_refused_before_it_is_parsed_and_probes_are_not(options: dict[str, Any]) -> None:
     """The same answer with logs and without: the first bytes of a connection are enough for it."""
 

@@ -11,11 +11,11 @@ from quire.outputs import CompletionOutput, Logprob, PositionLogprobs
 from quire.sampling_params import SamplingParams
 from quire.server.keys import cache_namespace, caller_name
 from quire.server.limits import Limits
-from quire.server.protocol import answers
+from quire.server.protocol import responses
 from quire.server.protocol.chat import ChatCall, parse_chat
 from quire.server.protocol.completions import CompletionCall, parse_completion
 from quire.server.protocol.fields import CHAT, COMPLETIONS, take
-from quire.server.protocol.fit import fit_prompt
+from quire.server.protocol.truncation import truncate_prompt
 
 DEFAULTS = SamplingParams(temperature=0.5, top_k=7)
 HELLO = [{"role": "user", "content": "hello"}]
@@ -151,20 +151,20 @@ def test_a_prompt_fits_is_cut_as_asked_or_is_refused(
     num_tokens: int, asked: int | None, truncate: int | None, side: str | None
 ) -> None:
     tokens = list(range(num_tokens))
-    delivery = completion(max_tokens=asked, truncate_prompt_tokens=truncate, truncation_side=side).delivery
+    options = completion(max_tokens=asked, truncate_prompt_tokens=truncate, truncation_side=side).options
     kept = tokens
     if truncate is not None:
         most = max(1, LENGTH - (asked or 1)) if truncate == -1 else truncate
         kept = tokens[:most] if side == "right" else tokens[max(0, num_tokens - most) :]
     if asked is None or len(kept) + asked <= LENGTH or len(kept) >= LENGTH:
-        assert list(fit_prompt(tokens, delivery, LENGTH)) == kept, "too long by itself is the engine's to refuse"
+        assert list(truncate_prompt(tokens, options, LENGTH)) == kept, "too long by itself is the engine's to refuse"
         return
     with pytest.raises(PromptTooLongError) as caught:
-        fit_prompt(tokens, delivery, LENGTH)
+        truncate_prompt(tokens, options, LENGTH)
     assert caught.value.param == "max_tokens" and f"at most {LENGTH - len(kept)}" in str(caught.value)
 
 
-NAMES = answers.TokenNames(lambda token_id: chr(token_id).encode(), as_ids=False)
+NAMES = responses.TokenNames(lambda token_id: chr(token_id).encode(), as_ids=False)
 
 
 def position(*ranks: tuple[int, float, int]) -> PositionLogprobs:
@@ -178,19 +178,19 @@ def test_the_best_are_listed_best_first_and_no_more_than_were_asked_for() -> Non
     for top, expected in ((0, []), (1, ["a"]), (2, ["a", "b"]), (3, ["a", "b", "c"])):
         dice.shuffle(tokens)
         chosen = CompletionOutput(0, "z", [ord("z")], logprobs=[position(*tokens)])
-        (entry,) = answers.chat_logprobs(chosen, top, (), NAMES)["content"]
+        (entry,) = responses.chat_logprobs(chosen, top, (), NAMES)["content"]
         assert (entry["token"], entry["logprob"], entry["bytes"]) == ("z", -5.0, [122])
         assert [item["token"] for item in entry["top_logprobs"]] == expected
-        found = answers.completion_logprobs([(ord("z"), position(*tokens))], top, (), 0, NAMES)
+        found = responses.completion_logprobs([(ord("z"), position(*tokens))], top, (), 0, NAMES)
         assert list(found["top_logprobs"][0]) == ["z", *expected]
     chosen = CompletionOutput(0, "a", [ord("a")], logprobs=[position(*tokens)])
-    (entry,) = answers.chat_logprobs(chosen, 2, (ord("c"), ord("z")), NAMES)["content"]
+    (entry,) = responses.chat_logprobs(chosen, 2, (ord("c"), ord("z")), NAMES)["content"]
     assert [item["token"] for item in entry["top_logprobs"]] == ["c", "z"], "the tokens that were named"
 
 
 def test_offsets_are_of_characters_and_go_on() -> None:
     one = position((ord("é"), -1.0, 1))
-    found = answers.completion_logprobs([(ord("x"), None), (ord("é"), one), (ord("é"), one)], 1, (), 5, NAMES)
+    found = responses.completion_logprobs([(ord("x"), None), (ord("é"), one), (ord("é"), one)], 1, (), 5, NAMES)
     assert found["text_offset"] == [5, 6, 7] and found["tokens"] == ["x", "é", "é"]
     assert found["token_logprobs"] == [None, -1.0, -1.0] and found["top_logprobs"][0] is None
 
@@ -198,12 +198,12 @@ def test_offsets_are_of_characters_and_go_on() -> None:
 def test_what_has_no_number_in_json_has_the_least() -> None:
     never = position((ord("a"), float("-inf"), 1), (ord("b"), -20000.0, 2))
     chosen = CompletionOutput(0, "a", [ord("a")], logprobs=[never])
-    (entry,) = answers.chat_logprobs(chosen, 2, (), NAMES)["content"]
+    (entry,) = responses.chat_logprobs(chosen, 2, (), NAMES)["content"]
     assert [entry["logprob"], *(item["logprob"] for item in entry["top_logprobs"])] == [-9999.0] * 3
-    assert answers.completion_logprobs([(ord("a"), never)], 2, (), 0, NAMES)["token_logprobs"] == [-9999.0]
-    (shown,) = answers.prompt_logprobs([never]) or []
+    assert responses.completion_logprobs([(ord("a"), never)], 2, (), 0, NAMES)["token_logprobs"] == [-9999.0]
+    (shown,) = responses.prompt_logprobs([never]) or []
     assert shown["97"] == {"logprob": -9999.0, "rank": 1, "decoded_token": "a"}
-    assert answers.prompt_logprobs(None) is None and answers.prompt_logprobs([None]) == [None]
+    assert responses.prompt_logprobs(None) is None and responses.prompt_logprobs([None]) == [None]
 
 
 def test_prefix_caches_are_apart_for_each_caller_and_salt() -> None:

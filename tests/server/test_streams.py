@@ -10,7 +10,7 @@ import pytest
 from quire.errors import RequestFailedError
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.server.errors import ApiError, ClientGoneError
-from quire.server.streams import EventStream, final_outputs, merged, spaced, start_events, unless_gone
+from quire.server.streams import EventStream, last_outputs, merged, coalesce, start_events, cancel_on_disconnect
 
 Script = list[RequestOutput | Exception]
 
@@ -68,7 +68,7 @@ async def test_differences_come_together_by_the_interval_and_nothing_is_lost(int
             script.append(output(*news, finished=not left))
         source = Source(*script)
         found: dict[int, list[CompletionOutput]] = {}
-        async for item in spaced(source.stream, interval):
+        async for item in coalesce(source.stream, interval):
             assert item.outputs, "an event has something to say"
             for part in item.outputs:
                 found.setdefault(part.index, []).append(part)
@@ -112,18 +112,18 @@ async def test_a_reader_that_stops_early_closes_all(count: int) -> None:
 
 async def test_the_last_output_of_each_is_the_answer() -> None:
     sources = [Source(output(name=f"{number}.early"), output(name=f"{number}.last")) for number in range(3)]
-    found = await final_outputs([source.stream for source in sources])
+    found = await last_outputs([source.stream for source in sources])
     assert [item.request_id for item in found] == ["0.last", "1.last", "2.last"]
     for empty in ([Source()], [Source(), Source(output())]):
         with pytest.raises(ApiError) as caught:
-            await final_outputs([source.stream for source in empty])
+            await last_outputs([source.stream for source in empty])
         assert caught.value.status == 500
 
 
 async def test_the_failure_of_one_ends_its_siblings() -> None:
     sources = [Source(output(), hangs=True), Source(RequestFailedError("broken")), Source(output(), hangs=True)]
     with pytest.raises(RequestFailedError):
-        await final_outputs([source.stream for source in sources])
+        await last_outputs([source.stream for source in sources])
     assert all(source.is_closed for source in sources)
 
 
@@ -214,7 +214,7 @@ async def test_work_goes_on_while_somebody_waits_for_it() -> None:
         await asyncio.sleep(0)
         return 7
 
-    assert await unless_gone(reader.receive, work()) == 7
+    assert await cancel_on_disconnect(reader.receive, work()) == 7
     ended: list[str] = []
 
     async def endless() -> None:
@@ -225,5 +225,5 @@ async def test_work_goes_on_while_somebody_waits_for_it() -> None:
 
     asyncio.get_running_loop().call_soon(reader._left.set)
     with pytest.raises(ClientGoneError):
-        await unless_gone(reader.receive, endless())
+        await cancel_on_disconnect(reader.receive, endless())
     assert ended == ["ended"]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from quire.engine.timeline import Part, RequestTimes, Timeline
+from quire.engine.timeline import Phase, RequestTimes, Timeline
 from quire.server import traces
 from quire.server.traces import Tracer
 from tests.conftest import PATIENCE_S
@@ -44,7 +44,7 @@ def sequence(number: int = 0, ended_s: float | None = 20.0, **changes: Any) -> T
     values = {
         "first_scheduled_s": 11.0, "first_token_s": 14.0, "finish_reason": "stop", "num_output_tokens": 5, **changes,
     }  # fmt: skip
-    return Timeline("r", number, 9, 10.0, Part.DECODING, 10.0, ended_s=ended_s, **values)
+    return Timeline("r", number, 9, 10.0, Phase.DECODING, 10.0, ended_s=ended_s, **values)
 
 
 def times(*sequences: Timeline, received_s: float | None = 9.0, sent_s: float | None = 21.0) -> RequestTimes:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from quire.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from quire.server.protocol.tally import Tally
+from quire.server.protocol.usage import Usage
 
 HELLO = [{"role": "user", "content": "hello"}]
 CASES: list[tuple[str, dict[str, Any], int]] = [
@@ -112,35 +112,35 @@ def news(num_prompt: int, *num_tokens: int, done: bool = False, cached: int = 0,
 def test_cached_tokens_are_those_of_every_prompt_and_are_told_where_they_may_be() -> None:
     """The first news of a prompt say what was cached; a later one does not take it back."""
     for shows_cached in (True, False):
-        tally = Tally(2, shows_cached=shows_cached)
+        usage = Usage(2, shows_cached=shows_cached)
         for number, output in ((0, news(20, 1, cached=16)), (1, news(40, 1, cached=32)), (0, news(20, 1, cached=0))):
-            tally.see(number, output)
-        details = tally.usage().get("prompt_tokens_details")
+            usage.see(number, output)
+        details = usage.counts().get("prompt_tokens_details")
         assert details == ({"cached_tokens": 48} if shows_cached else None)
-        assert ("cache_n" in tally.timings()) is shows_cached
+        assert ("cache_n" in usage.timings()) is shows_cached
 
 
 def test_timings_are_of_the_whole_answer() -> None:
     """Two prompts, three sequences with 2, 4 and 3 tokens: six gaps; from the first arrival to the last token."""
-    tally = Tally(2, shows_cached=True)
+    usage = Usage(2, shows_cached=True)
     first = {"arrival_s": 10.0, "first_scheduled_s": 11.0, "first_token_s": 13.0, "last_token_s": 14.0}
     second = {"arrival_s": 10.5, "first_scheduled_s": 12.0, "first_token_s": 12.5, "last_token_s": 16.0}
-    tally.see(0, news(20, 2, 4, done=True, cached=16, **first))
-    assert not tally.finished
-    tally.see(1, news(10, 3, done=True, **second))
-    assert tally.finished
-    found = tally.timings()
+    usage.see(0, news(20, 2, 4, done=True, cached=16, **first))
+    assert not usage.finished
+    usage.see(1, news(10, 3, done=True, **second))
+    assert usage.finished
+    found = usage.timings()
     assert (found["queue_ms"], found["ttft_ms"], found["prompt_ms"], found["predicted_ms"]) == (1000, 2500, 1500, 3500)
     assert (found["prompt_n"], found["predicted_n"], found["cache_n"]) == (14, 9, 16)
     assert found["predicted_per_token_ms"] == pytest.approx(3500 / 6, abs=1e-3)
     assert found["predicted_per_second"] == pytest.approx(6 / 3.5, abs=1e-3)
     assert found["prompt_per_token_ms"] == pytest.approx(1500 / 14, abs=1e-3)
-    assert tally.server_timing() == "queue;dur=1000, prefill;dur=1500, decode;dur=3500, total;dur=6000"
+    assert usage.server_timing() == "queue;dur=1000, prefill;dur=1500, decode;dur=3500, total;dur=6000"
 
 
 def test_a_time_that_is_not_known_is_null() -> None:
-    tally = Tally(1, shows_cached=False)
-    assert tally.timings()["ttft_ms"] is None and tally.server_timing() == ""
-    tally.see(0, news(3, 1, done=True, arrival_s=1.0, first_scheduled_s=1.5, first_token_s=2.0, last_token_s=2.0))
-    found = tally.timings()
+    usage = Usage(1, shows_cached=False)
+    assert usage.timings()["ttft_ms"] is None and usage.server_timing() == ""
+    usage.see(0, news(3, 1, done=True, arrival_s=1.0, first_scheduled_s=1.5, first_token_s=2.0, last_token_s=2.0))
+    found = usage.timings()
     assert (found["predicted_ms"], found["predicted_per_token_ms"], found["predicted_per_second"]) == (0.0, None, None)

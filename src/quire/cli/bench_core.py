@@ -58,27 +58,29 @@ def _with_fake(num_rows: int, num_steps: int) -> tuple[Any, Any]:
 
     scheduler = _scheduler(num_rows, num_steps)
     executor = FakeExecutor(
-        num_blocks=scheduler.limits.num_blocks, block_size=BLOCK_SIZE, max_num_seqs=num_rows, vocab_size=1000
+        num_blocks=scheduler.config.num_blocks, block_size=BLOCK_SIZE, max_num_seqs=num_rows, vocab_size=1000
     )
     return scheduler, executor
 
 
 def _with_runner(num_rows: int, num_steps: int) -> tuple[Any, Any]:
     """The runner and the sampler of this machine's processor."""
+    from quire.compose.core import sampling_features
     from quire.executor.local import LocalExecutor
     from quire.ops.select import select_ops
     from quire.runner.model_runner import ModelRunner
 
     scheduler = _scheduler(num_rows, num_steps)
-    limits = scheduler.limits
+    config = scheduler.config
     ops, _ = select_ops("cpu", 1)
     runner = ModelRunner(
         cast(Any, _Hollow(ops)),
         ops,
-        num_blocks=limits.num_blocks,
+        num_blocks=config.num_blocks,
         block_size=BLOCK_SIZE,
         max_rows=num_rows,
-        max_model_len=limits.max_model_len,
+        max_model_len=config.max_model_len,
+        features=sampling_features(ops),
     )
     return scheduler, LocalExecutor(runner)
 
@@ -88,17 +90,17 @@ def _scheduler(num_rows: int, num_steps: int) -> "Scheduler":
     from quire.core.policy import make_policy
     from quire.core.prefix_cache import PrefixCache
     from quire.core.request import NewRequest, SamplingSpec
-    from quire.core.scheduler import Scheduler, SchedulerLimits
+    from quire.core.scheduler import Scheduler, SchedulerConfig
 
     length = PROMPT_TOKENS + num_steps + 8
-    limits = SchedulerLimits(
+    config = SchedulerConfig(
         max_num_seqs=num_rows,
         max_num_batched_tokens=num_rows * PROMPT_TOKENS,  # all prompts in the first step
         max_model_len=length,
         block_size=BLOCK_SIZE,
         num_blocks=num_rows * (length // BLOCK_SIZE + 1),
     )
-    scheduler = Scheduler(limits, make_policy("fcfs"), PrefixCache(bytes(32)))
+    scheduler = Scheduler(config, make_policy("fcfs"), PrefixCache(bytes(32)))
     for number in range(num_rows):
         prompt = tuple((number * 31 + place) % VOCABULARY for place in range(PROMPT_TOKENS))
         sampling = SamplingSpec(temperature=float(number % 2), seed=number)

@@ -22,7 +22,7 @@ UNITS = {
     "bfloat16": ("bfloat16", "bfloat16_four_tiles"),
     "int8": ("int8", "int8_four_tiles"),
 }
-"""Each with its probes: which way of using the matrix unit is the faster depends on what else keeps the core busy."""
+"""Each with its probes: which way of using AMX is the faster depends on what else keeps the core busy."""
 
 
 @dataclass(frozen=True, slots=True)

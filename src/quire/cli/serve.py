@@ -71,12 +71,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds for running requests to finish (default: 30)",
     )
-    _add_oversight(parser.add_argument_group("oversight"))
+    _add_observability(parser.add_argument_group("observability"))
     engines.add_quiet(parser)
     add_engine(parser, positional_model=True)
 
 
-def _add_oversight(group: Any) -> None:
+def _add_observability(group: Any) -> None:
     """What operators see."""
     group.add_argument(
         "--admin-api-key",
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
     # While the core starts: what follows takes a third of a second to import.
     from quire.engine.async_engine import AsyncEngine
     from quire.server.access import configure_logs
-    from quire.server.app import Oversight, create_app
+    from quire.server.app import Observability, create_app
     from quire.server.keys import read_keys
     from quire.server.limits import TRUSTED_TEMPLATE_CHARACTERS, Limits
     from quire.server.serve import GracefulServer
@@ -133,7 +133,9 @@ def run(options: argparse.Namespace) -> int:
             served_model_name=options.served_model_name or name,
             model_names=[name] if args.model is None else [name, args.model],
             api_key=keys,
-            oversight=Oversight(options.admin_api_key, options.otlp_traces_endpoint, options.enable_log_requests),
+            observability=Observability(
+                options.admin_api_key, options.otlp_traces_endpoint, options.enable_log_requests
+            ),
             metrics_prefix=options.metrics_prefix,
             show_cached_tokens=options.enable_prompt_tokens_details,
             limits=limits,

@@ -15,7 +15,7 @@ from pathlib import Path
 from quire.config import (
     CachePlan,
     EngineArgs,
-    ModelFacts,
+    ModelSizes,
     resolve_batched_tokens,
     resolve_cache,
     resolve_model_len,
@@ -23,8 +23,8 @@ from quire.config import (
 from quire.core.engine_core import EngineCore, OverlappingCore, PlanExecutor
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
-from quire.core.scheduler import Scheduler, SchedulerLimits
-from quire.engine.channel import CoreFacts
+from quire.core.scheduler import Scheduler, SchedulerConfig
+from quire.engine.channel import CoreInfo
 from quire.engine.step_allowance import StepAllowance
 from quire.engine.verify_blocks import CachedBlockVerifier
 from quire.errors import ConfigurationError
@@ -35,8 +35,11 @@ from quire.ops.types import Ops
 from quire.outputs import Decision, Labels
 from quire.quant.select import check_scheme, select_scheme
 from quire.quant.types import bits_per_weight
-from quire.runner.memory import StepLimits, check_ledger, make_ledger
+from quire.runner.memory import StepShape, check_budget, make_budget
 from quire.runner.model_runner import ModelRunner
+from quire.sampling.features import SamplingFeature
+from quire.sampling.features.masks import LogitMasks
+from quire.sampling.features.penalties import Penalties
 from quire.weights.load import load_model, read_spec
 from quire.weights.loading_bar import LoadingBar
 
@@ -49,7 +52,7 @@ class CoreParts:
 
     scheduler: Scheduler
     executor: PlanExecutor
-    facts: CoreFacts
+    info: CoreInfo
     allowance: StepAllowance
     core_type: type[EngineCore]
     verifier: CachedBlockVerifier | None
@@ -70,7 +73,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     ops, decisions = select_ops(args.device, args.threads, args.batch_invariant)
     spec = read_spec(directory)
     model_len = resolve_model_len(args, spec.max_position_embeddings)
-    stamp = _stamp(directory)
+    fingerprint = _fingerprint(directory)
     scheme = select_scheme(args.quantization, args.quantization_group_size)
     check_scheme(scheme, ops)
     with LoadingBar() as bar:
@@ -78,11 +81,11 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
             model = load_model(directory, ops, args.dtype, model_len, bar.show, scheme)
         except MemoryError as error:
             raise ConfigurationError("the weights do not fit into memory", field="model") from error
-    sizes = resolve_cache(args, _facts(args, model, ops, model_len))
-    logger.info("memory: %s", sizes.ledger)
+    sizes = resolve_cache(args, _sizes(args, model, ops, model_len))
+    logger.info("memory: %s", sizes.memory)
     overlap, loop = _loop(args, ops)
     runner = _runner(args, model, ops, sizes)
-    in_use = check_ledger(sizes.ledger, ops)
+    in_use = check_budget(sizes.memory, ops)
     key = secrets.token_bytes(32)
     verifier = CachedBlockVerifier(key, runner.first_difference) if args.verify_cached_blocks else None
     decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions, *ops.decisions(), loop]
@@ -90,7 +93,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     return CoreParts(
         _scheduler(args, sizes, verifier or (PrefixCache(key) if args.enable_prefix_caching else NullPrefixCache())),
         DeviceExecutor(runner) if overlap else LocalExecutor(runner),
-        CoreFacts(sizes.max_model_len, spec.vocab_size, tuple(decisions), stamp, _cache_config(args, sizes)),
+        CoreInfo(sizes.max_model_len, spec.vocab_size, tuple(decisions), fingerprint, _cache_config(args, sizes)),
         StepAllowance(model.weight_bytes if ops.memory() is None else None, args.hang_timeout),
         OverlappingCore if overlap else EngineCore,
         verifier,
@@ -119,7 +122,7 @@ def _loop(args: EngineArgs, ops: Ops) -> tuple[bool, Decision]:
     return overlap, Decision("async_scheduling", "on" if overlap else "off", why if asked is None else "as asked")
 
 
-def _stamp(directory: Path) -> str:
+def _fingerprint(directory: Path) -> str:
     """Names, sizes and times of the model's files."""
     found = sorted((item.name, item.stat()) for item in directory.iterdir() if item.is_file())
     return blake2b(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]).encode()).hexdigest()
@@ -150,6 +153,11 @@ def _records(args: EngineArgs, ops: Ops) -> bool:
     return ops.memory() is not None and not args.enforce_eager
 
 
+def sampling_features(ops: Ops) -> tuple[SamplingFeature, ...]:
+    """All that may edit logits, in the order in which it does: masks and biases before penalties, as vLLM has it."""
+    return LogitMasks(ops), Penalties(ops)
+
+
 def _runner(args: EngineArgs, model: Model, ops: Ops, sizes: CachePlan) -> ModelRunner:
     try:
         runner = ModelRunner(
@@ -159,37 +167,36 @@ def _runner(args: EngineArgs, model: Model, ops: Ops, sizes: CachePlan) -> Model
             block_size=sizes.block_size,
             max_rows=sizes.max_num_seqs,
             max_model_len=sizes.max_model_len,
+            features=sampling_features(ops),
             record=ops.record if _records(args, ops) else None,
             recomputes=args.verify_cached_blocks,
         )
         if ops.memory() is not None:
             runner.warm_up(
-                StepLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_model_len, sizes.block_size)
+                StepShape(sizes.max_num_seqs, sizes.max_num_batched_tokens, sizes.max_model_len, sizes.block_size)
             )
         return runner
     except MemoryError as error:
-        text = f"is too large: there is no room for the cache ({sizes.ledger})"
+        text = f"is too large: there is no room for the cache ({sizes.memory})"
         raise ConfigurationError(f"gpu_memory_utilization {text}", field="gpu_memory_utilization") from error
 
 
 def _scheduler(args: EngineArgs, sizes: CachePlan, prefix_cache: PrefixCache | NullPrefixCache) -> Scheduler:
-    limits = SchedulerLimits(
+    config = SchedulerConfig(
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_model_len=sizes.max_model_len,
         block_size=sizes.block_size,
         num_blocks=sizes.num_blocks,
     )
-    return Scheduler(limits, make_policy(args.scheduling_policy), prefix_cache)
+    return Scheduler(config, make_policy(args.scheduling_policy), prefix_cache)
 
 
-def _facts(args: EngineArgs, model: Model, ops: Ops, model_len: int) -> ModelFacts:
-    limits = StepLimits(
-        args.max_num_seqs, resolve_batched_tokens(args), model_len, args.block_size, _records(args, ops)
-    )
-    return ModelFacts(
+def _sizes(args: EngineArgs, model: Model, ops: Ops, model_len: int) -> ModelSizes:
+    shape = StepShape(args.max_num_seqs, resolve_batched_tokens(args), model_len, args.block_size, _records(args, ops))
+    return ModelSizes(
         max_position_embeddings=model.spec.max_position_embeddings,
         bytes_per_block=model.cache_shape(1, args.block_size).bytes_per_block,
         device="cpu" if ops.memory() is None else "cuda",
-        ledger=make_ledger(model, ops, limits),
+        memory=make_budget(model, ops, shape),
     )

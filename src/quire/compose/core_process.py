@@ -1,6 +1,6 @@
-"""`python -m quire.compose.core_process FD`: a core in a process of its own, at the end of an inherited socket.
+"""`python -m quire.compose.core_process FD`: a core in its own process, at the end of an inherited socket.
 
-Started by `quire.engine.core_process` and by nobody else. It lives as long as the process that started it.
+Started by `quire.engine.core_process` alone. It lives as long as the process that started it.
 """
 
 import logging
@@ -26,9 +26,9 @@ def main() -> None:
     except ConfigurationError as error:
         connection.sendall(encode(StartFailed(type(error).__name__, error.message, error.field)))
         return
-    connection.sendall(encode(Ready(parts.facts)))
+    connection.sendall(encode(Ready(parts.info)))
     executor = AnnouncingExecutor(parts.executor, connection, parts.allowance)
-    CoreServer(parts.core(executor), parts.facts, connection).run()
+    CoreServer(parts.core(executor), parts.info, connection).run()
 
 
 def _first_message(connection: socket.socket) -> Start:
@@ -37,7 +37,7 @@ def _first_message(connection: socket.socket) -> Start:
         for message in frames.feed(data):
             assert isinstance(message, Start)
             return message
-    raise ProtocolError("nobody asked for a core")
+    raise ProtocolError("no core was asked for")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ from quire.compose.text import TextParts, compose_text
 from quire.config import EngineArgs
 from quire.demo import model_path
 from quire.engine.async_engine import ServedEngine
-from quire.engine.channel import CoreChannel, CoreFacts, LocalChannel
+from quire.engine.channel import CoreChannel, CoreInfo, LocalChannel
 from quire.engine.engine import Engine
-from quire.engine.queue_bound import QueueBound, QueueLimits
+from quire.engine.queue_bound import QueueBound, QueueConfig
 from quire.engine.step_allowance import LEAST_SECONDS
 from quire.errors import ConfigurationError
 from quire.weights.source import resolve_source
@@ -43,7 +43,7 @@ def begin(args: EngineArgs) -> Callable[[], ServedEngine]:
     directory = Path(model_path()) if args.model is None else resolve_source(args.model, args.revision)
     if not args.core_process:
         if args.hang_timeout is not None:
-            raise ConfigurationError("hang_timeout is of a core in a process of its own", field="hang_timeout")
+            raise ConfigurationError("hang_timeout requires core_process=True", field="hang_timeout")
         return partial(_compose_here, args, directory)
     # Not above: an engine in this process does without messages and their format.
     from quire.engine.core_process import CoreProcess
@@ -60,7 +60,7 @@ def _compose_here(args: EngineArgs, directory: Path) -> ServedEngine:
     from quire.compose.core import compose_core
 
     parts = compose_core(args, directory)
-    return _served(args, compose_text(args, directory), LocalChannel(parts.core()), parts.facts)
+    return _served(args, compose_text(args, directory), LocalChannel(parts.core()), parts.info)
 
 
 def _compose_apart(args: EngineArgs, directory: Path, channel: "SupervisedChannel") -> ServedEngine:
@@ -72,16 +72,16 @@ def _compose_apart(args: EngineArgs, directory: Path, channel: "SupervisedChanne
         raise
 
 
-def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core_facts: CoreFacts) -> ServedEngine:
-    facts = text.facts(args, core_facts)
+def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core_info: CoreInfo) -> ServedEngine:
+    limits = text.limits(args, core_info)
     return ServedEngine(
         engine=Engine(
-            channel, text.tokenizer, _queue(args, facts.max_model_len), time.monotonic, core_facts.cache_config
+            channel, text.tokenizer, _queue(args, limits.max_model_len), time.monotonic, core_info.cache_config
         ),
-        inputs=text.inputs(facts),
+        inputs=text.inputs(limits),
         tokenizer=text.tokenizer,
-        facts=facts,
-        decisions=list(core_facts.decisions),
+        limits=limits,
+        decisions=list(core_info.decisions),
         default_params=text.default_params,
         close=channel.close,
     )
@@ -89,4 +89,4 @@ def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core_facts:
 
 def _queue(args: EngineArgs, max_model_len: int) -> QueueBound:
     max_tokens = args.max_num_queued_tokens or max(DEFAULT_QUEUED_TOKENS, 8 * max_model_len)
-    return QueueBound(QueueLimits(args.max_num_queued_reqs, max_tokens, args.max_num_seqs), time.monotonic)
+    return QueueBound(QueueConfig(args.max_num_queued_reqs, max_tokens, args.max_num_seqs), time.monotonic)

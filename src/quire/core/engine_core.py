@@ -17,7 +17,7 @@ class PlanExecutor(Protocol):
     def collect(self, handle: Any) -> StepResult:
         """Wait for the result."""
 
-    def prepare(self) -> bool:
+    def run_idle_work(self) -> bool:
         """While there is no work: something short that makes later steps quicker. False: there is nothing to do."""
 
     def close(self) -> None:
@@ -56,9 +56,9 @@ class EngineCore:
         result = self._executor.collect(handle)
         return self._scheduler.update(plan, result)
 
-    def prepare(self) -> bool:
-        """See `PlanExecutor.prepare`; then the idle work."""
-        return self._executor.prepare() or (self.idle_work is not None and self.idle_work.do_next())
+    def run_idle_work(self) -> bool:
+        """See `PlanExecutor.run_idle_work`; then the idle work."""
+        return self._executor.run_idle_work() or (self.idle_work is not None and self.idle_work.do_next())
 
     def add(self, new: NewRequest) -> None:
         """See `Scheduler.add`."""

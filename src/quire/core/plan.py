@@ -86,7 +86,7 @@ class StepResult:
 
 
 class TokenDelta(NamedTuple):
-    """News of one request, from the core to the engine. The last one carries `finish_reason`."""
+    """What is new of one request, from the core to the engine. The last one carries `finish_reason`."""
 
     request_id: str
     token_ids: tuple[int, ...]
@@ -105,8 +105,8 @@ class Stalled(NamedTuple):
 
     request_id: str
     reason: str
-    """`no_blocks`, `no_row`, `budget`, `preempted`, `in_flight` (its last token is being sampled), `on_trial` (it waits
-    for others, after the death of a core); `behind` is never listed."""
+    """`no_blocks`, `no_row`, `budget`, `preempted`, `in_flight` (its last token is being sampled), `quarantined`
+    (after a core died, it waits while others are probed); `behind` is never listed."""
     by: str | None = None
     """The request that took what this one lacked, where one is to blame: the preemptor, or the one that
     got most of the budget."""

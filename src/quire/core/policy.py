@@ -52,7 +52,7 @@ def make_policy(name: str) -> Policy:
     return POLICIES[name]()
 
 
-class _Lane:
+class _CallerQueue:
     """The waiting requests of one caller: a heap, O(log n) in and out.
 
     A request that was aborted stays in the heap as a dead entry until it comes up, or until more than
@@ -80,39 +80,39 @@ class _Lane:
 
 
 class WaitingQueue:
-    """Waiting requests, a lane for each caller. Between callers whose first requests are of one rank (priority),
-    the one that was given least comes first; within a lane, the policy's order holds."""
+    """Waiting requests, a queue for each caller. Between callers whose first requests are of one rank (priority),
+    the one that was given least comes first; within a queue, the policy's order holds."""
 
     def __init__(self, policy: Policy, shares: FairShares) -> None:
         self._policy = policy
         self._shares = shares
-        self._lanes: dict[str, _Lane] = {}
+        self._queues: dict[str, _CallerQueue] = {}
 
     def __len__(self) -> int:
-        return sum(len(lane.heap) - lane.num_dead for lane in self._lanes.values())
+        return sum(len(queue.heap) - queue.num_dead for queue in self._queues.values())
 
     def __iter__(self) -> Iterator[Request]:
         """All that wait, in no order."""
-        entries = chain.from_iterable(lane.heap for lane in self._lanes.values())
+        entries = chain.from_iterable(queue.heap for queue in self._queues.values())
         return (request for _, request in entries if request.status is RequestStatus.WAITING)
 
     def arrive(self, request: Request) -> None:
         """A request comes for the first time: its caller's claim is settled, and it takes its place."""
-        self._shares.arrive(request.new.caller, self._lanes)
+        self._shares.arrive(request.new.caller, self._queues)
         self.push(request)
 
     def push(self, request: Request) -> None:
         """Put a request in its place."""
-        lane = self._lanes.setdefault(request.new.caller, _Lane())
-        heapq.heappush(lane.heap, (self._policy.order(request), request))
+        queue = self._queues.setdefault(request.new.caller, _CallerQueue())
+        heapq.heappush(queue.heap, (self._policy.order(request), request))
 
     def head(self) -> Request | None:
         """The first that waits, or None."""
         best: tuple[tuple[int, int, Order], Request] | None = None
-        for caller in list(self._lanes):
-            entry = self._lanes[caller].head()
+        for caller in list(self._queues):
+            entry = self._queues[caller].head()
             if entry is None:
-                del self._lanes[caller]
+                del self._queues[caller]
                 continue
             place = entry[0][0], self._shares[caller], entry[0]
             if best is None or place < best[0]:
@@ -121,14 +121,14 @@ class WaitingQueue:
 
     def pop(self, head: Request) -> None:
         """Remove what `head` has just given."""
-        lane = self._lanes[head.new.caller]
-        heapq.heappop(lane.heap)
-        if not lane.heap:
-            del self._lanes[head.new.caller]
+        queue = self._queues[head.new.caller]
+        heapq.heappop(queue.heap)
+        if not queue.heap:
+            del self._queues[head.new.caller]
 
     def discard(self, request: Request) -> None:
         """A request in the queue has just stopped waiting (its status says so)."""
-        lane = self._lanes[request.new.caller]
-        lane.discard()
-        if not lane.heap:
-            del self._lanes[request.new.caller]
+        queue = self._queues[request.new.caller]
+        queue.discard()
+        if not queue.heap:
+            del self._queues[request.new.caller]

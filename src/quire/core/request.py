@@ -44,7 +44,7 @@ class SamplingSpec(NamedTuple):
         return bool(has_penalty) or any(len(word) > 1 for word in self.bad_words)
 
 
-class Given(NamedTuple):
+class ResumeState(NamedTuple):
     """What an earlier core has already given of a request: it is gone on with, and none of it is given again."""
 
     output_token_ids: tuple[int, ...] = ()
@@ -54,7 +54,7 @@ class Given(NamedTuple):
     """What was said when the first token was given."""
 
 
-NOTHING_GIVEN = Given()
+NOT_RESUMED = ResumeState()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class NewRequest:
     `len(prompt_token_ids) + max_tokens` fits `max_model_len`; `eos_token_ids` are those of
     `sampling.stop_token_ids` that are reported as an ordinary stop (`stop_reason` None).
     `cache_salt` separates prefix caches: requests share blocks only within one salt.
-    `given` is empty but for a request whose core died.
+    `resume` is empty but for a request whose core died.
     """
 
     request_id: str
@@ -76,7 +76,7 @@ class NewRequest:
     priority: int = 0
     cache_salt: str = ""
     arrival_s: float = 0.0
-    given: Given = NOTHING_GIVEN
+    resume: ResumeState = NOT_RESUMED
     caller: str = ""
     """Who asks, a name without meaning: callers share the engine fairly."""
     caller_weight: int = 1
@@ -132,12 +132,12 @@ class Request:
         """The record of a request that has just come, be it new or resumed."""
         return cls(
             new=new,
-            token_ids=[*new.prompt_token_ids, *new.given.output_token_ids],
+            token_ids=[*new.prompt_token_ids, *new.resume.output_token_ids],
             arrival_index=arrival_index,
             max_num_tokens=min(len(new.prompt_token_ids) + new.max_tokens, max_model_len),
             stop_token_ids=frozenset(new.sampling.stop_token_ids),
-            num_cached=new.given.num_cached_tokens,
-            num_prompt_logprobs_sent=new.given.num_prompt_logprobs,
+            num_cached=new.resume.num_cached_tokens,
+            num_prompt_logprobs_sent=new.resume.num_prompt_logprobs,
         )
 
     @property

@@ -46,7 +46,7 @@ from quire.errors import ConfigurationError, InvalidRequestError, PromptTooLongE
 
 
 @dataclass(frozen=True, slots=True)
-class SchedulerLimits:
+class SchedulerConfig:
     """What a scheduler may hand out. Raises ConfigurationError when a longest request could never finish."""
 
     max_num_seqs: int
@@ -79,17 +79,17 @@ class Scheduler:
     gets exactly one final `TokenDelta`: from `abort`, if that came first, otherwise from `update`.
     """
 
-    def __init__(self, limits: SchedulerLimits, policy: Policy, prefix_cache: PrefixCache | NullPrefixCache) -> None:
-        self.limits = limits
+    def __init__(self, config: SchedulerConfig, policy: Policy, prefix_cache: PrefixCache | NullPrefixCache) -> None:
+        self.config = config
         self._policy = policy
         self._prefix_cache = prefix_cache
-        self._pool = BlockPool(limits.num_blocks, limits.block_size)
+        self._pool = BlockPool(config.num_blocks, config.block_size)
         self._requests: dict[str, Request] = {}
         self._shares = FairShares()
         self._waiting = WaitingQueue(policy, self._shares)
         self._running: list[Request] = []
         """In policy order, always."""
-        self._free_rows = list(reversed(range(limits.max_num_seqs)))
+        self._free_rows = list(reversed(range(config.max_num_seqs)))
         self._removed_rows: list[int] = []
         self._in_flight: dict[int, Step] = {}
         """Steps whose results are not back, in their order. Their owners are the requests that still want them."""
@@ -125,17 +125,17 @@ class Scheduler:
             raise InvalidRequestError(f"request id {new.request_id!r} is in use", param="request_id")
         if not num_prompt_tokens or new.max_tokens < 1:
             raise InvalidRequestError("a request needs a prompt token and max_tokens of at least 1")
-        num_given = len(new.given.output_token_ids)
-        if num_given >= new.max_tokens or (num_given and num_prompt_tokens + num_given >= self.limits.max_model_len):
+        num_given = len(new.resume.output_token_ids)
+        if num_given >= new.max_tokens or (num_given and num_prompt_tokens + num_given >= self.config.max_model_len):
             raise InvalidRequestError("a request that has been given all its tokens cannot be resumed")
-        if num_prompt_tokens >= self.limits.max_model_len:
+        if num_prompt_tokens >= self.config.max_model_len:
             raise PromptTooLongError(
-                f"the prompt has {num_prompt_tokens} tokens; max_model_len {self.limits.max_model_len} "
+                f"the prompt has {num_prompt_tokens} tokens; max_model_len {self.config.max_model_len} "
                 "must leave room for one more"
             )
         if not 1 <= new.caller_weight <= MAX_WEIGHT:
             raise InvalidRequestError(f"a caller's weight is between 1 and {MAX_WEIGHT}, got {new.caller_weight}")
-        request = Request.of(new, self._num_arrived, self.limits.max_model_len)
+        request = Request.of(new, self._num_arrived, self.config.max_model_len)
         self._num_arrived += 1
         self._requests[new.request_id] = request
         self._waiting.arrive(request)
@@ -150,7 +150,7 @@ class Scheduler:
 
     def schedule(self, now_s: float = 0.0) -> StepPlan:
         """Decide the next step. `now_s` is only written into the record."""
-        step = self._in_flight[self._num_steps] = Step(self._num_steps, self.limits.max_num_batched_tokens)
+        step = self._in_flight[self._num_steps] = Step(self._num_steps, self.config.max_num_batched_tokens)
         self._num_steps += 1
         self._advance_running(step)
         self._admit_waiting(step)
@@ -220,7 +220,7 @@ class Scheduler:
     def _register(self, request: Request, start: int, end: int) -> None:
         """The blocks that tokens `[start, end)` fill can be found from now on: see `_void`."""
         self._prefix_cache.register(request, self._pool, start, end)
-        size = self.limits.block_size
+        size = self.config.block_size
         newest = self._in_flight[self._num_steps - 1]
         newest.registered += [(block_id, request) for block_id in request.block_ids[start // size : end // size]]
 
@@ -261,7 +261,7 @@ class Scheduler:
     def _admit(self, request: Request, step: Step) -> bool:
         """Let the head of the queue in, if its blocks and the reserve are there."""
         match = self._prefix_cache.match(request, self._pool)
-        num_hits = len(match.block_ids) * self.limits.block_size
+        num_hits = len(match.block_ids) * self.config.block_size
         lacking = self._pool.blocks_for(len(request.token_ids)) - len(match.block_ids)
         reserve = len(self._running)
         if lacking + self._pool.num_unheld(match.block_ids) + reserve > self._pool.num_free:
@@ -270,7 +270,7 @@ class Scheduler:
         self._pool.share(match.block_ids)
         request.block_ids = match.block_ids + self._pool.take(lacking)
         request.num_computed = num_hits
-        if request.num_preemptions == 0 and not request.new.given.output_token_ids:
+        if request.num_preemptions == 0 and not request.new.resume.output_token_ids:
             request.num_cached = num_hits
             self._shares.charge_prompt(request.new, len(request.token_ids) - num_hits)
         request.status = RequestStatus.RUNNING
@@ -382,7 +382,7 @@ class Scheduler:
         waiting = list(self._waiting)
         require(
             sorted([*self._free_rows, *(row for row in rows if row is not None)])
-            == list(range(self.limits.max_num_seqs)),
+            == list(range(self.config.max_num_seqs)),
             "free rows and held rows are all rows",
         )
         require(all(before < after for before, after in pairwise(orders)), "those who run are in order")

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from quire.core.request import NewRequest
-from quire.engine.channel import CoreFacts
+from quire.engine.channel import CoreInfo
 from quire.errors import InvalidRequestError
 from quire.sampling_params import MAX_BAD_WORDS, MAX_STOP_STRING_BYTES, SamplingParams
 
@@ -11,13 +11,13 @@ MAX_ID_BYTES = 64
 MAX_SALT_BYTES = 1024
 
 
-def check_new(new: NewRequest, facts: CoreFacts) -> None:
+def check_new(new: NewRequest, info: CoreInfo) -> None:
     """Refuse what `InputProcessor` would have refused. The scheduler itself checks lengths.
 
     Raises:
         InvalidRequestError: naming the field.
     """
-    spec, given = new.sampling, new.given
+    spec, resume = new.sampling, new.resume
     SamplingParams(
         temperature=spec.temperature,
         top_p=spec.top_p,
@@ -43,11 +43,11 @@ def check_new(new: NewRequest, facts: CoreFacts) -> None:
     _require(len(new.eos_token_ids) <= len(spec.stop_token_ids), "eos_token_ids")
     _require(len(spec.bad_words) <= 2 * MAX_BAD_WORDS, "bad_words")
     _require(all(0 < len(word) <= MAX_STOP_STRING_BYTES + 1 for word in spec.bad_words), "bad_words")
-    _require(0 <= given.num_prompt_logprobs < facts.max_model_len, "given")
-    _require(0 <= given.num_cached_tokens < facts.max_model_len, "given")
+    _require(0 <= resume.num_prompt_logprobs < info.max_model_len, "resume")
+    _require(0 <= resume.num_cached_tokens < info.max_model_len, "resume")
     lists: dict[str, Iterable[Iterable[int]]] = {
         "prompt_token_ids": (new.prompt_token_ids,),
-        "given": (given.output_token_ids,),
+        "resume": (resume.output_token_ids,),
         "stop_token_ids": (spec.stop_token_ids, new.eos_token_ids),
         "allowed_token_ids": (spec.allowed_token_ids,),
         "logprob_token_ids": (spec.logprob_token_ids,),
@@ -56,7 +56,7 @@ def check_new(new: NewRequest, facts: CoreFacts) -> None:
     }
     for name, values in lists.items():
         for ids in values:
-            _require(min(ids, default=0) >= 0 and max(ids, default=0) < facts.vocab_size, name)
+            _require(min(ids, default=0) >= 0 and max(ids, default=0) < info.vocab_size, name)
 
 
 def _require(holds: bool, field: str) -> None:

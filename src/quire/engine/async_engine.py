@@ -21,7 +21,7 @@ from typing import Any, ParamSpec, TypeVar
 from quire.engine.chat import encode_chat
 from quire.engine.engine import Engine, NumberedOutput
 from quire.engine.explain import Explanation
-from quire.engine.inputs import EngineFacts, InputProcessor, ParsedRequest, Prompt
+from quire.engine.inputs import InputProcessor, ParsedRequest, Prompt, RequestLimits
 from quire.engine.queue_bound import ANYBODY, Caller
 from quire.engine.stream import Stream
 from quire.engine.timeline import RequestTimes
@@ -70,7 +70,7 @@ class ServedEngine:
     engine: Engine
     inputs: InputProcessor
     tokenizer: Tokenizer | None
-    facts: EngineFacts
+    limits: RequestLimits
     decisions: list[Decision]
     default_params: Mapping[str, Any]
     """Sampling defaults of the model's `generation_config.json`."""
@@ -97,12 +97,12 @@ class AsyncEngine:
     @property
     def max_model_len(self) -> int:
         """Longest prompt plus output, in tokens."""
-        return self._served.facts.max_model_len
+        return self._served.limits.max_model_len
 
     @property
     def vocab_size(self) -> int:
         """Width of the logits."""
-        return self._served.facts.vocab_size
+        return self._served.limits.vocab_size
 
     @property
     def decisions(self) -> list[Decision]:
@@ -237,7 +237,7 @@ class AsyncEngine:
 
     def mark_sent(self, response_id: str, caller: str, received_s: float, sent_s: float) -> list[RequestTimes]:
         """A server is done with a response: when it received the request, and when the last byte had left."""
-        return self._engine.ledger.sent(response_id, caller, received_s, sent_s)
+        return self._engine.timelines.sent(response_id, caller, received_s, sent_s)
 
     async def shutdown(self) -> None:
         """Stop: requests that still run end with `EngineDeadError`. Calling it again does nothing."""

@@ -12,33 +12,33 @@ class Breaker:
     core that then dies in vain opens it again, for twice as long. Times are seconds of one clock."""
 
     def __init__(self) -> None:
-        self._num_deaths = self._num_explained = 0
+        self._num_deaths = self._num_attributed = 0
         self._pause_s = FIRST_PAUSE_SECONDS
         self.open_until_s: float | None = None
 
-    def proved(self) -> None:
-        """A core was of use: it brought a request to its end."""
-        self._num_deaths, self._num_explained, self._pause_s = 0, 0, FIRST_PAUSE_SECONDS
+    def record_success(self) -> None:
+        """A core finished a request."""
+        self._num_deaths, self._num_attributed, self._pause_s = 0, 0, FIRST_PAUSE_SECONDS
 
-    def worked(self) -> None:
+    def record_progress(self) -> None:
         """A core gave a token: not every request kills it."""
-        self._num_explained = 0
+        self._num_attributed = 0
 
-    def died(self, born_s: float, now_s: float) -> None:
-        """A core died, and nobody knows why."""
-        if now_s - born_s >= LONG_LIFE_SECONDS:
-            self.proved()
+    def record_failure(self, started_s: float, now_s: float) -> None:
+        """A core died for an unknown reason."""
+        if now_s - started_s >= LONG_LIFE_SECONDS:
+            self.record_success()
         self._num_deaths += 1
         if self._num_deaths >= MOST_DEATHS_IN_A_ROW:
             self.open_until_s = now_s + self._pause_s
             self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_SECONDS)
 
-    def explained(self, born_s: float, now_s: float) -> None:
-        """A core died of a request, which is no more; and so did one before it. If that is said again and again,
-        and no core gave a token in between, it is not the requests."""
-        self._num_explained += 1
-        if self._num_explained >= MOST_DEATHS_IN_A_ROW:
-            self.died(born_s, now_s)
+    def record_attributed(self, started_s: float, now_s: float) -> None:
+        """A core died, and its death is attributed to a request, which has failed. Attributed again and again, with
+        no token in between, the deaths are not of the requests."""
+        self._num_attributed += 1
+        if self._num_attributed >= MOST_DEATHS_IN_A_ROW:
+            self.record_failure(started_s, now_s)
         else:
             self._num_deaths = max(0, self._num_deaths - 1)
 

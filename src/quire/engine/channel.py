@@ -3,7 +3,7 @@
 ::
 
     Engine ── add, abort ──> CoreChannel ──> EngineCore        here: `LocalChannel`, the caller's thread computes
-           <── News ────────                                   apart: `supervisor.SupervisedChannel`
+           <── CoreOutputs ─                                   apart: `supervisor.SupervisedChannel`
 """
 
 import threading
@@ -17,21 +17,21 @@ from quire.outputs import Decision, Labels
 
 
 @dataclass(frozen=True, slots=True)
-class CoreFacts:
+class CoreInfo:
     """What the text side must know of a core."""
 
     max_model_len: int
     vocab_size: int
     """Width of the logits."""
     decisions: tuple[Decision, ...]
-    model_stamp: str
-    """Changes when the model's files do: a request must not be gone on with under other weights."""
+    model_fingerprint: str
+    """Changes when the model's files do: a request must not be resumed under other weights."""
     cache_config: Labels = ()
     """Of the cache, under vLLM's names: labels of a metric."""
 
-    def can_follow(self, first: "CoreFacts") -> bool:
-        """Whether a core like this can go on with all that was taken for one like `first`."""
-        is_same = (self.model_stamp, self.vocab_size) == (first.model_stamp, first.vocab_size)
+    def can_follow(self, first: "CoreInfo") -> bool:
+        """Whether a core like this can resume every request that one like `first` accepted."""
+        is_same = (self.model_fingerprint, self.vocab_size) == (first.model_fingerprint, first.vocab_size)
         return is_same and self.max_model_len >= first.max_model_len
 
 
@@ -41,7 +41,7 @@ class Gauges(NamedTuple):
     num_running: int
     num_waiting: int
     cache_usage: float
-    """Share of the cache's blocks that somebody holds, in [0, 1]."""
+    """Share of the cache's blocks that requests hold, in [0, 1]."""
 
 
 class CoreHealth(NamedTuple):
@@ -50,7 +50,7 @@ class CoreHealth(NamedTuple):
     state: str = "serving"
     """One of `CORE_STATES`."""
     num_died: int = 0
-    """Cores that ended by themselves, or were ended by others, and were replaced."""
+    """Cores that exited by themselves, or were killed from outside, and were replaced."""
     num_hung: int = 0
     """Cores that were ended since they hung."""
 
@@ -60,7 +60,7 @@ CORE_STATES = ("serving", "starting", "paused")
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class CoreOutputs:
     """What one step gave; `record` is None when requests left without a step."""
 
     deltas: tuple[TokenDelta, ...]
@@ -85,16 +85,16 @@ class CoreChannel(Protocol):
         """Drop a request. An id that is unknown, or has ended, is fine."""
 
     def wait(self) -> None:
-        """Return when `collect` may have news, or when `wake` was called since the last `wait`."""
+        """Return when `collect` may have outputs, or when `wake` was called since the last `wait`."""
 
     def wake(self) -> None:
         """Let `wait` return."""
 
-    def collect(self) -> list[News]:
-        """News since the last call. In this process: compute one step.
+    def collect(self) -> list[CoreOutputs]:
+        """Outputs since the last call. In this process: compute one step.
 
         Raises:
-            OverloadedError: the core is gone for now, and all requests with it.
+            OverloadedError: the core has exited, with all requests, and none is started for a while.
         """
 
     @property
@@ -143,9 +143,9 @@ class LocalChannel:
         """See `CoreChannel.wake`."""
         self._awake.set()
 
-    def collect(self) -> list[News]:
+    def collect(self) -> list[CoreOutputs]:
         """See `CoreChannel.collect`."""
-        return [step_news(self._core)] if self._core.has_work else []
+        return [step_outputs(self._core)] if self._core.has_work else []
 
     @property
     def gauges(self) -> Gauges:
@@ -167,13 +167,13 @@ def core_gauges(core: EngineCore) -> Gauges:
 
 
 def wait_for_work(core: EngineCore, awake: threading.Event) -> None:
-    """Return when the core has work, or `awake` is set; moments until then are for `EngineCore.prepare`."""
+    """Return when the core has work, or `awake` is set; moments until then are for `EngineCore.run_idle_work`."""
     while not core.has_work and not awake.is_set():
-        if not core.prepare():
+        if not core.run_idle_work():
             awake.wait()
 
 
-def step_news(core: EngineCore) -> News:
+def step_outputs(core: EngineCore) -> CoreOutputs:
     """Compute one step."""
     deltas = core.step()
-    return News(tuple(deltas), core.last_record, core_gauges(core))
+    return CoreOutputs(tuple(deltas), core.last_record, core_gauges(core))

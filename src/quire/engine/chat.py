@@ -31,7 +31,7 @@ def encode_chat(
     Args:
         messages: each with `role` and `content` (text, or a list of `{"type": "text", "text": ...}`).
         add_generation_prompt: end with the beginning of the assistant's turn.
-        continue_final_message: leave the last message open, to be continued.
+        continue_final_message: leave the last message open, for the model to continue.
         documents: what the template may show the model beside the messages.
         add_special_tokens: add what the tokenizer adds to a raw prompt.
 

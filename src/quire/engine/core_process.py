@@ -18,14 +18,14 @@ NICENESS = 5
 """A core gives way to the side that answers people: on the few processors that they share, the threads that compute
 would keep it waiting at every turn, and a refusal would take as long as a step."""
 LEAVE_SECONDS = 5.0
-"""For a process to be gone once its socket is closed, and again once it is killed."""
+"""For a process to exit once its socket is closed, and again once it is killed."""
 
 
-class CoreGoneError(Exception):
+class CoreExitedError(Exception):
     """The process has ended, or what it sends can no longer be understood.
 
     Args:
-        is_from_outside: somebody ended it: a person, a service manager, the kernel that lacked memory.
+        is_from_outside: it was killed by a person, a service manager or the kernel that lacked memory.
     """
 
     def __init__(self, reason: str, *, is_from_outside: bool = False) -> None:
@@ -50,7 +50,7 @@ class CoreProcess:
         self._unsent = bytearray()
         self._at_end = False
         with theirs:
-            # -P: the folder that somebody stands in is no place to import from.
+            # -P: the working directory is no place to import from.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
@@ -89,7 +89,7 @@ class CoreProcess:
         return self._connection.fileno()
 
     def send(self, message: Any) -> None:
-        """Send, or keep to be sent. That nobody is there any more is for `receive` to tell."""
+        """Send, or keep to be sent. If the process has exited, `receive` raises."""
         self._unsent += encode(message)
         self.flush()
 
@@ -107,7 +107,7 @@ class CoreProcess:
         """All reports that have come.
 
         Raises:
-            CoreGoneError: the process has ended, and all that it had said has been returned before.
+            CoreExitedError: the process has ended, and all its reports have been returned before.
         """
         if self._at_end:
             raise self._end()
@@ -121,11 +121,11 @@ class CoreProcess:
         except ConnectionError:
             self._at_end = True
         except ProtocolError as error:
-            raise CoreGoneError(str(error)) from error
+            raise CoreExitedError(str(error)) from error
         return reports
 
     def end(self, *, at_once: bool) -> None:
-        """Let the process go, or kill it; wait until it is gone. Calling it again does nothing."""
+        """Let the process go, or kill it; wait until it has exited. Calling it again does nothing."""
         self._connection.close()
         if at_once:
             self._process.kill()
@@ -136,12 +136,12 @@ class CoreProcess:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(LEAVE_SECONDS)
 
-    def _end(self) -> CoreGoneError:
+    def _end(self) -> CoreExitedError:
         with suppress(subprocess.TimeoutExpired):
             status = self._process.wait(LEAVE_SECONDS)
             text = f"signal {-status}" if status < 0 else f"exit status {status}"
-            return CoreGoneError(text, is_from_outside=-status in (signal.SIGKILL, signal.SIGTERM))
-        return CoreGoneError("it closed its socket")
+            return CoreExitedError(text, is_from_outside=-status in (signal.SIGKILL, signal.SIGTERM))
+        return CoreExitedError("it closed its socket")
 
 
 def _after_name(stat: Path) -> list[str]:

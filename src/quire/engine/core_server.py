@@ -3,7 +3,7 @@
 ::
 
     socket ──> reader thread: decode, queue ──> the loop: add, abort, step ──> socket
-                     └ end of file: the other side is gone, and so is this process, at once
+                     └ end of file: the other side has exited, and this process exits at once
 
 The reader never waits for the loop, so the other side can always send; the loop may wait for the other side to read.
 What arrives is not trusted: it is decoded into declared types and held against the limits of the door again.
@@ -22,7 +22,7 @@ from typing import Any
 from quire.core.engine_core import EngineCore, PlanExecutor
 from quire.core.plan import StepPlan, StepResult, TokenDelta
 from quire.engine.admission import check_new
-from quire.engine.channel import CoreFacts, News, core_gauges, step_news, wait_for_work
+from quire.engine.channel import CoreInfo, CoreOutputs, core_gauges, step_outputs, wait_for_work
 from quire.engine.step_allowance import StepAllowance
 from quire.engine.wire import (
     RECEIVE_BYTES,
@@ -43,8 +43,8 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Signals of a terminal or a service manager are for the parent, which finishes what runs. That this process ends
-    with it is made sure of twice: by the end of file on the socket, and, on Linux, by the kernel."""
+    """Signals of a terminal or a service manager are for the parent, which finishes what runs. This process ends with
+    it by two means: by the end of file on the socket, and, on Linux, by the kernel."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -52,9 +52,9 @@ def die_with_parent() -> None:
 
 
 class AnnouncingExecutor:
-    """An executor that tells the other side of a step before it begins: who enters, and how long it may take.
+    """An executor that announces a step to the other side before it begins: which requests enter, how long it may take.
 
-    Only what is news is told: most steps begin in silence.
+    It announces only what differs from the step before: most steps begin in silence.
     """
 
     def __init__(self, executor: PlanExecutor, connection: socket.socket, allowance: StepAllowance) -> None:
@@ -69,7 +69,7 @@ class AnnouncingExecutor:
         allowed_s = self._allowance.seconds_for(work)
         if plan.new or allowed_s != self._told_s:
             entered = tuple(new.request_id for new in plan.new)
-            self._connection.sendall(encode(Begun(entered, allowed_s, self._allowance.asleep_s)))
+            self._connection.sendall(encode(Begun(entered, allowed_s, self._allowance.idle_timeout_s)))
             self._told_s = allowed_s
         start_s = time.monotonic()
         return self._executor.execute(plan), work, start_s
@@ -81,9 +81,9 @@ class AnnouncingExecutor:
         self._allowance.observe(work, time.monotonic() - start_s)
         return result
 
-    def prepare(self) -> bool:
+    def run_idle_work(self) -> bool:
         """See the executor."""
-        return self._executor.prepare()
+        return self._executor.run_idle_work()
 
     def close(self) -> None:
         """Close the executor."""
@@ -93,9 +93,9 @@ class AnnouncingExecutor:
 class CoreServer:
     """Serves one core to the other end of `connection`, for as long as that end lives."""
 
-    def __init__(self, core: EngineCore, facts: CoreFacts, connection: socket.socket) -> None:
+    def __init__(self, core: EngineCore, info: CoreInfo, connection: socket.socket) -> None:
         self._core = core
-        self._facts = facts
+        self._info = info
         self._connection = connection
         self._commands: deque[Command] = deque()
         self._arrived = threading.Event()
@@ -108,11 +108,11 @@ class CoreServer:
             self._arrived.clear()
             self._take()
             if self._core.has_work:
-                self._tell(step_news(self._core))
+                self._tell(step_outputs(self._core))
 
     def _read(self) -> None:
         """In a thread of its own. It ends the process, whatever the loop is doing."""
-        frames = Unframer(Command, max_command_bytes(self._facts.max_model_len))
+        frames = Unframer(Command, max_command_bytes(self._info.max_model_len))
         status = 0
         try:
             while data := self._connection.recv(RECEIVE_BYTES):
@@ -126,7 +126,7 @@ class CoreServer:
             os._exit(status)
 
     def _take(self) -> None:
-        """All commands that have come. Refusals, and the state of a core that has nothing left to do, are told."""
+        """All commands that have come. Refusals, and the state of a core that has nothing left to do, are sent."""
         refused: list[TokenDelta] = []
         aborted = False
         while self._commands:
@@ -138,15 +138,15 @@ class CoreServer:
             elif isinstance(command, Check):
                 self._core.check()
         if refused or (aborted and not self._core.has_work):
-            self._tell(News(tuple(refused), None, core_gauges(self._core)))
+            self._tell(CoreOutputs(tuple(refused), None, core_gauges(self._core)))
 
     def _add(self, command: Add) -> list[TokenDelta]:
         try:
-            check_new(command.new, self._facts)
+            check_new(command.new, self._info)
             self._core.add(command.new)
         except InvalidRequestError as error:
             return [TokenDelta(command.new.request_id, (), finish_reason="error", error=error.message)]
         return []
 
-    def _tell(self, news: News) -> None:
-        self._connection.sendall(encode(Stepped(news)))
+    def _tell(self, outputs: CoreOutputs) -> None:
+        self._connection.sendall(encode(Stepped(outputs)))

@@ -16,7 +16,7 @@ from quire.engine.inputs import ParsedRequest
 from quire.engine.metrics import EngineMetrics, core_metrics
 from quire.engine.queue_bound import QueueBound
 from quire.engine.request_state import RequestState
-from quire.engine.timeline import Ledger
+from quire.engine.timeline import RequestTimelines
 from quire.errors import OverloadedError, internal_fault_message
 from quire.outputs import CompletionOutput, Labels, Metric, RequestOutput
 from quire.text.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ logger = logging.getLogger("quire.engine")
 
 
 class NumberedOutput(NamedTuple):
-    """News of the request that `InputProcessor` gave `number`."""
+    """Output of the request that `InputProcessor` gave `number`."""
 
     number: int
     output: RequestOutput
@@ -56,7 +56,7 @@ class Engine:
         self._channel = channel
         self._tokenizer = tokenizer
         self._metrics = EngineMetrics(cache_config)
-        self.ledger = Ledger()
+        self.timelines = RequestTimelines()
         self._num_replaced = 0
         self._states: dict[str, RequestState] = {}
         """The core's request id -> the state of the request that it is a sequence of."""
@@ -87,7 +87,7 @@ class Engine:
         for index, new in enumerate(parsed.sequences):
             self._channel.add(new)
             self._states[new.request_id] = state
-            self.ledger.add(new, parsed.request_id, index, now_s)
+            self.timelines.add(new, parsed.request_id, index, now_s)
 
     def abort(self, parsed: ParsedRequest) -> list[NumberedOutput]:
         """Drop a request. Its last output, with `finish_reason` abort, unless it had ended."""
@@ -97,7 +97,7 @@ class Engine:
         return self._emit([TokenDelta(request_id, (), finish_reason="abort") for request_id in open_ids])
 
     def wait(self) -> None:
-        """Return when there may be news, or when `wake` was called since the last time."""
+        """Return when there may be outputs, or when `wake` was called since the last time."""
         self._channel.wait()
 
     def wake(self) -> None:
@@ -105,13 +105,13 @@ class Engine:
         self._channel.wake()
 
     def step(self) -> list[NumberedOutput]:
-        """The news: of one step if the core is in this process, else of those since the last call.
+        """Outputs of one step if the core is in this process, else of all steps since the last call.
 
         Raises:
-            OverloadedError: the core is gone for now. All requests have been dropped.
+            OverloadedError: the core has exited for now. All requests have been dropped.
         """
         try:
-            news = self._channel.collect()
+            steps = self._channel.collect()
         except OverloadedError:
             self._drop_all()
             raise
@@ -119,13 +119,13 @@ class Engine:
         num_replaced = health.num_died + health.num_hung
         if num_replaced > self._num_replaced:
             self._num_replaced = num_replaced
-            self.ledger.core_replaced()
-        for item in news:
-            if item.record is not None:
-                self._observe_step(item.record)
+            self.timelines.core_replaced()
+        for step in steps:
+            if step.record is not None:
+                self._observe_step(step.record)
         gauges = self._channel.gauges
         self.queue.observe(gauges.num_running, gauges.num_waiting)
-        return self._emit(delta for item in news for delta in item.deltas)
+        return self._emit(delta for step in steps for delta in step.deltas)
 
     def get_metrics(self) -> list[Metric]:
         """All metrics now."""
@@ -135,8 +135,8 @@ class Engine:
     def explain(self, request_id: str) -> list[Explanation]:
         """Where the time of a request went, by its public name (or that of the response whose numbered requests it
         stands for); empty when it is not remembered."""
-        ledger, now_s = self.ledger, self.clock()
-        return [explain(times, now_s, ledger.name_of) for times in ledger.find(request_id)]
+        timelines, now_s = self.timelines, self.clock()
+        return [explain(times, now_s, timelines.name_of) for times in timelines.find(request_id)]
 
     def check(self) -> None:
         """State the invariants of the core."""
@@ -144,14 +144,14 @@ class Engine:
 
     def _observe_step(self, record: StepRecord) -> None:
         self._metrics.observe_step(record)
-        for request_id in self.ledger.observe(record):
+        for request_id in self.timelines.observe(record):
             self.queue.left(request_id, was_scheduled=True)
             state = self._states.get(request_id)
             if state is not None and state.metrics.first_scheduled_s is None:
                 state.metrics.first_scheduled_s = record.now_s
 
     def _emit(self, deltas: Iterable[TokenDelta]) -> list[NumberedOutput]:
-        """The news that deltas are. What making the text of one request raises fails that request."""
+        """The outputs that deltas make. What making the text of one request raises fails that request."""
         now_s = self.clock()
         changed: dict[int, RequestState] = {}
         failed: dict[int, RequestOutput] = {}
@@ -164,7 +164,7 @@ class Engine:
                 self._take(state, delta, now_s)
             except Exception as error:  # noqa: BLE001 -- `_fail` logs it
                 failed[state.parsed.number] = self._fail(state, error, now_s)
-        news = []
+        outputs = []
         for number, state in changed.items():
             output = failed.get(number)
             try:
@@ -172,12 +172,12 @@ class Engine:
             except Exception as error:  # noqa: BLE001 -- `_fail` logs it
                 output = self._fail(state, error, now_s)
             if output is not None:
-                news.append(NumberedOutput(number, output))
+                outputs.append(NumberedOutput(number, output))
         made_s = self.clock()
-        for number, output in news:
+        for number, output in outputs:
             if output.finished:
-                self.ledger.made(output.request_id, changed[number].parsed.sequences[0].caller, made_s)
-        return news
+                self.timelines.made(output.request_id, changed[number].parsed.sequences[0].caller, made_s)
+        return outputs
 
     def _take(self, state: RequestState, delta: TokenDelta, now_s: float) -> None:
         self._observe(state, delta, now_s)
@@ -212,7 +212,7 @@ class Engine:
             return
         if times.first_token_s is None:
             times.first_token_s = now_s
-            self.ledger.first_token(delta.request_id, now_s)
+            self.timelines.first_token(delta.request_id, now_s)
             self._metrics.first_token.observe(now_s - times.arrival_s)
             prompt = len(state.parsed.sequences[0].prompt_token_ids)
             self._metrics.observe_prompt(prompt, delta.num_cached_tokens)
@@ -234,6 +234,6 @@ class Engine:
         self.queue.left(request_id, was_scheduled=False)
         state.metrics.finished_s = now_s
         prompt, num_tokens = len(state.parsed.sequences[0].prompt_token_ids), state.num_tokens(request_id)
-        timeline = self.ledger.end(request_id, reason, num_tokens, now_s)
+        timeline = self.timelines.end(request_id, reason, num_tokens, now_s)
         state.metrics.num_preemptions += timeline.num_preemptions if timeline is not None else 0
         self._metrics.observe_finished(state.metrics, reason, prompt, num_tokens)

@@ -1,21 +1,21 @@
-"""Why was this request slow: its timeline as parts that add up, and one sentence that names the largest cause."""
+"""Why was this request slow: its phases, which add up, and one sentence that names the largest cause."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from quire.engine.timeline import QUEUE_REASONS, Part, RequestTimes, Timeline
+from quire.engine.timeline import QUEUE_REASONS, Phase, RequestTimes, Timeline
 
 _CAUSES = {
-    Part.PREPARING: "went into reading and tokenising the request",
-    Part.QUEUED: "was spent in the queue",
-    Part.PREFILLING: "went into computing its own prompt of {num_prompt_tokens} tokens",
-    Part.DECODING: "went into generating its own {num_output_tokens} tokens",
-    Part.PREEMPTED: "was spent preempted: its cache blocks were given to others ({num_preemptions} times)",
-    Part.WAITING_FOR_PREFILL: "was spent waiting while prompts of batch-mates were computed",
-    Part.WAITING_FOR_BLOCKS: "was spent waiting for cache blocks",
-    Part.RECOVERING: "went into restarting the engine's core",
-    Part.DETOKENISING: "went into making text of the last tokens",
-    Part.SENDING: "was spent sending: the reader took the answer slowly",
+    Phase.PREPARING: "went into reading and tokenising the request",
+    Phase.QUEUED: "was spent in the queue",
+    Phase.PREFILLING: "went into computing its own prompt of {num_prompt_tokens} tokens",
+    Phase.DECODING: "went into generating its own {num_output_tokens} tokens",
+    Phase.PREEMPTED: "was spent preempted: its cache blocks were given to others ({num_preemptions} times)",
+    Phase.WAITING_FOR_PREFILL: "was spent waiting while prompts of other requests in the batch were computed",
+    Phase.WAITING_FOR_BLOCKS: "was spent waiting for cache blocks",
+    Phase.RECOVERING: "went into restarting the engine's core",
+    Phase.DETOKENISING: "went into making text of the last tokens",
+    Phase.SENDING: "was spent sending: the reader took the answer slowly",
 }
 _QUEUE_CAUSES = {
     "no_row": "max_num_seqs requests were running",
@@ -42,7 +42,7 @@ class Explanation:
     largest: str
     total_s: float
     parts: dict[str, float]
-    """Part -> seconds; all parts, in the order in which a request meets them."""
+    """Phase -> seconds; all phases, in the order in which a request meets them."""
     queued_because: dict[str, float]
     """Seconds for which the head of the queue lacked a row, blocks or budget while this one queued."""
     blamed: dict[str, float]
@@ -66,16 +66,16 @@ def explain(times: RequestTimes, now_s: float, name_of: Callable[[str], str | No
     slowest = max(times.sequences, key=lambda item: now_s if item.ended_s is None else item.ended_s)
     begin_s = slowest.arrival_s if times.received_s is None else min(times.received_s, slowest.arrival_s)
     parts = list(slowest.seconds)
-    parts[Part.PREPARING] += slowest.arrival_s - begin_s
+    parts[Phase.PREPARING] += slowest.arrival_s - begin_s
     if slowest.ended_s is None:
         end_s = max(now_s, slowest.since_s)
-        parts[slowest.part] += end_s - slowest.since_s
+        parts[slowest.phase] += end_s - slowest.since_s
     else:
         made_s = max(slowest.ended_s, times.made_s or 0.0)
         end_s = max(made_s, times.sent_s or 0.0)
-        parts[Part.DETOKENISING] += made_s - slowest.ended_s
-        parts[Part.SENDING] += end_s - made_s
-    largest = max(Part, key=lambda part: parts[part])
+        parts[Phase.DETOKENISING] += made_s - slowest.ended_s
+        parts[Phase.SENDING] += end_s - made_s
+    largest = max(Phase, key=lambda part: parts[part])
     blamed = _by_name(slowest, name_of)
     because = _queue_reasons(slowest)
     return Explanation(
@@ -86,7 +86,7 @@ def explain(times: RequestTimes, now_s: float, name_of: Callable[[str], str | No
         sentence=_sentence(slowest, largest, parts[largest], end_s - begin_s, because, blamed),
         largest=largest.name.lower(),
         total_s=end_s - begin_s,
-        parts={part.name.lower(): parts[part] for part in Part},
+        parts={part.name.lower(): parts[part] for part in Phase},
         queued_because=because,
         blamed=blamed,
         time_to_first_token_s=None if slowest.first_token_s is None else slowest.first_token_s - begin_s,
@@ -106,7 +106,7 @@ def _queue_reasons(timeline: Timeline) -> dict[str, float]:
 
 def _by_name(timeline: Timeline, name_of: Callable[[str], str | None]) -> dict[str, float]:
     found: dict[str, float] = {}
-    for core_id, seconds in timeline.blamed.items():
+    for core_id, seconds in timeline.waited_for.items():
         name = name_of(core_id)
         if name is not None:
             found[name] = found.get(name, 0.0) + seconds
@@ -115,7 +115,7 @@ def _by_name(timeline: Timeline, name_of: Callable[[str], str | None]) -> dict[s
 
 def _sentence(
     timeline: Timeline,
-    largest: Part,
+    largest: Phase,
     seconds: float,
     total_s: float,
     because: dict[str, float],
@@ -128,10 +128,10 @@ def _sentence(
         num_preemptions=timeline.num_preemptions,
     )
     text = f"{_duration(seconds)} of {_duration(total_s)} ({share:.0%}) {text}"
-    if largest is Part.QUEUED and because:
+    if largest is Phase.QUEUED and because:
         reason = max(because, key=lambda name: because[name])
         text += f", since {_QUEUE_CAUSES[reason]}; {_ADVICE[reason]}"
-    elif largest in (Part.WAITING_FOR_PREFILL, Part.PREEMPTED, Part.WAITING_FOR_BLOCKS) and blamed:
+    elif largest in (Phase.WAITING_FOR_PREFILL, Phase.PREEMPTED, Phase.WAITING_FOR_BLOCKS) and blamed:
         text += f", most of all for {next(iter(blamed))}"
     if timeline.num_restarts:
         count = "once" if timeline.num_restarts == 1 else f"{timeline.num_restarts} times"

@@ -19,7 +19,7 @@ Prompt = str | Mapping[str, Any] | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
-class EngineFacts:
+class RequestLimits:
     """What a request is checked against."""
 
     max_model_len: int
@@ -47,9 +47,9 @@ class ParsedRequest:
 class InputProcessor:
     """Tokenises and checks. Numbers requests, so that each has an id and a seed that no client chose."""
 
-    def __init__(self, tokenizer: Tokenizer | None, facts: EngineFacts) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, limits: RequestLimits) -> None:
         self._tokenizer = tokenizer
-        self._facts = facts
+        self._limits = limits
         self._numbers = itertools.count()
 
     def parse(
@@ -71,22 +71,22 @@ class InputProcessor:
         text, token_ids = self.tokenize(prompt)
         if not token_ids:
             raise InvalidRequestError("prompt must hold at least one token", param="prompt")
-        room = self._facts.max_model_len - len(token_ids)
+        room = self._limits.max_model_len - len(token_ids)
         if room < 1:
             raise PromptTooLongError(
                 f"the prompt has {len(token_ids)} tokens; with one token of output at most "
-                f"{self._facts.max_model_len - 1} fit (max_model_len is {self._facts.max_model_len})",
+                f"{self._limits.max_model_len - 1} fit (max_model_len is {self._limits.max_model_len})",
                 param="prompt",
             )
         if params.min_tokens > room:
             raise PromptTooLongError(
                 f"min_tokens is {params.min_tokens}; after a prompt of {len(token_ids)} tokens at most {room} fit "
-                f"(max_model_len is {self._facts.max_model_len})",
+                f"(max_model_len is {self._limits.max_model_len})",
                 param="min_tokens",
             )
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
             raise InvalidRequestError(f"priority must be a whole number within {MAX_PRIORITY}", param="priority")
-        if priority and not self._facts.has_priorities:
+        if priority and not self._limits.has_priorities:
             raise InvalidRequestError("priority needs scheduling_policy='priority'; this is 'fcfs'", param="priority")
         if not isinstance(cache_salt, str) or len(cache_salt.encode(errors="replace")) > MAX_SALT_BYTES:
             raise InvalidRequestError(f"cache_salt must be text of at most {MAX_SALT_BYTES} bytes", param="cache_salt")
@@ -100,7 +100,7 @@ class InputProcessor:
                 prompt_token_ids=token_ids,
                 max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
                 sampling=spec._replace(seed=(spec.seed + index) % 2**64),
-                eos_token_ids=() if params.ignore_eos else self._facts.eos_token_ids,
+                eos_token_ids=() if params.ignore_eos else self._limits.eos_token_ids,
                 priority=priority,
                 cache_salt=cache_salt,
                 arrival_s=arrival_s,
@@ -124,7 +124,7 @@ class InputProcessor:
 
     def check_token_ids(self, field: str, token_ids: Sequence[Any]) -> None:
         """Every id a whole number below the width of the logits."""
-        vocab_size = self._facts.vocab_size
+        vocab_size = self._limits.vocab_size
         for item in token_ids:
             if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < vocab_size:
                 raise InvalidRequestError(
@@ -145,7 +145,7 @@ class InputProcessor:
             size = len(text.encode())
         except UnicodeEncodeError as error:
             raise InvalidRequestError("prompt must be text that is valid Unicode", param="prompt") from error
-        max_model_len = self._facts.max_model_len
+        max_model_len = self._limits.max_model_len
         if size <= max_model_len or self._tokenizer is None:
             return  # a token has a byte at least; how many it can have takes a look at the whole vocabulary
         largest = self._tokenizer.max_token_bytes
@@ -159,7 +159,7 @@ class InputProcessor:
     def _sampling_spec(self, params: SamplingParams, number: int) -> SamplingSpec:
         for field in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"):
             self.check_token_ids(field, list(getattr(params, field) or ()))
-        eos = () if params.ignore_eos else self._facts.eos_token_ids
+        eos = () if params.ignore_eos else self._limits.eos_token_ids
         stop_token_ids = tuple(sorted({*(params.stop_token_ids or ()), *eos}))
         bad_words = self._bad_words(params)
         excluded = {word[0] for word in bad_words if len(word) == 1} | set(stop_token_ids if params.min_tokens else ())
@@ -171,9 +171,9 @@ class InputProcessor:
         return SamplingSpec(
             temperature=params.temperature,
             top_p=params.top_p,
-            top_k=min(params.top_k, self._facts.vocab_size),
+            top_k=min(params.top_k, self._limits.vocab_size),
             min_p=params.min_p,
-            seed=_mixed(self._facts.seed, number) if params.seed is None else params.seed % 2**64,
+            seed=_mixed(self._limits.seed, number) if params.seed is None else params.seed % 2**64,
             presence_penalty=params.presence_penalty,
             frequency_penalty=params.frequency_penalty,
             repetition_penalty=params.repetition_penalty,

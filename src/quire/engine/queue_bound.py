@@ -35,7 +35,7 @@ ANYBODY = Caller()
 
 
 @dataclass(frozen=True, slots=True)
-class QueueLimits:
+class QueueConfig:
     """Bounds of what waits."""
 
     max_requests: int
@@ -80,12 +80,12 @@ class QueueBound:
     """Counts what waits, by caller. Any thread may call it.
 
     Args:
-        limits: the bounds.
+        config: the bounds.
         clock: seconds.
     """
 
-    def __init__(self, limits: QueueLimits, clock: Callable[[], float]) -> None:
-        self._limits = limits
+    def __init__(self, config: QueueConfig, clock: Callable[[], float]) -> None:
+        self._config = config
         self._clock = clock
         self._lock = threading.Lock()
         self._waiting: dict[str, tuple[str, int]] = {}
@@ -93,7 +93,7 @@ class QueueBound:
         self._held: dict[str, _Held] = {}
         self._total = _Held()
         self._shares: dict[str, float] = {}
-        self._free_rows = limits.max_num_seqs
+        self._free_rows = config.max_num_seqs
         self._requests_rate, self._tokens_rate = Rate(), Rate()
         self.num_rejected = {"requests": 0, "tokens": 0}
         """Refusals so far, by the bound that was met."""
@@ -119,16 +119,16 @@ class QueueBound:
             InvalidRequestError: they could never be let in, with the numbers.
             OverloadedError: the queue is full. TooManyRequestsError: this caller's part of it is.
         """
-        count, tokens, limits = len(core_ids), len(core_ids) * num_prompt_tokens, self._limits
-        if count > limits.max_requests + limits.max_num_seqs:
+        count, tokens, config = len(core_ids), len(core_ids) * num_prompt_tokens, self._config
+        if count > config.max_requests + config.max_num_seqs:
             raise InvalidRequestError(
-                f"n asks for {count} sequences at once; {limits.max_num_seqs} run and {limits.max_requests} wait "
+                f"n asks for {count} sequences at once; {config.max_num_seqs} run and {config.max_requests} wait "
                 "at most (max_num_seqs, max_num_queued_reqs)",
                 param="n",
             )
-        if tokens > limits.max_tokens:
+        if tokens > config.max_tokens:
             raise InvalidRequestError(
-                f"{count} x {num_prompt_tokens} prompt tokens can never wait: the queue holds {limits.max_tokens} "
+                f"{count} x {num_prompt_tokens} prompt tokens can never wait: the queue holds {config.max_tokens} "
                 "(max_num_queued_tokens)",
                 param="prompt",
             )
@@ -159,7 +159,7 @@ class QueueBound:
 
     def observe(self, num_running: int, num_waiting: int) -> None:
         """The state after a step. Rows count as free only when nobody waits for something else."""
-        self._free_rows = 0 if num_waiting else max(0, self._limits.max_num_seqs - num_running)
+        self._free_rows = 0 if num_waiting else max(0, self._config.max_num_seqs - num_running)
 
     @property
     def num_waiting(self) -> int:
@@ -172,11 +172,11 @@ class QueueBound:
         return self._total.tokens
 
     def _check(self, caller: Caller, count: int, tokens: int) -> None:
-        room = self._limits.max_requests + self._free_rows
+        room = self._config.max_requests + self._free_rows
         if self._overfull(caller.name, count, room, lambda held: held.requests):
             raise self._refusal(caller, "requests", self._total.requests, self._requests_rate)
         if self._total.requests and self._overfull(
-            caller.name, tokens, self._limits.max_tokens, lambda held: held.tokens
+            caller.name, tokens, self._config.max_tokens, lambda held: held.tokens
         ):
             raise self._refusal(caller, "tokens", self._total.tokens, self._tokens_rate)
 

@@ -1,11 +1,11 @@
-"""Noticing that a sequence goes round in circles."""
+"""Detecting that a sequence repeats itself."""
 
 from collections.abc import Sequence
 
 from quire.sampling_params import RepetitionDetectionParams
 
 
-class RepetitionWatch:
+class RepetitionDetector:
     """Looks whether the last tokens of a sequence are one pattern, `min_count` times in a row.
 
     For each size of a pattern it counts for how many tokens each has equalled the one that many places before: so a

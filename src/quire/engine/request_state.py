@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from quire.core.plan import TokenDelta, TokenLogprobs
 from quire.engine.inputs import ParsedRequest
-from quire.engine.repetition import RepetitionWatch
+from quire.engine.repetition import RepetitionDetector
 from quire.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.text.detokenizer import IncrementalDetokenizer, StopSearch, StopStrings
@@ -52,7 +52,7 @@ class SequenceState:
 
     index: int
     text: SequenceText | None
-    repetition: RepetitionWatch | None = None
+    repetition: RepetitionDetector | None = None
     pieces: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[PositionLogprobs] | None = None
@@ -60,7 +60,7 @@ class SequenceState:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     last_token_s: float | None = None
-    has_news: bool = False
+    has_changed: bool = False
     """Something changed since the last output."""
     reported_pieces: int = 0
     """How much of `pieces` a DELTA stream has been given; `reported_tokens` likewise of tokens and logprobs."""
@@ -93,7 +93,7 @@ class RequestState:
                 SequenceText(tokenizer, params, stops, new.prompt_token_ids)
                 if text_wanted and tokenizer is not None
                 else None,
-                None if params.repetition_detection is None else RepetitionWatch(params.repetition_detection),
+                None if params.repetition_detection is None else RepetitionDetector(params.repetition_detection),
                 logprobs=None if params.logprobs is None else [],
                 cumulative_logprob=None if params.logprobs is None else 0.0,
             )
@@ -121,12 +121,12 @@ class RequestState:
         return max(len(sequence.token_ids) for sequence in self._sequences.values())
 
     def apply(self, delta: TokenDelta) -> str | None:
-        """Take a delta in. The finish reason when the sequence ended here and the core must be told to drop it: at a
+        """Take a delta in. The finish reason when the sequence ended here and the core must drop it: at a
         stop string, or because it repeats itself."""
         sequence = self._sequences[delta.request_id]
         if sequence.finish_reason is not None:
             return None
-        sequence.has_news = True
+        sequence.has_changed = True
         self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
         if delta.prompt_logprobs and sequence.index == 0 and self._prompt_logprobs is not None:
             self._prompt_logprobs += [self._position(item) for item in delta.prompt_logprobs]
@@ -150,7 +150,7 @@ class RequestState:
             return None
         sequences = list(self._sequences.values())
         if kind is RequestOutputKind.DELTA:
-            sequences = [item for item in sequences if item.has_news]
+            sequences = [item for item in sequences if item.has_changed]
         outputs = [_completion(item, delta=kind is RequestOutputKind.DELTA) for item in sequences]
         return RequestOutput(
             request_id=self.parsed.request_id,
@@ -180,9 +180,9 @@ class RequestState:
             sequence.finish_reason, sequence.stop_reason = "stop", stop
         return stop is not None
 
-    def _repeats(self, sequence: SequenceState, watch: RepetitionWatch, delta: TokenDelta) -> bool:
-        """Whether it goes round in circles; its text is then complete."""
-        if not watch.push(delta.token_ids):
+    def _repeats(self, sequence: SequenceState, detector: RepetitionDetector, delta: TokenDelta) -> bool:
+        """Whether it repeats itself; its text is then complete."""
+        if not detector.push(delta.token_ids):
             return False
         if len(sequence.token_ids) < self.parsed.params.min_tokens:
             return False
@@ -200,7 +200,7 @@ class RequestState:
 
 def _completion(sequence: SequenceState, *, delta: bool) -> CompletionOutput:
     pieces, tokens = (sequence.reported_pieces, sequence.reported_tokens) if delta else (0, 0)
-    sequence.has_news = False
+    sequence.has_changed = False
     if delta:
         sequence.reported_pieces, sequence.reported_tokens = len(sequence.pieces), len(sequence.token_ids)
     return CompletionOutput(

@@ -30,8 +30,8 @@ class StepAllowance:
         self._hang_timeout_s = hang_timeout_s
 
     @property
-    def asleep_s(self) -> float:
-        """How long nobody in the process may be awake during a step."""
+    def idle_timeout_s(self) -> float:
+        """How long all threads of the process may be idle during a step."""
         return math.inf if self._host_weight_bytes is None or self._hang_timeout_s is not None else LEAST_SECONDS
 
     def observe(self, work: float, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""Watches over a core in a process of its own, and lets no client lose anything by its death.
+"""Watches over a core in its own process, so that no client loses anything by its death.
 
 ::
 
@@ -6,11 +6,11 @@
     (nothing) ─────> starting ───────> serving ──────────────────────────────┐
         ^               │ died                                               │
         │               v                                                    v
-        │     three deaths in a row: open ─── pause over ───> spawn     blame, spawn,
-        └── all that wait: 503, Retry-After                             requests go on where they were
+        │     three deaths in a row: open ─── pause over ───> spawn     attribute, spawn,
+        └── all that wait: 503, Retry-After                             requests are resumed
 
-The heartbeat (`heartbeat`) is the age of the last thing that the core said while it has work: it says when it begins a
-step that is not like those before, and when a step is done. How long that may take, it says itself (`step_allowance`).
+The heartbeat (`heartbeat`) is the age of the core's last message while it has work: it announces a step that is
+not like those before, and reports every step that is done. How long a step may take, it says itself (`step_allowance`).
 """
 
 import logging
@@ -26,8 +26,8 @@ from typing import Any
 from quire.core.plan import Stalled, StepRecord, TokenDelta
 from quire.core.request import NewRequest
 from quire.engine.breaker import Breaker
-from quire.engine.channel import CoreFacts, CoreHealth, Gauges, News
-from quire.engine.core_process import CoreGoneError, CoreProcess
+from quire.engine.channel import CoreHealth, CoreInfo, CoreOutputs, Gauges
+from quire.engine.core_process import CoreExitedError, CoreProcess
 from quire.engine.heartbeat import Activity, Heartbeat
 from quire.engine.journal import Journal
 from quire.engine.step_allowance import LEAST_SECONDS
@@ -45,7 +45,7 @@ START_SECONDS = 10.0
 START_SLACK = 5.0
 """A core that replaces another one may take this many times as long to start as the first did, or the seconds above."""
 LATE_WAKE_SECONDS = 1.0
-"""Who was woken so much too late was stopped himself, and says nothing about others."""
+"""A supervisor that wakes so much too late was stopped itself, and cannot judge the core."""
 FAILED_AGAIN = "the engine stopped more than once while it worked on this request"
 
 logger = logging.getLogger("quire")
@@ -56,28 +56,28 @@ class SupervisedChannel:
 
     Args:
         spawn: starts a core.
-        patience_s: what a core that works on something may take until it says how long it will take.
+        timeout_s: how long a core that has work may be silent until it says how long its step may take.
         clock: seconds, monotonic.
     """
 
     def __init__(
         self,
         spawn: Callable[[], CoreProcess],
-        patience_s: float = LEAST_SECONDS,
+        timeout_s: float = LEAST_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._spawn = spawn
         self._clock = clock
         self._journal = Journal()
         self._breaker = Breaker()
-        self._facts: CoreFacts | None = None
+        self._info: CoreInfo | None = None
         self._gauges = IDLE
         self._is_serving = False
         self._must_refuse = False
         self._is_closed = False
-        self._patience_s = patience_s
+        self._timeout_s = timeout_s
         self._start_allowed_s = math.inf
-        self._born_s = clock()
+        self._started_s = clock()
         self._heartbeat = Heartbeat(clock, self._activity)
         self._num_replaced = {"died": 0, "hung": 0}
         self._selector = selectors.DefaultSelector()
@@ -88,25 +88,25 @@ class SupervisedChannel:
         self._core: CoreProcess | None = None
         self._start()
 
-    def wait_ready(self) -> CoreFacts:
+    def wait_ready(self) -> CoreInfo:
         """Wait for the first core.
 
         Raises:
-            ConfigurationError: it cannot be what it is asked to be.
+            ConfigurationError: it cannot start with these arguments.
             EngineDeadError: it died.
         """
         core = self._core
         assert core is not None
         try:
-            while self._facts is None:
+            while self._info is None:
                 self._selector.select()
                 for report in core.receive():
                     if isinstance(report, StartFailed):
                         raise _start_error(report)
                     self._take(report, [])
-        except CoreGoneError as error:
+        except CoreExitedError as error:
             raise EngineDeadError(f"the engine's core ended while it started: {error}") from error
-        return self._facts
+        return self._info
 
     @property
     def pid(self) -> int | None:
@@ -127,7 +127,7 @@ class SupervisedChannel:
 
     @property
     def gauges(self) -> Gauges:
-        """The core's own word, and all that it has not heard of yet as waiting."""
+        """The core's own report; requests that it has not received yet count as waiting."""
         num_open, told = len(self._journal), self._gauges
         num_running = min(told.num_running, num_open)
         return Gauges(num_running, num_open - num_running, told.cache_usage)
@@ -165,26 +165,28 @@ class SupervisedChannel:
         with suppress(OSError):
             self._waker.send(b"\0")
 
-    def collect(self) -> list[News]:
+    def collect(self) -> list[CoreOutputs]:
         """See `CoreChannel.collect`."""
         if self._must_refuse:
             self._must_refuse = False
             self._journal = Journal()
             raise self._refusal()
-        news: list[News] = []
+        outputs: list[CoreOutputs] = []
         if self._core is None:
             if self._breaker.may_start(self._clock()):
                 self._start()
-            return news
+            return outputs
         try:
             for report in self._core.receive():
-                self._take(report, news)
+                self._take(report, outputs)
             if self._is_hung():
-                self._bury(CoreGoneError("it hangs: no word in the time that it should take"), "hung", news)
-        except CoreGoneError as error:
-            self._bury(error, "died", news)
+                self._on_core_exit(
+                    CoreExitedError("it hangs: silent for longer than its step may take"), "hung", outputs
+                )
+        except CoreExitedError as error:
+            self._on_core_exit(error, "died", outputs)
         self._feed()
-        return news
+        return outputs
 
     def check(self) -> None:
         """See `CoreChannel.check`: a core that breaks an invariant ends, and is replaced."""
@@ -205,34 +207,34 @@ class SupervisedChannel:
 
     def _start(self) -> None:
         self._core = self._spawn()
-        self._born_s = self._clock()
+        self._started_s = self._clock()
         self._heartbeat.expect(self._start_allowed_s)
         self._selector.register(self._core, selectors.EVENT_READ)
 
-    def _take(self, report: Any, news: list[News]) -> None:
+    def _take(self, report: Any, outputs: list[CoreOutputs]) -> None:
         self._heartbeat.heard()
         if isinstance(report, Stepped):
-            told = report.news
+            told = report.outputs
             deltas = self._journal.take(told.deltas)
             if any(delta.finish_reason in ("stop", "length") for delta in deltas):
-                self._breaker.proved()
+                self._breaker.record_success()
             elif any(delta.token_ids for delta in deltas):
-                self._breaker.worked()
+                self._breaker.record_progress()
             self._gauges = told.gauges
-            news.append(News(deltas, _with_tried(told, deltas), told.gauges))
+            outputs.append(CoreOutputs(deltas, _with_probed(told, deltas), told.gauges))
         elif isinstance(report, Begun):
             self._journal.enter(report.entered)
-            self._heartbeat.expect(report.allowed_s, report.asleep_s)
+            self._heartbeat.expect(report.allowed_s, report.idle_timeout_s)
         elif isinstance(report, Ready):
-            if self._facts is None:
-                self._facts = report.facts
-                self._start_allowed_s = max(START_SECONDS, START_SLACK * (self._clock() - self._born_s))
-            elif not report.facts.can_follow(self._facts):
-                raise CoreGoneError("the model's files, or the room for them, have changed since the server started")
+            if self._info is None:
+                self._info = report.info
+                self._start_allowed_s = max(START_SECONDS, START_SLACK * (self._clock() - self._started_s))
+            elif not report.info.can_follow(self._info):
+                raise CoreExitedError("the model's files, or the room for them, have changed since the server started")
             self._is_serving = True
-            self._heartbeat.expect(self._patience_s)
+            self._heartbeat.expect(self._timeout_s)
         elif isinstance(report, StartFailed):
-            raise CoreGoneError(report.message)
+            raise CoreExitedError(report.message)
 
     def _feed(self) -> None:
         """Send what may be sent."""
@@ -244,8 +246,8 @@ class SupervisedChannel:
         if was_idle:
             self._heartbeat.heard()
 
-    def _bury(self, reason: CoreGoneError, kind: str, news: list[News]) -> None:
-        """The core is gone, or as good as gone."""
+    def _on_core_exit(self, reason: CoreExitedError, kind: str, outputs: list[CoreOutputs]) -> None:
+        """The core has exited, or hangs: end it, decide what fails, start the next."""
         core, now_s = self._core, self._clock()
         assert core is not None
         self._selector.unregister(core)
@@ -253,18 +255,18 @@ class SupervisedChannel:
         self._core, self._is_serving = None, False
         self._gauges = IDLE
         self._num_replaced[kind] += 1
-        verdict = self._journal.core_died(by_itself=not reason.is_from_outside)
-        if verdict.is_found:
-            self._breaker.explained(self._born_s, now_s)
-        elif not verdict.is_narrowed:
-            self._breaker.died(self._born_s, now_s)
+        death = self._journal.core_died(by_itself=not reason.is_from_outside)
+        if death.is_attributed:
+            self._breaker.record_attributed(self._started_s, now_s)
+        elif not death.is_narrowed:
+            self._breaker.record_failure(self._started_s, now_s)
         logger.error(
-            "the engine's core is gone (%s); %d requests go on in the next, %d fail",
-            reason, verdict.num_kept, len(verdict.failed),
+            "the engine's core exited (%s); %d requests go on in the next, %d fail",
+            reason, death.num_kept, len(death.failed),
         )  # fmt: skip
-        if verdict.failed:
-            deltas = tuple(TokenDelta(name, (), finish_reason="error", error=FAILED_AGAIN) for name in verdict.failed)
-            news.append(News(deltas, None, IDLE))
+        if death.failed:
+            deltas = tuple(TokenDelta(name, (), finish_reason="error", error=FAILED_AGAIN) for name in death.failed)
+            outputs.append(CoreOutputs(deltas, None, IDLE))
         if self._breaker.may_start(now_s):
             self._start()
         else:
@@ -277,7 +279,7 @@ class SupervisedChannel:
 
     @property
     def _has_promised(self) -> bool:
-        """Whether the core should be heard of: it starts, or somebody waits for it."""
+        """Whether a message of the core is due: it starts, or it has requests."""
         return self._core is not None and (not self._is_serving or self._journal.num_sent > 0)
 
     def _is_hung(self) -> bool:
@@ -290,8 +292,8 @@ class SupervisedChannel:
             return 0.0
         if self._core is None:
             return self._pause_s(now_s)
-        look_s = self._heartbeat.look_s
-        return max(0.0, look_s - now_s) + 0.001 if self._has_promised and look_s < math.inf else None
+        next_check_s = self._heartbeat.next_check_s
+        return max(0.0, next_check_s - now_s) + 0.001 if self._has_promised and next_check_s < math.inf else None
 
     def _watch_writing(self) -> None:
         if self._core is not None:
@@ -308,13 +310,13 @@ class SupervisedChannel:
         return OverloadedError("the engine is being restarted after it failed repeatedly", retry_after_s=retry_after_s)
 
 
-def _with_tried(told: News, taken: tuple[TokenDelta, ...]) -> StepRecord | None:
-    """The record of a step, which also names those whose trial ended with it: they go on later."""
+def _with_probed(told: CoreOutputs, taken: tuple[TokenDelta, ...]) -> StepRecord | None:
+    """The record of a step, which also names those whose probe ended with it: they go on later."""
     ended = {delta.request_id for delta in told.deltas if delta.finish_reason is not None}
-    tried = [delta.request_id for delta in taken if delta.finish_reason is None and delta.request_id in ended]
-    if not tried or told.record is None:
+    probed = [delta.request_id for delta in taken if delta.finish_reason is None and delta.request_id in ended]
+    if not probed or told.record is None:
         return told.record
-    return replace(told.record, stalled=(*told.record.stalled, *(Stalled(name, "on_trial") for name in tried)))
+    return replace(told.record, stalled=(*told.record.stalled, *(Stalled(name, "quarantined") for name in probed)))
 
 
 def _start_error(report: StartFailed) -> ConfigurationError:

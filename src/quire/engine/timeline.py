@@ -1,14 +1,15 @@
-"""Where the time of each request went, told from step records and from nothing else of the core.
+"""Where the time of each request went, from step records and from nothing else of the core.
 
 ::
 
     received   arrival        first step        first token           last token   made      last byte
        |preparing|   queued       |   prefilling     |   decoding ...      | text    | sending  |
-                                       preempted, waiting for blocks or for a batch-mate's prefill in between
+                                       preempted, waiting for blocks or for another request's prefill in between
 
-The time of a sequence is cut at the records in which its state changes, and every piece belongs to one part: so the
-parts add up to the whole by construction. A sequence that goes on decoding is not touched; what its batch-mates'
-prefill cost it is the difference of a clock that all share. So a step costs work for those who changed alone.
+The time of a sequence is cut at the records in which its state changes, and every piece belongs to one phase: so the
+phases add up to the whole by construction. A sequence that goes on decoding is not touched; what the prefill of
+other requests in the batch cost it is the difference of a clock that all share. So a step costs work only for
+requests that changed.
 """
 
 import threading
@@ -28,7 +29,7 @@ STEP_MEMORY = 0.1
 """Weight of the newest step in the running mean of steps that only decode."""
 
 
-class Part(IntEnum):
+class Phase(IntEnum):
     """What a piece of a request's time was spent on."""
 
     PREPARING = 0
@@ -38,7 +39,7 @@ class Part(IntEnum):
     DECODING = 3
     PREEMPTED = 4
     WAITING_FOR_PREFILL = 5
-    """Steps that took longer, or passed it by, since a batch-mate's prompt was computed in them."""
+    """Steps that took longer, or passed it by, since another request's prompt was computed in them."""
     WAITING_FOR_BLOCKS = 6
     RECOVERING = 7
     """The core was being restarted."""
@@ -48,20 +49,20 @@ class Part(IntEnum):
 
 
 QUEUE_REASONS = ("no_row", "no_blocks", "budget")
-_STALLED = {"budget": Part.WAITING_FOR_PREFILL, "no_blocks": Part.WAITING_FOR_BLOCKS, "preempted": Part.PREEMPTED,
-            "on_trial": Part.RECOVERING}  # fmt: skip
+_STALLED = {"budget": Phase.WAITING_FOR_PREFILL, "no_blocks": Phase.WAITING_FOR_BLOCKS, "preempted": Phase.PREEMPTED,
+            "quarantined": Phase.RECOVERING}  # fmt: skip
 
 
 @dataclass(slots=True)
 class Timeline:
-    """One sequence. `seconds[part]` is complete up to `since_s`; from there on the time belongs to `part`."""
+    """One sequence. `seconds[phase]` is complete up to `since_s`; from there on the time belongs to `phase`."""
 
     request_id: str
-    """The request's public name; `sequence` of it is told here."""
+    """The request's public name; this is its sequence number `sequence`."""
     sequence: int
     num_prompt_tokens: int
     arrival_s: float
-    part: Part
+    phase: Phase
     since_s: float
     share: float = 1.0
     """While prefilling: this sequence's part of the prompt tokens of the step."""
@@ -69,10 +70,10 @@ class Timeline:
     """The shared clock of others' prefill at `since_s`."""
     queue_clocks_s: tuple[float, ...] = ()
     """The clocks of reasons for which the head of the queue waited, at arrival; at admission, their advance."""
-    seconds: list[float] = field(default_factory=lambda: [0.0] * len(Part))
-    blamed: dict[str, float] = field(default_factory=dict)
-    """Sequence in the core -> seconds for which this one waited because of it. Bounded by `MAX_BLAMED`."""
-    blames: str | None = None
+    seconds: list[float] = field(default_factory=lambda: [0.0] * len(Phase))
+    waited_for: dict[str, float] = field(default_factory=dict)
+    """Sequence in the core -> seconds for which this one waited because of it. Bounded by `MAX_WAITED_FOR`."""
+    waits_for: str | None = None
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
     ended_s: float | None = None
@@ -82,20 +83,22 @@ class Timeline:
     num_restarts: int = 0
     """Cores that were replaced while it was here."""
 
-    MAX_BLAMED = 8
+    MAX_WAITED_FOR = 8
 
     def close(self, now_s: float, prefill_clock_s: float) -> None:
-        """Give the time since the last cut to its part."""
+        """Give the time since the last cut to its phase."""
         spent_s = max(0.0, now_s - self.since_s)
         waited_s = 0.0
-        if self.part is Part.DECODING:
+        if self.phase is Phase.DECODING:
             waited_s = min(spent_s, prefill_clock_s - self.prefill_clock_s)
-        elif self.part is Part.PREFILLING:
+        elif self.phase is Phase.PREFILLING:
             waited_s = spent_s * (1.0 - self.share)
-        self.seconds[Part.WAITING_FOR_PREFILL] += waited_s
-        self.seconds[self.part] += spent_s - waited_s
-        if self.blames is not None and (self.blames in self.blamed or len(self.blamed) < self.MAX_BLAMED):
-            self.blamed[self.blames] = self.blamed.get(self.blames, 0.0) + spent_s
+        self.seconds[Phase.WAITING_FOR_PREFILL] += waited_s
+        self.seconds[self.phase] += spent_s - waited_s
+        if self.waits_for is not None and (
+            self.waits_for in self.waited_for or len(self.waited_for) < self.MAX_WAITED_FOR
+        ):
+            self.waited_for[self.waits_for] = self.waited_for.get(self.waits_for, 0.0) + spent_s
         self.since_s, self.prefill_clock_s = max(now_s, self.since_s), prefill_clock_s
 
 
@@ -105,7 +108,7 @@ class RequestTimes:
 
     request_id: str
     caller: str = ""
-    """Who asked: two callers may give their requests the same name."""
+    """Two callers may give their requests the same name."""
     sequences: list[Timeline] = field(default_factory=list)
     received_s: float | None = None
     made_s: float | None = None
@@ -119,7 +122,7 @@ class RequestTimes:
         return all(item.ended_s is not None for item in self.sequences)
 
 
-class Ledger:
+class RequestTimelines:
     """The timelines of all requests that live, and of the last `MAX_REMEMBERED` that ended.
 
     One thread calls `add`, `observe`, `first_token` and `end`; any may call `find` and `sent`.
@@ -133,7 +136,7 @@ class Ledger:
         self._requests: OrderedDict[tuple[str, str], RequestTimes] = OrderedDict()
         """By caller and public name, oldest first; those that live are never forgotten."""
         self._names: dict[str, str] = {}
-        """The core's id -> the public name, for who is blamed; of the remembered."""
+        """The core's id -> the public name, for `waited_for`; of the remembered."""
         self._last: StepRecord | None = None
         self._prefill_clock_s = 0.0
         self._queue_clocks_s = (0.0,) * len(QUEUE_REASONS)
@@ -142,10 +145,10 @@ class Ledger:
     def add(self, new: NewRequest, request_id: str, sequence: int, now_s: float) -> None:
         """A sequence of a request of this public name is in the queue from `now_s` on."""
         timeline = Timeline(
-            request_id, sequence, len(new.prompt_token_ids), new.arrival_s, Part.QUEUED, now_s,
+            request_id, sequence, len(new.prompt_token_ids), new.arrival_s, Phase.QUEUED, now_s,
             queue_clocks_s=self._queue_clocks_at(now_s),
         )  # fmt: skip
-        timeline.seconds[Part.PREPARING] = max(0.0, now_s - new.arrival_s)
+        timeline.seconds[Phase.PREPARING] = max(0.0, now_s - new.arrival_s)
         with self._lock:
             self._live[new.request_id] = timeline
             key = (new.caller, request_id)
@@ -160,7 +163,7 @@ class Ledger:
             self._names[new.request_id] = request_id
 
     def observe(self, record: StepRecord) -> list[str]:
-        """A step begins at `record.now_s`; the one before has ended. Returns who has its first step in it."""
+        """A step begins at `record.now_s`; the one before has ended. Returns requests whose first step it is."""
         first: list[str] = []
         with self._lock:
             now_s, last = record.now_s, self._last
@@ -180,12 +183,12 @@ class Ledger:
                     self._schedule(request_id, timeline, start, num_tokens / num_prefill, now_s)
             for stalled in record.stalled:
                 timeline = self._live.get(stalled.request_id)
-                if timeline is not None and timeline.part is not Part.QUEUED and stalled.reason in _STALLED:
+                if timeline is not None and timeline.phase is not Phase.QUEUED and stalled.reason in _STALLED:
                     self._stall(stalled.request_id, timeline, stalled.reason, stalled.by, now_s)
         return first
 
     def core_replaced(self) -> None:
-        """The core is another one: all who live go on in it."""
+        """The core was replaced: the new one resumes all live requests."""
         for timeline in self._live.values():
             timeline.num_restarts += 1
 
@@ -202,10 +205,10 @@ class Ledger:
             self._decoding.discard(core_id)
             if timeline is None:
                 return None
-            if timeline.part is Part.QUEUED:
+            if timeline.phase is Phase.QUEUED:
                 self._leave_queue(timeline, now_s)
             clock_s = self._prefill_clock_s
-            if self._last is not None and timeline.part is Part.DECODING:
+            if self._last is not None and timeline.phase is Phase.DECODING:
                 clock_s += self._prefill_cost(self._last, max(0.0, now_s - self._last.now_s))
             timeline.close(now_s, clock_s)
             timeline.ended_s, timeline.finish_reason = now_s, finish_reason
@@ -274,7 +277,7 @@ class Ledger:
         clocks_s, last = list(self._queue_clocks_s), self._last
         for stalled in () if last is None else last.stalled:
             timeline = self._live.get(stalled.request_id)
-            waits = timeline is None or timeline.part is Part.QUEUED
+            waits = timeline is None or timeline.phase is Phase.QUEUED
             if last is not None and waits and stalled.reason in QUEUE_REASONS:
                 clocks_s[QUEUE_REASONS.index(stalled.reason)] += max(0.0, now_s - last.now_s)
         return tuple(clocks_s)
@@ -283,7 +286,7 @@ class Ledger:
         return sum(item.num_tokens for item in record.scheduled if item.num_tokens > 1)
 
     def _prefill_cost(self, record: StepRecord, spent_s: float) -> float:
-        """What prompts in a step cost those who decoded in it: the time over a step without any; while none was
+        """What prompts in a step cost the requests that decoded in it: the time over a step without any; while none was
         seen, a part by tokens."""
         num_prefill = self._prefill_tokens(record)
         if not num_prefill:
@@ -293,35 +296,35 @@ class Ledger:
         return spent_s * num_prefill / sum(item.num_tokens for item in record.scheduled)
 
     def _recover(self, from_s: float, now_s: float) -> None:
-        """The core is another one: what lay between is nobody's work, and everybody starts from the queue."""
+        """The core was replaced: the time between is no request's work, and every request starts from the queue."""
         for timeline in self._live.values():
             if timeline.since_s < from_s:
                 timeline.close(from_s, self._prefill_clock_s)
-            timeline.part, timeline.blames = (
-                (Part.RECOVERING if timeline.first_scheduled_s is not None else Part.QUEUED),
+            timeline.phase, timeline.waits_for = (
+                (Phase.RECOVERING if timeline.first_scheduled_s is not None else Phase.QUEUED),
                 None,
             )
         self._decoding.clear()
 
     def _schedule(self, core_id: str, timeline: Timeline, start: int, share: float, now_s: float) -> None:
-        if timeline.part is Part.QUEUED:
+        if timeline.phase is Phase.QUEUED:
             self._leave_queue(timeline, now_s)
         timeline.close(now_s, self._prefill_clock_s)
-        timeline.blames = None
+        timeline.waits_for = None
         if timeline.first_scheduled_s is None:
             timeline.first_scheduled_s = now_s
-        if start >= timeline.num_prompt_tokens and timeline.part is not Part.PREEMPTED:
-            timeline.part = Part.DECODING
+        if start >= timeline.num_prompt_tokens and timeline.phase is not Phase.PREEMPTED:
+            timeline.phase = Phase.DECODING
             self._decoding.add(core_id)
         else:
-            timeline.part, timeline.share = Part.PREFILLING, share
+            timeline.phase, timeline.share = Phase.PREFILLING, share
 
     def _stall(self, core_id: str, timeline: Timeline, reason: str, by: str | None, now_s: float) -> None:
-        if timeline.part is Part.PREEMPTED and reason != "preempted":
+        if timeline.phase is Phase.PREEMPTED and reason != "preempted":
             return  # it waits at the head of the queue to come back
         timeline.close(now_s, self._prefill_clock_s)
         self._decoding.discard(core_id)
-        timeline.part, timeline.blames = _STALLED[reason], by
+        timeline.phase, timeline.waits_for = _STALLED[reason], by
         timeline.num_preemptions += reason == "preempted"
 
     def _leave_queue(self, timeline: Timeline, now_s: float) -> None:

@@ -16,7 +16,7 @@ import msgspec
 
 from quire.config import EngineArgs
 from quire.core.request import NewRequest
-from quire.engine.channel import CoreFacts, News
+from quire.engine.channel import CoreInfo, CoreOutputs
 
 MAX_FRAME_BYTES = 2**26
 """Of a core: the largest, log-probabilities of a chunk of a long prompt, stay well below."""
@@ -56,11 +56,11 @@ class Check(msgspec.Struct, frozen=True, array_like=True, tag="check"):
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     """Of the core, once: it takes requests."""
 
-    facts: CoreFacts
+    info: CoreInfo
 
 
 class StartFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
-    """Of the core: it cannot be what it is asked to be. `kind` is a name in `quire.errors`."""
+    """Of the core: it cannot start with these arguments. `kind` is a name in `quire.errors`."""
 
     kind: str
     message: str
@@ -68,18 +68,18 @@ class StartFailed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
 
 
 class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
-    """Of the core, before a step: who enters with it, and how long the other side should wait for it."""
+    """Of the core, before a step: the requests that enter with it, and how long the other side should wait for it."""
 
     entered: tuple[str, ...]
     allowed_s: float
-    asleep_s: float
-    """How long it may use no processor meanwhile; infinite where a device computes."""
+    idle_timeout_s: float
+    """How long all its threads may be idle meanwhile; infinite where a device computes."""
 
 
 class Stepped(msgspec.Struct, frozen=True, array_like=True, tag="stepped"):
     """Of the core, after a step, or after requests left without one."""
 
-    news: News
+    outputs: CoreOutputs
 
 
 Command = Add | Abort | Check

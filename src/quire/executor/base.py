@@ -20,7 +20,7 @@ class Executor(Protocol[Handle]):
     def collect(self, handle: Handle) -> StepResult:
         """Wait for the result of a step."""
 
-    def prepare(self) -> bool:
+    def run_idle_work(self) -> bool:
         """While there is no work: something short that makes later steps quicker. False: there is nothing to do."""
 
     def close(self) -> None:

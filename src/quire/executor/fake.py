@@ -98,7 +98,7 @@ class FakeExecutor:
         """The result of `execute`."""
         return handle
 
-    def prepare(self) -> bool:
+    def run_idle_work(self) -> bool:
         """Nothing."""
         return False
 

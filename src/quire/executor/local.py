@@ -1,7 +1,7 @@
 """Executors for one device in this process."""
 
 from quire.core.plan import StepPlan, StepResult
-from quire.runner.model_runner import BegunStep, ModelRunner
+from quire.runner.model_runner import InFlightStep, ModelRunner
 
 
 class LocalExecutor:
@@ -18,9 +18,9 @@ class LocalExecutor:
         """The result of `execute`."""
         return handle
 
-    def prepare(self) -> bool:
-        """See `ModelRunner.prepare`."""
-        return self._runner.prepare()
+    def run_idle_work(self) -> bool:
+        """See `ModelRunner.run_idle_work`."""
+        return self._runner.run_idle_work()
 
     def close(self) -> None:
         """Nothing is held outside this process."""
@@ -32,17 +32,17 @@ class DeviceExecutor:
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
 
-    def execute(self, plan: StepPlan) -> BegunStep:
+    def execute(self, plan: StepPlan) -> InFlightStep:
         """Begin to compute `plan`."""
-        return self._runner.begin(plan)
+        return self._runner.launch(plan)
 
-    def collect(self, handle: BegunStep) -> StepResult:
+    def collect(self, handle: InFlightStep) -> StepResult:
         """Wait for the tokens of a step."""
-        return self._runner.finish(handle)
+        return self._runner.collect(handle)
 
-    def prepare(self) -> bool:
-        """See `ModelRunner.prepare`."""
-        return self._runner.prepare()
+    def run_idle_work(self) -> bool:
+        """See `ModelRunner.run_idle_work`."""
+        return self._runner.run_idle_work()
 
     def close(self) -> None:
         """Nothing is held outside this process."""

@@ -10,7 +10,7 @@ class PackedLinear:
     @property
     def in_features(self) -> int: ...
     @property
-    def products(self) -> int:
+    def out_width(self) -> int:
         """The width of a product: half of `out_features` for a gated weight."""
     @property
     def reads_tiles(self) -> bool:
@@ -19,7 +19,7 @@ class PackedLinear:
     def bytes(self) -> int: ...
 
 class TileBuffer:
-    """Rows of bfloat16 as the matrix unit reads them (`TileRows` in native/kernels.h)."""
+    """Rows of bfloat16 in the order of AMX tiles (`TileRows` in native/kernels.h)."""
 
 class Cache:
     @property
@@ -90,7 +90,7 @@ class Runtime:
         rows), ...])` of files. `rounding`: bits, group and levels of `pack_integers`, to which it is rounded first.
         ValueError also where a file ends early, and with rounding where a weight is not finite."""
     def probe(self, kind: str, data: Any, /) -> int:
-        """`kind` is read (of `data`), float32, bfloat16 or int8: bytes, or products; 0 where the unit is missing."""
+        """`kind` is read (of `data`), float32, bfloat16 or int8: bytes, or operations; 0 where the instructions are missing."""
     def quantize(
         self, weight: Any, storage: str, four_bits: bool, group_size: int, values: Any, scales: Any, /
     ) -> bool:

@@ -147,7 +147,7 @@ class CpuOps(ComposedOps):
         return y
 
     def gated_linear(self, x: Array, packed: Opaque, kind: Activation) -> Array:
-        y = np.empty((x.shape[0], packed.products), _FLOAT32)
+        y = np.empty((x.shape[0], packed.out_width), _FLOAT32)
         self._native.gated_linear(x, packed, ACTIVATION[kind], y)
         return y
 

@@ -30,7 +30,7 @@ class Packed(Protocol):
         """Columns of it."""
 
     @property
-    def products(self) -> int:
+    def out_width(self) -> int:
         """The width of a product; half of the rows where gate and up are one weight."""
 
     @property
@@ -156,7 +156,7 @@ def writes(instruction: Instruction) -> tuple[View, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Buffer:
-    """What each token has in it: `width` floats, or as many bfloat16 in the order of the matrix unit, padded to 32."""
+    """What each token has in it: `width` floats, or as many bfloat16 in the order of AMX tiles, padded to 32."""
 
     width: int
     form: Literal["float32", "tiles"] = "float32"
@@ -329,7 +329,7 @@ class Trace:
 
     def gated_linear(self, x: Symbol, packed: Packed, kind: Activation) -> Symbol:
         self.require(x.view.groups == 1 and x.view.width == packed.in_features, "gated_linear", x)
-        y = self._new(packed.products)
+        y = self._new(packed.out_width)
         self.instructions.append(Linear(x.view, packed, kind, y.view))
         return y
 

@@ -100,7 +100,7 @@ class ReferenceOps(composed.ComposedOps):
 
     def linear(self, x: Array, packed: ReferenceLinear) -> Array:
         """`y[t, o] = sum_i x[t, i] w[o, i] + b[o]`, products and sums in float32. Where the storage of w is 16 bits
-        wide a provider may round x to that type first, to nearest even, if that is what its matrix unit takes.
+        wide a provider may round x to that type first, to nearest even, if that is what its AMX unit takes.
         Tolerance: rel 2e-5 (order of sums) for the x it multiplies; so, of rounding to bfloat16, within
         `2^-8 sum_i |x[t, i] w[o, i]|` of this line.
 
@@ -237,16 +237,16 @@ class ReferenceOps(composed.ComposedOps):
         if spec.window is not None:
             visible = visible & (key > query - spec.window)
         scores = xp.where(visible[None, :, :], scores, -math.inf)
-        top = xp.max(scores, axis=-1, keepdims=True)
+        m_i = xp.max(scores, axis=-1, keepdims=True)
         sink = None if spec.sinks is None else spec.sinks[:, None, None]
         if sink is not None:
-            top = xp.maximum(top, sink)
-        weights = xp.exp(scores - top)
-        total = xp.sum(weights, axis=-1, keepdims=True)
+            m_i = xp.maximum(m_i, sink)
+        p = xp.exp(scores - m_i)
+        l_i = xp.sum(p, axis=-1, keepdims=True)
         if sink is not None:
-            total = total + xp.exp(sink - top)
-        mixed = (weights @ v) / total  # [heads, tokens, dim]
-        return xp.reshape(xp.permute_dims(mixed, (1, 0, 2)), (tokens, heads * dim))
+            l_i = l_i + xp.exp(sink - m_i)
+        acc = (p @ v) / l_i  # [heads, tokens, dim]
+        return xp.reshape(xp.permute_dims(acc, (1, 0, 2)), (tokens, heads * dim))
 
     def copy_blocks(self, cache: ReferenceCache, source_ids: Array, target_ids: Array) -> None:
         """Pair by pair, in order. Exact."""

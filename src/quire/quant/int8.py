@@ -1,8 +1,8 @@
 """Eight bits: one integer a weight, one scale for each output; half of bfloat16's bytes.
 
-`int8` multiplies them with inputs of sixteen bits, `int8_w8a8` with inputs of eight, which is what matrix units are
-fastest at. The head keeps inputs of sixteen bits in both: its rounding goes into the logits as it is, and one product
-of many is not where the time goes (docs/howto/quantize.md has the figures).
+`int8` multiplies them with inputs of sixteen bits, `int8_w8a8` with inputs of eight, at which AMX and tensor
+cores are fastest. The head keeps inputs of sixteen bits in both: its rounding goes into the logits as it is, and one
+product of many is not where the time goes (docs/howto/quantize.md has the figures).
 """
 
 from quire.ops.types import Rounding

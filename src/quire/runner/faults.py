@@ -24,13 +24,13 @@ class RowFaults:
         self._errors: dict[int, str] = {}
 
     def remove(self, row: int) -> None:
-        """Its request is gone."""
+        """Its request is removed."""
         self._errors.pop(row, None)
 
     def __bool__(self) -> bool:
         return bool(self._errors)
 
-    def contain(self, row: int, function: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None:
+    def isolate(self, row: int, function: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None:
         """Call; what it raises fails `row`. A row that has failed is left alone."""
         if row in self._errors:
             return
@@ -49,7 +49,7 @@ class RowFaults:
         """The rows that can still be computed."""
         return [item for item in scheduled if item.row not in self._errors] if self._errors else scheduled
 
-    def apart_if_it_fails(
+    def retry_rows_individually(
         self, work: Callable[[Sequence[ScheduledRow]], T], scheduled: Sequence[ScheduledRow]
     ) -> list[T]:
         """`[work(scheduled)]`; where that raises, what `work` gives for each row alone, and the others fail.

@@ -1,13 +1,13 @@
-"""Decode steps as recordings: the launches of a whole forward pass, and of the draw, replayed in one call.
+"""Decode steps as recordings: the launches of a whole forward pass, and of sampling, replayed in one call.
 
 A recording is of fixed arrays and sizes. So a step in which every row has one token is written into arrays that stay,
 padded to one of a few sizes: rows, and blocks of the widest table. Padded rows compute token 0 at position 0 and write
-its keys and values into the *null block*, which belongs to nobody. Rows that only draw have their tokens drawn in the
+its keys and values into the *null block*, which belongs to nobody. Rows that need only tokens have them sampled in the
 recording; for others it ends with the hidden states.
 
 ::
 
-    one array, one copy a step:   positions | token ids | awaited? | rows      | tables
+    one array, one copy a step:   positions | token ids | pending? | rows      | tables
                                   [rows]      [rows]      [rows]     [rows]      [rows, width]
 
 At a start the largest size alone is recorded, whose memory the others share. After the first answers, each moment
@@ -52,12 +52,12 @@ class GraphSize(NamedTuple):
     num_rows: int
     width: int
     """Blocks of a row's table."""
-    draws: bool
-    """Whether tokens are drawn in it."""
+    samples: bool
+    """Whether tokens are sampled in it."""
 
 
 @dataclass(frozen=True, slots=True)
-class GraphLimits:
+class GraphBuckets:
     """The largest decode step."""
 
     max_rows: int
@@ -65,20 +65,20 @@ class GraphLimits:
     """Of one row."""
     block_size: int
 
-    def size_for(self, num_rows: int, width: int, draws: bool) -> GraphSize:
+    def size_for(self, num_rows: int, width: int, samples: bool) -> GraphSize:
         """The smallest size that holds `num_rows` rows with tables of `width` blocks. Two sizes of rows to a doubling,
         1 2 3 4 6 8 12 16 24 ...: tiles of the kernels are no finer."""
         step = max(1, 2 ** (num_rows.bit_length() - 2))
         wide = max(1, FIRST_WIDTH_TOKENS // self.block_size)
         while wide < width:
             wide *= 4
-        return GraphSize(min(self.max_rows, -(-num_rows // step) * step), min(self.max_blocks, wide), draws)
+        return GraphSize(min(self.max_rows, -(-num_rows // step) * step), min(self.max_blocks, wide), samples)
 
     def sizes(self) -> set[GraphSize]:
         """All that may be recorded."""
         rows = {self.size_for(count, 1, True).num_rows for count in range(1, self.max_rows + 1)}
         widths = {self.size_for(1, count, True).width for count in range(1, self.max_blocks + 1)}
-        return {GraphSize(count, width, draws) for count in rows for width in widths for draws in (False, True)}
+        return {GraphSize(count, width, samples) for count in rows for width in widths for samples in (False, True)}
 
 
 class _Recording:
@@ -107,7 +107,7 @@ class DecodeGraphs:
         cache: Opaque,
         rows: Rows,
         sampler: Sampler,
-        limits: GraphLimits,
+        buckets: GraphBuckets,
         null_block: int,
         record: Record,
     ) -> None:
@@ -116,7 +116,7 @@ class DecodeGraphs:
         self._cache = cache
         self._rows = rows
         self._sampler = sampler
-        self._limits = limits
+        self._buckets = buckets
         self._null_block = null_block
         self._record = record
         self._recordings: dict[GraphSize, _Recording | None] = {}
@@ -124,31 +124,32 @@ class DecodeGraphs:
         self._num_uses: Counter[GraphSize] = Counter()
         self._num_steps_since = STEPS_APART
         """Steps since one was recorded in its step."""
-        self._input = ops.array(np.zeros(limits.max_rows * (4 + limits.max_blocks)), "int32")
-        self._query_starts = ops.array(np.arange(limits.max_rows + 1), "int32")
-        self._ones = ops.array(np.ones(limits.max_rows), "int64")
-        self._newest = rows.newest(ops)
+        self._input = ops.array(np.zeros(buckets.max_rows * (4 + buckets.max_blocks)), "int32")
+        self._query_starts = ops.array(np.arange(buckets.max_rows + 1), "int32")
+        self._ones = ops.array(np.ones(buckets.max_rows), "int64")
+        self._last_sampled = rows.last_sampled(ops)
 
     def forward(self, scheduled: Sequence[ScheduledRow]) -> Array:
         """Hidden states `[rows, hidden]` of rows with one token each, good until the next call."""
         return self._run(scheduled, False)[0]
 
-    def draw(self, scheduled: Sequence[ScheduledRow]) -> tuple[Array, Array]:
-        """The same, and on to `Sampler.draw`: tokens and whether logits were finite, `[rows]`."""
+    def sample(self, scheduled: Sequence[ScheduledRow]) -> tuple[Array, Array]:
+        """The same, and on to `Sampler.sample_tokens`: tokens and whether logits were finite, `[rows]`."""
         tokens, finite = self._run(scheduled, True)
         return tokens, finite
 
-    def prepare(self) -> bool:
+    def run_idle_work(self) -> bool:
         """Record one size, if there is one left and somebody was answered; False if not. Steps may be in flight."""
-        left = self._limits.sizes() - self._recordings.keys()
+        left = self._buckets.sizes() - self._recordings.keys()
         if not left or not self._num_uses:
             return False
-        self._record_at_rest(min(left, key=lambda one: (-self._num_uses[one], not one.draws, one.width, -one.num_rows)))
+        uses = self._num_uses
+        self._record_at_rest(min(left, key=lambda one: (-uses[one], not one.samples, one.width, -one.num_rows)))
         return True
 
     def record_largest(self) -> None:
         """At a start."""
-        self._record_at_rest(max(self._limits.sizes()))
+        self._record_at_rest(max(self._buckets.sizes()))
 
     def _record_at_rest(self, size: GraphSize) -> None:
         values = np.zeros(size.num_rows * (4 + size.width), np.int32)
@@ -157,9 +158,9 @@ class DecodeGraphs:
         self._input[: len(values)] = self._ops.array(values, "int32")
         self._try_to_record(size)
 
-    def _run(self, scheduled: Sequence[ScheduledRow], draws: bool) -> list[Array]:
-        width = -(-max(item.start + 1 for item in scheduled) // self._limits.block_size)
-        size = self._limits.size_for(len(scheduled), width, draws)
+    def _run(self, scheduled: Sequence[ScheduledRow], samples: bool) -> list[Array]:
+        width = -(-max(item.start + 1 for item in scheduled) // self._buckets.block_size)
+        size = self._buckets.size_for(len(scheduled), width, samples)
         values = self._rows.gather_singles(scheduled, size.num_rows, size.width, self._null_block)
         self._sampler.refresh()
         self._input[: len(values)] = self._ops.array(values, "int32")
@@ -187,11 +188,11 @@ class DecodeGraphs:
             logger.exception("a decode step of %d rows cannot be recorded: it is launched each time", size.num_rows)
 
     def _compute(self, size: GraphSize) -> tuple[Array, ...]:
-        count, width, draws = size
-        positions, token_ids, awaited, rows = self._input[: 4 * count].reshape((4, count))
+        count, width, samples = size
+        positions, token_ids, pending, rows = self._input[: 4 * count].reshape((4, count))
         tables = self._input[4 * count : (4 + width) * count].reshape((count, width))
         batch = AttentionBatch(positions, self._query_starts[: count + 1], positions, tables)
-        hidden = self._model.forward(token_ids + awaited * self._newest[rows], batch, self._cache)
-        if not draws:
+        hidden = self._model.forward(token_ids + pending * self._last_sampled[rows], batch, self._cache)
+        if not samples:
             return (hidden,)
-        return self._sampler.draw(self._model.logits(hidden), rows, positions + self._ones[:count])
+        return self._sampler.sample_tokens(self._model.logits(hidden), rows, positions + self._ones[:count])

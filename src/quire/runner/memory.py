@@ -1,4 +1,4 @@
-"""Where memory goes, before the cache is given the rest: measured on a GPU, reckoned on a CPU."""
+"""Where memory goes, before the cache is given the rest: measured on a GPU, estimated on a CPU."""
 
 import os
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from quire.config import MemoryLedger, mib
+from quire.config import MemoryBudget, mib
 from quire.errors import ConfigurationError
 from quire.models.model import Model
 from quire.ops.types import Array, AttentionBatch, Opaque, Ops, SampleBatch
 from quire.outputs import Decision
-from quire.runner.graphs import BYTES_PER_GRAPH, GraphLimits
+from quire.runner.graphs import BYTES_PER_GRAPH, GraphBuckets
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 MAX_TOP_LOGPROBS = 20
@@ -23,7 +23,7 @@ SLACK_SHARE = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class StepLimits:
+class StepShape:
     """The largest step that a scheduler may ask for."""
 
     max_num_seqs: int
@@ -34,47 +34,47 @@ class StepLimits:
     """Whether decode steps are recorded."""
 
 
-def make_ledger(model: Model, ops: Ops, limits: StepLimits) -> MemoryLedger:
+def make_budget(model: Model, ops: Ops, shape: StepShape) -> MemoryBudget:
     """All lines but the cache. On a device the largest steps are computed once, on a cache of one block, which also
     compiles and loads the kernels."""
     if ops.memory() is None:
-        return _reckoned(model, limits)
+        return _estimated(model, shape)
     try:
-        return _measured(model, ops, limits)
+        return _measured(model, ops, shape)
     except MemoryError as error:
         raise ConfigurationError(
-            f"max_num_batched_tokens is {limits.max_num_batched_tokens} and max_num_seqs {limits.max_num_seqs}: "
+            f"max_num_batched_tokens is {shape.max_num_batched_tokens} and max_num_seqs {shape.max_num_seqs}: "
             "a step of that size does not fit the device beside the weights",
             field="max_num_batched_tokens",
         ) from error
 
 
-def _reckoned(model: Model, limits: StepLimits) -> MemoryLedger:
+def _estimated(model: Model, shape: StepShape) -> MemoryBudget:
     """In the host's memory, float32: what a layer has for each token (what attention reads and writes shares
     nothing with the rest, see `quire.ops.program.place`), and two copies of the logits."""
     spec = model.spec
     heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     floats = 3 * spec.hidden_size + heads + 2 * spec.intermediate_size
-    return MemoryLedger(
+    return MemoryBudget(
         device=host_memory_bytes(),
         weights=model.weight_bytes,
-        activations=4 * floats * limits.max_num_batched_tokens,
-        sampler=2 * 4 * spec.vocab_size * limits.max_num_seqs,
+        activations=4 * floats * shape.max_num_batched_tokens,
+        sampler=2 * 4 * spec.vocab_size * shape.max_num_seqs,
     )
 
 
-def _measured(model: Model, ops: Ops, limits: StepLimits) -> MemoryLedger:
-    cache = ops.make_cache(model.cache_shape(1, limits.block_size))
-    whole = take_largest_steps(model, ops, cache, limits)
-    forward = ops.peak_bytes(partial(model.forward, *prompt_step(ops, limits), cache))
+def _measured(model: Model, ops: Ops, shape: StepShape) -> MemoryBudget:
+    cache = ops.make_cache(model.cache_shape(1, shape.block_size))
+    whole = take_largest_steps(model, ops, cache, shape)
+    forward = ops.peak_bytes(partial(model.forward, *prompt_step(ops, shape), cache))
     graphs = 0
-    if limits.records:
-        drawn = ops.peak_bytes(partial(_draw, model, ops, single_step(ops, limits), cache, _num_rows(limits)))
-        graphs = drawn + _graph_bytes(model, limits)
+    if shape.records:
+        sampled = ops.peak_bytes(partial(_sample, model, ops, single_step(ops, shape), cache, _num_rows(shape)))
+        graphs = sampled + _graph_bytes(model, shape)
     del cache
     memory = ops.memory()
     assert memory is not None
-    return MemoryLedger(
+    return MemoryBudget(
         device=memory.total,
         taken=max(0, memory.total - memory.free - memory.held),
         weights=memory.held,
@@ -85,61 +85,61 @@ def _measured(model: Model, ops: Ops, limits: StepLimits) -> MemoryLedger:
     )
 
 
-def _num_rows(limits: StepLimits) -> int:
-    return min(limits.max_num_seqs, limits.max_num_batched_tokens)
+def _num_rows(shape: StepShape) -> int:
+    return min(shape.max_num_seqs, shape.max_num_batched_tokens)
 
 
-def _graph_bytes(model: Model, limits: StepLimits) -> int:
+def _graph_bytes(model: Model, shape: StepShape) -> int:
     """All recordings share the memory of the largest, but for what each says and the device's own bookkeeping; and the
     block into which they pad."""
-    sizes = GraphLimits(limits.max_num_seqs, -(-limits.max_model_len // limits.block_size), limits.block_size).sizes()
-    null_block = model.cache_shape(1, limits.block_size).bytes_per_block
+    sizes = GraphBuckets(shape.max_num_seqs, -(-shape.max_model_len // shape.block_size), shape.block_size).sizes()
+    null_block = model.cache_shape(1, shape.block_size).bytes_per_block
     return null_block + sum(
-        BYTES_PER_GRAPH + size.num_rows * (5 if size.draws else 4 * model.spec.hidden_size) for size in sizes
+        BYTES_PER_GRAPH + size.num_rows * (5 if size.samples else 4 * model.spec.hidden_size) for size in sizes
     )
 
 
-def take_largest_steps(model: Model, ops: Ops, cache: Opaque, limits: StepLimits) -> int:
+def take_largest_steps(model: Model, ops: Ops, cache: Opaque, shape: StepShape) -> int:
     """Compute the largest steps, with all that may be asked of their logits, on block 0 of `cache`: the most that they
     took, in bytes."""
-    rows = _num_rows(limits)
-    told = max(rows, min(limits.max_num_batched_tokens, PROMPT_LOGPROB_ROWS))
+    rows = _num_rows(shape)
+    num_reported = max(rows, min(shape.max_num_batched_tokens, PROMPT_LOGPROB_ROWS))
     return max(
-        ops.peak_bytes(partial(_draw_and_tell, model, ops, prompt_step(ops, limits), cache, told)),
-        ops.peak_bytes(partial(_draw_and_tell, model, ops, single_step(ops, limits), cache, rows)),
+        ops.peak_bytes(partial(_sample_and_report, model, ops, prompt_step(ops, shape), cache, num_reported)),
+        ops.peak_bytes(partial(_sample_and_report, model, ops, single_step(ops, shape), cache, rows)),
     )
 
 
-def check_ledger(ledger: MemoryLedger, ops: Ops) -> Decision | None:
-    """What the device says after the largest steps, beside the ledger; None where memory is the host's."""
+def check_budget(budget: MemoryBudget, ops: Ops) -> Decision | None:
+    """What the device says after the largest steps, beside the memory budget; None where memory is the host's."""
     memory = ops.memory()
     if memory is None:
         return None
     used = memory.total - memory.free + memory.kept
-    return Decision("memory_in_use", mib(used), f"{used / ledger.used - 1:+.1%} of the ledger's {mib(ledger.used)}")
+    return Decision("memory_in_use", mib(used), f"{used / budget.used - 1:+.1%} of the budget's {mib(budget.used)}")
 
 
-def prompt_step(ops: Ops, limits: StepLimits) -> tuple[Array, AttentionBatch]:
+def prompt_step(ops: Ops, shape: StepShape) -> tuple[Array, AttentionBatch]:
     """As many tokens as one step takes: the last one of as many of the longest sequences as there may be, and prompts,
     in as few rows as hold them."""
-    tokens, longest = limits.max_num_batched_tokens, limits.max_model_len
-    singles = max(0, _num_rows(limits) - -(-tokens // longest))
+    tokens, longest = shape.max_num_batched_tokens, shape.max_model_len
+    singles = max(0, _num_rows(shape) - -(-tokens // longest))
     full, rest = divmod(tokens - singles, longest)
     prompts = [longest] * full + [rest] * (rest > 0)
     starts = [0] * len(prompts) + [longest - 1] * singles
-    return _step(ops, np.array(prompts + [1] * singles), np.array(starts), limits)
+    return _step(ops, np.array(prompts + [1] * singles), np.array(starts), shape)
 
 
-def single_step(ops: Ops, limits: StepLimits) -> tuple[Array, AttentionBatch]:
+def single_step(ops: Ops, shape: StepShape) -> tuple[Array, AttentionBatch]:
     """The last token of as many of the longest sequences as there may be."""
-    rows = _num_rows(limits)
-    return _step(ops, np.ones(rows, np.int64), np.full(rows, limits.max_model_len - 1), limits)
+    rows = _num_rows(shape)
+    return _step(ops, np.ones(rows, np.int64), np.full(rows, shape.max_model_len - 1), shape)
 
 
-def _step(ops: Ops, counts: Array, starts: Array, limits: StepLimits) -> tuple[Array, AttentionBatch]:
+def _step(ops: Ops, counts: Array, starts: Array, shape: StepShape) -> tuple[Array, AttentionBatch]:
     """Every position of every row is in block 0."""
     query_starts = np.concatenate([[0], np.cumsum(counts)])
-    width = -(-int((starts + counts).max()) // limits.block_size)
+    width = -(-int((starts + counts).max()) // shape.block_size)
     positions = np.repeat(starts - query_starts[:-1], counts) + np.arange(query_starts[-1])
     batch = AttentionBatch(
         positions=ops.array(positions, "int32"),
@@ -150,7 +150,7 @@ def _step(ops: Ops, counts: Array, starts: Array, limits: StepLimits) -> tuple[A
     return ops.array(np.zeros(len(positions)), "int32"), batch
 
 
-def _draw(model: Model, ops: Ops, step: tuple[Array, AttentionBatch], cache: Opaque, rows: int) -> tuple[Array, ...]:
+def _sample(model: Model, ops: Ops, step: tuple[Array, AttentionBatch], cache: Opaque, rows: int) -> tuple[Array, ...]:
     """Logits of `rows` rows and their tokens; hidden states stay until then."""
     hidden = model.forward(*step, cache)
     logits = model.logits(hidden[ops.array(np.arange(rows), "int64")])
@@ -166,11 +166,11 @@ def _draw(model: Model, ops: Ops, step: tuple[Array, AttentionBatch], cache: Opa
     return hidden, logits, ops.sample(logits, batch)
 
 
-def _draw_and_tell(
+def _sample_and_report(
     model: Model, ops: Ops, step: tuple[Array, AttentionBatch], cache: Opaque, rows: int
 ) -> tuple[Array, ...]:
     """With all that may be asked of the logits at one time."""
-    hidden, logits, tokens = _draw(model, ops, step, cache, rows)
+    hidden, logits, tokens = _sample(model, ops, step, cache, rows)
     raw = logits[ops.array(np.arange(rows), "int64")]
     ops.clear_broken(logits)
     ops.logprobs(raw, tokens, min(MAX_TOP_LOGPROBS, model.spec.vocab_size))

@@ -1,8 +1,8 @@
 """Runs a plan: rows in and out, gather, model, logits, sample.
 
-A step has two halves. `begin` hands all its work to the device and waits for nothing; `finish` waits for the tokens
-that were drawn. Between them the next steps may begin: what they need of those tokens is on the device, by row. A row
-whose next step needs its token on the host (a penalty counts it) is not in a plan before that token is known.
+A step has two halves. `launch` hands all its work to the device and waits for nothing; `collect` waits for the tokens
+that were sampled. Between them the next steps may be launched: what they need of those tokens is on the device, by row.
+A row whose next step needs its token on the host (a penalty counts it) is not in a plan before that token is known.
 """
 
 import logging
@@ -18,36 +18,41 @@ from quire.core.plan import NewRow, RowResult, ScheduledRow, StepPlan, StepResul
 from quire.models.model import Model
 from quire.ops.types import Array, AttentionBatch, Ops
 from quire.runner.faults import RowFaults
-from quire.runner.graphs import DecodeGraphs, GraphLimits, Record
-from quire.runner.memory import PROMPT_LOGPROB_ROWS, StepLimits, take_largest_steps
+from quire.runner.graphs import DecodeGraphs, GraphBuckets, Record
+from quire.runner.memory import PROMPT_LOGPROB_ROWS, StepShape, take_largest_steps
 from quire.runner.rows import Rows
+from quire.sampling.features import SamplingFeature
 from quire.sampling.logprobs import token_logprobs
-from quire.sampling.sampler import NOT_FINITE, Drawn, Sampler
+from quire.sampling.sampler import NOT_FINITE, PendingSamples, Sampler
 
 logger = logging.getLogger("quire.runner")
 
 
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """Some rows of a step, handed to the device."""
+@dataclass(slots=True, eq=False)
+class InFlightStep:
+    """A step between `launch` and `collect`."""
 
-    scheduled: Sequence[ScheduledRow]
-    sampling: Sequence[int]
-    """Which of them sample."""
-    drawn: Drawn | None
-    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...] | None]
-    """By row, for those that asked; None where logits were not finite."""
+    plan: StepPlan
+    samples: list[PendingSamples] = field(default_factory=list)
+    """Of the rows that sample: together, or row by row where launching them together failed."""
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...] | None] = field(default_factory=dict)
+    """By row, where a request asks for them; None where logits were not finite."""
+    removed: set[int] = field(default_factory=set)
+    """Rows that were removed since: what was sampled for them is of no use."""
+    result: StepResult | None = None
+    """Once it is collected."""
 
     def read(self, scheduled: Sequence[ScheduledRow]) -> list[RowResult]:
-        """The results of some of these rows; waits for the device."""
-        whole = scheduled is self.scheduled
-        if whole and not self.prompt_logprobs and self.drawn is not None and len(self.sampling) == len(scheduled):
-            return self.drawn.read(range(len(scheduled)))
+        """The results of some rows of the plan; waits for the device."""
+        if scheduled is self.plan.scheduled and not self.prompt_logprobs and len(self.samples) == 1:
+            (samples,) = self.samples
+            if len(samples.rows) == len(scheduled):
+                return samples.read(range(len(scheduled)))
         results = {item.row: RowResult(item.row, ()) for item in scheduled}
-        if self.drawn is not None:
-            drawn_rows = self.drawn.rows
-            places = [place for place in range(len(drawn_rows)) if drawn_rows[place] in results]
-            results.update((result.row, result) for result in self.drawn.read(places))
+        for samples in self.samples:
+            places = [place for place, row in enumerate(samples.rows) if row in results]
+            if places:
+                results.update((result.row, result) for result in samples.read(places))
         for row in self.prompt_logprobs.keys() & results.keys():
             found = self.prompt_logprobs[row]
             if found is None:
@@ -57,18 +62,6 @@ class Launched:
         return [results[item.row] for item in scheduled]
 
 
-@dataclass(slots=True, eq=False)
-class BegunStep:
-    """A step between its halves."""
-
-    plan: StepPlan
-    launched: list[Launched]
-    gone: set[int] = field(default_factory=set)
-    """Rows that were removed since: what was drawn for them is of no use."""
-    result: StepResult | None = None
-    """Once it is finished."""
-
-
 class ModelRunner:
     """One model on one device, its cache and its rows.
 
@@ -76,6 +69,7 @@ class ModelRunner:
         num_blocks, block_size: of the paged cache.
         max_rows: permanent rows, the scheduler's `max_num_seqs`.
         max_model_len: longest sequence in tokens.
+        features: those of the sampler, in the order in which they edit logits.
         record: how decode steps are recorded (`Ops.record`); None: they are launched each time.
         recomputes: `first_difference` will be called, which needs a block of its own.
     """
@@ -89,6 +83,7 @@ class ModelRunner:
         block_size: int,
         max_rows: int,
         max_model_len: int,
+        features: Sequence[SamplingFeature] = (),
         record: Record | None = None,
         recomputes: bool = False,
     ) -> None:
@@ -98,28 +93,30 @@ class ModelRunner:
         """Behind those of the scheduler, where `record` or `recomputes` wants it."""
         self._cache = ops.make_cache(model.cache_shape(num_blocks + (record is not None or recomputes), block_size))
         self._rows = Rows(max_rows, max_model_len, block_size)
-        self._sampler = Sampler(ops, max_rows)
+        self._sampler = Sampler(ops, max_rows, features)
         self._graphs: DecodeGraphs | None = None
         if record is not None:
-            limits = GraphLimits(max_rows, -(-max_model_len // block_size), block_size)
-            self._graphs = DecodeGraphs(model, ops, self._cache, self._rows, self._sampler, limits, num_blocks, record)
+            buckets = GraphBuckets(max_rows, -(-max_model_len // block_size), block_size)
+            self._graphs = DecodeGraphs(model, ops, self._cache, self._rows, self._sampler, buckets, num_blocks, record)
         self._faults = RowFaults()
-        self._begun: deque[BegunStep] = deque()
-        """Steps that are not finished, in their order."""
+        self._in_flight: deque[InFlightStep] = deque()
+        """Steps that are not collected, in their order."""
         self._prompt_logprobs: dict[int, tuple[int, int]] = {}
-        """Row -> (number asked for, prompt length), for rows that asked."""
-        self._unclean: set[int] = set()
-        """Rows that somebody left and that could not be cleared."""
+        """Row -> (number of best tokens, prompt length), for rows that ask for log-probabilities of their prompt."""
+        self._host_rows: set[int] = set()
+        """Rows whose next step needs their last token on the host."""
+        self._dirty_rows: set[int] = set()
+        """Rows that a request left and that could not be cleared."""
 
-    def warm_up(self, limits: StepLimits) -> None:
+    def warm_up(self, shape: StepShape) -> None:
         """Before any plan: compute the largest steps once. Memory that the allocator ever takes, it takes now."""
-        take_largest_steps(self._model, self._ops, self._cache, limits)
+        take_largest_steps(self._model, self._ops, self._cache, shape)
         if self._graphs is not None:
             self._graphs.record_largest()
 
-    def prepare(self) -> bool:
+    def run_idle_work(self) -> bool:
         """In a moment without work: something that makes later steps quicker; False if there is nothing to do."""
-        return self._graphs is not None and self._graphs.prepare()
+        return self._graphs is not None and self._graphs.run_idle_work()
 
     def first_difference(self, block_ids: Sequence[int], token_ids: Sequence[int]) -> int | None:
         """Between steps: of the blocks of a text, compute the last one, which holds `token_ids`, again, and compare it
@@ -144,68 +141,71 @@ class ModelRunner:
         Raises:
             Exception: no row can be computed, or one cannot be cleared before the next request enters it.
         """
-        return self._take_in(BegunStep(plan, self._launch_all(plan)))
+        return self._read(self._start(plan))
 
-    def begin(self, plan: StepPlan) -> BegunStep:
-        """The first half of `execute`."""
-        step = BegunStep(plan, self._launch_all(plan))
-        for launched in step.launched:
-            if launched.drawn is not None:
-                self._rows.expect(launched.drawn.rows, launched.drawn.tokens, self._ops)
-        self._begun.append(step)
+    def launch(self, plan: StepPlan) -> InFlightStep:
+        """The first half of `execute`: hand all work of a step to the device, without waiting for it."""
+        step = self._start(plan)
+        for samples in step.samples:
+            self._rows.add_pending(samples.rows, samples.tokens, self._ops)
+        self._in_flight.append(step)
         return step
 
-    def finish(self, step: BegunStep) -> StepResult:
-        """The second half; steps that began before are finished first. Asked again, it says the same."""
+    def collect(self, step: InFlightStep) -> StepResult:
+        """The second half; steps that were launched before are collected first. A second call gives the same."""
         while step.result is None:
-            first = self._begun.popleft()
-            drawn = (launched.drawn for launched in first.launched if launched.drawn is not None)
-            self._rows.arrive([row for one in drawn for row in one.rows if row not in first.gone])
-            first.result = self._take_in(first)
+            first = self._in_flight.popleft()
+            pending = chain.from_iterable(samples.rows for samples in first.samples)
+            self._rows.resolve_pending([row for row in pending if row not in first.removed])
+            first.result = self._read(first)
         return step.result
 
-    def _launch_all(self, plan: StepPlan) -> list[Launched]:
+    def _start(self, plan: StepPlan) -> InFlightStep:
         faults = self._faults
         for row in plan.removed:
             self._clear(row)
         for new in plan.new:
-            if new.row in self._unclean:
+            if new.row in self._dirty_rows:
                 self._remove(new.row)
-                self._unclean.remove(new.row)
-            faults.contain(new.row, self._enter, new)
+                self._dirty_rows.remove(new.row)
+            faults.isolate(new.row, self._enter, new)
         for item in plan.scheduled:
             if item.new_block_ids:
-                faults.contain(item.row, self._rows.extend, item.row, item.new_block_ids)
-        waiting = (row for row, *_ in plan.scheduled if self._rows.awaits(row) and self._sampler.follows(row))
+                faults.isolate(item.row, self._rows.extend, item.row, item.new_block_ids)
+        waiting = (row for row, *_ in plan.scheduled if row in self._host_rows and self._rows.has_pending_token(row))
         assert next(waiting, None) is None, "a plan schedules a row that needs its last token on the host"
-        return faults.apart_if_it_fails(self._launch, faults.without_failed(plan.scheduled))
+        step = InFlightStep(plan)
+        for samples, logprobs in faults.retry_rows_individually(self._launch, faults.without_failed(plan.scheduled)):
+            step.samples += [] if samples is None else [samples]
+            step.prompt_logprobs |= logprobs
+        return step
 
-    def _take_in(self, step: BegunStep) -> StepResult:
+    def _read(self, step: InFlightStep) -> StepResult:
         """Results of all rows of a step; tokens become known ones of their rows."""
-        faults, plan = self._faults, step.plan
-        results: list[RowResult] = []
-        for launched in step.launched:
-            asked = launched.scheduled
-            if step.gone:
-                asked = [item for item in asked if item.row not in step.gone]
-            results += chain.from_iterable(faults.apart_if_it_fails(launched.read, asked))
+        faults, plan, removed = self._faults, step.plan, step.removed
+        scheduled = faults.without_failed(plan.scheduled)
+        if removed:
+            scheduled = [item for item in scheduled if item.row not in removed]
+        results = list(chain.from_iterable(faults.retry_rows_individually(step.read, scheduled)))
         self._keep([result for result in results if result.token_ids], faults)
-        if faults or step.gone:
-            done = {row: RowResult(row, ()) for row in step.gone} | {result.row: result for result in results}
-            results = [done[row] if row in step.gone else faults.result(row) or done[row] for row, *_ in plan.scheduled]
+        if faults or removed:
+            done = {result.row: result for result in results} | {row: RowResult(row, ()) for row in removed}
+            results = [done[row] if row in removed else faults.result(row) or done[row] for row, *_ in plan.scheduled]
         return StepResult(plan.step_id, tuple(results))
 
     def _clear(self, row: int) -> None:
-        """A row is left. If that fails, nobody is there to be told; whoever enters next must not find what was left."""
+        """A request leaves its row. If clearing it fails, no request is there to be failed, and the next one that
+        enters the row must not find what was left."""
         self._faults.remove(row)
         self._prompt_logprobs.pop(row, None)
-        for step in self._begun:
-            step.gone.add(row)
+        self._host_rows.discard(row)
+        for step in self._in_flight:
+            step.removed.add(row)
         try:
             self._remove(row)
         except Exception:
             logger.exception("a row was not cleared: it is tried again before the next request enters")
-            self._unclean.add(row)
+            self._dirty_rows.add(row)
 
     def _remove(self, row: int) -> None:
         self._rows.remove(row)
@@ -214,54 +214,63 @@ class ModelRunner:
     def _enter(self, new: NewRow) -> None:
         self._rows.enter(new)
         self._sampler.add(new)
+        if new.sampling.needs_output_tokens:
+            self._host_rows.add(new.row)
         if new.sampling.num_prompt_logprobs is not None:
             self._prompt_logprobs[new.row] = new.sampling.num_prompt_logprobs, new.num_prompt_tokens
 
     def _keep(self, sampled: Sequence[RowResult], faults: RowFaults) -> None:
         """Every token sampled becomes a known one of its row; a row that failed is freed by the next plan."""
-        for result in self._sampler.followed(sampled):
+        for result in self._sampler.edited(sampled):
             for token_id in result.token_ids:
-                faults.contain(result.row, self._sampler.observe, result.row, token_id)
+                faults.isolate(result.row, self._sampler.on_token, result.row, token_id)
         if not sampled:
             return
         rows, token_ids, *_ = zip(*sampled, strict=True)
         try:
             self._rows.append(rows, list(chain.from_iterable(token_ids)))
-        except Exception:  # noqa: BLE001 -- it is some row's: which one shows when each is alone
+        except Exception:  # noqa: BLE001 -- one row's fault: which one shows when each is alone
             for row, tokens in zip(rows, token_ids, strict=True):
-                faults.contain(row, self._rows.append, (row,), tokens)
+                faults.isolate(row, self._rows.append, (row,), tokens)
 
-    def _launch(self, scheduled: Sequence[ScheduledRow]) -> Launched:
-        """Hand rows to the device. Only the cache changes, and computing a row again writes the same into it."""
+    def _launch(
+        self, scheduled: Sequence[ScheduledRow]
+    ) -> tuple[PendingSamples | None, dict[int, tuple[TokenLogprobs, ...] | None]]:
+        """Hand rows to the device: their samples, and the log-probabilities of prompts. Only the cache changes, and
+        computing a row again writes the same into it."""
         if self._graphs is not None and all(item.num_tokens == 1 for item in scheduled):
             rows = [item.row for item in scheduled]
-            tells = all(item.samples for item in scheduled) and self._prompt_logprobs.keys().isdisjoint(rows)
-            if tells and self._sampler.only_draws(rows):
-                tokens, finite = self._graphs.draw(scheduled)
-                return Launched(scheduled, range(len(rows)), self._sampler.take(tokens, finite, rows), {})
+            all_sample = all(item.samples for item in scheduled) and self._prompt_logprobs.keys().isdisjoint(rows)
+            if all_sample and self._sampler.needs_only_tokens(rows):
+                return self._sampler.wrap_tokens(*self._graphs.sample(scheduled), rows), {}
             hidden, ends = self._graphs.forward(scheduled), np.arange(1, len(scheduled) + 1)
         else:
-            told = self._prompt_logprobs
-            num_outputs = [item.num_tokens if item.row in told else int(item.samples) for item in scheduled]
+            asking = self._prompt_logprobs
+            num_outputs = [item.num_tokens if item.row in asking else int(item.samples) for item in scheduled]
             batch = self._rows.gather(scheduled, num_outputs, self._ops)
             hidden, ends = self._model.forward(batch.token_ids, batch.attention, self._cache), batch.output_ends
         sampling = [index for index, item in enumerate(scheduled) if item.samples]
-        drawn = self._draw(scheduled, sampling, hidden, ends) if sampling else None
-        asked = self._prompt_logprobs_of(scheduled, hidden, ends) if self._prompt_logprobs else {}
-        return Launched(scheduled, sampling, drawn, asked)
+        samples = self._sample(scheduled, sampling, hidden, ends) if sampling else None
+        return samples, self._prompt_logprobs_of(scheduled, hidden, ends) if self._prompt_logprobs else {}
 
-    def _draw(
+    def _sample(
         self,
         scheduled: Sequence[ScheduledRow],
         sampling: Sequence[int],
         hidden: Array,
         ends: NDArray[np.int64],
-    ) -> Drawn:
+    ) -> PendingSamples:
+        """Samples of the rows at the indices `sampling`.
+
+        Args:
+            hidden: `[outputs, hidden]`, the hidden states that the step gives.
+            ends: `[rows]`, where those of each row end.
+        """
         picked = hidden if len(hidden) == len(sampling) else hidden[self._ops.array(ends[sampling] - 1, "int64")]
         items = [scheduled[index] for index in sampling]
         rows = [item.row for item in items]
-        if self._sampler.takes_the_best(rows):
-            return self._sampler.take(*self._model.greedy(picked), rows)
+        if self._sampler.all_greedy(rows):
+            return self._sampler.wrap_tokens(*self._model.greedy(picked), rows)
         positions = [item.start + item.num_tokens for item in items]
         return self._sampler.sample(self._model.logits(picked), rows, positions)
 
@@ -275,7 +284,7 @@ class ModelRunner:
         }
 
     def _read_prompt(self, item: ScheduledRow, hidden: Array) -> tuple[TokenLogprobs, ...] | None:
-        """Waits for the device: these are many numbers, and few ask for them."""
+        """Waits for the device: these are many numbers, and few requests ask for them."""
         ops = self._ops
         num_top, num_prompt = self._prompt_logprobs[item.row]
         stop = min(item.start + item.num_tokens, num_prompt - 1)

@@ -40,9 +40,9 @@ class Rows:
         self._block_tables = np.zeros((max_rows, max_blocks), np.int32)
         self._num_known = np.zeros(max_rows, np.int64)
         self._num_blocks = np.zeros(max_rows, np.int64)
-        self._num_awaited = np.zeros(max_rows, np.int64)
+        self._num_pending = np.zeros(max_rows, np.int64)
         """Tokens that the device knows and the host does not: they come after the known ones."""
-        self._newest: Array | None = None  # [max_rows] int32
+        self._last_sampled: Array | None = None  # [max_rows] int32
         self._block_size = block_size
 
     def enter(self, new: NewRow) -> None:
@@ -55,7 +55,7 @@ class Rows:
     def remove(self, row: int) -> None:
         """Clear all of a row."""
         self._num_known[row] = 0
-        self._num_awaited[row] = 0
+        self._num_pending[row] = 0
         self._num_blocks[row] = 0
 
     def extend(self, row: int, block_ids: Sequence[int]) -> None:
@@ -70,25 +70,25 @@ class Rows:
         self._token_ids[index, self._num_known[index]] = token_ids
         self._num_known[index] += 1
 
-    def expect(self, rows: Sequence[int], tokens: Array, ops: Ops) -> None:
+    def add_pending(self, rows: Sequence[int], tokens: Array, ops: Ops) -> None:
         """`tokens [rows]`, on the device, are the next of these rows, which are distinct; `append` will say them."""
         index = np.array(rows, np.int64)
-        self.newest(ops)[ops.array(index, "int64")] = tokens
-        self._num_awaited[index] += 1
+        self.last_sampled(ops)[ops.array(index, "int64")] = tokens
+        self._num_pending[index] += 1
 
-    def newest(self, ops: Ops) -> Array:
+    def last_sampled(self, ops: Ops) -> Array:
         """`[max_rows]` int32, on the device: the token of each row that was sampled last. Always the same array."""
-        if self._newest is None:
-            self._newest = ops.array(np.zeros(len(self._num_known)), "int32")
-        return self._newest
+        if self._last_sampled is None:
+            self._last_sampled = ops.array(np.zeros(len(self._num_known)), "int32")
+        return self._last_sampled
 
-    def arrive(self, rows: Sequence[int]) -> None:
-        """One token fewer is awaited of each of these rows: it will be appended, or there is none."""
-        self._num_awaited[np.array(rows, np.int64)] -= 1
+    def resolve_pending(self, rows: Sequence[int]) -> None:
+        """One token fewer is pending of each of these rows: it will be appended, or there is none."""
+        self._num_pending[np.array(rows, np.int64)] -= 1
 
-    def awaits(self, row: int) -> bool:
+    def has_pending_token(self, row: int) -> bool:
         """Whether the host lacks a token of the row."""
-        return bool(self._num_awaited[row])
+        return bool(self._num_pending[row])
 
     def token_ids(self, row: int, start: int, stop: int) -> list[int]:
         """Known tokens of a row."""
@@ -106,12 +106,12 @@ class Rows:
         row_of_token = np.repeat(rows, counts)
         token_ids = ops.array(self._token_ids[row_of_token, positions], "int32")
         ends = starts + counts
-        if self._newest is not None and (ends > self._num_known[rows]).any():
-            assert (ends <= self._num_known[rows] + self._num_awaited[rows]).all(), "a plan reaches past known tokens"
-            # Arithmetic, not a choice by index: the same few operations whatever is awaited.
-            awaited = positions >= self._num_known[row_of_token]
-            token_ids = token_ids * ops.array(~awaited, "int32") + (
-                self._newest[ops.array(row_of_token, "int64")] * ops.array(awaited, "int32")
+        if self._last_sampled is not None and (ends > self._num_known[rows]).any():
+            assert (ends <= self._num_known[rows] + self._num_pending[rows]).all(), "a plan reaches past known tokens"
+            # Arithmetic, not a choice by index: the same few operations whatever is pending.
+            pending = positions >= self._num_known[row_of_token]
+            token_ids = token_ids * ops.array(~pending, "int32") + (
+                self._last_sampled[ops.array(row_of_token, "int64")] * ops.array(pending, "int32")
             )
         widest = -(-int(ends.max()) // self._block_size)
         output_ends = np.cumsum(num_outputs)
@@ -128,16 +128,16 @@ class Rows:
     def gather_singles(
         self, scheduled: Sequence[ScheduledRow], num_rows: int, width: int, null_block: int
     ) -> NDArray[np.int32]:
-        """One token of each row, padded, as one array: positions, token ids (0 where awaited), 1 where awaited, and
+        """One token of each row, padded, as one array: positions, token ids (0 where pending), 1 where pending, and
         rows, `[num_rows]` each; then block tables `[num_rows, width]`. What pads is token 0 of row 0 at position 0 in
         `null_block`, which also fills the tables."""
         rows, starts = (np.array(column, np.int64) for column in islice(zip(*scheduled, strict=True), 2))
         known = self._num_known[rows]
-        assert (starts < known + self._num_awaited[rows]).all(), "a plan reaches past known tokens"
-        awaited = starts >= known
+        assert (starts < known + self._num_pending[rows]).all(), "a plan reaches past known tokens"
+        pending = starts >= known
         values = np.zeros(num_rows * (4 + width), np.int32)
         columns, tables = values[: 4 * num_rows].reshape(4, -1), values[4 * num_rows :].reshape(-1, width)
-        columns[:, : len(rows)] = starts, np.where(awaited, 0, self._token_ids[rows, starts]), awaited, rows
+        columns[:, : len(rows)] = starts, np.where(pending, 0, self._token_ids[rows, starts]), pending, rows
         tables[:] = null_block
         tables[: len(rows)] = self._block_tables[rows, :width]
         return values

@@ -1,1 +1,1 @@
-"""From logits to tokens: edits of the logits, then the draw, each feature keeping its own state by row."""
+"""From logits to tokens: injected features edit the logits, the sampler chooses; each keeps its own state by row."""

@@ -10,8 +10,8 @@ from quire.errors import ConfigurationError
 from quire.server import errors
 from quire.server.access import Access
 from quire.server.body import Bodies
-from quire.server.connections import QUEUED_PATHS, OneFraming
-from quire.server.context import Doorkeeper, Gate, ServerContext
+from quire.server.connections import QUEUED_PATHS, RejectAmbiguousFraming
+from quire.server.context import QueueGuard, Gate, ServerContext
 from quire.server.early import EarlyRefusal
 from quire.server.keys import KeyRequired, caller_name
 from quire.server.limits import REQUESTS_IN_FLIGHT, Limits
@@ -26,7 +26,7 @@ DEFAULT_LIMITS = Limits()
 
 
 @dataclass(frozen=True, slots=True)
-class Oversight:
+class Observability:
     """What operators see of a server."""
 
     admin_api_key: str | None = None
@@ -38,7 +38,7 @@ class Oversight:
     """A log record for each request."""
 
 
-NO_OVERSIGHT = Oversight()
+NO_OBSERVABILITY = Observability()
 ROUTE_MODULES = (completions, chat, tokenize, models, admin, health)
 
 
@@ -51,7 +51,7 @@ def create_app(
     metrics_prefix: str = "quire",
     show_cached_tokens: bool | None = None,
     share_prefix_cache: bool = False,
-    oversight: Oversight = NO_OVERSIGHT,
+    observability: Observability = NO_OBSERVABILITY,
     limits: Limits = DEFAULT_LIMITS,
     max_requests_in_flight: int = REQUESTS_IN_FLIGHT,
 ) -> Starlette:
@@ -65,7 +65,7 @@ def create_app(
         metrics_prefix: stands before the colon of every metric's name.
         show_cached_tokens: usage tells how many prompt tokens the prefix cache supplied; None: unless callers with
             different keys share it, who could learn from it what others ask.
-        oversight: what operators see.
+        observability: what operators see.
         limits: of bodies and of the fields in them.
         share_prefix_cache: requests with different keys may find each other's prefixes.
 
@@ -91,14 +91,14 @@ def create_app(
         limits=limits,
         bodies=Bodies(limits),
         needs_key=bool(api_keys),
-        has_admin_key=oversight.admin_api_key is not None,
+        has_admin_key=observability.admin_api_key is not None,
         weights={caller_name(key): weight for key, weight in api_keys.items()},
         shares_prefix_cache=share_prefix_cache,
     )
     engine.expect_callers(app.state.context.weights)
     app.state.registry = make_registry(engine, names[0], metrics_prefix)
     errors.install(app)
-    _surround(app, engine, names[0], list(api_keys), oversight)
+    _surround(app, engine, names[0], list(api_keys), observability)
     return app
 
 
@@ -108,18 +108,20 @@ def _weighted(api_key: str | Sequence[str] | Mapping[str, int]) -> dict[str, int
     return dict(api_key) if isinstance(api_key, Mapping) else dict.fromkeys(api_key, 1)
 
 
-def _surround(app: Starlette, engine: "AsyncEngine", name: str, api_keys: Sequence[str], oversight: Oversight) -> None:
+def _surround(
+    app: Starlette, engine: "AsyncEngine", name: str, api_keys: Sequence[str], observability: Observability
+) -> None:
     """Keys, and around them what takes notes of every request."""
-    admin_key = oversight.admin_api_key
+    admin_key = observability.admin_api_key
     if admin_key is not None and (not admin_key.strip() or admin_key in api_keys):
         raise ConfigurationError("admin_api_key must not be empty, nor a caller's key", field="admin_api_key")
-    app.add_middleware(Doorkeeper, context=app.state.context, paths=QUEUED_PATHS)
+    app.add_middleware(QueueGuard, context=app.state.context, paths=QUEUED_PATHS)
     keys = None
     if api_keys or admin_key is not None:
         keys = KeyRequired(app, api_keys=api_keys, open_paths=health.OPEN_PATHS, admin_key=admin_key)
         app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=health.OPEN_PATHS, admin_key=admin_key)
-    app.add_middleware(OneFraming)
-    endpoint = oversight.otlp_traces_endpoint
+    app.add_middleware(RejectAmbiguousFraming)
+    endpoint = observability.otlp_traces_endpoint
     tracer = None if endpoint is None else Tracer(endpoint, name)
-    app.add_middleware(Access, engine=engine, tracer=tracer, logs=oversight.log_requests)
-    app.state.early_refusal = EarlyRefusal(app.state.context, keys, logs=oversight.log_requests)
+    app.add_middleware(Access, engine=engine, tracer=tracer, logs=observability.log_requests)
+    app.state.early_refusal = EarlyRefusal(app.state.context, keys, logs=observability.log_requests)

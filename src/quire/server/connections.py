@@ -18,7 +18,7 @@ QUEUED_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 _QUEUED = tuple(f"POST {path} HTTP/1.1\r\n".encode() for path in sorted(QUEUED_PATHS))
 
 
-class OneFraming:
+class RejectAmbiguousFraming:
     """Refuses a request with both a length and chunks, and closes the connection: a proxy in front may have read it
     otherwise, and then what follows is smuggled past it (RFC 9112, 6.3)."""
 
@@ -36,7 +36,7 @@ class OneFraming:
         await refusal.response()(scope, receive, send)
 
 
-def patient_protocol(header_s: float, refusal: Callable[[bytes], bytes | None]) -> type[H11Protocol]:
+def header_timeout_protocol(header_s: float, refusal: Callable[[bytes], bytes | None]) -> type[H11Protocol]:
     """uvicorn's protocol, closing a connection whose headers are not complete after `header_s` seconds.
 
     Under a flood most connections bring one request that there is no place for, and to parse each would take the time
@@ -44,7 +44,7 @@ def patient_protocol(header_s: float, refusal: Callable[[bytes], bytes | None]) 
     gets it, unparsed, and is closed.
     """
 
-    class PatientProtocol(H11Protocol):
+    class HeaderTimeoutProtocol(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
         _has_begun = False
 
@@ -86,4 +86,4 @@ def patient_protocol(header_s: float, refusal: Callable[[bytes], bytes | None]) 
             if self._is_idle():
                 self.transport.close()
 
-    return PatientProtocol
+    return HeaderTimeoutProtocol

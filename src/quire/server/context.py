@@ -78,7 +78,7 @@ def _timeout(text: str | None) -> float | None:
         ) from None
 
 
-class Asker(NamedTuple):
+class RequestContext(NamedTuple):
     """Who asks, and how long they wait."""
 
     caller: Caller
@@ -124,7 +124,7 @@ class ServerContext:
             raise ModelNotFoundError(f"the model {name[:256]!r} is not served here; served: {served}", param="model")
         return name
 
-    def asker(self, request: Request, salt: str, timeout_s: float | None) -> Asker:
+    def request_context(self, request: Request, salt: str, timeout_s: float | None) -> RequestContext:
         """Who asks, before any work is done for them. Of `timeout_s` and the header's, the shorter holds.
 
         Raises:
@@ -134,7 +134,7 @@ class ServerContext:
         caller = self.caller(request.scope)
         self.engine.check_room(caller)
         timeout_s = min(filter(None, (timeout_s, _timeout(request.headers.get(TIMEOUT_HEADER)))), default=None)
-        return Asker(caller, cache_namespace("" if self.shares_prefix_cache else caller.name, salt), timeout_s)
+        return RequestContext(caller, cache_namespace("" if self.shares_prefix_cache else caller.name, salt), timeout_s)
 
     def caller(self, scope: Scope) -> Caller:
         """Who sent a request, with their weight."""
@@ -147,7 +147,7 @@ class ServerContext:
         return self.gate.is_open and self.engine.is_ready
 
 
-class Doorkeeper:
+class QueueGuard:
     """Refuses, before a body is read or a route is found, what the queue has no place for: under a flood, refusals
     are most of the work."""
 

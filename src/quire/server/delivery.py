@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quire.errors import InvalidRequestError
-from quire.server.streams import start_events, unless_gone
+from quire.server.streams import start_events, cancel_on_disconnect
 
 
 class Answer(Protocol):
@@ -31,8 +31,8 @@ class Answer(Protocol):
 async def deliver(request: Request, answer: Answer, *, stream: bool) -> Response:
     """The response. Errors until the first piece are raised, so that they get a status."""
     if stream:
-        return await unless_gone(request.receive, start_events(answer.events(), answer.headers))
-    content = await unless_gone(request.receive, answer.whole())
+        return await cancel_on_disconnect(request.receive, start_events(answer.events(), answer.headers))
+    content = await cancel_on_disconnect(request.receive, answer.whole())
     return Response(msgspec.json.encode(content), headers=answer.headers(), media_type="application/json")
 
 

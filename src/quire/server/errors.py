@@ -150,10 +150,10 @@ def install(app: Starlette) -> None:
     app.add_exception_handler(HTTPException, _answer_routing)
     for kind in (ApiError, InvalidRequestError, OverloadedError, RequestFailedError, EngineDeadError):
         app.add_exception_handler(kind, _answer_error)
-    app.add_middleware(_Contained)
+    app.add_middleware(ErrorMiddleware)
 
 
-class _Contained:
+class ErrorMiddleware:
     """Answers what no handler knows. Nothing goes on to the HTTP server, whose log would quote it."""
 
     def __init__(self, app: ASGIApp) -> None:

@@ -14,7 +14,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from quire.server import limits
-from quire.server.connections import patient_protocol
+from quire.server.connections import header_timeout_protocol
 from quire.server.context import ServerContext
 
 FLUSH_SECONDS = 3
@@ -35,7 +35,7 @@ class GracefulServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=patient_protocol(header_s, app.state.early_refusal),
+                http=header_timeout_protocol(header_s, app.state.early_refusal),
                 ws="none",
                 loop="asyncio",
                 lifespan="off",

@@ -23,7 +23,7 @@ T = TypeVar("T")
 Outputs = AsyncGenerator[RequestOutput, None]
 
 
-async def final_outputs(streams: Sequence[Outputs]) -> list[RequestOutput]:
+async def last_outputs(streams: Sequence[Outputs]) -> list[RequestOutput]:
     """The last output of each stream; the first failure aborts the others."""
     if len(streams) == 1:
         return [await _final(streams[0])]
@@ -44,7 +44,7 @@ async def _final(stream: Outputs) -> RequestOutput:
     return last
 
 
-async def spaced(outputs: Outputs, interval: int) -> Outputs:
+async def coalesce(outputs: Outputs, interval: int) -> Outputs:
     """The differences of `outputs`, each sequence's together until they hold `interval` tokens.
 
     The first token and the end of a sequence are not held back.
@@ -115,7 +115,7 @@ async def _cancel(tasks: Sequence["asyncio.Future[Any]"]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, or `ClientGoneError` as soon as the connection closes; then `work` is cancelled.
 
     The body of the request must have been read.
@@ -152,7 +152,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Write until the end, or until nobody reads."""
         try:
-            await unless_gone(receive, self._write(send))
+            await cancel_on_disconnect(receive, self._write(send))
         except (ClientGoneError, TimeoutError):
             return
         finally:

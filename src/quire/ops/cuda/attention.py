@@ -1,7 +1,7 @@
 """Paged attention in Triton (PagedAttention, arXiv 2309.06180; running softmax, arXiv 2205.14135).
 
 The cache is `[layers, 2, blocks, kv_heads, block_size, head_dim]`, keys before values. A context is cut at multiples
-of `SEGMENT` positions. A query folds each segment into `(top, total, mixed)` from fresh values, then folds the segments
+of `SEGMENT` positions. A query folds each segment into `(m_i, l_i, acc)` from fresh values, then folds the segments
 in ascending order. One program does all of it for a tile of queries of a prompt. A row with one query is too little for
 a program: each of its segments is one, and `merge` folds them with the same formula. Where a step has rows of both
 kinds, both are launched, and each leaves the other's rows alone. What a query computes is a function of its own
@@ -81,21 +81,21 @@ def store_kernel(
 
 
 @triton.jit
-def _fold(top, total, mixed, next_top, next_total, next_mixed):
-    """Two parts of one softmax, the earlier positions first. `top [n, 1]`, `total [n, 1]`, `mixed [n, dims]`."""
-    new_top = tl.maximum(top, next_top)
-    finite = tl.where(new_top == -float("inf"), 0.0, new_top)
-    a, b = tl.exp2(top - finite), tl.exp2(next_top - finite)
-    return new_top, tl.fma(total, a, next_total * b), tl.fma(mixed, a, next_mixed * b)
+def _fold(m_i, l_i, acc, next_m, next_l, next_acc):
+    """Two parts of one softmax, the earlier positions first. `m_i [n, 1]`, `l_i [n, 1]`, `acc [n, dims]`."""
+    new_m = tl.maximum(m_i, next_m)
+    finite = tl.where(new_m == -float("inf"), 0.0, new_m)
+    a, b = tl.exp2(m_i - finite), tl.exp2(next_m - finite)
+    return new_m, tl.fma(l_i, a, next_l * b), tl.fma(acc, a, next_acc * b)
 
 
 @triton.jit
 def _tiles(
-    top, sums, mixed, query, keys, values, table, position, first, last, scale, softcap, window, block_stride,
+    m_i, l_i, acc, query, keys, values, table, position, first, last, scale, softcap, window, block_stride,
     DIM: tl.constexpr, TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The keys of positions `[first, last)`, tile by tile; without MASKED every query sees all of them."""
-    dims = tl.arange(0, mixed.shape[1])
+    dims = tl.arange(0, acc.shape[1])
     for start in range(first, last, TILE):
         key_position = start + tl.arange(0, TILE)
         exists = key_position < last
@@ -111,15 +111,15 @@ def _tiles(
         if MASKED:
             distance = position[:, None] - key_position[None, :]
             scores = tl.where((distance >= 0) & (distance < window) & exists[None, :], scores, -float("inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1, keep_dims=True) * factor)
-        finite = tl.where(new_top == -float("inf"), 0.0, new_top)
-        shrink = tl.exp2(top - finite)
+        new_m = tl.maximum(m_i, tl.max(scores, 1, keep_dims=True) * factor)
+        finite = tl.where(new_m == -float("inf"), 0.0, new_m)
+        rescale = tl.exp2(m_i - finite)
         value = tl.load(values + at, mask=mask, other=0.0)
-        weights = tl.exp2(tl.fma(scores, factor, -finite)).to(value.dtype)
-        sums = tl.dot(weights, tl.full([TILE, 16], 1.0, value.dtype), sums * shrink, input_precision="ieee")
-        mixed = tl.dot(weights, value, mixed * shrink, input_precision="ieee")
-        top = new_top
-    return top, sums, mixed
+        p = tl.exp2(tl.fma(scores, factor, -finite)).to(value.dtype)
+        l_i = tl.dot(p, tl.full([TILE, 16], 1.0, value.dtype), l_i * rescale, input_precision="ieee")
+        acc = tl.dot(p, value, acc * rescale, input_precision="ieee")
+        m_i = new_m
+    return m_i, l_i, acc
 
 
 @triton.jit
@@ -130,21 +130,21 @@ def _segment(
 ):  # fmt: skip
     """The keys of positions `[first, last)` against `query [BLOCK_M, DIM_TILE]`, whose rows stand at `position`, the
     first of them at `start`. Exponents are to the base 2; `scale` has its logarithm in it."""
-    top = tl.full([BLOCK_M, 1], -float("inf"), tl.float32)
-    sums = tl.zeros([BLOCK_M, 16], tl.float32)
-    mixed = tl.zeros([BLOCK_M, DIM_TILE], tl.float32)
+    m_i = tl.full([BLOCK_M, 1], -float("inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M, 16], tl.float32)
+    acc = tl.zeros([BLOCK_M, DIM_TILE], tl.float32)
     middle = first
     if not WINDOW:
         middle += tl.maximum(tl.minimum(last, start + 1) - first, 0) // TILE * TILE
-        top, sums, mixed = _tiles(
-            top, sums, mixed, query, keys, values, table, position, first, middle, scale, softcap, window,
+        m_i, l_i, acc = _tiles(
+            m_i, l_i, acc, query, keys, values, table, position, first, middle, scale, softcap, window,
             block_stride, DIM, TILE, BLOCK_SIZE, SOFTCAP, False,
         )  # fmt: skip
-    top, sums, mixed = _tiles(
-        top, sums, mixed, query, keys, values, table, position, middle, last, scale, softcap, window, block_stride,
+    m_i, l_i, acc = _tiles(
+        m_i, l_i, acc, query, keys, values, table, position, middle, last, scale, softcap, window, block_stride,
         DIM, TILE, BLOCK_SIZE, SOFTCAP, True,
     )  # fmt: skip
-    return top, tl.max(sums, 1, keep_dims=True), mixed
+    return m_i, tl.max(l_i, 1, keep_dims=True), acc
 
 
 @triton.jit(do_not_specialize=["rows", "table_stride", "parts_stride"])
@@ -183,31 +183,31 @@ def attention_kernel(
         if SPLIT:
             segment = tl.program_id(2)
             if (segment * SEGMENT_SIZE < last) & ((segment + 1) * SEGMENT_SIZE > first_seen):
-                top, total, mixed = _segment(
+                m_i, l_i, acc = _segment(
                     query, layer_keys, layer_values, table, position, start + offset, segment * SEGMENT_SIZE,
                     tl.minimum((segment + 1) * SEGMENT_SIZE, last), scale, softcap, window, block_stride,
                     DIM, DIM_TILE, BLOCK_M, TILE, BLOCK_SIZE, SOFTCAP, WINDOW,
                 )  # fmt: skip
                 at = parts + ((row.to(tl.int64) * HEADS + head) * parts_stride + segment * (DIM + 2))[:, None]
-                tl.store(at, top, mask=valid[:, None])
-                tl.store(at + 1, total, mask=valid[:, None])
-                tl.store(at + 2 + dims[None, :], mixed, mask=mask)
+                tl.store(at, m_i, mask=valid[:, None])
+                tl.store(at + 1, l_i, mask=valid[:, None])
+                tl.store(at + 2 + dims[None, :], acc, mask=mask)
         else:
-            top = tl.full([BLOCK_M, 1], -float("inf"), tl.float32)
-            total = tl.zeros([BLOCK_M, 1], tl.float32)
-            mixed = tl.zeros([BLOCK_M, DIM_TILE], tl.float32)
+            m_i = tl.full([BLOCK_M, 1], -float("inf"), tl.float32)
+            l_i = tl.zeros([BLOCK_M, 1], tl.float32)
+            acc = tl.zeros([BLOCK_M, DIM_TILE], tl.float32)
             for segment in range(first_seen // SEGMENT_SIZE, tl.cdiv(last, SEGMENT_SIZE)):
-                next_top, next_total, next_mixed = _segment(
+                next_m, next_l, next_acc = _segment(
                     query, layer_keys, layer_values, table, position, start + offset, segment * SEGMENT_SIZE,
                     tl.minimum((segment + 1) * SEGMENT_SIZE, last), scale, softcap, window, block_stride,
                     DIM, DIM_TILE, BLOCK_M, TILE, BLOCK_SIZE, SOFTCAP, WINDOW,
                 )  # fmt: skip
-                top, total, mixed = _fold(top, total, mixed, next_top, next_total, next_mixed)
+                m_i, l_i, acc = _fold(m_i, l_i, acc, next_m, next_l, next_acc)
             if SINKS:
                 sink = tl.load(sinks + head, mask=valid, other=0.0)[:, None] * 1.4426950408889634
-                top, total, mixed = _fold(top, total, mixed, sink, sink * 0.0 + 1.0, mixed * 0.0)
+                m_i, l_i, acc = _fold(m_i, l_i, acc, sink, sink * 0.0 + 1.0, acc * 0.0)
             at = out + (lane_token[:, None] * HEADS + head[:, None]) * DIM + dims[None, :]
-            tl.store(at, (mixed / total).to(out.dtype.element_ty), mask=mask)
+            tl.store(at, (acc / l_i).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["parts_stride"])
@@ -222,17 +222,17 @@ def merge_kernel(
         position = tl.load(starts + row)
         dims = tl.arange(0, DIM_TILE)
         mask = dims < DIM
-        top, total = tl.full([], -float("inf"), tl.float32), tl.zeros([], tl.float32)
-        mixed = tl.zeros([DIM_TILE], tl.float32)
+        m_i, l_i = tl.full([], -float("inf"), tl.float32), tl.zeros([], tl.float32)
+        acc = tl.zeros([DIM_TILE], tl.float32)
         first_seen = tl.maximum(position - window + 1, 0)
         for segment in tl.range(first_seen // SEGMENT_SIZE, position // SEGMENT_SIZE + 1, loop_unroll_factor=4):
             at = parts + (row.to(tl.int64) * HEADS + head) * parts_stride + segment * (DIM + 2)
-            next_mixed = tl.load(at + 2 + dims, mask=mask, other=0.0)
-            top, total, mixed = _fold(top, total, mixed, tl.load(at), tl.load(at + 1), next_mixed)
+            next_acc = tl.load(at + 2 + dims, mask=mask, other=0.0)
+            m_i, l_i, acc = _fold(m_i, l_i, acc, tl.load(at), tl.load(at + 1), next_acc)
         if SINKS:
             sink = tl.load(sinks + head) * 1.4426950408889634
-            top, total, mixed = _fold(top, total, mixed, sink, sink * 0.0 + 1.0, mixed * 0.0)
-        tl.store(out + (token * HEADS + head) * DIM + dims, (mixed / total).to(out.dtype.element_ty), mask=mask)
+            m_i, l_i, acc = _fold(m_i, l_i, acc, sink, sink * 0.0 + 1.0, acc * 0.0)
+        tl.store(out + (token * HEADS + head) * DIM + dims, (acc / l_i).to(out.dtype.element_ty), mask=mask)
 
 
 def attention(

@@ -1,6 +1,6 @@
 """The kernels of products: weights of 16 and 32 bits, int8, int4 and fp8, and the rounding of inputs.
 
-A tile is computed on its side, `y^T = W x^T`: the weight is the left operand, which matrix units take from registers,
+A tile is computed on its side, `y^T = W x^T`: the weight is the left operand, which tensor cores take from registers,
 where integers become floats; rows are the right one, which may be as narrow as 16. So one row and eight thousand go
 through the same matrix instruction, in which an output is one chain of sums over the inputs, from first to last.
 """

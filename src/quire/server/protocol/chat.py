@@ -8,7 +8,7 @@ from quire.errors import InvalidRequestError, unknown_name_message
 from quire.sampling_params import SamplingParams
 from quire.server.limits import Limits
 from quire.server.protocol.fields import CHAT, flag, take
-from quire.server.protocol.sampling import Delivery, make_params, take_delivery
+from quire.server.protocol.sampling import ResponseOptions, make_params, take_options
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _MESSAGE_FIELDS = ("role", "content", "name")
@@ -54,7 +54,7 @@ class ChatCall:
 
     conversation: Conversation
     params: SamplingParams
-    delivery: Delivery
+    options: ResponseOptions
     top_logprobs: int | None
     """None: no logprobs; 0: the chosen tokens' only."""
     wants_prompt_logprobs: bool
@@ -71,13 +71,13 @@ def parse_chat(body: Mapping[str, Any], defaults: SamplingParams, limits: Limits
         ApiError: a count past its limit.
     """
     taken = take(body, CHAT, limits)
-    delivery = take_delivery(taken)
+    options = take_options(taken)
     conversation = take_conversation(taken, limits)
     echo, wants_prompt_text = flag(taken, "echo", False), flag(taken, "return_prompt_text", False)
     top_logprobs = _top_logprobs(taken)
     overrides: dict[str, Any] = {"logprobs": top_logprobs, "max_tokens": taken.get("max_tokens")}
     try:
-        params = make_params(taken, defaults, stream=delivery.stream, overrides=overrides)
+        params = make_params(taken, defaults, stream=options.stream, overrides=overrides)
     except InvalidRequestError as error:
         if error.param == "logprobs":  # here the count has another name
             raise InvalidRequestError("top_" + error.message, param="top_logprobs") from error
@@ -87,7 +87,7 @@ def parse_chat(body: Mapping[str, Any], defaults: SamplingParams, limits: Limits
     return ChatCall(
         conversation,
         params,
-        delivery,
+        options,
         top_logprobs,
         wants_prompt_logprobs=params.prompt_logprobs is not None,
         wants_prompt_text=wants_prompt_text,

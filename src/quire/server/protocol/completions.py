@@ -8,7 +8,7 @@ from quire.errors import InvalidRequestError
 from quire.sampling_params import SamplingParams
 from quire.server.limits import Limits
 from quire.server.protocol.fields import COMPLETIONS, flag, take
-from quire.server.protocol.sampling import Delivery, make_params, take_delivery
+from quire.server.protocol.sampling import ResponseOptions, make_params, take_options
 
 Prompt = str | list[int]
 
@@ -19,7 +19,7 @@ class CompletionCall:
 
     prompts: list[Prompt]
     params: SamplingParams
-    delivery: Delivery
+    options: ResponseOptions
     logprobs: int | None
     echo: bool
     add_special_tokens: bool
@@ -36,7 +36,7 @@ def parse_completion(body: Mapping[str, Any], defaults: SamplingParams, limits: 
         ApiError: a count past its limit.
     """
     taken = take(body, COMPLETIONS, limits)
-    delivery = take_delivery(taken)
+    options = take_options(taken)
     prompts = _prompts(taken.pop("prompt", None), limits)
     echo = flag(taken, "echo", False)
     add_special_tokens = flag(taken, "add_special_tokens", True)
@@ -51,11 +51,11 @@ def parse_completion(body: Mapping[str, Any], defaults: SamplingParams, limits: 
     if echo and type(logprobs) is int:
         asked = taken.get("prompt_logprobs", 0)
         overrides["prompt_logprobs"] = max(logprobs, asked) if type(asked) is int else asked
-    params = make_params(taken, defaults, stream=delivery.stream, overrides=overrides)
+    params = make_params(taken, defaults, stream=options.stream, overrides=overrides)
     if len(prompts) * params.n > limits.sequences.value:
         raise limits.sequences.error(f"{len(prompts)} x {params.n}")
     return CompletionCall(
-        prompts, params, delivery, logprobs, echo, add_special_tokens, prompt_only, wants_prompt_logprobs
+        prompts, params, options, logprobs, echo, add_special_tokens, prompt_only, wants_prompt_logprobs
     )
 
 

@@ -93,7 +93,7 @@ REFUSED_CHAT = {
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class RequestSchema:
     """The fields of one route."""
 
     honoured: frozenset[str]
@@ -110,23 +110,23 @@ _TEMPLATE_FIELDS = frozenset(
     "messages add_generation_prompt continue_final_message chat_template chat_template_kwargs documents "
     "add_special_tokens".split()
 )
-COMPLETIONS = Door(
+COMPLETIONS = RequestSchema(
     SAMPLING | COMMON | {"prompt", "add_special_tokens"}, REFUSED_EVERYWHERE | REFUSED_COMPLETIONS, aliases=ALIASES
 )
-CHAT = Door(
+CHAT = RequestSchema(
     SAMPLING | COMMON | _TEMPLATE_FIELDS | {"top_logprobs", "return_prompt_text"},
     REFUSED_EVERYWHERE | REFUSED_CHAT,
     aliases=ALIASES,
 )
-TOKENIZE = Door(frozenset({"model", "prompt", "add_special_tokens", "return_token_strs"}))
-TOKENIZE_CHAT = Door(
+TOKENIZE = RequestSchema(frozenset({"model", "prompt", "add_special_tokens", "return_token_strs"}))
+TOKENIZE_CHAT = RequestSchema(
     _TEMPLATE_FIELDS | {"model", "return_token_strs"},
     {name: REFUSED_CHAT[name] for name in ("tools", "mm_processor_kwargs")},
 )
-DETOKENIZE = Door(frozenset({"model", "tokens"}))
+DETOKENIZE = RequestSchema(frozenset({"model", "tokens"}))
 
 
-def take(body: Mapping[str, Any], door: Door, limits: Limits) -> dict[str, Any]:
+def take(body: Mapping[str, Any], door: RequestSchema, limits: Limits) -> dict[str, Any]:
     """The honoured fields under their canonical names. A null is a field left out.
 
     Raises:

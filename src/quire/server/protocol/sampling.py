@@ -28,7 +28,7 @@ class Truncation:
 
 
 @dataclass(frozen=True, slots=True)
-class Delivery:
+class ResponseOptions:
     """How an answer is sent, and what travels beside the sampling parameters."""
 
     model: str | None
@@ -53,7 +53,7 @@ class Delivery:
     """What the client itself asked for: it must fit, where a default may be cut short."""
 
 
-def take_delivery(taken: dict[str, Any]) -> Delivery:
+def take_options(taken: dict[str, Any]) -> ResponseOptions:
     """Take the shared fields out of `taken`.
 
     Raises:
@@ -71,7 +71,7 @@ def take_delivery(taken: dict[str, Any]) -> Delivery:
         raise InvalidRequestError(f"cache_salt must be a string of at most {MAX_SALT_BYTES} bytes", param="cache_salt")
     options = _stream_options(taken, stream)
     asked = taken.get("max_tokens")
-    return Delivery(
+    return ResponseOptions(
         model=model,
         stream=stream,
         include_usage=options.get("include_usage") is True,

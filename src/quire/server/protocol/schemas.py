@@ -9,7 +9,7 @@ from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
 from quire.sampling_params import Range, SamplingParams
 from quire.server.limits import MAX_TIMEOUT_SECONDS, Limits
 from quire.server.protocol.chat import ROLES
-from quire.server.protocol.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, TOKENIZE_CHAT, Door
+from quire.server.protocol.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE, TOKENIZE_CHAT, RequestSchema
 from quire.server.protocol.sampling import REQUEST_ID, STREAM_INTERVAL
 
 Schema = dict[str, Any]
@@ -114,7 +114,7 @@ def _message(limits: Limits) -> Schema:
     return record(properties, ("role", "content"))
 
 
-def _body(door: Door, limits: Limits, own: Mapping[str, Schema], required: tuple[str, ...] = ()) -> Schema:
+def _body(door: RequestSchema, limits: Limits, own: Mapping[str, Schema], required: tuple[str, ...] = ()) -> Schema:
     known = {**_shared_fields(limits), **own}
     properties = {name: or_null(known[name]) for name in sorted(door.honoured)}
     properties |= {name: known[name] for name in required}

@@ -11,13 +11,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from quire.outputs import CompletionOutput, RequestOutput
-from quire.server.context import Asker, ServerContext, new_id
+from quire.server.context import RequestContext, ServerContext, new_id
 from quire.server.delivery import deliver, naming_param
-from quire.server.protocol import answers
+from quire.server.protocol import responses
 from quire.server.protocol.chat import ChatCall, Conversation, parse_chat
-from quire.server.protocol.fit import fit_prompt
-from quire.server.protocol.tally import Tally
-from quire.server.streams import Outputs, final_outputs, merged, spaced
+from quire.server.protocol.truncation import truncate_prompt
+from quire.server.protocol.usage import Usage
+from quire.server.streams import Outputs, last_outputs, merged, coalesce
 
 
 async def create_chat_completion(request: Request) -> Response:
@@ -25,9 +25,9 @@ async def create_chat_completion(request: Request) -> Response:
     context: ServerContext = request.app.state.context
     defaults = context.engine.get_default_sampling_params()
     call = await context.bodies.read(request, lambda body: parse_chat(body, defaults, context.limits))
-    answer = _Answer(context, call, context.asker(request, call.delivery.cache_salt, call.delivery.timeout_s))
+    answer = _Answer(context, call, context.request_context(request, call.options.cache_salt, call.options.timeout_s))
     with naming_param("prompt", "messages"):
-        return await deliver(request, answer, stream=call.delivery.stream)
+        return await deliver(request, answer, stream=call.options.stream)
 
 
 async def encode_conversation(context: ServerContext, conversation: Conversation) -> list[int]:
@@ -46,68 +46,68 @@ async def encode_conversation(context: ServerContext, conversation: Conversation
 class _Answer:
     """One answer under way."""
 
-    def __init__(self, context: ServerContext, call: ChatCall, asker: Asker) -> None:
-        self._context, self._call, self._asker = context, call, asker
-        self._id = new_id("chatcmpl", call.delivery.request_id)
+    def __init__(self, context: ServerContext, call: ChatCall, request: RequestContext) -> None:
+        self._context, self._call, self._request = context, call, request
+        self._id = new_id("chatcmpl", call.options.request_id)
         self._head: dict[str, Any] = {
             "id": self._id,
-            "object": "chat.completion.chunk" if call.delivery.stream else "chat.completion",
+            "object": "chat.completion.chunk" if call.options.stream else "chat.completion",
             "created": int(time.time()),
-            "model": context.resolve_name(call.delivery.model),
-            "system_fingerprint": answers.FINGERPRINT,
+            "model": context.resolve_name(call.options.model),
+            "system_fingerprint": responses.FINGERPRINT,
         }
-        self._tally = Tally(1, shows_cached=context.show_cached_tokens)
+        self._usage = Usage(1, shows_cached=context.show_cached_tokens)
 
     def headers(self) -> dict[str, str]:
         """Its id and where its time went."""
-        return {"x-request-id": self._id, "server-timing": self._tally.server_timing()}
+        return {"x-request-id": self._id, "server-timing": self._usage.server_timing()}
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
         with self._inside():
-            (output,) = await final_outputs([await self._start()])
-        self._tally.see(0, output)
+            (output,) = await last_outputs([await self._start()])
+        self._usage.see(0, output)
         choices = [
             {
                 "index": choice.index,
                 "message": {"role": "assistant", "content": self._call.echoed + choice.text, "refusal": None},
                 "logprobs": self._logprobs(choice),
-                "finish_reason": answers.check_finish(output, choice),
+                "finish_reason": responses.check_finish(output, choice),
                 "stop_reason": choice.stop_reason,
                 **self._token_ids(choice),
             }
             for choice in output.outputs
         ]
-        content = {**self._head, "choices": choices, "usage": self._tally.usage(), "timings": self._tally.timings()}
+        content = {**self._head, "choices": choices, "usage": self._usage.counts(), "timings": self._usage.timings()}
         if self._call.wants_prompt_logprobs:
-            content["prompt_logprobs"] = answers.prompt_logprobs(output.prompt_logprobs)
+            content["prompt_logprobs"] = responses.prompt_logprobs(output.prompt_logprobs)
         return {**content, **await self._of_prompt(output)}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in pieces: for each choice its role, what it says, why it ended; then usage."""
-        delivery, tally = self._call.delivery, self._tally
+        options, usage = self._call.options, self._usage
         begun: set[int] = set()
         with self._inside():
-            async with aclosing(merged([spaced(await self._start(), delivery.stream_interval)])) as outputs:
+            async with aclosing(merged([coalesce(await self._start(), options.stream_interval)])) as outputs:
                 async for _, output in outputs:
-                    tally.see(0, output)
+                    usage.see(0, output)
                     pieces = [piece for choice in output.outputs for piece in self._pieces(output, choice, begun)]
                     for piece in pieces:
                         event = {**self._head, "choices": [piece]}
-                        if delivery.continuous_usage:
-                            event["usage"] = tally.usage()
-                        elif delivery.include_usage:
+                        if options.continuous_usage:
+                            event["usage"] = usage.counts()
+                        elif options.include_usage:
                             event["usage"] = None
                         if "role" in piece["delta"]:
                             event |= await self._of_prompt(output)
-                        if tally.finished and piece is pieces[-1] and not delivery.include_usage:
-                            event["timings"] = tally.timings()
+                        if usage.finished and piece is pieces[-1] and not options.include_usage:
+                            event["timings"] = usage.timings()
                         yield event
-        if delivery.include_usage:
-            yield {**self._head, "choices": [], "usage": tally.usage(), "timings": tally.timings()}
+        if options.include_usage:
+            yield {**self._head, "choices": [], "usage": usage.counts(), "timings": usage.timings()}
 
     def _pieces(self, output: RequestOutput, choice: CompletionOutput, begun: set[int]) -> list[dict[str, Any]]:
-        finish_reason = answers.check_finish(output, choice)
+        finish_reason = responses.check_finish(output, choice)
         pieces = []
         if choice.index not in begun:
             begun.add(choice.index)
@@ -124,22 +124,22 @@ class _Answer:
         engine, call = self._context.engine, self._call
         token_ids = await encode_conversation(self._context, call.conversation)
         return engine.generate(
-            {"prompt_token_ids": fit_prompt(token_ids, call.delivery, engine.max_model_len)},
+            {"prompt_token_ids": truncate_prompt(token_ids, call.options, engine.max_model_len)},
             call.params,
             request_id=self._id,
-            priority=call.delivery.priority,
-            cache_salt=self._asker.cache_salt,
-            caller=self._asker.caller,
-            timeout_s=self._asker.timeout_s,
+            priority=call.options.priority,
+            cache_salt=self._request.cache_salt,
+            caller=self._request.caller,
+            timeout_s=self._request.timeout_s,
         )
 
     def _inside(self) -> AbstractContextManager[None]:
-        return self._context.gate.inside(f"{self._asker.caller.name}/{self._id}")
+        return self._context.gate.inside(f"{self._request.caller.name}/{self._id}")
 
     async def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
         """What was asked for of the prompt as the model read it."""
         found: dict[str, Any] = {}
-        if self._call.delivery.return_token_ids:
+        if self._call.options.return_token_ids:
             found["prompt_token_ids"] = output.prompt_token_ids
         if self._call.wants_prompt_text:
             decode = self._context.engine.get_tokenizer().decode
@@ -147,15 +147,15 @@ class _Answer:
         return found
 
     def _token_ids(self, choice: CompletionOutput) -> dict[str, Any]:
-        return {"token_ids": choice.token_ids} if self._call.delivery.return_token_ids else {}
+        return {"token_ids": choice.token_ids} if self._call.options.return_token_ids else {}
 
     def _logprobs(self, choice: CompletionOutput) -> dict[str, Any] | None:
         top = self._call.top_logprobs
         if top is None:
             return None
         bytes_of = self._context.engine.get_tokenizer().token_bytes
-        names = answers.TokenNames(bytes_of, as_ids=self._call.delivery.tokens_as_token_ids)
-        return answers.chat_logprobs(choice, top, self._call.params.logprob_token_ids or (), names)
+        names = responses.TokenNames(bytes_of, as_ids=self._call.options.tokens_as_token_ids)
+        return responses.chat_logprobs(choice, top, self._call.params.logprob_token_ids or (), names)
 
 
 def _piece(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:

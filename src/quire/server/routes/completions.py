@@ -10,13 +10,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
-from quire.server.context import Asker, ServerContext, new_id
+from quire.server.context import RequestContext, ServerContext, new_id
 from quire.server.delivery import deliver, naming_param
-from quire.server.protocol import answers
+from quire.server.protocol import responses
 from quire.server.protocol.completions import CompletionCall, parse_completion
-from quire.server.protocol.fit import fit_prompt
-from quire.server.protocol.tally import Tally
-from quire.server.streams import Outputs, final_outputs, merged, spaced
+from quire.server.protocol.truncation import truncate_prompt
+from quire.server.protocol.usage import Usage
+from quire.server.streams import Outputs, last_outputs, merged, coalesce
 
 
 async def create_completion(request: Request) -> Response:
@@ -24,67 +24,67 @@ async def create_completion(request: Request) -> Response:
     context: ServerContext = request.app.state.context
     defaults = context.engine.get_default_sampling_params()
     call = await context.bodies.read(request, lambda body: parse_completion(body, defaults, context.limits))
-    answer = _Answer(context, call, context.asker(request, call.delivery.cache_salt, call.delivery.timeout_s))
+    answer = _Answer(context, call, context.request_context(request, call.options.cache_salt, call.options.timeout_s))
     with naming_param("prompt_token_ids", "prompt"):
-        return await deliver(request, answer, stream=call.delivery.stream)
+        return await deliver(request, answer, stream=call.options.stream)
 
 
 class _Answer:
     """One answer under way."""
 
-    def __init__(self, context: ServerContext, call: CompletionCall, asker: Asker) -> None:
-        self._context, self._call, self._asker = context, call, asker
-        self._id = new_id("cmpl", call.delivery.request_id)
+    def __init__(self, context: ServerContext, call: CompletionCall, request: RequestContext) -> None:
+        self._context, self._call, self._request = context, call, request
+        self._id = new_id("cmpl", call.options.request_id)
         self._head: dict[str, Any] = {
             "id": self._id,
             "object": "text_completion",
             "created": int(time.time()),
-            "model": context.resolve_name(call.delivery.model),
-            "system_fingerprint": answers.FINGERPRINT,
+            "model": context.resolve_name(call.options.model),
+            "system_fingerprint": responses.FINGERPRINT,
         }
         self._texts: list[str | None] = []
         """Of each prompt, where it is known as it was sent."""
         self._offsets: dict[int, int] = {}
         shows_cached = context.show_cached_tokens
-        self._tally = Tally(len(call.prompts), shows_cached=shows_cached, prompt_only=call.prompt_only)
+        self._usage = Usage(len(call.prompts), shows_cached=shows_cached, prompt_only=call.prompt_only)
 
     def headers(self) -> dict[str, str]:
         """Its id and where its time went."""
-        return {"x-request-id": self._id, "server-timing": self._tally.server_timing()}
+        return {"x-request-id": self._id, "server-timing": self._usage.server_timing()}
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
         with self._inside():
-            outputs = await final_outputs(await self._start())
+            outputs = await last_outputs(await self._start())
         choices = []
         for number, output in enumerate(outputs):
-            self._tally.see(number, output)
+            self._usage.see(number, output)
             choices += [self._choice(number, output, choice) for choice in output.outputs]
-        return {**self._head, "choices": choices, "usage": self._tally.usage(), "timings": self._tally.timings()}
+        return {**self._head, "choices": choices, "usage": self._usage.counts(), "timings": self._usage.timings()}
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in pieces."""
-        delivery, tally = self._call.delivery, self._tally
+        options, usage = self._call.options, self._usage
         with self._inside():
             async with aclosing(
-                merged([spaced(item, delivery.stream_interval) for item in await self._start()])
+                merged([coalesce(item, options.stream_interval) for item in await self._start()])
             ) as outputs:
                 async for number, output in outputs:
-                    tally.see(number, output)
+                    usage.see(number, output)
                     for choice in output.outputs:
                         event = {**self._head, "choices": [self._choice(number, output, choice)]}
-                        if delivery.continuous_usage:
-                            event["usage"] = tally.usage()
-                        elif delivery.include_usage:
+                        if options.continuous_usage:
+                            event["usage"] = usage.counts()
+                        elif options.include_usage:
                             event["usage"] = None
-                        if tally.finished and choice is output.outputs[-1] and not delivery.include_usage:
-                            event["timings"] = tally.timings()
+                        if usage.finished and choice is output.outputs[-1] and not options.include_usage:
+                            event["timings"] = usage.timings()
                         yield event
-        if delivery.include_usage:
-            yield {**self._head, "choices": [], "usage": tally.usage(), "timings": tally.timings()}
+        if options.include_usage:
+            yield {**self._head, "choices": [], "usage": usage.counts(), "timings": usage.timings()}
 
     def _inside(self) -> AbstractContextManager[None]:
-        return self._context.gate.inside(f"{self._asker.caller.name}/{self._id}")
+        return self._context.gate.inside(f"{self._request.caller.name}/{self._id}")
 
     async def _start(self) -> list[Outputs]:
         """Every prompt is checked before the first one starts."""
@@ -95,17 +95,17 @@ class _Answer:
             token_ids: Sequence[int] = prompt if isinstance(prompt, list) else []
             if text is not None:
                 token_ids = await engine.encode(text, add_special_tokens=call.add_special_tokens)
-            prompts.append(fit_prompt(token_ids, call.delivery, engine.max_model_len))
+            prompts.append(truncate_prompt(token_ids, call.options, engine.max_model_len))
             self._texts.append(text if len(prompts[-1]) == len(token_ids) else None)
         return [
             engine.generate(
                 {"prompt_token_ids": token_ids},
                 call.params,
                 request_id=f"{self._id}/{number}",
-                priority=call.delivery.priority,
-                cache_salt=self._asker.cache_salt,
-                caller=self._asker.caller,
-                timeout_s=self._asker.timeout_s,
+                priority=call.options.priority,
+                cache_salt=self._request.cache_salt,
+                caller=self._request.caller,
+                timeout_s=self._request.timeout_s,
             )
             for number, token_ids in enumerate(prompts)
         ]
@@ -124,14 +124,14 @@ class _Answer:
             "index": index,
             "text": (self._prompt_text(number, output) if echoes else "") + ("" if call.prompt_only else choice.text),
             "logprobs": logprobs,
-            "finish_reason": answers.check_finish(output, choice),
+            "finish_reason": responses.check_finish(output, choice),
             "stop_reason": choice.stop_reason,
         }
-        if call.delivery.return_token_ids:
+        if call.options.return_token_ids:
             content["token_ids"] = [] if call.prompt_only else choice.token_ids
             content["prompt_token_ids"] = output.prompt_token_ids if is_first else None
         if call.wants_prompt_logprobs:
-            content["prompt_logprobs"] = answers.prompt_logprobs(output.prompt_logprobs)
+            content["prompt_logprobs"] = responses.prompt_logprobs(output.prompt_logprobs)
         return content
 
     def _logprobs(
@@ -143,8 +143,8 @@ class _Answer:
         if not self._call.prompt_only:
             spans += zip(choice.token_ids, choice.logprobs or [], strict=True)
         bytes_of = self._context.engine.get_tokenizer().token_bytes
-        names = answers.TokenNames(bytes_of, as_ids=self._call.delivery.tokens_as_token_ids)
-        return answers.completion_logprobs(spans, top, self._call.params.logprob_token_ids or (), offset, names)
+        names = responses.TokenNames(bytes_of, as_ids=self._call.options.tokens_as_token_ids)
+        return responses.completion_logprobs(spans, top, self._call.params.logprob_token_ids or (), offset, names)
 
     def _prompt_text(self, number: int, output: RequestOutput) -> str:
         text = self._texts[number]

@@ -1,0 +1,250 @@
+// Attention on vectors: float32 arithmetic over keys and values of any storage.
+//
+// A head block of the cache (one block for one head) is
+//
+//   | keys: tiles of 16 positions, each [head_dim][16] | values: [slots][value_dim] |
+//
+// Keys lie transposed so that one vector holds one dimension of several positions and scores need no sum across lanes.
+#pragma once
+
+#include "attention/vector/softmax.h"
+#include "elementwise/rotate.h"
+
+namespace quire::QUIRE_ISA {
+
+constexpr int64_t kVectorQueries = 48;  // query vectors (tokens x heads of a group) of a work item, about
+constexpr int64_t kConvertQueries = 9;  // from here on keys and values of a chunk are converted to float32 once
+
+struct NaturalExponential {
+    static constexpr float kUnit = 1.0f;  // a logit, in scores
+    static Floats of(Floats x) { return exp(x); }
+};
+
+template <class T>
+void write_token(const AttentionArgs& args, int64_t row, int64_t token, int64_t head, float* room) {
+    const CacheLayout& cache = args.cache;
+    const int64_t position = args.starts[row] + token - args.query_starts[row];
+    const int64_t block = args.tables[row * args.table_stride + position / cache.block_size];
+    const int64_t slot = position % cache.block_size;
+    T* keys = reinterpret_cast<T*>(cache.head_block(args.layer, block, head));
+    T* values = keys + cache.slots() * cache.head_dim + slot * cache.value_dim();
+    keys += slot / kTile * kTile * cache.head_dim + slot % kTile;
+    const float* k = args.k + token * args.k_stride + head * cache.head_dim;
+    const float* v = args.v + token * args.v_stride + head * cache.head_dim;
+    k = rotated(args.rope, position, k, cache.head_dim, room);
+    for (int64_t d = 0; d < cache.head_dim; ++d) round_to(k[d], keys + d * kTile);
+    for (int64_t d = 0; d < cache.head_dim; ++d) round_to(v[d], values + d);
+    for (int64_t d = cache.head_dim; d < cache.value_dim(); ++d) round_to(0.0f, values + d);
+}
+
+// The 16 positions from `position` on (a multiple of 16), of which those before `end` exist. Where blocks are whole
+// tiles they lie in one block; otherwise they are gathered into `room` [16 * (head_dim + value_dim)].
+template <class T>
+void find_tile(const AttentionArgs& args, const WorkItem& item, int64_t position, int64_t end, T* room, const T** keys,
+               const T** values) {
+    const CacheLayout& cache = args.cache;
+    const int32_t* table = args.tables + item.row * args.table_stride;
+    const int64_t size = cache.block_size;
+    const int64_t key_items = cache.slots() * cache.head_dim;
+    if (size % kTile == 0) {
+        const T* block =
+            reinterpret_cast<const T*>(cache.head_block(args.layer, table[position / size], item.head));
+        *keys = block + position % size * cache.head_dim;
+        *values = block + key_items + position % size * cache.value_dim();
+        return;
+    }
+    T* room_values = room + kTile * cache.head_dim;
+    for (int64_t j = 0; j < smaller(kTile, end - position); ++j) {
+        const int64_t slot = (position + j) % size;
+        const T* block =
+            reinterpret_cast<const T*>(cache.head_block(args.layer, table[(position + j) / size], item.head));
+        const T* from = block + slot / kTile * kTile * cache.head_dim + slot % kTile;
+        for (int64_t d = 0; d < cache.head_dim; ++d) room[d * kTile + j] = from[d * kTile];
+        __builtin_memcpy(room_values + j * cache.value_dim(), block + key_items + slot * cache.value_dim(),
+                         cache.value_dim() * sizeof(T));
+    }
+    *keys = room;
+    *values = room_values;
+}
+
+// A worker's memory for one item.
+struct Scratch {
+    SoftmaxState* splits;  // [queries]: the softmax of the current KV split
+    SoftmaxState* merged;  // [queries]: of the splits before
+    const float** queries;  // [queries]: as they are, or rotated
+    float* converted;
+    void* gathered;
+
+    static size_t bytes(const AttentionArgs& args, int64_t queries) {
+        const int64_t chunk = kChunk * (args.cache.head_dim + args.cache.value_dim());
+        const int64_t states = queries * 2 * (args.cache.value_dim() + int64_t(sizeof(SoftmaxState) / 4));
+        return (states + 2 * chunk + queries * (args.cache.head_dim + 2) + 64) * sizeof(float);
+    }
+
+    Scratch(const AttentionArgs& args, const WorkItem& item, void* memory) {
+        const int64_t dims = args.cache.value_dim(), queries = item.tokens * group_of(args);
+        float* next = static_cast<float*>(memory);
+        converted = next;
+        next += kChunk * (args.cache.head_dim + dims);
+        gathered = next;
+        next += kChunk * (args.cache.head_dim + dims);
+        float* acc = next;
+        splits = reinterpret_cast<SoftmaxState*>(next + 2 * queries * dims);
+        merged = splits + queries;
+        this->queries = reinterpret_cast<const float**>(merged + queries);
+        find_queries(args, item, reinterpret_cast<float*>(this->queries + queries));
+        for (int64_t i = 0; i < queries; ++i) {
+            splits[i].acc = acc + i * dims;
+            merged[i] = {-__builtin_inff(), 0.0f, acc + (queries + i) * dims};
+            __builtin_memset(merged[i].acc, 0, dims * sizeof(float));
+        }
+    }
+
+private:
+    void find_queries(const AttentionArgs& args, const WorkItem& item, float* room) {
+        const int64_t group = group_of(args), head_dim = args.cache.head_dim;
+        for (int64_t i = 0; i < item.tokens * group; ++i, room += head_dim) {
+            const int64_t token = item.first_token + i / group, head = item.head * group + i % group;
+            const float* q = args.q + token * args.q_stride + head * head_dim;
+            queries[i] = rotated(args.rope, token_position(args, item, i / group), q, head_dim, room);
+        }
+    }
+};
+
+template <class T>
+Chunk<float> convert_chunk(const AttentionArgs& args, const Chunk<T>& chunk, float* room) {
+    Chunk<float> result;
+    const int64_t key_items = kTile * args.cache.head_dim;
+    const int64_t value_items = kTile * args.cache.value_dim();
+    for (int64_t tile = 0; tile < kTiles; ++tile) {
+        result.keys[tile] = room;
+        for (int64_t i = 0; i < key_items; i += kLanes) store(room + i, load(chunk.keys[tile] + i));
+        room += key_items;
+        result.values[tile] = room;
+        for (int64_t i = 0; i < value_items; i += kLanes) store(room + i, load(chunk.values[tile] + i));
+        room += value_items;
+    }
+    return result;
+}
+
+// All queries of the item, in groups of up to four, against the chunk whose first position is `base`.
+template <class T>
+void attend_queries(const AttentionArgs& args, const WorkItem& item, const Chunk<T>& chunk, int64_t base,
+                    const Scratch& scratch) {
+    const int64_t group = group_of(args);
+    const int64_t queries = item.tokens * group;
+    const float* vectors[kQueries];
+    SoftmaxState* running[kQueries];
+    int64_t low[kQueries], high[kQueries];
+    int count = 0;
+    for (int64_t i = 0; i < queries; ++i) {
+        const int64_t position = item.first_position + i / group;
+        low[count] = larger(0, begin_of(args, position) - base);
+        high[count] = smaller(kChunk, position + 1 - base);
+        if (low[count] < high[count]) {
+            vectors[count] = scratch.queries[i];
+            running[count++] = scratch.splits + i;
+        }
+        if (count < kQueries && i + 1 < queries) continue;
+        switch (count) {
+            case 0: break;
+            case 1: attend_chunk<1, T>(args, vectors, chunk, low, high, running); break;
+            case 2: attend_chunk<2, T>(args, vectors, chunk, low, high, running); break;
+            case 3: attend_chunk<3, T>(args, vectors, chunk, low, high, running); break;
+            default: attend_chunk<4, T>(args, vectors, chunk, low, high, running); break;
+        }
+        count = 0;
+    }
+}
+
+// Prefetches the tiles of the chunk after the one at `base`.
+template <class T>
+void prefetch_next(const AttentionArgs& args, const WorkItem& item, int64_t base, int64_t stop) {
+    const CacheLayout& cache = args.cache;
+    if (cache.block_size % kTile != 0) return;
+    const int64_t tile_bytes = kTile * (cache.head_dim + cache.value_dim()) * int64_t(sizeof(T));
+    for (int64_t position = base + kChunk; position < smaller(stop, base + 2 * kChunk); position += kTile) {
+        const T *keys, *values;
+        find_tile<T>(args, item, position, stop, nullptr, &keys, &values);
+        const char* key_bytes = reinterpret_cast<const char*>(keys);
+        const char* value_bytes = reinterpret_cast<const char*>(values);
+        for (int64_t at = 0; at < tile_bytes / 2; at += 64) {
+            __builtin_prefetch(key_bytes + at, 0, 2);
+            __builtin_prefetch(value_bytes + at, 0, 2);
+        }
+    }
+}
+
+template <class T>
+void attend_split(const AttentionArgs& args, const WorkItem& item, int64_t split, Scratch& scratch) {
+    const CacheLayout& cache = args.cache;
+    const int64_t queries = item.tokens * group_of(args);
+    const int64_t begin = begin_of(args, item.first_position);
+    const int64_t end = item.first_position + item.tokens;
+    for (int64_t i = 0; i < queries; ++i) {
+        scratch.splits[i].m = -__builtin_inff();
+        scratch.splits[i].l = 0.0f;
+        __builtin_memset(scratch.splits[i].acc, 0, cache.value_dim() * sizeof(float));
+    }
+    const int64_t stop = smaller(end, (split + 1) * kKvSplit);
+    for (int64_t base = larger(split * kKvSplit, begin / kChunk * kChunk); base < stop; base += kChunk) {
+        prefetch_next<T>(args, item, base, stop);
+        Chunk<T> chunk;
+        for (int64_t tile = 0; tile < kTiles; ++tile) {
+            // A tile past the end is the last one again; its scores are never looked at.
+            const int64_t position = smaller(base + tile * kTile, (end - 1) / kTile * kTile);
+            T* room = static_cast<T*>(scratch.gathered) + tile * kTile * (cache.head_dim + cache.value_dim());
+            find_tile(args, item, position, end, room, &chunk.keys[tile], &chunk.values[tile]);
+        }
+        if (queries < kConvertQueries) {
+            attend_queries(args, item, chunk, base, scratch);
+        } else {
+            attend_queries(args, item, convert_chunk(args, chunk, scratch.converted), base, scratch);
+        }
+    }
+}
+
+// The kernel of a work item; the counterpart of `AmxAttention`.
+template <class T>
+struct VectorAttention {
+    using Exponential = NaturalExponential;
+    struct TileState {};  // it configures no tiles
+
+    static int64_t tile_tokens(int64_t group) { return larger(1, kVectorQueries / group); }
+    // Of a worker, for an item of so many queries.
+    static size_t scratch_bytes(const AttentionArgs& args, int64_t queries) { return Scratch::bytes(args, queries); }
+
+    static void write(const AttentionArgs& args, int64_t row, int64_t token, int64_t count, int64_t head, float* room) {
+        for (const int64_t end = token + count; token < end; ++token) write_token<T>(args, row, token, head, room);
+    }
+
+    static void attend(const LaunchArgs& launch, const WorkItem& item, TileState&, int worker) {
+        const AttentionArgs& args = *launch.args;
+        const int64_t group = group_of(args), dims = args.cache.value_dim();
+        const int64_t queries = item.tokens * group;
+        Scratch scratch(args, item, launch.pool->scratch(worker, Scratch::bytes(args, queries)));
+        if (item.is_split) {
+            attend_split<T>(args, item, item.split, scratch);
+            for (int64_t i = 0; i < queries; ++i) {
+                float* partial = partial_of(launch, item, i);
+                partial[0] = scratch.splits[i].m;
+                partial[1] = scratch.splits[i].l;
+                __builtin_memcpy(partial + 2, scratch.splits[i].acc, dims * sizeof(float));
+            }
+            return;
+        }
+        const int64_t end = item.first_position + item.tokens;
+        for (int64_t split = begin_of(args, item.first_position) / kKvSplit; split * kKvSplit < end; ++split) {
+            attend_split<T>(args, item, split, scratch);
+            for (int64_t i = 0; i < queries; ++i) {
+                merge<Exponential>(scratch.merged[i], scratch.splits[i], dims);
+            }
+        }
+        for (int64_t i = 0; i < queries; ++i) {
+            finish<Exponential>(args, item.first_token + i / group, item.head * group + i % group, scratch.merged[i],
+                                1);
+        }
+    }
+};
+
+}  // namespace quire::QUIRE_ISA

@@ -1,0 +1,109 @@
+// What the binding makes of the arguments of packing and rounding: weights in arrays or files, their biases, their integers.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "binding/checks.h"
+#include "packing/pack.h"
+
+namespace quire {
+
+inline Storage storage_or_raise(const std::string& name) {
+    const auto storage = storage_named(name);
+    require(storage.has_value(), "storage is not one of bfloat16, float16, float32");
+    return *storage;
+}
+
+// An argument [out] that may be None.
+struct Bias {
+    Bias(nb::handle object, int64_t out) {
+        if (object.is_none()) return;
+        array.emplace(object, "bias");
+        require(array->size(0) == out, "pack: one bias for each output is needed");
+    }
+    const float* data() const { return array.has_value() ? array->data() : nullptr; }
+
+    std::optional<Floats1> array;
+};
+
+struct QuantizeJob {
+    static constexpr int64_t kRows = 16;
+
+    QuantizeArgs args;
+    const Kernels* kernels;
+    ThreadPool* pool;
+    int64_t out;
+    const void* weight;
+    int64_t weight_bytes;  // from row to row
+    int8_t* values;
+    int64_t values_stride;
+    float* scales;
+    int64_t scales_stride;
+    std::atomic<bool> finite;
+
+    static void work(void* context, int64_t item, int worker) {
+        QuantizeJob& job = *static_cast<QuantizeJob*>(context);
+        void* const scratch = job.pool->scratch(worker, job.args.scratch_bytes());
+        for (int64_t o = item * kRows; o < job.out && o < (item + 1) * kRows; ++o) {
+            const bool finite = job.kernels->quantize_row(
+                job.args, static_cast<const char*>(job.weight) + o * job.weight_bytes,
+                job.values + o * job.values_stride, job.scales + o * job.scales_stride, scratch);
+            if (!finite) job.finite = false;
+        }
+    }
+};
+
+inline void require_four_bits(const Array<int8_t, 2>& values) {
+    unsigned outside = 0;
+    for (int64_t row = 0; row < values.size(0); ++row) {
+        const int8_t* const at = values.data() + row * values.stride();
+        for (int64_t i = 0; i < values.size(1); ++i) outside |= static_cast<uint8_t>(at[i] + 8) & 0xf0u;
+    }
+    require(outside == 0, "pack: an integer of 4 bits is outside [-8, 7]");
+}
+
+inline void require_eight_bits(const Array<int8_t, 2>& values) {
+    unsigned outside = 0;
+    for (int64_t row = 0; row < values.size(0); ++row) {
+        const int8_t* const at = values.data() + row * values.stride();
+        for (int64_t i = 0; i < values.size(1); ++i) outside |= at[i] == -128;
+    }
+    require(outside == 0, "pack: an integer of 8 bits is outside [-127, 127]");
+}
+
+inline Integers checked_integers(int bits, int64_t group, int levels, int64_t in) {
+    require(bits == 4 || bits == 8, "pack: integers have 4 or 8 bits");
+    require(bits == 8 ? group == in : group == 32 || group == 64 || group == 128, "pack: no such size of groups");
+    require(levels == 127 || levels == 32639, "pack: inputs are of 127 or 32639 levels");
+    require(in < kMaxIntegerInputs, "pack: more inputs than a sum of 32 bits can hold");
+    return {bits, group, levels};
+}
+
+// (in, [(descriptor, offset in bytes, rows), ...])
+inline WeightRows file_rows(nb::handle object, Storage storage) {
+    std::tuple<int64_t, std::vector<std::tuple<int, int64_t, int64_t>>> stated;
+    require(nb::try_cast(object, stated), "pack: not (in, rows of files)");
+    const auto& [in, files] = stated;
+    WeightRows weight{0, in, storage, nullptr, 0, {}};
+    require(in >= 0 && in < INT32_MAX, "pack: a size is out of range");
+    for (const auto& [descriptor, offset, rows] : files) {
+        int64_t end = 0;
+        require(offset >= 0 && rows >= 0 && rows < INT32_MAX - weight.out, "pack: a size is out of range");
+        require(!__builtin_mul_overflow(rows, weight.row_bytes(), &end) && !__builtin_add_overflow(end, offset, &end),
+                "pack: a size is out of range");
+        weight.files.push_back({descriptor, offset, rows});
+        weight.out += rows;
+    }
+    return weight;
+}
+
+}  // namespace quire

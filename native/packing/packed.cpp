@@ -1,0 +1,73 @@
+#include "packing/packed.h"
+
+#include <stdexcept>
+
+namespace quire {
+
+namespace {
+
+// A group of 8 bits is a whole row.
+Integers padded(const Integers& integers, int64_t in) {
+    if (integers.bits != 8) return integers;
+    return {8, in == 0 ? 64 : (in + 63) / 64 * 64, integers.levels};
+}
+
+size_t cache_bytes(const CacheLayout& layout) {
+    return checked_bytes({layout.slots(), layout.head_dim + layout.value_dim(), bytes_of(layout.storage), layout.kv_heads,
+                          layout.blocks, layout.layers});
+}
+
+}  // namespace
+
+PackedLinear::PackedLinear(int64_t out, int64_t in, Storage storage, Layout layout, const Integers& integers,
+                           bool gated, const float* bias, Arena& arena)
+    : out(out), in(in), storage(storage), layout(layout), gated(gated), integers(padded(integers, in)) {
+    const Panels shape = panels();
+    memory_ = arena.take(checked_bytes({shape.panels(), shape.bytes_each()}));
+    if (bias == nullptr) return;
+    bias_.resize(shape.panels() * shape.width());
+    for (size_t i = 0; i < bias_.size(); ++i) {
+        const int64_t row = shape.source(i / shape.width(), i % shape.width());
+        if (row >= 0) bias_[i] = bias[row];
+    }
+}
+
+PackedLinear::PackedLinear(const WeightRows& weight, const float* bias, Layout layout, bool gated,
+                           const Kernels& kernels, ThreadPool& pool, Arena& arena)
+    : PackedLinear(weight.out, weight.in, weight.storage, layout, Integers{}, gated, bias, arena) {
+    fill(weight, kernels, pool);
+}
+
+PackedLinear::PackedLinear(const WeightRows& weight, const float* bias, const Integers& integers, bool gated,
+                           const Kernels& kernels, ThreadPool& pool, Arena& arena)
+    : PackedLinear(weight.out, weight.in, Storage::float32, Layout::integers, integers, gated, bias, arena) {
+    fill(weight, kernels, pool);
+}
+
+PackedLinear::PackedLinear(const IntegerWeight& weight, int64_t out, int64_t in, const float* bias,
+                           const Integers& integers, bool gated, ThreadPool& pool, Arena& arena)
+    : PackedLinear(out, in, Storage::float32, Layout::integers, integers, gated, bias, arena) {
+    pack_integers(weight, panels(), memory_.data, pool);
+}
+
+void PackedLinear::fill(const WeightRows& weight, const Kernels& kernels, ThreadPool& pool) {
+    switch (pack_rows(weight, panels(), memory_.data, kernels, pool)) {
+        case Packed::whole: return;
+        case Packed::file_ended: throw std::invalid_argument("its file ended or could not be read");
+        case Packed::not_finite: throw std::invalid_argument("a weight is not finite");
+    }
+}
+
+Cache::Cache(int64_t layers, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim, Storage storage)
+    : layout_{nullptr, layers, blocks, block_size, kv_heads, head_dim, storage}, pages_(cache_bytes(layout_), true) {
+    layout_.data = static_cast<uint8_t*>(pages_.data());
+}
+
+void Cache::copy_block(int64_t source, int64_t target) const {
+    if (source == target) return;
+    for (int64_t layer = 0; layer < layout_.layers; ++layer) {
+        std::memcpy(layout_.head_block(layer, target, 0), layout_.head_block(layer, source, 0), layout_.block_bytes());
+    }
+}
+
+}  // namespace quire

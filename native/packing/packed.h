@@ -1,0 +1,105 @@
+// Weights and caches in the layouts of kernels.h.
+#pragma once
+
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "runtime/memory.h"
+#include "packing/pack.h"
+
+namespace quire {
+
+inline std::optional<Storage> storage_named(const std::string& name) {
+    if (name == "bfloat16") return Storage::bfloat16;
+    if (name == "float16") return Storage::float16;
+    if (name == "float32") return Storage::float32;
+    return std::nullopt;
+}
+
+// How a weight of integers is made; bits 0: it is none.
+struct Integers {
+    int64_t bits = 0, group = 0;
+    int32_t levels = 0;  // the largest integer of an input
+};
+
+class PackedLinear {
+public:
+    // A weight as it is, and one that is rounded to integers of `bits` bits; `bias` [out] may be null.
+    // std::invalid_argument where its file ends early or it cannot be rounded; std::bad_alloc where it has no room.
+    // `out` and `in` are below 2^31.
+    PackedLinear(const WeightRows& weight, const float* bias, Layout layout, bool gated, const Kernels& kernels,
+                 ThreadPool& pool, Arena& arena);
+    PackedLinear(const WeightRows& weight, const float* bias, const Integers& integers, bool gated,
+                 const Kernels& kernels, ThreadPool& pool, Arena& arena);
+
+    // QuantizedWeight of src/quire/ops/types.py.
+    PackedLinear(const IntegerWeight& weight, int64_t out, int64_t in, const float* bias, const Integers& integers,
+                 bool gated, ThreadPool& pool, Arena& arena);
+
+    Panels panels() const {
+        return {memory_.data, bias_.empty() ? nullptr : bias_.data(), in, out, storage, layout, gated, integers.bits,
+                integers.group, integers.levels};
+    }
+    size_t bytes() const { return memory_.bytes + bias_.size() * sizeof(float); }
+    int64_t num_operations() const { return 2 * out * in; }  // for each row
+    int64_t out_width() const { return gated ? out / 2 : out; }
+    // "960x576 bfloat16"
+    std::string text() const {
+        static const char* const names[] = {"bfloat16", "float16", "float32"};
+        const std::string shape = std::to_string(out) + "x" + std::to_string(in) + " ";
+        if (layout != Layout::integers) return shape + names[static_cast<int>(storage)];
+        return shape + "int" + std::to_string(integers.bits) + (integers.levels > 127 ? "" : " x int8");
+    }
+    bool reads_tiles() const { return layout == Layout::tiles; }  // TileRows as inputs
+
+    const int64_t out, in;
+    const Storage storage;
+    const Layout layout;
+    const bool gated;
+    const Integers integers;
+
+private:
+    PackedLinear(int64_t out, int64_t in, Storage storage, Layout layout, const Integers& integers, bool gated,
+                 const float* bias, Arena& arena);
+    void fill(const WeightRows& weight, const Kernels& kernels, ThreadPool& pool);
+
+    Arena::Piece memory_;
+    std::vector<float> bias_;
+};
+
+// TileRows in memory of their own, NaN until written: what a producer leaves out shows.
+class TileBuffer {
+public:
+    TileBuffer(int64_t rows, int64_t width)
+        : pages_(bytes_of({nullptr, rows, width}), false), rows_{static_cast<uint16_t*>(pages_.data()), rows, width} {
+        std::memset(pages_.data(), 0xff, rows_.bytes());
+    }
+
+    const TileRows& rows() const { return rows_; }
+
+private:
+    static size_t bytes_of(const TileRows& rows) {
+        return checked_bytes({rows.blocks(), rows.chunks(), rows.tile_rows(), kTileDepth, 2});
+    }
+
+    Pages pages_;
+    TileRows rows_;
+};
+
+class Cache {
+public:
+    // All dimensions are in [1, 2^31); std::bad_alloc where their product is more than memory can be.
+    Cache(int64_t layers, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim, Storage storage);
+
+    const CacheLayout& layout() const { return layout_; }
+    size_t bytes() const { return pages_.bytes(); }
+    void copy_block(int64_t source, int64_t target) const;
+
+private:
+    CacheLayout layout_;
+    Pages pages_;
+};
+
+}  // namespace quire
