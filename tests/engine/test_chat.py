@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quire.engine.chat import MAX_MESSAGES, encode_chat
-from quire.engine.inputs import EngineFacts, InputProcessor
+from quire.engine.inputs import RequestLimits, InputProcessor
 from quire.errors import InvalidRequestError
 from quire.text.chat.messages import RESERVED_NAMES
 from quire.text.tokenizer import Tokenizer
@@ -95,7 +95,7 @@ def test_what_the_tokenizer_refuses_is_refused(tmp_path: Path) -> None:
     """The rules that it has are its own: a fake one has none."""
     with_template = Tokenizer.from_directory(write_directory(tmp_path / "with", byte_level(), chat_template=CHATML))
     without = Tokenizer.from_directory(write_directory(tmp_path / "without", byte_level()))
-    inputs = InputProcessor(with_template, EngineFacts(64, 1000, (), seed=0, has_priorities=False))
+    inputs = InputProcessor(with_template, RequestLimits(64, 1000, (), seed=0, has_priorities=False))
     for tokenizer, options, param in (
         (with_template, {"continue_final_message": True}, "continue_final_message"),
         (without, {}, "messages"),
