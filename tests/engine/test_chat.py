@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quire.engine.chat import MAX_MESSAGES, encode_chat
-from quire.engine.inputs import RequestLimits, InputProcessor
+from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.errors import InvalidRequestError
 from quire.text.chat.messages import RESERVED_NAMES
 from quire.text.tokenizer import Tokenizer

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from quire.core.plan import TokenDelta, TokenLogprobs
+from quire.engine import request_state
 from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.engine.request_state import RequestState
 from quire.outputs import Logprob, RequestOutput

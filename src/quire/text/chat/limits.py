@@ -34,7 +34,7 @@ _WIDE = re.compile(r"%[-+ #0]*(?:\d*\.)?(?:\d{4}|\*)")
 _WIDE_ANYWHERE = re.compile(r"\d{4}|\*")  # where a %(name) may stand in between
 _WIDE_SPEC = re.compile(r"\d{4}|\{")
 _EMPTY_STRING_BYTES = "".__sizeof__()
-_SEQUENCES: tuple[type, ...] = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
+_SEQUENCES: tuple[Any, ...] = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
@@ -159,10 +159,9 @@ def _tabs(text: str, tabsize: int = 8) -> int:
 
 
 def _replaced(text: Any, old: str, new: str, count: int | None = None) -> int:
-    text, old, new = str(text), str(old), str(new)
-    times = text.count(old)
+    times = str(text).count(str(old))
     times = times if count is None or count < 0 else min(count, times)
-    return len(text) + times * max(len(new) - len(old), 0)
+    return len(str(text)) + times * max(len(str(new)) - len(str(old)), 0)
 
 
 def _joined(separator: str, items: list[Any]) -> int:
