@@ -1,19 +1,31 @@
 """Conversations: what is refused before the template sees it, and what it is given."""
 
+import threading
+from collections.abc import AsyncIterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from quire.engine.async_engine import AsyncEngine
 from quire.engine.chat import MAX_MESSAGES, encode_chat
 from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.errors import InvalidRequestError
 from quire.text.chat.messages import RESERVED_NAMES
+from quire.text.chat.template import ChatTemplates
 from quire.text.tokenizer import Tokenizer
+from tests.engine.scripted import Scripted
 from tests.text.small_tokenizers import CHATML, byte_level, write_directory
 
 HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[AsyncEngine]:
+    found = Scripted().beside_a_loop()
+    yield found
+    await found.shutdown()
 
 
 class Template:
@@ -109,3 +121,22 @@ def test_what_the_tokenizer_refuses_is_refused(tmp_path: Path) -> None:
 def test_each_parameter_of_a_conversation_is_reserved() -> None:
     parameters = signature(Tokenizer.apply_chat_template).parameters.values()
     assert {item.name for item in parameters if item.kind is not item.VAR_KEYWORD} == RESERVED_NAMES
+
+
+async def test_a_template_is_rendered_beside_the_event_loop(
+    served: AsyncEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop goes on while one takes its second."""
+    threads, render = [], ChatTemplates.render
+
+    def rendering(*arguments: Any) -> str:
+        threads.append(threading.current_thread())
+        return render(*arguments)
+
+    monkeypatch.setattr(ChatTemplates, "render", rendering)
+    tokenizer = Tokenizer.from_directory(
+        write_directory(tmp_path, byte_level(), chat_template="{{ messages[0].role }}")
+    )
+    monkeypatch.setattr(served, "get_tokenizer", lambda: tokenizer)
+    assert await served.encode_chat(HELLO) == tokenizer.encode("user", add_special_tokens=False)
+    assert len(threads) == 1 and threads[0] is not threading.current_thread()

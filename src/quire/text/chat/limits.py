@@ -35,6 +35,7 @@ _WIDE_ANYWHERE = re.compile(r"\d{4}|\*")  # where a %(name) may stand in between
 _WIDE_SPEC = re.compile(r"\d{4}|\{")
 _EMPTY_STRING_BYTES = "".__sizeof__()
 _SEQUENCES: tuple[Any, ...] = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS: tuple[Any, ...] = (dict, *_SEQUENCES)
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
@@ -71,7 +72,7 @@ class Budget(threading.local):
             self.spend(num_bytes)
         else:
             require(size_of(value))
-            self.spend(ITEM_BYTES * len(value) if isinstance(value, (dict, *_SEQUENCES)) else 0)
+            self.spend(ITEM_BYTES * len(value) if isinstance(value, _CONTAINERS) else 0)
         return value
 
     def count(self, items: Any) -> "_Counted":
@@ -268,7 +269,7 @@ def _uniques(value: Any, *options: Any, **named: Any) -> int:
 CONSUMING = frozenset({"groupby", "join", "sum", "unique"})
 """Filters whose estimate walks through the value: an iterator becomes a list first."""
 LINEAR_FILTERS = frozenset(
-    "abs capitalize center count d default e escape first forceescape format indent join last length lower random "
+    "abs capitalize center count d default e escape first forceescape format indent last length lower random "
     "replace reverse safe string tojson trim truncate upper".split()
 )
 """Filters that take a string of any size: they work in C, in linear time. The others take `_MAX_SLOW` characters."""
