@@ -10,7 +10,7 @@ import pytest
 from quire.errors import RequestFailedError
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.server.errors import ApiError, ClientGoneError
-from quire.server.streams import EventStream, last_outputs, merged, coalesce, start_events, cancel_on_disconnect
+from quire.server.streams import EventStream, cancel_on_disconnect, coalesce, last_outputs, merged, start_events
 
 Script = list[RequestOutput | Exception]
 

@@ -11,7 +11,7 @@ from quire.server import errors
 from quire.server.access import Access
 from quire.server.body import Bodies
 from quire.server.connections import QUEUED_PATHS, RejectAmbiguousFraming
-from quire.server.context import QueueGuard, Gate, ServerContext
+from quire.server.context import Gate, QueueGuard, ServerContext
 from quire.server.early import EarlyRefusal
 from quire.server.keys import KeyRequired, caller_name
 from quire.server.limits import REQUESTS_IN_FLIGHT, Limits

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quire.errors import InvalidRequestError
-from quire.server.streams import start_events, cancel_on_disconnect
+from quire.server.streams import cancel_on_disconnect, start_events
 
 
 class Answer(Protocol):

@@ -17,7 +17,7 @@ from quire.server.protocol import responses
 from quire.server.protocol.chat import ChatCall, Conversation, parse_chat
 from quire.server.protocol.truncation import truncate_prompt
 from quire.server.protocol.usage import Usage
-from quire.server.streams import Outputs, last_outputs, merged, coalesce
+from quire.server.streams import Outputs, coalesce, last_outputs, merged
 
 
 async def create_chat_completion(request: Request) -> Response:

@@ -16,7 +16,7 @@ from quire.server.protocol import responses
 from quire.server.protocol.completions import CompletionCall, parse_completion
 from quire.server.protocol.truncation import truncate_prompt
 from quire.server.protocol.usage import Usage
-from quire.server.streams import Outputs, last_outputs, merged, coalesce
+from quire.server.streams import Outputs, coalesce, last_outputs, merged
 
 
 async def create_completion(request: Request) -> Response:
