@@ -1,4 +1,4 @@
-"""The pages: every one is listed, and every link leads somewhere."""
+"""The pages: every one is listed in the index, and every link leads somewhere."""
 
 import re
 from pathlib import Path
