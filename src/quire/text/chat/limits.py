@@ -66,13 +66,16 @@ class Budget(threading.local):
 
     def charge(self, value: Any) -> Any:
         """`value`, accounted for: its own bytes are spent, its elements' are only bounded (others may hold them)."""
+        num_bytes = 0
         if isinstance(value, str):
             num_bytes = string_bytes(value)
             require(num_bytes)
-            self.spend(num_bytes)
-        else:
+        elif isinstance(value, _CONTAINERS):
+            num_bytes = ITEM_BYTES * len(value)
             require(size_of(value))
-            self.spend(ITEM_BYTES * len(value) if isinstance(value, _CONTAINERS) else 0)
+        elif isinstance(value, int):
+            size_of(value)  # refuses large numbers
+        self.spend(num_bytes)
         return value
 
     def count(self, items: Any) -> "_Counted":
