@@ -15,8 +15,8 @@ BASE = frozenset(
     ).split()
 )
 """What the base install promises, by import name: `dependencies` in pyproject.toml."""
-TRANSITIVE = frozenset({"anyio", "markupsafe"})
-"""What Starlette and jinja2 themselves are made of."""
+TRANSITIVE = frozenset({"anyio"})
+"""What Starlette itself is made of."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ LAW: dict[str, Room] = {
     **dict.fromkeys(ROOT_VALUES, _room("", "msgspec", optional=False)),
     "core": _room("", "", optional=False),
     "structured": _room("", "msgspec numpy"),
-    "text": _room("", "jinja2 markupsafe msgspec tokenizers"),
+    "text": _room("", "jinja2 tokenizers"),
     "ops": _room("", "array_api_compat ml_dtypes numpy"),
     "ops.cuda": _room("ops", "array_api_compat ml_dtypes numpy torch triton"),
     "quant": _room("ops", "ml_dtypes numpy"),
