@@ -11,12 +11,13 @@ from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache
 from quire.core.request import Request
 from quire.core.scheduler import Scheduler, SchedulerConfig
-from quire.engine.channel import wait_for_work
-from quire.engine.core_server import AnnouncingExecutor
-from quire.engine.explain import Explanation, explain
-from quire.engine.step_allowance import StepAllowance
-from quire.engine.timeline import RequestTimelines
+from quire.engine.channel import LocalChannel
 from quire.executor.fake import FakeExecutor
+from quire.isolation.core_server import AnnouncingExecutor
+from quire.isolation.heartbeat import StepAllowance
+from quire.observe.explain import explain
+from quire.observe.timelines import RequestTimelines
+from quire.outputs import Explanation
 from tests.core.harness import VOCAB_SIZE, new_request
 
 
@@ -115,16 +116,18 @@ class CountedEvent(threading.Event):
 def test_a_core_whose_requests_are_all_held_does_not_spin() -> None:
     """Between two steps it waits a moment, or until a command comes; where one request runs it does not wait."""
     story, awake = Clocked(Holding(2)), CountedEvent()
+    channel = LocalChannel(story.core)
+    channel._awake = awake
     story.add("held", 2)
     story.step()
-    wait_for_work(story.core, awake)
+    channel.wait()
     (moment,) = awake.waits
     assert 0 < moment < 0.1
     story.add("runs", 3)
     story.step()
-    wait_for_work(story.core, awake)
+    channel.wait()
     assert len(awake.waits) == 1
     while story.core.scheduler.has_work:
-        wait_for_work(story.core, awake)
+        channel.wait()
         story.step()
     assert len(awake.waits) == 1

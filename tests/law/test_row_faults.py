@@ -41,7 +41,7 @@ class Victim:
     """Knows which row is the victim's, and which rows are being computed."""
 
     def __init__(self, engine: AsyncLLM, patch: pytest.MonkeyPatch) -> None:
-        channel: Any = engine._engine._channel
+        channel: Any = engine._engine.channel
         self.patch, self.engine, self.core = patch, engine, channel._core
         self.runner = self.core._executor._runner
         self.row: int | None = None
@@ -217,7 +217,7 @@ def test_one_fault_fails_one_request(
         scheduler = victim.core.scheduler
         assert scheduler._pool.num_free == scheduler._pool.num_blocks
         assert len(scheduler._free_rows) == 8 and not under_test._streams
-        assert under_test._engine.queue.num_waiting == 0 and not under_test._engine.timelines._live
+        assert under_test._engine.queue.num_waiting == 0 and not under_test.observer.timelines._live
 
 
 CLEARED = ("LogitMasks", "Penalties")

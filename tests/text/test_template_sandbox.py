@@ -68,6 +68,7 @@ TOO_LARGE = r"""
 {{ ('a ' * 400000) | wordcount }}
 {{ ('\r' * 8000000) | indent }}
 {{ range(100000) | unique | list }}
+{{ range(60000) | map('string') | groupby('x', default='A' * 8000000) }}
 {{ ([[]] * 5000) | sum(start=[]) }}
 {{ dict(range(5000) | batch(2)) | length }}{{ dict(range(90000) | batch(2)) }}
 {{ dict.fromkeys(range(5000)) }}

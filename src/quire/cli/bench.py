@@ -64,7 +64,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The one that was asked for."""
+    """The benchmark that was named."""
     runs = {"core": bench_core.run, "throughput": _throughput}
     return runs[options.kind](options)
 

@@ -25,7 +25,6 @@ from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.scheduler import Scheduler, SchedulerConfig
 from quire.engine.channel import CoreInfo
-from quire.engine.step_allowance import StepAllowance
 from quire.engine.verify_blocks import CachedBlockVerifier
 from quire.errors import ConfigurationError
 from quire.executor.local import LocalExecutor
@@ -53,7 +52,8 @@ class CoreParts:
     scheduler: Scheduler
     executor: Executor
     info: CoreInfo
-    allowance: StepAllowance
+    host_weight_bytes: int | None
+    """Of a model that this machine's processors compute; None: a device computes."""
     core_type: type[EngineCore]
     verifier: CachedBlockVerifier | None
 
@@ -92,7 +92,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
         _scheduler(args, sizes, verifier or (PrefixCache(key) if args.enable_prefix_caching else NullPrefixCache())),
         LocalExecutor(runner, overlap),
         CoreInfo(sizes.max_model_len, spec.vocab_size, tuple(decisions), fingerprint, _cache_config(args, sizes)),
-        StepAllowance(model.weight_bytes if ops.memory() is None else None, args.hang_timeout),
+        model.weight_bytes if ops.memory() is None else None,
         OverlappingCore if overlap else EngineCore,
         verifier,
     )
