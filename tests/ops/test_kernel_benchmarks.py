@@ -1,6 +1,7 @@
-"""`quire bench kernels`: what it prints, what it refuses, what is drawn of it."""
+"""`benchmarks/kernels.py`: what it prints, what it refuses, what is drawn of it; and the probes of the limits."""
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,24 +12,26 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from quire.bench.kernels import Case, Limits, rate
-from quire.cli.main import main
+from quire.bench.limits import Limits
 from quire.ops.cpu import CpuOps
 from quire.ops.select import instruction_sets
 
-PLOT = Path(__file__).parents[2] / "benchmarks/plot_kernels.py"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def measure(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(BENCHMARKS / "kernels.py"), *flags], capture_output=True, text=True)
 
 
 def draw(report: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(PLOT)], input=report, capture_output=True, text=True)
+    command = [sys.executable, str(BENCHMARKS / "plot_kernels.py")]
+    return subprocess.run(command, input=report, capture_output=True, text=True)
 
 
-def test_one_operation_as_json_and_as_a_drawing(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = "--only gated_linear bfloat16 int4 m135 --rows 1 16 --threads 1 --json".split()
-    code = main(["bench", "kernels", *flags])
-    text = capsys.readouterr().out
-    report = json.loads(text)
-    assert code == 0
+def test_one_operation_as_json_and_as_a_drawing() -> None:
+    done = measure(*"--only gated_linear bfloat16 int4 m135 --rows 1 16 --threads 1 --json".split())
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
     assert {(one["operation"], one["model"], one["shape"]) for one in report["rates"]} == {
         ("gated_linear", "m135", "3072x576")
     }
@@ -37,9 +40,9 @@ def test_one_operation_as_json_and_as_a_drawing(capsys: pytest.CaptureFixture[st
     }
     for one in report["rates"]:
         assert one["seconds"] > 0 and 0 < one["of_limit"] < 50
-        assert one["products_per_s"] * one["seconds"] == pytest.approx(2 * one["rows"] * 3072 * 576)
+        assert one["operations_per_s"] * one["seconds"] == pytest.approx(2 * one["rows"] * 3072 * 576)
     assert report["limits"]["read_bytes_per_s"] > 1e8
-    lines = ElementTree.fromstring(draw(text).stdout).findall(".//{*}polyline")
+    lines = ElementTree.fromstring(draw(done.stdout).stdout).findall(".//{*}polyline")
     assert len(lines) == 4  # two formats, each with its limit
     for line in lines:
         (left, _), (right, _) = (map(float, point.split(",")) for point in line.attrib["points"].split())
@@ -51,18 +54,18 @@ def test_nothing_to_draw_is_said() -> None:
     assert done.returncode == 1 and done.stderr == "gated_linear was not measured\n"
 
 
-def test_time_runs_out(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "kernels", "--only", "rope", "--seconds", "0.01", "--threads", "1"]) == 0
-    shown = capsys.readouterr()
-    assert "rope" in shown.out and "not all was measured" in shown.err
+def test_time_runs_out() -> None:
+    done = measure("--only", "rope", "--seconds", "0.01", "--threads", "1")
+    assert done.returncode == 0
+    assert "rope" in done.stdout and "not all was measured" in done.stderr
 
 
 @pytest.mark.parametrize(
     "flags", [["--only", "rpoe"], ["--rows", "0"], ["--seconds", "nan"], ["--only", "rope", "int4"], ["--threads", "0"]]
 )
-def test_refusals(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "kernels", *flags]) != 0
-    assert "quire" in capsys.readouterr().err
+def test_refusals(flags: list[str]) -> None:
+    done = measure(*flags)
+    assert done.returncode != 0 and done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
@@ -79,13 +82,15 @@ def test_probes_do_what_they_count(isa: str) -> None:
         ops.probe("int3", np.empty(0, np.uint8))
 
 
-def test_the_binding_limit_is_named() -> None:
+def test_the_binding_limit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    script = runpy.run_path(str(BENCHMARKS / "kernels.py"))
     limits = Limits(10e9, {"bfloat16": 1e12})
 
-    def found(num_bytes: int, num_products: int, unit: str | None) -> Any:
+    def found(num_bytes: int, num_operations: int, unit: str | None) -> Any:
         nothing: Callable[[int], object] = lambda _: None  # noqa: E731
-        case = Case("linear", "bfloat16", "m135", "1x1", 1, num_bytes, num_products, unit, nothing)
-        return rate(case, 1.0, limits)
+        case = script["Case"]("linear", "bfloat16", "m135", "1x1", 1, num_bytes, num_operations, unit, nothing)
+        return script["rate"](case, 1.0, limits)
 
     assert (found(5 * 10**9, 10**11, "bfloat16").bound, found(5 * 10**9, 10**11, "bfloat16").of_limit) == (
         "memory",

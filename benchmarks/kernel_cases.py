@@ -1,4 +1,4 @@
-"""The cases of `quire bench kernels`: each operation and format at the shapes of three models."""
+"""The cases of `kernels.py`: each operation and format at the shapes of three models."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,21 +8,32 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from quire.bench.kernels import Case, Limits
+from quire.bench.limits import READ_BYTES
 from quire.ops.cpu import CpuOps
 from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape, QuantizedWeight, SampleBatch
 
 FORMATS = ("bfloat16", "int8", "int8_w8a8", "int4")
-MEMORY_BYTES = 2**28
-"""Copies of a weight together, and what the streaming read reads: more than any cache holds."""
+MEMORY_BYTES = READ_BYTES
+"""Copies of a weight together: more than any cache holds."""
 GROUP_SIZE = 64
-READS, PRODUCT_ROUNDS = 8, 8
-UNITS = {
-    "float32": ("float32",),
-    "bfloat16": ("bfloat16", "bfloat16_four_tiles"),
-    "int8": ("int8", "int8_four_tiles"),
-}
-"""Each with its probes: which way of using AMX is the faster depends on what else keeps the core busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One operation at one shape. `run(turn)` does it once, with the copy of turn `turn`."""
+
+    operation: str
+    format: str
+    model: str
+    shape: str
+    rows: int
+    num_bytes: int
+    """What must be read and written once."""
+    num_operations: int
+    """Multiplications and additions; 0 where they do not matter."""
+    unit: str | None
+    """The limit of its operations; None where no probe states it."""
+    run: Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +49,7 @@ class Shapes:
     vocabulary: int
 
     def matrices(self) -> list[tuple[str, int, int]]:
-        """(operation, outputs, inputs) of every product."""
+        """(operation, outputs, inputs) of every GEMM."""
         q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return [
             ("linear", q_size + 2 * kv_size, self.hidden),
@@ -67,31 +78,13 @@ def cases(ops: CpuOps, wanted: Callable[[str, str, str], bool], rows: Sequence[i
         for operation, outputs, inputs in model.matrices():
             for name in FORMATS:
                 if wanted(operation, name, model.name):
-                    yield from _products(ops, model, operation, name, (outputs, inputs), rows)
+                    yield from _gemms(ops, model, operation, name, (outputs, inputs), rows)
         if wanted("attention", "bfloat16", model.name):
             yield from _attention(ops, model)
         yield from (case for case in _others(ops, model, rows) if wanted(case.operation, case.format, case.model))
 
 
-def measure_limits(ops: CpuOps, clock: Callable[[], float]) -> Limits:
-    """The best of several rounds of each probe."""
-
-    def best(kind: str, data: Any, rounds: int) -> float:
-        rates = []
-        for _ in range(rounds):
-            begun = clock()
-            rates.append(ops.probe(kind, data) / (clock() - begun))
-        return max(rates)
-
-    data = np.ones(MEMORY_BYTES, np.uint8)
-    products = {unit: max(best(probe, data[:0], PRODUCT_ROUNDS) for probe in probes) for unit, probes in UNITS.items()}
-    products = {unit: value for unit, value in products.items() if value}
-    if "int8" in products:  # inputs of sixteen bits are two products of bytes
-        products["int8 twice"] = products["int8"] / 2
-    return Limits(best("read", data, READS), products)
-
-
-def _products(
+def _gemms(
     ops: CpuOps, model: Shapes, operation: str, name: str, shape: tuple[int, int], rows: Sequence[int]
 ) -> Iterator[Case]:
     outputs, inputs = shape
@@ -117,14 +110,14 @@ def _products(
             f"{outputs}x{inputs}",
             count,
             num_bytes=first.bytes + 4 * count * (inputs + width),
-            num_products=2 * count * outputs * inputs,
+            num_operations=2 * count * outputs * inputs,
             unit=_unit(ops, name),
             run=run,
         )
 
 
 def _unit(ops: CpuOps, name: str) -> str | None:
-    """The probe whose products a format does; integers without products of bytes have none."""
+    """The probe of what a format multiplies; integers have none where bytes cannot be multiplied."""
     unit = {"bfloat16": "bfloat16", "int8_w8a8": "int8"}.get(name, "int8 twice")
     if ops.probe(unit.partition(" ")[0], np.empty(0, np.uint8)):
         return unit
@@ -177,7 +170,7 @@ def _attention(ops: CpuOps, model: Shapes) -> Iterator[Case]:
             f"{new} after {known}",
             count,
             num_bytes=4 * count * (known + new) * model.kv_heads * model.head_dim + 8 * q.size,
-            num_products=4 * pairs * model.heads * model.head_dim,
+            num_operations=4 * pairs * model.heads * model.head_dim,
             unit=_unit(ops, "bfloat16"),
             run=run,
         )
