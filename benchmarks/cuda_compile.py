@@ -176,7 +176,7 @@ def launch_rows(shape: Shape) -> Iterator[str]:
 
 
 def launch_sampling(shape: Shape) -> Iterator[str]:
-    """The draw and log-probabilities."""
+    """Sampling and log-probabilities."""
     logits = empty(torch.float32, 4, shape.vocabulary)
     floats, integers = empty(torch.float32, 4), empty(torch.int32, 4)
     yield f"{shape.vocabulary}"

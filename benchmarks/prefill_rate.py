@@ -3,7 +3,7 @@
     python benchmarks/prefill_rate.py MODEL [--tokens 2048] [--runs 15] [--quantization int8]
 
 A run is one prompt; what each of its products took is counted where it ran. Products of loaded tiles alone, on all
-threads (the faster of two ways, as in `quire bench kernels`), surround a run.
+threads (the faster of two ways, as in `kernels.py`), surround a run.
 """
 
 import argparse

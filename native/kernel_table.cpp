@@ -1,6 +1,6 @@
 // The table of the instruction set this file is compiled for. One that adds only to GEMMs takes the rest from the set
 // below, QUIRE_BELOW; else that is itself.
-#include "gemm/amx/bfloat16.h"
+#include "gemm/linear.h"
 
 #define QUIRE_NAME_OF(isa) #isa
 #define QUIRE_NAME(isa) QUIRE_NAME_OF(isa)

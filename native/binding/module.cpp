@@ -17,34 +17,6 @@ namespace quire {
 
 namespace {
 
-// A two-dimensional argument: float32, or rows of bfloat16 in the order of AMX tiles.
-struct Rows {
-    Rows(nb::handle object, const char* name, bool writable) {
-        if (const TileBuffer* buffer; nb::try_cast(object, buffer) && buffer != nullptr) {
-            tiles = buffer->rows();
-            rows = tiles.rows;
-            width = tiles.width;
-            return;
-        }
-        array.emplace(object, name, writable);
-        if (writable) require_contiguous(*array, "y is not contiguous");
-        floats = array->data();
-        stride = array->stride();
-        rows = array->size(0);
-        width = array->size(1);
-    }
-
-    float* floats = nullptr;  // null for tiles
-    TileRows tiles{};
-    int64_t stride = 0, rows = 0, width = 0;
-    std::optional<Floats2> array;
-};
-
-TileBuffer* make_tiles(int64_t rows, int64_t width) {
-    require(rows >= 0 && width > 0 && rows < INT32_MAX && width < INT32_MAX, "make_tiles: a size is out of range");
-    return new TileBuffer(rows, width);
-}
-
 struct BestRows {
     const Best* best;  // [rows, panels]
     int64_t panels;
@@ -187,12 +159,13 @@ public:
     void norm(nb::handle x_, nb::handle residual_, nb::handle weight_, nb::handle bias_, float eps, bool centre,
               nb::handle y_) {
         Floats2 x(x_, "x");
-        Rows y(y_, "y", true);
+        Floats2 y(y_, "y", true);
         Floats1 weight(weight_, "weight");
         require(weight.size(0) == x.size(1), "norm: the width of x is not the weight's");
-        require(y.rows == x.size(0) && y.width == x.size(1), "norm: y has the wrong shape");
+        require(y.size(0) == x.size(0) && y.size(1) == x.size(1), "norm: y has the wrong shape");
+        require_contiguous(y, "y is not contiguous");
         NormArgs args{x.data(),      x.stride(), x.size(0), x.size(1), nullptr,  0,
-                      weight.data(), nullptr,    eps,       centre,    y.floats, y.tiles, 1};
+                      weight.data(), nullptr,    eps,       centre,    y.data(), {},        1};
         std::optional<Floats2> residual;
         if (!residual_.is_none()) {
             residual.emplace(residual_, "residual", true);
@@ -223,10 +196,12 @@ public:
 
     void activation(nb::handle x_, int kind, bool multiply, nb::handle y_) {
         Floats2 x(x_, "x");
-        Rows y(y_, "y", true);
-        require(y.rows == x.size(0) && x.size(1) == y.width * (multiply ? 2 : 1), "activation: y has the wrong shape");
-        call("activation", x.size(0), kernels_->activation, ActivationArgs{x.data(), x.stride(), x.size(0), y.width,
-                                                  activation_numbered(kind), multiply, y.floats, y.tiles});
+        Floats2 y(y_, "y", true);
+        require(y.size(0) == x.size(0) && x.size(1) == y.size(1) * (multiply ? 2 : 1),
+                "activation: y has the wrong shape");
+        require_contiguous(y, "y is not contiguous");
+        call("activation", x.size(0), kernels_->activation, ActivationArgs{x.data(), x.stride(), x.size(0), y.size(1),
+                                                  activation_numbered(kind), multiply, y.data(), {}});
     }
 
     void attention(nb::handle q_, nb::handle k_, nb::handle v_, const Cache& cache, int64_t layer,
@@ -344,21 +319,18 @@ private:
         return pool_.profile().entry(operation + " " + packed.text(), packed.bytes(), packed.num_operations());
     }
 
-    // The pointers of `args` come from the arrays (or TileBuffers) x and y.
+    // The pointers of `args` come from the arrays x and y.
     void run_linear(LinearArgs& args, nb::handle x_, const PackedLinear& packed, nb::handle y_) {
-        Rows x(x_, "x", false), y(y_, "y", true);
+        Floats2 x(x_, "x"), y(y_, "y", true);
         require_packed_here(packed);
-        require(x.width == packed.in, "linear: the width of x is not the weight's");
-        require(y.rows == x.rows && y.width == packed.out_width(), "linear: y has the wrong shape");
-        require(x.floats != nullptr || packed.layout == Layout::tiles, "linear: the weight is not one of tiles");
-        require(y.floats != nullptr || !args.add, "linear: tiles of bfloat16 are not added to");
-        args.x = x.floats;
-        args.x_stride = x.stride;
-        args.rows = x.rows;
-        args.x_tiles = x.tiles;
+        require(x.size(1) == packed.in, "linear: the width of x is not the weight's");
+        require(y.size(0) == x.size(0) && y.size(1) == packed.out_width(), "linear: y has the wrong shape");
+        require_contiguous(y, "y is not contiguous");
+        args.x = x.data();
+        args.x_stride = x.stride();
+        args.rows = x.size(0);
         args.weight = packed.panels();
-        args.y = y.floats;
-        args.y_tiles = y.tiles;
+        args.y = y.data();
         nb::gil_scoped_release unlocked;
         const auto lock = pool_.exclusive();
         auto begun = Profile::Clock::now();
@@ -451,14 +423,12 @@ NB_MODULE(_native, module) {
         .def_prop_ro("out_width", &PackedLinear::out_width, "the width of y")
         .def_prop_ro("reads_tiles", &PackedLinear::reads_tiles, "whether its inputs may be rows of bfloat16")
         .def_prop_ro("bytes", &PackedLinear::bytes);
-    nb::class_<TileBuffer>(module, "TileBuffer");
     module.def("operation_times", [] {
         const nb::gil_scoped_release unlocked;
         const auto process_pool = ProcessPool::of_this_process();
         const Exclusive lock = process_pool->exclusive();
         return process_pool->profile().read();
     });
-    module.def("make_tiles", &make_tiles, nb::rv_policy::take_ownership);
     nb::class_<Cache>(module, "Cache").def_prop_ro("bytes", &Cache::bytes).def("block_bytes", &block_bytes);
     const auto none = nb::arg().none();
     nb::class_<Runtime>(module, "Runtime")

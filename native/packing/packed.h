@@ -69,25 +69,6 @@ private:
     std::vector<float> bias_;
 };
 
-// TileRows in memory of their own, NaN until written: what a producer leaves out shows.
-class TileBuffer {
-public:
-    TileBuffer(int64_t rows, int64_t width)
-        : pages_(bytes_of({nullptr, rows, width}), false), rows_{static_cast<uint16_t*>(pages_.data()), rows, width} {
-        std::memset(pages_.data(), 0xff, rows_.bytes());
-    }
-
-    const TileRows& rows() const { return rows_; }
-
-private:
-    static size_t bytes_of(const TileRows& rows) {
-        return checked_bytes({rows.blocks(), rows.chunks(), rows.tile_rows(), kTileDepth, 2});
-    }
-
-    Pages pages_;
-    TileRows rows_;
-};
-
 class Cache {
 public:
     // All dimensions are in [1, 2^31); std::bad_alloc where their product is more than memory can be.

@@ -11,8 +11,7 @@ COMPOSERS = frozenset({"", "__main__", "cli", "compose", "llm", "async_llm"})
 
 BASE = frozenset(
     (
-        "array_api_compat huggingface_hub jinja2 ml_dtypes msgspec numpy prometheus_client "
-        "safetensors starlette tokenizers tqdm uvicorn"
+        "array_api_compat huggingface_hub jinja2 ml_dtypes msgspec numpy safetensors starlette tokenizers tqdm uvicorn"
     ).split()
 )
 """What the base install promises, by import name: `dependencies` in pyproject.toml."""
@@ -51,9 +50,12 @@ LAW: dict[str, Room] = {
     "parallel": _room("ops core.plan", "msgspec numpy"),
     "runner": _room("ops quant models weights sampling speculative lora parallel core.plan", "ml_dtypes msgspec numpy"),
     "executor": _room("runner core.plan", "msgspec"),
-    "engine": _room("core executor.base text structured", "msgspec tqdm"),
+    "engine": _room("core text structured", "tqdm"),
+    "isolation": _room("core engine", "msgspec"),
+    "observe": _room("core engine"),
     "build": _room("weights quant models ops", "ml_dtypes msgspec numpy safetensors tqdm"),
-    "server": _room("engine", "anyio msgspec prometheus_client starlette uvicorn"),
+    "server": _room("engine", "anyio msgspec starlette uvicorn"),
+    "server.http": _room("engine server.metrics", "anyio msgspec starlette uvicorn"),
     "bench": _room("engine", "msgspec numpy tqdm"),
     "demo": _room(),
 }

@@ -1,4 +1,4 @@
-"""Configuration in two stages: what a user asks (`EngineArgs`, None = decide), and what was resolved.
+"""Configuration in two stages: what a user sets (`EngineArgs`, None = decide), and what was resolved.
 
 `EngineArgs` holds vLLM's names. `resolve_*` are pure: they turn arguments and facts (the model's, the
 machine's) into frozen values, each decision with its reason. Nothing is changed after that.
@@ -186,7 +186,7 @@ class MemoryBudget:
 
     @property
     def used(self) -> int:
-        """All entries together."""
+        """Bytes of all entries together."""
         return sum(value for _, value in self._entries())
 
     def fits(self, share: float) -> int:
@@ -234,7 +234,7 @@ def resolve_model_len(args: EngineArgs, max_position_embeddings: int) -> int:
     """The longest sequence that is allowed before the cache is sized.
 
     Raises:
-        ConfigurationError: more was asked than the model's positions.
+        ConfigurationError: it is more than the model's positions.
     """
     if args.max_model_len is None:
         return max_position_embeddings

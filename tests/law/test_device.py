@@ -67,7 +67,7 @@ def test_the_memory_budget_is_held_to_two_percent(
         look()
         for _ in range(3):
             worst(llm, logprobs=20, prompt_logprobs=3)
-            while llm._engine._channel._core.run_idle_work():  # type: ignore[attr-defined]
+            while llm._engine.channel._core.run_idle_work():  # type: ignore[attr-defined]
                 pass
             look()
     budget = plans[0].memory
@@ -82,13 +82,13 @@ def test_the_memory_budget_is_held_to_two_percent(
 @pytest.mark.parametrize(
     "more",
     [{}, {"logprobs": 5}, {"logit_bias": {5: 2.0}, "allowed_token_ids": list(range(99)), "min_tokens": 20}],
-    ids=["draws", "logprobs", "rules"],
+    ids=["samples", "logprobs", "rules"],
 )
 def test_a_decoding_step_waits_for_nothing_but_its_tokens(tiny_model: Path, more: dict[str, Any]) -> None:
     """torch raises wherever the host waits, but for an event that is asked for: that of `Ops.fetch`."""
     with LLM(str(tiny_model), **SIZES) as llm:
         worst(llm)
-        core: Any = llm._engine._channel._core
+        core: Any = llm._engine.channel._core
         begin, num_begun = core._executor.execute, 0
 
         def watched(plan: Any) -> Any:

@@ -112,10 +112,10 @@ def test_recorded_steps_give_what_launched_ones_give(
 
 
 def drawing_plans() -> list[StepPlan]:
-    """Five rows that want tokens alone, padded to six; then a greedy request takes a row that was drawn for."""
-    drawn = SamplingSpec(temperature=1.5, seed=11)
+    """Five rows that want tokens alone, padded to six; then a greedy request takes a row that was sampled for."""
+    random = SamplingSpec(temperature=1.5, seed=11)
     prompts = [list(range(10 + row, 13 + 2 * row)) for row in range(5)]
-    new = [enter(row, prompt, (drawn, GREEDY)[row % 2], (row, 5 + row)) for row, prompt in enumerate(prompts)]
+    new = [enter(row, prompt, (random, GREEDY)[row % 2], (row, 5 + row)) for row, prompt in enumerate(prompts)]
     lengths = [len(prompt) for prompt in prompts]
     made = [StepPlan(0, (), tuple(new), tuple(ScheduledRow(row, 0, lengths[row], (), True) for row in range(5)))]
     for step in range(1, 9):
@@ -130,7 +130,7 @@ def drawing_plans() -> list[StepPlan]:
 
 
 @pytest.mark.parametrize("xp", [np, torch], ids=lambda xp: xp.__name__)
-def test_recorded_draws_give_what_launched_ones_give(
+def test_recorded_samples_give_what_launched_ones_give(
     tiny_model: Path, xp: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "RECORD_AT", 1)
@@ -150,10 +150,10 @@ def test_recorded_draws_give_what_launched_ones_give(
 
 @pytest.mark.parametrize("recorder", [None, Recorder()], ids=["launched", "recorded"])
 @pytest.mark.parametrize("num_logprobs", [None, 0])
-def test_a_draw_is_of_the_place_that_its_token_takes(
+def test_a_sample_is_of_the_place_that_its_token_takes(
     tiny_model: Path, recorder: Recorder | None, num_logprobs: int | None
 ) -> None:
-    """The index of the new token, not of the one that is computed: the noise of a draw depends on it."""
+    """The index of the new token, not of the one that is computed: the noise depends on it."""
     seen: list[tuple[list[int], list[int]]] = []
 
     class WatchedOps(ReferenceOps):
@@ -214,7 +214,7 @@ class RecordingDevice(ReferenceOps):
 
 
 @pytest.mark.parametrize("eager", [False, True])
-def test_an_engine_on_a_device_records_unless_told_not_to(
+def test_an_engine_on_a_device_records_unless_eager(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, eager: bool
 ) -> None:
     sizes: dict[str, Any] = dict(
@@ -243,7 +243,7 @@ def test_steps_record_now_and_then_and_moments_without_work_one_each(
     monkeypatch.setattr(graphs, "FIRST_WIDTH_TOKENS", 24)
     recorder = Recorder()
     one = runner(tiny_model, np, recorder)
-    assert not one.run_idle_work(), "before anybody was answered it would keep the first waiting"
+    assert not one.run_idle_work(), "before a request was answered it would keep the first waiting"
     one.execute(StepPlan(0, (), (enter(0, [4, 5], GREEDY, (0, 1)), enter(1, [6], DRAWN, (2, 3))),
                          (ScheduledRow(0, 0, 2, (), True), ScheduledRow(1, 0, 1, (), True))))  # fmt: skip
     for step in range(1, 5):
@@ -262,7 +262,7 @@ def test_steps_record_now_and_then_and_moments_without_work_one_each(
     assert np.array_equal(one._cache.data[:, :, :16], before[:, :, :16]), "what is recorded without work writes nowhere"
 
 
-def test_a_server_records_while_nobody_waits(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_records_while_no_request_waits(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = RecordingDevice()
     monkeypatch.setattr(compose, "select_ops", lambda *_: (device, []))
     engine = AsyncLLM(

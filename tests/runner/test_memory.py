@@ -25,7 +25,7 @@ LIMITS = StepShape(max_num_seqs=3, max_num_batched_tokens=40, max_model_len=32, 
 
 class SmallDevice(ReferenceOps):
     """A device of 100 MiB, 60 of them free, on which a step takes a MiB for each token, and an eighth for each row
-    that is told log-probabilities: forty of a prompt, though there may be three rows."""
+    that has log-probabilities reported: forty of a prompt, though there may be three rows."""
 
     def __init__(self) -> None:
         super().__init__(np)
@@ -72,7 +72,7 @@ def test_a_device_is_measured_by_its_largest_steps(tiny_model: Path) -> None:
     assert (budget.activations, budget.sampler, budget.cache) == (40 * MIB, 5 * MIB, 0)
     assert budget.slack == MIB
     wide = make_budget(model_on(tiny_model, ops), ops, replace(LIMITS, max_num_batched_tokens=80))
-    assert (wide.activations, wide.sampler) == (80 * MIB, 8 * MIB), "64 rows at a time are told log-probabilities"
+    assert (wide.activations, wide.sampler) == (80 * MIB, 8 * MIB), "64 rows at a time report them"
 
 
 def test_the_host_is_estimated(tiny_model: Path) -> None:

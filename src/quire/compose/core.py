@@ -20,15 +20,14 @@ from quire.config import (
     resolve_cache,
     resolve_model_len,
 )
-from quire.core.engine_core import EngineCore, OverlappingCore, PlanExecutor
+from quire.core.engine_core import EngineCore, Executor, OverlappingCore
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.scheduler import Scheduler, SchedulerConfig
 from quire.engine.channel import CoreInfo
-from quire.engine.step_allowance import StepAllowance
 from quire.engine.verify_blocks import CachedBlockVerifier
 from quire.errors import ConfigurationError
-from quire.executor.local import DeviceExecutor, LocalExecutor
+from quire.executor.local import LocalExecutor
 from quire.models.model import Model
 from quire.ops.select import select_ops
 from quire.ops.types import Ops
@@ -51,17 +50,16 @@ class CoreParts:
     """What a core is made of, before its executor is given to it."""
 
     scheduler: Scheduler
-    executor: PlanExecutor
+    executor: Executor
     info: CoreInfo
-    allowance: StepAllowance
+    host_weight_bytes: int | None
+    """Of a model that this machine's processors compute; None: a device computes."""
     core_type: type[EngineCore]
     verifier: CachedBlockVerifier | None
 
-    def core(self, executor: PlanExecutor | None = None) -> EngineCore:
+    def core(self, executor: Executor | None = None) -> EngineCore:
         """The core itself; over another executor that passes on to this one, if one is given."""
-        core = self.core_type(self.scheduler, executor or self.executor, time.monotonic)
-        core.idle_work = self.verifier
-        return core
+        return self.core_type(self.scheduler, executor or self.executor, time.monotonic, self.verifier)
 
 
 def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
@@ -92,9 +90,9 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     decisions += [] if in_use is None else [in_use]
     return CoreParts(
         _scheduler(args, sizes, verifier or (PrefixCache(key) if args.enable_prefix_caching else NullPrefixCache())),
-        DeviceExecutor(runner) if overlap else LocalExecutor(runner),
+        LocalExecutor(runner, overlap),
         CoreInfo(sizes.max_model_len, spec.vocab_size, tuple(decisions), fingerprint, _cache_config(args, sizes)),
-        StepAllowance(model.weight_bytes if ops.memory() is None else None, args.hang_timeout),
+        model.weight_bytes if ops.memory() is None else None,
         OverlappingCore if overlap else EngineCore,
         verifier,
     )

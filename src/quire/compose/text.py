@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from quire.config import EngineArgs
-from quire.engine.channel import CoreInfo
-from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.text.tokenizer import Tokenizer
 from quire.weights.generation_config import load_generation_defaults
 from quire.weights.source import resolve_tokenizer_source
@@ -22,15 +20,6 @@ class TextParts:
     """What ends an answer: the tokenizer's own token, then those of the model's configuration, each once."""
     default_params: Mapping[str, Any]
     """Sampling defaults of `generation_config.json`."""
-
-    def limits(self, args: EngineArgs, core: CoreInfo) -> RequestLimits:
-        """What requests are checked against."""
-        has_priorities = args.scheduling_policy == "priority"
-        return RequestLimits(core.max_model_len, core.vocab_size, self.eos_token_ids, args.seed, has_priorities)
-
-    def inputs(self, limits: RequestLimits) -> InputProcessor:
-        """The validator of requests."""
-        return InputProcessor(self.tokenizer, limits)
 
 
 def compose_text(args: EngineArgs, directory: Path) -> TextParts:

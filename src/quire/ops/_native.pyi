@@ -18,9 +18,6 @@ class PackedLinear:
     @property
     def bytes(self) -> int: ...
 
-class TileBuffer:
-    """Rows of bfloat16 in the order of AMX tiles (`TileRows` in native/kernels.h)."""
-
 class Cache:
     @property
     def bytes(self) -> int: ...
@@ -90,7 +87,7 @@ class Runtime:
         rows), ...])` of files. `rounding`: bits, group and levels of `pack_integers`, to which it is rounded first.
         ValueError also where a file ends early, and with rounding where a weight is not finite."""
     def probe(self, kind: str, data: Any, /) -> int:
-        """`kind` is read (of `data`), float32, bfloat16 or int8: bytes, or operations; 0 where the instructions are missing."""
+        """`kind` is read (of `data`), float32, bfloat16 or int8: bytes, or operations; 0 without such instructions."""
     def quantize(
         self, weight: Any, storage: str, four_bits: bool, group_size: int, values: Any, scales: Any, /
     ) -> bool:
@@ -101,7 +98,7 @@ class Runtime:
         """`values [out, in]` int8, `scales [out, ceil(in / group)]`, integers of 4 or 8 bits; inputs will be rounded to
         integers up to `levels`. See `QuantizedWeight`."""
     def linear(self, x: Any, packed: PackedLinear, y: Any, scale: float, softcap: float, add: bool, /) -> None:
-        """`softcap` 0 is none; `add` adds to what y holds. x and y may be TileBuffers, x for weights in tiles."""
+        """`softcap` 0 is none; `add` adds to what y holds."""
     def greedy(
         self, x: Any, packed: PackedLinear, scale: float, softcap: float, tokens: Any, finite: Any, /
     ) -> None: ...
@@ -111,11 +108,10 @@ class Runtime:
     def norm(
         self, x: Any, residual: Any | None, weight: Any, bias: Any | None, eps: float, centre: bool, y: Any, /
     ) -> None:
-        """`x` is added to `residual` first, where given; `centre` subtracts the mean (layer_norm). y may be a
-        TileBuffer."""
+        """`x` is added to `residual` first, where given; `centre` subtracts the mean (layer_norm)."""
     def rope(self, x: Any, positions: Any, cos: Any, sin: Any, /) -> None: ...
     def activation(self, x: Any, kind: int, multiply: bool, y: Any, /) -> None:
-        """`kind` counts silu, gelu, gelu_tanh, relu from 0. y may be a TileBuffer."""
+        """`kind` counts silu, gelu, gelu_tanh, relu from 0."""
     def attention(
         self,
         q: Any,
@@ -163,5 +159,4 @@ def instruction_sets() -> list[tuple[str, bool, str]]:
 def operation_times() -> list[tuple[str, int, int, int, int, int, int]]:
     """See `quire.ops.cpu.operation_counts`."""
 
-def make_tiles(rows: int, width: int, /) -> TileBuffer: ...
 def make_cache(layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, storage: str, /) -> Cache: ...

@@ -290,8 +290,9 @@ class ReferenceOps(composed.ComposedOps):
         """Defined in `sampling_reference`. Providers may differ only where the two best candidates are closer
         than 1e-5, or where the mass at top_p's border is within 1e-6 of top_p."""
         seeds = [int(seed) for seed in self.to_numpy(batch.seeds)]
-        drawn = [sampling_reference.draw(self.xp, logits[row, :], batch, row, seed) for row, seed in enumerate(seeds)]
-        return self.xp.asarray(drawn, dtype=self.xp.int32, device=self.device)
+        sample_row = sampling_reference.sample_row
+        samples = [sample_row(self.xp, logits[row, :], batch, row, seed) for row, seed in enumerate(seeds)]
+        return self.xp.asarray(samples, dtype=self.xp.int32, device=self.device)
 
     def logprobs(self, logits: Array, token_ids: Array, num_top: int) -> Logprobs:
         """`logit - log(sum(exp(logit)))`, computed after subtracting the row's maximum. Tolerance: abs 1e-5;

@@ -341,14 +341,14 @@ class Ops(Protocol):
         """`linear(x) * scale`, then soft-capped, float32 `[rows, vocabulary]`."""
 
     def penalize(self, logits: Array, batch: PenaltyBatch) -> None:
-        """In place, for `logits [rows, vocabulary]`: see `sampling/penalties.py`."""
+        """In place, for `logits [rows, vocabulary]`: see `sampling/features/penalties.py`."""
 
     def greedy(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> tuple[Array, Array]:
-        """What temperature 0 draws from `logits(x, packed, scale, softcap)`, int32 `[rows]`, and bool `[rows]`, its
+        """What temperature 0 samples from `logits(x, packed, scale, softcap)`, int32 `[rows]`, and bool `[rows]`, its
         `rows_finite`; 0 where that is false. The logits need not be written out."""
 
     def sample(self, logits: Array, batch: SampleBatch) -> Array:
-        """Draw one token for each row of `logits [rows, vocabulary]` -> int32 `[rows]`; -inf is never drawn."""
+        """Sample one token for each row of `logits [rows, vocabulary]` -> int32 `[rows]`; -inf is never sampled."""
 
     def logprobs(self, logits: Array, token_ids: Array, num_top: int) -> Logprobs:
         """Log-softmax of each row at `token_ids [rows]`, its rank, and the `num_top` best."""

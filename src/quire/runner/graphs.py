@@ -2,7 +2,7 @@
 
 A recording is of fixed arrays and sizes. So a step in which every row has one token is written into arrays that stay,
 padded to one of a few sizes: rows, and blocks of the widest table. Padded rows compute token 0 at position 0 and write
-its keys and values into the *null block*, which belongs to nobody. Rows that need only tokens have them sampled in the
+its keys and values into the *null block*, which no row holds. Rows that need only tokens have them sampled in the
 recording; for others it ends with the hidden states.
 
 ::
@@ -139,7 +139,7 @@ class DecodeGraphs:
         return tokens, finite
 
     def run_idle_work(self) -> bool:
-        """Record one size, if there is one left and somebody was answered; False if not. Steps may be in flight."""
+        """Record one size, if there is one left and a request was answered; False if not. Steps may be in flight."""
         left = self._buckets.sizes() - self._recordings.keys()
         if not left or not self._num_uses:
             return False
@@ -148,7 +148,7 @@ class DecodeGraphs:
         return True
 
     def record_largest(self) -> None:
-        """At a start."""
+        """Record the largest size, at a start."""
         self._record_at_rest(max(self._buckets.sizes()))
 
     def _record_at_rest(self, size: GraphSize) -> None:

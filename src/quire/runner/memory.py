@@ -24,7 +24,7 @@ SLACK_SHARE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """The largest step that a scheduler may ask for."""
+    """The largest step that a scheduler may plan."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -35,8 +35,12 @@ class StepShape:
 
 
 def make_budget(model: Model, ops: Ops, shape: StepShape) -> MemoryBudget:
-    """All lines but the cache. On a device the largest steps are computed once, on a cache of one block, which also
-    compiles and loads the kernels."""
+    """All entries but the cache. On a device the largest steps are computed once, on a cache of one block, which also
+    compiles and loads the kernels.
+
+    Raises:
+        ConfigurationError: a step of that shape does not fit the device beside the weights.
+    """
     if ops.memory() is None:
         return _estimated(model, shape)
     try:
@@ -100,8 +104,11 @@ def _graph_bytes(model: Model, shape: StepShape) -> int:
 
 
 def take_largest_steps(model: Model, ops: Ops, cache: Opaque, shape: StepShape) -> int:
-    """Compute the largest steps, with all that may be asked of their logits, on block 0 of `cache`: the most that they
-    took, in bytes."""
+    """Compute the largest steps, with all that may be requested of their logits, on block 0 of `cache`.
+
+    Returns:
+        The most that they took, in bytes.
+    """
     rows = _num_rows(shape)
     num_reported = max(rows, min(shape.max_num_batched_tokens, PROMPT_LOGPROB_ROWS))
     return max(
@@ -111,7 +118,7 @@ def take_largest_steps(model: Model, ops: Ops, cache: Opaque, shape: StepShape) 
 
 
 def check_budget(budget: MemoryBudget, ops: Ops) -> Decision | None:
-    """What the device says after the largest steps, beside the memory budget; None where memory is the host's."""
+    """The bytes in use after the largest steps beside those budgeted; None where memory is the host's."""
     memory = ops.memory()
     if memory is None:
         return None
@@ -120,8 +127,8 @@ def check_budget(budget: MemoryBudget, ops: Ops) -> Decision | None:
 
 
 def prompt_step(ops: Ops, shape: StepShape) -> tuple[Array, AttentionBatch]:
-    """As many tokens as one step takes: the last one of as many of the longest sequences as there may be, and prompts,
-    in as few rows as hold them."""
+    """Token ids `[tokens]` and batch of a step with as many tokens as one takes: the last one of as many of the longest
+    sequences as there may be, and prompts, in as few rows as hold them."""
     tokens, longest = shape.max_num_batched_tokens, shape.max_model_len
     singles = max(0, _num_rows(shape) - -(-tokens // longest))
     full, rest = divmod(tokens - singles, longest)
@@ -131,7 +138,7 @@ def prompt_step(ops: Ops, shape: StepShape) -> tuple[Array, AttentionBatch]:
 
 
 def single_step(ops: Ops, shape: StepShape) -> tuple[Array, AttentionBatch]:
-    """The last token of as many of the longest sequences as there may be."""
+    """Token ids `[rows]` and batch of the last token of as many of the longest sequences as there may be."""
     rows = _num_rows(shape)
     return _step(ops, np.ones(rows, np.int64), np.full(rows, shape.max_model_len - 1), shape)
 
@@ -169,7 +176,7 @@ def _sample(model: Model, ops: Ops, step: tuple[Array, AttentionBatch], cache: O
 def _sample_and_report(
     model: Model, ops: Ops, step: tuple[Array, AttentionBatch], cache: Opaque, rows: int
 ) -> tuple[Array, ...]:
-    """With all that may be asked of the logits at one time."""
+    """With all that may be requested of the logits at one time."""
     hidden, logits, tokens = _sample(model, ops, step, cache, rows)
     raw = logits[ops.array(np.arange(rows), "int64")]
     ops.clear_broken(logits)

@@ -43,7 +43,7 @@ class RequestedLogprobs:
     """Of the named tokens of all rows, one after the other, in chunks."""
 
     def arrays(self) -> list[Array]:
-        """What the host needs of the device."""
+        """What the host needs of the device: arrays `[places]`, then those of the chunks."""
         best = self.best
         named = [array for chunk in self.named for array in (chunk.chosen, chunk.rank)]
         return [best.chosen, best.rank, best.top_ids, best.top_logprobs, *named]

@@ -139,7 +139,7 @@ class Sampler:
         return self.needs_only_tokens(rows) and not self._numbers.temperature[np.array(rows)].any()
 
     def wrap_tokens(self, tokens: Array, finite: Array, rows: Sequence[int]) -> PendingSamples:
-        """What `sample_tokens` or `Model.greedy` gave for `rows`, which need only tokens, as `sample` gives it."""
+        """What `sample_tokens` or `Model.greedy` gave for `rows` (int32 and bool `[rows]`), as `sample` gives it."""
         return PendingSamples(self._ops, rows, tokens, [finite])
 
     def refresh(self) -> None:

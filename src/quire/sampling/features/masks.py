@@ -74,7 +74,7 @@ class LogitMasks:
             self.on_token(new.row, token_id)
 
     def remove(self, row: int) -> None:
-        """Forget the row."""
+        """Forget the masks of the row."""
         self._rows.pop(row, None)
 
     def on_token(self, row: int, token_id: int) -> None:
@@ -85,7 +85,8 @@ class LogitMasks:
             del masks.tail[: 1 - max(len(word) for word in masks.words)]
 
     def apply(self, logits: Array, rows: Sequence[int], places: Sequence[int], positions: Sequence[int]) -> None:
-        """All rows at once, without waiting for the device. See `SamplingFeature.apply`."""
+        """All rows at once, without waiting for the device; logits are `[sampled rows, vocabulary]`, as for every
+        `SamplingFeature`."""
         held = [(place, self._rows[row], at) for row, place, at in zip(rows, places, positions, strict=True)]
         allowed = [(place, masks.allowed) for place, masks, _ in held if len(masks.allowed)]
         if allowed:
