@@ -3,7 +3,7 @@
     python benchmarks/decode_bandwidth.py MODEL [--runs 9] [--quantization int8]
 
 A run is W1 of `quire bench throughput` (128 tokens in, 128 out) without its first token; each of the others reads all
-weights once, and nothing else of size. The reads of `quire bench kernels` (512 MB, all threads) surround a run.
+weights once, and nothing else of size. The reads of `kernels.py` (512 MB, all threads) surround a run.
 """
 
 import argparse

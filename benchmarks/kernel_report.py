@@ -14,11 +14,10 @@ from typing import Any
 HERE = Path(__file__).parent
 REPORT, PLOT = HERE / "KERNELS.md", HERE / "kernels.svg"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-COMMAND = "import sys; from quire.cli.main import main; sys.exit(main())"
 LEGS = (
     ("Gate and up with their activation", "gated_linear m135 m1b", "1 4 16 64 512", 55),
-    ("The other products of a layer", "linear m135 m1b", "1 16 512", 60),
-    ("Products of 7B", "linear gated_linear 7b", "1 16 512", 110),
+    ("The other GEMMs of a layer", "linear m135 m1b", "1 16 512", 60),
+    ("GEMMs of 7B", "linear gated_linear 7b", "1 16 512", 110),
     ("Logits, and the greedy choice without them", "logits greedy", "1 16", 60),
     ("Attention, new tokens after those in the cache", "attention", "1", 20),
     ("The rest", "add_rms_norm activation_multiply rope sample", "1 16 512", 20),
@@ -34,7 +33,7 @@ def measure(only: str, rows: str, seconds: float) -> tuple[dict[str, Any], bool]
     """
     flags = ["--only", *only.split(), "--rows", *rows.split(), "--seconds", str(seconds), "--json"]
     done = subprocess.run(
-        [sys.executable, "-c", COMMAND, "bench", "kernels", *flags], capture_output=True, text=True, check=False
+        [sys.executable, str(HERE / "kernels.py"), *flags], capture_output=True, text=True, check=False
     )
     if done.returncode != 0:
         sys.exit(done.stderr)
@@ -44,7 +43,7 @@ def measure(only: str, rows: str, seconds: float) -> tuple[dict[str, Any], bool]
 def table(title: str, report: Mapping[str, Any], whole: bool) -> list[str]:
     """A leg as text: the limits of its own minutes first."""
     limits = report["limits"]
-    units = ", ".join(f"{unit} {value / 1e12:.2f}" for unit, value in limits["products_per_s"].items())
+    units = ", ".join(f"{unit} {value / 1e12:.2f}" for unit, value in limits["operations_per_s"].items())
     lines = [
         f"## {title}",
         "",
@@ -55,10 +54,10 @@ def table(title: str, report: Mapping[str, Any], whole: bool) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in report["rates"]:
-        products = f"{one['products_per_s'] / 1e12:.3f}" if one["products_per_s"] else ""
+        tops = f"{one['operations_per_s'] / 1e12:.3f}" if one["operations_per_s"] else ""
         lines.append(
             f"| {one['model']} | {one['operation']} | {one['format']} | {one['shape']} | {one['rows']} "
-            f"| {one['seconds'] * 1e6:,.1f} | {one['bytes_per_s'] / 1e9:.2f} | {products} "
+            f"| {one['seconds'] * 1e6:,.1f} | {one['bytes_per_s'] / 1e9:.2f} | {tops} "
             f"| {one['of_limit']:.0%} {one['bound']} |"
         )
     return [*lines, ""]

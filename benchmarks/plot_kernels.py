@@ -1,6 +1,6 @@
 """Rates over rows, beside their limits, as SVG: what a report needs, and no library for it.
 
-quire bench kernels --only gated_linear --json | python benchmarks/plot_kernels.py [OPERATION] > kernels.svg
+python benchmarks/kernels.py --only gated_linear --json | python benchmarks/plot_kernels.py [OPERATION] > kernels.svg
 """
 
 import json
@@ -120,8 +120,8 @@ def panels(rates: Sequence[Mapping[str, Any]], operation: str) -> list[Panel]:
             series=[
                 Series(
                     name=name,
-                    points=[(one["rows"], one["products_per_s"] / 1e12) for one in ones],
-                    limit=[(one["rows"], one["products_per_s"] / one["of_limit"] / 1e12) for one in ones],
+                    points=[(one["rows"], one["operations_per_s"] / 1e12) for one in ones],
+                    limit=[(one["rows"], one["operations_per_s"] / one["of_limit"] / 1e12) for one in ones],
                 )
                 for name, ones in formats.items()
             ],
@@ -131,7 +131,7 @@ def panels(rates: Sequence[Mapping[str, Any]], operation: str) -> list[Panel]:
 
 
 def main() -> None:
-    """The report of `quire bench kernels --json` in, the drawing out."""
+    """The report of `kernels.py --json` in, the drawing out."""
     operation = sys.argv[1] if len(sys.argv) > 1 else "gated_linear"
     drawn = panels(json.load(sys.stdin)["rates"], operation)
     if not drawn:

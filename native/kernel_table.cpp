@@ -1,13 +1,12 @@
 // The table of the instruction set this file is compiled for. One that adds only to GEMMs takes the rest from the set
 // below, QUIRE_BELOW; else that is itself.
-#include "gemm/amx/bfloat16.h"
+#include "gemm/linear.h"
 
 #define QUIRE_NAME_OF(isa) #isa
 #define QUIRE_NAME(isa) QUIRE_NAME_OF(isa)
 
 namespace quire::QUIRE_BELOW {
 
-void rope(const RopeArgs&, ThreadPool&);
 void attention(const AttentionArgs&, ThreadPool&);
 void sample(const SampleArgs&, ThreadPool&);
 void logprobs(const LogprobsArgs&, ThreadPool&);
@@ -27,7 +26,7 @@ int64_t probe(const ProbeArgs&, ThreadPool&);
 namespace below = QUIRE_BELOW;
 
 extern const Kernels kernels{QUIRE_NAME(QUIRE_ISA), kBFloat16Layout,    linear,           embed,
-                             norm,                  below::rope,        activation,       below::attention,
+                             norm,                  activation,       below::attention,
                              below::sample,         below::logprobs,    below::rows_finite, probe,
                              below::quantize_row};
 

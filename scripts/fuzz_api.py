@@ -24,11 +24,12 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.llm import AsyncLLM
-from quire.server.app import create_app
-from quire.server.limits import Limits
-from quire.server.listen import bind
-from quire.server.protocol.fields import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE_CHAT
-from quire.server.serve import GracefulServer
+from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT
+from quire.server.doors.openai.routes import OPENAI
+from quire.server.http.app import create_app
+from quire.server.http.limits import Limits
+from quire.server.http.listen import bind
+from quire.server.http.serve import GracefulServer
 
 KEY = "fuzz"
 CHECKS = (
@@ -37,7 +38,7 @@ CHECKS = (
 )
 PRIVATE = re.compile(rb'0x[0-9a-f]{6,}|/home|/usr|/tmp|site-packages|Traceback|File "')
 ROUTES = {
-    "/v1/completions": (COMPLETIONS, {"prompt": "a b", "max_tokens": 2}),
+    "/v1/completions": (COMPLETION, {"prompt": "a b", "max_tokens": 2}),
     "/v1/chat/completions": (CHAT, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}),
     "/tokenize": (TOKENIZE_CHAT, {"messages": [{"role": "user", "content": "hi"}]}),
     "/detokenize": (DETOKENIZE, {"tokens": [1, 2, 3]}),
@@ -81,7 +82,7 @@ class Server:
     def __init__(self, statuses: Counter[int], findings: list[str]) -> None:
         self.engine = AsyncLLM(max_model_len=96, max_num_seqs=16, max_num_batched_tokens=512)
         limits = Limits().with_values({"sequences": 8, "prompts": 8})
-        app = create_app(self.engine, served_model_name="fuzzed", api_key=KEY, limits=limits)
+        app = create_app(self.engine, apis=[OPENAI], served_model_name="fuzzed", api_key=KEY, limits=limits)
         app.add_middleware(Counting, statuses=statuses, findings=findings)
         listener, ready = bind("127.0.0.1", 0), threading.Event()
         self.port = listener.getsockname()[1]
@@ -131,9 +132,9 @@ def schemathesis(port: int, seconds: int, seed: int) -> int:
 def one_request(chance: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
     """Method, path, body and headers of the next request."""
     path = chance.choice(list(ROUTES))
-    door, base = ROUTES[path]
+    schema, base = ROUTES[path]
     body = dict(base)
-    for name in chance.sample(door.known(), chance.randint(1, 3)):
+    for name in chance.sample(schema.known(), chance.randint(1, 3)):
         body[name] = chance.choice(ATOMS)
     data = json.dumps(body).encode()
     kind = chance.random()

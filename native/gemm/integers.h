@@ -5,8 +5,7 @@
 // y * activation scale of the row.
 #pragma once
 
-#include "gemm/epilogue.h"
-#include "gemm/amx/tile_config.h"
+#include "gemm/frame.h"
 
 namespace quire::QUIRE_ISA {
 
@@ -65,10 +64,30 @@ static inline Floats join(Ints high, Ints low, int shift) {
     return y;
 }
 
-// How the activations of a row are quantized: x = q * scale. Everything is as the definition says (`round_inputs` in src/quire/ops/reference.py).
+// rint(x * inverse): the sum with 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
+static inline Ints quantize_to_ints(Floats x, float inverse) {
+    return (Ints)(as_words(x * inverse + 0x1.8p23f) - 0x4b400000u);
+}
+
+// The first `count` of kLanes floats; the others are zero.
+static inline Floats load_some(const float* p, int64_t count) {
+    if (count >= kLanes) return load(p);
+    float values[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) values[i] = p[i];
+    return load(values);
+}
+
+// How the activations of a row are quantized: x = q * scale. Everything is as the definition says
+// (`round_inputs` in src/quire/ops/reference.py).
 struct QuantizedRow {
     float inverse;  // 0: all zero
-    float scale;     // NaN where an input is infinite or NaN
+    float scale;    // NaN where an input is infinite or NaN
+
+    // The integers of kLanes inputs from `i` on; 0 from `in` on.
+    Ints at(const float* x, int64_t i, int64_t in) const {
+        if (inverse == 0.0f || i >= in) return Ints{};
+        return quantize_to_ints(load_some(x + i, in - i), inverse);
+    }
 };
 
 static inline QuantizedRow measure_row(const float* x, int64_t in, int32_t levels) {
@@ -94,19 +113,6 @@ static inline QuantizedRow measure_row(const float* x, int64_t in, int32_t level
     return {absmax < 0x1p-100f ? 0.0f : limit / absmax, absmax / limit};
 }
 
-// rint(x * inverse): the sum with 1.5 * 2^23 rounds to an integer, ties to even, and leaves it in the low bits.
-static inline Ints quantize_to_ints(Floats x, float inverse) {
-    return (Ints)(as_words(x * inverse + 0x1.8p23f) - 0x4b400000u);
-}
-
-// The first `count` of kLanes floats; the others are zero.
-static inline Floats load_some(const float* p, int64_t count) {
-    if (count >= kLanes) return load(p);
-    float values[kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) values[i] = p[i];
-    return load(values);
-}
-
 // One group's sums of a row, for the 32 outputs of a panel, scaled and added to what the groups before left.
 static inline void add_group(const float* scales, const Floats* sums, float* y) {
     for (int64_t v = 0; v < kTilePanel / kLanes; ++v) {
@@ -127,15 +133,10 @@ static inline void store_planes(Ints q, int64_t planes, int8_t* to, int64_t apar
 }
 #endif
 
-void linear_int(const LinearArgs& args, ThreadPool& pool);
-void embed_int(const EmbedArgs& args, ThreadPool& pool);
-#if defined(__AVX512VNNI__)
-// The most rows whose sums linear_int_bytes holds in registers.
-static inline int64_t byte_rows(const Panels& weight) { return weight.levels > 127 ? 4 : 6; }
-void linear_int_bytes(const LinearArgs& args, ThreadPool& pool);
-#endif
-#if QUIRE_AMX
-void linear_int_tiles(const LinearArgs& args, ThreadPool& pool);
-#endif
+// Scales a row's sums by its activation scale, then the epilogue.
+static inline void finish_quantized_row(const GemmLaunch& launch, int64_t panel, int64_t row, float* y) {
+    for (int64_t i = 0; i < kTilePanel; i += kLanes) store(y + i, load(y + i) * launch.x_scales[row]);
+    finish_row<kTilePanel>(*launch.args, panel, row, y);
+}
 
 }  // namespace quire::QUIRE_ISA

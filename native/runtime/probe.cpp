@@ -1,6 +1,7 @@
-// What the machine can do, for `quire bench kernels`: a streaming read, and multiplications of operands that are
+// What the machine can do, for `quire doctor`: a streaming read, and multiplications of operands that are
 // loaded from the L1, as any kernel must load them. (Registers alone run faster; no kernel reaches that.)
 #include "gemm/amx/tile_config.h"
+#include "runtime/simd.h"
 
 namespace quire::QUIRE_ISA {
 

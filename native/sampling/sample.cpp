@@ -18,9 +18,9 @@ constexpr int64_t kBlock = 64;
 // A worker's memory for one row.
 struct Scratch {
     float* scaled;      // [padded vocabulary], at most 0; -inf where dropped
-    float* weights;     // [padded vocabulary]
+    float* probabilities;      // [padded vocabulary], not normalized
     uint32_t* keys;     // [padded vocabulary]: of the candidates for a border
-    float* key_weights; // [padded vocabulary]
+    float* key_probabilities; // [padded vocabulary]
     double* mass;       // [kBins]
     int64_t* count;     // [kBins]
 };
@@ -51,16 +51,17 @@ uint32_t key_of(float scaled) {
     return bits & 0x7fffffffu;
 }
 
-// Tokens in the order of their keys are kept while the weight before them is less than the target.
+// Tokens in the order of their keys are kept while the probability before them is less than the target.
 struct Border {
     uint32_t key;    // all with a smaller key are kept,
     int64_t equal;   // and this many of those that have this one, lowest ids first
     bool all_equal;  // which are all that have it
 };
 
-// The border among `size` keys, each of weight weights[i], or 1 if null. It is found from the upper bits down: each
-// level counts the keys that share the bits found so far by their next bits.
-Border find_border(const Scratch& scratch, const uint32_t* keys, const float* weights, int64_t size, double target) {
+// The border among `size` keys, each of probabilities[i], or 1 if null. It is found from the upper bits down: each level
+// counts the keys that share the bits found so far by their next bits.
+Border find_border(const Scratch& scratch, const uint32_t* keys, const float* probabilities, int64_t size,
+                   double target) {
     constexpr int kShifts[] = {20, 9, 0};
     constexpr int kWidths[] = {11, 11, 9};
     uint32_t prefix = 0;
@@ -73,7 +74,7 @@ Border find_border(const Scratch& scratch, const uint32_t* keys, const float* we
         for (int64_t i = 0; i < size; ++i) {
             if (keys[i] >> shift >> width != prefix) continue;
             const uint32_t at = keys[i] >> shift & ((1u << width) - 1);
-            scratch.mass[at] += weights == nullptr ? 1.0 : weights[i];
+            scratch.mass[at] += probabilities == nullptr ? 1.0 : probabilities[i];
             ++scratch.count[at];
         }
         // The last bin in use stands in where rounding kept the sum below the target.
@@ -90,14 +91,14 @@ Border find_border(const Scratch& scratch, const uint32_t* keys, const float* we
         prefix = prefix << width | static_cast<uint32_t>(bin);
     }
     const int64_t count = scratch.count[bin];
-    const double weight = count > 0 ? scratch.mass[bin] / count : 0.0;
+    const double probability = count > 0 ? scratch.mass[bin] / count : 0.0;
     int64_t equal = 1;
-    while (equal < count && before + equal * weight < target) ++equal;
+    while (equal < count && before + equal * probability < target) ++equal;
     return {prefix, equal, equal >= count};
 }
 
-// Copies the keys up to `limit` (and, where `with_weights`, their weights) to the scratch memory; returns how many.
-int64_t collect(const Scratch& scratch, int64_t vocabulary, uint32_t limit, bool with_weights) {
+// Copies the keys up to `limit` (`with_probabilities`: these too) to the scratch memory; returns how many.
+int64_t collect(const Scratch& scratch, int64_t vocabulary, uint32_t limit, bool with_probabilities) {
     float lowest;
     __builtin_memcpy(&lowest, &limit, 4);
     int64_t count = 0;
@@ -106,7 +107,7 @@ int64_t collect(const Scratch& scratch, int64_t vocabulary, uint32_t limit, bool
         for (int64_t i = block; i < block + kBlock; ++i) {
             const uint32_t key = key_of(scratch.scaled[i]);
             scratch.keys[count] = key;
-            if (with_weights) scratch.key_weights[count] = scratch.weights[i];
+            if (with_probabilities) scratch.key_probabilities[count] = scratch.probabilities[i];
             count += key <= limit;
         }
     }
@@ -124,9 +125,10 @@ void drop_beyond(Border border, float* scaled, int64_t vocabulary) {
 // exp of every kept token, 0 for the others; returns their sum
 double exponentiate(const Scratch& scratch, int64_t vocabulary) {
     double sums[8] = {};
-    for (int64_t i = 0; i < padded(vocabulary); i += kLanes) store(scratch.weights + i, exp(load(scratch.scaled + i)));
+    float* const probabilities = scratch.probabilities;
+    for (int64_t i = 0; i < padded(vocabulary); i += kLanes) store(probabilities + i, exp(load(scratch.scaled + i)));
     for (int64_t i = 0; i < padded(vocabulary); i += 8) {
-        for (int j = 0; j < 8; ++j) sums[j] += scratch.weights[i + j];
+        for (int j = 0; j < 8; ++j) sums[j] += probabilities[i + j];
     }
     return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
@@ -146,11 +148,11 @@ void keep_top_k(const Scratch& scratch, int64_t vocabulary, int64_t top_k) {
 
 void keep_top_p(const Scratch& scratch, int64_t vocabulary, double top_p) {
     const double total = exponentiate(scratch, vocabulary);
-    // All tokens below (1 - top_p) / vocabulary of the best one's weight together weigh less than 1 - top_p of the
+    // All tokens below (1 - top_p) / vocabulary of the best one's probability together have less than 1 - top_p of the
     // total, which is at least the best one's: none of them is kept. (The 0.01 is for rounding.)
     const double lowest = ::log((1.0 - top_p) / vocabulary) - 0.01;
     const int64_t count = collect(scratch, vocabulary, key_of(static_cast<float>(lowest)), true);
-    const Border border = find_border(scratch, scratch.keys, scratch.key_weights, count, top_p * total);
+    const Border border = find_border(scratch, scratch.keys, scratch.key_probabilities, count, top_p * total);
     drop_beyond(border, scratch.scaled, vocabulary);
 }
 

@@ -15,6 +15,7 @@ from scripts.house.imports import check_imports
 from scripts.house.names import check_names
 from scripts.house.size import check_size
 from scripts.house.tree import ROOT, Report
+from scripts.house.words import check_words
 
 GENERATED = ("limits_page", "reference_pages")
 """Modules of scripts that write pages of docs/ from the code."""
@@ -48,6 +49,7 @@ CHECKS: dict[str, tuple[str, Callable[[Path], Report]]] = {
     "pages": ("the generated pages are fresh", _tool(*([f"scripts.{page}", "--check"] for page in GENERATED))),
     "names": ("the public names", check_names),
     "forbidden": ("code-running data, foreign places", check_forbidden),
+    "words": ("the field's words", check_words),
     "size": ("the base install", check_size),
 }
 

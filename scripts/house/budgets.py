@@ -11,6 +11,7 @@ from scripts.house.tree import Report, Source, native_files, python_files
 
 ENVIRONMENT_NAME = re.compile(r"QUIRE_[A-Z0-9_]+")
 NATIVE_ENVIRONMENT = re.compile(r'getenv\s*\(\s*"(QUIRE_[A-Z0-9_]+)"')
+CONTAINERS = frozenset({"list", "dict", "set", "defaultdict", "Counter", "OrderedDict", "deque"})
 DUSTBINS = ("utils.py", "util.py", "helpers.py", "misc.py")
 
 
@@ -74,7 +75,7 @@ def _functions(source: Source, limit: int) -> list[str]:
 
 
 def _manners(source: Source) -> list[str]:
-    """No mixins, no module globals that are rebound, no dustbin files."""
+    """No mixins, no module globals that are rebound or filled, no dustbin files."""
     breaches = []
     if source.path.rsplit("/", 1)[-1] in DUSTBINS:
         breaches.append(f"{source.path}: name the thing, not `{source.path.rsplit('/', 1)[-1]}`")
@@ -83,7 +84,18 @@ def _manners(source: Source) -> list[str]:
             breaches.append(f"{source.path}:{node.lineno}: class {node.name}: no mixins")
         if isinstance(node, ast.Global):
             breaches.append(f"{source.path}:{node.lineno}: global {', '.join(node.names)}: no globals that change")
+        if isinstance(node, ast.Module):
+            places = [item.lineno for item in node.body if _is_empty_container(item)]
+            breaches += [f"{source.path}:{line}: an empty container: no globals that change" for line in places]
     return breaches
+
+
+def _is_empty_container(statement: ast.stmt) -> bool:
+    """A module's name for a container that can only be of use once something is put into it."""
+    value = statement.value if isinstance(statement, ast.Assign | ast.AnnAssign) else None
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in CONTAINERS:
+        return value.func.id == "defaultdict" or (not value.args and not value.keywords)
+    return isinstance(value, ast.List | ast.Dict) and not (value.elts if isinstance(value, ast.List) else value.keys)
 
 
 def _fields(sources: list[Source], limits: dict[str, int]) -> list[str]:

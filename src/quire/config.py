@@ -1,4 +1,4 @@
-"""Configuration in two stages: what a user asks (`EngineArgs`, None = decide), and what was resolved.
+"""Configuration in two stages: what a user sets (`EngineArgs`, None = decide), and what was resolved.
 
 `EngineArgs` holds vLLM's names. `resolve_*` are pure: they turn arguments and facts (the model's, the
 machine's) into frozen values, each decision with its reason. Nothing is changed after that.
@@ -35,8 +35,8 @@ class EngineArgs:
     dtype: str = "auto"
     """Storage of weights and cache: auto (the checkpoint's own), bfloat16, float16, float32 (computes exactly)."""
     quantization: str | None = None
-    """Round the weights while they are loaded: int8, int8_w8a8 (inputs too), int4, fp8 (inputs too; CUDA alone).
-    `dtype` is then that of the cache and of weights which are not rounded."""
+    """Quantise the weights while they are loaded: int8 (W8A16), int8_w8a8, int4 (W4A16), fp8 (W8A8; CUDA only).
+    `dtype` is then that of the cache and of weights which are not quantised."""
     quantization_group_size: int | None = None
     """Weights of a row that share a scale with int4: 32, 64 or 128; None is 64."""
     max_model_len: int | None = None
@@ -186,7 +186,7 @@ class MemoryBudget:
 
     @property
     def used(self) -> int:
-        """All entries together."""
+        """Bytes of all entries together."""
         return sum(value for _, value in self._entries())
 
     def fits(self, share: float) -> int:
@@ -234,7 +234,7 @@ def resolve_model_len(args: EngineArgs, max_position_embeddings: int) -> int:
     """The longest sequence that is allowed before the cache is sized.
 
     Raises:
-        ConfigurationError: more was asked than the model's positions.
+        ConfigurationError: it is more than the model's positions.
     """
     if args.max_model_len is None:
         return max_position_embeddings

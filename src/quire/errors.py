@@ -16,7 +16,7 @@
     │   └── UnsupportedModelError  an architecture that Quire does not have
     └── EngineDeadError          the engine's fault: nothing more can be served by this process
 
-Texts are for people who called Quire: they name the field and the limit, and never carry an
+Texts are for Quire's callers: they name the field and the limit, and never carry an
 absolute path, an address or a trace.
 """
 

@@ -1,7 +1,9 @@
 """`LLM` and `AsyncLLM`: an engine, and the two ways to ask it."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,12 +11,11 @@ from quire.compose.served import compose
 from quire.config import EngineArgs
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.chat import encode_chat
+from quire.engine.front import EngineFront
 from quire.engine.inputs import ParsedRequest, Prompt
-from quire.engine.progress import Progress
 from quire.errors import InvalidRequestError
-from quire.outputs import Decision, Metric, RequestOutput
+from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
-from quire.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 
@@ -37,7 +38,7 @@ class AsyncLLM(AsyncEngine):
         return cls(**{item.name: getattr(args, item.name) for item in dataclasses.fields(args)})
 
 
-class LLM:
+class LLM(EngineFront):
     """The engine for programs that have all their prompts at hand.
 
     Args: those of `EngineArgs`. `LLM()` is the embedded model.
@@ -47,23 +48,7 @@ class LLM:
     """
 
     def __init__(self, model: str | None = None, **engine_args: Any) -> None:
-        self._served = compose(EngineArgs.from_mapping({"model": model, **engine_args}))
-        self._engine = self._served.engine
-
-    @property
-    def decisions(self) -> list[Decision]:
-        """What was decided at start, and why."""
-        return self._served.decisions
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest prompt plus output, in tokens."""
-        return self._served.limits.max_model_len
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
-        return self._served.limits.vocab_size
+        super().__init__(compose(EngineArgs.from_mapping({"model": model, **engine_args})))
 
     def generate(
         self,
@@ -113,7 +98,11 @@ class LLM:
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or each of a list of them; see `quire.engine.chat.encode_chat` for the options.
+        """Answer a conversation, or each of a list of them; outputs in their order.
+
+        Args:
+            messages: one conversation, or a list of them; see `quire.engine.chat.encode_chat` for it and its options.
+            sampling_params: as for `generate`. So is `use_tqdm`.
 
         Raises:
             InvalidRequestError: some message or parameter is refused; then nothing was generated.
@@ -135,24 +124,6 @@ class LLM:
         return self.generate(
             [{"prompt_token_ids": token_ids} for token_ids in prompts], sampling_params, use_tqdm=use_tqdm
         )
-
-    def get_metrics(self) -> list[Metric]:
-        """All metrics now."""
-        return self._engine.get_metrics()
-
-    def get_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
-
-        Raises:
-            InvalidRequestError: the model has none.
-        """
-        if self._served.tokenizer is None:
-            raise InvalidRequestError("this model has no tokenizer")
-        return self._served.tokenizer
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """`SamplingParams` with the model's own defaults."""
-        return SamplingParams.from_mapping(self._served.default_params)
 
     def close(self) -> None:
         """Give back threads and memory. The object cannot be used after."""
@@ -185,12 +156,12 @@ class LLM:
         for item in parsed:
             self._engine.add(item)
         try:
-            with Progress(len(parsed), show=show_progress) as progress:
+            with progress_bar(len(parsed), show=show_progress) as advance:
                 while self._engine.has_work:
-                    self._engine.wait()
+                    self._engine.channel.wait()
                     for number, output in self._engine.step():
                         finished[number] = output
-                        progress.advance(output)
+                        advance(output)
         except BaseException:
             for item in parsed:
                 self._engine.abort(item)
@@ -203,3 +174,25 @@ def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     items: list[Any] = list(prompts)
     return [items] if items and isinstance(items[0], int) else items
+
+
+@contextmanager
+def progress_bar(num_prompts: int, *, show: bool) -> Iterator[Callable[[RequestOutput], None]]:
+    """A bar with tokens per second, if it is to be shown. What it yields is to be called with each finished output."""
+    if not show:
+        yield lambda output: None
+        return
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    start_s, num_in, num_out = time.monotonic(), 0, 0
+
+    def advance(output: RequestOutput) -> None:
+        nonlocal num_in, num_out
+        num_in += len(output.prompt_token_ids)
+        num_out += sum(len(item.token_ids) for item in output.outputs)
+        spent_s = max(time.monotonic() - start_s, 1e-9)
+        bar.set_postfix_str(f"in {num_in / spent_s:.1f} tok/s, out {num_out / spent_s:.1f} tok/s", refresh=False)
+        bar.update(1)
+
+    with tqdm(total=num_prompts, desc="Processed prompts", dynamic_ncols=True) as bar:
+        yield advance

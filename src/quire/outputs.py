@@ -123,3 +123,30 @@ class Decision:
     reason: str
     rejected: list[str] = field(default_factory=list)
     """Each alternative with the reason against it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Where the time of one request went. `parts` add up to `total_s`."""
+
+    id: str
+    caller: str
+    """A digest of the API key; empty on a server without keys. Callers may give their requests the same id."""
+    finished: bool
+    finish_reason: str | None
+    sentence: str
+    largest: str
+    total_s: float
+    parts: dict[str, float]
+    """Phase -> seconds; all phases, in the order in which a request meets them."""
+    queued_because: dict[str, float]
+    """Seconds for which the head of the queue lacked a row, blocks or budget while this one queued, and for which an
+    admission rule held this one, by the rule's word."""
+    blamed: dict[str, float]
+    """Other requests -> seconds for which this one waited because of them."""
+    time_to_first_token_s: float | None
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_preemptions: int
+    num_restarts: int
+    """Times that the engine's core was replaced meanwhile."""

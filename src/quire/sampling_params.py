@@ -1,4 +1,4 @@
-"""`SamplingParams`: how the tokens of one request are drawn, under vLLM's names."""
+"""`SamplingParams`: how the tokens of one request are sampled, under vLLM's names."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -61,11 +61,11 @@ class SamplingParams:
 
     The order in which they act on the logits of one position: `allowed_token_ids`, `logit_bias`,
     `min_tokens` (stop tokens masked), `bad_words`, the three penalties, `temperature`, `min_p`, `top_k`,
-    `top_p`, draw. `logprobs` are those of the model's own logits, before any of it.
+    `top_p`, sampling. `logprobs` are those of the model's own logits, before any of it.
     """
 
     n: int = 1
-    """Sequences to draw for one prompt."""
+    """Sequences to generate for one prompt."""
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
@@ -75,7 +75,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens less probable than this share of the best one's; in [0, 1]."""
     seed: int | None = None
-    """Makes the draw repeat. None: the engine's seed and the request's number decide."""
+    """Makes sampling repeat itself. None: the engine's seed and the request's number decide."""
     presence_penalty: float = 0.0
     """Subtracted once from tokens already generated; in [-2, 2]."""
     frequency_penalty: float = 0.0

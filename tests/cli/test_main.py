@@ -139,10 +139,10 @@ def began(monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, Any]:
         raise Began
 
     monkeypatch.setattr("quire.compose.served.begin", begin)
-    monkeypatch.setattr("quire.server.listen.bind", lambda host, port: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr("quire.server.http.listen.bind", lambda host, port: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr("quire.engine.async_engine.AsyncEngine", Engine)
-    monkeypatch.setattr("quire.server.app.create_app", create_app)
-    monkeypatch.setattr("quire.server.access.configure_logs", lambda *args, **options: found.update(options))
+    monkeypatch.setattr("quire.server.http.app.create_app", create_app)
+    monkeypatch.setattr("quire.server.http.access.configure_logs", lambda *args, **options: found.update(options))
     monkeypatch.setattr("sys.set_int_max_str_digits", lambda digits: found.update(digits=digits))
     with pytest.raises(Began):
         main.main(["--debug", "serve", "--quiet", *words])

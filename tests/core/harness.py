@@ -1,12 +1,13 @@
 """A scheduler and the suspicious fake executor, watched at every call.
 
-After each call the invariants are checked, each request's news are held against the one-final automaton,
+After each call the invariants are checked, each request's deltas are held against the one-final automaton,
 and each record must explain every request that did not advance.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from quire.core.admission import AdmissionRule
 from quire.core.plan import StepPlan, StepResult, TokenDelta, TokenLogprobs
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
@@ -35,7 +36,7 @@ def new_request(
 
 @dataclass
 class Output:
-    """All news of one request, put together."""
+    """All deltas of one request, put together."""
 
     new: NewRequest
     arrival: int
@@ -48,8 +49,8 @@ class Output:
     error: str | None = None
 
     def take(self, delta: TokenDelta) -> None:
-        assert self.finish_reason is None, f"news after the final: {delta}"
-        assert delta.token_ids or delta.prompt_logprobs or delta.finish_reason, f"no news: {delta}"
+        assert self.finish_reason is None, f"a delta after the final: {delta}"
+        assert delta.token_ids or delta.prompt_logprobs or delta.finish_reason, f"nothing new: {delta}"
         self.token_ids += delta.token_ids
         self.logprobs += delta.logprobs
         self.prompt_logprobs += delta.prompt_logprobs
@@ -82,6 +83,7 @@ class Harness:
         vocab_size: int = VOCAB_SIZE,
         overlap: bool = False,
         fails: Callable[[str, int], bool] = lambda request_id, position: False,
+        rules: Sequence[AdmissionRule] = (),
     ) -> None:
         self.overlap = overlap
         self._before: tuple[StepPlan, StepResult] | None = None
@@ -93,7 +95,7 @@ class Harness:
             num_blocks=num_blocks,
         )
         cache = PrefixCache(key) if prefix_caching else NullPrefixCache()
-        self.scheduler = Scheduler(config, make_policy(policy), cache)
+        self.scheduler = Scheduler(config, make_policy(policy), cache, rules)
         self.executor = FakeExecutor(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -126,10 +128,10 @@ class Harness:
         return self._emit(self.scheduler.update(plan, result))
 
     def step(self) -> list[TokenDelta]:
-        """One step, which must advance somebody if there is anybody."""
+        """One step, which must advance a request if there is any that is not held."""
         had_work = self.scheduler.has_work
         plan = self.schedule()
-        assert bool(plan.scheduled) == had_work or self._before is not None
+        assert bool(plan.scheduled) == had_work or self._before is not None or self.scheduler.is_held
         started = plan, self.executor.execute(plan)
         if not self.overlap:
             return self.update(*started)
@@ -179,23 +181,25 @@ class Harness:
         advanced = [item.request_id for item in record.scheduled]
         stalled = {item.request_id: item for item in record.stalled}
         running = {request.new.request_id for request in self.scheduler._running}
-        waiting = sorted(map(_id, self.scheduler._waiting), key=self.order)
+        held = self.scheduler._waiting.held.keys()
+        waiting = sorted(set(map(_id, self.scheduler._waiting)) - held, key=self.order)
         assert [(s.start, s.num_tokens) for s in plan.scheduled] == [s[1:] for s in record.scheduled]
         assert len(set(advanced)) == len(advanced) and len(stalled) == len(record.stalled)
         assert not stalled.keys() & set(advanced)
-        assert stalled.keys() | set(advanced) == running | ran_before | set(waiting[:1])
+        assert stalled.keys() | set(advanced) == running | ran_before | held | set(waiting[:1])
         preempted = {name for name, item in stalled.items() if item.reason == "preempted"}
         assert preempted == ran_before - running
         assert all(stalled[name].by in advanced for name in preempted)
         assert plan.num_tokens <= self.scheduler.config.max_num_batched_tokens
-        assert (record.num_running, record.num_waiting) == (len(running), len(waiting))
+        assert (record.num_running, record.num_waiting) == (len(running), len(waiting) + len(held))
         assert record.num_prefix_hits <= record.num_prefix_queries
         self.num_preemptions += len(preempted)
 
     def _check_order(self, plan: StepPlan) -> None:
-        """Nobody is overtaken at the door, and victims come from the end."""
+        """No request is overtaken by admission, and victims come from the end."""
         entered = [self.order(new.request_id) for new in plan.new]
-        waiting = [self.order(_id(request)) for request in self.scheduler._waiting]
+        held = self.scheduler._waiting.held
+        waiting = [self.order(name) for name in map(_id, self.scheduler._waiting) if name not in held]
         assert entered == sorted(entered)
         assert not entered or not waiting or max(entered) < min(waiting)
         record = self.scheduler.last_record

@@ -4,12 +4,11 @@ import pytest
 
 from quire.bench import core_clock
 from quire.bench.core_clock import time_core
-from quire.core.engine_core import EngineCore, OverlappingCore
+from quire.core.engine_core import EngineCore, Executor, OverlappingCore
 from quire.core.plan import StepPlan, StepResult
 from quire.core.policy import Fcfs
 from quire.core.prefix_cache import PrefixCache
 from quire.core.scheduler import Scheduler, SchedulerConfig
-from quire.executor.base import Executor
 from quire.executor.fake import FakeExecutor
 from tests.core.harness import KEY, VOCAB_SIZE, alone, new_request
 
@@ -25,19 +24,19 @@ def test_steps_until_the_work_is_done() -> None:
     executor: Executor = fake
     ticks = iter(range(100, 200))
     core = EngineCore(scheduler, executor, lambda: float(next(ticks)))
-    assert core.step() == [] and core.last_record.scheduled == ()
+    assert core.step() == [] and core.scheduler.last_record.scheduled == ()
     requests = [new_request(name, [1, 2, number], max_tokens=3) for number, name in enumerate("abc")]
     for new in requests:
-        core.add(new)
-    told: dict[str, list[int]] = {}
-    while core.has_work:
+        core.scheduler.add(new)
+    heard: dict[str, list[int]] = {}
+    while core.scheduler.has_work:
         for delta in core.step():
-            told.setdefault(delta.request_id, []).extend(delta.token_ids)
+            heard.setdefault(delta.request_id, []).extend(delta.token_ids)
         core.check()
-    assert told == {new.request_id: alone(new).token_ids for new in requests}
-    assert (core.last_record.now_s, core.num_running, core.num_waiting) == (102.0, 0, 0)
-    core.add(new_request("d", [1]))
-    assert [delta.finish_reason for delta in core.abort("d")] == ["abort"]
+    assert heard == {new.request_id: alone(new).token_ids for new in requests}
+    assert (core.scheduler.last_record.now_s, core.scheduler.num_running, core.scheduler.num_waiting) == (102.0, 0, 0)
+    core.scheduler.add(new_request("d", [1]))
+    assert [delta.finish_reason for delta in core.scheduler.abort("d")] == ["abort"]
     core.close()
 
 
@@ -59,9 +58,9 @@ def test_the_core_hands_on_what_it_is_asked() -> None:
     executor = CountingExecutor(num_blocks=16, block_size=4, max_num_seqs=1, vocab_size=VOCAB_SIZE)
     core = EngineCore(scheduler, executor, lambda: 0.0)
     for name in "abc":
-        core.add(new_request(name, [1, 2], max_tokens=3))
+        core.scheduler.add(new_request(name, [1, 2], max_tokens=3))
     core.step()
-    assert (core.num_running, core.num_waiting, core.cache_usage) == (1, 2, 1 / 16)
+    assert (core.scheduler.num_running, core.scheduler.num_waiting, core.scheduler.cache_usage) == (1, 2, 1 / 16)
     assert [core.run_idle_work(), core.run_idle_work(), executor.num_prepared] == [True, False, 2]
     core.close()
     assert executor.num_closed == 1
@@ -95,24 +94,24 @@ def test_the_overlapping_loop_gives_the_same() -> None:
     scheduler, fake = parts(4)
     late = LateExecutor(fake)
     core = OverlappingCore(scheduler, late, lambda: 0.0)
-    told: dict[str, list[int]] = {}
+    heard: dict[str, list[int]] = {}
     assert core.step() == []
     waves = [[new_request(f"{wave}{name}", [1, 2, number], max_tokens=3 + number, stop_token_ids=(4,))
               for number, name in enumerate("abcdef")] for wave in range(2)]  # fmt: skip
     for requests in waves:  # the second comes after a rest, in which a step was left in flight
         for new in requests:
-            core.add(new)
+            core.scheduler.add(new)
         num_steps = 0
-        while core.has_work:
+        while core.scheduler.has_work:
             num_steps += 1
             for delta in core.step():
-                told.setdefault(delta.request_id, []).extend(delta.token_ids)
+                heard.setdefault(delta.request_id, []).extend(delta.token_ids)
             core.check()
         assert num_steps < 25
-    assert told == {new.request_id: alone(new).token_ids for requests in waves for new in requests}
+    assert heard == {new.request_id: alone(new).token_ids for requests in waves for new in requests}
     assert late.most_in_flight == 2
-    core.add(new_request("late", [1]))
-    assert [delta.finish_reason for delta in core.abort("late")] == ["abort"]
+    core.scheduler.add(new_request("late", [1]))
+    assert [delta.finish_reason for delta in core.scheduler.abort("late")] == ["abort"]
     core.close()
 
 

@@ -66,8 +66,8 @@ def check_outputs(harness: Harness) -> None:
     for name, output in harness.outputs.items():
         if output.finish_reason in (None, "abort"):
             assert output.token_ids == ALONE[name].token_ids[: len(output.token_ids)]
-            told = len(output.prompt_logprobs)
-            assert output.prompt_logprobs == ALONE[name].prompt_logprobs[:told]
+            num_sent = len(output.prompt_logprobs)
+            assert output.prompt_logprobs == ALONE[name].prompt_logprobs[:num_sent]
         else:
             assert output.sequence == ALONE[name].sequence
 

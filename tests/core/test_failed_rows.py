@@ -87,7 +87,7 @@ class Storm:
 
 
 @pytest.mark.parametrize("first", range(0, 120, 40))
-def test_what_failed_rows_leave_reaches_nobody(first: int) -> None:
+def test_what_failed_rows_leave_reaches_no_request(first: int) -> None:
     num_errors = num_later = num_hits = 0
     for seed in range(first, first + 40):
         storm = Storm(seed)

@@ -1,4 +1,4 @@
-"""Fair sharing between callers: bounded differences of service, weights, no saved claims, nobody starved."""
+"""Fair sharing between callers: bounded differences of service, weights, no saved claims, no caller starved."""
 
 import random
 from collections import Counter
@@ -15,7 +15,7 @@ from tests.core.harness import Harness, alone, new_request
 
 
 class Fair(Harness):
-    """A harness whose callers are in the names of requests (`caller.number`), and who counts what each was given."""
+    """A harness whose callers are in the names of requests (`caller.number`), which counts what each was given."""
 
     def __init__(self, **limits: object) -> None:
         super().__init__(**limits)  # type: ignore[arg-type]
@@ -110,7 +110,7 @@ def test_hits_in_the_prefix_cache_cost_nothing() -> None:
     assert fair.scheduler._shares["b"] - before == (1 + OUTPUT_TOKEN_COST) * UNIT
 
 
-def test_nobody_saves_up_claims() -> None:
+def test_no_caller_saves_up_claims() -> None:
     fair = Fair(num_blocks=32, max_num_seqs=1, prefix_caching=False)
     for number in range(60):
         fair.ask(f"busy.{number}", 6, 4)
@@ -241,7 +241,7 @@ BOUND = 2 * max(6, OUTPUT_TOKEN_COST * 2 * 4)
 
 
 @pytest.mark.parametrize("other_weight", [1, 4])
-def test_work_that_nobody_else_wanted_is_not_held_against_a_caller(other_weight: int) -> None:
+def test_work_that_no_other_wanted_is_not_held_against_a_caller(other_weight: int) -> None:
     """One caller had the engine to itself, then another one: from the moment at which both wait they share it."""
     fair = Fair(num_blocks=64, max_num_seqs=2, prefix_caching=False)
     for name, count, weight in (("early", 60, 1), ("other", 5, other_weight), ("early", 0, 1)):
@@ -272,7 +272,7 @@ def test_callers_that_pass_by_change_nothing_between_two_that_stay(monkeypatch: 
     assert len(fair.scheduler._shares._counters) <= 170, "no more than have waited at one time"
 
 
-def test_more_than_4096_callers_are_told_apart_where_it_matters() -> None:
+def test_more_than_4096_callers_are_distinguished_where_it_matters() -> None:
     """Each comes once and is served; a caller that waits keeps its counter, and so do those ahead of it."""
     shares, one = FairShares(), new_request("x", [1])
     waiting, ahead = replace(one, caller="waiting"), replace(one, caller="ahead")
@@ -306,7 +306,7 @@ def test_a_caller_that_comes_back_at_once_keeps_what_it_was_given() -> None:
 
 
 def test_a_caller_is_lifted_as_the_paper_says() -> None:
-    """c(u) becomes max(c(u), min over those who wait); where nobody waits, the counter of the one served last."""
+    """c(u) becomes max(c(u), min over those that wait); where no caller waits, the counter of the one served last."""
     shares, one = FairShares(), new_request("x", [1])
     for name, num_tokens in (("low", 10), ("high", 1000), ("back", 500)):
         shares.charge_output(replace(one, caller=name), num_tokens)

@@ -75,6 +75,6 @@ def test_tokens_depend_on_seed_and_text() -> None:
         new = enter(0, token_ids, (3, 1))._replace(sampling=sampling)
         return fake.execute(replace(GOOD, new=(new,))).rows[0].token_ids
 
-    drawn = [first_token((1, 2, 3), 0), first_token((1, 2, 3), 1), first_token((1, 5, 3), 0)]
-    assert len(set(drawn)) == 3
-    assert first_token((1, 2, 3), 0) == drawn[0]
+    tokens = [first_token((1, 2, 3), 0), first_token((1, 2, 3), 1), first_token((1, 5, 3), 0)]
+    assert len(set(tokens)) == 3
+    assert first_token((1, 2, 3), 0) == tokens[0]

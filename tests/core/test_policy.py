@@ -27,9 +27,9 @@ def test_the_queue_agrees_with_a_sorted_list(policy: Policy) -> None:
             queue.push(new)
             oracle.append(new)
         elif draw < 0.75:
-            gone = oracle.pop(dice.randrange(len(oracle)))
-            gone.status = RequestStatus.FINISHED
-            queue.discard(gone)
+            ended = oracle.pop(dice.randrange(len(oracle)))
+            ended.status = RequestStatus.FINISHED
+            queue.discard(ended)
         else:
             oracle.sort(key=policy.order)
             head = queue.head()

@@ -100,7 +100,7 @@ def test_token_ids_of_any_width_count() -> None:
     assert not cache.match(request([257, 0, 0]), pool).block_ids
 
 
-def test_who_wants_prompt_logprobs_reads_what_was_told() -> None:
+def test_a_request_for_prompt_logprobs_reads_what_was_sent() -> None:
     pool, cache = BlockPool(16, 2), PrefixCache(KEY)
     done = computed(cache, pool, [1, 2, 3, 4, 5])
     wants = request([1, 2, 3, 4, 5], num_prompt_logprobs=1)
@@ -109,7 +109,7 @@ def test_who_wants_prompt_logprobs_reads_what_was_told() -> None:
         assert cache.match(wants, pool).block_ids == done.block_ids[:num_blocks]
 
 
-def test_prompt_logprobs_that_were_told_hold_back_nothing() -> None:
+def test_prompt_logprobs_that_were_sent_hold_back_nothing() -> None:
     """A request that was preempted after its prompt reads all blocks, those of its own tokens as well."""
     pool, cache = BlockPool(16, 2), PrefixCache(KEY)
     done = computed(cache, pool, list(range(9)))

@@ -11,44 +11,44 @@ from tests.core.harness import Harness, alone, new_request
 
 REQUESTS = (
     new_request("plain", range(1, 10), max_tokens=9),
-    new_request("drawn", range(1, 7), max_tokens=12, seed=7, num_logprobs=0, stop_token_ids=(3, 4), eos=(3,)),
+    new_request("sampled", range(1, 7), max_tokens=12, seed=7, num_logprobs=0, stop_token_ids=(3, 4), eos=(3,)),
     new_request("least", range(2, 9), max_tokens=12, stop_token_ids=tuple(range(13)), min_tokens=6),
     new_request("scored", range(1, 12), max_tokens=5, num_logprobs=0, num_prompt_logprobs=0),
 )
 
 
-def news_of(new: NewRequest, budget: int) -> list[TokenDelta]:
+def deltas_of(new: NewRequest, budget: int) -> list[TokenDelta]:
     """Step by step, alone."""
-    harness, news = Harness(budget=budget), []
+    harness, deltas = Harness(budget=budget), []
     harness.add(new)
     while harness.scheduler.has_work:
-        news += harness.step()
-    return news
+        deltas += harness.step()
+    return deltas
 
 
-def given_by(news: list[TokenDelta]) -> ResumeState:
+def resume_state(deltas: list[TokenDelta]) -> ResumeState:
     return ResumeState(
-        tuple(token for delta in news for token in delta.token_ids),
-        sum(len(delta.prompt_logprobs) for delta in news),
-        news[-1].num_cached_tokens if news else 0,
+        tuple(token for delta in deltas for token in delta.token_ids),
+        sum(len(delta.prompt_logprobs) for delta in deltas),
+        deltas[-1].num_cached_tokens if deltas else 0,
     )
 
 
 @pytest.mark.parametrize("new", REQUESTS, ids=lambda new: new.request_id)
 def test_any_death_between_two_steps_changes_nothing(new: NewRequest) -> None:
     whole = alone(new)
-    news = news_of(new, budget=4)
-    assert [token for delta in news for token in delta.token_ids] == whole.token_ids
-    for num_seen in range(len(news)):
-        rest = news_of(replace(new, resume=given_by(news[:num_seen])), budget=7)
-        joined = [*news[:num_seen], *rest]
+    deltas = deltas_of(new, budget=4)
+    assert [token for delta in deltas for token in delta.token_ids] == whole.token_ids
+    for num_seen in range(len(deltas)):
+        rest = deltas_of(replace(new, resume=resume_state(deltas[:num_seen])), budget=7)
+        joined = [*deltas[:num_seen], *rest]
         assert [token for delta in joined for token in delta.token_ids] == whole.token_ids
         assert [item for delta in joined for item in delta.logprobs] == whole.logprobs
         assert [item for delta in joined for item in delta.prompt_logprobs] == whole.prompt_logprobs
         assert (rest[-1].finish_reason, rest[-1].stop_reason) == (whole.finish_reason, whole.stop_reason)
 
 
-def test_the_cached_tokens_of_the_first_run_are_told() -> None:
+def test_the_cached_tokens_of_the_first_run_are_reported() -> None:
     harness = Harness()
     prompt = range(1, 12)
     harness.add(new_request("first", prompt))

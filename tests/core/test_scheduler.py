@@ -207,7 +207,7 @@ def stop_token(prompt: list[int], index: int) -> int:
     return alone(new_request("probe", prompt, max_tokens=index + 1, seed=3)).token_ids[index]
 
 
-def test_a_stop_token_ends_and_is_told() -> None:
+def test_a_stop_token_ends_and_is_reported() -> None:
     token_id = stop_token([1, 2], 2)
     harness = Harness()
     harness.add(new_request("a", [1, 2], max_tokens=9, seed=3, stop_token_ids=(token_id,)))
@@ -312,7 +312,7 @@ def test_abort_between_schedule_and_update_drops_the_result() -> None:
 def test_abort_is_idempotent_and_ignores_strangers() -> None:
     harness = Harness()
     harness.add(new_request("a", [1], max_tokens=1))
-    assert harness.abort("nobody") == []
+    assert harness.abort("unknown") == []
     assert len(harness.abort("a")) == 1
     assert harness.abort("a") == []
     harness.add(new_request("b", [1], max_tokens=1))
@@ -372,7 +372,7 @@ def test_prompt_logprobs_do_not_read_the_cache_but_write_it() -> None:
 
 
 @pytest.mark.parametrize("prefix_caching", [True, False])
-def test_prompt_logprobs_are_told_once_in_spite_of_preemption(prefix_caching: bool) -> None:
+def test_prompt_logprobs_are_sent_once_in_spite_of_preemption(prefix_caching: bool) -> None:
     """The second request is preempted in the middle of its prompt."""
     harness = Harness(num_blocks=8, block_size=2, budget=3, prefix_caching=prefix_caching)
     harness.add(new_request("a", [1, 2], max_tokens=13))

@@ -7,11 +7,14 @@ from typing import Any
 
 from quire.core.plan import ScheduledRequest, Stalled, StepRecord, TokenDelta
 from quire.core.request import NewRequest
-from quire.engine.async_engine import AsyncEngine, ServedEngine
+from quire.engine.async_engine import AsyncEngine
 from quire.engine.channel import CoreHealth, CoreOutputs, Gauges
 from quire.engine.engine import Engine
+from quire.engine.front import ServedEngine
 from quire.engine.inputs import InputProcessor, ParsedRequest, RequestLimits
-from quire.engine.queue_bound import Caller, QueueBound, QueueConfig
+from quire.engine.observer import Observer
+from quire.engine.queue import Caller, QueueBound, QueueConfig
+from quire.observe.observer import EngineObserver
 from quire.sampling_params import RequestOutputKind, SamplingParams
 
 LIMITS = RequestLimits(64, 100, (), 0, False)
@@ -40,7 +43,7 @@ class ScriptedChannel:
         self.raises: dict[str, BaseException] = {}
         """Method, or the core's id of a request that is added -> what it raises, once."""
         self.threads: list[tuple[str, threading.Thread]] = []
-        """Who called what."""
+        """Method -> the thread that called it."""
         self._outputs: deque[CoreOutputs] = deque()
         self._awake = threading.Event()
 
@@ -87,11 +90,11 @@ class ScriptedChannel:
 class Scripted:
     """A channel, and an engine over it with a clock that stands still; or one in a thread beside the event loop."""
 
-    def __init__(self, limits: QueueConfig | None = None) -> None:
+    def __init__(self, limits: QueueConfig | None = None, observer: Observer | None = None) -> None:
         self.clock = Clock()
         self.channel = ScriptedChannel()
         self.queue = QueueBound(limits or QueueConfig(8, 1000, 4), self.clock)
-        self.engine = Engine(self.channel, None, self.queue, self.clock)
+        self.engine = Engine(self.channel, None, self.queue, self.clock, observer or EngineObserver())
         self.inputs = InputProcessor(None, LIMITS)
         self._num_steps = 0
 

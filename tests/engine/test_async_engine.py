@@ -1,4 +1,4 @@
-"""The engine in a thread beside the loop: what is posted, in which thread it is done, and that nobody waits in vain."""
+"""The engine in a thread beside the loop: what is posted, in which thread it is done, and that no caller hangs."""
 
 import asyncio
 import threading
@@ -11,7 +11,7 @@ import pytest
 from quire.core.plan import TokenDelta
 from quire.core.request import NewRequest
 from quire.engine.async_engine import AsyncEngine
-from quire.engine.queue_bound import Caller
+from quire.engine.queue import Caller
 from quire.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -172,7 +172,7 @@ async def test_a_fault_of_the_thread_ends_all_that_wait_also_what_is_only_posted
 
 
 async def test_a_request_is_work_also_while_the_core_is_given_it(served: Served) -> None:
-    """And one in whose adding the thread dies is told so."""
+    """Also one in whose adding the thread dies."""
     seen: list[bool] = []
     add = served.channel.add
 

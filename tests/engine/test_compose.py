@@ -12,15 +12,15 @@ import pytest
 
 from quire.compose import core
 from quire.compose.core import CoreParts, compose_core
-from quire.compose.served import DEFAULT_QUEUED_TOKENS, _queue, compose
+from quire.compose.served import DEFAULT_QUEUED_TOKENS, _limits, _queue, compose
 from quire.compose.text import compose_text
 from quire.config import EngineArgs
 from quire.core.engine_core import EngineCore, OverlappingCore
-from quire.engine import supervisor
 from quire.engine.channel import CoreInfo
-from quire.engine.queue_bound import ANYBODY
-from quire.engine.supervisor import SupervisedChannel
+from quire.engine.queue import ANYBODY
 from quire.errors import ConfigurationError, InvalidRequestError, ModelFileError
+from quire.isolation import supervisor
+from quire.isolation.supervisor import SupervisedChannel
 from quire.weights.load import load_model
 from tests.core.harness import new_request
 
@@ -72,7 +72,7 @@ def test_a_model_is_loaded_for_the_length_that_is_asked(tiny_model: Path, monkey
     assert [model.max_model_len for model in loaded] == [40, 512]
 
 
-def test_the_stamp_is_that_of_the_files(model: Path) -> None:
+def test_the_fingerprint_is_that_of_the_files(model: Path) -> None:
     """A core that restarts must not go on with requests under other weights: a file of equal size included."""
     first = core_of(model).info.model_fingerprint
     assert core_of(model).info.model_fingerprint == first
@@ -90,7 +90,7 @@ def test_prompts_are_found_again_only_with_a_prefix_cache(enabled: bool, tiny_mo
     engine_core = parts.core()
     hits = []
     for request_id in ("first", "second"):
-        engine_core.add(new_request(request_id, range(40), max_tokens=1))
+        engine_core.scheduler.add(new_request(request_id, range(40), max_tokens=1))
         hits += [delta.num_cached_tokens for delta in engine_core.step()]
     assert hits == [0, 32 if enabled else 0]
     parts.executor.close()
@@ -110,7 +110,7 @@ def test_the_queue_holds_what_is_asked_or_eight_long_prompts(asked: int | None, 
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 def test_requests_may_bring_priorities_where_the_policy_has_them(policy: str, tiny_model: Path) -> None:
     args = EngineArgs(scheduling_policy=policy, seed=7)
-    limits = compose_text(args, tiny_model).limits(args, CoreInfo(64, 320, (), "fingerprint"))
+    limits = _limits(args, compose_text(args, tiny_model), CoreInfo(64, 320, (), "fingerprint"))
     assert limits.has_priorities == (policy == "priority")
     assert (limits.max_model_len, limits.vocab_size, limits.seed) == (64, 320, 7)
 
@@ -126,7 +126,7 @@ def test_without_a_tokenizer_the_configuration_says_where_answers_end(model: Pat
 def test_another_tokenizer_is_taken_from_its_own_directory(model: Path, tiny_model: Path) -> None:
     (model / "tokenizer.json").unlink()
     text = compose_text(EngineArgs(tokenizer=str(tiny_model)), model)
-    assert text.tokenizer is not None and text.eos_token_ids == text.tokenizer.eos_token_ids == (256,)
+    assert text.tokenizer is not None and text.eos_token_ids == (text.tokenizer.eos_token_id,) == (256,)
 
 
 def test_a_hang_timeout_needs_a_process_that_can_be_ended(tiny_model: Path) -> None:

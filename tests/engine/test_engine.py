@@ -11,20 +11,21 @@ from quire.config import EngineArgs
 from quire.core.plan import Stalled, TokenDelta, TokenLogprobs
 from quire.engine.channel import CoreHealth, Gauges
 from quire.engine.engine import Engine
-from quire.engine.queue_bound import QueueConfig
-from quire.errors import OverloadedError
+from quire.engine.observer import Observer
+from quire.engine.queue import QueueConfig
+from quire.errors import ConfigurationError, OverloadedError
 from tests.engine.scripted import Scripted, final
 
 
 def outputs_of(engine: Engine) -> list[Any]:
-    return [item.output for item in engine.step()]
+    return [output for _, output in engine.step()]
 
 
 def test_a_stop_string_ends_the_cores_work_too(tiny_model: Path) -> None:
     """Not only the text: no step is computed after the one that completed it, and the blocks are free."""
     served = compose(EngineArgs(model=str(tiny_model), max_num_seqs=2))
     try:
-        engine, core = served.engine, served.engine._channel._core  # type: ignore[attr-defined]
+        engine, core = served.engine, served.engine.channel._core  # type: ignore[attr-defined]
         always_a = {"logit_bias": {ord("a"): 100.0}, "ignore_eos": True, "temperature": 0.0}
         engine.add(served.inputs.parse("x", SamplingParams(max_tokens=60, stop=["aaaa"], **always_a)))
         num_steps, finished = 0, False
@@ -32,8 +33,8 @@ def test_a_stop_string_ends_the_cores_work_too(tiny_model: Path) -> None:
             finished = any(output.finished for output in outputs_of(engine))
             num_steps += 1
         assert num_steps == 4
-        assert not core.has_work and (core.num_running, core.num_waiting) == (0, 0)
-        assert engine._channel.gauges == Gauges(0, 0, 0.0) and outputs_of(engine) == []
+        assert not core.scheduler.has_work and (core.scheduler.num_running, core.scheduler.num_waiting) == (0, 0)
+        assert engine.channel.gauges == Gauges(0, 0, 0.0) and outputs_of(engine) == []
     finally:
         served.close()
 
@@ -72,8 +73,8 @@ def test_an_abort_tells_the_core_once_and_the_caller_the_end() -> None:
     scripted = Scripted()
     parsed = scripted.add(n=2)
     ids = [new.request_id for new in parsed.sequences]
-    (item,) = scripted.engine.abort(parsed)
-    assert [choice.finish_reason for choice in item.output.outputs] == ["abort"] * 2 and item.output.finished
+    ((_, output),) = scripted.engine.abort(parsed)
+    assert [choice.finish_reason for choice in output.outputs] == ["abort"] * 2 and output.finished
     assert scripted.channel.aborted == ids and scripted.queue.num_waiting == 0
     assert scripted.engine.abort(parsed) == [] and scripted.channel.aborted == ids
     assert scripted.metric("quire:request_success_total", finished_reason="abort").value == 2
@@ -83,10 +84,10 @@ def test_the_queue_knows_who_has_left_it() -> None:
     """With the first step, which is progress; or at the end without one, which is none."""
     scripted = Scripted()
     one, two = scripted.add(), scripted.add(1, 2, 3, 4, 5)
-    assert (scripted.queue.num_waiting, scripted.queue.num_waiting_tokens) == (2, 8)
+    assert (scripted.queue.num_waiting, scripted.queue._total.tokens) == (2, 8)
     scripted.channel.give(record=scripted.record(("0", 0, 3)))
     scripted.engine.step()
-    assert (scripted.queue.num_waiting, scripted.queue.num_waiting_tokens) == (1, 5)
+    assert (scripted.queue.num_waiting, scripted.queue._total.tokens) == (1, 5)
     assert scripted.queue._requests_rate.read(scripted.clock()) is not None
     rate = scripted.queue._requests_rate._weight
     scripted.channel.give(final("1", reason="error"))
@@ -163,11 +164,11 @@ def test_a_replaced_core_is_told_to_those_who_live_then_and_once() -> None:
     ):
         scripted.channel.health = health
         scripted.engine.step()
-        (found,) = scripted.engine.explain("0")
+        (found,) = scripted.engine.observer.explain("0", scripted.clock())
         assert found.num_restarts == expected
     scripted.add()
     scripted.engine.step()
-    assert [item.num_restarts for item in scripted.engine.explain("1")] == [0]
+    assert [item.num_restarts for item in scripted.engine.observer.explain("1", scripted.clock())] == [0]
 
 
 def test_a_core_that_is_gone_for_now_takes_all_requests_with_it() -> None:
@@ -188,3 +189,28 @@ def test_news_of_requests_that_are_no_more_are_no_news() -> None:
     scripted.engine.abort(parsed)
     scripted.channel.give(TokenDelta("0", (1,)), final("0", reason="abort"), TokenDelta("99", (1,)))
     assert outputs_of(scripted.engine) == []
+
+
+def test_the_times_of_a_request_and_its_end_need_no_observer() -> None:
+    """Also the place in the queue, which the first step frees, and the count of preemptions."""
+    scripted = Scripted(observer=Observer())
+    parsed = scripted.add(n=2)
+    one, two = (new.request_id for new in parsed.sequences)
+    scripted.clock.now_s += 1.0
+    scripted.channel.give(record=scripted.record((one, 0, 3), stalled=(Stalled(two, "no_row", None),)))
+    scripted.channel.give(TokenDelta(one, (5,)), record=scripted.record((one, 3, 1), (two, 0, 3)))
+    scripted.engine.step()
+    assert scripted.queue.num_waiting == 0
+    scripted.channel.give(record=scripted.record((two, 3, 1), stalled=(Stalled(one, "preempted", two),)))
+    scripted.clock.now_s += 0.5
+    scripted.channel.give(final(one, 6), final(two, 7))
+    (output,) = outputs_of(scripted.engine)
+    times = output.metrics
+    assert output.finished and [choice.token_ids for choice in output.outputs] == [[6], [7]]
+    assert (times.queued_s, times.prefill_s, times.total_s, times.num_preemptions) == (1.0, 0.0, 1.5, 1)
+    assert scripted.engine.get_metrics() == []
+    assert scripted.engine.observer.explain("0", scripted.clock()) == []
+    assert scripted.engine.observer.on_sent("0", "", 0.0, 1.0, None) == {}
+    with pytest.raises(ConfigurationError) as caught:
+        scripted.engine.observer.trace_to("http://127.0.0.1:1", "m")
+    assert caught.value.field == "otlp_traces_endpoint"

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from quire.core.request import NewRequest
 from quire.engine.inputs import InputProcessor, ParsedRequest, RequestLimits
-from quire.engine.queue_bound import Caller
+from quire.engine.queue import Caller
 from quire.errors import InvalidRequestError, PromptTooLongError
 from quire.sampling_params import SamplingParams
 from quire.text.tokenizer import Tokenizer
@@ -223,8 +223,8 @@ def test_priorities_and_salts() -> None:
         with pytest.raises(InvalidRequestError, match="cache_salt"):
             parse([1], arguments={"cache_salt": salt})
     parsed = parse([1, 2], arguments={"arrival_s": 4.5, "caller": Caller("x", 3)}, n=2)
-    facts = [(new.arrival_s, new.prompt_token_ids, new.caller, new.caller_weight) for new in parsed.sequences]
-    assert facts == [(4.5, (1, 2), "x", 3)] * 2
+    found = [(new.arrival_s, new.prompt_token_ids, new.caller, new.caller_weight) for new in parsed.sequences]
+    assert found == [(4.5, (1, 2), "x", 3)] * 2
     assert (one().caller, one().caller_weight, one().cache_salt, one().priority) == ("", 1, "", 0)
 
 

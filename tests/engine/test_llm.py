@@ -152,7 +152,7 @@ def test_logprobs(llm: LLM) -> None:
         assert prompt_position is not None and token_id in prompt_position
 
 
-def test_n_sequences_are_different_draws_of_one_prompt(llm: LLM) -> None:
+def test_n_sequences_are_different_samples_of_one_prompt(llm: LLM) -> None:
     output = ask(llm, "Hello", n=4, temperature=1.0, seed=3, ignore_eos=True)
     assert [item.index for item in output.outputs] == [0, 1, 2, 3]
     assert len({tuple(item.token_ids) for item in output.outputs}) > 1
@@ -210,11 +210,11 @@ def test_greedy_follows_the_first_logprob_and_cutoffs_of_one_are_greedy(llm: LLM
     assert ask(llm, "Hello", ignore_eos=True, temperature=1.0, min_p=1.0).outputs[0].token_ids == greedy
 
 
-def test_draws_follow_the_distribution(llm: LLM) -> None:
+def test_samples_follow_the_distribution(llm: LLM) -> None:
     first = ask(llm, "Hello", logprobs=8, max_tokens=1).outputs[0]
     assert first.logprobs is not None
     expected = {token: np.exp(item.logprob) for token, item in first.logprobs[0].items()}
-    draws = [
+    samples = [
         item.outputs[0].token_ids[0]
         for item in llm.generate(
             ["Hello"] * 600,
@@ -224,7 +224,7 @@ def test_draws_follow_the_distribution(llm: LLM) -> None:
     ]
     for token, probability in expected.items():
         spread = 4 * np.sqrt(600 * probability * (1 - probability)) + 1
-        assert abs(draws.count(token) - 600 * probability) < spread
+        assert abs(samples.count(token) - 600 * probability) < spread
 
 
 def test_text_options(llm: LLM) -> None:

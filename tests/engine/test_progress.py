@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from quire.engine.progress import Progress
+from quire.llm import progress_bar
 from quire.outputs import CompletionOutput, RequestOutput
 
 
@@ -23,7 +23,10 @@ class Bar:
     def update(self, count: int) -> None:
         self.num_ticks += count
 
-    def close(self) -> None:
+    def __enter__(self) -> "Bar":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         self.is_closed = True
 
 
@@ -38,9 +41,9 @@ def test_it_ticks_for_each_prompt_and_sums_up_their_tokens(monkeypatch: pytest.M
     kind = type("Made", (Bar,), {"made": []})
     monkeypatch.setattr("tqdm.auto.tqdm", kind)
     monkeypatch.setattr("time.monotonic", iter([100.0, 101.0, 104.0]).__next__)
-    with Progress(2, show=show) as progress:
-        progress.advance(output(30, 4, 6))
-        progress.advance(output(10, 10))
+    with progress_bar(2, show=show) as advance:
+        advance(output(30, 4, 6))
+        advance(output(10, 10))
     if not show:
         assert kind.made == []
         return

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from quire.engine.repetition import RepetitionDetector
+from quire.engine.request_state import RepetitionDetector
 from quire.sampling_params import RepetitionDetectionParams
 
 

@@ -1,6 +1,7 @@
 """What ends a sequence on the text side: stop strings, their minimum, the text of stop tokens, and the core's work."""
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def test_what_was_begun_is_dropped_when_the_caller_breaks_off(core: Core, monkey
     base: dict[str, Any] = dict(temperature=0.0, ignore_eos=True)
     short, long = SamplingParams(**base, max_tokens=3), SamplingParams(**base, max_tokens=MAX_TOKENS)
     with monkeypatch.context() as patch:
-        patch.setattr(quire.llm.Progress, "advance", interrupt)
+        patch.setattr(quire.llm, "progress_bar", lambda *_, **options: nullcontext(interrupt))
         with pytest.raises(KeyboardInterrupt):
             core.ask(short, long, long)
     core.take_work()

@@ -1,4 +1,4 @@
-"""A reader who falls behind loses nothing: what it reads, joined, is what was put, in that order."""
+"""A reader that falls behind loses nothing: what it reads, joined, is what was put, in that order."""
 
 import asyncio
 import random
@@ -68,10 +68,10 @@ async def test_differences_are_joined_for_a_slow_reader(logprobs: bool) -> None:
                     known[2] += item.logprobs
                 known[3:] = item.cumulative_logprob, item.finish_reason, item.stop_reason
             stream.put(output_of(*choices, cached=step))
-            assert stream.num_unread <= MAX_UNREAD
-            while stream.num_unread and draw.random() < 0.3:
+            assert len(stream._unread) <= MAX_UNREAD
+            while len(stream._unread) and draw.random() < 0.3:
                 await reader.read(stream)
-        while stream.num_unread:
+        while len(stream._unread):
             await reader.read(stream)
         assert reader.sequences == expected
         assert reader.last is not None and reader.last.num_cached_tokens == step
@@ -81,12 +81,12 @@ async def test_one_by_one_as_long_as_few_are_unread() -> None:
     stream = stream_of(RequestOutputKind.DELTA)
     for number in range(MAX_UNREAD):
         stream.put(output_of(difference(0, number)))
-    assert stream.num_unread == MAX_UNREAD
+    assert len(stream._unread) == MAX_UNREAD
     for number in range(MAX_UNREAD):
         assert (await stream.get(None)).outputs[0].token_ids == [number]
     for number in range(MAX_UNREAD + 1):
         stream.put(output_of(difference(0, number)))
-    assert stream.num_unread == 1
+    assert len(stream._unread) == 1
     assert (await stream.get(None)).outputs[0].token_ids == list(range(MAX_UNREAD + 1))
 
 
@@ -97,18 +97,18 @@ async def test_of_whole_outputs_the_last_is_enough(kind: RequestOutputKind) -> N
     for output in outputs:
         stream.put(output)
     assert await stream.get(None) is outputs[-1]
-    assert stream.num_unread == 0
+    assert len(stream._unread) == 0
 
 
 async def test_a_failure_comes_after_what_was_made_before_it() -> None:
     stream = stream_of(RequestOutputKind.DELTA)
     stream.put(output_of(difference(0, 1)))
     stream.put(output_of(difference(0, 2)))
-    stream.put(RuntimeError("the engine is gone"))
+    stream.put(RuntimeError("the engine has stopped"))
     for number in (1, 2):
         assert (await stream.get(None)).outputs[0].token_ids == [number]
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="the engine is gone"):
+        with pytest.raises(RuntimeError, match="the engine has stopped"):
             await stream.get(None)
 
 

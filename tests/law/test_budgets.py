@@ -34,6 +34,9 @@ def test_the_promised_numbers_stand() -> None:
     assert budget["fields"] == {
         "src/quire/core/request.py:Request": 16,
         "src/quire/core/plan.py:StepPlan": 12,
+        "src/quire/core/request.py:SamplingSpec": 16,
+        "src/quire/models/spec.py:DecoderSpec": 24,
+        "src/quire/config.py:EngineArgs": 36,
     }
     assert budget["names"]["environment_variables"] <= 10
     assert budget["install"]["base_mb"] <= 150
@@ -48,6 +51,8 @@ def test_the_promised_numbers_stand() -> None:
         ("src/quire/a.py", "async def f():\n" + "    1\n" * 4, "src/quire/a.py:1 f: 5 lines"),
         ("src/quire/a.py", "class StopMixin: ...", "class StopMixin: no mixins"),
         ("src/quire/a.py", "def f():\n    global x\n    x = 1", "global x"),
+        ("src/quire/a.py", "SEEN: dict[str, int] = {}", "a.py:1: an empty container: no globals that change"),
+        ("src/quire/a.py", "x = 1\nSEEN = set()", "a.py:2: an empty container: no globals that change"),
         ("src/quire/a/utils.py", "", "name the thing"),
         ("src/quire/a.py", "import os\nos.getenv('QUIRE_A')\nos.environ['QUIRE_B']", "QUIRE_A, QUIRE_B: 2"),
         (

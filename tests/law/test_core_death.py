@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from quire import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
-from quire.engine.supervisor import SupervisedChannel
+from quire.isolation.supervisor import SupervisedChannel
 from tests.law.test_equivalence import COMMON, cases
 
 Case = tuple[list[int], SamplingParams]
@@ -80,7 +80,7 @@ async def test_a_death_is_not_seen_in_any_stream(
             tasks = [asyncio.ensure_future(joined(llm, item, seen)) for item in long_cases()]
             while len(seen) < num_tokens:
                 await asyncio.sleep(0)
-            channel = llm._engine._channel
+            channel = llm._engine.channel
             assert isinstance(channel, SupervisedChannel) and channel.pid is not None
             os.kill(channel.pid, how)
             is_in_time = not any(task.done() for task in tasks)

@@ -1,4 +1,4 @@
-"""The laws where there is a GPU: the same tokens whatever overlaps and is recorded, one wait a step, the memory budget
+"""The laws where there is a GPU: the same tokens whatever overlaps and is captured, one wait a step, the memory budget
 held, nothing compiled at a second start. Without one there is nothing here; `tests/runner` has the same on a
 device that is played."""
 
@@ -22,7 +22,7 @@ SIZES: dict[str, Any] = dict(device="cuda", max_num_seqs=64, max_model_len=512, 
 
 
 @pytest.mark.parametrize("loop", [False, True], ids=["plain", "overlap"])
-@pytest.mark.parametrize("eager", [False, True], ids=["recorded", "launched"])
+@pytest.mark.parametrize("eager", [False, True], ids=["captured", "launched"])
 @pytest.mark.parametrize("weather", [{}, {"num_gpu_blocks_override": 18}, {"max_num_batched_tokens": 13}], ids=str)
 def test_the_same_whatever_overlaps_and_is_recorded(
     tiny_model: Path, weather: dict[str, Any], eager: bool, loop: bool
@@ -43,7 +43,7 @@ def worst(llm: LLM, max_tokens: int = 24, **more: Any) -> list[RequestOutput]:
     return llm.generate(prompts, params, use_tqdm=False)
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["recorded", "launched"])
+@pytest.mark.parametrize("eager", [False, True], ids=["captured", "launched"])
 def test_the_memory_budget_is_held_to_two_percent(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, eager: bool
 ) -> None:
@@ -67,7 +67,7 @@ def test_the_memory_budget_is_held_to_two_percent(
         look()
         for _ in range(3):
             worst(llm, logprobs=20, prompt_logprobs=3)
-            while llm._engine._channel._core.run_idle_work():  # type: ignore[attr-defined]
+            while llm._engine.channel._core.run_idle_work():  # type: ignore[attr-defined]
                 pass
             look()
     budget = plans[0].memory
@@ -82,13 +82,13 @@ def test_the_memory_budget_is_held_to_two_percent(
 @pytest.mark.parametrize(
     "more",
     [{}, {"logprobs": 5}, {"logit_bias": {5: 2.0}, "allowed_token_ids": list(range(99)), "min_tokens": 20}],
-    ids=["draws", "logprobs", "rules"],
+    ids=["samples", "logprobs", "rules"],
 )
 def test_a_decoding_step_waits_for_nothing_but_its_tokens(tiny_model: Path, more: dict[str, Any]) -> None:
     """torch raises wherever the host waits, but for an event that is asked for: that of `Ops.fetch`."""
     with LLM(str(tiny_model), **SIZES) as llm:
         worst(llm)
-        core: Any = llm._engine._channel._core
+        core: Any = llm._engine.channel._core
         begin, num_begun = core._executor.execute, 0
 
         def watched(plan: Any) -> Any:

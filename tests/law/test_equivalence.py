@@ -1,5 +1,5 @@
-"""Law 1: the answer does not depend on the weather. Tokens, log-probabilities and text of every request are the same,
-bit for bit, whatever runs beside it and however its work is cut up."""
+"""Law 1: the answer does not depend on scheduling conditions. Tokens, log-probabilities and text of every request are
+the same, bit for bit, whatever runs beside it and however its work is cut up."""
 
 import asyncio
 import random
@@ -61,7 +61,7 @@ def alone(tiny_model: Path) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "weather",
+    "conditions",
     [
         {},
         {"max_num_batched_tokens": 8},
@@ -85,14 +85,14 @@ def alone(tiny_model: Path) -> list[Any]:
         {"async_scheduling": True, "scheduling_policy": "priority", "enable_prefix_caching": False},
         {"async_scheduling": True, "core_process": True, "max_num_seqs": 3},
     ],
-    ids=lambda weather: ",".join(f"{name}={value}" for name, value in weather.items()) or "together",
+    ids=lambda conditions: ",".join(f"{name}={value}" for name, value in conditions.items()) or "together",
 )
-def test_together_equals_alone(tiny_model: Path, alone: list[Any], weather: dict[str, Any]) -> None:
-    assert run(tiny_model, cases(), **weather) == alone
+def test_together_equals_alone(tiny_model: Path, alone: list[Any], conditions: dict[str, Any]) -> None:
+    assert run(tiny_model, cases(), **conditions) == alone
 
 
 def test_small_cache_does_preempt(tiny_model: Path) -> None:
-    """The weather of the test above is real: requests are preempted in it."""
+    """The conditions of the test above are real: requests are preempted in them."""
     with LLM(model=str(tiny_model), **{**COMMON, "num_gpu_blocks_override": 18}) as llm:
         prompts = [{"prompt_token_ids": prompt} for prompt, _ in cases()]
         llm.generate(prompts, [params for _, params in cases()], use_tqdm=False)
@@ -171,11 +171,11 @@ def test_restart_without_a_seed_gives_the_same(tiny_model: Path) -> None:
 def test_quantised_weights_obey_the_same_law(tiny_model: Path, quantization: str) -> None:
     items = cases()[::2]
     alone = [run(tiny_model, [item], quantization=quantization)[0] for item in items]
-    weathers: list[dict[str, Any]] = [
+    all_conditions: list[dict[str, Any]] = [
         {"threads": 3},
         {"max_num_batched_tokens": 13, "block_size": 32},
         {"num_gpu_blocks_override": 17, "max_num_batched_tokens": 11},
     ]
-    for weather in weathers:
-        assert run(tiny_model, items, quantization=quantization, **weather) == alone
+    for conditions in all_conditions:
+        assert run(tiny_model, items, quantization=quantization, **conditions) == alone
     assert alone != [run(tiny_model, [item])[0] for item in items]

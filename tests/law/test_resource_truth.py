@@ -40,15 +40,15 @@ def test_random_adds_and_aborts_leave_nothing(tiny_model: Path) -> None:
         running.append(parsed)
         if rng.random() < 0.3:
             victim = running.pop(rng.randrange(len(running)))
-            monitor.saw(item.output for item in engine.abort(victim))
+            monitor.saw(output for _, output in engine.abort(victim))
             assert engine.abort(victim) == []
-        while engine.num_waiting > 12 or (engine.has_work and rng.random() < 0.5):
-            monitor.saw(item.output for item in engine.step())
-            engine.check()
+        while engine.channel.gauges.num_waiting > 12 or (engine.has_work and rng.random() < 0.5):
+            monitor.saw(output for _, output in engine.step())
+            engine.channel.check()
     while engine.has_work:
-        monitor.saw(item.output for item in engine.step())
+        monitor.saw(output for _, output in engine.step())
     monitor.all_ended()
-    engine.check()
+    engine.channel.check()
     assert len(monitor.finished) == NUM_REQUESTS
     readings = {item.name: item.value for item in engine.get_metrics()}
     assert readings["quire:num_requests_running"] == readings["quire:num_requests_waiting"] == 0

@@ -16,7 +16,7 @@ from quire.engine.request_state import RequestState
 from quire.errors import RequestFailedError
 from quire.outputs import RequestOutput
 from quire.runner import model_runner
-from quire.sampling import sampler as sampler_module
+from quire.sampling import logprobs as logprobs_module
 from quire.text.detokenizer import StopSearch
 from tests.tiny.checkpoints import make_tiny
 
@@ -41,7 +41,7 @@ class Victim:
     """Knows which row is the victim's, and which rows are being computed."""
 
     def __init__(self, engine: AsyncLLM, patch: pytest.MonkeyPatch) -> None:
-        channel: Any = engine._engine._channel
+        channel: Any = engine._engine.channel
         self.patch, self.engine, self.core = patch, engine, channel._core
         self.runner = self.core._executor._runner
         self.row: int | None = None
@@ -133,7 +133,7 @@ POINTS: dict[str, Callable[[Victim], None]] = {
     "masks apply": lambda v: v.throw(feature(v, "LogitMasks"), "apply", in_rows(v)),
     "bad words": lambda v: v.throw(feature(v, "LogitMasks"), "on_token", in_row(v)),
     "penalties": lambda v: v.throw(feature(v, "Penalties"), "on_token", in_row(v)),
-    "logprobs": lambda v: v.throw(sampler_module, "token_logprobs", lambda *args: args[3] == 7),
+    "logprobs": lambda v: v.throw(logprobs_module, "token_logprobs", lambda *args: args[3] == 7),
     "prompt logprobs": lambda v: v.throw(model_runner, "token_logprobs", lambda *args: args[3] == 3),
     "request state": lambda v: v.throw(RequestState, "__init__", lambda self, parsed, *_: of_new_state(parsed)),
     "detokenizer": lambda v: v.throw(RequestState, "_push_text", named_victim),
@@ -214,10 +214,10 @@ def test_one_fault_fails_one_request(
         assert [said(output) for output in canaries] == undisturbed
         assert [said(output) for output in run(under_test, victim=False)] == undisturbed, "and it goes on"
         under_test.check()
-        scheduler = victim.core._scheduler
+        scheduler = victim.core.scheduler
         assert scheduler._pool.num_free == scheduler._pool.num_blocks
         assert len(scheduler._free_rows) == 8 and not under_test._streams
-        assert under_test._engine.queue.num_waiting == 0 and not under_test._engine.timelines._live
+        assert under_test._engine.queue.num_waiting == 0 and not under_test.observer.timelines._live
 
 
 CLEARED = ("LogitMasks", "Penalties")
@@ -234,10 +234,10 @@ async def all_rows(engine: AsyncLLM, params: SamplingParams) -> None:
 
 
 @pytest.mark.parametrize("point", ["rows", "sampler", *CLEARED])
-def test_a_fault_while_a_row_is_cleared_reaches_nobody(
+def test_a_fault_while_a_row_is_cleared_reaches_no_request(
     point: str, directory: str, undisturbed: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The request of the row has had its end; and who enters the row next finds nothing of it."""
+    """The request of the row has had its end; and the next request of the row finds nothing of it."""
     with engine(directory) as under_test:
         whole = [said(output) for output in run(under_test, victim=True)]
         with monkeypatch.context() as patch:
@@ -255,7 +255,7 @@ def test_a_fault_while_a_row_is_cleared_reaches_nobody(
         assert not victim.runner._sampler._edited
 
 
-def test_a_row_that_cannot_be_cleared_is_entered_by_nobody(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_cannot_be_cleared_is_not_entered(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rather the engine stops: a core in a process of its own is then replaced, and everybody goes on."""
     with engine(directory) as under_test:
         victim = Victim(under_test, monkeypatch)
@@ -273,7 +273,7 @@ def test_a_row_that_cannot_be_cleared_is_entered_by_nobody(directory: str, monke
         assert victim.num_thrown == 2
 
 
-def test_a_broken_device_is_nobodys_row(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_device_is_no_rows_fault(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """When no row of several can be computed, the engine is at fault, and says so."""
     with engine(directory) as under_test:
         victim = Victim(under_test, monkeypatch)

@@ -71,12 +71,12 @@ def test_sampling_on_torch_is_the_same() -> None:
     rows = batch(4, temperature=[0.0, 1.0, 0.7, 2.0], top_k=[0, 0, 20, 0], top_p=[1, 0.8, 1, 0.9], min_p=0.001)
     names = SampleBatch.__slots__
     tensors = SampleBatch(*(torch.from_numpy(getattr(rows, name)) for name in names))
-    drawn = ReferenceOps(torch).sample(torch.from_numpy(logits), tensors)
-    assert np.array_equal(drawn.numpy(), REFERENCE.sample(logits, rows))
+    sampled = ReferenceOps(torch).sample(torch.from_numpy(logits), tensors)
+    assert np.array_equal(sampled.numpy(), REFERENCE.sample(logits, rows))
 
 
-def test_draws_follow_the_softmax(cpu: CpuOps) -> None:
-    """Chi-square over 40,000 draws; the bound is passed by chance once in about a million."""
+def test_samples_follow_the_softmax(cpu: CpuOps) -> None:
+    """Chi-square over 40,000 samples; the bound is passed by chance once in about a million."""
     logits = np.array([2.0, 1.0, 0.5, 0.0, -1.0, -2.0, 1.5, -np.inf], np.float32)
     for temperature in (1.0, 0.5):
         p = np.exp(logits.astype(np.float64) / temperature)
@@ -87,8 +87,8 @@ def test_draws_follow_the_softmax(cpu: CpuOps) -> None:
         assert ((counts[:7] - 40_000 * p[:7]) ** 2 / (40_000 * p[:7])).sum() < 39.0  # 6 degrees of freedom
 
 
-def seen(cpu: CpuOps, logits: list[float], draws: int = 4000, **case: Any) -> set[int]:
-    return set(cpu.sample(np.tile(np.float32(logits), (draws, 1)), batch(draws, **case)).tolist())
+def seen(cpu: CpuOps, logits: list[float], count: int = 4000, **case: Any) -> set[int]:
+    return set(cpu.sample(np.tile(np.float32(logits), (count, 1)), batch(count, **case)).tolist())
 
 
 def test_the_kept_sets(cpu: CpuOps) -> None:
@@ -137,14 +137,14 @@ def test_extreme_logits(cpu: CpuOps) -> None:
     huge = np.float32(3e38)
     logits = np.array([[huge, -huge, 0, -np.inf], [-huge] * 3 + [-np.inf], [-np.inf] * 4, [-np.inf] * 3 + [5]])
     for case in ({}, {"temperature": 0.0}, {"temperature": 1e-30}, {"top_p": 0.5, "top_k": 2, "min_p": 0.1}):
-        drawn = cpu.sample(logits.astype(np.float32), batch(4, **case))
-        assert drawn[0] == 0 and drawn[1] in (0, 1, 2) and drawn[2] == 0 and drawn[3] == 3
+        sampled = cpu.sample(logits.astype(np.float32), batch(4, **case))
+        assert sampled[0] == 0 and sampled[1] in (0, 1, 2) and sampled[2] == 0 and sampled[3] == 3
     broken = np.array([[np.nan, 1, 2], [np.inf, np.nan, np.inf], [np.nan] * 3], np.float32)
     for case in ({}, {"temperature": 0.0}, {"top_p": 0.5, "top_k": 2, "min_p": 0.1}):
         assert all(0 <= token < 3 for token in cpu.sample(broken, batch(3, **case)))
 
 
-def test_a_draw_does_not_depend_on_other_rows(cpu: CpuOps) -> None:
+def test_a_sample_does_not_depend_on_other_rows(cpu: CpuOps) -> None:
     logits = normal(np.random.default_rng(4), 20, 3000)
     rows = batch(20, top_p=0.95)
     together = cpu.sample(logits, rows)

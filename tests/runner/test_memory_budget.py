@@ -28,7 +28,7 @@ class Counted(TorchDispatchMode):
         self._holders: Counter[int] = Counter()
         self._bytes: dict[int, int] = {}
         self.held = self.peak = self.most = 0
-        """Now; the most since somebody set it back, for `peak_bytes` and for the test."""
+        """Now; the most since it was set back, for `peak_bytes` and for the test."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -61,7 +61,7 @@ class CountedOps(ReferenceOps):
 
     def memory(self) -> DeviceMemory:
         held = self.counted.held
-        return DeviceMemory(total=TOTAL, free=TOTAL - held, held=held)
+        return DeviceMemory(total=TOTAL, free=TOTAL - held, allocated=held)
 
     def peak_bytes(self, work: Callable[[], object]) -> int:
         before = self.counted.peak = self.counted.held

@@ -21,7 +21,7 @@ PENALISED = SamplingSpec(temperature=0.0, frequency_penalty=2.0)
 
 
 class LateOps(ReferenceOps):
-    """A device whose numbers reach the host only when somebody waits for them."""
+    """A device whose numbers reach the host only when the runner waits for them."""
 
     def __init__(self, xp: Any) -> None:
         super().__init__(xp)
@@ -34,7 +34,7 @@ class LateOps(ReferenceOps):
         def wait() -> list[Any]:
             self.num_waits += 1
             if self.breaks:
-                raise RuntimeError("the device is gone")
+                raise RuntimeError("the device is lost")
             return copies
 
         return wait
@@ -127,7 +127,7 @@ def test_a_row_taken_anew_gets_nothing_of_the_one_before(tiny_model: Path, num_c
         late.collect(step)
     steps.append(late.launch(StepPlan(3, (), (), (single(0, 2),))))
     results = [late.collect(step) for step in steps]
-    assert results[0].rows[0] == results[1].rows[0] == RowResult(0, ()), "void: nobody waits for it"
+    assert results[0].rows[0] == results[1].rows[0] == RowResult(0, ()), "void: no request waits for it"
     expected = [
         alone.execute(StepPlan(0, (), (enter(0, [7, 8], GREEDY, (5,)),), (ScheduledRow(0, 0, 2, (), True),))),
         alone.execute(StepPlan(1, (), (), (single(0, 2),))),
@@ -137,10 +137,10 @@ def test_a_row_taken_anew_gets_nothing_of_the_one_before(tiny_model: Path, num_c
     assert not any(late._rows.has_pending_token(row) for row in range(2))
 
 
-def test_a_device_that_is_gone_is_nobodys_row(tiny_model: Path) -> None:
+def test_a_lost_device_is_no_rows_fault(tiny_model: Path) -> None:
     ops = LateOps(np)
     late = runner(tiny_model, ops)
     step = late.launch(plans([GREEDY, DRAWN], 1)[0])
     ops.breaks = True
-    with pytest.raises(RuntimeError, match="the device is gone"):
+    with pytest.raises(RuntimeError, match="the device is lost"):
         late.collect(step)

@@ -77,8 +77,8 @@ def test_a_prompt_has_the_logprobs_of_transformers(directory: Path, expected: An
         compare(part, start, expected)
 
 
-def test_rows_of_one_step_are_told_apart(directory: Path, expected: Any) -> None:
-    """A row that did not ask stands before the one that did; neither is told of the other."""
+def test_rows_of_one_step_are_kept_apart(directory: Path, expected: Any) -> None:
+    """A row that did not ask stands before the one that did; neither gets those of the other."""
     one = runner(directory)
     one.execute(chunks([0, 70, 150])[0])
     other = enter(1, [5, 6, 7], PLAIN, (20,))
@@ -89,7 +89,7 @@ def test_rows_of_one_step_are_told_apart(directory: Path, expected: Any) -> None
     assert plain == alone and plain.prompt_logprobs == ()
 
 
-def test_who_enters_the_row_next_is_told_nothing(directory: Path) -> None:
+def test_the_next_request_of_the_row_gets_nothing(directory: Path) -> None:
     one = runner(directory)
     one.execute(chunks([0, 150])[0])
     plan = StepPlan(1, (0,), (enter(0, PROMPT, PLAIN, BLOCKS),), (ScheduledRow(0, 0, 150, (), True),))

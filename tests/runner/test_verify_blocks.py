@@ -4,7 +4,6 @@ that comes waits for one block at most."""
 import asyncio
 import logging
 import random
-import threading
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from quire.config import EngineArgs
 from quire.core.engine_core import EngineCore
 from quire.core.plan import TokenDelta
 from quire.core.request import NewRequest, SamplingSpec
-from quire.engine.channel import wait_for_work
+from quire.engine.channel import LocalChannel
 from quire.engine.verify_blocks import CachedBlockVerifier
 from quire.ops.types import AttentionBatch, AttentionSpec
 
@@ -49,13 +48,14 @@ def cached(parts: CoreParts) -> int:
 
 def ask(core: EngineCore, prompts: list[list[int]], max_tokens: int = 20) -> list[list[TokenDelta]]:
     """All of them at once, to their ends."""
-    news: dict[str, list[TokenDelta]] = {str(number): [] for number in range(len(prompts))}
+    deltas_of: dict[str, list[TokenDelta]] = {str(number): [] for number in range(len(prompts))}
     for number, prompt in enumerate(prompts):
-        core.add(NewRequest(str(number), tuple(prompt), max_tokens, SamplingSpec(seed=number, num_logprobs=2)))
-    while core.has_work:
+        spec = SamplingSpec(seed=number, num_logprobs=2)
+        core.scheduler.add(NewRequest(str(number), tuple(prompt), max_tokens, spec))
+    while core.scheduler.has_work:
         for delta in core.step():
-            news[delta.request_id].append(delta)
-    return [[delta._replace(num_cached_tokens=0) for delta in deltas] for deltas in news.values()]
+            deltas_of[delta.request_id].append(delta)
+    return [[delta._replace(num_cached_tokens=0) for delta in deltas] for deltas in deltas_of.values()]
 
 
 def rest(core: EngineCore) -> int:
@@ -124,19 +124,19 @@ def test_a_wrong_block_is_found_and_forgotten_with_what_follows(
 
 def test_a_request_waits_for_one_block_at_most(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_of(tiny_model)
-    core, verifier, awake = parts.core(), verifier_of(parts), threading.Event()
+    core, verifier = parts.core(), verifier_of(parts)
+    channel = LocalChannel(core)
     ask(core, [PROMPT])
     compare, compared = verifier._first_difference, []
 
     def interrupted(block_ids: list[int], token_ids: list[int]) -> int | None:
         compared.append(block_ids[-1])
-        awake.set()
+        channel.wake()
         return compare(block_ids, token_ids)
 
     monkeypatch.setattr(verifier, "_first_difference", interrupted)
     for number in range(1, cached(parts) + 1):
-        awake.clear()
-        wait_for_work(core, awake)
+        channel.wait()
         assert len(compared) == number
         ask(core, [[1, 2]], max_tokens=1)
     assert len(set(compared)) == cached(parts)  # though each pass was broken off after one

@@ -107,12 +107,12 @@ def test_a_feature_survives_preemption(tiny_model: Path, marked_first: bool) -> 
     core = EngineCore(scheduler, LocalExecutor(runner), lambda: 0.0)
     specs = {"marked": MARKED, "plain": GREEDY}
     for name in sorted(specs, reverse=not marked_first):
-        core.add(NewRequest(name, (1, 2, 3), 12, specs[name], needs_output_tokens=name == "marked"))
+        core.scheduler.add(NewRequest(name, (1, 2, 3), 12, specs[name], needs_output_tokens=name == "marked"))
     tokens: dict[str, list[int]] = {name: [] for name in specs}
     preempted: set[str] = set()
-    while core.has_work:
+    while core.scheduler.has_work:
         deltas: list[TokenDelta] = core.step()
-        preempted |= {item.request_id for item in core.last_record.stalled if item.reason == "preempted"}
+        preempted |= {item.request_id for item in core.scheduler.last_record.stalled if item.reason == "preempted"}
         for delta in deltas:
             tokens[delta.request_id] += delta.token_ids
     assert tokens["marked"] == list(range(10, 22)) and len(tokens["plain"]) == 12

@@ -36,7 +36,7 @@ def penalised(logits: Any, prompt: Sequence[int], output: Sequence[int], spec: S
 
 
 def edited(sampler: Sampler, ops: Ops, logits: Any, rows: Sequence[int], positions: Sequence[int]) -> Any:
-    """The logits as the draw sees them."""
+    """The logits as sampling sees them."""
     array = ops.array(logits, "float32")
     sampler.sample(array, rows, positions)
     return ops.to_numpy(array)

@@ -50,7 +50,7 @@ def test_a_row_taken_anew_is_clean(ops: Ops) -> None:
     ids=lambda kept: next(iter(kept)),
 )
 def test_cut_offs_and_temperature_end_with_their_request(ops: Ops, kept: dict[str, float]) -> None:
-    """Each of them allows only the best token, 0. The request after it draws freely, so 1 comes too."""
+    """Each of them allows only the best token, 0. The request after it samples freely, so 1 comes too."""
     sampler = full_sampler(ops, 1)
     near = np.full((1, 8), -50.0, np.float32)
     near[0, :2] = 1.0, 0.9
@@ -67,7 +67,7 @@ def test_cut_offs_and_temperature_end_with_their_request(ops: Ops, kept: dict[st
 
 
 def test_what_rows_want_of_their_logits() -> None:
-    """The sampler draws without editing, or lets the model take the best token, only where all rows of a step allow."""
+    """The sampler edits nothing, or lets the model take the best token, only where all rows of a step allow."""
     plain = SamplingSpec(temperature=1.0)
     editing = [
         {"allowed_token_ids": (1,)}, {"logit_bias": ((1, 1.0),)}, {"min_tokens": 1, "stop_token_ids": (2,)},

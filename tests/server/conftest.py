@@ -12,9 +12,10 @@ import pytest
 from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
 from quire.llm import AsyncLLM
-from quire.server.app import create_app
-from quire.server.listen import bind
-from quire.server.serve import GracefulServer
+from quire.server.doors.openai.routes import OPENAI
+from quire.server.http.app import create_app
+from quire.server.http.listen import bind
+from quire.server.http.serve import GracefulServer
 from tests.conftest import PATIENCE_S
 from tests.server.fake_engine import FakeEngine
 from tests.tiny.checkpoints import make_tiny
@@ -44,6 +45,7 @@ class Running:
 
 
 def start(engine: Any, *, drain_s: float = 5.0, header_s: float = 30.0, **options: Any) -> Running:
+    options = {"apis": [OPENAI], **options}
     app = create_app(engine, served_model_name=MODEL, model_names=["directory-name"], **options)
     listener = bind("127.0.0.1", 0)
     ready = threading.Event()

@@ -10,11 +10,10 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-from quire.engine.explain import Explanation
-from quire.engine.queue_bound import ANYBODY, Caller
-from quire.engine.timeline import RequestTimes
+from quire.engine.observer import Observer
+from quire.engine.queue import ANYBODY, Caller
 from quire.errors import EngineDeadError, InvalidRequestError, PromptTooLongError
-from quire.outputs import CompletionOutput, Logprob, Metric, PositionLogprobs, RequestOutput
+from quire.outputs import CompletionOutput, Explanation, Logprob, Metric, PositionLogprobs, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
 
 VOCAB_SIZE = 256
@@ -34,6 +33,17 @@ class ByteTokenizer:
         return bytes([token_id])
 
 
+class FakeObserver(Observer):
+    """Keeps the ids of the responses that were sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[str] = []
+
+    def on_sent(self, response_id: str, *times: Any) -> dict[str, Any]:
+        self.sent.append(response_id)
+        return {}
+
+
 class FakeEngine:
     """What the server uses of `AsyncEngine`."""
 
@@ -45,7 +55,7 @@ class FakeEngine:
         self.num_running = 0
         self.num_aborted = 0
         self.released = threading.Event()
-        self.sent: list[str] = []
+        self.observer = FakeObserver()
         self.calls: list[dict[str, Any]] = []
 
     def get_tokenizer(self) -> ByteTokenizer:
@@ -78,10 +88,6 @@ class FakeEngine:
         pass
 
     def explain(self, request_id: str) -> list[Explanation]:
-        return []
-
-    def mark_sent(self, response_id: str, caller: str, received_s: float, sent_s: float) -> list[RequestTimes]:
-        self.sent.append(response_id)
         return []
 
     def expect_callers(self, weights: dict[str, int]) -> None:

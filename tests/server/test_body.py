@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from quire.server.body import Bodies, parse_json
-from quire.server.errors import ApiError, ClientGoneError
-from quire.server.limits import Limits
+from quire.server.http.body import Bodies, parse_json
+from quire.server.http.errors import ApiError, ClientGoneError
+from quire.server.http.limits import Limits
 
 JSON = {"content-type": "application/json"}
 
 
 class Request:
-    """As much of a request as is read: a body in parts, or a caller who leaves."""
+    """As much of a request as is read: a body in parts, or a caller that leaves."""
 
     def __init__(self, *parts: bytes | None, headers: dict[str, str] = JSON) -> None:
         self.headers = headers
@@ -74,7 +74,7 @@ async def test_a_length_that_is_declared_too_large_is_refused_before_a_byte_is_r
 
 
 async def test_what_all_requests_hold_together_has_a_bound_of_its_own() -> None:
-    """Each of them is small; the one that comes when the others hold all is told to come back, and they go on."""
+    """Each of them is small; the one that comes when the others hold all is refused, with a time, and they go on."""
     bodies = bodies_of(all_bodies_bytes=25)
     waiting: list[Any] = [asyncio.Event(), asyncio.Event()]
 

@@ -11,9 +11,9 @@ from starlette.types import Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from quire.server.app import create_app
-from quire.server.connections import header_timeout_protocol
-from quire.server.serve import GracefulServer
+from quire.server.doors.openai.routes import OPENAI
+from quire.server.http.app import create_app
+from quire.server.http.serve import GracefulServer, header_timeout_protocol
 from tests.conftest import PATIENCE_S
 from tests.server.fake_engine import FakeEngine
 
@@ -82,7 +82,7 @@ class Connection:
         self.timers, self.transport = Timers(asyncio.get_running_loop()), Transport()
         config = Config(self._answer, interface="asgi3", lifespan="off", log_config=None, timeout_keep_alive=10_000)
         config.load()
-        kind = header_timeout_protocol(HEADER_S, refusal)
+        kind = header_timeout_protocol(HEADER_S, refusal, OPENAI.queued_paths)
         self.protocol = kind(config, ServerState(), {}, self.timers)  # type: ignore[arg-type]
         self.protocol.connection_made(self.transport)
 
@@ -119,7 +119,7 @@ async def test_an_answer_that_takes_longer_than_headers_may_is_not_cut_off() -> 
     connection.protocol.data_received(PROBE)
     assert connection.deadlines == []
     connection.timers.pass_time()
-    connection.protocol._give_up()  # type: ignore[attr-defined]
+    connection.protocol._on_timeout()  # type: ignore[attr-defined]
     assert not connection.transport.is_closed
     connection.go.set()
     await connection.answered(1)
@@ -175,7 +175,7 @@ async def test_what_is_refused_from_its_first_bytes_is_never_parsed() -> None:
 
 
 def test_the_first_signal_drains_and_the_second_leaves_at_once() -> None:
-    app = create_app(FakeEngine(), served_model_name="m")  # type: ignore[arg-type]
+    app = create_app(FakeEngine(), apis=[OPENAI], served_model_name="m")  # type: ignore[arg-type]
     server = GracefulServer(app, drain_s=1000.0)
     with app.state.context.gate.inside("one"):
         server.handle_exit(signal.SIGTERM, None)
@@ -193,16 +193,18 @@ async def test_it_leaves_with_the_last_request_or_ends_the_rest_when_time_is_up(
         (0, 0.0, True, False), (1, 9.9, False, False), (2, 9.9, False, False), (1, 10.1, True, True),
     ):  # fmt: skip
         engine = FakeEngine()
-        app = create_app(engine, served_model_name="m")  # type: ignore[arg-type]
+        app = create_app(engine, apis=[OPENAI], served_model_name="m")  # type: ignore[arg-type]
         gate, now_s = app.state.context.gate, 100.0
-        monkeypatch.setattr("quire.server.serve.time.monotonic", lambda now_s=now_s: now_s)
+        monkeypatch.setattr("quire.server.http.serve.time.monotonic", lambda now_s=now_s: now_s)
         server = GracefulServer(app, drain_s=10.0)
         server.servers = []
         gate._inside.update(str(number) for number in range(num_inside))
         await server.on_tick(0)
-        assert not server.should_exit, "nobody has asked it to"
+        assert not server.should_exit, "no signal has come"
         server.drain()
-        monkeypatch.setattr("quire.server.serve.time.monotonic", lambda now_s=now_s, more_s=passed_s: now_s + more_s)
+        monkeypatch.setattr(
+            "quire.server.http.serve.time.monotonic", lambda now_s=now_s, more_s=passed_s: now_s + more_s
+        )
         await server.on_tick(0)
         assert (server.should_exit, not engine.is_healthy) == (leaves, is_ended), (num_inside, passed_s)
         monkeypatch.undo()

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from quire import LLM, SamplingParams
 from quire.cli.main import make_parser
 from quire.cli.serve import run
-from quire.server.metrics import make_registry
-from quire.server.routes.health import OPEN_PATHS
+from quire.server.http.probes import OPEN_PATHS
+from quire.server.metrics import render_metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 
@@ -27,7 +28,8 @@ def families() -> dict[str, set[str]]:
     with LLM() as llm:
         llm.generate("hello", SamplingParams(max_tokens=2), use_tqdm=False)
         found: dict[str, set[str]] = {}
-        for family in make_registry(llm, "m", "quire").collect():  # type: ignore[arg-type]
+        body = render_metrics(llm.get_metrics(), "m", "quire").decode()
+        for family in text_string_to_metric_families(body):
             for sample in family.samples:
                 found.setdefault(sample.name, set()).update(sample.labels)
         return found

@@ -2,11 +2,12 @@
 
 import pytest
 
-from quire.engine.queue_bound import ANYBODY, Caller
+from quire.engine.queue import ANYBODY, Caller
 from quire.errors import OverloadedError, TooManyRequestsError
-from quire.server.app import create_app
-from quire.server.early import EarlyRefusal
-from quire.server.keys import caller_name
+from quire.server.doors.openai.routes import OPENAI
+from quire.server.http.app import create_app
+from quire.server.http.keys import caller_name
+from quire.server.http.middleware import EarlyRefusal
 from tests.server.fake_engine import FakeEngine
 
 FLOOD = caller_name("flood")
@@ -31,16 +32,16 @@ def head(*fields: str) -> bytes:
     return "\r\n".join(["POST /v1/completions HTTP/1.1", "Host: x", *fields, "", '{"prompt": "x"}']).encode()
 
 
-def door(engine: FakeEngine, **options: object) -> EarlyRefusal:
+def refusal_of(engine: FakeEngine, **options: object) -> EarlyRefusal:
     # `FakeEngine` has the methods that the routes call, and is no `AsyncEngine`.
-    app = create_app(engine, served_model_name="tiny", **options)  # type: ignore[arg-type]
+    app = create_app(engine, apis=[OPENAI], served_model_name="tiny", **options)  # type: ignore[arg-type]
     found = app.state.early_refusal
     assert isinstance(found, EarlyRefusal)
     return found
 
 
 def test_the_key_tells_who_is_refused() -> None:
-    refusal = door(FullForFlood(), api_key={"flood": 3, "guest": 1})
+    refusal = refusal_of(FullForFlood(), api_key={"flood": 3, "guest": 1})
     answer = refusal(head("authorization:Bearer flood ")) or b""
     assert answer.startswith(b"HTTP/1.1 429 ") and b"weight 3" in answer and b"Retry-After: 7\r\n" in answer
     assert refusal(head("Authorization: Bearer guest")) is None
@@ -59,8 +60,8 @@ def test_the_key_tells_who_is_refused() -> None:
 )
 def test_what_is_not_plain_is_left_to_the_parser(data: bytes) -> None:
     """With its 401 or 400, or the same refusal."""
-    assert door(FullForFlood(), api_key={"flood": 1, "guest": 1})(data) is None
+    assert refusal_of(FullForFlood(), api_key={"flood": 1, "guest": 1})(data) is None
 
 
 def test_without_keys_all_are_one_caller() -> None:
-    assert (door(Full())(head("Authorization: Bearer of-a-proxy")) or b"").startswith(b"HTTP/1.1 503 ")
+    assert (refusal_of(Full())(head("Authorization: Bearer of-a-proxy")) or b"").startswith(b"HTTP/1.1 503 ")

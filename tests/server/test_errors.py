@@ -17,7 +17,8 @@ from quire.errors import (
     RequestFailedError,
     TooManyRequestsError,
 )
-from quire.server.errors import MAX_TEXT, ApiError, as_api_error
+from quire.server.doors.openai.routes import error_body
+from quire.server.http.errors import MAX_TEXT, ApiError, as_api_error
 
 SERVER, CALLER = "server_error", "invalid_request_error"
 
@@ -41,21 +42,21 @@ def test_each_error_has_its_status_and_its_words(
 ) -> None:
     found = as_api_error(error)
     assert found.status == status
-    assert found.body() == {"error": {"message": "text", "type": kind, "param": param, "code": code}}
+    assert error_body(found) == {"error": {"message": "text", "type": kind, "param": param, "code": code}}
     assert ("Retry-After" in found.headers) is (status in (429, 503))
 
 
 @pytest.mark.parametrize("error", [EngineDeadError("a secret"), KeyError("a secret"), ValueError("a secret")])
 def test_the_text_of_what_is_the_engines_fault_stays_inside(error: Exception) -> None:
     found = as_api_error(error)
-    assert found.status == 500 and "secret" not in json.dumps(found.body())
-    assert found.body()["error"]["type"] == SERVER  # type: ignore[index]
+    assert found.status == 500 and "secret" not in json.dumps(error_body(found))
+    assert error_body(found)["error"]["type"] == SERVER
 
 
 @pytest.mark.parametrize("kind", [OverloadedError, TooManyRequestsError])
 @pytest.mark.parametrize("wait_s", [0, 0.2, 1, 1.0001, 1.5, 1.9999, 2, 59.01, 600])
 def test_the_time_to_come_back_is_whole_seconds_and_never_too_short(kind: Any, wait_s: float) -> None:
-    """RFC 9110, 10.2.3: `Retry-After` is a number of seconds without a part, and who comes earlier comes too early."""
+    """RFC 9110, 10.2.3: `Retry-After` is a whole number of seconds, and a client that comes earlier comes too early."""
     found = as_api_error(kind("text", retry_after_s=wait_s)).headers["Retry-After"]
     assert found.isdecimal() and max(1, wait_s) <= int(found) < max(1, wait_s) + 1
     assert int(found) == max(1, math.ceil(wait_s))
@@ -63,13 +64,13 @@ def test_the_time_to_come_back_is_whole_seconds_and_never_too_short(kind: Any, w
 
 def test_a_text_is_as_long_as_it_may_be_and_no_longer() -> None:
     for length in (MAX_TEXT, MAX_TEXT + 1, 10 * MAX_TEXT):
-        text = ApiError(400, "x" * length).body()["error"]["message"]  # type: ignore[index]
+        text = error_body(ApiError(400, "x" * length))["error"]["message"]
         assert text == "x" * MAX_TEXT + ("..." if length > MAX_TEXT else "")
 
 
 def test_a_plain_answer_is_a_whole_response_that_ends_the_connection() -> None:
     error = ApiError(429, "text", code="rate_limit_exceeded", headers={"Retry-After": "7"})
-    head, _, content = error.plain().partition(b"\r\n\r\n")
+    head, _, content = error.plain(error_body(error)).partition(b"\r\n\r\n")
     status, *lines = head.decode().split("\r\n")
     fields = dict(line.split(": ", 1) for line in lines)
     assert status == "HTTP/1.1 429 Too Many Requests"
@@ -77,4 +78,4 @@ def test_a_plain_answer_is_a_whole_response_that_ends_the_connection() -> None:
         "Retry-After": "7", "content-type": "application/json", "connection": "close",
         "content-length": str(len(content)),
     }  # fmt: skip
-    assert json.loads(content) == error.body()
+    assert json.loads(content) == error_body(error)

@@ -11,9 +11,10 @@ import pytest
 from starlette.routing import Route
 
 from quire.errors import OverloadedError
-from quire.server.listen import bind
-from quire.server.routes.health import OPEN_PATHS
-from quire.server.streams import EventStream
+from quire.server.doors.openai.routes import FRAMING
+from quire.server.http.listen import bind
+from quire.server.http.probes import OPEN_PATHS
+from quire.server.http.streams import EventStream
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import MODEL, Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
@@ -74,7 +75,7 @@ def test_one_failing_prompt_aborts_its_siblings(running: Running, http: httpx.Cl
 
 
 async def test_reader_that_stops_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quire.server.limits.SLOW_READER_SECONDS", 0.05)
+    monkeypatch.setattr("quire.server.http.limits.SLOW_READER_SECONDS", 0.05)
     closed = False
 
     async def events() -> Any:
@@ -94,7 +95,7 @@ async def test_reader_that_stops_is_aborted(monkeypatch: pytest.MonkeyPatch) -> 
 
     stream = events()
     await anext(stream)  # as `start_events` does
-    await EventStream(b"{}", stream, {})({"type": "http"}, never, send)
+    await EventStream(b"{}", stream, {}, FRAMING)({"type": "http"}, never, send)
     assert closed
 
 

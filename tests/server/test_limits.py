@@ -11,10 +11,10 @@ import httpx
 import pytest
 
 from quire.errors import ConfigurationError
-from quire.server.body import Bodies, count_outside_strings
-from quire.server.errors import ApiError
-from quire.server.limits import Limits
-from scripts import limits_page
+from quire.server.http.body import Bodies, count_outside_strings
+from quire.server.http.errors import ApiError
+from quire.server.http.limits import Limits
+from scripts import api_pages
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start
 from tests.server.fake_engine import FakeEngine
@@ -128,11 +128,11 @@ def test_what_is_no_limit(values: dict[str, int]) -> None:
 
 
 def test_the_page_is_what_the_table_says(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert limits_page.page() == limits_page.PAGE.read_text(encoding="utf-8")
-    monkeypatch.setattr("sys.argv", ["limits_page", "--check"])
-    assert limits_page.main() == 0
-    monkeypatch.setattr(limits_page, "HEAD", "# Changed\n")
-    assert limits_page.main() == 1
+    assert api_pages.limits_page() == (api_pages.GUIDE / "limits.md").read_text(encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["api_pages", "--check"])
+    assert api_pages.main() == 0
+    monkeypatch.setattr(api_pages, "HEAD", "# Changed\n")
+    assert api_pages.main() == 1
 
 
 class _Request:
@@ -173,8 +173,8 @@ async def test_what_the_parser_takes_long_for_is_refused_before_it(
         assert turned.wait(PATIENCE_S), "the loop stood still"
         return count_outside_strings(data, *signs)
 
-    monkeypatch.setattr("quire.server.body.parse_json", None)
-    monkeypatch.setattr("quire.server.body.count_outside_strings", count)
+    monkeypatch.setattr("quire.server.http.body.parse_json", None)
+    monkeypatch.setattr("quire.server.http.body.count_outside_strings", count)
     asyncio.get_running_loop().call_soon(turned.set)
     with pytest.raises(ApiError) as caught:
         await Bodies(Limits()).read(request, dict)  # type: ignore[arg-type]

@@ -6,11 +6,11 @@ from typing import Any
 import httpx
 import pytest
 
-from quire.engine.repetition import RepetitionDetector
+from quire.engine.request_state import RepetitionDetector
 from quire.llm import LLM
 from quire.sampling_params import RepetitionDetectionParams, SamplingParams
-from quire.server.limits import Limits
-from quire.server.protocol.fields import CHAT, COMPLETIONS
+from quire.server.doors.openai.bodies import CHAT, COMPLETION
+from quire.server.http.limits import Limits
 from tests.server.conftest import MODEL, Running, start
 from tests.server.fake_engine import FakeEngine
 
@@ -66,7 +66,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def trusting(real: Running) -> Any:
-    """The real engine behind a second door, which takes templates."""
+    """The real engine behind a second server, which takes templates."""
     instance = start(real.engine, limits=Limits().with_values({"chat_template_characters": 500}))
     with httpx.Client(base_url=instance.url) as session:
         yield session
@@ -100,7 +100,7 @@ def test_of_a_completion(trusting: httpx.Client, name: str) -> None:
     if "logprobs" in body:
         body = {**body, "logprobs": 1}
     response = _ask(trusting, "completions", **body)
-    if name in COMPLETIONS.refused:
+    if name in COMPLETION.refused:
         error = response.json()["error"]
         assert (response.status_code, error["param"]) == (400, name)
         assert error["message"].startswith(f"{name} is not supported: ")
@@ -148,7 +148,7 @@ def test_a_name_of_ones_own_is_the_answers(http: httpx.Client) -> None:
     assert response.json()["id"] == response.headers["x-request-id"] == "cmpl-trace:1.a_B-2"
     assert _ask(http, "chat/completions", request_id="again").json()["id"] == "chatcmpl-again"
     assert _ask(http, "chat/completions", request_id="again").status_code == 200
-    for bad in ("", "a b", "a\r\nb", "x" * 65, "ä", 5):
+    for bad in ("", "a b", "a\r\nb", "a\n", "x" * 65, "ä", 5):
         assert _ask(http, "completions", request_id=bad).json()["error"]["param"] == "request_id"
 
 
@@ -196,7 +196,7 @@ def test_logprobs_of_named_tokens_are_those_of_the_model(real: Running) -> None:
     assert [(item.token, item.logprob) for item in found] == [(item.token, item.logprob) for item in content]
 
 
-def test_rows_of_one_draw_have_their_own_logprobs(tiny_model: Path) -> None:
+def test_rows_of_one_step_have_their_own_logprobs(tiny_model: Path) -> None:
     named = list(range(2, 40))  # more than are read at one time
     asked = [{}, {"logprobs": 3}, {"logprobs": 0, "logprob_token_ids": named}, {"logprobs": 1}]
     params = [SamplingParams(max_tokens=5, seed=3, ignore_eos=True, **item) for item in asked]  # type: ignore[arg-type]

@@ -12,20 +12,22 @@ from typing import Any
 
 import httpx
 import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from quire.cli import explain as verb
 from quire.cli.main import main
-from quire.engine.timeline import Phase, Timeline
 from quire.errors import ConfigurationError
-from quire.server.access import LOG_FORMATS, Access, configure_logs, log_request
-from quire.server.app import Observability
-from quire.server.keys import caller_name
-from quire.server.traces import Tracer
+from quire.observe.observer import _log_fields
+from quire.observe.timelines import Phase, Timeline
+from quire.observe.traces import Tracer
+from quire.server.http.access import LOG_FORMATS, Access, configure_logs, log_request
+from quire.server.http.app import Observability
+from quire.server.http.keys import caller_name
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
 
-SECRET = "a prompt that nobody may log"
+SECRET = "a prompt that no log may hold"
 
 
 def complete(server: Running, **more: Any) -> httpx.Response:
@@ -109,7 +111,7 @@ def test_the_verb_prints_parts_and_a_sentence(real: Running, capsys: pytest.Capt
     ],
 )
 def test_explanations_are_for_operators(options: dict[str, Any], key: str | None, status: int) -> None:
-    """404 says that the door was open: the request is not known."""
+    """404 says that the key was taken: the request is not known."""
     server = start(FakeEngine(), **options)
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     assert httpx.get(f"{server.url}/v1/requests/x/explain", headers=headers).status_code == status
@@ -154,7 +156,7 @@ def ended(request_id: str, num_tokens: int, first_token_s: float | None, reason:
 def test_a_record_counts_all_sequences_and_the_first_token_of_any(caplog: pytest.LogCaptureFixture) -> None:
     sequences = [ended("r", 5, 103.5, "stop"), ended("r", 7, 101.25, None), ended("r", 0, None, "error")]
     with caplog.at_level(logging.INFO, "quire.access"):
-        log_request("POST", "/x", 200, 1.5, timelines=sequences)
+        log_request("POST", "/x", 200, 1.5, found=_log_fields(sequences))
         log_request("GET", "/y", None, 0.5, is_complete=False)
     first, second = (vars(record)["fields"] for record in caplog.records)
     assert (first["prompt_tokens"], first["output_tokens"], first["time_to_first_token"]) == (9, 12, 1.25)
@@ -173,13 +175,13 @@ async def test_a_response_is_complete_when_its_last_part_was_sent(caplog: pytest
     async def send(message: Any) -> None: ...
 
     engine = FakeEngine()
-    access = Access(answer, engine=engine, tracer=None, logs=True)  # type: ignore[arg-type]
+    access = Access(answer, observer=engine.observer, logs=True)  # type: ignore[arg-type]
     with caplog.at_level(logging.INFO, "quire.access"):
         for path in ("/whole", "/cut"):
             with suppress(ConnectionError):
                 await access({"type": "http", "method": "GET", "path": path, "headers": []}, send, send)  # type: ignore[arg-type]
     assert [vars(record)["fields"]["is_complete"] for record in caplog.records] == [True, False]
-    assert engine.sent == ["r", "r"]
+    assert engine.observer.sent == ["r", "r"]
 
 
 @pytest.mark.parametrize(("requests", "shown"), [(True, ["request", "warning"]), (False, ["warning"])])
@@ -214,13 +216,17 @@ def test_logs_are_json_objects(capfd: pytest.CaptureFixture[str]) -> None:
     assert record["message"] == "it broke" and record["level"] == "error" and "ValueError" in record["exception"]
 
 
+Bodies = list[tuple[str, ExportTraceServiceRequest]]
+
+
 class Collector(BaseHTTPRequestHandler):
     """Keeps what it is sent."""
 
-    bodies: list[tuple[str, dict[str, Any]]]
+    bodies: Bodies
 
     def do_POST(self) -> None:
-        self.bodies.append((self.path, json.loads(self.rfile.read(int(self.headers["content-length"])))))
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.bodies.append((self.path, ExportTraceServiceRequest.FromString(body)))
         self.send_response(200)
         self.end_headers()
 
@@ -229,7 +235,7 @@ class Collector(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def collector() -> Iterator[tuple[str, list[tuple[str, dict[str, Any]]]]]:
+def collector() -> Iterator[tuple[str, Bodies]]:
     kind = type("Kept", (Collector,), {"bodies": []})
     server = HTTPServer(("127.0.0.1", 0), kind)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -239,42 +245,45 @@ def collector() -> Iterator[tuple[str, list[tuple[str, dict[str, Any]]]]]:
     server.server_close()
 
 
-def test_spans_reach_the_collector(real: Running, collector: tuple[str, list[tuple[str, dict[str, Any]]]]) -> None:
+def test_spans_reach_the_collector(real: Running, collector: tuple[str, Bodies]) -> None:
     url, bodies = collector
     server = start(real.engine, observability=Observability(otlp_traces_endpoint=url))
     parent = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
     body = {"prompt": SECRET, "max_tokens": 5, "ignore_eos": True}
-    httpx.post(f"{server.url}/v1/completions", json=body, headers=parent)
-    assert wait_until(lambda: len(spans_of(bodies)) >= 4)
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, headers=parent)
     server.server.should_exit = True
     server.thread.join(PATIENCE_S)
+    real.engine.observer.close()
     assert {path for path, _ in bodies} == {"/v1/traces"}
-    spans = {span["name"]: span for span in spans_of(bodies)}
-    assert set(spans) == {"llm_request", "queue", "prefill", "decode"}
+    spans = {span.name: span for span in spans_of(bodies)}
+    assert set(spans) == {"llm_request", "queue", "prefill", "decode"} and len(spans_of(bodies)) == 4
     root = spans["llm_request"]
-    assert root["traceId"] == "ab" * 16 and root["parentSpanId"] == "cd" * 8
+    assert root.trace_id.hex() == "ab" * 16 and root.parent_span_id.hex() == "cd" * 8
     for name in ("queue", "prefill", "decode"):
-        assert spans[name]["parentSpanId"] == root["spanId"]
-        assert int(root["startTimeUnixNano"]) <= int(spans[name]["startTimeUnixNano"])
-        assert int(spans[name]["endTimeUnixNano"]) <= int(root["endTimeUnixNano"])
-    assert abs(int(root["endTimeUnixNano"]) / 1e9 - time.time()) < 3600
-    values = {item["key"]: item["value"] for item in root["attributes"]}
-    assert values["gen_ai.usage.completion_tokens"] == {"intValue": "5"}
-    assert SECRET not in json.dumps(bodies)
+        assert spans[name].parent_span_id == root.span_id and spans[name].trace_id == root.trace_id
+        assert root.start_time_unix_nano <= spans[name].start_time_unix_nano
+        assert spans[name].end_time_unix_nano <= root.end_time_unix_nano
+    assert abs(root.end_time_unix_nano / 1e9 - time.time()) < 3600
+    values = {item.key: item.value for item in root.attributes}
+    assert values["gen_ai.usage.completion_tokens"].int_value == 5
+    assert values["gen_ai.request.id"].string_value == f"{answer.json()['id']}/0"
+    assert SECRET not in str(bodies)
 
 
-def spans_of(bodies: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    return [span for _, content in bodies for span in content["resourceSpans"][0]["scopeSpans"][0]["spans"]]
+def spans_of(bodies: Bodies) -> list[Any]:
+    return [
+        span for _, body in bodies for item in body.resource_spans for scope in item.scope_spans for span in scope.spans
+    ]
 
 
-def test_a_collector_that_is_gone_costs_spans_only(real: Running) -> None:
-    tracer = Tracer("http://127.0.0.1:1", "m")
-    complete(real)
-    times = real.engine._engine.timelines._requests[next(reversed(real.engine._engine.timelines._requests))]
-    tracer.request(times, None)
-    tracer.request(times, b"00-" + b"ab" * 16 + b"-" + b"cd" * 8 + b"-00")
-    tracer.close()
-    assert tracer.num_dropped == 4, "the caller of the second asked not to be sampled"
+def test_a_collector_that_is_absent_costs_spans_only(real: Running) -> None:
+    server = start(real.engine, observability=Observability(otlp_traces_endpoint="http://127.0.0.1:1"))
+    body = {"prompt": "hi", "max_tokens": 3, "ignore_eos": True}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body)
+    server.server.should_exit = True
+    server.thread.join(PATIENCE_S)
+    real.engine.observer.close()
+    assert answer.json()["usage"]["completion_tokens"] == 3
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:4317", "ftp://x", "http://", "http://host:99999", "grpc://x:1"])

@@ -3,7 +3,7 @@
 import openai
 import pytest
 
-from quire.server.keys import cache_namespace
+from quire.server.http.keys import cache_namespace
 from tests.server.conftest import MODEL, Running, start
 from tests.server.fake_engine import FakeEngine
 

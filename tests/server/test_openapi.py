@@ -9,18 +9,18 @@ import pytest
 
 from quire.errors import InvalidRequestError
 from quire.sampling_params import SamplingParams
-from quire.server.errors import ApiError
-from quire.server.limits import Limits
-from quire.server.openapi import document
-from quire.server.protocol.chat import parse_chat
-from quire.server.protocol.completions import parse_completion
-from quire.server.protocol.tokenize import parse_detokenize, parse_tokenize
+from quire.server.doors.openai.bodies import MAX_TOKENS
+from quire.server.doors.openai.parse import parse_chat, parse_completion, parse_detokenize, parse_tokenize
+from quire.server.doors.openai.routes import OPENAI
+from quire.server.http.errors import ApiError
+from quire.server.http.limits import Limits
+from quire.server.http.openapi import document
 from tests.server.conftest import Running, start
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_http import _paths
 
 LIMITS = Limits()
-DOCUMENT = document(LIMITS, needs_key=False)
+DOCUMENT = document([OPENAI], LIMITS, needs_key=False)
 DEFAULTS = SamplingParams()
 MESSAGES = [{"role": "user", "content": "x"}]
 BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -83,9 +83,7 @@ def test_schema_and_parser_agree_on_every_field(name: str) -> None:
 
 
 def _canonical(field: str) -> str:
-    from quire.server.protocol.fields import ALIASES
-
-    return ALIASES.get(field, field)
+    return "max_tokens" if field in MAX_TOKENS else field
 
 
 def test_every_route_is_described(http: httpx.Client, running: Running) -> None:

@@ -5,17 +5,15 @@ from typing import Any
 
 import pytest
 
-from quire.engine.queue_bound import ANYBODY
+from quire.engine.queue import ANYBODY
 from quire.errors import InvalidRequestError, PromptTooLongError
 from quire.outputs import CompletionOutput, Logprob, PositionLogprobs
 from quire.sampling_params import SamplingParams
-from quire.server.keys import cache_namespace, caller_name
-from quire.server.limits import Limits
-from quire.server.protocol import responses
-from quire.server.protocol.chat import ChatCall, parse_chat
-from quire.server.protocol.completions import CompletionCall, parse_completion
-from quire.server.protocol.fields import CHAT, COMPLETIONS, take
-from quire.server.protocol.truncation import truncate_prompt
+from quire.server.doors.openai import responses
+from quire.server.doors.openai.bodies import COMPLETION
+from quire.server.doors.openai.parse import ChatCall, CompletionCall, parse_chat, parse_completion, truncate_prompt
+from quire.server.http.keys import cache_namespace, caller_name
+from quire.server.http.limits import Limits
 
 DEFAULTS = SamplingParams(temperature=0.5, top_k=7)
 HELLO = [{"role": "user", "content": "hello"}]
@@ -58,7 +56,7 @@ def chat(**body: Any) -> ChatCall:
 def test_a_field_that_is_not_honoured_may_ask_for_nothing(name: str, value: Any, is_taken: bool) -> None:
     """`true` is not 1 in JSON, nor is 0 `false`."""
     if is_taken:
-        assert name not in take({name: value, "messages": HELLO}, CHAT, Limits())
+        assert chat(**{name: value}) == chat()
         return
     with pytest.raises(InvalidRequestError) as caught:
         chat(**{name: value})
@@ -67,15 +65,14 @@ def test_a_field_that_is_not_honoured_may_ask_for_nothing(name: str, value: Any,
 
 def test_two_names_of_one_field_must_agree() -> None:
     body = {"max_tokens": 5, "max_completion_tokens": 5, "n_predict": None, "sampling_seed": 3}
-    assert take(body, COMPLETIONS, Limits()) == {"max_tokens": 5, "seed": 3}
+    assert COMPLETION.read({"prompt": "x", **body}, Limits()).sampling == {"max_tokens": 5, "seed": 3}
     for body in ({"max_tokens": 5, "max_new_tokens": 6}, {"seed": 1, "random_seed": 2}):
         with pytest.raises(InvalidRequestError, match="are one field and differ"):
-            take(body, COMPLETIONS, Limits())
+            COMPLETION.read({"prompt": "x", **body}, Limits())
 
 
 def test_a_null_is_a_field_left_out() -> None:
-    names = [*COMPLETIONS.honoured - {"prompt"}, *COMPLETIONS.labels, *COMPLETIONS.aliases, *COMPLETIONS.refused]
-    assert completion(**dict.fromkeys(names)) == completion()
+    assert completion(**dict.fromkeys(set(COMPLETION.known()) - {"prompt"})) == completion()
 
 
 def test_the_models_own_settings_fill_what_is_left_out_and_nothing_else() -> None:
@@ -151,16 +148,16 @@ def test_a_prompt_fits_is_cut_as_asked_or_is_refused(
     num_tokens: int, asked: int | None, truncate: int | None, side: str | None
 ) -> None:
     tokens = list(range(num_tokens))
-    options = completion(max_tokens=asked, truncate_prompt_tokens=truncate, truncation_side=side).options
+    call = completion(max_tokens=asked, truncate_prompt_tokens=truncate, truncation_side=side)
     kept = tokens
     if truncate is not None:
         most = max(1, LENGTH - (asked or 1)) if truncate == -1 else truncate
         kept = tokens[:most] if side == "right" else tokens[max(0, num_tokens - most) :]
     if asked is None or len(kept) + asked <= LENGTH or len(kept) >= LENGTH:
-        assert list(truncate_prompt(tokens, options, LENGTH)) == kept, "too long by itself is the engine's to refuse"
+        assert list(truncate_prompt(tokens, call, LENGTH)) == kept, "too long by itself is the engine's to refuse"
         return
     with pytest.raises(PromptTooLongError) as caught:
-        truncate_prompt(tokens, options, LENGTH)
+        truncate_prompt(tokens, call, LENGTH)
     assert caught.value.param == "max_tokens" and f"at most {LENGTH - len(kept)}" in str(caught.value)
 
 

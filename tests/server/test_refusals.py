@@ -9,11 +9,10 @@ import pytest
 
 from quire.errors import InvalidRequestError
 from quire.sampling_params import SamplingParams
-from quire.server.limits import Limits
-from quire.server.protocol.chat import parse_chat
-from quire.server.protocol.completions import parse_completion
-from quire.server.protocol.fields import CHAT, COMPLETIONS
-from tests.server.conftest import MODEL
+from quire.server.doors.openai.bodies import CHAT, COMPLETION
+from quire.server.doors.openai.parse import parse_chat, parse_completion
+from quire.server.http.limits import Limits
+from tests.server.conftest import MODEL, Running
 
 PRIVATE = re.compile(r'0x[0-9a-f]{6,}|/home|/usr|site-packages|Traceback|File "')
 CHAT_BODY: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}
@@ -85,7 +84,6 @@ def test_bad_values(http: httpx.Client, route: str, field: str, value: Any, stat
         ({"continue_final_message": True}, "continue_final_message"),
         ({"echo": 1}, "echo"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
-        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"__class__": 1}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"a": [[[[[[[[[1]]]]]]]]]}}, "chat_template_kwargs"),
         ({"tools": [{"type": "function"}]}, "tools"),
@@ -96,6 +94,7 @@ def test_bad_values(http: httpx.Client, route: str, field: str, value: Any, stat
         ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"detokenize": False}, "detokenize"),
+        ({"prompt": "x"}, "prompt"),
     ],
 )
 def test_bad_chat(http: httpx.Client, changes: dict[str, Any], param: str) -> None:
@@ -226,9 +225,32 @@ def test_long_error_texts_are_cut(http: httpx.Client) -> None:
     assert len(response.text) < 1200
 
 
+RESERVED = "messages tokenize add_generation_prompt continue_final_message chat_template tools documents self".split()
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_arguments_of_a_template_set_no_field_of_the_request(real: Running, name: str) -> None:
+    """Refused by the engine, for the library too."""
+    body = {"messages": CHAT_BODY["messages"], "chat_template_kwargs": {name: "x"}}
+    for route in ("/v1/chat/completions", "/tokenize"):
+        response = httpx.post(real.url + route, json=body)
+        assert (response.status_code, check_shape(response)["param"]) == (400, "chat_template_kwargs"), response.text
+        assert repr(name) in response.json()["error"]["message"]
+
+
+def test_a_message_is_gone_on_with_or_answered(real: Running) -> None:
+    """Both at once are refused by the engine, for the library too."""
+    messages = [*CHAT_BODY["messages"], {"role": "assistant", "content": "so"}]
+    body = {"messages": messages, "continue_final_message": True, "add_generation_prompt": True}
+    for route in ("/v1/chat/completions", "/tokenize"):
+        response = httpx.post(real.url + route, json=body)
+        assert (response.status_code, check_shape(response)["param"]) == (400, "continue_final_message")
+        assert "add_generation_prompt" in response.json()["error"]["message"]
+
+
 def test_every_refused_field_is_refused_by_name() -> None:
-    for door, parse, body in ((COMPLETIONS, parse_completion, TEXT_BODY), (CHAT, parse_chat, CHAT_BODY)):
-        for name, refused in door.refused.items():
+    for schema, parse, body in ((COMPLETION, parse_completion, TEXT_BODY), (CHAT, parse_chat, CHAT_BODY)):
+        for name, refused in schema.refused.items():
             with pytest.raises(InvalidRequestError) as caught:
                 parse({**body, name: {"anything": "else"}}, SamplingParams(), Limits())
             assert caught.value.param == name

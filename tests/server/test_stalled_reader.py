@@ -13,7 +13,7 @@ import pytest
 from quire.engine.stream import MAX_UNREAD, Stream
 from quire.llm import AsyncLLM
 from quire.outputs import RequestOutput
-from quire.server import limits
+from quire.server.http import limits
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start, wait_until
 
@@ -60,7 +60,7 @@ def test_a_reader_that_stalls_is_bounded_then_aborted(apart: Running, monkeypatc
     class Seen(Stream):
         def put(self, output: RequestOutput | Exception) -> None:
             super().put(output)
-            unread.append(self.num_unread)
+            unread.append(len(self._unread))
 
     monkeypatch.setattr("quire.engine.async_engine.Stream", Seen)
     monkeypatch.setattr(limits, "SLOW_READER_SECONDS", 0.5)
@@ -77,7 +77,7 @@ def test_a_reader_that_stalls_is_bounded_then_aborted(apart: Running, monkeypatc
     finally:
         for connection in connections:
             connection.close()
-    assert wait_until(lambda: engine._engine._channel.gauges.cache_usage == 0 and not engine._streams)
+    assert wait_until(lambda: engine._engine.channel.gauges.cache_usage == 0 and not engine._streams)
 
 
 def num_aborted(server: Running) -> float:

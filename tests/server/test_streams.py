@@ -9,8 +9,9 @@ import pytest
 
 from quire.errors import RequestFailedError
 from quire.outputs import CompletionOutput, RequestOutput
-from quire.server.errors import ApiError, ClientGoneError
-from quire.server.streams import EventStream, cancel_on_disconnect, coalesce, last_outputs, merged, start_events
+from quire.server.doors.openai.routes import FRAMING
+from quire.server.http.errors import ApiError, ClientGoneError
+from quire.server.http.streams import EventStream, cancel_on_disconnect, coalesce, last_outputs, merged, start_events
 
 Script = list[RequestOutput | Exception]
 
@@ -152,7 +153,7 @@ async def test_what_goes_wrong_before_the_first_event_closes_the_stream(way: str
         return {}
 
     with pytest.raises((RequestFailedError, TypeError, NotImplementedError)):
-        await start_events(events(log, *items), headers)
+        await start_events(events(log, *items), headers, FRAMING)
     assert log == ["closed"]
 
 
@@ -191,7 +192,7 @@ class Reader:
 async def test_a_stream_ends_with_done_or_with_an_error_and_never_with_both(items: list[Any], last: bytes) -> None:
     log: list[str] = []
     reader = Reader()
-    await EventStream(b'{"n":0}', events(log, *items), {})({"type": "http"}, reader.receive, reader.send)
+    await EventStream(b'{"n":0}', events(log, *items), {}, FRAMING)({"type": "http"}, reader.receive, reader.send)
     assert reader.statuses == [200] and reader.is_complete and log == ["closed"]
     assert reader.body.startswith(b'data: {"n":0}\n\n') and reader.body.endswith(last)
     assert reader.body.count(b"[DONE]") == (b"[DONE]" in last) and b"secret" not in reader.body
@@ -202,7 +203,7 @@ async def test_a_reader_that_leaves_closes_the_stream(leaves_after: int) -> None
     log: list[str] = []
     reader = Reader(leaves_after)
     stream = events(log, *[{"n": number} for number in range(1, 9)])
-    first = await start_events(stream, dict)
+    first = await start_events(stream, dict, FRAMING)
     await first({"type": "http"}, reader.receive, reader.send)
     assert log == ["closed"] and b"[DONE]" not in reader.body
 

@@ -127,7 +127,7 @@ def test_a_killed_core_is_not_seen_on_open_streams(serve: Any) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGUSR1])
 def test_a_request_that_outlived_a_core_says_so(serve: Any, how: int) -> None:
-    """Also when its sequences were tried one by one, after a death that nobody outside is to blame for."""
+    """Also when its sequences were tried one by one, after a death that no caller caused."""
     served = serve()
     body = {**BODY, **LONG, "stream": False}
     with ThreadPoolExecutor(1) as pool:

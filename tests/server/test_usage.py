@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from quire.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from quire.server.protocol.usage import Usage
+from quire.server.doors.openai.usage import Usage
 
 HELLO = [{"role": "user", "content": "hello"}]
 CASES: list[tuple[str, dict[str, Any], int]] = [

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention/amx/keys.h"
+#include "gemm/amx/tile_config.h"
 
 namespace quire::QUIRE_ISA {
 
@@ -15,12 +16,6 @@ inline int64_t key_step(int64_t head_dim) {
     return step;
 }
 
-struct alignas(64) TileShapes {
-    uint8_t palette, start, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-};
-
 // The tile configuration of a worker while it attends. Loading one takes as long as 20 tile instructions: the same one is
 // loaded once.
 class AmxTileConfig {
@@ -30,15 +25,14 @@ public:
     AmxTileConfig(const AmxTileConfig&) = delete;
     AmxTileConfig& operator=(const AmxTileConfig&) = delete;
 
-    void configure(const TileShapes& shapes) {
-        if (__builtin_memcmp(&shapes, &shapes_, sizeof shapes) == 0) return;
-        shapes_ = shapes;
-        stores_are_done();
-        _tile_loadconfig(&shapes_);
+    void configure(const TileConfig& config) {
+        if (__builtin_memcmp(&config, &loaded_, sizeof config) == 0) return;
+        loaded_ = config;
+        load_config(loaded_);
     }
 
 private:
-    TileShapes shapes_ = {};  // that are loaded
+    TileConfig loaded_{0};  // palette 0: none
 };
 
 // Up to two tiles of queries (32) by the keys of a chunk, and their probabilities by its values.
@@ -114,26 +108,22 @@ private:
     // right ones 6 and 7. One tile, of fewer rows perhaps: keys and values in 2, 6 and 7, all the rest in the others, so
     // that both GEMMs have the same shapes where head_dim is a multiple of 32.
     void configure(bool scores) {
-        TileShapes shapes = {};
-        shapes.palette = 1;
-        for (int i = 0; i < 8; ++i) {
-            shapes.row_bytes[i] = 64;
-            shapes.rows[i] = static_cast<uint8_t>(rows_);
-        }
+        TileConfig config;
+        for (int i = 0; i < 8; ++i) config.rows[i] = static_cast<uint8_t>(rows_);
         if (scores) {
-            for (const int i : {4, 5, 6, 7}) shapes.row_bytes[i] = static_cast<uint16_t>(2 * step_);
+            for (const int i : {4, 5, 6, 7}) config.row_bytes[i] = static_cast<uint16_t>(2 * step_);
         }
         const int64_t depth = scores ? step_ : 32;
         const auto right = [&](int i) {
-            shapes.row_bytes[i] = 64;
-            shapes.rows[i] = static_cast<uint8_t>(depth / 2);
+            config.row_bytes[i] = 64;
+            config.rows[i] = static_cast<uint8_t>(depth / 2);
         };
         if (!two_ || (scores && resident())) right(2);
         if (!two_ || !scores || !resident()) {
             right(6);
             right(7);
         }
-        tiles_.configure(shapes);
+        tiles_.configure(config);
     }
 
     // The scores of 16 positions, with all queries in registers.

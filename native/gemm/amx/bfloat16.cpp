@@ -3,12 +3,13 @@
 // An output is one chain of tile multiplications over chunks of 32 inputs, from the first to the last. The rows of a tile
 // are treated alike, so a row's sums have the same bits in any row of a tile and beside any others; where `in` is cut into
 // pieces to stay in the cache, the partial sums wait as float32. docs/design/amx.md
-#include "gemm/amx/bfloat16.h"
+#include "gemm/linear.h"
 
 #if QUIRE_TILES
 
 #include "gemm/amx/interleaved_epilogue.h"
 #include "gemm/amx/tile_config.h"
+#include "gemm/frame.h"
 
 namespace quire::QUIRE_ISA {
 
@@ -20,7 +21,6 @@ constexpr int64_t kChunkLines = kChunkItems * 2 / 64;
 constexpr int64_t kStreamedRows = 2 * kTileSide;  // up to here each weight is used once and memory is the limit
 constexpr int64_t kPrefetchItems = 4096;          // weights between what is read and what is prefetched
 constexpr int64_t kRoundedChunks = 8;
-constexpr int64_t kSerialItems = 32768;  // inputs that one thread rounds faster than it finds others to help
 // Above kStreamedRows a group of rows meets a piece of a panel at a time.
 constexpr int64_t kPieceChunks = 18;      // chunks of inputs in a piece: its weights, 36 KB, stay in the L1
 constexpr int64_t kGroupRows = 512;       // with that piece of their x, 0.6 MB, in the L2
@@ -31,17 +31,14 @@ constexpr int64_t kPassedPanels = 16;
 constexpr int64_t kPassingRows = 256;
 constexpr int64_t kBlockSums = kTileSide * kTilePanel;
 
-struct LaunchArgs {
-    const LinearArgs* args;
-    ThreadPool* pool;
-    const uint16_t* x;   // TileRows
-    TileRows rounded;    // what x is where it arrives as floats
-    int32_t* borders;    // [runs + 1]: the panels of each run
-    int64_t chunks;      // of 32 inputs
-    int64_t tile_rows;   // 16, or all rows where they are fewer
-    int64_t group_rows, groups;
-    bool resident;       // a group's x stays in the cache
-    int64_t pieces;      // of the chunks
+struct LaunchArgs : GemmLaunch {
+    const uint16_t* tiles;  // TileRows
+    TileRows rounded;       // the same where x arrives as floats
+    int64_t chunks;         // of 32 inputs
+    int64_t tile_rows;      // 16, or all rows where they are fewer
+    int64_t group_rows;
+    bool resident;   // a group's x stays in the cache
+    int64_t pieces;  // of the chunks
 
     const uint16_t* weights(int64_t panel, int64_t chunk) const {
         return static_cast<const uint16_t*>(args->weight.data) + (panel * chunks + chunk) * kChunkItems;
@@ -66,29 +63,17 @@ void round_block(void* context, int64_t block, int) {
     }
 }
 
-// Memory that is prefetched, some lines with each chunk, into the L2: the L1 has too few requests on their way to keep
-// memory busy.
-struct Prefetcher {
-    const char *at, *end;
-    int64_t lines;
-
-    inline void step() {
-        if (at >= end) return;
-        for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(at + line * 64, 0, 2);
-        at += lines * 64;
-    }
-};
-
 // What is interleaved with the GEMM, some of it in each chunk: the prefetch of weights that will be read soon, and the
 // epilogue of the rows before. A GEMM tile works on a copy, so that it lies in registers.
 template <class Results>
 struct Interleaved {
     Results results;
-    Prefetcher weights, x{nullptr, nullptr, 0};
+    Prefetcher weights, x;
+    int64_t weight_lines, x_lines;  // with each chunk
 
-    inline void fetch() {
-        weights.step();
-        x.step();
+    inline void prefetch() {
+        weights.step(weight_lines);
+        x.step(x_lines);
     }
 };
 
@@ -132,7 +117,7 @@ void multiply(const GemmTile& tile, Interleaved<Results>& outer) {
             _tile_stream_loadd(2, x, 64);
         }
         _tile_dpbf16ps(0, 2, 3);
-        interleaved.fetch();
+        interleaved.prefetch();
         _tile_loadd(3, weights + kTileItems, 64);
         _tile_dpbf16ps(1, 2, 3);
         interleaved.results.step();
@@ -158,7 +143,7 @@ void multiply_both(const GemmTile& tile, Interleaved<Results>& outer) {
         _tile_loadd(6, second, 64);
         _tile_dpbf16ps(4, 6, 3);
         _tile_zero(3);
-        interleaved.fetch();
+        interleaved.prefetch();
         _tile_loadd(7, weights + kTileItems, 64);
         _tile_dpbf16ps(1, 2, 7);
         _tile_zero(2);
@@ -208,7 +193,7 @@ void multiply_rows(const GemmTile& tile, int64_t first, Interleaved<AnyResults>*
             }
         }
         if (interleaved != nullptr) {
-            interleaved->fetch();
+            interleaved->prefetch();
             interleaved->results.step();
         }
     }
@@ -220,22 +205,11 @@ void multiply_rows(const GemmTile& tile, int64_t first, Interleaved<AnyResults>*
 
 template <bool Streams>
 void multiply(const GemmTile& tile, Interleaved<AnyResults>& interleaved) {
-    constexpr int64_t most = 8;  // rows whose sums are held in registers
-    for (int64_t row = 0; row < tile.rows;) {
-        const int64_t blocks = (tile.rows - row + most - 1) / most, now = (tile.rows - row + blocks - 1) / blocks;
+    constexpr int kMostRows = 8;  // rows whose sums are held in registers
+    for_even_blocks(tile.rows, kMostRows, [&](int64_t row, int64_t now) {
         Interleaved<AnyResults>* const once = row == 0 ? &interleaved : nullptr;
-        switch (now) {
-            case 1: multiply_rows<1>(tile, row, once); break;
-            case 2: multiply_rows<2>(tile, row, once); break;
-            case 3: multiply_rows<3>(tile, row, once); break;
-            case 4: multiply_rows<4>(tile, row, once); break;
-            case 5: multiply_rows<5>(tile, row, once); break;
-            case 6: multiply_rows<6>(tile, row, once); break;
-            case 7: multiply_rows<7>(tile, row, once); break;
-            default: multiply_rows<8>(tile, row, once); break;
-        }
-        row += now;
-    }
+        with_row_count<kMostRows>(now, [&](auto count) { multiply_rows<count.value>(tile, row, once); });
+    });
 }
 
 void multiply_both(const GemmTile& tile, Interleaved<AnyResults>& interleaved) {
@@ -251,20 +225,24 @@ void multiply_both(const GemmTile& tile, Interleaved<AnyResults>& interleaved) {
 }
 #endif
 
-// Up to 32 rows by a run of panels: each weight comes from memory once. Nothing past the end of the run is fetched: another
-// thread reads on there.
+// Up to 32 rows by a run of panels: each weight comes from memory once. Nothing past the end of the run is prefetched:
+// another thread reads on there.
 template <class Results>
-void stream_item(void* context, int64_t item, int worker) {
+void stream_item(void* context, int64_t index, int worker) {
     const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
     const LinearArgs& args = *launch.args;
-    const int64_t first = launch.borders[item], last = launch.borders[item + 1];
-    GemmTile tile{launch.x, nullptr, launch.chunks, launch.tile_rows * kTileDepth, nullptr, true, args.rows};
-    tile.sums = static_cast<float*>(launch.pool->scratch(worker, kStreamedRows * kTilePanel * sizeof(float)));
-    Interleaved<Results> interleaved{Results(args),
-                                     {reinterpret_cast<const char*>(launch.weights(first, 0) + kPrefetchItems),
-                                      reinterpret_cast<const char*>(launch.weights(last, 0)), kChunkLines}};
+    const GemmLaunch::Item item = launch.item(index);
+    GemmTile tile{launch.tiles, nullptr, launch.chunks, launch.tile_rows * kTileDepth, nullptr, true, args.rows};
+    tile.sums = reinterpret_cast<float*>(launch.scratch(worker, kStreamedRows * kTilePanel * sizeof(float)));
+    Interleaved<Results> interleaved{
+        Results(args),
+        {reinterpret_cast<const char*>(launch.weights(item.first_panel, 0) + kPrefetchItems),
+         reinterpret_cast<const char*>(launch.weights(item.last_panel, 0))},
+        {nullptr, nullptr},
+        kChunkLines,
+        0};
     configure(launch.tile_rows);
-    for (int64_t panel = first; panel < last; ++panel) {
+    for (int64_t panel = item.first_panel; panel < item.last_panel; ++panel) {
         tile.weights = launch.weights(panel, 0);
         args.rows > kTileSide ? multiply_both(tile, interleaved) : multiply<true>(tile, interleaved);
         interleaved.results.begin(panel, 0, args.rows, tile.sums);
@@ -276,18 +254,19 @@ void stream_item(void* context, int64_t item, int worker) {
 // A run of panels for one group of rows: `together` panels at a time, for each piece of `in`, for each of the panels, all
 // rows. Where x stays in the cache one panel is complete before the next.
 template <class Results>
-void block_item(void* context, int64_t item, int worker) {
+void block_item(void* context, int64_t index, int worker) {
     const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
     const LinearArgs& args = *launch.args;
-    const int64_t first_panel = launch.borders[item / launch.groups], last_panel = launch.borders[item / launch.groups + 1];
-    const int64_t first_row = item % launch.groups * launch.group_rows;
+    const auto [first_panel, last_panel, row_group] = launch.item(index);
+    const int64_t first_row = row_group * launch.group_rows;
     const int64_t end_row = smaller(first_row + launch.group_rows, args.rows);
     const int64_t blocks = (end_row - first_row + kTileSide - 1) / kTileSide;
     const int64_t together = launch.resident ? 1 : last_panel - first_panel;
     const size_t sums_bytes = together * blocks * kBlockSums * sizeof(float);
-    float* const sums = static_cast<float*>(launch.pool->scratch(worker, sums_bytes));
-    Interleaved<Results> interleaved{Results(args), {nullptr, nullptr, (kChunkLines + blocks - 1) / blocks}};
+    float* const sums = reinterpret_cast<float*>(launch.scratch(worker, sums_bytes));
     const int64_t tile_bytes = kTileItems * 2, x_lines = (tile_bytes / 64 + together - 1) / together;
+    Interleaved<Results> interleaved{
+        Results(args), {nullptr, nullptr}, {nullptr, nullptr}, (kChunkLines + blocks - 1) / blocks, x_lines};
     configure(kTileSide);
     for (int64_t start = first_panel; start < last_panel; start += together) {
         for (int64_t step = 0; step < launch.pieces * together; ++step) {
@@ -304,14 +283,13 @@ void block_item(void* context, int64_t item, int worker) {
             for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t row = first_row + block * kTileSide;
                 const int64_t slot = launch.pieces == 1 ? 0 : step % together * blocks + block;
-                const uint16_t* const x = launch.x + (row * launch.chunks + chunk * kTileSide) * kTileDepth;
+                const uint16_t* const x = launch.tiles + (row * launch.chunks + chunk * kTileSide) * kTileDepth;
                 const GemmTile tile{x, launch.weights(panel, chunk), chunks, kTileItems, sums + slot * kBlockSums,
-                                  part == 0, smaller(kTileSide, end_row - row)};
+                                    part == 0, smaller(kTileSide, end_row - row)};
                 if (more) {  // a share of the block's next piece of x
                     const char* const coming = reinterpret_cast<const char*>(x + chunks * kTileItems);
                     interleaved.x.at = coming + step % together * chunks * x_lines * 64;
                     interleaved.x.end = coming + chunks * tile_bytes;
-                    interleaved.x.lines = x_lines;
                 }
                 multiply<false>(tile, interleaved);
                 if (part + 1 == launch.pieces) {
@@ -324,63 +302,34 @@ void block_item(void* context, int64_t item, int worker) {
     interleaved.results.finish();
 }
 
-void embed_row(void* context, int64_t item, int) {
-    const EmbedArgs& args = *static_cast<const EmbedArgs*>(context);
-    const int64_t in = args.table.in, id = args.ids[item];
-    const int64_t chunks = (in + kTileDepth - 1) / kTileDepth;
-    const uint16_t* const column = static_cast<const uint16_t*>(args.table.data) +
-                                   id / kTilePanel * chunks * kChunkItems + id % kTilePanel / kTileSide * kTileItems +
-                                   id % kTileSide * 2;
-    for (int64_t i = 0; i < in; ++i) {
-        const uint16_t bits = column[i / kTileDepth * kChunkItems + i % kTileDepth / 2 * kTileDepth + i % 2];
-        args.y[item * in + i] = to_float(BFloat16{bits}) * args.scale;
-    }
-}
-
 }  // namespace
 
-void linear_tiles(const LinearArgs& args, ThreadPool& pool) {
-    if (args.rows == 0) return;
+void linear_bfloat16(const LinearArgs& args, ThreadPool& pool) {
     const bool streamed = args.rows <= kStreamedRows;
     const int64_t panels = args.weight.panels();
     LaunchArgs launch{};
-    launch.args = &args;
-    launch.pool = &pool;
     launch.chunks = (args.weight.in + kTileDepth - 1) / kTileDepth;
     launch.tile_rows = smaller(args.rows, kTileSide);
     launch.pieces = larger(1, (launch.chunks + kPieceChunks - 1) / kPieceChunks);
     const int64_t resident_rows = kGroupItems / larger(1, launch.chunks * kTileDepth) / kStreamedRows * kStreamedRows;
     launch.resident = resident_rows >= smaller(args.rows, kGroupRows / 2);
-    launch.group_rows = launch.resident ? smaller(kGroupRows, resident_rows) : kPassingRows;
-    if (streamed) launch.group_rows = kStreamedRows;
-    launch.groups = (args.rows + launch.group_rows - 1) / launch.group_rows;
+    launch.group_rows = streamed ? kStreamedRows : launch.resident ? smaller(kGroupRows, resident_rows) : kPassingRows;
+    const int64_t row_groups = (args.rows + launch.group_rows - 1) / launch.group_rows;
 
     launch.rounded = TileRows{nullptr, args.x == nullptr ? 0 : args.rows, args.weight.in};
-    const bool stays = streamed || (launch.resident && launch.groups == 1);
+    const bool stays = streamed || (launch.resident && row_groups == 1);
     const int64_t longest = stays ? panels : launch.resident ? kRunPanels : kPassedPanels;
     const int64_t together = launch.resident ? 1 : smaller(longest, panels);  // most panels whose sums an item keeps
     const int64_t group_blocks = (smaller(launch.group_rows, args.rows) + kTileSide - 1) / kTileSide;
     const int64_t sums = streamed ? kStreamedRows * kTilePanel : together * group_blocks * kBlockSums;
-    void* const memory = pool.shared_scratch(launch.rounded.bytes() + (panels + 1) * sizeof(int32_t));
-    if (memory == nullptr || !pool.reserve(sums * sizeof(float))) return;
-    launch.rounded.data = static_cast<uint16_t*>(memory);
-    launch.borders = reinterpret_cast<int32_t*>(launch.rounded.data + launch.rounded.bytes() / 2);
-    launch.x = args.x == nullptr ? args.x_tiles.data : launch.rounded.data;
-    const int64_t blocks = launch.rounded.blocks();
-    if (args.rows * args.weight.in < kSerialItems) {
-        for (int64_t block = 0; block < blocks; ++block) round_block(&launch, block, 0);
-    } else {
-        pool.run(blocks, round_block, &launch);
-    }
-    const int64_t runs = divide_panels(panels, longest, launch.groups, pool.threads(), launch.borders);
+    if (!launch.reserve(args, pool, launch.rounded.bytes(), sums * int64_t{sizeof(float)})) return;
+    launch.rounded.data = reinterpret_cast<uint16_t*>(launch.x);
+    launch.tiles = args.x == nullptr ? args.x_tiles.data : launch.rounded.data;
+    prepare_activations(launch, launch.rounded.blocks(), round_block);
     with_results(args, [&](auto results) {
         using Results = decltype(results);
-        pool.run(runs * launch.groups, streamed ? stream_item<Results> : block_item<Results>, &launch);
+        run_panels(launch, longest, row_groups, streamed ? stream_item<Results> : block_item<Results>);
     });
-}
-
-void embed_tiles(const EmbedArgs& args, ThreadPool& pool) {
-    pool.run(args.tokens, embed_row, const_cast<EmbedArgs*>(&args));
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -2,6 +2,7 @@
 //
 // An input of 16 bits has a high and a low byte plane, 256 high + low, both signed, and its row is two rows of tiles. 4-bit
 // weights are widened to bytes in the L1, once for all rows of an item; each group's sums are stored, scaled and added.
+#include "gemm/amx/tile_config.h"
 #include "gemm/integers.h"
 
 #if QUIRE_AMX
@@ -20,7 +21,6 @@ constexpr int64_t kWidenedChunks = 4;   // the same of 4-bit weights as they are
 constexpr int64_t kStreamedChunks = 4;  // and where they are used once
 constexpr int64_t kGroupBlocks = 32;   // blocks of rows whose inputs of one piece, 0.6 MB, stay in the L2
 constexpr int64_t kRunPanels = 8;      // panels whose sums are kept and written together
-constexpr int64_t kSerialItems = 32768;
 
 // Tiles 0 and 1 hold sums, 2 rows of x, 3 weights, `depth` inputs deep.
 void configure(int64_t rows, int64_t depth) {
@@ -30,31 +30,23 @@ void configure(int64_t rows, int64_t depth) {
     load_config(config);
 }
 
-struct LaunchArgs {
-    const LinearArgs* args;
-    ThreadPool* pool;
-    int8_t* x;         // [blocks][chunks][tile_rows][64]; with two byte planes blocks 2 i and 2 i + 1 are of the same rows
-    float* x_scales;      // [rows]
-    int32_t* borders;  // [runs + 1]: the panels of each run
-    int64_t planes;    // bytes of an input
-    bool stacked;      // two byte planes of at most 8 rows: one block, the low plane in the rows below
-    int64_t chunks, tile_rows, blocks;
-    int64_t pieces, piece_chunks;
-    int64_t group_blocks, groups;  // of rows
+// x [blocks][chunks][tile_rows][64]; with two byte planes blocks 2 i and 2 i + 1 are of the same rows
+struct LaunchArgs : GemmLaunch {
+    int64_t planes;  // bytes of an input
+    bool stacked;    // two byte planes of at most 8 rows: one block, the low plane in the rows below
+    int64_t chunks, tile_rows, blocks, piece_chunks;
 
     int64_t block_bytes() const { return chunks * tile_rows * kChunk; }
     int64_t plane_bytes() const { return stacked ? args->rows * kChunk : block_bytes(); }
     int64_t rows_of(int64_t block_count) const { return block_count / planes * kTileSide; }
-    const uint8_t* panel(int64_t index) const {
-        return static_cast<const uint8_t*>(args->weight.data) + index * args->weight.panel_bytes();
-    }
+    int8_t* block(int64_t index) const { return reinterpret_cast<int8_t*>(x) + index * block_bytes(); }
 };
 
 // One block of rows, all its planes; rows and inputs that do not exist are zero.
 void quantize_block(void* context, int64_t item, int) {
     const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
     const LinearArgs& args = *launch.args;
-    int8_t* const to = launch.x + item * launch.planes * launch.block_bytes();
+    int8_t* const to = launch.block(item * launch.planes);
     const int64_t rows = launch.stacked ? args.rows : launch.tile_rows;
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t row = item * kTileSide + r;
@@ -65,35 +57,19 @@ void quantize_block(void* context, int64_t item, int) {
             launch.x_scales[row] = quantized.scale;
         }
         for (int64_t i = 0; i < launch.chunks * kChunk; i += kLanes) {
-            Ints q = {};
-            if (quantized.inverse != 0.0f && i < args.weight.in) {
-                q = quantize_to_ints(load_some(x + i, args.weight.in - i), quantized.inverse);
-            }
-            store_planes(q, launch.planes, to + (i / kChunk * launch.tile_rows + r) * kChunk + i % kChunk, launch.plane_bytes());
+            store_planes(quantized.at(x, i, args.weight.in), launch.planes,
+                         to + (i / kChunk * launch.tile_rows + r) * kChunk + i % kChunk, launch.plane_bytes());
         }
     }
 }
-
-// Memory that will be read soon.
-struct Prefetcher {
-    const uint8_t* at;
-    const uint8_t* end;
-
-    void operator()(int64_t bytes) {
-        if (at < end) {
-            for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
-        }
-        at += bytes;
-    }
-};
 
 // 8-bit weights: sums are integers until the end of the inputs.
 
 // sums [16][32] = (what they are, or 0) + a block of x . weights over `chunks` chunks of inputs. `StreamsX`: x is too large to
 // stay in the L1, and leaves it to the weights.
 template <bool StreamsX>
-void multiply_block(const LaunchArgs& launch, const int8_t* x, const uint8_t* weights, int64_t chunks, bool fresh, int32_t* sums,
-                    Prefetcher& prefetch, int64_t fetched_bytes) {
+void multiply_block(const LaunchArgs& launch, const int8_t* x, const uint8_t* weights, int64_t chunks, bool fresh,
+                    int32_t* sums, Prefetcher& prefetcher, int64_t lines) {
     constexpr int64_t bytes = kTilePanel * 4;
     const int64_t x_bytes = launch.tile_rows * kChunk;
     if (fresh) {
@@ -111,7 +87,7 @@ void multiply_block(const LaunchArgs& launch, const int8_t* x, const uint8_t* we
             _tile_loadd(2, x, kChunk);
         }
         _tile_dpbssd(0, 2, 3);
-        prefetch(fetched_bytes);
+        prefetcher.step(lines);
         _tile_loadd(3, weights + 64, kRowBytes);
         _tile_dpbssd(1, 2, 3);
     }
@@ -123,15 +99,14 @@ struct EightBitTiles {
     using Sum = int32_t;
 
     // Some chunks of one panel for blocks of rows from `x` on.
-    static void multiply(const LaunchArgs& launch, const int8_t* x, int64_t blocks, int64_t panel, int64_t chunk, int64_t chunks,
-                         const uint8_t* next, const uint8_t* end, Sum* sums, uint8_t*) {
+    static void multiply(const LaunchArgs& launch, const int8_t* x, int64_t blocks, int64_t panel, int64_t chunk,
+                         int64_t chunks, Prefetcher prefetcher, Sum* sums, uint8_t*) {
         const uint8_t* const weights = launch.panel(panel) + kScaleBytes + chunk * kChunkBytes;
-        const int64_t fetched = (kChunkBytes / 64 + blocks - 1) / blocks * 64;
+        const int64_t lines = (kChunkBytes / 64 + blocks - 1) / blocks;
         const auto multiply = blocks <= 2 ? multiply_block<false> : multiply_block<true>;
-        Prefetcher prefetch{next, end};
         for (int64_t block = 0; block < blocks; ++block) {
             const int8_t* const from = x + block * launch.block_bytes() + chunk * launch.tile_rows * kChunk;
-            multiply(launch, from, weights, chunks, chunk == 0, sums + block * kBlockSums, prefetch, fetched);
+            multiply(launch, from, weights, chunks, chunk == 0, sums + block * kBlockSums, prefetcher, lines);
         }
     }
 
@@ -151,10 +126,10 @@ struct EightBitTiles {
 // 4-bit weights: each group's sums are scaled as they come.
 
 // `inputs` of a panel as bytes, in the order of 8-bit weights.
-void widen(const uint8_t* from, int64_t inputs, uint8_t* to, Prefetcher& prefetch) {
+void widen(const uint8_t* from, int64_t inputs, uint8_t* to, Prefetcher& prefetcher) {
     const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8);
     for (int64_t i = 0; i < inputs; i += 2 * kQuad, from += kRowBytes, to += 2 * kRowBytes) {
-        prefetch(kRowBytes);
+        prefetcher.step(kRowBytes / 64);
         for (int64_t half = 0; half < kRowBytes; half += 64) {
             const __m512i both = _mm512_loadu_si512(from + half);
             const __m512i first = _mm512_and_si512(both, low);
@@ -246,8 +221,8 @@ struct GroupSums {
 
 // y [Rows][32] += scaled sums of `groups` groups.
 template <int Planes, bool Stacked, int Rows>
-void multiply_groups(const LaunchArgs& launch, const int8_t* x, const uint8_t* widened, const uint8_t* scales, int64_t groups,
-                     float* y) {
+void multiply_groups(const LaunchArgs& launch, const int8_t* x, const uint8_t* widened, const uint8_t* scales,
+                     int64_t groups, float* y) {
     alignas(64) int32_t sums[4 * kTileSide * kTileSide];
     for (int64_t half = 0; half < kTilePanel; half += kTileSide) {
         GroupSums<Planes, Stacked, Rows> state{launch, x, widened + half * kQuad, scales + half * 4, sums};
@@ -271,17 +246,16 @@ auto groups_of(const LaunchArgs& launch) {
 struct FourBitTiles {
     using Sum = float;
 
-    static void multiply(const LaunchArgs& launch, const int8_t* x, int64_t blocks, int64_t panel, int64_t chunk, int64_t chunks,
-                         const uint8_t* next, const uint8_t* end, Sum* sums, uint8_t* widened) {
+    static void multiply(const LaunchArgs& launch, const int8_t* x, int64_t blocks, int64_t panel, int64_t chunk,
+                         int64_t chunks, Prefetcher prefetcher, Sum* sums, uint8_t* widened) {
         const Panels& weight = launch.args->weight;
         const int64_t first = chunk * kChunk / weight.group;
         const int64_t last = smaller((chunk + chunks) * kChunk / weight.group, weight.groups());
         const uint8_t* const groups = launch.panel(panel) + first * weight.group_bytes();
-        Prefetcher prefetch{next, end};
         for (int64_t group = first; group < last; ++group) {
-            prefetch(kScaleBytes);
+            prefetcher.step(kScaleBytes / 64);
             widen(groups + (group - first) * weight.group_bytes() + kScaleBytes, weight.group,
-                  widened + (group - first) * weight.group * kTilePanel, prefetch);
+                  widened + (group - first) * weight.group * kTilePanel, prefetcher);
         }
         const auto multiply = groups_of(launch);
         for (int64_t block = 0; block < blocks; block += launch.stacked ? 1 : launch.planes) {
@@ -301,26 +275,30 @@ template <class Tiles>
 void finish(const LaunchArgs& launch, int64_t panel, int64_t first_row, int64_t row, const typename Tiles::Sum* sums) {
     float y[kTilePanel];
     Tiles::scale(launch, panel, row, sums, y);
-    for (int64_t i = 0; i < kTilePanel; i += kLanes) store(y + i, load(y + i) * launch.x_scales[first_row + row]);
-    finish_row<kTilePanel>(*launch.args, panel, first_row + row, y);
+    finish_quantized_row(launch, panel, first_row + row, y);
 }
 
 constexpr size_t kWidenedBytes = kPieceChunks * kChunkBytes;
 
+Prefetcher prefetcher(const uint8_t* at, const uint8_t* end) {
+    return {reinterpret_cast<const char*>(at), reinterpret_cast<const char*>(end)};
+}
+
 // All rows, which are few, by a run of panels: each weight is used once.
 template <class Tiles>
-void stream_item(void* context, int64_t item, int worker) {
+void stream_item(void* context, int64_t index, int worker) {
     const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
-    uint8_t* const scratch =
-        static_cast<uint8_t*>(launch.pool->scratch(worker, kWidenedBytes + launch.blocks * kBlockSums * 4));
+    const GemmLaunch::Item item = launch.item(index);
+    uint8_t* const scratch = launch.scratch(worker, kWidenedBytes + launch.blocks * kBlockSums * 4);
     auto* const sums = reinterpret_cast<typename Tiles::Sum*>(scratch + kWidenedBytes);
-    const int64_t last = launch.borders[item + 1], panel_bytes = launch.args->weight.panel_bytes();
+    const int64_t panel_bytes = launch.args->weight.panel_bytes();
     configure(launch.tile_rows, smaller(launch.args->weight.group, kChunk));
-    for (int64_t panel = launch.borders[item]; panel < last; ++panel) {
+    for (int64_t panel = item.first_panel; panel < item.last_panel; ++panel) {
         for (int64_t chunk = 0; chunk < launch.chunks; chunk += launch.piece_chunks) {
             const int64_t chunks = smaller(launch.piece_chunks, launch.chunks - chunk);
             const uint8_t* const next = launch.panel(panel) + panel_bytes * chunk / launch.chunks + kPrefetchBytes;
-            Tiles::multiply(launch, launch.x, launch.blocks, panel, chunk, chunks, next, launch.panel(last), sums, scratch);
+            Tiles::multiply(launch, launch.block(0), launch.blocks, panel, chunk, chunks,
+                            prefetcher(next, launch.panel(item.last_panel)), sums, scratch);
         }
         for (int64_t row = 0; row < launch.args->rows; ++row) finish<Tiles>(launch, panel, 0, row, sums);
     }
@@ -329,24 +307,24 @@ void stream_item(void* context, int64_t item, int worker) {
 
 // A run of panels for one group of rows: for each piece of the inputs, for each panel, all rows.
 template <class Tiles>
-void block_item(void* context, int64_t item, int worker) {
+void block_item(void* context, int64_t index, int worker) {
     const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
     const Panels& weight = launch.args->weight;
-    const int64_t first_panel = launch.borders[item / launch.groups], last_panel = launch.borders[item / launch.groups + 1];
-    const int64_t first_block = item % launch.groups * launch.group_blocks;
-    const int64_t blocks = smaller(launch.group_blocks, launch.blocks - first_block);
+    const auto [first_panel, last_panel, row_group] = launch.item(index);
+    const int64_t first_block = row_group * kGroupBlocks;
+    const int64_t blocks = smaller(kGroupBlocks, launch.blocks - first_block);
     const int64_t first_row = launch.rows_of(first_block);
     const int64_t panel_sums = (blocks + 1) / 2 * 2 * kBlockSums;
-    uint8_t* const scratch = static_cast<uint8_t*>(
-        launch.pool->scratch(worker, kWidenedBytes + (last_panel - first_panel) * panel_sums * 4));
+    uint8_t* const scratch = launch.scratch(worker, kWidenedBytes + (last_panel - first_panel) * panel_sums * 4);
     auto* const sums = reinterpret_cast<typename Tiles::Sum*>(scratch + kWidenedBytes);
     configure(kTileSide, smaller(weight.group, kChunk));
     for (int64_t chunk = 0; chunk < launch.chunks; chunk += launch.piece_chunks) {
         const int64_t chunks = smaller(launch.piece_chunks, launch.chunks - chunk);
         for (int64_t panel = first_panel; panel < last_panel; ++panel) {
             const uint8_t* const next = launch.panel(panel + 1) + weight.panel_bytes() * chunk / launch.chunks;
-            Tiles::multiply(launch, launch.x + first_block * launch.block_bytes(), blocks, panel, chunk, chunks, next,
-                            launch.panel(last_panel), sums + (panel - first_panel) * panel_sums, scratch);
+            Tiles::multiply(launch, launch.block(first_block), blocks, panel, chunk, chunks,
+                            prefetcher(next, launch.panel(last_panel)), sums + (panel - first_panel) * panel_sums,
+                            scratch);
         }
     }
     _tile_release();
@@ -359,45 +337,28 @@ void block_item(void* context, int64_t item, int worker) {
 
 }  // namespace
 
-void linear_int_tiles(const LinearArgs& args, ThreadPool& pool) {
+void linear_int8_amx(const LinearArgs& args, ThreadPool& pool) {
     const Panels& weight = args.weight;
-    const int64_t panels = weight.panels();
-    const int64_t row_blocks = (args.rows + kTileSide - 1) / kTileSide;
+    const int64_t panels = weight.panels(), row_blocks = (args.rows + kTileSide - 1) / kTileSide;
     LaunchArgs launch{};
-    launch.args = &args;
-    launch.pool = &pool;
     launch.planes = weight.levels > 127 ? 2 : 1;
     launch.chunks = (weight.groups() * weight.group + kChunk - 1) / kChunk;
     launch.stacked = launch.planes == 2 && args.rows <= kTileSide / 2;
     launch.tile_rows = launch.stacked ? 2 * args.rows : smaller(args.rows, kTileSide);
     launch.blocks = launch.stacked ? 1 : row_blocks * launch.planes;
-    const bool streamed = launch.blocks <= 2;
-    const int64_t longest = weight.bits == 8 ? kPieceChunks : streamed ? kStreamedChunks : kWidenedChunks;
-    launch.pieces = larger(1, (launch.chunks + longest - 1) / longest);
+    const bool streamed = launch.blocks <= 2, bytes = weight.bits == 8;
+    const int64_t longest = bytes ? kPieceChunks : streamed ? kStreamedChunks : kWidenedChunks;
+    const int64_t pieces = larger(1, (launch.chunks + longest - 1) / longest);
     // whole groups, so an even number: of 128 inputs
-    launch.piece_chunks = larger(2, ((launch.chunks + launch.pieces - 1) / launch.pieces + 1) / 2 * 2);
-    launch.group_blocks = kGroupBlocks;
-    launch.groups = (launch.blocks + launch.group_blocks - 1) / launch.group_blocks;
+    launch.piece_chunks = larger(2, ((launch.chunks + pieces - 1) / pieces + 1) / 2 * 2);
 
-    const int64_t x_bytes = launch.blocks * launch.block_bytes();
-    uint8_t* const shared = static_cast<uint8_t*>(pool.shared_scratch(x_bytes + (args.rows + panels + 1) * 4));
-    const int64_t block_sums = (smaller(launch.group_blocks, launch.blocks) + 1) / 2 * 2 * kBlockSums;
+    const int64_t block_sums = (smaller(kGroupBlocks, launch.blocks) + 1) / 2 * 2 * kBlockSums;
     const int64_t sums = streamed ? launch.blocks * kBlockSums : smaller(kRunPanels, panels) * block_sums;
-    if (shared == nullptr || !pool.reserve(kWidenedBytes + sums * 4)) return;
-    launch.x = reinterpret_cast<int8_t*>(shared);
-    launch.x_scales = reinterpret_cast<float*>(shared + x_bytes);
-    launch.borders = reinterpret_cast<int32_t*>(launch.x_scales + args.rows);
-    if (args.rows * weight.in < kSerialItems) {
-        for (int64_t block = 0; block < row_blocks; ++block) quantize_block(&launch, block, 0);
-    } else {
-        pool.run(row_blocks, quantize_block, &launch);
-    }
-    const int64_t runs = divide_panels(panels, streamed ? panels : kRunPanels, launch.groups, pool.threads(), launch.borders);
-    if (streamed) {
-        pool.run(runs, weight.bits == 8 ? stream_item<EightBitTiles> : stream_item<FourBitTiles>, &launch);
-    } else {
-        pool.run(runs * launch.groups, weight.bits == 8 ? block_item<EightBitTiles> : block_item<FourBitTiles>, &launch);
-    }
+    if (!launch.reserve(args, pool, launch.blocks * launch.block_bytes(), kWidenedBytes + sums * 4)) return;
+    prepare_activations(launch, row_blocks, quantize_block);
+    if (streamed) return run_panels(launch, panels, 1, bytes ? stream_item<EightBitTiles> : stream_item<FourBitTiles>);
+    run_panels(launch, kRunPanels, (launch.blocks + kGroupBlocks - 1) / kGroupBlocks,
+               bytes ? block_item<EightBitTiles> : block_item<FourBitTiles>);
 }
 
 }  // namespace quire::QUIRE_ISA

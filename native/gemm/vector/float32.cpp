@@ -1,11 +1,10 @@
-// y = x W^T + b, for weights in panels. One item of work is a panel of 64 outputs for up to kItemRows rows.
+// y = x W^T + b in float32, for weights in panels. One work item is a panel of 64 outputs for up to kItemRows rows.
 //
 // Each output is a chain of fused multiply-adds over `in`, from the first input to the last, in its own lane. That
 // chain is the same whatever number of rows is computed beside it, however they are blocked: when `in` is cut
 // into pieces to stay in the cache, the partial sum waits in `y` (float32, so nothing is lost).
-#include "gemm/epilogue.h"
-#include "gemm/integers.h"
-#include "gemm/amx/bfloat16.h"
+#include "gemm/frame.h"
+#include "gemm/linear.h"
 
 namespace quire::QUIRE_ISA {
 
@@ -31,8 +30,7 @@ constexpr int vectors_for(int rows) {
 // The row of the panel that will be read soon: one core's own prefetcher does not keep the memory busy.
 template <class T>
 inline void prefetch_ahead(const T* w) {
-    const char* at = reinterpret_cast<const char*>(w) + kPrefetchBytes;
-    for (int64_t line = 0; line < kPanel * int64_t(sizeof(T)); line += 64) __builtin_prefetch(at + line);
+    prefetch_lines(reinterpret_cast<const char*>(w) + kPrefetchBytes, kPanel * int64_t(sizeof(T)));
 }
 
 // sums[r][0..63] (+)= x[r][0..depth) . panel[0..depth)[0..63]
@@ -65,22 +63,11 @@ void accumulate(const float* x, int64_t x_stride, const T* panel, int64_t depth,
 template <class T>
 void accumulate_rows(int64_t rows, const float* x, int64_t x_stride, const T* panel, int64_t depth, float* sums,
                      bool fresh) {
-    while (rows > 0) {
-        // 8 rows are 4 + 4, not 6 + 2: even blocks keep more sums in flight
-        const int64_t blocks = (rows + kRegisterRows - 1) / kRegisterRows;
-        const int64_t now = (rows + blocks - 1) / blocks;
-        switch (now) {
-            case 1: accumulate<1>(x, x_stride, panel, depth, sums, fresh); break;
-            case 2: accumulate<2>(x, x_stride, panel, depth, sums, fresh); break;
-            case 3: accumulate<3>(x, x_stride, panel, depth, sums, fresh); break;
-            case 4: accumulate<4>(x, x_stride, panel, depth, sums, fresh); break;
-            case 5: accumulate<5>(x, x_stride, panel, depth, sums, fresh); break;
-            default: accumulate<6>(x, x_stride, panel, depth, sums, fresh); break;
-        }
-        rows -= now;
-        x += now * x_stride;
-        sums += now * kPanel;
-    }
+    for_even_blocks(rows, kRegisterRows, [&](int64_t row, int64_t now) {
+        with_row_count<kRegisterRows>(now, [&](auto count) {
+            accumulate<count.value>(x + row * x_stride, x_stride, panel, depth, sums + row * kPanel, fresh);
+        });
+    });
 }
 
 template <class T>
@@ -91,23 +78,24 @@ void convert(const T* from, int64_t depth, float* to) {
     }
 }
 
+constexpr size_t kScratchBytes = (kItemRows + kDepth) * kPanel * sizeof(float);
+
 template <class T>
-void compute_item(const LinearArgs& args, int64_t item, float* scratch) {
-    const int64_t groups = (args.rows + kItemRows - 1) / kItemRows;
-    const int64_t panel = item / groups;
-    const int64_t first_row = item % groups * kItemRows;
-    const int64_t rows = smaller(kItemRows, args.rows - first_row);
+void work(void* context, int64_t index, int worker) {
+    const GemmLaunch& launch = *static_cast<const GemmLaunch*>(context);
+    const LinearArgs& args = *launch.args;
+    const GemmLaunch::Item item = launch.item(index);
+    const int64_t first_row = item.row_group * kItemRows, rows = smaller(kItemRows, args.rows - first_row);
     const int64_t in = args.weight.in;
-    const T* weights = static_cast<const T*>(args.weight.data) + panel * in * kPanel;
-    const float* x = args.x + first_row * args.x_stride;
-    float* sums = scratch;                          // [rows, 64]
-    float* converted = scratch + kItemRows * kPanel;  // [kDepth, 64]
+    const float* const x = args.x + first_row * args.x_stride;
+    float* const sums = reinterpret_cast<float*>(launch.scratch(worker, kScratchBytes));  // [rows, 64]
+    float* const converted = sums + kItemRows * kPanel;                                   // [kDepth, 64]
     if (in == 0) __builtin_memset(sums, 0, rows * kPanel * 4);
-    if (rows <= kRegisterRows) {
-        accumulate_rows(rows, x, args.x_stride, weights, in, sums, true);
-    } else {
-        for (int64_t k = 0; k < in; k += kDepth) {
-            const int64_t depth = smaller(kDepth, in - k);
+    for (int64_t panel = item.first_panel; panel < item.last_panel; ++panel) {
+        const T* const weights = reinterpret_cast<const T*>(launch.panel(panel));
+        const int64_t piece = rows <= kRegisterRows ? larger(in, 1) : kDepth;
+        for (int64_t k = 0; k < in; k += piece) {
+            const int64_t depth = smaller(piece, in - k);
             if (rows < kConvertRows) {
                 accumulate_rows(rows, x + k, args.x_stride, weights + k * kPanel, depth, sums, k == 0);
             } else {
@@ -115,57 +103,20 @@ void compute_item(const LinearArgs& args, int64_t item, float* scratch) {
                 accumulate_rows(rows, x + k, args.x_stride, converted, depth, sums, k == 0);
             }
         }
+        for (int64_t r = 0; r < rows; ++r) finish_row<kPanel>(args, panel, first_row + r, sums + r * kPanel);
     }
-    for (int64_t r = 0; r < rows; ++r) finish_row<kPanel>(args, panel, first_row + r, sums + r * kPanel);
-}
-
-struct LaunchArgs {
-    const LinearArgs* args;
-    ThreadPool* pool;
-};
-
-constexpr size_t kScratchBytes = (kItemRows + kDepth) * kPanel * sizeof(float);
-
-template <class T>
-void work(void* context, int64_t item, int worker) {
-    const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
-    compute_item<T>(*launch.args, item, static_cast<float*>(launch.pool->scratch(worker, kScratchBytes)));
-}
-
-template <class T>
-void embed_rows(void* context, int64_t item, int) {
-    const EmbedArgs& args = *static_cast<const EmbedArgs*>(context);
-    const int64_t in = args.table.in;
-    const int64_t id = args.ids[item];
-    const T* row = static_cast<const T*>(args.table.data) + id / kPanel * in * kPanel + id % kPanel;
-    for (int64_t i = 0; i < in; ++i) args.y[item * in + i] = to_float(row[i * kPanel]) * args.scale;
 }
 
 }  // namespace
 
-void linear(const LinearArgs& args, ThreadPool& pool) {
-    if (args.weight.layout == Layout::integers) return linear_int(args, pool);
-#if QUIRE_TILES
-    if (args.weight.layout == Layout::tiles) return linear_tiles(args, pool);
-#endif
-    const int64_t panels = args.weight.panels();
-    const int64_t groups = (args.rows + kItemRows - 1) / kItemRows;
-    LaunchArgs launch{&args, &pool};
-    Work item = args.weight.storage == Storage::bfloat16  ? work<BFloat16>
-                : args.weight.storage == Storage::float16 ? work<Float16>
-                                                          : work<float>;
-    if (pool.reserve(kScratchBytes)) pool.run(panels * groups, item, &launch);
-}
-
-void embed(const EmbedArgs& args, ThreadPool& pool) {
-    if (args.table.layout == Layout::integers) return embed_int(args, pool);
-#if QUIRE_TILES
-    if (args.table.layout == Layout::tiles) return embed_tiles(args, pool);
-#endif
-    Work item = args.table.storage == Storage::bfloat16  ? embed_rows<BFloat16>
-                : args.table.storage == Storage::float16 ? embed_rows<Float16>
-                                                         : embed_rows<float>;
-    pool.run(args.tokens, item, const_cast<EmbedArgs*>(&args));
+void linear_float32(const LinearArgs& args, ThreadPool& pool) {
+    GemmLaunch launch{};
+    if (!launch.reserve(args, pool, 0, kScratchBytes)) return;
+    const Storage storage = args.weight.storage;
+    run_panels(launch, 1, (args.rows + kItemRows - 1) / kItemRows,
+               storage == Storage::bfloat16  ? work<BFloat16>
+               : storage == Storage::float16 ? work<Float16>
+                                             : work<float>);
 }
 
 }  // namespace quire::QUIRE_ISA

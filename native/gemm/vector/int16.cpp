@@ -4,16 +4,17 @@
 // Up to kBlockRows rows read the weights once, as they come from memory. More rows meet a piece of a panel that was
 // widened to 16 bits once for all of them.
 #include "gemm/integers.h"
+#include "gemm/linear.h"
+
+#if !defined(__AVX512VNNI__)
 
 namespace quire::QUIRE_ISA {
 
 namespace {
 
-#if !defined(__AVX512VNNI__)
 constexpr int64_t kItemRows = 64;
 constexpr int64_t kPiece = 256;     // inputs at a time: with 15 bits by 7 their sum fits into 32 bits
 constexpr int64_t kPrefetchBytes = 12288;  // between what is read and what is prefetched
-constexpr int64_t kSerialItems = 32768;  // inputs that one thread rounds faster than it finds others to help
 constexpr int64_t kVectors = kTilePanel / kLanes;  // of sums of a panel; two are computed at a time
 constexpr int64_t kVectorBytes = kLanes * 4;
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -22,13 +23,10 @@ constexpr int64_t kBlockRows = 6;  // whose sums are held in registers
 constexpr int64_t kBlockRows = 3;
 #endif
 
-struct LaunchArgs {
-    const LinearArgs* args;
-    ThreadPool* pool;
-    int16_t* x;    // [rows][padded]
-    float* x_scales;  // [rows]
-    int32_t* borders;
-    int64_t padded, groups;
+struct LaunchArgs : GemmLaunch {
+    int64_t padded, groups;  // inputs of a row, with padding; groups of inputs
+
+    int16_t* row(int64_t index) const { return reinterpret_cast<int16_t*>(x) + index * padded; }
 };
 
 // sum + pairs of a by pairs of b
@@ -107,9 +105,7 @@ void multiply(const int16_t* x, int64_t x_stride, const uint8_t* weights, int64_
         const uint8_t* at = weights + first * Source::kStep;
         for (int64_t k = 0; k < inputs; k += 2 * kQuad, at += Source::kPairBytes) {
             if (at + kPrefetchBytes < end) {
-                for (int64_t line = 0; line < 2 * Source::kStep * Source::kPairBytes / kIntegerBytes; line += 64) {
-                    __builtin_prefetch(at + kPrefetchBytes + line);
-                }
+                prefetch_lines(at + kPrefetchBytes, 2 * Source::kStep * Source::kPairBytes / kIntegerBytes);
             }
             Shorts w[2][4];
             Source::load(at, w[0]);
@@ -130,21 +126,6 @@ void multiply(const int16_t* x, int64_t x_stride, const uint8_t* weights, int64_
                 sums[r][first + v] = sum;
             }
         }
-    }
-}
-
-template <class Source>
-void multiply_rows(int64_t rows, const int16_t* x, int64_t x_stride, const uint8_t* weights, int64_t inputs,
-                   const uint8_t* end, Ints sums[][kVectors]) {
-    switch (rows) {
-        case 1: return multiply<1, Source>(x, x_stride, weights, inputs, end, sums);
-        case 2: return multiply<2, Source>(x, x_stride, weights, inputs, end, sums);
-        case 3: return multiply<3, Source>(x, x_stride, weights, inputs, end, sums);
-#if defined(__AVX512F__) || defined(__aarch64__)
-        case 4: return multiply<4, Source>(x, x_stride, weights, inputs, end, sums);
-        case 5: return multiply<5, Source>(x, x_stride, weights, inputs, end, sums);
-        default: return multiply<6, Source>(x, x_stride, weights, inputs, end, sums);
-#endif
     }
 }
 
@@ -180,7 +161,7 @@ void multiply_panel(const LaunchArgs& launch, int64_t panel, int64_t first_row, 
     RowState* const states = reinterpret_cast<RowState*>(scratch);
     uint8_t* const widened = scratch + kItemRows * sizeof(RowState);
     for (int64_t r = 0; r < rows; ++r) __builtin_memset(states[r].y, 0, sizeof states[r].y);
-    const uint8_t* at = static_cast<const uint8_t*>(weight.data) + panel * weight.panel_bytes();
+    const uint8_t* at = launch.panel(panel);
     const bool streamed = rows <= kBlockRows;
     for (int64_t group = 0; group < launch.groups; ++group) {
         const float* const scales = reinterpret_cast<const float*>(at);
@@ -188,44 +169,38 @@ void multiply_panel(const LaunchArgs& launch, int64_t panel, int64_t first_row, 
         for (int64_t k = 0; k < weight.group; k += kPiece) {
             const int64_t inputs = smaller(kPiece, weight.group - k);
             if (!streamed) widen<Source>(at, inputs, widened);
-            for (int64_t r = 0; r < rows;) {
-                const int64_t blocks = (rows - r + kBlockRows - 1) / kBlockRows, now = (rows - r + blocks - 1) / blocks;
-                const int16_t* const x = launch.x + (first_row + r) * launch.padded + group * weight.group + k;
+            for_even_blocks(rows, kBlockRows, [&](int64_t r, int64_t now) {
+                const int16_t* const x = launch.row(first_row + r) + group * weight.group + k;
                 Ints sums[kBlockRows][kVectors];
-                if (streamed) {
-                    multiply_rows<Source>(now, x, launch.padded, at, inputs, end, sums);
-                } else {
-                    multiply_rows<Widened>(now, x, launch.padded, widened, inputs, widened, sums);
-                }
+                with_row_count<kBlockRows>(now, [&](auto count) {
+                    if (streamed) {
+                        multiply<count.value, Source>(x, launch.padded, at, inputs, end, sums);
+                    } else {
+                        multiply<count.value, Widened>(x, launch.padded, widened, inputs, widened, sums);
+                    }
+                });
                 for (int64_t i = 0; i < now; ++i) {
                     absorb(sums[i], scales, k == 0, k + inputs == weight.group, states[r + i]);
                 }
-                r += now;
-            }
+            });
             at += inputs / (2 * kQuad) * Source::kPairBytes;
         }
     }
-    for (int64_t r = 0; r < rows; ++r) {
-        float* const y = states[r].y;
-        for (int64_t i = 0; i < kTilePanel; i += kLanes) store(y + i, load(y + i) * launch.x_scales[first_row + r]);
-        finish_row<kTilePanel>(*launch.args, panel, first_row + r, y);
-    }
+    for (int64_t r = 0; r < rows; ++r) finish_quantized_row(launch, panel, first_row + r, states[r].y);
 }
 
 constexpr size_t kScratchBytes = kItemRows * sizeof(RowState) + kPiece / (2 * kQuad) * Widened::kPairBytes;
 
 // A run of panels for one group of rows.
 template <class Source>
-void work(void* context, int64_t item, int worker) {
+void work(void* context, int64_t index, int worker) {
     const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
-    const LinearArgs& args = *launch.args;
-    uint8_t* const scratch = static_cast<uint8_t*>(launch.pool->scratch(worker, kScratchBytes));
-    const int64_t row_groups = (args.rows + kItemRows - 1) / kItemRows;
-    const int64_t run = item / row_groups, first_row = item % row_groups * kItemRows;
-    const int64_t last = launch.borders[run + 1];
-    const uint8_t* const end = static_cast<const uint8_t*>(args.weight.data) + last * args.weight.panel_bytes();
-    for (int64_t panel = launch.borders[run]; panel < last; ++panel) {
-        multiply_panel<Source>(launch, panel, first_row, smaller(kItemRows, args.rows - first_row), end, scratch);
+    const GemmLaunch::Item item = launch.item(index);
+    uint8_t* const scratch = launch.scratch(worker, kScratchBytes);
+    const int64_t first_row = item.row_group * kItemRows, rows = smaller(kItemRows, launch.args->rows - first_row);
+    const uint8_t* const end = launch.panel(item.last_panel);
+    for (int64_t panel = item.first_panel; panel < item.last_panel; ++panel) {
+        multiply_panel<Source>(launch, panel, first_row, rows, end, scratch);
     }
 }
 
@@ -235,71 +210,26 @@ void quantize_activations(void* context, int64_t row, int) {
     const float* const x = args.x + row * args.x_stride;
     const QuantizedRow quantized = measure_row(x, args.weight.in, args.weight.levels);
     launch.x_scales[row] = quantized.scale;
-    int16_t* const to = launch.x + row * launch.padded;
+    int16_t* const to = launch.row(row);
     typedef int16_t Narrow __attribute__((vector_size(kLanes * 2)));
     for (int64_t i = 0; i < launch.padded; i += kLanes) {
-        Narrow q = {};
-        if (quantized.inverse != 0.0f && i < args.weight.in) {
-            q = __builtin_convertvector(quantize_to_ints(load_some(x + i, args.weight.in - i), quantized.inverse), Narrow);
-        }
+        const Narrow q = __builtin_convertvector(quantized.at(x, i, args.weight.in), Narrow);
         __builtin_memcpy(to + i, &q, sizeof q);
-    }
-}
-
-#endif
-
-void embed_row(void* context, int64_t item, int) {
-    const EmbedArgs& args = *static_cast<const EmbedArgs*>(context);
-    const Panels& table = args.table;
-    const int64_t id = args.ids[item], column = id % kTilePanel;
-    const uint8_t* const panel = static_cast<const uint8_t*>(table.data) + id / kTilePanel * table.panel_bytes();
-    for (int64_t i = 0; i < table.in; ++i) {
-        const uint8_t* const group = panel + i / table.group * table.group_bytes();
-        const float scale = reinterpret_cast<const float*>(group)[column];
-        const int64_t input = i % table.group;
-        const uint8_t byte = group[kScaleBytes + integer_byte(table.bits, input, column)];
-        const int value = table.bits == 8 ? static_cast<int8_t>(byte) : (byte >> (input & 4) & 15) - 8;
-        args.y[item * table.in + i] = static_cast<float>(value) * scale * args.scale;
     }
 }
 
 }  // namespace
 
-void linear_int(const LinearArgs& args, ThreadPool& pool) {
-    if (args.rows == 0) return;
-#if QUIRE_AMX
-    // Bytes go from memory into tiles as they are; few rows by 4-bit weights, which must be widened, are faster by vectors.
-    const int64_t by_vectors = args.weight.bits == 8 ? 0 : byte_rows(args.weight);
-    if (args.rows > by_vectors && args.weight.in > 0) return linear_int_tiles(args, pool);
-#endif
-#if defined(__AVX512VNNI__)
-    return linear_int_bytes(args, pool);
-#else
+void linear_int16(const LinearArgs& args, ThreadPool& pool) {
     LaunchArgs launch{};
-    launch.args = &args;
-    launch.pool = &pool;
     launch.groups = args.weight.groups();
     launch.padded = launch.groups * args.weight.group;
-    const int64_t panels = args.weight.panels();
-    const int64_t x_bytes = (args.rows * launch.padded * 2 + 63) / 64 * 64;
-    uint8_t* const shared = static_cast<uint8_t*>(pool.shared_scratch(x_bytes + (args.rows + panels + 1) * 4));
-    if (shared == nullptr || !pool.reserve(kScratchBytes)) return;
-    launch.x = reinterpret_cast<int16_t*>(shared);
-    launch.x_scales = reinterpret_cast<float*>(shared + x_bytes);
-    launch.borders = reinterpret_cast<int32_t*>(launch.x_scales + args.rows);
-    if (args.rows * args.weight.in < kSerialItems) {
-        for (int64_t row = 0; row < args.rows; ++row) quantize_activations(&launch, row, 0);
-    } else {
-        pool.run(args.rows, quantize_activations, &launch);
-    }
-    const int64_t runs = divide_panels(panels, args.rows <= kBlockRows ? panels : 1, 1, pool.threads(), launch.borders);
-    const int64_t row_groups = (args.rows + kItemRows - 1) / kItemRows;
-    pool.run(runs * row_groups, args.weight.bits == 4 ? work<FourBits> : work<EightBits>, &launch);
-#endif
-}
-
-void embed_int(const EmbedArgs& args, ThreadPool& pool) {
-    pool.run(args.tokens, embed_row, const_cast<EmbedArgs*>(&args));
+    if (!launch.reserve(args, pool, args.rows * launch.padded * 2, kScratchBytes)) return;
+    prepare_activations(launch, args.rows, quantize_activations);
+    run_panels(launch, args.rows <= kBlockRows ? args.weight.panels() : 1, (args.rows + kItemRows - 1) / kItemRows,
+               args.weight.bits == 4 ? work<FourBits> : work<EightBits>);
 }
 
 }  // namespace quire::QUIRE_ISA
+
+#endif

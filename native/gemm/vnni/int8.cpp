@@ -4,6 +4,7 @@
 // The instruction takes one side without sign: weights are value + 128, or + 8, so each group's sum is so many times the sum
 // of its inputs too large. (What does not fit into 32 bits on the way there wraps, and wraps back.)
 #include "gemm/integers.h"
+#include "gemm/linear.h"
 
 #if defined(__AVX512VNNI__)
 
@@ -12,17 +13,13 @@ namespace quire::QUIRE_ISA {
 namespace {
 
 constexpr int64_t kPrefetchBytes = 8192;
-constexpr int64_t kItemRows = 96;       // of x that stay in the L2 beside a panel
-constexpr int64_t kSerialItems = 32768;  // inputs that one thread rounds faster than it finds others to help
+constexpr int64_t kItemRows = 96;  // of x that stay in the L2 beside a panel
 
-struct LaunchArgs {
-    const LinearArgs* args;
-    ThreadPool* pool;
-    int8_t* x;          // [rows][planes][padded]
-    int32_t* excess;    // [rows][groups][planes]: what the sums of a group are too large by
-    float* x_scales;       // [rows]
-    int32_t* borders;
+struct LaunchArgs : GemmLaunch {  // x [rows][planes][padded]
+    int32_t* excess;              // [rows][groups][planes]: what the sums of a group are too large by
     int64_t planes, padded, groups;
+
+    int8_t* row(int64_t index) const { return reinterpret_cast<int8_t*>(x) + index * planes * padded; }
 };
 
 // What turns a weight into value + excess.
@@ -34,14 +31,11 @@ void quantize_activations(void* context, int64_t row, int) {
     const float* const x = launch.args->x + row * launch.args->x_stride;
     const QuantizedRow quantized = measure_row(x, weight.in, weight.levels);
     launch.x_scales[row] = quantized.scale;
-    int8_t* const to = launch.x + row * launch.planes * launch.padded;
+    int8_t* const to = launch.row(row);
     for (int64_t group = 0; group < launch.groups; ++group) {
         __m512i high_sum = _mm512_setzero_si512(), sum = _mm512_setzero_si512();
         for (int64_t i = group * weight.group; i < (group + 1) * weight.group; i += kLanes) {
-            Ints q = {};
-            if (quantized.inverse != 0.0f && i < weight.in) {
-                q = quantize_to_ints(load_some(x + i, weight.in - i), quantized.inverse);
-            }
+            const Ints q = quantized.at(x, i, weight.in);
             sum = _mm512_add_epi32(sum, (__m512i)q);
             high_sum = _mm512_add_epi32(high_sum, (__m512i)((q + 128) >> 8));
             store_planes(q, launch.planes, to + i, launch.padded);
@@ -86,9 +80,7 @@ void multiply_group(const LaunchArgs& launch, const int8_t* x, const uint8_t* we
     __m512i acc[R][Planes][2][kChains];
     for (int i = 0; i < R * Planes * 2 * kChains; ++i) (&acc[0][0][0][0])[i] = _mm512_setzero_si512();
     for (int64_t k = 0; k < launch.args->weight.group; k += 2 * kQuad, weights += bytes) {
-        if (weights + kPrefetchBytes < end) {
-            for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(weights + kPrefetchBytes + line);
-        }
+        if (weights + kPrefetchBytes < end) prefetch_lines(weights + kPrefetchBytes, bytes);
         __m512i first[2], second[2];
         load_quads<Bits>(weights, first, second);
         for (int r = 0; r < R; ++r) {
@@ -114,14 +106,11 @@ template <int Bits, int R, int Planes>
 void multiply_panel(const LaunchArgs& launch, int64_t panel, int64_t row, const uint8_t* end) {
     const Panels& weight = launch.args->weight;
     alignas(64) float y[R][kTilePanel] = {};
-    const uint8_t* at = static_cast<const uint8_t*>(weight.data) + panel * weight.panel_bytes();
-    const int8_t* const x = launch.x + row * Planes * launch.padded;
+    const uint8_t* at = launch.panel(panel);
+    const int8_t* const x = launch.row(row);
     for (int64_t group = 0; group < launch.groups; ++group, at += weight.group_bytes()) {
         __m512i sums[R][Planes][2];
-        if (at + kPrefetchBytes < end) {
-            __builtin_prefetch(at + kPrefetchBytes);
-            __builtin_prefetch(at + kPrefetchBytes + 64);
-        }
+        if (at + kPrefetchBytes < end) prefetch_lines(at + kPrefetchBytes, kScaleBytes);
         multiply_group<Bits, R, Planes>(launch, x + group * weight.group, at + kScaleBytes, end, sums);
         for (int r = 0; r < R; ++r) {
             const int32_t* const excess = launch.excess + ((row + r) * launch.groups + group) * Planes;
@@ -134,42 +123,23 @@ void multiply_panel(const LaunchArgs& launch, int64_t panel, int64_t row, const 
             add_group(reinterpret_cast<const float*>(at), whole, y[r]);
         }
     }
-    for (int64_t r = 0; r < R; ++r) {
-        for (int64_t i = 0; i < kTilePanel; i += kLanes) store(y[r] + i, load(y[r] + i) * launch.x_scales[row + r]);
-        finish_row<kTilePanel>(*launch.args, panel, row + r, y[r]);
-    }
+    for (int64_t r = 0; r < R; ++r) finish_quantized_row(launch, panel, row + r, y[r]);
 }
 
+// A run of panels for one group of rows. The weights of the run are prefetched for its first block of rows alone.
 template <int Bits, int Planes>
-void multiply_rows(const LaunchArgs& launch, int64_t panel, int64_t row, int64_t rows, const uint8_t* end) {
-    switch (rows) {
-        case 1: return multiply_panel<Bits, 1, Planes>(launch, panel, row, end);
-        case 2: return multiply_panel<Bits, 2, Planes>(launch, panel, row, end);
-        case 3: return multiply_panel<Bits, 3, Planes>(launch, panel, row, end);
-        case 4: return multiply_panel<Bits, 4, Planes>(launch, panel, row, end);
-    }
-    if constexpr (Planes == 1) {
-        if (rows == 5) return multiply_panel<Bits, 5, 1>(launch, panel, row, end);
-        multiply_panel<Bits, 6, 1>(launch, panel, row, end);
-    }
-}
-
-// A run of panels for one group of rows.
-template <int Bits, int Planes>
-void work(void* context, int64_t item, int) {
+void work(void* context, int64_t index, int) {
     const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
-    const Panels& weight = launch.args->weight;
-    const int64_t row_groups = (launch.args->rows + kItemRows - 1) / kItemRows, run = item / row_groups;
-    const int64_t first_row = item % row_groups * kItemRows, end_row = smaller(first_row + kItemRows, launch.args->rows);
-    const int64_t last = launch.borders[run + 1], most = byte_rows(weight);
-    const uint8_t* const data = static_cast<const uint8_t*>(weight.data);
-    for (int64_t panel = launch.borders[run]; panel < last; ++panel) {
-        const uint8_t* end = data + last * weight.panel_bytes();
-        for (int64_t row = first_row; row < end_row; end = data) {
-            const int64_t blocks = (end_row - row + most - 1) / most, now = (end_row - row + blocks - 1) / blocks;
-            multiply_rows<Bits, Planes>(launch, panel, row, now, end);
-            row += now;
-        }
+    constexpr int kMostRows = Planes == 2 ? 4 : 6;
+    const GemmLaunch::Item item = launch.item(index);
+    const int64_t first_row = item.row_group * kItemRows, rows = smaller(kItemRows, launch.args->rows - first_row);
+    for (int64_t panel = item.first_panel; panel < item.last_panel; ++panel) {
+        for_even_blocks(rows, kMostRows, [&](int64_t row, int64_t now) {
+            const uint8_t* const end = launch.panel(row == 0 ? item.last_panel : 0);
+            with_row_count<kMostRows>(now, [&](auto count) {
+                multiply_panel<Bits, count.value, Planes>(launch, panel, first_row + row, end);
+            });
+        });
     }
 }
 
@@ -180,31 +150,18 @@ Work work_of(int64_t bits, int64_t planes) {
 
 }  // namespace
 
-void linear_int_bytes(const LinearArgs& args, ThreadPool& pool) {
+void linear_int8_vnni(const LinearArgs& args, ThreadPool& pool) {
     const Panels& weight = args.weight;
     LaunchArgs launch{};
-    launch.args = &args;
-    launch.pool = &pool;
     launch.planes = weight.levels > 127 ? 2 : 1;
     launch.groups = weight.groups();
     launch.padded = launch.groups * weight.group;
     const int64_t x_bytes = args.rows * launch.planes * launch.padded;
-    const int64_t words = args.rows * (launch.groups * launch.planes + 1) + weight.panels() + 1;
-    uint8_t* const shared = static_cast<uint8_t*>(pool.shared_scratch(x_bytes + words * 4));
-    if (shared == nullptr) return;
-    launch.x = reinterpret_cast<int8_t*>(shared);
-    launch.excess = reinterpret_cast<int32_t*>(shared + x_bytes);
-    launch.x_scales = reinterpret_cast<float*>(launch.excess + args.rows * launch.groups * launch.planes);
-    launch.borders = reinterpret_cast<int32_t*>(launch.x_scales + args.rows);
-    if (args.rows * weight.in < kSerialItems) {
-        for (int64_t row = 0; row < args.rows; ++row) quantize_activations(&launch, row, 0);
-    } else {
-        pool.run(args.rows, quantize_activations, &launch);
-    }
-    const int64_t longest = args.rows <= byte_rows(weight) ? weight.panels() : 1;
-    const int64_t runs = divide_panels(weight.panels(), longest, 1, pool.threads(), launch.borders);
-    const int64_t row_groups = (args.rows + kItemRows - 1) / kItemRows;
-    pool.run(runs * row_groups, work_of(weight.bits, launch.planes), &launch);
+    if (!launch.reserve(args, pool, x_bytes + args.rows * launch.groups * launch.planes * 4, 0)) return;
+    launch.excess = reinterpret_cast<int32_t*>(launch.x + x_bytes);
+    prepare_activations(launch, args.rows, quantize_activations);
+    run_panels(launch, args.rows <= vnni_rows(weight) ? weight.panels() : 1, (args.rows + kItemRows - 1) / kItemRows,
+               work_of(weight.bits, launch.planes));
 }
 
 }  // namespace quire::QUIRE_ISA

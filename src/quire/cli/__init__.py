@@ -1,1 +1,1 @@
-"""The command line: one file per verb. Only this room and `llm.py` put the others together."""
+"""The command line: one file per verb. Only this package and `llm.py` put the others together."""

@@ -38,8 +38,8 @@ ENGINE_HELP = {
     "enforce_eager": "no captured graphs",
     "device": ", ".join(DEVICES),
     "threads": "CPU threads; the physical cores that this process may use",
-    "async_scheduling": "plan the next step while one is computed; on a GPU unless told not to",
-    "core_process": "compute in a process of its own, replaced when it dies; serve does so unless told not to",
+    "async_scheduling": "plan the next step while one is computed; on a GPU by default",
+    "core_process": "compute in a process of its own, replaced when it dies; serve does so by default",
     "hang_timeout": "seconds that a step may take before that process is replaced; learned from steps like it",
     "verify_cached_blocks": "for debugging: when idle, compute cached blocks again and compare them bit for bit",
 }
@@ -56,34 +56,25 @@ SAMPLING_HELP = {
     "min_tokens": "no end before this many tokens",
     "ignore_eos": "go on after the end of the answer",
 }
-ALIASES = {
-    **dict.fromkeys(("--model-path", "--model-id", "--model-dir"), "--model"),
-    **dict.fromkeys(
-        ("--context-length", "--max-seq-len", "--max-total-tokens", "--ctx-size", "-c", "--num-ctx", "--session-len"),
-        "--max-model-len",
-    ),
-    **dict.fromkeys(
-        ("--mem-fraction-static", "--free-gpu-memory-fraction", "--cuda-memory-fraction", "--cache-max-entry-count"),
-        "--gpu-memory-utilization",
-    ),
-    **dict.fromkeys(("--max-running-requests", "--max-batch-size", "-np", "--parallel"), "--max-num-seqs"),
-    **dict.fromkeys(
-        ("--chunked-prefill-size", "--max-num-tokens", "--max-batch-prefill-tokens"), "--max-num-batched-tokens"
-    ),
-    **dict.fromkeys(("--page-size", "--tokens-per-block", "--cb-block-size"), "--block-size"),
-    **dict.fromkeys(("-tp", "--tp-size", "--tp", "--num-shard"), "--tensor-parallel-size"),
-    **dict.fromkeys(("-q", "--quantize"), "--quantization"),
-    **dict.fromkeys(("--max-queued-requests", "--max-concurrent-requests"), "--max-num-queued-reqs"),
-    "--disable-cuda-graph": "--enforce-eager",
-    **dict.fromkeys(("--disable-overlap-schedule", "--disable-overlap-scheduler"), "--no-async-scheduling"),
-    "--disable-radix-cache": "--no-enable-prefix-caching",
-    "--schedule-policy": "--scheduling-policy",
-    **dict.fromkeys(
-        ("--max-completion-tokens", "--max-new-tokens", "--num-predict", "--n-predict", "--max-output-tokens"),
-        "--max-tokens",
-    ),
-    **dict.fromkeys(("--sampling-seed", "--random-seed"), "--seed"),
+_OTHER_NAMES = {
+    "--model": "--model-path --model-id --model-dir",
+    "--max-model-len": "--context-length --max-seq-len --max-total-tokens --ctx-size -c --num-ctx --session-len",
+    "--gpu-memory-utilization": "--mem-fraction-static --free-gpu-memory-fraction --cuda-memory-fraction "
+    "--cache-max-entry-count",
+    "--max-num-seqs": "--max-running-requests --max-batch-size -np --parallel",
+    "--max-num-batched-tokens": "--chunked-prefill-size --max-num-tokens --max-batch-prefill-tokens",
+    "--block-size": "--page-size --tokens-per-block --cb-block-size",
+    "--tensor-parallel-size": "-tp --tp-size --tp --num-shard",
+    "--quantization": "-q --quantize",
+    "--max-num-queued-reqs": "--max-queued-requests --max-concurrent-requests",
+    "--enforce-eager": "--disable-cuda-graph",
+    "--no-async-scheduling": "--disable-overlap-schedule --disable-overlap-scheduler",
+    "--no-enable-prefix-caching": "--disable-radix-cache",
+    "--scheduling-policy": "--schedule-policy",
+    "--max-tokens": "--max-completion-tokens --max-new-tokens --num-predict --n-predict --max-output-tokens",
+    "--seed": "--sampling-seed --random-seed",
 }
+ALIASES = {other: name for name, others in _OTHER_NAMES.items() for other in others.split()}
 """Other engines' names. `-c` and `-np` are llama.cpp's."""
 OTHER_MEANING = frozenset({"--mem-fraction-static", "--free-gpu-memory-fraction", "--cache-max-entry-count"})
 """Aliases whose share is of something a little different there."""

@@ -1,4 +1,4 @@
-"""`quire bench`: throughput and core here, kernels in its own file."""
+"""`quire bench`: throughput here, core in its own file."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.bench import profile
-from quire.cli import banner, bench_core, bench_kernels, engines
+from quire.cli import banner, bench_core, engines
 from quire.cli.arguments import Parser, add_engine, engine_values
 from quire.config import EngineArgs
 from quire.errors import ConfigurationError
@@ -32,7 +32,7 @@ OURS = "quire"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The three benchmarks."""
+    """The two benchmarks."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=Parser)
     throughput = kinds.add_parser(
         "throughput",
@@ -54,7 +54,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     throughput.add_argument("--output-json", metavar="FILE", help="write every run there")
     engines.add_quiet(throughput)
     add_engine(throughput)
-    bench_kernels.add(kinds)
     core = kinds.add_parser(
         "core", help="scheduler, runner and sampler: microseconds a step, without a model", allow_abbrev=False
     )
@@ -65,8 +64,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """The one that was asked for."""
-    runs = {"core": bench_core.run, "kernels": bench_kernels.run, "throughput": _throughput}
+    """The benchmark that was named."""
+    runs = {"core": bench_core.run, "throughput": _throughput}
     return runs[options.kind](options)
 
 

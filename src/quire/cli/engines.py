@@ -29,7 +29,7 @@ def model_name(args: EngineArgs) -> str:
 
 
 def start(options: argparse.Namespace) -> "tuple[AsyncLLM, EngineArgs]":
-    """An engine as the flags ask for it, with its banner.
+    """An engine as the flags describe it, with its banner.
 
     Raises:
         ConfigurationError: naming the flag or the file at fault.

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Iterable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +98,10 @@ async def _print_one(prompt: str, queue: Any, options: argparse.Namespace) -> No
             raise RequestFailedError(output.error)
         finished = output.finished
         if options.json:
-            _print_json(prompt, output)
+            answers = (
+                (item.text, len(item.token_ids), item.finish_reason, item.stop_reason) for item in output.outputs
+            )
+            _print_answer(prompt, len(output.prompt_token_ids), answers)
         else:
             for choice in output.outputs:
                 print(choice.text, end="" if len(output.outputs) == 1 else "\n\n", flush=True)
@@ -105,24 +109,14 @@ async def _print_one(prompt: str, queue: Any, options: argparse.Namespace) -> No
         print(flush=True)
 
 
-def _print_json(prompt: str, output: RequestOutput) -> None:
-    answers = [
-        {
-            "text": choice.text,
-            "tokens": len(choice.token_ids),
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-        }
-        for choice in output.outputs
-    ]
-    _print_answer(prompt, len(output.prompt_token_ids), answers)
-
-
-def _print_answer(prompt: str, prompt_tokens: int, answers: list[dict[str, Any]]) -> None:
+def _print_answer(prompt: str, prompt_tokens: int, answers: Iterable[tuple[str, int, Any, Any]]) -> None:
+    """One JSON object; of each answer its text, the number of its tokens, and why it ended."""
     import json
 
+    names = ("text", "tokens", "finish_reason", "stop_reason")
+    outputs = [dict(zip(names, answer, strict=True)) for answer in answers]
     print(
-        json.dumps({"prompt": prompt, "prompt_tokens": prompt_tokens, "outputs": answers}, ensure_ascii=False),
+        json.dumps({"prompt": prompt, "prompt_tokens": prompt_tokens, "outputs": outputs}, ensure_ascii=False),
         flush=True,
     )
 
@@ -145,7 +139,7 @@ def _ask_all(server: "Server", prompts: list[str], options: argparse.Namespace) 
 def _question(server: "Server", prompt: str, fields: dict[str, Any], *, raw: bool) -> tuple[str, dict[str, Any]]:
     if not raw:
         return "/v1/chat/completions", {"messages": [{"role": "user", "content": prompt}], **fields}
-    if "max_tokens" not in fields:  # there a completion ends after 16 tokens unless told otherwise
+    if "max_tokens" not in fields:  # there a completion ends after 16 tokens unless the body says otherwise
         counted = server.ask("/tokenize", {"prompt": prompt})
         fields = {**fields, "max_tokens": max(1, counted["max_model_len"] - counted["count"])}
     return "/v1/completions", {"prompt": prompt, **fields}
@@ -157,13 +151,8 @@ def _print_whole(prompt: str, answer: dict[str, Any], *, as_json: bool) -> None:
     if not as_json:
         print("".join(f"{text}\n\n" for text in texts), flush=True)
         return
-    answers = [
-        {
-            "text": text,
-            "tokens": len(choice["token_ids"]),
-            "finish_reason": choice["finish_reason"],
-            "stop_reason": choice["stop_reason"],
-        }
+    answers = (
+        (text, len(choice["token_ids"]), choice["finish_reason"], choice["stop_reason"])
         for text, choice in zip(texts, choices, strict=True)
-    ]
+    )
     _print_answer(prompt, answer["usage"]["prompt_tokens"], answers)

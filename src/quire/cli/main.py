@@ -47,7 +47,7 @@ class Verb(Protocol):
 
 
 def load(name: str) -> Verb:
-    """A verb's module. Only the one that is asked for is imported."""
+    """A verb's module. No other is imported."""
     return cast(Verb, import_module(f"quire.cli.{name}"))
 
 

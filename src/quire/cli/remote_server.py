@@ -5,7 +5,7 @@ The standard library alone: no HTTP client is needed to talk to a server, nor a 
 
 import http.client
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any
 from urllib.parse import urlsplit
@@ -54,7 +54,7 @@ class Server:
     def look_up(self, route: str) -> dict[str, Any]:
         """What the server tells without a body; errors as for `ask`."""
         with closing(self._connect()) as connection:
-            return _object(_read(self._send(connection, "GET", route, None)))
+            return _object(_received(self._send(connection, "GET", route, None).read))
 
     def ask(self, route: str, body: dict[str, Any]) -> dict[str, Any]:
         """The whole answer.
@@ -64,7 +64,7 @@ class Server:
         """
         with closing(self._connect()) as connection:
             response = self._send(connection, "POST", route, {"model": self.model_name, **body})
-            return _object(_read(response))
+            return _object(_received(response.read))
 
     def stream(self, route: str, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         """The events of an answer. Closing the iterator closes the connection, which ends the request.
@@ -74,7 +74,7 @@ class Server:
         """
         with closing(self._connect()) as connection:
             response = self._send(connection, "POST", route, {"model": self.model_name, **body, "stream": True})
-            while line := _line(response):
+            while line := _received(response.readline):
                 if not line.startswith(b"data:"):
                     continue
                 data = line.removeprefix(b"data:").strip()
@@ -110,16 +110,9 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _read(response: http.client.HTTPResponse) -> bytes:
+def _received(read: Callable[[], bytes]) -> bytes:
     try:
-        return response.read()
-    except (OSError, http.client.HTTPException) as error:
-        raise RequestFailedError(f"the server broke off: {_reason(error)}") from error
-
-
-def _line(response: http.client.HTTPResponse) -> bytes:
-    try:
-        return response.readline()
+        return read()
     except (OSError, http.client.HTTPException) as error:
         raise RequestFailedError(f"the server broke off: {_reason(error)}") from error
 

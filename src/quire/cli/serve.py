@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from quire.cli import banner, engines
@@ -24,84 +25,46 @@ square: a body full of them would hold all other requests for half a second."""
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    group = parser.add_argument_group("server")
-    group.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
-    )
-    group.add_argument("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    group.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names for clients; the directory's name")
-    group.add_argument(
-        "--api-key",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="every route but the probes then needs it; may be repeated, and each key has a prefix cache of its own",
-    )
-    group.add_argument(
-        "--limit",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a limit on requests, such as body_bytes=16777216; docs/guide/limits.md lists them",
-    )
-    group.add_argument(
-        "--api-key-file",
-        metavar="FILE",
-        help="more keys, one on a line, with a weight behind it if it is not 1: keys share the engine by weight",
-    )
-    group.add_argument(
-        "--trust-request-chat-template",
-        action="store_true",
-        help="requests may bring a chat_template; one may take a second of a thread that all share",
-    )
-    group.add_argument(
-        "--enable-prompt-tokens-details",
-        action=argparse.BooleanOptionalAction,
-        help="usage tells how many prompt tokens were cached; yes, unless keys share the prefix cache",
-    )
-    group.add_argument(
-        "--share-prefix-cache",
-        action="store_true",
-        help="one prefix cache for all keys: faster, but its hits can be timed",
-    )
-    group.add_argument(
-        "--shutdown-timeout",
-        type=float,
-        default=30.0,
-        metavar="S",
-        help="seconds for running requests to finish (default: 30)",
-    )
-    _add_observability(parser.add_argument_group("observability"))
+    flag = parser.add_argument_group("server").add_argument
+    flag("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    flag("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    flag("--served-model-name", nargs="+", metavar="NAME", help="names for clients; the directory's name")
+    text = "every route but the probes then needs it; may be repeated, and each key has a prefix cache of its own"
+    flag("--api-key", action="append", default=[], metavar="KEY", help=text)
+    text = "a limit on requests, such as body_bytes=16777216; docs/guide/limits.md lists them"
+    flag("--limit", action="append", default=[], metavar="NAME=VALUE", help=text)
+    text = "more keys, one on a line, with a weight behind it if it is not 1: keys share the engine by weight"
+    flag("--api-key-file", metavar="FILE", help=text)
+    text = "requests may bring a chat_template; one may take a second of a thread that all share"
+    flag("--trust-request-chat-template", action="store_true", help=text)
+    text = "usage tells how many prompt tokens were cached; yes, unless keys share the prefix cache"
+    flag("--enable-prompt-tokens-details", action=argparse.BooleanOptionalAction, help=text)
+    text = "one prefix cache for all keys: faster, but its hits can be timed"
+    flag("--share-prefix-cache", action="store_true", help=text)
+    text = "seconds for running requests to finish (default: 30)"
+    flag("--shutdown-timeout", type=float, default=30.0, metavar="S", help=text)
+    _add_observability(parser.add_argument_group("observability").add_argument)
     engines.add_quiet(parser)
     add_engine(parser, positional_model=True)
 
 
-def _add_observability(group: Any) -> None:
+def _add_observability(flag: Callable[..., Any]) -> None:
     """What operators see."""
-    group.add_argument(
-        "--admin-api-key",
-        metavar="KEY",
-        help="opens `quire explain`; without it, that answers to this machine alone and only if callers need no key",
-    )
-    group.add_argument(
-        "--otlp-traces-endpoint", metavar="URL", help="send spans of requests there (OTLP/HTTP: http://host:4318)"
-    )
-    group.add_argument("--enable-log-requests", action="store_true", help="log sizes and times of each request")
-    group.add_argument(
-        "--log-format", default="text", choices=("text", "json"), help="one line or one JSON object a record"
-    )
-    group.add_argument(
-        "--metrics-prefix",
-        default="quire",
-        metavar="NAME",
-        help="before the colon of metrics' names; vllm suits its boards",
-    )
+    text = "opens `quire explain`; without it, that answers to this machine alone and only if callers need no key"
+    flag("--admin-api-key", metavar="KEY", help=text)
+    text = "send spans of requests there (OTLP/HTTP: http://host:4318)"
+    flag("--otlp-traces-endpoint", metavar="URL", help=text)
+    flag("--enable-log-requests", action="store_true", help="log sizes and times of each request")
+    text = "one line or one JSON object a record"
+    flag("--log-format", default="text", choices=("text", "json"), help=text)
+    text = "before the colon of metrics' names; vllm suits its boards"
+    flag("--metrics-prefix", default="quire", metavar="NAME", help=text)
 
 
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     from quire.compose.served import begin
-    from quire.server.listen import bind
+    from quire.server.http.listen import bind
 
     if not 0 <= options.port < 65536:
         raise ConfigurationError(f"port must be between 0 and 65535, got {options.port}", field="port")
@@ -113,11 +76,12 @@ def run(options: argparse.Namespace) -> int:
     finish = begin(args)
     # While the core starts: what follows takes a third of a second to import.
     from quire.engine.async_engine import AsyncEngine
-    from quire.server.access import configure_logs
-    from quire.server.app import Observability, create_app
-    from quire.server.keys import read_keys
-    from quire.server.limits import TRUSTED_TEMPLATE_CHARACTERS, Limits
-    from quire.server.serve import GracefulServer
+    from quire.server.doors.openai.routes import OPENAI
+    from quire.server.http.access import configure_logs
+    from quire.server.http.app import Observability, create_app
+    from quire.server.http.keys import read_keys
+    from quire.server.http.limits import TRUSTED_TEMPLATE_CHARACTERS, Limits
+    from quire.server.http.serve import GracefulServer
 
     trusted = {"chat_template_characters": TRUSTED_TEMPLATE_CHARACTERS} if options.trust_request_chat_template else {}
     limits = Limits().with_values({**trusted, **_limit_values(options.limit)})
@@ -130,6 +94,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         app = create_app(
             engine,
+            apis=[OPENAI],
             served_model_name=options.served_model_name or name,
             model_names=[name] if args.model is None else [name, args.model],
             api_key=keys,
@@ -144,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{host}:{listener.getsockname()[1]}"
         if options.host not in LOOPBACK and not keys:
-            _say(f"warning: anybody who reaches {address} may use it; --api-key asks for a key")
+            _say(f"warning: every client that reaches {address} may use it; --api-key asks for a key")
         server = GracefulServer(app, drain_s=options.shutdown_timeout, on_ready=lambda: _say(f"ready on {address}/v1"))
         server.run([listener])
     finally:

@@ -1,1 +1,1 @@
-"""Where the floors are put together: the side that computes, the side that knows text, and both."""
+"""Puts an engine together: the core, the text side, and both in one process or two."""

@@ -1,6 +1,6 @@
 """`python -m quire.compose.core_process FD`: a core in its own process, at the end of an inherited socket.
 
-Started by `quire.engine.core_process` alone. It lives as long as the process that started it.
+Started by `quire.isolation.core_process` alone. It lives as long as the process that started it.
 """
 
 import logging
@@ -9,9 +9,19 @@ import sys
 from pathlib import Path
 
 from quire.compose.core import compose_core
-from quire.engine.core_server import AnnouncingExecutor, CoreServer, die_with_parent
-from quire.engine.wire import MAX_FRAME_BYTES, RECEIVE_BYTES, ProtocolError, Ready, Start, StartFailed, Unframer, encode
 from quire.errors import ConfigurationError
+from quire.isolation.core_server import AnnouncingExecutor, CoreServer, die_with_parent
+from quire.isolation.heartbeat import StepAllowance
+from quire.isolation.wire import (
+    MAX_FRAME_BYTES,
+    RECEIVE_BYTES,
+    ProtocolError,
+    Ready,
+    Start,
+    StartFailed,
+    Unframer,
+    encode,
+)
 
 
 def main() -> None:
@@ -27,7 +37,8 @@ def main() -> None:
         connection.sendall(encode(StartFailed(type(error).__name__, error.message, error.field)))
         return
     connection.sendall(encode(Ready(parts.info)))
-    executor = AnnouncingExecutor(parts.executor, connection, parts.allowance)
+    allowance = StepAllowance(parts.host_weight_bytes, start.args.hang_timeout)
+    executor = AnnouncingExecutor(parts.executor, connection, allowance)
     CoreServer(parts.core(executor), parts.info, connection).run()
 
 

@@ -4,28 +4,29 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.compose.text import TextParts, compose_text
 from quire.config import EngineArgs
-from quire.demo import model_path
-from quire.engine.async_engine import ServedEngine
 from quire.engine.channel import CoreChannel, CoreInfo, LocalChannel
 from quire.engine.engine import Engine
-from quire.engine.queue_bound import QueueBound, QueueConfig
-from quire.engine.step_allowance import LEAST_SECONDS
+from quire.engine.front import ServedEngine
+from quire.engine.inputs import InputProcessor, RequestLimits
+from quire.engine.observer import Observer
+from quire.engine.queue import QueueBound, QueueConfig
 from quire.errors import ConfigurationError
-from quire.weights.source import resolve_source
+from quire.weights.hub import resolve_model_directory
 
 if TYPE_CHECKING:
-    from quire.engine.supervisor import SupervisedChannel
+    from quire.isolation.supervisor import SupervisedChannel
 
 DEFAULT_QUEUED_TOKENS = 2**20
 
 
 def compose(args: EngineArgs) -> ServedEngine:
-    """Build an engine: the one place that knows every floor.
+    """Build an engine.
 
     Raises:
         ConfigurationError: naming the argument or the file at fault.
@@ -34,25 +35,42 @@ def compose(args: EngineArgs) -> ServedEngine:
 
 
 def begin(args: EngineArgs) -> Callable[[], ServedEngine]:
-    """The first half of `compose`; calling what is returned is the second. Who has other things to do at a start does
-    them between the two: a core in its own process starts meanwhile.
+    """The first half of `compose`; calling what is returned is the second. A core in its own process starts with the
+    first half, so what is done between the two costs no time.
 
     Raises:
         ConfigurationError: naming the argument or the file at fault. So does the second half.
     """
-    directory = Path(model_path()) if args.model is None else resolve_source(args.model, args.revision)
-    if not args.core_process:
-        if args.hang_timeout is not None:
-            raise ConfigurationError("hang_timeout requires core_process=True", field="hang_timeout")
-        return partial(_compose_here, args, directory)
+    directory = _directory(args)
+    if args.core_process:
+        return partial(_compose_apart, args, directory, _start_core(args, directory))
+    if args.hang_timeout is not None:
+        raise ConfigurationError("hang_timeout requires core_process=True", field="hang_timeout")
+    return partial(_compose_here, args, directory)
+
+
+def _directory(args: EngineArgs) -> Path:
+    if args.model is not None:
+        return resolve_model_directory(args.model, args.revision)
+    if find_spec("quire.demo") is None:
+        raise ConfigurationError("model must be given: this installation has no quire.demo", field="model")
+    from quire.demo import model_path
+
+    return Path(model_path())
+
+
+def _start_core(args: EngineArgs, directory: Path) -> "SupervisedChannel":
+    if find_spec("quire.isolation") is None:
+        text = "core_process=True needs the package quire.isolation, which this installation lacks"
+        raise ConfigurationError(text, field="core_process")
     # Not above: an engine in this process does without messages and their format.
-    from quire.engine.core_process import CoreProcess
-    from quire.engine.supervisor import SupervisedChannel
-    from quire.engine.wire import Start
+    from quire.isolation.core_process import CoreProcess
+    from quire.isolation.heartbeat import LEAST_SECONDS
+    from quire.isolation.supervisor import SupervisedChannel
+    from quire.isolation.wire import Start
 
     start = Start(replace(args, core_process=False), str(directory.resolve()))
-    channel = SupervisedChannel(partial(CoreProcess, start), args.hang_timeout or LEAST_SECONDS)
-    return partial(_compose_apart, args, directory, channel)
+    return SupervisedChannel(partial(CoreProcess, start), args.hang_timeout or LEAST_SECONDS)
 
 
 def _compose_here(args: EngineArgs, directory: Path) -> ServedEngine:
@@ -65,28 +83,44 @@ def _compose_here(args: EngineArgs, directory: Path) -> ServedEngine:
 
 def _compose_apart(args: EngineArgs, directory: Path, channel: "SupervisedChannel") -> ServedEngine:
     try:
-        text = compose_text(args, directory)
-        return _served(args, text, channel, channel.wait_ready())
+        return _served(args, compose_text(args, directory), channel, channel.wait_ready())
     except BaseException:
         channel.close()
         raise
 
 
-def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core_info: CoreInfo) -> ServedEngine:
-    limits = text.limits(args, core_info)
+def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core: CoreInfo) -> ServedEngine:
+    limits, observer = _limits(args, text, core), _observer(core)
+
+    def close() -> None:
+        channel.close()
+        observer.close()
+
     return ServedEngine(
-        engine=Engine(
-            channel, text.tokenizer, _queue(args, limits.max_model_len), time.monotonic, core_info.cache_config
-        ),
-        inputs=text.inputs(limits),
+        engine=Engine(channel, text.tokenizer, _queue(args, core.max_model_len), time.monotonic, observer),
+        inputs=InputProcessor(text.tokenizer, limits),
         tokenizer=text.tokenizer,
         limits=limits,
-        decisions=list(core_info.decisions),
+        decisions=list(core.decisions),
         default_params=text.default_params,
-        close=channel.close,
+        close=close,
     )
+
+
+def _limits(args: EngineArgs, text: TextParts, core: CoreInfo) -> RequestLimits:
+    has_priorities = args.scheduling_policy == "priority"
+    return RequestLimits(core.max_model_len, core.vocab_size, text.eos_token_ids, args.seed, has_priorities)
 
 
 def _queue(args: EngineArgs, max_model_len: int) -> QueueBound:
     max_tokens = args.max_num_queued_tokens or max(DEFAULT_QUEUED_TOKENS, 8 * max_model_len)
     return QueueBound(QueueConfig(args.max_num_queued_reqs, max_tokens, args.max_num_seqs), time.monotonic)
+
+
+def _observer(core: CoreInfo) -> Observer:
+    """What counts and explains, if this installation has it."""
+    if find_spec("quire.observe") is None:
+        return Observer()
+    from quire.observe.observer import EngineObserver
+
+    return EngineObserver(core.cache_config)

@@ -1,4 +1,4 @@
-"""The blocks of the paged cache: who holds each, which may be taken next, which remember a text.
+"""The blocks of the paged cache: how many hold each, which may be taken next, which remember a text.
 
 ::
 
@@ -14,7 +14,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
 
-from quire.core.invariants import require
+
+def require(holds: bool, statement: str) -> None:
+    """State an invariant.
+
+    Raises:
+        AssertionError: it does not hold: a fault of the engine, never of a user.
+    """
+    if not holds:
+        raise AssertionError(f"broken invariant: {statement}")
 
 
 class BlockPool:
@@ -42,7 +50,7 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def take(self, num_blocks: int) -> list[int]:
-        """Hold `num_blocks` free blocks; what they remembered is forgotten. There must be that many."""
+        """Hold so many free blocks; what they remembered is forgotten. Raises AssertionError where there are fewer."""
         if num_blocks > self.num_free:
             raise AssertionError(f"{num_blocks} blocks wanted, {self.num_free} free")
         taken = []
@@ -127,7 +135,7 @@ class BlockPool:
         return blocks
 
     def check(self, holders: Iterable[Sequence[int]]) -> None:
-        """State what is always true; `holders` are the block tables of all who hold blocks."""
+        """State what is always true; `holders` are the block tables of all requests that hold blocks."""
         free = self.free_blocks()
         held = Counter(chain.from_iterable(holders))
         cached = [self._hash_of[block_id] is not None for block_id in free]

@@ -3,7 +3,7 @@ Language Models", OSDI 2024, arXiv 2401.00588, algorithm 2).
 
 Each caller's counter grows with the tokens computed for it, divided by its weight; among callers whose requests
 wait, the one with the smallest counter comes first. A caller that comes back from idleness is lifted to the smallest
-counter of those who wait: nobody saves up claims. So the service of two callers that both have requests waiting
+counter of those that wait: no caller saves up claims. So the service of two callers that both have requests waiting
 differs by no more than a constant, whatever lengths and rates they send.
 """
 
@@ -22,7 +22,7 @@ MAX_COUNTERS = 4096
 
 
 class FairShares:
-    """Counters by caller."""
+    """A counter of service for each caller."""
 
     def __init__(self) -> None:
         self._counters: dict[str, int] = {}
@@ -48,7 +48,7 @@ class FairShares:
         self._floor = max(self._floor, self._counters[new.caller])
 
     def charge_output(self, new: NewRequest, num_tokens: int) -> None:
-        """Tokens were generated."""
+        """`num_tokens` of its output were generated."""
         self._charge(new, OUTPUT_TOKEN_COST * num_tokens)
 
     def _charge(self, new: NewRequest, cost: int) -> None:

@@ -70,9 +70,9 @@ class RowResult(NamedTuple):
     token_ids: tuple[int, ...]
     """Tokens sampled: empty when the row did not sample, one without speculation."""
     logprobs: tuple[TokenLogprobs, ...] = ()
-    """One for each sampled token, if the request asked for them."""
+    """One for each sampled token, if the request has them reported."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    """For prompt positions `start + 1 ...` whose logits this step computed, if asked for."""
+    """For prompt positions `start + 1 ...` whose logits this step computed, if requested."""
     error: str | None = None
     """This row alone failed (say, its logits were not finite); its tokens are void."""
 
@@ -106,7 +106,8 @@ class Stalled(NamedTuple):
     request_id: str
     reason: str
     """`no_blocks`, `no_row`, `budget`, `preempted`, `in_flight` (its last token is being sampled), `quarantined`
-    (after a core died, it waits while others are probed); `behind` is never listed."""
+    (after a core died, it waits while others are probed), or the word of the admission rule that holds it; `behind` is
+    never listed."""
     by: str | None = None
     """The request that took what this one lacked, where one is to blame: the preemptor, or the one that
     got most of the budget."""
@@ -125,8 +126,9 @@ class StepRecord:
     """What one step did, and for every request that did not advance, why. Metrics, the live view, replay and
     "why was this slow" all read this record; nothing else observes the scheduler.
 
-    `stalled` names every running request that did not advance, every one that was preempted, and the head of
-    the waiting queue. All others that wait are `behind` the head by definition and are not listed."""
+    `stalled` names every running request that did not advance, every one that was preempted or is held by an
+    admission rule, and the head of the waiting queue. All others that wait are `behind` the head by
+    definition and are not listed."""
 
     step_id: int
     now_s: float

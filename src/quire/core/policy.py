@@ -1,4 +1,4 @@
-"""Who comes first.
+"""Which request comes first.
 
 A policy is one total order of requests. Steps give their budget in it, the victim of a preemption is the last of
 it, and the requests of one caller are admitted in it; between callers the queue shares fairly. Ties are broken by
@@ -22,6 +22,9 @@ Order = tuple[int, int]
 class Policy(Protocol):
     """A total order of requests that does not change while they live."""
 
+    waits_for_held: bool
+    """Whether a request that an admission rule holds also holds back those behind it."""
+
     def order(self, request: Request) -> Order:
         """The place of a request."""
 
@@ -29,13 +32,17 @@ class Policy(Protocol):
 class Fcfs:
     """First come, first served."""
 
+    waits_for_held = False
+
     def order(self, request: Request) -> Order:
-        """By arrival alone."""
+        """By arrival and nothing else."""
         return 0, request.arrival_index
 
 
 class Priority:
     """The lower number first; first come, first served among equals."""
+
+    waits_for_held = False
 
     def order(self, request: Request) -> Order:
         """By priority, then by arrival."""
@@ -46,7 +53,7 @@ POLICIES: Mapping[str, type[Policy]] = MappingProxyType({"fcfs": Fcfs, "priority
 
 
 def make_policy(name: str) -> Policy:
-    """The policy that users call `name`."""
+    """The policy that users call `name`. Raises ConfigurationError where there is none."""
     if name not in POLICIES:
         raise ConfigurationError(unknown_name_message("scheduling policy", name, POLICIES), field="scheduling_policy")
     return POLICIES[name]()
@@ -87,17 +94,20 @@ class WaitingQueue:
         self._policy = policy
         self._shares = shares
         self._queues: dict[str, _CallerQueue] = {}
+        self.held: dict[str, Request] = {}
+        """By id: those that wait outside the queues, since an admission rule refuses them."""
 
     def __len__(self) -> int:
-        return sum(len(queue.heap) - queue.num_dead for queue in self._queues.values())
+        return sum(len(queue.heap) - queue.num_dead for queue in self._queues.values()) + len(self.held)
 
     def __iter__(self) -> Iterator[Request]:
         """All that wait, in no order."""
         entries = chain.from_iterable(queue.heap for queue in self._queues.values())
-        return (request for _, request in entries if request.status is RequestStatus.WAITING)
+        queued = (request for _, request in entries if request.status is RequestStatus.WAITING)
+        return chain(queued, self.held.values())
 
     def arrive(self, request: Request) -> None:
-        """A request comes for the first time: its caller's claim is settled, and it takes its place."""
+        """A request comes: its caller's claim is settled, and it takes its place."""
         self._shares.arrive(request.new.caller, self._queues)
         self.push(request)
 
@@ -126,8 +136,20 @@ class WaitingQueue:
         if not queue.heap:
             del self._queues[head.new.caller]
 
+    def hold(self, head: Request) -> None:
+        """`head` waits outside the queues from now on."""
+        self.pop(head)
+        self.held[head.new.request_id] = head
+
+    def release(self, request: Request) -> None:
+        """A held request goes back to its place. A caller that had no other in the queues comes back from idleness."""
+        del self.held[request.new.request_id]
+        self.arrive(request)
+
     def discard(self, request: Request) -> None:
-        """A request in the queue has just stopped waiting (its status says so)."""
+        """A request has just stopped waiting (its status says so)."""
+        if self.held.pop(request.new.request_id, None) is not None:
+            return
         queue = self._queues[request.new.caller]
         queue.discard()
         if not queue.heap:

@@ -2,7 +2,7 @@
 
 The hash of a full block covers its tokens and the hash of the block before it, back to a root that covers
 the cache salt: equal hashes mean equal text from the first token on, hence equal keys and values.
-Hashes are BLAKE2b of 256 bits, keyed: who does not know the key cannot look for a collision and so
+Hashes are BLAKE2b of 256 bits, keyed: a caller that does not know the key cannot look for a collision and so
 cannot be served another's memory. No result depends on the key.
 """
 
@@ -17,7 +17,7 @@ _DIGEST_BYTES = 32
 
 
 class PrefixMatch(NamedTuple):
-    """What was asked of the cache, and what it had."""
+    """What was looked up in the cache, and what it had."""
 
     num_tokens_queried: int
     block_ids: list[int]
@@ -78,8 +78,8 @@ class NullPrefixCache:
     """Prefix caching switched off: finds nothing, keeps nothing."""
 
     def match(self, request: Request, pool: BlockPool) -> PrefixMatch:
-        """Nothing was asked and nothing found."""
+        """Nothing is looked up and nothing found."""
         return PrefixMatch(0, [])
 
     def register(self, request: Request, pool: BlockPool, start: int, end: int) -> None:
-        """Nothing is kept."""
+        """No block is remembered."""

@@ -5,15 +5,17 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 
 class SamplingSpec(NamedTuple):
     """The numbers of one request's sampling, already checked against the model (no strings, no None-means-default).
 
     Masks and biases are sorted tuples of token ids. `temperature == 0` is greedy. `top_k == 0` is off.
-    `seed` is always a number: whoever builds the request has decided it.
-    `num_logprobs` / `num_prompt_logprobs`: None when not asked for; 0 asks for the chosen token alone.
+    `seed` is always a number: the builder of the request has decided it.
+    `num_logprobs` / `num_prompt_logprobs`: None when not requested; 0 requests the chosen token alone.
     """
 
     temperature: float = 1.0
@@ -34,7 +36,7 @@ class SamplingSpec(NamedTuple):
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     logprob_token_ids: tuple[int, ...] = ()
-    """With `num_logprobs`: told of these tokens, instead of the best."""
+    """With `num_logprobs`: these tokens are reported, instead of the best."""
 
     @property
     def needs_output_tokens(self) -> bool:
@@ -45,13 +47,13 @@ class SamplingSpec(NamedTuple):
 
 
 class ResumeState(NamedTuple):
-    """What an earlier core has already given of a request: it is gone on with, and none of it is given again."""
+    """What an earlier core has already sent of a request: it is resumed there, and none of it is sent again."""
 
     output_token_ids: tuple[int, ...] = ()
     num_prompt_logprobs: int = 0
-    """Prompt positions, from the second on, whose log-probabilities were handed out."""
+    """Prompt positions, from the second on, whose log-probabilities were sent."""
     num_cached_tokens: int = 0
-    """What was said when the first token was given."""
+    """What was reported with the first token."""
 
 
 NOT_RESUMED = ResumeState()
@@ -78,7 +80,7 @@ class NewRequest:
     arrival_s: float = 0.0
     resume: ResumeState = NOT_RESUMED
     caller: str = ""
-    """Who asks, a name without meaning: callers share the engine fairly."""
+    """The sender, a name without meaning: callers share the engine fairly."""
     caller_weight: int = 1
     """The caller's share against that of others."""
     needs_output_tokens: bool = False
@@ -142,7 +144,7 @@ class Request:
 
     @property
     def num_known(self) -> int:
-        """Tokens that are known to whoever computes: those in flight included."""
+        """Tokens that are known to the executor: those in flight included."""
         return len(self.token_ids) + self.num_in_flight
 
     @property
@@ -152,7 +154,20 @@ class Request:
 
     @property
     def num_prompt_logprobs_due(self) -> int:
-        """Prompt positions whose log-probabilities were asked for and not yet handed out."""
+        """Prompt positions whose log-probabilities were requested and not yet sent."""
         if self.new.sampling.num_prompt_logprobs is None:
             return 0
         return len(self.new.prompt_token_ids) - 1 - self.num_prompt_logprobs_sent
+
+    def take_unsent(self, start: int, prompt_logprobs: tuple[T, ...]) -> tuple[T, ...]:
+        """Those of positions `start + 1 ...` that were not sent before a preemption; they count as sent now."""
+        unsent = prompt_logprobs[max(0, self.num_prompt_logprobs_sent - start) :]
+        self.num_prompt_logprobs_sent += len(unsent)
+        return unsent
+
+    def ending(self) -> tuple[str | None, int | None]:
+        """`(finish_reason, stop_reason)`, now that its last token may have ended it."""
+        token_ids = self.token_ids
+        if token_ids[-1] in self.stop_token_ids and self.num_output_tokens > self.new.sampling.min_tokens:
+            return "stop", None if token_ids[-1] in self.new.eos_token_ids else token_ids[-1]
+        return "length" if len(token_ids) >= self.max_num_tokens else None, None

@@ -10,10 +10,12 @@ prefix hit and the way back after preemption are all that one case. A step
 
 **Admission.** A request enters when all tokens it knows, less what the prefix cache holds, fit the free
 blocks with one block to spare for each request already running; it takes all these blocks at once. So an
-admitted prompt never waits for blocks, and those who run need not preempt it as soon as they grow. The head of
-the queue is never overtaken, and nobody is admitted in a step that preempted.
+admitted prompt never waits for blocks, and running requests need not preempt it as soon as they grow. The head of
+the queue is never overtaken, and no request is admitted in a step that preempted. A request that an admission rule
+refuses is held outside the queue (`quire.core.admission`).
 
-**Progress.** While no step is in flight, every step computes something, and every request ends:
+**Progress.** While no step is in flight and not every request is held, every step computes something, and every
+request ends:
 
 - The first running request always advances: there is budget (at least one token), and if it needs a block it
   may take those of every other. Alone it has all `num_blocks`, and these hold `max_model_len` tokens.
@@ -24,13 +26,13 @@ the queue is never overtaken, and nobody is admitted in a step that preempted.
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
-from quire.core.block_pool import BlockPool
+from quire.core.admission import AdmissionRule, refusal
+from quire.core.block_pool import BlockPool, require
 from quire.core.fair_shares import MAX_WEIGHT, FairShares
-from quire.core.invariants import require
-from quire.core.outcome import ending_of, final_delta, unsent_prompt_logprobs
 from quire.core.plan import (
     RowResult,
     ScheduledRow,
@@ -41,7 +43,7 @@ from quire.core.plan import (
 from quire.core.policy import Policy, WaitingQueue
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.request import NewRequest, Request, RequestStatus
-from quire.core.step import Step, make
+from quire.core.step import PlannedStep, make
 from quire.errors import ConfigurationError, InvalidRequestError, PromptTooLongError
 
 
@@ -74,13 +76,20 @@ class Scheduler:
     """Owns all requests, rows and blocks. Deterministic: the same calls give the same plans.
 
     `schedule` and `update` need not alternate. A plan may be made while others are in flight: a token that one of
-    them samples counts as known, since whoever computes has it by then. Where a request turns out to have ended with
+    them samples counts as known, since the executor has it by then. Where a request turns out to have ended with
     an earlier token, or to have failed, what later steps sampled for it is dropped. Every request that `add` accepted
     gets exactly one final `TokenDelta`: from `abort`, if that came first, otherwise from `update`.
     """
 
-    def __init__(self, config: SchedulerConfig, policy: Policy, prefix_cache: PrefixCache | NullPrefixCache) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        policy: Policy,
+        prefix_cache: PrefixCache | NullPrefixCache,
+        rules: Sequence[AdmissionRule] = (),
+    ) -> None:
         self.config = config
+        self._rules = rules
         self._policy = policy
         self._prefix_cache = prefix_cache
         self._pool = BlockPool(config.num_blocks, config.block_size)
@@ -91,11 +100,11 @@ class Scheduler:
         """In policy order, always."""
         self._free_rows = list(reversed(range(config.max_num_seqs)))
         self._removed_rows: list[int] = []
-        self._in_flight: dict[int, Step] = {}
+        self._in_flight: dict[int, PlannedStep] = {}
         """Steps whose results are not back, in their order. Their owners are the requests that still want them."""
         self._num_arrived = 0
         self._num_steps = 0
-        self.last_record = Step(0, 0).record(0.0, 0, 0, self._pool)
+        self.last_record = PlannedStep(0, 0).record(0.0, 0, 0, self._pool)
         """Of the last step; an empty one before the first."""
 
     @property
@@ -104,22 +113,32 @@ class Scheduler:
         return bool(self._requests)
 
     @property
+    def is_held(self) -> bool:
+        """Whether every unfinished request is held by an admission rule, so that a step computes nothing."""
+        return bool(self._waiting.held) and len(self._waiting.held) == len(self._requests)
+
+    @property
     def num_running(self) -> int:
         """Requests that hold a row."""
         return len(self._running)
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for admission, the preempted included."""
+        """Requests that wait for admission, the preempted and the held included."""
         return len(self._waiting)
 
     @property
     def cache_usage(self) -> float:
-        """Share of the blocks that somebody holds, in [0, 1]; what is only remembered does not count."""
+        """Share of the blocks that requests hold, in [0, 1]; what is only remembered does not count."""
         return 1.0 - self._pool.num_free / self._pool.num_blocks
 
     def add(self, new: NewRequest) -> None:
-        """Queue a request. The door has checked it; what would break the core is refused here again."""
+        """Queue a request. The caller has checked it; what would break the core is refused here again.
+
+        Raises:
+            InvalidRequestError: an id in use, no tokens, nothing left to generate, a caller's weight out of range.
+            PromptTooLongError: the prompt leaves no room for a token.
+        """
         num_prompt_tokens = len(new.prompt_token_ids)
         if new.request_id in self._requests:
             raise InvalidRequestError(f"request id {new.request_id!r} is in use", param="request_id")
@@ -146,11 +165,11 @@ class Scheduler:
         if request is None:
             return []
         self._end(request)
-        return [final_delta(request, "abort")]
+        return [_final_delta(request, "abort")]
 
     def schedule(self, now_s: float = 0.0) -> StepPlan:
         """Decide the next step. `now_s` is only written into the record."""
-        step = self._in_flight[self._num_steps] = Step(self._num_steps, self.config.max_num_batched_tokens)
+        step = self._in_flight[self._num_steps] = PlannedStep(self._num_steps, self.config.max_num_batched_tokens)
         self._num_steps += 1
         self._advance_running(step)
         self._admit_waiting(step)
@@ -176,9 +195,9 @@ class Scheduler:
         del self._in_flight[plan.step_id]
         return deltas
 
-    # Step 1: those who run.
+    # Step 1: running requests.
 
-    def _advance_running(self, step: Step) -> None:
+    def _advance_running(self, step: PlannedStep) -> None:
         # Victims are taken from the end of the list, which this loop has not reached: nothing that was
         # scheduled is ever taken back.
         for request in self._running:
@@ -198,7 +217,7 @@ class Scheduler:
             else:
                 self._grow(request, num_tokens, step)
 
-    def _grow(self, request: Request, num_tokens: int, step: Step) -> None:
+    def _grow(self, request: Request, num_tokens: int, step: PlannedStep) -> None:
         """Give tokens that need new blocks, if there are any or room can be made."""
         held = len(request.block_ids)
         lacking = self._pool.blocks_for(request.num_computed + num_tokens) - held
@@ -208,7 +227,7 @@ class Scheduler:
         else:
             step.stall(request, "no_blocks")
 
-    def _give(self, request: Request, num_tokens: int, new_block_ids: tuple[int, ...], step: Step) -> None:
+    def _give(self, request: Request, num_tokens: int, new_block_ids: tuple[int, ...], step: PlannedStep) -> None:
         """Schedule tokens, and let the blocks that they fill be found at once: in each layer a step writes all its
         keys and values before it reads any, so a request admitted later in the same step can share them."""
         start = request.num_computed
@@ -221,14 +240,14 @@ class Scheduler:
         """The blocks that tokens `[start, end)` fill can be found from now on: see `_void`."""
         self._prefix_cache.register(request, self._pool, start, end)
         size = self.config.block_size
-        newest = self._in_flight[self._num_steps - 1]
-        newest.registered += [(block_id, request) for block_id in request.block_ids[start // size : end // size]]
+        last = self._in_flight[self._num_steps - 1]
+        last.registered += [(block_id, request) for block_id in request.block_ids[start // size : end // size]]
 
-    def _make_room(self, request: Request, num_blocks: int, step: Step) -> bool:
+    def _make_room(self, request: Request, num_blocks: int, step: PlannedStep) -> bool:
         """Preempt from the end of the order until `num_blocks` are free.
 
-        The last request has nobody to preempt: it keeps what it has and waits, until blocks come free or
-        somebody before it takes its own.
+        The last request has no other to preempt: it keeps what it has and waits, until blocks come free or a
+        request before it takes its own.
         """
         while self._pool.num_free < num_blocks and self._running[-1] is not request:
             victim = self._running[-1]
@@ -245,9 +264,11 @@ class Scheduler:
         victim.num_preemptions += 1
         self._waiting.push(victim)
 
-    # Step 2: those who wait.
+    # Step 2: waiting requests.
 
-    def _admit_waiting(self, step: Step) -> None:
+    def _admit_waiting(self, step: PlannedStep) -> None:
+        if self._waiting.held:
+            self._ask_about_held(step)
         while (request := self._waiting.head()) is not None:
             if step.victims:
                 return None if request in step.victims else step.stall(request, "no_blocks")
@@ -255,10 +276,26 @@ class Scheduler:
                 return step.stall_for_budget(request)
             if not self._free_rows:
                 return step.stall(request, "no_row")
+            reason = refusal(self._rules, request) if self._rules else None
+            if reason is not None:
+                step.stall(request, reason)
+                if self._policy.waits_for_held:
+                    return None
+                self._waiting.hold(request)
+                continue
             if not self._admit(request, step):
                 return step.stall(request, "no_blocks")
 
-    def _admit(self, request: Request, step: Step) -> bool:
+    def _ask_about_held(self, step: PlannedStep) -> None:
+        """Those that no rule refuses any more go back to the queue."""
+        for request in [*self._waiting.held.values()]:
+            reason = refusal(self._rules, request)
+            if reason is None:
+                self._waiting.release(request)
+            else:
+                step.stall(request, reason)
+
+    def _admit(self, request: Request, step: PlannedStep) -> bool:
         """Let the head of the queue in, if its blocks and the reserve are there."""
         match = self._prefix_cache.match(request, self._pool)
         num_hits = len(match.block_ids) * self.config.block_size
@@ -285,7 +322,7 @@ class Scheduler:
     # What a step gave.
 
     def _apply(self, request: Request, scheduled: ScheduledRow, result: RowResult) -> TokenDelta | None:
-        """Take in the result of one row. Returns the news, if there is any."""
+        """Take in the result of one row. Returns what is to be sent up, if there is anything."""
         row, start, _, _, samples = scheduled
         result_row, token_ids, logprobs, prompt_logprobs, error = result
         if result_row != row or (error is None and samples != bool(token_ids)):
@@ -293,9 +330,9 @@ class Scheduler:
         if error is not None:
             self._pool.forget(request.block_ids)
             self._end(request)
-            return final_delta(request, "error", error)
+            return _final_delta(request, "error", error)
         if prompt_logprobs:
-            prompt_logprobs = unsent_prompt_logprobs(request, start, prompt_logprobs)
+            prompt_logprobs = request.take_unsent(start, prompt_logprobs)
         if token_ids:
             self._shares.charge_output(request.new, len(token_ids))
         finish_reason = stop_reason = None
@@ -303,7 +340,7 @@ class Scheduler:
             request.token_ids.append(token_id)
             request.num_in_flight -= 1
             if token_id in request.stop_token_ids or len(request.token_ids) == request.max_num_tokens:
-                finish_reason, stop_reason = ending_of(request)
+                finish_reason, stop_reason = request.ending()
             if finish_reason is not None:
                 token_ids, logprobs = token_ids[:num_kept], logprobs[:num_kept]
                 self._end(request)
@@ -314,23 +351,12 @@ class Scheduler:
                 self._register(request, num_known - 1, num_known)
         if not token_ids and not prompt_logprobs:
             return None
-        return make(
-            TokenDelta,
-            (
-                request.new.request_id,
-                token_ids,
-                logprobs,
-                prompt_logprobs,
-                request.num_cached,
-                finish_reason,
-                stop_reason,
-                None,
-            ),
-        )
+        name, cached = request.new.request_id, request.num_cached
+        return make(TokenDelta, (name, token_ids, logprobs, prompt_logprobs, cached, finish_reason, stop_reason, None))
 
     # Leaving.
 
-    def _void(self, step: Step, failed: set[int]) -> None:
+    def _void(self, step: PlannedStep, failed: set[int]) -> None:
         """Rows of a step failed, also rows whose requests have ended since: the blocks that they were to fill may hold
         anything, and so may every block that was computed from those, by whichever request.
 
@@ -360,7 +386,7 @@ class Scheduler:
         del self._requests[request.new.request_id]
 
     def _vacate(self, request: Request) -> None:
-        """Give back the row and the blocks of a running request; its results in flight belong to nobody."""
+        """Give back the row and the blocks of a running request; its results in flight are dropped."""
         place = bisect_left(self._running, self._policy.order(request), key=self._policy.order)
         if self._running[place] is not request or request.row is None:
             raise AssertionError(f"request {request.new.request_id} does not run")
@@ -385,7 +411,7 @@ class Scheduler:
             == list(range(self.config.max_num_seqs)),
             "free rows and held rows are all rows",
         )
-        require(all(before < after for before, after in pairwise(orders)), "those who run are in order")
+        require(all(before < after for before, after in pairwise(orders)), "running requests are in order")
         require(len(waiting) == len(self._waiting), "the queue knows its length")
         require(
             {id(request) for request in self._requests.values()}
@@ -395,11 +421,11 @@ class Scheduler:
         )
         for request in waiting:
             idle = request.row is None and not request.block_ids and request.num_computed == 0
-            require(idle, "who waits holds nothing")
+            require(idle, "a waiting request holds nothing")
         for request in self._running:
-            require(request.status is RequestStatus.RUNNING, "who runs is running")
+            require(request.status is RequestStatus.RUNNING, "a running request has that status")
             num_known = request.num_known
-            require(len(request.token_ids) < request.max_num_tokens, "who has all its tokens has ended")
+            require(len(request.token_ids) < request.max_num_tokens, "a request with all its tokens has ended")
             require(request.num_computed <= num_known <= request.max_num_tokens, "counts are in order")
             flights = sum(request in step.owners.values() for step in self._in_flight.values())
             require(0 <= request.num_in_flight <= flights, "what is in flight is in a step")
@@ -410,3 +436,9 @@ class Scheduler:
             )
         for step in self._in_flight.values():
             require(all(request.row == row for row, request in step.owners.items()), "owners still run")
+
+
+def _final_delta(request: Request, reason: str, error: str | None = None) -> TokenDelta:
+    """The last delta of a request that ends without a token."""
+    name, cached = request.new.request_id, request.num_cached
+    return TokenDelta(name, (), num_cached_tokens=cached, finish_reason=reason, error=error)

@@ -1,4 +1,4 @@
-"""One step while it is being made."""
+"""One step, from its making until its result is taken in."""
 
 from dataclasses import dataclass, field
 
@@ -11,8 +11,9 @@ make = tuple.__new__
 
 
 @dataclass(slots=True)
-class Step:
-    """What the scheduler has decided so far, for the plan and for the record."""
+class PlannedStep:
+    """What the scheduler has decided so far, for the plan and for the record; then what it must know until the result
+    is there."""
 
     step_id: int
     budget: int
@@ -33,7 +34,7 @@ class Step:
     _greediest: str | None = None
 
     def enter(self, request: Request) -> None:
-        """A request has taken its row and its first blocks."""
+        """A request has taken its row and its first blocks. Raises AssertionError where it has no row."""
         if request.row is None:
             raise AssertionError(f"request {request.new.request_id} has no row")
         new = request.new
@@ -49,7 +50,7 @@ class Step:
         )
 
     def give(self, request: Request, num_tokens: int, new_block_ids: tuple[int, ...]) -> None:
-        """Schedule the next `num_tokens` of a running request; the blocks for them are there."""
+        """Schedule the next `num_tokens` of a request that has its blocks. AssertionError where it has no row."""
         row, start = request.row, request.num_computed
         if row is None:
             raise AssertionError(f"request {request.new.request_id} has no row")
@@ -67,7 +68,7 @@ class Step:
         self.stalled.append(Stalled(request.new.request_id, reason, by))
 
     def stall_for_budget(self, request: Request) -> None:
-        """The budget is spent; who got most of it is to blame."""
+        """The budget is spent, most of it by the request that is named."""
         if self._greediest is None:
             self._greediest = max(self.advanced, key=lambda item: item.num_tokens).request_id
         self.stall(request, "budget", by=self._greediest)

@@ -15,28 +15,26 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from quire.engine.chat import encode_chat
-from quire.engine.engine import Engine, NumberedOutput
-from quire.engine.explain import Explanation
-from quire.engine.inputs import InputProcessor, ParsedRequest, Prompt, RequestLimits
-from quire.engine.queue_bound import ANYBODY, Caller
+from quire.engine.engine import Outputs
+from quire.engine.front import EngineFront, ServedEngine
+from quire.engine.inputs import ParsedRequest, Prompt
+from quire.engine.observer import Observer
+from quire.engine.queue import ANYBODY, Caller
 from quire.engine.stream import Stream
-from quire.engine.timeline import RequestTimes
 from quire.errors import (
     DeadlineExceededError,
     EngineDeadError,
-    InvalidRequestError,
     OverloadedError,
     QuireError,
     RequestFailedError,
     internal_fault_message,
 )
-from quire.outputs import Decision, Metric, RequestOutput
+from quire.outputs import Explanation, RequestOutput
 from quire.sampling_params import SamplingParams
-from quire.text.tokenizer import Tokenizer
 
 INLINE_PROMPT_CHARACTERS = 2048
 """Prompts up to this long are tokenised on the event loop: it takes less time than a thread's hand-over."""
@@ -47,44 +45,20 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class _Add:
-    parsed: ParsedRequest
-    stream: Stream
+class _Command(NamedTuple):
+    """For the engine's thread: `run`, or `fail` when the engine has stopped before."""
+
+    run: Callable[[], object]
+    fail: Callable[[Exception], object]
 
 
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    parsed: ParsedRequest
-
-
-@dataclass(frozen=True, slots=True)
-class _Check:
-    done: "Future[None]"
-
-
-@dataclass(frozen=True, slots=True)
-class ServedEngine:
-    """What an `AsyncEngine` is made of."""
-
-    engine: Engine
-    inputs: InputProcessor
-    tokenizer: Tokenizer | None
-    limits: RequestLimits
-    decisions: list[Decision]
-    default_params: Mapping[str, Any]
-    """Sampling defaults of the model's `generation_config.json`."""
-    close: Callable[[], None]
-
-
-class AsyncEngine:
+class AsyncEngine(EngineFront):
     """Serves many callers at once: every step computes whatever requests there are."""
 
     def __init__(self, served: ServedEngine) -> None:
-        self._served = served
-        self._engine = served.engine
-        self._commands: deque[_Add | _Abort | _Check] = deque()
-        """The first is under way: it leaves when it is done."""
+        super().__init__(served)
+        self._commands: deque[_Command] = deque()
+        """The first is being executed: it is removed when it is done."""
         self._lock = threading.Lock()
         """Held where `_commands` grows, and where `_stopping` and `_dead` are read with it or changed."""
         self._stopping = False
@@ -95,21 +69,6 @@ class AsyncEngine:
         self._thread.start()
 
     @property
-    def max_model_len(self) -> int:
-        """Longest prompt plus output, in tokens."""
-        return self._served.limits.max_model_len
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
-        return self._served.limits.vocab_size
-
-    @property
-    def decisions(self) -> list[Decision]:
-        """What was decided at start, and why."""
-        return self._served.decisions
-
-    @property
     def is_healthy(self) -> bool:
         """False once the engine's thread has stopped: this process can serve nothing any more."""
         return self._dead is None and self._thread.is_alive()
@@ -117,7 +76,7 @@ class AsyncEngine:
     @property
     def is_ready(self) -> bool:
         """False also while a core that died is being replaced: requests then wait for the new one."""
-        return self.is_healthy and self._engine.is_ready
+        return self.is_healthy and self._engine.channel.is_ready
 
     @property
     def has_work(self) -> bool:
@@ -126,27 +85,17 @@ class AsyncEngine:
 
     def check(self) -> None:
         """State the invariants of the core, in the engine's thread; only while there is no work."""
-        command = _Check(Future())
-        self._post(command)
-        command.done.result()
+        done: Future[None] = Future()
 
-    def get_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
+        def run() -> None:
+            try:
+                self._engine.channel.check()
+                done.set_result(None)
+            except Exception as error:  # noqa: BLE001 -- raised where the check was asked for
+                done.set_exception(error)
 
-        Raises:
-            InvalidRequestError: the model has none.
-        """
-        if self._served.tokenizer is None:
-            raise InvalidRequestError("this model has no tokenizer")
-        return self._served.tokenizer
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """`SamplingParams` with the model's own defaults."""
-        return SamplingParams.from_mapping(self._served.default_params)
-
-    def get_metrics(self) -> list[Metric]:
-        """All metrics now."""
-        return self._engine.get_metrics()
+        self._post(run, done.set_exception)
+        done.result()
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""
@@ -173,11 +122,11 @@ class AsyncEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as they come; `sampling_params.output_kind` says what each holds.
 
-        Closing the iterator early, or cancelling the task that reads it, aborts the request. A reader who is slower
+        Closing the iterator early, or cancelling the task that reads it, aborts the request. A reader that is slower
         than the engine gets fewer and larger outputs.
 
         Args:
-            caller: who asks: callers share the engine fairly, and the queue.
+            caller: callers share the engine fairly, and the queue.
             timeout_s: seconds from now to the last output, in the queue and while it runs.
 
         Raises:
@@ -203,7 +152,7 @@ class AsyncEngine:
         self._engine.queue.enter(caller, len(parsed.sequences[0].prompt_token_ids), core_ids)
         stream, finished = Stream(parsed), False
         try:
-            self._post(_Add(parsed, stream))
+            self._post(partial(self._add, parsed, stream), partial(_call, stream.loop, stream.put))
             while not finished:
                 output = await stream.get(deadline_s)
                 finished = output.finished
@@ -217,7 +166,7 @@ class AsyncEngine:
             for core_id in core_ids:
                 self._engine.queue.left(core_id, was_scheduled=False)
             if not finished and self._dead is None:
-                self._post(_Abort(parsed))
+                self._post(partial(self._drop, parsed), lambda _: None)
 
     def check_room(self, caller: Caller = ANYBODY) -> None:
         """Refuse at once, before any work, what the queue has no place for.
@@ -228,16 +177,17 @@ class AsyncEngine:
         self._engine.queue.check_room(caller)
 
     def expect_callers(self, weights: Mapping[str, int]) -> None:
-        """Who is known to call, with their weights: each has its share of the queue."""
+        """Name the callers that are known in advance, with weights: each has its share of the queue."""
         self._engine.queue.expect(weights)
 
     def explain(self, request_id: str) -> list[Explanation]:
         """Where the time of a request went; empty when it is not remembered."""
-        return self._engine.explain(request_id)
+        return self._engine.observer.explain(request_id, self._engine.clock())
 
-    def mark_sent(self, response_id: str, caller: str, received_s: float, sent_s: float) -> list[RequestTimes]:
-        """A server is done with a response: when it received the request, and when the last byte had left."""
-        return self._engine.timelines.sent(response_id, caller, received_s, sent_s)
+    @property
+    def observer(self) -> Observer:
+        """What counts and explains the engine's work."""
+        return self._engine.observer
 
     async def shutdown(self) -> None:
         """Stop: requests that still run end with `EngineDeadError`. Calling it again does nothing."""
@@ -247,7 +197,7 @@ class AsyncEngine:
         """`shutdown`, for callers without a loop."""
         with self._lock:
             self._stopping = True
-        self._engine.wake()
+        self._engine.channel.wake()
         self._thread.join()
         self._text_worker.shutdown(wait=False, cancel_futures=True)
 
@@ -255,12 +205,12 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._text_worker, lambda: function(*args, **kwargs))
 
-    def _post(self, command: _Add | _Abort | _Check) -> None:
+    def _post(self, run: Callable[[], object], fail: Callable[[Exception], object]) -> None:
         with self._lock:
             if self._dead is not None or self._stopping:
                 raise EngineDeadError("the engine has stopped")
-            self._commands.append(command)
-        self._engine.wake()
+            self._commands.append(_Command(run, fail))
+        self._engine.channel.wake()
 
     def _run(self) -> None:
         failure: Exception = EngineDeadError("the engine was shut down")
@@ -270,7 +220,7 @@ class AsyncEngine:
                     self._deliver(self._engine.step())
                 except OverloadedError as error:
                     self._fail_all(error)
-        except BaseException as error:  # nobody may wait for a thread that is gone
+        except BaseException as error:  # no caller may wait for a thread that has ended
             logger.exception("the engine stopped")
             failure = EngineDeadError(f"the engine stopped: {type(error).__name__}")
         with self._lock:
@@ -278,48 +228,36 @@ class AsyncEngine:
             waiting = list(self._commands)
             self._commands.clear()
         for command in waiting:
-            if isinstance(command, _Add):
-                _call(command.stream.loop, command.stream.put, failure)
-            elif isinstance(command, _Check):
-                command.done.set_exception(failure)
+            command.fail(failure)
         self._fail_all(failure)
         self._served.close()
 
     def _take_commands(self) -> bool:
         """Wait while there is nothing to do; False when the engine is to stop."""
-        self._engine.wait()
+        self._engine.channel.wait()
         with self._lock:
             if self._stopping:
                 return False
         for _ in range(len(self._commands)):
-            self._obey(self._commands[0])
+            self._commands[0].run()
             self._commands.popleft()
         return True
 
-    def _obey(self, command: _Add | _Abort | _Check) -> None:
-        if isinstance(command, _Add):
-            self._add(command)
-        elif isinstance(command, _Abort):
-            self._streams.pop(command.parsed.number, None)
-            self._engine.abort(command.parsed)
-        else:
-            try:
-                self._engine.check()
-                command.done.set_result(None)
-            except Exception as error:  # noqa: BLE001 -- raised where the check was asked for
-                command.done.set_exception(error)
-
-    def _add(self, command: _Add) -> None:
+    def _add(self, parsed: ParsedRequest, stream: Stream) -> None:
         try:
-            self._engine.add(command.parsed)
+            self._engine.add(parsed)
         except Exception as error:
             if not isinstance(error, QuireError):
                 logger.exception("a request could not be added")
-            told = error if isinstance(error, QuireError) else RequestFailedError(internal_fault_message(error))
-            self._engine.abort(command.parsed)
-            _call(command.stream.loop, command.stream.put, told)
+            reported = error if isinstance(error, QuireError) else RequestFailedError(internal_fault_message(error))
+            self._engine.abort(parsed)
+            _call(stream.loop, stream.put, reported)
         else:
-            self._streams[command.parsed.number] = command.stream
+            self._streams[parsed.number] = stream
+
+    def _drop(self, parsed: ParsedRequest) -> None:
+        self._streams.pop(parsed.number, None)
+        self._engine.abort(parsed)
 
     def _fail_all(self, error: Exception) -> None:
         """End every open stream with `error`."""
@@ -327,12 +265,12 @@ class AsyncEngine:
             _call(stream.loop, stream.put, error)
         self._streams.clear()
 
-    def _deliver(self, outputs: list[NumberedOutput]) -> None:
+    def _deliver(self, outputs: Outputs) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, RequestOutput]]] = {}
         for number, output in outputs:
             stream = self._streams.get(number)
             if stream is None:
-                continue  # aborted: nobody reads it any more
+                continue  # aborted: its reader has left
             by_loop.setdefault(stream.loop, []).append((stream, output))
             if output.finished:
                 del self._streams[number]

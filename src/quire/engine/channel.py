@@ -15,6 +15,9 @@ from quire.core.plan import StepRecord, TokenDelta
 from quire.core.request import NewRequest
 from quire.outputs import Decision, Labels
 
+HELD_S = 0.005
+"""Between two questions to the admission rules, where every request is held and no step has anything to compute."""
+
 
 @dataclass(frozen=True, slots=True)
 class CoreInfo:
@@ -81,7 +84,7 @@ class CoreChannel(Protocol):
             OverloadedError: there is no core, and there will be none soon.
         """
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str) -> object:
         """Drop a request. An id that is unknown, or has ended, is fine."""
 
     def wait(self) -> None:
@@ -125,18 +128,17 @@ class LocalChannel:
     def __init__(self, core: EngineCore) -> None:
         self._core = core
         self._awake = threading.Event()
-
-    def add(self, new: NewRequest) -> None:
-        """See `CoreChannel.add`."""
-        self._core.add(new)
-
-    def abort(self, request_id: str) -> None:
-        """See `CoreChannel.abort`."""
-        self._core.abort(request_id)
+        self.add, self.abort = core.scheduler.add, core.scheduler.abort
+        self.check, self.close = core.check, core.close
 
     def wait(self) -> None:
-        """See `CoreChannel.wait`."""
-        wait_for_work(self._core, self._awake)
+        """See `CoreChannel.wait`. While there is no work, it does `EngineCore.run_idle_work`. Where admission rules
+        hold all work, it returns when it is time to ask them again."""
+        while not self._core.scheduler.has_work and not self._awake.is_set():
+            if not self._core.run_idle_work():
+                self._awake.wait()
+        if self._core.scheduler.is_held:
+            self._awake.wait(HELD_S)
         self._awake.clear()
 
     def wake(self) -> None:
@@ -145,35 +147,13 @@ class LocalChannel:
 
     def collect(self) -> list[CoreOutputs]:
         """See `CoreChannel.collect`."""
-        return [step_outputs(self._core)] if self._core.has_work else []
+        if not self._core.scheduler.has_work:
+            return []
+        deltas = self._core.step()
+        return [CoreOutputs(tuple(deltas), self._core.scheduler.last_record, self.gauges)]
 
     @property
     def gauges(self) -> Gauges:
         """See `CoreChannel.gauges`."""
-        return core_gauges(self._core)
-
-    def check(self) -> None:
-        """See `CoreChannel.check`."""
-        self._core.check()
-
-    def close(self) -> None:
-        """See `CoreChannel.close`."""
-        self._core.close()
-
-
-def core_gauges(core: EngineCore) -> Gauges:
-    """Of a core in this process."""
-    return Gauges(core.num_running, core.num_waiting, core.cache_usage)
-
-
-def wait_for_work(core: EngineCore, awake: threading.Event) -> None:
-    """Return when the core has work, or `awake` is set; moments until then are for `EngineCore.run_idle_work`."""
-    while not core.has_work and not awake.is_set():
-        if not core.run_idle_work():
-            awake.wait()
-
-
-def step_outputs(core: EngineCore) -> CoreOutputs:
-    """Compute one step."""
-    deltas = core.step()
-    return CoreOutputs(tuple(deltas), core.last_record, core_gauges(core))
+        scheduler = self._core.scheduler
+        return Gauges(scheduler.num_running, scheduler.num_waiting, scheduler.cache_usage)

@@ -7,40 +7,32 @@ the channel's affair. It has no thread: `LLM` steps it in the caller's, `AsyncEn
 import logging
 import time
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from quire.core.plan import StepRecord, TokenDelta
 from quire.engine.channel import CoreChannel
-from quire.engine.explain import Explanation, explain
 from quire.engine.inputs import ParsedRequest
-from quire.engine.metrics import EngineMetrics, core_metrics
-from quire.engine.queue_bound import QueueBound
+from quire.engine.observer import Observer
+from quire.engine.queue import QueueBound
 from quire.engine.request_state import RequestState
-from quire.engine.timeline import RequestTimelines
 from quire.errors import OverloadedError, internal_fault_message
-from quire.outputs import CompletionOutput, Labels, Metric, RequestOutput
+from quire.outputs import CompletionOutput, Metric, RequestOutput
 from quire.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("quire.engine")
 
-
-class NumberedOutput(NamedTuple):
-    """Output of the request that `InputProcessor` gave `number`."""
-
-    number: int
-    output: RequestOutput
+Outputs = list[tuple[int, RequestOutput]]
+"""Each with `ParsedRequest.number` of its request."""
 
 
 class Engine:
     """Requests between the text side and the core.
 
     Args:
-        channel: the way to the core, which this object alone uses.
+        channel: the way to the core.
         tokenizer: None when the model has none; then no request may ask for text.
-        queue: told of every sequence that leaves it; whoever adds requests lets them in there first, if they are to
-            be bounded.
-        clock: seconds, monotonic; the one that the core is given as well.
-        cache_config: of the core's cache, for the metrics.
+        queue: every sequence that leaves it is reported there; requests that are to be bounded enter it before `add`.
+        clock: seconds, monotonic; the core has the same one.
+        observer: of its events; None: they are ignored.
     """
 
     def __init__(
@@ -49,32 +41,23 @@ class Engine:
         tokenizer: Tokenizer | None,
         queue: QueueBound,
         clock: Callable[[], float] = time.monotonic,
-        cache_config: Labels = (),
+        observer: Observer | None = None,
     ) -> None:
         self.clock = clock
         self.queue = queue
-        self._channel = channel
+        self.channel = channel
+        self.observer = observer or Observer()
         self._tokenizer = tokenizer
-        self._metrics = EngineMetrics(cache_config)
-        self.timelines = RequestTimelines()
         self._num_replaced = 0
         self._states: dict[str, RequestState] = {}
         """The core's request id -> the state of the request that it is a sequence of."""
+        self._unscheduled: set[str] = set()
+        """Of these, the ids that had no step yet."""
 
     @property
     def has_work(self) -> bool:
         """True while a request has not had its last output."""
         return bool(self._states)
-
-    @property
-    def num_waiting(self) -> int:
-        """Sequences in the queue."""
-        return self._channel.gauges.num_waiting
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether a core answers now."""
-        return self._channel.is_ready
 
     def add(self, parsed: ParsedRequest) -> None:
         """Queue a request.
@@ -83,74 +66,62 @@ class Engine:
             OverloadedError: there is no core, and there will be none soon.
         """
         state, now_s = RequestState(parsed, self._tokenizer, parsed.sequences[0].arrival_s), self.clock()
-        self._metrics.observe_asked(len(parsed.sequences), parsed.sequences[0].max_tokens)
+        self.observer.on_request(parsed)
         for index, new in enumerate(parsed.sequences):
-            self._channel.add(new)
+            self.channel.add(new)
             self._states[new.request_id] = state
-            self.timelines.add(new, parsed.request_id, index, now_s)
+            self._unscheduled.add(new.request_id)
+            self.observer.on_add(new, parsed, index, now_s)
 
-    def abort(self, parsed: ParsedRequest) -> list[NumberedOutput]:
+    def abort(self, parsed: ParsedRequest) -> Outputs:
         """Drop a request. Its last output, with `finish_reason` abort, unless it had ended."""
         open_ids = [new.request_id for new in parsed.sequences if new.request_id in self._states]
         for request_id in open_ids:
-            self._channel.abort(request_id)
+            self.channel.abort(request_id)
         return self._emit([TokenDelta(request_id, (), finish_reason="abort") for request_id in open_ids])
 
-    def wait(self) -> None:
-        """Return when there may be outputs, or when `wake` was called since the last time."""
-        self._channel.wait()
-
-    def wake(self) -> None:
-        """From any thread: let `wait` return."""
-        self._channel.wake()
-
-    def step(self) -> list[NumberedOutput]:
+    def step(self) -> Outputs:
         """Outputs of one step if the core is in this process, else of all steps since the last call.
 
         Raises:
-            OverloadedError: the core has exited for now. All requests have been dropped.
+            OverloadedError: there is no core for now. All requests have been dropped.
         """
         try:
-            steps = self._channel.collect()
+            steps = self.channel.collect()
         except OverloadedError:
             self._drop_all()
             raise
-        health = self._channel.health
+        health = self.channel.health
         num_replaced = health.num_died + health.num_hung
         if num_replaced > self._num_replaced:
             self._num_replaced = num_replaced
-            self.timelines.core_replaced()
+            self.observer.on_core_replaced()
         for step in steps:
             if step.record is not None:
                 self._observe_step(step.record)
-        gauges = self._channel.gauges
+        gauges = self.channel.gauges
         self.queue.observe(gauges.num_running, gauges.num_waiting)
         return self._emit(delta for step in steps for delta in step.deltas)
 
     def get_metrics(self) -> list[Metric]:
         """All metrics now."""
-        found = self._metrics.read(*self._channel.gauges, self.queue.num_rejected)
-        return found + core_metrics(self._channel.health)
-
-    def explain(self, request_id: str) -> list[Explanation]:
-        """Where the time of a request went, by its public name (or that of the response whose numbered requests it
-        stands for); empty when it is not remembered."""
-        timelines, now_s = self.timelines, self.clock()
-        return [explain(times, now_s, timelines.name_of) for times in timelines.find(request_id)]
-
-    def check(self) -> None:
-        """State the invariants of the core."""
-        self._channel.check()
+        return self.observer.metrics(self.channel.gauges, self.channel.health, self.queue.num_rejected)
 
     def _observe_step(self, record: StepRecord) -> None:
-        self._metrics.observe_step(record)
-        for request_id in self.timelines.observe(record):
-            self.queue.left(request_id, was_scheduled=True)
-            state = self._states.get(request_id)
-            if state is not None and state.metrics.first_scheduled_s is None:
-                state.metrics.first_scheduled_s = record.now_s
+        self.observer.on_step(record)
+        if self._unscheduled:
+            for item in record.scheduled:
+                if item.request_id in self._unscheduled:
+                    self._unscheduled.discard(item.request_id)
+                    self.queue.left(item.request_id, was_scheduled=True)
+                    times = self._states[item.request_id].metrics
+                    if times.first_scheduled_s is None:
+                        times.first_scheduled_s = record.now_s
+        for stalled in record.stalled:
+            if stalled.reason == "preempted" and stalled.request_id in self._states:
+                self._states[stalled.request_id].metrics.num_preemptions += 1
 
-    def _emit(self, deltas: Iterable[TokenDelta]) -> list[NumberedOutput]:
+    def _emit(self, deltas: Iterable[TokenDelta]) -> Outputs:
         """The outputs that deltas make. What making the text of one request raises fails that request."""
         now_s = self.clock()
         changed: dict[int, RequestState] = {}
@@ -164,7 +135,7 @@ class Engine:
                 self._take(state, delta, now_s)
             except Exception as error:  # noqa: BLE001 -- `_fail` logs it
                 failed[state.parsed.number] = self._fail(state, error, now_s)
-        outputs = []
+        outputs: Outputs = []
         for number, state in changed.items():
             output = failed.get(number)
             try:
@@ -172,11 +143,11 @@ class Engine:
             except Exception as error:  # noqa: BLE001 -- `_fail` logs it
                 output = self._fail(state, error, now_s)
             if output is not None:
-                outputs.append(NumberedOutput(number, output))
+                outputs.append((number, output))
         made_s = self.clock()
         for number, output in outputs:
             if output.finished:
-                self.timelines.made(output.request_id, changed[number].parsed.sequences[0].caller, made_s)
+                self.observer.on_output(changed[number].parsed, made_s)
         return outputs
 
     def _take(self, state: RequestState, delta: TokenDelta, now_s: float) -> None:
@@ -184,7 +155,7 @@ class Engine:
         ended_here = state.apply(delta)
         if ended_here is not None:
             self._end(state, delta.request_id, ended_here, now_s)
-            self._channel.abort(delta.request_id)
+            self.channel.abort(delta.request_id)
         elif delta.finish_reason is not None:
             self._end(state, delta.request_id, delta.finish_reason, now_s)
 
@@ -194,7 +165,7 @@ class Engine:
         parsed = state.parsed
         for new in parsed.sequences:
             if new.request_id in self._states:
-                self._channel.abort(new.request_id)
+                self.channel.abort(new.request_id)
                 self._end(state, new.request_id, "error", now_s)
         return RequestOutput(
             parsed.request_id,
@@ -207,20 +178,15 @@ class Engine:
         )
 
     def _observe(self, state: RequestState, delta: TokenDelta, now_s: float) -> None:
-        times, count = state.metrics, len(delta.token_ids)
-        if not count:
+        times = state.metrics
+        if not delta.token_ids:
             return
-        if times.first_token_s is None:
+        is_first = times.first_token_s is None
+        if is_first:
             times.first_token_s = now_s
-            self.timelines.first_token(delta.request_id, now_s)
-            self._metrics.first_token.observe(now_s - times.arrival_s)
-            prompt = len(state.parsed.sequences[0].prompt_token_ids)
-            self._metrics.observe_prompt(prompt, delta.num_cached_tokens)
-        gap_s = state.token_came(delta.request_id, now_s)
-        if gap_s is not None:
-            self._metrics.token_gap.observe(gap_s / count)
         times.last_token_s = now_s
-        self._metrics.observe_tokens(count)
+        gap_s = state.token_came(delta.request_id, now_s)
+        self.observer.on_tokens(state, delta, now_s, is_first=is_first, gap_s=gap_s)
 
     def _drop_all(self) -> None:
         now_s = self.clock()
@@ -229,11 +195,7 @@ class Engine:
 
     def _end(self, state: RequestState, request_id: str, reason: str, now_s: float) -> None:
         del self._states[request_id]
-        if state.finished:
-            self._metrics.longest_length.observe(state.longest)
+        self._unscheduled.discard(request_id)
         self.queue.left(request_id, was_scheduled=False)
         state.metrics.finished_s = now_s
-        prompt, num_tokens = len(state.parsed.sequences[0].prompt_token_ids), state.num_tokens(request_id)
-        timeline = self.timelines.end(request_id, reason, num_tokens, now_s)
-        state.metrics.num_preemptions += timeline.num_preemptions if timeline is not None else 0
-        self._metrics.observe_finished(state.metrics, reason, prompt, num_tokens)
+        self.observer.on_end(state, request_id, reason, now_s)

@@ -1,4 +1,4 @@
-"""Prompts and parameters in, checked `NewRequest`s out: the one validator behind every door."""
+"""Prompts and parameters in, checked `NewRequest`s out: the one validator behind every API."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from quire.core.request import NewRequest, SamplingSpec
-from quire.engine.queue_bound import ANYBODY, Caller
+from quire.engine.queue import ANYBODY, Caller
 from quire.errors import InvalidRequestError, PromptTooLongError
 from quire.sampling_params import SamplingParams
 from quire.text.tokenizer import Tokenizer
@@ -113,7 +113,11 @@ class InputProcessor:
         return ParsedRequest(number, request_id or str(number), text, params, sequences)
 
     def tokenize(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
-        """The prompt's text, if it has one, and its token ids."""
+        """The prompt's text, if it has one, and its token ids.
+
+        Raises:
+            InvalidRequestError: neither text nor token ids of this model. PromptTooLongError: too many bytes.
+        """
         bare = _prompt_of_mapping(prompt) if isinstance(prompt, Mapping) else prompt
         if isinstance(bare, str):
             return bare, self._encode(bare)
@@ -123,7 +127,11 @@ class InputProcessor:
         return None, tuple(cast(Sequence[int], bare))
 
     def check_token_ids(self, field: str, token_ids: Sequence[Any]) -> None:
-        """Every id a whole number below the width of the logits."""
+        """Check that every id is a whole number below the width of the logits.
+
+        Raises:
+            InvalidRequestError: naming `field`.
+        """
         vocab_size = self._limits.vocab_size
         for item in token_ids:
             if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < vocab_size:
@@ -140,7 +148,11 @@ class InputProcessor:
         return tuple(tokenizer.encode(text))
 
     def check_text_size(self, text: str) -> None:
-        """Refuse, before the work of tokenising, text that has too many bytes for any tokenisation to fit."""
+        """Refuse text, before the work of tokenising it, that has too many bytes for any tokenisation to fit.
+
+        Raises:
+            InvalidRequestError: not valid Unicode. PromptTooLongError: too many bytes.
+        """
         try:
             size = len(text.encode())
         except UnicodeEncodeError as error:

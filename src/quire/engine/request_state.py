@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 
 from quire.core.plan import TokenDelta, TokenLogprobs
 from quire.engine.inputs import ParsedRequest
-from quire.engine.repetition import RepetitionDetector
 from quire.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
-from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
 from quire.text.detokenizer import IncrementalDetokenizer, StopSearch, StopStrings
 from quire.text.tokenizer import Tokenizer
 
@@ -44,6 +43,40 @@ class SequenceText:
         """What was held back, at the end."""
         text, stop = self._stops.push(self._detokenizer.flush())
         return (text, stop) if stop is not None else (text + self._stops.flush(), None)
+
+
+class RepetitionDetector:
+    """Looks whether the last tokens of a sequence are one pattern, `min_count` times in a row.
+
+    For each size of a pattern it counts for how many tokens each has equalled the one that many places before: so a
+    token costs one comparison a size, whatever the count.
+    """
+
+    def __init__(self, params: RepetitionDetectionParams) -> None:
+        self._sizes = range(max(1, params.min_pattern_size), params.max_pattern_size + 1)
+        self._min_count = params.min_count
+        self._equal = [0] * len(self._sizes)
+        self._tokens: list[int] = []
+
+    def push(self, token_ids: Sequence[int]) -> bool:
+        """Take tokens; whether the last of them completed a pattern."""
+        found = False
+        for token_id in token_ids:
+            found = self._push(token_id)
+        return found
+
+    def _push(self, token_id: int) -> bool:
+        tokens, found = self._tokens, False
+        for index, size in enumerate(self._sizes):
+            if size > len(tokens):
+                break
+            if tokens[-size] != token_id:
+                self._equal[index] = 0
+            else:
+                self._equal[index] += 1
+                found = found or self._equal[index] >= size * (self._min_count - 1)
+        tokens.append(token_id)
+        return found
 
 
 @dataclass(slots=True)
@@ -114,6 +147,11 @@ class RequestState:
     def num_tokens(self, sequence_id: str) -> int:
         """Tokens generated so far for one sequence, by the core's id."""
         return len(self._sequences[sequence_id].token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self._prompt_token_ids)
 
     @property
     def longest(self) -> int:

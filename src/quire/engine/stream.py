@@ -16,8 +16,8 @@ MAX_UNREAD = 16
 class Stream:
     """What was made and not yet read, on the reader's loop.
 
-    A reader who falls behind gets fewer and larger outputs: nothing is lost, and what lies here is never more than the
-    request itself may hold.
+    A reader that falls behind gets fewer and larger outputs: nothing is lost, and what is unread is never more than
+    the request itself may hold.
     """
 
     def __init__(self, parsed: ParsedRequest) -> None:
@@ -27,11 +27,6 @@ class Stream:
         self._unread: deque[RequestOutput] = deque()
         self._failure: Exception | None = None
         self._ready = asyncio.Event()
-
-    @property
-    def num_unread(self) -> int:
-        """Outputs that wait for the reader."""
-        return len(self._unread)
 
     def put(self, output: RequestOutput | Exception) -> None:
         """On the loop: one more output, or the exception that ends the stream."""
@@ -44,7 +39,12 @@ class Stream:
         self._ready.set()
 
     async def get(self, deadline_s: float | None) -> RequestOutput:
-        """The next output; TimeoutError when the loop's clock reaches `deadline_s` before it comes."""
+        """The next output, waited for.
+
+        Raises:
+            TimeoutError: the loop's clock reached `deadline_s`.
+            Exception: the one that ended the stream.
+        """
         if not self._unread and self._failure is None:
             async with asyncio.timeout_at(deadline_s):
                 self._ready.clear()

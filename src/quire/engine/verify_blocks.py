@@ -11,8 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from quire.core.block_pool import BlockPool
-from quire.core.invariants import require
+from quire.core.block_pool import BlockPool, require
 from quire.core.prefix_cache import PrefixCache, PrefixMatch
 from quire.core.request import Request
 

@@ -1,1 +1,1 @@
-"""Carries a plan to whoever computes it, and the result back."""
+"""Carries a plan to the runner, and the result back."""

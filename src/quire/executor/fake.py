@@ -6,7 +6,7 @@ and values are. Before it answers for a row it reads all slots of the row's cont
 block, a stale prefix hit or a slot overwritten by another row is found at the step that would have used it.
 
 What a failed row writes is *void*, and so is all that is computed from void slots: such a row gives wrong tokens and
-wrong log-probabilities and nobody is told, as with a real device.
+wrong log-probabilities without a word, as with a real device.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +99,7 @@ class FakeExecutor:
         return handle
 
     def run_idle_work(self) -> bool:
-        """Nothing."""
+        """There is none."""
         return False
 
     def close(self) -> None:

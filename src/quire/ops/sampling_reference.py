@@ -1,4 +1,4 @@
-"""How one row of logits becomes one token. Order, as vLLM's: temperature, min_p, top_k, top_p, draw.
+"""How one row of logits becomes one token. Order, as vLLM's: temperature, min_p, top_k, top_p, Gumbel maximum.
 
 1. Temperature 0: the largest logit, the lowest id among equals. Otherwise `s = (logit - max) / temperature`:
    its maximum is 0, so no temperature overflows.
@@ -12,7 +12,7 @@
    STREAM), lane token_id % 4. (`v` keeps 32 bits near 0, where the large values of g come from.)
 
 The noise of a token depends on seed, position and token id only: not on other rows, nor on what was kept.
-A token with logit -inf is never drawn; a row without any finite logit gives 0 (`rows_finite` is there to find
+A token with logit -inf is never sampled; a row without any finite logit gives 0 (`rows_finite` is there to find
 those first).
 """
 
@@ -25,7 +25,7 @@ STREAM = 0x51554952
 _WORD = 0xFFFFFFFF
 
 
-def draw(xp: Any, logits: Array, batch: SampleBatch, row: int, seed: int) -> int:
+def sample_row(xp: Any, logits: Array, batch: SampleBatch, row: int, seed: int) -> int:
     """The token of one row; `logits [vocabulary]`."""
     temperature = float(batch.temperature[row])
     if temperature == 0.0:

@@ -1,1 +1,1 @@
-"""The only floor that knows a device: plans in, arrays through the model, results out."""
+"""The only layer that knows a device: plans in, arrays through the model, results out."""

@@ -18,20 +18,20 @@ T = TypeVar("T")
 
 
 class RowFaults:
-    """The rows that failed, and what their requests are told. Such a row is left alone until it is removed."""
+    """The rows that failed, and the error that their requests get. Such a row is left alone until it is removed."""
 
     def __init__(self) -> None:
         self._errors: dict[int, str] = {}
 
     def remove(self, row: int) -> None:
-        """Its request is removed."""
+        """The request of `row` has left."""
         self._errors.pop(row, None)
 
     def __bool__(self) -> bool:
         return bool(self._errors)
 
     def isolate(self, row: int, function: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Call; what it raises fails `row`. A row that has failed is left alone."""
+        """Call `function`; what it raises fails `row`. A row that has failed is left alone."""
         if row in self._errors:
             return
         try:

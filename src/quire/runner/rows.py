@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.plan import NewRow, ScheduledRow
-from quire.ops.types import Array, AttentionBatch, Ops
+from quire.ops.types import Array, AttentionBatch, Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Rows:
         max_blocks = -(-max_model_len // block_size)
         self._token_ids = np.zeros((max_rows, max_model_len + 1), np.int32)
         self._block_tables = np.zeros((max_rows, max_blocks), np.int32)
-        self._num_known = np.zeros(max_rows, np.int64)
+        self._num_known = np.zeros(max_rows, np.int64)  # [max_rows], as are the next two
         self._num_blocks = np.zeros(max_rows, np.int64)
         self._num_pending = np.zeros(max_rows, np.int64)
         """Tokens that the device knows and the host does not: they come after the known ones."""
@@ -59,25 +59,29 @@ class Rows:
         self._num_blocks[row] = 0
 
     def extend(self, row: int, block_ids: Sequence[int]) -> None:
-        """Blocks are appended to a row's table."""
+        """Append blocks to the table of `row`."""
         held = int(self._num_blocks[row])
         self._block_tables[row, held : held + len(block_ids)] = block_ids
         self._num_blocks[row] = held + len(block_ids)
 
     def append(self, rows: Sequence[int], token_ids: Sequence[int]) -> None:
-        """A token was sampled for each of these rows, which are distinct. What raises has changed no row."""
+        """Append a sampled token to each of `rows`, which are distinct. What raises has changed no row."""
         index = np.array(rows, np.int64)
         self._token_ids[index, self._num_known[index]] = token_ids
         self._num_known[index] += 1
 
-    def add_pending(self, rows: Sequence[int], tokens: Array, ops: Ops) -> None:
-        """`tokens [rows]`, on the device, are the next of these rows, which are distinct; `append` will say them."""
+    def add_pending(self, rows: Sequence[int], tokens: Array, ops: Device) -> None:
+        """The next token of each of `rows`, which are distinct, is on the device; `append` comes once the host has it.
+
+        Args:
+            tokens: int32 `[rows]`, on the device.
+        """
         index = np.array(rows, np.int64)
         self.last_sampled(ops)[ops.array(index, "int64")] = tokens
         self._num_pending[index] += 1
 
-    def last_sampled(self, ops: Ops) -> Array:
-        """`[max_rows]` int32, on the device: the token of each row that was sampled last. Always the same array."""
+    def last_sampled(self, ops: Device) -> Array:
+        """The token of each row that was sampled last, int32 `[max_rows]` on the device. Always the same array."""
         if self._last_sampled is None:
             self._last_sampled = ops.array(np.zeros(len(self._num_known)), "int32")
         return self._last_sampled
@@ -95,9 +99,16 @@ class Rows:
         found: list[int] = self._token_ids[row, start:stop].tolist()
         return found
 
-    def gather(self, scheduled: Sequence[ScheduledRow], num_outputs: Sequence[int], ops: Ops) -> ForwardBatch:
-        """The arrays of one step; nothing is changed. The new blocks of its rows have been appended. The step gives the
-        hidden states of the last `num_outputs` tokens of each row."""
+    def gather(self, scheduled: Sequence[ScheduledRow], num_outputs: Sequence[int], ops: Device) -> ForwardBatch:
+        """The arrays of one step; nothing is changed. The new blocks of its rows have been appended.
+
+        Args:
+            scheduled: at least one row.
+            num_outputs: by row, of how many of its last tokens the step gives the hidden states.
+
+        Raises:
+            AssertionError: the plan reaches past the tokens that host or device know.
+        """
         # By columns: arrays of tuples of numbers are made in a fifth of the time of an array of rows.
         rows, starts, counts = (np.array(column, np.int64) for column in islice(zip(*scheduled, strict=True), 3))
         query_starts = np.zeros(len(rows) + 1, np.int64)
@@ -128,9 +139,16 @@ class Rows:
     def gather_singles(
         self, scheduled: Sequence[ScheduledRow], num_rows: int, width: int, null_block: int
     ) -> NDArray[np.int32]:
-        """One token of each row, padded, as one array: positions, token ids (0 where pending), 1 where pending, and
-        rows, `[num_rows]` each; then block tables `[num_rows, width]`. What pads is token 0 of row 0 at position 0 in
-        `null_block`, which also fills the tables."""
+        """One token of each row, padded to `num_rows` rows with tables of `width` blocks.
+
+        Returns:
+            One int32 array: positions, token ids (0 where pending), 1 where pending, and rows, `[num_rows]` each; then
+            block tables `[num_rows, width]`. What pads is token 0 of row 0 at position 0 in `null_block`, which also
+            fills the tables.
+
+        Raises:
+            AssertionError: the plan reaches past the tokens that host or device know.
+        """
         rows, starts = (np.array(column, np.int64) for column in islice(zip(*scheduled, strict=True), 2))
         known = self._num_known[rows]
         assert (starts < known + self._num_pending[rows]).all(), "a plan reaches past known tokens"

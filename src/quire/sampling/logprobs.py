@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from quire.core.plan import TokenLogprobs
-from quire.ops.types import Array, Logprobs, Ops
+from quire.ops.types import Array, Logprobs, Provider
 
 ROWS_AT_ONCE = 16
 """Copies of rows of logits that exist at one time, where a request names tokens."""
@@ -43,7 +43,7 @@ class RequestedLogprobs:
     """Of the named tokens of all rows, one after the other, in chunks."""
 
     def arrays(self) -> list[Array]:
-        """What the host needs of the device."""
+        """What the host needs of the device: arrays `[places]`, then those of the chunks."""
         best = self.best
         named = [array for chunk in self.named for array in (chunk.chosen, chunk.rank)]
         return [best.chosen, best.rank, best.top_ids, best.top_logprobs, *named]
@@ -95,7 +95,7 @@ class LogprobRequests:
         return [index for index, row in enumerate(rows) if row in self._num_top]
 
     def compute(
-        self, ops: Ops, raw: Array, tokens: Array, rows: Sequence[int], indices: list[int]
+        self, ops: Provider, raw: Array, tokens: Array, rows: Sequence[int], indices: list[int]
     ) -> RequestedLogprobs:
         """Launch what the rows ask for.
 

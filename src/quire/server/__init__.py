@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP server. It is the only room that knows Starlette."""
+"""The HTTP server. It is the only package that knows Starlette."""

@@ -1,63 +1,44 @@
-"""/metrics: what the engine counts, in Prometheus' text format."""
+"""/metrics: what the engine counts, in Prometheus' text format.
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+https://github.com/prometheus/docs/blob/main/docs/instrumenting/exposition_formats.md
+"""
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.metrics_core import Metric as Family
-from prometheus_client.registry import Collector
+from collections.abc import Iterable, Mapping
 
 from quire.outputs import Metric
 
-if TYPE_CHECKING:
-    from quire.engine.async_engine import AsyncEngine
-
+CONTENT_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 OWN_PREFIX = "quire:"
+_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
-class EngineCollector(Collector):
-    """Asks the engine at each scrape; keeps nothing."""
+def render_metrics(metrics: Iterable[Metric], model_name: str, prefix: str) -> bytes:
+    """The body of a scrape: one family for each name, labelled with the model's name and, as vLLM does, the engine's
+    number.
 
-    def __init__(self, engine: "AsyncEngine", model_name: str, prefix: str) -> None:
-        self._engine = engine
-        self._model_name = model_name
-        self._prefix = prefix
-
-    def describe(self) -> Iterable[Family]:
-        """Nothing in advance: registering must not scrape."""
-        return []
-
-    def collect(self) -> Iterable[Family]:
-        """One family for each name, labelled with the model's name and, as vLLM does, the engine's number."""
-        families: dict[str, Family] = {}
-        for metric in self._engine.get_metrics():
-            name = f"{self._prefix}:{metric.name.removeprefix(OWN_PREFIX)}"
-            labels = {"model_name": self._model_name, "engine": "0", **dict(metric.labels)}
-            family = families.get(name)
-            if family is None:
-                family = families[name] = _KINDS[metric.kind](name, metric.help, labels=list(labels))
-            _add(family, list(labels.values()), metric)
-        return families.values()
-
-
-_KINDS: dict[str, type[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]] = {
-    "counter": CounterMetricFamily,
-    "gauge": GaugeMetricFamily,
-    "histogram": HistogramMetricFamily,
-}
+    Args:
+        metrics: those of one name stand together.
+        prefix: stands before the colon of each name.
+    """
+    lines: list[str] = []
+    last = ""
+    for metric in metrics:
+        name = f"{prefix}:{metric.name.removeprefix(OWN_PREFIX)}"
+        labels = {"model_name": model_name, "engine": "0", **dict(metric.labels)}
+        if name != last:
+            text = metric.help.replace("\\", r"\\").replace("\n", r"\n")
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} {metric.kind}"]
+            last = name
+        if metric.kind == "histogram":
+            buckets = [(f"{bound:g}", count) for bound, count in metric.buckets]
+            for bound, count in [*buckets, ("+Inf", metric.value)]:
+                lines.append(_sample(f"{name}_bucket", {**labels, "le": bound}, count))
+            lines += [_sample(f"{name}_count", labels, metric.value), _sample(f"{name}_sum", labels, metric.total)]
+        else:
+            lines.append(_sample(name, labels, metric.value))
+    return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _add(family: Family, labels: list[str], metric: Metric) -> None:
-    if isinstance(family, HistogramMetricFamily):
-        buckets = [(f"{bound:g}", float(count)) for bound, count in metric.buckets]
-        family.add_metric(labels, [*buckets, ("+Inf", metric.value)], metric.total)
-    elif isinstance(family, CounterMetricFamily | GaugeMetricFamily):
-        family.add_metric(labels, metric.value)
-
-
-def make_registry(engine: "AsyncEngine", model_name: str, prefix: str) -> CollectorRegistry:
-    """A registry of its own for one server; nothing is global."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(EngineCollector(engine, model_name, prefix))
-    return registry
+def _sample(name: str, labels: Mapping[str, str], value: float) -> str:
+    pairs = ",".join(f'{label}="{text.translate(_ESCAPES)}"' for label, text in sorted(labels.items()))
+    return f"{name}{{{pairs}}} {float(value)!r}"

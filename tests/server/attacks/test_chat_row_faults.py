@@ -7,7 +7,8 @@ import httpx
 import pytest
 
 from quire import AsyncLLM
-from quire.server.app import create_app
+from quire.server.doors.openai.routes import OPENAI
+from quire.server.http.app import create_app
 from tests.law.test_row_faults import MARK, POINTS, SEED, Victim, directory, engine
 
 __all__ = ["directory"]
@@ -34,7 +35,7 @@ CANARIES: list[dict[str, Any]] = [
 
 def ask(engine: AsyncLLM, *, victim: bool, stream: bool) -> list[httpx.Response]:
     async def together() -> list[httpx.Response]:
-        transport = httpx.ASGITransport(create_app(engine, served_model_name="tiny"))
+        transport = httpx.ASGITransport(create_app(engine, apis=[OPENAI], served_model_name="tiny"))
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
             bodies = [{**body, "max_tokens": 24, "ignore_eos": True} for body in CANARIES]
             delivery = {"stream": True} if stream else {"prompt_logprobs": 3}
@@ -72,5 +73,5 @@ def test_one_fault_fails_one_conversation(
         assert [said(response) for response in canaries] == undisturbed
         assert [said(response) for response in ask(under_test, victim=False, stream=False)] == undisturbed
         under_test.check()
-        pool = victim.core._scheduler._pool
+        pool = victim.core.scheduler._pool
         assert pool.num_free == pool.num_blocks and not under_test._streams

@@ -63,13 +63,13 @@ def test_logits_that_are_no_numbers_fail_their_request_alone(poisoned: Running) 
 
 
 def test_masks_that_leave_no_token_fail_their_request_alone(real: Running) -> None:
-    """Known at the door, or only in the middle of the answer: either way it is the caller's own error."""
+    """Known before it starts, or only in the middle of the answer: either way it is the caller's own error."""
     word = httpx.post(f"{real.url}/tokenize", json={"prompt": "ab", "add_special_tokens": False}).json()["tokens"]
     first, second = word
     alone = choices(real.url, CANARY)
     url, masked = f"{real.url}/v1/completions", {"allowed_token_ids": word, "ignore_eos": True}
-    door = httpx.post(url, json={**CANARY, **masked, "bad_words": ["a", "b"]})
-    assert door.status_code == 400 and door.json()["error"]["param"] == "allowed_token_ids"
+    refused = httpx.post(url, json={**CANARY, **masked, "bad_words": ["a", "b"]})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "allowed_token_ids"
     # The bias makes the first come first, and after it neither may come.
     middle = {**CANARY, **masked, "bad_words": ["ab", "aa"], "logit_bias": {str(first): 100, str(second): -100}}
     answer = httpx.post(url, json=middle)

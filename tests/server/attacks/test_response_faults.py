@@ -13,8 +13,8 @@ import httpx
 import msgspec
 import pytest
 
-from quire.server import delivery, streams
-from quire.server.routes import chat, completions
+from quire.server.doors.openai import respond, routes
+from quire.server.http import streams
 from tests.server.conftest import Running, wait_until
 
 BODY = {"prompt": "hello", "max_tokens": 12, "temperature": 0, "ignore_eos": True, "logprobs": 1}
@@ -55,8 +55,8 @@ def throws(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def parsing(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(completions, "parse_completion", throws(completions.parse_completion))
-    patch.setattr(chat, "parse_chat", throws(chat.parse_chat))
+    patch.setattr(routes, "parse_completion", throws(routes.parse_completion))
+    patch.setattr(routes, "parse_chat", throws(routes.parse_chat))
 
 
 def asked(answer: Any) -> Any:
@@ -66,7 +66,7 @@ def asked(answer: Any) -> Any:
 def in_answers(patch: pytest.MonkeyPatch, **names: Any) -> None:
     """The method of each route's answer throws for the victim."""
     for route, name in names.items():
-        kind = {"completions": completions, "chat": chat}[route]._Answer
+        kind = {"completions": respond.CompletionAnswer, "chat": respond.ChatAnswer}[route]
         plain = getattr(kind, name)
 
         def method(self: Any, *args: Any, plain: Any = plain) -> Any:
@@ -82,7 +82,6 @@ def making(patch: pytest.MonkeyPatch) -> None:
 
 def encoding(num_good: int) -> Callable[[pytest.MonkeyPatch], None]:
     def install(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(delivery, "msgspec", Encoder(num_good))
         patch.setattr(streams, "msgspec", Encoder(num_good))
 
     return install

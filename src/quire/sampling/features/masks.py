@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from quire.core.plan import NewRow
 from quire.core.request import SamplingSpec
-from quire.ops.types import Array, Ops
+from quire.ops.types import Array, Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class LogitMasks:
     """`allowed_token_ids` alone keep their logits; `logit_bias` is added; stop tokens are masked until `min_tokens` are
     generated; the last token of each of `bad_words` is masked where the tokens before it are the rest of it."""
 
-    def __init__(self, ops: Ops) -> None:
+    def __init__(self, ops: Device) -> None:
         self._ops = ops
         self._rows: dict[int, _RowMasks] = {}
 
@@ -74,7 +74,7 @@ class LogitMasks:
             self.on_token(new.row, token_id)
 
     def remove(self, row: int) -> None:
-        """Forget the row."""
+        """Forget the masks of the row."""
         self._rows.pop(row, None)
 
     def on_token(self, row: int, token_id: int) -> None:
@@ -85,7 +85,8 @@ class LogitMasks:
             del masks.tail[: 1 - max(len(word) for word in masks.words)]
 
     def apply(self, logits: Array, rows: Sequence[int], places: Sequence[int], positions: Sequence[int]) -> None:
-        """All rows at once, without waiting for the device. See `SamplingFeature.apply`."""
+        """All rows at once, without waiting for the device; logits are `[sampled rows, vocabulary]`, as for every
+        `SamplingFeature`."""
         held = [(place, self._rows[row], at) for row, place, at in zip(rows, places, positions, strict=True)]
         allowed = [(place, masks.allowed) for place, masks, _ in held if len(masks.allowed)]
         if allowed:

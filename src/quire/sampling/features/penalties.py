@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from quire.core.plan import NewRow
 from quire.core.request import SamplingSpec
-from quire.ops.types import Array, Ops, PenaltyBatch
+from quire.ops.types import Array, PenaltyBatch, Provider
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Penalties:
     """`presence_penalty`, `frequency_penalty` and `repetition_penalty`; work is in proportion to the number of
     distinct tokens seen, not to the vocabulary."""
 
-    def __init__(self, ops: Ops) -> None:
+    def __init__(self, ops: Provider) -> None:
         self._ops = ops
         self._rows: dict[int, _Seen] = {}
 
@@ -58,15 +58,15 @@ class Penalties:
         self._rows[new.row] = seen
 
     def remove(self, row: int) -> None:
-        """Forget the row."""
+        """Forget the counts of the row."""
         self._rows.pop(row, None)
 
     def on_token(self, row: int, token_id: int) -> None:
-        """Count one more."""
+        """Count the token once more."""
         _count(self._rows[row], token_id, 1)
 
     def apply(self, logits: Array, rows: Sequence[int], places: Sequence[int], positions: Sequence[int]) -> None:
-        """Penalise, all rows at once. See `SamplingFeature.apply`."""
+        """Penalise all rows at once; logits are `[sampled rows, vocabulary]`, as for every `SamplingFeature`."""
         found = [self._rows[row] for row in rows]
         sizes = [seen.size for seen in found]
 

@@ -1,0 +1,196 @@
+"""docs/guide/limits.md and the tables of docs/guide/api.md, made from the declarations that the server goes by.
+
+python -m scripts.api_pages          writes them
+python -m scripts.api_pages --check  exits 1 when they are not what it would write
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from quire import sampling_params as sampling
+from quire.engine.chat import MAX_MESSAGES
+from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
+from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT, TOKENIZE_TEXT
+from quire.server.http import limits
+from quire.server.http.limits import MAX_TIMEOUT_SECONDS, Limit, Limits
+from quire.server.http.schema import Refused, RequestSchema
+
+GUIDE = Path(__file__).parents[1] / "docs/guide"
+BEGIN, END = "<!-- Made by `python -m scripts.api_pages` from the declarations: edit there. -->\n", "<!-- End. -->\n"
+SCHEMAS: dict[str, RequestSchema[Any]] = {
+    "chat": CHAT,
+    "completions": COMPLETION,
+    "tokenize": TOKENIZE_TEXT,
+    "tokenize ": TOKENIZE_CHAT,
+    "detokenize": DETOKENIZE,
+}
+ROW = "| {} |\n"
+HEAD = """# Limits
+
+<!-- Made by `python -m scripts.api_pages` from src/quire/server/http/limits.py: edit there. -->
+
+Every bound that a request can meet, with the error past it. An error has OpenAI's shape and names the field and
+the number: `{"error": {"message", "type", "param", "code"}}`. The same numbers stand in the API's own description,
+`GET /openapi.json`.
+
+## Of the server
+
+`quire serve --limit NAME=VALUE` sets one; the flag may be repeated.
+
+| name | what | default | unit | status | code |
+|---|---|---|---|---|---|
+"""
+FIXED_HEAD = """
+## Of the server and the library
+
+These hold for the library and the server alike and have no flag. Past them the status is 400.
+
+| field | may be | unit | code |
+|---|---|---|---|
+"""
+OTHERS_HEAD = """
+## Of connections
+
+| what | value | past it |
+|---|---|---|
+"""
+OTHERS = (
+    ("request line and headers", f"{limits.HEADER_BYTES:,} bytes", "400, and the connection is closed"),
+    ("sending the headers", f"{limits.HEADER_SECONDS} seconds", "the connection is closed"),
+    ("an idle connection", f"{limits.KEEP_ALIVE_SECONDS} seconds", "the connection is closed"),
+    ("a reader that takes nothing of a stream", f"{limits.SLOW_READER_SECONDS} seconds", "the request is aborted"),
+    ("running requests after SIGTERM", f"{limits.DRAIN_SECONDS} seconds; `--shutdown-timeout`", "an error event"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A bound that holds for every caller and has no flag: the refusal names `param`."""
+
+    param: str
+    value: str
+    unit: str
+    code: str = "invalid_value"
+
+
+def _ranges() -> list[Fixed]:
+    found = []
+    for name, item in sampling.RANGES.items():
+        edge = "above " if item.is_above_low else ""
+        low, high = (f"{bound:,}" if item.is_whole else f"{bound:g}" for bound in (item.low, item.high))
+        shown = "top_logprobs (chat), logprobs (completions)" if name == "logprobs" else name
+        found.append(Fixed(shown, f"{edge}{low} to {high}", "whole number" if item.is_whole else "number"))
+    return found
+
+
+FIXED = (
+    *_ranges(),
+    Fixed("stop", str(sampling.MAX_STOP_STRINGS), "strings"),
+    Fixed("stop, bad_words", f"{sampling.MAX_STOP_STRING_BYTES:,}", "bytes in each string"),
+    Fixed("bad_words", str(sampling.MAX_BAD_WORDS), "words"),
+    Fixed("stop_token_ids, allowed_token_ids, logit_bias", f"{sampling.MAX_TOKEN_LIST:,}", "tokens"),
+    Fixed("logprob_token_ids", str(sampling.MAX_LOGPROB_TOKEN_IDS), "tokens"),
+    Fixed("repetition_detection.max_pattern_size", f"0 to {sampling.MAX_PATTERN}", "tokens"),
+    Fixed("request_id", "1 to 64", "letters, digits and any of . _ : -"),
+    Fixed("logit_bias", f"{sampling.BIAS.low:g} to {sampling.BIAS.high:g}", "bias of a token"),
+    Fixed("priority", f"{-MAX_PRIORITY:,} to {MAX_PRIORITY:,}", "whole number"),
+    Fixed("cache_salt", str(MAX_SALT_BYTES), "bytes"),
+    Fixed("timeout", f"above 0 to {MAX_TIMEOUT_SECONDS:,}", "seconds"),
+    Fixed("n, prompt", "--max-num-queued-reqs, --max-num-queued-tokens", "what one request may queue"),
+    Fixed("messages", f"{MAX_MESSAGES:,}", "messages, for the library too"),
+    Fixed("token ids", "below the width of the logits", "each id"),
+    Fixed("prompt, messages", "--max-model-len less one", "tokens", "context_length_exceeded"),
+    Fixed("prompt, messages", "--max-model-len times the longest token", "bytes", "context_length_exceeded"),
+    Fixed("max_tokens", "--max-model-len less the prompt", "tokens", "context_length_exceeded"),
+)
+
+
+def limits_page() -> str:
+    """The text of limits.md."""
+    table = Limits()
+    rows = [(item.name, getattr(table, item.name)) for item in fields(Limits)]
+    return "".join(
+        [
+            HEAD,
+            *(_row(f"`{name}`", *_cells(limit)) for name, limit in rows),
+            FIXED_HEAD,
+            *(_row(f"`{item.param}`", item.value, item.unit, f"`{item.code}`") for item in FIXED),
+            OTHERS_HEAD,
+            *(_row(*item) for item in OTHERS),
+        ]
+    )
+
+
+def api_page() -> str:
+    """The text of api.md: what stands there, with its tables made anew."""
+    text = (GUIDE / "api.md").read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + "".join(_tables()) + END + rest.partition(END)[2]
+
+
+def _tables() -> Iterator[str]:
+    honoured: dict[tuple[str, str, str], list[str]] = {}
+    refused: dict[tuple[str, str, str], list[str]] = {}
+    for route, schema in SCHEMAS.items():
+        properties = schema.json_schema(Limits())[0]["properties"]
+        for name, field in schema.fields.items():
+            names = ", ".join(f"`{item}`" for item in (name, *field.spec.aliases))
+            if isinstance(field.spec, Refused):
+                neutral = ", ".join(f"`{json.dumps(item)}`" for item in (None, *field.spec.neutral))
+                refused.setdefault((names, neutral, field.spec.reason), []).append(route.strip())
+            else:
+                key = (names, _values(properties[name]), field.spec.text)
+                honoured.setdefault(key, []).append(route.strip())
+    yield "\n| field | where | value | what it does |\n|---|---|---|---|\n"
+    yield from (_row(names, _where(routes), values, text) for (names, values, text), routes in honoured.items())
+    yield "\n### Refused, but for values that ask for nothing\n\n"
+    yield "| field | where | let through | why |\n|---|---|---|---|\n"
+    yield from (_row(names, _where(routes), values, text) for (names, values, text), routes in refused.items())
+    yield "\n"
+
+
+def _where(routes: list[str]) -> str:
+    found = list(dict.fromkeys(routes))
+    return "all" if len(found) == 4 else ", ".join(found)
+
+
+def _values(schema: dict[str, Any]) -> str:
+    """The values of a schema in a few words."""
+    if "anyOf" in schema:
+        return ", ".join(dict.fromkeys(filter(None, map(_values, schema["anyOf"]))))
+    if "enum" in schema:
+        return ", ".join(f"`{item}`" for item in schema["enum"])
+    kind = schema.get("type", "object")
+    if kind in ("integer", "number"):
+        above = "" if "minimum" in schema else "above "
+        low, high = schema.get("minimum", schema.get("exclusiveMinimum")), schema["maximum"]
+        return f"{above}{low:,} to {high:,}" if kind == "integer" else f"{above}{low:g} to {high:,g}"
+    return {"null": "", "string": "text", "array": "list", "boolean": "true or false"}.get(kind, kind)
+
+
+def _cells(limit: Limit) -> tuple[str, ...]:
+    return limit.what, f"{limit.value:,}", limit.unit, str(limit.status), f"`{limit.code}`"
+
+
+def _row(*cells: str) -> str:
+    return ROW.format(" | ".join(cells))
+
+
+def main() -> int:
+    """Write, or check."""
+    stale = 0
+    for name, text in (("limits.md", limits_page()), ("api.md", api_page())):
+        if "--check" not in sys.argv[1:]:
+            (GUIDE / name).write_text(text, encoding="utf-8")
+        elif (GUIDE / name).read_text(encoding="utf-8") != text:
+            print(f"docs/guide/{name} is not what scripts.api_pages writes: run it", file=sys.stderr)
+            stale = 1
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main())

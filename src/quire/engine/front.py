@@ -1,0 +1,67 @@
+"""What `LLM` and `AsyncEngine` have in common: what is known of a model and its engine once both are there."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quire.engine.engine import Engine
+from quire.engine.inputs import InputProcessor, RequestLimits
+from quire.errors import InvalidRequestError
+from quire.outputs import Decision, Metric
+from quire.sampling_params import SamplingParams
+from quire.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServedEngine:
+    """What `quire.compose` makes of the arguments: an engine and what belongs to it."""
+
+    engine: Engine
+    inputs: InputProcessor
+    tokenizer: Tokenizer | None
+    limits: RequestLimits
+    decisions: list[Decision]
+    default_params: Mapping[str, Any]
+    """Sampling defaults of the model's `generation_config.json`."""
+    close: Callable[[], None]
+
+
+class EngineFront:
+    """A composed engine, as its callers see it."""
+
+    def __init__(self, served: ServedEngine) -> None:
+        self._served = served
+        self._engine = served.engine
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest prompt plus output, in tokens."""
+        return self._served.limits.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self._served.limits.vocab_size
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """What was decided at start, and why."""
+        return self._served.decisions
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            InvalidRequestError: the model has none.
+        """
+        if self._served.tokenizer is None:
+            raise InvalidRequestError("this model has no tokenizer")
+        return self._served.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """`SamplingParams` with the model's own defaults."""
+        return SamplingParams.from_mapping(self._served.default_params)
+
+    def get_metrics(self) -> list[Metric]:
+        """All metrics now."""
+        return self._engine.get_metrics()

@@ -1,0 +1,1 @@
+"""The core in its own process: supervised, and replaced without loss when it dies. This folder can be deleted."""

@@ -1,0 +1,1 @@
+"""OpenAI's text API, with vLLM's fields beside it."""

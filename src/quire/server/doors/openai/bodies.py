@@ -1,0 +1,396 @@
+"""The bodies of OpenAI's text API and of vLLM's /tokenize and /detokenize, field by field.
+
+A field that Quire does not honour is let through only with a value that asks for nothing (OpenAI's own default),
+because clients send those. `user`, `safety_identifier` and `session_id` are labels for an operator's records, or for
+what routes requests to several servers: they change no answer by definition, and are checked for size and not kept.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
+
+import msgspec
+from msgspec import Meta
+
+from quire import sampling_params as sampling
+from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
+from quire.sampling_params import SamplingParams
+from quire.server.http.limits import MAX_TIMEOUT_SECONDS, Limits
+from quire.server.http.schema import STRING, Field, Flattened, Refused, RequestSchema, Schema, array, number
+
+TOKEN_ID: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
+ARGUMENT_NAME = r"^[^\W\d_]\w{0,63}$"
+"""Of an argument of the chat template: a name of Python's that is not private."""
+REQUEST_ID = r"^[A-Za-z0-9._:\-]{1,64}$(?!\n)"
+"""A client's name for its request stands in headers, logs and paths; `$` alone lets a line end follow."""
+MAX_TOKENS = ("max_completion_tokens", "max_new_tokens", "max_output_tokens", "num_predict", "n_predict")
+
+_TOOLS = "tool calling is not supported in this version"
+_STRUCTURED = "structured output is not supported in this version"
+_TEXT_ONLY = "this server reads and writes text only"
+_NOT_STORED = "nothing is stored by this server"
+_PLAIN = "it is not supported in this version"
+_REASONING = "reasoning is not told apart in this version"
+_STRUCTURED_ALIASES = (
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema"),
+    *("regex", "ebnf", "grammar", "format", "structural_tag"),
+)
+"""Other engines' names, and vLLM's older ones, of `structured_outputs`."""
+_REFUSED_TOOLS = Refused(_TOOLS, ([],))
+_REFUSED_MEDIA = Refused(_TEXT_ONLY, ({},))
+
+REFUSED = {
+    "best_of": Refused("choose among the n answers yourself", (1,)),
+    "response_format": Refused(_STRUCTURED, ({"type": "text"},)),
+    "structured_outputs": Refused(_STRUCTURED, aliases=_STRUCTURED_ALIASES),
+    "store": Refused(_NOT_STORED, (False,)),
+    "metadata": Refused(_NOT_STORED, ({},)),
+    "service_tier": Refused("there is one tier", ("auto", "default")),
+    "prompt_cache_key": Refused("prefixes are cached by their content; see cache_salt"),
+    "prompt_cache_retention": Refused("prefixes are kept while there is room"),
+    "use_beam_search": Refused("beam search is not supported in this version", (False,)),
+    "length_penalty": Refused("it belongs to beam search, which is not supported in this version", (1.0,)),
+    "return_token_offsets": Refused("they belong to vLLM's route that renders prompts; see /tokenize", (False,)),
+    "return_weight_versions": Refused("the weights of a server do not change", (False,)),
+    "kv_transfer_params": Refused("caches are not moved between servers in this version"),
+    "vllm_xargs": Refused("they are for plug-ins of vLLM"),
+    "watermarking": Refused(_PLAIN),
+}
+REFUSED_COMPLETION = {
+    "suffix": Refused("filling in the middle is not supported in this version", ("",)),
+    "prompt_embeds": Refused(_PLAIN),
+    "return_prompt_text": Refused("echo gives the prompt", (False,)),
+}
+REFUSED_CHAT = {
+    "tools": _REFUSED_TOOLS,
+    "tool_choice": Refused(_TOOLS, ("none", "auto")),
+    "parallel_tool_calls": Refused(_TOOLS, (True, False)),
+    "functions": _REFUSED_TOOLS,
+    "function_call": Refused(_TOOLS, ("none", "auto")),
+    "modalities": Refused(_TEXT_ONLY, (["text"],)),
+    "audio": Refused(_TEXT_ONLY),
+    "prediction": Refused(_PLAIN),
+    "web_search_options": Refused("this server looks nothing up"),
+    "verbosity": Refused(_PLAIN, ("medium",)),
+    "reasoning_effort": Refused(_REASONING, ("none",)),
+    "thinking_token_budget": Refused(_REASONING),
+    "include_reasoning": Refused(_REASONING, (True,)),
+    "media_io_kwargs": _REFUSED_MEDIA,
+    "mm_processor_kwargs": _REFUSED_MEDIA,
+}
+REFUSED_TOKENIZE = {"tools": _REFUSED_TOOLS, "mm_processor_kwargs": _REFUSED_MEDIA}
+
+
+def _strings(most: int) -> Schema:
+    one: Schema = {"type": "string", "minLength": 1, "maxLength": sampling.MAX_STOP_STRING_BYTES}
+    return {"anyOf": [one, array(one, most)]}
+
+
+def _repetition() -> Schema:
+    sizes: Schema = {"type": "integer", "minimum": 0, "maximum": sampling.MAX_PATTERN}
+    properties = {"max_pattern_size": sizes, "min_pattern_size": sizes, "min_count": {"type": "integer", "minimum": 0}}
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _sampling(name: str, text: str, *aliases: str, **changes: Any) -> Field:
+    """A field that goes to `SamplingParams` under its own name, which checks it: its range stands there."""
+    default = SamplingParams.__dataclass_fields__[name].default
+    shown = {} if default is None else {"default": default}
+    schema = {"type": "boolean"} if name in sampling.FLAGS else number(sampling.RANGES[name])
+    return Field(text, aliases=aliases, schema={**schema, **shown, **changes})
+
+
+_TOKEN_LIST = array(TOKEN_ID, sampling.MAX_TOKEN_LIST)
+_BIAS = {
+    "type": "object",
+    "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+    "additionalProperties": number(sampling.BIAS),
+    "maxProperties": sampling.MAX_TOKEN_LIST,
+}
+SAMPLING = {
+    "n": _sampling("n", "sequences to sample for each prompt"),
+    "temperature": _sampling("temperature", "0 takes the most probable token"),
+    "top_p": _sampling("top_p", "keep the most probable tokens up to this mass"),
+    "top_k": _sampling("top_k", "keep this many tokens; 0 and -1 keep all"),
+    "min_p": _sampling("min_p", "drop tokens less probable than this share of the best one's"),
+    "seed": _sampling("seed", "makes sampling repeat", "sampling_seed", "random_seed"),
+    "presence_penalty": _sampling("presence_penalty", "against tokens that occurred in the answer"),
+    "frequency_penalty": _sampling("frequency_penalty", "against tokens, by how often they occurred in the answer"),
+    "repetition_penalty": _sampling("repetition_penalty", "above 1 against tokens of prompt and answer"),
+    "stop": Field("strings that end the answer", schema=_strings(sampling.MAX_STOP_STRINGS)),
+    "stop_token_ids": Field("tokens that end the answer", schema=_TOKEN_LIST),
+    "bad_words": Field("words that are never generated", schema=_strings(sampling.MAX_BAD_WORDS)),
+    "ignore_eos": _sampling("ignore_eos", "go on after the model's end-of-sequence token"),
+    "min_tokens": _sampling("min_tokens", "no stop of any kind before this many tokens"),
+    "prompt_logprobs": _sampling(
+        "prompt_logprobs", "log-probabilities of so many best tokens at each place of the prompt; not with stream"
+    ),
+    "logprob_token_ids": Field(
+        "with logprobs: the log-probabilities of these tokens instead of the best",
+        schema=array(TOKEN_ID, sampling.MAX_LOGPROB_TOKEN_IDS),
+    ),
+    "repetition_detection": Field(
+        "in tokens: the answer ends with finish_reason repetition when its end is one pattern min_count times",
+        schema=_repetition(),
+    ),
+    "logit_bias": Field("added to the logits of these tokens", schema=_BIAS),
+    "allowed_token_ids": Field("only these tokens may be generated", schema={**_TOKEN_LIST, "minItems": 1}),
+    "skip_special_tokens": _sampling("skip_special_tokens", "leave special tokens out of the text"),
+    "spaces_between_special_tokens": _sampling(
+        "spaces_between_special_tokens", "put spaces between adjacent special tokens when they are shown"
+    ),
+    "include_stop_str_in_output": _sampling("include_stop_str_in_output", "keep the stop string in the text"),
+}
+_LENGTH = "tokens to generate at most; one that does not fit beside the prompt is refused. Left out: "
+COMPLETION_SAMPLING = SAMPLING | {
+    "max_tokens": _sampling("max_tokens", _LENGTH + "16 or what fits. 0 with echo: score it", *MAX_TOKENS, minimum=0),
+    "logprobs": _sampling("logprobs", "log-probabilities of so many best tokens"),
+}
+CHAT_SAMPLING = SAMPLING | {
+    "max_tokens": Field(_LENGTH + "what fits", aliases=MAX_TOKENS, schema=number(sampling.RANGES["max_tokens"])),
+    "top_logprobs": _sampling("logprobs", "with logprobs: of so many best tokens beside the chosen one"),
+}
+
+Model = Annotated[str | None, Field("one of the served names; left out: the first")]
+Label = Annotated[str | None, Field("a label: it changes no answer and is not kept", limit="label_characters")]
+SpecialTokens = Annotated[bool, Field("the tokenizer adds its BOS and the like (templates write them)")]
+_Interval = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+_Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
+_Salt = Annotated[str, Meta(max_length=MAX_SALT_BYTES)]
+_Seconds = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_SECONDS)]
+_Kept = Annotated[int, Meta(ge=-1, le=2**31 - 1, extra_json_schema={"not": {"const": 0}})]
+_Never = Annotated[bool, Meta(extra_json_schema={"enum": [False]})]
+
+
+class Labels(msgspec.Struct, kw_only=True):
+    """What every body may carry."""
+
+    user: Label = None
+    safety_identifier: Label = None
+    session_id: Label = None
+
+
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
+    """What a stream holds beside the answer."""
+
+    include_usage: Annotated[bool | None, Field("a last event with the usage")] = None
+    continuous_usage_stats: Annotated[bool | None, Field("usage so far in every event")] = None
+    include_obfuscation: Annotated[_Never | None, Field("nothing is obfuscated here")] = None
+
+
+class ResponseOptions(Labels, kw_only=True):
+    """How an answer is sent, and what travels beside the sampling parameters."""
+
+    model: Model = None
+    stream: Annotated[bool, Field("send the answer as it comes, as server-sent events")] = False
+    stream_options: Annotated[StreamOptions | None, Field("with stream: what it holds more", "be an object")] = None
+    stream_interval: Annotated[
+        _Interval,
+        Field(
+            "tokens of a sequence in one event of a stream; its first token and its end are sent at once",
+            "be a whole number from 1 to 2147483647",
+        ),
+    ] = 1
+    priority: Annotated[
+        _Priority, Field("with --scheduling-policy priority: lower first", f"be a whole number within {MAX_PRIORITY}")
+    ] = 0
+    cache_salt: Annotated[
+        _Salt,
+        Field("requests with the same one share a prefix cache", f"be a string of at most {MAX_SALT_BYTES} bytes"),
+    ] = ""
+    timeout: Annotated[
+        _Seconds | None,
+        Field(
+            "seconds to the end of the answer, in the queue and while it runs; then 408. The header X-Request-Timeout "
+            "says the same; the shorter holds",
+            f"be in (0, {MAX_TIMEOUT_SECONDS}] seconds",
+        ),
+    ] = None
+    truncate_prompt_tokens: Annotated[
+        _Kept | None,
+        Field(
+            "keep so many of the prompt's tokens; -1 keeps what leaves room for max_tokens",
+            "be a whole number above 0, or -1 for what fits",
+        ),
+    ] = None
+    truncation_side: Annotated[
+        Literal["left", "right"] | None, Field("the end of the prompt that is cut: left unless set", "be left or right")
+    ] = None
+    return_token_ids: Annotated[bool, Field("token_ids of each choice, and prompt_token_ids")] = False
+    return_tokens_as_token_ids: Annotated[
+        bool, Field("logprobs name tokens token_id:N, which is exact where texts of tokens are not")
+    ] = False
+    request_id: Annotated[
+        Annotated[str, Meta(pattern=REQUEST_ID)] | None,
+        Field(
+            "the answer's id becomes chatcmpl- (cmpl-) and this; refused while another request of the same key has it",
+            "be 1 to 64 letters, digits and any of . _ : -",
+        ),
+    ] = None
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a last event of a stream has the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage is True
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every event of a stream has the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats is True
+
+
+def _prompts(limits: Limits) -> Schema:
+    ids = array(TOKEN_ID, least=1)
+    return {"anyOf": [STRING, ids, array({"anyOf": [STRING, ids]}, limits.prompts.value, least=1)]}
+
+
+class CompletionBody(msgspec.Struct, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: Annotated[
+        str | list[int | str | list[int]],
+        Field(
+            "a text, texts, token ids, or lists of token ids",
+            "be a string, a list of strings, a list of token ids or a list of token-id lists, not empty",
+            schema=_prompts,
+        ),
+    ]
+    echo: Annotated[bool, Field("the prompt before the answer; with max_tokens 0 the prompt alone")] = False
+    add_special_tokens: SpecialTokens = True
+    options: Annotated[ResponseOptions, Flattened()]
+    sampling: Annotated[dict[str, Any], Flattened(COMPLETION_SAMPLING | REFUSED | REFUSED_COMPLETION)]
+
+
+class TextPart(msgspec.Struct, forbid_unknown_fields=True):
+    """A part of a message's content."""
+
+    type: Annotated[Literal["text"], Field("the kind of part")]
+    text: Annotated[str, Field("its text")]
+    unsupported: ClassVar[str] = 'this server reads {"type": "text", "text": ...} only'
+
+
+Empty = Annotated[list[Any], Meta(max_length=0)] | Annotated[str, Meta(max_length=0)] | None
+NotYet = Annotated[Empty, Refused("tool calling and audio are not in this version")]
+"""Answers of other servers carry such fields; a client that sends history back may hold them empty."""
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+
+
+class Message(msgspec.Struct, forbid_unknown_fields=True):
+    """One message of a conversation."""
+
+    role: Annotated[Role, Field("templates read developer as system", f"be one of {', '.join(get_args(Role))}")]
+    content: Annotated[
+        str | Annotated[list[str | TextPart], Meta(min_length=1)],
+        Field("text; parts are joined by line ends", "be a string or a list of text parts", limit="content_parts"),
+    ]
+    name: Annotated[str | None, Field("the speaker's name, for templates that read it")] = None
+    tool_calls: NotYet = None
+    function_call: NotYet = None
+    refusal: NotYet = None
+    audio: NotYet = None
+    annotations: NotYet = None
+    reasoning: NotYet = None
+    tool_call_id: NotYet = None
+
+
+def _template_arguments(limits: Limits) -> Schema:
+    names = {"pattern": ARGUMENT_NAME}
+    return {"type": "object", "maxProperties": limits.template_arguments.value, "propertyNames": names}
+
+
+class Conversation(msgspec.Struct, kw_only=True):
+    """What the chat template makes a prompt of."""
+
+    messages: Annotated[
+        Annotated[list[Message], Meta(min_length=1)],
+        Field("the conversation", "be a list that is not empty", limit="messages"),
+    ]
+    add_generation_prompt: Annotated[
+        bool | None, Field("end with the beginning of the assistant's turn; yes, unless continue_final_message")
+    ] = None
+    continue_final_message: Annotated[bool, Field("leave the last message, the assistant's, open")] = False
+    chat_template: Annotated[
+        str | None,
+        Field(
+            "a template instead of the model's, where the server runs with --trust-request-chat-template",
+            limit="chat_template_characters",
+        ),
+    ] = None
+    chat_template_kwargs: Annotated[
+        dict[str, Any],
+        Field("arguments of the template", "be an object", limit="template_arguments", schema=_template_arguments),
+    ] = {}
+    documents: Annotated[
+        list[dict[str, str]],
+        Field(
+            "objects of strings, for templates that read them; refused for one that does not",
+            "be a list of objects that hold strings by name",
+            limit="documents",
+        ),
+    ] = []
+    add_special_tokens: SpecialTokens = False
+
+    @property
+    def ends_with_assistant(self) -> bool:
+        """True when the last message is the assistant's own."""
+        return self.messages[-1].role == "assistant"
+
+
+class ChatBody(msgspec.Struct, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    conversation: Annotated[Conversation, Flattened()]
+    options: Annotated[ResponseOptions, Flattened()]
+    sampling: Annotated[dict[str, Any], Flattened(CHAT_SAMPLING | REFUSED | REFUSED_CHAT)]
+    logprobs: Annotated[bool, Field("log-probabilities of the answer's tokens")] = False
+    echo: Annotated[bool, Field("a last message of the assistant before what goes on from it")] = False
+    return_prompt_text: Annotated[bool, Field("prompt_text: the prompt as the model read it")] = False
+
+
+class TokenizeOptions(Labels, kw_only=True):
+    """What both forms of /tokenize take."""
+
+    model: Model = None
+    return_token_strs: Annotated[bool, Field("the text of each token too")] = False
+
+
+class TokenizeTextBody(msgspec.Struct, kw_only=True):
+    """POST /tokenize with a text."""
+
+    prompt: Annotated[str, Field("the text", "be a string, or there must be messages")]
+    add_special_tokens: SpecialTokens = True
+    options: Annotated[TokenizeOptions, Flattened()]
+
+
+class TokenizeChatBody(msgspec.Struct, kw_only=True):
+    """POST /tokenize with a conversation."""
+
+    conversation: Annotated[Conversation, Flattened()]
+    options: Annotated[TokenizeOptions, Flattened()]
+    refused: Annotated[dict[str, Any], Flattened(REFUSED_TOKENIZE)]
+
+
+class DetokenizeBody(Labels, kw_only=True):
+    """POST /detokenize."""
+
+    tokens: Annotated[
+        list[Annotated[int, Meta(ge=0, le=2**31 - 1)]],
+        Field("the tokens", "be a list of token ids", limit="detokenized_tokens"),
+    ]
+    model: Model = None
+
+
+COMPLETION = RequestSchema(CompletionBody)
+CHAT = RequestSchema(ChatBody)
+TOKENIZE_TEXT = RequestSchema(TokenizeTextBody)
+TOKENIZE_CHAT = RequestSchema(TokenizeChatBody)
+DETOKENIZE = RequestSchema(DetokenizeBody)
+
+
+def request_bodies(limits: Limits) -> dict[str, Schema]:
+    """The schema of each body and of what it is made of, by its name in the API's description."""
+    found: dict[str, Schema] = {}
+    bodies = {"CompletionRequest": COMPLETION, "ChatCompletionRequest": CHAT, "DetokenizeRequest": DETOKENIZE}
+    for name, schema in (*bodies.items(), ("TokenizeText", TOKENIZE_TEXT), ("TokenizeChat", TOKENIZE_CHAT)):
+        found[name], below = cast(RequestSchema[Any], schema).json_schema(limits)
+        found |= below
+    found["TokenizeRequest"] = {"anyOf": [found.pop("TokenizeText"), found.pop("TokenizeChat")]}
+    return found

@@ -1,0 +1,273 @@
+"""From bodies to checked calls: what needs two fields, or a count that no type states."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quire.engine.inputs import MAX_SALT_BYTES
+from quire.errors import InvalidRequestError, PromptTooLongError
+from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.server.doors.openai.bodies import (
+    ARGUMENT_NAME,
+    CHAT,
+    COMPLETION,
+    DETOKENIZE,
+    TOKENIZE_CHAT,
+    TOKENIZE_TEXT,
+    Conversation,
+    DetokenizeBody,
+    ResponseOptions,
+    TextPart,
+    TokenizeChatBody,
+    TokenizeTextBody,
+)
+from quire.server.http.limits import Limits
+from quire.server.http.schema import check_length
+
+FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Fields that the model's own generation settings fill when the request leaves them out, as in vLLM."""
+
+Prompt = str | list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One parsed request."""
+
+    params: SamplingParams
+    options: ResponseOptions
+    asked_max_tokens: int | None
+    """What the client itself asked for: it must fit, where a default may be cut short."""
+    wants_prompt_logprobs: bool
+    num_prompts: int = 1
+    prompt_only: bool = False
+    """`max_tokens: 0` with `echo`: the prompt is scored and nothing is shown of the token after it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionCall(Call):
+    """Every prompt is sampled from with the same parameters."""
+
+    prompts: list[Prompt]
+    logprobs: int | None
+    echo: bool
+    add_special_tokens: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatCall(Call):
+    """An answer to a conversation."""
+
+    conversation: Conversation
+    top_logprobs: int | None
+    """None: no logprobs; 0: the chosen tokens' only."""
+    wants_prompt_text: bool
+    echoed: str
+    """Stands before the answer: with `echo`, a last message of the assistant."""
+
+
+def parse_completion(raw: Mapping[str, Any], defaults: SamplingParams, limits: Limits) -> CompletionCall:
+    """Check everything that can be checked without the model.
+
+    Raises:
+        InvalidRequestError: naming the field.
+        ApiError: a count past its limit.
+    """
+    body = COMPLETION.read(raw, limits)
+    values, prompts = body.sampling, _prompts(body.prompt, limits)
+    asked, logprobs = values.get("max_tokens"), values.get("logprobs")
+    overrides: dict[str, Any] = {}
+    prompt_only = body.echo and asked == 0 and type(asked) is int
+    if prompt_only:
+        overrides["max_tokens"] = 1
+    if body.echo and type(logprobs) is int:
+        of_prompt = values.get("prompt_logprobs", 0)
+        overrides["prompt_logprobs"] = max(logprobs, of_prompt) if type(of_prompt) is int else of_prompt
+    params = _make_params(values, defaults, body.options, overrides)
+    if len(prompts) * params.n > limits.sequences.value:
+        raise limits.sequences.error(f"{len(prompts)} x {params.n}")
+    return CompletionCall(
+        params=params,
+        options=body.options,
+        asked_max_tokens=asked,
+        wants_prompt_logprobs="prompt_logprobs" in values,
+        prompts=prompts,
+        num_prompts=len(prompts),
+        logprobs=logprobs,
+        echo=body.echo,
+        add_special_tokens=body.add_special_tokens,
+        prompt_only=prompt_only,
+    )
+
+
+def parse_chat(raw: Mapping[str, Any], defaults: SamplingParams, limits: Limits) -> ChatCall:
+    """Check everything that can be checked without the model.
+
+    Raises:
+        InvalidRequestError: naming the field.
+        ApiError: a count past its limit.
+    """
+    body = CHAT.read(raw, limits)
+    values, conversation = body.sampling, _checked(body.conversation, limits)
+    count = values.pop("top_logprobs", None)
+    if count is not None and not body.logprobs:
+        raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
+    top_logprobs = (0 if count is None else count) if body.logprobs else None
+    overrides = {"logprobs": top_logprobs, "max_tokens": values.get("max_tokens")}
+    try:
+        params = _make_params(values, defaults, body.options, overrides)
+    except InvalidRequestError as error:
+        if error.param == "logprobs":  # here the count has another name
+            raise InvalidRequestError("top_" + error.message, param="top_logprobs") from error
+        raise
+    if params.n > limits.sequences.value:
+        raise limits.sequences.error(str(params.n))
+    return ChatCall(
+        params=params,
+        options=body.options,
+        asked_max_tokens=params.max_tokens,
+        wants_prompt_logprobs=params.prompt_logprobs is not None,
+        conversation=conversation,
+        top_logprobs=top_logprobs,
+        wants_prompt_text=body.return_prompt_text,
+        echoed=text_of(conversation.messages[-1].content) if body.echo and conversation.ends_with_assistant else "",
+    )
+
+
+def parse_tokenize(raw: Mapping[str, Any], limits: Limits) -> TokenizeTextBody | TokenizeChatBody:
+    """Check a body: with `messages` it is a conversation, else it has a `prompt`.
+
+    Raises:
+        InvalidRequestError: naming the field.
+        ApiError: a count past its limit.
+    """
+    if raw.get("messages") is None:
+        return TOKENIZE_TEXT.read(raw, limits)
+    body = TOKENIZE_CHAT.read(raw, limits)
+    _checked(body.conversation, limits)
+    return body
+
+
+def parse_detokenize(raw: Mapping[str, Any], limits: Limits, vocab_size: int) -> DetokenizeBody:
+    """Check a body, whose ids are all below `vocab_size`.
+
+    Raises:
+        InvalidRequestError: naming the field.
+        ApiError: too many tokens.
+    """
+    body = DETOKENIZE.read(raw, limits)
+    if not all(0 <= item < vocab_size for item in body.tokens):
+        raise InvalidRequestError(f"tokens must hold token ids from 0 to {vocab_size - 1}", param="tokens")
+    return body
+
+
+def text_of(content: str | list[str | TextPart]) -> str:
+    """A message's content; parts are joined by line ends as vLLM joins them."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(part if isinstance(part, str) else part.text for part in content)
+
+
+def truncate_prompt(token_ids: Sequence[int], call: Call, max_model_len: int) -> Sequence[int]:
+    """The tokens to go on from: cut where the client said so, refused with the numbers otherwise.
+
+    Without `max_tokens` the answer is as long as fits. One that was asked for fits whole or is refused, as by vLLM's
+    server: it is never cut short in silence. (A prompt that is too long by itself is the engine's to refuse.)
+
+    Raises:
+        PromptTooLongError: prompt and `max_tokens` together exceed `max_model_len`.
+    """
+    asked, most, kept = call.asked_max_tokens, call.options.truncate_prompt_tokens, token_ids
+    if most is not None:
+        if most == -1:
+            most = max(1, max_model_len - (asked or 1))
+        kept = token_ids[:most] if call.options.truncation_side == "right" else token_ids[-most:]
+    if asked is not None and len(kept) < max_model_len < len(kept) + asked:
+        raise PromptTooLongError(
+            f"max_tokens is {asked} and the prompt has {len(kept)} tokens, {len(kept) + asked} together; at most "
+            f"{max_model_len} fit (max_model_len), so max_tokens may be at most {max_model_len - len(kept)}",
+            param="max_tokens",
+        )
+    return kept
+
+
+def _make_params(
+    taken: Mapping[str, Any], defaults: SamplingParams, options: ResponseOptions, overrides: Mapping[str, Any]
+) -> SamplingParams:
+    """The one constructor's input from what a body held, and what the route decided itself over it."""
+    _check_options(options)
+    values = {name: getattr(defaults, name) for name in FROM_MODEL} | dict(taken)
+    if "logit_bias" in values:
+        values["logit_bias"] = _int_keys(values["logit_bias"])
+    if options.stream and values.get("prompt_logprobs") is not None:
+        raise InvalidRequestError("prompt_logprobs needs stream: false", param="prompt_logprobs")
+    kind = RequestOutputKind.DELTA if options.stream else RequestOutputKind.FINAL_ONLY
+    return SamplingParams.from_mapping({**values, **overrides, "output_kind": kind})
+
+
+def _check_options(options: ResponseOptions) -> None:
+    if len(options.cache_salt.encode()) > MAX_SALT_BYTES:
+        raise COMPLETION.refusal("cache_salt")
+    if options.stream_options is not None:
+        if not options.stream:
+            raise InvalidRequestError("stream_options needs stream: true", param="stream_options")
+        if options.stream_options.include_obfuscation:
+            text = "stream_options.include_obfuscation is not supported: nothing is obfuscated here"
+            raise InvalidRequestError(text, param="stream_options")
+    if options.truncation_side is not None and options.truncate_prompt_tokens is None:
+        raise InvalidRequestError("truncation_side needs truncate_prompt_tokens", param="truncation_side")
+    if options.truncate_prompt_tokens == 0:
+        raise COMPLETION.refusal("truncate_prompt_tokens")
+
+
+def _int_keys(bias: Any) -> Any:
+    """JSON has only string keys; `SamplingParams` wants token ids."""
+    if not isinstance(bias, dict):
+        return bias
+    converted: dict[int, Any] = {}
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+            raise InvalidRequestError(
+                "logit_bias must map token ids (whole numbers in quotes) to numbers", param="logit_bias"
+            )
+        if int(key) in converted:
+            raise InvalidRequestError(f"logit_bias names token {int(key)} twice", param="logit_bias")
+        converted[int(key)] = value
+    return converted
+
+
+def _prompts(value: str | list[Any], limits: Limits) -> list[Prompt]:
+    """A string, a list of strings, token ids, or a list of token-id lists."""
+    if isinstance(value, str):
+        return [value]
+    kinds = set(map(type, value))
+    if kinds == {int}:
+        return [value]
+    if int in kinds or not value or [] in value:
+        raise COMPLETION.refusal("prompt")
+    check_length(limits.prompts, value, "prompt")
+    return value
+
+
+def _checked(conversation: Conversation, limits: Limits) -> Conversation:
+    for message in conversation.messages:
+        if not isinstance(message.content, str):
+            check_length(limits.content_parts, message.content, "messages")
+    for name in conversation.chat_template_kwargs:
+        if not re.fullmatch(ARGUMENT_NAME, name):
+            raise InvalidRequestError(f"chat_template_kwargs may not set {name[:64]!r}", param="chat_template_kwargs")
+    if _depth_exceeds(conversation.chat_template_kwargs, limits.template_argument_depth.value):
+        raise limits.template_argument_depth.error()
+    if conversation.continue_final_message and not conversation.ends_with_assistant:
+        raise InvalidRequestError(
+            "continue_final_message needs a last message of the assistant", param="continue_final_message"
+        )
+    return conversation
+
+
+def _depth_exceeds(value: Any, levels: int) -> bool:
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_depth_exceeds(item, levels - 1) for item in inner)

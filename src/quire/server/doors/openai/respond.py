@@ -1,0 +1,270 @@
+"""Answers under way: what completions and chats have in common, and the choices of each."""
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any, ClassVar, Generic, TypeVar
+
+from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from quire.server.doors.openai import responses
+from quire.server.doors.openai.bodies import Conversation, Message
+from quire.server.doors.openai.parse import Call, ChatCall, CompletionCall, text_of, truncate_prompt
+from quire.server.doors.openai.usage import Usage
+from quire.server.http.context import RequestContext, ServerContext, new_id
+from quire.server.http.streams import Outputs, coalesce, last_outputs, merged
+
+C = TypeVar("C", bound=Call)
+Content = dict[str, Any]
+
+
+class Answer(ABC, Generic[C]):
+    """One answer: its prompts run together, and leave in one piece or as events."""
+
+    prefix: ClassVar[str]
+    """Of its id."""
+    kind: ClassVar[str]
+    """What it calls itself, whole."""
+    event_kind: ClassVar[str]
+
+    def __init__(self, context: ServerContext, call: C, request: RequestContext) -> None:
+        self._context, self._engine, self._call, self._request = context, context.engine, call, request
+        self._id = new_id(self.prefix, call.options.request_id)
+        self._head: Content = {
+            "id": self._id,
+            "object": self.event_kind if call.options.stream else self.kind,
+            "created": int(time.time()),
+            "model": context.resolve_name(call.options.model),
+            "system_fingerprint": responses.FINGERPRINT,
+        }
+        shows_cached = context.show_cached_tokens
+        self._usage = Usage(call.num_prompts, shows_cached=shows_cached, prompt_only=call.prompt_only)
+
+    def headers(self) -> dict[str, str]:
+        """Its id and where its time went."""
+        return {"x-request-id": self._id, "server-timing": self._usage.server_timing()}
+
+    async def whole(self) -> Content:
+        """The answer in one piece."""
+        with self._context.gate.inside(self._name):
+            outputs = await last_outputs(await self._start())
+        choices = []
+        for number, output in enumerate(outputs):
+            self._usage.see(number, output)
+            choices += [self._choice(number, output, choice) for choice in output.outputs]
+        content = {**self._head, "choices": choices, "usage": self._usage.counts(), "timings": self._usage.timings()}
+        return {**content, **await self._of_prompt(outputs[0])}
+
+    async def events(self) -> AsyncGenerator[Content, None]:
+        """The answer in pieces; then usage."""
+        options, usage = self._call.options, self._usage
+        with self._context.gate.inside(self._name):
+            streams = [coalesce(stream, options.stream_interval) for stream in await self._start()]
+            async with aclosing(merged(streams)) as outputs:
+                async for number, output in outputs:
+                    usage.see(number, output)
+                    pieces = [piece for choice in output.outputs for piece in self._pieces(number, output, choice)]
+                    for piece in pieces:
+                        event = {**self._head, "choices": [piece]}
+                        if options.continuous_usage:
+                            event["usage"] = usage.counts()
+                        elif options.include_usage:
+                            event["usage"] = None
+                        if "role" in piece.get("delta", ()):
+                            event |= await self._of_prompt(output)
+                        if usage.finished and piece is pieces[-1] and not options.include_usage:
+                            event["timings"] = usage.timings()
+                        yield event
+        if options.include_usage:
+            yield {**self._head, "choices": [], "usage": usage.counts(), "timings": usage.timings()}
+
+    @property
+    def _name(self) -> str:
+        return f"{self._request.caller.name}/{self._id}"
+
+    @abstractmethod
+    async def _prompts(self) -> list[tuple[str, Sequence[int]]]:
+        """The engine's name for each prompt, and its token ids."""
+
+    @abstractmethod
+    def _choice(self, number: int, output: RequestOutput, choice: CompletionOutput) -> Content:
+        """One sequence of the answer, whole."""
+
+    @abstractmethod
+    def _pieces(self, number: int, output: RequestOutput, choice: CompletionOutput) -> list[Content]:
+        """What is new of one sequence, as the choices of one event each."""
+
+    async def _of_prompt(self, output: RequestOutput) -> Content:
+        """What stands beside the choices: of the prompt as the model read it."""
+        return {}
+
+    async def _start(self) -> list[Outputs]:
+        """Every prompt is checked before the first one starts."""
+        return [
+            self._engine.generate(
+                {"prompt_token_ids": token_ids},
+                self._call.params,
+                request_id=request_id,
+                priority=self._call.options.priority,
+                cache_salt=self._request.cache_salt,
+                caller=self._request.caller,
+                timeout_s=self._request.timeout_s,
+            )
+            for request_id, token_ids in await self._prompts()
+        ]
+
+    def _token_names(self) -> responses.TokenNames:
+        as_ids = self._call.options.return_tokens_as_token_ids
+        return responses.TokenNames(self._engine.get_tokenizer().token_bytes, as_ids=as_ids)
+
+
+class CompletionAnswer(Answer[CompletionCall]):
+    """Of /v1/completions: the sequences of all prompts, numbered through."""
+
+    prefix, kind, event_kind = "cmpl", "text_completion", "text_completion"
+
+    def __init__(self, context: ServerContext, call: CompletionCall, request: RequestContext) -> None:
+        super().__init__(context, call, request)
+        self._texts: list[str | None] = []
+        """Of each prompt, where it is known as it was sent."""
+        self._offsets: dict[int, int] = {}
+
+    async def _prompts(self) -> list[tuple[str, Sequence[int]]]:
+        found = []
+        for number, prompt in enumerate(self._call.prompts):
+            text = prompt if isinstance(prompt, str) else None
+            token_ids: Sequence[int] = prompt if isinstance(prompt, list) else []
+            if text is not None:
+                token_ids = await self._engine.encode(text, add_special_tokens=self._call.add_special_tokens)
+            kept = truncate_prompt(token_ids, self._call, self._engine.max_model_len)
+            self._texts.append(text if len(kept) == len(token_ids) else None)
+            found.append((f"{self._id}/{number}", kept))
+        return found
+
+    def _pieces(self, number: int, output: RequestOutput, choice: CompletionOutput) -> list[Content]:
+        return [self._choice(number, output, choice)]
+
+    def _choice(self, number: int, output: RequestOutput, choice: CompletionOutput) -> Content:
+        """What is new of one sequence; its first part has what belongs to the prompt too."""
+        call, index = self._call, number * self._call.params.n + choice.index
+        is_first = index not in self._offsets
+        echoes = call.echo and is_first
+        offset = self._offsets.setdefault(index, 0)
+        logprobs = None
+        if call.logprobs is not None:
+            logprobs = self._logprobs(output, choice, call.logprobs, offset, echoes=echoes)
+            self._offsets[index] += sum(map(len, logprobs["tokens"]))
+        content: Content = {
+            "index": index,
+            "text": (self._prompt_text(number, output) if echoes else "") + ("" if call.prompt_only else choice.text),
+            "logprobs": logprobs,
+            "finish_reason": responses.check_finish(output, choice),
+            "stop_reason": choice.stop_reason,
+        }
+        if call.options.return_token_ids:
+            content["token_ids"] = [] if call.prompt_only else choice.token_ids
+            content["prompt_token_ids"] = output.prompt_token_ids if is_first else None
+        if call.wants_prompt_logprobs:
+            content["prompt_logprobs"] = responses.prompt_logprobs(output.prompt_logprobs)
+        return content
+
+    def _logprobs(
+        self, output: RequestOutput, choice: CompletionOutput, top: int, offset: int, *, echoes: bool
+    ) -> Content:
+        spans: list[tuple[int, PositionLogprobs | None]] = []
+        if echoes:
+            spans += zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=True)
+        if not self._call.prompt_only:
+            spans += zip(choice.token_ids, choice.logprobs or [], strict=True)
+        asked = self._call.params.logprob_token_ids or ()
+        return responses.completion_logprobs(spans, top, asked, offset, self._token_names())
+
+    def _prompt_text(self, number: int, output: RequestOutput) -> str:
+        text = self._texts[number]
+        if text is None:
+            text = self._engine.get_tokenizer().decode(output.prompt_token_ids, skip_special_tokens=False)
+        return text
+
+
+class ChatAnswer(Answer[ChatCall]):
+    """Of /v1/chat/completions: as events, for each choice its role, what it says, why it ended."""
+
+    prefix, kind, event_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, context: ServerContext, call: ChatCall, request: RequestContext) -> None:
+        super().__init__(context, call, request)
+        self._begun: set[int] = set()
+
+    async def _prompts(self) -> list[tuple[str, Sequence[int]]]:
+        token_ids = await encode_conversation(self._context, self._call.conversation)
+        return [(self._id, truncate_prompt(token_ids, self._call, self._engine.max_model_len))]
+
+    def _choice(self, number: int, output: RequestOutput, choice: CompletionOutput) -> Content:
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": self._call.echoed + choice.text, "refusal": None},
+            "logprobs": self._logprobs(choice),
+            "finish_reason": responses.check_finish(output, choice),
+            "stop_reason": choice.stop_reason,
+            **self._token_ids(choice),
+        }
+
+    def _pieces(self, number: int, output: RequestOutput, choice: CompletionOutput) -> list[Content]:
+        finish_reason = responses.check_finish(output, choice)
+        pieces = []
+        if choice.index not in self._begun:
+            self._begun.add(choice.index)
+            pieces.append(_piece(choice.index, {"role": "assistant", "content": self._call.echoed, "refusal": None}))
+        ids = self._token_ids(choice)
+        if choice.text or (choice.token_ids and (choice.logprobs or ids)):
+            pieces.append({**_piece(choice.index, {"content": choice.text}, self._logprobs(choice)), **ids})
+        if finish_reason is not None:
+            end = _piece(choice.index, {})
+            pieces.append({**end, "finish_reason": finish_reason, "stop_reason": choice.stop_reason})
+        return pieces
+
+    async def _of_prompt(self, output: RequestOutput) -> Content:
+        found: Content = {}
+        if self._call.wants_prompt_logprobs:
+            found["prompt_logprobs"] = responses.prompt_logprobs(output.prompt_logprobs)
+        if self._call.options.return_token_ids:
+            found["prompt_token_ids"] = output.prompt_token_ids
+        if self._call.wants_prompt_text:
+            decode = self._engine.get_tokenizer().decode
+            found["prompt_text"] = await asyncio.to_thread(decode, output.prompt_token_ids, skip_special_tokens=False)
+        return found
+
+    def _token_ids(self, choice: CompletionOutput) -> Content:
+        return {"token_ids": choice.token_ids} if self._call.options.return_token_ids else {}
+
+    def _logprobs(self, choice: CompletionOutput) -> Content | None:
+        top = self._call.top_logprobs
+        if top is None:
+            return None
+        return responses.chat_logprobs(choice, top, self._call.params.logprob_token_ids or (), self._token_names())
+
+
+async def encode_conversation(context: ServerContext, conversation: Conversation) -> list[int]:
+    """Token ids of a conversation under the model's template."""
+    add_prompt = conversation.add_generation_prompt
+    return await context.engine.encode_chat(
+        [_as_template(message) for message in conversation.messages],
+        add_generation_prompt=not conversation.continue_final_message if add_prompt is None else add_prompt,
+        continue_final_message=conversation.continue_final_message,
+        chat_template=conversation.chat_template,
+        documents=conversation.documents or None,
+        add_special_tokens=conversation.add_special_tokens,
+        chat_template_kwargs=conversation.chat_template_kwargs,
+    )
+
+
+def _as_template(message: Message) -> dict[str, str]:
+    """A message as templates take it: few know the newer name of the system role."""
+    role = "system" if message.role == "developer" else message.role
+    named = {} if message.name is None else {"name": message.name}
+    return {"role": role, "content": text_of(message.content), **named}
+
+
+def _piece(index: int, delta: Content, logprobs: Content | None = None) -> Content:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}

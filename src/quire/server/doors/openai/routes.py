@@ -1,0 +1,125 @@
+"""OpenAI's text API, and vLLM's /tokenize and /detokenize: the routes, the shape of errors, the framing of streams."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from quire.server.doors.openai.bodies import TokenizeTextBody
+from quire.server.doors.openai.describe import describe
+from quire.server.doors.openai.parse import parse_chat, parse_completion, parse_detokenize, parse_tokenize
+from quire.server.doors.openai.respond import Answer, C, ChatAnswer, CompletionAnswer, encode_conversation
+from quire.server.http.context import Api, ServerContext, new_id
+from quire.server.http.errors import ApiError
+from quire.server.http.streams import Framing, deliver, naming_param
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """`{"error": {"message", "type", "param", "code"}}`."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
+def frame(content: bytes) -> bytes:
+    """One server-sent event."""
+    return b"data: " + content + b"\n\n"
+
+
+FRAMING = Framing("text/event-stream", frame, frame(b"[DONE]"), error_body)
+
+
+async def create_chat_completion(request: Request) -> Response:
+    """Go on with a conversation."""
+    return await _create(request, parse_chat, ChatAnswer, naming_param("prompt", "messages"))
+
+
+async def create_completion(request: Request) -> Response:
+    """Continue each prompt."""
+    return await _create(request, parse_completion, CompletionAnswer, naming_param("prompt_token_ids", "prompt"))
+
+
+async def _create(
+    request: Request, parse: Callable[..., C], answer: type[Answer[C]], naming: AbstractContextManager[None]
+) -> Response:
+    context: ServerContext = request.app.state.context
+    defaults = context.engine.get_default_sampling_params()
+    call = await context.bodies.read(request, lambda body: parse(body, defaults, context.limits))
+    requested = context.request_context(request, call.options.cache_salt, call.options.timeout)
+    with naming:
+        return await deliver(request, answer(context, call, requested), FRAMING if call.options.stream else None)
+
+
+async def tokenize(request: Request) -> Response:
+    """Tokens of a text or of a conversation."""
+    context: ServerContext = request.app.state.context
+    body = await context.bodies.read(request, lambda body: parse_tokenize(body, context.limits))
+    context.resolve_name(body.options.model)
+    with context.gate.inside(new_id("tokenize")):
+        if isinstance(body, TokenizeTextBody):
+            token_ids = await context.engine.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        else:
+            with naming_param("prompt", "messages"):
+                token_ids = await encode_conversation(context, body.conversation)
+    text_of = context.engine.get_tokenizer().token_text
+    content = {
+        "count": len(token_ids),
+        "max_model_len": context.engine.max_model_len,
+        "tokens": token_ids,
+        "token_strs": [text_of(item) for item in token_ids] if body.options.return_token_strs else None,
+    }
+    return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+async def detokenize(request: Request) -> Response:
+    """The text of tokens, special ones included."""
+    context: ServerContext = request.app.state.context
+    vocab_size = context.engine.vocab_size
+    body = await context.bodies.read(request, lambda body: parse_detokenize(body, context.limits, vocab_size))
+    context.resolve_name(body.model)
+    decode = context.engine.get_tokenizer().decode
+    with context.gate.inside(new_id("detokenize")):
+        text = await asyncio.to_thread(decode, body.tokens, skip_special_tokens=False)
+    return Response(msgspec.json.encode({"prompt": text}), media_type="application/json")
+
+
+def _card(context: ServerContext, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": context.started_s,
+        "owned_by": "quire",
+        "max_model_len": context.engine.max_model_len,
+    }
+
+
+async def list_models(request: Request) -> Response:
+    """What is served."""
+    context: ServerContext = request.app.state.context
+    return JSONResponse({"object": "list", "data": [_card(context, name) for name in context.served_names]})
+
+
+async def retrieve_model(request: Request) -> Response:
+    """One model."""
+    context: ServerContext = request.app.state.context
+    return JSONResponse(_card(context, context.resolve_name(request.path_params["name"])))
+
+
+OPENAI = Api(
+    prefix="/",
+    routes=(
+        Route("/v1/chat/completions", create_chat_completion, methods=["POST"]),
+        Route("/v1/completions", create_completion, methods=["POST"]),
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
+        Route("/v1/models", list_models),
+        Route("/v1/models/{name:path}", retrieve_model),
+    ),
+    queued_paths=frozenset({"/v1/completions", "/v1/chat/completions"}),
+    error_body=error_body,
+    describe=describe,
+)

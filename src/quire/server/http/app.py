@@ -1,0 +1,125 @@
+"""The server's application: APIs, errors and the key, put together around an engine."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from starlette.applications import Starlette
+
+from quire.errors import ConfigurationError
+from quire.server.http import errors, probes
+from quire.server.http.access import Access
+from quire.server.http.body import Bodies
+from quire.server.http.context import Api, Gate, ServerContext
+from quire.server.http.keys import KeyRequired, caller_name
+from quire.server.http.limits import REQUESTS_IN_FLIGHT, Limits
+from quire.server.http.middleware import EarlyRefusal, QueueGuard, RejectAmbiguousFraming
+
+if TYPE_CHECKING:
+    from quire.engine.async_engine import AsyncEngine
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Observability:
+    """What operators see of a server."""
+
+    admin_api_key: str | None = None
+    """Opens /v1/requests/{id}/explain; without one it answers to this machine alone, and only where callers need no
+    key."""
+    otlp_traces_endpoint: str | None = None
+    """Where spans of requests are sent."""
+    log_requests: bool = False
+    """A log record for each request."""
+
+
+NO_OBSERVABILITY = Observability()
+
+
+def create_app(
+    engine: "AsyncEngine",
+    *,
+    apis: Sequence[Api],
+    served_model_name: str | Sequence[str],
+    model_names: Sequence[str] = (),
+    api_key: str | Sequence[str] | Mapping[str, int] = (),
+    metrics_prefix: str = "quire",
+    show_cached_tokens: bool | None = None,
+    share_prefix_cache: bool = False,
+    observability: Observability = NO_OBSERVABILITY,
+    limits: Limits = DEFAULT_LIMITS,
+    max_requests_in_flight: int = REQUESTS_IN_FLIGHT,
+) -> Starlette:
+    """An ASGI application. The caller keeps the engine and shuts it down.
+
+    Args:
+        apis: what it speaks; errors outside of all of them have the shape of the first.
+        served_model_name: names shown by /v1/models; the first stands for requests that name none.
+        model_names: further names that requests may use (the model's directory, its id on the hub).
+        api_key: keys, or keys with weights; with one, every route but the probes needs `Authorization: Bearer KEY`.
+            Callers with different keys share the engine fairly, by weight (1 where none is given).
+        metrics_prefix: stands before the colon of every metric's name.
+        show_cached_tokens: usage tells how many prompt tokens the prefix cache supplied; None: unless callers with
+            different keys share it: they could learn from it what others ask.
+        observability: what operators see.
+        limits: of bodies and of the fields in them.
+        share_prefix_cache: requests with different keys may find each other's prefixes.
+
+    Raises:
+        ConfigurationError: no name, or an empty key.
+    """
+    names = (served_model_name,) if isinstance(served_model_name, str) else tuple(served_model_name)
+    if not names or not all(names):
+        raise ConfigurationError("served_model_name must not be empty", field="served_model_name")
+    api_keys = _weighted(api_key)
+    if not all(key.strip() for key in api_keys):
+        raise ConfigurationError("api_key must not be empty", field="api_key")
+    if show_cached_tokens is None:
+        show_cached_tokens = not (share_prefix_cache and len(api_keys) > 1)
+    app = Starlette(routes=[*(route for api in apis for route in api.routes), *probes.ROUTES])
+    app.router.redirect_slashes = False
+    app.state.context = ServerContext(
+        engine=engine,
+        apis=tuple(apis),
+        served_names=names,
+        accepted_names=frozenset(names) | frozenset(model_names),
+        gate=Gate(max_requests_in_flight),
+        show_cached_tokens=show_cached_tokens,
+        limits=limits,
+        bodies=Bodies(limits),
+        needs_key=bool(api_keys),
+        has_admin_key=observability.admin_api_key is not None,
+        weights={caller_name(key): weight for key, weight in api_keys.items()},
+        shares_prefix_cache=share_prefix_cache,
+    )
+    engine.expect_callers(app.state.context.weights)
+    app.state.metrics_prefix = metrics_prefix
+    _surround(app, engine, names[0], list(api_keys), observability)
+    return app
+
+
+def _weighted(api_key: str | Sequence[str] | Mapping[str, int]) -> dict[str, int]:
+    if isinstance(api_key, str):
+        return {api_key: 1}
+    return dict(api_key) if isinstance(api_key, Mapping) else dict.fromkeys(api_key, 1)
+
+
+def _surround(
+    app: Starlette, engine: "AsyncEngine", name: str, api_keys: Sequence[str], observability: Observability
+) -> None:
+    """Errors, the queue and keys, and around them what takes notes of every request."""
+    admin_key = observability.admin_api_key
+    if admin_key is not None and (not admin_key.strip() or admin_key in api_keys):
+        raise ConfigurationError("admin_api_key must not be empty, nor a caller's key", field="admin_api_key")
+    errors.install(app)
+    app.add_middleware(QueueGuard, context=app.state.context)
+    keys = None
+    if api_keys or admin_key is not None:
+        keys = KeyRequired(app, api_keys=api_keys, open_paths=probes.OPEN_PATHS, admin_key=admin_key)
+        app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=probes.OPEN_PATHS, admin_key=admin_key)
+    app.add_middleware(RejectAmbiguousFraming)
+    if observability.otlp_traces_endpoint is not None:
+        engine.observer.trace_to(observability.otlp_traces_endpoint, name)
+    app.add_middleware(Access, observer=engine.observer, logs=observability.log_requests)
+    app.state.early_refusal = EarlyRefusal(app.state.context, keys, logs=observability.log_requests)

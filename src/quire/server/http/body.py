@@ -1,0 +1,143 @@
+"""A request body, read with a bound and parsed as strict JSON."""
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+from starlette.requests import Request
+
+from quire.server.http.errors import ApiError, ClientGoneError
+from quire.server.http.limits import INLINE_BODY_BYTES, Limits
+
+T = TypeVar("T")
+COUNT_BYTES = 2**16
+_ESCAPED_TEXT = re.compile(rb"\\\\|\\u[dD][89abAB]..\\u[dD][c-fC-F]", re.DOTALL)
+_SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class Bodies:
+    """Reads the bodies of one server's requests, and knows how much of them is held."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self.num_bytes = 0
+
+    async def read(self, request: Request, parse: Callable[[dict[str, Any]], T]) -> T:
+        """What `parse` makes of the body, a JSON object. A large one is parsed in a thread beside the event loop.
+
+        Raises:
+            ApiError: 415, 413, 408, 503 or 400.
+            ClientGoneError: the caller left before the end of the body.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json" or "content-encoding" in request.headers:
+            raise ApiError(415, "the body must be JSON, sent plain as application/json", code="unsupported_media_type")
+        data = bytearray()
+        try:
+            async with asyncio.timeout(self._limits.body_seconds.value):
+                await self._fill(data, request)
+            if len(data) <= INLINE_BODY_BYTES:
+                return parse(self._object(data))
+            return await asyncio.to_thread(lambda: parse(self._object(data)))
+        except TimeoutError as error:
+            raise self._limits.body_seconds.error() from error
+        finally:
+            self.num_bytes -= len(data)
+
+    async def _fill(self, data: bytearray, request: Request) -> None:
+        most = self._limits.body_bytes
+        declared = request.headers.get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > most.value:
+            raise most.error(f"{int(declared[:20]):,}")
+        while True:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGoneError
+            part = message.get("body", b"")
+            data += part
+            self.num_bytes += len(part)
+            if len(data) > most.value:
+                raise most.error()
+            if self.num_bytes > self._limits.all_bodies_bytes.value:
+                raise self._limits.all_bodies_bytes.error()
+            if not message.get("more_body", False):
+                return
+
+    def _check_size(self, data: bytearray) -> None:
+        """Refuse what would keep the parser, which no other thread can interrupt, for long."""
+        most_values, most_names = self._limits.body_values, self._limits.body_names
+        # Signs in strings too: an upper bound, and cheap.
+        if data.count(b",") <= most_values.value and data.count(b":") + data.count(b"[") <= most_names.value:
+            return
+        num_commas, num_names, num_lists = count_outside_strings(bytes(data), b",", b":", b"[")
+        if num_commas > most_values.value:
+            raise most_values.error()
+        if num_names + num_lists > most_names.value:
+            raise most_names.error(f"{num_names + num_lists:,}")
+
+    def _object(self, data: bytearray) -> dict[str, Any]:
+        self._check_size(data)
+        value = parse_json(bytes(data))
+        if not isinstance(value, dict):
+            raise _malformed("the body must be a JSON object")
+        return value
+
+
+def count_outside_strings(data: bytes, *signs: bytes) -> list[int]:
+    """How often each sign stands in JSON, strings left out. In pieces, between which other threads may run."""
+    bare, counts, is_inside = data.replace(b"\\\\", b"").replace(b'\\"', b""), [0] * len(signs), 0
+    for start in range(0, len(bare), COUNT_BYTES):
+        parts = bare[start : start + COUNT_BYTES].split(b'"')
+        outside = b"".join(parts[is_inside::2])
+        counts = [count + outside.count(sign) for count, sign in zip(counts, signs, strict=True)]
+        is_inside ^= (len(parts) - 1) & 1
+    return counts
+
+
+def parse_json(data: bytes) -> Any:
+    """Strict JSON: UTF-8, no NaN or Infinity, no number past a double, no name twice, no lone surrogate.
+
+    Raises:
+        ApiError: 400, saying what is wrong and where.
+    """
+    try:
+        value = json.loads(data.decode(), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise _malformed(f"the body is not valid UTF-8 (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise _malformed(f"the body is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise _malformed("the body is nested too deep") from error
+    except ValueError as error:  # a whole number of more digits than Python converts
+        raise _malformed("the body holds a number that is too large") from error
+    # The standard library lets half a pair through. Backslashes that are text, and whole pairs, are taken away first.
+    if _SURROGATE_ESCAPE.search(data) and _SURROGATE_ESCAPE.search(_ESCAPED_TEXT.sub(b"", data)):
+        raise _malformed("the body holds a string that is not valid Unicode")
+    return value
+
+
+def _malformed(text: str) -> ApiError:
+    return ApiError(400, text, code="malformed_json")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise _malformed(f"the body is not valid JSON: {name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise _malformed("the body holds a number that is too large")
+    return number
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _malformed(f"the body names {name[:64]!r} twice")
+        found[name] = value
+    return found

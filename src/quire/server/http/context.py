@@ -1,0 +1,179 @@
+"""What every route works with: the engine, its names, the APIs, and the gate that requests come through."""
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from starlette.requests import Request
+from starlette.routing import Route
+from starlette.types import Scope
+
+from quire.engine.queue import Caller
+from quire.errors import InvalidRequestError, ModelNotFoundError, OverloadedError
+from quire.server.http import limits
+from quire.server.http.body import Bodies
+from quire.server.http.errors import ApiError
+from quire.server.http.keys import cache_namespace, caller_of
+from quire.server.http.limits import Limits
+
+if TYPE_CHECKING:
+    from quire.engine.async_engine import AsyncEngine
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """One HTTP API over the engine."""
+
+    prefix: str
+    """Of its paths. Where those of several APIs fit, the longest decides whose shape an error has."""
+    routes: tuple[Route, ...]
+    queued_paths: frozenset[str]
+    """Routes whose requests wait in the queue: a POST there is refused at once while the queue is full."""
+    error_body: Callable[[ApiError], object]
+    """An error in the API's shape."""
+    describe: Callable[[Limits], tuple[dict[str, Any], dict[str, dict[str, Any]]]]
+    """Its paths in OpenAPI, and the schemas they name."""
+
+
+class Gate:
+    """Knows the requests inside and refuses past a bound, or when the server is stopping."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._inside: set[str] = set()
+        self.is_open = True
+
+    def close(self) -> None:
+        """Let no request in any more; those inside go on."""
+        self.is_open = False
+
+    @contextmanager
+    def inside(self, name: str) -> Iterator[None]:
+        """Hold a place for as long as the request of this name is worked on.
+
+        Raises:
+            OverloadedError: closed or full.
+            InvalidRequestError: a request of this name is inside.
+        """
+        if not self.is_open:
+            raise OverloadedError("the server is stopping", retry_after_s=limits.RETRY_AFTER_SECONDS)
+        if self.num_inside >= self._most:
+            raise OverloadedError(
+                f"the server works on {self._most} requests already", retry_after_s=limits.RETRY_AFTER_SECONDS
+            )
+        if name in self._inside:
+            raise InvalidRequestError("a request with this request_id is under way", param="request_id")
+        self._inside.add(name)
+        try:
+            yield
+        finally:
+            self._inside.discard(name)
+
+    @property
+    def num_inside(self) -> int:
+        """Requests that are worked on."""
+        return len(self._inside)
+
+
+TIMEOUT_HEADER = "X-Request-Timeout"
+"""The same as the field `timeout`, for proxies and clients that set headers."""
+
+
+def _timeout(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= limits.MAX_TIMEOUT_SECONDS:
+        raise InvalidRequestError(
+            f"{TIMEOUT_HEADER} must be in (0, {limits.MAX_TIMEOUT_SECONDS}] seconds", param=TIMEOUT_HEADER
+        )
+    return seconds
+
+
+class RequestContext(NamedTuple):
+    """The caller, and how long they wait."""
+
+    caller: Caller
+    cache_salt: str
+    """Names the prefix cache of the request."""
+    timeout_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerContext:
+    """One server."""
+
+    engine: "AsyncEngine"
+    served_names: tuple[str, ...]
+    """Names shown by /v1/models; the first stands for a request that names none."""
+    accepted_names: frozenset[str]
+    """Names that requests may use: the served ones and the model's own."""
+    gate: Gate
+    show_cached_tokens: bool
+    """Whether usage tells how much of a prompt the cache supplied (others' prompts may be guessed from it)."""
+    limits: Limits
+    bodies: Bodies
+    weights: Mapping[str, int]
+    """Caller -> share of the engine; 1 for those that are not named."""
+    apis: tuple[Api, ...]
+    needs_key: bool = False
+    """Whether callers need a key."""
+    has_admin_key: bool = False
+    """Whether operators have one of their own."""
+    shares_prefix_cache: bool = False
+    """Whether requests with different API keys may find each other's prefixes."""
+    started_s: int = field(default_factory=lambda: int(time.time()))
+
+    def resolve_name(self, name: str | None) -> str:
+        """The name to answer under.
+
+        Raises:
+            ModelNotFoundError: it is not served here.
+        """
+        if name is None:
+            return self.served_names[0]
+        if name not in self.accepted_names:
+            served = ", ".join(self.served_names)
+            raise ModelNotFoundError(f"the model {name[:256]!r} is not served here; served: {served}", param="model")
+        return name
+
+    def request_context(self, request: Request, salt: str, timeout_s: float | None) -> RequestContext:
+        """The caller of a request. Of `timeout_s` and the header's, the shorter holds.
+
+        Raises:
+            InvalidRequestError: the header is no number of seconds.
+        """
+        caller = self.caller(request.scope)
+        timeout_s = min(filter(None, (timeout_s, _timeout(request.headers.get(TIMEOUT_HEADER)))), default=None)
+        return RequestContext(caller, cache_namespace("" if self.shares_prefix_cache else caller.name, salt), timeout_s)
+
+    def caller(self, scope: Scope) -> Caller:
+        """The caller of a request, with its weight."""
+        name = caller_of(scope)
+        return Caller(name, self.weights.get(name, 1))
+
+    def error_body(self, path: str, error: ApiError) -> object:
+        """An error in the shape of the API that a path belongs to; the first one has what belongs to none."""
+        fitting = [api for api in self.apis if path.startswith(api.prefix)]
+        return max(fitting or self.apis[:1], key=lambda api: len(api.prefix)).error_body(error)
+
+    @property
+    def queued_paths(self) -> frozenset[str]:
+        """Routes whose requests wait in the queue."""
+        return frozenset().union(*(api.queued_paths for api in self.apis))
+
+    @property
+    def is_ready(self) -> bool:
+        """True while new requests are taken."""
+        return self.gate.is_open and self.engine.is_ready
+
+
+def new_id(prefix: str, asked: str | None = None) -> str:
+    """The id that a client gave its request, or one that cannot be guessed."""
+    return f"{prefix}-{asked or secrets.token_hex(16)}"

@@ -1,0 +1,93 @@
+"""Refusals before a route is found: two framings in one request, and what the queue has no place for.
+
+A request that waits in the queue is checked against it twice: as early as its head can be read, before any work, and by
+the engine, which knows its prompt.
+"""
+
+import time
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from quire.engine.queue import Caller
+from quire.errors import OverloadedError
+from quire.server.http.access import log_request
+from quire.server.http.context import ServerContext
+from quire.server.http.errors import ApiError, as_api_error, error_response
+from quire.server.http.keys import KeyRequired
+
+
+class QueueGuard:
+    """Refuses, before a body is read or a route is found, what the queue has no place for: under a flood, refusals
+    are most of the work."""
+
+    def __init__(self, app: ASGIApp, *, context: ServerContext) -> None:
+        self._app = app
+        self._context = context
+        self._paths = context.queued_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Look, then pass on."""
+        if scope["type"] == "http" and scope["path"] in self._paths and scope["method"] == "POST":
+            try:
+                self._context.engine.check_room(self._context.caller(scope))
+            except OverloadedError as error:
+                await error_response(scope, error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class RejectAmbiguousFraming:
+    """Refuses a request with both a length and chunks, and closes the connection: a proxy in front may have read it
+    otherwise, and then what follows is smuggled past it (RFC 9112, 6.3)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check, then pass on."""
+        names = {name for name, _ in scope.get("headers", ())}
+        if not names >= {b"content-length", b"transfer-encoding"}:
+            await self._app(scope, receive, send)
+            return
+        text = "a request has a Content-Length or a Transfer-Encoding, not both"
+        refusal = ApiError(400, text, code="malformed_request", headers={"Connection": "close"})
+        await error_response(scope, refusal)(scope, receive, send)
+
+
+class EarlyRefusal:
+    """Refuses from a request's first bytes, unparsed, when the queue has no place for its caller. What can be read in
+    more than one way, and a key that is none, is left to the parser.
+
+    Args:
+        keys: the callers' keys; None: all requests are one caller's.
+        logs: write a record for each request that is refused.
+    """
+
+    def __init__(self, context: ServerContext, keys: KeyRequired | None, *, logs: bool) -> None:
+        self._context = context
+        self._keys = keys
+        self._logs = logs
+
+    def __call__(self, data: bytes) -> bytes | None:
+        """The whole response to a request with these first bytes, its head complete, if the queue has no place for
+        it; None while it has."""
+        begun_s = time.monotonic()
+        lines = data.partition(b"\r\n\r\n")[0].split(b"\r\n")
+        name = "" if self._keys is None else self._caller(self._keys, lines[1:])
+        if name is None:
+            return None
+        try:
+            self._context.engine.check_room(Caller(name, self._context.weights.get(name, 1)))
+        except OverloadedError as error:
+            refusal = as_api_error(error)
+            method, path, _ = lines[0].decode().split(" ")
+            if self._logs:
+                log_request(method, path, refusal.status, time.monotonic() - begun_s)
+            return refusal.plain(self._context.error_body(path, refusal))
+        return None
+
+    def _caller(self, keys: KeyRequired, lines: list[bytes]) -> str | None:
+        if any(line[:1] in (b" ", b"\t") for line in lines):  # the line before goes on
+            return None
+        named = [line.partition(b":") for line in lines]
+        return keys.identify([value.strip() for name, _, value in named if name.lower() == b"authorization"])[0]

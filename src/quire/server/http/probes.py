@@ -1,0 +1,111 @@
+"""The server's own routes: probes, metrics, the version, its description, and what operators see.
+
+/livez    200 unless the engine is dead for good: restart this process
+/readyz   200 while new requests are computed at once; 503 when stopping or dead, and while a core is being replaced
+/health   the same as /readyz, under vLLM's name
+
+/v1/requests/{id}/explain is apart from the routes of callers: it answers to the admin key alone, and where there is
+none, to requests from this machine's own loopback, provided that callers need no key either.
+"""
+
+import dataclasses
+import ipaddress
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+import quire
+from quire.server.http.context import ServerContext
+from quire.server.http.errors import ApiError
+from quire.server.http.keys import is_admin
+from quire.server.http.openapi import document
+from quire.server.metrics import CONTENT_TYPE, render_metrics
+
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
+"""The only routes that need no key."""
+
+
+async def is_alive(request: Request) -> Response:
+    """For the supervisor."""
+    context: ServerContext = request.app.state.context
+    return _answer(context.engine.is_healthy, "alive", "the engine has stopped")
+
+
+async def is_ready(request: Request) -> Response:
+    """For the load balancer."""
+    context: ServerContext = request.app.state.context
+    return _answer(context.is_ready, "ready", "not ready")
+
+
+def _answer(good: bool, yes: str, no: str) -> Response:
+    return JSONResponse({"status": yes if good else no}, 200 if good else 503)
+
+
+async def metrics(request: Request) -> Response:
+    """Prometheus text."""
+    context: ServerContext = request.app.state.context
+    found = context.engine.get_metrics()
+    return Response(
+        render_metrics(found, context.served_names[0], request.app.state.metrics_prefix), media_type=CONTENT_TYPE
+    )
+
+
+async def version(request: Request) -> Response:
+    """The version of Quire."""
+    return JSONResponse({"version": quire.__version__})
+
+
+async def describe(request: Request) -> Response:
+    """The server's description in OpenAPI."""
+    context: ServerContext = request.app.state.context
+    return JSONResponse(document(context.apis, context.limits, needs_key=context.needs_key))
+
+
+def require_admin(request: Request) -> None:
+    """Refuse every request but an operator's.
+
+    Raises:
+        ApiError: 403.
+    """
+    context: ServerContext = request.app.state.context
+    if is_admin(request):
+        return
+    if context.has_admin_key:
+        raise ApiError(403, "this route needs the admin key (--admin-api-key)", code="admin_only")
+    host = request.client.host if request.client is not None else ""
+    if context.weights or not _is_loopback(host):
+        text = "this route answers to the admin key alone: start the server with --admin-api-key"
+        raise ApiError(403, text, code="admin_only")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+async def explain_request(request: Request) -> Response:
+    """Where the time of a request went, and why: one entry for each prompt of it."""
+    require_admin(request)
+    context: ServerContext = request.app.state.context
+    request_id = request.path_params["request_id"][:128]
+    found = context.engine.explain(request_id)
+    if not found:
+        raise ApiError(404, f"no request {request_id!r} is remembered", code="request_not_found")
+    data = [dataclasses.asdict(item) for item in found]
+    content = {"object": "list", "data": data}
+    return Response(msgspec.json.encode(content), media_type="application/json")
+
+
+ROUTES = [
+    Route("/livez", is_alive),
+    Route("/readyz", is_ready),
+    Route("/health", is_ready),
+    Route("/metrics", metrics),
+    Route("/version", version),
+    Route("/openapi.json", describe),
+    Route("/v1/requests/{request_id}/explain", explain_request),
+]
