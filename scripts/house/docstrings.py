@@ -10,7 +10,7 @@ from scripts.house.tree import Report, Source, python_files
 FOLDERS = ("ops", "models", "runner", "sampling", "weights", "quant")
 """Packages of src/quire whose public functions are checked. The root's own files are too: they are the public face."""
 ARRAYS = re.compile(r"\b(Array|NDArray)\b")
-SHAPE = re.compile(r"\[[a-z0-9_][^\]\n]*\]|scalar|one-dimensional|same shape|in place")
+SHAPE = re.compile(r"\[[a-z0-9_*.][^\]\n]*\]|scalar|one-dimensional|same shape|in place")
 LEAST_WORDS = 4
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

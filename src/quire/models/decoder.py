@@ -216,7 +216,8 @@ class Decoder:
         return self._compute(token_ids, batch, cache)
 
     def compute(self, ops: Ops, token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
-        """`forward` of all tokens, by operations; `ops` holds the weights, or stands for the provider that does."""
+        """`forward` of all tokens `[tokens]` -> `[tokens, hidden]`, by operations;
+        `ops` holds the weights, or stands for the provider that does."""
         residual = ops.embed(token_ids, self._embedding, self.spec.embedding_scale)
         if self._positions is not None:
             residual += ops.embed(batch.positions, self._positions)

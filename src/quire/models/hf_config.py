@@ -103,14 +103,14 @@ class ConfigReader:
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
-        """true or false."""
+        """A field that is true or false."""
         value = self._value(name)
         if value is not None and not isinstance(value, bool):
             raise self._wrong(name, "true or false")
         return default if value is None else value
 
     def text(self, name: str, default: str) -> str:
-        """A string."""
+        """A field that is a string."""
         value = self._value(name)
         if value is not None and not isinstance(value, str):
             raise self._wrong(name, "a string")

@@ -11,7 +11,7 @@ class Model(Protocol):
 
     @property
     def spec(self) -> DecoderSpec:
-        """The architecture."""
+        """The architecture, as data."""
 
     @property
     def max_model_len(self) -> int:

@@ -122,5 +122,5 @@ class DecoderSpec:
 
     @property
     def num_layers(self) -> int:
-        """Number of layers."""
+        """How many layers it has."""
         return len(self.layers)

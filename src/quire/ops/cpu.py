@@ -76,10 +76,12 @@ class CpuOps(ComposedOps):
 
     def probe(self, kind: str, data: Array) -> int:
         """For benchmarks: read the bytes of `data` ("read"), or multiply with one of the units ("float32", "bfloat16",
-        "int8"), with all threads. The number of bytes, or of multiplications and additions; 0 without such a unit."""
+        "int8"), with all threads. `data [bytes]` is uint8. The number of bytes, or of multiplications and additions; 0
+        without such a unit."""
         return self._native.probe(kind, data)
 
     def quantize(self, weight: Any, quant: QuantSpec) -> QuantizedWeight | StoredWeight:
+        """See `Device.quantize`. ValueError where a weight is not finite."""
         if isinstance(weight, StoredWeight):
             return replace(weight, quant=quant)
         weight = np.ascontiguousarray(weight)

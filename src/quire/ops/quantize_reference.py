@@ -35,7 +35,7 @@ def quantize(weight: Any, quant: QuantSpec) -> QuantizedWeight:
 
 
 def e4m3(x: Array) -> NDArray[Any]:
-    """To nearest, ties to even; past the largest, 448, that."""
+    """`x [...]` as e4m3 (arXiv 2209.05433), to nearest, ties to even; 448, the largest, past it."""
     nearest: NDArray[Any] = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn)
     return nearest
 

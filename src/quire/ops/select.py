@@ -89,7 +89,11 @@ def instruction_sets() -> list[str]:
 
 
 def select_instruction_set(forced: str | None) -> tuple[str, str, list[str]]:
-    """The best one that runs here, no better than `forced`; why, and a word on each that was passed over."""
+    """The best one that runs here, no better than `forced`; why, and a word on each that was passed over.
+
+    Raises:
+        ConfigurationError: `forced` is not a set of this build, or does not run here.
+    """
     from quire.ops import _native
 
     candidates = _native.instruction_sets()

@@ -270,13 +270,15 @@ class Device(PackedStore, Protocol):
         """
 
     def array(self, values: Any, dtype: str) -> Array:
-        """An array of the device ("int32", "int64", "uint64", "float32", "bool") from numpy's or a nested sequence."""
+        """An array of the device ("int32", "int64", "uint64", "float32", "bool"), of the same shape as `values`, which
+        are numpy's or a nested sequence."""
 
     def to_numpy(self, x: Array) -> Any:
-        """A numpy array of the same values. Waits for the device."""
+        """A numpy array of the same shape and values. Waits for the device."""
 
     def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[Any]]:
-        """Start copying to the host; the result waits for that, and for nothing later, and gives numpy arrays."""
+        """Start copying to the host; the result waits for that, and for nothing later, and gives
+        numpy arrays of the same shape."""
 
     def make_cache(self, shape: CacheShape) -> Opaque:
         """An empty paged cache; memory is touched only as blocks are written. MemoryError where there is no room."""
@@ -344,13 +346,13 @@ class Ops(Protocol):
         """`table[token_ids] * scale -> [tokens, hidden]`; ids are `[tokens]` int32."""
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension of `x [..., size]`; `weight [size]` float32."""
+        """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension of `x [*, size]`; `weight [size]` float32."""
 
     def add_rms_norm(self, x: Array, residual: Array, weight: Array, eps: float) -> Array:
         """`residual += x` in place, then `rms_norm(residual)`: one pass over `[tokens, size]`."""
 
     def layer_norm(self, x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
-        """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension of `x [..., size]`."""
+        """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension of `x [*, size]`."""
 
     def attention(
         self,
@@ -373,7 +375,7 @@ class Ops(Protocol):
         With `rope`, q and k are rotated on the way by their positions in their rows; the arrays stay as they are."""
 
     def activation(self, x: Array, kind: Activation) -> Array:
-        """`kind(x)`, element by element of `x [..., size]`."""
+        """`kind(x)`, element by element of `x [*, size]`."""
 
     def logits(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> Array:
         """`linear(x) * scale`, then soft-capped, float32 `[rows, vocabulary]`."""

@@ -17,7 +17,7 @@ GEMMA_NAMES = NameMap(
 
 
 def gemma2(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
-    """Gemma2ForCausalLM."""
+    """Read the configuration of a Gemma2ForCausalLM."""
     num_layers = num_layers_of(config)
     window = config.optional_integer("sliding_window", if_absent=4096)
     spec = gemma_like(config, config.windows(num_layers, window, [i % 2 == 0 for i in range(num_layers)]))

@@ -18,7 +18,7 @@ _TEXT_DEFAULTS = {
 
 
 def gemma3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
-    """Gemma3ForCausalLM."""
+    """Read the configuration of a Gemma3ForCausalLM."""
     num_layers = num_layers_of(config)
     pattern = config.integer("sliding_window_pattern", 6)
     window = config.optional_integer("sliding_window", if_absent=4096)

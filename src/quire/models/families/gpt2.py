@@ -22,7 +22,7 @@ GPT2_NAMES = NameMap(
 
 
 def gpt2(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
-    """GPT2LMHeadModel."""
+    """Read the configuration of a GPT2LMHeadModel."""
     hidden_size, num_heads = config.integer("n_embd"), config.integer("n_head")
     if hidden_size % num_heads:
         raise config.unsupported("n_head", f"it must divide n_embd {hidden_size}")

@@ -12,7 +12,7 @@ MAX_LAYERS = 1024
 
 
 def num_layers_of(config: ConfigReader) -> int:
-    """`num_hidden_layers`."""
+    """The field `num_hidden_layers`, at most 1,024."""
     return config.integer("num_hidden_layers", at_most=MAX_LAYERS)
 
 
@@ -22,7 +22,7 @@ def same_window(config: ConfigReader, if_absent: int | None = None) -> list[int 
 
 
 def llama(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
-    """LlamaForCausalLM."""
+    """Read the configuration of a LlamaForCausalLM."""
     bias = config.boolean("attention_bias", False)
     mlp_bias = config.boolean("mlp_bias", False)
     return replace(llama_like(config), qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias), NameMap()

@@ -7,6 +7,6 @@ from quire.models.spec import DecoderSpec
 
 
 def mistral(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
-    """MistralForCausalLM."""
+    """Read the configuration of a MistralForCausalLM."""
     windows = same_window(config, if_absent=4096)
     return llama_like(config, windows=windows, num_kv_heads=8), NameMap()

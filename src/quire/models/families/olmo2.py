@@ -9,7 +9,7 @@ from quire.models.spec import DecoderSpec
 
 
 def olmo2(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
-    """Olmo2ForCausalLM."""
+    """Read the configuration of a Olmo2ForCausalLM."""
     bias = config.boolean("attention_bias", False)
     spec = llama_like(config, norm_eps=1e-5)
     return replace(spec, norm_places="post", qk_norm="projection", qkv_bias=bias, o_bias=bias), NameMap()

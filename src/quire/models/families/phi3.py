@@ -8,7 +8,7 @@ from quire.models.spec import DecoderSpec
 
 
 def phi3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
-    """Phi3ForCausalLM."""
+    """Read the configuration of a Phi3ForCausalLM."""
     windows = same_window(config)
     rope = RopeDefaults(can_be_partial=True, longrope_names=("longrope", "su", "yarn"), original_positions=4096)
     spec = llama_like(config, rope=rope, windows=windows, norm_eps=1e-5)

@@ -9,7 +9,7 @@ from quire.models.spec import DecoderSpec
 
 
 def qwen2(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
-    """Qwen2ForCausalLM."""
+    """Read the configuration of a Qwen2ForCausalLM."""
     return replace(llama_like(config, windows=qwen_windows(config), num_kv_heads=32), qkv_bias=True), NameMap()
 
 

@@ -10,7 +10,7 @@ from quire.models.spec import DecoderSpec
 
 
 def qwen3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
-    """Qwen3ForCausalLM."""
+    """Read the configuration of a Qwen3ForCausalLM."""
     bias = config.boolean("attention_bias", False)
     spec = llama_like(config, head_dim=128, windows=qwen_windows(config), num_kv_heads=32)
     return replace(spec, qk_norm="head", qkv_bias=bias, o_bias=bias), NameMap()

@@ -9,7 +9,7 @@ from quire.models.spec import DecoderSpec, NormSpec
 
 
 def starcoder2(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
-    """Starcoder2ForCausalLM."""
+    """Read the configuration of a Starcoder2ForCausalLM."""
     windows = same_window(config)
     bias = config.boolean("use_bias", True)
     spec = replace(

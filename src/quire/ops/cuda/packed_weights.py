@@ -44,7 +44,8 @@ def packed_state(packed: CudaLinear) -> PackedState:
 def map_packed(
     header: PackedHeader, buffers: Sequence[Buffer], device: torch.device, formats: Sequence[str]
 ) -> CudaLinear:
-    """`PackedStore.map_packed`: tensors of the device are used as they are, memory of the host is copied to it."""
+    """`PackedStore.map_packed`: tensors of the device are used as they are, memory of the host is copied to it.
+    ValueError for a format that the device does not have."""
     kind = "plain" if header.format in _DTYPES else header.format
     check_header(header, "cuda", layout="rows", gated=False)
     if kind not in ("plain", *formats):

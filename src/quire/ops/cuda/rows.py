@@ -40,7 +40,7 @@ def norm_kernel(
     x, residual, weight, bias, y, x_stride, residual_stride, size, eps,
     RESIDUAL: tl.constexpr, CENTRE: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One row."""
+    """RMS or layer norm of one row of `x [rows, size]`, its residual added first where there is one."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, TILE)
     mask = at < size

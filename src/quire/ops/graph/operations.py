@@ -106,7 +106,7 @@ def _norm(
 
 @dataclass(frozen=True, slots=True)
 class Add(Instruction):
-    """`y += x`"""
+    """`y += x`, element by element."""
 
     name: ClassVar[str] = "add"
     x: Annotated[View, READ]
@@ -155,7 +155,7 @@ def attention(
 
 @dataclass(frozen=True, slots=True)
 class Activate(Instruction):
-    """`y = kind(x)`"""
+    """`y = kind(x)`, element by element."""
 
     name: ClassVar[str] = "activation"
     x: Annotated[View, READ]

@@ -44,7 +44,7 @@ class Packed(Protocol):
 
     @property
     def in_features(self) -> int:
-        """Columns of it."""
+        """Columns of the weight, or of the table."""
 
     @property
     def out_width(self) -> int:
@@ -145,7 +145,7 @@ class Instruction:
         return tuple(view for view, role in self._views() if role.writes)
 
     def touches(self) -> tuple[View, ...]:
-        """Both."""
+        """The views that it reads and those that it writes."""
         return *self.reads(), *self.writes()
 
     def reads_numbers(self) -> bool:

@@ -77,7 +77,11 @@ class SafetensorsFile:
             raise
 
     def read(self, tensor: str) -> NDArray[Any]:
-        """A tensor as a new contiguous array of bfloat16, float16 or float32. Raises ModelFileError as `read_into`."""
+        """A tensor as a new contiguous array of the same shape, bfloat16, float16 or float32.
+
+        Raises:
+            ModelFileError: the file ends early.
+        """
         info = self.tensors[tensor]
         out = np.empty(info.shape, self.dtype(tensor))
         self.read_into(tensor, out)
@@ -100,7 +104,7 @@ class SafetensorsFile:
         return DTYPES[format]  # type: ignore[no-any-return]
 
     def read_into(self, tensor: str, out: NDArray[Any]) -> None:
-        """Read a tensor into a contiguous array of its own shape and type.
+        """Read a tensor into a contiguous array of the same shape and type.
 
         Raises:
             ModelFileError: the file ends early.
