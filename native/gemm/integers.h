@@ -78,7 +78,7 @@ static inline Floats load_some(const float* p, int64_t count) {
 }
 
 // How the activations of a row are quantized: x = q * scale. Everything is as the definition says
-// (`round_inputs` in src/quire/ops/reference.py).
+// (`quantize_activations` in src/quire/ops/reference.py).
 struct QuantizedRow {
     float inverse;  // 0: all zero
     float scale;    // NaN where an input is infinite or NaN
