@@ -14,6 +14,7 @@ from scripts.house.imports import check_imports
 from scripts.house.names import check_names
 from scripts.house.size import check_size
 from scripts.house.tree import ROOT, Report
+from scripts.house.words import check_words
 
 LINTED = [name for name in ("src", "tests", "scripts", "examples", "benchmarks") if (ROOT / name).is_dir()]
 
@@ -43,6 +44,7 @@ CHECKS: dict[str, tuple[str, Callable[[Path], Report]]] = {
     "budgets": ("lines, fields, variables", check_budgets),
     "names": ("the public names", check_names),
     "forbidden": ("code-running data, foreign places", check_forbidden),
+    "words": ("the field's words", check_words),
     "size": ("the base install", check_size),
 }
 

@@ -126,7 +126,7 @@ def test_without_a_tokenizer_the_configuration_says_where_answers_end(model: Pat
 def test_another_tokenizer_is_taken_from_its_own_directory(model: Path, tiny_model: Path) -> None:
     (model / "tokenizer.json").unlink()
     text = compose_text(EngineArgs(tokenizer=str(tiny_model)), model)
-    assert text.tokenizer is not None and text.eos_token_ids == text.tokenizer.eos_token_ids == (256,)
+    assert text.tokenizer is not None and text.eos_token_ids == (text.tokenizer.eos_token_id,) == (256,)
 
 
 def test_a_hang_timeout_needs_a_process_that_can_be_ended(tiny_model: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from quire.config import EngineArgs
 from quire.text.tokenizer import Tokenizer
 from quire.weights.generation_config import load_generation_defaults
-from quire.weights.source import resolve_tokenizer_source
+from quire.weights.hub import resolve_tokenizer_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,7 @@ class TextParts:
 
     tokenizer: Tokenizer | None
     eos_token_ids: tuple[int, ...]
+    """What ends an answer: the tokenizer's own token, then those of the model's configuration, each once."""
     default_params: Mapping[str, Any]
     """Sampling defaults of `generation_config.json`."""
 
@@ -29,13 +30,14 @@ def compose_text(args: EngineArgs, directory: Path) -> TextParts:
     """
     tokenizer = _load_tokenizer(args, directory)
     defaults = load_generation_defaults(directory)
-    eos = tokenizer.eos_token_ids if tokenizer is not None else defaults.eos_token_ids
-    return TextParts(tokenizer, eos, defaults.sampling)
+    own = None if tokenizer is None else tokenizer.eos_token_id
+    eos = dict.fromkeys((*(() if own is None else (own,)), *defaults.eos_token_ids))
+    return TextParts(tokenizer, tuple(eos), defaults.sampling)
 
 
 def _load_tokenizer(args: EngineArgs, directory: Path) -> Tokenizer | None:
     if args.tokenizer is not None:
-        return Tokenizer.from_directory(resolve_tokenizer_source(args.tokenizer))
+        return Tokenizer.from_directory(resolve_tokenizer_directory(args.tokenizer))
     if not (directory / "tokenizer.json").is_file():
         return None
     return Tokenizer.from_directory(directory)

@@ -50,7 +50,7 @@ class PlannedStep:
         )
 
     def give(self, request: Request, num_tokens: int, new_block_ids: tuple[int, ...]) -> None:
-        """Schedule the next `num_tokens` of a request that has its blocks. Raises AssertionError where it has no row."""
+        """Schedule the next `num_tokens` of a request that has its blocks. AssertionError where it has no row."""
         row, start = request.row, request.num_computed
         if row is None:
             raise AssertionError(f"request {request.new.request_id} has no row")

@@ -6,16 +6,12 @@ from typing import Any
 
 from quire.engine.inputs import InputProcessor
 from quire.errors import InvalidRequestError
+from quire.text.chat.messages import RESERVED_NAMES, check_messages
 from quire.text.tokenizer import Tokenizer
 
 MAX_MESSAGES = 4096
 ROLE = re.compile(r"[A-Za-z0-9_-]{1,64}")
 """A role becomes part of the template's own markers, so it may hold nothing that could make one."""
-RESERVED_OPTIONS = frozenset(
-    "messages tokenize add_generation_prompt continue_final_message chat_template tools documents "
-    "add_special_tokens self".split()
-)
-"""What `chat_template_kwargs` may not set: each has, or will have, a field of its own."""
 
 
 def encode_chat(
@@ -42,26 +38,18 @@ def encode_chat(
     Raises:
         InvalidRequestError: naming the field.
     """
-    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise InvalidRequestError("messages must be a list of at least one message", param="messages")
+    check_messages(messages)
     if len(messages) > MAX_MESSAGES:
         raise InvalidRequestError(f"messages may hold at most {MAX_MESSAGES}, got {len(messages)}", param="messages")
-    if add_generation_prompt and continue_final_message:
-        raise InvalidRequestError(
-            "continue_final_message and add_generation_prompt exclude each other",
-            param="continue_final_message",
-        )
     for message in messages:
-        role = message.get("role") if isinstance(message, Mapping) else None
+        role = message.get("role")
         if not isinstance(role, str) or not ROLE.fullmatch(role):
             raise InvalidRequestError(
                 "messages must hold objects with a role of at most 64 letters, digits, '-' and '_'", param="messages"
             )
     for name in chat_template_kwargs or ():
-        if name in RESERVED_OPTIONS:
+        if name in RESERVED_NAMES:
             raise InvalidRequestError(f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs")
-    if chat_template is None and not tokenizer.has_chat_template:
-        raise InvalidRequestError("this model has no chat template: use a completion", param="messages")
     inputs.check_text_size("".join(_texts([*messages, *(documents or ())])))
     token_ids = tokenizer.apply_chat_template(
         [dict(message) for message in messages],

@@ -52,14 +52,18 @@ class Tokenizer:
         return max(int(self._backend.get_vocab_size(with_added_tokens=True)), largest_added + 1)
 
     @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer: the tokenizer's own first, then those of the configuration."""
-        return self._files.eos_token_ids
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text, where the tokenizer names one; the model's configuration may name more."""
+        return self._named_token_id("eos_token")
 
     @property
     def bos_token_id(self) -> int | None:
-        """The token that begins a text, where the model has one."""
-        return self._files.bos_token_id
+        """The token that begins a text, where the tokenizer names one."""
+        return self._named_token_id("bos_token")
+
+    def _named_token_id(self, name: str) -> int | None:
+        content = self._files.named_tokens.get(name)
+        return None if content is None else self._backend.token_to_id(content)
 
     @property
     def has_chat_template(self) -> bool:
@@ -125,8 +129,8 @@ class Tokenizer:
 
         `chat_template` is the name of one of the model's templates, or a template. In tokens, special
         tokens spelled anywhere in messages, tools, documents or `template_kwargs` are ordinary text, so
-        that no message can forge a turn; the text form cannot tell them apart. A caller who passes on
-        `template_kwargs` from outside must see to it that they hold no `chat_template`.
+        that no message can forge a turn; the text form cannot tell them apart. A caller that passes on
+        `template_kwargs` from outside refuses those of `RESERVED_NAMES` first.
         `add_special_tokens` adds what the tokenizer adds to a raw prompt (most templates write it).
 
         Raises `InvalidRequestError` for messages that the template refuses, for documents that it does not
@@ -176,7 +180,7 @@ class Tokenizer:
         if templates:
             names = ", ".join(sorted(templates))
             raise InvalidRequestError(f"choose a chat template by name: {names}", param="chat_template")
-        raise InvalidRequestError("this model has no chat template", param="messages")
+        raise InvalidRequestError("this model has no chat template: send a prompt", param="messages")
 
 
 def _cannot_encode(text: Any, error: Exception) -> InvalidRequestError:

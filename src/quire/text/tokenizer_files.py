@@ -22,8 +22,6 @@ class TokenizerFiles:
     backend: tokenizers.Tokenizer
     named_tokens: Mapping[str, str]  # bos_token, eos_token, ...: the variables of chat templates
     templates: Mapping[str, str]  # by name; the main one is "default"
-    eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
 
 
 def read_tokenizer_files(directory: Path) -> TokenizerFiles:
@@ -36,15 +34,10 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
     _add_tokens(backend, config, named)
     if config.get("split_special_tokens") is True:
         backend.encode_special_tokens = True
-    named_texts = {name: token.content for name, token in named.items()}
-    generation = _read_json(directory, "generation_config.json")
-    model = _read_json(directory, "config.json")
     return TokenizerFiles(
         backend=backend,
-        named_tokens=named_texts,
+        named_tokens={name: token.content for name, token in named.items()},
         templates=_read_templates(directory, config),
-        eos_token_ids=_eos_ids(backend, named_texts.get("eos_token"), generation, model),
-        bos_token_id=_bos_id(backend, named_texts.get("bos_token"), generation, model),
     )
 
 
@@ -149,35 +142,3 @@ def _read_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str
     if not isinstance(inline, dict) or not all(isinstance(text, str) for pair in inline.items() for text in pair):
         raise ModelFileError("tokenizer_config.json: chat_template is neither a text nor a list of named texts")
     return inline
-
-
-def _ids(value: Any, file: str) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(number) is int and number >= 0 for number in values):
-        raise ModelFileError(f"{file}: eos_token_id and bos_token_id must be token ids")
-    return tuple(values)
-
-
-def _ids_of_configs(name: str, generation: Mapping[str, Any], model: Mapping[str, Any]) -> tuple[int, ...]:
-    """The generation configuration decides; where it is silent, the model's (or its text part's)."""
-    text_part = model.get("text_config")
-    inner = text_part.get(name) if isinstance(text_part, dict) else None
-    of_model = inner if model.get(name) is None else model[name]
-    return _ids(generation.get(name), "generation_config.json") or _ids(of_model, "config.json")
-
-
-def _eos_ids(
-    backend: tokenizers.Tokenizer, eos: str | None, generation: Mapping[str, Any], model: Mapping[str, Any]
-) -> tuple[int, ...]:
-    """The tokenizer's own end token, then those of the configurations, each once."""
-    own = None if eos is None else backend.token_to_id(eos)
-    ids = _ids_of_configs("eos_token_id", generation, model)
-    return tuple(dict.fromkeys(([] if own is None else [own]) + list(ids)))
-
-
-def _bos_id(
-    backend: tokenizers.Tokenizer, bos: str | None, generation: Mapping[str, Any], model: Mapping[str, Any]
-) -> int | None:
-    if bos is not None:
-        return backend.token_to_id(bos)
-    return next(iter(_ids_of_configs("bos_token_id", generation, model)), None)

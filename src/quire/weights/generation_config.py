@@ -1,6 +1,6 @@
-"""What a model's files say about generation: where it ends, and how it is sampled by default."""
+"""What a model's files say about generation: the ids that end it, and the default sampling parameters."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -40,9 +40,10 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
     generation = read_json_object(path, MAX_BYTES) if path.exists() else {}
     config = read_json_object(directory / "config.json", 4 * MAX_BYTES)
     text = config.get("text_config")
-    sources = [generation, config, text if isinstance(text, dict) else {}]
+    inner = text if isinstance(text, dict) else {}
+    sources = [(path.name, generation), ("config.json", config), ("config.json", inner)]
     return GenerationDefaults(
-        eos_token_ids=_ids("eos_token_id", *sources),
+        eos_token_ids=_ids("eos_token_id", sources),
         sampling=MappingProxyType(_sampling(generation)),
     )
 
@@ -53,15 +54,18 @@ def _sampling(generation: Mapping[str, Any]) -> dict[str, int | float]:
         for theirs, ours in _SAMPLING.items()
         if generation.get(theirs) is not None
     }
-    # transformers writes only what differs from silence: a stated false means that the model is meant to be greedy.
+    # transformers writes only what differs from the default: a stated false means that the model is meant to be greedy.
     return {**found, "temperature": 0.0} if generation.get("do_sample") is False else found
 
 
-def _ids(name: str, *sources: Mapping[str, Any]) -> tuple[int, ...]:
-    value: Any = next((source[name] for source in sources if source.get(name) is not None), [])
+def _ids(name: str, sources: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[int, ...]:
+    """From the first of the files that names any."""
+    file, value = next(
+        ((file, source[name]) for file, source in sources if source.get(name) not in (None, [])), ("", [])
+    )
     ids = value if isinstance(value, list) else [value]
     if any(type(item) is not int or not 0 <= item < 2**31 for item in ids):
-        raise ModelFileError(f"{name} must be a token id or a list of them")
+        raise ModelFileError(f"{file}: {name} must be a token id or a list of them")
     return tuple(ids)
 
 

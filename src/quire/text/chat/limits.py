@@ -34,7 +34,8 @@ _WIDE = re.compile(r"%[-+ #0]*(?:\d*\.)?(?:\d{4}|\*)")
 _WIDE_ANYWHERE = re.compile(r"\d{4}|\*")  # where a %(name) may stand in between
 _WIDE_SPEC = re.compile(r"\d{4}|\{")
 _EMPTY_STRING_BYTES = "".__sizeof__()
-_SEQUENCES = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
+_SEQUENCES: tuple[Any, ...] = (list, tuple, set, frozenset, type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS: tuple[Any, ...] = (dict, *_SEQUENCES)
 
 
 class TemplateLimitError(jinja2.TemplateRuntimeError):
@@ -65,13 +66,16 @@ class Budget(threading.local):
 
     def charge(self, value: Any) -> Any:
         """`value`, accounted for: its own bytes are spent, its elements' are only bounded (others may hold them)."""
+        num_bytes = 0
         if isinstance(value, str):
             num_bytes = string_bytes(value)
             require(num_bytes)
-            self.spend(num_bytes)
-        else:
+        elif isinstance(value, _CONTAINERS):
+            num_bytes = ITEM_BYTES * len(value)
             require(size_of(value))
-            self.spend(ITEM_BYTES * len(value) if isinstance(value, (dict, *_SEQUENCES)) else 0)
+        elif isinstance(value, int):
+            size_of(value)  # refuses large numbers
+        self.spend(num_bytes)
         return value
 
     def count(self, items: Any) -> "_Counted":
@@ -159,13 +163,12 @@ def _tabs(text: str, tabsize: int = 8) -> int:
 
 
 def _replaced(text: Any, old: str, new: str, count: int | None = None) -> int:
-    text, old, new = str(text), str(old), str(new)
-    times = text.count(old)
+    times = str(text).count(str(old))
     times = times if count is None or count < 0 else min(count, times)
-    return len(text) + times * max(len(new) - len(old), 0)
+    return len(str(text)) + times * max(len(str(new)) - len(str(old)), 0)
 
 
-def _joined(separator: str, items: Any) -> int:
+def _joined(separator: str, items: list[Any]) -> int:
     return size_of(items) + len(items) * len(separator)
 
 
@@ -266,10 +269,10 @@ def _uniques(value: Any, *options: Any, **named: Any) -> int:
     return size_of(few(value))
 
 
-CONSUMING = frozenset({"join", "sum", "unique"})
+CONSUMING = frozenset({"groupby", "join", "sum", "unique"})
 """Filters whose estimate walks through the value: an iterator becomes a list first."""
 LINEAR_FILTERS = frozenset(
-    "abs capitalize center count d default e escape first forceescape format indent join last length lower random "
+    "abs capitalize center count d default e escape first forceescape format indent last length lower random "
     "replace reverse safe string tojson trim truncate upper".split()
 )
 """Filters that take a string of any size: they work in C, in linear time. The others take `_MAX_SLOW` characters."""
@@ -282,6 +285,7 @@ FILTER_SIZES: dict[str, Callable[..., int]] = {
     "replace": _replaced,
     "format": lambda value, *values, **named: printf_size(str(value), named or values),
     "join": lambda value, d="", attribute=None: _joined(str(d), value),
+    "groupby": lambda value, attribute, default=None, case_sensitive=False: len(value) * size_of(default),
     "batch": lambda value, linecount, fill_with=None: ITEM_BYTES * operator.index(linecount),
     "slice": lambda value, slices, fill_with=None: ITEM_BYTES * operator.index(slices),
     "round": _rounded,

@@ -6,6 +6,12 @@ from typing import Any
 
 from quire.errors import InvalidRequestError
 
+RESERVED_NAMES = frozenset(
+    "self messages tokenize add_generation_prompt continue_final_message chat_template tools documents "
+    "add_special_tokens".split()
+)
+"""What no variable of a template that a caller sets may be called: each has a parameter of its own."""
+
 _MAX_DEPTH = 64
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # the names clients use; templates read the first two
 
@@ -29,18 +35,24 @@ def plain_data(value: Any, *, depth: int = 0) -> Any:
     raise InvalidRequestError(f"messages cannot hold a value of type {type(value).__name__}", param="messages")
 
 
+def check_messages(messages: Any) -> None:
+    """Raise `InvalidRequestError` for anything but a list of at least one object."""
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence) or not messages:
+        raise InvalidRequestError("messages must be a list of at least one message", param="messages")
+    for place, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise InvalidRequestError(f"messages[{place}] must be an object with role and content", param="messages")
+
+
 def read_messages(messages: Any, *, keeps_parts: bool) -> list[dict[str, Any]]:
     """Messages as a template takes them.
 
     Keys whose value is None are dropped, a message's reasoning is given under each of its names, and
     content in parts becomes one string, a line for each part, unless `keeps_parts`.
     """
-    if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise InvalidRequestError("messages must be a list of at least one message", param="messages")
+    check_messages(messages)
     result = []
     for place, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise InvalidRequestError(f"messages[{place}] must be an object with role and content", param="messages")
         plain = {key: item for key, item in plain_data(message).items() if item is not None}
         reasoning = next((plain[name] for name in _REASONING if name in plain), None)
         if reasoning is not None:

@@ -110,7 +110,7 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.budget.spend()
         own = {name: value for name, value in named.items() if name not in _JINJA_ARGUMENTS}
         is_macro = isinstance(obj, jinja2.runtime.Macro)
-        if not is_macro or obj.catch_varargs or obj.catch_kwargs:
+        if (arguments or own) and (not is_macro or obj.catch_varargs or obj.catch_kwargs):
             require(size_of([arguments, own]))  # they may become one value: `varargs`, the items of a cycler
         if isinstance(obj, jinja2.runtime.LoopContext) and arguments:  # a recursive loop
             arguments = (self.budget.count(arguments[0]), *arguments[1:])
@@ -154,10 +154,10 @@ class _Instrument(NodeTransformer):
         return node
 
     def _counted_star(self, node: Any) -> jinja2.nodes.Node:
-        self.generic_visit(node)
+        visited: jinja2.nodes.Node = self.generic_visit(node)
         if node.dyn_args is not None:
             node.dyn_args = _filtered(node.dyn_args, _COUNT)
-        return node
+        return visited
 
     visit_Call = visit_Filter = visit_Test = _counted_star
 
