@@ -25,11 +25,7 @@ class Usage:
         self._num_sequences = 0
 
     def see(self, number: int, output: RequestOutput) -> None:
-<<<<<<< HEAD
         """What is new of prompt `number`: a difference, or all at once."""
-=======
-        """Count an output of prompt `number`: a difference, or all at once."""
->>>>>>> server
         self._prompt_tokens[number] = len(output.prompt_token_ids)
         self._cached_tokens[number] = max(output.num_cached_tokens, self._cached_tokens.get(number, 0))
         self._metrics[number] = output.metrics
