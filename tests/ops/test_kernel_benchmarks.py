@@ -55,9 +55,9 @@ def test_nothing_to_draw_is_said() -> None:
 
 
 def test_time_runs_out() -> None:
-    done = measure("--only", "rope", "--seconds", "0.01", "--threads", "1")
+    done = measure("--only", "sample", "--seconds", "0.01", "--threads", "1")
     assert done.returncode == 0
-    assert "rope" in done.stdout and "not all was measured" in done.stderr
+    assert "sample" in done.stdout and "not all was measured" in done.stderr
 
 
 @pytest.mark.parametrize(
