@@ -3,7 +3,7 @@
     python benchmarks/cuda_compile.py [--model m135|m1b|7b] [--arch 80 90] [--json]
 
 Needs Triton and no GPU: the provider runs over tensors of the host, and each launch is compiled (ptxas comes with
-Triton) and not run. What the interpreter cannot show is found so: operand types of products, shapes that an
+Triton) and not run. What the interpreter cannot show is found so: operand types of GEMMs, shapes that an
 instruction does not have, names of the device's library, too much shared memory. For each launch the table has the
 registers of a thread, spilled bytes, shared memory, and the matrix instructions that are in the machine code.
 """
@@ -32,7 +32,7 @@ from triton.runtime.jit import JITFunction
 
 from quire.ops.cuda import rows, sampling
 from quire.ops.cuda.attention import attention
-from quire.ops.cuda.products import linear, packed_linear
+from quire.ops.cuda.gemm import linear, packed_linear
 from quire.ops.types import Activation, AttentionBatch, AttentionSpec, RopeTables, SampleBatch
 
 LARGEST_SHARED = {80: 166912, 90: 232448}
@@ -170,9 +170,6 @@ def launch_rows(shape: Shape) -> Iterator[str]:
     rows.norm(residual, None, vector, vector, 1e-5, True, torch.bfloat16)
     for kind in rows.KINDS:
         rows.activation(empty(torch.bfloat16, 4, 2 * shape.intermediate), cast(Activation, kind), multiply=True)
-    heads, angles = empty(torch.bfloat16, 4, shape.heads, shape.head_dim), empty(torch.float32, 64, shape.head_dim // 2)
-    rows.copy_blocks(empty(torch.bfloat16, 2, 2, 8, 16, 64), empty(torch.int32, 3), empty(torch.int32, 3))
-    rows.rope(heads, empty(torch.int32, 4), angles, angles)
 
 
 def launch_sampling(shape: Shape) -> Iterator[str]:

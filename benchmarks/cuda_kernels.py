@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from quire.ops.cuda.provider import CudaOps
-from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape, Rounding
+from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Bench:
         return copy, 2 * side**3 / self.seconds(lambda: a @ b)
 
 
-def products(bench: Bench, ops: CudaOps, shape: Shape, rows: list[int]) -> Iterator[Result]:
+def gemms(bench: Bench, ops: CudaOps, shape: Shape, rows: list[int]) -> Iterator[Result]:
     """Three matrices of a layer and the head, in bfloat16 (float32 where interpreted)."""
     storage: Any = "bfloat16" if bench.on_device else "float32"
     item = 2 if bench.on_device else 4
@@ -123,7 +123,7 @@ def quantised(bench: Bench, ops: CudaOps, shape: Shape, rows: list[int]) -> Iter
     outputs = 2 * shape.intermediate
     values = np.random.default_rng(0).standard_normal((outputs, shape.hidden), np.float32)
     for kind in ops.formats:
-        rounded = ops.quantize(values, Rounding(kind, 64 if kind.startswith("int4") else None))
+        rounded = ops.quantize(values, QuantSpec(kind, 64 if kind.startswith("int4") else None))
         packed = ops.pack_linear(rounded, None, storage)
         for count in rows:
             x = torch.randn((count, shape.hidden), dtype=packed.dtype, device=bench.device)
@@ -135,7 +135,7 @@ def quantised(bench: Bench, ops: CudaOps, shape: Shape, rows: list[int]) -> Iter
 
 
 def cost_of_row_independence(results: list[Result]) -> Iterator[str]:
-    """Time of our products over cuBLAS's, by number of rows, over all matrices."""
+    """Time of our GEMMs over cuBLAS's, by number of rows, over all matrices."""
     times: dict[str, dict[str, float]] = {}
     for result in results:
         if result.kernel in ("linear", "cuBLAS"):
@@ -192,13 +192,6 @@ def elementwise(bench: Bench, ops: CudaOps, shape: Shape, tokens: int) -> Iterat
         "activation_multiply", f"{tokens} x {shape.intermediate}", lambda: ops.activation_multiply(gate_up, "silu"),
         3 * item * tokens * shape.intermediate, 0.0,
     )  # fmt: skip
-    heads = torch.randn((tokens, shape.heads, shape.head_dim), dtype=dtype, device=bench.device)
-    tables = torch.ones((tokens, shape.head_dim // 2), device=bench.device)
-    positions = torch.arange(tokens, dtype=torch.int32, device=bench.device)
-    yield bench.result(
-        "rope", f"{tokens} x {shape.heads} x {shape.head_dim}", lambda: ops.rope(heads, positions, tables, tables),
-        2 * item * heads.numel(), 0.0,
-    )  # fmt: skip
 
 
 def main() -> int:
@@ -219,9 +212,9 @@ def main() -> int:
     shape = SHAPES["tiny" if arguments.interpret else arguments.model]
     tiny = arguments.interpret
     print(f"{ops.name}; torch {torch.__version__}; copy {bench.limits[0] / 1e9:.0f} GB/s,"
-          f" bfloat16 product {bench.limits[1] / 1e12:.0f} TFLOP/s; medians of {arguments.reps}")  # fmt: skip
+          f" bfloat16 GEMM {bench.limits[1] / 1e12:.0f} TFLOP/s; medians of {arguments.reps}")  # fmt: skip
     results = [
-        *products(bench, ops, shape, [1, 3] if tiny else [1, 16, 64, 256, 1024, 4096]),
+        *gemms(bench, ops, shape, [1, 3] if tiny else [1, 16, 64, 256, 1024, 4096]),
         *quantised(bench, ops, shape, [3] if tiny else [1, 64, 4096]),
         *attention(bench, ops, shape, [(2, 20, 1), (1, 20, 20)] if tiny else
                    [(1, 2048, 1), (1, 32768, 1), (32, 1024, 1), (256, 1024, 1), (1, 2048, 2048), (1, 8192, 8192)]),

@@ -1,4 +1,4 @@
-"""Find the tiles of products for the device that is here, and write them into `src/quire/ops/cuda/tiles.toml`.
+"""Find the tiles of GEMMs for the device that is here, and write them into `src/quire/ops/cuda/tiles.toml`.
 
     python benchmarks/cuda_tune.py [--model m135|m1b|7b] [--formats plain int8 ...] [--seconds 200] [--write]
 
@@ -24,10 +24,10 @@ import torch
 from cuda_kernels import SHAPES, Bench, Shape
 
 from quire.ops.cuda import tiles as tiling
-from quire.ops.cuda.products import CudaLinear, linear
+from quire.ops.cuda.gemm import CudaLinear, linear
 from quire.ops.cuda.provider import CudaOps
-from quire.ops.cuda.tiles import LARGEST_ROWS, ProductShape, Tiles
-from quire.ops.types import Rounding
+from quire.ops.cuda.tiles import LARGEST_ROWS, GemmShape, Tiles
+from quire.ops.types import QuantSpec
 
 TABLE = Path(tiling.__file__).with_name("tiles.toml")
 CLASSES = {16: 16, 64: 64, LARGEST_ROWS: 2048}
@@ -40,7 +40,7 @@ class Weight:
 
     name: str
     packed: CudaLinear
-    shape: ProductShape
+    shape: GemmShape
 
 
 def weights(ops: CudaOps, shape: Shape, formats: list[str], storage: Any) -> Iterator[Weight]:
@@ -54,13 +54,13 @@ def weights(ops: CudaOps, shape: Shape, formats: list[str], storage: Any) -> Ite
     for kind, (name, (outputs, inputs)) in itertools.product(formats, sizes.items()):
         values: Any = rng.standard_normal((outputs, inputs), dtype=np.float32)
         if kind != "plain":
-            values = ops.quantize(values, Rounding(kind, 64 if kind.startswith("int4") else None))  # type: ignore[arg-type]
+            values = ops.quantize(values, QuantSpec(kind, 64 if kind.startswith("int4") else None))  # type: ignore[arg-type]
         packed = ops.pack_linear(values, None, storage)
         label = kind if kind != "plain" else "float32" if packed.dtype == torch.float32 else "16 bits"
-        yield Weight(f"{kind} {name}", packed, ProductShape(label, packed.group_size, outputs, inputs))
+        yield Weight(f"{kind} {name}", packed, GemmShape(label, packed.group_size, outputs, inputs))
 
 
-def candidates(shape: ProductShape, most_rows: int) -> Iterator[Tiles]:
+def candidates(shape: GemmShape, most_rows: int) -> Iterator[Tiles]:
     """All that keep the sums; the default comes first."""
     default = tiling.picked(tiling.default_tiles(shape), min(most_rows, 1 << 20))
     yield default

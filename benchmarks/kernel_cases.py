@@ -68,7 +68,7 @@ MODELS = (
 )
 """SmolLM2 135M, Llama 3.2 1B, Mistral 7B."""
 OPERATIONS = (
-    "linear", "gated_linear", "logits", "greedy", "attention", "add_rms_norm", "activation_multiply", "rope", "sample"
+    "linear", "gated_linear", "logits", "greedy", "attention", "add_rms_norm", "activation_multiply", "sample"
 )  # fmt: skip
 
 
@@ -193,9 +193,7 @@ def _others(ops: CpuOps, model: Shapes, rows: Sequence[int]) -> Iterator[Case]:
     """What reads and writes activations; they come from the cache, so more than the limit can be reached."""
     for count in rows:
         x, residual, gate_up = (_floats(count, width) for width in (model.hidden, model.hidden, 2 * model.inner))
-        heads, logits = _floats(count, model.heads + model.kv_heads, model.head_dim), _floats(count, model.vocabulary)
-        weight, tables = np.ones(model.hidden, np.float32), _floats(2, 4096, model.head_dim // 2)
-        positions = np.arange(count, dtype=np.int32)
+        weight, logits = np.ones(model.hidden, np.float32), _floats(count, model.vocabulary)
         batch = SampleBatch(
             temperature=np.full(count, 0.8, np.float32),
             top_k=np.full(count, 40, np.int32),
@@ -211,12 +209,6 @@ def _others(ops: CpuOps, model: Shapes, rows: Sequence[int]) -> Iterator[Case]:
                 f"{model.inner}",
                 6 * gate_up.size,
                 partial(ops.activation_multiply, gate_up, "silu"),
-            ),
-            (
-                "rope",
-                f"{heads.shape[1]}x{model.head_dim}",
-                8 * heads.size,
-                partial(ops.rope, heads, positions, *tables),
             ),
             ("sample", f"{model.vocabulary}", 4 * logits.size, partial(ops.sample, logits, batch)),
         ]

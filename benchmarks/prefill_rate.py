@@ -2,7 +2,7 @@
 
     python benchmarks/prefill_rate.py MODEL [--tokens 2048] [--runs 15] [--quantization int8]
 
-A run is one prompt; what each of its products took is counted where it ran. Products of loaded tiles alone, on all
+A run is one prompt; what each of its GEMMs took is counted where it ran. GEMMs of loaded tiles alone, on all
 threads (the faster of two ways, as in `kernels.py`), surround a run.
 """
 
@@ -36,16 +36,16 @@ def unit_rate(ops: CpuOps, probes: tuple[str, ...]) -> float:
 
 
 def product_rates(llm: LLM, num_tokens: int, run: int) -> dict[str, float]:
-    """Operations a second of each product that a prompt of its own runs with many rows."""
+    """Operations a second of each GEMM that a prompt of its own runs with many rows."""
     draw = random.Random(run)
     prompt = {"prompt_token_ids": [draw.randrange(1000, 8000) for _ in range(num_tokens)]}
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True, detokenize=False)
     before = operation_times(operation_counts())
     llm.generate([prompt], params, use_tqdm=False)
     done = between(before, operation_times(operation_counts()))
-    products = [one for one in done if one.products_per_row and (one.max_rows is None or one.max_rows > 128)]
-    rates = {one.operation: one.rows * one.products_per_row / one.seconds for one in products}
-    rates["all products"] = sum(one.rows * one.products_per_row for one in products) / sum(o.seconds for o in products)
+    gemms = [one for one in done if one.operations_per_row and (one.max_rows is None or one.max_rows > 128)]
+    rates = {one.operation: one.rows * one.operations_per_row / one.seconds for one in gemms}
+    rates["all GEMMs"] = sum(one.rows * one.operations_per_row for one in gemms) / sum(o.seconds for o in gemms)
     return rates
 
 

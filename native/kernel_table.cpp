@@ -7,7 +7,6 @@
 
 namespace quire::QUIRE_BELOW {
 
-void rope(const RopeArgs&, ThreadPool&);
 void attention(const AttentionArgs&, ThreadPool&);
 void sample(const SampleArgs&, ThreadPool&);
 void logprobs(const LogprobsArgs&, ThreadPool&);
@@ -27,7 +26,7 @@ int64_t probe(const ProbeArgs&, ThreadPool&);
 namespace below = QUIRE_BELOW;
 
 extern const Kernels kernels{QUIRE_NAME(QUIRE_ISA), kBFloat16Layout,    linear,           embed,
-                             norm,                  below::rope,        activation,       below::attention,
+                             norm,                  activation,       below::attention,
                              below::sample,         below::logprobs,    below::rows_finite, probe,
                              below::quantize_row};
 

@@ -138,15 +138,6 @@ struct NormArgs {
     int64_t groups;  // consecutive rows of x, `size` floats apart; x_stride leads from one group to the next
 };
 
-struct RopeArgs {
-    float* x;  // [tokens, heads, head_dim]
-    int64_t x_stride, tokens, heads, head_dim;
-    const int32_t* positions;  // [tokens]
-    const float* cos;          // [max_positions, half]
-    const float* sin;
-    int64_t half;
-};
-
 struct ActivationArgs {
     const float* x;  // [rows, size], or [rows, 2 * size] where `multiply`
     int64_t x_stride, rows, size;
@@ -256,7 +247,6 @@ struct Kernels {
     void (*linear)(const LinearArgs&, ThreadPool&);
     void (*embed)(const EmbedArgs&, ThreadPool&);
     void (*norm)(const NormArgs&, ThreadPool&);
-    void (*rope)(const RopeArgs&, ThreadPool&);
     void (*activation)(const ActivationArgs&, ThreadPool&);
     void (*attention)(const AttentionArgs&, ThreadPool&);
     void (*sample)(const SampleArgs&, ThreadPool&);

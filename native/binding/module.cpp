@@ -99,6 +99,31 @@ public:
         return new PackedLinear(weight, out, in, bias.data(), integers, gated, pool_, arena_);
     }
 
+    // What `pack` made elsewhere with the same arguments, over the bytes that it had; `integers` as its `rounding`.
+    PackedLinear* map_packed(nb::handle weights_, nb::handle bias_, int64_t out, int64_t in, const std::string& storage_name,
+                             const std::string& layout_name, bool gated,
+                             std::optional<std::tuple<int, int64_t, int>> integers_) {
+        require(out >= 0 && out < INT32_MAX && in >= 0 && in < INT32_MAX, 
+                "packed weight: out_features or in_features is out of range");
+        require(!gated || out % 2 == 0, "packed weight: gated is true, and out_features is odd");
+        const Storage storage = integers_ ? Storage::float32 : storage_or_raise(storage_name);
+        const Layout layout = integers_ ? Layout::integers : layout_of(storage);
+        require_field(layout_name == name_of(layout), "layout", layout_name,
+                      std::string(name_of(layout)) + ", which " + kernels_->name + " reads");
+        Integers integers;
+        if (integers_) integers = std::apply([&](auto... of) { return checked_integers(of..., in); }, *integers_);
+        const Panels shape = PackedLinear(out, in, storage, layout, integers, gated, {}, {}).panels();
+        const Arena::Piece weights = borrowed(weights_, "weights");
+        const Arena::Piece bias = bias_.is_none() ? Arena::Piece{} : borrowed(bias_, "bias");
+        try {
+            require_piece(weights, "weights", PackedLinear::weight_bytes(shape));
+            if (bias.owner != nullptr) require_piece(bias, "bias", PackedLinear::bias_bytes(shape));
+        } catch (const std::bad_alloc&) {
+            throw nb::value_error("packed weight: out_features and in_features are of more bytes than there can be");
+        }
+        return new PackedLinear(out, in, storage, layout, integers, gated, weights, bias);
+    }
+
     void linear(nb::handle x, const PackedLinear& packed, nb::handle y, float scale, float softcap, bool add) {
         require(!packed.gated, "linear: the weight is packed for gated_linear");
         LinearArgs args{};
@@ -181,17 +206,6 @@ public:
             args.bias = bias->data();
         }
         call("norm", x.size(0), kernels_->norm, args);
-    }
-
-    void rope(nb::handle x_, nb::handle positions_, nb::handle cos_, nb::handle sin_) {
-        Floats3 x(x_, "x", true);
-        Ints1 positions(positions_, "positions");
-        Floats2 cos(cos_, "cos"), sin(sin_, "sin");
-        require(positions.size(0) == x.size(0), "rope: one position for each token is needed");
-        require_rope_tables(cos, sin, x.size(2));
-        require_ids(positions, cos.size(0), "rope: a position is outside the table");
-        call("rope", x.size(0), kernels_->rope, RopeArgs{x.data(), x.stride(), x.size(0), x.size(1), x.size(2), positions.data(),
-                                      cos.data(), sin.data(), cos.size(1)});
     }
 
     void activation(nb::handle x_, int kind, bool multiply, nb::handle y_) {
@@ -291,18 +305,9 @@ public:
              FiniteArgs{logits.data(), logits.stride(), logits.size(0), logits.size(1), finite.data()});
     }
 
-    void copy_blocks(const Cache& cache, nb::handle sources_, nb::handle targets_) {
-        Ints1 sources(sources_, "source_ids"), targets(targets_, "target_ids");
-        require(sources.size(0) == targets.size(0), "copy_blocks: as many targets as sources are needed");
-        require_ids(sources, cache.layout().blocks, "copy_blocks: a source is outside the cache");
-        require_ids(targets, cache.layout().blocks, "copy_blocks: a target is outside the cache");
-        nb::gil_scoped_release unlocked;
-        const auto lock = pool_.exclusive();
-        for (int64_t i = 0; i < sources.size(0); ++i) cache.copy_block(sources.data()[i], targets.data()[i]);
-    }
-
-    Program* program(std::vector<ProgramBuffer> buffers, int64_t kept, int64_t passing, int64_t result) {
-        return new Program(*kernels_, pool_, std::move(buffers), kept, passing, result);
+    Program* program(std::vector<ProgramBuffer> buffers, int64_t persistent, int64_t local,
+                     int64_t result) {
+        return new Program(*kernels_, pool_, std::move(buffers), persistent, local, result);
     }
 
 private:
@@ -421,8 +426,22 @@ NB_MODULE(_native, module) {
         .def_ro("out_features", &PackedLinear::out)
         .def_ro("in_features", &PackedLinear::in)
         .def_prop_ro("out_width", &PackedLinear::out_width, "the width of y")
-        .def_prop_ro("reads_tiles", &PackedLinear::reads_tiles, "whether its inputs may be rows of bfloat16")
-        .def_prop_ro("bytes", &PackedLinear::bytes);
+        .def_prop_ro("reads_amx_bf16", &PackedLinear::reads_amx_bf16, "whether its inputs may have the layout amx_bf16")
+        .def_prop_ro("bytes", &PackedLinear::bytes)
+        .def_ro("gated", &PackedLinear::gated)
+        .def_prop_ro("dtype", [](const PackedLinear& packed) { return name_of(packed.storage); })
+        .def_prop_ro("layout", [](const PackedLinear& packed) { return name_of(packed.layout); })
+        .def_prop_ro("integers", [](const PackedLinear& packed) {
+            return std::make_tuple(packed.integers.bits, packed.integers.group, packed.integers.levels);
+        })
+        .def_prop_ro("weights", [](const PackedLinear& packed) { return PackedBytes{packed.weights()}; })
+        .def_prop_ro("bias", [](const PackedLinear& packed) -> std::optional<PackedBytes> {
+            if (packed.bias().data == nullptr) return std::nullopt;
+            return PackedBytes{packed.bias()};
+        });
+    static PyType_Slot packed_bytes_slots[] = {
+        {Py_bf_getbuffer, reinterpret_cast<void*>(&PackedBytes::get_buffer)}, {0, nullptr}};
+    nb::class_<PackedBytes>(module, "PackedBytes", nb::type_slots(packed_bytes_slots));
     module.def("operation_times", [] {
         const nb::gil_scoped_release unlocked;
         const auto process_pool = ProcessPool::of_this_process();
@@ -435,6 +454,8 @@ NB_MODULE(_native, module) {
         .def(nb::init<int, const std::string&, const Affinity&>(), nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("threads", &Runtime::threads)
         .def("pack", &Runtime::pack, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg(), nb::arg(), none)
+        .def("map_packed", &Runtime::map_packed, nb::rv_policy::take_ownership, nb::arg(), none, nb::arg(), nb::arg(),
+             nb::arg(), nb::arg(), nb::arg(), none)
         .def("probe", &Runtime::probe)
         .def("quantize", &Runtime::quantize)
         .def("pack_integers", &Runtime::pack_integers, nb::rv_policy::take_ownership, nb::arg(), nb::arg(), none, nb::arg(),
@@ -444,24 +465,16 @@ NB_MODULE(_native, module) {
         .def("greedy", &Runtime::greedy)
         .def("embed", &Runtime::embed)
         .def("norm", &Runtime::norm, nb::arg(), none, nb::arg(), none, nb::arg(), nb::arg(), nb::arg())
-        .def("rope", &Runtime::rope)
         .def("activation", &Runtime::activation)
         .def("attention", &Runtime::attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
              nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), none, none, none, nb::arg())
         .def("sample", &Runtime::sample)
         .def("logprobs", &Runtime::logprobs)
         .def("rows_finite", &Runtime::rows_finite)
-        .def("copy_blocks", &Runtime::copy_blocks)
         .def("program", &Runtime::program, nb::rv_policy::take_ownership, nb::keep_alive<0, 1>());
-    nb::class_<Program>(module, "Program")
-        .def("embed", &Program::embed)
-        .def("linear", &Program::linear)
-        .def("norm", &Program::norm, nb::arg(), nb::arg().none(), nb::arg(), none, nb::arg(), nb::arg(), nb::arg())
-        .def("add", &Program::add)
-        .def("attention", &Program::attention, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), none,
-             none, none, nb::arg(), nb::arg())
-        .def("activation", &Program::activation)
-        .def("run", &Program::run, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), none, nb::arg(), nb::arg());
+    nb::class_<Program> program(module, "Program");
+    Program::bind(program);
+    program.def("run", &Program::run, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), none, nb::arg(), nb::arg());
 }
 
 }  // namespace quire

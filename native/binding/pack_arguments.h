@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -23,6 +24,8 @@ inline Storage storage_or_raise(const std::string& name) {
     return *storage;
 }
 
+using Bytes = Array<uint8_t, 1>;
+
 // An argument [out] that may be None.
 struct Bias {
     Bias(nb::handle object, int64_t out) {
@@ -33,6 +36,37 @@ struct Bias {
     const float* data() const { return array.has_value() ? array->data() : nullptr; }
 
     std::optional<Floats1> array;
+};
+
+// Memory of a Python object that has a buffer of bytes, which lives as long as the piece.
+inline Arena::Piece borrowed(nb::handle object, const char* name) {
+    const std::shared_ptr<Bytes> bytes(new Bytes(object, name), [](Bytes* held) {
+        const nb::gil_scoped_acquire locked;
+        delete held;
+    });
+    return {bytes, bytes->data(), static_cast<size_t>(bytes->size(0))};
+}
+
+inline void require_field(bool right, const std::string& field, const std::string& is, const std::string& expected) {
+    if (right) return;
+    throw nb::value_error(("packed weight: " + field + " is " + is + ", not " + expected).c_str());
+}
+
+inline void require_piece(const Arena::Piece& piece, const std::string& name, size_t bytes) {
+    require_field(piece.bytes == bytes, "size of " + name, std::to_string(piece.bytes), std::to_string(bytes));
+    const size_t beside = reinterpret_cast<uintptr_t>(piece.data) % 64;
+    require_field(beside == 0 || bytes == 0, "alignment of " + name, std::to_string(beside) + " bytes past a multiple of 64",
+                  "one");
+}
+
+// The bytes of a packed weight or its bias, for Python to read: it has a buffer.
+struct PackedBytes {
+    static int get_buffer(PyObject* self, Py_buffer* view, int flags) {
+        const Arena::Piece& piece = nb::inst_ptr<PackedBytes>(self)->piece;
+        return PyBuffer_FillInfo(view, self, piece.data, static_cast<Py_ssize_t>(piece.bytes), 1, flags);
+    }
+
+    Arena::Piece piece;
 };
 
 struct QuantizeJob {

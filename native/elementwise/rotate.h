@@ -1,11 +1,11 @@
-// The rotation of one head by its position (RoFormer, arXiv 2104.09864): the arithmetic of `rope` and of `attention`.
+// The rotation of one head by its position (RoFormer, arXiv 2104.09864): used by attention, for q and for k.
 #pragma once
 
 #include "runtime/simd.h"
 
 namespace quire::QUIRE_ISA {
 
-// The first 2 * half dimensions of x, by halves: (a, b) -> (a cos - b sin, b cos + a sin). `y` may be x.
+// The first 2 * half dimensions of x, by halves: (a, b) -> (a cos - b sin, b cos + a sin). 
 inline void rotate_head(const float* x, float* y, const float* cos, const float* sin, int64_t half) {
     const float* b = x + half;
     int64_t i = 0;

@@ -1,6 +1,7 @@
 #include "packing/packed.h"
 
 #include <stdexcept>
+#include <utility>
 
 namespace quire {
 
@@ -23,14 +24,20 @@ PackedLinear::PackedLinear(int64_t out, int64_t in, Storage storage, Layout layo
                            bool gated, const float* bias, Arena& arena)
     : out(out), in(in), storage(storage), layout(layout), gated(gated), integers(padded(integers, in)) {
     const Panels shape = panels();
-    memory_ = arena.take(checked_bytes({shape.panels(), shape.bytes_each()}));
+    weights_ = arena.take(weight_bytes(shape));
     if (bias == nullptr) return;
-    bias_.resize(shape.panels() * shape.width());
-    for (size_t i = 0; i < bias_.size(); ++i) {
+    bias_ = arena.take(bias_bytes(shape));
+    float* const to = static_cast<float*>(bias_.data);
+    for (int64_t i = 0; i < shape.panels() * shape.width(); ++i) {
         const int64_t row = shape.source(i / shape.width(), i % shape.width());
-        if (row >= 0) bias_[i] = bias[row];
+        if (row >= 0) to[i] = bias[row];
     }
 }
+
+PackedLinear::PackedLinear(int64_t out, int64_t in, Storage storage, Layout layout, const Integers& integers,
+                           bool gated, Arena::Piece weights, Arena::Piece bias)
+    : out(out), in(in), storage(storage), layout(layout), gated(gated), integers(padded(integers, in)),
+      weights_(std::move(weights)), bias_(std::move(bias)) {}
 
 PackedLinear::PackedLinear(const WeightRows& weight, const float* bias, Layout layout, bool gated,
                            const Kernels& kernels, ThreadPool& pool, Arena& arena)
@@ -47,11 +54,11 @@ PackedLinear::PackedLinear(const WeightRows& weight, const float* bias, const In
 PackedLinear::PackedLinear(const IntegerWeight& weight, int64_t out, int64_t in, const float* bias,
                            const Integers& integers, bool gated, ThreadPool& pool, Arena& arena)
     : PackedLinear(out, in, Storage::float32, Layout::integers, integers, gated, bias, arena) {
-    pack_integers(weight, panels(), memory_.data, pool);
+    pack_integers(weight, panels(), weights_.data, pool);
 }
 
 void PackedLinear::fill(const WeightRows& weight, const Kernels& kernels, ThreadPool& pool) {
-    switch (pack_rows(weight, panels(), memory_.data, kernels, pool)) {
+    switch (pack_rows(weight, panels(), weights_.data, kernels, pool)) {
         case Packed::whole: return;
         case Packed::file_ended: throw std::invalid_argument("its file ended or could not be read");
         case Packed::not_finite: throw std::invalid_argument("a weight is not finite");
@@ -61,13 +68,6 @@ void PackedLinear::fill(const WeightRows& weight, const Kernels& kernels, Thread
 Cache::Cache(int64_t layers, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim, Storage storage)
     : layout_{nullptr, layers, blocks, block_size, kv_heads, head_dim, storage}, pages_(cache_bytes(layout_), true) {
     layout_.data = static_cast<uint8_t*>(pages_.data());
-}
-
-void Cache::copy_block(int64_t source, int64_t target) const {
-    if (source == target) return;
-    for (int64_t layer = 0; layer < layout_.layers; ++layer) {
-        std::memcpy(layout_.head_block(layer, target, 0), layout_.head_block(layer, source, 0), layout_.block_bytes());
-    }
 }
 
 }  // namespace quire

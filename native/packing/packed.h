@@ -11,6 +11,16 @@
 
 namespace quire {
 
+inline const char* name_of(Storage storage) {
+    static const char* const names[] = {"bfloat16", "float16", "float32"};
+    return names[static_cast<int>(storage)];
+}
+
+inline const char* name_of(Layout layout) {
+    static const char* const names[] = {"panels", "amx_bf16", "integers"};
+    return names[static_cast<int>(layout)];
+}
+
 inline std::optional<Storage> storage_named(const std::string& name) {
     if (name == "bfloat16") return Storage::bfloat16;
     if (name == "float16") return Storage::float16;
@@ -34,25 +44,36 @@ public:
     PackedLinear(const WeightRows& weight, const float* bias, const Integers& integers, bool gated,
                  const Kernels& kernels, ThreadPool& pool, Arena& arena);
 
+    // Over memory in which a weight of this header was packed before; it is read only. `weights` and `bias` (null data:
+    // none) have `weight_bytes` and `bias_bytes` of its panels.
+    PackedLinear(int64_t out, int64_t in, Storage storage, Layout layout, const Integers& integers, bool gated,
+                 Arena::Piece weights, Arena::Piece bias);
+
     // QuantizedWeight of src/quire/ops/types.py.
     PackedLinear(const IntegerWeight& weight, int64_t out, int64_t in, const float* bias, const Integers& integers,
                  bool gated, ThreadPool& pool, Arena& arena);
 
     Panels panels() const {
-        return {memory_.data, bias_.empty() ? nullptr : bias_.data(), in, out, storage, layout, gated, integers.bits,
+        return {weights_.data, static_cast<const float*>(bias_.data), in, out, storage, layout, gated, integers.bits,
                 integers.group, integers.levels};
     }
-    size_t bytes() const { return memory_.bytes + bias_.size() * sizeof(float); }
+    size_t bytes() const { return weights_.bytes + bias_.bytes; }
+    // Of the memory that a weight with these panels has; std::bad_alloc where none is that large.
+    static size_t weight_bytes(const Panels& shape) { return checked_bytes({shape.panels(), shape.bytes_each()}); }
+    static size_t bias_bytes(const Panels& shape) {
+        return checked_bytes({shape.panels(), shape.width(), int64_t{sizeof(float)}});
+    }
+    const Arena::Piece& weights() const { return weights_; }
+    const Arena::Piece& bias() const { return bias_; }
     int64_t num_operations() const { return 2 * out * in; }  // for each row
     int64_t out_width() const { return gated ? out / 2 : out; }
     // "960x576 bfloat16"
     std::string text() const {
-        static const char* const names[] = {"bfloat16", "float16", "float32"};
         const std::string shape = std::to_string(out) + "x" + std::to_string(in) + " ";
-        if (layout != Layout::integers) return shape + names[static_cast<int>(storage)];
+        if (layout != Layout::integers) return shape + name_of(storage);
         return shape + "int" + std::to_string(integers.bits) + (integers.levels > 127 ? "" : " x int8");
     }
-    bool reads_tiles() const { return layout == Layout::tiles; }  // TileRows as inputs
+    bool reads_amx_bf16() const { return layout == Layout::tiles; }  // TileRows as inputs
 
     const int64_t out, in;
     const Storage storage;
@@ -65,8 +86,7 @@ private:
                  const float* bias, Arena& arena);
     void fill(const WeightRows& weight, const Kernels& kernels, ThreadPool& pool);
 
-    Arena::Piece memory_;
-    std::vector<float> bias_;
+    Arena::Piece weights_, bias_;  // zero where padded
 };
 
 class Cache {
@@ -76,7 +96,6 @@ public:
 
     const CacheLayout& layout() const { return layout_; }
     size_t bytes() const { return pages_.bytes(); }
-    void copy_block(int64_t source, int64_t target) const;
 
 private:
     CacheLayout layout_;

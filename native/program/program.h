@@ -13,8 +13,8 @@
 
 namespace quire {
 
-// Where a buffer begins, in floats for each token; its width; whether it holds TileRows; whether it passes: nothing reads
-// it beyond one stage.
+// Where a buffer begins, in floats for each token; its width; whether it holds TileRows; whether it is local: nothing reads
+// it beyond one segment, which is what lies between two attentions.
 using ProgramBuffer = std::tuple<int64_t, int64_t, bool, bool>;
 
 class Program {
@@ -22,28 +22,22 @@ public:
     // (buffer, offset, groups, width): of each row of a buffer, `groups * width` floats that begin at `offset`.
     using ViewNumbers = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 
-    // The arena has `kept` floats for each token, and `passing` for each that is in work. The buffer `result` is the
+    // The arena has `persistent` floats for each token, and `local` for each that is in work. The buffer `result` is the
     // caller's array instead.
-    Program(const Kernels& kernels, ThreadPool& pool, std::vector<ProgramBuffer> buffers, int64_t kept, int64_t passing,
+    Program(const Kernels& kernels, ThreadPool& pool, std::vector<ProgramBuffer> buffers, int64_t persistent, int64_t local,
             int64_t result);
 
-    // Each appends an instruction. Products and what comes out of linear, norm and activation may be TileRows.
-    void embed(bool positions, nb::handle table, float scale, ViewNumbers y);
-    void linear(ViewNumbers x, nb::handle weight, bool adds, int kind, ViewNumbers y);
-    void norm(ViewNumbers x, std::optional<ViewNumbers> residual, nb::handle weight, nb::handle bias, float eps,
-              bool centre, ViewNumbers y);
-    void add(ViewNumbers x, ViewNumbers y);
-    void attention(std::tuple<ViewNumbers, ViewNumbers, ViewNumbers> qkv, int64_t layer, float scale, int64_t window,
-                   float softcap, nb::handle sinks, nb::handle cos, nb::handle sin, std::vector<int64_t> narrows,
-                   ViewNumbers y);
-    void activation(ViewNumbers x, int kind, bool multiply, ViewNumbers y);
+    // Gives the class its operations, each of which appends an instruction (`operations.cpp`). Views that GEMMs read and
+    // what comes out of linear, norm and activation may be TileRows.
+    static void bind(nb::class_<Program>& program);
 
     // Runs all of it; `out` [outputs, width of the result]. `outputs` are tokens, of each row its last ones, or null: all.
-    // From an attention that `narrows` on, only they are computed: their rows of those buffers move up.
+    // From an attention with buffers `selected` on, only they are computed: their rows of those buffers move up.
     void run(nb::handle token_ids, nb::handle positions, nb::handle query_starts, nb::handle starts,
              nb::handle block_tables, nb::handle outputs, const Cache& cache, nb::handle out);
 
 private:
+    struct Operations;
     struct View {
         int64_t buffer, offset, groups, width;
         int64_t size() const { return groups * width; }
@@ -53,9 +47,9 @@ private:
     struct Frame {
         const Program* program;
         ThreadPool* pool;         // that computes
-        int64_t room, own_room;   // tokens for which there is memory: of what is kept, of what passes
+        int64_t room, local_room;   // tokens for which there is memory: of persistent and of local buffers
         int64_t first, tokens;    // those that are computed
-        float *kept, *own;
+        float *persistent, *local;
         float* result;
         const int32_t *token_ids, *positions;
         int64_t rows;
@@ -65,9 +59,9 @@ private:
         const CacheLayout* cache;
         const int32_t* outputs;
         int64_t num_outputs;
-        std::vector<int32_t>* narrowed;  // memory for `narrow`
+        std::vector<int32_t>* selected_rows;  // memory for `select_output_tokens`
 
-        void narrow(const std::vector<int64_t>& buffers);
+        void select_output_tokens(const std::vector<int64_t>& buffers);
         float* at(const View& view) const;        // null for tiles
         TileRows tiles(const View& view) const;  // null for float32
         int64_t stride(const View& view) const { return program->width_of(view); }
@@ -89,7 +83,7 @@ private:
     using Clock = Profile::Clock;
 
     int64_t token_tile_size(int64_t tokens) const;
-    void run_stage(Frame& frame, size_t begin, size_t end, Clock::time_point& begun) const;
+    void run_segment(Frame& frame, size_t begin, size_t end, Clock::time_point& begun) const;
     static void run_token_tile(void* context, int64_t item, int worker);
 
     // The first is of float32, the second may be of tiles; an output covers its buffer.
@@ -108,14 +102,14 @@ private:
     const Kernels& kernels_;
     ThreadPool& pool_;
     const std::vector<ProgramBuffer> buffers_;
-    const int64_t kept_floats_, passing_floats_, result_;
+    const int64_t persistent_floats_, local_floats_, result_;
     std::vector<Instruction> instructions_;
     std::vector<nb::object> kept_;
     std::vector<std::unique_ptr<Floats1>> vectors_;
     std::vector<std::unique_ptr<Floats2>> tables_;
     int64_t token_limit_ = INT64_MAX, position_limit_ = INT64_MAX, rope_limit_ = INT64_MAX;
-    bool narrows_ = false;
-    int64_t stage_bytes_ = 0, heaviest_stage_ = 0;  // of weights between two attentions
+    bool selects_ = false;
+    int64_t segment_bytes_ = 0, largest_segment_ = 0;  // of weights between two attentions
     int64_t layers_ = 0, kv_heads_ = 0, head_dim_ = 0;  // that the cache must have; 0 without attention
     std::unique_ptr<Pages> arena_;  // of the largest step so far
 };

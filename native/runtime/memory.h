@@ -72,7 +72,7 @@ private:
 class Arena {
 public:
     struct Piece {
-        std::shared_ptr<const Pages> pages;
+        std::shared_ptr<const void> owner;  // of the memory: pages, or what lends it
         void* data = nullptr;
         size_t bytes = 0;
     };

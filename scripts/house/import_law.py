@@ -10,9 +10,7 @@ COMPOSERS = frozenset({"", "__main__", "cli", "compose", "llm", "async_llm"})
 """The only places that compose: they may import any public name. `""` is `quire/__init__.py`."""
 
 BASE = frozenset(
-    (
-        "array_api_compat huggingface_hub jinja2 ml_dtypes msgspec numpy safetensors starlette tokenizers tqdm uvicorn"
-    ).split()
+    ("array_api_compat huggingface_hub jinja2 ml_dtypes msgspec numpy starlette tokenizers tqdm uvicorn").split()
 )
 """What the base install promises, by import name: `dependencies` in pyproject.toml."""
 TRANSITIVE = frozenset({"anyio"})
@@ -43,7 +41,7 @@ LAW: dict[str, Room] = {
     "ops.cuda": _room("ops", "array_api_compat ml_dtypes numpy torch triton"),
     "quant": _room("ops", "ml_dtypes numpy"),
     "models": _room("ops.types quant.types", "ml_dtypes msgspec numpy"),
-    "weights": _room("models quant ops", "huggingface_hub ml_dtypes msgspec numpy safetensors tqdm"),
+    "weights": _room("models quant ops", "huggingface_hub ml_dtypes msgspec numpy tqdm"),
     "sampling": _room("ops core.plan core.request", "ml_dtypes numpy"),
     "speculative": _room("ops core.plan", "numpy"),
     "lora": _room("ops core.plan", "ml_dtypes numpy"),
@@ -53,7 +51,7 @@ LAW: dict[str, Room] = {
     "engine": _room("core text structured", "tqdm"),
     "isolation": _room("core engine", "msgspec"),
     "observe": _room("core engine"),
-    "build": _room("weights quant models ops", "ml_dtypes msgspec numpy safetensors tqdm"),
+    "build": _room("weights quant models ops", "ml_dtypes msgspec numpy tqdm"),
     "server": _room("engine", "anyio msgspec starlette uvicorn"),
     "server.http": _room("engine server.metrics", "anyio msgspec starlette uvicorn"),
     "bench": _room("engine", "msgspec numpy tqdm"),

@@ -35,8 +35,8 @@ class EngineArgs:
     dtype: str = "auto"
     """Storage of weights and cache: auto (the checkpoint's own), bfloat16, float16, float32 (computes exactly)."""
     quantization: str | None = None
-    """Round the weights while they are loaded: int8, int8_w8a8 (inputs too), int4, fp8 (inputs too; CUDA alone).
-    `dtype` is then that of the cache and of weights which are not rounded."""
+    """Quantise the weights while they are loaded: int8 (W8A16), int8_w8a8, int4 (W4A16), fp8 (W8A8; CUDA only).
+    `dtype` is then that of the cache and of weights which are not quantised."""
     quantization_group_size: int | None = None
     """Weights of a row that share a scale with int4: 32, 64 or 128; None is 64."""
     max_model_len: int | None = None

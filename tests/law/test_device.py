@@ -1,4 +1,4 @@
-"""The laws where there is a GPU: the same tokens whatever overlaps and is recorded, one wait a step, the memory budget
+"""The laws where there is a GPU: the same tokens whatever overlaps and is captured, one wait a step, the memory budget
 held, nothing compiled at a second start. Without one there is nothing here; `tests/runner` has the same on a
 device that is played."""
 
@@ -22,7 +22,7 @@ SIZES: dict[str, Any] = dict(device="cuda", max_num_seqs=64, max_model_len=512, 
 
 
 @pytest.mark.parametrize("loop", [False, True], ids=["plain", "overlap"])
-@pytest.mark.parametrize("eager", [False, True], ids=["recorded", "launched"])
+@pytest.mark.parametrize("eager", [False, True], ids=["captured", "launched"])
 @pytest.mark.parametrize("weather", [{}, {"num_gpu_blocks_override": 18}, {"max_num_batched_tokens": 13}], ids=str)
 def test_the_same_whatever_overlaps_and_is_recorded(
     tiny_model: Path, weather: dict[str, Any], eager: bool, loop: bool
@@ -43,7 +43,7 @@ def worst(llm: LLM, max_tokens: int = 24, **more: Any) -> list[RequestOutput]:
     return llm.generate(prompts, params, use_tqdm=False)
 
 
-@pytest.mark.parametrize("eager", [False, True], ids=["recorded", "launched"])
+@pytest.mark.parametrize("eager", [False, True], ids=["captured", "launched"])
 def test_the_memory_budget_is_held_to_two_percent(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, eager: bool
 ) -> None:

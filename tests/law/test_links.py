@@ -1,4 +1,4 @@
-"""The pages: every one is listed in the index, and every link leads somewhere."""
+"""The pages: every one that is not generated is listed in the index, and every link leads somewhere."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,8 @@ def test_every_link_leads_to_a_file() -> None:
 def test_the_index_lists_every_page() -> None:
     index = ROOT / "docs/index.md"
     listed = {(index.parent / link).resolve() for link in links(index)}
-    assert [page for page in PAGES if page.is_relative_to(ROOT / "docs") and page not in {*listed, index}] == []
+    written = [page for page in PAGES if page.is_relative_to(ROOT / "docs") and page.parent.name != "reference"]
+    assert [page for page in written if page not in {*listed, index}] == []
 
 
 def test_the_readme_leads_to_index_and_glossary() -> None:

@@ -58,10 +58,10 @@ def answers(directory: Path, ops: Ops, monkeypatch: pytest.MonkeyPatch, **argume
 
 
 class AsOnDevice(CudaOps):
-    """Tells of memory, as where there is a device: so decode steps are padded and recorded, and steps overlap."""
+    """Tells of memory, as where there is a device: so decode steps are padded and captured, and steps overlap."""
 
     def memory(self) -> DeviceMemory | None:
-        return super().memory() or DeviceMemory(total=2**30, free=2**30, held=0)
+        return super().memory() or DeviceMemory(total=2**30, free=2**30, allocated=0)
 
     def peak_bytes(self, work: Callable[[], object]) -> int:
         """The interpreter takes half a minute for what is measured here."""
@@ -74,7 +74,7 @@ def test_the_engine_on_torch_gives_the_tokens_of_numpy(
     directory = tiny("llama")
     expected = answers(directory, ReferenceOps(np), monkeypatch)
     assert answers(directory, ReferenceOps(torch), monkeypatch) == expected
-    monkeypatch.setattr(graphs, "RECORD_AT", 1)
+    monkeypatch.setattr(graphs, "CAPTURE_AT", 1)
     assert answers(directory, CudaOps(DEVICE), monkeypatch, async_scheduling=False) == expected
     assert answers(directory, AsOnDevice(DEVICE), monkeypatch) == expected
     assert answers(directory, ReferenceOps(torch), monkeypatch, async_scheduling=True) == expected

@@ -165,7 +165,7 @@ def test_16_bit_storage_is_no_further_from_the_model_than_transformers_is(
     directory = tiny(family, dtype=dtype)
     prompt = tokens(120)
     model = load_model(directory, ops)
-    assert model.cache_shape(1, 16).storage == dtype
+    assert model.cache_shape(1, 16).dtype == dtype
     exact = transformers_logits(directory, [prompt])[0]
     theirs = transformers_logits(directory, [prompt], getattr(torch, dtype))[0]
     ours = PagedModel(model, ops, num_blocks=8, block_size=16).all_logits(prompt, [120])

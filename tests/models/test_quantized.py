@@ -18,9 +18,9 @@ from quire.ops.cpu import CpuOps
 from quire.ops.quantize_reference import quantize
 from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
-from quire.ops.types import Ops, QuantizedWeight, Rounding
+from quire.ops.types import Ops, QuantizedWeight, QuantSpec
 from quire.quant.select import check_scheme, select_scheme
-from quire.quant.types import Scheme, bits_per_weight, rounded_bytes
+from quire.quant.types import Scheme, bits_per_weight, quantized_bytes
 from quire.text.tokenizer import Tokenizer
 from quire.weights.load import load_model
 from tests.models.paged import PagedModel
@@ -34,7 +34,7 @@ LARGEST_KL = {
     "olmo2": {"int8": 7e-4, "int8_w8a8": 1.2e-3, "int4": 0.15},
 }
 ON_CPU = [name for name in QUANTIZATIONS if name in CpuOps.formats]
-ROUNDINGS = [Rounding("int8", None), Rounding("int8_w8a8", None), *(Rounding("int4", size) for size in GROUP_SIZES)]
+QUANTS = [QuantSpec("int8", None), QuantSpec("int8_w8a8", None), *(QuantSpec("int4", size) for size in GROUP_SIZES)]
 EMBEDDED_KL = {"int8": 1e-4, "int8_w8a8": 5e-4, "int4": 6e-3}
 
 
@@ -163,7 +163,7 @@ def test_weights_that_are_not_finite_are_named(provider: Ops, tiny: Tiny, tmp_pa
 class ExactInputs(ReferenceOps):
     """Rounded weights and inputs as they are."""
 
-    def round_inputs(self, x: Any, levels: int, floating: bool = False) -> tuple[Any, Any]:
+    def quantize_activations(self, x: Any, levels: int, floating: bool = False) -> tuple[Any, Any]:
         return x, np.ones((x.shape[0], 1), np.float32)
 
 
@@ -205,24 +205,24 @@ def test_fp8_is_as_near_to_the_model_as_its_three_bits_and_the_cpu_refuses_it(op
 
 
 @pytest.mark.parametrize("inputs", [64, 96, 100, 1])
-@pytest.mark.parametrize("rounding", ROUNDINGS, ids=lambda one: f"{one.format}-{one.group_size}")
-def test_bytes_of_a_rounded_weight_are_those_of_its_numbers_and_scales(rounding: Rounding, inputs: int) -> None:
+@pytest.mark.parametrize("quant", QUANTS, ids=lambda one: f"{one.format}-{one.group_size}")
+def test_bytes_of_a_rounded_weight_are_those_of_its_numbers_and_scales(quant: QuantSpec, inputs: int) -> None:
     """The last group of a row has its scale too, and room for all of its numbers."""
-    weight = quantize(np.ones((5, inputs), np.float32), rounding)
-    numbers = 5 * inputs if rounding.group_size is None else weight.scales.size * rounding.group_size // 2
-    assert rounded_bytes(rounding, 5, inputs) == numbers + weight.scales.nbytes
+    weight = quantize(np.ones((5, inputs), np.float32), quant)
+    numbers = 5 * inputs if quant.group_size is None else weight.scales.size * quant.group_size // 2
+    assert quantized_bytes(quant, 5, inputs) == numbers + weight.scales.nbytes
 
 
 def test_bits_of_a_weight_count_the_scales_of_groups() -> None:
-    assert [bits_per_weight(one) for one in ROUNDINGS] == ["8", "8", "5", "4.5", "4.25"]
+    assert [bits_per_weight(one) for one in QUANTS] == ["8", "8", "5", "4.5", "4.25"]
 
 
 @pytest.mark.parametrize("name", QUANTIZATIONS)
 def test_embedding_and_head_keep_the_error_of_eight_bits(name: str) -> None:
     """Their inputs are not rounded to eight bits, nor they to four: see `docs/howto/quantize.md`."""
     scheme = select_scheme(name, None)
-    assert scheme is not None and scheme.tables == Rounding("int8", None)
-    assert scheme.layers == Rounding(name, 64 if name == "int4" else None)  # type: ignore[arg-type]
+    assert scheme is not None and scheme.embedding == QuantSpec("int8", None)
+    assert scheme.linear == QuantSpec(name, 64 if name == "int4" else None)  # type: ignore[arg-type]
 
 
 def test_learned_positions_are_not_rounded(ops: Ops, tiny: Tiny) -> None:
@@ -242,10 +242,10 @@ def test_schemes_by_name() -> None:
     assert select_scheme(None, None) is None
     for name in QUANTIZATIONS:
         scheme = select_scheme(name, None)
-        assert scheme is not None and scheme.name == name and scheme.layers.format == name
+        assert scheme is not None and scheme.name == name and scheme.linear.format == name
     for size in GROUP_SIZES:
         scheme = select_scheme("int4", size)
-        assert scheme is not None and scheme.layers.group_size == size
+        assert scheme is not None and scheme.linear.group_size == size
     for other in (None, "int8"):
         with pytest.raises(ConfigurationError, match="quantization_group_size is for quantization 'int4'") as caught:
             select_scheme(other, 64)

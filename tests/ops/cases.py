@@ -28,6 +28,14 @@ class Heads:
     head_dim: int
 
 
+def rotate(x: Any, positions: Any, rope: Any) -> None:
+    """Turn the heads of `x [tokens, heads, head_dim]` (numpy) in place, by halves (RoFormer, arXiv 2104.09864)."""
+    half = rope.cos.shape[1]
+    cos, sin = (table[positions][:, None, :] for table in (rope.cos, rope.sin))
+    a, b = x[:, :, :half].copy(), x[:, :, half : 2 * half].copy()
+    x[:, :, :half], x[:, :, half : 2 * half] = a * cos - b * sin, b * cos + a * sin
+
+
 class Rows:
     """Several sequences with keys, values and queries for all their positions, over a cache in random block order."""
 
@@ -66,7 +74,7 @@ class Rows:
         )
         if before:
             for x in (q, k):
-                ops.rope(x, batch.positions, rope.cos, rope.sin)
+                rotate(x, batch.positions, rope)
         out = ops.to_numpy(ops.attention(q, k, v, self.cache, layer, batch, spec, None if before else rope))
         return [out[a:b] for a, b in itertools.pairwise(starts)]
 

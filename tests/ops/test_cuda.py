@@ -10,11 +10,10 @@ import torch
 from quire.ops.reference import ReferenceOps
 from quire.ops.types import (
     AttentionSpec,
-    CacheShape,
     PenaltyBatch,
     QuantizedFormat,
+    QuantSpec,
     RopeTables,
-    Rounding,
     SampleBatch,
 )
 from tests.ops.cases import Heads, Rows, assert_bytes_tell_blocks_apart, normal, relative_error
@@ -22,7 +21,7 @@ from tests.ops.test_quantized import FORMATS, random_weight
 
 pytest.importorskip("triton")
 
-from quire.ops.cuda import products, provider
+from quire.ops.cuda import gemm, provider
 from quire.ops.cuda.provider import CudaOps
 
 ON_DEVICE = torch.cuda.is_available()
@@ -93,15 +92,10 @@ def test_a_single_query_has_the_same_bits_beside_prompts() -> None:
         assert np.array_equal(singles[1], mixed[0])
 
 
-def test_rope_before_or_inside_attention() -> None:
+def test_rope_inside_attention() -> None:
     rng = np.random.default_rng(0)
     heads, angles = Heads(4, 2, 16), normal(rng, 64, 6)
     cos, sin = np.cos(angles), np.sin(angles)
-    x, positions = normal(rng, 5, 4, 16), np.array([0, 3, 9, 30, 63], np.int32)
-    turned, expected = *on_device(x), x.copy()
-    CUDA.rope(turned, CUDA.array(positions, "int32"), *on_device(cos, sin))
-    REFERENCE.rope(expected, positions, cos, sin)
-    assert relative_error(numpy(turned), expected) < 1e-6
     results = []
     for ops, tables in ((CUDA, RopeTables(*on_device(cos, sin))), (REFERENCE, RopeTables(cos, sin))):
         rows = Rows(ops, [20, 7], heads, 16, "float32")
@@ -113,7 +107,7 @@ def test_rope_before_or_inside_attention() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (70, 33), (64, 96), (33, 130)])
-def test_products_of_floats(shape: tuple[int, int]) -> None:
+def test_gemms_of_floats(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(1)
     weight, bias, x = normal(rng, *shape), normal(rng, shape[0]), normal(rng, 40, shape[1])
     for storage in STORAGES:
@@ -136,7 +130,7 @@ def test_a_row_has_the_same_bits_in_any_company(kind: Any) -> None:
     for outputs, inputs in ((4096, 4096), (1000, 704)):
         weight: Any = normal(rng, outputs, inputs)
         if kind != "plain":
-            weight = CUDA.quantize(weight, Rounding(kind, 64 if kind.startswith("int4") else None))
+            weight = CUDA.quantize(weight, QuantSpec(kind, 64 if kind.startswith("int4") else None))
         packed = CUDA.pack_linear(weight, None, "bfloat16")
         (x,) = on_device(normal(rng, 3000, inputs))
         whole = CUDA.linear(x, packed)
@@ -145,7 +139,7 @@ def test_a_row_has_the_same_bits_in_any_company(kind: Any) -> None:
         assert torch.equal(CUDA.linear(x[2000:2001], packed), whole[2000:2001])
 
 
-def test_products_by_the_library_where_rows_need_not_be_independent() -> None:
+def test_gemms_by_the_library_where_rows_need_not_be_independent() -> None:
     rng = np.random.default_rng(9)
     ops = CudaOps("cuda" if ON_DEVICE else "cpu", batch_invariant=False)
     weight, bias, x = normal(rng, 40, 70), normal(rng, 40), normal(rng, 9, 70)
@@ -158,7 +152,7 @@ def test_products_by_the_library_where_rows_need_not_be_independent() -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_products_of_integers(kind: QuantizedFormat) -> None:
+def test_gemms_of_integers(kind: QuantizedFormat) -> None:
     rng = np.random.default_rng(2)
     for group, inputs in ((32, 130), (64, 130), (64, 128), (32, 96)):
         weight, x = random_weight(rng, kind, 70, inputs, group), normal(rng, 70, inputs)
@@ -181,12 +175,12 @@ def test_weights_are_rounded_on_the_device_to_the_bits_of_the_definition(
     kind: Any, size: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(provider, "ROUNDED_ELEMENTS", 2000)
-    rng, rounding = np.random.default_rng(8), Rounding(kind, size)
+    rng, quant = np.random.default_rng(8), QuantSpec(kind, size)
     for shape in ((1, 1), (5, 31), (17, 96), (40, 576), (0, 64), (4, 0)):
         weight = normal(rng, *shape) * np.exp(3 * normal(rng, shape[0], 1))
         weight[1:2] = 0.0
         for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
-            ours, expected = (ops.quantize(weight.astype(dtype), rounding) for ops in (CUDA, REFERENCE))
+            ours, expected = (ops.quantize(weight.astype(dtype), quant) for ops in (CUDA, REFERENCE))
             assert (ours.format, ours.group_size) == (expected.format, expected.group_size)
             assert np.array_equal(numpy(ours.values.float()), expected.values.astype(np.float32))
             assert np.array_equal(numpy(ours.scales), expected.scales)
@@ -195,13 +189,13 @@ def test_weights_are_rounded_on_the_device_to_the_bits_of_the_definition(
                 assert torch.equal(mine.weight.view(torch.uint8), theirs.weight.view(torch.uint8))
                 assert torch.equal(mine.scales, theirs.scales)
     with pytest.raises(ValueError, match="not finite"):
-        CUDA.quantize(np.array([[1.0, np.nan]], np.float32), rounding)
+        CUDA.quantize(np.array([[1.0, np.nan]], np.float32), quant)
 
 
 def test_a_packed_weight_is_a_copy() -> None:
     """Who loads uses the memory of one part for the next."""
     weight = np.ones((4, 32), np.float32)
-    rounded = REFERENCE.quantize(weight, Rounding("int8", None))
+    rounded = REFERENCE.quantize(weight, QuantSpec("int8", None))
     packed = [CUDA.pack_linear(one, None, "float32") for one in (weight, rounded)]
     weight[:], rounded.values[:], rounded.scales[:] = 7.0, 7, 7.0
     assert [float(one.weight.float().mean()) for one in packed] == [1.0, 127.0]
@@ -209,12 +203,12 @@ def test_a_packed_weight_is_a_copy() -> None:
 
 
 @pytest.mark.skipif("fp8" not in CUDA.formats, reason="needs compute capability 8.9")
-def test_products_of_fp8() -> None:
+def test_gemms_of_fp8() -> None:
     rng = np.random.default_rng(6)
     weight, x = normal(rng, 70, 300), normal(rng, 70, 300) * np.exp(3 * normal(rng, 70, 1))
     weight[3], weight[5, 7], x[2] = 0, 1e4, 0
     x[4, :5] = 1e-30, -1e-3, 0.0, 1e4, -1e4
-    rounded = REFERENCE.quantize(weight, Rounding("fp8", None))
+    rounded = REFERENCE.quantize(weight, QuantSpec("fp8", None))
     packed, expected = CUDA.pack_linear(rounded, None, "float32"), REFERENCE.pack_linear(rounded, None, "float32")
     for rows in (1, 20, 70):
         got = numpy(CUDA.linear(*on_device(x[:rows]), packed))
@@ -222,10 +216,10 @@ def test_products_of_fp8() -> None:
     ids = np.array([5, 3, 69], np.int32)
     table, theirs = CUDA.pack_embedding(rounded, "float32"), REFERENCE.pack_embedding(rounded, "float32")
     assert np.array_equal(numpy(CUDA.embed(CUDA.array(ids, "int32"), table, 3.0)), REFERENCE.embed(ids, theirs, 3.0))
-    values, steps = products.round_rows(*on_device(x), "fp8")
-    expected_values, expected_steps = REFERENCE.round_inputs(x, 448, floating=True)
+    values, scales = gemm.quantize_activations(*on_device(x), "fp8")
+    expected_values, expected_scales = REFERENCE.quantize_activations(x, 448, e4m3=True)
     assert np.array_equal(numpy(values), expected_values)
-    assert np.array_equal(numpy(steps), expected_steps[:, 0])
+    assert np.array_equal(numpy(scales), expected_scales[:, 0])
     broken = np.full((3, 300), 1.0, np.float32)
     broken[0, 3], broken[2, 4] = np.nan, np.inf
     nans = np.isnan(numpy(CUDA.linear(*on_device(broken), packed)))
@@ -246,19 +240,6 @@ def test_norms_and_activations() -> None:
         assert relative_error(numpy(CUDA.activation(dx, kind)), expected) < 5e-6
         pair = np.concatenate([x, residual], axis=1)
         assert relative_error(numpy(CUDA.activation_multiply(*on_device(pair), kind)), expected * residual) < 5e-6
-
-
-def test_blocks_are_copied_pair_by_pair() -> None:
-    cache = CUDA.make_cache(CacheShape(3, 5, 8, 2, 6, "float16"))
-    cache[:] = torch.arange(cache.numel(), device=cache.device).reshape(cache.shape) % 2039
-    expected = cache.clone()
-    sources, targets = [3, 1, 4, 0], [1, 2, 0, 4]
-    for source, target in zip(sources, targets, strict=True):
-        expected[:, :, target] = expected[:, :, source]
-    CUDA.copy_blocks(cache, CUDA.array(sources, "int32"), CUDA.array(targets, "int32"))
-    assert torch.equal(cache, expected)
-    CUDA.copy_blocks(cache, CUDA.array([], "int32"), CUDA.array([], "int32"))
-    assert torch.equal(cache, expected)
 
 
 def test_blocks_have_the_same_bytes_where_keys_and_values_are_the_same() -> None:

@@ -11,11 +11,11 @@ import pytest
 
 pytest.importorskip("triton")
 from quire.ops.cuda import tiles
-from quire.ops.cuda.tiles import ProductShape, Tiles, default_tiles, described, keeps_sums, picked, tiles_for
+from quire.ops.cuda.tiles import GemmShape, Tiles, default_tiles, described, keeps_sums, picked, tiles_for
 
 ROOT = Path(__file__).parents[2]
 SHAPES = [
-    ProductShape(kind, group, outputs, inputs)
+    GemmShape(kind, group, outputs, inputs)
     for kind, group in (("16 bits", 0), ("float32", 0), ("int8", 64), ("int8_w8a8", 64), ("fp8", 64), ("int4", 32))
     for outputs, inputs in ((4096, 4096), (576, 1536))
 ]
@@ -32,7 +32,7 @@ def run(name: str, *arguments: str) -> str:
 def test_kernels_and_the_cost_of_row_independence() -> None:
     lines = run("cuda_kernels", "--interpret").splitlines()
     kinds = {line.split()[0] for line in lines[1:]}
-    assert kinds == {"linear", "cuBLAS", "attention", "add_rms_norm", "activation_multiply", "rope", "row"}
+    assert kinds == {"linear", "cuBLAS", "attention", "add_rms_norm", "activation_multiply", "row"}
     assert any(line.startswith("linear fp8") for line in lines)
 
 
@@ -59,7 +59,7 @@ def test_a_model_and_its_peer_and_what_is_continued(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
-def test_defaults_keep_the_sums_and_serve_any_number_of_rows(shape: ProductShape) -> None:
+def test_defaults_keep_the_sums_and_serve_any_number_of_rows(shape: GemmShape) -> None:
     picks = tiles_for("no such device", shape)
     assert picks == default_tiles(shape) and all(keeps_sums(shape, one) for one in picks)
     for rows in (1, 16, 17, 64, 65, 100_000):
@@ -68,7 +68,7 @@ def test_defaults_keep_the_sums_and_serve_any_number_of_rows(shape: ProductShape
 
 
 def test_an_entry_that_would_change_sums_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = ProductShape("fp8", 64, 4000, 4096)
+    shape = GemmShape("fp8", 64, 4000, 4096)
     tiles.tiles_for.cache_clear()
     for depth, taken in ((128, True), (64, False)):
         entry = [tiles.LARGEST_ROWS, 128, 64, depth, 4, 3]

@@ -81,14 +81,14 @@ import sys
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from quire.ops.cuda.kernel_cache import kernel_cache
-from quire.ops.cuda.rows import rope_kernel
+from quire.ops.cuda.rows import activation_kernel
 cache = kernel_cache()
 assert kernel_cache() is cache
-names = rope_kernel.arg_names
-sizes = dict(HEADS=2, HEADS_TILE=2, DIM=32, HALF=16, HALF_TILE=16)
-kinds = dict(x="*fp32", positions="*i32", cos="*fp32", sin="*fp32", x_stride="i32")
+names = activation_kernel.arg_names
+sizes = dict(KIND=0, MULTIPLY=True, TILE=64)
+kinds = dict(x="*fp32", y="*fp32", x_stride="i32", size="i32")
 signature = {name: kinds.get(name, "constexpr") for name in names}
-compile(ASTSource(rope_kernel, signature, sizes), target=GPUTarget("cuda", 90, 32))
+compile(ASTSource(activation_kernel, signature, sizes), target=GPUTarget("cuda", 90, 32))
 print(cache.num_compiled, cache.num_found, cache.folder)
 """
 

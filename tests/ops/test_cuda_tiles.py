@@ -10,17 +10,17 @@ import torch
 
 pytest.importorskip("triton")
 
-from quire.ops.cuda import attention, products, rows, sampling
-from quire.ops.cuda.products import packed_linear
-from quire.ops.cuda.tiles import ProductShape, default_tiles, keeps_sums, picked, tiles_for
-from quire.ops.types import INPUT_LEVELS, AttentionBatch, AttentionSpec, SampleBatch
+from quire.ops.cuda import attention, gemm, rows, sampling
+from quire.ops.cuda.gemm import packed_linear
+from quire.ops.cuda.tiles import GemmShape, default_tiles, keeps_sums, picked, tiles_for
+from quire.ops.types import ACTIVATION_QMAX, AttentionBatch, AttentionSpec, SampleBatch
 
 COUNTS = (1, 2, 3, 15, 16, 17, 33, 64, 65, 128, 129, 257, 1000)
 META = torch.device("meta")
 LAUNCHED = {
     attention: ("store_kernel", "attention_kernel", "merge_kernel"),
-    products: ("linear_kernel", "round_rows_kernel"),
-    rows: ("embed_kernel", "norm_kernel", "rope_kernel", "activation_kernel"),
+    gemm: ("linear_kernel", "quantize_rows_kernel"),
+    rows: ("embed_kernel", "norm_kernel", "activation_kernel"),
     sampling: ("sample_kernel", "logprobs_kernel"),
 }
 
@@ -43,7 +43,7 @@ def empty(dtype: torch.dtype, *shape: int) -> Any:
     return torch.empty(shape, dtype=dtype, device=META)
 
 
-def all_but_products(count: int) -> None:
+def all_but_gemms(count: int) -> None:
     """A step of `count` rows: prompts of 1 to 3 tokens, or single tokens."""
     cache, tables = empty(torch.bfloat16, 1, 2, 64, 2, 16, 64), empty(torch.int32, count, 40)
     for tokens in (count, 3 * count):
@@ -55,9 +55,7 @@ def all_but_products(count: int) -> None:
     rows.norm(x, residual, vector, None, 1e-5, False, torch.bfloat16)
     rows.norm(x, None, vector, vector, 1e-5, True, torch.bfloat16)
     rows.activation(x, "silu", multiply=True)
-    angles = empty(torch.float32, 64, 32)
-    rows.rope(empty(torch.bfloat16, count, 8, 64), empty(torch.int32, count), angles, angles)
-    products.round_rows(x, "fp8")
+    gemm.quantize_activations(x, "fp8")
     logits, floats = empty(torch.float32, count, 5000), empty(torch.float32, count)
     integers, wide = empty(torch.int32, count), empty(torch.int64, count)
     sampling.sample(logits, SampleBatch(floats, integers, floats, floats, wide, wide))
@@ -75,7 +73,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[Any]]:
 
 def test_one_kernel_for_all_numbers_of_rows(seen: dict[str, set[Any]]) -> None:
     for count in COUNTS:
-        all_but_products(count)
+        all_but_gemms(count)
     assert seen.keys() == {name for names in LAUNCHED.values() for name in names} - {"linear_kernel"} | {
         "attention_kernel, split"
     }
@@ -83,8 +81,8 @@ def test_one_kernel_for_all_numbers_of_rows(seen: dict[str, set[Any]]) -> None:
     assert variants == {name: 2 if name == "norm_kernel" else 1 for name in seen}, "two kinds of norms were asked for"
 
 
-@pytest.mark.parametrize("kind", ["plain", *INPUT_LEVELS])
-def test_products_differ_in_what_lies_side_by_side_alone(kind: Any, seen: dict[str, set[Any]]) -> None:
+@pytest.mark.parametrize("kind", ["plain", *ACTIVATION_QMAX])
+def test_gemms_differ_in_what_lies_side_by_side_alone(kind: Any, seen: dict[str, set[Any]]) -> None:
     inputs = 4096
     if kind.startswith("int4"):
         packed = packed_linear(
@@ -99,7 +97,7 @@ def test_products_differ_in_what_lies_side_by_side_alone(kind: Any, seen: dict[s
             empty(dtype, 512, inputs), empty(torch.float32, 512, 1), None, kind, inputs, inputs, torch.bfloat16
         )
     for count in COUNTS:
-        products.linear(empty(torch.bfloat16, count, inputs), packed, torch.bfloat16)
+        gemm.linear(empty(torch.bfloat16, count, inputs), packed, torch.bfloat16)
     free = {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}
     if kind != "fp8" and not kind.startswith("int4"):
         free |= {"BLOCK_K"}  # pieces of one chain of sums, whatever their length: it is not broken between them
@@ -110,13 +108,13 @@ def test_products_differ_in_what_lies_side_by_side_alone(kind: Any, seen: dict[s
 def test_every_pick_keeps_the_sums() -> None:
     """Those of the rule, for all numbers of rows; and of a table only such as do."""
     sizes = (1, 64, 96, 704, 4096, 11008, 128256)
-    for kind, outputs, inputs in itertools.product(("16 bits", "float32", *INPUT_LEVELS), sizes, sizes):
+    for kind, outputs, inputs in itertools.product(("16 bits", "float32", *ACTIVATION_QMAX), sizes, sizes):
         groups = (32, 64, 128) if kind.startswith("int4") else (inputs,)
-        for shape in (ProductShape(kind, group, outputs, inputs) for group in groups):
+        for shape in (GemmShape(kind, group, outputs, inputs) for group in groups):
             picks = tiles_for("a device that no table has", shape)
             assert picks == default_tiles(shape) and all(keeps_sums(shape, tiles) for tiles in picks)
             depths = {picked(picks, count).depth for count in COUNTS}
             assert len(depths) == 1 or kind in ("16 bits", "int8", "int8_w8a8")
-    assert not keeps_sums(ProductShape("fp8", 0, 64, 64), tiles_for("", ProductShape("16 bits", 0, 64, 64))[-1])
-    assert np.all([keeps_sums(ProductShape("int4", 32, 64, 64), one) for one in default_tiles(
-        ProductShape("int4", 32, 64, 64))])  # fmt: skip
+    assert not keeps_sums(GemmShape("fp8", 0, 64, 64), tiles_for("", GemmShape("16 bits", 0, 64, 64))[-1])
+    assert np.all([keeps_sums(GemmShape("int4", 32, 64, 64), one) for one in default_tiles(
+        GemmShape("int4", 32, 64, 64))])  # fmt: skip

@@ -62,23 +62,6 @@ def test_activations_pass_on_nan(cpu: CpuOps, kind: Activation) -> None:
     assert np.array_equal(np.isnan(cpu.activation(x, kind)), np.isnan(x))
 
 
-@pytest.mark.parametrize(("heads", "head_dim", "rotary"), [(1, 8, 8), (3, 64, 64), (2, 80, 32), (5, 12, 6)])
-def test_rope_equals_the_reference(cpu: CpuOps, heads: int, head_dim: int, rotary: int) -> None:
-    rng = np.random.default_rng(rotary)
-    angles = 10 * normal(rng, 50, rotary // 2)
-    cos, sin = np.cos(angles), np.sin(angles)
-    for tokens in (0, 1, 90):
-        positions = rng.integers(0, 50, tokens).astype(np.int32)
-        fused = normal(rng, tokens, 2 * heads * head_dim)
-        results = []
-        for ops in (cpu, REFERENCE):
-            view = fused.copy()
-            ops.rope(view[:, : heads * head_dim].reshape(tokens, heads, head_dim), positions, cos, sin)
-            results.append(view)
-        assert relative_error(*results) < 1e-6
-        assert np.array_equal(results[0][:, heads * head_dim :], fused[:, heads * head_dim :])
-
-
 def test_the_reference_is_the_same_on_torch_and_is_torchs() -> None:
     rng = np.random.default_rng(9)
     x, weight, bias = normal(rng, 6, 48), normal(rng, 48), normal(rng, 48)

@@ -9,19 +9,20 @@ import pytest
 
 from quire.ops.cpu import CpuOps
 from quire.ops.cpu_program import CpuProgram
-from quire.ops.fuse import add_to_residual, fuse, hand_on_tiles, narrow_outputs
-from quire.ops.program import Activate, Add, Attention, Linear, Norm, Program, trace
-from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape, StorageType
+from quire.ops.graph.fuse import add_to_residual, fuse, propagate_bf16_layout, select_output_tokens
+from quire.ops.graph.operations import Activate, Add, Attention, Linear, Norm, trace
+from quire.ops.graph.program import Program
+from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape, WeightDtype
 
 HIDDEN, WIDE, VOCABULARY = 40, 72, 11
-"""No multiples of 16 or 32: tiles have padding."""
+"""No multiples of 16 or 32: amx_bf16 has padding."""
 
 
 class Weights:
     """Of the provider, or only their shapes."""
 
-    def __init__(self, ops: CpuOps | None = None, storage: StorageType = "bfloat16", *, reads_tiles: bool = True):
-        self.ops, self.storage, self.reads_tiles = ops, storage, reads_tiles
+    def __init__(self, ops: CpuOps | None = None, dtype: WeightDtype = "bfloat16", *, reads_amx_bf16: bool = True):
+        self.ops, self.dtype, self.reads_amx_bf16 = ops, dtype, reads_amx_bf16
         self.rng = np.random.default_rng(3)
         self.table = self.linear(VOCABULARY, HIDDEN)
         self.up, self.down = self.linear(WIDE, HIDDEN), self.linear(HIDDEN, WIDE)
@@ -36,10 +37,10 @@ class Weights:
         if self.ops is None:
             out_width = out // 2 if gated else out
             return SimpleNamespace(
-                out_features=out, in_features=inputs, out_width=out_width, reads_tiles=self.reads_tiles
+                out_features=out, in_features=inputs, out_width=out_width, reads_amx_bf16=self.reads_amx_bf16
             )
         pack = self.ops.pack_gated if gated else self.ops.pack_linear
-        return pack(self.numbers(out, inputs), self.numbers(out), self.storage)
+        return pack(self.numbers(out, inputs), self.numbers(out), self.dtype)
 
 
 def chain(w: Weights) -> Any:
@@ -62,7 +63,7 @@ def kinds(program: Program) -> list[str]:
     return [type(one).__name__ for one in program.instructions]
 
 
-def test_products_are_added_where_they_are_made() -> None:
+def test_results_of_gemms_are_added_where_they_are_made() -> None:
     program = trace(chain(Weights()))
     fused = add_to_residual(program)
     assert kinds(program).count("Add") == 1 and "Add" not in kinds(fused)
@@ -72,24 +73,24 @@ def test_products_are_added_where_they_are_made() -> None:
     assert all(one.residual is None for one in norms) and [one.x.buffer for one in norms] == [0, 0, 0, 0]
 
 
-def test_what_only_products_read_is_handed_on_as_tiles() -> None:
+def test_what_only_gemms_read_is_made_as_amx_bf16() -> None:
     fused = fuse(trace(chain(Weights())))
-    tiles = {number for number, buffer in enumerate(fused.buffers) if buffer.form == "tiles"}
+    tiles = {number for number, buffer in enumerate(fused.buffers) if buffer.layout == "amx_bf16"}
     made = {one.y.buffer: one for one in fused.instructions if not isinstance(one, Add)}
     assert sorted(type(made[number]).__name__ for number in tiles) == ["Activate", "Linear", "Norm", "Norm", "Norm"]
     assert fused.result.buffer not in tiles
     assert sum(buffer.floats for buffer in fused.buffers) < sum(
         buffer.floats for buffer in trace(chain(Weights())).buffers
     )
-    assert "is of tiles" in str(fused)
+    assert "is amx_bf16" in str(fused)
 
 
 def test_weights_that_read_floats_get_floats() -> None:
-    assert all(one.form == "float32" for one in fuse(trace(chain(Weights(reads_tiles=False)))).buffers)
+    assert all(one.layout == "float32" for one in fuse(trace(chain(Weights(reads_amx_bf16=False)))).buffers)
 
 
 def left_alone(name: str) -> Any:
-    """Forward functions in which the product x must stay as it is."""
+    """Forward functions in which the result x must stay as it is."""
     w = Weights()
 
     def forward(ops: Any, token_ids: Any, batch: Any, cache: Any) -> Any:
@@ -99,7 +100,7 @@ def left_alone(name: str) -> Any:
             other = ops.linear(residual, w.square)
             residual += x
             return ops.add_rms_norm(other, residual, w.norm, 1e-5)
-        if name == "the product is read twice":
+        if name == "the result is read twice":
             residual += x
             return ops.add_rms_norm(ops.rms_norm(x, w.norm, 1e-5), residual, w.norm, 1e-5)
         return ops.rms_norm(x, w.norm, 1e-5)
@@ -108,9 +109,9 @@ def left_alone(name: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", ["the residual is read before the addition", "the product is read twice", "it is not added"]
+    "name", ["the residual is read before the addition", "the result is read twice", "it is not added"]
 )
-def test_a_product_that_is_more_than_an_addition_is_left_alone(name: str) -> None:
+def test_a_gemm_that_is_more_than_an_addition_is_left_alone(name: str) -> None:
     first = next(one for one in add_to_residual(trace(left_alone(name))).instructions if isinstance(one, Linear))
     assert not first.adds
 
@@ -122,7 +123,7 @@ def test_what_something_else_reads_stays_float32() -> None:
         x = ops.rms_norm(ops.embed(token_ids, w.table), w.norm, 1e-5)
         return ops.add_rms_norm(ops.linear(x, w.square), x, w.norm, 1e-5)
 
-    assert all(buffer.form == "float32" for buffer in hand_on_tiles(trace(forward)).buffers)
+    assert all(buffer.layout == "float32" for buffer in propagate_bf16_layout(trace(forward)).buffers)
 
 
 def test_what_is_also_read_by_something_else_stays_float32() -> None:
@@ -134,7 +135,7 @@ def test_what_is_also_read_by_something_else_stays_float32() -> None:
         y += ops.activation(x, "silu")
         return y
 
-    assert all(buffer.form == "float32" for buffer in hand_on_tiles(trace(forward)).buffers)
+    assert all(buffer.layout == "float32" for buffer in propagate_bf16_layout(trace(forward)).buffers)
 
 
 def attends_and_then(w: Weights, rest: Any) -> Any:
@@ -168,28 +169,28 @@ def embeds(w: Weights) -> Any:
     return rest
 
 
-@pytest.mark.parametrize(("name", "narrows"), [("norms", True), ("adds", False), ("embeds", False)])
-def test_a_step_is_narrowed_only_where_the_rest_is_of_its_outputs(name: str, narrows: bool, cpu: CpuOps) -> None:
+@pytest.mark.parametrize(("name", "selects"), [("norms", True), ("adds", False), ("embeds", False)])
+def test_output_tokens_are_selected_only_where_the_rest_is_of_them(name: str, selects: bool, cpu: CpuOps) -> None:
     w = Weights(cpu, "float32")
     forward = attends_and_then(w, {"norms": norms(w), "adds": adds, "embeds": embeds(w)}[name])
-    program = narrow_outputs(trace(forward))
-    assert any(one.narrows for one in program.instructions if isinstance(one, Attention)) == narrows
+    program = select_output_tokens(trace(forward))
+    assert any(one.selected for one in program.instructions if isinstance(one, Attention)) == selects
     ids, cache = np.arange(9, dtype=np.int32), cpu.make_cache(CacheShape(1, 2, 16, 1, 8, "float32"))
     ints = [np.array(one, np.int32) for one in ([0, 1, 2, 3, 4, 5, 0, 1, 2], [0, 6, 9], [0, 0], [[0], [1]])]
     batch, step = AttentionBatch(*ints), CpuProgram(cpu._native, fuse(trace(forward)))
     expected = forward(cpu, ids, batch, cache)
     assert np.array_equal(step(ids, batch, cache), expected)
     some = replace(batch, outputs=np.array([4, 5, 8], np.int32))
-    if narrows:
+    if selects:
         assert np.array_equal(step(ids, some, cache), expected[some.outputs])
     else:
         with pytest.raises(ValueError, match="gives all of its tokens"):
             step(ids, some, cache)
 
 
-@pytest.mark.parametrize("storage", ["bfloat16", "float32"])
-def test_each_pass_keeps_the_bits(cpu: CpuOps, storage: StorageType) -> None:
-    forward = chain(Weights(cpu, storage))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_each_pass_keeps_the_bits(cpu: CpuOps, dtype: WeightDtype) -> None:
+    forward = chain(Weights(cpu, dtype))
     program = trace(forward)
     assert any(isinstance(one, Activate) for one in program.instructions)
     cache = cpu.make_cache(_cache_shape())
@@ -197,7 +198,7 @@ def test_each_pass_keeps_the_bits(cpu: CpuOps, storage: StorageType) -> None:
         ids = np.arange(tokens, dtype=np.int32) % VOCABULARY
         batch = AttentionBatch(ids, np.array([0, tokens], np.int32), *_one_row(tokens))
         expected = forward(cpu, ids, batch, cache)
-        for rewrite in (lambda one: one, add_to_residual, hand_on_tiles, fuse):
+        for rewrite in (lambda one: one, add_to_residual, propagate_bf16_layout, fuse):
             step = CpuProgram(cpu._native, rewrite(program))
             assert np.array_equal(step(ids, batch, cache), expected)
             assert np.array_equal(step(ids, batch, cache), expected), "the second time"

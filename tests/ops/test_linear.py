@@ -21,8 +21,8 @@ def in_tiles(name: str) -> bool:
     return "amx" in name or "avx512_bf16" in name
 
 
-def inputs_of_products(cpu: CpuOps, storage: str, x: Any) -> Any:
-    """`x` as products of pairs see it: the definition of `linear` allows that rounding, and no other error."""
+def inputs_of_gemms(cpu: CpuOps, storage: str, x: Any) -> Any:
+    """`x` as GEMMs of pairs see it: the definition of `linear` allows that rounding, and no other error."""
     rounds = in_tiles(cpu.name) and storage == "bfloat16"
     return x.astype(ml_dtypes.bfloat16).astype(np.float32) if rounds else x
 
@@ -34,10 +34,10 @@ def test_linear_embed_and_logits_equal_the_reference(cpu: CpuOps, storage: str, 
     weight, bias = normal(rng, *shape), normal(rng, shape[0])
     packed, expected = cpu.pack_linear(weight, bias, storage), REFERENCE.pack_linear(weight, bias, storage)
     x = normal(rng, 200, shape[1])
-    seen = inputs_of_products(cpu, storage, x)
-    products = REFERENCE.linear(seen, expected)
+    seen = inputs_of_gemms(cpu, storage, x)
+    defined = REFERENCE.linear(seen, expected)
     for rows in (*range(41), 200):
-        assert relative_error(cpu.linear(x[:rows], packed), products[:rows]) < 2e-5, rows
+        assert relative_error(cpu.linear(x[:rows], packed), defined[:rows]) < 2e-5, rows
     logits = cpu.logits(x, packed, 0.5, 30.0)
     assert relative_error(logits, REFERENCE.logits(seen, expected, 0.5, 30.0)) < 2e-5
     ids = rng.integers(0, shape[0], 9).astype(np.int32)
@@ -59,7 +59,7 @@ def test_rounding_keeps_ties_infinities_and_nan(cpu: CpuOps) -> None:
     ties = one + np.array([2.0**-8, 3 * 2.0**-8, 2.0**-8 + 2.0**-20], np.float32)
     x = np.array([*ties, -ties[0], np.inf, -np.inf, np.nan, -0.0, 3.0e38], np.float32)[:, None]
     y = cpu.linear(x, cpu.pack_linear(np.ones((1, 1), np.float32), None, "bfloat16"))
-    assert np.array_equal(y, inputs_of_products(cpu, "bfloat16", x), equal_nan=True)
+    assert np.array_equal(y, inputs_of_gemms(cpu, "bfloat16", x), equal_nan=True)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -170,5 +170,5 @@ def test_an_embedding_serves_as_a_tied_head(cpu: CpuOps) -> None:
     for storage in STORAGES:
         packed = cpu.pack_embedding(table, storage)
         rounded = cpu.embed(np.arange(77, dtype=np.int32), packed)
-        expected = inputs_of_products(cpu, storage, x) @ rounded.T
+        expected = inputs_of_gemms(cpu, storage, x) @ rounded.T
         assert relative_error(cpu.logits(x, packed), expected) < 2e-5

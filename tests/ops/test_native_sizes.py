@@ -45,17 +45,17 @@ def test_positions_at_the_end_of_their_type(cpu: CpuOps, start: int) -> None:
 
 @pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [(2**58, 2), (2**30, 2), (2**59, 0)], ids=str)
-@pytest.mark.parametrize("rounding", [None, (4, 32, 127)], ids=str)
-def test_weights_of_impossible_size(cpu: CpuOps, storage: str, shape: tuple[int, int], rounding: Any) -> None:
+@pytest.mark.parametrize("quant", [None, (4, 32, 127)], ids=str)
+def test_weights_of_impossible_size(cpu: CpuOps, storage: str, shape: tuple[int, int], quant: Any) -> None:
     """Tiles of 2^58 rows of two would take 2^64 bytes, and that is 0."""
     weight = repeated(shape[0], np.zeros(shape[1], np.float32 if storage == "float32" else np.uint16))
     for gated in (False, True):
         with pytest.raises(ValueError, match="too large"):
-            cpu._native.pack(weight, None, storage, gated, rounding)
+            cpu._native.pack(weight, None, storage, gated, quant)
 
 
-@pytest.mark.parametrize("rounding", [None, "int8"])
-def test_a_weight_whose_bytes_cannot_be_counted(cpu: CpuOps, tmp_path: Path, rounding: Any) -> None:
+@pytest.mark.parametrize("quant", [None, "int8"])
+def test_a_weight_whose_bytes_cannot_be_counted(cpu: CpuOps, tmp_path: Path, quant: Any) -> None:
     """Each of its sizes is possible, and so are its bytes in the file; those of its panels are 2^63."""
     (tmp_path / "weight").write_bytes(b"")
     descriptor = os.open(tmp_path / "weight", os.O_RDONLY)

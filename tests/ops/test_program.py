@@ -7,20 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from quire.ops.program import (
-    Activate,
-    Add,
-    Attention,
-    Embed,
-    Linear,
-    Norm,
-    Program,
-    View,
-    place,
-    reads,
-    trace,
-    writes,
-)
+from quire.ops.graph.operations import Activate, Add, Attention, Embed, Linear, Norm, trace
+from quire.ops.graph.plan import plan_memory
+from quire.ops.graph.program import Program, View
 from quire.ops.types import AttentionSpec, RopeTables
 
 WEIGHT = np.ones(8, np.float32)
@@ -28,9 +17,9 @@ ROPE = RopeTables(np.zeros((16, 2), np.float32), np.zeros((16, 2), np.float32))
 SPEC = AttentionSpec(0.5)
 
 
-def packed(out: int, inputs: int, *, gated: bool = False, reads_tiles: bool = False) -> Any:
+def packed(out: int, inputs: int, *, gated: bool = False, reads_amx_bf16: bool = False) -> Any:
     return SimpleNamespace(
-        out_features=out, in_features=inputs, out_width=out // 2 if gated else out, reads_tiles=reads_tiles
+        out_features=out, in_features=inputs, out_width=out // 2 if gated else out, reads_amx_bf16=reads_amx_bf16
     )
 
 
@@ -44,7 +33,7 @@ def small(ops: Any, token_ids: Any, batch: Any, cache: Any) -> Any:
     heads = ops.linear(x, packed(16, 8)).reshape((-1, 4, 4))
     x = ops.attention(heads[:, :2], heads[:, 2:3], heads[:, 3:], cache, 0, batch, SPEC, ROPE)
     x = ops.add_rms_norm(ops.linear(x, packed(8, 8)), residual, WEIGHT, 1e-5)
-    x = ops.linear(ops.activation_multiply(ops.linear(x, packed(24, 8)), "silu"), packed(8, 12))
+    x = ops.linear(ops.activation(ops.linear(x, packed(12, 8)), "silu"), packed(8, 12))
     residual += x
     return ops.layer_norm(residual, WEIGHT, None, 1e-5)
 
@@ -91,54 +80,56 @@ def test_what_is_changed_in_place_is_read_and_written() -> None:
         (Norm(x, z, WEIGHT, None, 1e-5, False, y), (x, z), (z, y)),
         (Add(x, y), (x, y), (y,)),
         (attention, (x, y, z, whole), (attention.y, whole)),
-        (Activate(x, "silu", False, y), (x,), (y,)),
+        (Activate(x, "silu", y), (x,), (y,)),
     ):
-        assert (reads(instruction), writes(instruction)) == (read, written)
+        assert (instruction.reads(), instruction.writes()) == (read, written)
 
 
 def live(program: Program) -> dict[int, tuple[int, int]]:
     """Buffer -> first and last instruction that touches it."""
     found: dict[int, tuple[int, int]] = {}
     for index, one in enumerate(program.instructions):
-        for view in (*reads(one), *writes(one)):
+        for view in one.touches():
             found[view.buffer] = found.get(view.buffer, (index, index))[0], index
     return found
 
 
 def test_buffers_share_memory_only_when_they_are_not_alive_together() -> None:
     program = trace(small)
-    where = place(program)
-    offsets, passes = where.offsets, where.passes
+    plan = plan_memory(program)
+    offsets, is_local = plan.offsets, plan.is_local
     ends = [offset + buffer.floats for offset, buffer in zip(offsets, program.buffers, strict=True)]
     spans = {buffer: span for buffer, span in live(program).items() if buffer != program.result.buffer}
     for a, (first_a, last_a) in spans.items():
-        assert ends[a] <= (where.passing if passes[a] else where.kept)
+        assert ends[a] <= (plan.local_floats if is_local[a] else plan.persistent_floats)
         for b, (first_b, last_b) in spans.items():
-            overlap = passes[a] == passes[b] and offsets[a] < ends[b] and offsets[b] < ends[a]
+            overlap = is_local[a] == is_local[b] and offsets[a] < ends[b] and offsets[b] < ends[a]
             if a != b and overlap:
                 assert last_a < first_b or last_b < first_a
-    assert where.kept + where.passing < sum(buffer.floats for buffer in program.buffers), "nothing is shared"
+    assert plan.persistent_floats + plan.local_floats < sum(buffer.floats for buffer in program.buffers), (
+        "nothing is shared"
+    )
 
 
-def test_what_a_stage_hands_on_is_kept_and_a_later_band_finds_it() -> None:
+def test_what_a_segment_hands_on_is_persistent() -> None:
     program = trace(two_layers)
-    where = place(program)
-    stage = 0
-    stages: dict[int, set[int]] = {}
+    plan = plan_memory(program)
+    segment = 0
+    segments_of: dict[int, set[int]] = {}
     for one in program.instructions:
-        stage += isinstance(one, Attention)
-        for view in (*reads(one), *writes(one)):
-            stages.setdefault(view.buffer, set()).add(stage)
-        stage += isinstance(one, Attention)
-    for a, seen in stages.items():
+        segment += isinstance(one, Attention)
+        for view in one.touches():
+            segments_of.setdefault(view.buffer, set()).add(segment)
+        segment += isinstance(one, Attention)
+    for a, seen in segments_of.items():
         if a == program.result.buffer:
             continue
-        assert where.passes[a] == (len(seen) == 1)
-        for b, others in stages.items():
-            if a != b and not where.passes[a] and not where.passes[b] and b != program.result.buffer:
+        assert plan.is_local[a] == (len(seen) == 1)
+        for b, others in segments_of.items():
+            if a != b and not plan.is_local[a] and not plan.is_local[b] and b != program.result.buffer:
                 apart = (
-                    where.offsets[a] + program.buffers[a].floats <= where.offsets[b]
-                    or where.offsets[b] + program.buffers[b].floats <= where.offsets[a]
+                    plan.offsets[a] + program.buffers[a].floats <= plan.offsets[b]
+                    or plan.offsets[b] + program.buffers[b].floats <= plan.offsets[a]
                 )
                 assert apart or max(seen) < min(others) or max(others) < min(seen)
 
@@ -155,7 +146,7 @@ def refuses(forward: Any) -> None:
         lambda ops, x, batch: ops.linear(x.reshape((-1, 4)), packed(8, 4)),
         lambda ops, x, batch: ops.rms_norm(x, np.ones(9, np.float32), 1e-5),
         lambda ops, x, batch: ops.add_rms_norm(x, ops.linear(x, packed(9, 8)), WEIGHT, 1e-5),
-        lambda ops, x, batch: ops.activation_multiply(ops.linear(x, packed(9, 8)), "silu"),
+        lambda ops, x, batch: ops.gated_linear(x, packed(8, 9, gated=True), "silu"),
         lambda ops, x, batch: x.reshape((-1, 3)),
         lambda ops, x, batch: x.reshape((-1, 3, 4)),
         lambda ops, x, batch: x.reshape((2, 4)),

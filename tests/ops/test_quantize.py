@@ -9,10 +9,10 @@ import pytest
 from quire.ops.cpu import CpuOps
 from quire.ops.quantize_reference import e4m3, quantize
 from quire.ops.select import instruction_sets
-from quire.ops.types import Rounding
+from quire.ops.types import QuantSpec
 from tests.ops.cases import normal
 
-ROUNDINGS = [Rounding("int8", None), Rounding("int4", 32), Rounding("int4", 64), Rounding("int4", 128)]
+QUANTS = [QuantSpec("int8", None), QuantSpec("int4", 32), QuantSpec("int4", 64), QuantSpec("int4", 128)]
 SHAPES = [(1, 1), (3, 16), (5, 31), (17, 96), (33, 200), (40, 576), (0, 64), (4, 0)]
 
 
@@ -23,31 +23,31 @@ def restored(weight: Any) -> Any:
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
-@pytest.mark.parametrize("rounding", ROUNDINGS, ids=lambda one: f"{one.format}-{one.group_size}")
-def test_every_instruction_set_gives_the_bits_of_the_definition(rounding: Rounding, isa: str) -> None:
+@pytest.mark.parametrize("quant", QUANTS, ids=lambda one: f"{one.format}-{one.group_size}")
+def test_every_instruction_set_gives_the_bits_of_the_definition(quant: QuantSpec, isa: str) -> None:
     rng, ops = np.random.default_rng(3), CpuOps(3, isa)
     for shape in SHAPES:
         weight = normal(rng, *shape) * np.float32(0.05)
         weight[::3] *= rng.standard_normal((len(weight[::3]), 1), dtype=np.float32) ** 9
         for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
             stored = weight.astype(dtype)
-            ours, expected = ops.quantize(stored, rounding), quantize(stored, rounding)
+            ours, expected = ops.quantize(stored, quant), quantize(stored, quant)
             assert np.array_equal(ours.values, expected.values)
             assert np.array_equal(ours.scales, expected.scales)
             assert (ours.format, ours.group_size) == (expected.format, expected.group_size)
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS, ids=lambda one: f"{one.format}-{one.group_size}")
+@pytest.mark.parametrize("quant", QUANTS, ids=lambda one: f"{one.format}-{one.group_size}")
 @pytest.mark.parametrize("large", [0.0, 1e-38, 1e-31, 1e-20, 1.0, 1e30, 3e38])
-def test_weights_of_any_size(rounding: Rounding, large: float) -> None:
+def test_weights_of_any_size(quant: QuantSpec, large: float) -> None:
     weight = normal(np.random.default_rng(1), 8, 256)
     weight = weight / np.abs(weight).max() * np.float32(large)
     weight[2], weight[3, :128], weight[4, 7] = 0.0, 0.0, large
     ops = CpuOps(1, instruction_sets()[-1])
-    ours, expected = ops.quantize(weight, rounding), quantize(weight, rounding)
+    ours, expected = ops.quantize(weight, quant), quantize(weight, quant)
     assert np.array_equal(ours.values, expected.values) and np.array_equal(ours.scales, expected.scales)
     assert np.isfinite(ours.scales).all()
-    bound = 1.6 / 8.5 if rounding.group_size else 0.5001 / 127  # the end without a +8 may be clipped
+    bound = 1.6 / 8.5 if quant.group_size else 0.5001 / 127  # the end without a +8 may be clipped
     assert (np.abs(restored(ours) - weight) <= bound * np.abs(weight).max(axis=1, keepdims=True) + 1e-30).all()
 
 
@@ -55,9 +55,9 @@ def test_the_error_is_that_of_the_format() -> None:
     """Root mean square error over that of the weights, normal ones: stated in the documentation."""
     weight = normal(np.random.default_rng(0), 256, 512)
     errors = {}
-    for rounding in ROUNDINGS:
-        difference = restored(quantize(weight, rounding)) - weight
-        errors[rounding.format, rounding.group_size] = float(np.sqrt((difference**2).sum() / (weight**2).sum()))
+    for quant in QUANTS:
+        difference = restored(quantize(weight, quant)) - weight
+        errors[quant.format, quant.group_size] = float(np.sqrt((difference**2).sum() / (weight**2).sum()))
     assert errors["int8", None] < 0.0078
     assert errors["int4", 32] < 0.082
     assert errors["int4", 64] < 0.092
@@ -68,19 +68,19 @@ def test_the_error_is_that_of_the_format() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("rounding", ROUNDINGS[:2], ids=lambda one: one.format)
-def test_weights_that_are_not_finite_are_refused(rounding: Rounding, value: float) -> None:
+@pytest.mark.parametrize("quant", QUANTS[:2], ids=lambda one: one.format)
+def test_weights_that_are_not_finite_are_refused(quant: QuantSpec, value: float) -> None:
     weight = np.ones((20, 70), np.float32)
     weight[13, 69] = value
     for round_it in (quantize, CpuOps(2, instruction_sets()[-1]).quantize):
         with pytest.raises(ValueError, match="not finite"):
-            round_it(weight, rounding)
+            round_it(weight, quant)
 
 
 def test_fp8_uses_the_whole_range_of_e4m3() -> None:
     """The largest of a row becomes 448; of three bits of mantissa, the error is at most half of the last."""
     weight = normal(np.random.default_rng(4), 50, 300) * np.float32(0.05)
-    rounded = quantize(weight, Rounding("fp8", None))
+    rounded = quantize(weight, QuantSpec("fp8", None))
     values = rounded.values.astype(np.float32)
     assert np.array_equal(np.abs(values).max(axis=1), np.full(50, 448.0))
     assert np.array_equal(rounded.scales, np.abs(weight).max(axis=1, keepdims=True) / np.float32(448))
@@ -90,7 +90,7 @@ def test_fp8_uses_the_whole_range_of_e4m3() -> None:
     assert np.array_equal(e4m3(np.float32([500.0, -1e9, 448.0])).astype(np.float32), [448, -448, 448])
 
 
-def test_roundings_that_do_not_exist() -> None:
+def test_quantisations_that_do_not_exist() -> None:
     for arguments in (("int8", 64), ("int4", None), ("int4", 48), ("int3", 32)):
-        with pytest.raises(ValueError, match="no rounding"):
-            Rounding(*arguments)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="no quantisation"):
+            QuantSpec(*arguments)  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import pytest
 from quire.ops.cpu import CpuOps
 from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
-from quire.ops.types import INPUT_LEVELS, QuantizedFormat, QuantizedWeight
+from quire.ops.types import ACTIVATION_QMAX, QuantizedFormat, QuantizedWeight
 from tests.ops.cases import normal, relative_error
 
 REFERENCE = ReferenceOps(np)
@@ -28,7 +28,7 @@ def random_weight(rng: np.random.Generator, kind: QuantizedFormat, out: int, siz
 def by_definition(x: Any, weight: QuantizedWeight) -> Any:
     """The formula of `QuantizedWeight`, group by group, in Python integers and float64."""
     out, size = weight.values.shape
-    levels = INPUT_LEVELS[weight.format]
+    levels = ACTIVATION_QMAX[weight.format]
     y = np.zeros((x.shape[0], out))
     for t, row in enumerate(x):
         absmax = np.abs(row).max()
@@ -57,10 +57,10 @@ def test_rounded_inputs_are_as_near_as_stated() -> None:
     rng = np.random.default_rng(2)
     x = normal(rng, 4, 300) * np.float32(100)
     for levels in (127, 32639):
-        q, step = REFERENCE.round_inputs(x, levels)
+        q, step = REFERENCE.quantize_activations(x, levels)
         assert np.abs(q).max() == levels and np.array_equal(q, np.rint(q))
         assert np.abs(q * step - x).max() <= np.abs(x).max() / levels * 0.5001
-    q, step = REFERENCE.round_inputs(np.array([[0, 0], [1e-38, 0], [np.inf, 1], [np.nan, 1]], np.float32), 127)
+    q, step = REFERENCE.quantize_activations(np.array([[0, 0], [1e-38, 0], [np.inf, 1], [np.nan, 1]], np.float32), 127)
     assert np.array_equal(q, np.zeros((4, 2))) and np.isfinite(step[:2]).all() and np.isnan(step[2:]).all()
 
 
@@ -93,12 +93,12 @@ def test_linear_embed_and_logits_equal_the_reference(
     weight, bias = random_weight(rng, kind, *shape), normal(rng, shape[0])
     packed, expected = cpu.pack_linear(weight, bias, "bfloat16"), REFERENCE.pack_linear(weight, bias, "bfloat16")
     x = normal(rng, 200, shape[1]) * np.exp(3 * normal(rng, 200, 1))
-    products = REFERENCE.linear(x, expected)
+    defined = REFERENCE.linear(x, expected)
     for rows in (*range(41), 200):
         actual = cpu.linear(x[:rows], packed)
-        assert relative_error(actual, products[:rows]) < 2e-5, rows
-    assert relative_error(cpu.linear(x[5:6], packed), products[5:6]) < 2e-5
-    largest = np.abs(products).max()
+        assert relative_error(actual, defined[:rows]) < 2e-5, rows
+    assert relative_error(cpu.linear(x[5:6], packed), defined[5:6]) < 2e-5
+    largest = np.abs(defined).max()
     logits = cpu.logits(x, packed, 3 / largest, 2.0)
     assert relative_error(logits, REFERENCE.logits(x, expected, 3 / largest, 2.0)) < 4e-5
     ids = rng.integers(0, shape[0], 9).astype(np.int32)
@@ -181,7 +181,7 @@ def test_the_largest_sums_are_exact(cpu: CpuOps, kind: QuantizedFormat) -> None:
     scales = np.ones((3, 1 if low == -127 else -(-size // 128)), np.float32)
     weight = QuantizedWeight(kind, np.full((3, size), low, np.int8), scales, size if low == -127 else 128)
     x = np.ones((20, size), np.float32)
-    levels = INPUT_LEVELS[kind]
+    levels = ACTIVATION_QMAX[kind]
     for rows in (1, 20):
         y = cpu.linear(x[:rows], cpu.pack_linear(weight, None, "bfloat16"))
         assert relative_error(y, np.full((rows, 3), float(low) * size * levels) / levels) < 1e-5

@@ -13,11 +13,11 @@ from quire.ops.cpu import CpuOps
 from quire.ops.quantize_reference import quantize
 from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
-from quire.ops.types import Rounding, StorageType, StoredWeight
+from quire.ops.types import QuantSpec, StoredWeight, WeightDtype
 from tests.ops.cases import normal
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
-ROUNDINGS = (Rounding("int8", None), Rounding("int8_w8a8", None), Rounding("int4", 32), Rounding("int4", 128))
+QUANTS = (QuantSpec("int8", None), QuantSpec("int8_w8a8", None), QuantSpec("int4", 32), QuantSpec("int4", 128))
 
 
 @pytest.fixture(params=instruction_sets())
@@ -41,7 +41,7 @@ def store(tmp_path: Path) -> Iterator[Any]:
             rows.append((files[-1].fileno(), files[-1].tell(), len(piece)))
             files[-1].write(piece.tobytes())
             files[-1].flush()
-        storage: StorageType = next(name for name in get_args(StorageType) if DTYPES[name] == weight.dtype)
+        storage: WeightDtype = next(name for name in get_args(WeightDtype) if DTYPES[name] == weight.dtype)
         return StoredWeight(weight.shape, storage, tuple(rows), lambda: weight)
 
     yield make
@@ -54,17 +54,17 @@ def store(tmp_path: Path) -> Iterator[Any]:
     ("out", "inputs", "borders"), [(1, 1, ()), (70, 45, (1, 33)), (200, 320, (64,)), (34, 6, (30,))]
 )
 def test_packed_from_files_is_packed_from_memory(
-    storage: StorageType, out: int, inputs: int, borders: tuple[int, ...], cpu: CpuOps, store: Any
+    storage: WeightDtype, out: int, inputs: int, borders: tuple[int, ...], cpu: CpuOps, store: Any
 ) -> None:
     rng = np.random.default_rng(out)
     weight = normal(rng, out, inputs).astype(DTYPES[storage])
     bias, x, stored = normal(rng, out), normal(rng, 5, inputs), store(weight, borders)
-    for target in get_args(StorageType):
+    for target in get_args(WeightDtype):
         expected = cpu.linear(x, cpu.pack_linear(weight, bias, target))
         assert np.array_equal(cpu.linear(x, cpu.pack_linear(stored, bias, target)), expected)
-    for rounding in ROUNDINGS:
-        expected = cpu.linear(x, cpu.pack_linear(quantize(weight, rounding), bias, storage))
-        assert np.array_equal(cpu.linear(x, cpu.pack_linear(cpu.quantize(stored, rounding), bias, storage)), expected)
+    for quant in QUANTS:
+        expected = cpu.linear(x, cpu.pack_linear(quantize(weight, quant), bias, storage))
+        assert np.array_equal(cpu.linear(x, cpu.pack_linear(cpu.quantize(stored, quant), bias, storage)), expected)
     if out % 2 == 0:
         expected = cpu.gated_linear(x, cpu.pack_gated(weight, bias, storage), "silu")
         assert np.array_equal(cpu.gated_linear(x, cpu.pack_gated(stored, bias, storage), "silu"), expected)
@@ -85,7 +85,7 @@ def test_other_providers_read_the_array(store: Any) -> None:
     packed = ReferenceOps(np).pack_linear(store(weight, (2,)), None, "float32")
     assert np.array_equal(packed.weight, weight)
     assert np.array_equal(
-        ReferenceOps(np).quantize(store(weight), ROUNDINGS[0]).values, quantize(weight, ROUNDINGS[0]).values
+        ReferenceOps(np).quantize(store(weight), QUANTS[0]).values, quantize(weight, QUANTS[0]).values
     )
 
 
@@ -100,9 +100,9 @@ def test_a_file_that_ends_early_is_an_error(cpu: CpuOps, store: Any) -> None:
 def test_what_cannot_be_rounded_is_an_error(cpu: CpuOps, store: Any) -> None:
     weight = normal(np.random.default_rng(0), 300, 64)
     weight[299, 63] = np.inf
-    for rounding in ROUNDINGS:
+    for quant in QUANTS:
         with pytest.raises(ValueError, match="a weight is not finite"):
-            cpu.pack_linear(cpu.quantize(store(weight), rounding), None, "float32")
+            cpu.pack_linear(cpu.quantize(store(weight), quant), None, "float32")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Recorded decode steps: sizes, padding, and that they give what launched ones give."""
+"""Captured decode steps: sizes, padding, and that they give what launched ones give."""
 
 import asyncio
 import time
@@ -25,20 +25,20 @@ from tests.runner.test_overlap import DRAWN, GREEDY, enter, single
 from tests.runner.test_overlap import plans as overlapping_plans
 
 
-class Recorder:
-    """Notes what is recorded and replayed. A recording is made of arrays: nothing else may reach the work again."""
+class Capturer:
+    """Notes what is captured and replayed. A graph is made of arrays: nothing else may reach the work again."""
 
     def __init__(self) -> None:
         self.num_asked = 0
-        self.num_recorded = 0
+        self.num_captured = 0
         self.num_replayed = 0
         self.fails = False
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         self.num_asked += 1
         if self.fails:
-            raise RuntimeError("the device does not record")
-        self.num_recorded += 1
+            raise RuntimeError("the device does not capture")
+        self.num_captured += 1
 
         def replay() -> None:
             self.num_replayed += 1
@@ -67,10 +67,10 @@ def test_sizes_hold_what_they_are_for() -> None:
     assert GraphBuckets(2, 2, 64).sizes() == {GraphSize(rows, 2, flag) for rows in (1, 2) for flag in (False, True)}
 
 
-def runner(directory: Path, xp: Any, record: Recorder | None) -> ModelRunner:
+def runner(directory: Path, xp: Any, capture: Capturer | None) -> ModelRunner:
     ops = ReferenceOps(xp)
     model = load_model(directory, ops, dtype="float32")
-    return ModelRunner(model, ops, num_blocks=16, block_size=8, max_rows=7, max_model_len=24, record=record)
+    return ModelRunner(model, ops, num_blocks=16, block_size=8, max_rows=7, max_model_len=24, capture=capture)
 
 
 def plans(num_steps: int) -> list[StepPlan]:
@@ -89,26 +89,26 @@ def plans(num_steps: int) -> list[StepPlan]:
 
 
 @pytest.mark.parametrize("xp", [np, torch], ids=lambda xp: xp.__name__)
-def test_recorded_steps_give_what_launched_ones_give(
+def test_captured_steps_give_what_launched_ones_give(
     tiny_model: Path, xp: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "FIRST_WIDTH_TOKENS", 8)
-    monkeypatch.setattr(graphs, "RECORD_AT", 1)
+    monkeypatch.setattr(graphs, "CAPTURE_AT", 1)
     monkeypatch.setattr(graphs, "STEPS_APART", 1)
     todo = plans(15)
     assert len(todo) > 9
     plain = runner(tiny_model, xp, None)
     expected = [plain.execute(plan) for plan in todo]
-    recorder = Recorder()
-    assert [one.execute(plan) for one in [runner(tiny_model, xp, recorder)] for plan in todo] == expected
-    assert recorder.num_recorded >= 5 and recorder.num_replayed >= 3
-    recorder, found, steps = Recorder(), [], []
-    late = runner(tiny_model, xp, recorder)
+    capturer = Capturer()
+    assert [one.execute(plan) for one in [runner(tiny_model, xp, capturer)] for plan in todo] == expected
+    assert capturer.num_captured >= 5 and capturer.num_replayed >= 3
+    capturer, found, steps = Capturer(), [], []
+    late = runner(tiny_model, xp, capturer)
     for plan in todo:
         steps.append(late.launch(plan))
         found += [late.collect(steps.pop(0))] if len(steps) == 2 else []
     assert [*found, late.collect(steps[0])] == expected
-    assert recorder.num_replayed >= 2
+    assert capturer.num_replayed >= 2
 
 
 def drawing_plans() -> list[StepPlan]:
@@ -130,28 +130,28 @@ def drawing_plans() -> list[StepPlan]:
 
 
 @pytest.mark.parametrize("xp", [np, torch], ids=lambda xp: xp.__name__)
-def test_recorded_samples_give_what_launched_ones_give(
+def test_captured_samples_give_what_launched_ones_give(
     tiny_model: Path, xp: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "RECORD_AT", 1)
+    monkeypatch.setattr(graphs, "CAPTURE_AT", 1)
     monkeypatch.setattr(graphs, "STEPS_APART", 1)
     todo = drawing_plans()
     plain = runner(tiny_model, xp, None)
     expected = [plain.execute(plan) for plan in todo]
-    recorder = Recorder()
-    assert [one.execute(plan) for one in [runner(tiny_model, xp, recorder)] for plan in todo] == expected
-    assert recorder.num_replayed >= 3
-    late, found = runner(tiny_model, xp, Recorder()), []
+    capturer = Capturer()
+    assert [one.execute(plan) for one in [runner(tiny_model, xp, capturer)] for plan in todo] == expected
+    assert capturer.num_replayed >= 3
+    late, found = runner(tiny_model, xp, Capturer()), []
     for part in (todo[:4], todo[4:]):  # what is in flight for a row that is removed would be void
         steps = [late.launch(plan) for plan in part]
         found += [late.collect(step) for step in steps]
     assert found == expected
 
 
-@pytest.mark.parametrize("recorder", [None, Recorder()], ids=["launched", "recorded"])
+@pytest.mark.parametrize("capturer", [None, Capturer()], ids=["launched", "captured"])
 @pytest.mark.parametrize("num_logprobs", [None, 0])
 def test_a_sample_is_of_the_place_that_its_token_takes(
-    tiny_model: Path, recorder: Recorder | None, num_logprobs: int | None
+    tiny_model: Path, capturer: Capturer | None, num_logprobs: int | None
 ) -> None:
     """The index of the new token, not of the one that is computed: the noise depends on it."""
     seen: list[tuple[list[int], list[int]]] = []
@@ -163,7 +163,7 @@ def test_a_sample_is_of_the_place_that_its_token_takes(
 
     ops = WatchedOps(np)
     model = load_model(tiny_model, ops, dtype="float32")
-    one = ModelRunner(model, ops, num_blocks=16, block_size=16, max_rows=4, max_model_len=64, record=recorder)
+    one = ModelRunner(model, ops, num_blocks=16, block_size=16, max_rows=4, max_model_len=64, capture=capturer)
     specs = [SamplingSpec(temperature=1.0, seed=seed, num_logprobs=num_logprobs) for seed in (7, 8, 9)]
     for plan in overlapping_plans(specs, 6):
         one.execute(plan)
@@ -173,7 +173,7 @@ def test_a_sample_is_of_the_place_that_its_token_takes(
 
 
 def test_padding_writes_into_the_null_block_alone(tiny_model: Path) -> None:
-    one = runner(tiny_model, np, Recorder())
+    one = runner(tiny_model, np, Capturer())
     for plan in plans(15)[:2]:
         one.execute(plan)
     before = one._cache.data.copy()
@@ -183,30 +183,30 @@ def test_padding_writes_into_the_null_block_alone(tiny_model: Path) -> None:
     assert before.shape[2] == 17 and changed <= {*range(10), 16} and 16 in changed
 
 
-def test_a_device_that_cannot_record_goes_on(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "RECORD_AT", 1)
+def test_a_device_that_cannot_capture_goes_on(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "CAPTURE_AT", 1)
     monkeypatch.setattr(graphs, "STEPS_APART", 1)
     todo = plans(6)
-    plain, recorder = runner(tiny_model, np, None), Recorder()
-    recorder.fails = True
-    failing = runner(tiny_model, np, recorder)
+    plain, capturer = runner(tiny_model, np, None), Capturer()
+    capturer.fails = True
+    failing = runner(tiny_model, np, capturer)
     assert [failing.execute(plan) for plan in todo] == [plain.execute(plan) for plan in todo]
-    assert recorder.num_asked == len(failing._graphs._recordings) < sum(failing._graphs._num_uses.values())
+    assert capturer.num_asked == len(failing._graphs._graphs) < sum(failing._graphs._num_uses.values())
 
 
-class RecordingDevice(ReferenceOps):
-    """A device as the engine sees one: memory of its own, and recordings."""
+class CapturingDevice(ReferenceOps):
+    """A device as the engine sees one: memory of its own, and CUDA graphs."""
 
     def __init__(self) -> None:
         super().__init__(np)
-        self.recorder = Recorder()
+        self.capturer = Capturer()
         self.num_blocks: list[int] = []
 
     def memory(self) -> DeviceMemory:
-        return DeviceMemory(total=2**30, free=2**29, held=0)
+        return DeviceMemory(total=2**30, free=2**29, allocated=0)
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        return self.recorder(work)
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        return self.capturer(work)
 
     def make_cache(self, shape: CacheShape) -> Any:
         self.num_blocks.append(shape.num_blocks)
@@ -214,7 +214,7 @@ class RecordingDevice(ReferenceOps):
 
 
 @pytest.mark.parametrize("eager", [False, True])
-def test_an_engine_on_a_device_records_unless_eager(
+def test_an_engine_on_a_device_captures_unless_eager(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch, eager: bool
 ) -> None:
     sizes: dict[str, Any] = dict(
@@ -231,46 +231,46 @@ def test_an_engine_on_a_device_records_unless_eager(
             assert ("graphs " in decisions["memory"].reason) == (ops.memory() is not None and not eager)
             return [item.outputs for item in llm.generate(prompts, params, use_tqdm=False)]
 
-    device = RecordingDevice()
+    device = CapturingDevice()
     assert answers(device, enforce_eager=eager) == answers(ReferenceOps(np))
-    assert bool(device.recorder.num_recorded) != eager
+    assert bool(device.capturer.num_captured) != eager
     assert device.num_blocks[-1] == (20 if eager else 21)
 
 
-def test_steps_record_now_and_then_and_moments_without_work_one_each(
+def test_steps_capture_now_and_then_and_moments_without_work_one_each(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "FIRST_WIDTH_TOKENS", 24)
-    recorder = Recorder()
-    one = runner(tiny_model, np, recorder)
+    capturer = Capturer()
+    one = runner(tiny_model, np, capturer)
     assert not one.run_idle_work(), "before a request was answered it would keep the first waiting"
     one.execute(StepPlan(0, (), (enter(0, [4, 5], GREEDY, (0, 1)), enter(1, [6], DRAWN, (2, 3))),
                          (ScheduledRow(0, 0, 2, (), True), ScheduledRow(1, 0, 1, (), True))))  # fmt: skip
     for step in range(1, 5):
         one.execute(StepPlan(step, (), (), (single(0, step + 1),)))
-        assert recorder.num_recorded == (step >= 3), "at its third use"
+        assert capturer.num_captured == (step >= 3), "at its third use"
     for step in range(1, 6):
         one.execute(StepPlan(4 + step, (), (), (single(1, step),)))
-        assert recorder.num_recorded == 1, "another is not recorded within so many steps"
+        assert capturer.num_captured == 1, "another is not captured within so many steps"
     before, left = one._cache.data.copy(), len(one._graphs._buckets.sizes()) - 1
-    assert GraphSize(1, 3, False) not in one._graphs._recordings
-    assert one.run_idle_work() and one._graphs._recordings.keys() == {GraphSize(1, 3, True), GraphSize(1, 3, False)}
-    assert one.run_idle_work() and max(one._graphs._recordings) == GraphSize(7, 3, True), "then the largest"
+    assert GraphSize(1, 3, False) not in one._graphs._graphs
+    assert one.run_idle_work() and one._graphs._graphs.keys() == {GraphSize(1, 3, True), GraphSize(1, 3, False)}
+    assert one.run_idle_work() and max(one._graphs._graphs) == GraphSize(7, 3, True), "then the largest"
     while one.run_idle_work():
         pass
-    assert recorder.num_recorded == 1 + left
-    assert np.array_equal(one._cache.data[:, :, :16], before[:, :, :16]), "what is recorded without work writes nowhere"
+    assert capturer.num_captured == 1 + left
+    assert np.array_equal(one._cache.data[:, :, :16], before[:, :, :16]), "what is captured without work writes nowhere"
 
 
-def test_a_server_records_while_no_request_waits(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    device = RecordingDevice()
+def test_a_server_captures_while_no_request_waits(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = CapturingDevice()
     monkeypatch.setattr(compose, "select_ops", lambda *_: (device, []))
     engine = AsyncLLM(
         str(tiny_model), dtype="float32", max_num_seqs=3, max_model_len=64, num_gpu_blocks_override=20,
         max_num_batched_tokens=64,
     )  # fmt: skip
     try:
-        assert device.recorder.num_recorded == 1, "the largest: the others share its memory"
+        assert device.capturer.num_captured == 1, "the largest: the others share its memory"
 
         async def ask() -> list[int]:
             params = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0)
@@ -282,10 +282,10 @@ def test_a_server_records_while_no_request_waits(tiny_model: Path, monkeypatch: 
         first = asyncio.run(ask())
         until = time.monotonic() + PATIENCE_S
         sizes = GraphBuckets(3, 4, 16).sizes()
-        while device.recorder.num_recorded < len(sizes) and time.monotonic() < until:
+        while device.capturer.num_captured < len(sizes) and time.monotonic() < until:
             time.sleep(0.01)
-        assert device.recorder.num_recorded == len(sizes) == 6
-        replayed = device.recorder.num_replayed
-        assert asyncio.run(ask()) == first and device.recorder.num_replayed >= replayed + 3
+        assert device.capturer.num_captured == len(sizes) == 6
+        replayed = device.capturer.num_replayed
+        assert asyncio.run(ask()) == first and device.capturer.num_replayed >= replayed + 3
     finally:
         engine.close()

@@ -35,7 +35,7 @@ class SmallDevice(ReferenceOps):
         self._tokens = 0.0
 
     def memory(self) -> DeviceMemory:
-        return DeviceMemory(total=100 * MIB, free=60 * MIB, held=8 * MIB)
+        return DeviceMemory(total=100 * MIB, free=60 * MIB, allocated=8 * MIB)
 
     def peak_bytes(self, work: Callable[[], object]) -> int:
         if not self.room_for_steps:
@@ -112,7 +112,9 @@ def test_graphs_are_counted_with_the_block_into_which_they_pad(tiny_model: Path)
     """Of two sizes of blocks that lead to the same graphs, the larger takes as much more as its block is larger."""
     ops = SmallDevice()
     model = model_on(tiny_model, ops)
-    small, large = (make_budget(model, ops, replace(LIMITS, block_size=size, records=True)).graphs for size in (16, 32))
+    small, large = (
+        make_budget(model, ops, replace(LIMITS, block_size=size, captures_graphs=True)).graphs for size in (16, 32)
+    )
     assert large - small == model.cache_shape(1, 16).bytes_per_block
     assert small > 3 * MIB, "a step of three rows, and the graphs' own"
 
@@ -120,7 +122,9 @@ def test_graphs_are_counted_with_the_block_into_which_they_pad(tiny_model: Path)
 def test_what_the_allocator_keeps_is_in_use(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ops = SmallDevice()
     budget = make_budget(model_on(tiny_model, ops), ops, LIMITS)
-    monkeypatch.setattr(ops, "memory", lambda: DeviceMemory(100 * MIB, 30 * MIB, held=60 * MIB, kept=7 * MIB))
+    monkeypatch.setattr(
+        ops, "memory", lambda: DeviceMemory(100 * MIB, 30 * MIB, allocated=60 * MIB, allocator_cached=7 * MIB)
+    )
     decision = memory.check_budget(budget, ops)
     assert decision is not None and decision.value == "77 MiB"
     assert decision.reason.startswith(f"{77 * MIB / budget.used - 1:+.1%} of the budget's ")

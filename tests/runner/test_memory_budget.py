@@ -61,7 +61,7 @@ class CountedOps(ReferenceOps):
 
     def memory(self) -> DeviceMemory:
         held = self.counted.held
-        return DeviceMemory(total=TOTAL, free=TOTAL - held, held=held)
+        return DeviceMemory(total=TOTAL, free=TOTAL - held, allocated=held)
 
     def peak_bytes(self, work: Callable[[], object]) -> int:
         before = self.counted.peak = self.counted.held

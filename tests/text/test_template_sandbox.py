@@ -2,12 +2,14 @@
 
 # ruff: noqa: E501 - one template a line
 
+import contextlib
 import resource
 import sys
 import threading
 
 import pytest
 from jinja2 import nodes
+from jinja2.defaults import DEFAULT_FILTERS, DEFAULT_TESTS
 
 from quire.errors import InvalidRequestError
 from quire.text.chat import limits
@@ -197,6 +199,29 @@ def test_no_loop_runs_beyond_its_time(template, monkeypatch):
     before = peak_mb()
     with pytest.raises(InvalidRequestError, match=r"longer than 0\.2 s"):
         ChatTemplates().render(template, MESSAGES)
+    assert peak_mb() - before < 96
+
+
+def test_every_filter_and_test_of_jinja_is_there():
+    environment = ChatTemplates()._environment
+    assert set(DEFAULT_FILTERS) <= set(environment.filters)
+    assert set(DEFAULT_TESTS) <= set(environment.tests)
+
+
+@pytest.mark.parametrize("name", [*DEFAULT_FILTERS, *(f"method {name}" for name in sorted(limits.METHODS[str]))])
+def test_no_filter_or_method_grows_by_large_arguments(name, monkeypatch):
+    """Those of jinja and of Python as they are, also ones that this test does not know by name."""
+    monkeypatch.setattr(limits, "MAX_CPU_SECONDS", 0.05)
+    variables = {**MESSAGES, "lines": "a\n" * 30_000, "list": [["b"]] * 9000, "long": "c" * 1_000_000}
+    templates = ChatTemplates()
+    before = peak_mb()
+    for value in ("lines", "list", "long"):
+        for arguments in ("", "(10**9)", "(long)", "('a', long)", "(10**9, long)", "(long, long)"):
+            call = f"{value}|{name}{arguments}"
+            if name.startswith("method"):
+                call = f"{value}.{name.split()[1]}{arguments or '()'}"
+            with contextlib.suppress(InvalidRequestError):
+                assert len(templates.render(f"{{{{ {call} }}}}", variables)) <= limits.MAX_VALUE_BYTES
     assert peak_mb() - before < 96
 
 

@@ -105,7 +105,7 @@ def test_what_checkpoints_are_known_to_carry_changes_nothing(
 )
 def test_dtype_auto_is_the_checkpoints_own(name: str, dtype: str, storage: str, checkpoints: dict[str, Path]) -> None:
     model = load_model(checkpoints[name], ReferenceOps(np), dtype)
-    assert model.cache_shape(4, 16).storage == storage
+    assert model.cache_shape(4, 16).dtype == storage
 
 
 def test_without_a_stated_dtype_the_tensors_decide(checkpoints: dict[str, Path], tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_without_a_stated_dtype_the_tensors_decide(checkpoints: dict[str, Path],
     config = json.loads((tmp_path / "config.json").read_text())
     del config["dtype"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert load_model(tmp_path, ReferenceOps(np)).cache_shape(4, 16).storage == "float16"
+    assert load_model(tmp_path, ReferenceOps(np)).cache_shape(4, 16).dtype == "float16"
 
 
 def test_sizes_and_progress(checkpoints: dict[str, Path]) -> None:

@@ -37,7 +37,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, *, is_terminal: bool, patience_s: flo
     stream = io.StringIO()
     monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(loading_bar, "PATIENCE_S", patience_s)
+    monkeypatch.setattr(loading_bar, "DELAY_S", patience_s)
 
 
 def test_it_stands_at_the_bytes_that_are_done(monkeypatch: pytest.MonkeyPatch, bars: list[Bar]) -> None:

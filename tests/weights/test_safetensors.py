@@ -14,9 +14,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from quire.errors import ModelFileError
-from quire.models.weights_map import Parameter
-from quire.weights.checkpoint import INDEX, SINGLE, Checkpoint, check_tensors
-from quire.weights.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
+from quire.models.parameters import Concatenated, Parameter
+from quire.weights.formats.safetensors import INDEX, SINGLE, CheckpointWeights
+from quire.weights.formats.safetensors_file import MAX_HEADER_BYTES, SafetensorsFile
+from quire.weights.load import check_tensors
+from quire.weights.source import TensorInfo
 
 MAX_PEAK_BYTES = 60 * 2**20  # a case's own bytes, up to 9 MB, are a part of it
 
@@ -178,10 +180,12 @@ def test_what_the_library_writes_is_read_bit_for_bit(dtype: Any, tmp_path: Path)
     arrays = {"odd": rng.standard_normal((3, 5)).astype(dtype), "one": rng.standard_normal(7).astype(dtype)}
     arrays |= {"empty": np.zeros((0, 4), dtype), "scalar": np.array(1.5, dtype)}
     save_file(arrays, tmp_path / SINGLE, metadata={"format": "pt"})
-    with Checkpoint(tmp_path) as checkpoint:
-        assert checkpoint.shapes == {name: array.shape for name, array in arrays.items()}
+    with CheckpointWeights(tmp_path) as checkpoint:
+        assert {name: info.shape for name, info in checkpoint.tensors.items()} == {
+            name: array.shape for name, array in arrays.items()
+        }
         for name, array in arrays.items():
-            read = checkpoint.read(Parameter(((name, array.shape),)))
+            read = checkpoint.read(Concatenated(((name, array.shape),)))
             assert read.dtype == array.dtype and read.tobytes() == array.tobytes()
 
 
@@ -189,12 +193,12 @@ def test_tensors_are_joined_along_outputs_whatever_their_types(tmp_path: Path) -
     a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(3, dtype=np.float16).reshape(1, 3)
     conv = np.arange(12, dtype=np.float32).reshape(3, 4)
     save_file({"a": a, "b": b, "c": a + 1, "conv": conv}, tmp_path / SINGLE)
-    with Checkpoint(tmp_path) as checkpoint:
-        mixed = checkpoint.read(Parameter((("a", (2, 3)), ("b", (1, 3)))))
+    with CheckpointWeights(tmp_path) as checkpoint:
+        mixed = checkpoint.read(Concatenated((("a", (2, 3)), ("b", (1, 3)))))
         assert mixed.dtype == np.float32 and np.array_equal(mixed, np.concatenate([a, b]))
-        same = checkpoint.read(Parameter((("a", (2, 3)), ("c", (2, 3)))))
+        same = checkpoint.read(Concatenated((("a", (2, 3)), ("c", (2, 3)))))
         assert np.array_equal(same, np.concatenate([a, a + 1]))
-        turned = checkpoint.read(Parameter((("conv", (3, 4)),), transposed=True))
+        turned = checkpoint.read(Concatenated((("conv", (3, 4)),), transposed=True))
         assert turned.flags.c_contiguous and np.array_equal(turned, conv.T)
 
 
@@ -206,8 +210,8 @@ def sharded(directory: Path, weight_map: Any) -> Path:
 
 
 def test_a_sound_index_is_read(tmp_path: Path) -> None:
-    with Checkpoint(sharded(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})) as checkpoint:
-        assert checkpoint.shapes == {"a": (3,), "b": (3,)}
+    with CheckpointWeights(sharded(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})) as checkpoint:
+        assert {name: info.shape for name, info in checkpoint.tensors.items()} == {"a": (3,), "b": (3,)}
 
 
 @pytest.mark.parametrize(
@@ -233,7 +237,7 @@ def test_a_sound_index_is_read(tmp_path: Path) -> None:
 )
 def test_an_index_that_points_elsewhere_is_refused(weight_map: Any, tmp_path: Path) -> None:
     with pytest.raises(ModelFileError) as caught:
-        Checkpoint(sharded(tmp_path, weight_map))
+        CheckpointWeights(sharded(tmp_path, weight_map))
     assert ".safetensors" in str(caught.value) and str(tmp_path) not in str(caught.value)
 
 
@@ -249,17 +253,17 @@ def test_an_index_may_not_point_elsewhere_even_where_a_file_is(name: str, tmp_pa
     name = name.format(outside=outside)
     assert (directory / name).is_file() or name.startswith("sub/..")
     with pytest.raises(ModelFileError, match="is not the name of a safetensors file beside it"):
-        Checkpoint(sharded(directory, {"a": name}))
+        CheckpointWeights(sharded(directory, {"a": name}))
 
 
 def test_an_index_that_swaps_its_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"index\.json: a is not in two\.safetensors"):
-        Checkpoint(sharded(tmp_path, {"a": "two.safetensors", "b": "one.safetensors"}))
+        CheckpointWeights(sharded(tmp_path, {"a": "two.safetensors", "b": "one.safetensors"}))
 
 
 def test_an_index_of_too_many_files_is_refused_before_any_is_opened(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="more than 1000 files"):
-        Checkpoint(sharded(tmp_path, {str(i): f"{i}.safetensors" for i in range(1001)}))
+        CheckpointWeights(sharded(tmp_path, {str(i): f"{i}.safetensors" for i in range(1001)}))
 
 
 def test_a_number_of_bits_that_is_no_number_of_bytes_is_refused_with_the_header(tmp_path: Path) -> None:
@@ -273,45 +277,50 @@ def test_a_number_of_bits_that_is_no_number_of_bytes_is_refused_with_the_header(
 def test_a_file_that_shrinks_after_its_header_was_read_is_noticed(kept: int, tmp_path: Path) -> None:
     path = tmp_path / SINGLE
     save_file({"a": np.arange(2**13, dtype=np.float32)}, path)  # more than a file object reads ahead
-    with Checkpoint(tmp_path) as checkpoint:
+    with CheckpointWeights(tmp_path) as checkpoint:
         os.truncate(path, checkpoint.files[0].tensors["a"].start + kept)
         with pytest.raises(ModelFileError, match=r"^model\.safetensors: truncated while a was read$"):
-            checkpoint.read(Parameter((("a", (2**13,)),)))
+            checkpoint.read(Concatenated((("a", (2**13,)),)))
 
 
 def test_one_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     sharded(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
     save_file({"a": np.zeros(3, np.float32), "b": np.zeros(3, np.float32)}, tmp_path / "two.safetensors")
     with pytest.raises(ModelFileError, match=r"two\.safetensors: a is in one\.safetensors too"):
-        Checkpoint(tmp_path)
+        CheckpointWeights(tmp_path)
 
 
 def test_a_link_to_a_regular_file_is_read_as_the_hub_cache_needs(tmp_path: Path) -> None:
     save_file({"a": np.ones(3, np.float32)}, tmp_path / "blob")
     (tmp_path / SINGLE).symlink_to(tmp_path / "blob")
-    with Checkpoint(tmp_path) as checkpoint:
-        assert checkpoint.read(Parameter((("a", (3,)),))).tolist() == [1, 1, 1]
+    with CheckpointWeights(tmp_path) as checkpoint:
+        assert checkpoint.read(Concatenated((("a", (3,)),))).tolist() == [1, 1, 1]
 
 
 def test_a_directory_without_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
     with pytest.raises(ModelFileError, match="only safetensors"):
-        Checkpoint(tmp_path)
+        CheckpointWeights(tmp_path)
 
 
 def test_a_type_that_weights_cannot_have_is_named(tmp_path: Path) -> None:
     save_file({"a": np.zeros(3, np.int64)}, tmp_path / SINGLE)
-    with Checkpoint(tmp_path) as checkpoint, pytest.raises(ModelFileError, match="a is I64"):
-        checkpoint.read(Parameter((("a", (3,)),)))
+    with CheckpointWeights(tmp_path) as checkpoint, pytest.raises(ModelFileError, match="a is I64"):
+        checkpoint.read(Concatenated((("a", (3,)),)))
 
 
 def test_check_tensors_names_what_is_wrong() -> None:
-    parameters = {"x": Parameter((("a", (2, 3)), ("b", (3,))))}
-    check_tensors(parameters, {"a": (2, 3), "b": (3,), "c.inv_freq": (4,)}, ("*.inv_freq",))
-    for shapes, message in [
+    parameters = {"x": Parameter("linear", Concatenated((("a", (2, 3)),)), Concatenated((("b", (3,)),)))}
+
+    def stated(shapes: dict[str, tuple[int, ...]]) -> dict[str, TensorInfo]:
+        return {name: TensorInfo(shape, "F32") for name, shape in shapes.items()}
+
+    check_tensors(parameters, stated({"a": (2, 3), "b": (3,), "c.inv_freq": (4,)}), ("*.inv_freq",))
+    wrong: list[tuple[dict[str, tuple[int, ...]], str]] = [
         ({"a": (2, 3)}, "lacks b"),
         ({"a": (3, 2), "b": (3,)}, r"a has the shape \[3, 2\]; the config asks for \[2, 3\]"),
         ({"a": (2, 3), "b": (3,), "c": (1,)}, "does not: c"),
-    ]:
+    ]
+    for shapes, message in wrong:
         with pytest.raises(ModelFileError, match=message):
-            check_tensors(parameters, shapes, ("*.inv_freq",))
+            check_tensors(parameters, stated(shapes), ("*.inv_freq",))

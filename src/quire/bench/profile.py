@@ -16,15 +16,15 @@ class OperationTime:
     """Of all calls together."""
     seconds: float
     weight_bytes: int
-    products_per_row: int
+    operations_per_row: int
     """Multiplications and additions; 0 where they do not matter."""
 
 
 def operation_times(counts: Iterable[tuple[str, int, int, int, int, int, int]]) -> list[OperationTime]:
     """From what the native side counts (`operation_counts` in `quire/ops/cpu.py`)."""
     return [
-        OperationTime(name, bound or None, calls, rows, nanoseconds / 1e9, num_bytes, products)
-        for name, bound, calls, rows, nanoseconds, num_bytes, products in counts
+        OperationTime(name, bound or None, calls, rows, nanoseconds / 1e9, num_bytes, operations)
+        for name, bound, calls, rows, nanoseconds, num_bytes, operations in counts
     ]
 
 
@@ -53,10 +53,10 @@ def as_text(times: Sequence[OperationTime], elapsed_s: float) -> str:
 def _line(one: OperationTime, elapsed_s: float) -> str:
     rows = ">512" if one.max_rows is None else f"<={one.max_rows}"
     rates = ""
-    if one.products_per_row:
+    if one.operations_per_row:
         rates = (
             f" {one.calls * one.weight_bytes / one.seconds / 1e9:>6.2f}"
-            f" {one.rows * one.products_per_row / one.seconds / 1e12:>6.3f}"
+            f" {one.rows * one.operations_per_row / one.seconds / 1e12:>6.3f}"
         )
     return (
         f"{one.operation:<34} {rows:>7} {one.calls:>7} {one.seconds:>8.3f} {one.seconds / elapsed_s:>6.1%} "

@@ -10,7 +10,7 @@ from quire.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from quire.core.scheduler import Scheduler
-    from quire.ops.types import Array, AttentionBatch, CacheShape, Ops
+    from quire.ops.types import Array, AttentionBatch, CacheShape, Provider
 
 BLOCK_SIZE = 16
 PROMPT_TOKENS = 64
@@ -111,7 +111,7 @@ def _scheduler(num_rows: int, num_steps: int) -> "Scheduler":
 class _Hollow:
     """A model that only looks up its tokens. One native call, as every model on the CPU makes."""
 
-    def __init__(self, ops: "Ops") -> None:
+    def __init__(self, ops: "Provider") -> None:
         import numpy as np
 
         self._ops = ops

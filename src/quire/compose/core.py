@@ -30,7 +30,7 @@ from quire.errors import ConfigurationError
 from quire.executor.local import LocalExecutor
 from quire.models.model import Model
 from quire.ops.select import select_ops
-from quire.ops.types import Ops
+from quire.ops.types import Device, Provider
 from quire.outputs import Decision, Labels
 from quire.quant.select import check_scheme, select_scheme
 from quire.quant.types import bits_per_weight
@@ -112,9 +112,9 @@ def _cache_config(args: EngineArgs, sizes: CachePlan) -> Labels:
     return tuple((name, str(value)) for name, value in values.items())
 
 
-def _loop(args: EngineArgs, ops: Ops) -> tuple[bool, Decision]:
+def _loop(args: EngineArgs, device: Device) -> tuple[bool, Decision]:
     """Whether the next step is planned while one is computed."""
-    asked, on_host = args.async_scheduling, ops.memory() is None
+    asked, on_host = args.async_scheduling, device.memory() is None
     overlap = not on_host if asked is None else asked
     why = "the processors compute" if on_host else "the device computes while the next step is planned"
     return overlap, Decision("async_scheduling", "on" if overlap else "off", why if asked is None else "as asked")
@@ -131,7 +131,7 @@ def _model_decisions(args: EngineArgs, directory: Path, model: Model) -> list[De
     name = "embedded" if args.model is None else directory.name
     return [
         Decision("model", name, f"{model.spec.num_layers} layers, {model.weight_bytes / 2**20:,.0f} MiB of weights"),
-        Decision("dtype", shape.storage, "the checkpoint's own" if args.dtype == "auto" else "as asked"),
+        Decision("dtype", shape.dtype, "the checkpoint's own" if args.dtype == "auto" else "as asked"),
         *_quantization_decisions(args),
     ]
 
@@ -140,23 +140,23 @@ def _quantization_decisions(args: EngineArgs) -> list[Decision]:
     scheme = select_scheme(args.quantization, args.quantization_group_size)
     if scheme is None:
         return []
-    layers, tables = (f"{bits_per_weight(one)} bits a weight" for one in (scheme.layers, scheme.tables))
-    size = scheme.layers.group_size
-    reason = f"layers {layers}" + (f" in groups of {size}" if size else "") + f", embedding and head {tables}"
+    linear, embedding = (f"{bits_per_weight(one)} bits a weight" for one in (scheme.linear, scheme.embedding))
+    size = scheme.linear.group_size
+    reason = f"layers {linear}" + (f" in groups of {size}" if size else "") + f", embedding and head {embedding}"
     return [Decision("quantization", scheme.name, reason)]
 
 
-def _records(args: EngineArgs, ops: Ops) -> bool:
-    """Whether decode steps are recorded: on a device, where launching them takes longer than computing them."""
-    return ops.memory() is not None and not args.enforce_eager
+def _captures(args: EngineArgs, device: Device) -> bool:
+    """Whether decode steps are CUDA graphs: on a device, where launching them takes longer than computing them."""
+    return device.memory() is not None and not args.enforce_eager
 
 
-def sampling_features(ops: Ops) -> tuple[SamplingFeature, ...]:
+def sampling_features(ops: Provider) -> tuple[SamplingFeature, ...]:
     """All that may edit logits, in the order in which it does: masks and biases before penalties, as vLLM has it."""
     return LogitMasks(ops), Penalties(ops)
 
 
-def _runner(args: EngineArgs, model: Model, ops: Ops, sizes: CachePlan) -> ModelRunner:
+def _runner(args: EngineArgs, model: Model, ops: Provider, sizes: CachePlan) -> ModelRunner:
     try:
         runner = ModelRunner(
             model,
@@ -166,7 +166,7 @@ def _runner(args: EngineArgs, model: Model, ops: Ops, sizes: CachePlan) -> Model
             max_rows=sizes.max_num_seqs,
             max_model_len=sizes.max_model_len,
             features=sampling_features(ops),
-            record=ops.record if _records(args, ops) else None,
+            capture=ops.capture if _captures(args, ops) else None,
             recomputes=args.verify_cached_blocks,
         )
         if ops.memory() is not None:
@@ -190,8 +190,8 @@ def _scheduler(args: EngineArgs, sizes: CachePlan, prefix_cache: PrefixCache | N
     return Scheduler(config, make_policy(args.scheduling_policy), prefix_cache)
 
 
-def _sizes(args: EngineArgs, model: Model, ops: Ops, model_len: int) -> ModelSizes:
-    shape = StepShape(args.max_num_seqs, resolve_batched_tokens(args), model_len, args.block_size, _records(args, ops))
+def _sizes(args: EngineArgs, model: Model, ops: Provider, model_len: int) -> ModelSizes:
+    shape = StepShape(args.max_num_seqs, resolve_batched_tokens(args), model_len, args.block_size, _captures(args, ops))
     return ModelSizes(
         max_position_embeddings=model.spec.max_position_embeddings,
         bytes_per_block=model.cache_shape(1, args.block_size).bytes_per_block,

@@ -17,7 +17,7 @@ from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.engine.observer import Observer
 from quire.engine.queue import QueueBound, QueueConfig
 from quire.errors import ConfigurationError
-from quire.weights.source import resolve_source
+from quire.weights.hub import resolve_model_directory
 
 if TYPE_CHECKING:
     from quire.isolation.supervisor import SupervisedChannel
@@ -51,7 +51,7 @@ def begin(args: EngineArgs) -> Callable[[], ServedEngine]:
 
 def _directory(args: EngineArgs) -> Path:
     if args.model is not None:
-        return resolve_source(args.model, args.revision)
+        return resolve_model_directory(args.model, args.revision)
     if find_spec("quire.demo") is None:
         raise ConfigurationError("model must be given: this installation has no quire.demo", field="model")
     from quire.demo import model_path

@@ -8,7 +8,7 @@ from typing import Any
 from quire.config import EngineArgs
 from quire.text.tokenizer import Tokenizer
 from quire.weights.generation_config import load_generation_defaults
-from quire.weights.source import resolve_tokenizer_source
+from quire.weights.hub import resolve_tokenizer_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def compose_text(args: EngineArgs, directory: Path) -> TextParts:
 
 def _load_tokenizer(args: EngineArgs, directory: Path) -> Tokenizer | None:
     if args.tokenizer is not None:
-        return Tokenizer.from_directory(resolve_tokenizer_source(args.tokenizer))
+        return Tokenizer.from_directory(resolve_tokenizer_directory(args.tokenizer))
     if not (directory / "tokenizer.json").is_file():
         return None
     return Tokenizer.from_directory(directory)

@@ -1,4 +1,4 @@
-"""The decoder-only transformer, built from parts over `Ops`.
+"""The decoder-only transformer, built from sublayers over `Ops`.
 
 ::
 
@@ -8,42 +8,44 @@
                                        norm -> MLP       [-> norm] --------------------+
     residual -> norm -> logits
 
-`norm_places` says which of the norms before and after a part are there. The addition to the residual and the
-norm before the next part are one operation, so what leaves a layer is the input of the next one.
+`norm_places` says which of the norms before and after a sublayer are there. Adding a sublayer's output to the
+residual and the norm before the next sublayer are one operation (`ResidualAdd`), so what leaves a layer is the input
+of the next.
 
-Parts compute with the operations that they are handed: those of a provider, or those that write down what is computed
+Sublayers compute with the operations that they are passed: those of a provider, or those that trace what is computed
 (`Ops.compile`), so this file is the one definition of what a model does.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from quire.errors import ModelFileError
 from quire.models.rope import rope_tables
 from quire.models.spec import DecoderSpec, LayerSpec, NormSpec, RopeSpec
-from quire.models.weights_map import NameMap, Parameter, PartSource, decoder_parameters
 from quire.ops.types import (
     Array,
     AttentionBatch,
     AttentionSpec,
     CacheShape,
+    Device,
     Opaque,
     Ops,
+    Provider,
     RopeTables,
-    Rounding,
-    StorageType,
+    WeightDtype,
 )
-from quire.quant.types import Scheme, rounded_bytes
 
-Join = Callable[[Ops, Array, Array], Array]
-"""`join(ops, x, residual)`: adds `x` to the residual in place and returns the input of the next part."""
+Weights = Mapping[str, Any]
+"""By the names of `decoder_parameters`: a matrix as its provider packed it; a norm as `(weight, bias or None)`, float32
+arrays of the provider, with an offset of the weight already added."""
+
+ResidualAdd = Callable[[Ops, Array, Array], Array]
+"""`add(ops, x, residual)`: adds a sublayer's output `x [tokens, hidden]` to `residual [tokens, hidden]` in place and
+returns the input of the next sublayer `[tokens, hidden]`."""
 
 
 class RmsNorm:
-    """Root mean square norm; `add` is the form that first adds to the residual."""
+    """Root mean square norm (arXiv 1910.07467); `add` is the form that first adds to the residual."""
 
     def __init__(self, spec: NormSpec, weight: Array) -> None:
         self.weight = weight
@@ -57,7 +59,7 @@ class RmsNorm:
 
 
 class LayerNorm:
-    """Norm with mean, variance and bias."""
+    """Norm with mean, variance and bias (arXiv 1607.06450)."""
 
     def __init__(self, spec: NormSpec, weight: Array, bias: Array) -> None:
         self.weight = weight
@@ -75,101 +77,31 @@ class LayerNorm:
 Norm = RmsNorm | LayerNorm
 
 
+def make_norm(spec: NormSpec, weights: Weights, name: str) -> Norm:
+    """The norm `name` of hidden states, of the kind that `spec` states."""
+    weight, bias = weights[name]
+    return RmsNorm(spec, weight) if spec.kind == "rms" else LayerNorm(spec, weight, bias)
+
+
 def add(_: Ops, x: Array, residual: Array) -> Array:
-    """The join of a part whose input is the residual itself."""
+    """The `ResidualAdd` before a sublayer whose input is the residual itself."""
     residual += x
     return residual
 
 
-def norm_then(post_norm: Norm, join: Join) -> Join:
-    """A join that norms the output of a part before it reaches the residual."""
-    return lambda ops, x, residual: join(ops, post_norm(ops, x), residual)
-
-
-class Parts:
-    """Takes parts from their source and packs them, one at a time."""
-
-    def __init__(
-        self,
-        ops: Ops,
-        source: PartSource,
-        spec: DecoderSpec,
-        names: NameMap,
-        storage: StorageType,
-        scheme: Scheme | None,
-    ) -> None:
-        self.ops = ops
-        self.storage = storage
-        self._scheme = scheme
-        self._source = source
-        self._norm = spec.norm
-        self._parameters = decoder_parameters(spec, names)
-
-    def linear(self, module: str) -> Opaque:
-        """A packed linear, with its bias if the decoder has one there."""
-        return self._layer(self.ops.pack_linear, module)
-
-    def gated_linear(self, module: str) -> Opaque:
-        """Gate and up, one matrix, packed for `gated_linear`."""
-        return self._layer(self.ops.pack_gated, module)
-
-    def embedding(self, module: str) -> Opaque:
-        """A packed table of tokens, or the head."""
-        return self._packed(self.ops.pack_embedding, module, self._scheme.tables if self._scheme else None)
-
-    def positions(self) -> Opaque:
-        """The packed table of learned positions; never rounded."""
-        return self._packed(self.ops.pack_embedding, "positions", None)
-
-    def _layer(self, pack: Callable[[Any, Array | None, StorageType], Opaque], module: str) -> Opaque:
-        bias = self._source.part(f"{module}.bias") if f"{module}.bias" in self._parameters else None
-        rounding = self._scheme.layers if self._scheme else None
-        return self._packed(lambda weight, storage: pack(weight, bias, storage), module, rounding)
-
-    def _packed(self, pack: Callable[[Any, StorageType], Opaque], module: str, rounding: Rounding | None) -> Opaque:
-        weight = self._source.part(f"{module}.weight")
-        try:
-            return pack(weight if rounding is None else self.ops.quantize(weight, rounding), self.storage)
-        except ValueError as error:
-            tensors = ", ".join(name for name, _ in self._parameters[f"{module}.weight"].tensors)
-            raise ModelFileError(f"{tensors} cannot be packed: {error}") from error
-
-    def norm_weight(self, part: str) -> Array:
-        """The weight of an RMS norm as it is applied: a `1 + weight` is added up here, once."""
-        weight = self._source.part(part).astype(np.float32)
-        return self.ops.array(weight + np.float32(self._norm.weight_offset), "float32")
-
-    def norm(self, module: str) -> Norm:
-        """A norm of hidden states."""
-        if self._norm.kind == "rms":
-            return RmsNorm(self._norm, self.norm_weight(f"{module}.weight"))
-        weight, bias = (self._source.part(f"{module}.{part}").astype(np.float32) for part in ("weight", "bias"))
-        return LayerNorm(self._norm, self.ops.array(weight, "float32"), self.ops.array(bias, "float32"))
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all parts: matrices as stored, vectors in float32."""
-        return sum(self._part_bytes(name, part) for name, part in self._parameters.items())
-
-    def _part_bytes(self, name: str, part: Parameter) -> int:
-        shapes = [shape[::-1] if part.transposed else shape for _, shape in part.tensors]
-        if len(shapes[0]) == 1:
-            return 4 * sum(size for (size,) in shapes)
-        rows, inputs = sum(shape[0] for shape in shapes), shapes[0][1]
-        if self._scheme is None or name == "positions.weight":
-            return rows * inputs * (4 if self.storage == "float32" else 2)
-        is_table = name in ("embedding.weight", "head.weight")
-        return rounded_bytes(self._scheme.tables if is_table else self._scheme.layers, rows, inputs)
+def post_normed(norm: Norm, add: ResidualAdd) -> ResidualAdd:
+    """`add` of what `norm` makes of a sublayer's output."""
+    return lambda ops, x, residual: add(ops, norm(ops, x), residual)
 
 
 class Attention:
     """Grouped-query attention with its projections; q, k and v come out of one linear."""
 
-    def __init__(self, parts: Parts, spec: DecoderSpec, i: int, rope: RopeTables | None) -> None:
+    def __init__(self, weights: Weights, spec: DecoderSpec, i: int, rope: RopeTables | None) -> None:
         layer = spec.layers[i]
         self.layer = i
-        self.qkv = parts.linear(f"{i}.qkv")
-        self.o = parts.linear(f"{i}.o")
+        self.qkv = weights[f"{i}.qkv"]
+        self.o = weights[f"{i}.o"]
         self.spec = AttentionSpec(layer.attention_scale, layer.window, spec.attention_softcap)
         self.rope = rope
         self.shape = (-1, spec.num_heads + 2 * spec.num_kv_heads, spec.head_dim)
@@ -186,10 +118,10 @@ class Attention:
 class NormedAttention(Attention):
     """Attention with an RMS norm of queries and keys before they are rotated."""
 
-    def __init__(self, parts: Parts, spec: DecoderSpec, i: int, rope: RopeTables | None) -> None:
-        super().__init__(parts, spec, i, rope)
-        self.q_norm = RmsNorm(spec.norm, parts.norm_weight(f"{i}.q_norm.weight"))
-        self.k_norm = RmsNorm(spec.norm, parts.norm_weight(f"{i}.k_norm.weight"))
+    def __init__(self, weights: Weights, spec: DecoderSpec, i: int, rope: RopeTables | None) -> None:
+        super().__init__(weights, spec, i, rope)
+        self.q_norm = RmsNorm(spec.norm, weights[f"{i}.q_norm"][0])
+        self.k_norm = RmsNorm(spec.norm, weights[f"{i}.k_norm"][0])
         self.q_shape = (-1, spec.num_heads, spec.head_dim)
         self.k_shape = (-1, spec.num_kv_heads, spec.head_dim)
         # One norm sees one head, or the whole projection as if it were a single head.
@@ -207,12 +139,12 @@ class NormedAttention(Attention):
 
 
 class Mlp:
-    """`down(activation(up(x)))`."""
+    """`down(activation(up(x)))`, `x [tokens, hidden]`."""
 
-    def __init__(self, parts: Parts, spec: DecoderSpec, i: int) -> None:
+    def __init__(self, weights: Weights, spec: DecoderSpec, i: int) -> None:
         self.activation = spec.activation
-        self.up = parts.linear(f"{i}.up")
-        self.down = parts.linear(f"{i}.down")
+        self.up = weights[f"{i}.up"]
+        self.down = weights[f"{i}.down"]
 
     def __call__(self, ops: Ops, x: Array) -> Array:
         return ops.linear(ops.activation(ops.linear(x, self.up), self.activation), self.down)
@@ -221,23 +153,23 @@ class Mlp:
 class GatedMlp:
     """`down(activation(gate(x)) * up(x))` (arXiv 2002.05202); gate and up are one matrix."""
 
-    def __init__(self, parts: Parts, spec: DecoderSpec, i: int) -> None:
+    def __init__(self, weights: Weights, spec: DecoderSpec, i: int) -> None:
         self.activation = spec.activation
-        self.up = parts.gated_linear(f"{i}.up")
-        self.down = parts.linear(f"{i}.down")
+        self.gate_up = weights[f"{i}.gate_up"]
+        self.down = weights[f"{i}.down"]
 
     def __call__(self, ops: Ops, x: Array) -> Array:
-        return ops.linear(ops.gated_linear(x, self.up, self.activation), self.down)
+        return ops.linear(ops.gated_linear(x, self.gate_up, self.activation), self.down)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer: each part is followed by its join, which makes the input of the next part."""
+    """One layer: each sublayer is followed by the addition that makes the input of the next one."""
 
     attention: Attention
-    after_attention: Join
+    add_attention: ResidualAdd
     mlp: Mlp | GatedMlp
-    after_mlp: Join
+    add_mlp: ResidualAdd
 
 
 class Decoder:
@@ -246,30 +178,38 @@ class Decoder:
     def __init__(
         self,
         spec: DecoderSpec,
-        names: NameMap,
-        ops: Ops,
-        source: PartSource,
-        storage: StorageType,
+        weights: Weights,
+        ops: Provider,
+        dtype: WeightDtype,
         max_model_len: int,
-        scheme: Scheme | None = None,
+        weight_bytes: int,
     ) -> None:
-        parts = Parts(ops, source, spec, names, storage, scheme)
+        """
+        Args:
+            weights: every parameter of `decoder_parameters(spec, ...)`, packed by `ops`.
+            dtype: of the weights that are not quantised, and of the cache.
+            max_model_len: positions that the model must be able to compute.
+            weight_bytes: of all weights as stored; for reports and for sizing the cache.
+
+        Raises:
+            KeyError: a parameter is not among `weights`.
+        """
         self.spec = spec
         self.max_model_len = max_model_len
-        self.weight_bytes = parts.weight_bytes
+        self.weight_bytes = weight_bytes
         self._ops = ops
-        self._storage = storage
-        self._embedding = parts.embedding("embedding")
-        self._positions = parts.positions() if spec.learned_positions else None
+        self._dtype = dtype
+        self._embedding = weights["embedding"]
+        self._positions = weights["positions"] if spec.learned_positions else None
         # What `pack_embedding` returns also serves `logits`, so a tied head costs nothing.
-        self._head = self._embedding if spec.tied_head else parts.embedding("head")
-        self._first_norm, self._layers = _build_layers(parts, spec, _rope_tables(ops, spec.layers, max_model_len))
+        self._head = self._embedding if spec.tied_head else weights["head"]
+        self._first_norm, self._layers = _build_layers(weights, spec, _rope_tables(ops, spec.layers, max_model_len))
         self._compute = ops.compile(self.compute)
 
     def cache_shape(self, num_blocks: int, block_size: int) -> CacheShape:
-        """The cache holds keys and values in the type of the weights."""
+        """`Model.cache_shape`; keys and values have the type of the weights."""
         spec = self.spec
-        return CacheShape(spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, self._storage)
+        return CacheShape(spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, self._dtype)
 
     def forward(self, token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
         """`[tokens]` -> hidden states after the last norm `[outputs, hidden]`."""
@@ -282,8 +222,8 @@ class Decoder:
             residual += ops.embed(batch.positions, self._positions)
         x = residual if self._first_norm is None else self._first_norm(ops, residual)
         for layer in self._layers:
-            x = layer.after_attention(ops, layer.attention(ops, x, batch, cache), residual)
-            x = layer.after_mlp(ops, layer.mlp(ops, x), residual)
+            x = layer.add_attention(ops, layer.attention(ops, x, batch, cache), residual)
+            x = layer.add_mlp(ops, layer.mlp(ops, x), residual)
         return x
 
     def greedy(self, hidden: Array) -> tuple[Array, Array]:
@@ -296,36 +236,38 @@ class Decoder:
 
 
 def _build_layers(
-    parts: Parts, spec: DecoderSpec, rope_tables: dict[RopeSpec | None, RopeTables | None]
+    weights: Weights, spec: DecoderSpec, rope_tables: dict[RopeSpec | None, RopeTables | None]
 ) -> tuple[Norm | None, list[Layer]]:
     """The norm before the first layer, if there is one, and the layers."""
     has_input_norms = spec.norm_places != "post"
     has_output_norms = spec.norm_places != "pre"
     attention_kind = Attention if spec.qk_norm == "none" else NormedAttention
     mlp_kind = GatedMlp if spec.gated_mlp else Mlp
-    input_norms = [parts.norm(f"{i}.attention_norm") if has_input_norms else None for i in range(spec.num_layers)]
 
-    def join(output_norm: str, next_norm: Norm | None) -> Join:
-        plain = add if next_norm is None else next_norm.add
-        return norm_then(parts.norm(output_norm), plain) if has_output_norms else plain
+    def norm(name: str) -> Norm:
+        return make_norm(spec.norm, weights, name)
 
-    layers = []
-    for i, layer in enumerate(spec.layers):
-        following = parts.norm("final_norm") if i + 1 == spec.num_layers else input_norms[i + 1]
-        layers.append(
-            Layer(
-                attention=attention_kind(parts, spec, i, rope_tables[layer.rope]),
-                after_attention=join(
-                    f"{i}.attention_post_norm", parts.norm(f"{i}.mlp_norm") if has_input_norms else None
-                ),
-                mlp=mlp_kind(parts, spec, i),
-                after_mlp=join(f"{i}.mlp_post_norm", following),
-            )
+    def residual_add(output_norm: str, next_norm: str | None) -> ResidualAdd:
+        plain = add if next_norm is None else norm(next_norm).add
+        return post_normed(norm(output_norm), plain) if has_output_norms else plain
+
+    # The name of the norm before each layer's attention, and of the one after the last layer.
+    following = [f"{i}.attention_norm" if has_input_norms else None for i in range(1, spec.num_layers)] + ["final_norm"]
+    layers = [
+        Layer(
+            attention=attention_kind(weights, spec, i, rope_tables[layer.rope]),
+            add_attention=residual_add(f"{i}.attention_post_norm", f"{i}.mlp_norm" if has_input_norms else None),
+            mlp=mlp_kind(weights, spec, i),
+            add_mlp=residual_add(f"{i}.mlp_post_norm", following[i]),
         )
-    return input_norms[0], layers
+        for i, layer in enumerate(spec.layers)
+    ]
+    return norm("0.attention_norm") if has_input_norms else None, layers
 
 
-def _rope_tables(ops: Ops, layers: Iterable[LayerSpec], max_model_len: int) -> dict[RopeSpec | None, RopeTables | None]:
+def _rope_tables(
+    ops: Device, layers: Iterable[LayerSpec], max_model_len: int
+) -> dict[RopeSpec | None, RopeTables | None]:
     """One pair of tables for each kind of rotary positions in the model."""
     tables: dict[RopeSpec | None, RopeTables | None] = {None: None}
     for spec in {layer.rope for layer in layers if layer.rope is not None}:

@@ -57,7 +57,11 @@ that does not read one of them has no such feature."""
 
 
 class ConfigReader:
-    """One config, or one of its nested objects. null is the same as absent, but for `if_absent`."""
+    """One config, or one of its nested objects. null is the same as absent, but for `if_absent`.
+
+    Every method raises ModelFileError, which names the key, where a value has a wrong type or is out of range, or where
+    a key without a default is missing.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
         self._values = values
@@ -113,7 +117,7 @@ class ConfigReader:
         return default if value is None else value
 
     def activation(self, name: str, default: str) -> Activation:
-        """An activation under transformers' name for it."""
+        """An activation under transformers' name for it. Raises UnsupportedModelError for another."""
         value = self.text(name, default)
         if value not in _ACTIVATIONS:
             raise self.unsupported(name, f"known are {', '.join(_ACTIVATIONS)}")
@@ -163,7 +167,7 @@ class ConfigReader:
         return [window if sliding else None for sliding in is_sliding]
 
     def refuse_unread(self) -> None:
-        """Refuse keys that would change the result and that the family did not read."""
+        """Raises UnsupportedModelError for a key that would change the result and that the family did not read."""
         for name, neutral in _NEUTRAL.items():
             value = self._values.get(name)
             if name in self._read or value is None or value in neutral:
@@ -173,7 +177,7 @@ class ConfigReader:
             raise self.unsupported(name, "this family has no such feature")
 
     def refuse_keys_outside(self, known: frozenset[str]) -> None:
-        """Refuse keys that are not among `known`."""
+        """Raises UnsupportedModelError for a key that is not among `known`."""
         for name in self._values:
             if name not in known:
                 raise self.unsupported(name, "the key is not known")

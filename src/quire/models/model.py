@@ -1,4 +1,4 @@
-"""What the runner asks of a model, whatever its family."""
+"""What the runner needs of a model, whatever its family."""
 
 from typing import Protocol
 
@@ -22,13 +22,14 @@ class Model(Protocol):
         """Bytes of all weights as stored."""
 
     def cache_shape(self, num_blocks: int, block_size: int) -> CacheShape:
-        """The key-value cache that `forward` wants."""
+        """The key-value cache that `forward` fills: `num_blocks` blocks of `block_size` tokens."""
 
     def forward(self, token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
-        """`token_ids [tokens]` int32 -> `[outputs, hidden]` after the last norm. Fills the cache."""
+        """`token_ids [tokens]` int32 -> hidden states after the last norm `[outputs, hidden]`. Fills the cache."""
 
     def greedy(self, hidden: Array) -> tuple[Array, Array]:
-        """`Ops.greedy` of rows of hidden states: the token of the largest logit and whether the logits are finite."""
+        """`Ops.greedy` of `hidden [rows, hidden]`: the token with the largest logit, int32 `[rows]`, and whether the
+        logits are finite, bool `[rows]`."""
 
     def logits(self, hidden: Array) -> Array:
-        """Rows of hidden states `[rows, hidden]` -> float32 `[rows, vocab_size]`."""
+        """`hidden [rows, hidden]` -> float32 `[rows, vocab_size]`."""

@@ -17,8 +17,8 @@ from quire.models.families.qwen3 import qwen3
 from quire.models.families.smollm3 import smollm3
 from quire.models.families.starcoder2 import starcoder2
 from quire.models.hf_config import ConfigReader
+from quire.models.parameters import NameMap
 from quire.models.spec import DecoderSpec
-from quire.models.weights_map import NameMap
 
 Family = Callable[[ConfigReader], tuple[DecoderSpec, NameMap]]
 

@@ -15,7 +15,12 @@ Float32Array = NDArray[np.float32]
 
 
 def rope_tables(spec: RopeSpec, max_positions: int) -> tuple[Float32Array, Float32Array]:
-    """`cos, sin [max_positions, rotary_dim / 2]` for positions `[0, max_positions)`."""
+    """Cosines and sines of RoPE (arXiv 2104.09864) for positions `[0, max_positions)`.
+
+    Returns:
+        `cos, sin`, float32 `[max_positions, rotary_dim / 2]`: of `position * theta^(-2 i / rotary_dim)`, scaled as
+        `spec` says.
+    """
     frequencies, attention_factor = _frequencies(spec, max_positions)
     angles = np.arange(max_positions, dtype=np.float32)[:, None] * frequencies
     cos, sin = np.cos(angles), np.sin(angles)
@@ -26,7 +31,7 @@ def rope_tables(spec: RopeSpec, max_positions: int) -> tuple[Float32Array, Float
 
 
 def _frequencies(spec: RopeSpec, max_positions: int) -> tuple[Float32Array, float]:
-    """Angles for one position `[rotary_dim / 2]`, and the factor of cos and sin."""
+    """The angle of position 1 `[rotary_dim / 2]` in radians, and the factor of cos and sin."""
     exponents = np.arange(0, spec.rotary_dim, 2, dtype=np.float32) / np.float32(spec.rotary_dim)
     # The power in float64, rounded once: the same on every machine.
     wavelengths = np.power(spec.theta, exponents.astype(np.float64)).astype(np.float32)

@@ -23,7 +23,7 @@ _KNOWN = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RopeDefaults:
-    """What a family takes when its config is silent, and what only some have."""
+    """What a key means to a family when its config lacks it, and what only some families have."""
 
     theta: float = 10_000.0
     can_be_partial: bool = False
@@ -34,7 +34,12 @@ class RopeDefaults:
 
 
 def read_rope(config: ConfigReader, head_dim: int, defaults: RopeDefaults) -> RopeSpec:
-    """The rotary positions of a model that has one kind of them."""
+    """The rotary positions of a model whose layers all have the same.
+
+    Raises:
+        UnsupportedModelError: a kind or a key that Quire does not have.
+        ModelFileError: a value of a wrong type or out of range.
+    """
     # transformers gives `rope_scaling` precedence over `rope_parameters`; each name must count as read.
     rope = [config.nested("rope_scaling"), config.nested("rope_parameters")]
     theta = config.number("rope_theta", defaults.theta)
@@ -46,7 +51,7 @@ def read_rope(config: ConfigReader, head_dim: int, defaults: RopeDefaults) -> Ro
 def parse_rope(
     config: ConfigReader, rope: ConfigReader, head_dim: int, defaults: RopeDefaults, partial: float = 1.0
 ) -> RopeSpec:
-    """One rope object; `config` gives the lengths that it may leave out."""
+    """One rope object; `config` gives the lengths that it may leave out. Raises as `read_rope`."""
     rope.refuse_keys_outside(_KNOWN)
     partial = rope.number("partial_rotary_factor", partial)
     if partial > 1.0 or (partial < 1.0 and not defaults.can_be_partial):

@@ -1,7 +1,7 @@
-"""The native module (`native/module.cpp`). Arrays are numpy's; every function raises ValueError on a wrong shape,
-type, layout or index before it computes anything."""
+"""The native module (`native/binding/module.cpp`). Arrays are numpy's; every function raises ValueError on a wrong
+shape, type, layout or index before it computes anything."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 class PackedLinear:
@@ -11,12 +11,31 @@ class PackedLinear:
     def in_features(self) -> int: ...
     @property
     def out_width(self) -> int:
-        """The width of a product: half of `out_features` for a gated weight."""
+        """The width of a GEMM's result: half of `out_features` for a gated weight."""
     @property
-    def reads_tiles(self) -> bool:
-        """Whether its inputs may be rows of bfloat16."""
+    def reads_amx_bf16(self) -> bool:
+        """Whether its inputs may have the layout `amx_bf16`: bfloat16 in the order of AMX tiles."""
     @property
     def bytes(self) -> int: ...
+    @property
+    def gated(self) -> bool: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def layout(self) -> str:
+        """`panels`, `amx_bf16` or `integers`."""
+    @property
+    def integers(self) -> tuple[int, int, int]:
+        """Bits (0: the weight is of floating point), inputs in a group, padded; the largest integer of an input."""
+    @property
+    def weights(self) -> PackedBytes: ...
+    @property
+    def bias(self) -> PackedBytes | None: ...
+
+class PackedBytes:
+    """Read-only memory of a packed weight, which it keeps alive: `memoryview(bytes)`."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 class Cache:
     @property
@@ -24,36 +43,11 @@ class Cache:
     def block_bytes(self, block: int, layer: int, /) -> Any:
         """A copy of the bytes of one block in one layer."""
 
-_View = tuple[int, int, int, int]
-"""`quire.ops.program.View`: buffer, offset, groups, width."""
-
 class Program:
-    """Instructions are appended in the order in which they will run."""
+    """Instructions are appended, by the operation's name, in the order in which they will run. What each takes are the
+    fields of its class in `quire.ops.graph.operations`, in their order (`quire.ops.cpu_program.native_arguments`)."""
 
-    def embed(self, positions: bool, table: PackedLinear, scale: float, y: _View, /) -> None:
-        """Of the token ids, or of the positions."""
-    def linear(self, x: _View, weight: PackedLinear, adds: bool, kind: int, y: _View, /) -> None:
-        """`adds` to what y holds; `kind` is read for a gated weight."""
-    def norm(
-        self, x: _View, residual: _View | None, weight: Any, bias: Any | None, eps: float, centre: bool, y: _View, /
-    ) -> None: ...
-    def add(self, x: _View, y: _View, /) -> None: ...
-    def attention(
-        self,
-        qkv: tuple[_View, _View, _View],
-        layer: int,
-        scale: float,
-        window: int,
-        softcap: float,
-        sinks: Any | None,
-        cos: Any | None,
-        sin: Any | None,
-        narrows: Sequence[int],
-        y: _View,
-        /,
-    ) -> None:
-        """From one that `narrows` on, only the outputs of a step are computed: their rows of these buffers move up."""
-    def activation(self, x: _View, kind: int, multiply: bool, y: _View, /) -> None: ...
+    def __getattr__(self, operation: str, /) -> Callable[..., None]: ...
     def run(
         self,
         token_ids: Any,
@@ -78,25 +72,38 @@ class Runtime:
         self,
         weight: Any,
         bias: Any | None,
-        storage: str,
+        dtype: str,
         gated: bool,
-        rounding: tuple[int, int, int] | None,
+        quant: tuple[int, int, int] | None,
         /,
     ) -> PackedLinear:
         """`weight [out, in]`: uint16 bits of bfloat16 or float16, or float32; or `(in, [(descriptor, offset in bytes,
-        rows), ...])` of files. `rounding`: bits, group and levels of `pack_integers`, to which it is rounded first.
-        ValueError also where a file ends early, and with rounding where a weight is not finite."""
+        rows), ...])` of files. `quant`: bits, group and qmax of `pack_integers`, to which it is rounded first.
+        ValueError also where a file ends early, and with `quant` where a weight is not finite."""
+    def map_packed(
+        self,
+        weights: Any,
+        bias: Any | None,
+        out: int,
+        inputs: int,
+        dtype: str,
+        layout: str,
+        gated: bool,
+        integers: tuple[int, int, int] | None,
+        /,
+    ) -> PackedLinear:
+        """A weight over the bytes of another one's `weights` and `bias`, which are not copied and kept alive;
+        `integers` as `quant` of `pack`. ValueError, which names the field, where they are not of such a weight."""
     def probe(self, kind: str, data: Any, /) -> int:
-        """`kind` is read (of `data`), float32, bfloat16 or int8: bytes, or operations; 0 without such instructions."""
-    def quantize(
-        self, weight: Any, storage: str, four_bits: bool, group_size: int, values: Any, scales: Any, /
-    ) -> bool:
+        """`kind` is read (of `data`), float32, bfloat16 or int8: bytes, or operations; 0 where there are no such
+        instructions."""
+    def quantize(self, weight: Any, dtype: str, four_bits: bool, group_size: int, values: Any, scales: Any, /) -> bool:
         """False where a weight is not finite."""
     def pack_integers(
-        self, values: Any, scales: Any, bias: Any | None, bits: int, group: int, levels: int, gated: bool, /
+        self, values: Any, scales: Any, bias: Any | None, bits: int, group: int, qmax: int, gated: bool, /
     ) -> PackedLinear:
         """`values [out, in]` int8, `scales [out, ceil(in / group)]`, integers of 4 or 8 bits; inputs will be rounded to
-        integers up to `levels`. See `QuantizedWeight`."""
+        integers up to `qmax`. See `QuantizedWeight`."""
     def linear(self, x: Any, packed: PackedLinear, y: Any, scale: float, softcap: float, add: bool, /) -> None:
         """`softcap` 0 is none; `add` adds to what y holds."""
     def greedy(
@@ -109,7 +116,6 @@ class Runtime:
         self, x: Any, residual: Any | None, weight: Any, bias: Any | None, eps: float, centre: bool, y: Any, /
     ) -> None:
         """`x` is added to `residual` first, where given; `centre` subtracts the mean (layer_norm)."""
-    def rope(self, x: Any, positions: Any, cos: Any, sin: Any, /) -> None: ...
     def activation(self, x: Any, kind: int, multiply: bool, y: Any, /) -> None:
         """`kind` counts silu, gelu, gelu_tanh, relu from 0."""
     def attention(
@@ -148,10 +154,12 @@ class Runtime:
         self, logits: Any, token_ids: Any, chosen: Any, rank: Any, top_ids: Any, top_logprobs: Any, /
     ) -> None: ...
     def rows_finite(self, logits: Any, finite: Any, /) -> None: ...
-    def copy_blocks(self, cache: Cache, source_ids: Any, target_ids: Any, /) -> None: ...
-    def program(self, buffers: list[tuple[int, int, bool, bool]], kept: int, passing: int, result: int, /) -> Program:
-        """An empty program. Of each buffer: where it begins, in floats for each token, its width, whether it holds rows
-        of bfloat16, and whether it passes (`quire.ops.program.Placement`). The buffer `result` is outside the arena."""
+    def program(
+        self, buffers: list[tuple[int, int, bool, bool]], persistent: int, local: int, result: int, /
+    ) -> Program:
+        """An empty program. Of each buffer: where it begins, in floats for each token, its width, whether its layout is
+        amx_bf16, and whether it is local (`quire.ops.graph.plan.BufferPlan`, which also has the two sizes). The buffer
+        `result` is outside the arena."""
 
 def instruction_sets() -> list[tuple[str, bool, str]]:
     """(name, whether this processor runs it, "yes" or what it lacks), slowest first."""
@@ -159,4 +167,4 @@ def instruction_sets() -> list[tuple[str, bool, str]]:
 def operation_times() -> list[tuple[str, int, int, int, int, int, int]]:
     """See `quire.ops.cpu.operation_counts`."""
 
-def make_cache(layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, storage: str, /) -> Cache: ...
+def make_cache(layers: int, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: str, /) -> Cache: ...

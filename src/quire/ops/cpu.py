@@ -1,7 +1,7 @@
 """The operations on the CPU: arrays are numpy, the work is native (see `native/`).
 
 Row independence holds to the last bit for one instruction set: every reduction has an order that depends on the
-row's own data and on the shapes of the weights. With the instruction set `amx` the inputs of products with bfloat16
+row's own data and on the shapes of the weights. With the instruction set `amx` the inputs of GEMMs with bfloat16
 weights are rounded to bfloat16 (`docs/design/amx.md`). The native side checks every shape and index and raises
 ValueError; it never reads outside an array.
 """
@@ -14,13 +14,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from quire.ops import _native
+from quire.ops import _native, cpu_packed
 from quire.ops.composed import ComposedOps
 from quire.ops.cpu_program import ACTIVATION, NO_WINDOW, CpuProgram
-from quire.ops.fuse import fuse
-from quire.ops.program import trace
+from quire.ops.graph.fuse import fuse
+from quire.ops.graph.operations import trace
+from quire.ops.packed import Buffer, PackedHeader, PackedState
 from quire.ops.types import (
-    INPUT_LEVELS,
+    ACTIVATION_QMAX,
     Activation,
     Array,
     AttentionBatch,
@@ -31,23 +32,22 @@ from quire.ops.types import (
     Opaque,
     QuantizedFormat,
     QuantizedWeight,
+    QuantSpec,
     RopeTables,
-    Rounding,
     SampleBatch,
     Step,
-    StorageType,
     StoredWeight,
+    WeightDtype,
 )
 
-_STORAGE = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
-_BITS: dict[QuantizedFormat, int] = {name: 8 if name.startswith("int8") else 4 for name in INPUT_LEVELS}
+_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": np.dtype(np.float32)}
 _FLOAT32 = np.dtype(np.float32)
 
 
 class CpuOps(ComposedOps):
     """`threads` includes the calling one. `isa` is one of `quire.ops.select.instruction_sets()`. `affinity` names the
     processors of each thread (`quire.ops.select.core_processors`); empty leaves them to the system. All providers of a
-    process share its threads: their operations run one after another, whoever calls."""
+    process share its threads: their operations run one after another, whichever thread calls."""
 
     formats: tuple[QuantizedFormat, ...] = ("int8", "int8_w8a8", "int4", "int4_w4a8")
 
@@ -79,48 +79,48 @@ class CpuOps(ComposedOps):
         "int8"), with all threads. The number of bytes, or of multiplications and additions; 0 without such a unit."""
         return self._native.probe(kind, data)
 
-    def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight | StoredWeight:
+    def quantize(self, weight: Any, quant: QuantSpec) -> QuantizedWeight | StoredWeight:
         if isinstance(weight, StoredWeight):
-            return replace(weight, rounding=rounding)
+            return replace(weight, quant=quant)
         weight = np.ascontiguousarray(weight)
         out, inputs = weight.shape
-        storage = next(name for name, dtype in _STORAGE.items() if dtype == weight.dtype)
-        four_bits, size = rounding.group_size is not None, rounding.group_size or inputs
+        dtype = next(name for name, one in _DTYPES.items() if one == weight.dtype)
+        four_bits, size = quant.group_size is not None, quant.group_size or inputs
         values = np.empty((out, inputs), np.int8)
         scales = np.empty((out, -(-inputs // size) if inputs else 0), _FLOAT32)
-        items = weight if storage == "float32" else weight.view(np.uint16)
-        if not self._native.quantize(items, storage, four_bits, size, values, scales):
+        items = weight if dtype == "float32" else weight.view(np.uint16)
+        if not self._native.quantize(items, dtype, four_bits, size, values, scales):
             raise ValueError("a weight is not finite")
-        return QuantizedWeight(rounding.format, values, scales, size)
+        return QuantizedWeight(quant.format, values, scales, size)
 
-    def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
-        return self._pack(weight, bias, storage, gated=False)
+    def pack_linear(self, weight: Any, bias: Any | None, dtype: WeightDtype) -> Opaque:
+        return self._pack(weight, bias, dtype, gated=False)
 
-    def pack_gated(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
-        return self._pack(weight, bias, storage, gated=True)
+    def pack_gated(self, weight: Any, bias: Any | None, dtype: WeightDtype) -> Opaque:
+        return self._pack(weight, bias, dtype, gated=True)
 
-    def _pack(self, weight: Any, bias: Any | None, storage: StorageType, gated: bool) -> Opaque:
+    def _pack(self, weight: Any, bias: Any | None, dtype: WeightDtype, gated: bool) -> Opaque:
         if bias is not None:
             bias = np.ascontiguousarray(bias, dtype=np.float32)
         if isinstance(weight, QuantizedWeight):
             return self._pack_integers(weight, bias, gated)
-        if isinstance(weight, StoredWeight) and (weight.rounding is not None or weight.storage == storage):
+        if isinstance(weight, StoredWeight) and (weight.quant is not None or weight.dtype == dtype):
             return self._pack_stored(weight, bias, gated)
         weight = np.asarray(weight)
-        if weight.dtype != _STORAGE[storage]:
-            weight = _converted(weight, _STORAGE[storage])
+        if weight.dtype != _DTYPES[dtype]:
+            weight = _converted(weight, _DTYPES[dtype])
         if weight.strides[-1] != weight.itemsize:
             weight = np.ascontiguousarray(weight)
         # The buffer protocol has no name for bfloat16.
-        items = weight if storage == "float32" else weight.view(np.uint16)
-        return self._native.pack(items, bias, storage, gated, None)
+        items = weight if dtype == "float32" else weight.view(np.uint16)
+        return self._native.pack(items, bias, dtype, gated, None)
 
     def _pack_stored(self, weight: StoredWeight, bias: Any | None, gated: bool) -> Opaque:
-        inputs, rounding = weight.shape[1], None
-        if weight.rounding is not None:
-            name, size = weight.rounding.format, weight.rounding.group_size
-            rounding = _BITS[name], size or inputs, INPUT_LEVELS[name]
-        return self._native.pack((inputs, list(weight.files)), bias, weight.storage, gated, rounding)
+        inputs, quant = weight.shape[1], None
+        if weight.quant is not None:
+            name, size = weight.quant.format, weight.quant.group_size
+            quant = cpu_packed.BITS[name], size or inputs, ACTIVATION_QMAX[name]
+        return self._native.pack((inputs, list(weight.files)), bias, weight.dtype, gated, quant)
 
     def _pack_integers(self, weight: QuantizedWeight, bias: Any | None, gated: bool) -> Opaque:
         values, scales = weight.values, weight.scales
@@ -130,16 +130,22 @@ class CpuOps(ComposedOps):
             values,
             np.ascontiguousarray(scales),
             bias,
-            _BITS[weight.format],
+            cpu_packed.BITS[weight.format],
             weight.group_size,
-            INPUT_LEVELS[weight.format],
+            ACTIVATION_QMAX[weight.format],
             gated,
         )
 
-    def pack_embedding(self, table: Any, storage: StorageType) -> Opaque:
-        return self.pack_linear(table, None, storage)
+    def pack_embedding(self, table: Any, dtype: WeightDtype) -> Opaque:
+        return self.pack_linear(table, None, dtype)
 
-    # products
+    def packed_state(self, packed: Opaque) -> PackedState:
+        return cpu_packed.packed_state(packed)
+
+    def map_packed(self, header: PackedHeader, buffers: Sequence[Buffer]) -> Opaque:
+        return cpu_packed.map_packed(self._native, header, buffers)
+
+    # GEMMs
 
     def linear(self, x: Array, packed: Opaque) -> Array:
         y = np.empty((x.shape[0], packed.out_features), _FLOAT32)
@@ -185,12 +191,9 @@ class CpuOps(ComposedOps):
 
     # positions and attention
 
-    def rope(self, x: Array, positions: Array, cos: Array, sin: Array) -> None:
-        self._native.rope(x, positions, cos, sin)
-
     def make_cache(self, shape: CacheShape) -> Opaque:
         return _native.make_cache(
-            shape.num_layers, shape.num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim, shape.storage
+            shape.num_layers, shape.num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim, shape.dtype
         )
 
     def attention(
@@ -224,9 +227,6 @@ class CpuOps(ComposedOps):
             out,
         )
         return out
-
-    def copy_blocks(self, cache: Opaque, source_ids: Array, target_ids: Array) -> None:
-        self._native.copy_blocks(cache, source_ids, target_ids)
 
     def block_bytes(self, cache: Opaque, block: int, layer: int) -> bytes:
         return bytes(cache.block_bytes(block, layer))

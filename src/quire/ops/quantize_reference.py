@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.ops.types import Array, QuantizedWeight, Rounding
+from quire.ops.types import Array, QuantizedWeight, QuantSpec
 
 DIVISORS = (6.5, 7.0, 7.5, 8.0, 8.5)
 SMALLEST = 1e-30
@@ -21,17 +21,17 @@ SMALLEST = 1e-30
 LANES = 16
 
 
-def quantize(weight: Any, rounding: Rounding) -> QuantizedWeight:
-    """`weight [out, in]` (float32, float16 or bfloat16) in the numbers of `rounding`. Deterministic: sums are float32,
+def quantize(weight: Any, quant: QuantSpec) -> QuantizedWeight:
+    """`weight [out, in]` (float32, float16 or bfloat16) in the numbers of `quant`. Deterministic: sums are float32,
     in sixteen lanes from the first input to the last, then folded in halves.
 
     Raises:
         ValueError: a weight is NaN or infinite.
     """
     x = np.asarray(weight).astype(np.float32)
-    values, scales = rounded(array_api_compat.numpy, x, rounding)
-    whole = e4m3(values) if rounding.format == "fp8" else np.ascontiguousarray(values.astype(np.int8))
-    return QuantizedWeight(rounding.format, whole, scales, rounding.group_size or x.shape[1])
+    values, scales = rounded(array_api_compat.numpy, x, quant)
+    whole = e4m3(values) if quant.format == "fp8" else np.ascontiguousarray(values.astype(np.int8))
+    return QuantizedWeight(quant.format, whole, scales, quant.group_size or x.shape[1])
 
 
 def e4m3(x: Array) -> NDArray[Any]:
@@ -40,7 +40,7 @@ def e4m3(x: Array) -> NDArray[Any]:
     return nearest
 
 
-def rounded(xp: Any, x: Array, rounding: Rounding) -> tuple[Array, Array]:
+def rounded(xp: Any, x: Array, quant: QuantSpec) -> tuple[Array, Array]:
     """`x [out, in]` float32 of the namespace `xp` -> its values of small numbers, still in float32, and their scales
     `[out, groups]`. With `fp8` the values are within its range, and the conversion to e4m3 is what rounds them. Rows do
     not depend on each other. ValueError as `quantize`."""
@@ -49,26 +49,26 @@ def rounded(xp: Any, x: Array, rounding: Rounding) -> tuple[Array, Array]:
     out, inputs = x.shape
     if inputs == 0:
         return x, x
-    if rounding.group_size is None:
-        levels = 448.0 if rounding.format == "fp8" else 127.0
-        within, scales = _rows(xp, x, levels)
-        return within if rounding.format == "fp8" else xp.round(within), scales
-    size = rounding.group_size
+    if quant.group_size is None:
+        qmax = 448.0 if quant.format == "fp8" else 127.0
+        within, scales = _rows(xp, x, qmax)
+        return within if quant.format == "fp8" else xp.round(within), scales
+    size = quant.group_size
     groups = -(-inputs // size)
     missing = xp.zeros((out, groups * size - inputs), dtype=x.dtype, device=x.device)
     values, scales = _groups(xp, xp.reshape(xp.concat([x, missing], axis=1), (-1, size)))
     return xp.reshape(values, (out, groups * size))[:, :inputs], xp.reshape(scales, (out, groups))
 
 
-def _rows(xp: Any, x: Array, levels: float) -> tuple[Array, Array]:
-    """`x` over its scales `[rows, 1]`, within `levels`."""
+def _rows(xp: Any, x: Array, qmax: float) -> tuple[Array, Array]:
+    """`x` over its scales `[rows, 1]`, within `qmax`."""
     largest = xp.max(xp.abs(x), axis=1, keepdims=True)
     zero, one = xp.zeros_like(largest), xp.ones_like(largest)
     none = largest < SMALLEST
     # Divided by an array: by a number, torch on a GPU multiplies by its reciprocal.
-    scales = xp.where(none, zero, largest / (one * levels))
+    scales = xp.where(none, zero, largest / (one * qmax))
     inverse = xp.where(none, zero, one / xp.where(none, one, scales))
-    return xp.clip(x * inverse, -levels, levels), scales
+    return xp.clip(x * inverse, -qmax, qmax), scales
 
 
 def _groups(xp: Any, x: Array) -> tuple[Array, Array]:

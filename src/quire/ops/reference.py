@@ -1,17 +1,18 @@
 """The definition of every operation.
 
 Written against the array-API standard: the same lines run on numpy and on torch. Everything is float32 unless
-a line says otherwise; storage types appear as *rounding*: a weight or a cached key is rounded to its storage
-type and kept as float32, so the arithmetic is the same for each. Other providers are compared with this one,
+a line says otherwise; dtypes of weights and cache appear as *rounding*: a weight or a cached key is rounded to its
+dtype and kept as float32, so the arithmetic is the same for each. Other providers are compared with this one,
 operation by operation, at the tolerance stated in each docstring; `rel` is relative to the largest magnitude
 in the result, `abs` is absolute.
 
-This provider is for reading and for tests. Its matrix products are the array library's, so it does not
+This provider is for reading and for tests. Its GEMMs are the array library's, so it does not
 promise row independence to the last bit; the providers that serve do.
 """
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,9 @@ import numpy as np
 from array_api_compat import array_namespace, to_device
 
 from quire.ops import composed, quantize_reference, sampling_reference
+from quire.ops.packed import VERSION, Buffer, PackedHeader, PackedState, check_header, checked_buffers
 from quire.ops.types import (
-    INPUT_LEVELS,
+    ACTIVATION_QMAX,
     Activation,
     Array,
     AttentionBatch,
@@ -30,16 +32,16 @@ from quire.ops.types import (
     Logprobs,
     QuantizedFormat,
     QuantizedWeight,
+    QuantSpec,
     RopeTables,
-    Rounding,
     SampleBatch,
-    StorageType,
+    WeightDtype,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceLinear:
-    """A weight rounded to its storage type. Also what `pack_embedding` returns, so heads can be tied."""
+    """A weight rounded to its dtype. Also what `pack_embedding` returns, so heads can be tied."""
 
     weight: Array  # [out, in] float32
     bias: Array | None  # [out] float32
@@ -57,7 +59,7 @@ class ReferenceCache:
 class ReferenceOps(composed.ComposedOps):
     """`ReferenceOps(numpy)` or `ReferenceOps(torch)`; `device` as the library's `asarray` takes it."""
 
-    formats = tuple(INPUT_LEVELS)
+    formats = tuple(ACTIVATION_QMAX)
 
     def __init__(self, namespace: Any, device: Any | None = None) -> None:
         self.xp = array_namespace(namespace.asarray([0.0]))
@@ -72,12 +74,12 @@ class ReferenceOps(composed.ComposedOps):
     def to_numpy(self, x: Array) -> Any:
         return np.asarray(to_device(x, "cpu"))
 
-    def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight:
+    def quantize(self, weight: Any, quant: QuantSpec) -> QuantizedWeight:
         """Defined in `quantize_reference`. Exact."""
-        return quantize_reference.quantize(weight, rounding)
+        return quantize_reference.quantize(weight, quant)
 
-    def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> ReferenceLinear:
-        """Rounds to `storage`, to nearest even; the bias stays float32. Exact. A `QuantizedWeight` becomes what it
+    def pack_linear(self, weight: Any, bias: Any | None, dtype: WeightDtype) -> ReferenceLinear:
+        """Rounds to `dtype`, to nearest even; the bias stays float32. Exact. A `QuantizedWeight` becomes what it
         stands for: its values times its scales, in float32."""
         kind = None
         if isinstance(weight, QuantizedWeight):
@@ -86,50 +88,69 @@ class ReferenceOps(composed.ComposedOps):
             scales = np.repeat(weight.scales, weight.group_size, axis=1)[:, : weight.values.shape[1]]
             rounded = weight.values.astype(np.float32) * scales
         else:
-            rounded = np.asarray(weight).astype(np.float32).astype(_numpy_dtype(storage))
+            rounded = np.asarray(weight).astype(np.float32).astype(_numpy_dtype(dtype))
         return ReferenceLinear(
             self.array(rounded, "float32"),
             None if bias is None else self.array(np.asarray(bias).astype(np.float32), "float32"),
             kind,
         )
 
-    def pack_embedding(self, table: Any, storage: StorageType) -> ReferenceLinear:
-        return self.pack_linear(table, None, storage)
+    def pack_embedding(self, table: Any, dtype: WeightDtype) -> ReferenceLinear:
+        return self.pack_linear(table, None, dtype)
 
-    # products
+    def packed_state(self, packed: ReferenceLinear) -> PackedState:
+        """The weight as it is multiplied, float32 `[out, in]`, then the bias `[out]` if there is one."""
+        kind, has_bias = packed.format or "float32", packed.bias is not None
+        rows, inputs = packed.weight.shape
+        header = PackedHeader(VERSION, "reference", "rows", kind, "float32", rows, inputs, 0, False, has_bias)
+        arrays = [x for x in (packed.weight, packed.bias) if x is not None]
+        return PackedState(header, tuple(self.to_numpy(x).view(np.uint8).reshape(-1) for x in arrays))
+
+    def map_packed(self, header: PackedHeader, buffers: Sequence[Buffer]) -> ReferenceLinear:
+        """`PackedStore.map_packed`; with a namespace other than numpy's the memory is copied."""
+        kind = header.format if header.format in ACTIVATION_QMAX else None
+        check_header(header, "reference", layout="rows", format=kind or "float32", group_size=0, gated=False)
+        rows, inputs = header.out_features, header.in_features
+        sizes = [4 * rows * inputs, 4 * rows] if header.has_bias else [4 * rows * inputs]
+        arrays = [view.view(np.float32) for view in checked_buffers(buffers, sizes)]
+        if not self.xp.__name__.endswith("numpy"):
+            arrays = [self.array(x, "float32") for x in arrays]
+        return ReferenceLinear(arrays[0].reshape(rows, inputs), arrays[1] if header.has_bias else None, kind)
+
+    # GEMMs
 
     def linear(self, x: Array, packed: ReferenceLinear) -> Array:
-        """`y[t, o] = sum_i x[t, i] w[o, i] + b[o]`, products and sums in float32. Where the storage of w is 16 bits
-        wide a provider may round x to that type first, to nearest even, if that is what its AMX unit takes.
+        """`y[t, o] = sum_i x[t, i] w[o, i] + b[o]` in float32. Where w has 16 bits a provider may round x to its
+        dtype first, to nearest even, if that is what its AMX unit or tensor cores take.
         Tolerance: rel 2e-5 (order of sums) for the x it multiplies; so, of rounding to bfloat16, within
         `2^-8 sum_i |x[t, i] w[o, i]|` of this line.
 
-        With a `QuantizedWeight` x is first rounded by `round_inputs`. Tolerance: rel 2e-5 (order of sums); with
+        With a `QuantizedWeight` x first goes through `quantize_activations`. Tolerance: rel 2e-5 (order of sums); with
         `fp8` 1e-3, as the sums of a device's unit may be shorter."""
         y_scale = None
         if packed.format is not None:
-            x, y_scale = self.round_inputs(x, INPUT_LEVELS[packed.format], packed.format == "fp8")
+            x, y_scale = self.quantize_activations(x, ACTIVATION_QMAX[packed.format], packed.format == "fp8")
         y = x @ self.xp.permute_dims(packed.weight, (1, 0))
         if y_scale is not None:
             y = y * y_scale
         return y if packed.bias is None else y + packed.bias
 
-    def round_inputs(self, x: Array, levels: int, floating: bool = False) -> tuple[Array, Array]:
-        """`q [tokens, in] = rint(x * (levels / absmax))`, integers kept as float32 (`floating`: the nearest of e4m3),
-        and the step `absmax / levels [tokens, 1]`, absmax being the largest magnitude of each row. One below 2^-100
-        counts as zero, and a row with an infinity or NaN gives NaN for all its outputs. Exact."""
+    def quantize_activations(self, x: Array, qmax: int, e4m3: bool = False) -> tuple[Array, Array]:
+        """`q [tokens, in] = rint(x * (qmax / absmax))`, integers kept as float32 (`e4m3`: the nearest of those),
+        and the activation scale `absmax / qmax [tokens, 1]`, absmax being the largest magnitude of each row. One below
+        2^-100 counts as zero, and a row with an infinity or NaN gives NaN for all its outputs. Exact."""
         xp = self.xp
         none = xp.zeros((x.shape[0], 1), dtype=xp.float32, device=self.device)
         absmax = xp.max(xp.abs(x), axis=-1, keepdims=True) if x.shape[1] else none
         finite = xp.isfinite(absmax)
         some = finite & (absmax >= 2.0**-100)
-        inverse = xp.where(some, levels / xp.where(some, absmax, 1.0), 0.0)
+        inverse = xp.where(some, qmax / xp.where(some, absmax, 1.0), 0.0)
         scaled = xp.where(some, x, 0.0) * inverse
-        if floating:
+        if e4m3:
             nearest = quantize_reference.e4m3(self.to_numpy(scaled)).astype(np.float32)
-            return self.array(nearest, "float32"), xp.where(finite, absmax / levels, math.nan)
+            return self.array(nearest, "float32"), xp.where(finite, absmax / qmax, math.nan)
         q = xp.where(some, xp.round(scaled), 0.0)
-        return q, xp.where(finite, absmax / levels, math.nan)
+        return q, xp.where(finite, absmax / qmax, math.nan)
 
     def embed(self, token_ids: Array, packed: ReferenceLinear, scale: float = 1.0) -> Array:
         """Rows of the table times `scale` in float32. Exact."""
@@ -162,7 +183,7 @@ class ReferenceOps(composed.ComposedOps):
 
     # positions and attention
 
-    def rope(self, x: Array, positions: Array, cos: Array, sin: Array) -> None:
+    def _rotate(self, x: Array, positions: Array, cos: Array, sin: Array) -> None:
         """Dimension `i` of the first half and `i + n` of the second, `n = cos.shape[1]`, turn together
         (arXiv 2104.09864): `(a, b) -> (a cos - b sin, b cos + a sin)`. Tolerance: rel 1e-6."""
         half = cos.shape[1]
@@ -189,15 +210,15 @@ class ReferenceOps(composed.ComposedOps):
     ) -> Array:
         """For the query at position p of its row: `softmax_j(cap(scale q . k_j)) v_j` over the visible j (see
         `AttentionSpec`), with `cap(s) = softcap * tanh(s / softcap)` and the sink's logit, if any, in the
-        denominator only. Keys and values are rounded to the cache's storage when written and read back so,
+        denominator only. Keys and values are rounded to the cache's dtype when written and read back so,
         also by the queries of the same step. Query head h reads key-value head `h // (heads // kv_heads)`.
         Tolerance: rel 1e-5."""
         xp, size = self.xp, cache.shape.block_size
         if rope is not None:
             q, k = q + 0.0, k + 0.0
-            self.rope(q, batch.positions, rope.cos, rope.sin)
-            self.rope(k, batch.positions, rope.cos, rope.sin)
-        dtype = _namespace_dtype(xp, cache.shape.storage)
+            self._rotate(q, batch.positions, rope.cos, rope.sin)
+            self._rotate(k, batch.positions, rope.cos, rope.sin)
+        dtype = _namespace_dtype(xp, cache.shape.dtype)
         keys, values = cache.data[0, layer, ...], cache.data[1, layer, ...]
         rows: list[tuple[int, int, int, Array]] = []
         bounds = [int(start) for start in batch.query_starts]
@@ -247,11 +268,6 @@ class ReferenceOps(composed.ComposedOps):
             l_i = l_i + xp.exp(sink - m_i)
         acc = (p @ v) / l_i  # [heads, tokens, dim]
         return xp.reshape(xp.permute_dims(acc, (1, 0, 2)), (tokens, heads * dim))
-
-    def copy_blocks(self, cache: ReferenceCache, source_ids: Array, target_ids: Array) -> None:
-        """Pair by pair, in order. Exact."""
-        for source, target in zip(source_ids, target_ids, strict=True):
-            cache.data[:, :, int(target), ...] = cache.data[:, :, int(source), ...]
 
     def block_bytes(self, cache: ReferenceCache, block: int, layer: int) -> bytes:
         """All of them, float32. Exact."""
@@ -313,16 +329,16 @@ class ReferenceOps(composed.ComposedOps):
     def rows_finite(self, logits: Array) -> Array:
         """Exact."""
         xp = self.xp
-        broken = xp.any(xp.isnan(logits) | (logits == math.inf), axis=-1)
-        return xp.any(logits > -math.inf, axis=-1) & ~broken
+        bad = xp.any(xp.isnan(logits) | (logits == math.inf), axis=-1)
+        return xp.any(logits > -math.inf, axis=-1) & ~bad
 
 
-def _numpy_dtype(storage: StorageType) -> Any:
-    return {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}[storage]
+def _numpy_dtype(dtype: WeightDtype) -> Any:
+    return {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}[dtype]
 
 
-def _namespace_dtype(xp: Any, storage: StorageType) -> Any:
+def _namespace_dtype(xp: Any, dtype: WeightDtype) -> Any:
     # numpy itself has no bfloat16; ml_dtypes adds it.
-    if storage == "bfloat16" and xp.__name__.endswith("numpy"):
+    if dtype == "bfloat16" and xp.__name__.endswith("numpy"):
         return ml_dtypes.bfloat16
-    return getattr(xp, storage)
+    return getattr(xp, dtype)

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 from quire.errors import ConfigurationError
-from quire.ops.types import Ops
+from quire.ops.types import Provider
 from quire.outputs import Decision
 
 
-def select_ops(device: str, threads: int | None, batch_invariant: bool = True) -> tuple[Ops, list[Decision]]:
+def select_ops(device: str, threads: int | None, batch_invariant: bool = True) -> tuple[Provider, list[Decision]]:
     """The provider for `device` ("auto", "cpu", "cuda" or "reference") and each decision.
 
     `threads` None takes the physical cores that this process may use. `batch_invariant` False allows a GPU
@@ -61,7 +61,7 @@ def _missing_cuda_packages() -> list[str]:
     return [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
 
 
-def _cuda_ops(batch_invariant: bool) -> Ops:
+def _cuda_ops(batch_invariant: bool) -> Provider:
     missing = " and ".join(_missing_cuda_packages())
     if missing:
         raise ConfigurationError(f"device 'cuda' needs {missing}: pip install 'quire[cuda]'", field="device")

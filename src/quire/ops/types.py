@@ -1,4 +1,4 @@
-"""The contract between models and devices: about sixteen operations over arrays.
+"""The contract between models and devices: what a model is written over (`Ops`) and where it runs (`Device`).
 
 An *array* is what the provider computes with: `numpy.ndarray` on the CPU, `torch.Tensor` on CUDA. On the CPU
 activations are float32; weights and cache are bfloat16, float16 or float32 inside packed objects that
@@ -8,7 +8,8 @@ only their provider looks into.
 computed with it, on the number of threads, on how a prompt is cut into chunks, or on `block_size`. Each
 provider keeps reduction orders as fixed functions of the token's own position and the shapes of the weights.
 
-A device that has no room for weights or cache raises MemoryError.
+A device that has no room for weights or cache raises MemoryError. A provider that checks its arguments raises
+ValueError on a shape, dtype, layout or index that is not as stated, before it computes anything.
 
 Two-dimensional and three-dimensional inputs may be views: the last dimension (the last two for
 `[tokens, heads, head_dim]`) is contiguous, the first may be strided. Results are fresh contiguous arrays
@@ -17,42 +18,52 @@ unless the operation says that it works in place.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from quire.ops.packed import PackedStore
 from quire.outputs import Decision
 
-Array = Any
-"""`numpy.ndarray` or `torch.Tensor`."""
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from numpy.typing import NDArray
+
+    # For type checkers, numpy's: torch's types are not read (`follow_imports` in pyproject.toml), and code above the
+    # providers uses what the two have in common. ops/cuda names its tensors itself.
+    Array: TypeAlias = NDArray[Any]
+else:
+    Array = Any
 Opaque = Any
 """Something packed by a provider; only the same provider looks inside."""
 
-StorageType = Literal["bfloat16", "float16", "float32"]
+WeightDtype = Literal["bfloat16", "float16", "float32"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 QuantizedFormat = Literal["int8", "int8_w8a8", "int4", "int4_w4a8", "fp8"]
-INPUT_LEVELS: dict[QuantizedFormat, int] = {
+ACTIVATION_QMAX: dict[QuantizedFormat, int] = {
     "int8": 32639,
     "int8_w8a8": 127,
     "int4": 32639,
     "int4_w4a8": 127,
     "fp8": 448,
 }
-"""The largest number of an input: see `QuantizedWeight`. 32639 is 127 * 257, two signed bytes."""
+"""The largest quantised activation: see `QuantizedWeight`. 32639 is 127 * 257, two signed bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
     """A weight in small numbers: `weight[o, i] = values[o, i] * scales[o, i // group_size]`.
 
-    What multiplies it are integers too. A row of inputs is rounded to `q = rint(x * (levels / absmax))`, ties to even,
-    with its own largest magnitude `absmax` and the format's `INPUT_LEVELS`: 15 bits and a sign for `int8` and `int4`
-    (about as exact as bfloat16 for a row's small inputs, far more exact for its large ones), 7 bits and a sign for
-    `int8_w8a8` and `int4_w4a8`. A group's sum of products of integers is exact and becomes one float32; the result is
-    `absmax / levels * sum_g scales[o, g] * float32(sum_(i in g) q[i] values[o, i])`.
+    Activations are quantised dynamically, per token: a row becomes `q = rint(x * (qmax / absmax))`, ties to even,
+    with its own largest magnitude `absmax` and the format's `qmax` (`ACTIVATION_QMAX`): 15 bits and a sign for `int8`
+    and `int4` (about as exact as bfloat16 for a row's small inputs, far more exact for its large ones), 7 bits and a
+    sign for `int8_w8a8` and `int4_w4a8`. A group's integer dot product is exact and becomes one float32; the result is
+    `absmax / qmax * sum_g scales[o, g] * float32(sum_(i in g) q[i] values[o, i])`.
 
-    With `fp8` values and inputs are e4m3 (arXiv 2209.05433: 4 bits of exponent, 3 of mantissa, at most 448), rounded to
-    nearest, ties to even; sums are float32, whose order is the provider's.
+    With `fp8` values and activations are e4m3 (arXiv 2209.05433: 4 bits of exponent, 3 of mantissa, at most 448),
+    rounded to nearest, ties to even; sums are float32, whose order is the provider's.
 
-    ValueError where shapes or types are not as stated. Values outside their range are refused when packed.
+    Raises:
+        ValueError: shapes or dtypes are not as stated. (Values outside their range are refused when packed.)
     """
 
     format: QuantizedFormat
@@ -62,8 +73,8 @@ class QuantizedWeight:
     """Inputs that share a scale: 32, 64 or 128 with 4 bits, all of them (`in`) with 8."""
 
     def __post_init__(self) -> None:
-        if self.format not in INPUT_LEVELS:
-            raise ValueError(f"format {self.format!r} is not one of {', '.join(INPUT_LEVELS)}")
+        if self.format not in ACTIVATION_QMAX:
+            raise ValueError(f"format {self.format!r} is not one of {', '.join(ACTIVATION_QMAX)}")
         kind = "float8_e4m3fn" if self.format == "fp8" else "int8"
         if self.values.ndim != 2 or str(self.values.dtype).removeprefix("torch.") != kind:
             raise ValueError(f"values are {self.values.dtype} {list(self.values.shape)}, not {kind} [out, in]")
@@ -84,8 +95,8 @@ class QuantizedWeight:
 
 
 @dataclass(frozen=True, slots=True)
-class Rounding:
-    """How a weight is rounded to a `QuantizedWeight`: see `quantize_reference.py`. ValueError where it cannot be."""
+class QuantSpec:
+    """How a weight is quantised to a `QuantizedWeight`: see `quantize_reference.py`. ValueError where it cannot be."""
 
     format: QuantizedFormat
     group_size: int | None
@@ -93,8 +104,8 @@ class Rounding:
 
     def __post_init__(self) -> None:
         sizes = (32, 64, 128) if self.format.startswith("int4") else (None,)
-        if self.format not in INPUT_LEVELS or self.group_size not in sizes:
-            raise ValueError(f"no rounding {self.format!r} with group_size {self.group_size}")
+        if self.format not in ACTIVATION_QMAX or self.group_size not in sizes:
+            raise ValueError(f"no quantisation {self.format!r} with group_size {self.group_size}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +114,13 @@ class StoredWeight:
     the array that `np.asarray` makes of it. ValueError, when it is packed, where a file ends early."""
 
     shape: tuple[int, int]
-    storage: StorageType
+    dtype: WeightDtype
     files: tuple[tuple[int, int, int], ...]
     """Consecutive rows: descriptor of an open file, offset in bytes, number of rows. Good until the file is closed."""
     read: Callable[[], Array]
     """A numpy array of the whole."""
-    rounding: Rounding | None = None
-    """What it is to be rounded to when it is packed. ValueError then where it cannot be."""
+    quant: QuantSpec | None = None
+    """What it is to be quantised to when it is packed. ValueError then where it cannot be."""
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         weight = self.read()
@@ -126,12 +137,12 @@ class CacheShape:
     """Tokens in a block."""
     num_kv_heads: int
     head_dim: int
-    storage: StorageType
+    dtype: WeightDtype
 
     @property
     def bytes_per_block(self) -> int:
         """Bytes of one block over all layers, keys and values together."""
-        item = 4 if self.storage == "float32" else 2
+        item = 4 if self.dtype == "float32" else 2
         return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * item
 
 
@@ -151,7 +162,8 @@ class AttentionSpec:
 
 @dataclass(frozen=True, slots=True)
 class RopeTables:
-    """Cosines and sines `[max_positions, rotary_dim / 2]` by which `Ops.attention` rotates as `Ops.rope` does."""
+    """Cosines and sines `[max_positions, rotary_dim / 2]` float32 by which `Ops.attention` rotates q and k
+    (RoFormer, arXiv 2104.09864)."""
 
     cos: Array
     sin: Array
@@ -221,10 +233,10 @@ class DeviceMemory:
 
     total: int
     free: int
-    """What this process can still have, what its allocator holds back included."""
-    held: int
+    """What this process can still have, `allocator_cached` included."""
+    allocated: int
     """Of this process's arrays."""
-    kept: int = 0
+    allocator_cached: int = 0
     """Of `free`, what its allocator holds back."""
 
 
@@ -234,12 +246,10 @@ Forward = Callable[["Ops", Array, AttentionBatch, Opaque], Array]
 """The same of all tokens, computed with the operations that it is handed."""
 
 
-class Ops(Protocol):
-    """A provider of the operations. Formulas, tolerances and sources: `reference.py`."""
+class Device(PackedStore, Protocol):
+    """Where a model runs: its memory, its copies, and what it has decided."""
 
     name: str
-    formats: tuple[QuantizedFormat, ...]
-    """Quantised weights that it multiplies."""
 
     def memory(self) -> DeviceMemory | None:
         """That of the device; None where it is the host's."""
@@ -250,65 +260,97 @@ class Ops(Protocol):
     def peak_bytes(self, work: Callable[[], object]) -> int:
         """Do `work`: the most that its arrays took at one time, in bytes of the device; 0 in the host's memory."""
 
-    def compile(self, forward: Forward) -> Step:
-        """`forward` with this provider, to the last bit. A provider may run it once over symbols, which have shapes
-        and no values (`ops/program.py`), and put in its place a program that does the same in one call."""
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Capture a CUDA graph of `work`, where the device has them: the result does `work` once more each time it is
+        called, on the same arrays, whose values may have changed.
+
+        Args:
+            work: has been done once; it may be done or only be written down while it is captured, and makes the same
+                launches each time. Arrays that it makes stay where they are for as long as they are held.
+        """
 
     def array(self, values: Any, dtype: str) -> Array:
-        """A device array ("int32", "int64", "uint64", "float32", "bool") from a numpy array or nested sequence."""
+        """An array of the device ("int32", "int64", "uint64", "float32", "bool") from numpy's or a nested sequence."""
 
     def to_numpy(self, x: Array) -> Any:
-        """A numpy array of the same values."""
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """What does `work` once more each time it is called, on the same arrays, whose values may have changed. `work`
-        has been done once; it may be done or only be written down while it is recorded, and makes the same launches
-        each time. Arrays that it makes stay where they are for as long as somebody holds them."""
+        """A numpy array of the same values. Waits for the device."""
 
     def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[Any]]:
         """Start copying to the host; the result waits for that, and for nothing later, and gives numpy arrays."""
 
-    def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight | StoredWeight:
-        """`weight [out, in]` (as for `pack_linear`) rounded to nearest, or a `StoredWeight` that will be when it is
-        packed. ValueError where one is not finite."""
+    def make_cache(self, shape: CacheShape) -> Opaque:
+        """An empty paged cache; memory is touched only as blocks are written. MemoryError where there is no room."""
 
-    def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
-        """Pack `weight [out, in]` (numpy: float32, float16 or ml_dtypes.bfloat16; or a `StoredWeight`) and `bias
-        [out]`. A `QuantizedWeight` (of numpy arrays) is packed as it is; `storage` is that of weights of floating
-        point."""
+    def block_bytes(self, cache: Opaque, block: int, layer: int) -> bytes:
+        """The keys and values of a block in one layer: blocks with the same ones have the same bytes. For debugging."""
+
+
+class Ops(Protocol):
+    """What a model is written over. Formulas, tolerances and sources: `reference.py`.
+
+    Activations are float32 unless a provider says otherwise. Every method is used by a model or by sampling: one that
+    nothing calls does not exist (`tests/law/test_nothing_dead.py`).
+    """
+
+    name: str
+    formats: tuple[QuantizedFormat, ...]
+    """Quantised weights that it multiplies."""
+
+    def compile(self, forward: Forward) -> Step:
+        """`forward` with this provider, to the last bit. A provider may run it once over symbols, which have shapes
+        and no values (`ops/graph`), and put in its place a program that does the same in one call.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+
+    def quantize(self, weight: Any, quant: QuantSpec) -> QuantizedWeight | StoredWeight:
+        """`weight [out, in]` (as for `pack_linear`) rounded to nearest, or a `StoredWeight` that will be when it is
+        packed.
+
+        Raises:
+            ValueError: a weight is not finite.
+        """
+
+    def pack_linear(self, weight: Any, bias: Any | None, dtype: WeightDtype) -> Opaque:
+        """A weight as `linear` and `logits` take it.
+
+        Args:
+            weight: `[out, in]` of numpy's float32, float16 or ml_dtypes.bfloat16; a `StoredWeight`; or a
+                `QuantizedWeight` of numpy arrays, which is packed as it is.
+            bias: `[out]`; kept in float32.
+            dtype: what a weight of floating point is rounded to.
+
+        Raises:
+            ValueError: a shape does not fit, a value is outside its format, a file ends early.
+        """
 
     def linear(self, x: Array, packed: Opaque) -> Array:
-        """`x [tokens, in] @ weight.T + bias -> [tokens, out]`. With 16-bit weights `x` may be rounded to their type
-        first (docs/design/amx.md); with float32 weights it never is; with a `QuantizedWeight` to integers."""
+        """`x [tokens, in] @ weight.T + bias -> [tokens, out]`. With 16-bit weights `x` may be rounded to their dtype
+        first (docs/design/amx.md); with float32 weights it never is; with a `QuantizedWeight` it is quantised."""
 
-    def pack_gated(self, weight: Any, bias: Any | None, storage: StorageType) -> Opaque:
-        """Pack `weight [2 n, in]` and `bias [2 n]` for `gated_linear`: the first n outputs are gate, the others up."""
+    def pack_gated(self, weight: Any, bias: Any | None, dtype: WeightDtype) -> Opaque:
+        """Pack `weight [2 n, in]` and `bias [2 n]` for `gated_linear`: the first n outputs are gate, the others up.
+        ValueError as `pack_linear`."""
 
     def gated_linear(self, x: Array, packed: Opaque, kind: Activation) -> Array:
-        """`kind(gate) * up -> [tokens, n]`, with the bits of `activation_multiply(linear(x))`."""
+        """`kind(gate) * up -> [tokens, n]`, gate and up side by side in `linear(x)` (GLU, arXiv 2002.05202)."""
 
-    def pack_embedding(self, table: Any, storage: StorageType) -> Opaque:
+    def pack_embedding(self, table: Any, dtype: WeightDtype) -> Opaque:
         """Pack `table [vocabulary, hidden]`, or a `QuantizedWeight`, for `embed`. The result is also one of
-        `pack_linear`'s: a tied head gives it to `logits`, and nothing is stored twice."""
+        `pack_linear`'s: a tied head gives it to `logits`, and nothing is stored twice. ValueError as there."""
 
     def embed(self, token_ids: Array, packed: Opaque, scale: float = 1.0) -> Array:
-        """`table[token_ids] * scale -> [tokens, hidden]`."""
+        """`table[token_ids] * scale -> [tokens, hidden]`; ids are `[tokens]` int32."""
 
     def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
-        """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension."""
+        """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension of `x [..., size]`; `weight [size]` float32."""
 
     def add_rms_norm(self, x: Array, residual: Array, weight: Array, eps: float) -> Array:
-        """`residual += x` in place, then `rms_norm(residual)`: one pass."""
+        """`residual += x` in place, then `rms_norm(residual)`: one pass over `[tokens, size]`."""
 
     def layer_norm(self, x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
-        """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension."""
-
-    def rope(self, x: Array, positions: Array, cos: Array, sin: Array) -> None:
-        """Rotate, in place, the first `2 * cos.shape[1]` dimensions of each head of `x [tokens, heads, head_dim]`
-        by halves, with `cos`, `sin [max_positions, rotary_dim / 2]` (RoFormer, arXiv 2104.09864)."""
-
-    def make_cache(self, shape: CacheShape) -> Opaque:
-        """An empty cache; memory is touched only as blocks are written."""
+        """`(x - mean) / sqrt(var + eps) * weight + bias` over the last dimension of `x [..., size]`."""
 
     def attention(
         self,
@@ -328,48 +370,35 @@ class Ops(Protocol):
         wrote. Rows do share such blocks: the prefix cache finds a block as soon as its step is scheduled. What a row
         writes is therefore not private, and the order of the rows in the batch means nothing.
 
-        With `rope`, q and k are rotated on the way by their positions in their rows, to the bits of `rope` before; the
-        arrays stay as they are."""
+        With `rope`, q and k are rotated on the way by their positions in their rows; the arrays stay as they are."""
 
     def activation(self, x: Array, kind: Activation) -> Array:
-        """`kind(x)`, element by element."""
-
-    def activation_multiply(self, gate_up: Array, kind: Activation) -> Array:
-        """`kind(gate_up[:, :n]) * gate_up[:, n:] -> [tokens, n]`."""
+        """`kind(x)`, element by element of `x [..., size]`."""
 
     def logits(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> Array:
         """`linear(x) * scale`, then soft-capped, float32 `[rows, vocabulary]`."""
 
     def penalize(self, logits: Array, batch: PenaltyBatch) -> None:
-        """In place, for `logits [rows, vocabulary]`: see `sampling/features/penalties.py`."""
+        """Repetition, frequency and presence penalties, in place, for `logits [rows, vocabulary]`."""
 
     def greedy(self, x: Array, packed: Opaque, scale: float = 1.0, softcap: float | None = None) -> tuple[Array, Array]:
         """What temperature 0 samples from `logits(x, packed, scale, softcap)`, int32 `[rows]`, and bool `[rows]`, its
         `rows_finite`; 0 where that is false. The logits need not be written out."""
 
     def sample(self, logits: Array, batch: SampleBatch) -> Array:
-        """Sample one token for each row of `logits [rows, vocabulary]` -> int32 `[rows]`; -inf is never sampled."""
+        """Sample one token for each row of `logits [rows, vocabulary]` -> int32 `[rows]`; never one whose logit is
+        -inf."""
 
     def logprobs(self, logits: Array, token_ids: Array, num_top: int) -> Logprobs:
-        """Log-softmax of each row at `token_ids [rows]`, its rank, and the `num_top` best."""
+        """Log-softmax of each row of `logits [rows, vocabulary]` at `token_ids [rows]` int32, its rank, and the
+        `num_top` best."""
 
     def rows_finite(self, logits: Array) -> Array:
-        """bool `[rows]`: no NaN, no +inf, and not all -inf."""
+        """bool `[rows]` of `logits [rows, vocabulary]`: no NaN, no +inf, and not all -inf."""
 
-    def clear_broken(self, logits: Array) -> Array:
+    def zero_nonfinite_rows(self, logits: Array) -> Array:
         """`rows_finite(logits)`; rows where that is false become 0, in place."""
 
-    def copy_blocks(self, cache: Opaque, source_ids: Array, target_ids: Array) -> None:
-        """Copy whole blocks, all layers."""
 
-    def block_bytes(self, cache: Opaque, block: int, layer: int) -> bytes:
-        """The keys and values of a block in one layer: blocks with the same ones have the same bytes. For debugging."""
-
-    def moe(self, x: Array, router: Opaque, experts: Opaque, num_active: int, normalize: bool) -> Array:
-        """Mixture of experts: softmax routing, the best `num_active` experts' gated MLPs, weighted sum."""
-
-    def lora(self, x: Array, y: Array, adapters: Opaque, adapter_ids: Array) -> None:
-        """`y += x A^T B^T * scale` in place for each token's adapter; id 0 is none (arXiv 2106.09685)."""
-
-    def pool(self, x: Array, query_starts: Array, kind: Literal["last", "mean", "first"]) -> Array:
-        """One vector for each row of `x [tokens, hidden]` -> `[rows, hidden]`."""
+class Provider(Ops, Device, Protocol):
+    """A device with its operations: what `select_ops` gives, and what loads a model and runs it."""

@@ -1,1 +1,1 @@
-"""Formats of quantised weights: what becomes of each weight of a model. The arithmetic is the operations' (`ops`)."""
+"""Quantisation schemes: the format of each weight of a model. The arithmetic is in `ops`."""

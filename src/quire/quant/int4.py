@@ -1,11 +1,11 @@
-"""Four bits: one integer of sixteen values a weight, one scale for each group of a row's inputs.
+"""W4A16: four-bit weights with a scale for each group of a row's inputs; activations are 16-bit integers.
 
-Embedding and head stay `int8`. Their error is not averaged over layers, and the best token is chosen among a hundred
-thousand rows of the head: with four bits there the divergence from the model is larger than that of all the layers
-together (docs/howto/quantize.md).
+Embedding and head stay `int8` (W8A16). Their error is not averaged over layers, and the most probable token is chosen
+among a hundred thousand rows of the head: with four bits there the divergence from the model is larger than that of all
+the layers together (docs/howto/quantize.md).
 """
 
-from quire.ops.types import Rounding
+from quire.ops.types import QuantSpec
 from quire.quant.types import Scheme
 
 DEFAULT_GROUP_SIZE = 64
@@ -13,5 +13,5 @@ DEFAULT_GROUP_SIZE = 64
 
 
 def int4(group_size: int) -> Scheme:
-    """`group_size` is 32, 64 or 128."""
-    return Scheme("int4", Rounding("int4", group_size), Rounding("int8", None))
+    """The scheme with groups of 32, 64 or 128 inputs. Raises ValueError for another size."""
+    return Scheme("int4", QuantSpec("int4", group_size), QuantSpec("int8", None))

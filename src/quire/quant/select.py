@@ -10,7 +10,7 @@ from quire.quant.types import Scheme
 
 
 def select_scheme(name: str | None, group_size: int | None) -> Scheme | None:
-    """None where nothing is quantised.
+    """The scheme of the arguments `quantization` and `quantization_group_size`; None where nothing is quantised.
 
     Raises:
         ConfigurationError: a group size for a scheme that has none.
@@ -25,12 +25,12 @@ def select_scheme(name: str | None, group_size: int | None) -> Scheme | None:
 
 
 def check_scheme(scheme: Scheme | None, ops: Ops) -> None:
-    """Refuse, before anything is loaded, a scheme whose products `ops` has not.
+    """Refuse, before anything is loaded, a scheme whose GEMMs `ops` lacks.
 
     Raises:
-        ConfigurationError: with those it has.
+        ConfigurationError: it names those that `ops` has.
     """
-    if scheme is not None and scheme.layers.format not in ops.formats:
+    if scheme is not None and scheme.linear.format not in ops.formats:
         raise ConfigurationError(
             f"quantization {scheme.name!r} needs an NVIDIA GPU of compute capability 8.9 or newer; "
             f"{ops.name} has {', '.join(name for name in QUANTIZATIONS if name in ops.formats)}",

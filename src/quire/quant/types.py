@@ -1,30 +1,32 @@
-"""A scheme says how each weight is rounded while a model is loaded, and what the result weighs."""
+"""A scheme says how each weight is quantised while a model is loaded, and what the result weighs."""
 
 from dataclasses import dataclass
 
-from quire.ops.types import Rounding
+from quire.ops.types import QuantSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Products of the layers are rounded by `layers`; embedding and head by `tables`, so that they can be one.
+    """How the weights of a model are quantised.
 
-    Norms, biases and learned positions are not rounded: they are a thousandth of the bytes.
+    Norms, biases and learned positions are not: they are a thousandth of the bytes.
     """
 
     name: str
-    layers: Rounding
-    tables: Rounding
+    linear: QuantSpec
+    """Of the linear layers."""
+    embedding: QuantSpec
+    """Of embedding and head alike, so that they can be one."""
 
 
-def rounded_bytes(rounding: Rounding, out: int, inputs: int) -> int:
-    """Bytes of a weight `[out, inputs]`: its integers and one float32 for each scale. Kernels pad beside that."""
-    if rounding.group_size is None:
+def quantized_bytes(quant: QuantSpec, out: int, inputs: int) -> int:
+    """Bytes of a quantised weight `[out, inputs]`: its values and one float32 for each scale, without padding."""
+    if quant.group_size is None:
         return out * (inputs + 4)
-    groups = -(-inputs // rounding.group_size)
-    return out * groups * (rounding.group_size // 2 + 4)
+    groups = -(-inputs // quant.group_size)
+    return out * groups * (quant.group_size // 2 + 4)
 
 
-def bits_per_weight(rounding: Rounding) -> str:
-    """For people: `4.5` with groups of 64; a row's single scale does not count."""
-    return "8" if rounding.group_size is None else f"{4 + 32 / rounding.group_size:g}"
+def bits_per_weight(quant: QuantSpec) -> str:
+    """For display: `4.5` with groups of 64; a row's single scale does not count."""
+    return "8" if quant.group_size is None else f"{4 + 32 / quant.group_size:g}"

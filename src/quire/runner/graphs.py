@@ -1,19 +1,19 @@
-"""Decode steps as recordings: the launches of a whole forward pass, and of sampling, replayed in one call.
+"""Decode steps as CUDA graphs: the launches of a whole forward pass, and of sampling, replayed in one call.
 
-A recording is of fixed arrays and sizes. So a step in which every row has one token is written into arrays that stay,
+A graph is of fixed arrays and sizes. So a step in which every row has one token is written into arrays that stay,
 padded to one of a few sizes: rows, and blocks of the widest table. Padded rows compute token 0 at position 0 and write
 its keys and values into the *null block*, which no row holds. Rows that need only tokens have them sampled in the
-recording; for others it ends with the hidden states.
+graph; for others it ends with the hidden states.
 
 ::
 
     one array, one copy a step:   positions | token ids | pending? | rows      | tables
                                   [rows]      [rows]      [rows]     [rows]      [rows, width]
 
-At a start the largest size alone is recorded, whose memory the others share. After the first answers, each moment
-without work is used to record one more (`prepare`), those that have come most often first. A size that comes again and
-again before that is recorded in its step, after it has been computed, but never in several steps close together: that
-step takes as long again on the host. No other thread records: it would share Python's lock and the allocator with the
+At a start the largest size alone is captured, whose memory the others share. After the first answers, each moment
+without work is used to capture one more (`prepare`), those that have come most often first. A size that comes again and
+again before that is captured in its step, after it has been computed, but never in several steps close together: that
+step takes as long again on the host. No other thread captures: it would share Python's lock and the allocator with the
 steps that people wait for, so that it delayed them all, and not one.
 """
 
@@ -27,27 +27,27 @@ import numpy as np
 
 from quire.core.plan import ScheduledRow
 from quire.models.model import Model
-from quire.ops.types import Array, AttentionBatch, Opaque, Ops
+from quire.ops.types import Array, AttentionBatch, Device, Opaque
 from quire.runner.rows import Rows
 from quire.sampling.sampler import Sampler
 
 logger = logging.getLogger("quire.runner")
 Work = Callable[[], None]
-Record = Callable[[Work], Work]
-"""See `Ops.record`."""
+Capture = Callable[[Work], Work]
+"""See `Device.capture`."""
 
-RECORD_AT = 3
-"""The use of a size at which it is recorded in its step."""
+CAPTURE_AT = 3
+"""The use of a size at which it is captured in its step."""
 STEPS_APART = 16
-"""The fewest steps from one such recording to the next."""
+"""The fewest steps from one such capture to the next."""
 FIRST_WIDTH_TOKENS = 2048
 """Context of the narrowest tables; each next width has four times as much."""
 BYTES_PER_GRAPH = 2**20
-"""Of the device's own bookkeeping, for each recording: a guess, held against the device by `scripts/gpu_check`."""
+"""Of the device's own bookkeeping, for each graph: a guess, held against the device by `scripts/gpu_check`."""
 
 
 class GraphSize(NamedTuple):
-    """What a recording is made for."""
+    """What a graph is captured for."""
 
     num_rows: int
     width: int
@@ -75,26 +75,26 @@ class GraphBuckets:
         return GraphSize(min(self.max_rows, -(-num_rows // step) * step), min(self.max_blocks, wide), samples)
 
     def sizes(self) -> set[GraphSize]:
-        """All that may be recorded."""
+        """All that may be captured."""
         rows = {self.size_for(count, 1, True).num_rows for count in range(1, self.max_rows + 1)}
         widths = {self.size_for(1, count, True).width for count in range(1, self.max_blocks + 1)}
         return {GraphSize(count, width, samples) for count in rows for width in widths for samples in (False, True)}
 
 
-class _Recording:
+class CapturedGraph:
     """One size: `replay` computes `results` from the arrays that stay."""
 
-    def __init__(self, compute: Callable[[], tuple[Array, ...]], record: Record) -> None:
+    def __init__(self, compute: Callable[[], tuple[Array, ...]], capture: Capture) -> None:
         self._compute = compute
         self.results: tuple[Array, ...] = ()
-        self.replay = record(self._work)
+        self.replay = capture(self._work)
 
     def _work(self) -> None:
         self.results = self._compute()
 
 
 class DecodeGraphs:
-    """The recordings of one model, its cache and its rows.
+    """The CUDA graphs of one model, its cache and its rows.
 
     Args:
         null_block: a block of the cache that no row holds.
@@ -103,13 +103,13 @@ class DecodeGraphs:
     def __init__(
         self,
         model: Model,
-        ops: Ops,
+        ops: Device,
         cache: Opaque,
         rows: Rows,
         sampler: Sampler,
         buckets: GraphBuckets,
         null_block: int,
-        record: Record,
+        capture: Capture,
     ) -> None:
         self._model = model
         self._ops = ops
@@ -118,12 +118,12 @@ class DecodeGraphs:
         self._sampler = sampler
         self._buckets = buckets
         self._null_block = null_block
-        self._record = record
-        self._recordings: dict[GraphSize, _Recording | None] = {}
+        self._capture = capture
+        self._graphs: dict[GraphSize, CapturedGraph | None] = {}
         """None: the device could not."""
         self._num_uses: Counter[GraphSize] = Counter()
         self._num_steps_since = STEPS_APART
-        """Steps since one was recorded in its step."""
+        """Steps since one was captured in its step."""
         self._input = ops.array(np.zeros(buckets.max_rows * (4 + buckets.max_blocks)), "int32")
         self._query_starts = ops.array(np.arange(buckets.max_rows + 1), "int32")
         self._ones = ops.array(np.ones(buckets.max_rows), "int64")
@@ -139,24 +139,24 @@ class DecodeGraphs:
         return tokens, finite
 
     def run_idle_work(self) -> bool:
-        """Record one size, if there is one left and a request was answered; False if not. Steps may be in flight."""
-        left = self._buckets.sizes() - self._recordings.keys()
+        """Capture one size, if there is one left and a request was answered; False if not. Steps may be in flight."""
+        left = self._buckets.sizes() - self._graphs.keys()
         if not left or not self._num_uses:
             return False
         uses = self._num_uses
-        self._record_at_rest(min(left, key=lambda one: (-uses[one], not one.samples, one.width, -one.num_rows)))
+        self._capture_at_rest(min(left, key=lambda one: (-uses[one], not one.samples, one.width, -one.num_rows)))
         return True
 
-    def record_largest(self) -> None:
-        """Record the largest size, at a start."""
-        self._record_at_rest(max(self._buckets.sizes()))
+    def capture_largest(self) -> None:
+        """Capture the largest size, at a start."""
+        self._capture_at_rest(max(self._buckets.sizes()))
 
-    def _record_at_rest(self, size: GraphSize) -> None:
+    def _capture_at_rest(self, size: GraphSize) -> None:
         values = np.zeros(size.num_rows * (4 + size.width), np.int32)
         values[4 * size.num_rows :] = self._null_block
         self._sampler.refresh()
         self._input[: len(values)] = self._ops.array(values, "int32")
-        self._try_to_record(size)
+        self._try_to_capture(size)
 
     def _run(self, scheduled: Sequence[ScheduledRow], samples: bool) -> list[Array]:
         width = -(-max(item.start + 1 for item in scheduled) // self._buckets.block_size)
@@ -164,28 +164,28 @@ class DecodeGraphs:
         values = self._rows.gather_singles(scheduled, size.num_rows, size.width, self._null_block)
         self._sampler.refresh()
         self._input[: len(values)] = self._ops.array(values, "int32")
-        recording = self._recordings.get(size)
+        graph = self._graphs.get(size)
         self._num_steps_since += 1
-        if recording is not None:
-            recording.replay()
-            results = recording.results
+        if graph is not None:
+            graph.replay()
+            results = graph.results
         else:
             results = self._compute(size)
             self._num_uses[size] += 1
-            is_time = self._num_steps_since >= STEPS_APART and self._num_uses[size] >= RECORD_AT
-            if is_time and size not in self._recordings:
+            is_time = self._num_steps_since >= STEPS_APART and self._num_uses[size] >= CAPTURE_AT
+            if is_time and size not in self._graphs:
                 self._num_steps_since = 0
-                self._try_to_record(size)
+                self._try_to_capture(size)
         return [result[: len(scheduled)] for result in results]
 
-    def _try_to_record(self, size: GraphSize) -> None:
-        self._recordings[size] = None
+    def _try_to_capture(self, size: GraphSize) -> None:
+        self._graphs[size] = None
         try:
             if not self._num_uses[size]:
-                self._compute(size)  # its kernels are compiled and loaded, which a recording must not do
-            self._recordings[size] = _Recording(lambda: self._compute(size), self._record)
+                self._compute(size)  # its kernels are compiled and loaded, which a capture must not do
+            self._graphs[size] = CapturedGraph(lambda: self._compute(size), self._capture)
         except Exception:
-            logger.exception("a decode step of %d rows cannot be recorded: it is launched each time", size.num_rows)
+            logger.exception("a decode step of %d rows cannot be captured: it is launched each time", size.num_rows)
 
     def _compute(self, size: GraphSize) -> tuple[Array, ...]:
         count, width, samples = size

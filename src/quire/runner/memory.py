@@ -10,7 +10,7 @@ import numpy as np
 from quire.config import MemoryBudget, mib
 from quire.errors import ConfigurationError
 from quire.models.model import Model
-from quire.ops.types import Array, AttentionBatch, Opaque, Ops, SampleBatch
+from quire.ops.types import Array, AttentionBatch, Opaque, Provider, SampleBatch
 from quire.outputs import Decision
 from quire.runner.graphs import BYTES_PER_GRAPH, GraphBuckets
 
@@ -30,11 +30,11 @@ class StepShape:
     max_num_batched_tokens: int
     max_model_len: int
     block_size: int
-    records: bool = False
-    """Whether decode steps are recorded."""
+    captures_graphs: bool = False
+    """Whether decode steps are captured as CUDA graphs."""
 
 
-def make_budget(model: Model, ops: Ops, shape: StepShape) -> MemoryBudget:
+def make_budget(model: Model, ops: Provider, shape: StepShape) -> MemoryBudget:
     """All entries but the cache. On a device the largest steps are computed once, on a cache of one block, which also
     compiles and loads the kernels.
 
@@ -55,7 +55,7 @@ def make_budget(model: Model, ops: Ops, shape: StepShape) -> MemoryBudget:
 
 def _estimated(model: Model, shape: StepShape) -> MemoryBudget:
     """In the host's memory, float32: what a layer has for each token (what attention reads and writes shares
-    nothing with the rest, see `quire.ops.program.place`), and two copies of the logits."""
+    nothing with the rest, see `quire.ops.graph.plan.plan_memory`), and two copies of the logits."""
     spec = model.spec
     heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     floats = 3 * spec.hidden_size + heads + 2 * spec.intermediate_size
@@ -67,12 +67,12 @@ def _estimated(model: Model, shape: StepShape) -> MemoryBudget:
     )
 
 
-def _measured(model: Model, ops: Ops, shape: StepShape) -> MemoryBudget:
+def _measured(model: Model, ops: Provider, shape: StepShape) -> MemoryBudget:
     cache = ops.make_cache(model.cache_shape(1, shape.block_size))
     whole = take_largest_steps(model, ops, cache, shape)
     forward = ops.peak_bytes(partial(model.forward, *prompt_step(ops, shape), cache))
     graphs = 0
-    if shape.records:
+    if shape.captures_graphs:
         sampled = ops.peak_bytes(partial(_sample, model, ops, single_step(ops, shape), cache, _num_rows(shape)))
         graphs = sampled + _graph_bytes(model, shape)
     del cache
@@ -80,8 +80,8 @@ def _measured(model: Model, ops: Ops, shape: StepShape) -> MemoryBudget:
     assert memory is not None
     return MemoryBudget(
         device=memory.total,
-        taken=max(0, memory.total - memory.free - memory.held),
-        weights=memory.held,
+        taken=max(0, memory.total - memory.free - memory.allocated),
+        weights=memory.allocated,
         activations=forward,
         sampler=whole - forward,
         graphs=graphs,
@@ -94,7 +94,7 @@ def _num_rows(shape: StepShape) -> int:
 
 
 def _graph_bytes(model: Model, shape: StepShape) -> int:
-    """All recordings share the memory of the largest, but for what each says and the device's own bookkeeping; and the
+    """All graphs share the memory of the largest, but for what each says and the device's own bookkeeping; and the
     block into which they pad."""
     sizes = GraphBuckets(shape.max_num_seqs, -(-shape.max_model_len // shape.block_size), shape.block_size).sizes()
     null_block = model.cache_shape(1, shape.block_size).bytes_per_block
@@ -103,7 +103,7 @@ def _graph_bytes(model: Model, shape: StepShape) -> int:
     )
 
 
-def take_largest_steps(model: Model, ops: Ops, cache: Opaque, shape: StepShape) -> int:
+def take_largest_steps(model: Model, ops: Provider, cache: Opaque, shape: StepShape) -> int:
     """Compute the largest steps, with all that may be requested of their logits, on block 0 of `cache`.
 
     Returns:
@@ -117,16 +117,16 @@ def take_largest_steps(model: Model, ops: Ops, cache: Opaque, shape: StepShape) 
     )
 
 
-def check_budget(budget: MemoryBudget, ops: Ops) -> Decision | None:
+def check_budget(budget: MemoryBudget, ops: Provider) -> Decision | None:
     """The bytes in use after the largest steps beside those budgeted; None where memory is the host's."""
     memory = ops.memory()
     if memory is None:
         return None
-    used = memory.total - memory.free + memory.kept
+    used = memory.total - memory.free + memory.allocator_cached
     return Decision("memory_in_use", mib(used), f"{used / budget.used - 1:+.1%} of the budget's {mib(budget.used)}")
 
 
-def prompt_step(ops: Ops, shape: StepShape) -> tuple[Array, AttentionBatch]:
+def prompt_step(ops: Provider, shape: StepShape) -> tuple[Array, AttentionBatch]:
     """Token ids `[tokens]` and batch of a step with as many tokens as one takes: the last one of as many of the longest
     sequences as there may be, and prompts, in as few rows as hold them."""
     tokens, longest = shape.max_num_batched_tokens, shape.max_model_len
@@ -137,13 +137,13 @@ def prompt_step(ops: Ops, shape: StepShape) -> tuple[Array, AttentionBatch]:
     return _step(ops, np.array(prompts + [1] * singles), np.array(starts), shape)
 
 
-def single_step(ops: Ops, shape: StepShape) -> tuple[Array, AttentionBatch]:
+def single_step(ops: Provider, shape: StepShape) -> tuple[Array, AttentionBatch]:
     """Token ids `[rows]` and batch of the last token of as many of the longest sequences as there may be."""
     rows = _num_rows(shape)
     return _step(ops, np.ones(rows, np.int64), np.full(rows, shape.max_model_len - 1), shape)
 
 
-def _step(ops: Ops, counts: Array, starts: Array, shape: StepShape) -> tuple[Array, AttentionBatch]:
+def _step(ops: Provider, counts: Array, starts: Array, shape: StepShape) -> tuple[Array, AttentionBatch]:
     """Every position of every row is in block 0."""
     query_starts = np.concatenate([[0], np.cumsum(counts)])
     width = -(-int((starts + counts).max()) // shape.block_size)
@@ -157,11 +157,13 @@ def _step(ops: Ops, counts: Array, starts: Array, shape: StepShape) -> tuple[Arr
     return ops.array(np.zeros(len(positions)), "int32"), batch
 
 
-def _sample(model: Model, ops: Ops, step: tuple[Array, AttentionBatch], cache: Opaque, rows: int) -> tuple[Array, ...]:
+def _sample(
+    model: Model, ops: Provider, step: tuple[Array, AttentionBatch], cache: Opaque, rows: int
+) -> tuple[Array, ...]:
     """Logits of `rows` rows and their tokens; hidden states stay until then."""
     hidden = model.forward(*step, cache)
     logits = model.logits(hidden[ops.array(np.arange(rows), "int64")])
-    ops.clear_broken(logits)
+    ops.zero_nonfinite_rows(logits)
     batch = SampleBatch(
         temperature=ops.array(np.ones(rows), "float32"),
         top_k=ops.array(np.full(rows, 50), "int32"),
@@ -174,12 +176,12 @@ def _sample(model: Model, ops: Ops, step: tuple[Array, AttentionBatch], cache: O
 
 
 def _sample_and_report(
-    model: Model, ops: Ops, step: tuple[Array, AttentionBatch], cache: Opaque, rows: int
+    model: Model, ops: Provider, step: tuple[Array, AttentionBatch], cache: Opaque, rows: int
 ) -> tuple[Array, ...]:
     """With all that may be requested of the logits at one time."""
     hidden, logits, tokens = _sample(model, ops, step, cache, rows)
     raw = logits[ops.array(np.arange(rows), "int64")]
-    ops.clear_broken(logits)
+    ops.zero_nonfinite_rows(logits)
     ops.logprobs(raw, tokens, min(MAX_TOP_LOGPROBS, model.spec.vocab_size))
     return hidden, raw
 

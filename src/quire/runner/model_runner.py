@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from quire.core.plan import NewRow, RowResult, ScheduledRow, StepPlan, StepResult, TokenLogprobs
 from quire.models.model import Model
-from quire.ops.types import Array, AttentionBatch, Ops
+from quire.ops.types import Array, AttentionBatch, Provider
 from quire.runner.faults import RowFaults
-from quire.runner.graphs import DecodeGraphs, GraphBuckets, Record
+from quire.runner.graphs import Capture, DecodeGraphs, GraphBuckets
 from quire.runner.memory import PROMPT_LOGPROB_ROWS, StepShape, take_largest_steps
 from quire.runner.rows import Rows
 from quire.sampling.features import SamplingFeature
@@ -70,34 +70,36 @@ class ModelRunner:
         max_rows: permanent rows, the scheduler's `max_num_seqs`.
         max_model_len: longest sequence in tokens.
         features: those of the sampler, in the order in which they edit logits.
-        record: how decode steps are recorded (`Ops.record`); None: they are launched each time.
+        capture: how decode steps become CUDA graphs (`Device.capture`); None: they are launched each time.
         recomputes: `first_difference` will be called, which needs a block of its own.
     """
 
     def __init__(
         self,
         model: Model,
-        ops: Ops,
+        ops: Provider,
         *,
         num_blocks: int,
         block_size: int,
         max_rows: int,
         max_model_len: int,
         features: Sequence[SamplingFeature] = (),
-        record: Record | None = None,
+        capture: Capture | None = None,
         recomputes: bool = False,
     ) -> None:
         self._model = model
         self._ops = ops
         self._spare_block = num_blocks
-        """Behind those of the scheduler, where `record` or `recomputes` wants it."""
-        self._cache = ops.make_cache(model.cache_shape(num_blocks + (record is not None or recomputes), block_size))
+        """Behind those of the scheduler, where `capture` or `recomputes` wants it."""
+        self._cache = ops.make_cache(model.cache_shape(num_blocks + (capture is not None or recomputes), block_size))
         self._rows = Rows(max_rows, max_model_len, block_size)
         self._sampler = Sampler(ops, max_rows, features)
         self._graphs: DecodeGraphs | None = None
-        if record is not None:
+        if capture is not None:
             buckets = GraphBuckets(max_rows, -(-max_model_len // block_size), block_size)
-            self._graphs = DecodeGraphs(model, ops, self._cache, self._rows, self._sampler, buckets, num_blocks, record)
+            self._graphs = DecodeGraphs(
+                model, ops, self._cache, self._rows, self._sampler, buckets, num_blocks, capture
+            )
         self._faults = RowFaults()
         self._in_flight: deque[InFlightStep] = deque()
         """Steps that are not collected, in their order."""
@@ -112,7 +114,7 @@ class ModelRunner:
         """Before any plan: compute the largest steps once. Memory that the allocator ever takes, it takes now."""
         take_largest_steps(self._model, self._ops, self._cache, shape)
         if self._graphs is not None:
-            self._graphs.record_largest()
+            self._graphs.capture_largest()
 
     def run_idle_work(self) -> bool:
         """In a moment without work: something that makes later steps quicker; False if there is nothing to do."""

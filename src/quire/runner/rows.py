@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.plan import NewRow, ScheduledRow
-from quire.ops.types import Array, AttentionBatch, Ops
+from quire.ops.types import Array, AttentionBatch, Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Rows:
         self._token_ids[index, self._num_known[index]] = token_ids
         self._num_known[index] += 1
 
-    def add_pending(self, rows: Sequence[int], tokens: Array, ops: Ops) -> None:
+    def add_pending(self, rows: Sequence[int], tokens: Array, ops: Device) -> None:
         """The next token of each of `rows`, which are distinct, is on the device; `append` comes once the host has it.
 
         Args:
@@ -80,7 +80,7 @@ class Rows:
         self.last_sampled(ops)[ops.array(index, "int64")] = tokens
         self._num_pending[index] += 1
 
-    def last_sampled(self, ops: Ops) -> Array:
+    def last_sampled(self, ops: Device) -> Array:
         """The token of each row that was sampled last, int32 `[max_rows]` on the device. Always the same array."""
         if self._last_sampled is None:
             self._last_sampled = ops.array(np.zeros(len(self._num_known)), "int32")
@@ -99,7 +99,7 @@ class Rows:
         found: list[int] = self._token_ids[row, start:stop].tolist()
         return found
 
-    def gather(self, scheduled: Sequence[ScheduledRow], num_outputs: Sequence[int], ops: Ops) -> ForwardBatch:
+    def gather(self, scheduled: Sequence[ScheduledRow], num_outputs: Sequence[int], ops: Device) -> ForwardBatch:
         """The arrays of one step; nothing is changed. The new blocks of its rows have been appended.
 
         Args:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from quire.core.plan import TokenLogprobs
-from quire.ops.types import Array, Logprobs, Ops
+from quire.ops.types import Array, Logprobs, Provider
 
 ROWS_AT_ONCE = 16
 """Copies of rows of logits that exist at one time, where a request names tokens."""
@@ -95,7 +95,7 @@ class LogprobRequests:
         return [index for index, row in enumerate(rows) if row in self._num_top]
 
     def compute(
-        self, ops: Ops, raw: Array, tokens: Array, rows: Sequence[int], indices: list[int]
+        self, ops: Provider, raw: Array, tokens: Array, rows: Sequence[int], indices: list[int]
     ) -> RequestedLogprobs:
         """Launch what the rows ask for.
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from quire.core.plan import NewRow, RowResult
 from quire.errors import NO_TOKEN_LEFT
-from quire.ops.types import Array, Ops, SampleBatch
+from quire.ops.types import Array, Provider, SampleBatch
 from quire.sampling.features import SamplingFeature
 from quire.sampling.logprobs import LogprobRequests, RequestedLogprobs
 
@@ -47,7 +47,7 @@ class PendingSamples:
 
     def __init__(
         self,
-        ops: Ops,
+        ops: Provider,
         rows: Sequence[int],
         tokens: Array,
         flags: Sequence[Array],
@@ -85,7 +85,7 @@ class Sampler:
         features: what edits logits, in the order in which it is applied.
     """
 
-    def __init__(self, ops: Ops, max_rows: int, features: Sequence[SamplingFeature] = ()) -> None:
+    def __init__(self, ops: Provider, max_rows: int, features: Sequence[SamplingFeature] = ()) -> None:
         self._ops = ops
         self._numbers = _Numbers(
             np.zeros(max_rows, np.float32),
@@ -163,7 +163,7 @@ class Sampler:
         Returns:
             Tokens int32 `[rows]`, and whether the logits were finite, bool `[rows]`.
         """
-        finite = self._ops.clear_broken(logits)
+        finite = self._ops.zero_nonfinite_rows(logits)
         return self._choose(logits, rows, positions), finite
 
     def _choose(self, logits: Array, rows: Array, positions: Array) -> Array:
@@ -184,11 +184,11 @@ class Sampler:
         self.refresh()
         asking = self._logprobs.indices(rows)
         chosen = ops.array(asking, "int64") if asking else None
-        flags = [ops.clear_broken(logits)]
+        flags = [ops.zero_nonfinite_rows(logits)]
         raw = None if chosen is None else logits[chosen]
         if not self._edited.isdisjoint(rows):
             self._edit(logits, rows, positions)
-            flags.append(ops.clear_broken(logits))
+            flags.append(ops.zero_nonfinite_rows(logits))
         tokens = self._choose(logits, ops.array(rows, "int64"), ops.array(positions, "int64"))
         if raw is None:
             return PendingSamples(ops, rows, tokens, flags)

@@ -1,1 +1,1 @@
-"""From a name to a loaded model: find the files (`source`), read them safely, pack them (`load`)."""
+"""From a name to a loaded model: find the files (`hub`), read them safely (`formats`), pack them (`load`)."""

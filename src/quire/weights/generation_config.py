@@ -1,4 +1,4 @@
-"""What a model's files say about generation: where it ends, and how it is sampled by default."""
+"""What a model's files say about generation: the ids that end it, and the default sampling parameters."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def _sampling(generation: Mapping[str, Any]) -> dict[str, int | float]:
         for theirs, ours in _SAMPLING.items()
         if generation.get(theirs) is not None
     }
-    # transformers writes only what differs from silence: a stated false means that the model is meant to be greedy.
+    # transformers writes only what differs from the default: a stated false means that the model is meant to be greedy.
     return {**found, "temperature": 0.0} if generation.get("do_sample") is False else found
 
 

@@ -1,4 +1,4 @@
-"""Reading JSON that came from anywhere: bounded in size, depth and number of values, no duplicate keys."""
+"""Reading JSON of unknown origin: bounded in size, depth and number of values, no duplicate keys."""
 
 import json
 import os
@@ -45,7 +45,14 @@ def read_json_object(path: Path, max_bytes: int) -> dict[str, Any]:
 
 
 def parse_json_object(data: bytes, name: str) -> dict[str, Any]:
-    """The object in `data`; `name` is for the error."""
+    """The object in `data`.
+
+    Args:
+        name: of the file, for errors.
+
+    Raises:
+        ModelFileError: not JSON, too many values, nested too deeply, a duplicate key, or not an object.
+    """
     if sum(data.count(mark) for mark in (b"{", b"[", b",")) > MAX_MARKS:
         raise ModelFileError(f"{name}: more than {MAX_MARKS:,} values in its JSON")
     try:
@@ -57,6 +64,11 @@ def parse_json_object(data: bytes, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelFileError(f"{name}: not a JSON object")
     return value
+
+
+def printable(name: str) -> str:
+    """A name from a file, for an error text: one line of at most 100 printable characters."""
+    return "".join(c if c.isprintable() else "?" for c in name[:100])
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

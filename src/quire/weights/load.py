@@ -1,40 +1,28 @@
 """From a directory of Hugging Face files to a model whose weights are packed for one provider."""
 
-import math
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
-import numpy as np
-from numpy.typing import NDArray
-
-from quire.errors import ConfigurationError
-from quire.models.decoder import Decoder
+from quire.errors import ConfigurationError, ModelFileError
+from quire.models.decoder import Decoder, Weights
 from quire.models.model import Model
+from quire.models.parameters import NameMap, Parameter, decoder_parameters
 from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
-from quire.models.weights_map import NameMap, Parameter, decoder_parameters
-from quire.ops.types import Ops, StorageType, StoredWeight
+from quire.ops.types import Provider, WeightDtype
 from quire.quant.types import Scheme
-from quire.weights.checkpoint import STORAGE_BY_DTYPE, Checkpoint, check_tensors
-from quire.weights.generation_config import GenerationDefaults, load_generation_defaults
-from quire.weights.json_file import read_json_object
-
-__all__ = [
-    "GenerationDefaults",
-    "ModelConfig",
-    "load_generation_defaults",
-    "load_model",
-    "read_model_config",
-    "read_spec",
-]
+from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
+from quire.weights.json_file import printable, read_json_object
+from quire.weights.pack import WeightPacker
+from quire.weights.source import TensorInfo, WeightSource
 
 MAX_CONFIG_BYTES = 4 * 2**20
 
 Progress = Callable[[int, int], None]
-"""`progress(bytes done, bytes in all)`, after each part."""
+"""`progress(bytes done, bytes in all)`, after each parameter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +31,8 @@ class ModelConfig:
 
     spec: DecoderSpec
     names: NameMap
-    storage: StorageType | None
-    """The type that the config states, if it states one."""
+    dtype: WeightDtype | None
+    """Of the weights, if the config states it."""
 
 
 def read_model_config(directory: Path) -> ModelConfig:
@@ -57,8 +45,8 @@ def read_model_config(directory: Path) -> ModelConfig:
     config = read_json_object(directory / "config.json", MAX_CONFIG_BYTES)
     spec, names = load_spec(config)
     stated = config.get("dtype", config.get("torch_dtype"))
-    known = isinstance(stated, str) and stated in get_args(StorageType)
-    return ModelConfig(spec, names, cast(StorageType, stated) if known else None)
+    known = isinstance(stated, str) and stated in get_args(WeightDtype)
+    return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None)
 
 
 def read_spec(directory: Path) -> DecoderSpec:
@@ -68,7 +56,7 @@ def read_spec(directory: Path) -> DecoderSpec:
 
 def load_model(
     directory: Path,
-    ops: Ops,
+    ops: Provider,
     dtype: str = "auto",
     max_model_len: int | None = None,
     progress: Progress | None = None,
@@ -77,10 +65,10 @@ def load_model(
     """Read, check and pack a model. Peak memory is what is packed and the largest tensor twice.
 
     Args:
-        dtype: storage of weights and cache. `auto` is the type that the config states, else the one that the
-            tensors have; a float32 checkpoint stays float32.
+        dtype: of weights and cache. `auto` is the type that the config states, else the one that the tensors have; a
+            float32 checkpoint stays float32.
         max_model_len: positions that the model must be able to compute; None is all that it has.
-        scheme: how weights are rounded; None is not at all.
+        scheme: how weights are quantised; None is not at all.
 
     Raises:
         ModelFileError: a file is missing or damaged; a tensor is missing, left over or of a wrong shape.
@@ -94,69 +82,73 @@ def load_model(
             f"max_model_len is {max_model_len}; the model has {spec.max_position_embeddings} positions",
             field="max_model_len",
         )
-    with Checkpoint(directory) as checkpoint:
-        names = _fit_prefix(config.names, checkpoint.shapes)
+    with CheckpointWeights(directory) as source:
+        names = _fit_prefix(config.names, source.tensors)
         embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
         # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
-        if spec.tied_head and checkpoint.differ(embedding, head):
+        if spec.tied_head and source.differ(embedding, head):
             spec = replace(spec, tied_head=False)
         parameters = decoder_parameters(spec, names)
-        check_tensors(parameters, checkpoint.shapes, (*names.unused, head) if spec.tied_head else names.unused)
-        storage = _storage(dtype, config.storage, checkpoint.dtype(embedding))
-        source = _Parts(checkpoint, parameters, progress)
-        model = Decoder(spec, names, ops, source, storage, max_model_len or spec.max_position_embeddings, scheme)
-        source.finish()
-        return model
+        check_tensors(parameters, source.tensors, (*names.unused, head) if spec.tied_head else names.unused)
+        weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors[embedding].format)
+        packer = WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset)
+        weights = load_weights(parameters, source, packer, progress)
+    weight_bytes = sum(packer.num_bytes(parameter) for parameter in parameters.values())
+    return Decoder(spec, weights, ops, weight_dtype, max_model_len or spec.max_position_embeddings, weight_bytes)
 
 
-class _Parts:
-    """The parts of a checkpoint; reports progress as they are taken."""
+def load_weights(
+    parameters: Mapping[str, Parameter],
+    source: WeightSource,
+    packer: WeightPacker,
+    progress: Progress | None = None,
+) -> Weights:
+    """Read and pack every parameter, one after another: what `Decoder` is made of. At any time what is packed and one
+    parameter are in memory.
 
-    def __init__(self, checkpoint: Checkpoint, parameters: dict[str, Parameter], progress: Progress | None) -> None:
-        self._checkpoint = checkpoint
-        self._parameters = parameters
-        self._progress = progress
-        self._memory = _Memory()
-        self._taken_bytes = 0
-        self._total_bytes = sum(checkpoint.size_bytes(parameter) for parameter in parameters.values())
-
-    def part(self, name: str) -> NDArray[Any] | StoredWeight:
-        self._report(self._taken_bytes)  # who asks for the next part has packed the one before
-        parameter = self._parameters[name]
-        self._taken_bytes += self._checkpoint.size_bytes(parameter)
-        read = partial(self._checkpoint.read, parameter, self._memory.take)
-        return self._checkpoint.stored(parameter, read) or read()
-
-    def finish(self) -> None:
-        """Report that all is done."""
-        self._report(self._total_bytes)
-
-    def _report(self, done_bytes: int) -> None:
-        if self._progress is not None and done_bytes:
-            self._progress(done_bytes, self._total_bytes)
+    Raises:
+        ModelFileError: a file is damaged, or a tensor cannot be packed; it names the tensors.
+    """
+    total_bytes = sum(source.size_bytes(parameter) for parameter in parameters.values())
+    weights, done_bytes = {}, 0
+    for name, parameter in parameters.items():
+        state = source.packed(name)
+        weights[name] = packer.pack(parameter, source) if state is None else packer.map(parameter, state)
+        done_bytes += source.size_bytes(parameter)
+        if progress is not None:
+            progress(done_bytes, total_bytes)
+    return weights
 
 
-class _Memory:
-    """Arrays for parts to be read into. Large ones share one piece of memory, so no new pages are asked for with each:
-    the system has to clear those, which takes longer than reading into them."""
+def check_tensors(
+    parameters: Mapping[str, Parameter], tensors: Mapping[str, TensorInfo], unused: tuple[str, ...]
+) -> None:
+    """Every tensor of the parameters must be there with its shape, and nothing else but `unused` patterns.
 
-    SHARED_BYTES = 2**20
+    Raises:
+        ModelFileError: names the first tensors that are missing, wrongly shaped or left over.
+    """
+    wanted = {
+        name: shape for parameter in parameters.values() for array in parameter.arrays for name, shape in array.tensors
+    }
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise ModelFileError(f"the checkpoint lacks {_first_of(missing)}")
+    for name, shape in wanted.items():
+        if tensors[name].shape != shape:
+            raise ModelFileError(f"{name} has the shape {list(tensors[name].shape)}; the config asks for {list(shape)}")
+    extra = [name for name in tensors if name not in wanted]
+    extra = [name for name in extra if not any(fnmatch.fnmatchcase(name, pattern) for pattern in unused)]
+    if extra:
+        raise ModelFileError(f"the checkpoint has tensors that the model does not: {_first_of(extra)}")
 
-    def __init__(self) -> None:
-        self._bytes = np.empty(0, np.uint8)
 
-    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """A contiguous array with anything in it; a large one is good until the next large one is taken."""
-        size = math.prod(shape) * dtype.itemsize
-        if len(shape) < 2 or size < self.SHARED_BYTES:
-            return np.empty(shape, dtype)
-        if not size <= len(self._bytes) <= 4 * size:
-            self._bytes = np.empty(0, np.uint8)  # given back before more is asked for
-            self._bytes = np.empty(size, np.uint8)
-        return self._bytes[:size].view(dtype).reshape(shape)
+def _first_of(names: list[str]) -> str:
+    shown = ", ".join(printable(name) for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _fit_prefix(names: NameMap, tensors: dict[str, Any]) -> NameMap:
+def _fit_prefix(names: NameMap, tensors: Container[str]) -> NameMap:
     """The map with the prefix that this checkpoint uses."""
     for prefix in (names.prefix, *names.other_prefixes):
         if f"{prefix}{names.embedding}.weight" in tensors:
@@ -164,10 +156,10 @@ def _fit_prefix(names: NameMap, tensors: dict[str, Any]) -> NameMap:
     return names
 
 
-def _storage(dtype: str, stated: StorageType | None, embedding_dtype: str) -> StorageType:
-    if dtype in get_args(StorageType):
-        return cast(StorageType, dtype)
+def _weight_dtype(dtype: str, stated: WeightDtype | None, embedding_format: str) -> WeightDtype:
+    if dtype in get_args(WeightDtype):
+        return cast(WeightDtype, dtype)
     if dtype != "auto":
-        known = ", ".join(get_args(StorageType))
+        known = ", ".join(get_args(WeightDtype))
         raise ConfigurationError(f"dtype must be one of auto, {known}, got {dtype!r}", field="dtype")
-    return stated or STORAGE_BY_DTYPE.get(embedding_dtype, "bfloat16")
+    return stated or DTYPES_BY_FORMAT.get(embedding_format, "bfloat16")

@@ -1,23 +1,23 @@
-"""A bar on standard error while a large model is loaded; nothing where nobody looks, or where it is over at once."""
+"""A bar on standard error while a large model is loaded; nothing where it is no terminal, or where loading is quick."""
 
 import sys
 import time
 from typing import Any, Self
 
-PATIENCE_S = 0.5
+DELAY_S = 0.5
 
 
 class LoadingBar:
-    """`show(bytes done, bytes in all)` after each part. A context manager."""
+    """`show(bytes done, bytes in all)` after each parameter. A context manager."""
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._is_watched = sys.stderr is not None and sys.stderr.isatty()
+        self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
         self._start_s = time.monotonic()
 
     def show(self, done_bytes: int, total_bytes: int) -> None:
-        """The bar appears once loading has taken `PATIENCE_S`."""
-        if not self._is_watched or time.monotonic() - self._start_s < PATIENCE_S:
+        """The bar appears once loading has taken `DELAY_S`."""
+        if not self._is_terminal or time.monotonic() - self._start_s < DELAY_S:
             return
         if self._bar is None:
             from tqdm import tqdm  # type: ignore[import-untyped]

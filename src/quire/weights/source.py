@@ -1,90 +1,52 @@
-"""Where a model's files are: a directory, or a repository of the hub in the local cache."""
+"""The contract of whatever holds a model's weights: safetensors files today, GGUF and engine directories later."""
 
-import re
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-from quire.errors import ConfigurationError, ModelFileError
+from numpy.typing import NDArray
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-_TOKENIZER_FILES = ("*.json", "*.jinja")
-_MODEL_FILES = ("*.safetensors", *_TOKENIZER_FILES)
-# Files of folders are other formats or parts, `consolidated` is a second copy of the weights.
-_IGNORED = ("*/*", "consolidated*")
+from quire.models.parameters import Concatenated, Parameter
+from quire.ops.packed import PackedState
+from quire.ops.types import QuantizedWeight, StoredWeight
 
-
-def resolve_source(
-    model: str, revision: str | None = None, *, endpoint: str | None = None, cache_dir: Path | None = None
-) -> Path:
-    """The directory with the files of `model`, downloaded first if it is the id of a repository on the hub.
-
-    A branch or tag is resolved to a commit once, and every file is of that commit. Only safetensors, JSON and
-    chat templates are downloaded: never code, never pickles. What the hub's own library honours holds here:
-    its cache, `HF_TOKEN`, `HF_HUB_OFFLINE`.
-
-    Args:
-        model: a directory or a hub id (`owner/name`).
-        revision: branch, tag or commit on the hub; None is the default branch.
-        endpoint: another hub; None is the library's.
-        cache_dir: another cache; None is the library's.
-
-    Raises:
-        ModelFileError: no such directory or repository, not reachable, no access: in one line.
-        ConfigurationError: a revision of a local directory.
-    """
-    return _resolve(model, revision, _MODEL_FILES, endpoint, cache_dir)
+StoredMatrix = NDArray[Any] | StoredWeight | QuantizedWeight
+"""`[out, in]`: values in memory (float32, float16 or ml_dtypes.bfloat16), values still in their files, or values that
+are quantised already. Good until the next matrix is read."""
 
 
-def resolve_tokenizer_source(tokenizer: str, revision: str | None = None) -> Path:
-    """As `resolve_source`, without the weights."""
-    return _resolve(tokenizer, revision, _TOKENIZER_FILES, None, None)
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    format: str
+    """As the source names it: `BF16`, `F32`, `Q4_K`."""
 
 
-def _resolve(
-    name: str, revision: str | None, patterns: tuple[str, ...], endpoint: str | None, cache_dir: Path | None
-) -> Path:
-    if name and Path(name).is_dir():
-        if revision is not None:
-            raise ConfigurationError("revision is for models of the hub; this one is a directory", field="revision")
-        return Path(name)
-    if not _HUB_ID.fullmatch(name):
-        raise ModelFileError(f"no directory {Path(name).name!r}, and it is not the id of a model on the hub")
-    return _download(name, revision, patterns, endpoint, cache_dir)
+class WeightSource(Protocol):
+    """The tensors of one model. Names, shapes and formats are known at once; values are read by the
+    methods that return them. Closed by its user."""
 
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by its name."""
 
-def _download(
-    repo_id: str, revision: str | None, patterns: tuple[str, ...], endpoint: str | None, cache_dir: Path | None
-) -> Path:
-    # Slow to import, and not needed for directories.
-    import huggingface_hub
-    from huggingface_hub import errors
+    def size_bytes(self, parameter: Parameter) -> int:
+        """Bytes of a parameter in the source."""
 
-    wanted = repo_id if revision is None else f"{repo_id} at revision {revision!r}"
-    try:
-        # It asks for the commit of the revision first and names that commit in all that follows; offline it
-        # takes the commit that the revision was when it was last seen.
-        directory = huggingface_hub.snapshot_download(
-            repo_id,
-            revision=revision,
-            allow_patterns=list(patterns),
-            ignore_patterns=list(_IGNORED),
-            endpoint=endpoint,
-            cache_dir=cache_dir,
-        )
-    except errors.GatedRepoError:
-        reason = "access to it must be granted first, on its page at the hub, to the account of your HF_TOKEN"
-    except errors.RevisionNotFoundError:
-        reason = "the hub has no such revision"
-    except errors.RepositoryNotFoundError:
-        reason = "there is no such directory, and the hub has no such model (or it is private)"
-    except errors.LocalEntryNotFoundError:
-        if huggingface_hub.is_offline_mode():
-            reason = "it is not in the local cache, and HF_HUB_OFFLINE is set"
-        else:
-            reason = "the hub cannot be reached, and it is not in the local cache"
-    except (errors.HfHubHTTPError, errors.HFValidationError) as error:
-        reason = f"the hub answered with an error ({type(error).__name__})"
-    except OSError as error:
-        reason = f"the files could not be written ({error.strerror or type(error).__name__})"
-    else:
-        return Path(directory)
-    raise ModelFileError(f"{wanted}: {reason}")
+    def packed(self, name: str) -> PackedState | None:
+        """The decoder's parameter `name`, where the source holds it as a provider packed it; None where it holds
+        tensors."""
+
+    def matrix(self, array: Concatenated) -> StoredMatrix:
+        """Tensors as one matrix. Raises ModelFileError where a file is damaged, now or when a lazy one is read."""
+
+    def vector(self, array: Concatenated) -> NDArray[Any]:
+        """Tensors as one vector `[size]` of a floating-point type. Raises ModelFileError where a file is damaged."""
+
+    def differ(self, one: str, other: str) -> bool:
+        """Whether both tensors are there and have different values."""
+
+    def close(self) -> None:
+        """Release files and memory; what was read lazily and not packed is lost."""

@@ -73,5 +73,5 @@ def test_one_fault_fails_one_conversation(
         assert [said(response) for response in canaries] == undisturbed
         assert [said(response) for response in ask(under_test, victim=False, stream=False)] == undisturbed
         under_test.check()
-        pool = victim.core._scheduler._pool
+        pool = victim.core.scheduler._pool
         assert pool.num_free == pool.num_blocks and not under_test._streams

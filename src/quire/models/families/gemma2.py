@@ -1,12 +1,12 @@
-"""Gemma 2 (arXiv 2408.00118): norms before and after each part, soft caps, every other layer slides."""
+"""Gemma 2 (arXiv 2408.00118): norms before and after each sublayer, soft caps, every other layer slides."""
 
 from dataclasses import replace
 
 from quire.models.families.llama import llama_like, num_layers_of
 from quire.models.hf_config import ConfigReader
+from quire.models.parameters import NameMap
 from quire.models.rope_config import RopeDefaults
 from quire.models.spec import DecoderSpec, RopeSpec
-from quire.models.weights_map import NameMap
 
 HEAD_DIM = 256
 GEMMA_NAMES = NameMap(

@@ -5,16 +5,16 @@ from dataclasses import replace
 from quire.models.families.gemma2 import GEMMA_NAMES, HEAD_DIM, gemma_like
 from quire.models.families.llama import num_layers_of
 from quire.models.hf_config import ConfigReader
+from quire.models.parameters import NameMap
 from quire.models.rope_config import RopeDefaults, parse_rope
 from quire.models.spec import DecoderSpec, RopeSpec
-from quire.models.weights_map import NameMap
 
 _TEXT_DEFAULTS = {
     "vocab_size": 262_208,
     "num_attention_heads": 8,
     "max_position_embeddings": 131_072,
 }
-"""What the published configs with a vision part leave out of their `text_config`."""
+"""What the published configs with a vision tower leave out of their `text_config`."""
 
 
 def gemma3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
@@ -32,7 +32,7 @@ def gemma3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
 
 
 def gemma3_text_of(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
-    """The text part of Gemma3ForConditionalGeneration; its vision tower stays on the disk."""
+    """The text model of Gemma3ForConditionalGeneration; its vision tower stays on the disk."""
     text = config.nested("text_config")
     if text is None:
         raise config.unsupported("text_config", "it must be there")

@@ -2,8 +2,8 @@
 
 from quire.models.families.llama import MAX_LAYERS
 from quire.models.hf_config import ConfigReader
+from quire.models.parameters import NameMap
 from quire.models.spec import DecoderSpec, LayerSpec, NormSpec
-from quire.models.weights_map import NameMap
 
 GPT2_NAMES = NameMap(
     prefix="transformer.",
@@ -14,7 +14,7 @@ GPT2_NAMES = NameMap(
     o="attn.c_proj",
     attention_norm="ln_1",
     mlp_norm="ln_2",
-    up=("mlp.c_fc",),
+    up="mlp.c_fc",
     down="mlp.c_proj",
     transposed=True,
     unused=("*.attn.bias", "*.attn.masked_bias"),

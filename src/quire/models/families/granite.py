@@ -4,14 +4,14 @@ from dataclasses import replace
 
 from quire.models.families.llama import llama
 from quire.models.hf_config import ConfigReader
+from quire.models.parameters import NameMap
 from quire.models.spec import DecoderSpec, NormSpec
-from quire.models.weights_map import NameMap
 
 
 def granite(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
     """GraniteForCausalLM.
 
-    Every part adds `m * x` to the residual. All that is read of the residual are its RMS norms, which do not
+    Every sublayer adds `m * x` to the residual. All that is read of the residual are its RMS norms, which do not
     change when it is divided by m, if eps is divided by m squared; so the decoder keeps `residual / m`, and
     adds plain x to it. Then only the embedding is scaled.
     """

@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from quire.models.hf_config import ConfigReader
+from quire.models.parameters import NameMap
 from quire.models.rope_config import RopeDefaults, extended_positions, read_rope
 from quire.models.spec import DecoderSpec, LayerSpec, NormSpec, RopeSpec
-from quire.models.weights_map import NameMap
 
 MAX_LAYERS = 1024
 
 
 def num_layers_of(config: ConfigReader) -> int:
-    """Number of layers."""
+    """`num_hidden_layers`."""
     return config.integer("num_hidden_layers", at_most=MAX_LAYERS)
 
 
@@ -40,7 +40,10 @@ def llama_like(
 ) -> DecoderSpec:
     """Pre-norm RMS norms, rotary positions, grouped-query attention, gated SiLU MLP, no biases.
 
-    The keywords are what the config's silence means to a family; `rope` may also be settled already.
+    The keywords are what an absent key means to a family; `rope` may also be what it read itself.
+
+    Raises:
+        UnsupportedModelError, ModelFileError: as `ConfigReader`.
     """
     hidden_size = config.integer("hidden_size")
     num_layers = num_layers_of(config)

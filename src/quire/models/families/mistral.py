@@ -2,8 +2,8 @@
 
 from quire.models.families.llama import llama_like, same_window
 from quire.models.hf_config import ConfigReader
+from quire.models.parameters import NameMap
 from quire.models.spec import DecoderSpec
-from quire.models.weights_map import NameMap
 
 
 def mistral(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:

@@ -1,11 +1,11 @@
-"""OLMo 2 (arXiv 2501.00656): norms only after each part, and norms of the whole projections of q and k."""
+"""OLMo 2 (arXiv 2501.00656): norms only after each sublayer, and norms of the whole projections of q and k."""
 
 from dataclasses import replace
 
 from quire.models.families.llama import llama_like
 from quire.models.hf_config import ConfigReader
+from quire.models.parameters import NameMap
 from quire.models.spec import DecoderSpec
-from quire.models.weights_map import NameMap
 
 
 def olmo2(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:

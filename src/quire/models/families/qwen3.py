@@ -5,8 +5,8 @@ from dataclasses import replace
 from quire.models.families.llama import llama_like
 from quire.models.families.qwen2 import qwen_windows
 from quire.models.hf_config import ConfigReader
+from quire.models.parameters import NameMap
 from quire.models.spec import DecoderSpec
-from quire.models.weights_map import NameMap
 
 
 def qwen3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:

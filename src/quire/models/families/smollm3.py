@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from quire.models.families.llama import llama_like, num_layers_of
 from quire.models.hf_config import ConfigReader
+from quire.models.parameters import NameMap
 from quire.models.rope_config import RopeDefaults
 from quire.models.spec import DecoderSpec
-from quire.models.weights_map import NameMap
 
 
 def smollm3(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 from quire.models.families.llama import llama_like, same_window
 from quire.models.hf_config import ConfigReader
+from quire.models.parameters import NameMap
 from quire.models.spec import DecoderSpec, NormSpec
-from quire.models.weights_map import NameMap
 
 
 def starcoder2(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
@@ -21,4 +21,4 @@ def starcoder2(config: ConfigReader) -> tuple[DecoderSpec, NameMap]:
         o_bias=bias,
         mlp_bias=bias,
     )
-    return spec, NameMap(up=("mlp.c_fc",), down="mlp.c_proj")
+    return spec, NameMap(up="mlp.c_fc", down="mlp.c_proj")

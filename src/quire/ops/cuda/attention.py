@@ -5,8 +5,8 @@ of `SEGMENT` positions. A query folds each segment into `(m_i, l_i, acc)` from f
 in ascending order. One program does all of it for a tile of queries of a prompt. A row with one query is too little for
 a program: each of its segments is one, and `merge` folds them with the same formula. Where a step has rows of both
 kinds, both are launched, and each leaves the other's rows alone. What a query computes is a function of its own
-position alone: not of its companions, nor of how a prompt is cut.
-Three things that a compiler may choose by the shape of a tile are not left to it: sums over keys are products with ones
+position alone: not of the other rows, nor of how a prompt is cut.
+Three things that a compiler may choose by the shape of a tile are not left to it: sums over keys are GEMMs with ones
 (a reduction's order depends on how a tile lies over threads), fused multiplications are written out and no others are
 made, and a maximum has no order.
 
@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quire.ops.types import Array, AttentionBatch, AttentionSpec, RopeTables
+from quire.ops.types import AttentionBatch, AttentionSpec, RopeTables
 
 SEGMENT = 256
 """Positions of the context that are folded together; a multiple of every block size."""
@@ -236,15 +236,15 @@ def merge_kernel(
 
 
 def attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
     cache: Any,
     layer: int,
     batch: AttentionBatch,
     spec: AttentionSpec,
     rope: RopeTables | None,
-) -> Array:
+) -> torch.Tensor:
     """See `Ops.attention`. `cache` is the tensor of the module's docstring. Launches without waiting for the device."""
     tokens, heads, dim = q.shape
     out = torch.empty((tokens, heads * dim), dtype=q.dtype, device=q.device)
@@ -252,13 +252,14 @@ def attention(
         return out
     keys, values = cache[layer, 0], cache[layer, 1]
     kv_heads, block_size = keys.shape[1], keys.shape[2]
-    rows, width = batch.block_tables.shape
+    block_tables: torch.Tensor = batch.block_tables
+    rows, width = block_tables.shape
     group, dim_tile = heads // kv_heads, max(16, triton.next_power_of_2(dim))
     strides = (keys.stride(0), keys.stride(1))
     tables, half = ((q, q), 0) if rope is None else ((rope.cos, rope.sin), rope.cos.shape[1])
     store_kernel[(tokens,)](
-        k, v, keys, values, *tables, batch.query_starts, batch.starts, batch.block_tables, rows,
-        k.stride(0), v.stride(0), batch.block_tables.stride(0), *strides,
+        k, v, keys, values, *tables, batch.query_starts, batch.starts, block_tables, rows,
+        k.stride(0), v.stride(0), block_tables.stride(0), *strides,
         KV_HEADS=kv_heads, DIM=dim, DIM_TILE=dim_tile, HEADS_TILE=triton.next_power_of_2(kv_heads),
         BLOCK_SIZE=block_size, HALF=half, enable_fp_fusion=False,
     )  # fmt: skip
@@ -276,8 +277,8 @@ def attention(
                 parts = torch.empty(shape, dtype=torch.float32, device=q.device)
             grid = (rows, kv_heads, segments) if split else (tokens // block_q + rows, kv_heads, 1)
             attention_kernel[grid](
-                q, keys, values, out, parts, *tables, batch.query_starts, batch.starts, batch.block_tables, sinks, rows,
-                q.stride(0), batch.block_tables.stride(0), *strides, parts.stride(0),
+                q, keys, values, out, parts, *tables, batch.query_starts, batch.starts, block_tables, sinks, rows,
+                q.stride(0), block_tables.stride(0), *strides, parts.stride(0),
                 spec.scale * (1.0 if spec.softcap is not None else LOG2_E), spec.softcap or 1.0, window,
                 HEADS=heads, GROUP=group, GROUP_TILE=group_tile, DIM=dim, DIM_TILE=dim_tile, BLOCK_Q=block_q,
                 TILE=32 if wide else 64, BLOCK_SIZE=block_size, SEGMENT_SIZE=SEGMENT, SPLIT=split,

@@ -4,7 +4,7 @@ from typing import Any
 
 LEAST_TORCH = (2, 9)
 LEAST_CAPABILITY = (8, 0)
-"""Ampere: the first with products of bfloat16."""
+"""Ampere: the first with GEMMs of bfloat16."""
 
 
 def obstacle(torch: Any, triton_driver: Any) -> str | None:

@@ -1,6 +1,6 @@
 """The operations on an NVIDIA GPU.
 
-Activations that go into products have the type of the weights; residuals, logits and sums are float32. No operation
+Activations that go into GEMMs have the type of the weights; residuals, logits and sums are float32. No operation
 waits for the device, except `to_numpy`. Tested without a GPU under Triton's interpreter (`TRITON_INTERPRET=1`) with
 `device="cpu"`, in float32 and float16.
 """
@@ -15,22 +15,22 @@ import torch
 
 from quire.ops import quantize_reference
 from quire.ops.composed import ComposedOps
-from quire.ops.cuda import attention, products, rows, sampling
+from quire.ops.cuda import attention, gemm, packed_weights, rows, sampling
 from quire.ops.cuda.kernel_cache import kernel_cache
+from quire.ops.packed import Buffer, PackedHeader, PackedState
 from quire.ops.types import (
-    INPUT_LEVELS,
+    ACTIVATION_QMAX,
     Activation,
-    Array,
     AttentionBatch,
     AttentionSpec,
     CacheShape,
     DeviceMemory,
     Logprobs,
     QuantizedWeight,
+    QuantSpec,
     RopeTables,
-    Rounding,
     SampleBatch,
-    StorageType,
+    WeightDtype,
 )
 from quire.outputs import Decision
 
@@ -48,29 +48,27 @@ class CudaOps(ComposedOps):
         self._batch_invariant = batch_invariant
         self.name = f"cuda ({torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else 'interpreted'})"
         self.xp: Any = array_api_compat.torch
-        # Before compute capability 8.9 there is no product of e4m3.
+        # Before compute capability 8.9 there is no GEMM of e4m3.
         with_fp8 = self.device.type == "cpu" or torch.cuda.get_device_capability(self.device) >= (8, 9)
-        self.formats = tuple(kind for kind in INPUT_LEVELS if with_fp8 or kind != "fp8")
-        self._recorder: tuple[Any, Any] | None = None
-        """A stream to record on, and the memory that all recordings share: they are replayed one after another."""
+        self.formats = tuple(kind for kind in ACTIVATION_QMAX if with_fp8 or kind != "fp8")
+        self._capture: tuple[Any, Any] | None = None
+        """A stream to capture on, and the memory that all CUDA graphs share: they are replayed one after another."""
 
     def memory(self) -> DeviceMemory | None:
         if self.device.type == "cpu":
             return None
         free, total = torch.cuda.mem_get_info(self.device)
-        held = torch.cuda.memory_allocated(self.device)
-        kept = torch.cuda.memory_reserved(self.device) - held
-        return DeviceMemory(total, free + kept, held, kept)
+        allocated = torch.cuda.memory_allocated(self.device)
+        cached = torch.cuda.memory_reserved(self.device) - allocated
+        return DeviceMemory(total, free + cached, allocated, cached)
 
     def decisions(self) -> list[Decision]:
         if self.device.type == "cpu":
             return []
         cache = kernel_cache()
-        products_by = (
-            "every number of rows has the same sums" if self._batch_invariant else "torch's library multiplies"
-        )
+        sums_by = "every number of rows has the same sums" if self._batch_invariant else "torch's library multiplies"
         return [
-            Decision("batch_invariant", str(self._batch_invariant).lower(), products_by),
+            Decision("batch_invariant", str(self._batch_invariant).lower(), sums_by),
             Decision("kernels", f"{cache.num_compiled} compiled, {cache.num_found} found", f"in {cache.folder}"),
         ]
 
@@ -86,7 +84,7 @@ class CudaOps(ComposedOps):
 
     # arrays and weights
 
-    def array(self, values: Any, dtype: str) -> Array:
+    def array(self, values: Any, dtype: str) -> torch.Tensor:
         """From pageable memory through a pinned buffer where there is a device: the copy does not wait."""
         host = np.array(values, dtype=dtype)
         if host.dtype == np.uint64:
@@ -94,16 +92,16 @@ class CudaOps(ComposedOps):
         tensor = torch.from_numpy(host)
         return tensor if self.device.type == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
 
-    def to_numpy(self, x: Array) -> Any:
+    def to_numpy(self, x: torch.Tensor) -> Any:
         return x.detach().cpu().numpy()
 
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """A CUDA graph. Not by `torch.cuda.graph`, which collects garbage and empties the allocator each time."""
         if self.device.type == "cpu":
-            return super().record(work)
-        if self._recorder is None:
-            self._recorder = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
-        stream, pool = self._recorder
+            return super().capture(work)
+        if self._capture is None:
+            self._capture = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
+        stream, pool = self._capture
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
@@ -116,7 +114,7 @@ class CudaOps(ComposedOps):
         replay: Callable[[], None] = graph.replay
         return replay
 
-    def fetch(self, arrays: Sequence[Array]) -> Callable[[], list[Any]]:
+    def fetch(self, arrays: Sequence[torch.Tensor]) -> Callable[[], list[Any]]:
         """Into pinned memory, behind what was launched so far."""
         if self.device.type == "cpu":
             return super().fetch(arrays)
@@ -132,107 +130,112 @@ class CudaOps(ComposedOps):
 
         return wait
 
-    def quantize(self, weight: Any, rounding: Rounding) -> QuantizedWeight:
+    def quantize(self, weight: Any, quant: QuantSpec) -> QuantizedWeight:
         """On the device, some rows at a time: what it takes besides the weight has a bound."""
         host = np.asarray(weight)
         inputs = host.shape[1]
         count = max(1, ROUNDED_ELEMENTS // max(1, inputs))
-        kind = torch.float8_e4m3fn if rounding.format == "fp8" else torch.int8
+        kind = torch.float8_e4m3fn if quant.format == "fp8" else torch.int8
         values, scales = [], []
+        some: torch.Tensor
         with _room():
             for first in range(0, max(1, len(host)), count):
-                rows = products.to_tensor(np.ascontiguousarray(host[first : first + count])).to(self.device)
-                part, part_scales = quantize_reference.rounded(self.xp, rows.to(torch.float32), rounding)
-                values.append(part.to(kind))
-                scales.append(part_scales)
-            size = rounding.group_size or inputs
-            return QuantizedWeight(rounding.format, torch.cat(values), torch.cat(scales), size)
+                rows = gemm.to_tensor(np.ascontiguousarray(host[first : first + count])).to(self.device)
+                some, some_scales = quantize_reference.rounded(self.xp, rows.to(torch.float32), quant)
+                values.append(some.to(kind))
+                scales.append(some_scales)
+            size = quant.group_size or inputs
+            return QuantizedWeight(quant.format, torch.cat(values), torch.cat(scales), size)
 
-    def pack_linear(self, weight: Any, bias: Any | None, storage: StorageType) -> products.CudaLinear:
+    def pack_linear(self, weight: Any, bias: Any | None, dtype: WeightDtype) -> gemm.CudaLinear:
         with _room():
-            return products.pack(weight, bias, _DTYPES[storage], self.device)
+            return gemm.pack(weight, bias, _DTYPES[dtype], self.device)
 
-    def pack_embedding(self, table: Any, storage: StorageType) -> products.CudaLinear:
+    def pack_embedding(self, table: Any, dtype: WeightDtype) -> gemm.CudaLinear:
         if isinstance(table, QuantizedWeight) and table.group_size != table.values.shape[1]:
             raise ValueError("a table is quantised by rows, not by groups")
-        return self.pack_linear(table, None, storage)
+        return self.pack_linear(table, None, dtype)
 
-    # products
+    def packed_state(self, packed: gemm.CudaLinear) -> PackedState:
+        """The tensors as they lie on the device."""
+        return packed_weights.packed_state(packed)
 
-    def linear(self, x: Array, packed: products.CudaLinear) -> Array:
+    def map_packed(self, header: PackedHeader, buffers: Sequence[Buffer]) -> gemm.CudaLinear:
+        with _room():
+            return packed_weights.map_packed(header, buffers, self.device, self.formats)
+
+    # GEMMs
+
+    def linear(self, x: torch.Tensor, packed: gemm.CudaLinear) -> torch.Tensor:
         if self._batch_invariant or packed.format != "plain":
-            return products.linear(x, packed, packed.dtype)
-        return products.cublas_linear(x, packed)
+            return gemm.linear(x, packed, packed.dtype)
+        return gemm.cublas_linear(x, packed)
 
-    def embed(self, token_ids: Array, packed: products.CudaLinear, scale: float = 1.0) -> Array:
+    def embed(self, token_ids: torch.Tensor, packed: gemm.CudaLinear, scale: float = 1.0) -> torch.Tensor:
         return rows.embed(packed.weight, packed.scales, token_ids, scale)
 
-    def logits(self, x: Array, packed: products.CudaLinear, scale: float = 1.0, softcap: float | None = None) -> Array:
-        return products.linear(x, packed, torch.float32, scale, softcap)
+    def logits(
+        self, x: torch.Tensor, packed: gemm.CudaLinear, scale: float = 1.0, softcap: float | None = None
+    ) -> torch.Tensor:
+        return gemm.linear(x, packed, torch.float32, scale, softcap)
 
-    # norms: what goes into a product has the type of `x`, unless that is a residual
+    # norms: what goes into a GEMM has the type of `x`, unless that is a residual
 
-    def rms_norm(self, x: Array, weight: Array, eps: float) -> Array:
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return rows.norm(x, None, weight, None, eps, False, x.dtype)
 
-    def add_rms_norm(self, x: Array, residual: Array, weight: Array, eps: float) -> Array:
+    def add_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return rows.norm(x, residual, weight, None, eps, False, x.dtype)
 
-    def layer_norm(self, x: Array, weight: Array, bias: Array | None, eps: float) -> Array:
+    def layer_norm(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
         return rows.norm(x, None, weight, bias, eps, True, x.dtype)
 
     # positions and attention
 
-    def rope(self, x: Array, positions: Array, cos: Array, sin: Array) -> None:
-        rows.rope(x, positions, cos, sin)
-
-    def make_cache(self, shape: CacheShape) -> Array:
+    def make_cache(self, shape: CacheShape) -> torch.Tensor:
         dims = (shape.num_layers, 2, shape.num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # of what loading left: the cache is to have it
         with _room():
-            return torch.zeros(dims, dtype=_DTYPES[shape.storage], device=self.device)
+            return torch.zeros(dims, dtype=_DTYPES[shape.dtype], device=self.device)
 
     def attention(
         self,
-        q: Array,
-        k: Array,
-        v: Array,
-        cache: Array,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: torch.Tensor,
         layer: int,
         batch: AttentionBatch,
         spec: AttentionSpec,
         rope: RopeTables | None = None,
-    ) -> Array:
+    ) -> torch.Tensor:
         return attention.attention(q, k, v, cache, layer, batch, spec, rope)
 
-    def copy_blocks(self, cache: Array, source_ids: Array, target_ids: Array) -> None:
-        rows.copy_blocks(cache, source_ids, target_ids)
-
-    def block_bytes(self, cache: Array, block: int, layer: int) -> bytes:
+    def block_bytes(self, cache: torch.Tensor, block: int, layer: int) -> bytes:
         return bytes(cache[layer, :, block].contiguous().view(torch.uint8).cpu().numpy().tobytes())
 
     # element by element
 
-    def activation(self, x: Array, kind: Activation) -> Array:
+    def activation(self, x: torch.Tensor, kind: Activation) -> torch.Tensor:
         return rows.activation(x, kind, multiply=False)
 
-    def activation_multiply(self, gate_up: Array, kind: Activation) -> Array:
+    def activation_multiply(self, gate_up: torch.Tensor, kind: Activation) -> torch.Tensor:
         return rows.activation(gate_up, kind, multiply=True)
 
     # choosing tokens
 
-    def sample(self, logits: Array, batch: SampleBatch) -> Array:
+    def sample(self, logits: torch.Tensor, batch: SampleBatch) -> torch.Tensor:
         return sampling.sample(logits, batch)
 
-    def logprobs(self, logits: Array, token_ids: Array, num_top: int) -> Logprobs:
+    def logprobs(self, logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Logprobs:
         return sampling.logprobs(logits, token_ids, num_top)
 
-    def rows_finite(self, logits: Array) -> Array:
-        broken = (torch.isnan(logits) | (logits == torch.inf)).any(-1)
-        return (logits > -torch.inf).any(-1) & ~broken
+    def rows_finite(self, logits: torch.Tensor) -> torch.Tensor:
+        bad = (torch.isnan(logits) | (logits == torch.inf)).any(-1)
+        return (logits > -torch.inf).any(-1) & ~bad
 
-    def clear_broken(self, logits: Array) -> Array:
+    def zero_nonfinite_rows(self, logits: torch.Tensor) -> torch.Tensor:
         finite = self.rows_finite(logits)
         logits.masked_fill_(~finite[:, None], 0.0)  # without asking whether there is any
         return finite

@@ -1,12 +1,10 @@
-"""Rows of tables, norms, rotary positions, activations, copies of blocks: one pass each. Sums are over a row alone."""
-
-import math
+"""Rows of tables, norms, activations: one pass each. Sums are over a row alone."""
 
 import torch
 import triton
 import triton.language as tl
 
-from quire.ops.types import Activation, Array
+from quire.ops.types import Activation
 
 KINDS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
@@ -23,7 +21,7 @@ def embed_kernel(table, scales, ids, y, table_stride, size, scale, SCALED: tl.co
     tl.store(y + place * size + at, values * scale, mask=at < size)
 
 
-def embed(table: Array, scales: Array | None, ids: Array, scale: float) -> Array:
+def embed(table: torch.Tensor, scales: torch.Tensor | None, ids: torch.Tensor, scale: float) -> torch.Tensor:
     """Rows `ids [n]` of a table of floats, or of small numbers with a scale for each row `[rows, 1]`, times `scale`:
     float32 `[n, size]`."""
     size = table.shape[1]
@@ -60,8 +58,14 @@ def norm_kernel(
 
 
 def norm(
-    x: Array, residual: Array | None, weight: Array, bias: Array | None, eps: float, centre: bool, dtype: torch.dtype
-) -> Array:
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    centre: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
     """`x [..., size]`; `residual` is added to first, in place. The result has `dtype`."""
     size = x.shape[-1]
     flat = x.reshape(-1, size)
@@ -74,38 +78,6 @@ def norm(
             num_warps=8 if size > 2048 else 4, enable_fp_fusion=True,
         )  # fmt: skip
     return y
-
-
-@triton.jit
-def rope_kernel(
-    x, positions, cos, sin, x_stride,
-    HEADS: tl.constexpr, HEADS_TILE: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HALF_TILE: tl.constexpr,
-):  # fmt: skip
-    """All heads of one token."""
-    token = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, HALF_TILE)
-    position = tl.load(positions + token).to(tl.int64)
-    c = tl.load(cos + position * HALF + at, mask=at < HALF, other=0.0)[None, :]
-    s = tl.load(sin + position * HALF + at, mask=at < HALF, other=0.0)[None, :]
-    heads = tl.arange(0, HEADS_TILE)[:, None]
-    mask = (heads < HEADS) & (at[None, :] < HALF)
-    first = x + token * x_stride + heads * DIM + at[None, :]
-    a = tl.load(first, mask=mask, other=0.0).to(tl.float32)
-    b = tl.load(first + HALF, mask=mask, other=0.0).to(tl.float32)
-    # Fused as in `attention.py`, to the same bits.
-    tl.store(first, tl.fma(-b, s, a * c).to(x.dtype.element_ty), mask=mask)
-    tl.store(first + HALF, tl.fma(a, s, b * c).to(x.dtype.element_ty), mask=mask)
-
-
-def rope(x: Array, positions: Array, cos: Array, sin: Array) -> None:
-    """See `Ops.rope`."""
-    tokens, heads, dim = x.shape
-    half = cos.shape[1]
-    if tokens:
-        rope_kernel[(tokens,)](
-            x, positions, cos, sin, x.stride(0), HEADS=heads, HEADS_TILE=triton.next_power_of_2(heads), DIM=dim,
-            HALF=half, HALF_TILE=triton.next_power_of_2(half), enable_fp_fusion=False,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -133,7 +105,7 @@ def activation_kernel(x, y, x_stride, size, KIND: tl.constexpr, MULTIPLY: tl.con
     tl.store(y + row * size + at, result.to(y.dtype.element_ty), mask=mask)
 
 
-def activation(x: Array, kind: Activation, multiply: bool) -> Array:
+def activation(x: torch.Tensor, kind: Activation, multiply: bool) -> torch.Tensor:
     """`kind(x)`, or `kind(x[:, :n]) * x[:, n:]` where `multiply`; `x [..., size]`."""
     flat = x.reshape(-1, x.shape[-1])
     size = flat.shape[1] // 2 if multiply else flat.shape[1]
@@ -144,26 +116,3 @@ def activation(x: Array, kind: Activation, multiply: bool) -> Array:
             flat, y, flat.stride(0), size, KIND=KINDS[kind], MULTIPLY=multiply, TILE=tile, enable_fp_fusion=True
         )
     return y
-
-
-@triton.jit(do_not_specialize=["pairs"])
-def copy_kernel(cache, sources, targets, pairs, half_stride, block_stride, size, TILE: tl.constexpr):
-    """A tile of every block that is copied, pair by pair: a target may be the source of a later pair."""
-    part = cache + tl.program_id(0).to(tl.int64) * half_stride
-    at = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    mask = at < size
-    for pair in range(0, pairs):
-        source, target = tl.load(sources + pair).to(tl.int64), tl.load(targets + pair).to(tl.int64)
-        tl.store(part + target * block_stride + at, tl.load(part + source * block_stride + at, mask=mask), mask=mask)
-
-
-def copy_blocks(cache: Array, source_ids: Array, target_ids: Array) -> None:
-    """`cache [layers, 2, blocks, ...]`; ids `[pairs]`. See `Ops.copy_blocks`."""
-    layers, halves, _, *block = cache.shape
-    size = math.prod(block)
-    if source_ids.shape[0] and size:
-        tile = min(1024, triton.next_power_of_2(size))
-        copy_kernel[(layers * halves, triton.cdiv(size, tile))](
-            cache, source_ids, target_ids, source_ids.shape[0], cache.stride(1), cache.stride(2), size, TILE=tile,
-            enable_fp_fusion=True,
-        )  # fmt: skip

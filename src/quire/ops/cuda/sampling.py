@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from quire.ops.types import Array, Logprobs, SampleBatch
+from quire.ops.types import Logprobs, SampleBatch
 
 TILE = 4096
 
@@ -167,7 +167,7 @@ def sample_kernel(
     tl.store(tokens + index, best)
 
 
-def sample(logits: Array, batch: SampleBatch) -> Array:
+def sample(logits: torch.Tensor, batch: SampleBatch) -> torch.Tensor:
     """See `Ops.sample`."""
     tokens = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
     if logits.shape[0]:
@@ -216,7 +216,7 @@ def logprobs_kernel(logits, ids, chosen, ranks, top_ids, top_logprobs, stride, v
         last, last_id = best, best_id
 
 
-def logprobs(logits: Array, token_ids: Array, num_top: int) -> Logprobs:
+def logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> Logprobs:
     """See `Ops.logprobs`."""
     rows, device = logits.shape[0], logits.device
     found = Logprobs(

@@ -1,4 +1,4 @@
-"""Which tiles a product takes: by device and weight from `tiles.toml`, else by rule; nothing is tried at start.
+"""Which tiles a GEMM takes: by device and weight from `tiles.toml`, else by rule; nothing is tried at start.
 
 A pick has one entry for few rows and others for many. That keeps rows independent because an output is the same
 chain of sums in all of them: the matrix instruction is fixed by the type (on Hopper `wgmma` of 64 outputs, whose width
@@ -20,7 +20,7 @@ LARGEST_ROWS = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How a product is cut where it has up to `most_rows` rows."""
+    """How a GEMM is cut where it has up to `most_rows` rows."""
 
     most_rows: int
     rows: int
@@ -31,7 +31,7 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True)
-class ProductShape:
+class GemmShape:
     """What a pick depends on."""
 
     format: str  # "float32", "16 bits", or that of a QuantizedWeight
@@ -53,7 +53,7 @@ def _table() -> dict[str, dict[str, list[list[int]]]]:
 
 
 @functools.cache
-def tiles_for(device: str, shape: ProductShape) -> tuple[Tiles, ...]:
+def tiles_for(device: str, shape: GemmShape) -> tuple[Tiles, ...]:
     """The picks for `device` (its name as the driver gives it), those for fewer rows first; the last is for any."""
     entries = _table().get(device, {}).get(shape.name)
     if entries is not None:
@@ -63,7 +63,7 @@ def tiles_for(device: str, shape: ProductShape) -> tuple[Tiles, ...]:
     return default_tiles(shape)
 
 
-def keeps_sums(shape: ProductShape, tiles: Tiles) -> bool:
+def keeps_sums(shape: GemmShape, tiles: Tiles) -> bool:
     """Whether these tiles give the bits that all tiles for this shape have to give."""
     if shape.format.startswith("int4"):
         return tiles.depth == 2 * shape.group_size and tiles.outputs % 64 == 0
@@ -74,7 +74,7 @@ def keeps_sums(shape: ProductShape, tiles: Tiles) -> bool:
     return tiles.outputs % 64 == 0 and tiles.depth % 32 == 0
 
 
-def default_tiles(shape: ProductShape) -> tuple[Tiles, ...]:
+def default_tiles(shape: GemmShape) -> tuple[Tiles, ...]:
     """For a device that the table does not have."""
     if shape.format == "float32":
         return (Tiles(16, 16, 32, 32, 4, 2), Tiles(LARGEST_ROWS, 32, 32, 32, 4, 2))

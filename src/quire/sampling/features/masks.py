@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from quire.core.plan import NewRow
 from quire.core.request import SamplingSpec
-from quire.ops.types import Array, Ops
+from quire.ops.types import Array, Device
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class LogitMasks:
     """`allowed_token_ids` alone keep their logits; `logit_bias` is added; stop tokens are masked until `min_tokens` are
     generated; the last token of each of `bad_words` is masked where the tokens before it are the rest of it."""
 
-    def __init__(self, ops: Ops) -> None:
+    def __init__(self, ops: Device) -> None:
         self._ops = ops
         self._rows: dict[int, _RowMasks] = {}
 

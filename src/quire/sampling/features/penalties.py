@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from quire.core.plan import NewRow
 from quire.core.request import SamplingSpec
-from quire.ops.types import Array, Ops, PenaltyBatch
+from quire.ops.types import Array, PenaltyBatch, Provider
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Penalties:
     """`presence_penalty`, `frequency_penalty` and `repetition_penalty`; work is in proportion to the number of
     distinct tokens seen, not to the vocabulary."""
 
-    def __init__(self, ops: Ops) -> None:
+    def __init__(self, ops: Provider) -> None:
         self._ops = ops
         self._rows: dict[int, _Seen] = {}
 

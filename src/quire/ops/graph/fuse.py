@@ -2,46 +2,36 @@
 
 from dataclasses import replace
 
-from quire.ops.program import (
-    Activate,
-    Add,
-    Attention,
-    Buffer,
-    Embed,
-    Instruction,
-    Linear,
-    Norm,
-    Program,
-    View,
-    reads,
-    writes,
-)
+from quire.ops.graph.operations import Add, Attention, Linear, Norm
+from quire.ops.graph.program import Buffer, Instruction, Program, View
 
 
 def fuse(program: Program) -> Program:
     """All passes, each once."""
-    return hand_on_tiles(add_to_residual(narrow_outputs(program)))
+    return propagate_bf16_layout(add_to_residual(select_output_tokens(program)))
 
 
-def narrow_outputs(program: Program) -> Program:
-    """What follows the last writing of keys and values is computed for the outputs of a step only."""
+def select_output_tokens(program: Program) -> Program:
+    """What follows the last writing of keys and values is computed for the output tokens of a step only (as with
+    logits indices)."""
     instructions = program.instructions
     last = max((at for at, one in enumerate(instructions) if isinstance(one, Attention)), default=0)
     attention, after = instructions[last], instructions[last + 1 :]
-    made = {view.buffer for one in instructions[:last] for view in writes(one)}
+    made = {view.buffer for one in instructions[:last] for view in one.writes()}
     if (
         not isinstance(attention, Attention)
         or program.result.buffer in made
-        or any(isinstance(one, Embed) for one in after)
+        or any(one.reads_numbers() for one in after)
     ):
         return program
-    kept = {attention.q.buffer} | made & {view.buffer for one in after for view in reads(one)}
-    views = tuple(View(number, 0, 1, program.buffers[number].width) for number in sorted(kept))
-    return replace(program, instructions=(*instructions[:last], replace(attention, narrows=views), *after))
+    used = {attention.q.buffer} | made & {view.buffer for one in after for view in one.reads()}
+    views = tuple(View(number, 0, 1, program.buffers[number].width) for number in sorted(used))
+    return replace(program, instructions=(*instructions[:last], replace(attention, selected=views), *after))
 
 
 def add_to_residual(program: Program) -> Program:
-    """A product that is only ever added to a residual is added where it is made: one array less is written and read."""
+    """The result of a GEMM that is only ever added to a residual is added by the GEMM: one array less is written and
+    read."""
     instructions: list[Instruction | None] = list(program.instructions)
     touching = _touching(program)
     for index, linear in enumerate(instructions):
@@ -70,38 +60,32 @@ def _residual(user: Instruction | None, x: View, buffers: tuple[Buffer, ...]) ->
             return None
 
 
-def hand_on_tiles(program: Program) -> Program:
-    """What only products read, and round to bfloat16, is made as bfloat16: the rounding is the same, once."""
+def propagate_bf16_layout(program: Program) -> Program:
+    """What only GEMMs read, and round to bfloat16, is made as bfloat16 in the layout of AMX tiles: the rounding is the
+    same, once."""
     wanted: set[int] = set()
     refused = {program.result.buffer}
     for instruction in program.instructions:
-        takes = {instruction.x.buffer} if isinstance(instruction, Linear) and instruction.weight.reads_tiles else set()
+        takes = {view.buffer for view in instruction.amx_bf16_inputs()}
+        gives = {view for view in instruction.amx_bf16_outputs() if _whole(view, program.buffers)}
         wanted |= takes
-        refused |= {view.buffer for view in reads(instruction)} - takes
-        gives = _whole(instruction, program.buffers)
-        refused |= {view.buffer for view in writes(instruction) if view != gives}
+        refused |= {view.buffer for view in instruction.reads()} - takes
+        refused |= {view.buffer for view in instruction.writes() if view not in gives}
     buffers = [
-        replace(buffer, form="tiles") if number in wanted - refused else buffer
+        replace(buffer, layout="amx_bf16") if number in wanted - refused else buffer
         for number, buffer in enumerate(program.buffers)
     ]
     return replace(program, buffers=tuple(buffers))
 
 
-def _whole(instruction: Instruction, buffers: tuple[Buffer, ...]) -> View | None:
-    """What an instruction writes, if it can write it as bfloat16."""
-    match instruction:
-        case Linear(y=y, adds=False) | Norm(y=y) | Activate(y=y) if (
-            y.groups == 1 and y.width == buffers[y.buffer].width
-        ):
-            return y
-        case _:
-            return None
+def _whole(view: View, buffers: tuple[Buffer, ...]) -> bool:
+    return view.groups == 1 and view.width == buffers[view.buffer].width
 
 
 def _touching(program: Program) -> list[list[int]]:
     """For each buffer the instructions that read or write it, by their places."""
     found: list[list[int]] = [[] for _ in program.buffers]
     for at, instruction in enumerate(program.instructions):
-        for number in {view.buffer for view in (*reads(instruction), *writes(instruction))}:
+        for number in {view.buffer for view in instruction.touches()}:
             found[number].append(at)
     return found

@@ -12,7 +12,7 @@ import huggingface_hub.constants
 import pytest
 
 from quire.errors import ConfigurationError, ModelFileError
-from quire.weights.source import resolve_source, resolve_tokenizer_source
+from quire.weights.hub import resolve_model_directory, resolve_tokenizer_directory
 
 OLD, NEW = "1" * 40, "2" * 40
 FILES = (
@@ -122,7 +122,7 @@ def read(directory: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(("revision", "commit"), [(None, OLD), ("main", OLD), ("v2", NEW), (OLD, OLD), (NEW, NEW)])
 def test_every_file_is_of_the_pinned_revision(revision: str | None, commit: str, hub: Hub, tmp_path: Path) -> None:
-    directory = resolve_source("owner/model", revision, endpoint=hub.endpoint, cache_dir=tmp_path)
+    directory = resolve_model_directory("owner/model", revision, endpoint=hub.endpoint, cache_dir=tmp_path)
     assert read(directory) == {name: f"{name} of {commit}" for name in WANTED}
     assert {asked for asked, _ in hub.files_asked_for} == {commit}
     assert {name for _, name in hub.files_asked_for} == WANTED
@@ -132,19 +132,19 @@ def test_a_tokenizer_comes_without_the_weights(hub: Hub, tmp_path: Path, monkeyp
     download = huggingface_hub.snapshot_download
     here = {"endpoint": hub.endpoint, "cache_dir": tmp_path}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **how: download(name, **how | here))
-    directory = resolve_tokenizer_source("owner/model", "v2")
+    directory = resolve_tokenizer_directory("owner/model", "v2")
     assert set(read(directory)) == WANTED - {"model.safetensors"}
     assert hub.files_asked_for and {asked for asked, _ in hub.files_asked_for} == {NEW}
 
 
 def test_offline_the_cached_commit_is_used(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    online = resolve_source("owner/model", endpoint=hub.endpoint, cache_dir=tmp_path)
+    online = resolve_model_directory("owner/model", endpoint=hub.endpoint, cache_dir=tmp_path)
     asked = len(hub.files_asked_for)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert resolve_source("owner/model", endpoint=hub.endpoint, cache_dir=tmp_path) == online
+    assert resolve_model_directory("owner/model", endpoint=hub.endpoint, cache_dir=tmp_path) == online
     assert len(hub.files_asked_for) == asked
     with pytest.raises(ModelFileError, match=r"^owner/other: .*HF_HUB_OFFLINE is set$"):
-        resolve_source("owner/other", endpoint=hub.endpoint, cache_dir=tmp_path)
+        resolve_model_directory("owner/other", endpoint=hub.endpoint, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -159,24 +159,24 @@ def test_what_the_hub_does_not_give_is_said_in_one_line(
     model: str, revision: str | None, message: str, hub: Hub, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelFileError, match=message) as caught:
-        resolve_source(model, revision, endpoint=hub.endpoint, cache_dir=tmp_path)
+        resolve_model_directory(model, revision, endpoint=hub.endpoint, cache_dir=tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_hub_that_cannot_be_reached_is_said_in_one_line(hub: Hub, tmp_path: Path) -> None:
     # Port 9 of this machine: nothing listens there.
     with pytest.raises(ModelFileError, match=r"^owner/model: the hub cannot be reached, and it is not in the local"):
-        resolve_source("owner/model", endpoint="http://127.0.0.1:9", cache_dir=tmp_path)
+        resolve_model_directory("owner/model", endpoint="http://127.0.0.1:9", cache_dir=tmp_path)
 
 
 def test_a_directory_is_itself(tmp_path: Path) -> None:
-    assert resolve_source(str(tmp_path)) == tmp_path
+    assert resolve_model_directory(str(tmp_path)) == tmp_path
     with pytest.raises(ConfigurationError, match="revision"):
-        resolve_source(str(tmp_path), "main")
+        resolve_model_directory(str(tmp_path), "main")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./model", "../model", "a/b/c", "", "~/model", "a b", "-x/y"])
 def test_what_is_neither_directory_nor_hub_id_is_refused(name: str) -> None:
     with pytest.raises(ModelFileError, match="not the id of a model") as caught:
-        resolve_source(name)
+        resolve_model_directory(name)
     assert "/no/such" not in str(caught.value)

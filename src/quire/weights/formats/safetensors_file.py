@@ -1,4 +1,4 @@
-"""Reading safetensors files that may be hostile or truncated.
+"""One safetensors file, which may be hostile or truncated.
 
 ::
 
@@ -20,21 +20,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.errors import ModelFileError
-from quire.weights.json_file import open_regular, parse_json_object
+from quire.weights.json_file import open_regular, parse_json_object, printable
+from quire.weights.source import TensorInfo
 
 MAX_HEADER_BYTES = 16 * 2**20
 """The format allows 100 MB; the largest files in use have headers of some hundred kilobytes."""
 MAX_DIMENSIONS = 8
 
-BITS_BY_DTYPE = {
+BITS_BY_FORMAT = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "U16": 16, "I16": 16, "F16": 16, "BF16": 16, "U32": 32, "I32": 32, "F32": 32,
     "U64": 64, "I64": 64, "F64": 64, "C64": 64,
 }  # fmt: skip
-"""All of the format's types. A model may carry any of them; weights are read from `NUMPY_DTYPES`."""
+"""All of the format's types. A model may carry any of them; weights are read from `DTYPES`."""
 
-NUMPY_DTYPES: dict[str, Any] = {
+DTYPES: dict[str, Any] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
@@ -42,12 +43,11 @@ NUMPY_DTYPES: dict[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One tensor of a header. `start` and `end` count from the beginning of the file."""
+class FileTensor(TensorInfo):
+    """One tensor of a header."""
 
-    dtype: str
-    shape: tuple[int, ...]
     start: int
+    """Bytes from the beginning of the file."""
     end: int
 
 
@@ -77,7 +77,7 @@ class SafetensorsFile:
             raise
 
     def read(self, tensor: str) -> NDArray[Any]:
-        """A tensor as a new contiguous array of bfloat16, float16 or float32."""
+        """A tensor as a new contiguous array of bfloat16, float16 or float32. Raises ModelFileError as `read_into`."""
         info = self.tensors[tensor]
         out = np.empty(info.shape, self.dtype(tensor))
         self.read_into(tensor, out)
@@ -85,22 +85,26 @@ class SafetensorsFile:
 
     @property
     def descriptor(self) -> int:
-        """Of the open file."""
+        """The descriptor of the open file, for `StoredWeight`."""
         return self._file.fileno()
 
     def dtype(self, tensor: str) -> np.dtype[Any]:
         """The numpy type of a tensor.
 
         Raises:
-            ModelFileError: one that weights cannot have.
+            ModelFileError: a type that weights cannot have.
         """
-        kind = self.tensors[tensor].dtype
-        if kind not in NUMPY_DTYPES:
-            raise self._error(f"{tensor} is {kind}; weights are read as {', '.join(NUMPY_DTYPES)}")
-        return NUMPY_DTYPES[kind]  # type: ignore[no-any-return]
+        format = self.tensors[tensor].format
+        if format not in DTYPES:
+            raise self._error(f"{tensor} is {format}; weights are read as {', '.join(DTYPES)}")
+        return DTYPES[format]  # type: ignore[no-any-return]
 
     def read_into(self, tensor: str, out: NDArray[Any]) -> None:
-        """Read a tensor into a contiguous array of its own shape and type."""
+        """Read a tensor into a contiguous array of its own shape and type.
+
+        Raises:
+            ModelFileError: the file ends early.
+        """
         info = self.tensors[tensor]
         if out.nbytes == 0:
             return
@@ -118,7 +122,7 @@ class SafetensorsFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _check(self, header: dict[str, Any], data_start: int, size: int) -> dict[str, TensorInfo]:
+    def _check(self, header: dict[str, Any], data_start: int, size: int) -> dict[str, FileTensor]:
         header.pop("__metadata__", None)
         tensors = {name: self._info(name, entry, data_start, size) for name, entry in header.items()}
         end = data_start
@@ -130,23 +134,23 @@ class SafetensorsFile:
             raise self._error(f"its tensors end at {end:,}, the file at {size:,}")
         return tensors
 
-    def _info(self, name: str, entry: Any, data_start: int, size: int) -> TensorInfo:
+    def _info(self, name: str, entry: Any, data_start: int, size: int) -> FileTensor:
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise self._error(f"{printable(name)} must have dtype, shape and data_offsets")
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in BITS_BY_DTYPE:
+        if not isinstance(dtype, str) or dtype not in BITS_BY_FORMAT:
             raise self._error(f"{printable(name)} has the unknown dtype {printable(repr(dtype))}")
         if not _is_sizes(shape) or len(shape) > MAX_DIMENSIONS:
             raise self._error(f"{printable(name)} has no valid shape")
         if not _is_sizes(offsets) or len(offsets) != 2:
             raise self._error(f"{printable(name)} has no valid data_offsets")
         start, end = offsets
-        bits = math.prod(shape) * BITS_BY_DTYPE[dtype]
+        bits = math.prod(shape) * BITS_BY_FORMAT[dtype]
         if bits % 8 or end - start != bits // 8:
             raise self._error(f"{printable(name)}: its offsets span {end - start:,} bytes, its shape {bits // 8:,}")
         if data_start + end > size:
             raise self._error(f"truncated: {printable(name)} ends at {data_start + end:,} of {size:,} bytes")
-        return TensorInfo(dtype, tuple(shape), data_start + start, data_start + end)
+        return FileTensor(tuple(shape), dtype, data_start + start, data_start + end)
 
     def _error(self, text: str) -> ModelFileError:
         return ModelFileError(f"{self.name}: {text}")
@@ -154,8 +158,3 @@ class SafetensorsFile:
 
 def _is_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
-
-
-def printable(name: str) -> str:
-    """A name out of a file, for an error text: one line of at most 100 printable characters."""
-    return "".join(c if c.isprintable() else "?" for c in name[:100])

@@ -1,7 +1,7 @@
-"""`y = x W^T + b` on the device: weights as they lie there, and their launches (`product_kernels.py`, `tiles.py`).
+"""GEMMs, `y = x W^T + b`, on the device: weights as they lie there, and their launches (`gemm_kernels.py`, `tiles.py`).
 
 An output is one chain of sums over the inputs, from the first to the last, whatever the tile, so a row's bits do not
-depend on its companions. Weights are `[out, in]` as the checkpoint has them; int4 is two to a byte: of each pair of
+depend on the other rows. Weights are `[out, in]` as the checkpoint has them; int4 is two to a byte: of each pair of
 groups the first lies in the low halves and the second in the high ones.
 """
 
@@ -13,17 +13,17 @@ import numpy as np
 import torch
 import triton
 
-from quire.ops.cuda.product_kernels import linear_kernel, round_rows_kernel
-from quire.ops.cuda.tiles import ProductShape, Tiles, picked, tiles_for
-from quire.ops.types import INPUT_LEVELS, Array, QuantizedFormat, QuantizedWeight
+from quire.ops.cuda.gemm_kernels import linear_kernel, quantize_rows_kernel
+from quire.ops.cuda.tiles import GemmShape, Tiles, picked, tiles_for
+from quire.ops.types import ACTIVATION_QMAX, QuantizedFormat, QuantizedWeight
 
-INPUT_TYPES: dict[QuantizedFormat, torch.dtype] = {
+ACTIVATION_DTYPES: dict[QuantizedFormat, torch.dtype] = {
     "int8_w8a8": torch.int8,
     "int4_w4a8": torch.int8,
     "fp8": torch.float8_e4m3fn,
 }
-"""Of inputs that are rounded before they are multiplied."""
-BAND = 8
+"""Of activations that are quantised before they are multiplied."""
+GROUP_M = 8
 """Tiles of rows whose programs run beside each other and share a tile of weights."""
 
 
@@ -31,9 +31,9 @@ BAND = 8
 class CudaLinear:
     """A weight on the device. Also what `pack_embedding` returns."""
 
-    weight: Array  # [out, in], int4: [out, in / 2]
-    scales: Array | None  # [out, 1], int4: [groups, out], float32
-    bias: Array | None  # [out] float32
+    weight: torch.Tensor  # [out, in], int4: [out, in / 2]
+    scales: torch.Tensor | None  # [out, 1], int4: [groups, out], float32
+    bias: torch.Tensor | None  # [out] float32
     format: QuantizedFormat | Literal["plain"]  # or that of a QuantizedWeight
     group_size: int
     in_features: int
@@ -53,45 +53,48 @@ class CudaLinear:
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
-def linear(x: Array, packed: CudaLinear, dtype: torch.dtype, scale: float = 1.0, softcap: float | None = None) -> Array:
+def linear(
+    x: torch.Tensor, packed: CudaLinear, dtype: torch.dtype, scale: float = 1.0, softcap: float | None = None
+) -> torch.Tensor:
     """`x [tokens, in]`, last dimension contiguous -> `[tokens, out]` of `dtype`."""
     rows, outputs = x.shape[0], packed.out_features
     y = torch.empty((rows, outputs), dtype=dtype, device=x.device)
     if rows == 0:
         return y
     x = x.to(packed.dtype)
-    x_steps = y
-    if packed.format != "plain" and packed.format in INPUT_TYPES:
-        x, x_steps = round_rows(x, packed.format)
+    x_scales = y
+    if packed.format != "plain" and packed.format in ACTIVATION_DTYPES:
+        x, x_scales = quantize_activations(x, packed.format)
     tiles = picked(packed.tiles, rows)
     count = triton.cdiv(outputs, tiles.outputs) * triton.cdiv(rows, tiles.rows)
     programs = min(count, _processors(x.device) * max(1, 8 // tiles.warps) if tiles.rows > 16 else count)
     linear_kernel[(programs,)](
-        x, packed.weight, y if packed.scales is None else packed.scales, x_steps,
+        x, packed.weight, y if packed.scales is None else packed.scales, x_scales,
         y if packed.bias is None else packed.bias, y, rows, outputs, packed.in_features, x.stride(0),
         packed.weight.stride(0), y.stride(0), programs, scale, 1.0 if softcap is None else softcap,
         FORMAT=packed.format, GROUP=packed.group_size, BIAS=packed.bias is not None, SOFTCAP=softcap is not None,
         EVEN=packed.in_features % tiles.depth == 0, BLOCK_M=tiles.rows, BLOCK_N=tiles.outputs, BLOCK_K=tiles.depth,
-        BAND=BAND, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
+        GROUP_M=GROUP_M, num_warps=tiles.warps, num_stages=tiles.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return y
 
 
-def cublas_linear(x: Array, packed: CudaLinear) -> Array:
+def cublas_linear(x: torch.Tensor, packed: CudaLinear) -> torch.Tensor:
     """The same by torch's library, for a weight that is not quantised; a row's bits depend on the number of rows."""
     bias = None if packed.bias is None else packed.bias.to(packed.dtype)
     return torch.nn.functional.linear(x.to(packed.dtype), packed.weight, bias)
 
 
-def round_rows(x: Array, kind: QuantizedFormat) -> tuple[Array, Array]:
-    """Inputs as a format multiplies them `[tokens, in]`, and the step of each row `[tokens]`."""
-    values = torch.empty(x.shape, dtype=INPUT_TYPES[kind], device=x.device)
-    steps = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
-    round_rows_kernel[(x.shape[0],)](
-        x, values, steps, x.stride(0), x.shape[1], LEVELS=INPUT_LEVELS[kind], TILE=triton.next_power_of_2(x.shape[1]),
+def quantize_activations(x: torch.Tensor, kind: QuantizedFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """`x [tokens, in]` as a format multiplies it, of its shape, and the activation scale of each row `[tokens]`
+    float32: `quantize_activations` of the reference."""
+    values = torch.empty(x.shape, dtype=ACTIVATION_DTYPES[kind], device=x.device)
+    scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    quantize_rows_kernel[(x.shape[0],)](
+        x, values, scales, x.stride(0), x.shape[1], QMAX=ACTIVATION_QMAX[kind], TILE=triton.next_power_of_2(x.shape[1]),
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
-    return values, steps
+    return values, scales
 
 
 def _processors(device: torch.device) -> int:
@@ -104,7 +107,7 @@ def _device_name(device: torch.device) -> str:
 
 def pack(weight: Any, bias: Any | None, dtype: torch.dtype, device: torch.device) -> CudaLinear:
     """To the device, one tensor at a time. `weight` is a numpy array `[out, in]`, or a `QuantizedWeight` of numpy
-    arrays or of tensors."""
+    arrays or of tensors; `bias` is `[out]`. ValueError where a value is outside its format."""
     device_bias = None if bias is None else torch.from_numpy(np.ascontiguousarray(bias, np.float32)).to(device)
     if not isinstance(weight, QuantizedWeight):
         # In its own type first: the conversion is the device's. A copy in any case: the memory is used again.
@@ -113,9 +116,9 @@ def pack(weight: Any, bias: Any | None, dtype: torch.dtype, device: torch.device
     inputs, size = weight.values.shape[1], weight.group_size
     if not torch.is_tensor(weight.values):  # tensors are what `quantize` made
         weight.require_range()
+    parts: list[Any] = [weight.values, weight.scales]
     values, scales = (
-        x.to(device) if torch.is_tensor(x) else to_tensor(np.ascontiguousarray(x)).to(device, copy=True)
-        for x in (weight.values, weight.scales)
+        x.to(device) if torch.is_tensor(x) else to_tensor(np.ascontiguousarray(x)).to(device, copy=True) for x in parts
     )
     if weight.format.startswith("int4"):
         padded = torch.nn.functional.pad(values, (0, -inputs % (2 * size)))
@@ -126,9 +129,9 @@ def pack(weight: Any, bias: Any | None, dtype: torch.dtype, device: torch.device
 
 
 def packed_linear(
-    weight: Array,
-    scales: Array | None,
-    bias: Array | None,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None,
+    bias: torch.Tensor | None,
     kind: QuantizedFormat | Literal["plain"],
     group_size: int,
     inputs: int,
@@ -136,13 +139,13 @@ def packed_linear(
 ) -> CudaLinear:
     """What lies on a device already, with its tiles."""
     name = kind if kind != "plain" else "float32" if dtype == torch.float32 else "16 bits"
-    shape = ProductShape(name, group_size, weight.shape[0], inputs)
+    shape = GemmShape(name, group_size, weight.shape[0], inputs)
     return CudaLinear(
         weight, scales, bias, kind, group_size, inputs, dtype, tiles_for(_device_name(weight.device), shape)
     )
 
 
-def to_tensor(host: Any) -> Array:
+def to_tensor(host: Any) -> torch.Tensor:
     """A numpy array as a tensor over the same memory."""
     # torch reads neither bfloat16 nor e4m3 of numpy's: the bits go over as integers.
     if host.dtype == ml_dtypes.bfloat16:

@@ -1,4 +1,4 @@
-"""The kernels of products: weights of 16 and 32 bits, int8, int4 and fp8, and the rounding of inputs.
+"""The kernels of GEMMs: weights of 16 and 32 bits, int8, int4 and fp8, and the quantisation of activations.
 
 A tile is computed on its side, `y^T = W x^T`: the weight is the left operand, which tensor cores take from registers,
 where integers become floats; rows are the right one, which may be as narrow as 16. So one row and eight thousand go
@@ -55,19 +55,19 @@ def _sum_of_groups(
 
 @triton.jit(do_not_specialize=["rows", "programs"])
 def linear_kernel(
-    x, weight, scales, x_steps, bias, y, rows, outputs, inputs, x_stride, w_stride, y_stride, programs, scale, softcap,
+    x, weight, scales, x_scales, bias, y, rows, outputs, inputs, x_stride, w_stride, y_stride, programs, scale, softcap,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, BIAS: tl.constexpr, SOFTCAP: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of `BLOCK_M` rows and `BLOCK_N` outputs, every `programs`-th one; `BAND` tiles of rows share the weights
+    """Tiles of `BLOCK_M` rows and `BLOCK_N` outputs, every `programs`-th one; `GROUP_M` tiles of rows share the weights
     that lie in the cache."""
     row_tiles, output_tiles = tl.cdiv(rows, BLOCK_M), tl.cdiv(outputs, BLOCK_N)
     for tile in range(tl.program_id(0), row_tiles * output_tiles, programs):
-        first_tile = tile // (BAND * output_tiles) * BAND
-        band = tl.minimum(row_tiles - first_tile, BAND)
-        place = tile % (BAND * output_tiles)
-        row = (first_tile + place % band) * BLOCK_M + tl.arange(0, BLOCK_M)
-        output = place // band * BLOCK_N + tl.arange(0, BLOCK_N)
+        first_tile = tile // (GROUP_M * output_tiles) * GROUP_M
+        in_group = tl.minimum(row_tiles - first_tile, GROUP_M)
+        place = tile % (GROUP_M * output_tiles)
+        row = (first_tile + place % in_group) * BLOCK_M + tl.arange(0, BLOCK_M)
+        output = place // in_group * BLOCK_N + tl.arange(0, BLOCK_N)
         row_exists, output_exists = (row < rows)[:, None], (output < outputs)[:, None]
         x_rows = x + row.to(tl.int64)[:, None] * x_stride
         columns = weight + output.to(tl.int64)[:, None] * w_stride
@@ -96,7 +96,7 @@ def linear_kernel(
                 part_w, part_x = _part(x_rows, columns, at, inputs, row_exists, output_exists, EVEN)
                 total = tl.dot(part_w.to(part_x.dtype), part_x, total, input_precision="ieee")
         if (FORMAT == "int8_w8a8") | (FORMAT == "int4_w4a8") | (FORMAT == "fp8"):
-            total *= tl.load(x_steps + row, mask=row < rows, other=0.0)[None, :]
+            total *= tl.load(x_scales + row, mask=row < rows, other=0.0)[None, :]
         if (FORMAT == "int8_w8a8") | (FORMAT == "int8") | (FORMAT == "fp8"):
             total *= tl.load(scales + output, mask=output < outputs, other=0.0)[:, None]
         if BIAS:
@@ -109,24 +109,25 @@ def linear_kernel(
 
 
 @triton.jit
-def round_rows_kernel(x, values, steps, x_stride, size, LEVELS: tl.constexpr, TILE: tl.constexpr):
-    """One row to signed bytes (`LEVELS` 127) or to e4m3 (448): `Ops`' `round_inputs`."""
+def quantize_rows_kernel(x, values, scales, x_stride, size, QMAX: tl.constexpr, TILE: tl.constexpr):
+    """One row to signed bytes (`QMAX` 127) or to e4m3 (448): the reference's
+    `quantize_activations`."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, TILE)
     mask = at < size
     row_x = tl.load(x + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(row_x), 0)
-    broken = (tl.sum((row_x != row_x).to(tl.int32), 0) > 0) | (largest == float("inf"))
-    some = (largest >= 7.888609052210118e-31) & ~broken  # 2^-100
-    inverse = tl.where(some, LEVELS / tl.where(some, largest, 1.0), 0.0)
+    nonfinite = (tl.sum((row_x != row_x).to(tl.int32), 0) > 0) | (largest == float("inf"))
+    some = (largest >= 7.888609052210118e-31) & ~nonfinite  # 2^-100
+    inverse = tl.where(some, QMAX / tl.where(some, largest, 1.0), 0.0)
     scaled = tl.where(some, row_x, 0.0) * inverse
-    # Adding 1.5 * 2^23 steps rounds to the nearest step, halves to even. That of integers is 1; that of e4m3 an eighth
-    # of the power of two in the number, at least 2^-9.
-    steps_up = tl.full([TILE], 12582912.0, tl.float32)
-    if LEVELS == 448:
+    # Adding 1.5 * 2^23 spacings rounds to the nearest multiple of the spacing, halves to even. That of integers is 1;
+    # that of e4m3 an eighth of the power of two in the number, at least 2^-9.
+    shift = tl.full([TILE], 12582912.0, tl.float32)
+    if QMAX == 448:
         scaled = tl.minimum(tl.maximum(scaled, -448.0), 448.0)  # the product may have rounded past the largest
         power = (scaled.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-        steps_up = 1572864.0 * tl.maximum(power, 0.015625)
-    scaled = (scaled + steps_up) - steps_up
+        shift = 1572864.0 * tl.maximum(power, 0.015625)
+    scaled = (scaled + shift) - shift
     tl.store(values + row * size + at, scaled.to(values.dtype.element_ty), mask=mask)
-    tl.store(steps + row, tl.where(broken, float("nan"), largest / LEVELS))
+    tl.store(scales + row, tl.where(nonfinite, float("nan"), largest / QMAX))

@@ -1,4 +1,4 @@
-"""The forms in which a product takes its inputs and gives its results: each has the bits of the plain one."""
+"""The forms in which a GEMM takes its inputs and gives its results: each has the bits of the plain one."""
 
 from typing import Any
 
@@ -7,13 +7,14 @@ import pytest
 
 from quire.ops.cpu import CpuOps
 from quire.ops.cpu_program import CpuProgram
-from quire.ops.fuse import hand_on_tiles
-from quire.ops.program import trace
+from quire.ops.graph.fuse import propagate_bf16_layout
+from quire.ops.graph.operations import Activate, Embed, Linear, trace
+from quire.ops.graph.program import Buffer, Program, View
 from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
 from quire.ops.types import Activation, AttentionBatch, CacheShape
 from tests.ops.cases import normal, relative_error
-from tests.ops.test_linear import STORAGES, in_tiles, inputs_of_products
+from tests.ops.test_linear import STORAGES, in_tiles, inputs_of_gemms
 
 REFERENCE = ReferenceOps(np)
 KINDS: list[Activation] = ["silu", "gelu", "gelu_tanh", "relu"]
@@ -25,7 +26,7 @@ TILED = [isa for isa in instruction_sets() if in_tiles(isa)]
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("shape", GATED)
-def test_a_gated_product_has_the_bits_of_its_two_operations(cpu: CpuOps, storage: str, shape: tuple[int, int]) -> None:
+def test_a_gated_gemm_has_the_bits_of_its_two_operations(cpu: CpuOps, storage: str, shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(1)
     half, width = shape
     weight, x = normal(rng, 2 * half, width), normal(rng, 200, width)
@@ -36,7 +37,7 @@ def test_a_gated_product_has_the_bits_of_its_two_operations(cpu: CpuOps, storage
             expected = cpu.activation_multiply(cpu.linear(x[:rows], plain), kind)
             assert np.array_equal(cpu.gated_linear(x[:rows], gated, kind), expected), rows
         definition = REFERENCE.gated_linear(
-            inputs_of_products(cpu, storage, x), REFERENCE.pack_gated(weight, bias, storage), "silu"
+            inputs_of_gemms(cpu, storage, x), REFERENCE.pack_gated(weight, bias, storage), "silu"
         )
         assert relative_error(cpu.gated_linear(x, gated, "silu"), definition) < 1e-4
 
@@ -54,7 +55,7 @@ def test_a_gated_row_has_the_same_bits_in_any_company_and_with_any_threads(cpu: 
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_product_is_added_to_what_is_there(cpu: CpuOps, storage: str) -> None:
+def test_the_result_of_a_gemm_is_added_to_what_is_there(cpu: CpuOps, storage: str) -> None:
     rng = np.random.default_rng(3)
     for out, width in ((1, 3), (31, 40), (64, 576), (130, 600)):
         bias = normal(rng, out)
@@ -88,16 +89,34 @@ def test_a_weight_packed_for_another_operation_is_refused(cpu: CpuOps) -> None:
         cpu.pack_gated(weight[:5], None, "bfloat16")
 
 
+def test_amx_bf16_is_refused_where_weights_do_not_read_it() -> None:
+    buffers, views = (Buffer(4), Buffer(4, "amx_bf16"), Buffer(6)), [View(n, 0, 1, w) for n, w in enumerate((4, 4, 6))]
+    for isa in instruction_sets():
+        ops = CpuOps(1, isa)
+        table = ops.pack_embedding(np.ones((2, 4), np.float32), "float32")
+        for storage in STORAGES:
+            packed = ops.pack_linear(np.ones((6, 4), np.float32), None, storage)
+            assert packed.reads_amx_bf16 == (in_tiles(isa) and storage == "bfloat16")
+            instructions = (
+                Embed("token_ids", table, 1.0, views[0]),
+                Activate(views[0], "silu", views[1]),
+                Linear(views[1], packed, None, views[2]),
+            )
+            if not packed.reads_amx_bf16:
+                with pytest.raises(ValueError, match="does not read amx_bf16"):
+                    CpuProgram(ops._native, Program(instructions, buffers, views[2]))
+
+
 def producers(cpu: CpuOps, width: int) -> dict[str, Any]:
     """What makes the `width` inputs of a GEMM from `ids`; row 0 of each table is NaN."""
     rng = np.random.default_rng(width)
     norm_weight, bias = normal(rng, width), normal(rng, width)
     up = cpu.pack_linear(normal(rng, width, 40), None, "bfloat16")
     gated = cpu.pack_gated(normal(rng, 2 * width, 40), None, "bfloat16")
-    tables = [normal(rng, 101, size) for size in (width, width, 2 * width, 40)]
+    tables = [normal(rng, 101, size) for size in (width, width, 40)]
     for table in tables:
         table[0] = np.nan
-    x, residual, wide, small = (cpu.pack_embedding(table, "float32") for table in tables)
+    x, residual, small = (cpu.pack_embedding(table, "float32") for table in tables)
 
     def add_rms_norm(ops: Any, ids: Any) -> Any:
         return ops.add_rms_norm(ops.embed(ids, x), ops.embed(ids, residual), norm_weight, 1e-5)
@@ -109,13 +128,12 @@ def producers(cpu: CpuOps, width: int) -> dict[str, Any]:
         "add_rms_norm": add_rms_norm,
         "layer_norm": lambda ops, ids: ops.layer_norm(ops.embed(ids, x), norm_weight, bias, 1e-5),
         "activation": lambda ops, ids: ops.activation(ops.embed(ids, x), "gelu"),
-        "activation_multiply": lambda ops, ids: ops.activation_multiply(ops.embed(ids, wide), "silu"),
     }
 
 
 @pytest.mark.parametrize("isa", TILED)
 @pytest.mark.parametrize("width", [1, 31, 32, 33, 64, 576, 1500])
-def test_what_a_producer_rounds_gives_the_bits_of_what_a_product_rounds(isa: str, width: int) -> None:
+def test_what_a_producer_rounds_gives_the_bits_of_what_a_gemm_rounds(isa: str, width: int) -> None:
     cpu = CpuOps(2, isa)
     packed = cpu.pack_linear(normal(np.random.default_rng(1), 70, width), None, "bfloat16")
     cache = cpu.make_cache(CacheShape(1, 1, 128, 1, 16, "float32"))
@@ -124,8 +142,8 @@ def test_what_a_producer_rounds_gives_the_bits_of_what_a_product_rounds(isa: str
         def forward(ops: Any, ids: Any, batch: Any, cache: Any, produce: Any = produce) -> Any:
             return ops.linear(produce(ops, ids), packed)
 
-        program = hand_on_tiles(trace(forward))
-        assert "tiles" in [buffer.form for buffer in program.buffers], name
+        program = propagate_bf16_layout(trace(forward))
+        assert "amx_bf16" in [buffer.layout for buffer in program.buffers], name
         step = CpuProgram(cpu._native, program)
         # Rows of NaN first: the arena holds NaN wherever a producer of fewer rows leaves something out.
         for first, rows in ((0, 100), (1, 1), (1, 5), (1, 16), (1, 17), (1, 32), (1, 33), (1, 100)):
@@ -149,7 +167,7 @@ def test_greedy_is_what_temperature_0_samples_from_the_logits(cpu: CpuOps, stora
             logits = cpu.logits(x, packed, scale, softcap)
             assert np.array_equal(tokens, logits.argmax(axis=-1)) and tokens.dtype == np.int32
             assert finite.all()
-            reference, _ = REFERENCE.greedy(inputs_of_products(cpu, storage, x), defined, scale, softcap)
+            reference, _ = REFERENCE.greedy(inputs_of_gemms(cpu, storage, x), defined, scale, softcap)
             lost = logits.max(axis=-1) - logits[np.arange(rows), reference]
             assert (lost <= 4e-5 * np.abs(logits).max()).all()  # sums in another order may break a tie otherwise
 
