@@ -103,13 +103,14 @@ struct Count {
     static constexpr int value = N;
 };
 
-// Calls use(Count<rows>{}) for `rows` in [1, Most]: sums of so many rows are held in registers.
-template <int Most, class Use>
+// Calls use(Count<rows>{}) for `rows` in [1, Most]: sums of so many rows are held in registers. One row, a decode step, is
+// found first.
+template <int Most, int N = 1, class Use>
 static inline void with_row_count(int64_t rows, Use&& use) {
-    if constexpr (Most > 1) {
-        if (rows < Most) return with_row_count<Most - 1>(rows, use);
+    if constexpr (N < Most) {
+        if (rows > N) return with_row_count<Most, N + 1>(rows, use);
     }
-    use(Count<Most>{});
+    use(Count<N>{});
 }
 
 }  // namespace quire::QUIRE_ISA
