@@ -55,13 +55,14 @@ def test_nothing_to_draw_is_said() -> None:
 
 
 def test_time_runs_out() -> None:
-    done = measure("--only", "rope", "--seconds", "0.01", "--threads", "1")
+    done = measure("--only", "sample", "--seconds", "0.01", "--threads", "1")
     assert done.returncode == 0
-    assert "rope" in done.stdout and "not all was measured" in done.stderr
+    assert "sample" in done.stdout and "not all was measured" in done.stderr
 
 
 @pytest.mark.parametrize(
-    "flags", [["--only", "rpoe"], ["--rows", "0"], ["--seconds", "nan"], ["--only", "rope", "int4"], ["--threads", "0"]]
+    "flags",
+    [["--only", "smaple"], ["--rows", "0"], ["--seconds", "nan"], ["--only", "sample", "int4"], ["--threads", "0"]],
 )
 def test_refusals(flags: list[str]) -> None:
     done = measure(*flags)
