@@ -20,7 +20,7 @@ LEGS = (
     ("GEMMs of 7B", "linear gated_linear 7b", "1 16 512", 110),
     ("Logits, and the greedy choice without them", "logits greedy", "1 16", 60),
     ("Attention, new tokens after those in the cache", "attention", "1", 20),
-    ("The rest", "add_rms_norm activation_multiply rope sample", "1 16 512", 20),
+    ("The rest", "add_rms_norm activation_multiply sample", "1 16 512", 20),
 )
 """Title, what `--only` takes, `--rows`, seconds within which a case may begin."""
 

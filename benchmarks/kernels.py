@@ -5,7 +5,7 @@
 
 Names for --only, of any number of kinds; of one kind any is meant:
 
-    operations  linear gated_linear logits greedy attention add_rms_norm activation_multiply rope sample
+    operations  linear gated_linear logits greedy attention add_rms_norm activation_multiply sample
     formats     bfloat16 int8 int8_w8a8 int4 float32
     models      m135 m1b 7b
 """

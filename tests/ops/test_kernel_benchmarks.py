@@ -62,7 +62,7 @@ def test_time_runs_out() -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [["--only", "rpoe"], ["--rows", "0"], ["--seconds", "nan"], ["--only", "sample", "int4"], ["--threads", "0"]],
+    [["--only", "smaple"], ["--rows", "0"], ["--seconds", "nan"], ["--only", "sample", "int4"], ["--threads", "0"]],
 )
 def test_refusals(flags: list[str]) -> None:
     done = measure(*flags)
