@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from scripts.house.core_start import check_core_start
+from scripts.house.import_law import LAW
 from scripts.house.imports import check_imports, imports_of
 from scripts.house.tree import ROOT, Source
 
@@ -19,6 +20,11 @@ def _tree(root: Path, files: dict[str, str]) -> Path:
 
 def test_the_tree_follows_the_table() -> None:
     assert check_imports(ROOT).breaches == []
+
+
+def test_every_row_of_the_table_has_a_room() -> None:
+    rooms = [row.replace(".", "/") for row in LAW]
+    assert [room for room in rooms if not list((ROOT / "src/quire").glob(f"{room}*"))] == []
 
 
 def test_importing_the_scheduler_loads_nothing_heavy() -> None:

@@ -1,17 +1,15 @@
 """What a new operation touches: a throw-away one is added to a copy of the tree by the table of `howto/kernel.md`."""
 
-import os
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from quire.ops import _native
 from quire.ops.graph.program import Instruction
 from scripts.house.tree import ROOT
+from scripts.mutation.tree_copy import TreeCopy, native_extension
 
 CONTRACT = '''
     def square(self, x: Array) -> Array:
@@ -105,26 +103,23 @@ def listed() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("tree")
-    shutil.copytree(ROOT / "src/quire", target / "quire", ignore=shutil.ignore_patterns("__pycache__", "_native*.so"))
-    (target / "quire/ops" / Path(_native.__file__).name).symlink_to(_native.__file__)
-    return target
+def original(tmp_path_factory: pytest.TempPathFactory) -> TreeCopy:
+    return TreeCopy(ROOT, tmp_path_factory.mktemp("operation") / "tree", native_extension())
 
 
-def added_to(tree: Path, *, without: str = "") -> None:
+def added_to(tree: TreeCopy, *, without: str = "") -> None:
     """The tree with the operation in all files but one."""
     for name, changes in CHANGES.items():
         text = (ROOT / "src/quire/ops" / name).read_text(encoding="utf-8")
         for old, new in changes if name != without else []:
             assert old in text, (name, old)
             text = text.replace(old, new, 1) if old else text + new
-        (tree / "quire/ops" / name).write_text(text, encoding="utf-8")
+        (tree.root / "src/quire/ops" / name).write_text(text, encoding="utf-8")
 
 
-def runs(tree: Path, code: str) -> bool:
-    environment = {**os.environ, "PYTHONPATH": str(tree), "TRITON_INTERPRET": "1"}
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tree, capture_output=True, text=True)
+def runs(tree: TreeCopy, code: str) -> bool:
+    environment = {**tree.environment, "TRITON_INTERPRET": "1"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tree.root, capture_output=True, text=True)
     return ran.returncode == 0
 
 
@@ -133,7 +128,7 @@ def test_an_operation_is_at_most_nine_files() -> None:
     assert [f"src/quire/ops/{name}" for name in CHANGES] == [name for name in listed() if name.startswith("src")]
 
 
-def test_the_files_of_the_table_make_an_operation_and_none_is_there_for_nothing(original: Path) -> None:
+def test_the_files_of_the_table_make_an_operation_and_none_is_there_for_nothing(original: TreeCopy) -> None:
     added_to(original)
     assert runs(original, RUN)
     for name in ("types.py", "composed.py", "graph/operations.py"):
@@ -141,7 +136,7 @@ def test_the_files_of_the_table_make_an_operation_and_none_is_there_for_nothing(
         assert not runs(original, RUN), name
 
 
-def test_the_kernel_of_a_gpu(original: Path) -> None:
+def test_the_kernel_of_a_gpu(original: TreeCopy) -> None:
     pytest.importorskip("triton")
     added_to(original)
     assert runs(original, RUN_CUDA)
