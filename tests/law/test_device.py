@@ -85,7 +85,7 @@ def test_the_memory_budget_is_held_to_two_percent(
     ids=["samples", "logprobs", "rules"],
 )
 def test_a_decoding_step_waits_for_nothing_but_its_tokens(tiny_model: Path, more: dict[str, Any]) -> None:
-    """torch raises wherever the host waits, but for an event that is asked for: that of `Ops.fetch`."""
+    """torch raises wherever the host waits, but for an event that is asked for: that of `Device.fetch`."""
     with LLM(str(tiny_model), **SIZES) as llm:
         worst(llm)
         core: Any = llm._engine.channel._core

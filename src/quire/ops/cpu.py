@@ -19,7 +19,7 @@ from quire.ops.composed import ComposedOps
 from quire.ops.cpu_program import ACTIVATION, NO_WINDOW, CpuProgram
 from quire.ops.graph.fuse import fuse
 from quire.ops.graph.operations import trace
-from quire.ops.packed import PackedBuffer, PackedHeader, PackedState
+from quire.ops.packed import Buffer, PackedHeader, PackedState
 from quire.ops.types import (
     ACTIVATION_QMAX,
     Activation,
@@ -81,7 +81,7 @@ class CpuOps(ComposedOps):
         return self._native.probe(kind, data)
 
     def quantize(self, weight: Any, quant: QuantSpec) -> QuantizedWeight | StoredWeight:
-        """See `Device.quantize`. ValueError where a weight is not finite."""
+        """See `Ops.quantize`. ValueError where a weight is not finite."""
         if isinstance(weight, StoredWeight):
             return replace(weight, quant=quant)
         weight = np.ascontiguousarray(weight)
@@ -144,7 +144,7 @@ class CpuOps(ComposedOps):
     def packed_state(self, packed: Opaque) -> PackedState:
         return cpu_packed.packed_state(packed)
 
-    def map_packed(self, header: PackedHeader, buffers: Sequence[PackedBuffer]) -> Opaque:
+    def map_packed(self, header: PackedHeader, buffers: Sequence[Buffer]) -> Opaque:
         return cpu_packed.map_packed(self._native, header, buffers)
 
     # GEMMs

@@ -6,7 +6,7 @@ from typing import Any
 from quire.ops import _native
 from quire.ops.packed import (
     VERSION,
-    PackedBuffer,
+    Buffer,
     PackedHeader,
     PackedState,
     check_group_size,
@@ -38,7 +38,7 @@ def packed_state(packed: _native.PackedLinear) -> PackedState:
     return PackedState(header, tuple(memoryview(part) for part in (packed.weights, bias) if part is not None))
 
 
-def map_packed(runtime: _native.Runtime, header: PackedHeader, buffers: Sequence[PackedBuffer]) -> _native.PackedLinear:
+def map_packed(runtime: _native.Runtime, header: PackedHeader, buffers: Sequence[Buffer]) -> _native.PackedLinear:
     """`PackedStore.map_packed`. Raises ValueError, which names the field."""
     check_header(header, "cpu")
     require_field("number of buffers", len(buffers), 1 + header.has_bias)

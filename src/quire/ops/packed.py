@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-PackedBuffer = Any
+Buffer = Any
 """An array or a memoryview of bytes, contiguous; a provider may take tensors of its device too."""
 
 VERSION = 1
@@ -45,7 +45,7 @@ class PackedState:
     """A header and its buffers, in the provider's order."""
 
     header: PackedHeader
-    buffers: tuple[PackedBuffer, ...]
+    buffers: tuple[Buffer, ...]
 
 
 class PackedStore(Protocol):
@@ -55,7 +55,7 @@ class PackedStore(Protocol):
         """The header and the bytes of what a `pack_*` operation made. The buffers are views where the host can read the
         memory, and valid as long as they live."""
 
-    def map_packed(self, header: PackedHeader, buffers: Sequence[PackedBuffer]) -> Any:
+    def map_packed(self, header: PackedHeader, buffers: Sequence[Buffer]) -> Any:
         """A packed weight over `buffers`, with the bits of the one that they came from. Memory of the provider's own
         device is not copied, not written and kept alive; it may be a file that is mapped for reading.
 
@@ -85,7 +85,7 @@ def check_group_size(header: PackedHeader) -> None:
         raise ValueError(f"packed weight: group_size is {header.group_size}, not one of {sizes}")
 
 
-def checked_buffers(buffers: Sequence[PackedBuffer], sizes: Sequence[int]) -> list[Any]:
+def checked_buffers(buffers: Sequence[Buffer], sizes: Sequence[int]) -> list[Any]:
     """The buffers as read-only views, uint8 `[size]`.
 
     Args:

@@ -21,7 +21,7 @@ import numpy as np
 from array_api_compat import array_namespace, to_device
 
 from quire.ops import composed, quantize_reference, sampling_reference
-from quire.ops.packed import VERSION, PackedBuffer, PackedHeader, PackedState, check_header, checked_buffers
+from quire.ops.packed import VERSION, Buffer, PackedHeader, PackedState, check_header, checked_buffers
 from quire.ops.types import (
     ACTIVATION_QMAX,
     Activation,
@@ -106,7 +106,7 @@ class ReferenceOps(composed.ComposedOps):
         arrays = [x for x in (packed.weight, packed.bias) if x is not None]
         return PackedState(header, tuple(self.to_numpy(x).view(np.uint8).reshape(-1) for x in arrays))
 
-    def map_packed(self, header: PackedHeader, buffers: Sequence[PackedBuffer]) -> ReferenceLinear:
+    def map_packed(self, header: PackedHeader, buffers: Sequence[Buffer]) -> ReferenceLinear:
         """`PackedStore.map_packed`; with a namespace other than numpy's the memory is copied."""
         kind = header.format if header.format in ACTIVATION_QMAX else None
         check_header(header, "reference", layout="rows", format=kind or "float32", group_size=0, gated=False)

@@ -13,9 +13,9 @@ from quire.models.model import Model
 from quire.ops.types import Array, AttentionBatch, Opaque, Provider, SampleBatch
 from quire.outputs import Decision
 from quire.runner.graphs import BYTES_PER_GRAPH, GraphBuckets
+from quire.sampling_params import MAX_LOGPROBS
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-MAX_TOP_LOGPROBS = 20
 PROMPT_LOGPROB_ROWS = 64
 """Rows of logits held at once while the log-probabilities of a prompt are read."""
 SLACK_SHARE = 0.01
@@ -182,7 +182,7 @@ def _sample_and_report(
     hidden, logits, tokens = _sample(model, ops, step, cache, rows)
     raw = logits[ops.array(np.arange(rows), "int64")]
     ops.zero_nonfinite_rows(logits)
-    ops.logprobs(raw, tokens, min(MAX_TOP_LOGPROBS, model.spec.vocab_size))
+    ops.logprobs(raw, tokens, min(MAX_LOGPROBS, model.spec.vocab_size))
     return hidden, raw
 
 

@@ -9,7 +9,7 @@ import torch
 from quire.ops.cuda.gemm import CudaLinear, packed_linear
 from quire.ops.packed import (
     VERSION,
-    PackedBuffer,
+    Buffer,
     PackedHeader,
     PackedState,
     check_group_size,
@@ -42,7 +42,7 @@ def packed_state(packed: CudaLinear) -> PackedState:
 
 
 def map_packed(
-    header: PackedHeader, buffers: Sequence[PackedBuffer], device: torch.device, formats: Sequence[str]
+    header: PackedHeader, buffers: Sequence[Buffer], device: torch.device, formats: Sequence[str]
 ) -> CudaLinear:
     """`PackedStore.map_packed`: tensors of the device are used as they are, memory of the host is copied to it.
     ValueError for a format that the device does not have."""

@@ -17,7 +17,7 @@ from quire.ops import quantize_reference
 from quire.ops.composed import ComposedOps
 from quire.ops.cuda import attention, gemm, packed_weights, rows, sampling
 from quire.ops.cuda.kernel_cache import kernel_cache
-from quire.ops.packed import PackedBuffer, PackedHeader, PackedState
+from quire.ops.packed import Buffer, PackedHeader, PackedState
 from quire.ops.types import (
     ACTIVATION_QMAX,
     Activation,
@@ -152,7 +152,7 @@ class CudaOps(ComposedOps):
             return gemm.pack(weight, bias, _DTYPES[dtype], self.device)
 
     def pack_embedding(self, table: Any, dtype: WeightDtype) -> gemm.CudaLinear:
-        """See `Device.pack_embedding`. ValueError for a table that is quantised by groups."""
+        """See `Ops.pack_embedding`. ValueError for a table that is quantised by groups."""
         if isinstance(table, QuantizedWeight) and table.group_size != table.values.shape[1]:
             raise ValueError("a table is quantised by rows, not by groups")
         return self.pack_linear(table, None, dtype)
@@ -161,7 +161,7 @@ class CudaOps(ComposedOps):
         """The tensors as they lie on the device."""
         return packed_weights.packed_state(packed)
 
-    def map_packed(self, header: PackedHeader, buffers: Sequence[PackedBuffer]) -> gemm.CudaLinear:
+    def map_packed(self, header: PackedHeader, buffers: Sequence[Buffer]) -> gemm.CudaLinear:
         with _room():
             return packed_weights.map_packed(header, buffers, self.device, self.formats)
 
