@@ -6,7 +6,7 @@ A name stands for that module of `quire` and everything below it. Every room may
 from dataclasses import dataclass
 
 ROOT_VALUES = frozenset({"sampling_params", "outputs", "errors", "config"})
-COMPOSERS = frozenset({"", "__main__", "cli", "compose", "llm", "async_llm"})
+COMPOSERS = frozenset({"", "__main__", "cli", "compose", "llm"})
 """The only places that compose: they may import any public name. `""` is `quire/__init__.py`."""
 
 BASE = frozenset(
@@ -35,7 +35,6 @@ def _room(own: str = "", third_party: str = "", *, root: bool = True, optional: 
 LAW: dict[str, Room] = {
     **dict.fromkeys(ROOT_VALUES, _room("", "msgspec", optional=False)),
     "core": _room("", "", optional=False),
-    "structured": _room("", "msgspec numpy"),
     "text": _room("", "jinja2 tokenizers"),
     "ops": _room("", "array_api_compat ml_dtypes numpy"),
     "ops.cuda": _room("ops", "array_api_compat ml_dtypes numpy torch triton"),
@@ -43,17 +42,13 @@ LAW: dict[str, Room] = {
     "models": _room("ops.types quant.types", "ml_dtypes msgspec numpy"),
     "weights": _room("models quant ops", "huggingface_hub ml_dtypes msgspec numpy tqdm"),
     "sampling": _room("ops core.plan core.request", "ml_dtypes numpy"),
-    "speculative": _room("ops core.plan", "numpy"),
-    "lora": _room("ops core.plan", "ml_dtypes numpy"),
-    "parallel": _room("ops core.plan", "msgspec numpy"),
-    "runner": _room("ops quant models weights sampling speculative lora parallel core.plan", "ml_dtypes msgspec numpy"),
+    "runner": _room("ops quant models weights sampling core.plan", "ml_dtypes msgspec numpy"),
     "executor": _room("runner core.plan", "msgspec"),
-    "engine": _room("core text structured", "tqdm"),
+    "engine": _room("core text", "tqdm"),
     "isolation": _room("core engine", "msgspec"),
     "observe": _room("core engine"),
-    "build": _room("weights quant models ops", "ml_dtypes msgspec numpy tqdm"),
     "server": _room("engine", "anyio msgspec starlette uvicorn"),
-    "server.http": _room("engine server.metrics", "anyio msgspec starlette uvicorn"),
+    "server.http": _room("engine", "anyio msgspec starlette uvicorn"),
     "bench": _room("engine", "msgspec numpy tqdm"),
     "demo": _room(),
 }

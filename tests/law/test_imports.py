@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from scripts.house.core_start import check_core_start
+from scripts.house.import_law import LAW
 from scripts.house.imports import check_imports, imports_of
 from scripts.house.tree import ROOT, Source
 
@@ -19,6 +20,11 @@ def _tree(root: Path, files: dict[str, str]) -> Path:
 
 def test_the_tree_follows_the_table() -> None:
     assert check_imports(ROOT).breaches == []
+
+
+def test_every_row_of_the_table_has_its_room() -> None:
+    rooms = {name: ROOT / "src/quire" / name.replace(".", "/") for name in LAW}
+    assert [name for name, room in rooms.items() if not (room.is_dir() or room.with_suffix(".py").is_file())] == []
 
 
 def test_importing_the_scheduler_loads_nothing_heavy() -> None:

@@ -4,15 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quire.ops import _native
-from quire.ops.packed import (
-    VERSION,
-    Buffer,
-    PackedHeader,
-    PackedState,
-    check_group_size,
-    check_header,
-    require_field,
-)
+from quire.ops.packed import VERSION, Buffer, PackedHeader, PackedState, check_group_size, check_header, require_field
 from quire.ops.types import ACTIVATION_QMAX, QuantizedFormat
 
 BITS: dict[QuantizedFormat, int] = {"int8": 8, "int8_w8a8": 8, "int4": 4, "int4_w4a8": 4}
