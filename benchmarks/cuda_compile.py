@@ -135,7 +135,7 @@ def weight(kind: str, outputs: int, inputs: int, dtype: torch.dtype = torch.bflo
     return packed_linear(values, empty(torch.float32, outputs, 1), None, kind, inputs, inputs, dtype)
 
 
-def launch_products(shape: Shape, formats: Sequence[str], rows: Sequence[int]) -> Iterator[str]:
+def launch_gemms(shape: Shape, formats: Sequence[str], rows: Sequence[int]) -> Iterator[str]:
     """Each kind of weight with each number of rows."""
     for kind in formats:
         packed = weight(kind, 2 * shape.intermediate, shape.hidden)
@@ -195,9 +195,9 @@ def compile_all(arch: int, launches: Iterable[Iterator[str]]) -> list[Compiled]:
 def one_of_each(shape: Shape, arch: int) -> list[Iterator[str]]:
     """A launch of every kernel on the newer architecture, on the older one of those with matrix instructions."""
     if arch < 90:
-        return [launch_products(shape, ("plain",), (64,)), launch_attention(shape)]
+        return [launch_gemms(shape, ("plain",), (64,)), launch_attention(shape)]
     return [
-        launch_products(shape, ("plain",), (1, 64, 2048)), launch_products(shape, ("int4", "fp8"), (64,)),
+        launch_gemms(shape, ("plain",), (1, 64, 2048)), launch_gemms(shape, ("int4", "fp8"), (64,)),
         launch_attention(shape), launch_rows(shape), launch_sampling(shape),
     ]  # fmt: skip
 
@@ -206,7 +206,7 @@ def launches_of(shape: Shape, arch: int) -> list[Iterator[str]]:
     """All that a model of this shape launches."""
     formats = [kind for kind in FORMATS if kind != "fp8" or arch >= 89]
     return [
-        launch_products(shape, formats, (1, 64, 2048)), launch_attention(shape),
+        launch_gemms(shape, formats, (1, 64, 2048)), launch_attention(shape),
         launch_attention(shape, special=True), launch_rows(shape), launch_sampling(shape),
     ]  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from quire.bench.limits import READ_BYTES
+from quire.bench.roofline import READ_BYTES
 from quire.ops.cpu import CpuOps
 from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape, QuantizedWeight, SampleBatch
 

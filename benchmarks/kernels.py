@@ -22,7 +22,7 @@ from typing import Any
 from kernel_cases import FORMATS, MODELS, OPERATIONS, Case, cases
 
 from quire.bench import machine
-from quire.bench.limits import Limits, measure_limits
+from quire.bench.roofline import Roofline, measure_roofline
 from quire.errors import QuireError
 from quire.ops.cpu import CpuOps
 from quire.ops.select import select_ops
@@ -71,7 +71,7 @@ def time_case(case: Case) -> float:
     return statistics.median(times)
 
 
-def rate(case: Case, seconds: float, limits: Limits) -> Rate:
+def rate(case: Case, seconds: float, limits: Roofline) -> Rate:
     """A time beside the limits."""
     memory_s = case.num_bytes / limits.read_bytes_per_s
     peak = limits.operations_per_s.get(case.unit) if case.unit is not None else None
@@ -101,7 +101,7 @@ def time_cases(cases: Iterable[Case], seconds: float) -> tuple[list[tuple[Case, 
     return found, True
 
 
-def as_text(rates: Sequence[Rate], limits: Limits, machine: Mapping[str, str]) -> str:
+def as_text(rates: Sequence[Rate], limits: Roofline, machine: Mapping[str, str]) -> str:
     """A table for people."""
     lines = [f"{name}: {value}" for name, value in machine.items()]
     lines.append(f"limits: streaming read {limits.read_bytes_per_s / 1e9:.1f} GB/s" + "".join(
@@ -118,7 +118,7 @@ def as_text(rates: Sequence[Rate], limits: Limits, machine: Mapping[str, str]) -
     return "\n".join(lines)
 
 
-def as_json(rates: Sequence[Rate], limits: Limits, machine: Mapping[str, str]) -> dict[str, Any]:
+def as_json(rates: Sequence[Rate], limits: Roofline, machine: Mapping[str, str]) -> dict[str, Any]:
     """The same for programs."""
     return {
         "machine": dict(machine),
@@ -138,10 +138,10 @@ def chosen(only: Sequence[str]) -> Callable[[str, str, str], bool]:
     return lambda *case: all(name in names for name, names in zip(case, allowed, strict=True))
 
 
-def best(a: Limits, b: Limits) -> Limits:
+def best(a: Roofline, b: Roofline) -> Roofline:
     """Of a measurement before and one after."""
     rates = {unit: max(value, b.operations_per_s.get(unit, 0.0)) for unit, value in a.operations_per_s.items()}
-    return Limits(max(a.read_bytes_per_s, b.read_bytes_per_s), rates)
+    return Roofline(max(a.read_bytes_per_s, b.read_bytes_per_s), rates)
 
 
 def main() -> None:
@@ -163,9 +163,9 @@ def main() -> None:
     except QuireError as error:
         parser.error(str(error))
     assert isinstance(ops, CpuOps)
-    before = measure_limits(ops.probe, time.perf_counter)
+    before = measure_roofline(ops.probe, time.perf_counter)
     found, is_all = time_cases(cases(ops, wanted, options.rows), options.seconds)
-    limits = best(before, measure_limits(ops.probe, time.perf_counter))
+    limits = best(before, measure_roofline(ops.probe, time.perf_counter))
     if not found:
         sys.exit("nothing is left to measure")
     rates = [rate(case, seconds, limits) for case, seconds in found]

@@ -3,7 +3,7 @@
     python -m scripts.kill_trials [--trials 25] [--streams 16] [--signal KILL|STOP|SEGV] [--hang-timeout S]
                                   [--model DIR] [--out FILE]
 
-KILL is a death from outside, SEGV a crash (whoever was present is tried alone), STOP a core that hangs.
+KILL is a death from outside, SEGV a crash (each request that was present is probed alone), STOP a core that hangs.
 
 Each trial opens all streams, kills, and waits until they end. One JSON line a trial goes to `--out`, which is
 appended to; the summary at the end is of all lines in it. Exit 1 when a stream was lost or differs. Linux only.

@@ -44,7 +44,7 @@ def request_with(key: str | None) -> bytes:
 
 
 @dataclass
-class Tally:
+class PhaseResult:
     """What came of the requests of one phase."""
 
     done_s: list[float] = field(default_factory=list)
@@ -79,12 +79,12 @@ class Client:
     def __init__(self, port: int) -> None:
         self._address = ("127.0.0.1", port)
         self._selector = selectors.DefaultSelector()
-        self._open: dict[socket.socket, tuple[float, bytearray, Tally, bytes]] = {}
+        self._open: dict[socket.socket, tuple[float, bytearray, PhaseResult, bytes]] = {}
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def ask(self, key: str | None, tally: Tally) -> None:
+    def ask(self, key: str | None, tally: PhaseResult) -> None:
         """Begin a request."""
         connection = socket.socket()
         connection.setblocking(False)
@@ -125,7 +125,7 @@ class Client:
 
 def closed_loop(port: int, key: str | None, clients: int, seconds: float) -> float:
     """Requests per second that are answered when so many clients ask one after another."""
-    tally, end_s = Tally(), time.monotonic() + seconds
+    tally, end_s = PhaseResult(), time.monotonic() + seconds
     client = Client(port)
     while time.monotonic() < end_s or len(client):
         while time.monotonic() < end_s and len(client) < clients:
@@ -141,7 +141,7 @@ class Stream:
     key: str | None
     per_second: float
     asked: int = 0
-    tally: Tally = field(default_factory=Tally)
+    tally: PhaseResult = field(default_factory=PhaseResult)
 
 
 def open_loop(port: int, streams: list[Stream], seconds: float) -> None:

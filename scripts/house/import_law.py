@@ -6,7 +6,7 @@ A name stands for that module of `quire` and everything below it. Every room may
 from dataclasses import dataclass
 
 ROOT_VALUES = frozenset({"sampling_params", "outputs", "errors", "config"})
-COMPOSERS = frozenset({"", "__main__", "cli", "compose", "llm", "async_llm"})
+COMPOSERS = frozenset({"", "__main__", "cli", "compose", "llm"})
 """The only places that compose: they may import any public name. `""` is `quire/__init__.py`."""
 
 BASE = frozenset(
@@ -48,7 +48,7 @@ LAW: dict[str, Room] = {
     "isolation": _room("core engine", "msgspec"),
     "observe": _room("core engine"),
     "server": _room("engine", "anyio msgspec starlette uvicorn"),
-    "server.http": _room("engine server.metrics", "anyio msgspec starlette uvicorn"),
+    "server.http": _room("engine", "anyio msgspec starlette uvicorn"),
     "bench": _room("engine", "msgspec numpy tqdm"),
     "demo": _room(),
 }

@@ -1,4 +1,4 @@
-"""The field's words: what the glossary replaced must not come back into src and native."""
+"""The field's words: what the glossary replaced must not come back into src, native and docs."""
 
 import re
 import tomllib
@@ -8,7 +8,7 @@ from pathlib import Path
 from scripts.house.tree import ROOT, Report
 
 LIST = "scripts/house/words.toml"
-FOLDERS = {"src": (".py", ".pyi"), "native": (".h", ".cpp", ".txt")}
+FOLDERS = {"src": (".py", ".pyi"), "native": (".h", ".cpp", ".txt"), "docs": (".md",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def old_words(path: str, text: str, words: list[OldWord]) -> list[str]:
 
 
 def check_words(root: Path = ROOT) -> Report:
-    """Lines of src and native with words of the list."""
+    """Lines of src, native and docs with words of the list."""
     words = read_words(root)
     files = [
         path

@@ -172,7 +172,7 @@ class MemoryBudget:
 
     device: int
     """All that the device has (on the CPU: this machine, or its container)."""
-    taken: int = 0
+    used_by_others: int = 0
     """Of other processes, and of the device's own runtime."""
     weights: int
     activations: int = 0
@@ -180,7 +180,7 @@ class MemoryBudget:
     sampler: int = 0
     """What choosing tokens needs on top of that."""
     graphs: int = 0
-    slack: int = 0
+    fragmentation_reserve: int = 0
     """What the allocator may lose between its pieces."""
     cache: int = 0
 

@@ -230,6 +230,8 @@ FLAGS = (
     "spaces_between_special_tokens",
     "include_stop_str_in_output",
 )
+FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Fields that the model's own generation settings fill where a request leaves them out, as in vLLM."""
 
 
 def _strings(name: str, value: Any, cap: int) -> list[str]:

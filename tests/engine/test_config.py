@@ -19,8 +19,8 @@ DEVICE = replace(
     SIZES,
     device="cuda",
     memory=MemoryBudget(
-        device=1000 * MIB, taken=50 * MIB, weights=300 * MIB, activations=100 * MIB, sampler=20 * MIB,
-        graphs=30 * MIB, slack=10 * MIB,
+        device=1000 * MIB, used_by_others=50 * MIB, weights=300 * MIB, activations=100 * MIB, sampler=20 * MIB,
+        graphs=30 * MIB, fragmentation_reserve=10 * MIB,
     ),
 )  # fmt: skip
 
@@ -70,8 +70,8 @@ def test_on_a_device_the_cache_gets_what_the_other_lines_leave() -> None:
     plan = resolve_cache(EngineArgs(gpu_memory_utilization=0.9), DEVICE)
     assert (plan.memory.cache, plan.memory.used) == (390 * MIB, 900 * MIB)
     assert str(plan.memory) == (
-        "taken 50 MiB, weights 300 MiB, activations 100 MiB, sampler 20 MiB, graphs 30 MiB, slack 10 MiB, "
-        "cache 390 MiB: 900 MiB of 1,000 MiB"
+        "used_by_others 50 MiB, weights 300 MiB, activations 100 MiB, sampler 20 MiB, "
+        "graphs 30 MiB, fragmentation_reserve 10 MiB, cache 390 MiB: 900 MiB of 1,000 MiB"
     )
     assert plan.decisions[-1].reason == str(plan.memory)
 
@@ -79,9 +79,12 @@ def test_on_a_device_the_cache_gets_what_the_other_lines_leave() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"kv_cache_memory_bytes": 491 * MIB}, "kv_cache_memory_bytes does not fit the device: taken 50 MiB"),
+        ({"kv_cache_memory_bytes": 491 * MIB}, "kv_cache_memory_bytes does not fit the device: used_by_others 50 MiB"),
         ({"num_gpu_blocks_override": 491 * 1024}, "num_gpu_blocks_override does not fit the device"),
-        ({"gpu_memory_utilization": 0.5}, "0.5 of 1,000 MiB is 500 MiB; without any cache there is taken 50 MiB"),
+        (
+            {"gpu_memory_utilization": 0.5},
+            "0.5 of 1,000 MiB is 500 MiB; without any cache there is used_by_others 50 MiB",
+        ),
         ({"gpu_memory_utilization": 0.511, "max_model_len": 1024 * 1024}, "positions"),
     ],
 )

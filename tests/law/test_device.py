@@ -75,7 +75,7 @@ def test_the_memory_budget_is_held_to_two_percent(
     print(f"\nbudget: {budget}\nin use: {used[-1] / 2**20:,.0f} MiB, {used[-1] / budget.used - 1:+.2%};"
           f" the allocator grew by {grown} MiB after the start")  # fmt: skip
     assert used[2] == used[3] and reserved[1] == reserved[3], "nothing grows after the first time"
-    assert reserved[1] - reserved[0] <= budget.slack + (0 if eager else budget.graphs)
+    assert reserved[1] - reserved[0] <= budget.fragmentation_reserve + (0 if eager else budget.graphs)
     assert abs(used[-1] - budget.used) <= 0.02 * budget.used
 
 
@@ -85,7 +85,7 @@ def test_the_memory_budget_is_held_to_two_percent(
     ids=["samples", "logprobs", "rules"],
 )
 def test_a_decoding_step_waits_for_nothing_but_its_tokens(tiny_model: Path, more: dict[str, Any]) -> None:
-    """torch raises wherever the host waits, but for an event that is asked for: that of `Ops.fetch`."""
+    """torch raises wherever the host waits, but for an event that is asked for: that of `Device.fetch`."""
     with LLM(str(tiny_model), **SIZES) as llm:
         worst(llm)
         core: Any = llm._engine.channel._core

@@ -1,10 +1,12 @@
-"""The pages: every one that is not generated is listed in the index, and every link leads somewhere."""
+"""The pages: all that are not generated are in the index, and every link and `Class.member` in them exists."""
 
+import ast
 import re
 from pathlib import Path
 
 from scripts.house.tree import ROOT
 
+MEMBER = re.compile(r"`([A-Z]\w*)\.(\w+)(?:\(\))?`")
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)]*)?\)")
 PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md"), ROOT / "benchmarks/README.md"])
 
@@ -29,3 +31,27 @@ def test_the_index_lists_every_page() -> None:
 
 def test_the_readme_leads_to_index_and_glossary() -> None:
     assert {"docs/index.md", "docs/glossary.md"} <= set(links(ROOT / "README.md"))
+
+
+def names_by_class() -> dict[str, set[str]]:
+    """Every name that stands in a class of src, or in a class that it is made from."""
+    found: dict[str, set[str]] = {}
+    bases: dict[str, list[str]] = {}
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                found.setdefault(node.name, set()).update(re.findall(r"\w+", ast.unparse(node)))
+                bases[node.name] = [name for base in node.bases for name in re.findall(r"\w+", ast.unparse(base))]
+    return {name: own.union(*(found.get(base, set()) for base in bases[name])) for name, own in found.items()}
+
+
+def test_every_member_that_pages_and_code_name_exists() -> None:
+    names = names_by_class()
+    texts = {path: path.read_text(encoding="utf-8") for path in [*PAGES, *(ROOT / "src").rglob("*.py")]}
+    stale = {
+        f"{path.name}: {kind}.{member}"
+        for path, text in texts.items()
+        for kind, member in MEMBER.findall(text)
+        if kind in names and member not in names[kind]
+    }
+    assert stale == set()

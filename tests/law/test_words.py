@@ -54,7 +54,7 @@ def words() -> list[OldWord]:
     return read_words(ROOT)
 
 
-def test_src_and_native_have_none() -> None:
+def test_src_native_and_docs_have_none() -> None:
     assert check_words(ROOT).breaches == []
 
 
@@ -90,10 +90,12 @@ def test_common_words_pass(line: str, words: list[OldWord]) -> None:
     assert old_words("src/quire/a.py", line, words) == []
 
 
-def test_a_word_in_native_code_is_found(tmp_path: Path) -> None:
+def test_a_word_in_native_code_or_a_page_is_found(tmp_path: Path) -> None:
     (tmp_path / "scripts/house").mkdir(parents=True)
     (tmp_path / "scripts/house/words.toml").write_text((ROOT / "scripts/house/words.toml").read_text())
     (tmp_path / "native/gemm").mkdir(parents=True)
     (tmp_path / "native/gemm/tile.h").write_text("// The first cache holds it.\n")
-    (tmp_path / "src").mkdir()
-    assert check_words(tmp_path).breaches == ["native/gemm/tile.h:1: 'first cache': write L1, L2"]
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/a.md").write_text("Nobody waits.\n")
+    tile, page = check_words(tmp_path).breaches
+    assert tile == "native/gemm/tile.h:1: 'first cache': write L1, L2" and page.startswith("docs/a.md:1: 'Nobody'")

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from quire.bench.limits import Limits
+from quire.bench.roofline import Roofline
 from quire.ops.cpu import CpuOps
 from quire.ops.select import instruction_sets
 
@@ -86,7 +86,7 @@ def test_probes_do_what_they_count(isa: str) -> None:
 def test_the_binding_limit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     script = runpy.run_path(str(BENCHMARKS / "kernels.py"))
-    limits = Limits(10e9, {"bfloat16": 1e12})
+    limits = Roofline(10e9, {"bfloat16": 1e12})
 
     def found(num_bytes: int, num_operations: int, unit: str | None) -> Any:
         nothing: Callable[[int], object] = lambda _: None  # noqa: E731

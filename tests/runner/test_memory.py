@@ -68,9 +68,9 @@ def test_a_device_is_measured_by_its_largest_steps(tiny_model: Path) -> None:
     ops = SmallDevice()
     budget = make_budget(model_on(tiny_model, ops), ops, LIMITS)
     assert set(ops.steps) == {40, 3}
-    assert (budget.device, budget.taken, budget.weights) == (100 * MIB, 32 * MIB, 8 * MIB)
+    assert (budget.device, budget.used_by_others, budget.weights) == (100 * MIB, 32 * MIB, 8 * MIB)
     assert (budget.activations, budget.sampler, budget.cache) == (40 * MIB, 5 * MIB, 0)
-    assert budget.slack == MIB
+    assert budget.fragmentation_reserve == MIB
     wide = make_budget(model_on(tiny_model, ops), ops, replace(LIMITS, max_num_batched_tokens=80))
     assert (wide.activations, wide.sampler) == (80 * MIB, 8 * MIB), "64 rows at a time report them"
 
@@ -79,7 +79,7 @@ def test_the_host_is_estimated(tiny_model: Path) -> None:
     ops = ReferenceOps(np)
     model = model_on(tiny_model, ops)
     small, large = (make_budget(model, ops, replace(LIMITS, max_num_batched_tokens=tokens)) for tokens in (40, 400))
-    assert (small.device, small.taken, small.weights) == (host_memory_bytes(), 0, model.weight_bytes)
+    assert (small.device, small.used_by_others, small.weights) == (host_memory_bytes(), 0, model.weight_bytes)
     assert large.activations == 10 * small.activations > 0
     assert small.sampler == 2 * 3 * model.spec.vocab_size * 4
 
@@ -136,7 +136,7 @@ def test_what_the_allocator_keeps_is_in_use(tiny_model: Path, monkeypatch: pytes
     [
         (
             "room_for_cache",
-            "gpu_memory_utilization is too large: there is no room for the cache .taken 32 MiB, weights",
+            "gpu_memory_utilization is too large: there is no room for the cache .used_by_others 32 MiB, weights",
         ),
         ("room_for_steps", "max_num_seqs 3: a step of that size does not fit the device beside the weights"),
     ],

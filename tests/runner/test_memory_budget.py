@@ -103,5 +103,5 @@ def test_no_step_takes_more_than_the_memory_budget(
             assert "memory_in_use" in {item.name for item in llm.decisions}
     budget = plans[0].memory
     assert counted.most <= 1.01 * at_start, "nothing grows after the start"
-    assert at_start == pytest.approx(budget.used - budget.slack, rel=0.02)
+    assert at_start == pytest.approx(budget.used - budget.fragmentation_reserve, rel=0.02)
     assert counted.most == pytest.approx(at_start, rel=0.06), "two prompts of a token less are the worst that comes"

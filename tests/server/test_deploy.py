@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from quire import LLM, SamplingParams
 from quire.cli.main import make_parser
 from quire.cli.serve import run
+from quire.server.http.metrics import render_metrics
 from quire.server.http.probes import OPEN_PATHS
-from quire.server.metrics import render_metrics
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 

@@ -6,7 +6,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from quire.outputs import Metric
-from quire.server.metrics import render_metrics
+from quire.server.http.metrics import render_metrics
 
 
 def families(metrics: list[Metric], model_name: str = "m", prefix: str = "quire") -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The clock on the control plane: microseconds that the core itself takes for one step.
 
-Who calls composes scheduler and executor (this folder may import neither), so the same clock reads any.
+The caller composes scheduler and executor (this folder may import neither), so the same clock reads any.
 """
 
 import statistics

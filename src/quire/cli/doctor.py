@@ -55,7 +55,7 @@ def _operations() -> list[str]:
 def _rates() -> dict[str, str]:
     """What memory and the processors' units do at best; nothing where the native operations do not load."""
     try:
-        from quire.bench.limits import measure_limits
+        from quire.bench.roofline import measure_roofline
         from quire.ops.cpu import CpuOps
         from quire.ops.select import select_ops
 
@@ -63,9 +63,9 @@ def _rates() -> dict[str, str]:
     except (ImportError, QuireError):
         return {}
     assert isinstance(ops, CpuOps)
-    limits = measure_limits(ops.probe, time.perf_counter)
-    peaks = {f"peak, {unit}": f"{value / 1e12:.2f} TOP/s" for unit, value in limits.operations_per_s.items()}
-    return {"streaming read": f"{limits.read_bytes_per_s / 1e9:.1f} GB/s", **peaks}
+    roofline = measure_roofline(ops.probe, time.perf_counter)
+    peaks = {f"peak, {unit}": f"{value / 1e12:.2f} TOP/s" for unit, value in roofline.operations_per_s.items()}
+    return {"streaming read": f"{roofline.read_bytes_per_s / 1e9:.1f} GB/s", **peaks}
 
 
 def _version(package: str) -> str:

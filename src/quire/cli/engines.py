@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from quire.cli import banner
 from quire.cli.arguments import engine_values, sampling_values
 from quire.config import EngineArgs
-from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.sampling_params import FROM_MODEL, RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from quire.llm import AsyncLLM
@@ -48,9 +48,8 @@ def make_params(options: argparse.Namespace, defaults: SamplingParams, *, kind: 
     Raises:
         InvalidRequestError: a value out of range.
     """
-    values = {name: getattr(defaults, name) for name in ("temperature", "top_p", "top_k", "min_p")}
-    values |= {"repetition_penalty": defaults.repetition_penalty, "max_tokens": None}
-    return SamplingParams.from_mapping({**values, **sampling_values(options), "output_kind": kind})
+    values = {name: getattr(defaults, name) for name in FROM_MODEL}
+    return SamplingParams.from_mapping({**values, "max_tokens": None, **sampling_values(options), "output_kind": kind})
 
 
 def has_chat_template(engine: "AsyncLLM") -> bool:

@@ -35,9 +35,9 @@ class PrefixCache:
     def match(self, request: Request, pool: BlockPool) -> PrefixMatch:
         """The longest chain of blocks that holds the beginning of the request's tokens.
 
-        Never all of them: at least the last token is computed, because its logits are needed. Who wants
-        the log-probabilities of the prompt needs its logits as well, and reads only what comes before
-        the first one not yet sent.
+        Never all of them: at least the last token is computed, because its logits are needed. A request for the
+        log-probabilities of its prompt needs those logits as well, and shares only the blocks before the first
+        position that was not yet sent.
         """
         limit = len(request.token_ids) - 1
         if request.num_prompt_logprobs_due:

@@ -64,7 +64,7 @@ class Observer:
         """From now on send a trace of each request to an OpenTelemetry collector.
 
         Raises:
-            ConfigurationError: traces cannot be sent, or not there.
+            ConfigurationError: the endpoint or the SDK is at fault, or this observer sends no traces.
         """
         raise ConfigurationError("otlp_traces_endpoint needs the package quire.observe", field="otlp_traces_endpoint")
 

@@ -119,12 +119,11 @@ class RequestState:
         if params.prompt_logprobs is not None:
             self._prompt_logprobs = [None]
         stops = StopStrings(params.stop or (), params.include_stop_str_in_output)
-        text_wanted = params.detokenize and tokenizer is not None
         self._sequences = {
             new.request_id: SequenceState(
                 index,
                 SequenceText(tokenizer, params, stops, new.prompt_token_ids)
-                if text_wanted and tokenizer is not None
+                if params.detokenize and tokenizer is not None
                 else None,
                 None if params.repetition_detection is None else RepetitionDetector(params.repetition_detection),
                 logprobs=None if params.logprobs is None else [],

@@ -44,6 +44,7 @@ from quire.sampling_params import MAX_BAD_WORDS, MAX_STOP_STRING_BYTES, Sampling
 PR_SET_PDEATHSIG = 1
 MAX_ID_BYTES = 64
 MAX_SALT_BYTES = 1024
+"""More than `InputProcessor` lets in, whose module would bring the tokenizer into this process."""
 
 
 def die_with_parent() -> None:

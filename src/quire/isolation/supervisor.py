@@ -10,7 +10,8 @@
         └── all that wait: 503, Retry-After                             requests are resumed
 
 The heartbeat (`heartbeat`) is the age of the core's last message while it has work: it announces a step that is
-not like those before, and reports every step that is done. How long a step may take, it says itself (`step_allowance`).
+not like those before, and reports every step that is done. How long a step may take, it says itself
+(`StepAllowance`).
 """
 
 import logging

@@ -120,19 +120,18 @@ class EngineMetrics:
         self.observe("request_prompt_tokens", num_prompt_tokens)
         self.observe("request_generation_tokens", num_output_tokens)
         self.observe("request_num_preemptions", times.num_preemptions)
-        if times.finished_s is not None:
-            self.observe("e2e_request_latency_seconds", times.finished_s - times.arrival_s)
-        if times.first_scheduled_s is not None:
-            self.observe("request_queue_time_seconds", times.first_scheduled_s - times.arrival_s)
-            if times.first_token_s is not None:
-                self.observe("request_prefill_time_seconds", times.first_token_s - times.first_scheduled_s)
-            if times.last_token_s is not None:
-                self.observe("request_inference_time_seconds", times.last_token_s - times.first_scheduled_s)
-        if times.first_token_s is not None and times.last_token_s is not None:
-            self.observe("request_decode_time_seconds", times.last_token_s - times.first_token_s)
-            if num_output_tokens > 1:
-                spent = times.last_token_s - times.first_token_s
-                self.observe("request_time_per_output_token_seconds", spent / (num_output_tokens - 1))
+        for name, spent_s in {
+            "e2e_request_latency_seconds": times.total_s,
+            "request_queue_time_seconds": times.queued_s,
+            "request_prefill_time_seconds": times.prefill_s,
+            "request_decode_time_seconds": times.decode_s,
+        }.items():
+            if spent_s is not None:
+                self.observe(name, spent_s)
+        if times.first_scheduled_s is not None and times.last_token_s is not None:
+            self.observe("request_inference_time_seconds", times.last_token_s - times.first_scheduled_s)
+        if times.decode_s is not None and num_output_tokens > 1:
+            self.observe("request_time_per_output_token_seconds", times.decode_s / (num_output_tokens - 1))
 
     def read(self, num_running: int, num_waiting: int, usage: float, rejected: Mapping[str, int]) -> list[Metric]:
         """All metrics now; `usage` is the share of blocks held, `rejected` counts refusals by the bound met."""

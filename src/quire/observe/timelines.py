@@ -306,10 +306,8 @@ class RequestTimelines:
         for timeline in self._live.values():
             if timeline.since_s < from_s:
                 timeline.close(from_s, self._prefill_clock_s)
-            timeline.phase, timeline.waits_for = (
-                (Phase.RECOVERING if timeline.first_scheduled_s is not None else Phase.QUEUED),
-                None,
-            )
+            timeline.phase = Phase.QUEUED if timeline.first_scheduled_s is None else Phase.RECOVERING
+            timeline.waits_for = None
         self._decoding.clear()
 
     def _schedule(self, core_id: str, timeline: Timeline, start: int, share: float, now_s: float) -> None:

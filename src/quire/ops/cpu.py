@@ -81,7 +81,7 @@ class CpuOps(ComposedOps):
         return self._native.probe(kind, data)
 
     def quantize(self, weight: Any, quant: QuantSpec) -> QuantizedWeight | StoredWeight:
-        """See `Device.quantize`. ValueError where a weight is not finite."""
+        """See `Ops.quantize`. ValueError where a weight is not finite."""
         if isinstance(weight, StoredWeight):
             return replace(weight, quant=quant)
         weight = np.ascontiguousarray(weight)

@@ -3,7 +3,7 @@
 With 8 bits a row has one scale, its largest magnitude over 127, or over 448 with `fp8` (e4m3).
 With 4 bits each group of a row has one: the weight of largest magnitude becomes about -8 (there is no +8), for a few
 divisors in turn; each gives integers and, by least squares, the scale that fits them best; the smallest error wins. On
-normal weights that leaves 15 % less error than dividing by 7 does (benchmarks/quantization.md).
+normal weights that leaves 15 % less error than dividing by 7 does (docs/howto/quantize.md).
 """
 
 from typing import Any

@@ -34,7 +34,7 @@ def select_ops(device: str, threads: int | None, batch_invariant: bool = True) -
         except ConfigurationError as error:
             device_reason = f"auto: {error.message}"
     if device not in ("auto", "cpu"):
-        raise ConfigurationError(f"device {device!r} is not one of auto, cpu, reference", field="device")
+        raise ConfigurationError(f"device {device!r} is not one of auto, cpu, cuda, reference", field="device")
     if threads is not None and threads < 1:
         raise ConfigurationError(f"threads is {threads}; at least 1 is needed", field="threads")
 

@@ -3,9 +3,7 @@
 from quire.config import QUANTIZATIONS
 from quire.errors import ConfigurationError
 from quire.ops.types import Ops
-from quire.quant.fp8 import FP8
-from quire.quant.int4 import DEFAULT_GROUP_SIZE, int4
-from quire.quant.int8 import INT8, INT8_W8A8
+from quire.quant.formats import DEFAULT_GROUP_SIZE, FP8, INT8, INT8_W8A8, int4
 from quire.quant.types import Scheme
 
 

@@ -11,10 +11,10 @@ graph; for others it ends with the hidden states.
                                   [rows]      [rows]      [rows]     [rows]      [rows, width]
 
 At a start the largest size alone is captured, whose memory the others share. After the first answers, each moment
-without work is used to capture one more (`prepare`), those that have come most often first. A size that comes again and
-again before that is captured in its step, after it has been computed, but never in several steps close together: that
-step takes as long again on the host. No other thread captures: it would share Python's lock and the allocator with the
-steps that people wait for, so that it delayed them all, and not one.
+without work is used to capture one more (`run_idle_work`), those that have come most often first. A size that comes
+again and again before that is captured in its step, after it has been computed, but never in several steps close
+together: that step takes as long again on the host. No other thread captures: it would share Python's lock and the
+allocator with the steps that people wait for, so that it delayed them all, and not one.
 """
 
 import logging

@@ -13,12 +13,12 @@ from quire.models.model import Model
 from quire.ops.types import Array, AttentionBatch, Opaque, Provider, SampleBatch
 from quire.outputs import Decision
 from quire.runner.graphs import BYTES_PER_GRAPH, GraphBuckets
+from quire.sampling_params import MAX_LOGPROBS
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-MAX_TOP_LOGPROBS = 20
 PROMPT_LOGPROB_ROWS = 64
 """Rows of logits held at once while the log-probabilities of a prompt are read."""
-SLACK_SHARE = 0.01
+FRAGMENTATION_SHARE = 0.01
 """Of the device: pieces that the allocator cannot use. Held against the device by `scripts/gpu_check`."""
 
 
@@ -80,12 +80,12 @@ def _measured(model: Model, ops: Provider, shape: StepShape) -> MemoryBudget:
     assert memory is not None
     return MemoryBudget(
         device=memory.total,
-        taken=max(0, memory.total - memory.free - memory.allocated),
+        used_by_others=max(0, memory.total - memory.free - memory.allocated),
         weights=memory.allocated,
         activations=forward,
         sampler=whole - forward,
         graphs=graphs,
-        slack=int(memory.total * SLACK_SHARE),
+        fragmentation_reserve=int(memory.total * FRAGMENTATION_SHARE),
     )
 
 
@@ -182,7 +182,7 @@ def _sample_and_report(
     hidden, logits, tokens = _sample(model, ops, step, cache, rows)
     raw = logits[ops.array(np.arange(rows), "int64")]
     ops.zero_nonfinite_rows(logits)
-    ops.logprobs(raw, tokens, min(MAX_TOP_LOGPROBS, model.spec.vocab_size))
+    ops.logprobs(raw, tokens, min(MAX_LOGPROBS, model.spec.vocab_size))
     return hidden, raw
 
 

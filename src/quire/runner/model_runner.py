@@ -189,7 +189,7 @@ class ModelRunner:
         if removed:
             scheduled = [item for item in scheduled if item.row not in removed]
         results = list(chain.from_iterable(faults.retry_rows_individually(step.read, scheduled)))
-        self._keep([result for result in results if result.token_ids], faults)
+        self._keep([result for result in results if result.token_ids])
         if faults or removed:
             done = {result.row: result for result in results} | {row: RowResult(row, ()) for row in removed}
             results = [done[row] if row in removed else faults.result(row) or done[row] for row, *_ in plan.scheduled]
@@ -221,11 +221,11 @@ class ModelRunner:
         if new.sampling.num_prompt_logprobs is not None:
             self._prompt_logprobs[new.row] = new.sampling.num_prompt_logprobs, new.num_prompt_tokens
 
-    def _keep(self, sampled: Sequence[RowResult], faults: RowFaults) -> None:
+    def _keep(self, sampled: Sequence[RowResult]) -> None:
         """Every token sampled becomes a known one of its row; a row that failed is freed by the next plan."""
         for result in self._sampler.edited(sampled):
             for token_id in result.token_ids:
-                faults.isolate(result.row, self._sampler.on_token, result.row, token_id)
+                self._faults.isolate(result.row, self._sampler.on_token, result.row, token_id)
         if not sampled:
             return
         rows, token_ids, *_ = zip(*sampled, strict=True)
@@ -233,7 +233,7 @@ class ModelRunner:
             self._rows.append(rows, list(chain.from_iterable(token_ids)))
         except Exception:  # noqa: BLE001 -- one row's fault: which one shows when each is alone
             for row, tokens in zip(rows, token_ids, strict=True):
-                faults.isolate(row, self._rows.append, (row,), tokens)
+                self._faults.isolate(row, self._rows.append, (row,), tokens)
 
     def _launch(
         self, scheduled: Sequence[ScheduledRow]

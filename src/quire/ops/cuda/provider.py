@@ -152,7 +152,7 @@ class CudaOps(ComposedOps):
             return gemm.pack(weight, bias, _DTYPES[dtype], self.device)
 
     def pack_embedding(self, table: Any, dtype: WeightDtype) -> gemm.CudaLinear:
-        """See `Device.pack_embedding`. ValueError for a table that is quantised by groups."""
+        """See `Ops.pack_embedding`. ValueError for a table that is quantised by groups."""
         if isinstance(table, QuantizedWeight) and table.group_size != table.values.shape[1]:
             raise ValueError("a table is quantised by rows, not by groups")
         return self.pack_linear(table, None, dtype)

@@ -12,8 +12,8 @@ def fuse(program: Program) -> Program:
 
 
 def select_output_tokens(program: Program) -> Program:
-    """What follows the last writing of keys and values is computed for the output tokens of a step only (as with
-    logits indices)."""
+    """What follows the last writing of keys and values is computed for the output tokens of a step only (as
+    by vLLM's `logits_indices`)."""
     instructions = program.instructions
     last = max((at for at, one in enumerate(instructions) if isinstance(one, Attention)), default=0)
     attention, after = instructions[last], instructions[last + 1 :]

@@ -20,8 +20,8 @@ import quire
 from quire.server.http.context import ServerContext
 from quire.server.http.errors import ApiError
 from quire.server.http.keys import is_admin
+from quire.server.http.metrics import CONTENT_TYPE, render_metrics
 from quire.server.http.openapi import document
-from quire.server.metrics import CONTENT_TYPE, render_metrics
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
 """The only routes that need no key."""

@@ -207,23 +207,20 @@ async def start_events(
         raise
 
 
-class Answer(Protocol):
+class Deliverable(Protocol):
     """What the routes make of a request."""
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
-        ...
 
     def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in pieces."""
-        ...
 
     def headers(self) -> dict[str, str]:
         """Headers of the response, taken when the answer or its first piece is there."""
-        ...
 
 
-async def deliver(request: Request, answer: Answer, framing: Framing | None) -> Response:
+async def deliver(request: Request, answer: Deliverable, framing: Framing | None) -> Response:
     """The response, as a stream where there is a framing. Errors before the first piece are raised."""
     if framing is not None:
         return await cancel_on_disconnect(request.receive, start_events(answer.events(), answer.headers, framing))

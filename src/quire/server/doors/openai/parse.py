@@ -7,7 +7,7 @@ from typing import Any
 
 from quire.engine.inputs import MAX_SALT_BYTES
 from quire.errors import InvalidRequestError, PromptTooLongError
-from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.sampling_params import FROM_MODEL, RequestOutputKind, SamplingParams
 from quire.server.doors.openai.bodies import (
     ARGUMENT_NAME,
     CHAT,
@@ -24,9 +24,6 @@ from quire.server.doors.openai.bodies import (
 )
 from quire.server.http.limits import Limits
 from quire.server.http.schema import check_length
-
-FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-"""Fields that the model's own generation settings fill when the request leaves them out, as in vLLM."""
 
 Prompt = str | list[int]
 

@@ -38,8 +38,7 @@ class Answer(ABC, Generic[C]):
             "model": context.resolve_name(call.options.model),
             "system_fingerprint": responses.FINGERPRINT,
         }
-        shows_cached = context.show_cached_tokens
-        self._usage = Usage(call.num_prompts, shows_cached=shows_cached, prompt_only=call.prompt_only)
+        self._usage = Usage(call.num_prompts, shows_cached=context.show_cached_tokens, prompt_only=call.prompt_only)
 
     def headers(self) -> dict[str, str]:
         """Its id and where its time went."""

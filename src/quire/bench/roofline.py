@@ -1,4 +1,5 @@
-"""What memory and the processors' units do at best: the limits beside which `quire doctor` and benchmarks put rates."""
+"""The roofline of this machine: what memory and the processors' units do at best. `quire doctor` and benchmarks put
+measured rates beside it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ UNITS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class Roofline:
     """What the machine can do, all threads together."""
 
     read_bytes_per_s: float
@@ -26,7 +27,7 @@ class Limits:
     """Multiplications and additions by unit; one that the processor has not is absent."""
 
 
-def measure_limits(probe: Callable[[str, Any], int], clock: Callable[[], float]) -> Limits:
+def measure_roofline(probe: Callable[[str, Any], int], clock: Callable[[], float]) -> Roofline:
     """The best of several rounds of each probe.
 
     Args:
@@ -47,4 +48,4 @@ def measure_limits(probe: Callable[[str, Any], int], clock: Callable[[], float])
     rates = {unit: value for unit, value in rates.items() if value}
     if "int8" in rates:  # an activation of sixteen bits is two bytes
         rates["int8 twice"] = rates["int8"] / 2
-    return Limits(best("read", data), rates)
+    return Roofline(best("read", data), rates)
