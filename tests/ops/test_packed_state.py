@@ -125,11 +125,20 @@ WRONG: dict[str, tuple[Change, str]] = {
     "format": (lambda h: replace(h, format="int3"), "format is"),
     "out_features": (lambda h: replace(h, out_features=h.out_features + 64), SIZE),
     "out_features of 2^40": (lambda h: replace(h, out_features=2**40), SIZE),
+    "out_features of 2^64": (lambda h: replace(h, out_features=2**64), SIZE),
     "out_features below zero": (lambda h: replace(h, out_features=-1), SIZE),
     "in_features": (lambda h: replace(h, in_features=h.in_features + 128), SIZE),
     "in_features of 2^31 - 1": (lambda h: replace(h, in_features=2**31 - 1), SIZE),
     "both of 2^31 - 2": (lambda h: replace(h, in_features=2**31 - 2, out_features=2**31 - 2), SIZE),
     "group_size": (lambda h: replace(h, group_size=48), "group_size is"),
+    "dtype": (lambda h: replace(h, dtype="int3"), "dtype is"),
+    "another dtype": (
+        lambda h: replace(h, dtype="float16" if h.provider != "cuda" and h.dtype == "float32" else "int3"),
+        "dtype is|format is",
+    ),
+    "out_features of another type": (lambda h: replace(h, out_features=70.0), "out_features is"),  # type: ignore[arg-type]
+    "gated of another type": (lambda h: replace(h, gated=0), "gated is"),  # type: ignore[arg-type]
+    "format of another type": (lambda h: replace(h, format=[]), "format is"),  # type: ignore[arg-type]
     "has_bias": (lambda h: replace(h, has_bias=not h.has_bias), "number of buffers is"),
 }
 
@@ -157,6 +166,9 @@ def test_wrong_buffers_are_refused(provider: str) -> None:
                 (buffer[:-1], "size of"),
                 (np.append(buffer, np.uint8(0)), "size of"),
                 (aligned_copy(buffer, 4), "alignment of"),
+                (np.repeat(buffer, 2)[::2], "a buffer is not"),
+                ("text", "a buffer is not"),
+                (None, "a buffer is not"),
             ]:
                 with pytest.raises(ValueError, match=message):
                     ops.map_packed(state.header, [*good[:i], wrong, *good[i + 1 :]])

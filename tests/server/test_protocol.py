@@ -66,7 +66,11 @@ def test_a_field_that_is_not_honoured_may_ask_for_nothing(name: str, value: Any,
 def test_two_names_of_one_field_must_agree() -> None:
     body = {"max_tokens": 5, "max_completion_tokens": 5, "n_predict": None, "sampling_seed": 3}
     assert COMPLETION.read({"prompt": "x", **body}, Limits()).sampling == {"max_tokens": 5, "seed": 3}
-    for body in ({"max_tokens": 5, "max_new_tokens": 6}, {"seed": 1, "random_seed": 2}):
+    for body in (
+        {"max_tokens": 5, "max_new_tokens": 6},
+        {"seed": 1, "random_seed": 2},
+        {"max_tokens": 1, "n_predict": True},
+    ):
         with pytest.raises(InvalidRequestError, match="are one field and differ"):
             COMPLETION.read({"prompt": "x", **body}, Limits())
 

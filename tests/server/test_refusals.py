@@ -84,6 +84,7 @@ def test_bad_values(http: httpx.Client, route: str, field: str, value: Any, stat
         ({"continue_final_message": True}, "continue_final_message"),
         ({"echo": 1}, "echo"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
+        ({"chat_template": ""}, "chat_template"),
         ({"chat_template_kwargs": {"__class__": 1}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"a": [[[[[[[[[1]]]]]]]]]}}, "chat_template_kwargs"),
         ({"tools": [{"type": "function"}]}, "tools"),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from quire.ops import _native
-from quire.ops.packed import VERSION, Buffer, PackedHeader, PackedState, check_group_size, check_header, require_field
+from quire.ops.packed import VERSION, Buffer, PackedHeader, PackedState, byte_views, check_group_size, check_header
 from quire.ops.types import ACTIVATION_QMAX, QuantizedFormat
 
 BITS: dict[QuantizedFormat, int] = {"int8": 8, "int8_w8a8": 8, "int4": 4, "int4_w4a8": 4}
@@ -33,14 +33,14 @@ def packed_state(packed: _native.PackedLinear) -> PackedState:
 def map_packed(runtime: _native.Runtime, header: PackedHeader, buffers: Sequence[Buffer]) -> _native.PackedLinear:
     """`PackedStore.map_packed`. Raises ValueError, which names the field."""
     check_header(header, "cpu")
-    require_field("number of buffers", len(buffers), 1 + header.has_bias)
     integers: tuple[int, int, int] | None = None
     if header.format in BITS:
+        check_header(header, "cpu", dtype="float32")
         integers = BITS[header.format], header.group_size, ACTIVATION_QMAX[header.format]
     else:
         check_header(header, "cpu", format=header.dtype)
     check_group_size(header)
-    views: list[Any] = [memoryview(buffer).cast("B") for buffer in buffers]
+    views: list[Any] = byte_views(buffers, 1 + header.has_bias)
     return runtime.map_packed(
         views[0],
         views[1] if header.has_bias else None,

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 Buffer = Any
 """An array or a memoryview of bytes, contiguous; a provider may take tensors of its device too."""
 
+DTYPES = ("bfloat16", "float16", "float32")
 VERSION = 1
 """Of the layouts of all providers. A change of any of them, or of what a field means, raises it."""
 ALIGNMENT = 64
@@ -38,6 +39,14 @@ class PackedHeader:
     gated: bool
     """Packed by `pack_gated`: the outputs are those of gate, then those of up."""
     has_bias: bool
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), field.type if isinstance(field.type, type) else str
+            if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**31):
+                raise ValueError(f"packed weight: {field.name} is {value!r}, out of range or of another type")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"packed weight: dtype is {self.dtype!r}, not one of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +88,25 @@ def check_header(header: PackedHeader, provider: str, **expected: Any) -> None:
 
 def check_group_size(header: PackedHeader) -> None:
     """ValueError, which names the field, unless the format has groups of that size."""
-    is_float = header.format in ("bfloat16", "float16", "float32")
+    is_float = header.format in DTYPES
     sizes = (0,) if is_float else (32, 64, 128) if header.format.startswith("int4") else (header.in_features,)
     if header.group_size not in sizes:
         raise ValueError(f"packed weight: group_size is {header.group_size}, not one of {sizes}")
 
 
+def byte_views(buffers: Sequence[Buffer], number: int) -> list[memoryview]:
+    """The bytes of each buffer. ValueError for another number of them, or one that is not contiguous memory."""
+    require_field("number of buffers", len(buffers), number)
+    try:
+        return [memoryview(buffer).cast("B") for buffer in buffers]
+    except (BufferError, TypeError, ValueError) as error:
+        raise ValueError("packed weight: a buffer is not contiguous memory") from error
+
+
 def checked_buffers(buffers: Sequence[Buffer], sizes: Sequence[int]) -> list[Any]:
-    """The buffers as read-only views, uint8 `[size]`.
-
-    Args:
-        sizes: bytes that each must have.
-
-    Raises:
-        ValueError: another number of buffers, another size, not contiguous, or not aligned.
-    """
-    require_field("number of buffers", len(buffers), len(sizes))
+    """`byte_views` as read-only arrays, uint8 `[size]`; ValueError, too, for another size or alignment of one."""
     views = []
-    for i, (buffer, size) in enumerate(zip(buffers, sizes, strict=True)):
+    for i, (buffer, size) in enumerate(zip(byte_views(buffers, len(sizes)), sizes, strict=True)):
         view = np.frombuffer(buffer, np.uint8)
         require_field(f"size of buffer {i}", view.size, size)
         if view.size and view.ctypes.data % ALIGNMENT:

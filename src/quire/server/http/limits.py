@@ -28,11 +28,11 @@ class Limit:
     code: str
     param: str | None = None
 
-    def error(self, got: str = "") -> ApiError:
+    def error(self, got: str = "", place: str | None = None) -> ApiError:
         """The refusal. `got` says how much came, where that is known."""
         text = f"{self.what} is limited to {self.value:,} {self.unit}" + (f", got {got}" if got else "")
         headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if self.status == 503 else None
-        return ApiError(self.status, text, param=self.param, code=self.code, headers=headers)
+        return ApiError(self.status, text, param=self.param or place, code=self.code, headers=headers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -129,7 +129,8 @@ class RequestSchema(Generic[B]):
                 if spec.limit and isinstance(value, _counted(field.type)):
                     check_length(getattr(limits, spec.limit), value, given)
                 holder = values[field.group] if field.group else values
-                if holder.setdefault(field.name, value) != value:
+                held = holder.setdefault(field.name, value)
+                if held != value or type(held) is not type(value):  # `true` and 1.0 are not 1
                     raise InvalidRequestError(f"{given} and {field.name} are one field and differ", param=given)
         try:
             return msgspec.convert(values, self.body)
@@ -208,7 +209,7 @@ def check_length(limit: Limit, value: Any, place: str) -> None:
         ApiError: it is.
     """
     if len(value) > limit.value:
-        raise limit.error(f"{len(value):,}" + ("" if limit.param else f" in {place}"))
+        raise limit.error(f"{len(value):,}" + ("" if limit.param else f" in {place}"), place)
 
 
 def array(items: Schema, most: int | None = None, least: int = 0) -> Schema:

@@ -61,8 +61,14 @@ class Budget(threading.local):
         if self.bytes_left < 0:
             raise TemplateLimitError(f"its values take more than {MAX_TOTAL_BYTES >> 20} MB together")
         self.steps += 1
-        if (num_bytes > 4096 or self.steps % _STEPS_PER_CLOCK == 0) and time.thread_time() > self.deadline_s:
+        if self.steps % _STEPS_PER_CLOCK == 0:
+            self.timed()
+
+    def timed(self, value: Any = None) -> Any:
+        """`value`, if there is time left: for operations that may have taken long. Raises `TemplateLimitError`."""
+        if time.thread_time() > self.deadline_s:
             raise TemplateLimitError(f"it takes longer than {MAX_CPU_SECONDS:g} s")
+        return value
 
     def charge(self, value: Any) -> Any:
         """`value`, accounted for: its own bytes are spent, its elements' are only bounded (others may hold them)."""
@@ -76,7 +82,7 @@ class Budget(threading.local):
         elif isinstance(value, int):
             size_of(value)  # refuses large numbers
         self.spend(num_bytes)
-        return value
+        return self.timed(value)
 
     def count(self, items: Any) -> "_Counted":
         """The same items, each accounted for as it is taken."""
@@ -222,8 +228,7 @@ METHOD_SIZES: dict[str, Callable[..., int]] = {
     "split": _parts,
     "rsplit": _parts_from_the_right,
     "splitlines": _lines,
-    "format": _formatted,
-    "format_map": _formatted,
+    **dict.fromkeys(("format", "format_map"), _formatted),
 }
 """Of methods of strings: what the result will take, from the string and the arguments. The others do not grow it."""
 
@@ -233,24 +238,19 @@ def _indented(value: Any, width: int | str = 4, first: bool = False, blank: bool
     return lines + lines // ITEM_BYTES * (width if isinstance(width, int) else len(width))
 
 
-def _wrapped(
-    value: Any,
-    width: int = 79,
-    break_long_words: bool = True,
-    wrapstring: str | None = None,
-    break_on_hyphens: bool = True,
-) -> int:
+def _is_short(value: Any, most: int = _MAX_SLOW) -> int:
+    if size_of(value) > most:
+        raise TemplateLimitError(f"a filter of it takes at most {most} bytes: they are too many")
+    return 0
+
+
+def _wrapped(value: Any, width: Any = 79, long: Any = True, wrapstring: str = "", *_: Any, **named: Any) -> int:
+    _is_short(value, _MAX_SLOW // 4)  # blanks take quadratic time
     return len(str(value)) * (1 + len(wrapstring or ""))
 
 
 def _linked(value: Any, *options: Any, **named: Any) -> int:
     return len(str(value)) * size_of([*options, *named.values()])
-
-
-def _is_short(value: Any, *options: Any, **named: Any) -> int:
-    if size_of(value) > _MAX_SLOW:
-        raise TemplateLimitError(f"a filter of it takes at most {_MAX_SLOW} bytes: they are too many")
-    return 0
 
 
 def _rounded(value: Any, precision: int = 0, method: str = "common") -> int:
@@ -265,17 +265,14 @@ def _summed(value: Any, attribute: Any = None, start: Any = 0) -> int:
     return 0
 
 
-def _uniques(value: Any, *options: Any, **named: Any) -> int:
-    return size_of(few(value))
-
-
 CONSUMING = frozenset({"groupby", "join", "sum", "unique"})
 """Filters whose estimate walks through the value: an iterator becomes a list first."""
 LINEAR_FILTERS = frozenset(
     "abs capitalize center count d default e escape first forceescape format indent last length lower random "
     "replace reverse safe string tojson trim truncate upper".split()
 )
-"""Filters that take a string of any size: they work in C, in linear time. The others take `_MAX_SLOW` characters."""
+"""Filters that take a string of any size: they work in C, in linear time. The others take `_MAX_SLOW` characters, of
+arguments too."""
 FILTER_SIZES: dict[str, Callable[..., int]] = {
     "center": _padded,
     "trim": lambda value, chars=None: _is_scanned(str(value), chars),
@@ -290,15 +287,16 @@ FILTER_SIZES: dict[str, Callable[..., int]] = {
     "slice": lambda value, slices, fill_with=None: ITEM_BYTES * operator.index(slices),
     "round": _rounded,
     "sum": _summed,
-    "unique": _uniques,
-    **dict.fromkeys(("pprint", "urlencode", "xmlattr"), _is_short),
+    "unique": lambda value, *options, **named: size_of(few(value)),
+    **dict.fromkeys(("pprint", "urlencode", "xmlattr"), lambda value, *options, **named: _is_short(value)),
 }
 """Of filters: what the result will take, from the value and the arguments."""
 
 
 def filter_size(name: str, value: Any, *arguments: Any, **named: Any) -> int:
     """What a filter's result will take, as far as it may exceed its operands."""
-    if name not in LINEAR_FILTERS and isinstance(value, str) and len(value) > _MAX_SLOW:
+    strings = () if name in LINEAR_FILTERS else (value, *arguments, *named.values())
+    if any(isinstance(item, str) and len(item) > _MAX_SLOW for item in strings):
         raise TemplateLimitError(f"the filter {name} takes at most {_MAX_SLOW} characters: they are too many")
     estimate = FILTER_SIZES.get(name)
     return 0 if estimate is None else estimate(value, *arguments, **named)

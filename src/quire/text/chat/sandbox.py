@@ -3,8 +3,8 @@
 It is jinja2's immutable sandbox, set up as `transformers` does it (trimmed blocks, loop controls,
 `tojson`, `raise_exception`, `strftime_now`, `generation` blocks; all filters and tests), without a
 loader and without `lipsum`. What a template computes passes through the budget of `limits`: calls,
-filters, tests, operators and attributes through the hooks of the sandbox; literals, slices, `~` and
-loops through two internal filters that are put around those nodes when a template is parsed.
+filters, tests, operators and attributes through the hooks of the sandbox; literals, slices, `~`,
+loops and comparisons through three internal filters that are put around those nodes when a template is parsed.
 """
 
 import functools
@@ -25,7 +25,7 @@ from jinja2.visitor import NodeTransformer
 from quire.text.chat import limits
 from quire.text.chat.limits import Budget, TemplateLimitError, require, size_of
 
-_CHARGE, _COUNT = " charge", " count"  # names that no template can write
+_CHARGE, _COUNT, _TIME = " charge", " count", " time"  # names that no template can write
 _JINJA_ARGUMENTS = ("_loop_vars", "_block_vars")  # what the compiler adds to calls inside loops and blocks
 _MAX_FORMAT_CHARACTERS = 128
 _MAX_INDENT = 16
@@ -35,7 +35,7 @@ _MAX_POWER_BITS = 8192
 class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """One for all templates and threads; `budget.start()` begins a rendering."""
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"+", "-", "*", "**", "%"})
 
     def __init__(self) -> None:
         extensions = (_GenerationExtension, jinja2.ext.loopcontrols)
@@ -46,7 +46,7 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.concat = self._concat  # type: ignore[method-assign]
         self.filters["tojson"] = _to_json
         self.filters = {name: self._bounded(name, function) for name, function in self.filters.items()}
-        self.filters |= {_CHARGE: self.budget.charge, _COUNT: self.budget.count}
+        self.filters |= {_CHARGE: self.budget.charge, _COUNT: self.budget.count, _TIME: self.budget.timed}
         self.tests = {name: self._counted(test) for name, test in dict[str, Any](self.tests).items()}
         del self.globals["lipsum"]
         self.globals |= {
@@ -78,8 +78,7 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def _counted(self, test: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(test)
         def counted(*arguments: Any, **named: Any) -> Any:
-            self.budget.spend()
-            return test(*arguments, **named)
+            return self.budget.timed(test(*arguments, **named))
 
         return counted
 
@@ -95,6 +94,8 @@ class TemplateEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return self.budget.charge(value if isinstance(value, str) else str(value))
 
     def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "-" and not isinstance(right, int | float):
+            right = limits.few(right)
         return self.budget.charge(super().call_binop(context, operator, left, right))
 
     def getitem(self, obj: Any, argument: Any) -> Any:
@@ -147,6 +148,10 @@ class _Instrument(NodeTransformer):
         self.generic_visit(node)
         node.nodes = [_filtered(operand, _CHARGE) for operand in node.nodes]
         return _filtered(node, _CHARGE)
+
+    def visit_Operand(self, node: jinja2.nodes.Operand) -> jinja2.nodes.Node:
+        node.expr = _filtered(self.visit(node.expr), _TIME)
+        return node
 
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
         self.generic_visit(node)

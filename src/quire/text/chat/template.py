@@ -15,6 +15,7 @@ from quire.text.chat.sandbox import TemplateEnvironment
 
 _MAX_TEMPLATE_CHARACTERS = 256 << 10
 _MAX_TEMPLATE_TOKENS = 16 << 10  # compiling takes some 40 microseconds and 3 KB for each; large templates have 6,000
+_MAX_NESTING = 1 << 20  # squares of depths: compiling an expression takes time with the cube of its depth
 _MAX_COMPILED = 8
 _MAX_MESSAGE_CHARACTERS = 300
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -34,8 +35,7 @@ class ChatTemplates:
     def render(self, source: str, variables: Mapping[str, Any]) -> str:
         """The text of a template. `variables` must be plain data, see `messages.plain_data`."""
         template = self._compiled(source)[0]
-        text: str = self._guarded(lambda: self._joined(template, variables))
-        return text
+        return str(self._guarded(lambda: self._joined(template, variables)))
 
     def iterates_content(self, source: str) -> bool:
         """Whether the template takes a message's content as a list of parts, not only as a string."""
@@ -59,6 +59,8 @@ class ChatTemplates:
                 )
             self._environment.budget.start()
             tree = self._environment.parse(source)
+            if _nesting(tree) > _MAX_NESTING:
+                raise InvalidRequestError("the chat template nests expressions too deeply", param="chat_template")
             names = frozenset(jinja2.meta.find_undeclared_variables(tree))
             return self._environment.from_string(tree), _loops_over_content(tree), names
 
@@ -100,14 +102,16 @@ def _brief(error: Exception) -> str:
     return text if len(text) <= _MAX_MESSAGE_CHARACTERS else text[:_MAX_MESSAGE_CHARACTERS] + "..."
 
 
+def _nesting(node: jinja2.nodes.Node, depth: int = 0) -> int:
+    """The squares of the depths, within their statements, of all expressions."""
+    depth = 0 if isinstance(node, jinja2.nodes.Stmt) else depth + 1
+    return depth * depth + sum(_nesting(child, depth) for child in node.iter_child_nodes())
+
+
 def _reads_content(node: jinja2.nodes.Node) -> bool:
     if isinstance(node, jinja2.nodes.Getattr):
         return node.attr == "content"
-    return (
-        isinstance(node, jinja2.nodes.Getitem)
-        and isinstance(node.arg, jinja2.nodes.Const)
-        and node.arg.value == "content"
-    )
+    return isinstance(node, jinja2.nodes.Getitem) and getattr(node.arg, "value", None) == "content"
 
 
 def _loops_over_content(tree: jinja2.nodes.Template) -> bool:

@@ -308,9 +308,10 @@ class Conversation(msgspec.Struct, kw_only=True):
     ] = None
     continue_final_message: Annotated[bool, Field("leave the last message, the assistant's, open")] = False
     chat_template: Annotated[
-        str | None,
+        Annotated[str, Meta(min_length=1)] | None,
         Field(
             "a template instead of the model's, where the server runs with --trust-request-chat-template",
+            "be a string that is not empty",
             limit="chat_template_characters",
         ),
     ] = None
