@@ -115,6 +115,51 @@ def test_all_may_be_held(overlap: bool) -> None:
     assert not harness.scheduler.is_held
 
 
+class Raising(Compiling):
+    """Raises for requests named `bad`: at once, or once they have been held for a while."""
+
+    def __init__(self, num_held: int) -> None:
+        super().__init__()
+        self.num_held = num_held
+
+    def ready(self, request: Request) -> str | None:
+        if request.new.request_id.startswith("bad"):
+            self.num_held -= 1
+            if self.num_held < 0:
+                raise RuntimeError("the text of this error is nobody else's")
+            return "grammar"
+        return super().ready(request)
+
+
+@pytest.mark.parametrize("num_held", [0, 3])
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_rule_that_raises_fails_its_request_alone(num_held: int, overlap: bool, strict: bool) -> None:
+    harness = Harness(rules=[Raising(num_held)], overlap=overlap)
+    if strict:
+        harness.scheduler._policy = harness.scheduler._waiting._policy = InOrder()
+    for name in ("before", "bad", "bad too", "behind"):
+        harness.add(new_request(name, [1, 2, 3], 6))
+    harness.drain(40)
+    for name in ("bad", "bad too"):
+        output = harness.outputs[name]
+        assert output.finish_reason == "error" and output.error is not None
+        assert "RuntimeError" in output.error and "nobody" not in output.error
+    for name in ("before", "behind"):
+        assert harness.outputs[name].sequence == alone(harness.outputs[name].new).sequence
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_request_whose_rule_raised_may_be_aborted_in_that_step(overlap: bool) -> None:
+    harness = Harness(rules=[Raising(0)], overlap=overlap)
+    harness.add(new_request("bad", [1, 2], 3))
+    plan = harness.schedule()
+    (final,) = harness.abort("bad")
+    harness.update(plan, harness.executor.execute(plan))
+    assert final.finish_reason == "abort"
+    harness.check_empty()
+
+
 def test_the_rules_are_asked_again_after_preemption() -> None:
     rule = Compiling()
     rule.done.update(("held 1", "held 2"))

@@ -28,7 +28,7 @@ class AdmissionRule(Protocol):
         The answer holds for this step alone, and entering may still fail for want of blocks. Requests are asked about
         in the order of the queue, those held first. A rule lets each request go at some time. Where it hands out what
         running requests hold, it must refuse those that come after one that it refused and that still waits
-        (`request.status`), at the latest after a bounded time.
+        (`request.status`), at the latest after a bounded time. What it raises fails that request alone.
 
         Returns:
             None, or the reason in one short word (`grammar`, `adapter_slot`), which is written into the `StepRecord`

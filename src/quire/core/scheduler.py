@@ -44,7 +44,7 @@ from quire.core.policy import Policy, WaitingQueue
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.request import NewRequest, Request, RequestStatus
 from quire.core.step import PlannedStep, make
-from quire.errors import ConfigurationError, InvalidRequestError, PromptTooLongError
+from quire.errors import ConfigurationError, InvalidRequestError, PromptTooLongError, internal_fault_message
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +192,10 @@ class Scheduler:
                 delta = self._apply(request, scheduled, row_result)
                 if delta is not None:
                     deltas.append(delta)
+        for request, error in step.failed:
+            if request.status is not RequestStatus.FINISHED:
+                self._end(request)
+                deltas.append(_final_delta(request, "error", error))
         del self._in_flight[plan.step_id]
         return deltas
 
@@ -276,7 +280,7 @@ class Scheduler:
                 return step.stall_for_budget(request)
             if not self._free_rows:
                 return step.stall(request, "no_row")
-            reason = refusal(self._rules, request) if self._rules else None
+            reason = self._refusal(request, step) if self._rules else None
             if reason is not None:
                 step.stall(request, reason)
                 if self._policy.waits_for_held:
@@ -289,11 +293,19 @@ class Scheduler:
     def _ask_about_held(self, step: PlannedStep) -> None:
         """Those that no rule refuses any more go back to the queue."""
         for request in [*self._waiting.held.values()]:
-            reason = refusal(self._rules, request)
+            reason = self._refusal(request, step)
             if reason is None:
                 self._waiting.release(request)
             else:
                 step.stall(request, reason)
+
+    def _refusal(self, request: Request, step: PlannedStep) -> str | None:
+        """Why a request may not enter. One for which a rule raises is refused, too, until `update` ends it."""
+        try:
+            return refusal(self._rules, request)
+        except Exception as error:  # noqa: BLE001 -- the request's own, whatever it is
+            step.failed.append((request, internal_fault_message(error)))
+            return "rule_failed"
 
     def _admit(self, request: Request, step: PlannedStep) -> bool:
         """Let the head of the queue in, if its blocks and the reserve are there."""

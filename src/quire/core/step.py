@@ -29,6 +29,8 @@ class PlannedStep:
     """Blocks that can be found since this step was scheduled, each with the request that fills it."""
     void_rows: set[int] = field(default_factory=set)
     """Rows that failed in an earlier step: what they write in this one is forgotten already."""
+    failed: list[tuple[Request, str]] = field(default_factory=list)
+    """Requests for which an admission rule raised, with the error of each."""
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
     _greediest: str | None = None
