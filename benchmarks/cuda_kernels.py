@@ -127,7 +127,9 @@ def quantised(bench: Bench, ops: CudaOps, shape: Shape, rows: list[int]) -> Iter
         packed = ops.pack_linear(rounded, None, storage)
         for count in rows:
             x = torch.randn((count, shape.hidden), dtype=packed.dtype, device=bench.device)
-            moved = packed.bytes + x.element_size() * count * (shape.hidden + outputs)
+            moved = sum(
+                part.nbytes for part in (packed.weight, packed.scales, packed.bias) if part is not None
+            ) + x.element_size() * count * (shape.hidden + outputs)
             yield bench.result(
                 f"linear {kind}", f"{count} x {shape.hidden} -> {outputs}", lambda x=x, p=packed: ops.linear(x, p),
                 moved, 2.0 * count * outputs * shape.hidden,

@@ -219,9 +219,13 @@ def test_priorities_and_salts() -> None:
     with pytest.raises(InvalidRequestError, match="scheduling_policy='priority'"):
         parse([1], arguments={"priority": 1})
     assert parse([1], arguments={"cache_salt": "é" * 128}).sequences[0].cache_salt == "é" * 128
-    for salt in ("é" * 128 + "x", 5, None):
+    for salt in ("é" * 128 + "x", 5, None, "half a pair: \ud800"):
         with pytest.raises(InvalidRequestError, match="cache_salt"):
             parse([1], arguments={"cache_salt": salt})
+    assert parse([1], arguments={"request_id": "é" * 512}).request_id == "é" * 512
+    for request_id in ("é" * 512 + "x", 5, "\udfff"):
+        with pytest.raises(InvalidRequestError, match="request_id"):
+            parse([1], arguments={"request_id": request_id})
     parsed = parse([1, 2], arguments={"arrival_s": 4.5, "caller": Caller("x", 3)}, n=2)
     found = [(new.arrival_s, new.prompt_token_ids, new.caller, new.caller_weight) for new in parsed.sequences]
     assert found == [(4.5, (1, 2), "x", 3)] * 2

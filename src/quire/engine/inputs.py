@@ -1,6 +1,7 @@
 """Prompts and parameters in, checked `NewRequest`s out: the one validator behind every API."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,6 +14,7 @@ from quire.text.tokenizer import Tokenizer
 
 MAX_PRIORITY = 2**31 - 1
 MAX_SALT_BYTES = 256
+MAX_ID_BYTES = 1024
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 """Text, `{"prompt": text}`, `{"prompt_token_ids": ids}` or token ids."""
@@ -88,8 +90,8 @@ class InputProcessor:
             raise InvalidRequestError(f"priority must be a whole number within {MAX_PRIORITY}", param="priority")
         if priority and not self._limits.has_priorities:
             raise InvalidRequestError("priority needs scheduling_policy='priority'; this is 'fcfs'", param="priority")
-        if not isinstance(cache_salt, str) or len(cache_salt.encode(errors="replace")) > MAX_SALT_BYTES:
-            raise InvalidRequestError(f"cache_salt must be text of at most {MAX_SALT_BYTES} bytes", param="cache_salt")
+        _utf8_size("cache_salt", cache_salt, MAX_SALT_BYTES)
+        _utf8_size("request_id", request_id or "", MAX_ID_BYTES)
         if params.detokenize and self._tokenizer is None:
             raise InvalidRequestError("detokenize must be false: this model has no tokenizer", param="detokenize")
         number = next(self._numbers)
@@ -153,10 +155,7 @@ class InputProcessor:
         Raises:
             InvalidRequestError: not valid Unicode. PromptTooLongError: too many bytes.
         """
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError as error:
-            raise InvalidRequestError("prompt must be text that is valid Unicode", param="prompt") from error
+        size = _utf8_size("prompt", text)
         max_model_len = self._limits.max_model_len
         if size <= max_model_len or self._tokenizer is None:
             return  # a token has a byte at least; how many it can have takes a look at the whole vocabulary
@@ -238,3 +237,14 @@ def _mixed(seed: int, number: int) -> int:
     value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     value = (value ^ (value >> 27)) * 0x94D049BB133111EB % 2**64
     return value ^ (value >> 31)
+
+
+def _utf8_size(field: str, value: Any, at_most: float = math.inf) -> int:
+    """Bytes of what travels to the core, to logs and to traces, and must be valid Unicode for that."""
+    try:
+        size = len(value.encode())
+    except (AttributeError, UnicodeEncodeError) as error:
+        raise InvalidRequestError(f"{field} must be text that is valid Unicode", param=field) from error
+    if size > at_most:
+        raise InvalidRequestError(f"{field} must be text of at most {at_most} bytes", param=field)
+    return size

@@ -46,12 +46,6 @@ class CudaLinear:
         """Outputs."""
         return int(self.weight.shape[0])
 
-    @property
-    def bytes(self) -> int:
-        """Bytes on the device."""
-        parts = (self.weight, self.scales, self.bias)
-        return sum(part.numel() * part.element_size() for part in parts if part is not None)
-
 
 def linear(
     x: torch.Tensor, packed: CudaLinear, dtype: torch.dtype, scale: float = 1.0, softcap: float | None = None
