@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import quire.sampling.sampler as sampler_module
+from quire.compose.core import sampling_features
 from quire.core.engine_core import EngineCore
 from quire.core.plan import NewRow, TokenDelta
 from quire.core.policy import make_policy
@@ -57,6 +58,18 @@ class Ladder:
         self.num_calls += 1
         for row, place, _ in zip(rows, places, positions, strict=True):
             logits[place, 10 + self.num_generated[row]] = 1000.0
+
+
+def test_a_feature_keeps_nothing_of_a_row_that_left(ops: Ops) -> None:
+    spec = SamplingSpec(presence_penalty=1.0, logit_bias=((3, 1.0),))
+    for feature in sampling_features(ops):
+        assert feature.uses(spec)
+        feature.add(new_row(1, [1, 2], spec))
+        feature.on_token(1, 5)
+        feature.remove(1)
+        feature.remove(1)
+        with pytest.raises(KeyError):
+            feature.on_token(1, 5)
 
 
 def test_a_sampler_without_features_samples_the_raw_logits(ops: Ops) -> None:
