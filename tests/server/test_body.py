@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from quire.server.http.body import Bodies, parse_json
+from quire.server.http.body import COUNT_BYTES, Bodies, count_outside_strings, parse_json
 from quire.server.http.errors import ApiError, ClientGoneError
 from quire.server.http.limits import Limits
 
@@ -170,3 +170,12 @@ def test_what_is_not_strict_json_is_refused(text: str) -> None:
 )
 def test_what_is_strict_json_is_what_the_standard_library_says(text: str) -> None:
     assert parse_json(text.encode()) == json.loads(text)
+
+
+@pytest.mark.parametrize("num_pieces", [0, 1, 2, 3])
+def test_signs_in_a_string_that_spans_pieces_do_not_count(num_pieces: int) -> None:
+    """A piece of the data that lies wholly inside the string has no quote."""
+    value = [{"a": "[,:" * (num_pieces * COUNT_BYTES // 2), "b": [1, 2, "x[y"]}, "," * COUNT_BYTES, [[]]]
+    data = json.dumps(value, separators=(",", ":")).encode()
+    bare = json.dumps([{"": "", " ": [1, 2, ""]}, "", [[]]], separators=(",", ":"))
+    assert count_outside_strings(data, b",", b":", b"[") == [bare.count(sign) for sign in (",", ":", "[")]
