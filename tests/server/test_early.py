@@ -56,6 +56,8 @@ def test_the_key_tells_who_is_refused() -> None:
         head("Authorization: Bearer flood", "Authorization: Bearer flood"),
         head("Authorization : Bearer flood"),
         head("Authorization: Bearer", " flood"),
+        head("Authorization: Bearer flood", " and more"),
+        head("Authorization: Bearer flood", "\tand more"),
     ],
 )
 def test_what_is_not_plain_is_left_to_the_parser(data: bytes) -> None:
