@@ -78,7 +78,7 @@ def main() -> None:
         print(json.dumps({"versions": versions}), file=answers, flush=True)
         for line in sys.stdin:
             print(json.dumps(_run(model, json.loads(line), int(sys.argv[3]))), file=answers, flush=True)
-    except Exception as error:  # noqa: BLE001 -- told to the parent, which raises it
+    except Exception as error:  # noqa: BLE001 -- sent to the parent, which raises it
         print(json.dumps({"error": f"{type(error).__name__}: {error}"[:500]}), file=answers, flush=True)
 
 
