@@ -5,12 +5,12 @@ A name stands for that module of `quire` and everything below it. Every room may
 
 from dataclasses import dataclass
 
-ROOT_VALUES = frozenset({"sampling_params", "outputs", "errors", "config"})
+ROOT_VALUES = frozenset({"sampling_params", "structured_params", "outputs", "errors", "config"})
 COMPOSERS = frozenset({"", "__main__", "cli", "compose", "llm"})
 """The only places that compose: they may import any public name. `""` is `quire/__init__.py`."""
 
 BASE = frozenset(
-    ("array_api_compat huggingface_hub jinja2 ml_dtypes msgspec numpy starlette tokenizers tqdm uvicorn").split()
+    ("array_api_compat huggingface_hub jinja2 llguidance ml_dtypes msgspec numpy starlette tokenizers tqdm uvicorn").split()
 )
 """What the base install promises, by import name: `dependencies` in pyproject.toml."""
 TRANSITIVE = frozenset({"anyio"})
@@ -36,6 +36,7 @@ LAW: dict[str, Room] = {
     **dict.fromkeys(ROOT_VALUES, _room("", "msgspec", optional=False)),
     "core": _room("", "", optional=False),
     "text": _room("", "jinja2 tokenizers"),
+    "structured": _room("", "llguidance numpy"),
     "ops": _room("", "array_api_compat ml_dtypes numpy"),
     "ops.cuda": _room("ops", "array_api_compat ml_dtypes numpy torch triton"),
     "quant": _room("ops", "ml_dtypes numpy"),

@@ -10,7 +10,8 @@
     │   └── TooManyRequestsError 429: this caller's part of the queue is
     ├── RequestFailedError       this request failed while it ran: it alone ends with `error`
     │   ├── DeadlineExceededError  408: its `timeout` passed, in the queue or while it ran
-    │   └── NoTokenLeftError     400: what it excludes left no token to go on with
+    │   ├── NoTokenLeftError     400: what it excludes left no token to go on with
+    │   └── ShapeError           400: what its answer is held to cannot be compiled, or not be followed here
     ├── ConfigurationError       the operator's fault: refused before the engine starts
     │   ├── ModelFileError       a file of the model is missing, damaged or not supported
     │   └── UnsupportedModelError  an architecture that Quire does not have
@@ -69,7 +70,16 @@ class NoTokenLeftError(RequestFailedError):
     """What a request excludes left no token to go on with, which shows only at that place."""
 
 
+class ShapeError(RequestFailedError):
+    """What an answer is held to cannot be compiled within its bounds, or not be followed at this place. Its text begins
+    with `SHAPE`, by which it is known on its way from the core."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text if text.startswith(SHAPE) else SHAPE + text)
+
+
 NO_TOKEN_LEFT = "no token is left to go on with: allowed_token_ids, bad_words and min_tokens exclude all of them here"
+SHAPE = "structured_outputs "
 
 
 class ConfigurationError(QuireError, ValueError):
@@ -95,6 +105,8 @@ class EngineDeadError(QuireError):
 
 def request_failure(message: str) -> RequestFailedError:
     """The exception of a request that ended with this error."""
+    if message.startswith(SHAPE):
+        return ShapeError(message)
     return (NoTokenLeftError if message == NO_TOKEN_LEFT else RequestFailedError)(message)
 
 
@@ -106,5 +118,7 @@ def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
 
 
 def internal_fault_message(error: Exception) -> str:
-    """What the caller reads of an internal fault: none of its text, which may hold anything."""
+    """What the caller reads of a fault: of an internal one none of its text, which may hold anything."""
+    if isinstance(error, ShapeError):
+        return str(error)
     return f"an internal fault stopped this request ({type(error).__name__})"

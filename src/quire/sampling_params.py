@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 from quire.errors import InvalidRequestError, unknown_name_message
+from quire.structured_params import StructuredOutputsParams
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -107,6 +108,9 @@ class SamplingParams:
     """Added to the logits of these tokens; values in [-100, 100]."""
     allowed_token_ids: Sequence[int] | None = None
     """Only these may be generated."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """What the answer is held to: a JSON Schema, a regular expression, a choice, a grammar. A mapping of its fields will
+    do. Answers end where they are complete."""
     detokenize: bool = True
     """Make text; False leaves `text` empty."""
     skip_special_tokens: bool = True
@@ -140,6 +144,8 @@ class SamplingParams:
         self.logprob_token_ids = _token_ids("logprob_token_ids", self.logprob_token_ids, MAX_LOGPROB_TOKEN_IDS)
         self.repetition_detection = _repetition(self.repetition_detection)
         self.logit_bias = _bias(self.logit_bias)
+        if self.structured_outputs is not None:
+            self.structured_outputs = StructuredOutputsParams.from_mapping(self.structured_outputs)
         self._check_together()
 
     def _check_together(self) -> None:
@@ -149,6 +155,8 @@ class SamplingParams:
             raise _bad("logprob_token_ids", "needs logprobs")
         if self.stop and not self.detokenize:
             raise _bad("stop", "needs detokenize=True: stop strings are found in text")
+        if self.structured_outputs is not None and self.ignore_eos:
+            raise _bad("ignore_eos", "excludes structured_outputs: nothing may follow a complete answer")
         if self.temperature < GREEDY_EPSILON:
             self.temperature = 0.0
         self.top_k = max(self.top_k, 0)

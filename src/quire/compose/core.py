@@ -8,6 +8,7 @@
 import logging
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -20,6 +21,8 @@ from quire.config import (
     resolve_cache,
     resolve_model_len,
 )
+from quire.compose.structured import grammar_compiler
+from quire.core.admission import AdmissionRule
 from quire.core.engine_core import EngineCore, Executor, OverlappingCore
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
@@ -37,6 +40,7 @@ from quire.quant.types import bits_per_weight
 from quire.runner.memory import StepShape, check_budget, make_budget
 from quire.runner.model_runner import ModelRunner
 from quire.sampling.features import SamplingFeature
+from quire.sampling.features.grammar import GrammarMasks, Grammars
 from quire.sampling.features.masks import LogitMasks
 from quire.sampling.features.penalties import Penalties
 from quire.weights.load import load_model, read_spec
@@ -82,14 +86,16 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     sizes = resolve_cache(args, _sizes(args, model, ops, model_len))
     logger.info("memory: %s", sizes.memory)
     overlap, loop = _loop(args, ops)
-    runner = _runner(args, model, ops, sizes)
+    grammars = grammar_compiler(args, directory, spec.vocab_size)
+    runner = _runner(args, model, ops, sizes, sampling_features(ops, grammars))
     in_use = check_budget(sizes.memory, ops)
     key = secrets.token_bytes(32)
     verifier = CachedBlockVerifier(key, runner.first_difference) if args.verify_cached_blocks else None
     decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions, *ops.decisions(), loop]
     decisions += [] if in_use is None else [in_use]
+    prefix_cache = verifier or (PrefixCache(key) if args.enable_prefix_caching else NullPrefixCache())
     return CoreParts(
-        _scheduler(args, sizes, verifier or (PrefixCache(key) if args.enable_prefix_caching else NullPrefixCache())),
+        _scheduler(args, sizes, prefix_cache, [] if grammars is None else [grammars]),
         LocalExecutor(runner, overlap),
         CoreInfo(sizes.max_model_len, spec.vocab_size, tuple(decisions), fingerprint, _cache_config(args, sizes)),
         model.weight_bytes if ops.memory() is None else None,
@@ -151,12 +157,14 @@ def _captures(args: EngineArgs, device: Device) -> bool:
     return device.memory() is not None and not args.enforce_eager
 
 
-def sampling_features(ops: Provider) -> tuple[SamplingFeature, ...]:
+def sampling_features(ops: Provider, grammars: Grammars | None = None) -> tuple[SamplingFeature, ...]:
     """All that may edit logits, in the order in which it does: masks and biases before penalties, as vLLM has it."""
-    return LogitMasks(ops), Penalties(ops)
+    return *(() if grammars is None else (GrammarMasks(ops, grammars),)), LogitMasks(ops), Penalties(ops)
 
 
-def _runner(args: EngineArgs, model: Model, ops: Provider, sizes: CachePlan) -> ModelRunner:
+def _runner(
+    args: EngineArgs, model: Model, ops: Provider, sizes: CachePlan, features: Sequence[SamplingFeature]
+) -> ModelRunner:
     try:
         runner = ModelRunner(
             model,
@@ -165,7 +173,7 @@ def _runner(args: EngineArgs, model: Model, ops: Provider, sizes: CachePlan) -> 
             block_size=sizes.block_size,
             max_rows=sizes.max_num_seqs,
             max_model_len=sizes.max_model_len,
-            features=sampling_features(ops),
+            features=features,
             capture=ops.capture if _captures(args, ops) else None,
             recomputes=args.verify_cached_blocks,
         )
@@ -179,7 +187,9 @@ def _runner(args: EngineArgs, model: Model, ops: Provider, sizes: CachePlan) -> 
         raise ConfigurationError(f"gpu_memory_utilization {text}", field="gpu_memory_utilization") from error
 
 
-def _scheduler(args: EngineArgs, sizes: CachePlan, prefix_cache: PrefixCache | NullPrefixCache) -> Scheduler:
+def _scheduler(
+    args: EngineArgs, sizes: CachePlan, prefix_cache: PrefixCache | NullPrefixCache, rules: Sequence[AdmissionRule]
+) -> Scheduler:
     config = SchedulerConfig(
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
@@ -187,7 +197,7 @@ def _scheduler(args: EngineArgs, sizes: CachePlan, prefix_cache: PrefixCache | N
         block_size=sizes.block_size,
         num_blocks=sizes.num_blocks,
     )
-    return Scheduler(config, make_policy(args.scheduling_policy), prefix_cache)
+    return Scheduler(config, make_policy(args.scheduling_policy), prefix_cache, rules)
 
 
 def _sizes(args: EngineArgs, model: Model, ops: Provider, model_len: int) -> ModelSizes:

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quire.compose.structured import shape_checker
 from quire.compose.text import TextParts, compose_text
 from quire.config import EngineArgs
 from quire.engine.channel import CoreChannel, CoreInfo, LocalChannel
@@ -90,15 +91,17 @@ def _compose_apart(args: EngineArgs, directory: Path, channel: "SupervisedChanne
 
 
 def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core: CoreInfo) -> ServedEngine:
-    limits, observer = _limits(args, text, core), _observer(core)
+    limits, observer, shapes = _limits(args, text, core), _observer(core), shape_checker()
 
     def close() -> None:
         channel.close()
         observer.close()
+        if shapes is not None:
+            shapes.close()
 
     return ServedEngine(
         engine=Engine(channel, text.tokenizer, _queue(args, core.max_model_len), time.monotonic, observer),
-        inputs=InputProcessor(text.tokenizer, limits),
+        inputs=InputProcessor(text.tokenizer, limits, shapes),
         tokenizer=text.tokenizer,
         limits=limits,
         decisions=list(core.decisions),

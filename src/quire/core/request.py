@@ -21,6 +21,15 @@ class PenaltySpec(NamedTuple):
 NO_PENALTIES = PenaltySpec()
 
 
+class GrammarSpec(NamedTuple):
+    """What an answer is held to."""
+
+    source: str
+    """A grammar, as `quire.structured` writes it."""
+    max_tokens: int
+    """Of the answer, its end of sequence included."""
+
+
 class SamplingSpec(NamedTuple):
     """The numbers of one request's sampling, already checked against the model (no strings, no None-means-default).
 
@@ -46,12 +55,15 @@ class SamplingSpec(NamedTuple):
     num_prompt_logprobs: int | None = None
     logprob_token_ids: tuple[int, ...] = ()
     """With `num_logprobs`: these tokens are reported, instead of the best."""
+    grammar: GrammarSpec | None = None
 
     @property
     def needs_output_tokens(self) -> bool:
-        """Whether the host must know the last sampled token before the next one is sampled: penalties count it, and a
-        bad word of several tokens may end with the next."""
-        return self.penalties != NO_PENALTIES or any(len(word) > 1 for word in self.bad_words)
+        """Whether the host must know the last sampled token before the next one is sampled: penalties count it, a bad
+        word of several tokens may end with the next, and a grammar goes by it."""
+        if self.grammar is not None or self.penalties != NO_PENALTIES:
+            return True
+        return any(len(word) > 1 for word in self.bad_words)
 
 
 class ResumeState(NamedTuple):

@@ -347,10 +347,10 @@ class Scheduler:
             prompt_logprobs = request.take_unsent(start, prompt_logprobs)
         if token_ids:
             self._shares.charge_output(request.new, len(token_ids))
+            request.num_in_flight -= 1  # the others of several were forced, and in no step
         finish_reason = stop_reason = None
         for num_kept, token_id in enumerate(token_ids, 1):
             request.token_ids.append(token_id)
-            request.num_in_flight -= 1
             if token_id in request.stop_token_ids or len(request.token_ids) == request.max_num_tokens:
                 finish_reason, stop_reason = request.ending()
             if finish_reason is not None:

@@ -4,12 +4,13 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
-from quire.core.request import NewRequest, PenaltySpec, SamplingSpec
+from quire.core.request import GrammarSpec, NewRequest, PenaltySpec, SamplingSpec
 from quire.engine.queue import ANYBODY, Caller
 from quire.errors import InvalidRequestError, PromptTooLongError
 from quire.sampling_params import SamplingParams
+from quire.structured_params import StructuredOutputsParams
 from quire.text.tokenizer import Tokenizer
 
 MAX_PRIORITY = 2**31 - 1
@@ -46,11 +47,19 @@ class ParsedRequest:
     sequences: tuple[NewRequest, ...]
 
 
+class Shapes(Protocol):
+    """Compiles shapes; see `quire.structured.checker`."""
+
+    def source(self, params: StructuredOutputsParams) -> str:
+        """The grammar, or `InvalidRequestError`."""
+
+
 class InputProcessor:
     """Tokenises and checks. Numbers requests, so that each has an id and a seed that no client chose."""
 
-    def __init__(self, tokenizer: Tokenizer | None, limits: RequestLimits) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, limits: RequestLimits, shapes: Shapes | None = None) -> None:
         self._tokenizer = tokenizer
+        self._shapes = shapes
         self._limits = limits
         self._numbers = itertools.count()
 
@@ -95,12 +104,13 @@ class InputProcessor:
         if params.detokenize and self._tokenizer is None:
             raise InvalidRequestError("detokenize must be false: this model has no tokenizer", param="detokenize")
         number = next(self._numbers)
-        spec = self._sampling_spec(params, number)
+        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        spec = self._sampling_spec(params, number, max_tokens)
         sequences = tuple(
             NewRequest(
                 request_id=str(number) if params.n == 1 else f"{number}.{index}",
                 prompt_token_ids=token_ids,
-                max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+                max_tokens=max_tokens,
                 sampling=spec._replace(seed=(spec.seed + index) % 2**64),
                 eos_token_ids=() if params.ignore_eos else self._limits.eos_token_ids,
                 priority=priority,
@@ -167,7 +177,7 @@ class InputProcessor:
                 param="prompt",
             )
 
-    def _sampling_spec(self, params: SamplingParams, number: int) -> SamplingSpec:
+    def _sampling_spec(self, params: SamplingParams, number: int, max_tokens: int) -> SamplingSpec:
         for field in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"):
             self.check_token_ids(field, list(getattr(params, field) or ()))
         eos = () if params.ignore_eos else self._limits.eos_token_ids
@@ -194,7 +204,16 @@ class InputProcessor:
             num_logprobs=params.logprobs,
             num_prompt_logprobs=params.prompt_logprobs,
             logprob_token_ids=tuple(params.logprob_token_ids or ()),
+            grammar=self._grammar(params.structured_outputs, max_tokens),
         )
+
+    def _grammar(self, params: StructuredOutputsParams | None, max_tokens: int) -> GrammarSpec | None:
+        if params is None:
+            return None
+        if self._shapes is None or self._tokenizer is None or not self._limits.eos_token_ids:
+            lacks = "installation lacks quire.structured" if self._shapes is None else "model has no tokenizer, or no end"
+            raise InvalidRequestError(f"structured_outputs: this {lacks}", param="structured_outputs")
+        return GrammarSpec(self._shapes.source(params), max_tokens)
 
     def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
         """Each word as it stands at the start of a text, and as it stands after a space."""

@@ -40,6 +40,7 @@ from quire.isolation.wire import (
     max_command_bytes,
 )
 from quire.sampling_params import MAX_BAD_WORDS, MAX_STOP_STRING_BYTES, SamplingParams
+from quire.structured_params import MAX_SOURCE_BYTES
 
 PR_SET_PDEATHSIG = 1
 MAX_ID_BYTES = 64
@@ -189,6 +190,7 @@ def check_new(new: NewRequest, info: CoreInfo) -> None:
     _require(len(new.eos_token_ids) <= len(spec.stop_token_ids), "eos_token_ids")
     _require(len(spec.bad_words) <= 2 * MAX_BAD_WORDS, "bad_words")
     _require(all(0 < len(word) <= MAX_STOP_STRING_BYTES + 1 for word in spec.bad_words), "bad_words")
+    _require(spec.grammar is None or len(spec.grammar.source) <= 8 * MAX_SOURCE_BYTES, "structured_outputs")
     _require(0 <= resume.num_prompt_logprobs < info.max_model_len, "resume")
     _require(0 <= resume.num_cached_tokens < info.max_model_len, "resume")
     lists: dict[str, Iterable[Iterable[int]]] = {

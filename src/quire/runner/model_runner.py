@@ -189,7 +189,7 @@ class ModelRunner:
         if removed:
             scheduled = [item for item in scheduled if item.row not in removed]
         results = list(chain.from_iterable(faults.retry_rows_individually(step.read, scheduled)))
-        self._keep([result for result in results if result.token_ids])
+        results = self._keep(results)
         if faults or removed:
             done = {result.row: result for result in results} | {row: RowResult(row, ()) for row in removed}
             results = [done[row] if row in removed else faults.result(row) or done[row] for row, *_ in plan.scheduled]
@@ -221,19 +221,44 @@ class ModelRunner:
         if new.sampling.num_prompt_logprobs is not None:
             self._prompt_logprobs[new.row] = new.sampling.num_prompt_logprobs, new.num_prompt_tokens
 
-    def _keep(self, sampled: Sequence[RowResult]) -> None:
-        """Every token sampled becomes a known one of its row; a row that failed is freed by the next plan."""
+    def _keep(self, results: list[RowResult]) -> list[RowResult]:
+        """Every token sampled becomes a known one of its row, and so does what is forced after it; a row that failed is
+        freed by the next plan. Returns the results with what was forced."""
+        sampled = [result for result in results if result.token_ids]
         for result in self._sampler.edited(sampled):
             for token_id in result.token_ids:
                 self._faults.isolate(result.row, self._sampler.on_token, result.row, token_id)
         if not sampled:
-            return
+            return results
         rows, token_ids, *_ = zip(*sampled, strict=True)
         try:
             self._rows.append(rows, list(chain.from_iterable(token_ids)))
         except Exception:  # noqa: BLE001 -- one row's fault: which one shows when each is alone
             for row, tokens in zip(rows, token_ids, strict=True):
                 self._faults.isolate(row, self._rows.append, (row,), tokens)
+        forced: dict[int, list[int]] = {}
+        for result in self._sampler.edited(sampled):
+            if self._faults.result(result.row) is None:
+                self._faults.isolate(result.row, self._append_forced, result.row, forced)
+        if not forced:
+            return results
+        return [
+            result._replace(token_ids=(*result.token_ids, *forced[result.row])) if result.row in forced else result
+            for result in results
+        ]
+
+    def _append_forced(self, row: int, found: dict[int, list[int]]) -> None:
+        """What must come next in `row` comes without a step of its own for each token."""
+        tokens: list[int] = []
+        while forced := self._sampler.forced(row):
+            if len(tokens) + len(forced) > self._rows.room(row):
+                break
+            for token_id in forced:
+                self._sampler.on_token(row, token_id)
+            tokens += forced
+        if tokens:
+            self._rows.append_run(row, tokens)
+            found[row] = tokens
 
     def _launch(
         self, scheduled: Sequence[ScheduledRow]

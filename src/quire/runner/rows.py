@@ -70,6 +70,16 @@ class Rows:
         self._token_ids[index, self._num_known[index]] = token_ids
         self._num_known[index] += 1
 
+    def append_run(self, row: int, token_ids: Sequence[int]) -> None:
+        """Append several tokens to `row`, which has `room` for them."""
+        known = int(self._num_known[row])
+        self._token_ids[row, known : known + len(token_ids)] = token_ids
+        self._num_known[row] = known + len(token_ids)
+
+    def room(self, row: int) -> int:
+        """Tokens that can still be appended to `row`."""
+        return self._token_ids.shape[1] - int(self._num_known[row])
+
     def add_pending(self, rows: Sequence[int], tokens: Array, ops: Device) -> None:
         """The next token of each of `rows`, which are distinct, is on the device; `append` comes once the host has it.
 

@@ -16,7 +16,7 @@ import numpy as np
 from quire.core.plan import NewRow, RowResult
 from quire.errors import NO_TOKEN_LEFT
 from quire.ops.types import Array, Provider, SampleBatch
-from quire.sampling.features import SamplingFeature
+from quire.sampling.features import HoldingFeature, SamplingFeature
 from quire.sampling.logprobs import LogprobRequests, RequestedLogprobs
 
 _make = tuple.__new__  # a NamedTuple at half the cost of its constructor
@@ -82,7 +82,7 @@ class Sampler:
 
     Args:
         max_rows: the number of permanent rows.
-        features: what edits logits, in the order in which it is applied.
+        features: what edits logits, in the order in which it is applied. One of them may be a `HoldingFeature`.
     """
 
     def __init__(self, ops: Provider, max_rows: int, features: Sequence[SamplingFeature] = ()) -> None:
@@ -99,6 +99,8 @@ class Sampler:
         """The numbers on the device."""
         self._features: list[tuple[SamplingFeature, set[int]]] = [(feature, set()) for feature in features]
         """Each with the rows that use it."""
+        held = ((feature, rows) for feature, rows in self._features if isinstance(feature, HoldingFeature))
+        self._holding, self._held = next(held, (None, set()))
         self._edited: set[int] = set()
         """Rows that use a feature: when a step has none, its logits are sampled untouched."""
         self._logprobs = LogprobRequests()
@@ -190,10 +192,21 @@ class Sampler:
             self._edit(logits, rows, positions)
             flags.append(ops.zero_nonfinite_rows(logits))
         tokens = self._choose(logits, ops.array(rows, "int64"), ops.array(positions, "int64"))
+        if not self._held.isdisjoint(rows):
+            self._settle(tokens, rows)
         if raw is None:
             return PendingSamples(ops, rows, tokens, flags)
         logprobs = self._logprobs.compute(ops, raw, tokens[chosen], rows, asking)
         return PendingSamples(ops, rows, tokens, flags, logprobs)
+
+    def _settle(self, tokens: Array, rows: Sequence[int]) -> None:
+        """Waits for the device: rows that are held wait for their own tokens anyway."""
+        assert self._holding is not None
+        sampled = self._ops.to_numpy(tokens).tolist()
+        places = [place for place, row in enumerate(rows) if row in self._held]
+        settled = [self._holding.settle(rows[place], sampled[place]) for place in places]
+        if settled != [sampled[place] for place in places]:
+            tokens[self._ops.array(places, "int64")] = self._ops.array(settled, "int32")
 
     def _edit(self, logits: Array, rows: Sequence[int], positions: Sequence[int]) -> None:
         for feature, users in self._features:
@@ -206,6 +219,14 @@ class Sampler:
         for feature, rows in self._features:
             if row in rows:
                 feature.on_token(row, token_id)
+
+    def forced(self, row: int) -> Sequence[int]:
+        """Tokens that must come next in `row`, so that they can be appended without being sampled. None of them where
+        the request wants to see log-probabilities, or where another feature might forbid one."""
+        if self._holding is None or row not in self._held or not self._logprobs.isdisjoint((row,)):
+            return ()
+        is_alone = sum(row in rows for _, rows in self._features) == 1
+        return self._holding.forced(row) if is_alone else ()
 
     def edited(self, results: Sequence[RowResult]) -> list[RowResult]:
         """Those of rows that use a feature: `on_token` is for them."""

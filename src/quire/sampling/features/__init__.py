@@ -8,7 +8,7 @@ A feature is called only for rows that use it: where no row does, it costs one b
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from quire.core.plan import NewRow
 from quire.core.request import SamplingSpec
@@ -40,3 +40,15 @@ class SamplingFeature(Protocol):
             places: the index of each of them in `logits`.
             positions: the index in its sequence of the token to sample, of each of them.
         """
+
+
+@runtime_checkable
+class HoldingFeature(SamplingFeature, Protocol):
+    """A feature that may decide a token: what comes after a place where there is no choice, and what must come instead
+    of a token from which there is no way to an end."""
+
+    def settle(self, row: int, token_id: int) -> int:
+        """The token to take where `token_id` was sampled. No state changes: `on_token` follows."""
+
+    def forced(self, row: int) -> Sequence[int]:
+        """Tokens that must come next, whatever the model says."""

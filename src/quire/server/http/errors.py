@@ -30,6 +30,7 @@ from quire.errors import (
     OverloadedError,
     PromptTooLongError,
     RequestFailedError,
+    ShapeError,
     TooManyRequestsError,
 )
 
@@ -41,6 +42,7 @@ FRAMES = 6
 _KINDS: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (DeadlineExceededError, 408, "deadline_exceeded", "timeout"),
     (NoTokenLeftError, 400, "no_token_left", None),
+    (ShapeError, 400, "invalid_shape", "structured_outputs"),
     (RequestFailedError, 500, "request_failed", None),
 )
 _ROUTING_CODES = {404: "unknown_route", 405: "method_not_allowed"}

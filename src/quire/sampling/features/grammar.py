@@ -1,0 +1,104 @@
+"""Grammars: only tokens with which the answer can still become one of its grammar's keep their logits.
+
+A grammar often leaves no choice, as in the keys of an object. Such text is *forced*: as soon as it is known, all its
+tokens follow, cut as the tokenizer cuts that text, whether they are sampled one by one or appended at once (`forced`).
+Hence the tokens of an answer do not depend on which of the two is done. Near the end of what the answer may have, a
+token that leaves no way to an end is replaced (`settle`).
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.core.plan import NewRow
+from quire.core.request import GrammarSpec, SamplingSpec
+from quire.ops.types import Array, Device
+
+
+class Matcher(Protocol):
+    """Follows one answer; see `quire.structured.matcher`."""
+
+    @property
+    def forced(self) -> Sequence[int]:
+        """Tokens of which there is no choice."""
+
+    def settle(self, token_id: int) -> int:
+        """What to take where this was sampled."""
+
+    def consume(self, token_id: int) -> None:
+        """The answer goes on with this token."""
+
+
+class Grammars(Protocol):
+    """Compiled grammars; see `quire.structured.compiler.GrammarCompiler`."""
+
+    def matcher(self, grammar: GrammarSpec) -> Any:
+        """A `Matcher` at the beginning of an answer."""
+
+    def fill_masks(self, matchers: Sequence[Any], masks: NDArray[np.uint32]) -> None:
+        """Which tokens may come next, by row of `masks`, a bit a token."""
+
+
+class GrammarMasks:
+    """Holds answers to `structured_outputs`."""
+
+    def __init__(self, ops: Device, grammars: Grammars) -> None:
+        self._ops = ops
+        self._grammars = grammars
+        self._rows: dict[int, Matcher] = {}
+        self._masks: NDArray[np.uint32] = np.zeros((0, 0), np.uint32)
+
+    def uses(self, spec: SamplingSpec) -> bool:
+        """Whether the answer is held to a grammar."""
+        return spec.grammar is not None
+
+    def add(self, new: NewRow) -> None:
+        """Follow the answer as far as it is there."""
+        assert new.sampling.grammar is not None
+        matcher = self._rows[new.row] = self._grammars.matcher(new.sampling.grammar)
+        for token_id in new.token_ids[new.num_prompt_tokens :]:
+            matcher.consume(token_id)
+
+    def remove(self, row: int) -> None:
+        """Forget the answer of the row."""
+        self._rows.pop(row, None)
+
+    def on_token(self, row: int, token_id: int) -> None:
+        """Follow the token."""
+        self._rows[row].consume(token_id)
+
+    def settle(self, row: int, token_id: int) -> int:
+        """The token, or the way to an end where it leaves none."""
+        return self._rows[row].settle(token_id)
+
+    def forced(self, row: int) -> Sequence[int]:
+        """Tokens that must come next, whatever the model says."""
+        return tuple(self._rows[row].forced)
+
+    def apply(self, logits: Array, rows: Sequence[int], places: Sequence[int], positions: Sequence[int]) -> None:
+        """All rows at once; logits are `[sampled rows, vocabulary]`, as for every `SamplingFeature`."""
+        found = [(place, self._rows[row]) for place, row in zip(places, rows, strict=True)]
+        free = [(place, matcher) for place, matcher in found if not matcher.forced]
+        if free:
+            index = self._ops.array([place for place, _ in free], "int64")
+            allowed = self._allowed([matcher for _, matcher in free], logits.shape[1])
+            edited = logits[index]
+            edited[self._ops.array(~allowed, "bool")] = -np.inf
+            logits[index] = edited
+        held = [(place, matcher.forced[0]) for place, matcher in found if matcher.forced]
+        if held:
+            index, tokens = (self._ops.array(column, "int64") for column in zip(*held, strict=True))
+            kept = logits[index, tokens]
+            logits[index] = -np.inf
+            logits[index, tokens] = kept
+
+    def _allowed(self, matchers: Sequence[Matcher], num_tokens: int) -> NDArray[np.bool_]:
+        """`[matchers, num_tokens]`."""
+        width = -(-num_tokens // 32)
+        if len(self._masks) < len(matchers) or self._masks.shape[1] != width:
+            self._masks = np.zeros((len(matchers), width), np.uint32)
+        self._grammars.fill_masks(matchers, self._masks)
+        bits = np.unpackbits(self._masks[: len(matchers)].view(np.uint8), axis=1, bitorder="little", count=num_tokens)
+        return bits.view(np.bool_)

@@ -1,0 +1,111 @@
+"""Checks shapes in a process of their own, so that no schema can stop or end the process that serves.
+
+The first request for a shape starts the process; it stays, and takes one job after the other. A job that exceeds its
+bounds ends it: the job's request is refused, and the next one starts another process.
+"""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from contextlib import suppress
+
+from quire.errors import InvalidRequestError
+from quire.structured.source import refusal
+from quire.structured.worker import JOB_CPU_S, MEMORY_BYTES
+from quire.structured_params import StructuredOutputsParams
+
+KEPT_BYTES = 2**24
+"""Of answers, with their questions."""
+_LATEST_S = 120.0
+"""A worker that has neither answered nor used up its processor time by then is stuck."""
+
+
+class ShapeChecker:
+    """Says of `StructuredOutputsParams` which grammar they are. Its methods may be called from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._kept: OrderedDict[bytes, str | InvalidRequestError] = OrderedDict()
+        self._kept_bytes = 0
+
+    def source(self, params: StructuredOutputsParams) -> str:
+        """The grammar to compile.
+
+        Raises:
+            InvalidRequestError: a shape that does not compile within the bounds; it names the field.
+        """
+        question = json.dumps(dataclasses.asdict(params)).encode()
+        with self._lock:
+            found = self._kept.get(question)
+            if found is None:
+                found = self._ask(question, params)
+                self._keep(question, found)
+            else:
+                self._kept.move_to_end(question)
+        if isinstance(found, InvalidRequestError):
+            raise InvalidRequestError(found.message, param=found.param)
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._stop()
+
+    def _ask(self, question: bytes, params: StructuredOutputsParams) -> str | InvalidRequestError:
+        worker = self._worker
+        if worker is None or worker.poll() is not None:
+            self._stop()
+            worker = self._worker = subprocess.Popen(
+                [sys.executable, "-m", "quire.structured.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        assert worker.stdin is not None and worker.stdout is not None
+        watch = threading.Timer(_LATEST_S, worker.kill)
+        watch.daemon = True
+        watch.start()
+        line = b""
+        try:
+            with suppress(BrokenPipeError):
+                worker.stdin.write(question + b"\n")
+                worker.stdin.flush()
+                line = worker.stdout.readline()
+        finally:
+            watch.cancel()
+            if not line:
+                code = self._stop()
+        if not line:
+            spent = f"takes more than {JOB_CPU_S:g} s of processor time or {MEMORY_BYTES // 2**20} MiB to compile"
+            stuck = "could not be compiled: the compiler ended"
+            return refusal(params.kind, spent if code in (-signal.SIGPROF, -signal.SIGABRT, -signal.SIGKILL) else stuck)
+        answer = json.loads(line)
+        return answer["source"] if "source" in answer else InvalidRequestError(answer["error"], param="structured_outputs")
+
+    def _keep(self, question: bytes, answer: str | InvalidRequestError) -> None:
+        self._kept[question] = answer
+        self._kept_bytes += _size(question, answer)
+        while self._kept_bytes > KEPT_BYTES:
+            self._kept_bytes -= _size(*self._kept.popitem(last=False))
+
+    def _stop(self) -> int | None:
+        worker, self._worker = self._worker, None
+        if worker is None:
+            return None
+        for pipe in (worker.stdin, worker.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()
+        with suppress(subprocess.TimeoutExpired):
+            return worker.wait(5)
+        worker.kill()
+        return worker.wait()
+
+
+def _size(question: bytes, answer: str | InvalidRequestError) -> int:
+    return len(question) + len(answer if isinstance(answer, str) else answer.message) + 200

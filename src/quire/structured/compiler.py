@@ -1,0 +1,218 @@
+"""Grammars where tokens are sampled: compiled beside the step loop, kept, and followed by one matcher a sequence."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.errors import ShapeError
+from quire.structured.closing import Closer
+from quire.structured.matcher import Matcher
+from quire.structured.source import limits
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
+
+KEPT_BYTES = 2**22
+"""Of the texts of compiled grammars that are kept; what they compile to is some tens of times larger."""
+_LONGEST = 4096
+"""The longest of shortest answers that is looked for, in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The tokens of a model, as a grammar sees them."""
+
+    tokens: Sequence[bytes]
+    """By id, as many as there are logits; b"" where an id means nothing."""
+    special_token_ids: Sequence[int]
+    """Tokens that are no text: no grammar allows them."""
+    eos_token_ids: Sequence[int]
+    """At least one: what may come where an answer is complete."""
+    encode: Callable[[str], Sequence[int]]
+    """How the model's tokenizer writes a text."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Compiled:
+    start: "LLMatcher"
+    shortest: tuple[int, ...] | None
+    """An answer, as short as was found."""
+
+    def check_room(self, max_tokens: int) -> None:
+        """See that an answer fits.
+
+        Raises:
+            ShapeError: the shortest does not, its end included.
+        """
+        if self.shortest is not None and len(self.shortest) >= max_tokens:
+            needed = len(self.shortest) + 1
+            raise ShapeError(f"needs {needed} tokens for its shortest answer with its end; {max_tokens} are allowed")
+
+
+class GrammarSpec(Protocol):
+    """What a request says of its grammar; see `quire.core.request`."""
+
+    @property
+    def source(self) -> str:
+        """As `source.py` writes it."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Of the answer, its end of sequence included."""
+
+
+class _HasSampling(Protocol):
+    @property
+    def new(self) -> Any: ...
+
+
+class GrammarCompiler:
+    """Compiles grammars in a thread of its own. Its methods are for one thread.
+
+    Args:
+        read_vocabulary: called once, in that thread, when the first grammar comes.
+        num_threads: for the masks of a step.
+    """
+
+    def __init__(self, read_vocabulary: Callable[[], Vocabulary], num_threads: int = 1) -> None:
+        self._read_vocabulary = read_vocabulary
+        self._num_threads = num_threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._tokenizer: LLTokenizer | None = None
+        self._closer: Closer | None = None
+        self._executor: LLExecutor | None = None
+        self._kept: OrderedDict[str, Future[_Compiled]] = OrderedDict()
+        self._kept_bytes = 0
+
+    def ready(self, request: _HasSampling) -> str | None:
+        """The admission rule: a request waits while its grammar is being compiled, which the first call begins.
+
+        Returns:
+            None, or `grammar`.
+
+        Raises:
+            ShapeError: it does not compile.
+        """
+        grammar = request.new.sampling.grammar
+        if grammar is None:
+            return None
+        future = self._begin(grammar.source)
+        if not future.done():
+            return "grammar"
+        future.result().check_room(grammar.max_tokens)
+        return None
+
+    def matcher(self, grammar: GrammarSpec) -> Matcher:
+        """A matcher at the beginning of an answer; waits where the grammar is not compiled yet.
+
+        Raises:
+            ShapeError: it does not compile.
+        """
+        found = self._begin(grammar.source).result()
+        assert self._closer is not None and self._tokenizer is not None
+        eos_token_id = self._tokenizer.eos_token
+        return Matcher(found.start.deep_copy(), self._closer, eos_token_id, found.shortest, grammar.max_tokens)
+
+    def fill_masks(self, matchers: "Sequence[Matcher]", masks: NDArray[np.uint32]) -> None:
+        """Which tokens may come next.
+
+        Args:
+            masks: `[at least as many as matchers, ceil(vocabulary / 32)]`; bit `i % 32` of word `i // 32` says it of
+                token `i`.
+        """
+        from llguidance import LLExecutor
+
+        if self._executor is None:
+            self._executor = LLExecutor(self._num_threads)
+        assert masks.flags.c_contiguous and len(matchers) <= len(masks)
+        jobs = [(matcher.inner, place) for place, matcher in enumerate(matchers)]
+        self._executor.unsafe_compute_mask_ptr(jobs, masks.ctypes.data, masks.strides[0], len(masks))
+
+    def close(self) -> None:
+        """End the thread."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, source: str) -> "Future[_Compiled]":
+        future = self._kept.get(source)
+        if future is not None:
+            self._kept.move_to_end(source)
+            return future
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="quire-grammar")
+        future = self._kept[source] = self._pool.submit(self._compile, source)
+        self._kept_bytes += len(source) + 200
+        while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
+            oldest, dropped = self._kept.popitem(last=False)
+            dropped.cancel()
+            self._kept_bytes -= len(oldest) + 200
+        return future
+
+    def _compile(self, source: str) -> _Compiled:
+        """In the thread. The compiler lets go of the interpreter meanwhile."""
+        from llguidance import LLMatcher
+
+        if self._tokenizer is None:
+            vocabulary = self._read_vocabulary()
+            wrapped = _Wrapped(vocabulary)
+            self._closer = Closer(wrapped.token_of, len(vocabulary.tokens))
+            self._tokenizer = _tokenizer(wrapped, vocabulary)
+        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=limits())
+        if matcher.is_error():
+            raise ShapeError(f"cannot be compiled: {matcher.get_error()[:500]}")
+        shortest = self._closer.shortest(matcher, _LONGEST)
+        return _Compiled(matcher, None if shortest is None else tuple(shortest))
+
+
+class _Wrapped:
+    """What llguidance asks of a tokenizer."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.tokens = list(vocabulary.tokens)
+        self.special_token_ids = list(vocabulary.special_token_ids)
+        self.eos_token_id = vocabulary.eos_token_ids[0]
+        self._encode = vocabulary.encode
+        self._special = frozenset(vocabulary.special_token_ids)
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """The tokens of a text, whose bytes are that text's: where the tokenizer writes a beginning otherwise, or takes
+        a part for a special token, the longest tokens that fit, one after the other."""
+        data = text.encode() if isinstance(text, str) else text
+        found = list(self._encode(data.decode("utf-8", "replace")))
+        spelled = b"".join(self.tokens[token_id] for token_id in found)
+        return found if spelled == data and self._special.isdisjoint(found) else self._longest(data)
+
+    def token_of(self, text: bytes) -> int | None:
+        """The token that is this text."""
+        return self._ids.get(text)
+
+    def _longest(self, data: bytes) -> list[int]:
+        found, start = [], 0
+        while start < len(data):
+            end = next(end for end in range(min(len(data), start + self._width), start, -1) if data[start:end] in self._ids)
+            found.append(self._ids[data[start:end]])
+            start = end
+        return found
+
+    @cached_property
+    def _ids(self) -> dict[bytes, int]:
+        return {text: token_id for token_id, text in enumerate(self.tokens) if text and token_id not in self._special}
+
+    @cached_property
+    def _width(self) -> int:
+        return max(map(len, self._ids))
+
+
+def _tokenizer(wrapped: Any, vocabulary: Vocabulary) -> "LLTokenizer":
+    from llguidance import LLTokenizer
+
+    return LLTokenizer(wrapped, len(vocabulary.tokens), list(vocabulary.eos_token_ids))

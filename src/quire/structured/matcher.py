@@ -1,0 +1,111 @@
+"""Follows one answer through its grammar, and always knows how it can end."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from quire.errors import ShapeError
+from quire.structured.closing import Closer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+
+class Matcher:
+    """The grammar's state after the tokens of one answer.
+
+    It keeps a *plan*: a completion from here that fits into the tokens that are left. A token after which no completion
+    would fit is not taken; the plan's first token is, in its place. So an answer whose shortest form fits at the start
+    is complete at the end. What is forced, what is planned and what is refused depends on the tokens alone, so an answer
+    that another process takes up goes on as it would have here.
+
+    Args:
+        inner: at the beginning.
+        plan: a completion from there, or None if none was found: then nothing is known of the end.
+        max_tokens: of the answer, its end of sequence included.
+    """
+
+    def __init__(
+        self, inner: "LLMatcher", closer: Closer, eos_token_id: int, plan: Sequence[int] | None, max_tokens: int
+    ) -> None:
+        self.inner = inner
+        self._closer = closer
+        self._eos_token_id = eos_token_id
+        self._num_left = max_tokens
+        self._plan = None if plan is None else list(plan)
+        self._tried: tuple[int, list[int]] | None = None
+        """The last token that was settled, and the plan after it."""
+        self._forced: list[int] = []
+        self._see_what_is_forced()
+
+    @property
+    def forced(self) -> Sequence[int]:
+        """Tokens of which there is no choice: the grammar leaves none but how a text is cut, and it is cut as the
+        tokenizer does; or nothing else would end in time."""
+        return self._forced
+
+    def settle(self, token_id: int) -> int:
+        """`token_id`, which the grammar allows, or what must be taken in its place so that the answer can end."""
+        if self._plan is None or self._forced or token_id == self._eos_token_id:
+            return token_id
+        after = self._plan_after(token_id)
+        if after is None or len(after) + 1 >= self._num_left:
+            return self._plan[0] if self._plan else self._eos_token_id
+        self._tried = (token_id, after)
+        return token_id
+
+    def consume(self, token_id: int) -> None:
+        """The answer goes on with this token.
+
+        Raises:
+            ShapeError: the grammar does not allow it, or following it takes too much.
+        """
+        if self._plan is not None:
+            if self._plan and self._plan[0] == token_id:
+                del self._plan[0]
+            elif token_id != self._eos_token_id:
+                tried = self._tried
+                self._plan = tried[1] if tried is not None and tried[0] == token_id else self._plan_after(token_id)
+        self._tried = None
+        if not self.inner.consume_token(token_id):
+            raise ShapeError(f"cannot be followed here: {self.inner.get_error()[:500]}")
+        self._num_left -= 1
+        if self._forced:
+            del self._forced[0]
+        if not self._forced and token_id != self._eos_token_id:
+            self._see_what_is_forced()
+
+    def _see_what_is_forced(self) -> None:
+        plan = self._plan
+        if plan is not None and len(plan) + 1 >= self._num_left:
+            self._forced = [*plan, self._eos_token_id]
+            return
+        forced = list(self.inner.compute_ff_tokens())
+        if plan is not None and forced and plan[: len(forced)] != forced:
+            other = self._closer.completion(self.inner, self._num_left - 1, len(plan))
+            if other is None or len(other) < len(forced):
+                return  # the same text, cut in fewer tokens
+            self._plan = other
+        self._forced = forced
+
+    def _plan_after(self, token_id: int) -> list[int] | None:
+        """A completion from beyond a token, or None if none was found that fits."""
+        inner, plan = self.inner, self._plan
+        if inner.try_consume_tokens([token_id]) != 1:
+            return plan
+        found = plan if plan is not None and self._still_holds(plan) else None
+        if found is None:
+            found = self._closer.completion(inner, self._num_left - 2, len(plan or ()) + 8)
+        inner.rollback(1)
+        return found
+
+    def _still_holds(self, plan: list[int]) -> bool:
+        if not plan:
+            return bool(self.inner.is_accepting())
+        forced = self.inner.compute_ff_tokens()
+        if forced and plan[: len(forced)] != forced:
+            return False
+        taken = self.inner.try_consume_tokens(plan)
+        holds = taken == len(plan) and self.inner.is_accepting()
+        if taken:
+            self.inner.rollback(taken)
+        return bool(holds)

@@ -1,0 +1,182 @@
+"""From what a caller asks for to the one text that is compiled: a grammar in llguidance's notation.
+
+A schema stays a schema (llguidance has its own compiler of them); a regular expression and choices become grammars of
+one rule; GBNF becomes Lark. What cannot be held is refused here or by `validate`, by name and place: nothing of a
+schema is ignored.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from quire.errors import InvalidRequestError
+from quire.structured_params import FIELD, MAX_NESTING, StructuredOutputsParams
+
+WHITESPACE = r"( {1,2}|\r?\n( {0,32}|\t{0,12}))?"
+"""Between tokens of JSON, unless the caller says: enough to indent, and bounded, so that no model is lost in it."""
+_GBNF_RULE = re.compile(r"^\s*[A-Za-z][\w-]*\s*::=", re.MULTILINE)
+_UNHELD = re.compile(r"Unimplemented keys: (\[.*\])")
+_UNKNOWN_FORMAT = re.compile(r"Unknown format: (.*)")
+_IN_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""Keywords that map names to schemas."""
+
+
+def refusal(field: str | None, text: str) -> InvalidRequestError:
+    """An error about one field of `structured_outputs`."""
+    return InvalidRequestError(f"{FIELD}{f'.{field}' if field else ''}: {text}", param=FIELD)
+
+
+def source_of(params: StructuredOutputsParams) -> str:
+    """The grammar of `params`; `validate` says whether it is one.
+
+    Raises:
+        InvalidRequestError: a schema that is none, or nested too deep; a grammar in GBNF that is none.
+    """
+    from llguidance import LLMatcher, regex_to_lark
+
+    if params.json is not None or params.json_object:
+        schema = _schema(params)
+        options: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or WHITESPACE}
+        if params.disable_any_whitespace:
+            options = {"whitespace_flexible": False}
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=options)
+    if params.regex is not None:
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex)}/")
+    if params.choice is not None:
+        assert not isinstance(params.choice, type)
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_lark_text, params.choice)))
+    assert params.grammar is not None
+    return LLMatcher.grammar_from_lark(_lark(params.grammar))
+
+
+def is_gbnf(grammar: str) -> bool:
+    """Whether a grammar is in llama.cpp's notation; otherwise it is Lark's."""
+    return _GBNF_RULE.search(grammar) is not None
+
+
+def validate(source: str, params: StructuredOutputsParams) -> None:
+    """Compile `source` over a vocabulary of bytes, and ask what may come first.
+
+    Raises:
+        InvalidRequestError: it does not compile, holds a keyword that cannot be held (with the keyword's place), or
+            holds no text at all.
+    """
+    from llguidance import LLMatcher, LLTokenizer
+
+    vocabulary = LLTokenizer("byte")
+    is_error, texts = LLMatcher.validate_grammar_with_warnings(source, vocabulary, limits=limits())
+    if is_error:
+        raise refusal(params.kind, _explained(texts[0], params))
+    matcher = LLMatcher(vocabulary, source, log_level=0, limits=limits())
+    is_empty = not any(matcher.compute_bitmask())
+    if matcher.is_error() or is_empty:
+        raise refusal(params.kind, "no text satisfies it, or what may come first takes too long to say")
+
+
+def limits() -> Any:
+    """What compiling and following one grammar may take, as llguidance counts it: some 20 ms for the first automata,
+    15 ms and 20,000 items for one token."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        initial_lexer_fuel=1_000_000,
+        step_lexer_fuel=200_000,
+        step_max_items=20_000,
+        max_items_in_row=2_000,
+        max_lexer_states=50_000,
+        max_grammar_size=200_000,
+        verbose_errors=False,
+    )
+
+
+def _schema(params: StructuredOutputsParams) -> Any:
+    if params.json_object:
+        schema: Any = {"type": "object"}
+    else:
+        assert isinstance(params.json, str)
+        try:
+            schema = json.loads(params.json)
+        except (ValueError, RecursionError) as error:
+            raise refusal("json", f"is no JSON: {str(error)[:200]}") from None
+    if not isinstance(schema, Mapping | bool):
+        raise refusal("json", f"a schema is an object, true or false, not {type(schema).__name__}")
+    if _is_deeper(schema, MAX_NESTING):
+        raise refusal("json", f"may be nested at most {MAX_NESTING} deep")
+    for place, keywords in _schemas(schema, "#"):
+        if "x-guidance" in keywords:
+            raise refusal("json", f"the keyword 'x-guidance' at {place} is not honoured: use the fields of {FIELD}")
+    return _closed(schema) if params.disable_additional_properties else schema
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else None
+    if inner is None:
+        return False
+    return levels == 0 or any(_is_deeper(item, levels - 1) for item in inner)
+
+
+def _schemas(value: Any, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every schema in a schema, with its JSON pointer. What stands in `const`, `enum`, `default` and `examples` is no
+    schema."""
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _schemas(item, f"{place}/{index}")
+    if not isinstance(value, Mapping):
+        return
+    yield place, value
+    for name, inner in value.items():
+        below = f"{place}/{name.replace('~', '~0').replace('/', '~1')}"
+        if name in _IN_SCHEMAS and isinstance(inner, Mapping):
+            for key, item in inner.items():
+                yield from _schemas(item, f"{below}/{key.replace('~', '~0').replace('/', '~1')}")
+        elif name not in ("const", "enum", "default", "examples"):
+            yield from _schemas(inner, below)
+
+
+def _closed(schema: Any) -> Any:
+    """The same with `additionalProperties: false` where objects have named properties and say nothing of others."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    found = {}
+    for name, inner in schema.items():
+        if name in _IN_SCHEMAS and isinstance(inner, Mapping):
+            found[name] = {key: _closed(item) for key, item in inner.items()}
+        else:
+            found[name] = inner if name in ("const", "enum", "default", "examples") else _closed(inner)
+    if "properties" in found:
+        found.setdefault("additionalProperties", False)
+    return found
+
+
+def _explained(text: str, params: StructuredOutputsParams) -> str:
+    """What llguidance says, with the place in the schema where it can be found."""
+    if params.kind == "json":
+        unheld = _UNHELD.search(text)
+        if unheld is not None:
+            keywords = json.loads(unheld[1])
+            places = [place for place, schema in _schemas(_schema(params), "#") if keywords[0] in schema]
+            return f"the keyword {keywords[0]!r} at {places[0] if places else '#'} cannot be held"
+        unknown = _UNKNOWN_FORMAT.search(text)
+        if unknown is not None:
+            places = [place for place, schema in _schemas(_schema(params), "#") if schema.get("format") == unknown[1]]
+            return f"the format {unknown[1]!r} at {places[0] if places else '#'} cannot be held"
+    return text.strip()[:1000]
+
+
+def _lark(grammar: str) -> str:
+    if not is_gbnf(grammar):
+        return grammar
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return gbnf_to_lark(grammar)
+    except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+        raise refusal("grammar", f"is taken for GBNF ('::='), and is none: {str(error)[:300]}") from None
+
+
+def _lark_text(text: str) -> str:
+    """A string of Lark's that is `text`. Its lexer takes no control characters, and no surrogates."""
+    return "".join(f"\\u{ord(one):04x}" if "\x7f" <= one < "\xa0" else one for one in json.dumps(text, ensure_ascii=False))

@@ -1,0 +1,150 @@
+"""`StructuredOutputsParams`: the shape that an answer is held to, under vLLM's names."""
+
+import enum
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args, get_origin
+
+from quire.errors import InvalidRequestError, unknown_name_message
+
+FIELD = "structured_outputs"
+MAX_SOURCE_BYTES = 2**18
+"""Of a schema, a regular expression, a grammar, or all choices together."""
+MAX_NESTING = 64
+"""Objects and arrays inside one another in a schema."""
+MAX_CHOICES = 1024
+MAX_PATTERN_BYTES = 256
+"""Of `whitespace_pattern`."""
+KINDS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+@dataclass(slots=True, kw_only=True)
+class StructuredOutputsParams:
+    """What every answer must be, exactly one of `json`, `regex`, `choice`, `grammar` and `json_object`.
+
+    Raises:
+        InvalidRequestError: no kind or two of them, a value of a wrong type or too large; it names
+            `structured_outputs` and the field in it. What the value says is checked when it is compiled.
+    """
+
+    json: str | Mapping[str, Any] | bool | type | None = None
+    """A JSON Schema (draft 2020-12 or 7), as text or data, or a class of pydantic's models. It is kept as text."""
+    regex: str | None = None
+    """A regular expression (Rust's dialect) that matches the whole answer."""
+    choice: Sequence[str] | type | None = None
+    """Texts, one of which is the answer; or a `Literal` or `Enum` of them."""
+    grammar: str | None = None
+    """A context-free grammar, in Lark's notation or in llama.cpp's GBNF: which one is seen from the text."""
+    json_object: bool | None = None
+    """Any JSON object."""
+    disable_any_whitespace: bool = False
+    """JSON without white space between its tokens."""
+    disable_additional_properties: bool = False
+    """Objects hold the named properties alone, where a schema says nothing of others."""
+    whitespace_pattern: str | None = None
+    """A regular expression for the white space between tokens of JSON."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.json, type):
+            self.json = _schema_of_class(self.json)
+        if self.choice is not None:
+            self.choice = _choices(self.choice)
+        if self.json_object is False:
+            self.json_object = None
+        given = [name for name in KINDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = f"two: {given[0]} and {given[1]}" if given else "none"
+            raise _bad(None, f"must hold exactly one of {', '.join(KINDS)}; it holds {what}")
+        if isinstance(self.json, Mapping | bool):
+            self.json = _json_text(self.json)
+        for name in ("json", "regex", "grammar"):
+            _check_text(name, getattr(self, name), MAX_SOURCE_BYTES)
+        if self.json_object not in (None, True):
+            raise _bad("json_object", "must be true or false")
+        for name in ("disable_any_whitespace", "disable_additional_properties"):
+            if type(getattr(self, name)) is not bool:
+                raise _bad(name, "must be true or false")
+        _check_text("whitespace_pattern", self.whitespace_pattern, MAX_PATTERN_BYTES)
+        self._check_together(given[0])
+
+    def _check_together(self, kind: str) -> None:
+        is_json = kind in ("json", "json_object")
+        for name in ("disable_any_whitespace", "whitespace_pattern", "disable_additional_properties"):
+            if getattr(self, name) and not is_json:
+                raise _bad(name, f"belongs to json and json_object, not to {kind}")
+        if self.whitespace_pattern is not None and self.disable_any_whitespace:
+            raise _bad("whitespace_pattern", "says what disable_any_whitespace excludes")
+
+    @property
+    def kind(self) -> str:
+        """The one of `KINDS` that is given."""
+        return next(name for name in KINDS if getattr(self, name) is not None)
+
+    @classmethod
+    def from_mapping(cls, values: Any) -> "StructuredOutputsParams":
+        """Build from names that came from outside; values of None count as left out.
+
+        Raises:
+            InvalidRequestError: no mapping, an unknown name (with the nearest known one), or what the class refuses.
+        """
+        if isinstance(values, cls):
+            return values
+        if not isinstance(values, Mapping):
+            raise _bad(None, f"must be an object, got {type(values).__name__}")
+        known = [item.name for item in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise InvalidRequestError(unknown_name_message(f"field of {FIELD}", str(name), known), param=FIELD)
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+
+def _bad(name: str | None, text: str) -> InvalidRequestError:
+    return InvalidRequestError(f"{FIELD if name is None else f'{FIELD}.{name}'} {text}", param=FIELD)
+
+
+def _check_text(name: str, value: Any, at_most: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, str) or not value.strip():
+        raise _bad(name, "must be text that is not empty")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError as error:
+        raise _bad(name, "must be text that is valid Unicode") from error
+    if size > at_most:
+        raise _bad(name, f"may have at most {at_most} bytes, got {size}")
+
+
+def _json_text(schema: Mapping[str, Any] | bool) -> str:
+    try:
+        return json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise _bad("json", f"must hold JSON values alone: {error}") from error
+    except RecursionError as error:
+        raise _bad("json", f"may be nested at most {MAX_NESTING} deep") from error
+
+
+def _schema_of_class(model: type) -> Any:
+    make = getattr(model, "model_json_schema", None)
+    if make is None:
+        raise _bad("json", f"must be a schema or a model of pydantic's, got the class {model.__name__}")
+    return make()
+
+
+def _choices(choice: Any) -> list[str]:
+    if get_origin(choice) is Literal:
+        choice = list(get_args(choice))
+    elif isinstance(choice, type) and issubclass(choice, enum.Enum):
+        choice = [item.value for item in choice]
+    if isinstance(choice, str | bytes) or not isinstance(choice, Sequence) or not choice:
+        raise _bad("choice", "must be a list of texts that is not empty")
+    if len(choice) > MAX_CHOICES:
+        raise _bad("choice", f"may hold at most {MAX_CHOICES} texts, got {len(choice)}")
+    for item in choice:
+        if not isinstance(item, str):
+            raise _bad("choice", f"must hold texts, got {type(item).__name__}")
+    if not all(choice):
+        raise _bad("choice", "must hold texts that are not empty")
+    _check_text("choice", "".join(choice), MAX_SOURCE_BYTES)
+    return list(dict.fromkeys(choice))
