@@ -109,8 +109,8 @@ class SamplingParams:
     allowed_token_ids: Sequence[int] | None = None
     """Only these may be generated."""
     structured_outputs: StructuredOutputsParams | None = None
-    """What the answer is held to: a JSON Schema, a regular expression, a choice, a grammar. A mapping of its fields will
-    do. Answers end where they are complete."""
+    """What the answer is held to: a JSON Schema, a regular expression, a choice, a grammar. A mapping of them
+    will do. Answers end where they are complete."""
     detokenize: bool = True
     """Make text; False leaves `text` empty."""
     skip_special_tokens: bool = True

@@ -106,7 +106,7 @@ def _bad(name: str | None, text: str) -> InvalidRequestError:
 def _check_text(name: str, value: Any, at_most: int) -> None:
     if value is None:
         return
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value:
         raise _bad(name, "must be text that is not empty")
     try:
         size = len(value.encode())

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+from quire.compose.structured import grammar_compiler
 from quire.config import (
     CachePlan,
     EngineArgs,
@@ -21,7 +22,6 @@ from quire.config import (
     resolve_cache,
     resolve_model_len,
 )
-from quire.compose.structured import grammar_compiler
 from quire.core.admission import AdmissionRule
 from quire.core.engine_core import EngineCore, Executor, OverlappingCore
 from quire.core.policy import make_policy

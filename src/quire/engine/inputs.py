@@ -211,7 +211,9 @@ class InputProcessor:
         if params is None:
             return None
         if self._shapes is None or self._tokenizer is None or not self._limits.eos_token_ids:
-            lacks = "installation lacks quire.structured" if self._shapes is None else "model has no tokenizer, or no end"
+            lacks = (
+                "installation lacks quire.structured" if self._shapes is None else "model has no tokenizer, or no end"
+            )
             raise InvalidRequestError(f"structured_outputs: this {lacks}", param="structured_outputs")
         return GrammarSpec(self._shapes.source(params), max_tokens)
 

@@ -99,8 +99,11 @@ class Sampler:
         """The numbers on the device."""
         self._features: list[tuple[SamplingFeature, set[int]]] = [(feature, set()) for feature in features]
         """Each with the rows that use it."""
-        held = ((feature, rows) for feature, rows in self._features if isinstance(feature, HoldingFeature))
-        self._holding, self._held = next(held, (None, set()))
+        self._holding: HoldingFeature | None = None
+        self._held: set[int] = set()
+        for feature, rows in self._features:
+            if isinstance(feature, HoldingFeature):
+                self._holding, self._held = feature, rows
         self._edited: set[int] = set()
         """Rows that use a feature: when a step has none, its logits are sampled untouched."""
         self._logprobs = LogprobRequests()
@@ -193,20 +196,20 @@ class Sampler:
             flags.append(ops.zero_nonfinite_rows(logits))
         tokens = self._choose(logits, ops.array(rows, "int64"), ops.array(positions, "int64"))
         if not self._held.isdisjoint(rows):
-            self._settle(tokens, rows)
+            self._decide(tokens, rows)
         if raw is None:
             return PendingSamples(ops, rows, tokens, flags)
         logprobs = self._logprobs.compute(ops, raw, tokens[chosen], rows, asking)
         return PendingSamples(ops, rows, tokens, flags, logprobs)
 
-    def _settle(self, tokens: Array, rows: Sequence[int]) -> None:
+    def _decide(self, tokens: Array, rows: Sequence[int]) -> None:
         """Waits for the device: rows that are held wait for their own tokens anyway."""
         assert self._holding is not None
         sampled = self._ops.to_numpy(tokens).tolist()
         places = [place for place, row in enumerate(rows) if row in self._held]
-        settled = [self._holding.settle(rows[place], sampled[place]) for place in places]
-        if settled != [sampled[place] for place in places]:
-            tokens[self._ops.array(places, "int64")] = self._ops.array(settled, "int32")
+        decided = [self._holding.decide(rows[place], sampled[place]) for place in places]
+        if decided != [sampled[place] for place in places]:
+            tokens[self._ops.array(places, "int64")] = self._ops.array(decided, "int32")
 
     def _edit(self, logits: Array, rows: Sequence[int], positions: Sequence[int]) -> None:
         for feature, users in self._features:

@@ -15,8 +15,8 @@ from contextlib import suppress
 
 from quire.errors import InvalidRequestError
 from quire.structured.source import refusal
-from quire.structured.worker import JOB_CPU_S, MEMORY_BYTES
-from quire.structured_params import StructuredOutputsParams
+from quire.structured.worker import JOB_CPU_S
+from quire.structured_params import FIELD, StructuredOutputsParams
 
 KEPT_BYTES = 2**24
 """Of answers, with their questions."""
@@ -44,7 +44,6 @@ class ShapeChecker:
             found = self._kept.get(question)
             if found is None:
                 found = self._ask(question, params)
-                self._keep(question, found)
             else:
                 self._kept.move_to_end(question)
         if isinstance(found, InvalidRequestError):
@@ -70,7 +69,7 @@ class ShapeChecker:
         watch = threading.Timer(_LATEST_S, worker.kill)
         watch.daemon = True
         watch.start()
-        line = b""
+        line, code = b"", None
         try:
             with suppress(BrokenPipeError):
                 worker.stdin.write(question + b"\n")
@@ -80,12 +79,15 @@ class ShapeChecker:
             watch.cancel()
             if not line:
                 code = self._stop()
+        if not line and code != -signal.SIGPROF:
+            return refusal(params.kind, "could not be compiled: the compiler ended, or was stuck")
         if not line:
-            spent = f"takes more than {JOB_CPU_S:g} s of processor time or {MEMORY_BYTES // 2**20} MiB to compile"
-            stuck = "could not be compiled: the compiler ended"
-            return refusal(params.kind, spent if code in (-signal.SIGPROF, -signal.SIGABRT, -signal.SIGKILL) else stuck)
-        answer = json.loads(line)
-        return answer["source"] if "source" in answer else InvalidRequestError(answer["error"], param="structured_outputs")
+            found: str | InvalidRequestError = refusal(params.kind, f"takes more than {JOB_CPU_S:g} s to compile")
+        else:
+            answer = json.loads(line)
+            found = answer["source"] if "source" in answer else InvalidRequestError(answer["error"], param=FIELD)
+        self._keep(question, found)
+        return found
 
     def _keep(self, question: bytes, answer: str | InvalidRequestError) -> None:
         self._kept[question] = answer

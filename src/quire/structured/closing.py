@@ -1,9 +1,9 @@
 """How an answer can end from where it is: a completion that the grammar allows, as tokens.
 
 The walk takes at each place the first of a fixed list of short texts that the grammar lets through: what closes first
-(quotes, braces, brackets), then what a missing part needs at least. Its result was tried, so it is a bound from above on
-the shortest completion. A walk that goes round in a circle is taken again with the texts of the circle last; where that
-finds no end either, a search over few bytes does what it can.
+(quotes, braces, brackets), then what a missing part needs at least. Its result was tried, so it is a bound from above
+on the shortest completion. A walk that goes round in a circle is taken again with the texts of the circle last; where
+that finds no end either, a search over few bytes does what it can.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ _BETWEEN = (*_CLOSERS, "}", "]", '"')
 """First where none may."""
 _OTHERS = (
     *('""', "{}", "[]", '":', ":", ',"', ",", ")", ";", ">", "@", "null", "true", "false", "0", "1", "5", "-", "."),
-    *("{", "[", *"/'_= \n(<+*"),
+    *("n", "t", "{", "[", *"/'_= \n(<+*!?#$%&|~^`\\"),
     *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ2346789",
 )
 _LETTERS = ("Q", "z")
@@ -73,7 +73,9 @@ class Closer:
         while best is not None and place < len(best) and num_places:
             if place:
                 matcher.try_consume_tokens(best[:place])
-            others = [] if matcher.compute_ff_tokens() else [one for one in self._allowed(matcher) if one != best[place]]
+            others = (
+                [] if matcher.compute_ff_tokens() else [one for one in self._allowed(matcher) if one != best[place]]
+            )
             num_places -= bool(others)
             for token_id in others[:num_others]:
                 if len(best) - place > 1 and matcher.try_consume_tokens([token_id]):
@@ -105,10 +107,13 @@ class Closer:
                 if taken is None or taken[token_id] < _OFTEN:
                     return [token_id]
                 late = token_id if late is None else late
+        others = self._allowed(matcher)
         if taken is not None and late is not None:
-            taken.clear()
-            return [late]
-        return self._allowed(matcher)[:1]
+            fresh = [token_id for token_id in others if taken[token_id] < _OFTEN]
+            if not fresh:
+                taken.clear()
+            return [fresh[0] if fresh else late]
+        return others[:1]
 
     def _allowed(self, matcher: "LLMatcher") -> list[int]:
         """Tokens of one byte that may come next, those of the walk first; without any of them, all others."""
@@ -129,7 +134,9 @@ class Closer:
                 return path
             if taken == len(path) < at_most:
                 step = matcher.compute_ff_tokens()
-                following: Sequence[list[int]] = [step] if step else [[one] for one in self._allowed(matcher)[:_BREADTH]]
+                following: Sequence[list[int]] = (
+                    [step] if step else [[one] for one in self._allowed(matcher)[:_BREADTH]]
+                )
                 for place, tokens in enumerate(following):
                     heappush(heap, (len(path) + len(tokens), number * _BREADTH + place, [*path, *tokens]))
             _back(matcher, taken)

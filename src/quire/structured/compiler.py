@@ -158,7 +158,7 @@ class GrammarCompiler:
         """In the thread. The compiler lets go of the interpreter meanwhile."""
         from llguidance import LLMatcher
 
-        if self._tokenizer is None:
+        if self._tokenizer is None or self._closer is None:
             vocabulary = self._read_vocabulary()
             wrapped = _Wrapped(vocabulary)
             self._closer = Closer(wrapped.token_of, len(vocabulary.tokens))
@@ -198,7 +198,9 @@ class _Wrapped:
     def _longest(self, data: bytes) -> list[int]:
         found, start = [], 0
         while start < len(data):
-            end = next(end for end in range(min(len(data), start + self._width), start, -1) if data[start:end] in self._ids)
+            end = next(
+                end for end in range(min(len(data), start + self._width), start, -1) if data[start:end] in self._ids
+            )
             found.append(self._ids[data[start:end]])
             start = end
         return found

@@ -15,8 +15,8 @@ class Matcher:
 
     It keeps a *plan*: a completion from here that fits into the tokens that are left. A token after which no completion
     would fit is not taken; the plan's first token is, in its place. So an answer whose shortest form fits at the start
-    is complete at the end. What is forced, what is planned and what is refused depends on the tokens alone, so an answer
-    that another process takes up goes on as it would have here.
+    is complete at the end. What is forced, planned and refused depends on the tokens alone, so an answer that another
+    process takes up goes on as it would have here.
 
     Args:
         inner: at the beginning.
@@ -33,7 +33,7 @@ class Matcher:
         self._num_left = max_tokens
         self._plan = None if plan is None else list(plan)
         self._tried: tuple[int, list[int]] | None = None
-        """The last token that was settled, and the plan after it."""
+        """The last token that was decided on, and the plan after it."""
         self._forced: list[int] = []
         self._see_what_is_forced()
 
@@ -43,7 +43,7 @@ class Matcher:
         tokenizer does; or nothing else would end in time."""
         return self._forced
 
-    def settle(self, token_id: int) -> int:
+    def decide(self, token_id: int) -> int:
         """`token_id`, which the grammar allows, or what must be taken in its place so that the answer can end."""
         if self._plan is None or self._forced or token_id == self._eos_token_id:
             return token_id

@@ -7,7 +7,7 @@ schema is ignored.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from quire.errors import InvalidRequestError
@@ -18,6 +18,15 @@ WHITESPACE = r"( {1,2}|\r?\n( {0,32}|\t{0,12}))?"
 _GBNF_RULE = re.compile(r"^\s*[A-Za-z][\w-]*\s*::=", re.MULTILINE)
 _UNHELD = re.compile(r"Unimplemented keys: (\[.*\])")
 _UNKNOWN_FORMAT = re.compile(r"Unknown format: (.*)")
+FORMATS = frozenset(
+    (
+        "date-time date time duration email idn-email hostname idn-hostname ipv4 ipv6 uri uri-reference iri "
+        "iri-reference uuid uri-template json-pointer relative-json-pointer regex"
+    ).split()
+)
+"""Of draft 2020-12; draft 7 has no others."""
+_VALUES = ("const", "enum", "default", "examples")
+"""Keywords that hold values, in which nothing is a schema."""
 _IN_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keywords that map names to schemas."""
 
@@ -40,9 +49,9 @@ def source_of(params: StructuredOutputsParams) -> str:
         options: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or WHITESPACE}
         if params.disable_any_whitespace:
             options = {"whitespace_flexible": False}
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=options)
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=options)  # type: ignore[arg-type]
     if params.regex is not None:
-        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex)}/")
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex, 'd')}/")
     if params.choice is not None:
         assert not isinstance(params.choice, type)
         return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_lark_text, params.choice)))
@@ -101,12 +110,16 @@ def _schema(params: StructuredOutputsParams) -> Any:
             raise refusal("json", f"is no JSON: {str(error)[:200]}") from None
     if not isinstance(schema, Mapping | bool):
         raise refusal("json", f"a schema is an object, true or false, not {type(schema).__name__}")
+    if schema is False:
+        raise refusal("json", "no text satisfies the schema false")
+    schema = {} if schema is True else schema
     if _is_deeper(schema, MAX_NESTING):
         raise refusal("json", f"may be nested at most {MAX_NESTING} deep")
     for place, keywords in _schemas(schema, "#"):
         if "x-guidance" in keywords:
             raise refusal("json", f"the keyword 'x-guidance' at {place} is not honoured: use the fields of {FIELD}")
-    return _closed(schema) if params.disable_additional_properties else schema
+    schema = _map_schemas(schema, _without_unknown_format)
+    return _map_schemas(schema, _closed) if params.disable_additional_properties else schema
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
@@ -130,25 +143,34 @@ def _schemas(value: Any, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         if name in _IN_SCHEMAS and isinstance(inner, Mapping):
             for key, item in inner.items():
                 yield from _schemas(item, f"{below}/{key.replace('~', '~0').replace('/', '~1')}")
-        elif name not in ("const", "enum", "default", "examples"):
+        elif name not in _VALUES:
             yield from _schemas(inner, below)
 
 
-def _closed(schema: Any) -> Any:
-    """The same with `additionalProperties: false` where objects have named properties and say nothing of others."""
+def _map_schemas(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
+    """The same with every schema in it changed."""
     if isinstance(schema, list):
-        return [_closed(item) for item in schema]
+        return [_map_schemas(item, change) for item in schema]
     if not isinstance(schema, Mapping):
         return schema
-    found = {}
+    found: dict[str, Any] = {}
     for name, inner in schema.items():
         if name in _IN_SCHEMAS and isinstance(inner, Mapping):
-            found[name] = {key: _closed(item) for key, item in inner.items()}
+            found[name] = {key: _map_schemas(item, change) for key, item in inner.items()}
         else:
-            found[name] = inner if name in ("const", "enum", "default", "examples") else _closed(inner)
-    if "properties" in found:
-        found.setdefault("additionalProperties", False)
-    return found
+            found[name] = inner if name in _VALUES else _map_schemas(inner, change)
+    return change(found)
+
+
+def _closed(schema: dict[str, Any]) -> dict[str, Any]:
+    """With `additionalProperties: false` where an object has named properties and says nothing of others."""
+    return {"additionalProperties": False, **schema} if "properties" in schema else schema
+
+
+def _without_unknown_format(schema: dict[str, Any]) -> dict[str, Any]:
+    """A format that the standard does not know says nothing of a value (section 7 of its part on validation)."""
+    is_unknown = "format" in schema and schema["format"] not in FORMATS
+    return {name: value for name, value in schema.items() if name != "format"} if is_unknown else schema
 
 
 def _explained(text: str, params: StructuredOutputsParams) -> str:
@@ -179,4 +201,6 @@ def _lark(grammar: str) -> str:
 
 def _lark_text(text: str) -> str:
     """A string of Lark's that is `text`. Its lexer takes no control characters, and no surrogates."""
-    return "".join(f"\\u{ord(one):04x}" if "\x7f" <= one < "\xa0" else one for one in json.dumps(text, ensure_ascii=False))
+    return "".join(
+        f"\\u{ord(one):04x}" if "\x7f" <= one < "\xa0" else one for one in json.dumps(text, ensure_ascii=False)
+    )

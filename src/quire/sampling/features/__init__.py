@@ -47,7 +47,7 @@ class HoldingFeature(SamplingFeature, Protocol):
     """A feature that may decide a token: what comes after a place where there is no choice, and what must come instead
     of a token from which there is no way to an end."""
 
-    def settle(self, row: int, token_id: int) -> int:
+    def decide(self, row: int, token_id: int) -> int:
         """The token to take where `token_id` was sampled. No state changes: `on_token` follows."""
 
     def forced(self, row: int) -> Sequence[int]:

@@ -3,7 +3,7 @@
 A grammar often leaves no choice, as in the keys of an object. Such text is *forced*: as soon as it is known, all its
 tokens follow, cut as the tokenizer cuts that text, whether they are sampled one by one or appended at once (`forced`).
 Hence the tokens of an answer do not depend on which of the two is done. Near the end of what the answer may have, a
-token that leaves no way to an end is replaced (`settle`).
+token that leaves no way to an end is replaced (`decide`).
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class Matcher(Protocol):
     def forced(self) -> Sequence[int]:
         """Tokens of which there is no choice."""
 
-    def settle(self, token_id: int) -> int:
+    def decide(self, token_id: int) -> int:
         """What to take where this was sampled."""
 
     def consume(self, token_id: int) -> None:
@@ -69,9 +69,9 @@ class GrammarMasks:
         """Follow the token."""
         self._rows[row].consume(token_id)
 
-    def settle(self, row: int, token_id: int) -> int:
+    def decide(self, row: int, token_id: int) -> int:
         """The token, or the way to an end where it leaves none."""
-        return self._rows[row].settle(token_id)
+        return self._rows[row].decide(token_id)
 
     def forced(self, row: int) -> Sequence[int]:
         """Tokens that must come next, whatever the model says."""

@@ -1,0 +1,78 @@
+"""The process that compiles first: bounded, kept, and no one else's fault."""
+
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from quire.errors import InvalidRequestError
+from quire.structured import checker as module
+from quire.structured.checker import ShapeChecker
+from quire.structured_params import StructuredOutputsParams
+
+
+@pytest.fixture
+def checker() -> Any:
+    one = ShapeChecker()
+    yield one
+    one.close()
+
+
+def test_answers_are_kept(checker: ShapeChecker) -> None:
+    params = StructuredOutputsParams(json={"type": "integer"})
+    source = checker.source(params)
+    assert "integer" in source
+    worker = checker._worker
+    assert worker is not None
+    worker.kill()
+    worker.wait()
+    assert checker.source(StructuredOutputsParams(json={"type": "integer"})) == source
+    assert checker._worker is worker, "asked again"
+    with pytest.raises(InvalidRequestError, match="unclosed") as first:
+        checker.source(StructuredOutputsParams(regex="(a"))
+    with pytest.raises(InvalidRequestError, match="unclosed") as second:
+        checker.source(StructuredOutputsParams(regex="(a"))
+    assert first.value is not second.value and str(first.value) == str(second.value)
+
+
+def test_a_worker_that_dies_fails_its_request_alone(checker: ShapeChecker) -> None:
+    checker.source(StructuredOutputsParams(regex="a"))
+    worker = checker._worker
+    assert worker is not None
+    os.kill(worker.pid, signal.SIGSTOP)
+    os.kill(worker.pid, signal.SIGKILL)
+    os.kill(worker.pid, signal.SIGCONT)
+    worker.wait()
+    assert checker.source(StructuredOutputsParams(regex="b"))
+
+
+def test_a_job_beyond_its_processor_time_is_refused(checker: ShapeChecker) -> None:
+    """Beside it stands what an adversary sends; the request after it is served."""
+    schema = {"enum": [f"{number:x}" * 3 for number in range(20_000)]}
+    ladder: Any = {"type": "string", "pattern": "(a?){40}" * 40 + "b"}
+    for values in ({"json": schema}, {"json": ladder}, {"regex": "(" * 4000 + "a" + ")" * 4000}):
+        try:
+            checker.source(StructuredOutputsParams(**values))
+        except InvalidRequestError as error:
+            assert error.param == "structured_outputs"
+    assert checker.source(StructuredOutputsParams(choice=["still", "here"]))
+
+
+def test_a_stuck_worker_is_ended(checker: ShapeChecker, monkeypatch: pytest.MonkeyPatch) -> None:
+    checker.source(StructuredOutputsParams(regex="a"))
+    assert checker._worker is not None
+    monkeypatch.setattr(module, "_LATEST_S", 0.3)
+    os.kill(checker._worker.pid, signal.SIGSTOP)
+    with pytest.raises(InvalidRequestError, match="stuck"):
+        checker.source(StructuredOutputsParams(regex="b"))
+    monkeypatch.undo()
+    assert checker.source(StructuredOutputsParams(regex="b")), "being stuck is not kept"
+    assert checker.source(StructuredOutputsParams(regex="c"))
+
+
+def test_what_is_kept_is_bounded(checker: ShapeChecker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT_BYTES", 2000)
+    for number in range(20):
+        checker.source(StructuredOutputsParams(regex=f"a{number}"))
+    assert checker._kept_bytes <= 2000 and 0 < len(checker._kept) < 20

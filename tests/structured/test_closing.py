@@ -1,0 +1,135 @@
+"""Every answer closes: random weights at a high temperature, with budgets from the shortest answer upwards. The judges
+are jsonschema and Python's own parsers."""
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from quire import LLM, RequestOutput, SamplingParams
+from quire.structured_params import StructuredOutputsParams
+
+SCHEMAS: dict[str, Any] = {
+    "flat": {
+        "type": "object",
+        "properties": {"name": {"type": "string", "minLength": 2}, "age": {"type": "integer", "minimum": 5}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    },
+    "free": {"type": "object"},
+    "nested": {
+        "type": "array",
+        "items": {"type": "object", "properties": {"x": {"enum": ["left", "right"]}, "y": {}}, "required": ["x"]},
+        "minItems": 2,
+    },
+    "tree": {
+        "$defs": {
+            "tree": {
+                "type": "object",
+                "properties": {
+                    "v": {"type": "number"},
+                    "next": {"anyOf": [{"$ref": "#/$defs/tree"}, {"type": "null"}]},
+                },
+                "required": ["v", "next"],
+            }
+        },
+        "$ref": "#/$defs/tree",
+    },
+    "unequal": {  # one branch is far longer than the other
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {"list": {"type": "array", "items": {"type": "integer"}, "minItems": 30}},
+                "required": ["list"],
+                "additionalProperties": False,
+            },
+            {
+                "type": "object",
+                "properties": {"none": {"const": True}},
+                "required": ["none"],
+                "additionalProperties": False,
+            },
+        ]
+    },
+    "pattern": {"type": "string", "pattern": "^[a-z]{2,9}-[0-9]+$"},
+}
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_model: Path) -> Any:
+    with LLM(model=str(tiny_model), max_num_seqs=16, max_model_len=512) as llm:
+        yield llm
+
+
+def answers(llm: LLM, shape: Any, budgets: list[int], seed: int = 0) -> list[RequestOutput]:
+    params = [
+        SamplingParams(temperature=2.0, seed=seed + index, max_tokens=budget, structured_outputs=shape)
+        for index, budget in enumerate(budgets)
+    ]
+    return llm.generate([f"prompt {index}" for index in range(len(budgets))], params, use_tqdm=False)
+
+
+def least(llm: LLM, shape: Any) -> int:
+    """What the refusal of a budget of one token says."""
+    (output,) = answers(llm, shape, [1])
+    assert output.outputs[0].finish_reason == "error" and not output.outputs[0].token_ids
+    found = re.search(r"needs (\d+) tokens .*; 1 are allowed", output.error or "")
+    assert found is not None, output.error
+    return int(found[1])
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_every_budget_that_holds_an_answer_gives_a_whole_one(llm: LLM, name: str) -> None:
+    shape = StructuredOutputsParams(json=SCHEMAS[name])
+    needed = least(llm, shape)
+    rng = random.Random(name)
+    budgets = [*range(needed, needed + 12), *(rng.randrange(needed, 300) for _ in range(28))]
+    for budget, output in zip(budgets, answers(llm, shape, budgets), strict=True):
+        answer = output.outputs[0]
+        assert answer.finish_reason == "stop" and len(answer.token_ids) <= budget, (budget, answer.text)
+        jsonschema.validate(json.loads(answer.text), SCHEMAS[name], jsonschema.Draft202012Validator)
+
+
+def test_regular_expressions_choices_and_grammars_close(llm: LLM) -> None:
+    for values, pattern in (
+        ({"regex": "[a-z]+[0-9]{3}(xy)*!"}, "[a-z]+[0-9]{3}(xy)*!"),
+        ({"choice": ["maybe not", "yes", "no way"]}, "maybe not|yes|no way"),
+        ({"grammar": 'root ::= term ("+" term)*\nterm ::= [0-9]+ | "(" root ")"'}, r"[0-9+()]+"),
+    ):
+        shape = StructuredOutputsParams(**values)  # type: ignore[arg-type]
+        needed = least(llm, shape)
+        for output in answers(llm, shape, [*range(needed, needed + 10), 40, 80, 200]):
+            text = output.outputs[0].text
+            assert output.outputs[0].finish_reason == "stop" and re.fullmatch(pattern, text), text
+            assert text.count("(") == text.count(")")
+
+
+def test_the_length_of_the_model_is_a_budget_too(llm: LLM) -> None:
+    shape, prompt = StructuredOutputsParams(json=SCHEMAS["flat"]), list(range(20, 250)) * 2 + [7] * 20
+    params = SamplingParams(temperature=2.0, seed=3, max_tokens=None, structured_outputs=shape)
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    assert output.outputs[0].finish_reason == "stop" and len(output.outputs[0].token_ids) <= 512 - len(prompt)
+    jsonschema.validate(json.loads(output.outputs[0].text), SCHEMAS["flat"])
+
+
+def test_forced_text_takes_fewer_steps_and_gives_the_same_tokens(llm: LLM) -> None:
+    """With log-probabilities each token is sampled for itself; without, what is forced is appended."""
+    digit = {"type": "integer", "maximum": 9, "minimum": 0}
+    keys = [f"a rather long key {index}" for index in range(4)]
+    schema = {
+        "type": "object",
+        "properties": dict.fromkeys(keys, digit),
+        "required": keys,
+        "additionalProperties": False,
+    }
+    shape = StructuredOutputsParams(json=schema, disable_any_whitespace=True)
+    base: dict[str, Any] = dict(temperature=1.0, seed=5, max_tokens=200, structured_outputs=shape)
+    (one,) = llm.generate(["x"], SamplingParams(**base), use_tqdm=False)
+    (each,) = llm.generate(["x"], SamplingParams(**base, logprobs=1), use_tqdm=False)
+    assert one.outputs[0].token_ids == each.outputs[0].token_ids
+    assert one.outputs[0].logprobs is None and len(each.outputs[0].logprobs or ()) == len(each.outputs[0].token_ids)
+    jsonschema.validate(json.loads(one.outputs[0].text), schema)
