@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from quire import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
+from quire.structured_params import StructuredOutputsParams
 
 Case = tuple[list[int], SamplingParams]
 COMMON: dict[str, Any] = dict(max_num_seqs=8, max_model_len=256)
@@ -36,13 +37,18 @@ def cases() -> list[Case]:
         ),
         replace(base, temperature=1.0, seed=6, allowed_token_ids=list(range(20, 90)), n=2),
     ]
-    return list(zip(prompts, params, strict=True))
+    items = list(zip(prompts, params, strict=True))
+    properties = {"ab": {}, "c": {"type": "string"}}
+    shape = StructuredOutputsParams(json={"type": "object", "properties": properties, "required": ["c"]})
+    held = replace(base, temperature=1.5, seed=7, ignore_eos=False, structured_outputs=shape)
+    # With log-probabilities every token is sampled for itself; without, what is forced is appended.
+    return [*items, (prompts[3], held), (prompts[5], replace(held, logprobs=None, n=2))]
 
 
 def essence(output: RequestOutput) -> Any:
     """What must not change."""
     return (
-        [(item.token_ids, item.logprobs, item.text, item.finish_reason, item.stop_reason) for item in output.outputs],
+        [(item.token_ids, item.logprobs or [], item.text, item.finish_reason, item.stop_reason) for item in output.outputs],
         output.prompt_logprobs,
     )
 

@@ -17,6 +17,7 @@ from quire.errors import RequestFailedError
 from quire.outputs import RequestOutput
 from quire.runner import model_runner
 from quire.sampling import logprobs as logprobs_module
+from quire.structured_params import StructuredOutputsParams
 from quire.text.detokenizer import StopSearch
 from tests.tiny.checkpoints import make_tiny
 
@@ -26,6 +27,10 @@ VICTIM = SamplingParams(
     stop=["\0never"], logit_bias={5: 1.0}, allowed_token_ids=list(range(100)), bad_words=["hello world"],
     presence_penalty=0.5,
 )  # fmt: skip
+HELD = SamplingParams(
+    max_tokens=20, seed=SEED, temperature=1.0, structured_outputs=StructuredOutputsParams(regex=r"[a-z ]*!")
+)
+"""The victim at the points of grammars."""
 CANARIES = [
     ([*SHARED, 3], SamplingParams(max_tokens=24, ignore_eos=True, temperature=0)),
     ([9, 8, 7], SamplingParams(max_tokens=24, ignore_eos=True, seed=3, temperature=1.0, logprobs=2)),
@@ -135,6 +140,12 @@ POINTS: dict[str, Callable[[Victim], None]] = {
     "penalties": lambda v: v.throw(feature(v, "Penalties"), "on_token", in_row(v)),
     "logprobs": lambda v: v.throw(logprobs_module, "token_logprobs", lambda *args: args[3] == 7),
     "prompt logprobs": lambda v: v.throw(model_runner, "token_logprobs", lambda *args: args[3] == 3),
+    "grammar enter": lambda v: v.throw(feature(v, "GrammarMasks"), "add", of_victim),
+    "grammar apply": lambda v: v.throw(feature(v, "GrammarMasks"), "apply", in_rows(v)),
+    "grammar decide": lambda v: v.throw(feature(v, "GrammarMasks"), "decide", in_row(v)),
+    "grammar follow": lambda v: v.throw(feature(v, "GrammarMasks"), "on_token", in_row(v)),
+    "grammar force": lambda v: v.throw(feature(v, "GrammarMasks"), "forced", in_row(v)),
+    "grammar rule": lambda v: v.throw(v.core.scheduler._rules[0], "ready", lambda one: of_victim(one.new)),
     "request state": lambda v: v.throw(RequestState, "__init__", lambda self, parsed, *_: of_new_state(parsed)),
     "detokenizer": lambda v: v.throw(RequestState, "_push_text", named_victim),
     "text of logprobs": lambda v: v.throw(RequestState, "_position", named_victim),
@@ -170,11 +181,11 @@ async def one(engine: AsyncLLM, prompt: list[int], params: SamplingParams, name:
     return last
 
 
-def run(engine: AsyncLLM, *, victim: bool) -> list[RequestOutput | Exception]:
+def run(engine: AsyncLLM, *, victim: bool, params: SamplingParams = VICTIM) -> list[RequestOutput | Exception]:
     async def together() -> list[RequestOutput | Exception]:
-        asked = [(prompt, params, f"canary {number}") for number, (prompt, params) in enumerate(CANARIES)]
+        asked = [(prompt, asking, f"canary {number}") for number, (prompt, asking) in enumerate(CANARIES)]
         if victim:
-            asked.insert(0, (SHARED + [MARK] * 9, VICTIM, "victim"))
+            asked.insert(0, (SHARED + [MARK] * 9, params, "victim"))
         return list(await asyncio.gather(*(one(engine, *item) for item in asked)))
 
     return asyncio.run(together())
@@ -204,7 +215,8 @@ def test_one_fault_fails_one_request(
         with monkeypatch.context() as patch:
             victim = Victim(under_test, patch)
             POINTS[point](victim)
-            failed, *canaries = run(under_test, victim=True)
+            params = HELD if point.startswith("grammar") else VICTIM
+            failed, *canaries = run(under_test, victim=True, params=params)
             assert victim.num_thrown >= 1
         if isinstance(failed, RequestOutput):
             assert failed.outputs[0].finish_reason == "error" and failed.error is not None
