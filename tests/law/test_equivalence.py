@@ -48,7 +48,10 @@ def cases() -> list[Case]:
 def essence(output: RequestOutput) -> Any:
     """What must not change."""
     return (
-        [(item.token_ids, item.logprobs or [], item.text, item.finish_reason, item.stop_reason) for item in output.outputs],
+        [
+            (item.token_ids, item.logprobs or [], item.text, item.finish_reason, item.stop_reason)
+            for item in output.outputs
+        ],
         output.prompt_logprobs,
     )
 

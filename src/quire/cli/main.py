@@ -28,6 +28,7 @@ VERBS = {
     "generate": "answer prompts and print the text as it comes",
     "chat": "talk with the model",
     "serve": "serve the OpenAI API over HTTP",
+    "grammar": "check a shape that answers are held to, and try texts",
     "explain": "say where the time of a request to a running server went",
     "bench": "measure speed",
     "doctor": "say what this machine and installation offer",

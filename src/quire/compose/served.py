@@ -42,7 +42,7 @@ def begin(args: EngineArgs) -> Callable[[], ServedEngine]:
     Raises:
         ConfigurationError: naming the argument or the file at fault. So does the second half.
     """
-    directory = _directory(args)
+    directory = model_directory(args)
     if args.core_process:
         return partial(_compose_apart, args, directory, _start_core(args, directory))
     if args.hang_timeout is not None:
@@ -50,7 +50,12 @@ def begin(args: EngineArgs) -> Callable[[], ServedEngine]:
     return partial(_compose_here, args, directory)
 
 
-def _directory(args: EngineArgs) -> Path:
+def model_directory(args: EngineArgs) -> Path:
+    """Where the model's files are.
+
+    Raises:
+        ConfigurationError: there are none.
+    """
     if args.model is not None:
         return resolve_model_directory(args.model, args.revision)
     if find_spec("quire.demo") is None:

@@ -134,6 +134,11 @@ class GrammarCompiler:
         jobs = [(matcher.inner, place) for place, matcher in enumerate(matchers)]
         self._executor.unsafe_compute_mask_ptr(jobs, masks.ctypes.data, masks.strides[0], len(masks))
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary; 0 before the first grammar is compiled."""
+        return 0 if self._tokenizer is None else int(self._tokenizer.vocab_size)
+
     def close(self) -> None:
         """End the thread."""
         if self._pool is not None:

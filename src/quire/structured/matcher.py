@@ -43,6 +43,16 @@ class Matcher:
         tokenizer does; or nothing else would end in time."""
         return self._forced
 
+    @property
+    def plan(self) -> Sequence[int] | None:
+        """A completion from here, its end of sequence not among it; None if none is known."""
+        return self._plan
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer may end here."""
+        return bool(self.inner.is_accepting())
+
     def decide(self, token_id: int) -> int:
         """`token_id`, which the grammar allows, or what must be taken in its place so that the answer can end."""
         if self._plan is None or self._forced or token_id == self._eos_token_id:

@@ -1,0 +1,159 @@
+"""`quire grammar check`: whether a shape can be held, and which texts it lets through."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quire.cli.arguments import Parser
+from quire.errors import InvalidRequestError, ShapeError
+from quire.structured_params import StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from quire.core.request import GrammarSpec
+    from quire.structured.compiler import GrammarCompiler
+    from quire.structured.matcher import Matcher
+    from quire.text.tokenizer import Tokenizer
+
+EXAMPLES = """examples:
+  quire grammar check --json-schema person.json '{"name": "Ann"}' @answer.json
+  quire grammar check --regex '[0-9]{3}-[0-9]{4}' 555-0100
+  quire grammar check --grammar arithmetic.gbnf --tokenizer DIR '1+(2*3)'
+  quire grammar check --choice yes no --json maybe
+
+Instances are fed, token by token, to the matcher and the masks that serving uses. Exit codes: 0 all accepted, 1 some
+rejected, 2 the shape is refused."""
+MAX_SHOWN = 12
+"""Tokens named where others were allowed."""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Flags of the verb."""
+    checks = parser.add_subparsers(dest="action", metavar="check", required=True, parser_class=Parser)
+    check = checks.add_parser("check", help="compile a shape and try instances", allow_abbrev=False)
+    shape = check.add_mutually_exclusive_group(required=True)
+    shape.add_argument("--json-schema", metavar="FILE", help="a JSON Schema; text that begins with { will do")
+    shape.add_argument("--regex", metavar="REGEX", help="a regular expression for the whole answer")
+    shape.add_argument("--grammar", metavar="FILE", help="a grammar in Lark's notation or in GBNF")
+    shape.add_argument("--choice", metavar="TEXT", nargs="+", action="extend", help="texts, one of which is the answer")
+    check.add_argument("--disable-any-whitespace", action="store_true", help="JSON without white space")
+    check.add_argument(
+        "--disable-additional-properties", action="store_true", help="objects hold the named properties alone"
+    )
+    check.add_argument("--whitespace-pattern", metavar="REGEX", help="for the white space between tokens of JSON")
+    check.add_argument("--tokenizer", metavar="MODEL", help="whose tokens to use (default: the embedded model's)")
+    check.add_argument("--json", action="store_true", help="one JSON object a line for each instance")
+    check.add_argument(
+        "instances", nargs="*", metavar="INSTANCE", help="a text; @FILE is a file's text, - a text each line"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compile, then try every instance."""
+    try:
+        grammars, tokenizer, grammar = _compiled(options)
+        start = grammars.matcher(grammar)
+    except (InvalidRequestError, ShapeError) as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 2
+    if not options.json:
+        print(*_description(options, tokenizer, start), sep="\n")
+    is_all_right = True
+    for instance in _instances(options.instances):
+        reason = rejection(grammars, tokenizer, grammars.matcher(grammar), instance)
+        is_all_right &= reason is None
+        if options.json:
+            found = {"instance": instance, "accepted": reason is None, "reason": reason}
+            print(json.dumps(found, ensure_ascii=False), flush=True)
+        else:
+            print(
+                f"{'accepted' if reason is None else 'rejected'}  {instance}"
+                + (f"\n          {reason}" if reason else "")
+            )
+    return 0 if is_all_right else 1
+
+
+def rejection(grammars: "GrammarCompiler", tokenizer: "Tokenizer", matcher: "Matcher", text: str) -> str | None:
+    """Why `text` is no answer, or None."""
+    import numpy as np
+
+    masks = np.zeros((1, -(-grammars.vocab_size // 32)), np.uint32)
+    before = 0
+    for token_id in tokenizer.encode(text, add_special_tokens=False):
+        grammars.fill_masks([matcher], masks)
+        if not masks[0, token_id // 32] >> np.uint32(token_id % 32) & 1:
+            allowed = np.flatnonzero(np.unpackbits(masks.view(np.uint8), bitorder="little"))
+            shown = [tokenizer.token_text(int(one)) for one in allowed[:MAX_SHOWN]]
+            more = f" and {len(allowed) - MAX_SHOWN:,} more" if len(allowed) > MAX_SHOWN else ""
+            return (
+                f"at byte {before} the token {tokenizer.token_text(token_id)!r} is not allowed; "
+                f"allowed there: {', '.join(map(repr, shown)) or 'nothing'}{more}"
+            )
+        matcher.consume(token_id)
+        before += len(tokenizer.token_bytes(token_id))
+    return None if matcher.is_complete else f"it ends at byte {before}, where the answer is not complete"
+
+
+def _compiled(options: argparse.Namespace) -> "tuple[GrammarCompiler, Tokenizer, GrammarSpec]":
+    from quire.compose.served import model_directory
+    from quire.compose.structured import grammar_compiler, shape_checker
+    from quire.compose.text import compose_text
+    from quire.config import EngineArgs
+    from quire.core.request import GrammarSpec
+
+    params = StructuredOutputsParams(
+        json=None if options.json_schema is None else _text_of(options.json_schema, "{"),
+        regex=options.regex,
+        choice=options.choice,
+        grammar=None if options.grammar is None else _text_of(options.grammar),
+        disable_any_whitespace=options.disable_any_whitespace,
+        disable_additional_properties=options.disable_additional_properties,
+        whitespace_pattern=options.whitespace_pattern,
+    )
+    args = EngineArgs(model=options.tokenizer)
+    directory = model_directory(args)
+    tokenizer = compose_text(args, directory).tokenizer
+    checker, grammars = (
+        shape_checker(),
+        None if tokenizer is None else grammar_compiler(args, directory, tokenizer.vocab_size),
+    )
+    if checker is None or grammars is None or tokenizer is None:
+        raise InvalidRequestError("quire.structured, or a tokenizer, is missing")
+    try:
+        return grammars, tokenizer, GrammarSpec(checker.source(params), 2**31 - 1)
+    finally:
+        checker.close()
+
+
+def _description(options: argparse.Namespace, tokenizer: "Tokenizer", start: "Matcher") -> Iterator[str]:
+    given = next(name for name in ("json_schema", "regex", "grammar", "choice") if getattr(options, name) is not None)
+    if given == "grammar":
+        from quire.structured.source import is_gbnf
+
+        given = f"grammar in {'GBNF' if is_gbnf(_text_of(options.grammar)) else 'Lark'}"
+    yield f"held: {given.replace('_', ' ')}"
+    if start.plan is None:
+        yield "shortest answer: none was found; answers may be cut off by max_tokens"
+    else:
+        text = b"".join(map(tokenizer.token_bytes, start.plan)).decode("utf-8", "replace")
+        yield f"shortest answer: {text} ({len(start.plan) + 1} tokens with its end)"
+
+
+def _text_of(value: str, *beginnings: str) -> str:
+    """The text itself where it begins so, else that of the file."""
+    if value.lstrip().startswith(beginnings or ("\n",)):
+        return value
+    try:
+        return Path(value).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"{value}: {error.__class__.__name__}: no text can be read there") from error
+
+
+def _instances(given: list[str]) -> Iterator[str]:
+    for item in given:
+        if item == "-":
+            yield from (line.rstrip("\n") for line in sys.stdin)
+        else:
+            yield _text_of(item[1:]).rstrip("\n") if item.startswith("@") else item
