@@ -144,7 +144,8 @@ class AsyncEngine(EngineFront):
             arrival_s=self._engine.clock(),
             caller=caller,
         )
-        if isinstance(prompt, str) and len(prompt) > INLINE_PROMPT_CHARACTERS:
+        is_long = isinstance(prompt, str) and len(prompt) > INLINE_PROMPT_CHARACTERS
+        if is_long or sampling_params.structured_outputs is not None:
             parsed = await self._beside(parse, prompt, sampling_params, **options)
         else:
             parsed = parse(prompt, sampling_params, **options)

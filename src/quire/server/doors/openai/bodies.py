@@ -13,6 +13,7 @@ from msgspec import Meta
 from quire import sampling_params as sampling
 from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
 from quire.sampling_params import SamplingParams
+from quire.server.doors.openai.shapes import SHAPES
 from quire.server.http.limits import MAX_TIMEOUT_SECONDS, Limits
 from quire.server.http.schema import STRING, Field, Flattened, Refused, RequestSchema, Schema, array, number
 
@@ -24,23 +25,18 @@ REQUEST_ID = r"^[A-Za-z0-9._:\-]{1,64}$(?!\n)"
 MAX_TOKENS = ("max_completion_tokens", "max_new_tokens", "max_output_tokens", "num_predict", "n_predict")
 
 _TOOLS = "tool calling is not supported in this version"
-_STRUCTURED = "structured output is not supported in this version"
 _TEXT_ONLY = "this server reads and writes text only"
 _NOT_STORED = "nothing is stored by this server"
 _PLAIN = "it is not supported in this version"
 _REASONING = "reasoning is not told apart in this version"
-_STRUCTURED_ALIASES = (
-    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "json_schema"),
-    *("regex", "ebnf", "grammar", "format", "structural_tag"),
-)
-"""Other engines' names, and vLLM's older ones, of `structured_outputs`."""
+_OTHER_SHAPES = ("regex", "ebnf", "grammar", "format", "structural_tag")
+"""Other engines' names for what `structured_outputs` holds."""
 _REFUSED_TOOLS = Refused(_TOOLS, ([],))
 _REFUSED_MEDIA = Refused(_TEXT_ONLY, ({},))
 
 REFUSED = {
     "best_of": Refused("choose among the n answers yourself", (1,)),
-    "response_format": Refused(_STRUCTURED, ({"type": "text"},)),
-    "structured_outputs": Refused(_STRUCTURED, aliases=_STRUCTURED_ALIASES),
+    "json_schema": Refused("use response_format or structured_outputs", aliases=_OTHER_SHAPES),
     "store": Refused(_NOT_STORED, (False,)),
     "metadata": Refused(_NOT_STORED, ({},)),
     "service_tier": Refused("there is one tier", ("auto", "default")),
@@ -138,6 +134,7 @@ SAMPLING = {
         "spaces_between_special_tokens", "put spaces between adjacent special tokens when they are shown"
     ),
     "include_stop_str_in_output": _sampling("include_stop_str_in_output", "keep the stop string in the text"),
+    **SHAPES,
 }
 _LENGTH = "tokens to generate at most; one that does not fit beside the prompt is refused. Left out: "
 COMPLETION_SAMPLING = SAMPLING | {

@@ -22,6 +22,7 @@ from quire.server.doors.openai.bodies import (
     TokenizeChatBody,
     TokenizeTextBody,
 )
+from quire.server.doors.openai.shapes import take_shape
 from quire.server.http.limits import Limits
 from quire.server.http.schema import check_length
 
@@ -195,6 +196,7 @@ def _make_params(
     """The one constructor's input from what a body held, and what the route decided itself over it."""
     _check_options(options)
     values = {name: getattr(defaults, name) for name in FROM_MODEL} | dict(taken)
+    take_shape(values)
     if "logit_bias" in values:
         values["logit_bias"] = _int_keys(values["logit_bias"])
     if options.stream and values.get("prompt_logprobs") is not None:

@@ -1,0 +1,120 @@
+"""Fields that hold an answer to a shape: OpenAI's `response_format`, vLLM's `structured_outputs` and its older
+`guided_*`. They become one `StructuredOutputsParams`, which checks what they say."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from quire import structured_params as shapes
+from quire.errors import InvalidRequestError
+from quire.server.http.schema import STRING, Field, Schema, array
+from quire.structured_params import StructuredOutputsParams
+
+_TEXT: Schema = {"type": "string", "minLength": 1, "maxLength": shapes.MAX_SOURCE_BYTES}
+_JSON_SCHEMA: Schema = {"anyOf": [{"type": "object"}, {"type": "boolean"}, _TEXT]}
+_CHOICE = array({"type": "string", "minLength": 1}, shapes.MAX_CHOICES, least=1)
+_FLAG: Schema = {"type": "boolean", "default": False}
+_KINDS: dict[str, Schema] = {
+    "json": _JSON_SCHEMA,
+    "regex": _TEXT,
+    "choice": _CHOICE,
+    "grammar": _TEXT,
+    "json_object": {"type": "boolean"},
+    "disable_any_whitespace": _FLAG,
+    "disable_additional_properties": _FLAG,
+    "whitespace_pattern": {"type": "string", "minLength": 1, "maxLength": shapes.MAX_PATTERN_BYTES},
+}
+_NAMED: Schema = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 64},
+        "description": STRING,
+        "schema": _JSON_SCHEMA,
+        "strict": {"type": ["boolean", "null"]},
+    },
+    "required": ["name", "schema"],
+    "additionalProperties": False,
+}
+_FORMAT: Schema = {
+    "anyOf": [
+        {"type": "object", "properties": {"type": {"enum": ["text", "json_object"]}}, "required": ["type"]},
+        {
+            "type": "object",
+            "properties": {"type": {"const": "json_schema"}, "json_schema": _NAMED},
+            "required": ["type", "json_schema"],
+        },
+    ]
+}
+_OLD = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+_OLDER = "vLLM's older name for structured_outputs."
+SHAPES = {
+    "response_format": Field(
+        "the answer is JSON (json_object), or JSON that a schema holds (json_schema, strict or not: it is held exactly)",
+        schema=_FORMAT,
+    ),
+    "structured_outputs": Field(
+        "the answer is held to one of json (a schema), regex, choice, grammar (Lark or GBNF) and json_object",
+        schema={"type": "object", "properties": _KINDS, "additionalProperties": False},
+    ),
+    **{old: Field(f"{_OLDER}{new}", schema=_KINDS[new]) for old, new in _OLD.items()},
+    "guided_whitespace_pattern": Field(f"{_OLDER}whitespace_pattern", schema=_KINDS["whitespace_pattern"]),
+    "guided_decoding_backend": Field("vLLM's choice of a compiler; there is one here: any name will do", schema=STRING),
+}
+"""Fields of completions and of chats."""
+
+
+def take_shape(values: dict[str, Any]) -> None:
+    """Replace the fields of `SHAPES` in `values` by `structured_outputs`, if they ask for a shape.
+
+    Raises:
+        InvalidRequestError: two of them ask for one, or one of them is wrong; it is named.
+    """
+    taken = {name: values.pop(name) for name in SHAPES if name in values}
+    backend = taken.pop("guided_decoding_backend", None)
+    if backend is not None and not isinstance(backend, str):
+        raise InvalidRequestError("guided_decoding_backend must be a string", param="guided_decoding_backend")
+    pattern = taken.pop("guided_whitespace_pattern", None)
+    found = {name: params for name, value in taken.items() if (params := _shape_of(name, value, pattern)) is not None}
+    if len(found) > 1:
+        first, second = [*found][:2]
+        raise InvalidRequestError(f"{first} and {second} both hold the answer to a shape: send one", param=second)
+    if pattern is not None and not found:
+        raise InvalidRequestError("guided_whitespace_pattern needs guided_json", param="guided_whitespace_pattern")
+    for params in found.values():
+        values["structured_outputs"] = params
+
+
+def _shape_of(name: str, value: Any, pattern: Any) -> StructuredOutputsParams | None:
+    if name == "response_format":
+        return _of_response_format(value)
+    try:
+        if name == "structured_outputs":
+            return StructuredOutputsParams.from_mapping(value)
+        return StructuredOutputsParams(**{_OLD[name]: value, "whitespace_pattern": pattern})
+    except InvalidRequestError as error:
+        text = error.message.replace(f"structured_outputs.{_OLD[name]}", name) if name in _OLD else error.message
+        raise InvalidRequestError(text, param=name) from error
+
+
+def _of_response_format(value: Any) -> StructuredOutputsParams | None:
+    def refused(text: str) -> InvalidRequestError:
+        return InvalidRequestError(f"response_format{text}", param="response_format")
+
+    kind = value.get("type") if isinstance(value, Mapping) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    if kind != "json_schema":
+        raise refused(" must be an object whose type is text, json_object or json_schema")
+    named = value.get("json_schema")
+    if not isinstance(named, Mapping) or "schema" not in named:
+        raise refused(".json_schema must be an object with a schema")
+    for name in named:
+        if name not in _NAMED["properties"]:
+            raise refused(f".json_schema has no field {str(name)[:64]!r}; known: {', '.join(_NAMED['properties'])}")
+    if named.get("strict") not in (None, True, False):
+        raise refused(".json_schema.strict must be true or false")
+    try:
+        return StructuredOutputsParams(json=named["schema"])
+    except InvalidRequestError as error:
+        raise refused(".json_schema.schema" + error.message.removeprefix("structured_outputs.json")) from error
