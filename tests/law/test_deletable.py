@@ -18,6 +18,7 @@ OPTIONAL = {
     "demo": ("LLM()", "model"),
     "bench": None,
     "server": None,
+    "structured": None,
     "cli": None,
 }
 """Folder -> what cannot be had without it, and the argument that is named."""
@@ -58,7 +59,9 @@ def run(tree: TreeCopy, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("folders", [("isolation",), ("observe",), ("bench", "cli", "demo", "server")], ids="-".join)
+@pytest.mark.parametrize(
+    "folders", [("isolation",), ("observe",), ("structured",), ("bench", "cli", "demo", "server")], ids="-".join
+)
 def test_the_smallest_engine_needs_no_optional_folder(tree: TreeCopy, folders: tuple[str, ...]) -> None:
     with without(tree, folders):
         shown = run(tree, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/tiny")

@@ -46,6 +46,8 @@ TOGETHER = {
     "max_tokens": lambda value: value == 0,
     "continue_final_message": lambda value: True,
     "logprob_token_ids": lambda value: bool(value),
+    "structured_outputs": lambda value: value == {},
+    "guided_whitespace_pattern": lambda value: True,
 }
 LATER = [("prompt", [-1]), ("prompt", [2**31])]
 """Refused by the engine, which knows the vocabulary."""

@@ -88,7 +88,7 @@ def test_bad_values(http: httpx.Client, route: str, field: str, value: Any, stat
         ({"chat_template_kwargs": {"__class__": 1}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"a": [[[[[[[[[1]]]]]]]]]}}, "chat_template_kwargs"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
         ({"best_of": 2}, "best_of"),
         ({"store": True}, "store"),
         ({"metadata": {"a": "b"}}, "metadata"),

@@ -1,0 +1,47 @@
+"""`quire grammar check` as it is run from outside."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quire.cli.main import main
+
+SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}'
+
+
+def test_instances_are_accepted_or_rejected_with_the_place(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text(SCHEMA)
+    (tmp_path / "answer").write_text('{"a": 22}\n')
+    assert main(["grammar", "check", "--json-schema", str(file), '{"a": 1}', f"@{tmp_path / 'answer'}"]) == 0
+    shown = capsys.readouterr().out
+    assert 'shortest answer: {"a":0}' in shown and shown.count("accepted") == 2
+    assert main(["grammar", "check", "--json-schema", SCHEMA, "--json", '{"a": 1}', '{"a": "x"}', '{"a": 1']) == 1
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(item["instance"], item["accepted"]) for item in found] == [
+        ('{"a": 1}', True), ('{"a": "x"}', False), ('{"a": 1', False)
+    ]  # fmt: skip
+    assert found[0]["reason"] is None and "at byte 5" in found[1]["reason"] and "not complete" in found[2]["reason"]
+
+
+def test_other_shapes(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path) -> None:
+    grammar = tmp_path / "sum.gbnf"
+    grammar.write_text('root ::= [0-9]+ ("+" [0-9]+)*')
+    assert main(["grammar", "check", "--grammar", str(grammar), "--tokenizer", str(tiny), "1+22", "7"]) == 0
+    assert "held: grammar in GBNF" in capsys.readouterr().out
+    assert main(["grammar", "check", "--regex", "[0-9]{3}", "123"]) == 0
+    assert main(["grammar", "check", "--choice", "yes", "no", "--json", "--", "maybe"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--json-schema", '{"not": {}}'], "the keyword 'not' at # cannot be held"),
+        (["--regex", "(a"], "unclosed group"),
+        (["--json-schema", "/absent.json"], "no text can be read there"),
+    ],
+)
+def test_a_shape_that_is_refused(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["grammar", "check", *words, "x"]) == 2
+    assert text in capsys.readouterr().err

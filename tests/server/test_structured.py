@@ -1,0 +1,110 @@
+"""Answers held to a shape, as the official client and vLLM's users ask for them, over a real engine."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import openai
+import pydantic
+import pytest
+
+from quire.llm import LLM, AsyncLLM
+from quire.sampling_params import SamplingParams
+from quire.server.doors.openai.shapes import take_shape
+from tests.server.conftest import MODEL, start
+
+HELLO: Any = [{"role": "user", "content": "hello"}]
+
+
+class Person(pydantic.BaseModel):
+    name: str = pydantic.Field(max_length=12)
+    mood: Literal["good", "bad"]
+    ages: list[int] = pydantic.Field(max_length=3)
+
+
+@pytest.fixture(scope="module")
+def client(tiny_model: Path) -> Any:
+    engine = AsyncLLM(str(tiny_model), max_model_len=512, max_num_seqs=8)
+    running = start(engine)
+    yield openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+    running.stop()
+
+
+def test_pydantic_models_are_parsed_whole_and_streamed(client: openai.OpenAI) -> None:
+    for seed in range(4):
+        asked: Any = dict(
+            model=MODEL, messages=HELLO, response_format=Person, temperature=1.5, seed=seed, max_tokens=120
+        )
+        whole = client.chat.completions.parse(**asked).choices[0]
+        assert whole.finish_reason == "stop" and isinstance(whole.message.parsed, Person)
+        with client.chat.completions.stream(**asked) as stream:
+            for _ in stream:
+                pass
+            assert stream.get_final_completion().choices[0].message.parsed == whole.message.parsed
+
+
+def test_every_name_of_a_shape_holds(client: openai.OpenAI, tiny_model: Path) -> None:
+    """The same answer as the library's for the same shape."""
+    schema = {
+        "type": "object",
+        "properties": {"a": {"type": "integer"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    named = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+    asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"response_format": named}, {"json": schema}),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        ({"structured_outputs": {"json": json.dumps(schema)}}, {"json": schema}),
+        ({"guided_json": schema}, {"json": schema}),
+        ({"guided_json": schema, "guided_whitespace_pattern": "  ?"}, {"json": schema, "whitespace_pattern": "  ?"}),
+        ({"guided_regex": "[ab]{5}", "guided_decoding_backend": "xgrammar"}, {"regex": "[ab]{5}"}),
+        ({"guided_choice": ["yes", "no"]}, {"choice": ["yes", "no"]}),
+        ({"guided_grammar": 'root ::= "x" | "yy"'}, {"grammar": 'root ::= "x" | "yy"'}),
+    ]
+    with LLM(str(tiny_model), max_model_len=512) as llm:
+        for body, shape in asked:
+            params = SamplingParams(max_tokens=60, seed=1, temperature=1.0, structured_outputs=shape)  # type: ignore[arg-type]
+            (expected,) = llm.generate("hello", params, use_tqdm=False)
+            given = client.completions.create(
+                model=MODEL, prompt="hello", max_tokens=60, seed=1, temperature=1.0, extra_body=body
+            )
+            assert given.choices[0].text == expected.outputs[0].text and given.choices[0].finish_reason == "stop", body
+
+
+def as_format(**values: Any) -> dict[str, Any]:
+    return {"response_format": values}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("body", "param", "text"),
+    [
+        (as_format(type="xml"), "response_format", "text, json_object or json_schema"),
+        (as_format(type="json_schema"), "response_format", ".json_schema must be an object with a schema"),
+        (as_format(type="json_schema", json_schema={"schema": {}, "shema": 1}), "response_format", "'shema'"),
+        (as_format(type="json_schema", json_schema={"schema": 3}), "response_format", ".json_schema.schema"),
+        ({"structured_outputs": {"json": {"uniqueItems": True}}}, "structured_outputs", "'uniqueItems' at #"),
+        ({"structured_outputs": {"regx": "a"}}, "structured_outputs", "did you mean 'regex'"),
+        ({"guided_choice": []}, "guided_choice", "guided_choice must be a list"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "send one"),
+        ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "needs guided_json"),
+        ({"guided_json": {"type": "string", "minLength": 40}}, "structured_outputs", "43 tokens"),
+        ({"guided_json": {}, "ignore_eos": True}, "ignore_eos", "nothing may follow"),
+        ({"guided_regex": "ab", "allowed_token_ids": [5]}, None, "no token is left"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_a_400_that_names_it(
+    client: openai.OpenAI, body: dict[str, Any], param: str | None, text: str, stream: bool
+) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=20, stream=stream, extra_body=body)
+    assert text in caught.value.message and caught.value.param == param
+    assert client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2).choices
+
+
+def test_a_text_format_asks_for_nothing() -> None:
+    for body in ({}, {"response_format": {"type": "text"}}, {"guided_decoding_backend": "auto"}):
+        values: dict[str, Any] = {**body, "temperature": 1.0}
+        take_shape(values)
+        assert values == {"temperature": 1.0}
