@@ -10,7 +10,9 @@ COMPOSERS = frozenset({"", "__main__", "cli", "compose", "llm"})
 """The only places that compose: they may import any public name. `""` is `quire/__init__.py`."""
 
 BASE = frozenset(
-    ("array_api_compat huggingface_hub jinja2 llguidance ml_dtypes msgspec numpy starlette tokenizers tqdm uvicorn").split()
+    (
+        "array_api_compat huggingface_hub jinja2 llguidance ml_dtypes msgspec numpy starlette tokenizers tqdm uvicorn"
+    ).split()
 )
 """What the base install promises, by import name: `dependencies` in pyproject.toml."""
 TRANSITIVE = frozenset({"anyio"})
