@@ -1,17 +1,19 @@
 """How an answer can end from where it is: a completion that the grammar allows, as tokens.
 
 The walk takes at each place the first of a fixed list of short texts that the grammar lets through: what closes first
-(quotes, braces, brackets), then what a missing part needs at least. Its result was tried, so it is a bound from above
-on the shortest completion. A walk that goes round in a circle is taken again with the texts of the circle last; where
-that finds no end either, a search over few bytes does what it can.
+(quotes, braces, brackets), then what a missing part needs at least, samples of the grammar's regular expressions among
+it. Its result was tried, so it is a bound from above on the shortest completion. A walk that goes round in a circle is
+taken again with the texts of the circle last; where that finds no end either, a search over few bytes does what it can.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from heapq import heappop, heappush
 from itertools import product
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -31,14 +33,15 @@ _OTHERS = (
 _LETTERS = ("Q", "z")
 _WALK_STEPS = 2048
 _OFTEN = 4
-_SEARCHED = 600
 _BREADTH = 12
+SEARCHED, SEARCHED_AT_START = 24, 600
+"""Beginnings that the search looks at: in an answer, and once for a grammar."""
 _IMPROVED = (12, 4)
 """Places at which the first completion is tried otherwise, and how often each."""
 
 
-class Closer:
-    """Finds completions.
+class TextTokens:
+    """The tokens that completions are made of.
 
     Args:
         token_of: the token that is exactly these bytes, or None.
@@ -47,14 +50,47 @@ class Closer:
 
     def __init__(self, token_of: Callable[[bytes], int | None], num_tokens: int) -> None:
         self._token_of = token_of
+        self.letters = self._all(_LETTERS)
+        self.closing, self.between, self.others = map(self._all, (_IN_TEXT, _BETWEEN, _OTHERS))
+        singles = {token for byte in range(256) if (token := token_of(bytes((byte,)))) is not None}
+        first = [*dict.fromkeys([*(one for one in (*self.between, *self.others) if one in singles), *sorted(singles)])]
+        self._singles: NDArray[np.int64] = np.array(first, np.int64)
         self._num_tokens = num_tokens
 
-    def completion(self, matcher: "LLMatcher", at_most: int, expected: int = _WALK_STEPS) -> list[int] | None:
+    def _all(self, texts: Sequence[str]) -> tuple[int, ...]:
+        found = (self._token_of(text.encode()) for text in texts)
+        return tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
+
+    def allowed(self, matcher: "LLMatcher") -> list[int]:
+        """Tokens of one byte that may come next, those of the walk first; without any of them, a few others."""
+        mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        found = self._singles[mask[self._singles // 8] >> (self._singles % 8) & 1 == 1]
+        if not len(found):
+            found = np.flatnonzero(np.unpackbits(mask, bitorder="little", count=self._num_tokens))[:_BREADTH]
+        return [int(token_id) for token_id in found]
+
+
+class Closer:
+    """Finds completions under one grammar.
+
+    Args:
+        samples: texts that its regular expressions match, as tokens.
+    """
+
+    def __init__(self, tokens: TextTokens, samples: Sequence[Sequence[int]] = ()) -> None:
+        self._tokens = tokens
+        ends = [list(sample[start:]) for sample in samples for start in range(len(sample))]
+        self._samples = sorted(ends, key=len)[:256]
+
+    def completion(
+        self, matcher: "LLMatcher", at_most: int, expected: int = _WALK_STEPS, searched: int = SEARCHED
+    ) -> list[int] | None:
         """Tokens with which the answer is complete, its end of sequence not among them. The matcher is left as it was.
 
         Args:
             at_most: the longest that is of use.
             expected: how long about it may be: a walk far beyond has gone in a circle.
+            searched: how many beginnings are looked at where no walk comes to an end.
 
         Returns:
             None if none was found.
@@ -63,19 +99,18 @@ class Closer:
         found = self._walk(matcher, limit)
         if found is None:
             found = self._walk(matcher, limit, Counter())
-        return self._search(matcher, at_most) if found is None else found
+        return self._search(matcher, at_most, searched) if found is None else found
 
     def shortest(self, matcher: "LLMatcher", at_most: int) -> list[int] | None:
         """The same from the beginning of an answer, with more care."""
-        best = self.completion(matcher, at_most)
+        best = self.completion(matcher, at_most, searched=SEARCHED_AT_START)
         num_places, num_others = _IMPROVED
         place = 0
         while best is not None and place < len(best) and num_places:
             if place:
                 matcher.try_consume_tokens(best[:place])
-            others = (
-                [] if matcher.compute_ff_tokens() else [one for one in self._allowed(matcher) if one != best[place]]
-            )
+            others = [] if matcher.compute_ff_tokens() else self._tokens.allowed(matcher)
+            others = [one for one in others if one != best[place]]
             num_places -= bool(others)
             for token_id in others[:num_others]:
                 if len(best) - place > 1 and matcher.try_consume_tokens([token_id]):
@@ -100,31 +135,45 @@ class Closer:
         return path if is_whole else None
 
     def _step(self, matcher: "LLMatcher", taken: Counter[int] | None) -> list[int]:
-        in_text = any(matcher.validate_tokens([letter]) for letter in self._letters)
-        late = None
-        for token_id in self._in_text if in_text else self._between:
-            if matcher.validate_tokens([token_id]):
-                if taken is None or taken[token_id] < _OFTEN:
-                    return [token_id]
-                late = token_id if late is None else late
-        others = self._allowed(matcher)
-        if taken is not None and late is not None:
-            fresh = [token_id for token_id in others if taken[token_id] < _OFTEN]
+        tokens = self._tokens
+        in_text = any(matcher.validate_tokens([letter]) for letter in tokens.letters)
+        closing = self._first(matcher, tokens.closing if in_text else tokens.between, taken)
+        if closing:
+            return closing
+        other = self._fitting_sample(matcher) or self._first(matcher, tokens.others, taken)
+        if other:
+            return other
+        allowed = tokens.allowed(matcher)
+        if taken is not None:
+            fresh = [token_id for token_id in allowed if taken[token_id] < _OFTEN]
             if not fresh:
                 taken.clear()
-            return [fresh[0] if fresh else late]
-        return others[:1]
+            allowed = fresh or allowed
+        return allowed[:1]
 
-    def _allowed(self, matcher: "LLMatcher") -> list[int]:
-        """Tokens of one byte that may come next, those of the walk first; without any of them, all others."""
-        mask = int.from_bytes(matcher.compute_bitmask(), "little")
-        found = [token_id for token_id in self._bytes if mask >> token_id & 1]
-        return found or [token_id for token_id in range(self._num_tokens) if mask >> token_id & 1][:_BREADTH]
+    @staticmethod
+    def _first(matcher: "LLMatcher", token_ids: Sequence[int], taken: Counter[int] | None) -> list[int]:
+        for token_id in token_ids:
+            if (taken is None or taken[token_id] < _OFTEN) and matcher.validate_tokens([token_id]):
+                return [token_id]
+        return []
 
-    def _search(self, matcher: "LLMatcher", at_most: int) -> list[int] | None:
+    def _fitting_sample(self, matcher: "LLMatcher") -> list[int]:
+        """The shortest end of a sample after which the text is closed, or may be."""
+        for sample in self._samples:
+            if matcher.validate_tokens(sample) == len(sample):
+                matcher.try_consume_tokens(sample)
+                closing = self._tokens.closing
+                closes = matcher.is_accepting() or any(matcher.validate_tokens([one]) for one in closing)
+                matcher.rollback(len(sample))
+                if closes:
+                    return sample
+        return []
+
+    def _search(self, matcher: "LLMatcher", at_most: int, searched: int) -> list[int] | None:
         """The shortest first, over a few bytes at each place."""
         heap: list[tuple[int, int, list[int]]] = [(0, 0, [])]
-        for number in range(1, _SEARCHED):
+        for number in range(1, searched):
             if not heap:
                 return None
             _, _, path = heappop(heap)
@@ -134,36 +183,12 @@ class Closer:
                 return path
             if taken == len(path) < at_most:
                 step = matcher.compute_ff_tokens()
-                following: Sequence[list[int]] = (
-                    [step] if step else [[one] for one in self._allowed(matcher)[:_BREADTH]]
-                )
+                few = self._tokens.allowed(matcher)[:_BREADTH]
+                following: Sequence[list[int]] = [step] if step else [[one] for one in few]
                 for place, tokens in enumerate(following):
                     heappush(heap, (len(path) + len(tokens), number * _BREADTH + place, [*path, *tokens]))
             _back(matcher, taken)
         return None
-
-    def _tokens(self, texts: Sequence[str]) -> tuple[int, ...]:
-        found = (self._token_of(text.encode()) for text in texts)
-        return tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
-
-    @cached_property
-    def _letters(self) -> tuple[int, ...]:
-        return self._tokens(_LETTERS)
-
-    @cached_property
-    def _in_text(self) -> tuple[int, ...]:
-        return self._tokens((*_IN_TEXT, *_OTHERS))
-
-    @cached_property
-    def _between(self) -> tuple[int, ...]:
-        return self._tokens((*_BETWEEN, *_OTHERS))
-
-    @cached_property
-    def _bytes(self) -> tuple[int, ...]:
-        """Tokens of one byte, those that the walk likes first."""
-        singles = [token for byte in range(256) if (token := self._token_of(bytes((byte,)))) is not None]
-        known = set(singles)
-        return tuple(dict.fromkeys([*(one for one in self._between if one in known), *singles]))
 
 
 def _back(matcher: "LLMatcher", num_tokens: int) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.errors import ShapeError
-from quire.structured.closing import Closer
+from quire.structured.closing import Closer, TextTokens
 from quire.structured.matcher import Matcher
+from quire.structured.samples import samples_of
 from quire.structured.source import limits
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Vocabulary:
 @dataclass(frozen=True, slots=True)
 class _Compiled:
     start: "LLMatcher"
+    closer: Closer
     shortest: tuple[int, ...] | None
     """An answer, as short as was found."""
 
@@ -85,7 +87,8 @@ class GrammarCompiler:
         self._num_threads = num_threads
         self._pool: ThreadPoolExecutor | None = None
         self._tokenizer: LLTokenizer | None = None
-        self._closer: Closer | None = None
+        self._texts: TextTokens | None = None
+        self._encode: Callable[[str], Sequence[int]] = str.encode
         self._executor: LLExecutor | None = None
         self._kept: OrderedDict[str, Future[_Compiled]] = OrderedDict()
         self._kept_bytes = 0
@@ -115,9 +118,9 @@ class GrammarCompiler:
             ShapeError: it does not compile.
         """
         found = self._begin(grammar.source).result()
-        assert self._closer is not None and self._tokenizer is not None
+        assert self._tokenizer is not None
         eos_token_id = self._tokenizer.eos_token
-        return Matcher(found.start.deep_copy(), self._closer, eos_token_id, found.shortest, grammar.max_tokens)
+        return Matcher(found.start.deep_copy(), found.closer, eos_token_id, found.shortest, grammar.max_tokens)
 
     def fill_masks(self, matchers: "Sequence[Matcher]", masks: NDArray[np.uint32]) -> None:
         """Which tokens may come next.
@@ -163,16 +166,17 @@ class GrammarCompiler:
         """In the thread. The compiler lets go of the interpreter meanwhile."""
         from llguidance import LLMatcher
 
-        if self._tokenizer is None or self._closer is None:
+        if self._tokenizer is None or self._texts is None:
             vocabulary = self._read_vocabulary()
             wrapped = _Wrapped(vocabulary)
-            self._closer = Closer(wrapped.token_of, len(vocabulary.tokens))
+            self._texts, self._encode = TextTokens(wrapped.token_of, len(vocabulary.tokens)), wrapped
             self._tokenizer = _tokenizer(wrapped, vocabulary)
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=limits())
         if matcher.is_error():
             raise ShapeError(f"cannot be compiled: {matcher.get_error()[:500]}")
-        shortest = self._closer.shortest(matcher, _LONGEST)
-        return _Compiled(matcher, None if shortest is None else tuple(shortest))
+        closer = Closer(self._texts, [self._encode(text) for text in samples_of(source)])
+        shortest = closer.shortest(matcher, _LONGEST)
+        return _Compiled(matcher, closer, None if shortest is None else tuple(shortest))
 
 
 class _Wrapped:

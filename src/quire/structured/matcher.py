@@ -10,11 +10,18 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 
+_AMPLE = 512
+"""Tokens left, beyond four times the plan, with which a token is taken though no completion was found after it."""
+_OFTEN = 16
+"""Tokens from one look for a lost plan to the next."""
+
+
 class Matcher:
     """The grammar's state after the tokens of one answer.
 
     It keeps a *plan*: a completion from here that fits into the tokens that are left. A token after which no completion
-    would fit is not taken; the plan's first token is, in its place. So an answer whose shortest form fits at the start
+    would fit is not taken; the plan's first token is, in its place (unless none was found and much is left: then it is
+    looked for again). So an answer whose shortest form fits at the start
     is complete at the end. What is forced, planned and refused depends on the tokens alone, so an answer that another
     process takes up goes on as it would have here.
 
@@ -32,7 +39,7 @@ class Matcher:
         self._eos_token_id = eos_token_id
         self._num_left = max_tokens
         self._plan = None if plan is None else list(plan)
-        self._tried: tuple[int, list[int]] | None = None
+        self._tried: tuple[int, list[int] | None] | None = None
         """The last token that was decided on, and the plan after it."""
         self._forced: list[int] = []
         self._see_what_is_forced()
@@ -58,7 +65,8 @@ class Matcher:
         if self._plan is None or self._forced or token_id == self._eos_token_id:
             return token_id
         after = self._plan_after(token_id)
-        if after is None or len(after) + 1 >= self._num_left:
+        may_be_lost = after is None and self._num_left > _AMPLE + 4 * len(self._plan)
+        if not may_be_lost and (after is None or len(after) + 1 >= self._num_left):
             return self._plan[0] if self._plan else self._eos_token_id
         self._tried = (token_id, after)
         return token_id
@@ -79,6 +87,8 @@ class Matcher:
         if not self.inner.consume_token(token_id):
             raise ShapeError(f"cannot be followed here: {self.inner.get_error()[:500]}")
         self._num_left -= 1
+        if self._plan is None and self._num_left % _OFTEN == 0:
+            self._plan = self._closer.completion(self.inner, self._num_left - 1, _AMPLE // 4, searched=0)
         if self._forced:
             del self._forced[0]
         if not self._forced and token_id != self._eos_token_id:

@@ -48,7 +48,7 @@ _OLD = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice
 _OLDER = "vLLM's older name for structured_outputs."
 SHAPES = {
     "response_format": Field(
-        "the answer is JSON (json_object), or JSON that a schema holds (json_schema, strict or not: it is held exactly)",
+        "the answer is JSON (json_object), or JSON that a schema holds (json_schema, strict or not: held exactly)",
         schema=_FORMAT,
     ),
     "structured_outputs": Field(
