@@ -91,7 +91,7 @@ def test_every_route_is_described(http: httpx.Client, running: Running) -> None:
     assert found.status_code == 200
     described = {path.replace("{name}", "{name:path}") for path in found.json()["paths"]}
     assert described <= set(_paths(running.server.config.app))
-    posted = {path for path in described if path not in ("/livez", "/readyz", "/health", "/metrics", "/version")}
+    posted = {path for path in described if path not in ("/", "/livez", "/readyz", "/health", "/metrics", "/version")}
     assert len(posted) == 8
     assert "security" not in found.json()
 
@@ -122,7 +122,7 @@ def test_answers_are_as_described(real: Running) -> None:
             described = DOCUMENT["paths"][route]["post"]
             _check(http.post(route, json=body), described)
             _check(http.post(route, json={**body, "nonsense": 1}), described)
-        for route in ("/v1/models", "/v1/models/tiny", "/v1/models/none", "/version", "/livez", "/readyz"):
+        for route in ("/v1/models", "/v1/models/tiny", "/v1/models/none", "/", "/version", "/livez", "/readyz"):
             name = "/v1/models/{name}" if route.startswith("/v1/models/") else route
             _check(http.get(route), DOCUMENT["paths"][name]["get"])
         explained = DOCUMENT["paths"]["/v1/requests/{request_id}/explain"]["get"]

@@ -3,12 +3,15 @@
 import argparse
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quire.cli import banner, engines
 from quire.cli.arguments import add_engine, engine_values
 from quire.config import EngineArgs
 from quire.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from quire.server.http.cors import Cors
 
 EXAMPLES = """examples:
   quire serve
@@ -43,9 +46,26 @@ def add(parser: argparse.ArgumentParser) -> None:
     flag("--share-prefix-cache", action="store_true", help=text)
     text = "seconds for running requests to finish (default: 30)"
     flag("--shutdown-timeout", type=float, default=30.0, metavar="S", help=text)
+    _add_cors(parser.add_argument_group("pages in a browser (CORS)").add_argument)
     _add_observability(parser.add_argument_group("observability").add_argument)
     engines.add_quiet(parser)
     add_engine(parser, positional_model=True)
+
+
+def _add_cors(flag: Callable[..., Any]) -> None:
+    """Who may use the server from a page."""
+    text = "origins whose pages may use the server: https://app.example, or '*' for all; left out: none"
+    flag("--allowed-origins", nargs="+", default=[], metavar="ORIGIN", help=text)
+    flag("--allowed-methods", nargs="+", default=["*"], metavar="NAME", help="methods that they may use (default: *)")
+    flag("--allowed-headers", nargs="+", default=["*"], metavar="NAME", help="headers that they may send (default: *)")
+    flag("--allow-credentials", action="store_true", help="they may send cookies and the like, for a proxy in front")
+
+
+def _cors(options: argparse.Namespace) -> "Cors":
+    from quire.server.http.cors import Cors, listed
+
+    names = ("allowed_origins", "allowed_methods", "allowed_headers")
+    return Cors(*(listed(getattr(options, name), name) for name in names), options.allow_credentials)
 
 
 def _add_observability(flag: Callable[..., Any]) -> None:
@@ -71,6 +91,7 @@ def run(options: argparse.Namespace) -> int:
     if not 0 <= options.shutdown_timeout < 86400:
         raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
     args = EngineArgs.from_mapping({"core_process": True, **engine_values(options)})
+    cors = _cors(options)
     sys.set_int_max_str_digits(MAX_DIGITS)
     listener = bind(options.host, options.port)
     finish = begin(args)
@@ -105,6 +126,7 @@ def run(options: argparse.Namespace) -> int:
             show_cached_tokens=options.enable_prompt_tokens_details,
             limits=limits,
             share_prefix_cache=options.share_prefix_cache,
+            cors=cors,
         )
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{host}:{listener.getsockname()[1]}"

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 
 from quire.errors import ConfigurationError
 from quire.server.http import errors, probes
 from quire.server.http.access import Access
 from quire.server.http.body import Bodies
 from quire.server.http.context import Api, Gate, ServerContext
+from quire.server.http.cors import EXPOSED, Cors
 from quire.server.http.keys import KeyRequired, caller_name
 from quire.server.http.limits import REQUESTS_IN_FLIGHT, Limits
 from quire.server.http.middleware import EarlyRefusal, QueueGuard, RejectAmbiguousFraming
@@ -35,6 +37,7 @@ class Observability:
 
 
 NO_OBSERVABILITY = Observability()
+NO_PAGES = Cors()
 
 
 def create_app(
@@ -50,6 +53,7 @@ def create_app(
     observability: Observability = NO_OBSERVABILITY,
     limits: Limits = DEFAULT_LIMITS,
     max_requests_in_flight: int = REQUESTS_IN_FLIGHT,
+    cors: Cors = NO_PAGES,
 ) -> Starlette:
     """An ASGI application. The caller keeps the engine and shuts it down.
 
@@ -65,6 +69,7 @@ def create_app(
         observability: what operators see.
         limits: of bodies and of the fields in them.
         share_prefix_cache: requests with different keys may find each other's prefixes.
+        cors: which pages in a browser may use it; none by default.
 
     Raises:
         ConfigurationError: no name, or an empty key.
@@ -95,7 +100,7 @@ def create_app(
     )
     engine.expect_callers(app.state.context.weights)
     app.state.metrics_prefix = metrics_prefix
-    _surround(app, engine, names[0], list(api_keys), observability)
+    _surround(app, engine, names[0], list(api_keys), observability, cors)
     return app
 
 
@@ -106,7 +111,12 @@ def _weighted(api_key: str | Sequence[str] | Mapping[str, int]) -> dict[str, int
 
 
 def _surround(
-    app: Starlette, engine: "AsyncEngine", name: str, api_keys: Sequence[str], observability: Observability
+    app: Starlette,
+    engine: "AsyncEngine",
+    name: str,
+    api_keys: Sequence[str],
+    observability: Observability,
+    cors: Cors,
 ) -> None:
     """Errors, the queue and keys, and around them what takes notes of every request."""
     admin_key = observability.admin_api_key
@@ -118,8 +128,19 @@ def _surround(
     if api_keys or admin_key is not None:
         keys = KeyRequired(app, api_keys=api_keys, open_paths=probes.OPEN_PATHS, admin_key=admin_key)
         app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=probes.OPEN_PATHS, admin_key=admin_key)
+    if cors.origins:  # around the keys: a preflight carries none, and a page may read why its request was refused
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors.origins,
+            allow_methods=cors.methods,
+            allow_headers=cors.headers,
+            allow_credentials=cors.credentials,
+            expose_headers=EXPOSED,
+        )
     app.add_middleware(RejectAmbiguousFraming)
     if observability.otlp_traces_endpoint is not None:
         engine.observer.trace_to(observability.otlp_traces_endpoint, name)
     app.add_middleware(Access, observer=engine.observer, logs=observability.log_requests)
-    app.state.early_refusal = EarlyRefusal(app.state.context, keys, logs=observability.log_requests)
+    app.state.early_refusal = EarlyRefusal(
+        app.state.context, keys, logs=observability.log_requests, leaves_pages=bool(cors.origins)
+    )
