@@ -99,8 +99,9 @@ def request_failure(message: str) -> RequestFailedError:
 
 
 def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
-    """`unknown sampling parameter 'top_kk'; did you mean 'top_k'?`"""
-    nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    """`unknown sampling parameter 'top_kk'; did you mean 'top_k'?` Of names with dots, the last parts are compared."""
+    places = {place.rpartition(".")[2]: place for place in sorted(known)}
+    nearest = [places[item] for item in difflib.get_close_matches(name.rpartition(".")[2], places, n=1, cutoff=0.6)]
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     return f"unknown {kind} {name!r}{hint}"
 

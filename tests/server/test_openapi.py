@@ -36,6 +36,7 @@ VALUES: list[Any] = [
     *([], [1], [0.5], ["x"], [""], [None], [[1]], [[]], [-1], [2**31], ["x"] * 65, ["x"] * 257, [1] * 4097, ["text"]),
     *({}, {"1": 1}, {"1": 101}, {"x": 1}, {"-1": 1}, {"include_usage": True}, {"type": "text"}, {"a": {}}, {"a b": 1}),
     *(MESSAGES, [{"role": "user"}], [{"role": "x", "content": "x"}], [{"role": "user", "content": ["x"], "name": "n"}]),
+    *("low", "24h", "flex", {"a": "x" * 513}, {"x" * 65: ""}, {str(place): "" for place in range(17)}, {"ttl": "5m"}),
 ]  # fmt: skip
 TOGETHER = {
     # What a schema of single fields cannot say: field -> values that stand in another field's way.
@@ -46,6 +47,7 @@ TOGETHER = {
     "max_tokens": lambda value: value == 0,
     "continue_final_message": lambda value: True,
     "logprob_token_ids": lambda value: bool(value),
+    "best_of": lambda value: value != 1,
 }
 LATER = [("prompt", [-1]), ("prompt", [2**31])]
 """Refused by the engine, which knows the vocabulary."""
@@ -112,7 +114,7 @@ def test_answers_are_as_described(real: Running) -> None:
         extras: dict[str, Any] = {"return_token_ids": True, "prompt_logprobs": 1, "max_tokens": 3}
         for route, body in (
             ("/v1/completions", {"prompt": ["ab", "c"], "n": 2, "logprobs": 2, **extras}),
-            ("/v1/completions", {"prompt": "ab", "max_tokens": 2}),
+            ("/v1/completions", {"prompt": "ab", "max_tokens": 2, "store": True, "service_tier": "flex"}),
             ("/v1/chat/completions", {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2, **extras}),
             ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2, "temperature": 0}),
             ("/tokenize", {"prompt": "ab", "return_token_strs": True}),

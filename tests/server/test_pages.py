@@ -6,9 +6,12 @@ from html.parser import HTMLParser
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
 from quire.engine.queue import ANYBODY, Caller
 from quire.errors import ConfigurationError, OverloadedError
+from quire.server.doors.openai.routes import OPENAI
+from quire.server.http.app import create_app
 from quire.server.http.cors import Cors, listed
 from tests.server.conftest import MODEL, Running, start
 from tests.server.fake_engine import FakeEngine
@@ -130,10 +133,6 @@ def test_the_root_says_what_this_is_and_links_on(http: httpx.Client) -> None:
 
 
 def test_names_cannot_write_markup_into_the_page() -> None:
-    from quire.server.doors.openai.routes import OPENAI
-    from quire.server.http.app import create_app
-    from starlette.testclient import TestClient
-
     app = create_app(FakeEngine(), apis=[OPENAI], served_model_name="<script>x</script>")  # type: ignore[arg-type]
     page = TestClient(app).get("/", headers={"accept": "text/html"})
     assert "<script>" not in page.text and "&lt;script&gt;" in page.text

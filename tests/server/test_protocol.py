@@ -30,14 +30,6 @@ def chat(**body: Any) -> ChatCall:
 @pytest.mark.parametrize(
     ("name", "value", "is_taken"),
     [
-        ("best_of", 1, True),
-        ("best_of", None, True),
-        ("best_of", True, False),
-        ("best_of", 2, False),
-        ("store", False, True),
-        ("store", None, True),
-        ("store", 0, False),
-        ("store", True, False),
         ("parallel_tool_calls", True, True),
         ("parallel_tool_calls", 1, False),
         ("length_penalty", 1, True),
@@ -68,11 +60,19 @@ def test_two_names_of_one_field_must_agree() -> None:
     assert COMPLETION.read({"prompt": "x", **body}, Limits()).sampling == {"max_tokens": 5, "seed": 3}
     for body in (
         {"max_tokens": 5, "max_new_tokens": 6},
-        {"seed": 1, "random_seed": 2},
-        {"max_tokens": 1, "n_predict": True},
+        {"random_seed": 1, "sampling_seed": 2},
+        {"num_predict": 1, "n_predict": True},
     ):
-        with pytest.raises(InvalidRequestError, match="are one field and differ"):
+        first, second = body
+        with pytest.raises(InvalidRequestError, match=f"{second} and {first} are one field and differ"):
             COMPLETION.read({"prompt": "x", **body}, Limits())
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "n_predict"])
+def test_minus_one_is_as_much_as_fits(name: str) -> None:
+    for call in (completion(**{name: -1}), chat(**{name: -1})):
+        assert call.params.max_tokens is call.asked_max_tokens is None
+    assert completion().params.max_tokens == 16
 
 
 def test_a_null_is_a_field_left_out() -> None:

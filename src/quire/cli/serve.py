@@ -64,8 +64,12 @@ def _add_cors(flag: Callable[..., Any]) -> None:
 def _cors(options: argparse.Namespace) -> "Cors":
     from quire.server.http.cors import Cors, listed
 
-    names = ("allowed_origins", "allowed_methods", "allowed_headers")
-    return Cors(*(listed(getattr(options, name), name) for name in names), options.allow_credentials)
+    return Cors(
+        listed(options.allowed_origins, "allowed_origins"),
+        listed(options.allowed_methods, "allowed_methods"),
+        listed(options.allowed_headers, "allowed_headers"),
+        options.allow_credentials,
+    )
 
 
 def _add_observability(flag: Callable[..., Any]) -> None:

@@ -72,7 +72,7 @@ def parse_completion(raw: Mapping[str, Any], defaults: SamplingParams, limits: L
         ApiError: a count past its limit.
     """
     body = COMPLETION.read(raw, limits)
-    values, prompts = body.sampling, _prompts(body.prompt, limits)
+    values, prompts = _with_what_fits(body.sampling), _prompts(body.prompt, limits)
     asked, logprobs = values.get("max_tokens"), values.get("logprobs")
     overrides: dict[str, Any] = {}
     prompt_only = body.echo and asked == 0 and type(asked) is int
@@ -106,9 +106,9 @@ def parse_chat(raw: Mapping[str, Any], defaults: SamplingParams, limits: Limits)
         ApiError: a count past its limit.
     """
     body = CHAT.read(raw, limits)
-    values, conversation = body.sampling, _checked(body.conversation, limits)
+    values, conversation = _with_what_fits(body.sampling), _checked(body.conversation, limits)
     count = values.pop("top_logprobs", None)
-    if count is not None and not body.logprobs:
+    if count is not None and not body.logprobs and (count != 0 or type(count) is not int):
         raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
     top_logprobs = (0 if count is None else count) if body.logprobs else None
     overrides = {"logprobs": top_logprobs, "max_tokens": values.get("max_tokens")}
@@ -195,12 +195,23 @@ def _make_params(
     """The one constructor's input from what a body held, and what the route decided itself over it."""
     _check_options(options)
     values = {name: getattr(defaults, name) for name in FROM_MODEL} | dict(taken)
+    best_of = values.pop("best_of", 1)
     if "logit_bias" in values:
         values["logit_bias"] = _int_keys(values["logit_bias"])
     if options.stream and values.get("prompt_logprobs") is not None:
         raise InvalidRequestError("prompt_logprobs needs stream: false", param="prompt_logprobs")
     kind = RequestOutputKind.DELTA if options.stream else RequestOutputKind.FINAL_ONLY
-    return SamplingParams.from_mapping({**values, **overrides, "output_kind": kind})
+    params = SamplingParams.from_mapping({**values, **overrides, "output_kind": kind})
+    if type(best_of) is not int or best_of not in (1, params.n):
+        text = f"best_of must be n ({params.n}) or 1, got {best_of!r:.32}: choose among the n answers yourself"
+        raise InvalidRequestError(text, param="best_of")
+    return params
+
+
+def _with_what_fits(values: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp's way to say so is a `max_tokens` of -1."""
+    asked = values.get("max_tokens")
+    return {**values, "max_tokens": None} if asked == -1 and type(asked) is int else values
 
 
 def _check_options(options: ResponseOptions) -> None:
@@ -248,9 +259,15 @@ def _prompts(value: str | list[Any], limits: Limits) -> list[Prompt]:
 
 
 def _checked(conversation: Conversation, limits: Limits) -> Conversation:
-    for message in conversation.messages:
+    for place, message in enumerate(conversation.messages):
         if not isinstance(message.content, str):
             check_length(limits.content_parts, message.content, "messages")
+        if message.reasoning is not None and message.reasoning_content not in (None, message.reasoning):
+            named = f"messages[{place}].reasoning"
+            raise InvalidRequestError(f"{named} and reasoning_content are one field and differ", param=named)
+    for name, value in conversation.own_arguments.items():
+        if conversation.chat_template_kwargs.get(name, value) != value:
+            raise InvalidRequestError(f"{name} and chat_template_kwargs.{name} are one field and differ", param=name)
     for name in conversation.chat_template_kwargs:
         if not re.fullmatch(ARGUMENT_NAME, name):
             raise InvalidRequestError(f"chat_template_kwargs may not set {name[:64]!r}", param="chat_template_kwargs")

@@ -37,6 +37,7 @@ class Answer(ABC, Generic[C]):
             "created": int(time.time()),
             "model": context.resolve_name(call.options.model),
             "system_fingerprint": responses.FINGERPRINT,
+            **responses.of_labels(call.options),
         }
         self._usage = Usage(call.num_prompts, shows_cached=context.show_cached_tokens, prompt_only=call.prompt_only)
 
@@ -254,15 +255,16 @@ async def encode_conversation(context: ServerContext, conversation: Conversation
         chat_template=conversation.chat_template,
         documents=conversation.documents or None,
         add_special_tokens=conversation.add_special_tokens,
-        chat_template_kwargs=conversation.chat_template_kwargs,
+        chat_template_kwargs={**conversation.chat_template_kwargs, **conversation.own_arguments},
     )
 
 
 def _as_template(message: Message) -> dict[str, str]:
     """A message as templates take it: few know the newer name of the system role."""
     role = "system" if message.role == "developer" else message.role
-    named = {} if message.name is None else {"name": message.name}
-    return {"role": role, "content": text_of(message.content), **named}
+    reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
+    more = {"name": message.name, "reasoning_content": reasoning}
+    return {"role": role, "content": text_of(message.content), **{k: v for k, v in more.items() if v is not None}}
 
 
 def _piece(index: int, delta: Content, logprobs: Content | None = None) -> Content:

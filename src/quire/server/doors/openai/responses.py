@@ -6,10 +6,17 @@ from typing import Any
 import quire
 from quire.errors import EngineDeadError, request_failure
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from quire.server.doors.openai.bodies import ResponseOptions
 
 FINGERPRINT = f"quire-{quire.__version__}"
 LEAST_LOGPROB = -9999.0
 """JSON has no infinity; vLLM sends this."""
+
+
+def of_labels(options: ResponseOptions) -> dict[str, Any]:
+    """What was done of labels that a client may count on: nothing was stored, and there is one tier."""
+    tier = {} if options.service_tier is None else {"service_tier": "default"}
+    return ({"store": False} if options.store else {}) | tier
 
 
 def check_finish(output: RequestOutput, choice: CompletionOutput) -> str | None:
