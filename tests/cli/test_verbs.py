@@ -60,6 +60,26 @@ def test_generate_json(tiny: Path) -> None:
     assert [json.loads(line)["prompt"] for line in many.stdout.splitlines()] == ["a", "b", "c"]
 
 
+def test_one_form_for_all_verbs(tiny: Path) -> None:
+    """Two words are a model and a prompt, as `serve DIR` and `chat DIR` take the model."""
+    flags = ("generate", "--quiet", "--max-tokens", 6, "--temperature", 0, "--ignore-eos")
+    named = quire(*flags, "--model", tiny, "hello")
+    assert named.returncode == 0 and named.stdout.strip()
+    assert quire(*flags, tiny, "hello").stdout == named.stdout
+    assert quire(*flags, tiny, text="hello\n").stdout == named.stdout
+    many = quire(*flags, tiny, "--json", "hello", "you")
+    assert [json.loads(line)["prompt"] for line in many.stdout.splitlines()] == ["hello", "you"]
+    embedded = [quire(*flags, *words).stdout for words in (["hello"], ["quire-demo", "hello"])]
+    assert embedded[0] == embedded[1] != named.stdout
+
+
+def test_the_banner_says_which_sampling_applies(tiny: Path) -> None:
+    done = quire("generate", "--max-tokens", 2, tiny, "hello")
+    lines = [line.split(maxsplit=1)[1] for line in done.stderr.splitlines() if line.strip().startswith("sampling ")]
+    assert lines[0] == "max_tokens 2  (flags)" and lines[1].startswith("temperature 1.0  (default")
+    assert lines[2].startswith("min_p 0.05  (default: the model states no")
+
+
 def test_generate_imports_nothing_of_the_server(tiny: Path) -> None:
     program = (
         "import sys\nfrom quire.cli.main import main\n"

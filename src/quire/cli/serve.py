@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from quire.cli import banner, engines
+from quire.cli import banner, engines, model_path, sampling
 from quire.cli.arguments import add_engine, engine_values
 from quire.config import EngineArgs
 from quire.errors import ConfigurationError
@@ -98,6 +98,7 @@ def run(options: argparse.Namespace) -> int:
     cors = _cors(options)
     sys.set_int_max_str_digits(MAX_DIGITS)
     listener = bind(options.host, options.port)
+    model_path.check(args.model)
     finish = begin(args)
     # While the core starts: what follows takes a third of a second to import.
     from quire.engine.async_engine import AsyncEngine
@@ -115,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
         keys = read_keys(options.api_key_file) | keys
     configure_logs(options.log_format, requests=options.enable_log_requests)
     engine, name = AsyncEngine(finish()), engines.model_name(args)
-    banner.show(name, engine.decisions, quiet=options.quiet)
+    banner.show(name, [*engine.decisions, *sampling.resolve({}, engine.stated_sampling)[1]], quiet=options.quiet)
     try:
         app = create_app(
             engine,
