@@ -21,7 +21,11 @@ absolute path, an address or a trace.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class QuireError(Exception):
@@ -104,6 +108,28 @@ def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
     nearest = [places[item] for item in difflib.get_close_matches(name.rpartition(".")[2], places, n=1, cutoff=0.6)]
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     return f"unknown {kind} {name!r}{hint}"
+
+
+def names_unknown_arguments(kind: str) -> Callable[[type[T]], type[T]]:
+    """For a dataclass: its TypeError for an unexpected keyword says the nearest known one."""
+
+    def decorate(owner: type[T]) -> type[T]:
+        init = owner.__init__
+
+        @wraps(init)
+        def named(self: T, *args: Any, **values: Any) -> None:
+            try:
+                init(self, *args, **values)
+            except TypeError:
+                known = owner.__dataclass_fields__  # type: ignore[attr-defined]
+                for name in sorted(values.keys() - known.keys()):
+                    raise TypeError(f"{owner.__name__}: {unknown_name_message(kind, name, known)}") from None
+                raise
+
+        owner.__init__ = named  # type: ignore[assignment, method-assign]
+        return owner
+
+    return decorate
 
 
 def internal_fault_message(error: Exception) -> str:

@@ -198,12 +198,13 @@ def test_signals_of_a_terminal_leave_the_core_to_the_http_side(serve: Any) -> No
     assert served.status("/readyz") == 200 and list(served.stream(max_tokens=5))[-1] == {}
 
 
-def test_the_core_gives_way_to_the_http_side_with_every_thread(serve: Any) -> None:
-    served = serve()
+@pytest.mark.parametrize(("flags", "niceness"), [([], 5), (["--core-niceness", "0"], 0)])
+def test_the_core_gives_way_to_the_http_side_with_every_thread(serve: Any, flags: list[str], niceness: int) -> None:
+    served = serve(*flags)
     assert list(served.stream(max_tokens=4))[-1] == {}
     front = os.getpriority(os.PRIO_PROCESS, served.process.pid)
     threads = [int(path.name) for path in Path(f"/proc/{served.core_pid}/task").iterdir()]
-    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {min(19, front + 5)}
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {min(19, front + niceness)}
 
 
 @contextmanager

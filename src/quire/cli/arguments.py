@@ -42,6 +42,7 @@ ENGINE_HELP = {
     "threads": "CPU threads; the physical cores that this process may use",
     "async_scheduling": "plan the next step while one is computed; on a GPU by default",
     "core_process": "compute in a process of its own, replaced when it dies; serve does so by default",
+    "core_niceness": "how far that process gives way to the one that answers people, from 0 to 19",
     "hang_timeout": "seconds that a step may take before that process is replaced; learned from steps like it",
     "verify_cached_blocks": "for debugging: when idle, compute cached blocks again and compare them bit for bit",
 }

@@ -32,6 +32,7 @@ VERBS = {
     "explain": "say where the time of a request to a running server went",
     "bench": "measure speed",
     "doctor": "say what this machine and installation offer",
+    "completion": "print what a shell completes: bash, zsh or fish",
 }
 
 
@@ -104,7 +105,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"quire {verb}: {hint}")
         return 2
     try:
-        options = make_parser(given).parse_args(canonical(given, say))
+        words = canonical(given, say)
+        if verb == "serve" and not {"-h", "--help"} & set(words):
+            words = _with_settings(words)
+        options = make_parser(given).parse_args(words)
         return load(options.verb).run(options)
     except SystemExit as leaving:  # argparse: --help, --version, usage
         return leaving.code if isinstance(leaving.code, int) else 1
@@ -119,6 +123,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         say(f"quire: {_one_line(error)}")
         return 2 if isinstance(error, InvalidRequestError | ConfigurationError) and _is_usage(error) else 1
+
+
+def _with_settings(words: list[str]) -> list[str]:
+    """Those of environment and file, behind the words of `serve`."""
+    from quire.cli.settings import completed
+
+    place = words.index("serve") + 1
+    parser = Parser(prog="quire serve", allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true")
+    load("serve").add(parser)
+    return [*words[:place], *completed(words[place:], parser, os.environ, say)]
 
 
 def _nearest(verb: str) -> str:

@@ -19,6 +19,9 @@ EXAMPLES = """examples:
   curl http://127.0.0.1:8000/v1/completions \\
     -H 'Content-Type: application/json' -d '{"prompt": "Hello", "max_tokens": 9}'
 
+Every flag may stand in a file (--config, or QUIRE_CONFIG) or in the environment: --port is QUIRE_PORT. The command line
+goes before the environment, that before the file.
+
 SIGTERM or Ctrl-C: running requests finish first (--shutdown-timeout); a second one leaves at once."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MAX_DIGITS = 640
@@ -29,6 +32,8 @@ square: a body full of them would hold all other requests for half a second."""
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     flag = parser.add_argument_group("server").add_argument
+    text = "flags from a file: `port: 8000` on a line; each is QUIRE_PORT and so on in the environment too"
+    flag("--config", metavar="FILE", help=text)
     flag("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     flag("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     flag("--served-model-name", nargs="+", metavar="NAME", help="names for clients; the directory's name")

@@ -41,10 +41,11 @@ class CoreProcess:
 
     Args:
         first: its first message, which says what it is to be.
+        niceness: above this process's own.
         module: run with the number of its end of the socket as argument.
     """
 
-    def __init__(self, first: Any, module: str = CORE_MODULE) -> None:
+    def __init__(self, first: Any, module: str = CORE_MODULE, *, niceness: int = NICENESS) -> None:
         self._connection, theirs = socket.socketpair()
         self._frames = Unframer(Report, MAX_FRAME_BYTES)
         self._unsent = bytearray()
@@ -58,7 +59,7 @@ class CoreProcess:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
             )
         # Before it has threads: on Linux each has a niceness of its own, from the one that made it.
-        os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
+        os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
         self._connection.setblocking(False)
         self.send(first)
 

@@ -67,9 +67,9 @@ def create_app(
         show_cached_tokens: usage tells how many prompt tokens the prefix cache supplied; None: unless callers with
             different keys share it: they could learn from it what others ask.
         observability: what operators see.
-        limits: of bodies and of the fields in them.
+        limits: of bodies and their fields.
         share_prefix_cache: requests with different keys may find each other's prefixes.
-        cors: which pages in a browser may use it; none by default.
+        cors: which pages in a browser may use it.
 
     Raises:
         ConfigurationError: no name, or an empty key.
@@ -78,8 +78,6 @@ def create_app(
     if not names or not all(names):
         raise ConfigurationError("served_model_name must not be empty", field="served_model_name")
     api_keys = _weighted(api_key)
-    if not all(key.strip() for key in api_keys):
-        raise ConfigurationError("api_key must not be empty", field="api_key")
     if show_cached_tokens is None:
         show_cached_tokens = not (share_prefix_cache and len(api_keys) > 1)
     app = Starlette(routes=[*(route for api in apis for route in api.routes), *probes.ROUTES])
@@ -106,7 +104,9 @@ def create_app(
 
 def _weighted(api_key: str | Sequence[str] | Mapping[str, int]) -> dict[str, int]:
     if isinstance(api_key, str):
-        return {api_key: 1}
+        api_key = [api_key]
+    if not all(key.strip() for key in api_key):
+        raise ConfigurationError("api_key must not be empty", field="api_key")
     return dict(api_key) if isinstance(api_key, Mapping) else dict.fromkeys(api_key, 1)
 
 
