@@ -113,7 +113,7 @@ def test_variables_that_are_no_flags_are_said() -> None:
         ("allowed-origins: *", "must stand in quotes"),
         ("model: |\n  x", "line 1"),
         ("- port", "line 1"),
-        ("limit: [a, b", "a list must end on its line"),
+        ("limit: [a, b", "a list is .* on one line"),
         ("limit: [a b, [c]]", "line 1"),
         ("config: other", "unknown flag 'config'"),
         ('{"port": {"a": 1}}', "is not flat JSON"),

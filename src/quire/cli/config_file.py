@@ -18,6 +18,8 @@ _PAIR = re.compile(r"([A-Za-z][A-Za-z0-9_-]*):(?:\s+(.*))?")
 _ITEM = re.compile(r"\s*-\s+(.*)")
 _SCALAR = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*"|[^\s'"\[\]{}>|*&!%@`#,?:-][^#,\[\]{}]*|-?[0-9][^#,\[\]{}]*""")
 
+_LIST = re.compile(rf"\[\s*(?:(?:{_SCALAR.pattern})\s*(?:,\s*(?:{_SCALAR.pattern})\s*)*)?\]")
+
 
 def read_config(path: str) -> dict[str, tuple[Value, int]]:
     """Key -> value and the number of its line. A null is a key left out.
@@ -91,21 +93,9 @@ def _without_comment(text: str) -> str:
 def _value(text: str) -> Value:
     if not text.startswith("["):
         return _scalar(text)
-    inside = text[1:-1].strip()
-    if not text.endswith("]"):
-        raise ValueError("a list must end on its line")
-    items, place = [], 0
-    while place < len(inside):
-        found = _SCALAR.match(inside, place)
-        if found is None:
-            raise ValueError("a list holds values with commas between them")
-        items.append(_scalar(found[0].strip()))
-        place = found.end()
-        rest = re.compile(r"\s*(,\s*|$)").match(inside, place)
-        if rest is None:
-            raise ValueError("a list holds values with commas between them")
-        place = rest.end()
-    return items
+    if _LIST.fullmatch(text) is None:
+        raise ValueError("a list is [a, b] on one line, its values in quotes if they hold signs of their own")
+    return [_scalar(item[0].strip()) for item in _SCALAR.finditer(text[1:-1].strip())]
 
 
 def _scalar(text: str) -> str:

@@ -33,25 +33,19 @@ class _Setting:
         Raises:
             ConfigurationError: a value that the flag cannot have, with its source.
         """
-        flag, values = self.action.option_strings[0], self.value if isinstance(self.value, list) else [self.value]
+        flags = self.action.option_strings
+        if isinstance(self.value, list) and not _takes_many(self.action):
+            raise ConfigurationError(f"{self.source} must be one value, not a list")
+        values = self.value if isinstance(self.value, list) else [self.value]
+        if self.action.nargs == 0:
+            if self.value not in ("true", "false"):
+                raise ConfigurationError(f"{self.source} must be true or false, got {self.value!r}")
+            return [flags[0]] if self.value == "true" else list(flags[1:2])
         for value in values:
             self._check(value)
-        if self.action.nargs == 0 or isinstance(self.action, argparse.BooleanOptionalAction):
-            if self.value == "false":
-                return list(self.action.option_strings[1:2])
-            return [flag]
-        if self.action.nargs == "+":
-            return [flag, *values]
-        return [f"{flag}={value}" for value in values]
+        return [flags[0], *values] if self.action.nargs == "+" else [f"{flags[0]}={value}" for value in values]
 
     def _check(self, value: str) -> None:
-        takes_many = self.action.nargs == "+" or isinstance(self.action, argparse._AppendAction)
-        if isinstance(self.value, list) and not takes_many:
-            raise ConfigurationError(f"{self.source} must be one value, not a list")
-        if self.action.nargs == 0 or isinstance(self.action, argparse.BooleanOptionalAction):
-            if value not in ("true", "false"):
-                raise ConfigurationError(f"{self.source} must be true or false, got {value!r}")
-            return
         if self.action.nargs == "+" and value.startswith("-"):
             raise ConfigurationError(f"{self.source} must not begin with a hyphen, got {value!r}")
         kind: Any = self.action.type or str
@@ -61,6 +55,10 @@ class _Setting:
             raise ConfigurationError(f"{self.source} must be a {kind.__name__}, got {value!r}") from error
         if self.action.choices is not None and found not in self.action.choices:
             raise ConfigurationError(f"{self.source} must be one of {', '.join(map(str, self.action.choices))}")
+
+
+def _takes_many(action: argparse.Action) -> bool:
+    return action.nargs == "+" or isinstance(action, argparse._AppendAction)
 
 
 def completed(
@@ -79,13 +77,13 @@ def completed(
     names = {flag: one for one in parser._actions for flag in one.option_strings}
     given = {names[word].dest for item in own if (word := item.partition("=")[0]) in names}
     found = {one.action.dest: one for one in _of_environment(actions, environment, say)}
-    named = found.pop("config", None)
-    path = _config_path(own) or (None if named is None else str(named.value))
+    typed, named = parser.parse_args(own), found.pop("config", None)
+    path: str | None = typed.config or (None if named is None else str(named.value))
     if path is not None:
         for key, (value, line) in read_config(path).items():
             one = _Setting(_action(actions, key, f"line {line} of {path}"), value, f"{key} (line {line} of {path})")
             found.setdefault(one.action.dest, one)
-    if _names_model(own, parser):
+    if typed.positional_model is not None:
         given.add("model")
     added = [word for dest, one in found.items() if dest not in given for word in one.words()]
     return [*own, *added, *words[len(own) :]]
@@ -99,25 +97,15 @@ def _of_environment(
             continue
         flag = "--" + name.removeprefix(PREFIX).lower().replace("_", "-")
         flag = ALIASES.get(flag, flag)
-        if not value:
-            raise ConfigurationError(f"{name} is empty: give it a value, or take it out of the environment")
         if value.startswith(_SERVICE_LINK):
-            say(f"quire: {name} is an address that Kubernetes sets for a service, and is not read")
+            say(f"quire: not read: {name}, an address that Kubernetes sets for a service")
+        elif flag in actions and not value:
+            raise ConfigurationError(f"{name} is empty: give it a value, or take it out of the environment")
         elif flag in actions:
-            takes_many = actions[flag].nargs == "+" or isinstance(actions[flag], argparse._AppendAction)
-            yield _Setting(actions[flag], read_list(value) if takes_many else value, name)
+            yield _Setting(actions[flag], read_list(value) if _takes_many(actions[flag]) else value, name)
         else:
             known = [PREFIX + item[2:].replace("-", "_").upper() for item in actions]
-            say(f"quire: {unknown_name_message('variable', name, known)}: it is not read")
-
-
-def _config_path(words: Sequence[str]) -> str | None:
-    for place, word in enumerate(words):
-        if word == "--config" and place + 1 < len(words):
-            return words[place + 1]
-        if word.startswith("--config="):
-            return word.partition("=")[2]
-    return None
+            say(f"quire: not read: {unknown_name_message('variable', name, known)}")
 
 
 def _action(actions: Mapping[str, argparse.Action], key: str, place: str) -> argparse.Action:
@@ -126,8 +114,3 @@ def _action(actions: Mapping[str, argparse.Action], key: str, place: str) -> arg
     if flag in ("--config", "--help") or flag not in actions:
         raise ConfigurationError(f"{place}: {unknown_name_message('flag', key, [item[2:] for item in actions])}")
     return actions[flag]
-
-
-def _names_model(words: Sequence[str], parser: argparse.ArgumentParser) -> bool:
-    """Whether the model stands among the words without a flag."""
-    return parser.parse_args(words).positional_model is not None
