@@ -101,9 +101,9 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
     args = EngineArgs.from_mapping({"core_process": True, **engine_values(options)})
     cors = _cors(options)
-    sys.set_int_max_str_digits(MAX_DIGITS)
     listener = bind(options.host, options.port)
     model_path.check(args.model)
+    sys.set_int_max_str_digits(MAX_DIGITS)
     finish = begin(args)
     # While the core starts: what follows takes a third of a second to import.
     from quire.engine.async_engine import AsyncEngine
