@@ -15,7 +15,8 @@ VOCABULARY = 90
 GREEDY = SamplingSpec(temperature=0.0)
 FULL = SamplingSpec(
     temperature=1.5, top_k=1, top_p=0.2, min_p=0.9, seed=4,
-    penalties=PenaltySpec(presence=2.0, frequency=2.0, repetition=1.9), min_tokens=50, stop_token_ids=(3, 4), logit_bias=((5, 50.0),), bad_words=((6,), (7, 8)),
+    penalties=PenaltySpec(presence=2.0, frequency=2.0, repetition=1.9), min_tokens=50, stop_token_ids=(3, 4),
+    logit_bias=((5, 50.0),), bad_words=((6,), (7, 8)),
     allowed_token_ids=tuple(range(3, 60)), num_logprobs=3, logprob_token_ids=(9, 10),
 )  # fmt: skip
 """A request that uses everything."""
