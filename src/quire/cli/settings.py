@@ -5,6 +5,7 @@ list that a flag gives is not added to one of the file.
 """
 
 import argparse
+import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,9 +104,9 @@ def _of_environment(
             raise ConfigurationError(f"{name} is empty: give it a value, or take it out of the environment")
         elif flag in actions:
             yield _Setting(actions[flag], read_list(value) if _takes_many(actions[flag]) else value, name)
-        else:
-            known = [PREFIX + item[2:].replace("-", "_").upper() for item in actions]
-            say(f"quire: not read: {unknown_name_message('variable', name, known)}")
+        elif nearest := difflib.get_close_matches(flag[2:], [item[2:] for item in actions], n=1, cutoff=0.75):
+            meant = PREFIX + nearest[0].replace("-", "_").upper()
+            say(f"quire: not read: {name}, which names no flag; did you mean {meant}?")
 
 
 def _action(actions: Mapping[str, argparse.Action], key: str, place: str) -> argparse.Action:
