@@ -13,6 +13,7 @@ from openai.resources.completions import Completions
 from quire.llm import AsyncLLM
 from quire.server.doors.openai.bodies import CHAT, COMPLETION
 from quire.server.http.limits import Limits
+from scripts.house.tree import ROOT
 from tests.server.conftest import MODEL, Running, start
 from tests.tiny.checkpoints import make_tiny
 
@@ -31,7 +32,10 @@ ASKED: dict[str, Any] = {"max_tokens": 4, "temperature": 0, "logprobs": True}
 
 
 def test_every_parameter_of_the_official_client_is_known() -> None:
-    """Honoured, a label, or refused with its reason: none is an unknown field."""
+    """Honoured, a label, or refused with its reason: none is an unknown field. Of the locked version, so that a new
+    release of the client is met when the lock is made anew, and not by chance."""
+    if f"openai=={openai.__version__} " not in (ROOT / "requirements/test.txt").read_text(encoding="utf-8"):
+        pytest.skip(f"openai {openai.__version__} is not the locked version")
     of_the_client = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
     for create, schema in ((ChatCompletions.create, CHAT), (Completions.create, COMPLETION)):
         parameters = set(inspect.signature(create).parameters) - of_the_client
