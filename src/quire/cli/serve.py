@@ -22,6 +22,10 @@ MAX_DIGITS = 640
 """Of a whole number in a body, the fewest that Python can be held to. Its own 4,300 take a time that grows with their
 square: a body full of them would hold all other requests for half a second."""
 
+SWITCH_SECONDS = 0.001
+"""For which a thread keeps the interpreter while another asks for it. After each read and write the event loop asks
+again, and threads that tokenise or render would make it wait Python's 5 ms each time."""
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
@@ -72,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
     args = EngineArgs.from_mapping({"core_process": True, **engine_values(options)})
     sys.set_int_max_str_digits(MAX_DIGITS)
+    sys.setswitchinterval(SWITCH_SECONDS)
     listener = bind(options.host, options.port)
     finish = begin(args)
     # While the core starts: what follows takes a third of a second to import.

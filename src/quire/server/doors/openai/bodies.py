@@ -145,7 +145,9 @@ COMPLETION_SAMPLING = SAMPLING | {
     "logprobs": _sampling("logprobs", "log-probabilities of so many best tokens"),
 }
 CHAT_SAMPLING = SAMPLING | {
-    "max_tokens": Field(_LENGTH + "what fits", aliases=MAX_TOKENS, schema=number(sampling.RANGES["max_tokens"])),
+    "max_tokens": Field(
+        _LENGTH + "what fits, log-probabilities too", aliases=MAX_TOKENS, schema=number(sampling.RANGES["max_tokens"])
+    ),
     "top_logprobs": _sampling("logprobs", "with logprobs: of so many best tokens beside the chosen one"),
 }
 
