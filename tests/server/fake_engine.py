@@ -71,6 +71,7 @@ class FakeEngine:
         self.is_healthy = True
         self.num_running = 0
         self.num_aborted = 0
+        self.num_bad_words_encoded = 0
         self.released = threading.Event()
         self.observer = FakeObserver()
         self.calls: list[dict[str, Any]] = []
@@ -100,6 +101,7 @@ class FakeEngine:
     async def encode_bad_words(
         self, params: SamplingParams, *, caller: Caller = ANYBODY
     ) -> tuple[tuple[int, ...], ...]:
+        self.num_bad_words_encoded += bool(params.bad_words)
         return tuple(tuple(word.encode()) for word in params.bad_words or ())
 
     async def beside(self, function: Any, size: int, caller: Caller = ANYBODY, *, first: bool = False) -> Any:
@@ -138,7 +140,7 @@ class FakeEngine:
         ids = self._ids(prompt)
         text = bytes(ids).decode(errors="replace")
         given = {"priority": priority, "cache_salt": cache_salt, "caller": caller, "timeout_s": timeout_s}
-        self.calls.append({"params": sampling_params, **given})
+        self.calls.append({"params": sampling_params, "bad_words": bad_words, **given})
         delta = sampling_params.output_kind is RequestOutputKind.DELTA
         sequences = [_letters(sampling_params, index) for index in range(sampling_params.n)]
         self.num_running += 1
