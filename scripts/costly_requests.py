@@ -171,7 +171,7 @@ def _percentile(values: list[float], percent: int) -> float | None:
     return round(1000 * ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 1) if ordered else None
 
 
-def attack(port: int, requests: Requests) -> dict[str, Any]:
+def attack(port: int, bodies: list[tuple[str, bytes]]) -> dict[str, Any]:
     """Send them all at once, and read the answers."""
     statuses: Counter[int] = Counter()
     sizes: list[int] = []
@@ -181,7 +181,6 @@ def attack(port: int, requests: Requests) -> dict[str, Any]:
         statuses[status] += 1
         sizes.append(size)
 
-    bodies = [(path, json.dumps(body).encode()) for path, body in requests]
     threads = [threading.Thread(target=send, args=item) for item in bodies]
     begun_s = time.monotonic()
     for thread in threads:
@@ -202,11 +201,13 @@ def main() -> None:
             server, port = start(Path(directory))
             try:
                 ask(port, GUEST, CHAT, json.dumps({"messages": [{"role": "user", "content": "x" * 3000}]}).encode())
+                # Made before the watch begins: it would wait for that.
+                bodies = [(path, json.dumps(body).encode()) for path, body in ATTACKS[name]()] if name else []
                 watch, found = Watch(server, port), {}
                 if name is None:
                     time.sleep(QUIET_S)
                 else:
-                    found = attack(port, ATTACKS[name]())
+                    found = attack(port, bodies)
                 print(json.dumps({"attack": name or "quiet", **found, **watch.end()}), flush=True)
             finally:
                 server.terminate()
