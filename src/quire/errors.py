@@ -102,6 +102,20 @@ def request_failure(message: str) -> RequestFailedError:
     return (NoTokenLeftError if message == NO_TOKEN_LEFT else RequestFailedError)(message)
 
 
+def context_length_message(most: int, prompt: int, completion: int, hint: str) -> str:
+    """That prompt and answer do not fit, in the words that clients look for (OpenAI's, and vLLM's after it).
+
+    Args:
+        most, prompt, completion: tokens.
+        hint: what the caller may do, naming a field and its limit.
+    """
+    return (
+        f"This model's maximum context length is {most} tokens. However, you requested {prompt + completion} tokens "
+        f"({prompt} in the messages, {completion} in the completion). Please reduce the length of the messages or "
+        f"completion. {hint}"
+    )
+
+
 def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
     """`unknown sampling parameter 'top_kk'; did you mean 'top_k'?` Of names with dots, the last parts are compared."""
     places = {place.rpartition(".")[2]: place for place in sorted(known)}
@@ -132,6 +146,6 @@ def names_unknown_arguments(kind: str) -> Callable[[type[T]], type[T]]:
     return decorate
 
 
-def internal_fault_message(error: Exception) -> str:
+def internal_fault_message(error: BaseException) -> str:
     """What the caller reads of an internal fault: none of its text, which may hold anything."""
     return f"an internal fault stopped this request ({type(error).__name__})"

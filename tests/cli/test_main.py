@@ -32,7 +32,7 @@ from quire.outputs import Decision
         (OverloadedError("full", retry_after_s=2), 1, "quire: full\n"),
         (ModuleNotFoundError("x", name="torch"), 1, "quire: the module 'torch' is not installed\n"),
         (ValueError("a\nb"), 1, "quire: ValueError: a b (--debug shows where)\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "quire: interrupted\n"),
     ],
 )
 def test_an_error_is_one_line_and_an_exit_code(

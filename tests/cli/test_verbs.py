@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -226,3 +227,14 @@ def test_workloads_have_their_shapes_and_repeat() -> None:
 def test_banner_gives_reasons() -> None:
     decisions = [Decision("threads", "2", "the cores"), Decision("isa", "avx2", "")]
     assert banner.lines(decisions) == ["threads  2  (the cores)", "isa      avx2"]
+
+
+def test_a_panic_of_the_tokenizer_is_one_line_and_an_end(tiny: Path, tmp_path: Path) -> None:
+    """The library's own report of it, which it writes to standard error itself, is not ours."""
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["pre_tokenizer"] = {"type": "FixedLength", "length": 0}  # it divides by that
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    done = quire("generate", "--quiet", "--raw", "--model", tmp_path, "--max-tokens", 2, "hello")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.endswith("quire: the tokenizer fails on this text\n") and "Traceback" not in done.stderr

@@ -252,3 +252,17 @@ def test_numbers_of_many_digits_are_refused_unconverted(serve: Any) -> None:
     assert [answer.status_code for answer in answers] == [400, 400]
     assert [answer.json()["error"]["code"] for answer in answers][1] == "malformed_json"
     assert [answer.json()["error"]["param"] for answer in answers] == ["seed", None]
+
+
+@pytest.mark.parametrize("after_s", [0.3, 0.8])
+def test_ctrl_c_while_it_loads_is_one_line(after_s: float) -> None:
+    """A terminal sends it to both processes, whatever they are at: importing, loading, saying that they are ready."""
+    command = [sys.executable, "-m", "quire", "serve", "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    assert wait_until(lambda: Served(process, "").core_pid is not None or process.poll() is not None)
+    time.sleep(after_s)
+    os.killpg(process.pid, signal.SIGINT)
+    text = process.communicate(timeout=PATIENCE_S)[1]
+    assert "Traceback" not in text and not [line for line in text.splitlines() if line.startswith("  File")]
+    assert text in ("", "quire: interrupted\n") or "ready on" in text

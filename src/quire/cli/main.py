@@ -113,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:  # argparse: --help, --version, usage
         return leaving.code if isinstance(leaving.code, int) else 1
     except KeyboardInterrupt:
+        say("quire: interrupted")
         return 130
     except BrokenPipeError:
         with contextlib.suppress(OSError):

@@ -1,6 +1,7 @@
 """`quire serve`: the OpenAI API over HTTP."""
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,10 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MAX_DIGITS = 640
 """Of a whole number in a body, the fewest that Python can be held to. Its own 4,300 take a time that grows with their
 square: a body full of them would hold all other requests for half a second."""
+
+SWITCH_SECONDS = 0.001
+"""For which a thread keeps the interpreter while another asks for it. After each read and write the event loop asks
+again, and threads that tokenise or render would make it wait Python's 5 ms each time."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +106,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
     args = EngineArgs.from_mapping({"core_process": True, **engine_values(options)})
     cors = _cors(options)
+    sys.setswitchinterval(SWITCH_SECONDS)
     listener = bind(options.host, options.port)
     model_path.check(args.model)
     sys.set_int_max_str_digits(MAX_DIGITS)
@@ -143,6 +149,7 @@ def run(options: argparse.Namespace) -> int:
         if options.host not in LOOPBACK and not keys:
             _say(f"warning: every client that reaches {address} may use it; --api-key asks for a key")
         server = GracefulServer(app, drain_s=options.shutdown_timeout, on_ready=lambda: _say(f"ready on {address}/v1"))
+        gc.freeze()  # a full collection, which stops the loop, then walks over none of what a start makes
         server.run([listener])
     finally:
         listener.close()

@@ -90,7 +90,7 @@ def create_app(
         gate=Gate(max_requests_in_flight),
         show_cached_tokens=show_cached_tokens,
         limits=limits,
-        bodies=Bodies(limits),
+        bodies=Bodies(limits, engine),
         needs_key=bool(api_keys),
         has_admin_key=observability.admin_api_key is not None,
         weights={caller_name(key): weight for key, weight in api_keys.items()},

@@ -148,7 +148,7 @@ COMPLETION_SAMPLING = SAMPLING | {
     "logprobs": _sampling("logprobs", "log-probabilities of so many best tokens"),
 }
 CHAT_SAMPLING = SAMPLING | {
-    "max_tokens": Field(_LENGTH + "what fits", aliases=MAX_TOKENS, schema=_unbounded(1)),
+    "max_tokens": Field(_LENGTH + "what fits, log-probabilities too", aliases=MAX_TOKENS, schema=_unbounded(1)),
     "top_logprobs": _sampling("logprobs", "with logprobs: of so many best tokens beside the chosen one"),
 }
 _CACHED = "a label: prefixes are cached by their content, while there is room"
