@@ -9,8 +9,10 @@ tokenizer.json. Every valid instance is followed token by token, as serving woul
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -37,25 +39,33 @@ def main() -> None:
         measure(path, cases)
 
 
-def measure(path: Path, cases: list[dict[str, object]]) -> None:
-    """All cases over one vocabulary."""
-    tokenizer = Tokenizer.from_directory(path)
-    size = tokenizer.vocab_size
-    eos = tokenizer.eos_token_id
-    vocabulary = Vocabulary(
+def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
+    """All tokens, as a grammar sees them."""
+    size, eos = tokenizer.vocab_size, tokenizer.eos_token_id
+    return Vocabulary(
         tokens=[tokenizer.token_bytes(token_id) for token_id in range(size)],
         special_token_ids=sorted(tokenizer.special_token_ids),
         eos_token_ids=(size - 1 if eos is None else eos,),
         encode=lambda text: tokenizer.encode(text, add_special_tokens=False),
     )
-    grammars = GrammarCompiler(lambda: vocabulary)
-    begun = time.perf_counter()
-    grammars.matcher(GrammarSpec(source_of(StructuredOutputsParams(regex="a")), MAX_TOKENS))
-    read_s = time.perf_counter() - begun
-    checks, compiles, masks, follows = [], [], [], []
-    refused = wrong_accepts = wrong_rejects = num_forced = num_tokens = 0
-    bits = np.zeros((1, -(-size // 32)), np.uint32)
-    for case in cases:
+
+
+class Run:
+    """All cases over one vocabulary."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        begun = time.perf_counter()
+        vocabulary = vocabulary_of(tokenizer)
+        self.grammars = GrammarCompiler(lambda: vocabulary)
+        self.grammars.matcher(GrammarSpec(source_of(StructuredOutputsParams(regex="a")), MAX_TOKENS))
+        self.read_s = time.perf_counter() - begun
+        self.bits = np.zeros((1, -(-tokenizer.vocab_size // 32)), np.uint32)
+        self.seconds: dict[str, list[float]] = {"check": [], "compile": [], "mask": [], "follow": []}
+        self.counts = Counter[str]()
+
+    def try_case(self, case: dict[str, Any]) -> None:
+        """One schema and its instances."""
         params = StructuredOutputsParams(json=json.dumps(case["schema"]))
         begun = time.perf_counter()
         try:
@@ -63,34 +73,44 @@ def measure(path: Path, cases: list[dict[str, object]]) -> None:
             validate(source, params)
             checked = time.perf_counter()
             spec = GrammarSpec(source, MAX_TOKENS)
-            grammars.matcher(spec)
+            self.grammars.matcher(spec)
         except (InvalidRequestError, ShapeError):
-            refused += 1
-            continue
-        checks.append(checked - begun)
-        compiles.append(time.perf_counter() - checked)
-        for test in case["tests"]:  # type: ignore[attr-defined]
-            matcher, is_answer = grammars.matcher(spec), True
-            for token_id in tokenizer.encode(json.dumps(test["data"], ensure_ascii=False), add_special_tokens=False):
-                num_tokens += 1
-                num_forced += bool(matcher.forced)
-                before = time.perf_counter()
-                grammars.fill_masks([matcher], bits)
-                after = time.perf_counter()
-                masks.append(after - before)
-                if not bits[0, token_id // 32] >> np.uint32(token_id % 32) & 1:
-                    is_answer = False
-                    break
-                if not matcher.forced:
-                    matcher.decide(token_id)
-                matcher.consume(token_id)
-                follows.append(time.perf_counter() - after)
-            is_answer = is_answer and matcher.is_complete
-            wrong_accepts += is_answer and not test["valid"]
-            wrong_rejects += test["valid"] and not is_answer
-    print(f"{path.name}: {size:,} tokens, read in {read_s:.2f} s; {len(cases)} schemas, {refused} refused, "
-          f"{wrong_accepts} wrong accepts, {wrong_rejects} wrong rejects, {num_forced:,} of {num_tokens:,} tokens forced")  # fmt: skip
-    for name, values in (("check", checks), ("compile", compiles), ("mask", masks), ("follow", follows)):
+            self.counts["refused"] += 1
+            return
+        self.seconds["check"].append(checked - begun)
+        self.seconds["compile"].append(time.perf_counter() - checked)
+        for test in case["tests"]:
+            is_answer = self.follow(spec, json.dumps(test["data"], ensure_ascii=False))
+            self.counts["wrong accepts"] += is_answer and not test["valid"]
+            self.counts["wrong rejects"] += test["valid"] and not is_answer
+
+    def follow(self, spec: GrammarSpec, text: str) -> bool:
+        """Whether the text is an answer."""
+        matcher = self.grammars.matcher(spec)
+        for token_id in self.tokenizer.encode(text, add_special_tokens=False):
+            self.counts["tokens"] += 1
+            self.counts["forced"] += bool(matcher.forced)
+            before = time.perf_counter()
+            self.grammars.fill_masks([matcher], self.bits)
+            after = time.perf_counter()
+            self.seconds["mask"].append(after - before)
+            if not self.bits[0, token_id // 32] >> np.uint32(token_id % 32) & 1:
+                return False
+            if not matcher.forced:
+                matcher.decide(token_id)
+            matcher.consume(token_id)
+            self.seconds["follow"].append(time.perf_counter() - after)
+        return matcher.is_complete
+
+
+def measure(path: Path, cases: Sequence[dict[str, Any]]) -> None:
+    """Print one block."""
+    run = Run(Tokenizer.from_directory(path))
+    for case in cases:
+        run.try_case(case)
+    counts = ", ".join(f"{count:,} {name}" for name, count in run.counts.items())
+    print(f"{path}: {run.tokenizer.vocab_size:,} tokens, read in {run.read_s:.2f} s; {len(cases)} schemas: {counts}")
+    for name, values in run.seconds.items():
         print(f"  {name:8} {summary(values)}")
 
 

@@ -36,7 +36,8 @@ ASKED: dict[str, Any] = {
     # name: a value that asks for something, and what it needs beside it
     "messages": HELLO, "model": MODEL, "frequency_penalty": 0.5, "logit_bias": {"5": 1}, "logprobs": True,
     "max_tokens": 2, "max_completion_tokens": 2, "n": 2, "presence_penalty": 0.5,
-    "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}, "seed": 1, "stop": "x", "stream": False, "temperature": 0.5,
+    "response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}},
+    "seed": 1, "stop": "x", "stream": False, "temperature": 0.5,
     "top_p": 0.5, "tools": [{"type": "function"}], "tool_choice": "required", "reasoning_effort": "high",
     "parallel_tool_calls": "x", "user": "me", "thinking_token_budget": 5, "include_reasoning": False,
     "use_beam_search": True, "top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1, "length_penalty": 2.0,
