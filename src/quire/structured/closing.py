@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 _CLOSERS = sorted(
     ("".join(text) for size in (2, 3, 4) for text in product('"}]', repeat=size)), key=lambda text: (-len(text), text)
 )
-_IN_TEXT = (*_CLOSERS, '"', "'")
+_IN_TEXT = (*_CLOSERS, '"')
 """First where letters may come: what closes a text."""
 _BETWEEN = (*_CLOSERS, "}", "]", '"')
 """First where none may."""
 _OTHERS = (
     *('""', "{}", "[]", '":', ":", ',"', ",", ")", ";", ">", "@", "null", "true", "false", "0", "1", "5", "-", "."),
-    *("n", "t", "{", "[", *"/'_= \n(<+*!?#$%&|~^`\\"),
+    *("'/_=!?#$%&|~^`\\"),
+    *("n", "t", "{", "[", *" \n(<+*"),
     *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ2346789",
 )
 _LETTERS = ("Q", "z")

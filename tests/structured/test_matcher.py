@@ -1,0 +1,60 @@
+"""One answer through its grammar: the plan that closes it, and what becomes of it."""
+
+import pytest
+
+from quire.errors import ShapeError
+from quire.structured.closing import Closer, TextTokens
+from quire.structured.matcher import Matcher
+from tests.structured import grammars
+
+EOS = 261
+CLOSER = Closer(TextTokens(lambda text: text[0] if len(text) == 1 else None, 262))
+
+
+def begun(max_tokens: int, regex: str) -> Matcher:
+    inner = grammars.matcher(regex=regex)
+    return Matcher(inner, CLOSER, EOS, CLOSER.shortest(inner, 1000), max_tokens)
+
+
+def follow(matcher: Matcher, text: str) -> None:
+    for byte in text.encode():
+        assert matcher.decide(byte) == byte
+        matcher.consume(byte)
+
+
+def test_the_last_tokens_are_the_plan() -> None:
+    matcher = begun(6, "[a-z]*!")
+    follow(matcher, "abcd")
+    assert list(matcher.forced) == [ord("!"), EOS]
+    for token_id in (ord("!"), EOS):
+        assert matcher.decide(token_id) == token_id
+        matcher.consume(token_id)
+    assert not matcher.forced
+
+
+def test_a_token_that_leads_too_far_is_replaced() -> None:
+    """After x come nine more; what was planned comes in its place."""
+    matcher = begun(8, "(a|xbcdefghi)!")
+    assert matcher.decide(ord("x")) == ord("a")
+    assert begun(11, "(a|xbcdefghi)!").decide(ord("x")) == ord("x")
+
+
+def test_a_lost_way_is_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where much is left a token is taken though no completion is known after it, and one is sought later."""
+    matcher = begun(2000, "[a-z]*!")
+    monkeypatch.setattr(Closer, "completion", lambda *_, **__: None)
+    monkeypatch.setattr(Matcher, "_still_holds", lambda *_: False)
+    follow(matcher, "ab")
+    assert matcher.plan is None
+    monkeypatch.undo()
+    follow(matcher, "c" * 16)
+    assert matcher.plan == [ord("!")]
+    tight = begun(40, "[a-z]*!")
+    monkeypatch.setattr(Closer, "completion", lambda *_, **__: None)
+    monkeypatch.setattr(Matcher, "_still_holds", lambda *_: False)
+    assert tight.decide(ord("a")) == ord("!"), "where little is left the known way is taken"
+
+
+def test_what_the_grammar_excludes_is_an_error() -> None:
+    with pytest.raises(ShapeError, match="structured_outputs cannot be followed here"):
+        begun(9, "[a-z]*!").consume(ord("1"))
