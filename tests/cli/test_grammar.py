@@ -34,6 +34,18 @@ def test_other_shapes(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: 
     assert main(["grammar", "check", "--choice", "yes", "no", "--json", "--", "maybe"]) == 1
 
 
+def test_generate_holds_its_answer(capsys: pytest.CaptureFixture[str], tiny: Path, tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    file.write_text(SCHEMA)
+    tail = ["--quiet", "--model", str(tiny), "--max-tokens", "60"]
+    assert main(["generate", "hello", "--json-schema", str(file), *tail]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out)["a"], int)
+    assert main(["generate", "hello", "--choice", "yes", "no", *tail]) == 0
+    assert capsys.readouterr().out.strip() in ("yes", "no")
+    assert main(["generate", "hello", "--disable-any-whitespace", *tail]) == 2
+    assert "--disable-any-whitespace needs --json-schema" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [

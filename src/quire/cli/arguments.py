@@ -235,4 +235,8 @@ def engine_values(options: argparse.Namespace) -> dict[str, Any]:
 
 def sampling_values(options: argparse.Namespace) -> dict[str, Any]:
     """The sampling parameters that were given."""
-    return {name: getattr(options, name) for name in (*SAMPLING_HELP, "stop") if hasattr(options, name)}
+    return {
+        name: getattr(options, name)
+        for name in (*SAMPLING_HELP, "stop", "structured_outputs")
+        if hasattr(options, name)
+    }

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from quire.cli import engines, model_path, remote
+from quire.cli import engines, model_path, remote, shape
 from quire.cli.arguments import add_engine, add_sampling, engine_values
 from quire.errors import InvalidRequestError, RequestFailedError
 from quire.outputs import RequestOutput
@@ -36,6 +36,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object for each prompt, when it is done")
     engines.add_quiet(parser)
     remote.add(parser)
+    shape.add(parser.add_argument_group("what the answer is held to"))
     add_sampling(parser)
     add_engine(parser)
 
@@ -43,6 +44,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Answer every prompt, in order."""
     _take_model(options)
+    shaped = shape.read(options)
+    if shaped is not None:
+        options.structured_outputs = shaped
     prompts = options.prompts or [sys.stdin.read().removesuffix("\n")]
     if not all(prompt.strip() for prompt in prompts):
         raise InvalidRequestError("the prompt is empty", param="prompt")

@@ -4,12 +4,11 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quire.cli import shape
 from quire.cli.arguments import Parser
 from quire.errors import InvalidRequestError, ShapeError
-from quire.structured_params import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from quire.core.request import GrammarSpec
@@ -33,16 +32,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     checks = parser.add_subparsers(dest="action", metavar="check", required=True, parser_class=Parser)
     check = checks.add_parser("check", help="compile a shape and try instances", allow_abbrev=False)
-    shape = check.add_mutually_exclusive_group(required=True)
-    shape.add_argument("--json-schema", metavar="FILE", help="a JSON Schema; text that begins with { will do")
-    shape.add_argument("--regex", metavar="REGEX", help="a regular expression for the whole answer")
-    shape.add_argument("--grammar", metavar="FILE", help="a grammar in Lark's notation or in GBNF")
-    shape.add_argument("--choice", metavar="TEXT", nargs="+", action="extend", help="texts, one of which is the answer")
-    check.add_argument("--disable-any-whitespace", action="store_true", help="JSON without white space")
-    check.add_argument(
-        "--disable-additional-properties", action="store_true", help="objects hold the named properties alone"
-    )
-    check.add_argument("--whitespace-pattern", metavar="REGEX", help="for the white space between tokens of JSON")
+    shape.add(check, required=True)
     check.add_argument("--tokenizer", metavar="MODEL", help="whose tokens to use (default: the embedded model's)")
     check.add_argument("--json", action="store_true", help="one JSON object a line for each instance")
     check.add_argument(
@@ -103,15 +93,8 @@ def _compiled(options: argparse.Namespace) -> "tuple[GrammarCompiler, Tokenizer,
     from quire.config import EngineArgs
     from quire.core.request import GrammarSpec
 
-    params = StructuredOutputsParams(
-        json=None if options.json_schema is None else _text_of(options.json_schema, "{"),
-        regex=options.regex,
-        choice=options.choice,
-        grammar=None if options.grammar is None else _text_of(options.grammar),
-        disable_any_whitespace=options.disable_any_whitespace,
-        disable_additional_properties=options.disable_additional_properties,
-        whitespace_pattern=options.whitespace_pattern,
-    )
+    params = shape.read(options)
+    assert params is not None, "argparse asks for one"
     args = EngineArgs(model=options.tokenizer)
     directory = model_directory(args)
     tokenizer = compose_text(args, directory).tokenizer
@@ -128,11 +111,11 @@ def _compiled(options: argparse.Namespace) -> "tuple[GrammarCompiler, Tokenizer,
 
 
 def _description(options: argparse.Namespace, tokenizer: "Tokenizer", start: "Matcher") -> Iterator[str]:
-    given = next(name for name in ("json_schema", "regex", "grammar", "choice") if getattr(options, name) is not None)
+    given = next(name for name in shape.KINDS if getattr(options, name) is not None)
     if given == "grammar":
         from quire.structured.source import is_gbnf
 
-        given = f"grammar in {'GBNF' if is_gbnf(_text_of(options.grammar)) else 'Lark'}"
+        given = f"grammar in {'GBNF' if is_gbnf(shape.text_of(options.grammar)) else 'Lark'}"
     yield f"held: {given.replace('_', ' ')}"
     if start.plan is None:
         yield "shortest answer: none was found; answers may be cut off by max_tokens"
@@ -141,19 +124,9 @@ def _description(options: argparse.Namespace, tokenizer: "Tokenizer", start: "Ma
         yield f"shortest answer: {text} ({len(start.plan) + 1} tokens with its end)"
 
 
-def _text_of(value: str, *beginnings: str) -> str:
-    """The text itself where it begins so, else that of the file."""
-    if value.lstrip().startswith(beginnings or ("\n",)):
-        return value
-    try:
-        return Path(value).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"{value}: {error.__class__.__name__}: no text can be read there") from error
-
-
 def _instances(given: list[str]) -> Iterator[str]:
     for item in given:
         if item == "-":
             yield from (line.rstrip("\n") for line in sys.stdin)
         else:
-            yield _text_of(item[1:]).rstrip("\n") if item.startswith("@") else item
+            yield shape.text_of(item[1:]).rstrip("\n") if item.startswith("@") else item

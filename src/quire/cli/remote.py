@@ -1,6 +1,7 @@
 """The flags of `quire chat` and `quire generate` that turn to a running server."""
 
 import argparse
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from quire.cli.arguments import ENGINE_HELP, engine_values, sampling_values
@@ -44,4 +45,7 @@ def server_of(options: argparse.Namespace) -> "Server | None":
 def sampling_fields(options: argparse.Namespace) -> dict[str, Any]:
     """The sampling flags that were given, as fields of a body. There `--seed` is the request's own."""
     values = sampling_values(options)
+    shape = values.get("structured_outputs")
+    if shape is not None:
+        values["structured_outputs"] = {name: value for name, value in asdict(shape).items() if value}
     return {**values, "seed": options.seed} if hasattr(options, "seed") else values

@@ -32,10 +32,10 @@ def resolve(
         min_p: applies where neither of both cuts a tail and sampling is not greedy.
     """
     own = {name: stated[name] for name in FROM_MODEL if name in stated and name not in given}
-    values = {**own, **given}
+    values, shown = {**own, **given}, {name: one for name, one in given.items() if name != "structured_outputs"}
     decisions = [
         Decision("sampling", _shown(found), source)
-        for found, source in ((given, "flags"), (own, "generation_config.json"))
+        for found, source in ((shown, "flags"), (own, "generation_config.json"))
         if found
     ]
     left = {"temperature": 1.0} if "temperature" not in values else {}

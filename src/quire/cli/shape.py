@@ -1,0 +1,59 @@
+"""The flags that hold answers to a shape."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from quire.errors import InvalidRequestError
+from quire.structured_params import StructuredOutputsParams
+
+KINDS = {"json_schema": "json", "regex": "regex", "grammar": "grammar", "choice": "choice"}
+"""Flag -> the field of `StructuredOutputsParams`."""
+
+
+def add(parser: Any, *, required: bool = False) -> None:
+    """One of the kinds, and what belongs to JSON."""
+    shape = parser.add_mutually_exclusive_group(required=required)
+    shape.add_argument("--json-schema", metavar="FILE", help="a JSON Schema; text that begins with { will do")
+    shape.add_argument("--regex", metavar="REGEX", help="a regular expression for the whole answer")
+    shape.add_argument("--grammar", metavar="FILE", help="a grammar in Lark's notation or in GBNF")
+    shape.add_argument("--choice", metavar="TEXT", nargs="+", action="extend", help="texts, one of which is the answer")
+    parser.add_argument("--disable-any-whitespace", action="store_true", help="JSON without white space")
+    text = "objects hold the named properties alone"
+    parser.add_argument("--disable-additional-properties", action="store_true", help=text)
+    parser.add_argument("--whitespace-pattern", metavar="REGEX", help="for the white space between tokens of JSON")
+
+
+def read(options: argparse.Namespace) -> StructuredOutputsParams | None:
+    """What the flags ask for; None if they ask for nothing.
+
+    Raises:
+        InvalidRequestError: a file that cannot be read, or what the class refuses.
+    """
+    given = next((name for name in KINDS if getattr(options, name) is not None), None)
+    if given is None:
+        for name in ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"):
+            if getattr(options, name):
+                raise InvalidRequestError(f"--{name.replace('_', '-')} needs --json-schema", param=name)
+        return None
+    value = getattr(options, given)
+    if given in ("json_schema", "grammar"):
+        value = value if given == "json_schema" and value.lstrip().startswith("{") else text_of(value)
+    return StructuredOutputsParams(
+        **{KINDS[given]: value},
+        disable_any_whitespace=options.disable_any_whitespace,
+        disable_additional_properties=options.disable_additional_properties,
+        whitespace_pattern=options.whitespace_pattern,
+    )
+
+
+def text_of(path: str) -> str:
+    """A file's text.
+
+    Raises:
+        InvalidRequestError: there is none.
+    """
+    try:
+        return Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(f"{path}: {type(error).__name__}: no text can be read there") from error
