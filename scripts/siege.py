@@ -165,9 +165,9 @@ async def kills(siege: Siege, client: httpx.AsyncClient) -> dict[str, Any]:
     client.headers["Authorization"] = f"Bearer {GUEST}"
     bodies = [{**STREAM, "seed": seed} for seed in range(64)]
     whole = await asyncio.gather(*(stream(client, siege.server.url, body, [0]) for body in bodies))
-    seen = [0]
-    tasks = [asyncio.ensure_future(stream(client, siege.server.url, body, seen)) for body in bodies]
-    while seen[0] < 64 * 40:
+    seen = [[0] for _ in bodies]
+    tasks = [asyncio.ensure_future(stream(client, siege.server.url, *item)) for item in zip(bodies, seen, strict=True)]
+    while not all(count for (count,) in seen):
         await asyncio.sleep(0.01)
     last: int | None = None
     for _ in range(3):

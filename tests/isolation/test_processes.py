@@ -90,11 +90,11 @@ class Apart:
         before = self.num_seen
         await self.until(lambda: self.num_seen >= before + count)
 
-    async def kill_next(self, old: int | None) -> int:
+    async def kill_next(self, old: int | None, how: int = signal.SIGKILL) -> int:
         """Kill the core that comes after `old` as soon as it answers."""
         await self.until(lambda: self.channel.pid not in (None, old) and self.engine.is_ready)
         pid = self.pid
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, how)
         return pid
 
 
@@ -208,10 +208,10 @@ async def test_a_crash_loop_opens_the_breaker(apart: Apart, tmp_path: Path, monk
     apart.channel._breaker.record_success()
     old = None
     for _ in range(breaker.MOST_DEATHS_IN_A_ROW - 1):
-        old = await apart.kill_next(old)
+        old = await apart.kill_next(old, signal.SIGUSR1)
     waiting = asyncio.ensure_future(apart.answer([HANGS_ONCE, 2]))  # its end does not come first
     await apart.until((tmp_path / "hung").exists)
-    os.kill(apart.pid, signal.SIGKILL)
+    os.kill(apart.pid, signal.SIGUSR1)
     with pytest.raises(OverloadedError) as caught:
         await waiting
     assert 1 <= caught.value.retry_after_s <= 1002
@@ -225,6 +225,30 @@ async def test_a_crash_loop_opens_the_breaker(apart: Apart, tmp_path: Path, monk
     apart.channel.wake()
     await apart.until(lambda: apart.engine.is_ready)
     assert (await apart.answer([1, 2]))[2] == "length"
+
+
+async def test_three_kills_in_a_row_change_no_stream(apart: Apart, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as soon as the core is there. The breaker opens; those present wait, newcomers do not."""
+    undisturbed = await apart.answers(prompts(8), max_tokens=120)
+    monkeypatch.setattr(breaker, "FIRST_PAUSE_SECONDS", 1000.0)
+    apart.channel._breaker.record_success()
+    tasks = apart.begin(prompts(8), max_tokens=120)
+    await apart.until_seen(8)
+    os.kill(apart.pid, signal.SIGSTOP)  # so that no token comes between the deaths
+    await apart.until(lambda: apart.channel.health.num_hung == 1)
+    seen: set[int] = set()
+    while apart.channel._breaker.open_until_s is None:
+        pid = apart.channel.pid
+        if pid is not None and pid not in seen:
+            seen.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        await asyncio.sleep(0)
+    assert not any(task.done() for task in tasks)
+    with pytest.raises(OverloadedError):
+        await apart.answer([1, 2])
+    apart.channel._breaker.open_until_s = time.monotonic()
+    apart.channel.wake()
+    assert await asyncio.gather(*tasks) == undisturbed
 
 
 async def test_many_are_aborted_and_nothing_is_left(apart: Apart) -> None:

@@ -226,17 +226,23 @@ def _killing_every_core(served: Served) -> Iterator[None]:
         killer.join()
 
 
-def test_a_crash_loop_gives_503_and_when_to_come_back(serve: Any) -> None:
-    served, body = serve(), {**BODY, "stream": False}
+def test_newcomers_are_told_when_to_come_back_while_every_core_is_killed(serve: Any) -> None:
+    """Those that are there wait, and lose nothing."""
+    served, body = serve(), {**BODY, "stream": False, "seed": 3}
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(httpx.post, f"{served.url}/v1/completions", json={**body, **LONG})
         assert wait_until(lambda: served.num_running > 0)
         with _killing_every_core(served):
-            answer = waiting.result()
-            again = httpx.post(f"{served.url}/v1/completions", json=body)
-            for found in (answer, again):
-                assert found.status_code == 503 and 1 <= int(found.headers["Retry-After"]) <= 62
+            assert wait_until(lambda: 'state="paused"} 1.0' in httpx.get(f"{served.url}/metrics").text)
+            found = httpx.post(f"{served.url}/v1/completions", json=body)
+            assert found.status_code == 503 and 1 <= int(found.headers["Retry-After"]) <= 62
             assert served.status("/readyz") == 503 and served.status("/livez") == 200
+        assert not waiting.done()
+        answer = waiting.result()
+    assert answer.status_code == 200
+    assert (
+        answer.json()["choices"] == httpx.post(f"{served.url}/v1/completions", json={**body, **LONG}).json()["choices"]
+    )
 
 
 def test_one_process_when_asked(serve: Any) -> None:

@@ -5,8 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ NICENESS = 5
 would keep it waiting at every turn, and a refusal would take as long as a step."""
 LEAVE_SECONDS = 5.0
 """For a process to exit once its socket is closed, and again once it is killed."""
+
+NUM_SPARE_DESCRIPTORS = 16
+"""A start takes a socket pair, a pipe and the empty input; other threads may take some meanwhile."""
 
 
 class CoreExitedError(Exception):
@@ -42,6 +45,9 @@ class CoreProcess:
     Args:
         first: its first message, which says what it is to be.
         module: run with the number of its end of the socket as argument.
+
+    Raises:
+        OSError: the system has no descriptor, process or memory for it.
     """
 
     def __init__(self, first: Any, module: str = CORE_MODULE) -> None:
@@ -49,14 +55,18 @@ class CoreProcess:
         self._frames = Unframer(Report, MAX_FRAME_BYTES)
         self._unsent = bytearray()
         self._at_end = False
-        with theirs:
-            # -P: the working directory is no place to import from.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
-            )
+        try:
+            with theirs:
+                # -P: the working directory is no place to import from.
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", module, str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
+                )
+        except BaseException:
+            self._connection.close()
+            raise
         # Before it has threads: on Linux each has a niceness of its own, from the one that made it.
         os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
         self._connection.setblocking(False)
@@ -65,9 +75,10 @@ class CoreProcess:
     def activity(self) -> Activity | None:
         """What it does; None where the system does not say."""
         threads: dict[int, list[str]] = {}
-        for path in Path(f"/proc/{self.pid}/task").glob("*/stat"):
-            with suppress(OSError):  # a thread that has just ended
-                threads[int(path.parent.name)] = _after_name(path)
+        with suppress(OSError):  # no descriptor to read it with
+            for path in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+                with suppress(OSError):  # a thread that has just ended
+                    threads[int(path.parent.name)] = _after_name(path)
         if not threads:
             return None
         ticks = os.sysconf("SC_CLK_TCK")
@@ -142,6 +153,33 @@ class CoreProcess:
             text = f"signal {-status}" if status < 0 else f"exit status {status}"
             return CoreExitedError(text, is_from_outside=-status in (signal.SIGKILL, signal.SIGTERM))
         return CoreExitedError("it closed its socket")
+
+
+class SpareDescriptors:
+    """Held open, and given up while a core is started: so it can be, also when this process may open no more."""
+
+    def __init__(self) -> None:
+        self._held: list[int] = []
+        self._fill()
+
+    @contextmanager
+    def given_up(self) -> Iterator[None]:
+        """Others may be opened meanwhile."""
+        self.close()
+        try:
+            yield
+        finally:
+            self._fill()
+
+    def close(self) -> None:
+        """Give them up."""
+        while self._held:
+            os.close(self._held.pop())
+
+    def _fill(self) -> None:
+        with suppress(OSError):
+            while len(self._held) < NUM_SPARE_DESCRIPTORS:
+                self._held.append(os.open(os.devnull, os.O_RDONLY))
 
 
 def _after_name(stat: Path) -> list[str]:

@@ -4,10 +4,11 @@
 
               spawn            Ready                 end of file, or a step that takes too long
     (nothing) ─────> starting ───────> serving ──────────────────────────────┐
-        ^               │ died                                               │
-        │               v                                                    v
-        │     three deaths in a row: open ─── pause over ───> spawn     attribute, spawn,
-        └── all that wait: 503, Retry-After                             requests are resumed
+                        │ died, or could not be spawned                      │
+                        v                                                    v
+              three in a row: open ─── pause over ───> spawn            attribute, spawn,
+              newcomers: 503, Retry-After; those that wait: too,        requests are resumed
+              if the cores died by themselves
 
 The heartbeat (`heartbeat`) is the age of the core's last message while it has work: it announces a step that is
 not like those before, and reports every step that is done. How long a step may take, it says itself
@@ -35,7 +36,7 @@ from quire.errors import (
     UnsupportedModelError,
 )
 from quire.isolation.breaker import Breaker
-from quire.isolation.core_process import CoreExitedError, CoreProcess
+from quire.isolation.core_process import CoreExitedError, CoreProcess, SpareDescriptors
 from quire.isolation.heartbeat import LEAST_SECONDS, Activity, Heartbeat
 from quire.isolation.journal import Journal
 from quire.isolation.wire import Abort, Add, Begun, Check, Ready, StartFailed, Stepped
@@ -86,7 +87,12 @@ class SupervisedChannel:
         self._waker.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._core: CoreProcess | None = None
-        self._start()
+        self._spare = SpareDescriptors()
+        try:
+            self._start()
+        except OSError as error:
+            self.close()
+            raise EngineDeadError(f"the engine's core could not be started: {error}") from error
 
     def wait_ready(self) -> CoreInfo:
         """Wait for the first core.
@@ -174,7 +180,7 @@ class SupervisedChannel:
         outputs: list[CoreOutputs] = []
         if self._core is None:
             if self._breaker.may_start(self._clock()):
-                self._start()
+                self._start_next()
             return outputs
         try:
             for report in self._core.receive():
@@ -204,22 +210,39 @@ class SupervisedChannel:
         self._selector.close()
         self._woken.close()
         self._waker.close()
+        self._spare.close()
 
     def _start(self) -> None:
-        self._core = self._spawn()
+        with self._spare.given_up():
+            core = self._spawn()
+            self._selector.register(core, selectors.EVENT_READ)
+        self._core = core
         self._started_s = self._clock()
         self._heartbeat.expect(self._start_allowed_s)
-        self._selector.register(self._core, selectors.EVENT_READ)
+
+    def _start_next(self) -> None:
+        """Start the core that follows, if the system has what it takes: if not, that counts as a death."""
+        try:
+            self._start()
+        except OSError as error:
+            logger.error("the engine's core could not be started (%s)", error)
+            now_s = self._clock()
+            self._breaker.record_failure(now_s, now_s, by_itself=False)
+            self._note_pause(now_s)
+
+    def _note_pause(self, now_s: float) -> None:
+        """Say that no core is started for now, if so."""
+        if not self._breaker.may_start(now_s):
+            logger.error("the engine's core died again and again: no new one for %.0f s", self._pause_s(now_s))
+            self._must_refuse = not self._breaker.lets_wait
 
     def _take(self, report: Any, outputs: list[CoreOutputs]) -> None:
         self._heartbeat.heard()
         if isinstance(report, Stepped):
             step = report.outputs
             deltas = self._journal.take(step.deltas)
-            if any(delta.finish_reason in ("stop", "length") for delta in deltas):
+            if any(delta.token_ids for delta in deltas):
                 self._breaker.record_success()
-            elif any(delta.token_ids for delta in deltas):
-                self._breaker.record_progress()
             self._gauges = step.gauges
             outputs.append(CoreOutputs(deltas, _with_probed(step, deltas), step.gauges))
         elif isinstance(report, Begun):
@@ -255,11 +278,12 @@ class SupervisedChannel:
         self._core, self._is_serving = None, False
         self._gauges = IDLE
         self._num_replaced[kind] += 1
-        death = self._journal.core_died(by_itself=not reason.is_from_outside)
+        by_itself = not reason.is_from_outside
+        death = self._journal.core_died(by_itself=by_itself)
         if death.is_attributed:
             self._breaker.record_attributed(self._started_s, now_s)
         elif not death.is_narrowed:
-            self._breaker.record_failure(self._started_s, now_s)
+            self._breaker.record_failure(self._started_s, now_s, by_itself=by_itself)
         logger.error(
             "the engine's core exited (%s); %d requests go on in the next, %d fail",
             reason, death.num_kept, len(death.failed),
@@ -268,10 +292,9 @@ class SupervisedChannel:
             deltas = tuple(TokenDelta(name, (), finish_reason="error", error=FAILED_AGAIN) for name in death.failed)
             outputs.append(CoreOutputs(deltas, None, IDLE))
         if self._breaker.may_start(now_s):
-            self._start()
+            self._start_next()
         else:
-            logger.error("the engine's core died again and again: no new one for %.0f s", self._pause_s(now_s))
-            self._must_refuse = True
+            self._note_pause(now_s)
 
     def _activity(self) -> Activity | None:
         core = self._core  # read once: another thread may ask while this one replaces it
