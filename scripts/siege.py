@@ -76,7 +76,7 @@ class Siege:
         for _ in range(count):
             begun_s = time.perf_counter()
             try:
-                answer = await client.post(f"{self.server.url}/completions", json=ASK, headers=headers, timeout=30)
+                answer = await client.post(f"{self.server.url}/completions", json=ASK, headers=headers, timeout=60)
                 self.statuses[str(answer.status_code)] += 1
             except httpx.HTTPError as error:
                 self.statuses[type(error).__name__] += 1
@@ -128,8 +128,8 @@ async def idle(siege: Siege, client: httpx.AsyncClient) -> dict[str, Any]:
 async def streams(siege: Siege, client: httpx.AsyncClient) -> dict[str, Any]:
     """More than may run and wait."""
     for _ in range(1100):
-        siege.hold(siege.request(json.dumps(STREAM).encode()))
-    await siege.ask(client, 10)
+        siege.hold(siege.request(json.dumps({**STREAM, "max_tokens": 30}).encode()))
+    await siege.ask(client, 3)
     return {}
 
 

@@ -52,6 +52,8 @@ def _add_observability(flag: Callable[..., Any]) -> None:
     """What operators see."""
     text = "opens `quire explain`; without it, that answers to this machine alone and only if callers need no key"
     flag("--admin-api-key", metavar="KEY", help=text)
+    text = "/metrics answers to everyone; without it, where callers need a key, to the admin key alone"
+    flag("--metrics-open", action="store_true", help=text)
     text = "send spans of requests there (OTLP/HTTP: http://host:4318)"
     flag("--otlp-traces-endpoint", metavar="URL", help=text)
     flag("--enable-log-requests", action="store_true", help="log sizes and times of each request")
@@ -64,7 +66,7 @@ def _add_observability(flag: Callable[..., Any]) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     from quire.compose.served import begin
-    from quire.server.http.listen import bind
+    from quire.server.http.listen import bind, raise_descriptors
 
     if not 0 <= options.port < 65536:
         raise ConfigurationError(f"port must be between 0 and 65535, got {options.port}", field="port")
@@ -72,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
     args = EngineArgs.from_mapping({"core_process": True, **engine_values(options)})
     sys.set_int_max_str_digits(MAX_DIGITS)
+    most_connections = raise_descriptors()
     listener = bind(options.host, options.port)
     finish = begin(args)
     # While the core starts: what follows takes a third of a second to import.
@@ -84,7 +87,8 @@ def run(options: argparse.Namespace) -> int:
     from quire.server.http.serve import GracefulServer
 
     trusted = {"chat_template_characters": TRUSTED_TEMPLATE_CHARACTERS} if options.trust_request_chat_template else {}
-    limits = Limits().with_values({**trusted, **_limit_values(options.limit)})
+    limits = Limits().for_queue(args.max_num_seqs + args.max_num_queued_reqs)
+    limits = limits.with_values({**trusted, **_limit_values(options.limit)}).within(most_connections)
     keys = dict.fromkeys(options.api_key, 1)
     if options.api_key_file is not None:
         keys = read_keys(options.api_key_file) | keys
@@ -99,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
             model_names=[name] if args.model is None else [name, args.model],
             api_key=keys,
             observability=Observability(
-                options.admin_api_key, options.otlp_traces_endpoint, options.enable_log_requests
+                options.admin_api_key, options.otlp_traces_endpoint, options.enable_log_requests, options.metrics_open
             ),
             metrics_prefix=options.metrics_prefix,
             show_cached_tokens=options.enable_prompt_tokens_details,
