@@ -223,7 +223,7 @@ def test_those_present_wait_while_cores_are_killed_and_newcomers_do_not(world: W
 def test_those_present_do_not_wait_for_ever(world: World) -> None:
     add(world, "a")
     world.core.says(KILL)
-    with pytest.raises(OverloadedError):  # noqa: PT012 -- it is the last death that refuses
+    with pytest.raises(OverloadedError):
         for _ in range(2 * MOST_DEATHS_WAITED):
             world.channel.collect()
             if world.channel.health.state == "paused":

@@ -75,8 +75,8 @@ async def test_a_length_that_is_declared_too_large_is_refused_before_a_byte_is_r
 
 
 async def test_what_all_requests_hold_together_has_a_bound_of_its_own() -> None:
-    """Each of them is small; one more of a caller that holds as much as is left is refused, with a time, and they go on;
-    another caller has what is left."""
+    """Each of them is small; one more of a caller that holds as much as is left is refused, with a time, and they go
+    on; another caller has what is left."""
     bodies = bodies_of(all_bodies_bytes=42)
     waiting: list[Any] = [asyncio.Event(), asyncio.Event()]
 

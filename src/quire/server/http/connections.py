@@ -85,8 +85,8 @@ def bounded_protocol(
     no place for, or whose reader takes nothing for `SLOW_READER_SECONDS`.
 
     Under a flood most connections bring one request that there is no place for, and to parse each would take the time
-    of those that have a place: where `refusal` gives an answer, a connection whose first bytes post to one of the queued
-    paths gets it, unparsed, and is closed.
+    of those that have a place: where `refusal` gives an answer, a connection whose first bytes post to one of the
+    queued paths gets it, unparsed, and is closed.
     """
     queued = tuple(f"POST {path} HTTP/1.1\r\n".encode() for path in sorted(context.queued_paths))
     crowd, crowded = Crowd(context.limits.connections.value, time.monotonic), context.limits.connections.error()
