@@ -86,7 +86,7 @@ class Transport(asyncio.Transport):
     def set_protocol(self, protocol: Any) -> None: ...
 
 
-def protocol(refusal: Callable[[bytes], bytes | None] = lambda data: None, most: int = 100) -> type[Any]:
+def protocol(refusal: Callable[[bytes], bytes | None] = lambda data: None, most: int = 100) -> Callable[..., Any]:
     limits = Limits().with_values({"connections": most})
     app = create_app(FakeEngine(), apis=[OPENAI], served_model_name="m", limits=limits)  # type: ignore[arg-type]
     return bounded_protocol(HEADER_S, refusal, app.state.context)
@@ -96,7 +96,7 @@ class Connection:
     """One, to an application that answers when it is let."""
 
     def __init__(
-        self, refusal: Callable[[bytes], bytes | None] = lambda data: None, kind: type[Any] | None = None
+        self, refusal: Callable[[bytes], bytes | None] = lambda data: None, kind: Callable[..., Any] | None = None
     ) -> None:
         self.go, self.num_asked = asyncio.Event(), 0
         self.timers, self.transport = Timers(asyncio.get_running_loop()), Transport()

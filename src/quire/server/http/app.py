@@ -10,7 +10,7 @@ from quire.errors import ConfigurationError
 from quire.server.http import errors, probes
 from quire.server.http.access import Access
 from quire.server.http.body import Bodies
-from quire.server.http.context import Api, Gate, ServerContext
+from quire.server.http.context import Api, ServerContext
 from quire.server.http.keys import KeyRequired, caller_name
 from quire.server.http.limits import Limits
 from quire.server.http.middleware import EarlyRefusal, QueueGuard, RejectAmbiguousFraming
@@ -86,7 +86,6 @@ def create_app(
         apis=tuple(apis),
         served_names=names,
         accepted_names=frozenset(names) | frozenset(model_names),
-        gate=Gate(),
         places=Shares(limits.requests.value),
         show_cached_tokens=show_cached_tokens,
         limits=limits,

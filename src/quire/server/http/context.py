@@ -110,7 +110,6 @@ class ServerContext:
     """Names shown by /v1/models; the first stands for a request that names none."""
     accepted_names: frozenset[str]
     """Names that requests may use: the served ones and the model's own."""
-    gate: Gate
     places: Shares
     """Requests that are read or answered."""
     show_cached_tokens: bool
@@ -128,6 +127,7 @@ class ServerContext:
     """Whether /metrics answers to everyone."""
     shares_prefix_cache: bool = False
     """Whether requests with different API keys may find each other's prefixes."""
+    gate: Gate = field(default_factory=Gate)
     started_s: int = field(default_factory=lambda: int(time.time()))
 
     def resolve_name(self, name: str | None) -> str:

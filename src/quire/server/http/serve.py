@@ -37,7 +37,7 @@ class GracefulServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=bounded_protocol(header_s, app.state.early_refusal, self._context),
+                http=bounded_protocol(header_s, app.state.early_refusal, self._context),  # type: ignore[arg-type]
                 backlog=ACCEPT_BATCH,
                 ws="none",
                 loop="asyncio",
