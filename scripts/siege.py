@@ -36,7 +36,7 @@ FLOOD, GUEST = "flood-key", "guest-key"
 KEYS = ["--api-key", FLOOD, "--api-key", GUEST]
 ASK = {"prompt": "What is PagedAttention?"}
 STREAM = {"prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True, "temperature": 1.0, "stream": True}
-LOUD = {**STREAM, "stream": False, "n": 16, "max_tokens": 300, "logprobs": 20}
+LOUD = {**STREAM, "stream": False, "n": 32, "max_tokens": 300, "logprobs": 20}
 HEAD = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 BODY_BYTES = 8 * 2**20
 
@@ -148,10 +148,10 @@ async def bodies(siege: Siege, client: httpx.AsyncClient) -> dict[str, Any]:
 
 async def readers(siege: Siege, client: httpx.AsyncClient) -> dict[str, Any]:
     """Whole answers that their readers do not take: how many of these are still there, and after how long."""
-    for _ in range(4):
+    for _ in range(2):
         siege.hold(siege.request(json.dumps(LOUD).encode()))
     await siege.ask(client, 3)
-    process, begun_s, count = psutil.Process(siege.server.process.pid), time.perf_counter(), 4
+    process, begun_s, count = psutil.Process(siege.server.process.pid), time.perf_counter(), 2
     while count and time.perf_counter() - begun_s < 240.0:
         await asyncio.sleep(1.0)
         peers = {item.raddr.port for item in process.net_connections("tcp") if item.raddr}
