@@ -237,13 +237,13 @@ class Visitor:
 
 def test_those_that_asked_for_nothing_for_a_second_go_first_then_the_fullest_networks_oldest() -> None:
     now_s = [0.0]
-    crowd = Crowd(6, lambda: now_s[0])
-    silent, asks, rest = Visitor("a"), Visitor("a"), [Visitor("b") for _ in range(3)]
-    for visitor in (silent, asks, *rest):
+    crowd = Crowd(7, lambda: now_s[0])
+    silent, asks, early, rest = Visitor("a"), Visitor("a"), Visitor("z"), [Visitor("b") for _ in range(3)]
+    for visitor in (silent, asks, early, *rest):
         assert crowd.enter(visitor) is None
-    for visitor in (asks, *rest):
+    for visitor in (asks, early, *rest):
         crowd.ask(visitor)
-    for visitor in rest:
+    for visitor in (early, *rest):
         crowd.rest(visitor)
     now_s[0] = SILENT_SECONDS
     young = Visitor("c")
