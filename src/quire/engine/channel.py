@@ -115,6 +115,10 @@ class CoreChannel(Protocol):
     def check(self) -> None:
         """State the invariants of the core."""
 
+    def clear(self) -> None:
+        """Drop all requests, in whatever state core and channel are: after a fault, or an interrupt in the middle of a
+        call. A call that was interrupted is repeated."""
+
     def close(self) -> None:
         """Give back what the core holds. Calling it again does nothing."""
 
@@ -129,7 +133,7 @@ class LocalChannel:
         self._core = core
         self._awake = threading.Event()
         self.add, self.abort = core.scheduler.add, core.scheduler.abort
-        self.check, self.close = core.check, core.close
+        self.check, self.clear, self.close = core.check, core.clear, core.close
 
     def wait(self) -> None:
         """See `CoreChannel.wait`. While there is no work, it does `EngineCore.run_idle_work`. Where admission rules

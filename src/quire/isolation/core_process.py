@@ -5,7 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,13 +52,7 @@ class CoreProcess:
         self._unsent = bytearray()
         self._at_end = False
         with theirs:
-            # -P: the working directory is no place to import from.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
-            )
+            self._process = _spawn(module, theirs.fileno())
         # Before it has threads: on Linux each has a niceness of its own, from the one that made it.
         os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
         self._connection.setblocking(False)
@@ -142,6 +138,30 @@ class CoreProcess:
             text = f"signal {-status}" if status < 0 else f"exit status {status}"
             return CoreExitedError(text, is_from_outside=-status in (signal.SIGKILL, signal.SIGTERM))
         return CoreExitedError("it closed its socket")
+
+
+def _spawn(module: str, fileno: int) -> "subprocess.Popen[bytes]":
+    """Start a core in a thread that ends with it: the kernel ends a core with the *thread* that started it
+    (`core_server.die_with_parent`), and the caller's may end long before the process."""
+    started: Future[subprocess.Popen[bytes]] = Future()
+
+    def run() -> None:
+        try:
+            # -P: the working directory is no place to import from.
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, str(fileno)],
+                pass_fds=[fileno],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
+            )
+        except BaseException as error:  # noqa: BLE001 -- raised in the caller's thread
+            started.set_exception(error)
+            return
+        started.set_result(process)
+        process.wait()
+
+    threading.Thread(target=run, name="quire-core-owner", daemon=True).start()
+    return started.result()
 
 
 def _after_name(stat: Path) -> list[str]:
