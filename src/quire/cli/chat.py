@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         fields = remote.sampling_fields(options)
         _converse(lambda history, say: _answer_remotely(server, fields, history, say), options.system_prompt)
         return 0
-    engine, args = engines.start(options)
+    engine, args = engines.start(options, num_seqs=1)
     import asyncio
 
     try:

@@ -28,13 +28,16 @@ def model_name(args: EngineArgs) -> str:
     return PurePath(args.model.rstrip("/")).name or args.model
 
 
-def start(options: argparse.Namespace) -> "tuple[AsyncLLM, EngineArgs]":
+def start(options: argparse.Namespace, *, num_seqs: int) -> "tuple[AsyncLLM, EngineArgs]":
     """An engine as the flags describe it, with its banner.
+
+    Args:
+        num_seqs: sequences that the verb computes at a time; unless a flag says otherwise, the cache is sized for them.
 
     Raises:
         ConfigurationError: naming the flag or the file at fault.
     """
-    args = EngineArgs.from_mapping(engine_values(options))
+    args = EngineArgs.from_mapping({"max_num_seqs": num_seqs, **engine_values(options)})
     from quire.llm import AsyncLLM
 
     engine = AsyncLLM.from_engine_args(args)

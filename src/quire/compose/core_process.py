@@ -39,7 +39,7 @@ def main() -> None:
     connection.sendall(encode(Ready(parts.info)))
     allowance = StepAllowance(parts.host_weight_bytes, start.args.hang_timeout)
     executor = AnnouncingExecutor(parts.executor, connection, allowance)
-    CoreServer(parts.core(executor), parts.info, connection).run()
+    CoreServer(parts.core(executor), parts.info, connection, start.args.release_idle_memory).run()
 
 
 def _first_message(connection: socket.socket) -> Start:

@@ -78,7 +78,9 @@ def _compose_here(args: EngineArgs, directory: Path) -> ServedEngine:
     from quire.compose.core import compose_core
 
     parts = compose_core(args, directory)
-    return _served(args, compose_text(args, directory), LocalChannel(parts.core()), parts.info)
+    return _served(
+        args, compose_text(args, directory), LocalChannel(parts.core(), args.release_idle_memory), parts.info
+    )
 
 
 def _compose_apart(args: EngineArgs, directory: Path, channel: "SupervisedChannel") -> ServedEngine:

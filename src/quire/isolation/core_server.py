@@ -106,11 +106,15 @@ class AnnouncingExecutor:
 
 
 class CoreServer:
-    """Serves one core to the other end of `connection`, for as long as that end lives."""
+    """Serves one core to the other end of `connection`, for as long as that end lives.
 
-    def __init__(self, core: EngineCore, info: CoreInfo, connection: socket.socket) -> None:
+    Args:
+        release: `EngineArgs.release_idle_memory`.
+    """
+
+    def __init__(self, core: EngineCore, info: CoreInfo, connection: socket.socket, release: str = "no") -> None:
         self._core = core
-        self._channel = LocalChannel(core)
+        self._channel = LocalChannel(core, release)
         self._info = info
         self._connection = connection
         self._commands: deque[Command] = deque()
