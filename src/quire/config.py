@@ -307,8 +307,8 @@ def resolve_cache(args: EngineArgs, facts: ModelSizes) -> CachePlan:
         raise _bad(reason if reason in _SIZES else "gpu_memory_utilization", f"does not fit the device: {budget}")
     # The memory of a host is not taken before it is written.
     size, up_to = f"{num_blocks} x {args.block_size} tokens", "" if facts.free is None else "up to "
-    held = f"reserved {up_to}{mib(budget.cache)}" if up_to else mib(budget.cache)
-    decisions.append(Decision("num_blocks", f"{size}, {held}", reason))
+    room = f"reserved {up_to}{mib(budget.cache)}" if up_to else mib(budget.cache)
+    decisions.append(Decision("num_blocks", f"{size}, {room}", reason))
     soft_limit, decision = _soft_limit(args, facts, num_blocks, max_model_len)
     decisions += [decision, Decision("memory", up_to + mib(budget.used), str(budget))]
     return CachePlan(

@@ -70,7 +70,16 @@ def _start_core(args: EngineArgs, directory: Path) -> "SupervisedChannel":
     from quire.isolation.wire import Start
 
     start = Start(replace(args, core_process=False), str(directory.resolve()))
-    return SupervisedChannel(partial(CoreProcess, start), args.hang_timeout or LEAST_SECONDS)
+
+    def spawn() -> CoreProcess:
+        """Those after the first are told its length: less may be free by then, and open requests are that long."""
+        if channel is None or channel.info is None:
+            return CoreProcess(start)
+        return CoreProcess(Start(replace(start.args, max_model_len=channel.info.max_model_len), start.directory))
+
+    channel: SupervisedChannel | None = None
+    channel = SupervisedChannel(spawn, args.hang_timeout or LEAST_SECONDS)
+    return channel
 
 
 def _compose_here(args: EngineArgs, directory: Path) -> ServedEngine:

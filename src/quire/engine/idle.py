@@ -1,8 +1,8 @@
 """What a core does in this process while there is no work: it states its invariants, and gives memory back.
 
 Both wait until requests have come since the last time. A check may take a thousandth of the time that passes, so they
-cost less than 0.1 %. A violation is a fault of the engine, found where no request suffers by it: it is logged, and scheduler
-and rows start anew.
+cost less than 0.1 %. A violation is a fault of the engine, found where no request suffers by it: it is logged, and
+scheduler and rows start anew.
 """
 
 import logging

@@ -109,6 +109,11 @@ class SupervisedChannel:
         return self._info
 
     @property
+    def info(self) -> CoreInfo | None:
+        """Of the first core; None before it has answered."""
+        return self._info
+
+    @property
     def pid(self) -> int | None:
         """The process of the present core."""
         core = self._core
