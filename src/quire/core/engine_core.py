@@ -11,7 +11,7 @@ class Executor(Protocol):
     """Carries plans down and results up: to a runner in this process, to several ranks, to a fake.
 
     Plans are computed in the order in which they were given. A fault of one row is in its `RowResult`; an exception
-    means that nothing more can be computed.
+    means that nothing more can be computed before `clear` was called.
     """
 
     def execute(self, plan: StepPlan) -> Any:
