@@ -72,7 +72,7 @@ def _start_core(args: EngineArgs, directory: Path) -> "SupervisedChannel":
     start = Start(replace(args, core_process=False), str(directory.resolve()))
 
     def spawn() -> CoreProcess:
-        """Those after the first are told its length: less may be free by then, and open requests are that long."""
+        """Those after the first get its length: less may be free by then, and open requests are that long."""
         if channel is None or channel.info is None:
             return CoreProcess(start)
         return CoreProcess(Start(replace(start.args, max_model_len=channel.info.max_model_len), start.directory))
