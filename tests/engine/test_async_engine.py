@@ -10,7 +10,7 @@ import pytest
 
 from quire.core.plan import TokenDelta
 from quire.core.request import NewRequest
-from quire.engine.async_engine import AsyncEngine
+from quire.engine.async_engine import INLINE_CHARACTERS, AsyncEngine
 from quire.engine.queue import Caller
 from quire.errors import (
     DeadlineExceededError,
@@ -273,7 +273,7 @@ async def test_parameters_that_were_changed_are_checked_again(served: Served) ->
 async def test_after_its_end_every_call_says_so() -> None:
     served = Served()
     await served.under_test.shutdown()
-    for call in (served.ask().__anext__(), served.under_test._beside(len, "x")):  # type: ignore[attr-defined]
+    for call in (served.ask().__anext__(), served.under_test.beside(lambda: 1, 10**6)):  # type: ignore[attr-defined]
         with pytest.raises(EngineDeadError):
             await call
     served.under_test.close()
@@ -341,3 +341,11 @@ def _hold(served: Served) -> Any:
     served.channel.wake()
     assert entered.wait(PATIENCE_S)
     return go
+
+
+async def test_what_is_long_is_worked_on_beside_the_loop(served: Served) -> None:
+    """A short text takes less time than the hand-over to another thread."""
+    engine = served.under_test
+    threads = [await engine.beside(threading.current_thread, size) for size in (0, INLINE_CHARACTERS)]
+    assert threads == [threading.current_thread()] * 2
+    assert await engine.beside(threading.current_thread, INLINE_CHARACTERS + 1) is not threading.current_thread()

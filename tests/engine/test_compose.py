@@ -177,7 +177,7 @@ def test_a_core_that_follows_has_room_for_what_the_first_allowed(
             spawn()
 
     monkeypatch.setattr(supervisor, "SupervisedChannel", Channel)
-    monkeypatch.setattr(core_process, "CoreProcess", started.append)
+    monkeypatch.setattr(core_process, "CoreProcess", lambda start, niceness: started.append(start))
     channel: Any = _start_core(EngineArgs(model=str(tiny_model), core_process=True), tiny_model)
     channel.info = CoreInfo(40, 100, (), "")
     channel.spawn()

@@ -235,7 +235,7 @@ def test_a_stop_string_in_the_last_token_allowed_is_counted_as_stop(tiny_model: 
 def test_a_mended_core_is_given_what_is_open_as_far_as_it_came() -> None:
     """Also where the fault came after text was made, and before it was handed on."""
     scripted = Scripted()
-    one, two, ended = scripted.add(prompt_logprobs=0), scripted.add(n=2), scripted.add()
+    one, two, ended = scripted.add(1, 2, prompt_logprobs=0), scripted.add(n=2), scripted.add()
     logprobs = (TokenLogprobs((2,), (-0.5,), (1,)),)
     scripted.channel.give(TokenDelta("0", (5,), (), logprobs, 2), TokenDelta("1.1", (6,)))
     assert len(outputs_of(scripted.engine)) == 2

@@ -74,8 +74,9 @@ def _start_core(args: EngineArgs, directory: Path) -> "SupervisedChannel":
     def spawn() -> CoreProcess:
         """Those after the first get its length: less may be free by then, and open requests are that long."""
         if channel is None or channel.info is None:
-            return CoreProcess(start)
-        return CoreProcess(Start(replace(start.args, max_model_len=channel.info.max_model_len), start.directory))
+            return CoreProcess(start, niceness=args.core_niceness)
+        kept = replace(start.args, max_model_len=channel.info.max_model_len)
+        return CoreProcess(Start(kept, start.directory), niceness=args.core_niceness)
 
     channel: SupervisedChannel | None = None
     channel = SupervisedChannel(spawn, args.hang_timeout or LEAST_SECONDS)

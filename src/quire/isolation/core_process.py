@@ -6,9 +6,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +43,19 @@ class CoreProcess:
 
     Args:
         first: its first message, which says what it is to be.
+        niceness: above this process's own.
         module: run with the number of its end of the socket as argument.
     """
 
-    def __init__(self, first: Any, module: str = CORE_MODULE) -> None:
+    def __init__(self, first: Any, module: str = CORE_MODULE, *, niceness: int = NICENESS) -> None:
         self._connection, theirs = socket.socketpair()
         self._frames = Unframer(Report, MAX_FRAME_BYTES)
         self._unsent = bytearray()
         self._at_end = False
-        with theirs:
+        with theirs, _without_interrupts():
             self._process = _spawn(module, theirs.fileno())
         # Before it has threads: on Linux each has a niceness of its own, from the one that made it.
-        os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
+        os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
         self._connection.setblocking(False)
         self.send(first)
 
@@ -162,6 +163,17 @@ def _spawn(module: str, fileno: int) -> "subprocess.Popen[bytes]":
 
     threading.Thread(target=run, name="quire-core-owner", daemon=True).start()
     return started.result()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """A process started here gets no SIGINT: Ctrl-C goes to all processes of a terminal, and this side ends the core.
+    The mask belongs to the thread and is inherited, also while the new interpreter imports."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _after_name(stat: Path) -> list[str]:
