@@ -12,14 +12,14 @@ import pytest
 
 from quire.compose import core
 from quire.compose.core import CoreParts, compose_core
-from quire.compose.served import DEFAULT_QUEUED_TOKENS, _limits, _queue, compose
+from quire.compose.served import DEFAULT_QUEUED_TOKENS, _limits, _queue, _start_core, compose
 from quire.compose.text import compose_text
 from quire.config import EngineArgs
 from quire.core.engine_core import EngineCore, OverlappingCore
 from quire.engine.channel import CoreInfo
 from quire.engine.queue import ANYBODY
 from quire.errors import ConfigurationError, InvalidRequestError, ModelFileError
-from quire.isolation import supervisor
+from quire.isolation import core_process, supervisor
 from quire.isolation.supervisor import SupervisedChannel
 from quire.weights.load import load_model
 from tests.core.harness import new_request
@@ -161,3 +161,25 @@ def test_a_core_in_its_own_process_ends_where_the_text_side_cannot_be_built(
         compose(EngineArgs(**(SIZES | {"model": str(model), "core_process": True})))
     assert not psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=30)[1]
     assert len(held) == 1
+
+
+def test_a_core_that_follows_has_room_for_what_the_first_allowed(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then less memory may be free."""
+    started: list[Any] = []
+
+    class Channel:
+        info: CoreInfo | None = None
+
+        def __init__(self, spawn: Any, timeout_s: float) -> None:
+            self.spawn = spawn
+            spawn()
+
+    monkeypatch.setattr(supervisor, "SupervisedChannel", Channel)
+    monkeypatch.setattr(core_process, "CoreProcess", lambda start, niceness: started.append(start))
+    channel: Any = _start_core(EngineArgs(model=str(tiny_model), core_process=True), tiny_model)
+    channel.info = CoreInfo(40, 100, (), "")
+    channel.spawn()
+    assert [start.args.max_model_len for start in started] == [None, 40]
+    assert [start.args.core_process for start in started] == [False, False]

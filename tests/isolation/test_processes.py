@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
@@ -299,6 +300,48 @@ def test_a_core_whose_model_changed_is_refused(apart: Apart) -> None:
         apart.channel._take(Ready(replace(apart.channel._info, vocab_size=apart.channel._info.vocab_size + 1)), [])
     more = replace(apart.channel._info, max_model_len=8192, decisions=(Decision("num_blocks", "9", "measured anew"),))
     apart.channel._take(Ready(more), [])  # a device's free memory is never twice the same
+
+
+def test_a_core_outlives_the_thread_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's word for "the parent died" is the end of the thread that made the process."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    found: list[SupervisedChannel] = []
+
+    def start() -> None:
+        found.append(SupervisedChannel(partial(CoreProcess, Start(EngineArgs(), "."), CORE)))
+        found[0].wait_ready()
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join(PATIENCE_S)
+    (channel,) = found
+    try:
+        end_s = time.monotonic() + 0.5
+        while time.monotonic() < end_s:  # the kernel needs no more than a moment
+            assert channel.pid is not None and is_alive(channel.pid)
+            time.sleep(0.01)
+        assert channel.collect() == [] and channel.health.num_died == 0
+    finally:
+        channel.close()
+
+
+async def test_a_fault_on_this_side_changes_no_stream_either(apart: Apart) -> None:
+    """Outputs that had come and were lost with it are computed again."""
+    undisturbed = await apart.answers([[10, *range(40)], *prompts(4)], max_tokens=80, prompt_logprobs=0)
+    tasks = apart.begin([[10, *range(40)], *prompts(4)], max_tokens=80, prompt_logprobs=0)
+    await apart.until_seen(20)
+    old, collect = apart.pid, apart.channel.collect
+
+    def broken() -> Any:
+        outputs = collect()
+        if outputs:
+            apart.channel.collect = collect  # type: ignore[method-assign]
+            raise BufferError("it broke")
+        return outputs
+
+    apart.channel.collect = broken  # type: ignore[method-assign]
+    assert await asyncio.gather(*tasks) == undisturbed
+    assert apart.pid != old and not is_alive(old) and apart.engine.is_healthy
 
 
 OWNER = """

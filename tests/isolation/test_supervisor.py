@@ -7,11 +7,13 @@ import select
 import socket
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from quire.core.plan import TokenDelta
+from quire.core.request import ResumeState
 from quire.engine.channel import CoreHealth, CoreInfo, CoreOutputs, Gauges
 from quire.errors import EngineDeadError, ModelFileError, OverloadedError
 from quire.isolation.breaker import (
@@ -419,13 +421,34 @@ def test_a_check_reaches_a_core_that_serves(world: World) -> None:
     assert world.core.sent == [], "it has not said that it is ready"
 
 
+def test_cleared_it_has_another_core_and_knows_no_request(world: World) -> None:
+    """Whatever came before, also when it is interrupted in the middle and called again; what is added then goes on from
+    where it was."""
+    add(world, "a", "b")
+    world.begin("a")
+    world.channel._selector.unregister(world.core)  # as far as the first call came
+    world.channel.clear()
+    assert len(world.cores) == 2 and world.cores[0].ended == [True]
+    assert (world.channel.gauges.num_waiting, world.channel.is_ready, world.channel.health.num_died) == (0, False, 0)
+    given = ResumeState((5, 6), 1, 2)
+    world.channel.add(replace(new_request("a", [1, 2], max_tokens=9), resume=given))
+    world.says(Ready(INFO))
+    assert [message.new.resume for message in world.core.sent if isinstance(message, Add)] == [given]
+    world.channel.clear()
+    world.says(Ready(INFO))
+    assert world.core.added == []
+
+
 def test_what_could_not_be_sent_is_watched_for(world: World) -> None:
     world.core.has_unsent = True
     flushed: list[int] = []
     world.core.flush = lambda: flushed.append(1)  # type: ignore[method-assign]
     world.channel.wait()
+    assert not flushed, "an interrupt while it waits must change nothing"
+    world.channel.collect()
     assert flushed
     world.core.has_unsent = False
     world.channel.wake()
     world.channel.wait()
+    world.channel.collect()
     assert len(flushed) == 1 and not select.select([world.channel._woken], [], [], 0)[0], "woken once, and no more"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.cli import banner, engines, model_path, sampling
 from quire.cli.arguments import add_engine, engine_values
-from quire.config import EngineArgs
+from quire.config import EngineArgs, bytes_of
 from quire.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     flag("--served-model-name", nargs="+", metavar="NAME", help="names for clients; the directory's name")
     text = "every route but the probes then needs it; may be repeated, and each key has a prefix cache of its own"
     flag("--api-key", action="append", default=[], metavar="KEY", help=text)
-    text = "a limit on requests, such as body_bytes=16777216; docs/guide/limits.md lists them"
+    text = "a limit on requests, such as body_bytes=16MiB; docs/guide/limits.md lists them"
     flag("--limit", action="append", default=[], metavar="NAME=VALUE", help=text)
     text = "more keys, one on a line, with a weight behind it if it is not 1: keys share the engine by weight"
     flag("--api-key-file", metavar="FILE", help=text)
@@ -161,10 +161,14 @@ def run(options: argparse.Namespace) -> int:
 def _limit_values(items: list[str]) -> dict[str, int]:
     values = {}
     for item in items:
-        name, _, number = item.partition("=")
+        given, _, number = item.partition("=")
+        name = given.replace("-", "_")
+        if name.endswith("bytes"):
+            values[name] = bytes_of("limit", number)
+            continue
         if not number.isascii() or not number.isdecimal():
             raise ConfigurationError(f"limit must be NAME=VALUE with a whole number, got {item!r}", field="limit")
-        values[name.replace("-", "_")] = int(number[:20])
+        values[name] = int(number[:20])
     return values
 
 

@@ -34,6 +34,7 @@ from quire.ops.types import Device, Provider
 from quire.outputs import Decision, Labels
 from quire.quant.select import check_scheme, select_scheme
 from quire.quant.types import bits_per_weight
+from quire.runner.host_memory import free_memory_bytes
 from quire.runner.memory import StepShape, check_budget, make_budget
 from quire.runner.model_runner import ModelRunner
 from quire.sampling.features import SamplingFeature
@@ -186,6 +187,7 @@ def _scheduler(args: EngineArgs, sizes: CachePlan, prefix_cache: PrefixCache | N
         max_model_len=sizes.max_model_len,
         block_size=sizes.block_size,
         num_blocks=sizes.num_blocks,
+        soft_block_limit=sizes.soft_block_limit,
     )
     return Scheduler(config, make_policy(args.scheduling_policy), prefix_cache)
 
@@ -197,4 +199,5 @@ def _sizes(args: EngineArgs, model: Model, ops: Provider, model_len: int) -> Mod
         bytes_per_block=model.cache_shape(1, args.block_size).bytes_per_block,
         device="cpu" if ops.memory() is None else "cuda",
         memory=make_budget(model, ops, shape),
+        free=free_memory_bytes() if ops.memory() is None else None,
     )

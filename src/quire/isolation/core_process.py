@@ -1,11 +1,14 @@
 """A core's process, from the side that started it: an interpreter of its own, and our end of the socket pair."""
 
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -58,13 +61,7 @@ class CoreProcess:
         self._at_end = False
         try:
             with theirs, _without_interrupts():
-                # -P: the working directory is no place to import from.
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", module, str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
-                )
+                self._process = _spawn(module, theirs.fileno())
         except BaseException:
             self._connection.close()
             raise
@@ -181,6 +178,33 @@ class SpareDescriptors:
         with suppress(OSError):
             while len(self._held) < NUM_SPARE_DESCRIPTORS:
                 self._held.append(os.open(os.devnull, os.O_RDONLY))
+
+
+def _spawn(module: str, fileno: int) -> "subprocess.Popen[bytes]":
+    """Start a core in a thread that ends with it: the kernel ends a core with the *thread* that started it
+    (`core_server.die_with_parent`), and the caller's may end long before the process."""
+    started: Future[subprocess.Popen[bytes]] = Future()
+
+    def run() -> None:
+        try:
+            # -P: the working directory is no place to import from.
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, str(fileno)],
+                pass_fds=[fileno],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
+            )
+        except BaseException as error:  # noqa: BLE001 -- raised in the caller's thread
+            started.set_exception(error)
+            return
+        started.set_result(process)
+        process.wait()
+
+    try:
+        threading.Thread(target=run, name="quire-core-owner", daemon=True).start()
+    except RuntimeError as error:  # the system has no more threads
+        raise OSError(errno.EAGAIN, str(error)) from error
+    return started.result()
 
 
 @contextmanager

@@ -92,8 +92,10 @@ class Journal:
         return len(self._entries)
 
     def add(self, new: NewRequest) -> None:
-        """A request has come."""
-        self._entries[new.request_id] = self._unsent[new.request_id] = Entry(new)
+        """A request has come, new or resumed."""
+        given = new.resume
+        entry = Entry(new, list(given.output_token_ids), given.num_prompt_logprobs, given.num_cached_tokens)
+        self._entries[new.request_id] = self._unsent[new.request_id] = entry
 
     def remove(self, request_id: str) -> bool:
         """A request has ended or was aborted. Returns whether the core has it."""

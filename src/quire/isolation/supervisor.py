@@ -115,6 +115,11 @@ class SupervisedChannel:
         return self._info
 
     @property
+    def info(self) -> CoreInfo | None:
+        """Of the first core; None before it has answered."""
+        return self._info
+
+    @property
     def pid(self) -> int | None:
         """The process of the present core."""
         core = self._core
@@ -152,16 +157,15 @@ class SupervisedChannel:
         self._feed()
 
     def wait(self) -> None:
-        """See `CoreChannel.wait`. It also returns when something is due: a hang, the end of a pause."""
+        """See `CoreChannel.wait`. It also returns when something is due: a hang, the end of a pause. An interrupt in it
+        changes nothing."""
         self._watch_writing()
         timeout_s = self._seconds_until_due()
         before_s = self._clock()
-        for key, events in self._selector.select(timeout_s):
+        for key, _ in self._selector.select(timeout_s):
             if key.fileobj is self._woken:
                 with suppress(BlockingIOError):
                     self._woken.recv(4096)
-            elif events & selectors.EVENT_WRITE and self._core is not None:
-                self._core.flush()
         now_s = self._clock()
         if timeout_s is not None and now_s - before_s > timeout_s + LATE_WAKE_SECONDS:
             self._heartbeat.heard()
@@ -183,6 +187,8 @@ class SupervisedChannel:
                 self._start_next()
             return outputs
         try:
+            if self._core.has_unsent:
+                self._core.flush()
             for report in self._core.receive():
                 self._take(report, outputs)
             if self._is_hung():
@@ -198,6 +204,17 @@ class SupervisedChannel:
         """See `CoreChannel.check`: a core that breaks an invariant ends, and is replaced."""
         if self._core is not None and self._is_serving:
             self._core.send(Check())
+
+    def clear(self) -> None:
+        """See `CoreChannel.clear`: another core takes its place."""
+        if self._core is not None:
+            with suppress(KeyError, ValueError):  # an interrupted call came so far
+                self._selector.unregister(self._core)
+            self._core.end(at_once=True)
+        self._core, self._is_serving, self._must_refuse = None, False, False
+        self._journal, self._gauges = Journal(), IDLE
+        if self._breaker.may_start(self._clock()):
+            self._start()
 
     def close(self) -> None:
         """See `CoreChannel.close`."""

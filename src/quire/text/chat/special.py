@@ -17,7 +17,7 @@ import json
 import re
 import secrets
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,8 @@ class SpecialText:
         is_normalized = any(token.special and token.normalized for token in added.values())
         self._normalizer = backend.normalizer if is_normalized else None
         self._lock = threading.Lock()
-        self._renamed: _Renamed | None = None
+        self._renamed: dict[Any, _Renamed] = {}
+        """By what made it."""
 
     def occurs_in(self, values: Iterable[Any]) -> bool:
         """Whether any string of this plain data holds a special token."""
@@ -100,29 +101,64 @@ class SpecialText:
 
     def encode(self, rendered: str, escape: SpecialTokenEscape, *, add_special_tokens: bool) -> list[int]:
         """The tokens of a text rendered from escaped messages. Raises what `tokenizers` raises."""
-        with self._lock:
-            if self._renamed is None:
-                self._renamed = _rename(self._backend, self._names)
-            renamed = self._renamed
         # A token of one character cannot be split inside: there the mark stands behind it.
         whole = re.compile(f"(?:{self._alternatives})(?!{escape.mark})", re.DOTALL)
-        text = whole.sub(lambda match: renamed.names[match[0]], rendered)
-        encoding = renamed.backend.encode(self.unescaped(text, escape), add_special_tokens=False)
-        if add_special_tokens:  # the copy has no post-processor
-            encoding = self._backend.post_process(encoding, None, True)
-        ids: list[int] = encoding.ids
-        return ids
+        for rename in (_beside, _apart):
+            renamed = self._renamed_by(rename)
+            text = whole.sub(lambda match, names=renamed.names: names[match[0]], rendered)  # type: ignore[misc]
+            encoding = renamed.backend.encode(self.unescaped(text, escape), add_special_tokens=False)
+            if not renamed.special_ids.isdisjoint(encoding.ids):
+                continue  # the model itself spells a special token
+            if add_special_tokens:  # the other has no post-processor
+                encoding = self._backend.post_process(encoding, None, True)
+            pairs = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+            return [number if is_added else renamed.ids.get(number, number) for number, is_added in pairs]
+        raise AssertionError("a tokenizer without the names of special tokens made one")
+
+    def _renamed_by(self, rename: "Callable[[tokenizers.Tokenizer, Mapping[str, int]], _Renamed]") -> "_Renamed":
+        with self._lock:
+            if rename not in self._renamed:
+                self._renamed[rename] = rename(self._backend, self._names)
+            return self._renamed[rename]
 
 
 @dataclass(frozen=True, slots=True)
 class _Renamed:
     backend: tokenizers.Tokenizer
     names: Mapping[str, str]
+    ids: Mapping[int, int]
+    """The tokenizer's own ids of added tokens, where the backend's are others."""
+    special_ids: frozenset[int]
+    """Ids that the backend may give to no text."""
 
 
-def _rename(backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> _Renamed:
-    """A copy of the tokenizer in which special tokens have random names."""
-    names = {name: f"<{secrets.token_hex(12)}>" for name in special}
+def _random_names(special: Iterable[str]) -> dict[str, str]:
+    return {name: f"<{secrets.token_hex(12)}>" for name in special}
+
+
+def _beside(backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> _Renamed:
+    """A tokenizer of the same parts, which are shared and not copied: only its added tokens are its own. So it is there
+    in a moment, however large the vocabulary is. The model under it still holds special tokens as pieces."""
+    names = _random_names(special)
+    shared = tokenizers.Tokenizer(backend.model)
+    shared.normalizer, shared.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    added = backend.get_added_tokens_decoder()
+    tokens = {
+        number: tokenizers.AddedToken(
+            names.get(token.content, token.content), single_word=token.single_word, lstrip=token.lstrip,
+            rstrip=token.rstrip, normalized=token.normalized, special=token.special,
+        )
+        for number, token in added.items()
+    }  # fmt: skip
+    shared.add_tokens(list(tokens.values()))
+    ids = {shared.token_to_id(token.content) or 0: number for number, token in tokens.items()}
+    return _Renamed(shared, names, ids, frozenset(special.values()) - ids.keys())
+
+
+def _apart(backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> _Renamed:
+    """A copy of the tokenizer in which special tokens have random names, also in the model: seconds for a large
+    vocabulary, in which nothing else runs. It is made for the first text in which the model would spell one."""
+    names = _random_names(special)
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:
         if token["special"]:
@@ -145,4 +181,4 @@ def _rename(backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> _Renam
             raise InvalidRequestError(
                 f"this tokenizer cannot keep the special token {name!r} apart from text", param="messages"
             )
-    return _Renamed(renamed, names)
+    return _Renamed(renamed, names, {}, frozenset())
