@@ -105,19 +105,26 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, tokenizers.AddedToken]
 def _add_tokens(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, tokenizers.AddedToken]
 ) -> None:
-    """Add what the configuration names and tokenizer.json lacks, in the order of `transformers`."""
+    """Add what the configuration names, in the order of `transformers`: its flags win over those of tokenizer.json.
+
+    Where it lists no tokens, those of tokenizer.json keep their flags. In either list a named token is special.
+    """
     by_id = config.get("added_tokens_decoder", {})
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     if not isinstance(by_id, dict) or not all(str(key).isdecimal() for key in by_id):
         raise ModelFileError("tokenizer_config.json: added_tokens_decoder does not map ids to tokens")
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    wanted = [_as_token(by_id[key], special=False) for key in sorted(by_id, key=int)]
-    wanted += named.values()
-    wanted += [_as_token(value, special=True) for value in extra if isinstance(extra, list)]
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    listed = [_as_token(by_id[key], special=False) for key in sorted(by_id, key=int)]
+    wanted = [token for token in listed if token is not None] if "added_tokens_decoder" in config else [*known.values()]
+    names = {token.content for token in named.values()}
     for token in wanted:
-        if token is not None and token.content not in known:
-            known.add(token.content)
-            backend.add_tokens([token])
+        # The library goes on hiding a token that was special once, whatever is said of it later.
+        was_special = token.content in known and known[token.content].special
+        token.special = token.special or was_special or token.content in names
+    contents = {*known, *(token.content for token in wanted)}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    others = [*named.values(), *(_as_token(value, special=True) for value in extra if isinstance(extra, list))]
+    # One call: each rebuilds the search for all added tokens.
+    backend.add_tokens([*wanted, *(token for token in others if token is not None and token.content not in contents)])
 
 
 def _read_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
