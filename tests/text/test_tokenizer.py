@@ -251,6 +251,7 @@ def test_files_of_any_size_are_not_read(tmp_path):
         ("tokenizer_config.json", '{"chat_template": 7}', "tokenizer_config.json: chat_template"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder"),
         ("special_tokens_map.json", b"\xff\xfe", "special_tokens_map.json is not UTF-8"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid", "tokenizer.json is a Git LFS pointer"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, message):

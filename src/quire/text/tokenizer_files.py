@@ -9,9 +9,11 @@ from typing import Any
 import tokenizers
 
 from quire.errors import ModelFileError
+from quire.text.growth import check_growth
 
 _MAX_TOKENIZER_BYTES = 256 << 20
 _MAX_FILE_BYTES = 32 << 20
+_LFS_POINTER = "version https://git-lfs.github.com/spec/"
 _COMMON_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -45,6 +47,7 @@ def _read_backend(directory: Path) -> tokenizers.Tokenizer:
     text = _read_text(directory / "tokenizer.json", _MAX_TOKENIZER_BYTES)
     if text is None:
         raise ModelFileError("tokenizer.json is missing: this directory has no tokenizer that Quire reads")
+    check_growth(text)
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # noqa: BLE001 - the library raises bare Exception
@@ -61,11 +64,14 @@ def _read_text(path: Path, max_bytes: int) -> str | None:
             return None
         if path.stat().st_size > max_bytes:
             raise ModelFileError(f"{path.name} is larger than {max_bytes >> 20} MB")
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ModelFileError(f"{path.name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ModelFileError(f"{path.name} is not UTF-8 text") from None
+    if text.startswith(_LFS_POINTER):
+        raise ModelFileError(f"{path.name} is a Git LFS pointer, not the file itself; `git lfs pull` fetches it")
+    return text
 
 
 def _read_json(directory: Path, name: str) -> dict[str, Any]:
