@@ -82,8 +82,21 @@ def test_which_factors_of_longrope_all_sequences_have_is_said(
 ) -> None:
     """`tests/models/test_published.py` compares both with transformers."""
     directory = make_tiny("phi3", tmp_path / "phi3", tokenizer=True)
-    (decision,) = (one for one in core_of(directory, max_model_len=length, num_gpu_blocks_override=17).info.decisions if one.name == "longrope")
+    (decision,) = (
+        one
+        for one in core_of(directory, max_model_len=length, num_gpu_blocks_override=17).info.decisions
+        if one.name == "longrope"
+    )
     assert decision.value == chosen and why in decision.reason
+
+
+@pytest.mark.parametrize(("quantization", "warned"), [("int4", True), ("int8", False), (None, False)])
+def test_four_bits_of_a_small_model_are_warned_of(
+    quantization: str | None, warned: bool, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    decisions = core_of(tiny_model, quantization=quantization).info.decisions
+    assert any("may lose much by 4 bits" in one.reason for one in decisions) == warned
+    assert ("may lose much by 4 bits" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("same", [True, False])

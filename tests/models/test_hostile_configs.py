@@ -64,7 +64,12 @@ def test_every_value_of_every_key_is_taken_or_refused(case: str) -> None:
     ],
 )
 def test_the_value_that_is_wrong_is_printed(changes: dict[str, Any], message: str) -> None:
-    config = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 32768, **PUBLISHED["llama 1"], **changes}
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 32768,
+        **PUBLISHED["llama 1"],
+        **changes,
+    }
     with pytest.raises(ConfigurationError, match=message):
         load_spec(config)
 

@@ -44,6 +44,9 @@ from quire.sampling.features.penalties import Penalties
 from quire.weights.load import load_model, read_spec
 from quire.weights.loading_bar import LoadingBar
 
+SMALL_MODEL_BYTES = 512 << 20
+"""Of weights in 4 bits, some 900 million: below it they cost a model much."""
+
 logger = logging.getLogger("quire")
 
 
@@ -135,7 +138,7 @@ def _model_decisions(args: EngineArgs, directory: Path, model: Model) -> list[De
     return [
         Decision("model", name, f"{model.spec.num_layers} layers, {model.weight_bytes / 2**20:,.0f} MiB of weights"),
         Decision("dtype", shape.dtype, "the checkpoint's own" if args.dtype == "auto" else "as asked"),
-        *_quantization_decisions(args),
+        *_quantization_decisions(args, model.weight_bytes),
         *_rope_decisions(model),
     ]
 
@@ -147,7 +150,9 @@ def _rope_decisions(model: Model) -> list[Decision]:
         if isinstance(scaling, LongRopeScaling):
             trained, longest = scaling.original_max_positions, model.max_model_len
             if takes_long_factors(scaling, longest):
-                reason = f"max_model_len={longest} exceeds {trained} positions; transformers gives shorter sequences the "
+                reason = (
+                    f"max_model_len={longest} exceeds {trained} positions; transformers gives shorter sequences the "
+                )
                 reason += f"short ones, as max_model_len={trained} does"
             else:
                 reason = f"max_model_len={longest} is within {trained} positions"
@@ -161,13 +166,16 @@ def _head_decisions(stated: DecoderSpec, model: Model) -> list[Decision]:
     return [Decision("head", "lm_head.weight", "it differs from the embedding, though tie_word_embeddings is true")]
 
 
-def _quantization_decisions(args: EngineArgs) -> list[Decision]:
+def _quantization_decisions(args: EngineArgs, weight_bytes: int) -> list[Decision]:
     scheme = select_scheme(args.quantization, args.quantization_group_size)
     if scheme is None:
         return []
     linear, embedding = (f"{bits_per_weight(one)} bits a weight" for one in (scheme.linear, scheme.embedding))
     size = scheme.linear.group_size
     reason = f"layers {linear}" + (f" in groups of {size}" if size else "") + f", embedding and head {embedding}"
+    if scheme.name == "int4" and weight_bytes < SMALL_MODEL_BYTES:
+        reason += "; so small a model may lose much by 4 bits (docs/howto/quantize.md)"
+        logger.warning("quantization int4: %s", reason)
     return [Decision("quantization", scheme.name, reason)]
 
 

@@ -61,5 +61,7 @@ def _family(config: Mapping[str, Any]) -> Family:
         # A name that is merely near is another architecture's, whose weights would not fit.
         nearest = [f"; did you mean {known!r}?" for known in FAMILIES if known.lower() == name.lower()]
         supported = ", ".join(FAMILIES)
-        raise UnsupportedModelError(f"the architecture {name!r} is not supported{''.join(nearest)}; these are: {supported}")
+        raise UnsupportedModelError(
+            f"the architecture {name!r} is not supported{''.join(nearest)}; these are: {supported}"
+        )
     return FAMILIES[name]

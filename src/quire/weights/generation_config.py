@@ -73,8 +73,9 @@ def _ids(name: str, sources: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[i
 def _number(name: str, value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ModelFileError(f"generation_config.json: {name} must be a number, got {str(value)[:60]}")
+    parameter: dict[str, Any] = {_SAMPLING[name]: value}
     try:
-        SamplingParams(**{_SAMPLING[name]: value})
+        SamplingParams(**parameter)
     except InvalidRequestError as error:
         raise ModelFileError(f"generation_config.json: {name}: {error.message}") from None
     return value
