@@ -44,7 +44,7 @@ struct Panels {
     // of integers
     int64_t bits = 0;    // 8 or 4
     int64_t group = 0;   // inputs in a group
-    int32_t levels = 0;  // the largest integer of an input
+    int32_t qmax = 0;  // the largest integer of an input
 
     int64_t width() const { return panel_width(layout); }
     int64_t out_width() const { return gated ? out / 2 : out; }                 // the width of y

@@ -50,7 +50,7 @@ public:
 
     int threads() const { return pool_.threads(); }
 
-    // `weight` [out, in] is an array, or (in, rows of files); `rounding` (bits, group, levels) makes integers of it.
+    // `weight` [out, in] is an array, or (in, rows of files); `rounding` (bits, group, qmax) makes integers of it.
     PackedLinear* pack(nb::handle weight, nb::handle bias, const std::string& storage_name, bool gated,
                        std::optional<std::tuple<int, int64_t, int>> rounding) {
         const Storage storage = storage_or_raise(storage_name);
@@ -80,13 +80,13 @@ public:
         return quantize_items<uint16_t>(weight_, storage, four_bits, group_size, values_, scales_);
     }
 
-    // `values` [out, in] int8, `scales` [out, ceil(in / group)]; `levels` is the largest integer of an input.
+    // `values` [out, in] int8, `scales` [out, ceil(in / group)]; `qmax` is the largest integer of an input.
     PackedLinear* pack_integers(nb::handle values_, nb::handle scales_, nb::handle bias_, int bits, int64_t group,
-                                int levels, bool gated) {
+                                int qmax, bool gated) {
         Array<int8_t, 2> values(values_, "values");
         Floats2 scales(scales_, "scales");
         const int64_t out = values.size(0), in = values.size(1);
-        const Integers integers = checked_integers(bits, group, levels, in);
+        const Integers integers = checked_integers(bits, group, qmax, in);
         require(!gated || out % 2 == 0, "pack_gated: the outputs of gate and up differ in number");
         require(scales.size(0) == out && scales.size(1) == (in == 0 ? 0 : (in + group - 1) / group),
                 "pack: one scale for each group of each output is needed");
@@ -434,7 +434,7 @@ NB_MODULE(_native, module) {
         .def_prop_ro("dtype", [](const PackedLinear& packed) { return name_of(packed.storage); })
         .def_prop_ro("layout", [](const PackedLinear& packed) { return name_of(packed.layout); })
         .def_prop_ro("integers", [](const PackedLinear& packed) {
-            return std::make_tuple(packed.integers.bits, packed.integers.group, packed.integers.levels);
+            return std::make_tuple(packed.integers.bits, packed.integers.group, packed.integers.qmax);
         })
         .def_prop_ro("weights", [](const PackedLinear& packed) { return PackedBytes{packed.weights()}; })
         .def_prop_ro("bias", [](const PackedLinear& packed) -> std::optional<PackedBytes> {

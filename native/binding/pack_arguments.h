@@ -114,12 +114,12 @@ inline void require_eight_bits(const Array<int8_t, 2>& values) {
     require(outside == 0, "pack: an integer of 8 bits is outside [-127, 127]");
 }
 
-inline Integers checked_integers(int bits, int64_t group, int levels, int64_t in) {
+inline Integers checked_integers(int bits, int64_t group, int qmax, int64_t in) {
     require(bits == 4 || bits == 8, "pack: integers have 4 or 8 bits");
     require(bits == 8 ? group == in : group == 32 || group == 64 || group == 128, "pack: no such size of groups");
-    require(levels == 127 || levels == 32639, "pack: inputs are of 127 or 32639 levels");
+    require(qmax == 127 || qmax == 32639, "pack: the qmax of inputs is 127 or 32639");
     require(in < kMaxIntegerInputs, "pack: more inputs than a sum of 32 bits can hold");
-    return {bits, group, levels};
+    return {bits, group, qmax};
 }
 
 // (in, [(descriptor, offset in bytes, rows), ...])

@@ -90,7 +90,7 @@ struct QuantizedRow {
     }
 };
 
-static inline QuantizedRow measure_row(const float* x, int64_t in, int32_t levels) {
+static inline QuantizedRow measure_row(const float* x, int64_t in, int32_t qmax) {
     constexpr uint32_t magnitude = 0x7fffffffu, infinity = 0x7f800000u;
     Words top = {};  // of bits without sign: an order in which infinity and NaN are the largest
     int64_t i = 0;
@@ -109,7 +109,7 @@ static inline QuantizedRow measure_row(const float* x, int64_t in, int32_t level
     float absmax;
     __builtin_memcpy(&absmax, &largest, 4);
     if (largest >= infinity) return {0.0f, __builtin_nanf("")};
-    const float limit = static_cast<float>(levels);
+    const float limit = static_cast<float>(qmax);
     return {absmax < 0x1p-100f ? 0.0f : limit / absmax, absmax / limit};
 }
 

@@ -24,7 +24,7 @@ void linear_bfloat16(const LinearArgs& args, ThreadPool& pool);  // weights in t
 #endif
 #if defined(__AVX512VNNI__)
 // The most rows whose sums linear_int8_vnni holds in registers.
-static inline int64_t vnni_rows(const Panels& weight) { return weight.levels > 127 ? 4 : 6; }
+static inline int64_t vnni_rows(const Panels& weight) { return weight.qmax > 127 ? 4 : 6; }
 void linear_int8_vnni(const LinearArgs& args, ThreadPool& pool);
 #else
 void linear_int16(const LinearArgs& args, ThreadPool& pool);

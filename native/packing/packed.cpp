@@ -10,7 +10,7 @@ namespace {
 // A group of 8 bits is a whole row.
 Integers padded(const Integers& integers, int64_t in) {
     if (integers.bits != 8) return integers;
-    return {8, in == 0 ? 64 : (in + 63) / 64 * 64, integers.levels};
+    return {8, in == 0 ? 64 : (in + 63) / 64 * 64, integers.qmax};
 }
 
 size_t cache_bytes(const CacheLayout& layout) {

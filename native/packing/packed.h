@@ -31,7 +31,7 @@ inline std::optional<Storage> storage_named(const std::string& name) {
 // How a weight of integers is made; bits 0: it is none.
 struct Integers {
     int64_t bits = 0, group = 0;
-    int32_t levels = 0;  // the largest integer of an input
+    int32_t qmax = 0;  // the largest integer of an input
 };
 
 class PackedLinear {
@@ -55,7 +55,7 @@ public:
 
     Panels panels() const {
         return {weights_.data, static_cast<const float*>(bias_.data), in, out, storage, layout, gated, integers.bits,
-                integers.group, integers.levels};
+                integers.group, integers.qmax};
     }
     size_t bytes() const { return weights_.bytes + bias_.bytes; }
     // Of the memory that a weight with these panels has; std::bad_alloc where none is that large.
@@ -71,7 +71,7 @@ public:
     std::string text() const {
         const std::string shape = std::to_string(out) + "x" + std::to_string(in) + " ";
         if (layout != Layout::integers) return shape + name_of(storage);
-        return shape + "int" + std::to_string(integers.bits) + (integers.levels > 127 ? "" : " x int8");
+        return shape + "int" + std::to_string(integers.bits) + (integers.qmax > 127 ? "" : " x int8");
     }
     bool reads_amx_bf16() const { return layout == Layout::tiles; }  // TileRows as inputs
 

@@ -142,7 +142,7 @@ class Explanation:
     queued_because: dict[str, float]
     """Seconds for which the head of the queue lacked a row, blocks or budget while this one queued, and for which an
     admission rule held this one, by the rule's word."""
-    blamed: dict[str, float]
+    waited_for: dict[str, float]
     """Other requests -> seconds for which this one waited because of them."""
     time_to_first_token_s: float | None
     num_prompt_tokens: int

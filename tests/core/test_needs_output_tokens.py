@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from quire.core.request import SamplingSpec
+from quire.core.request import PenaltySpec, SamplingSpec
 from tests.core.harness import Harness, alone, new_request
 
 
@@ -14,9 +14,9 @@ from tests.core.harness import Harness, alone, new_request
         (SamplingSpec(), False),
         (SamplingSpec(logit_bias=((1, 2.0),), min_tokens=3, allowed_token_ids=(1, 2), bad_words=((4,),)), False),
         (SamplingSpec(bad_words=((4,), (4, 5))), True),
-        (SamplingSpec(presence_penalty=0.5), True),
-        (SamplingSpec(frequency_penalty=-0.5), True),
-        (SamplingSpec(repetition_penalty=0.9), True),
+        (SamplingSpec(penalties=PenaltySpec(presence=0.5)), True),
+        (SamplingSpec(penalties=PenaltySpec(frequency=-0.5)), True),
+        (SamplingSpec(penalties=PenaltySpec(repetition=0.9)), True),
     ],
 )
 def test_which_sampling_needs_them(spec: SamplingSpec, needs: bool) -> None:

@@ -146,11 +146,12 @@ def test_tokens_that_stop() -> None:
 
 def test_every_number_arrives_under_its_own_name() -> None:
     values: dict[str, Any] = {
-        "temperature": 0.9, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "presence_penalty": 0.2, "frequency_penalty": 0.3,
-        "repetition_penalty": 1.4, "min_tokens": 2,
+        "temperature": 0.9, "top_p": 0.8, "top_k": 7, "min_p": 0.1, "min_tokens": 2,
     }  # fmt: skip
-    spec = one(**values, logprobs=3, prompt_logprobs=4, logit_bias={5: 2.0, 3: 1.0}).sampling
+    penalties = {"presence_penalty": 0.2, "frequency_penalty": 0.3, "repetition_penalty": 1.4}
+    spec = one(**values, **penalties, logprobs=3, prompt_logprobs=4, logit_bias={5: 2.0, 3: 1.0}).sampling
     assert {name: getattr(spec, name) for name in values} == values
+    assert {f"{name}_penalty": value for name, value in spec.penalties._asdict().items()} == penalties
     assert (spec.num_logprobs, spec.num_prompt_logprobs, spec.logit_bias) == (3, 4, ((3, 1.0), (5, 2.0)))
     assert one(top_k=2**31 - 1).sampling.top_k == 320
     bare = one().sampling

@@ -271,6 +271,8 @@ def test_a_core_whose_model_changed_is_refused(apart: Apart) -> None:
         apart.channel._take(Ready(replace(apart.channel._info, model_fingerprint="fingerprint")), [])
     with pytest.raises(CoreExitedError, match="changed"):
         apart.channel._take(Ready(replace(apart.channel._info, max_model_len=8)), [])
+    with pytest.raises(CoreExitedError, match="changed"):
+        apart.channel._take(Ready(replace(apart.channel._info, vocab_size=apart.channel._info.vocab_size + 1)), [])
     more = replace(apart.channel._info, max_model_len=8192, decisions=(Decision("num_blocks", "9", "measured anew"),))
     apart.channel._take(Ready(more), [])  # a device's free memory is never twice the same
 

@@ -10,7 +10,7 @@ import pytest
 
 from quire.config import EngineArgs
 from quire.core.plan import ScheduledRequest, Stalled, StepRecord, TokenDelta, TokenLogprobs
-from quire.core.request import NewRequest, ResumeState
+from quire.core.request import NewRequest, PenaltySpec, ResumeState
 from quire.engine.channel import CoreInfo, CoreOutputs, Gauges
 from quire.errors import InvalidRequestError
 from quire.isolation.core_server import check_new
@@ -37,7 +37,7 @@ FULL = replace(
     new_request(
         "7.1", [1, 2, 3], 9, priority=-2, salt="s", eos=(3,), seed=2**64 - 1, temperature=0.7, top_k=5,
         stop_token_ids=(3, 4), logit_bias=((1, -2.5),), allowed_token_ids=(1, 2), bad_words=((1,), (2, 3)),
-        num_logprobs=2, num_prompt_logprobs=0, presence_penalty=-2.0, min_tokens=2,
+        num_logprobs=2, num_prompt_logprobs=0, penalties=PenaltySpec(presence=-2.0), min_tokens=2,
     ),
     resume=ResumeState((5, 6), 2, 1), arrival_s=12.25, needs_output_tokens=True,
 )  # fmt: skip
@@ -155,7 +155,7 @@ def test_the_core_takes_what_the_door_lets_in() -> None:
         ({"top_k": -2}, "top_k"),
         ({"seed": 2**64}, "seed"),
         ({"seed": -1}, "seed"),
-        ({"frequency_penalty": 3.0}, "frequency_penalty"),
+        ({"penalties": PenaltySpec(frequency=3.0)}, "frequency_penalty"),
         ({"min_tokens": -1}, "min_tokens"),
         ({"num_logprobs": 21}, "logprobs"),
         ({"num_prompt_logprobs": -1}, "prompt_logprobs"),

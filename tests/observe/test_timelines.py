@@ -101,7 +101,7 @@ def test_a_batch_mates_prompt_is_named() -> None:
     assert found.largest == "waiting_for_prefill"
     assert found.parts["waiting_for_prefill"] == pytest.approx(2 * 1.0 + 0.1)
     assert found.parts["decoding"] == pytest.approx(0.5)
-    assert found.blamed == {"public-b": pytest.approx(0.1)}
+    assert found.waited_for == {"public-b": pytest.approx(0.1)}
     assert found.sentence.endswith("most of all for public-b.")
 
 
@@ -130,7 +130,7 @@ def test_preemption_lasts_until_the_way_back() -> None:
         "preempted": 1.0, "prefilling": 0.25, "waiting_for_prefill": 0.05, "decoding": 0.2,
     }  # fmt: skip
     assert found.num_preemptions == 1
-    assert found.blamed == {"public-a": pytest.approx(1.0)}
+    assert found.waited_for == {"public-a": pytest.approx(1.0)}
     assert "(1 times), most of all for public-a" in found.sentence
 
 
@@ -297,11 +297,13 @@ def test_the_one_that_was_waited_for_longest_is_named_first_by_its_public_name()
     for name, seconds in waits.items():
         story.step(seconds, stalled=(("a", "no_blocks", name),))
     found = story.end("a")
-    assert list(found.blamed.items())[:2] == [
+    assert list(found.waited_for.items())[:2] == [
         ("public-b3", pytest.approx(3.7)), ("public-b2", pytest.approx(3.0)),
     ]  # fmt: skip
     assert len(story.timelines.find("public-a")[0].sequences[0].waited_for) == Timeline.MAX_WAITED_FOR
-    assert "public-b7" not in found.blamed and found.parts["waiting_for_blocks"] == pytest.approx(sum(waits.values()))
+    assert "public-b7" not in found.waited_for and found.parts["waiting_for_blocks"] == pytest.approx(
+        sum(waits.values())
+    )
 
 
 def test_a_request_is_explained_by_its_sequence_that_ended_last() -> None:

@@ -11,13 +11,13 @@ import torch
 
 from quire.compose.core import sampling_features
 from quire.core.plan import NewRow, RowResult, ScheduledRow, StepPlan
-from quire.core.request import SamplingSpec
+from quire.core.request import PenaltySpec, SamplingSpec
 from quire.ops.reference import ReferenceOps
 from quire.runner.model_runner import ModelRunner
 from quire.weights.load import load_model
 
 GREEDY, DRAWN = SamplingSpec(temperature=0.0), SamplingSpec(temperature=1.0, seed=5, num_logprobs=2)
-PENALISED = SamplingSpec(temperature=0.0, frequency_penalty=2.0)
+PENALISED = SamplingSpec(temperature=0.0, penalties=PenaltySpec(frequency=2.0))
 
 
 class LateOps(ReferenceOps):

@@ -14,7 +14,7 @@ from quire.core.engine_core import EngineCore
 from quire.core.plan import NewRow, TokenDelta
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache
-from quire.core.request import NewRequest, SamplingSpec
+from quire.core.request import NewRequest, PenaltySpec, SamplingSpec
 from quire.core.scheduler import Scheduler, SchedulerConfig
 from quire.executor.local import LocalExecutor
 from quire.ops.reference import ReferenceOps
@@ -61,7 +61,7 @@ class Ladder:
 
 
 def test_a_feature_keeps_nothing_of_a_row_that_left(ops: Ops) -> None:
-    spec = SamplingSpec(presence_penalty=1.0, logit_bias=((3, 1.0),))
+    spec = SamplingSpec(penalties=PenaltySpec(presence=1.0), logit_bias=((3, 1.0),))
     for feature in sampling_features(ops):
         assert feature.uses(spec)
         feature.add(new_row(1, [1, 2], spec))
@@ -76,7 +76,7 @@ def test_a_sampler_without_features_samples_the_raw_logits(ops: Ops) -> None:
     logits = normal_logits(1, 3, VOCABULARY)
     sampler = Sampler(ops, 3)
     for row in range(3):
-        sampler.add(new_row(row, [1], GREEDY._replace(frequency_penalty=2.0, num_logprobs=0)))
+        sampler.add(new_row(row, [1], GREEDY._replace(penalties=PenaltySpec(frequency=2.0), num_logprobs=0)))
         sampler.on_token(row, 5)
     array = ops.array(logits, "float32")
     results = sampler.sample(array, range(3), [2] * 3).read(range(3))

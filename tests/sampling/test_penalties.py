@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from quire import LLM, SamplingParams
-from quire.core.request import SamplingSpec
+from quire.core.request import PenaltySpec, SamplingSpec
 from quire.ops.types import Ops
 from quire.sampling.sampler import Sampler
 from tests.sampling.known_rows import full_sampler, new_row, normal_logits
@@ -28,10 +28,10 @@ def penalised(logits: Any, prompt: Sequence[int], output: Sequence[int], spec: S
         found[token] += bias
     for token in {*prompt, *output}:
         found[token] = (
-            found[token] / spec.repetition_penalty if found[token] > 0 else found[token] * spec.repetition_penalty
+            found[token] / spec.penalties.repetition if found[token] > 0 else found[token] * spec.penalties.repetition
         )
     for token, count in Counter(output).items():
-        found[token] -= count * spec.frequency_penalty + spec.presence_penalty
+        found[token] -= count * spec.penalties.frequency + spec.penalties.presence
     return found
 
 
@@ -43,14 +43,16 @@ def edited(sampler: Sampler, ops: Ops, logits: Any, rows: Sequence[int], positio
 
 
 SPECS = {
-    "repetition": SamplingSpec(repetition_penalty=1.7),
-    "repetition below one": SamplingSpec(repetition_penalty=0.6),
-    "frequency": SamplingSpec(frequency_penalty=0.3),
-    "negative frequency": SamplingSpec(frequency_penalty=-0.25),
-    "presence": SamplingSpec(presence_penalty=0.9),
-    "negative presence": SamplingSpec(presence_penalty=-1.1),
-    "all": SamplingSpec(repetition_penalty=1.3, frequency_penalty=0.7, presence_penalty=-0.4),
-    "bias first": SamplingSpec(repetition_penalty=1.5, logit_bias=tuple((token, -6.0) for token in range(0, 400, 7))),
+    "repetition": SamplingSpec(penalties=PenaltySpec(repetition=1.7)),
+    "repetition below one": SamplingSpec(penalties=PenaltySpec(repetition=0.6)),
+    "frequency": SamplingSpec(penalties=PenaltySpec(frequency=0.3)),
+    "negative frequency": SamplingSpec(penalties=PenaltySpec(frequency=-0.25)),
+    "presence": SamplingSpec(penalties=PenaltySpec(presence=0.9)),
+    "negative presence": SamplingSpec(penalties=PenaltySpec(presence=-1.1)),
+    "all": SamplingSpec(penalties=PenaltySpec(repetition=1.3, frequency=0.7, presence=-0.4)),
+    "bias first": SamplingSpec(
+        penalties=PenaltySpec(repetition=1.5), logit_bias=tuple((token, -6.0) for token in range(0, 400, 7))
+    ),
 }
 
 
@@ -76,7 +78,7 @@ def test_repetition_is_that_of_transformers(ops: Ops) -> None:
         token_ids = [rng.randrange(VOCABULARY) for _ in range(150)]
         logits = normal_logits(int(10 * penalty), 1, VOCABULARY)
         sampler = full_sampler(ops, 1)
-        sampler.add(new_row(0, token_ids[:90], SamplingSpec(repetition_penalty=penalty), token_ids[90:]))
+        sampler.add(new_row(0, token_ids[:90], SamplingSpec(penalties=PenaltySpec(repetition=penalty)), token_ids[90:]))
         expected = judge(torch.tensor([token_ids]), torch.tensor(logits)).numpy()
         assert np.array_equal(edited(sampler, ops, logits, [0], [150]), expected)
 
@@ -131,15 +133,15 @@ def test_each_greedy_token_is_the_best_of_the_penalised_logits(model: Path, judg
     """Teacher-forced: transformers gives the logits of the same tokens, the formula penalises them. One of the rows in
     the batch has no penalty."""
     specs = [
-        SamplingSpec(frequency_penalty=0.6),
-        SamplingSpec(presence_penalty=1.5, repetition_penalty=1.2),
+        SamplingSpec(penalties=PenaltySpec(frequency=0.6)),
+        SamplingSpec(penalties=PenaltySpec(presence=1.5, repetition=1.2)),
         SamplingSpec(),
-        SamplingSpec(frequency_penalty=-0.5, presence_penalty=-1.0),
+        SamplingSpec(penalties=PenaltySpec(frequency=-0.5, presence=-1.0)),
     ]
     params = [
         SamplingParams(
-            temperature=0.0, max_tokens=40, ignore_eos=True, repetition_penalty=one.repetition_penalty,
-            frequency_penalty=one.frequency_penalty, presence_penalty=one.presence_penalty,
+            temperature=0.0, max_tokens=40, ignore_eos=True, repetition_penalty=one.penalties.repetition,
+            frequency_penalty=one.penalties.frequency, presence_penalty=one.penalties.presence,
         )
         for one in specs
     ]  # fmt: skip

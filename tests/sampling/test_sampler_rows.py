@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from quire.core.request import SamplingSpec
+from quire.core.request import PenaltySpec, SamplingSpec
 from quire.errors import NO_TOKEN_LEFT
 from quire.ops.types import Ops
 from quire.sampling.sampler import NOT_FINITE
@@ -14,8 +14,9 @@ from tests.sampling.known_rows import PROVIDERS, full_sampler, new_row, normal_l
 VOCABULARY = 90
 GREEDY = SamplingSpec(temperature=0.0)
 FULL = SamplingSpec(
-    temperature=1.5, top_k=1, top_p=0.2, min_p=0.9, seed=4, presence_penalty=2.0, frequency_penalty=2.0,
-    repetition_penalty=1.9, min_tokens=50, stop_token_ids=(3, 4), logit_bias=((5, 50.0),), bad_words=((6,), (7, 8)),
+    temperature=1.5, top_k=1, top_p=0.2, min_p=0.9, seed=4,
+    penalties=PenaltySpec(presence=2.0, frequency=2.0, repetition=1.9), min_tokens=50, stop_token_ids=(3, 4),
+    logit_bias=((5, 50.0),), bad_words=((6,), (7, 8)),
     allowed_token_ids=tuple(range(3, 60)), num_logprobs=3, logprob_token_ids=(9, 10),
 )  # fmt: skip
 """A request that uses everything."""
@@ -71,7 +72,8 @@ def test_what_rows_want_of_their_logits() -> None:
     plain = SamplingSpec(temperature=1.0)
     editing = [
         {"allowed_token_ids": (1,)}, {"logit_bias": ((1, 1.0),)}, {"min_tokens": 1, "stop_token_ids": (2,)},
-        {"bad_words": ((1,),)}, {"presence_penalty": 0.1}, {"frequency_penalty": -0.1}, {"repetition_penalty": 1.1},
+        {"bad_words": ((1,),)}, {"penalties": PenaltySpec(presence=0.1)},
+        {"penalties": PenaltySpec(frequency=-0.1)}, {"penalties": PenaltySpec(repetition=1.1)},
         {"num_logprobs": 0},
     ]  # fmt: skip
     sampler = full_sampler(PROVIDERS["numpy"](), 4)

@@ -53,7 +53,7 @@ void quantize_block(void* context, int64_t item, int) {
         const float* const x = args.x + (row < args.rows ? row * args.x_stride : 0);
         QuantizedRow quantized{0.0f, 0.0f};
         if (row < args.rows) {
-            quantized = measure_row(x, args.weight.in, args.weight.levels);
+            quantized = measure_row(x, args.weight.in, args.weight.qmax);
             launch.x_scales[row] = quantized.scale;
         }
         for (int64_t i = 0; i < launch.chunks * kChunk; i += kLanes) {
@@ -341,7 +341,7 @@ void linear_int8_amx(const LinearArgs& args, ThreadPool& pool) {
     const Panels& weight = args.weight;
     const int64_t panels = weight.panels(), row_blocks = (args.rows + kTileSide - 1) / kTileSide;
     LaunchArgs launch{};
-    launch.planes = weight.levels > 127 ? 2 : 1;
+    launch.planes = weight.qmax > 127 ? 2 : 1;
     launch.chunks = (weight.groups() * weight.group + kChunk - 1) / kChunk;
     launch.stacked = launch.planes == 2 && args.rows <= kTileSide / 2;
     launch.tile_rows = launch.stacked ? 2 * args.rows : smaller(args.rows, kTileSide);

@@ -208,7 +208,7 @@ void quantize_activations(void* context, int64_t row, int) {
     const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
     const LinearArgs& args = *launch.args;
     const float* const x = args.x + row * args.x_stride;
-    const QuantizedRow quantized = measure_row(x, args.weight.in, args.weight.levels);
+    const QuantizedRow quantized = measure_row(x, args.weight.in, args.weight.qmax);
     launch.x_scales[row] = quantized.scale;
     int16_t* const to = launch.row(row);
     typedef int16_t Narrow __attribute__((vector_size(kLanes * 2)));

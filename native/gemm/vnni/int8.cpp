@@ -29,7 +29,7 @@ void quantize_activations(void* context, int64_t row, int) {
     const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
     const Panels& weight = launch.args->weight;
     const float* const x = launch.args->x + row * launch.args->x_stride;
-    const QuantizedRow quantized = measure_row(x, weight.in, weight.levels);
+    const QuantizedRow quantized = measure_row(x, weight.in, weight.qmax);
     launch.x_scales[row] = quantized.scale;
     int8_t* const to = launch.row(row);
     for (int64_t group = 0; group < launch.groups; ++group) {
@@ -153,7 +153,7 @@ Work work_of(int64_t bits, int64_t planes) {
 void linear_int8_vnni(const LinearArgs& args, ThreadPool& pool) {
     const Panels& weight = args.weight;
     LaunchArgs launch{};
-    launch.planes = weight.levels > 127 ? 2 : 1;
+    launch.planes = weight.qmax > 127 ? 2 : 1;
     launch.groups = weight.groups();
     launch.padded = launch.groups * weight.group;
     const int64_t x_bytes = args.rows * launch.planes * launch.padded;

@@ -10,6 +10,17 @@ from typing import NamedTuple, TypeVar
 T = TypeVar("T")
 
 
+class PenaltySpec(NamedTuple):
+    """Penalties on tokens that have occurred; `sampling/features/penalties.py` has the formula."""
+
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float = 1.0
+
+
+NO_PENALTIES = PenaltySpec()
+
+
 class SamplingSpec(NamedTuple):
     """The numbers of one request's sampling, already checked against the model (no strings, no None-means-default).
 
@@ -23,9 +34,7 @@ class SamplingSpec(NamedTuple):
     top_k: int = 0
     min_p: float = 0.0
     seed: int = 0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    penalties: PenaltySpec = NO_PENALTIES
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the request, the model's own end-of-sequence tokens included unless they are ignored."""
@@ -42,8 +51,7 @@ class SamplingSpec(NamedTuple):
     def needs_output_tokens(self) -> bool:
         """Whether the host must know the last sampled token before the next one is sampled: penalties count it, and a
         bad word of several tokens may end with the next."""
-        has_penalty = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
-        return bool(has_penalty) or any(len(word) > 1 for word in self.bad_words)
+        return self.penalties != NO_PENALTIES or any(len(word) > 1 for word in self.bad_words)
 
 
 class ResumeState(NamedTuple):

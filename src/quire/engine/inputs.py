@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from quire.core.request import NewRequest, SamplingSpec
+from quire.core.request import NewRequest, PenaltySpec, SamplingSpec
 from quire.engine.queue import ANYBODY, Caller
 from quire.errors import InvalidRequestError, PromptTooLongError
 from quire.sampling_params import SamplingParams
@@ -185,9 +185,7 @@ class InputProcessor:
             top_k=min(params.top_k, self._limits.vocab_size),
             min_p=params.min_p,
             seed=_mixed(self._limits.seed, number) if params.seed is None else params.seed % 2**64,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
-            repetition_penalty=params.repetition_penalty,
+            penalties=PenaltySpec(params.presence_penalty, params.frequency_penalty, params.repetition_penalty),
             min_tokens=params.min_tokens,
             stop_token_ids=stop_token_ids,
             logit_bias=tuple(sorted((params.logit_bias or {}).items())),

@@ -62,7 +62,7 @@ def explain(times: RequestTimes, now_s: float, name_of: Callable[[str], str | No
         total_s=end_s - begin_s,
         parts={part.name.lower(): parts[part] for part in Phase},
         queued_because=because,
-        blamed=waited_for,
+        waited_for=waited_for,
         time_to_first_token_s=None if slowest.first_token_s is None else slowest.first_token_s - begin_s,
         num_prompt_tokens=slowest.num_prompt_tokens,
         num_output_tokens=slowest.num_output_tokens,

@@ -13,15 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.core.plan import NewRow
-from quire.core.request import SamplingSpec
+from quire.core.request import NO_PENALTIES, PenaltySpec, SamplingSpec
 from quire.ops.types import Array, PenaltyBatch, Provider
 
 
 @dataclass(slots=True)
 class _Seen:
-    presence: float
-    frequency: float
-    repetition: float
+    penalties: PenaltySpec
     token_ids: NDArray[np.int64]  # [capacity], of which `size` are used
     """Distinct tokens of prompt and output, in order of appearance; `counts` belongs to them."""
     counts: NDArray[np.float32]  # [capacity]
@@ -39,20 +37,11 @@ class Penalties:
 
     def uses(self, spec: SamplingSpec) -> bool:
         """Whether the request has a penalty."""
-        return bool(spec.presence_penalty or spec.frequency_penalty or spec.repetition_penalty != 1)
+        return spec.penalties != NO_PENALTIES
 
     def add(self, new: NewRow) -> None:
         """Count the tokens that are there."""
-        spec = new.sampling
-        seen = _Seen(
-            spec.presence_penalty,
-            spec.frequency_penalty,
-            spec.repetition_penalty,
-            np.zeros(64, np.int64),
-            np.zeros(64, np.float32),
-            {},
-            0,
-        )
+        seen = _Seen(new.sampling.penalties, np.zeros(64, np.int64), np.zeros(64, np.float32), {}, 0)
         for index, token_id in enumerate(new.token_ids):
             _count(seen, token_id, 1 if index >= new.num_prompt_tokens else 0)
         self._rows[new.row] = seen
@@ -79,9 +68,9 @@ class Penalties:
                 self._ops.array(np.repeat(places, sizes), "int64"),
                 self._ops.array(np.concatenate([seen.token_ids[: seen.size] for seen in found]), "int64"),
                 self._ops.array(np.concatenate([seen.counts[: seen.size] for seen in found]), "float32"),
-                entries([seen.repetition for seen in found]),
-                entries([seen.frequency for seen in found]),
-                entries([seen.presence for seen in found]),
+                entries([seen.penalties.repetition for seen in found]),
+                entries([seen.penalties.frequency for seen in found]),
+                entries([seen.penalties.presence for seen in found]),
             ),
         )
 

@@ -136,7 +136,7 @@ def _explanation() -> Schema:
         {
             **{name: STRING for name in ("id", "caller", "sentence", "largest")},
             **{name: INTEGER for name in counts},
-            **{name: seconds for name in ("parts", "queued_because", "blamed")},
+            **{name: seconds for name in ("parts", "queued_because", "waited_for")},
             "finished": {"type": "boolean"},
             "finish_reason": or_null(STRING),
             "total_s": NUMBER,
