@@ -115,9 +115,26 @@ class SpecialText:
         """What the template is given, with a mark inside everything that is kept apart, in keys too."""
         escaped = {}
         for name, value in inputs.items():
-            parts = [_escaped(part, escape.mark, starts) for part, starts in self._parts(name, value)]
+            parts = [self._escaped(part, escape.mark, starts) for part, starts in self._parts(name, value)]
             escaped[name] = parts if name == "messages" else parts[0]
         return escaped
+
+    def _escaped(self, value: Any, mark: str, starts: re.Pattern[str]) -> Any:
+        if isinstance(value, str):
+            return self._escaped_text(value, mark, starts)
+        if isinstance(value, dict):
+            return {self._escaped(key, mark, starts): self._escaped(item, mark, starts) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self._escaped(item, mark, starts) for item in value]
+        return value
+
+    def _escaped_text(self, text: str, mark: str, starts: re.Pattern[str] | None = None) -> str:
+        """With a mark inside what starts there; by itself, inside all that is kept apart from any role."""
+        pieces, end = [], 0
+        for match in (starts or self._starts).finditer(text):
+            pieces += [text[end : match.start() + 1], mark]
+            end = match.start() + 1
+        return "".join([*pieces, text[end:]])
 
     def unescaped(self, rendered: str, escape: SpecialTokenEscape) -> str:
         """The rendered text without the marks."""
@@ -139,24 +156,6 @@ class SpecialText:
             encoding = self._backend.post_process(encoding, None, True)
         ids: list[int] = encoding.ids
         return ids
-
-
-def _escaped(value: Any, mark: str, starts: re.Pattern[str]) -> Any:
-    if isinstance(value, str):
-        return _escaped_text(value, mark, starts)
-    if isinstance(value, dict):
-        return {_escaped(key, mark, starts): _escaped(item, mark, starts) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_escaped(item, mark, starts) for item in value]
-    return value
-
-
-def _escaped_text(text: str, mark: str, starts: re.Pattern[str]) -> str:
-    pieces, end = [], 0
-    for match in starts.finditer(text):
-        pieces += [text[end : match.start() + 1], mark]
-        end = match.start() + 1
-    return "".join([*pieces, text[end:]])
 
 
 @dataclass(frozen=True, slots=True)
