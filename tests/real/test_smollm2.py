@@ -15,9 +15,12 @@ from quire import LLM, AsyncLLM, SamplingParams
 from quire.ops.cpu import CpuOps
 from quire.ops.select import instruction_sets
 from quire.weights.load import load_model
+from tests.real.conftest import missing_packages
 from tests.server.conftest import MODEL, start
 
 pytestmark = pytest.mark.real
+if MISSING := ", ".join(missing_packages()):
+    pytest.skip(f"no {MISSING}, which `make test` installs where it can", allow_module_level=True)
 
 QUESTIONS = [
     "What is the capital of France?",
