@@ -14,6 +14,7 @@ from typing import Any
 from quire import sampling_params as sampling
 from quire.engine.chat import MAX_MESSAGES
 from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
+from quire.server.doors.openai import bodies
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT, TOKENIZE_TEXT
 from quire.server.http import limits
 from quire.server.http.limits import MAX_TIMEOUT_SECONDS, Limit, Limits
@@ -95,6 +96,9 @@ FIXED = (
     Fixed("stop_token_ids, allowed_token_ids, logit_bias", f"{sampling.MAX_TOKEN_LIST:,}", "tokens"),
     Fixed("logprob_token_ids", str(sampling.MAX_LOGPROB_TOKEN_IDS), "tokens"),
     Fixed("repetition_detection.max_pattern_size", f"0 to {sampling.MAX_PATTERN}", "tokens"),
+    Fixed("metadata", str(bodies.MAX_METADATA), "pairs"),
+    Fixed("metadata", str(bodies.MAX_METADATA_NAME), "characters in each name"),
+    Fixed("metadata", str(bodies.MAX_METADATA_VALUE), "characters in each text"),
     Fixed("request_id", "1 to 64", "letters, digits and any of . _ : -"),
     Fixed("logit_bias", f"{sampling.BIAS.low:g} to {sampling.BIAS.high:g}", "bias of a token"),
     Fixed("priority", f"{-MAX_PRIORITY:,} to {MAX_PRIORITY:,}", "whole number"),
@@ -147,10 +151,27 @@ def _tables() -> Iterator[str]:
                 honoured.setdefault(key, []).append(route.strip())
     yield "\n| field | where | value | what it does |\n|---|---|---|---|\n"
     yield from (_row(names, _where(routes), values, text) for (names, values, text), routes in honoured.items())
+    yield "\n### Inside objects\n\n| field | of | value | what it does |\n|---|---|---|---|\n"
+    yield from _inside()
     yield "\n### Refused, but for values that ask for nothing\n\n"
     yield "| field | where | let through | why |\n|---|---|---|---|\n"
     yield from (_row(names, _where(routes), values, text) for (names, values, text), routes in refused.items())
     yield "\n"
+
+
+def _inside() -> Iterator[str]:
+    places: dict[tuple[str, str, str], list[str]] = {}
+    for schema in SCHEMAS.values():
+        components = schema.json_schema(Limits())[1]
+        for place, struct, name, spec in schema.inside():
+            values = _values(components[struct.__name__]["properties"][name])
+            if isinstance(spec, Refused):
+                values, text = "nothing", f"not supported: {spec.reason}"
+            else:
+                text = spec.text
+            places.setdefault((f"`{name}`", values, text), []).append(f"`{place}`")
+    for (name, values, text), found in places.items():
+        yield _row(name, ", ".join(dict.fromkeys(found)), values, text)
 
 
 def _where(routes: list[str]) -> str:
@@ -162,6 +183,10 @@ def _values(schema: dict[str, Any]) -> str:
     """The values of a schema in a few words."""
     if "anyOf" in schema:
         return ", ".join(dict.fromkeys(filter(None, map(_values, schema["anyOf"]))))
+    if "$ref" in schema:
+        return "object"
+    if "const" in schema:
+        return f"`{schema['const']}`"
     if "enum" in schema:
         return ", ".join(f"`{item}`" for item in schema["enum"])
     kind = schema.get("type", "object")

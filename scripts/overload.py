@@ -170,12 +170,17 @@ def start(*, keys: bool) -> tuple[subprocess.Popen[str], int]:
     if keys:
         command += ["--api-key", FLOOD, "--api-key", GUEST, "--enable-log-requests"]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    return server, ready_port(server)
+
+
+def ready_port(server: subprocess.Popen[str]) -> int:
+    """The port of a server that starts, once it is ready."""
     assert server.stderr is not None
     for line in server.stderr:
         found = re.search(r"ready on http://[^:]+:(\d+)", line)
         if found:
             threading.Thread(target=deque, args=(server.stderr, 0), daemon=True).start()  # its records are not kept
-            return server, int(found[1])
+            return int(found[1])
     raise RuntimeError("the server did not start")
 
 

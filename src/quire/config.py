@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from quire.errors import ConfigurationError, unknown_name_message
+from quire.errors import ConfigurationError, names_unknown_arguments, unknown_name_message
 from quire.outputs import Decision
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -20,6 +20,7 @@ QUANTIZATIONS = ("int8", "int8_w8a8", "int4", "fp8")
 GROUP_SIZES = (32, 64, 128)
 
 
+@names_unknown_arguments("engine argument")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineArgs:
     """Arguments of `LLM`, `AsyncLLM` and `quire serve`. None means: decide, and say why.
@@ -77,6 +78,8 @@ class EngineArgs:
     """Plan the next step while one is computed; None: on a GPU. The tokens are the same."""
     core_process: bool = False
     """Compute in a process of its own, which is watched over: when it dies, requests go on in another one."""
+    core_niceness: int = 5
+    """How far that process gives way to the one that answers people, on the processors that both share: 0 to 19."""
     hang_timeout: float | None = None
     """Seconds that a step may take before that process counts as hung; None learns it from the steps seen."""
     verify_cached_blocks: bool = False
@@ -101,6 +104,8 @@ class EngineArgs:
         timeout = self.hang_timeout
         if timeout is not None and (type(timeout) not in (int, float) or not 0.1 <= timeout <= 86400):
             raise _bad("hang_timeout", f"must be between 0.1 and 86400 seconds, got {timeout!r}")
+        if type(self.core_niceness) is not int or not 0 <= self.core_niceness <= 19:
+            raise _bad("core_niceness", f"must be a whole number from 0 to 19, got {self.core_niceness!r}")
         for name in (
             *("enable_prefix_caching", "batch_invariant", "enforce_eager", "core_process", "async_scheduling"),
             "verify_cached_blocks",

@@ -21,7 +21,11 @@ absolute path, an address or a trace.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class QuireError(Exception):
@@ -98,13 +102,50 @@ def request_failure(message: str) -> RequestFailedError:
     return (NoTokenLeftError if message == NO_TOKEN_LEFT else RequestFailedError)(message)
 
 
+def context_length_message(most: int, prompt: int, completion: int, hint: str) -> str:
+    """That prompt and answer do not fit, in the words that clients look for (OpenAI's, and vLLM's after it).
+
+    Args:
+        most, prompt, completion: tokens.
+        hint: what the caller may do, naming a field and its limit.
+    """
+    return (
+        f"This model's maximum context length is {most} tokens. However, you requested {prompt + completion} tokens "
+        f"({prompt} in the messages, {completion} in the completion). Please reduce the length of the messages or "
+        f"completion. {hint}"
+    )
+
+
 def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
-    """`unknown sampling parameter 'top_kk'; did you mean 'top_k'?`"""
-    nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.6)
+    """`unknown sampling parameter 'top_kk'; did you mean 'top_k'?` Of names with dots, the last parts are compared."""
+    places = {place.rpartition(".")[2]: place for place in sorted(known)}
+    nearest = [places[item] for item in difflib.get_close_matches(name.rpartition(".")[2], places, n=1, cutoff=0.6)]
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     return f"unknown {kind} {name!r}{hint}"
 
 
-def internal_fault_message(error: Exception) -> str:
+def names_unknown_arguments(kind: str) -> Callable[[type[T]], type[T]]:
+    """For a dataclass: its TypeError for an unexpected keyword says the nearest known one."""
+
+    def decorate(owner: type[T]) -> type[T]:
+        init = owner.__init__
+
+        @wraps(init)
+        def named(self: T, *args: Any, **values: Any) -> None:
+            try:
+                init(self, *args, **values)
+            except TypeError:
+                known = owner.__dataclass_fields__  # type: ignore[attr-defined]
+                for name in sorted(values.keys() - known.keys()):
+                    raise TypeError(f"{owner.__name__}: {unknown_name_message(kind, name, known)}") from None
+                raise
+
+        owner.__init__ = named  # type: ignore[assignment, method-assign]
+        return owner
+
+    return decorate
+
+
+def internal_fault_message(error: BaseException) -> str:
     """What the caller reads of an internal fault: none of its text, which may hold anything."""
     return f"an internal fault stopped this request ({type(error).__name__})"

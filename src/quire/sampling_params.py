@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from quire.errors import InvalidRequestError, unknown_name_message
+from quire.errors import InvalidRequestError, names_unknown_arguments, unknown_name_message
 
 MAX_N = 128
 MAX_LOGPROBS = 20
@@ -55,6 +55,7 @@ class RepetitionDetectionParams:
         _whole(2 if self.max_pattern_size else 0, 2**31 - 1).check(f"{name}.min_count", self.min_count)
 
 
+@names_unknown_arguments("sampling parameter")
 @dataclass(slots=True, kw_only=True)
 class SamplingParams:
     """Every field is honoured; a value out of range is refused with `InvalidRequestError` naming the field.

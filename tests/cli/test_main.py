@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from quire.cli import banner, engines, explain, main, serve
+from quire.cli import banner, engines, explain, main, sampling, serve
 from quire.cli.remote_server import Server
 from quire.config import EngineArgs
 from quire.errors import (
@@ -19,7 +19,6 @@ from quire.errors import (
     RequestFailedError,
 )
 from quire.outputs import Decision
-from quire.sampling_params import RequestOutputKind, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -33,7 +32,7 @@ from quire.sampling_params import RequestOutputKind, SamplingParams
         (OverloadedError("full", retry_after_s=2), 1, "quire: full\n"),
         (ModuleNotFoundError("x", name="torch"), 1, "quire: the module 'torch' is not installed\n"),
         (ValueError("a\nb"), 1, "quire: ValueError: a b (--debug shows where)\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "quire: interrupted\n"),
     ],
 )
 def test_an_error_is_one_line_and_an_exit_code(
@@ -69,12 +68,36 @@ def test_a_model_is_called_by_the_last_part_of_where_it_is(model: str | None, na
 
 
 def test_what_was_typed_goes_over_the_models_own_settings() -> None:
-    defaults = SamplingParams(temperature=0.5, top_p=0.6, top_k=7, min_p=0.1, repetition_penalty=1.2, max_tokens=16)
-    options = argparse.Namespace(top_k=3, stop=["x"])
-    found = engines.make_params(options, defaults, kind=RequestOutputKind.DELTA)
-    assert (found.temperature, found.top_p, found.top_k, found.min_p) == (0.5, 0.6, 3, 0.1)
-    assert (found.repetition_penalty, found.max_tokens, found.stop) == (1.2, None, ["x"])
-    assert found.output_kind is RequestOutputKind.DELTA
+    stated = {"temperature": 0.5, "top_p": 0.6, "top_k": 7, "repetition_penalty": 1.2, "max_tokens": 16}
+    values, decisions = sampling.resolve({"top_k": 3, "stop": ["x"]}, stated, min_p=0.05)
+    assert values == {"temperature": 0.5, "top_p": 0.6, "top_k": 3, "repetition_penalty": 1.2, "stop": ["x"]}
+    assert [(item.value, item.reason) for item in decisions] == [
+        ("top_k 3, stop ['x']", "flags"),
+        ("temperature 0.5, top_p 0.6, repetition_penalty 1.2", "generation_config.json"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "stated", "has_default"),
+    [
+        ({}, {}, True),
+        ({"temperature": 0.7}, {"temperature": 0.0}, True),
+        ({}, {"temperature": 0.7, "repetition_penalty": 1.1}, True),
+        ({}, {"temperature": 0.0}, False),
+        ({"temperature": 0.0}, {}, False),
+        ({}, {"top_k": 50}, False),
+        ({}, {"min_p": 0.1}, False),
+        ({"top_p": 0.9}, {}, False),
+        ({"min_p": 0.0}, {}, False),
+    ],
+)
+def test_a_tail_is_cut_where_neither_flags_nor_the_model_do(
+    given: dict[str, Any], stated: dict[str, Any], has_default: bool
+) -> None:
+    values, decisions = sampling.resolve(given, stated, min_p=0.05)
+    assert (values.get("min_p") == 0.05) is has_default
+    assert any("--min-p 0" in item.reason for item in decisions) is has_default, "and it is said"
+    assert "min_p" not in sampling.resolve({}, {})[0], "a server's defaults are vLLM's"
 
 
 def explanation(**changes: Any) -> dict[str, Any]:
@@ -129,6 +152,7 @@ def began(monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, Any]:
 
     class Engine:
         decisions: tuple[Decision, ...] = ()
+        stated_sampling: dict[str, Any] = {}  # noqa: RUF012 -- never changed
 
         def __init__(self, served: Any) -> None: ...
 

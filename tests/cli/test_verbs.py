@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -58,6 +59,26 @@ def test_generate_json(tiny: Path) -> None:
     assert [(item["tokens"], item["finish_reason"]) for item in answer["outputs"]] == [(4, "length")] * 2
     many = quire("generate", "--quiet", "--model", tiny, "--max-tokens", 2, "--json", "a", "b", "c")
     assert [json.loads(line)["prompt"] for line in many.stdout.splitlines()] == ["a", "b", "c"]
+
+
+def test_one_form_for_all_verbs(tiny: Path) -> None:
+    """Two words are a model and a prompt, as `serve DIR` and `chat DIR` take the model."""
+    flags = ("generate", "--quiet", "--max-tokens", 6, "--temperature", 0, "--ignore-eos")
+    named = quire(*flags, "--model", tiny, "hello")
+    assert named.returncode == 0 and named.stdout.strip()
+    assert quire(*flags, tiny, "hello").stdout == named.stdout
+    assert quire(*flags, tiny, text="hello\n").stdout == named.stdout
+    many = quire(*flags, tiny, "--json", "hello", "you")
+    assert [json.loads(line)["prompt"] for line in many.stdout.splitlines()] == ["hello", "you"]
+    embedded = [quire(*flags, *words).stdout for words in (["hello"], ["quire-demo", "hello"])]
+    assert embedded[0] == embedded[1] != named.stdout
+
+
+def test_the_banner_says_which_sampling_applies(tiny: Path) -> None:
+    done = quire("generate", "--max-tokens", 2, tiny, "hello")
+    lines = [line.split(maxsplit=1)[1] for line in done.stderr.splitlines() if line.strip().startswith("sampling ")]
+    assert lines[0] == "max_tokens 2  (flags)" and lines[1].startswith("temperature 1.0  (default")
+    assert lines[2].startswith("min_p 0.05  (default: the model states no")
 
 
 def test_generate_imports_nothing_of_the_server(tiny: Path) -> None:
@@ -206,3 +227,14 @@ def test_workloads_have_their_shapes_and_repeat() -> None:
 def test_banner_gives_reasons() -> None:
     decisions = [Decision("threads", "2", "the cores"), Decision("isa", "avx2", "")]
     assert banner.lines(decisions) == ["threads  2  (the cores)", "isa      avx2"]
+
+
+def test_a_panic_of_the_tokenizer_is_one_line_and_an_end(tiny: Path, tmp_path: Path) -> None:
+    """The library's own report of it, which it writes to standard error itself, is not ours."""
+    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["pre_tokenizer"] = {"type": "FixedLength", "length": 0}  # it divides by that
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    done = quire("generate", "--quiet", "--raw", "--model", tmp_path, "--max-tokens", 2, "hello")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.endswith("quire: the tokenizer fails on this text\n") and "Traceback" not in done.stderr

@@ -10,7 +10,7 @@ import pytest
 
 from quire.core.plan import TokenDelta
 from quire.core.request import NewRequest
-from quire.engine.async_engine import AsyncEngine
+from quire.engine.async_engine import INLINE_CHARACTERS, AsyncEngine
 from quire.engine.queue import Caller
 from quire.errors import (
     DeadlineExceededError,
@@ -246,3 +246,11 @@ def _hold(served: Served) -> Any:
     served.channel.wake()
     assert entered.wait(PATIENCE_S)
     return go
+
+
+async def test_what_is_long_is_worked_on_beside_the_loop(served: Served) -> None:
+    """A short text takes less time than the hand-over to another thread."""
+    engine = served.under_test
+    threads = [await engine.beside(threading.current_thread, size) for size in (0, INLINE_CHARACTERS)]
+    assert threads == [threading.current_thread()] * 2
+    assert await engine.beside(threading.current_thread, INLINE_CHARACTERS + 1) is not threading.current_thread()

@@ -47,6 +47,9 @@ class Inputs:
     def check_text_size(self, text: str) -> None:
         self.measured += text
 
+    def check_encoded(self, token_ids: Any, field: str) -> None:
+        pass
+
 
 def encode(messages: Any, **options: Any) -> tuple[Template, Inputs]:
     template, inputs = Template(), Inputs()

@@ -81,11 +81,17 @@ def test_the_room_of_a_prompt() -> None:
     assert one([7] * 5, max_tokens=16).max_tokens == 15
     assert one([7] * 19, max_tokens=None).max_tokens == 1
     for length in (20, 21):
-        with pytest.raises(PromptTooLongError, match=rf"{length} tokens; .* at most 19 fit") as caught:
+        with pytest.raises(
+            PromptTooLongError,
+            match=rf"^This model's maximum context length is 20 tokens.*{length + 16} tokens \({length} in .* most 19",
+        ) as caught:
             one([7] * length)
         assert caught.value.param == "prompt"
     assert one([7] * 5, min_tokens=15, max_tokens=None).sampling.min_tokens == 15
-    with pytest.raises(PromptTooLongError, match="at most 15 fit") as caught:
+    with pytest.raises(
+        PromptTooLongError,
+        match=r"^This model's maximum context length is 20 tokens.*\(5 in .*min_tokens may be at most 15",
+    ) as caught:
         one([7] * 5, min_tokens=16, max_tokens=None)
     assert caught.value.param == "min_tokens"
 
@@ -97,12 +103,14 @@ def test_text_too_large_is_refused_before_it_is_tokenised(tiny_model: Path, monk
     inputs = processor(tokenizer)
     encoded: list[str] = []
     encode = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text: encoded.append(text) or encode(text))
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **options: encoded.append(text) or encode(text, **options))
     longest = "<|endoftext|>" * 20  # exactly 20 tokens: of that size some text could fit, with 19 tokens more so
     with pytest.raises(PromptTooLongError, match="20 tokens"):
         one(longest, inputs)
     assert encoded == [longest]
-    with pytest.raises(PromptTooLongError, match="261 bytes; at most 260"):
+    with pytest.raises(
+        PromptTooLongError, match=r"^This model's maximum context length is 20 tokens.* 261 bytes, and at most 260"
+    ):
         one(longest + "x", inputs)
     with pytest.raises(PromptTooLongError, match="262 bytes"):  # bytes, not characters
         one("分" * 87 + "x", inputs)
@@ -246,3 +254,35 @@ def test_token_ids_that_are_there_are_the_prompt(tiny_model: Path) -> None:
         with pytest.raises(InvalidRequestError, match="prompt must be text") as caught:
             parse(prompt, inputs)
         assert caught.value.param == "prompt"
+
+
+def test_a_text_whose_token_the_model_does_not_have_is_refused_as_an_id_is(tmp_path: Path) -> None:
+    """A tokenizer may know more tokens than the embedding has rows: such an id would read past its end."""
+    tokenizer = Tokenizer.from_directory(write_directory(tmp_path, KINDS["byte_level"]()))
+    ids = tokenizer.encode("zé")
+    inputs = processor(tokenizer, vocab_size=max(ids))
+    fitting = processor(tokenizer, vocab_size=max(ids) + 1)
+    assert fitting.encode("zé") == ids and one("zé", fitting).prompt_token_ids == tuple(ids)
+    for call in (lambda: inputs.encode("zé"), lambda: one("zé", inputs)):
+        with pytest.raises(
+            InvalidRequestError, match=f"prompt holds .* token {max(ids)} .* end at {max(ids) - 1}"
+        ) as caught:
+            call()
+        assert caught.value.param == "prompt"
+    assert inputs.encode("") == []
+    words = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in ("zé", " zé")]
+    assert set(one([1], fitting, bad_words=["zé"]).sampling.bad_words) == {
+        item for item in words if max(item) <= max(ids)
+    }
+    assert not one([1], inputs, bad_words=["zé"]).sampling.bad_words, "it is never generated"
+
+
+def test_bad_words_that_were_encoded_before_are_not_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = Tokenizer.from_directory(write_directory(tmp_path, KINDS["byte_level"]()))
+    inputs = processor(tokenizer, vocab_size=tokenizer.vocab_size)
+    params: dict[str, Any] = {"bad_words": ["one", "two"]}
+    words = inputs.encode_bad_words(SamplingParams(**params))
+    expected = one([1], inputs, **params).sampling.bad_words
+    monkeypatch.setattr(tokenizer, "encode", None)
+    assert parse([1], inputs, arguments={"bad_words": words}, **params).sequences[0].sampling.bad_words == expected
+    assert parse([1], inputs, arguments={"bad_words": ()}, **params).sequences[0].sampling.bad_words == ()

@@ -1,5 +1,8 @@
 """Every field is checked; every refusal names the field."""
 
+import copy
+import dataclasses
+import inspect
 import math
 from typing import Any
 
@@ -7,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quire.config import EngineArgs
 from quire.errors import InvalidRequestError
 from quire.sampling_params import SamplingParams
 
@@ -168,3 +172,24 @@ def test_anything_is_accepted_or_refused_by_name(values: dict[str, Any]) -> None
     else:
         assert math.isfinite(params.temperature)
         assert 0 < params.top_p <= 1
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "nearest"),
+    [
+        (SamplingParams, "max_token", "max_tokens"),
+        (EngineArgs, "max_num_seq", "max_num_seqs"),
+        (SamplingParams, "zz", ""),
+    ],
+)
+def test_an_unexpected_keyword_names_the_nearest(owner: Any, name: str, nearest: str) -> None:
+    """A TypeError, as Python has it; positional arguments are Python's own."""
+    with pytest.raises(TypeError) as caught:
+        owner(**{name: 3})
+    assert repr(name) in str(caught.value)
+    assert ("did you mean" in str(caught.value)) is bool(nearest) and nearest in str(caught.value)
+    with pytest.raises(TypeError, match="positional"):
+        owner(3)
+    found = owner()
+    assert copy.deepcopy(found) == copy.copy(found) == dataclasses.replace(found) == found
+    assert list(inspect.signature(owner).parameters) == [item.name for item in dataclasses.fields(owner)]

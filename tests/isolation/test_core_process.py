@@ -27,8 +27,8 @@ def begin(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., CoreProcess
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     started: list[CoreProcess] = []
 
-    def start(*order: Any) -> CoreProcess:
-        started.append(CoreProcess(list(order), MODULE))
+    def start(*order: Any, **options: Any) -> CoreProcess:
+        started.append(CoreProcess(list(order), MODULE, **options))
         return started[-1]
 
     yield start
@@ -125,6 +125,13 @@ def test_it_gives_way_to_the_side_that_started_it(begin: Callable[..., CoreProce
     core = begin("wait", 0)
     ours = os.getpriority(os.PRIO_PROCESS, 0)
     assert os.getpriority(os.PRIO_PROCESS, core.pid) == min(19, ours + NICENESS)
+
+
+@pytest.mark.parametrize("niceness", [0, 1, 19])
+def test_how_far_it_gives_way_is_the_callers_to_say(begin: Callable[..., CoreProcess], niceness: int) -> None:
+    core = begin("wait", 0, niceness=niceness)
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, core.pid) == min(19, ours + niceness)
 
 
 def test_it_leaves_by_itself_or_is_made_to(begin: Callable[..., CoreProcess], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ is dead, `fail` fails after two, `die` kills the engine.
 """
 
 import asyncio
+import itertools
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -32,6 +33,22 @@ class ByteTokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id])
 
+    def text_offsets(self, start: int, **options: Any) -> "ByteOffsets":
+        return ByteOffsets(start)
+
+    def prompt_offsets(self, text: str, token_ids: list[int]) -> list[int]:
+        return list(range(len(token_ids)))
+
+
+class ByteOffsets:
+    """Of tokens that are one character each."""
+
+    def __init__(self, start: int) -> None:
+        self._places = itertools.count(start)
+
+    def push(self, token_ids: list[int]) -> list[int]:
+        return [next(self._places) for _ in token_ids]
+
 
 class FakeObserver(Observer):
     """Keeps the ids of the responses that were sent."""
@@ -54,6 +71,7 @@ class FakeEngine:
         self.is_healthy = True
         self.num_running = 0
         self.num_aborted = 0
+        self.num_bad_words_encoded = 0
         self.released = threading.Event()
         self.observer = FakeObserver()
         self.calls: list[dict[str, Any]] = []
@@ -77,10 +95,21 @@ class FakeEngine:
     def is_ready(self) -> bool:
         return self.is_healthy
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    async def encode(self, text: str, *, add_special_tokens: bool = True, caller: Caller = ANYBODY) -> list[int]:
         return list(text.encode())
 
-    async def encode_chat(self, messages: list[dict[str, str]], **options: Any) -> list[int]:
+    async def encode_bad_words(
+        self, params: SamplingParams, *, caller: Caller = ANYBODY
+    ) -> tuple[tuple[int, ...], ...]:
+        self.num_bad_words_encoded += bool(params.bad_words)
+        return tuple(tuple(word.encode()) for word in params.bad_words or ())
+
+    async def beside(self, function: Any, size: int, caller: Caller = ANYBODY, *, first: bool = False) -> Any:
+        return await asyncio.to_thread(function) if size > 100 else function()
+
+    async def encode_chat(
+        self, messages: list[dict[str, str]], *, caller: Caller = ANYBODY, **options: Any
+    ) -> list[int]:
         self.calls.append({"messages": messages, **options})
         return list("".join(f"{item['role']}: {item['content']}\n" for item in messages).encode())
 
@@ -106,11 +135,12 @@ class FakeEngine:
         cache_salt: str = "",
         caller: Caller = ANYBODY,
         timeout_s: float | None = None,
+        bad_words: tuple[tuple[int, ...], ...] | None = None,
     ) -> AsyncIterator[RequestOutput]:
         ids = self._ids(prompt)
         text = bytes(ids).decode(errors="replace")
         given = {"priority": priority, "cache_salt": cache_salt, "caller": caller, "timeout_s": timeout_s}
-        self.calls.append({"params": sampling_params, **given})
+        self.calls.append({"params": sampling_params, "bad_words": bad_words, **given})
         delta = sampling_params.output_kind is RequestOutputKind.DELTA
         sequences = [_letters(sampling_params, index) for index in range(sampling_params.n)]
         self.num_running += 1

@@ -48,8 +48,8 @@ class Toy:
         params = SamplingParams(max_tokens=3, output_kind=RequestOutputKind.DELTA)
         self._outputs = context.engine.generate(body.text, params)
 
-    async def whole(self) -> dict[str, Any]:
-        return {"said": "".join([piece["said"] async for piece in self.events()])}
+    async def whole(self) -> bytes:
+        return json.dumps({"said": "".join([piece["said"] async for piece in self.events()])}).encode()
 
     async def events(self) -> AsyncGenerator[dict[str, Any], None]:
         async for output in self._outputs:

@@ -28,6 +28,9 @@ SMALL = {
     "all_bodies_bytes": 15_000,
     "prompts": 3,
     "sequences": 6,
+    "logprobs": 40,
+    "stop_characters": 9,
+    "bad_word_characters": 20,
     "messages": 4,
     "content_parts": 5,
     "label_characters": 7,
@@ -46,6 +49,17 @@ HITS: dict[str, tuple[str, Any, Any]] = {
     "all_bodies_bytes": (TEXT, {"prompt": "x" * 16_000}, {"prompt": "x" * 400}),
     "prompts": (TEXT, {"prompt": ["x"] * 4}, {"prompt": ["x"] * 3}),
     "sequences": (TEXT, {"prompt": ["x"] * 2, "n": 4}, {"prompt": ["x"] * 2, "n": 3}),
+    "logprobs": (
+        TEXT,
+        {"prompt": ["x", "y"], "n": 2, "max_tokens": 4, "logprobs": 2},
+        {"prompt": ["x", "y"], "n": 2, "max_tokens": 3, "logprobs": 2},
+    ),
+    "stop_characters": (TEXT, {"prompt": "x", "stop": ["12345", "67890"]}, {"prompt": "x", "stop": ["12345", "6789"]}),
+    "bad_word_characters": (
+        TEXT,
+        {"prompt": ["x", "y"], "n": 2, "bad_words": ["123456"]},
+        {"prompt": ["x", "y"], "n": 2, "bad_words": ["123", "45"]},
+    ),
     "messages": (CHAT, {"messages": HELLO * 5}, {"messages": HELLO * 4}),
     "content_parts": (
         CHAT,
@@ -101,7 +115,7 @@ def test_each_limit_has_its_own_error(narrow: Running, name: str) -> None:
         assert (response.status_code, error["code"], error["param"]) == (
             limit.status,
             limit.code,
-            limit.param or (past.get("user") and "user"),
+            limit.param or next((field for field in ("user", "logprobs") if field in past), None),
         )
         assert f"{limit.value:,}" in error["message"]
         assert ("retry-after" in response.headers) == (limit.status == 503)

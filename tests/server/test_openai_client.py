@@ -259,3 +259,11 @@ def test_key(running: Running) -> None:
         assert openai.OpenAI(base_url=f"{locked.url}/v1", api_key="secret").models.list().data[0].id == MODEL
     finally:
         locked.stop()
+
+
+def test_bad_words_are_encoded_once_for_all_prompts(client: openai.OpenAI, running: Running) -> None:
+    before = running.engine.num_bad_words_encoded
+    extras = {"bad_words": ["no", "never"]}
+    client.completions.create(model=MODEL, prompt=["a", "b", "c"], n=2, max_tokens=1, extra_body=extras)
+    assert running.engine.num_bad_words_encoded == before + 1
+    assert [call["bad_words"] for call in running.engine.calls[-3:]] == [(tuple(b"no"), tuple(b"never"))] * 3

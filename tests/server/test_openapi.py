@@ -36,6 +36,7 @@ VALUES: list[Any] = [
     *([], [1], [0.5], ["x"], [""], [None], [[1]], [[]], [-1], [2**31], ["x"] * 65, ["x"] * 257, [1] * 4097, ["text"]),
     *({}, {"1": 1}, {"1": 101}, {"x": 1}, {"-1": 1}, {"include_usage": True}, {"type": "text"}, {"a": {}}, {"a b": 1}),
     *(MESSAGES, [{"role": "user"}], [{"role": "x", "content": "x"}], [{"role": "user", "content": ["x"], "name": "n"}]),
+    *("low", "24h", "flex", {"a": "x" * 513}, {"x" * 65: ""}, {str(place): "" for place in range(17)}, {"ttl": "5m"}),
 ]  # fmt: skip
 TOGETHER = {
     # What a schema of single fields cannot say: field -> values that stand in another field's way.
@@ -46,6 +47,7 @@ TOGETHER = {
     "max_tokens": lambda value: value == 0,
     "continue_final_message": lambda value: True,
     "logprob_token_ids": lambda value: bool(value),
+    "best_of": lambda value: value != 1,
 }
 LATER = [("prompt", [-1]), ("prompt", [2**31])]
 """Refused by the engine, which knows the vocabulary."""
@@ -91,7 +93,7 @@ def test_every_route_is_described(http: httpx.Client, running: Running) -> None:
     assert found.status_code == 200
     described = {path.replace("{name}", "{name:path}") for path in found.json()["paths"]}
     assert described <= set(_paths(running.server.config.app))
-    posted = {path for path in described if path not in ("/livez", "/readyz", "/health", "/metrics", "/version")}
+    posted = {path for path in described if path not in ("/", "/livez", "/readyz", "/health", "/metrics", "/version")}
     assert len(posted) == 8
     assert "security" not in found.json()
 
@@ -112,7 +114,7 @@ def test_answers_are_as_described(real: Running) -> None:
         extras: dict[str, Any] = {"return_token_ids": True, "prompt_logprobs": 1, "max_tokens": 3}
         for route, body in (
             ("/v1/completions", {"prompt": ["ab", "c"], "n": 2, "logprobs": 2, **extras}),
-            ("/v1/completions", {"prompt": "ab", "max_tokens": 2}),
+            ("/v1/completions", {"prompt": "ab", "max_tokens": 2, "store": True, "service_tier": "flex"}),
             ("/v1/chat/completions", {"messages": MESSAGES, "logprobs": True, "top_logprobs": 2, **extras}),
             ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 2, "temperature": 0}),
             ("/tokenize", {"prompt": "ab", "return_token_strs": True}),
@@ -122,7 +124,7 @@ def test_answers_are_as_described(real: Running) -> None:
             described = DOCUMENT["paths"][route]["post"]
             _check(http.post(route, json=body), described)
             _check(http.post(route, json={**body, "nonsense": 1}), described)
-        for route in ("/v1/models", "/v1/models/tiny", "/v1/models/none", "/version", "/livez", "/readyz"):
+        for route in ("/v1/models", "/v1/models/tiny", "/v1/models/none", "/", "/version", "/livez", "/readyz"):
             name = "/v1/models/{name}" if route.startswith("/v1/models/") else route
             _check(http.get(route), DOCUMENT["paths"][name]["get"])
         explained = DOCUMENT["paths"]["/v1/requests/{request_id}/explain"]["get"]

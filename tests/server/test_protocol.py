@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+import msgspec
 import pytest
 
 from quire.engine.queue import ANYBODY
@@ -11,7 +12,15 @@ from quire.outputs import CompletionOutput, Logprob, PositionLogprobs
 from quire.sampling_params import SamplingParams
 from quire.server.doors.openai import responses
 from quire.server.doors.openai.bodies import COMPLETION
-from quire.server.doors.openai.parse import ChatCall, CompletionCall, parse_chat, parse_completion, truncate_prompt
+from quire.server.doors.openai.parse import (
+    ChatCall,
+    CompletionCall,
+    bound_logprobs,
+    parse_chat,
+    parse_completion,
+    truncate_prompt,
+)
+from quire.server.http.errors import ApiError
 from quire.server.http.keys import cache_namespace, caller_name
 from quire.server.http.limits import Limits
 
@@ -30,14 +39,6 @@ def chat(**body: Any) -> ChatCall:
 @pytest.mark.parametrize(
     ("name", "value", "is_taken"),
     [
-        ("best_of", 1, True),
-        ("best_of", None, True),
-        ("best_of", True, False),
-        ("best_of", 2, False),
-        ("store", False, True),
-        ("store", None, True),
-        ("store", 0, False),
-        ("store", True, False),
         ("parallel_tool_calls", True, True),
         ("parallel_tool_calls", 1, False),
         ("length_penalty", 1, True),
@@ -68,11 +69,19 @@ def test_two_names_of_one_field_must_agree() -> None:
     assert COMPLETION.read({"prompt": "x", **body}, Limits()).sampling == {"max_tokens": 5, "seed": 3}
     for body in (
         {"max_tokens": 5, "max_new_tokens": 6},
-        {"seed": 1, "random_seed": 2},
-        {"max_tokens": 1, "n_predict": True},
+        {"random_seed": 1, "sampling_seed": 2},
+        {"num_predict": 1, "n_predict": True},
     ):
-        with pytest.raises(InvalidRequestError, match="are one field and differ"):
+        first, second = body
+        with pytest.raises(InvalidRequestError, match=f"{second} and {first} are one field and differ"):
             COMPLETION.read({"prompt": "x", **body}, Limits())
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens", "n_predict"])
+def test_minus_one_is_as_much_as_fits(name: str) -> None:
+    for call in (completion(**{name: -1}), chat(**{name: -1})):
+        assert call.params.max_tokens is call.asked_max_tokens is None
+    assert completion().params.max_tokens == 16
 
 
 def test_a_null_is_a_field_left_out() -> None:
@@ -168,6 +177,11 @@ def test_a_prompt_fits_is_cut_as_asked_or_is_refused(
 NAMES = responses.TokenNames(lambda token_id: chr(token_id).encode(), as_ids=False)
 
 
+def sent(value: Any) -> Any:
+    """What a client reads of it."""
+    return msgspec.json.decode(msgspec.json.encode(value))
+
+
 def position(*ranks: tuple[int, float, int]) -> PositionLogprobs:
     return {token_id: Logprob(logprob, rank, chr(token_id)) for token_id, logprob, rank in ranks}
 
@@ -179,19 +193,20 @@ def test_the_best_are_listed_best_first_and_no_more_than_were_asked_for() -> Non
     for top, expected in ((0, []), (1, ["a"]), (2, ["a", "b"]), (3, ["a", "b", "c"])):
         dice.shuffle(tokens)
         chosen = CompletionOutput(0, "z", [ord("z")], logprobs=[position(*tokens)])
-        (entry,) = responses.chat_logprobs(chosen, top, (), NAMES)["content"]
+        (entry,) = sent(responses.chat_logprobs(chosen, top, (), NAMES)["content"])
         assert (entry["token"], entry["logprob"], entry["bytes"]) == ("z", -5.0, [122])
         assert [item["token"] for item in entry["top_logprobs"]] == expected
-        found = responses.completion_logprobs([(ord("z"), position(*tokens))], top, (), 0, NAMES)
-        assert list(found["top_logprobs"][0]) == ["z", *expected]
+        found = responses.completion_logprobs([(ord("z"), position(*tokens))], top, (), [0], NAMES)
+        assert list(sent(found["top_logprobs"])[0]) == ["z", *expected]
     chosen = CompletionOutput(0, "a", [ord("a")], logprobs=[position(*tokens)])
-    (entry,) = responses.chat_logprobs(chosen, 2, (ord("c"), ord("z")), NAMES)["content"]
+    (entry,) = sent(responses.chat_logprobs(chosen, 2, (ord("c"), ord("z")), NAMES)["content"])
     assert [item["token"] for item in entry["top_logprobs"]] == ["c", "z"], "the tokens that were named"
 
 
-def test_offsets_are_of_characters_and_go_on() -> None:
+def test_a_token_without_logprobs_has_nulls() -> None:
     one = position((ord("é"), -1.0, 1))
-    found = responses.completion_logprobs([(ord("x"), None), (ord("é"), one), (ord("é"), one)], 1, (), 5, NAMES)
+    tokens = [(ord("x"), None), (ord("é"), one), (ord("é"), one)]
+    found = sent(responses.completion_logprobs(tokens, 1, (), [5, 6, 7], NAMES))
     assert found["text_offset"] == [5, 6, 7] and found["tokens"] == ["x", "é", "é"]
     assert found["token_logprobs"] == [None, -1.0, -1.0] and found["top_logprobs"][0] is None
 
@@ -199,12 +214,12 @@ def test_offsets_are_of_characters_and_go_on() -> None:
 def test_what_has_no_number_in_json_has_the_least() -> None:
     never = position((ord("a"), float("-inf"), 1), (ord("b"), -20000.0, 2))
     chosen = CompletionOutput(0, "a", [ord("a")], logprobs=[never])
-    (entry,) = responses.chat_logprobs(chosen, 2, (), NAMES)["content"]
+    (entry,) = sent(responses.chat_logprobs(chosen, 2, (), NAMES)["content"])
     assert [entry["logprob"], *(item["logprob"] for item in entry["top_logprobs"])] == [-9999.0] * 3
-    assert responses.completion_logprobs([(ord("a"), never)], 2, (), 0, NAMES)["token_logprobs"] == [-9999.0]
-    (shown,) = responses.prompt_logprobs([never]) or []
+    assert responses.completion_logprobs([(ord("a"), never)], 2, (), [0], NAMES)["token_logprobs"] == [-9999.0]
+    (shown,) = sent(responses.prompt_logprobs([never]))
     assert shown["97"] == {"logprob": -9999.0, "rank": 1, "decoded_token": "a"}
-    assert responses.prompt_logprobs(None) is None and responses.prompt_logprobs([None]) == [None]
+    assert sent(responses.prompt_logprobs(None)) is None and sent(responses.prompt_logprobs([None])) == [None]
 
 
 def test_prefix_caches_are_apart_for_each_caller_and_salt() -> None:
@@ -214,3 +229,35 @@ def test_prefix_caches_are_apart_for_each_caller_and_salt() -> None:
     assert len(set(names)) == len(names)
     assert cache_namespace(ANYBODY.name, "") == "" and all(len(name) == 32 for name in names if name)
     assert len({"k", caller_name("k"), caller_name("l")}) == 3 and len(caller_name("k")) == 32
+
+
+def bounded(call: CompletionCall | ChatCall, *lengths: int) -> int | None:
+    return bound_logprobs(call, lengths, 4096, Limits().with_values({"logprobs": 1000})).max_tokens
+
+
+def test_logprobs_are_counted_over_prompts_and_sequences() -> None:
+    """1,000 in all: each place of an answer names the chosen token and the best, or those of `logprob_token_ids`."""
+    assert bounded(completion(max_tokens=100, logprobs=9), 50) == 100
+    assert bounded(completion(max_tokens=4000), 50, 60) == 4000, "none are asked for"
+    with pytest.raises(ApiError, match=r"limited to 1,000 .*, got 1,010") as caught:
+        bounded(completion(max_tokens=101, logprobs=9), 50)
+    assert (caught.value.param, caught.value.code) == ("logprobs", "too_many_logprobs")
+    with pytest.raises(ApiError, match="got 2,200"):
+        bounded(completion(max_tokens=55, logprobs=9, n=2), 50, 60)
+    with pytest.raises(ApiError, match="got 1,300"):
+        bounded(completion(max_tokens=100, logprobs=2, logprob_token_ids=list(range(12))), 50)
+    with pytest.raises(ApiError, match="got 1,020"):
+        bounded(completion(max_tokens=1, prompt_logprobs=19, n=3), 17)
+    with pytest.raises(ApiError, match="got 1,010") as caught:
+        bounded(chat(max_tokens=101, logprobs=True, top_logprobs=9), 50)
+    assert caught.value.param == "top_logprobs"
+    assert bounded(completion(max_tokens=4000, logprobs=0), 3996) == 4000, "100 fit into the model, and they count"
+
+
+def test_an_answer_without_a_length_ends_where_its_logprobs_do() -> None:
+    assert bounded(chat(logprobs=True, top_logprobs=9), 50) == 100
+    assert bounded(chat(logprobs=True, top_logprobs=9, n=3), 50) == 33
+    assert bounded(chat(logprobs=True, top_logprobs=9, prompt_logprobs=4), 50) == 75
+    assert bounded(chat(), 50) is None
+    with pytest.raises(ApiError, match="got 1,500"):
+        bounded(chat(logprobs=True, top_logprobs=9, min_tokens=150), 50)

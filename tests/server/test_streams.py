@@ -11,7 +11,16 @@ from quire.errors import RequestFailedError
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.server.doors.openai.routes import FRAMING
 from quire.server.http.errors import ApiError, ClientGoneError
-from quire.server.http.streams import EventStream, cancel_on_disconnect, coalesce, last_outputs, merged, start_events
+from quire.server.http.streams import (
+    PART_BYTES,
+    EventStream,
+    WholeAnswer,
+    cancel_on_disconnect,
+    coalesce,
+    last_outputs,
+    merged,
+    start_events,
+)
 
 Script = list[RequestOutput | Exception]
 
@@ -228,3 +237,39 @@ async def test_work_goes_on_while_somebody_waits_for_it() -> None:
     with pytest.raises(ClientGoneError):
         await cancel_on_disconnect(reader.receive, endless())
     assert ended == ["ended"]
+
+
+@pytest.mark.parametrize("size", [0, PART_BYTES, PART_BYTES + 1, 5 * PART_BYTES // 2])
+async def test_a_large_answer_is_handed_on_in_parts(size: int) -> None:
+    """None is larger than the bound, and the length that was announced is the length that comes."""
+    content, sent = random.Random(size).randbytes(size), []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    await WholeAnswer(content, media_type="application/json")({"type": "http"}, receive, send)
+    start, *parts = sent
+    assert dict(start["headers"])[b"content-length"] == str(size).encode() and start["status"] == 200
+    bodies = [part.get("body", b"") for part in parts]
+    assert b"".join(bodies) == content and max(map(len, bodies)) <= PART_BYTES
+    assert [part.get("more_body", False) for part in parts] == [True] * (len(parts) - 1) + [False]
+
+
+async def test_a_reader_that_leaves_a_large_answer_ends_it() -> None:
+    num_sent = 0
+
+    async def send(message: Any) -> None:
+        nonlocal num_sent
+        num_sent += 1
+        await asyncio.sleep(0)
+
+    async def receive() -> Any:
+        while num_sent < 3:
+            await asyncio.sleep(0)
+        return {"type": "http.disconnect"}
+
+    await WholeAnswer(bytes(100 * PART_BYTES))({"type": "http"}, receive, send)
+    assert num_sent < 20

@@ -198,12 +198,13 @@ def test_signals_of_a_terminal_leave_the_core_to_the_http_side(serve: Any) -> No
     assert served.status("/readyz") == 200 and list(served.stream(max_tokens=5))[-1] == {}
 
 
-def test_the_core_gives_way_to_the_http_side_with_every_thread(serve: Any) -> None:
-    served = serve()
+@pytest.mark.parametrize(("flags", "niceness"), [([], 5), (["--core-niceness", "0"], 0)])
+def test_the_core_gives_way_to_the_http_side_with_every_thread(serve: Any, flags: list[str], niceness: int) -> None:
+    served = serve(*flags)
     assert list(served.stream(max_tokens=4))[-1] == {}
     front = os.getpriority(os.PRIO_PROCESS, served.process.pid)
     threads = [int(path.name) for path in Path(f"/proc/{served.core_pid}/task").iterdir()]
-    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {min(19, front + 5)}
+    assert {os.getpriority(os.PRIO_PROCESS, thread) for thread in threads} == {min(19, front + niceness)}
 
 
 @contextmanager
@@ -251,3 +252,17 @@ def test_numbers_of_many_digits_are_refused_unconverted(serve: Any) -> None:
     assert [answer.status_code for answer in answers] == [400, 400]
     assert [answer.json()["error"]["code"] for answer in answers][1] == "malformed_json"
     assert [answer.json()["error"]["param"] for answer in answers] == ["seed", None]
+
+
+@pytest.mark.parametrize("after_s", [0.3, 0.8])
+def test_ctrl_c_while_it_loads_is_one_line(after_s: float) -> None:
+    """A terminal sends it to both processes, whatever they are at: importing, loading, saying that they are ready."""
+    command = [sys.executable, "-m", "quire", "serve", "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stderr is not None
+    assert wait_until(lambda: Served(process, "").core_pid is not None or process.poll() is not None)
+    time.sleep(after_s)
+    os.killpg(process.pid, signal.SIGINT)
+    text = process.communicate(timeout=PATIENCE_S)[1]
+    assert "Traceback" not in text and not [line for line in text.splitlines() if line.startswith("  File")]
+    assert text in ("", "quire: interrupted\n") or "ready on" in text

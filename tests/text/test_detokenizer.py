@@ -229,3 +229,42 @@ def test_what_is_ignored_may_be_the_beginning_of_a_match(data, text, stops, incl
     stop = max((stop for stop in stops if text[: ends[0]].endswith(stop)), key=len)
     assert matcher.matched == stop
     assert emitted == text[: ends[0] if include else ends[0] - len(stop)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS)
+def test_offsets_of_a_prompt_are_those_of_the_library(tokenizers, text):
+    """Which gives all tokens of one character its place too. It has (0, 0) for a BOS that it adds."""
+    tokenizer = tokenizers["byte_level"]
+    encoding = tokenizer._backend.encode(text)
+    expected = [begin for begin, _ in encoding.offsets]
+    assert tokenizer.prompt_offsets(text, encoding.ids) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), text=TEXTS, skip=st.booleans())
+def test_the_text_before_an_offset_is_that_of_the_tokens_before(tokenizers, kind, data, text, skip):
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode(text)
+    special = sorted(tokenizer.special_token_ids)
+    for place in data.draw(st.lists(st.integers(0, len(ids)), max_size=3)):
+        ids.insert(place, data.draw(st.sampled_from(special)))
+    offsets, whole = tokenizer.text_offsets(5, skip_special_tokens=skip), []
+    for part in in_pieces(data, ids):
+        whole += offsets.push(part)
+    sent = tokenizer.decode(ids, skip_special_tokens=skip)
+    for place, offset in enumerate(whole):
+        before = tokenizer.decode(ids[:place], skip_special_tokens=skip)
+        begun = sent[: offset - 5]
+        assert before.startswith(begun) and not before[len(begun) :].strip("\ufffd")
+
+
+@pytest.mark.parametrize("kind", ["fallback_bpe", "fallback_unigram"])
+def test_a_bos_that_the_tokenizer_adds_takes_no_room(tokenizers, kind):
+    """Against the library's offsets; both add `<s>`."""
+    tokenizer = tokenizers[kind]
+    for text in ("hello world", ""):
+        encoding = tokenizer._backend.encode(text)
+        assert encoding.ids[0] in tokenizer.special_token_ids
+        assert tokenizer.prompt_offsets(text, encoding.ids) == [begin for begin, _ in encoding.offsets]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import quire.errors
@@ -343,3 +343,50 @@ def test_the_bound_is_the_longest_token(pairs):
         ours = pairs[kind][0]
         longest = max(len(ours.token_bytes(number)) for number in range(ours.vocab_size))
         assert bound in (longest, 3 * longest)  # a normaliser may shrink a text
+
+
+@pytest.fixture
+def panicking(tmp_path):
+    """A file that loads, and over which the library panics at the first text."""
+    backend = byte_level()
+    backend.pre_tokenizer = pre_tokenizers.FixedLength(length=0)
+    return Tokenizer.from_directory(write_directory(tmp_path / "panics", backend, chat_template=CHATML))
+
+
+@pytest.mark.parametrize("length", [1, 5000])
+def test_a_panic_of_the_library_is_a_refusal_of_the_text(panicking, length):
+    """It is no `Exception`: what handles those would let it pass."""
+    for prompt in ("x" * length, "<|im_end|>" * length):
+        messages = [{"role": "user", "content": prompt}]
+        with pytest.raises(InvalidRequestError, match="fails on this text"):
+            panicking.encode("y" + prompt)
+        with pytest.raises(InvalidRequestError, match="fails on this text"):
+            panicking.apply_chat_template(messages)
+
+
+def test_a_panic_while_a_file_is_read_names_the_file(tmp_path):
+    directory = write_directory(tmp_path, byte_level())
+    state = json.loads((directory / "tokenizer.json").read_text())
+    state["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    (directory / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(ModelFileError, match=r"tokenizer\.json"):
+        Tokenizer.from_directory(directory)
+
+
+def test_an_interrupt_is_no_panic(tmp_path, monkeypatch):
+    tokenizer = Tokenizer.from_directory(write_directory(tmp_path, byte_level()))
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer, "_backend", type("Backend", (), {"encode": interrupt}))
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("x")
+
+
+def test_long_texts_have_the_same_tokens(pairs):
+    """They go another way through the library."""
+    for kind, (ours, theirs) in pairs.items():
+        text = "".join(TEXTS) * 40
+        assert len(text) > 4096
+        assert ours.encode(text) == theirs(text)["input_ids"], kind

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from quire.cli.model_path import is_model
 from quire.config import BLOCK_SIZES, DEVICES, DTYPES, GROUP_SIZES, POLICIES, QUANTIZATIONS, EngineArgs
 from quire.sampling_params import SamplingParams
 
+EMBEDDED_NAME = "quire-demo"
 ENGINE_HELP = {
-    "model": "a directory or a hub id; without it, the embedded model",
+    "model": f"a directory or a hub id; without it, the embedded model, {EMBEDDED_NAME}",
     "tokenizer": "a directory or hub id; the model's own",
     "dtype": f"weights and cache: {', '.join(DTYPES)}; float32 computes exactly",
     "quantization": f"round the weights while loading: {', '.join(QUANTIZATIONS)} (GPU); left out: not at all",
@@ -40,6 +42,7 @@ ENGINE_HELP = {
     "threads": "CPU threads; the physical cores that this process may use",
     "async_scheduling": "plan the next step while one is computed; on a GPU by default",
     "core_process": "compute in a process of its own, replaced when it dies; serve does so by default",
+    "core_niceness": "how far that process gives way to the one that answers people, from 0 to 19",
     "hang_timeout": "seconds that a step may take before that process is replaced; learned from steps like it",
     "verify_cached_blocks": "for debugging: when idle, compute cached blocks again and compare them bit for bit",
 }
@@ -97,8 +100,12 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """A verb refuses what it does not know itself: it knows its own flags."""
+        """A verb refuses what it does not know itself: it knows its own flags. Words may stand between flags."""
         options, rest = super().parse_known_args(args, namespace)
+        words = next((one.dest for one in self._actions if one.nargs == "*" and not one.option_strings), None)
+        if words is not None and not any(item.startswith("-") for item in rest):
+            getattr(options, words).extend(rest)
+            rest = []
         if rest and self._subparsers is None:
             self.error(self._unknown(rest[0]))
         return options, rest
@@ -221,6 +228,8 @@ def engine_values(options: argparse.Namespace) -> dict[str, Any]:
     positional = getattr(options, "positional_model", None)
     if positional is not None:
         values.setdefault("model", positional)
+    if values.get("model") == EMBEDDED_NAME and not is_model(EMBEDDED_NAME):
+        del values["model"]
     return values
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.bench import profile
-from quire.cli import banner, bench_core, engines
+from quire.cli import banner, bench_core, engines, model_path
 from quire.cli.arguments import Parser, add_engine, engine_values
 from quire.config import EngineArgs
 from quire.errors import ConfigurationError
@@ -78,6 +78,7 @@ def _throughput(options: argparse.Namespace) -> int:
     if options.reps < 1:
         raise ConfigurationError("reps must be at least 1", field="reps")
     args = EngineArgs.from_mapping(engine_values(options))
+    model_path.check(args.model)
     if options.profile and args.core_process:
         raise ConfigurationError("a profile is of this process; core_process computes in another", field="profile")
     facts = machine.describe()

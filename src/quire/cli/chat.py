@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from quire.cli import engines, remote
 from quire.cli.arguments import add_engine, add_sampling
+from quire.cli.history import History
 from quire.errors import InvalidRequestError, OverloadedError, RequestFailedError
 from quire.sampling_params import RequestOutputKind, SamplingParams
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   quire chat
-  quire chat --model DIR --system-prompt "Answer in one sentence." --temperature 0.7
+  quire chat DIR --system-prompt "Answer in one sentence." --temperature 0.7
   quire chat --url http://127.0.0.1:8000
   printf 'What is TTFT?\\nAnd TPOT?\\n' | quire chat --quiet
 
@@ -25,6 +26,7 @@ EXAMPLES = """examples:
 COMMANDS = """/reset  forget the conversation
 /exit   leave (so does Ctrl-D)
 /help   this
+A paste of several lines is one message; the arrow keys bring back what was typed.
 Ctrl-C  stop the answer"""
 
 Message = dict[str, str]
@@ -36,6 +38,12 @@ Answer = Callable[[list[Message], Say], None]
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     parser.add_argument("--system-prompt", metavar="TEXT", help="said to the model before the conversation")
+    parser.add_argument(
+        "--history",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="at a terminal: keep what is typed for later chats, in $XDG_STATE_HOME/quire/chat_history",
+    )
     engines.add_quiet(parser)
     remote.add(parser)
     add_sampling(parser, without=["n"])
@@ -47,32 +55,41 @@ def run(options: argparse.Namespace) -> int:
     server = remote.server_of(options)
     if server is not None:
         fields = remote.sampling_fields(options)
-        _converse(lambda history, say: _answer_remotely(server, fields, history, say), options.system_prompt)
+        _converse(
+            lambda history, say: _answer_remotely(server, fields, history, say),
+            options.system_prompt,
+            saves=options.history,
+        )
         return 0
-    engine, args = engines.start(options)
+    engine, args, values = engines.start(options)
     import asyncio
 
     try:
         if not engines.has_chat_template(engine):
             raise InvalidRequestError(f"{engines.model_name(args)} has no chat template; quire generate continues text")
-        defaults = engine.get_default_sampling_params()
-        params = engines.make_params(options, defaults, kind=RequestOutputKind.DELTA)
+        params = SamplingParams(**values, output_kind=RequestOutputKind.DELTA)
         with asyncio.Runner() as runner:
-            _converse(lambda history, say: runner.run(_answer(engine, params, history, say)), options.system_prompt)
+            _converse(
+                lambda history, say: runner.run(_answer(engine, params, history, say)),
+                options.system_prompt,
+                saves=options.history,
+            )
     finally:
         engine.close()
     return 0
 
 
-def _converse(answer: Answer, system_prompt: str | None) -> None:
+def _converse(answer: Answer, system_prompt: str | None, *, saves: bool = False) -> None:
     start: list[Message] = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    history, at_terminal = list(start), sys.stdin.isatty()
-    if at_terminal:
-        import readline  # noqa: F401 -- line editing, by being imported
-
+    history = list(start)
+    typed: History | None = None
+    if sys.stdin.isatty():
+        typed = History(saves=saves)
         print("/help says what can be typed.", file=sys.stderr)
-    while (line := _read(at_terminal)) is not None:
+    while (line := _read(at_terminal=typed is not None)) is not None:
         said = line.strip()
+        if said and typed is not None:
+            typed.save(said)
         if said == "/exit":
             return
         if said == "/help":
@@ -85,7 +102,7 @@ def _converse(answer: Answer, system_prompt: str | None) -> None:
             _turn(answer, history, said)
 
 
-def _read(at_terminal: bool) -> str | None:
+def _read(*, at_terminal: bool) -> str | None:
     """The next line, or None at the end."""
     while True:
         try:

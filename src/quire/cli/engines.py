@@ -3,17 +3,14 @@
 import argparse
 from contextlib import suppress
 from pathlib import PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from quire.cli import banner
-from quire.cli.arguments import engine_values, sampling_values
+from quire.cli import banner, model_path, sampling
+from quire.cli.arguments import EMBEDDED_NAME, engine_values, sampling_values
 from quire.config import EngineArgs
-from quire.sampling_params import FROM_MODEL, RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from quire.llm import AsyncLLM
-
-EMBEDDED_NAME = "quire-demo"
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
@@ -28,28 +25,24 @@ def model_name(args: EngineArgs) -> str:
     return PurePath(args.model.rstrip("/")).name or args.model
 
 
-def start(options: argparse.Namespace) -> "tuple[AsyncLLM, EngineArgs]":
-    """An engine as the flags describe it, with its banner.
+def start(options: argparse.Namespace) -> "tuple[AsyncLLM, EngineArgs, dict[str, Any]]":
+    """An engine as the flags describe it, with its banner, and the sampling parameters that apply: as for a person,
+    with no bound on the answer but the context's.
 
     Raises:
         ConfigurationError: naming the flag or the file at fault.
+        InvalidRequestError: a sampling flag out of range, before anything is loaded.
     """
+    given = sampling_values(options)
+    sampling.check(given)
     args = EngineArgs.from_mapping(engine_values(options))
+    model_path.check(args.model)
     from quire.llm import AsyncLLM
 
     engine = AsyncLLM.from_engine_args(args)
-    banner.show(model_name(args), engine.decisions, quiet=options.quiet)
-    return engine, args
-
-
-def make_params(options: argparse.Namespace, defaults: SamplingParams, *, kind: RequestOutputKind) -> SamplingParams:
-    """The model's own settings, what was given over them; no bound on the answer but the context's.
-
-    Raises:
-        InvalidRequestError: a value out of range.
-    """
-    values = {name: getattr(defaults, name) for name in FROM_MODEL}
-    return SamplingParams.from_mapping({**values, "max_tokens": None, **sampling_values(options), "output_kind": kind})
+    values, decisions = sampling.resolve(given, engine.stated_sampling, min_p=sampling.MIN_P)
+    banner.show(model_name(args), [*engine.decisions, *decisions], quiet=options.quiet)
+    return engine, args, {"max_tokens": None, **values}
 
 
 def has_chat_template(engine: "AsyncLLM") -> bool:

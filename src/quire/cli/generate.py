@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from quire.cli import engines, remote
-from quire.cli.arguments import add_engine, add_sampling
+from quire.cli import engines, model_path, remote
+from quire.cli.arguments import add_engine, add_sampling, engine_values
 from quire.errors import InvalidRequestError, RequestFailedError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
@@ -18,15 +18,20 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   quire generate "What is the KV cache?"
-  quire generate --model DIR --raw --max-tokens 40 --temperature 0 "Once upon a time"
+  quire generate DIR --raw --max-tokens 40 --temperature 0 "Once upon a time"
   quire generate --url http://127.0.0.1:8000 --api-key SECRET "What is TPOT?"
   echo "What is TTFT?" | quire generate --quiet
-  quire generate --json "What is a token?" "What is a block table?" """
+  quire generate --json DIR "What is a token?" "What is a block table?"
+
+One word is the prompt, for the embedded model. Of several, the first is the model, as in all verbs: a directory, a hub
+id, or quire-demo for the embedded one. With --model or --url, all are prompts. Beside a model's directory alone, the
+prompt is read from standard input."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="read from standard input if there is none")
+    text = "the model, if more than one word follows and neither --model nor --url names one; then prompts, read from "
+    parser.add_argument("prompts", nargs="*", metavar="[MODEL] PROMPT", help=text + "standard input if there is none")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--json", action="store_true", help="one JSON object for each prompt, when it is done")
     engines.add_quiet(parser)
@@ -37,6 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Answer every prompt, in order."""
+    _take_model(options)
     prompts = options.prompts or [sys.stdin.read().removesuffix("\n")]
     if not all(prompt.strip() for prompt in prompts):
         raise InvalidRequestError("the prompt is empty", param="prompt")
@@ -44,23 +50,37 @@ def run(options: argparse.Namespace) -> int:
     if server is not None:
         _ask_all(server, prompts, options)
         return 0
-    engine, _ = engines.start(options)
+    engine, _, values = engines.start(options)
     import asyncio
 
     try:
-        asyncio.run(_answer_all(engine, prompts, options))
+        asyncio.run(_answer_all(engine, prompts, values, options))
     finally:
         engine.close()
     return 0
 
 
-async def _answer_all(engine: "AsyncLLM", prompts: list[str], options: argparse.Namespace) -> None:
+def _take_model(options: argparse.Namespace) -> None:
+    """The model out of the words, by the rule that `--help` gives."""
+    words = options.prompts
+    if options.url is not None or "model" in engine_values(options):
+        return
+    if len(words) > 1 and not model_path.may_be_model(words[0]) and words[0][:1] not in "/.~":
+        text = f"of several words the first is the model, and {words[0][:40]!r} is none: the embedded one is quire-demo"
+        raise InvalidRequestError(text, param="model")
+    if len(words) > 1 or (words and model_path.is_model(words[0])):
+        options.model = words.pop(0)
+
+
+async def _answer_all(
+    engine: "AsyncLLM", prompts: list[str], values: dict[str, Any], options: argparse.Namespace
+) -> None:
     """All prompts run at once; their texts are printed one after the other."""
     import asyncio
 
     streams_text = not options.json and getattr(options, "n", 1) == 1
     kind = RequestOutputKind.DELTA if streams_text else RequestOutputKind.FINAL_ONLY
-    params = engines.make_params(options, engine.get_default_sampling_params(), kind=kind)
+    params = SamplingParams(**values, output_kind=kind)
     queues: list[asyncio.Queue[RequestOutput | Exception]] = [asyncio.Queue() for _ in prompts]
     tasks = [
         asyncio.create_task(_pump(engine, prompt, params, queue, raw=options.raw))

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 import argparse
 import contextlib
+import difflib
 import os
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,21 @@ VERBS = {
     "explain": "say where the time of a request to a running server went",
     "bench": "measure speed",
     "doctor": "say what this machine and installation offer",
+    "completion": "print what a shell completes: bash, zsh or fish",
 }
+
+
+ELSEWHERE = {
+    "run": "did you mean quire chat?",
+    "start": "did you mean quire serve?",
+    "complete": "did you mean quire generate?",
+    "pull": "did you mean quire serve ORG/NAME? A model of the hub is downloaded when it is first used",
+    "list": "did you mean `hf cache ls`? Models of the hub stand in the hub's own cache",
+    "ls": "did you mean `hf cache ls`? Models of the hub stand in the hub's own cache",
+    "rm": "did you mean `hf cache rm`? Models of the hub stand in the hub's own cache",
+    "ps": "did you mean quire explain, or GET /v1/models of a running server?",
+}
+"""Other programs' verbs."""
 
 
 class Verb(Protocol):
@@ -85,12 +100,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    verb = next((word for word in given if not word.startswith("-")), "")
+    if hint := ELSEWHERE.get(verb) or _nearest(verb):
+        say(f"quire {verb}: {hint}")
+        return 2
     try:
-        options = make_parser(given).parse_args(canonical(given, say))
+        words = canonical(given, say)
+        if verb == "serve" and not {"-h", "--help"} & set(words):
+            words = _with_settings(words)
+        options = make_parser(given).parse_args(words)
         return load(options.verb).run(options)
     except SystemExit as leaving:  # argparse: --help, --version, usage
         return leaving.code if isinstance(leaving.code, int) else 1
     except KeyboardInterrupt:
+        say("quire: interrupted")
         return 130
     except BrokenPipeError:
         with contextlib.suppress(OSError):
@@ -101,6 +124,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         say(f"quire: {_one_line(error)}")
         return 2 if isinstance(error, InvalidRequestError | ConfigurationError) and _is_usage(error) else 1
+
+
+def _with_settings(words: list[str]) -> list[str]:
+    """Those of environment and file, behind the words of `serve`."""
+    from quire.cli.settings import completed
+
+    place = words.index("serve") + 1
+    parser = Parser(prog="quire serve", allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true")
+    load("serve").add(parser)
+    return [*words[:place], *completed(words[place:], parser, os.environ, say)]
+
+
+def _nearest(verb: str) -> str:
+    found = [] if verb in VERBS else difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.6)
+    return f"did you mean quire {found[0]}?" if found else ""
 
 
 def say(text: str) -> None:

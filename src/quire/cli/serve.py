@@ -1,14 +1,18 @@
 """`quire serve`: the OpenAI API over HTTP."""
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from quire.cli import banner, engines
+from quire.cli import banner, engines, model_path, sampling
 from quire.cli.arguments import add_engine, engine_values
 from quire.config import EngineArgs
 from quire.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from quire.server.http.cors import Cors
 
 EXAMPLES = """examples:
   quire serve
@@ -16,16 +20,25 @@ EXAMPLES = """examples:
   curl http://127.0.0.1:8000/v1/completions \\
     -H 'Content-Type: application/json' -d '{"prompt": "Hello", "max_tokens": 9}'
 
+Every flag may stand in a file (--config, or QUIRE_CONFIG) or in the environment: --port is QUIRE_PORT. The command line
+goes before the environment, that before the file.
+
 SIGTERM or Ctrl-C: running requests finish first (--shutdown-timeout); a second one leaves at once."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MAX_DIGITS = 640
 """Of a whole number in a body, the fewest that Python can be held to. Its own 4,300 take a time that grows with their
 square: a body full of them would hold all other requests for half a second."""
 
+SWITCH_SECONDS = 0.001
+"""For which a thread keeps the interpreter while another asks for it. After each read and write the event loop asks
+again, and threads that tokenise or render would make it wait Python's 5 ms each time."""
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     flag = parser.add_argument_group("server").add_argument
+    text = "flags from a file: `port: 8000` on a line; each is QUIRE_PORT and so on in the environment too"
+    flag("--config", metavar="FILE", help=text)
     flag("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     flag("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     flag("--served-model-name", nargs="+", metavar="NAME", help="names for clients; the directory's name")
@@ -43,9 +56,30 @@ def add(parser: argparse.ArgumentParser) -> None:
     flag("--share-prefix-cache", action="store_true", help=text)
     text = "seconds for running requests to finish (default: 30)"
     flag("--shutdown-timeout", type=float, default=30.0, metavar="S", help=text)
+    _add_cors(parser.add_argument_group("pages in a browser (CORS)").add_argument)
     _add_observability(parser.add_argument_group("observability").add_argument)
     engines.add_quiet(parser)
     add_engine(parser, positional_model=True)
+
+
+def _add_cors(flag: Callable[..., Any]) -> None:
+    """Who may use the server from a page."""
+    text = "origins whose pages may use the server: https://app.example, or '*' for all; left out: none"
+    flag("--allowed-origins", nargs="+", default=[], metavar="ORIGIN", help=text)
+    flag("--allowed-methods", nargs="+", default=["*"], metavar="NAME", help="methods that they may use (default: *)")
+    flag("--allowed-headers", nargs="+", default=["*"], metavar="NAME", help="headers that they may send (default: *)")
+    flag("--allow-credentials", action="store_true", help="they may send cookies and the like, for a proxy in front")
+
+
+def _cors(options: argparse.Namespace) -> "Cors":
+    from quire.server.http.cors import Cors, listed
+
+    return Cors(
+        listed(options.allowed_origins, "allowed_origins"),
+        listed(options.allowed_methods, "allowed_methods"),
+        listed(options.allowed_headers, "allowed_headers"),
+        options.allow_credentials,
+    )
 
 
 def _add_observability(flag: Callable[..., Any]) -> None:
@@ -71,8 +105,11 @@ def run(options: argparse.Namespace) -> int:
     if not 0 <= options.shutdown_timeout < 86400:
         raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
     args = EngineArgs.from_mapping({"core_process": True, **engine_values(options)})
-    sys.set_int_max_str_digits(MAX_DIGITS)
+    cors = _cors(options)
+    sys.setswitchinterval(SWITCH_SECONDS)
     listener = bind(options.host, options.port)
+    model_path.check(args.model)
+    sys.set_int_max_str_digits(MAX_DIGITS)
     finish = begin(args)
     # While the core starts: what follows takes a third of a second to import.
     from quire.engine.async_engine import AsyncEngine
@@ -90,7 +127,7 @@ def run(options: argparse.Namespace) -> int:
         keys = read_keys(options.api_key_file) | keys
     configure_logs(options.log_format, requests=options.enable_log_requests)
     engine, name = AsyncEngine(finish()), engines.model_name(args)
-    banner.show(name, engine.decisions, quiet=options.quiet)
+    banner.show(name, [*engine.decisions, *sampling.resolve({}, engine.stated_sampling)[1]], quiet=options.quiet)
     try:
         app = create_app(
             engine,
@@ -105,12 +142,14 @@ def run(options: argparse.Namespace) -> int:
             show_cached_tokens=options.enable_prompt_tokens_details,
             limits=limits,
             share_prefix_cache=options.share_prefix_cache,
+            cors=cors,
         )
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{host}:{listener.getsockname()[1]}"
         if options.host not in LOOPBACK and not keys:
             _say(f"warning: every client that reaches {address} may use it; --api-key asks for a key")
         server = GracefulServer(app, drain_s=options.shutdown_timeout, on_ready=lambda: _say(f"ready on {address}/v1"))
+        gc.freeze()  # a full collection, which stops the loop, then walks over none of what a start makes
         server.run([listener])
     finally:
         listener.close()

@@ -34,12 +34,22 @@ def main() -> None:
     try:
         parts = compose_core(start.args, Path(start.directory))
     except ConfigurationError as error:
-        connection.sendall(encode(StartFailed(type(error).__name__, error.message, error.field)))
+        _say(connection, StartFailed(type(error).__name__, error.message, error.field))
         return
-    connection.sendall(encode(Ready(parts.info)))
+    if not _say(connection, Ready(parts.info)):
+        return
     allowance = StepAllowance(parts.host_weight_bytes, start.args.hang_timeout)
     executor = AnnouncingExecutor(parts.executor, connection, allowance)
     CoreServer(parts.core(executor), parts.info, connection).run()
+
+
+def _say(connection: socket.socket, message: Ready | StartFailed) -> bool:
+    """Send a message. False: the other side has gone while this one loaded, and there is nothing to do."""
+    try:
+        connection.sendall(encode(message))
+    except ConnectionError:
+        return False
+    return True
 
 
 def _first_message(connection: socket.socket) -> Start:

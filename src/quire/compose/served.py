@@ -70,7 +70,9 @@ def _start_core(args: EngineArgs, directory: Path) -> "SupervisedChannel":
     from quire.isolation.wire import Start
 
     start = Start(replace(args, core_process=False), str(directory.resolve()))
-    return SupervisedChannel(partial(CoreProcess, start), args.hang_timeout or LEAST_SECONDS)
+    return SupervisedChannel(
+        partial(CoreProcess, start, niceness=args.core_niceness), args.hang_timeout or LEAST_SECONDS
+    )
 
 
 def _compose_here(args: EngineArgs, directory: Path) -> ServedEngine:

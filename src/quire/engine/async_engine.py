@@ -14,17 +14,18 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from quire.engine.chat import encode_chat
+from quire.engine.chat import encode_chat, texts_in
 from quire.engine.engine import Outputs
 from quire.engine.front import EngineFront, ServedEngine
-from quire.engine.inputs import ParsedRequest, Prompt
+from quire.engine.inputs import BadWords, ParsedRequest, Prompt
 from quire.engine.observer import Observer
 from quire.engine.queue import ANYBODY, Caller
 from quire.engine.stream import Stream
+from quire.engine.text_work import TextWork
 from quire.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -36,12 +37,13 @@ from quire.errors import (
 from quire.outputs import Explanation, RequestOutput
 from quire.sampling_params import SamplingParams
 
-INLINE_PROMPT_CHARACTERS = 2048
-"""Prompts up to this long are tokenised on the event loop: it takes less time than a thread's hand-over."""
+INLINE_CHARACTERS = 2048
+"""Texts up to this long are worked on in the event loop: it takes less time than a thread's hand-over."""
+MESSAGE_CHARACTERS = 64
+"""What a message costs in a template, in characters that are tokenised."""
 
 logger = logging.getLogger("quire")
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -64,7 +66,7 @@ class AsyncEngine(EngineFront):
         self._stopping = False
         self._dead: Exception | None = None
         self._streams: dict[int, Stream] = {}
-        self._text_worker = ThreadPoolExecutor(1, thread_name_prefix="quire-text")
+        self._text_work = TextWork()
         self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
         self._thread.start()
 
@@ -97,17 +99,35 @@ class AsyncEngine(EngineFront):
         self._post(run, done.set_exception)
         done.result()
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    async def encode(self, text: str, *, add_special_tokens: bool = True, caller: Caller = ANYBODY) -> list[int]:
         """Token ids of a text."""
-        self._served.inputs.check_text_size(text)
-        encode = self.get_tokenizer().encode
-        if len(text) <= INLINE_PROMPT_CHARACTERS:
-            return encode(text, add_special_tokens=add_special_tokens)
-        return await self._beside(encode, text, add_special_tokens=add_special_tokens)
+        encode = partial(self._served.inputs.encode, text, add_special_tokens=add_special_tokens)
+        return await self.beside(encode, len(text), caller)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, caller: Caller = ANYBODY, **options: Any
+    ) -> list[int]:
         """Token ids of a conversation; options are those of `quire.engine.chat.encode_chat`."""
-        return await self._beside(encode_chat, self.get_tokenizer(), self._served.inputs, messages, **options)
+        encode = partial(encode_chat, self.get_tokenizer(), self._served.inputs, messages, **options)
+        size = sum(map(len, texts_in([messages, options.get("documents") or ()])))
+        return await self._text_work.run(encode, size + MESSAGE_CHARACTERS * len(messages), caller)
+
+    async def encode_bad_words(self, params: SamplingParams, *, caller: Caller = ANYBODY) -> BadWords:
+        """The bad words of some parameters, for all the requests that they are given with."""
+        size = sum(map(len, params.bad_words or ()))
+        return await self.beside(partial(self._served.inputs.encode_bad_words, params), size, caller)
+
+    async def beside(self, function: Callable[[], T], size: int, caller: Caller = ANYBODY, *, first: bool = False) -> T:
+        """The result of `function`, which works on text: called here if that is short, else in a thread beside the
+        event loop, where callers take turns.
+
+        Args:
+            size: characters or tokens.
+            first: before other work of this caller, since it ends what holds memory.
+        """
+        if size <= INLINE_CHARACTERS:
+            return function()
+        return await self._text_work.run(function, size, caller, first=first)
 
     async def generate(
         self,
@@ -119,6 +139,7 @@ class AsyncEngine(EngineFront):
         cache_salt: str = "",
         caller: Caller = ANYBODY,
         timeout_s: float | None = None,
+        bad_words: BadWords | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as they come; `sampling_params.output_kind` says what each holds.
 
@@ -128,6 +149,7 @@ class AsyncEngine(EngineFront):
         Args:
             caller: callers share the engine fairly, and the queue.
             timeout_s: seconds from now to the last output, in the queue and while it runs.
+            bad_words: what `encode_bad_words` gave for `sampling_params`; None: that is done here.
 
         Raises:
             InvalidRequestError: the request is refused; nothing was queued.
@@ -143,11 +165,11 @@ class AsyncEngine(EngineFront):
             cache_salt=cache_salt,
             arrival_s=self._engine.clock(),
             caller=caller,
+            bad_words=bad_words,
         )
-        if isinstance(prompt, str) and len(prompt) > INLINE_PROMPT_CHARACTERS:
-            parsed = await self._beside(parse, prompt, sampling_params, **options)
-        else:
-            parsed = parse(prompt, sampling_params, **options)
+        texts = [prompt] if isinstance(prompt, str) else []
+        size = sum(map(len, [*texts, *(sampling_params.bad_words or () if bad_words is None else ())]))
+        parsed = await self.beside(partial(parse, prompt, sampling_params, **options), size, caller)
         core_ids = tuple(new.request_id for new in parsed.sequences)
         self._engine.queue.enter(caller, len(parsed.sequences[0].prompt_token_ids), core_ids)
         stream, finished = Stream(parsed), False
@@ -199,11 +221,7 @@ class AsyncEngine(EngineFront):
             self._stopping = True
         self._engine.channel.wake()
         self._thread.join()
-        self._text_worker.shutdown(wait=False, cancel_futures=True)
-
-    async def _beside(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._text_worker, lambda: function(*args, **kwargs))
+        self._text_work.close()
 
     def _post(self, run: Callable[[], object], fail: Callable[[Exception], object]) -> None:
         with self._lock:

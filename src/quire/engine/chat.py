@@ -50,7 +50,7 @@ def encode_chat(
     for name in chat_template_kwargs or ():
         if name in RESERVED_NAMES:
             raise InvalidRequestError(f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs")
-    inputs.check_text_size("".join(_texts([*messages, *(documents or ())])))
+    inputs.check_text_size("".join(texts_in([*messages, *(documents or ())])))
     token_ids = tokenizer.apply_chat_template(
         [dict(message) for message in messages],
         tokenize=True,
@@ -62,15 +62,16 @@ def encode_chat(
         **(chat_template_kwargs or {}),
     )
     assert isinstance(token_ids, list)
+    inputs.check_encoded(token_ids, "messages")
     return token_ids
 
 
-def _texts(value: Any) -> list[str]:
+def texts_in(value: Any) -> list[str]:
     """Every string in a message, wherever it stands."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, Mapping):
-        return [text for item in value.values() for text in _texts(item)]
+        return [text for item in value.values() for text in texts_in(item)]
     if isinstance(value, Sequence) and not isinstance(value, bytes):
-        return [text for item in value for text in _texts(item)]
+        return [text for item in value for text in texts_in(item)]
     return []

@@ -58,6 +58,11 @@ class EngineFront:
             raise InvalidRequestError("this model has no tokenizer")
         return self._served.tokenizer
 
+    @property
+    def stated_sampling(self) -> Mapping[str, Any]:
+        """The sampling parameters that the model's own files state."""
+        return self._served.default_params
+
     def get_default_sampling_params(self) -> SamplingParams:
         """`SamplingParams` with the model's own defaults."""
         return SamplingParams.from_mapping(self._served.default_params)

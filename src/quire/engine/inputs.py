@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from quire.core.request import NewRequest, PenaltySpec, SamplingSpec
 from quire.engine.queue import ANYBODY, Caller
-from quire.errors import InvalidRequestError, PromptTooLongError
+from quire.errors import InvalidRequestError, PromptTooLongError, context_length_message
 from quire.sampling_params import SamplingParams
 from quire.text.tokenizer import Tokenizer
 
@@ -16,6 +16,8 @@ MAX_PRIORITY = 2**31 - 1
 MAX_SALT_BYTES = 256
 MAX_ID_BYTES = 1024
 
+BadWords = tuple[tuple[int, ...], ...]
+"""The tokens of each."""
 Prompt = str | Mapping[str, Any] | Sequence[int]
 """Text, `{"prompt": text}`, `{"prompt_token_ids": ids}` or token ids."""
 
@@ -64,8 +66,12 @@ class InputProcessor:
         cache_salt: str = "",
         arrival_s: float = 0.0,
         caller: Caller = ANYBODY,
+        bad_words: BadWords | None = None,
     ) -> ParsedRequest:
         """Check everything about a request.
+
+        Args:
+            bad_words: those of `params`, where they are encoded already.
 
         Raises:
             InvalidRequestError: naming the field; PromptTooLongError: with the numbers.
@@ -74,18 +80,8 @@ class InputProcessor:
         if not token_ids:
             raise InvalidRequestError("prompt must hold at least one token", param="prompt")
         room = self._limits.max_model_len - len(token_ids)
-        if room < 1:
-            raise PromptTooLongError(
-                f"the prompt has {len(token_ids)} tokens; with one token of output at most "
-                f"{self._limits.max_model_len - 1} fit (max_model_len is {self._limits.max_model_len})",
-                param="prompt",
-            )
-        if params.min_tokens > room:
-            raise PromptTooLongError(
-                f"min_tokens is {params.min_tokens}; after a prompt of {len(token_ids)} tokens at most {room} fit "
-                f"(max_model_len is {self._limits.max_model_len})",
-                param="min_tokens",
-            )
+        if room < max(1, params.min_tokens):
+            raise self._too_long(len(token_ids), params, room)
         if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
             raise InvalidRequestError(f"priority must be a whole number within {MAX_PRIORITY}", param="priority")
         if priority and not self._limits.has_priorities:
@@ -95,7 +91,7 @@ class InputProcessor:
         if params.detokenize and self._tokenizer is None:
             raise InvalidRequestError("detokenize must be false: this model has no tokenizer", param="detokenize")
         number = next(self._numbers)
-        spec = self._sampling_spec(params, number)
+        spec = self._sampling_spec(params, number, self.encode_bad_words(params) if bad_words is None else bad_words)
         sequences = tuple(
             NewRequest(
                 request_id=str(number) if params.n == 1 else f"{number}.{index}",
@@ -122,7 +118,7 @@ class InputProcessor:
         """
         bare = _prompt_of_mapping(prompt) if isinstance(prompt, Mapping) else prompt
         if isinstance(bare, str):
-            return bare, self._encode(bare)
+            return bare, tuple(self.encode(bare))
         if isinstance(bare, bytes) or not isinstance(bare, Sequence):
             raise InvalidRequestError("prompt must be text or a list of token ids", param="prompt")
         self.check_token_ids("prompt_token_ids", bare)
@@ -135,6 +131,8 @@ class InputProcessor:
             InvalidRequestError: naming `field`.
         """
         vocab_size = self._limits.vocab_size
+        if set(map(type, token_ids)) == {int} and min(token_ids) >= 0 and max(token_ids) < vocab_size:
+            return  # a long list costs little so; what follows finds the one to name
         for item in token_ids:
             if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < vocab_size:
                 raise InvalidRequestError(
@@ -142,12 +140,43 @@ class InputProcessor:
                     param=field,
                 )
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        tokenizer = self._tokenizer
-        if tokenizer is None:
+    def _too_long(self, num_tokens: int, params: SamplingParams, room: int) -> PromptTooLongError:
+        most = self._limits.max_model_len
+        if room < 1:
+            asked, param = params.max_tokens or 1, "prompt"
+            hint = f"With one token of output a prompt of at most {most - 1} fits (max_model_len is {most})."
+        else:
+            asked, param = params.min_tokens, "min_tokens"
+            hint = f"min_tokens may be at most {room} after this prompt (max_model_len is {most})."
+        return PromptTooLongError(context_length_message(most, num_tokens, asked, hint), param=param)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, each below the width of the logits.
+
+        Raises:
+            InvalidRequestError: no text of this model. PromptTooLongError: too many bytes.
+        """
+        if self._tokenizer is None:
             raise InvalidRequestError("this model has no tokenizer: send prompt_token_ids", param="prompt")
         self.check_text_size(text)
-        return tuple(tokenizer.encode(text))
+        token_ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        self.check_encoded(token_ids, "prompt")
+        return token_ids
+
+    def check_encoded(self, token_ids: Sequence[int], field: str) -> None:
+        """Check tokens that a text gave: a tokenizer may know more of them than the model.
+
+        Raises:
+            InvalidRequestError: naming `field`.
+        """
+        largest = max(token_ids, default=0)
+        if largest >= self._limits.vocab_size and self._tokenizer is not None:
+            content = self._tokenizer.token_text(largest)[:40]
+            raise InvalidRequestError(
+                f"{field} holds {content!r}, which is token {largest} of the tokenizer; the model's own end at "
+                f"{self._limits.vocab_size - 1}",
+                param=field,
+            )
 
     def check_text_size(self, text: str) -> None:
         """Refuse text, before the work of tokenising it, that has too many bytes for any tokenisation to fit.
@@ -162,17 +191,16 @@ class InputProcessor:
         largest = self._tokenizer.max_token_bytes
         if largest is not None and size > max_model_len * largest:
             raise PromptTooLongError(
-                f"the prompt has {size} bytes; at most {max_model_len * largest} can fit into "
-                f"max_model_len={max_model_len} tokens",
+                f"This model's maximum context length is {max_model_len} tokens. However, the prompt has {size} bytes, "
+                f"and at most {max_model_len * largest} can fit. Please reduce the length of the messages.",
                 param="prompt",
             )
 
-    def _sampling_spec(self, params: SamplingParams, number: int) -> SamplingSpec:
+    def _sampling_spec(self, params: SamplingParams, number: int, bad_words: BadWords) -> SamplingSpec:
         for field in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"):
             self.check_token_ids(field, list(getattr(params, field) or ()))
         eos = () if params.ignore_eos else self._limits.eos_token_ids
         stop_token_ids = tuple(sorted({*(params.stop_token_ids or ()), *eos}))
-        bad_words = self._bad_words(params)
         excluded = {word[0] for word in bad_words if len(word) == 1} | set(stop_token_ids if params.min_tokens else ())
         if params.allowed_token_ids and excluded.issuperset(params.allowed_token_ids):
             raise InvalidRequestError(
@@ -196,8 +224,12 @@ class InputProcessor:
             logprob_token_ids=tuple(params.logprob_token_ids or ()),
         )
 
-    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Each word as it stands at the start of a text, and as it stands after a space."""
+    def encode_bad_words(self, params: SamplingParams) -> BadWords:
+        """Each word as it stands at the start of a text, and as it stands after a space.
+
+        Raises:
+            InvalidRequestError: there are some, and the model has no tokenizer.
+        """
         if not params.bad_words:
             return ()
         if self._tokenizer is None:
@@ -207,7 +239,8 @@ class InputProcessor:
             bare = word.lstrip()
             for text in (bare, " " + bare):
                 found.add(tuple(self._tokenizer.encode(text, add_special_tokens=False)))
-        return tuple(sorted(item for item in found if item))
+        # A word with a token that the model does not have is never generated.
+        return tuple(sorted(item for item in found if item and max(item) < self._limits.vocab_size))
 
 
 def _prompt_of_mapping(prompt: Mapping[str, Any]) -> str | Sequence[int]:

@@ -187,6 +187,8 @@ class RequestState:
             return None
         sequences = list(self._sequences.values())
         if kind is RequestOutputKind.DELTA:
+            if self._awaits_prompt and not any(item.finish_reason == "error" for item in sequences):
+                return None
             sequences = [item for item in sequences if item.has_changed]
         outputs = [_completion(item, delta=kind is RequestOutputKind.DELTA) for item in sequences]
         return RequestOutput(
@@ -200,6 +202,12 @@ class RequestState:
             metrics=self.metrics,
             error=self.error,
         )
+
+    @property
+    def _awaits_prompt(self) -> bool:
+        """Log-probabilities of a prompt that takes several steps come in parts: a first difference has them whole."""
+        known = self._prompt_logprobs
+        return known is not None and len(known) < len(self._prompt_token_ids) and not self.finished
 
     def _push_text(self, sequence: SequenceState, delta: TokenDelta) -> bool:
         if sequence.text is None:

@@ -5,8 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,16 @@ class CoreProcess:
 
     Args:
         first: its first message, which says what it is to be.
+        niceness: above this process's own.
         module: run with the number of its end of the socket as argument.
     """
 
-    def __init__(self, first: Any, module: str = CORE_MODULE) -> None:
+    def __init__(self, first: Any, module: str = CORE_MODULE, *, niceness: int = NICENESS) -> None:
         self._connection, theirs = socket.socketpair()
         self._frames = Unframer(Report, MAX_FRAME_BYTES)
         self._unsent = bytearray()
         self._at_end = False
-        with theirs:
+        with theirs, _without_interrupts():
             # -P: the working directory is no place to import from.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", module, str(theirs.fileno())],
@@ -58,7 +59,7 @@ class CoreProcess:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
             )
         # Before it has threads: on Linux each has a niceness of its own, from the one that made it.
-        os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + NICENESS)
+        os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
         self._connection.setblocking(False)
         self.send(first)
 
@@ -142,6 +143,17 @@ class CoreProcess:
             text = f"signal {-status}" if status < 0 else f"exit status {status}"
             return CoreExitedError(text, is_from_outside=-status in (signal.SIGKILL, signal.SIGTERM))
         return CoreExitedError("it closed its socket")
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """A process started here gets no SIGINT: Ctrl-C goes to all processes of a terminal, and this side ends the core.
+    The mask belongs to the thread and is inherited, also while the new interpreter imports."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _after_name(stat: Path) -> list[str]:

@@ -4,7 +4,7 @@ import bisect
 import codecs
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quire.errors import InvalidRequestError
 
@@ -101,6 +101,39 @@ class IncrementalDetokenizer:
             data = data[len(strip) :]
             self._strip_left -= 1
         return data
+
+
+class TextOffsets:
+    """Where in the text of an answer each token begins, in characters: the place of the next character when it came.
+
+    Tokens of one character begin at one place, and a token that is left out of the text begins where the next one
+    does. `start` is the length of what stands before the answer; the rest is `IncrementalDetokenizer`'s.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer", start: int, **options: Any) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer, **options)
+        self._place = start
+
+    def push(self, token_ids: Sequence[int]) -> list[int]:
+        """Of these tokens, which come next."""
+        found = []
+        for token_id in token_ids:
+            found.append(self._place)
+            self._place += len(self._detokenizer.push((token_id,)))
+        return found
+
+
+def prompt_offsets(tokenizer: "Tokenizer", text: str, token_ids: Sequence[int]) -> list[int]:
+    """Where in a prompt each of its tokens begins. Special tokens that the text does not spell, such as a BOS that the
+    tokenizer adds, take no room there; nor does what a normaliser added behind its end."""
+    detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=False)
+    found, place = [], 0
+    for token_id in token_ids:
+        found.append(min(place, len(text)))
+        content = tokenizer.token_table.content(token_id) or ""
+        if token_id not in tokenizer.special_token_ids or text.startswith(content, place):
+            place += len(detokenizer.push((token_id,)))
+    return found
 
 
 class StopStrings:

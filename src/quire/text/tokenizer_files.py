@@ -26,6 +26,11 @@ class TokenizerFiles:
     templates: Mapping[str, str]  # by name; the main one is "default"
 
 
+def is_panic(error: BaseException) -> bool:
+    """Whether a native library panicked: pyo3 raises that as a `BaseException`, of a class that it does not export."""
+    return type(error).__name__ == "PanicException"
+
+
 def read_tokenizer_files(directory: Path) -> TokenizerFiles:
     """Read a directory. Raises `ModelFileError`, which names the file."""
     backend = _read_backend(directory)
@@ -50,7 +55,9 @@ def _read_backend(directory: Path) -> tokenizers.Tokenizer:
     check_growth(text)
     try:
         backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise ModelFileError(f"tokenizer.json cannot be read: {str(error)[:200]}") from None
     backend.no_truncation()
     backend.no_padding()

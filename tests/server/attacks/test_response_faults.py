@@ -32,11 +32,11 @@ class Encoder:
     def __init__(self, num_good: int) -> None:
         self._num_left = num_good
         self._victim: str | None = None
-        self.json = self
+        self.json, self.Raw = self, msgspec.Raw
 
     def encode(self, value: Any) -> bytes:
         data = msgspec.json.encode(value)
-        if MARK.encode() in data:  # the prompt is echoed in the first part
+        if MARK.encode() in data and "id" in value:  # the prompt is echoed in the first part
             self._victim = value["id"]
         if self._victim is not None and value.get("id") == self._victim:
             self._num_left -= 1
@@ -82,7 +82,9 @@ def making(patch: pytest.MonkeyPatch) -> None:
 
 def encoding(num_good: int) -> Callable[[pytest.MonkeyPatch], None]:
     def install(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(streams, "msgspec", Encoder(num_good))
+        encoder = Encoder(num_good)
+        patch.setattr(streams, "msgspec", encoder)
+        patch.setattr(respond, "msgspec", encoder)
 
     return install
 

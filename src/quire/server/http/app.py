@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
 
 from quire.errors import ConfigurationError
 from quire.server.http import errors, probes
 from quire.server.http.access import Access
 from quire.server.http.body import Bodies
 from quire.server.http.context import Api, Gate, ServerContext
+from quire.server.http.cors import EXPOSED, Cors
 from quire.server.http.keys import KeyRequired, caller_name
 from quire.server.http.limits import REQUESTS_IN_FLIGHT, Limits
 from quire.server.http.middleware import EarlyRefusal, QueueGuard, RejectAmbiguousFraming
@@ -35,6 +37,7 @@ class Observability:
 
 
 NO_OBSERVABILITY = Observability()
+NO_PAGES = Cors()
 
 
 def create_app(
@@ -50,6 +53,7 @@ def create_app(
     observability: Observability = NO_OBSERVABILITY,
     limits: Limits = DEFAULT_LIMITS,
     max_requests_in_flight: int = REQUESTS_IN_FLIGHT,
+    cors: Cors = NO_PAGES,
 ) -> Starlette:
     """An ASGI application. The caller keeps the engine and shuts it down.
 
@@ -63,8 +67,9 @@ def create_app(
         show_cached_tokens: usage tells how many prompt tokens the prefix cache supplied; None: unless callers with
             different keys share it: they could learn from it what others ask.
         observability: what operators see.
-        limits: of bodies and of the fields in them.
+        limits: of bodies and their fields.
         share_prefix_cache: requests with different keys may find each other's prefixes.
+        cors: which pages in a browser may use it.
 
     Raises:
         ConfigurationError: no name, or an empty key.
@@ -73,8 +78,6 @@ def create_app(
     if not names or not all(names):
         raise ConfigurationError("served_model_name must not be empty", field="served_model_name")
     api_keys = _weighted(api_key)
-    if not all(key.strip() for key in api_keys):
-        raise ConfigurationError("api_key must not be empty", field="api_key")
     if show_cached_tokens is None:
         show_cached_tokens = not (share_prefix_cache and len(api_keys) > 1)
     app = Starlette(routes=[*(route for api in apis for route in api.routes), *probes.ROUTES])
@@ -87,7 +90,7 @@ def create_app(
         gate=Gate(max_requests_in_flight),
         show_cached_tokens=show_cached_tokens,
         limits=limits,
-        bodies=Bodies(limits),
+        bodies=Bodies(limits, engine),
         needs_key=bool(api_keys),
         has_admin_key=observability.admin_api_key is not None,
         weights={caller_name(key): weight for key, weight in api_keys.items()},
@@ -95,18 +98,25 @@ def create_app(
     )
     engine.expect_callers(app.state.context.weights)
     app.state.metrics_prefix = metrics_prefix
-    _surround(app, engine, names[0], list(api_keys), observability)
+    _surround(app, engine, names[0], list(api_keys), observability, cors)
     return app
 
 
 def _weighted(api_key: str | Sequence[str] | Mapping[str, int]) -> dict[str, int]:
     if isinstance(api_key, str):
-        return {api_key: 1}
+        api_key = [api_key]
+    if not all(key.strip() for key in api_key):
+        raise ConfigurationError("api_key must not be empty", field="api_key")
     return dict(api_key) if isinstance(api_key, Mapping) else dict.fromkeys(api_key, 1)
 
 
 def _surround(
-    app: Starlette, engine: "AsyncEngine", name: str, api_keys: Sequence[str], observability: Observability
+    app: Starlette,
+    engine: "AsyncEngine",
+    name: str,
+    api_keys: Sequence[str],
+    observability: Observability,
+    cors: Cors,
 ) -> None:
     """Errors, the queue and keys, and around them what takes notes of every request."""
     admin_key = observability.admin_api_key
@@ -118,8 +128,19 @@ def _surround(
     if api_keys or admin_key is not None:
         keys = KeyRequired(app, api_keys=api_keys, open_paths=probes.OPEN_PATHS, admin_key=admin_key)
         app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=probes.OPEN_PATHS, admin_key=admin_key)
+    if cors.origins:  # around the keys: a preflight carries none, and a page may read why its request was refused
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors.origins,
+            allow_methods=cors.methods,
+            allow_headers=cors.headers,
+            allow_credentials=cors.credentials,
+            expose_headers=EXPOSED,
+        )
     app.add_middleware(RejectAmbiguousFraming)
     if observability.otlp_traces_endpoint is not None:
         engine.observer.trace_to(observability.otlp_traces_endpoint, name)
     app.add_middleware(Access, observer=engine.observer, logs=observability.log_requests)
-    app.state.early_refusal = EarlyRefusal(app.state.context, keys, logs=observability.log_requests)
+    app.state.early_refusal = EarlyRefusal(
+        app.state.context, keys, logs=observability.log_requests, leaves_pages=bool(cors.origins)
+    )

@@ -5,12 +5,17 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from starlette.requests import Request
 
+from quire.engine.queue import Caller
 from quire.server.http.errors import ApiError, ClientGoneError
+from quire.server.http.keys import caller_of
 from quire.server.http.limits import INLINE_BODY_BYTES, Limits
+
+if TYPE_CHECKING:
+    from quire.engine.async_engine import AsyncEngine
 
 T = TypeVar("T")
 COUNT_BYTES = 2**16
@@ -19,10 +24,14 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Bodies:
-    """Reads the bodies of one server's requests, and knows how much of them is held."""
+    """Reads the bodies of one server's requests, and knows how much of them is held.
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    Args:
+        engine: parses large ones beside the event loop; None: a thread does.
+    """
+
+    def __init__(self, limits: Limits, engine: "AsyncEngine | None" = None) -> None:
+        self._limits, self._engine = limits, engine
         self.num_bytes = 0
 
     async def read(self, request: Request, parse: Callable[[dict[str, Any]], T]) -> T:
@@ -41,7 +50,7 @@ class Bodies:
                 await self._fill(data, request)
             if len(data) <= INLINE_BODY_BYTES:
                 return parse(self._object(data))
-            return await asyncio.to_thread(lambda: parse(self._object(data)))
+            return await self._beside(lambda: parse(self._object(data)), len(data), request)
         except TimeoutError as error:
             raise self._limits.body_seconds.error() from error
         finally:
@@ -65,6 +74,13 @@ class Bodies:
                 raise self._limits.all_bodies_bytes.error()
             if not message.get("more_body", False):
                 return
+
+    async def _beside(self, work: Callable[[], T], size: int, request: Request) -> T:
+        """In the engine's threads for texts: with threads of their own, bodies would take the interpreter from the loop
+        by turns, and callers would not share them."""
+        if self._engine is None:
+            return await asyncio.to_thread(work)
+        return await self._engine.beside(work, size, Caller(caller_of(request.scope)))
 
     def _check_size(self, data: bytearray) -> None:
         """Refuse what would keep the parser, which no other thread can interrupt, for long."""

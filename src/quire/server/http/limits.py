@@ -14,7 +14,7 @@ LARGEST = 2**40
 MAX_TIMEOUT_SECONDS = 86400
 TRUSTED_TEMPLATE_CHARACTERS = 2**16
 """Of a chat template in a request, where such are trusted. They are not by default: to compile and run one may take a
-second of the one thread that tokenises for all callers."""
+second of a thread that tokenises for all callers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,13 @@ class Limits:
     all_bodies_bytes: Limit = Limit("what is read of requests at one time", 2**28, "bytes", 503, "overloaded")
     prompts: Limit = Limit("prompt", 128, "prompts in one request", 400, "too_many_prompts", "prompt")
     sequences: Limit = Limit("n times the prompts", 256, "sequences in one request", 400, "too_many_sequences", "n")
+    logprobs: Limit = Limit(
+        "logprobs times tokens times sequences", 2**18, "log-probabilities in one request", 400, "too_many_logprobs"
+    )
+    stop_characters: Limit = Limit("stop", 2**15, "characters in all", 400, "stop_too_long", "stop")
+    bad_word_characters: Limit = Limit(
+        "bad_words times the sequences", 2**18, "characters in all", 400, "bad_words_too_long", "bad_words"
+    )
     messages: Limit = Limit("messages", 2048, "messages", 400, "too_many_messages", "messages")
     content_parts: Limit = Limit("the content of a message", 1024, "parts", 400, "too_many_parts", "messages")
     label_characters: Limit = Limit("a label", 512, "characters", 400, "label_too_long")

@@ -61,9 +61,13 @@ class EarlyRefusal:
     Args:
         keys: the callers' keys; None: all requests are one caller's.
         logs: write a record for each request that is refused.
+        leaves_pages: leave requests of pages in a browser to the parser, whose refusal they may read (CORS).
     """
 
-    def __init__(self, context: ServerContext, keys: KeyRequired | None, *, logs: bool) -> None:
+    def __init__(
+        self, context: ServerContext, keys: KeyRequired | None, *, logs: bool, leaves_pages: bool = False
+    ) -> None:
+        self._leaves_pages = leaves_pages
         self._context = context
         self._keys = keys
         self._logs = logs
@@ -73,6 +77,8 @@ class EarlyRefusal:
         it; None while it has."""
         begun_s = time.monotonic()
         lines = data.partition(b"\r\n\r\n")[0].split(b"\r\n")
+        if self._leaves_pages and any(line[:7].lower() == b"origin:" for line in lines):
+            return None
         name = "" if self._keys is None else self._caller(self._keys, lines[1:])
         if name is None:
             return None

@@ -25,6 +25,7 @@ def document(apis: Sequence[Api], limits: Limits, *, needs_key: bool) -> dict[st
         "/v1/requests/{request_id}/explain": {
             "get": get("explain", EXPLAIN, ref("Explanations"), 403, 404, of="request_id")
         },
+        "/": {"get": get("index", "What this is, and links on; a page where Accept asks for HTML.", _index())},
         "/version": {"get": get("version", "The version of Quire.", open_object({"version": STRING}))},
         "/metrics": {"get": get("metrics", "Prometheus metrics.", STRING, media="text/plain")},
         "/openapi.json": {"get": get("openapi", "This document.", {"type": "object"})},
@@ -127,6 +128,12 @@ def get(
     else:
         responses |= _errors(401, *more)
     return {**found, "responses": {**responses, **_errors(405)}}
+
+
+def _index() -> Schema:
+    texts = {name: STRING for name in ("name", "version", "base_path")}
+    links: Schema = {"type": "object", "additionalProperties": STRING}
+    return open_object({**texts, "models": array(STRING), "links": links})
 
 
 def _explanation() -> Schema:

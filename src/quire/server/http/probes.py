@@ -22,6 +22,7 @@ from quire.server.http.errors import ApiError
 from quire.server.http.keys import is_admin
 from quire.server.http.metrics import CONTENT_TYPE, render_metrics
 from quire.server.http.openapi import document
+from quire.server.http.root import index
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
 """The only routes that need no key."""
@@ -101,6 +102,7 @@ async def explain_request(request: Request) -> Response:
 
 
 ROUTES = [
+    Route("/", index),
     Route("/livez", is_alive),
     Route("/readyz", is_ready),
     Route("/health", is_ready),

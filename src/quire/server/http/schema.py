@@ -108,6 +108,11 @@ class RequestSchema(Generic[B]):
         """The fields that are not honoured, under each of their names."""
         return {name: field.spec for name, field in self._names.items() if isinstance(field.spec, Refused)}
 
+    def inside(self) -> Iterator[tuple[str, type[msgspec.Struct], str, Field | Refused]]:
+        """The fields of objects in the body: where the object stands, what it is, the field's name, what it says."""
+        for place, struct in self._below.items():
+            yield from ((place, struct, name, spec) for name, (spec, _) in _specs(struct).items())
+
     def read(self, raw: Mapping[str, Any], limits: Limits) -> B:
         """The body, checked. A null is a field left out.
 
@@ -117,6 +122,7 @@ class RequestSchema(Generic[B]):
             ApiError: a field is longer than its limit.
         """
         values: dict[str, Any] = {group: {} for group in self._groups}
+        first: dict[str, str] = {}
         for given, value in raw.items():
             field = self._names.get(given)
             if field is None:
@@ -131,7 +137,9 @@ class RequestSchema(Generic[B]):
                 holder = values[field.group] if field.group else values
                 held = holder.setdefault(field.name, value)
                 if held != value or type(held) is not type(value):  # `true` and 1.0 are not 1
-                    raise InvalidRequestError(f"{given} and {field.name} are one field and differ", param=given)
+                    other = first[field.name]
+                    raise InvalidRequestError(f"{given} and {other} are one field and differ", param=given)
+                first.setdefault(field.name, given)
         try:
             return msgspec.convert(values, self.body)
         except msgspec.ValidationError as error:
@@ -145,7 +153,7 @@ class RequestSchema(Generic[B]):
 
     def _refusal(self, text: str, values: Mapping[str, Any]) -> InvalidRequestError:
         """What msgspec found, in the words of the declarations: it says what is wrong, and where as a path."""
-        problem, at, path = text.rpartition(" - at `$")
+        problem, at, path = text.replace(" - at `key` in `$", " - at `$").rpartition(" - at `$")
         problem, place = (problem, path.rstrip("`").removeprefix(".")) if at else (text, "")
         if place.partition(".")[0] in self._groups:
             place = place.partition(".")[2]
@@ -155,8 +163,11 @@ class RequestSchema(Generic[B]):
         for below, struct in self._below.items():
             whole = getattr(struct, "unsupported", "")
             if whole and (form + ".").startswith(below + "."):
-                place = ".".join(place.split(".")[: below.count(".") + 1])
-                return InvalidRequestError(f"{place}{_kind(values, place)} is not supported: {whole}", param=place)
+                part = ".".join(place.split(".")[: below.count(".") + 1])
+                kind = _kind(values, part)
+                if kind not in get_args(_specs(struct)["type"][1]):
+                    shown = "" if kind is None else f" of type {kind[:32]!r}"
+                    return InvalidRequestError(f"{part}{shown} is not supported: {whole}", param=part)
         above, _, name = form.removesuffix("[]").rpartition(".")
         specs = _specs(self._below[above]) if above in self._below else {}
         param = place if "[" in place else place.partition(".")[0]
@@ -279,13 +290,13 @@ def _counted(hint: Any) -> type:
     return next(kind for kind in (list, dict, str) if kind in kinds)
 
 
-def _kind(values: Mapping[str, Any], place: str) -> str:
-    """` of type X`, where the value at a place names its type."""
+def _kind(values: Mapping[str, Any], place: str) -> str | None:
+    """How the value at a place names its type."""
     value: Any = values
     for step in re.findall(r"\w+", place):
         value = value[int(step)] if isinstance(value, list) else value[step]
     kind = value.get("type") if isinstance(value, dict) else None
-    return f" of type {kind[:32]!r}" if isinstance(kind, str) else ""
+    return kind if isinstance(kind, str) else None
 
 
 def _describe(schema: Schema, spec: Field | Refused, limits: Limits) -> Schema:

@@ -5,7 +5,7 @@ iterators, and closing an iterator aborts its request and frees its blocks.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -21,6 +21,9 @@ from quire.outputs import CompletionOutput, RequestOutput
 from quire.server.http import limits
 from quire.server.http.errors import ApiError, ClientGoneError, as_api_error
 
+PART_BYTES = 2**18
+"""Of a whole answer that are handed on at one time."""
+
 T = TypeVar("T")
 Outputs = AsyncGenerator[RequestOutput, None]
 
@@ -29,11 +32,19 @@ async def last_outputs(streams: Sequence[Outputs]) -> list[RequestOutput]:
     """The last output of each stream; the first failure aborts the others."""
     if len(streams) == 1:
         return [await _final(streams[0])]
-    tasks = [asyncio.ensure_future(_final(stream)) for stream in streams]
+    tasks: list[asyncio.Future[RequestOutput]] = []
     try:
+        await _begin(tasks, (_final(stream) for stream in streams))
         return await asyncio.gather(*tasks)
     finally:
         await _cancel(tasks)
+
+
+async def _begin(tasks: list["asyncio.Future[T]"], work: Iterable[Coroutine[Any, Any, T]]) -> None:
+    """Start one after another: to begin a request takes a moment, and others have theirs between."""
+    for item in work:
+        tasks.append(asyncio.ensure_future(item))
+        await asyncio.sleep(0)
 
 
 async def _final(stream: Outputs) -> RequestOutput:
@@ -83,9 +94,10 @@ async def merged(streams: Sequence[Outputs]) -> AsyncGenerator[tuple[int, Reques
                 yield 0, output
         return
     queue: asyncio.Queue[tuple[int, RequestOutput | Exception | None]] = asyncio.Queue(2 * len(streams))
-    tasks = [asyncio.ensure_future(_pump(number, stream, queue)) for number, stream in enumerate(streams)]
+    tasks: list[asyncio.Future[None]] = []
     open_streams = len(streams)
     try:
+        await _begin(tasks, (_pump(number, stream, queue) for number, stream in enumerate(streams)))
         while open_streams:
             number, item = await queue.get()
             if isinstance(item, Exception):
@@ -195,6 +207,26 @@ async def _in_time(sending: Awaitable[None]) -> None:
         await sending
 
 
+class WholeAnswer(Response):
+    """An answer in one piece, which is handed on in parts where it is large: the connection copies what it is given,
+    and tells when it can take more."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Write until the end, or until the reader is gone."""
+        if len(self.body) <= PART_BYTES:
+            return await super().__call__(scope, receive, send)
+        try:
+            await cancel_on_disconnect(receive, self._write(memoryview(self.body), send))
+        except (ClientGoneError, TimeoutError):
+            return
+
+    async def _write(self, body: memoryview, send: Send) -> None:
+        await _in_time(send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}))
+        for start in range(0, len(body), PART_BYTES):
+            await _in_time(send(_part(bytes(body[start : start + PART_BYTES]))))
+        await _in_time(send({"type": "http.response.body", "body": b"", "more_body": False}))
+
+
 async def start_events(
     events: AsyncGenerator[Any, None], headers: Callable[[], dict[str, str]], framing: Framing
 ) -> EventStream:
@@ -210,8 +242,8 @@ async def start_events(
 class Deliverable(Protocol):
     """What the routes make of a request."""
 
-    async def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
+    async def whole(self) -> bytes:
+        """The answer in one piece, as JSON."""
 
     def events(self) -> AsyncGenerator[dict[str, Any], None]:
         """The answer in pieces."""
@@ -225,7 +257,7 @@ async def deliver(request: Request, answer: Deliverable, framing: Framing | None
     if framing is not None:
         return await cancel_on_disconnect(request.receive, start_events(answer.events(), answer.headers, framing))
     content = await cancel_on_disconnect(request.receive, answer.whole())
-    return Response(msgspec.json.encode(content), headers=answer.headers(), media_type="application/json")
+    return WholeAnswer(content, headers=answer.headers(), media_type="application/json")
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """The bodies of OpenAI's text API and of vLLM's /tokenize and /detokenize, field by field.
 
 A field that Quire does not honour is let through only with a value that asks for nothing (OpenAI's own default),
-because clients send those. `user`, `safety_identifier` and `session_id` are labels for an operator's records, or for
-what routes requests to several servers: they change no answer by definition, and are checked for size and not kept.
+because clients send those. Labels (`user`, `metadata`, `prompt_cache_key` ...) are for an operator's records, for what
+routes requests to several servers, or about storage and price: they change no text by definition, and are checked for
+size and not kept. Where a client may count on what a label asks for, the answer says what was done.
 """
 
 from typing import Annotated, Any, ClassVar, Literal, cast, get_args
@@ -21,12 +22,14 @@ ARGUMENT_NAME = r"^[^\W\d_]\w{0,63}$"
 """Of an argument of the chat template: a name of Python's that is not private."""
 REQUEST_ID = r"^[A-Za-z0-9._:\-]{1,64}$(?!\n)"
 """A client's name for its request stands in headers, logs and paths; `$` alone lets a line end follow."""
+MAX_METADATA, MAX_METADATA_NAME, MAX_METADATA_VALUE = 16, 64, 512
+"""Pairs, and characters of their names and values, as at OpenAI."""
 MAX_TOKENS = ("max_completion_tokens", "max_new_tokens", "max_output_tokens", "num_predict", "n_predict")
 
 _TOOLS = "tool calling is not supported in this version"
 _STRUCTURED = "structured output is not supported in this version"
 _TEXT_ONLY = "this server reads and writes text only"
-_NOT_STORED = "nothing is stored by this server"
+_NOT_MODERATED = "nothing is moderated by this server"
 _PLAIN = "it is not supported in this version"
 _REASONING = "reasoning is not told apart in this version"
 _STRUCTURED_ALIASES = (
@@ -38,14 +41,9 @@ _REFUSED_TOOLS = Refused(_TOOLS, ([],))
 _REFUSED_MEDIA = Refused(_TEXT_ONLY, ({},))
 
 REFUSED = {
-    "best_of": Refused("choose among the n answers yourself", (1,)),
     "response_format": Refused(_STRUCTURED, ({"type": "text"},)),
     "structured_outputs": Refused(_STRUCTURED, aliases=_STRUCTURED_ALIASES),
-    "store": Refused(_NOT_STORED, (False,)),
-    "metadata": Refused(_NOT_STORED, ({},)),
-    "service_tier": Refused("there is one tier", ("auto", "default")),
-    "prompt_cache_key": Refused("prefixes are cached by their content; see cache_salt"),
-    "prompt_cache_retention": Refused("prefixes are kept while there is room"),
+    "moderation": Refused(_NOT_MODERATED),
     "use_beam_search": Refused("beam search is not supported in this version", (False,)),
     "length_penalty": Refused("it belongs to beam search, which is not supported in this version", (1.0,)),
     "return_token_offsets": Refused("they belong to vLLM's route that renders prompts; see /tokenize", (False,)),
@@ -69,8 +67,6 @@ REFUSED_CHAT = {
     "audio": Refused(_TEXT_ONLY),
     "prediction": Refused(_PLAIN),
     "web_search_options": Refused("this server looks nothing up"),
-    "verbosity": Refused(_PLAIN, ("medium",)),
-    "reasoning_effort": Refused(_REASONING, ("none",)),
     "thinking_token_budget": Refused(_REASONING),
     "include_reasoning": Refused(_REASONING, (True,)),
     "media_io_kwargs": _REFUSED_MEDIA,
@@ -107,6 +103,7 @@ _BIAS = {
 }
 SAMPLING = {
     "n": _sampling("n", "sequences to sample for each prompt"),
+    "best_of": Field("the same as n, or 1: choose among the n answers yourself", schema=number(sampling.RANGES["n"])),
     "temperature": _sampling("temperature", "0 takes the most probable token"),
     "top_p": _sampling("top_p", "keep the most probable tokens up to this mass"),
     "top_k": _sampling("top_k", "keep this many tokens; 0 and -1 keep all"),
@@ -139,15 +136,22 @@ SAMPLING = {
     ),
     "include_stop_str_in_output": _sampling("include_stop_str_in_output", "keep the stop string in the text"),
 }
-_LENGTH = "tokens to generate at most; one that does not fit beside the prompt is refused. Left out: "
+_LENGTH = "tokens to generate at most; one that does not fit beside the prompt is refused; -1 is what fits. Left out: "
+
+
+def _unbounded(least: int) -> Schema:
+    return {"anyOf": [{"enum": [-1]}, {**number(sampling.RANGES["max_tokens"]), "minimum": least}]}
+
+
 COMPLETION_SAMPLING = SAMPLING | {
-    "max_tokens": _sampling("max_tokens", _LENGTH + "16 or what fits. 0 with echo: score it", *MAX_TOKENS, minimum=0),
+    "max_tokens": Field(_LENGTH + "16 or what fits. 0 with echo: score it", aliases=MAX_TOKENS, schema=_unbounded(0)),
     "logprobs": _sampling("logprobs", "log-probabilities of so many best tokens"),
 }
 CHAT_SAMPLING = SAMPLING | {
-    "max_tokens": Field(_LENGTH + "what fits", aliases=MAX_TOKENS, schema=number(sampling.RANGES["max_tokens"])),
+    "max_tokens": Field(_LENGTH + "what fits, log-probabilities too", aliases=MAX_TOKENS, schema=_unbounded(1)),
     "top_logprobs": _sampling("logprobs", "with logprobs: of so many best tokens beside the chosen one"),
 }
+_CACHED = "a label: prefixes are cached by their content, while there is room"
 
 Model = Annotated[str | None, Field("one of the served names; left out: the first")]
 Label = Annotated[str | None, Field("a label: it changes no answer and is not kept", limit="label_characters")]
@@ -157,6 +161,12 @@ _Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 _Salt = Annotated[str, Meta(max_length=MAX_SALT_BYTES)]
 _Seconds = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_SECONDS)]
 _Kept = Annotated[int, Meta(ge=-1, le=2**31 - 1, extra_json_schema={"not": {"const": 0}})]
+_Pairs = dict[Annotated[str, Meta(max_length=MAX_METADATA_NAME)], Annotated[str, Meta(max_length=MAX_METADATA_VALUE)]]
+_Metadata = Annotated[_Pairs, Meta(max_length=MAX_METADATA)]
+_Tier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
+_Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+_Verbosity = Literal["low", "medium", "high"]
+_Retention = Literal["in_memory", "in-memory", "24h"]
 _Never = Annotated[bool, Meta(extra_json_schema={"enum": [False]})]
 
 
@@ -166,6 +176,21 @@ class Labels(msgspec.Struct, kw_only=True):
     user: Label = None
     safety_identifier: Label = None
     session_id: Label = None
+
+
+def _one_of(values: Any) -> str:
+    return f"be one of {', '.join(get_args(values))}"
+
+
+class CacheHint(msgspec.Struct, forbid_unknown_fields=True):
+    """Where or how long a prompt may be cached, under Anthropic's and OpenAI's names."""
+
+    type: Annotated[Literal["ephemeral"] | None, Field(_CACHED, "be ephemeral")] = None
+    mode: Annotated[Literal["implicit", "explicit"] | None, Field(_CACHED, "be implicit or explicit")] = None
+    ttl: Annotated[Literal["5m", "30m", "1h", "12h", "24h"] | None, Field(_CACHED, "be 5m, 30m, 1h, 12h or 24h")] = None
+
+
+Hint = Annotated[CacheHint | None, Field(_CACHED, "be an object")]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -226,6 +251,24 @@ class ResponseOptions(Labels, kw_only=True):
         ),
     ] = None
 
+    store: Annotated[bool, Field("a label: nothing is stored, and the answer says so (store: false)")] = False
+    metadata: Annotated[
+        _Metadata | None,
+        Field(
+            "labels: they change no answer and are not kept",
+            f"be an object of at most {MAX_METADATA} texts, of at most {MAX_METADATA_VALUE} characters, under names of "
+            f"at most {MAX_METADATA_NAME}",
+        ),
+    ] = None
+    service_tier: Annotated[
+        _Tier | None, Field("a label: there is one tier, and the answer names it (default)", _one_of(_Tier))
+    ] = None
+    prompt_cache_key: Annotated[
+        str | None, Field("a label: prefixes are cached by their content; see cache_salt", limit="label_characters")
+    ] = None
+    prompt_cache_retention: Annotated[_Retention | None, Field(_CACHED, _one_of(_Retention))] = None
+    prompt_cache_options: Hint = None
+
     @property
     def include_usage(self) -> bool:
         """Whether a last event of a stream has the usage."""
@@ -264,6 +307,8 @@ class TextPart(msgspec.Struct, forbid_unknown_fields=True):
 
     type: Annotated[Literal["text"], Field("the kind of part")]
     text: Annotated[str, Field("its text")]
+    cache_control: Hint = None
+    prompt_cache_breakpoint: Hint = None
     unsupported: ClassVar[str] = 'this server reads {"type": "text", "text": ...} only'
 
 
@@ -276,7 +321,7 @@ Role = Literal["system", "developer", "user", "assistant", "tool"]
 class Message(msgspec.Struct, forbid_unknown_fields=True):
     """One message of a conversation."""
 
-    role: Annotated[Role, Field("templates read developer as system", f"be one of {', '.join(get_args(Role))}")]
+    role: Annotated[Role, Field("templates read developer as system", _one_of(Role))]
     content: Annotated[
         str | Annotated[list[str | TextPart], Meta(min_length=1)],
         Field("text; parts are joined by line ends", "be a string or a list of text parts", limit="content_parts"),
@@ -287,7 +332,11 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     refusal: NotYet = None
     audio: NotYet = None
     annotations: NotYet = None
-    reasoning: NotYet = None
+    reasoning: Annotated[str | None, Field("another name of reasoning_content")] = None
+    reasoning_content: Annotated[
+        str | None, Field("of the assistant's turn: for templates that read it; others leave it out")
+    ] = None
+    cache_control: Hint = None
     tool_call_id: NotYet = None
 
 
@@ -319,6 +368,12 @@ class Conversation(msgspec.Struct, kw_only=True):
         dict[str, Any],
         Field("arguments of the template", "be an object", limit="template_arguments", schema=_template_arguments),
     ] = {}
+    reasoning_effort: Annotated[
+        _Effort | None, Field("given to templates that read it; with others it changes nothing", _one_of(_Effort))
+    ] = None
+    verbosity: Annotated[
+        _Verbosity | None, Field("given to templates that read it; with others it changes nothing", _one_of(_Verbosity))
+    ] = None
     documents: Annotated[
         list[dict[str, str]],
         Field(
@@ -328,6 +383,12 @@ class Conversation(msgspec.Struct, kw_only=True):
         ),
     ] = []
     add_special_tokens: SpecialTokens = False
+
+    @property
+    def own_arguments(self) -> dict[str, str]:
+        """Arguments of the template that are fields of the request."""
+        own = {"reasoning_effort": self.reasoning_effort, "verbosity": self.verbosity}
+        return {name: value for name, value in own.items() if value is not None}
 
     @property
     def ends_with_assistant(self) -> bool:

@@ -37,11 +37,13 @@ def _answers() -> dict[str, Schema]:
         "prompt_token_ids": or_null(IDS),
         "prompt_logprobs": {"type": ["array", "null"]},
         "prompt_text": STRING,
+        "store": {"const": False},
+        "service_tier": {"const": "default"},
     }
     message = open_object({"role": {"const": "assistant"}, "content": STRING, "refusal": {"type": "null"}})
     chat = {**common, "message": message, "logprobs": or_null(ref("ChatLogprobs"))}
     text = {**common, "text": STRING, "logprobs": or_null(ref("CompletionLogprobs"))}
-    extra = ("token_ids", "prompt_token_ids", "prompt_logprobs", "prompt_text")
+    extra = ("token_ids", "prompt_token_ids", "prompt_logprobs", "prompt_text", "store", "service_tier")
 
     def answer(kind: str, choice: dict[str, Schema]) -> Schema:
         choices = {"choices": array(open_object(choice, optional=extra))}

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from quire.engine.inputs import MAX_SALT_BYTES
-from quire.errors import InvalidRequestError, PromptTooLongError
+from quire.errors import InvalidRequestError, PromptTooLongError, context_length_message
 from quire.sampling_params import FROM_MODEL, RequestOutputKind, SamplingParams
 from quire.server.doors.openai.bodies import (
     ARGUMENT_NAME,
@@ -38,8 +38,21 @@ class Call:
     """What the client itself asked for: it must fit, where a default may be cut short."""
     wants_prompt_logprobs: bool
     num_prompts: int = 1
+    logprobs_field: str = "logprobs"
+    """What the client calls the count of them."""
     prompt_only: bool = False
     """`max_tokens: 0` with `echo`: the prompt is scored and nothing is shown of the token after it."""
+
+    @property
+    def named_of_answer(self) -> int:
+        """Tokens whose log-probabilities stand at each place of an answer."""
+        count, others = self.params.logprobs, self.params.logprob_token_ids or ()
+        return 0 if count is None else 1 + max(count, len(others))
+
+    @property
+    def named_of_prompt(self) -> int:
+        """The same of a prompt."""
+        return 0 if self.params.prompt_logprobs is None else 1 + self.params.prompt_logprobs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +85,7 @@ def parse_completion(raw: Mapping[str, Any], defaults: SamplingParams, limits: L
         ApiError: a count past its limit.
     """
     body = COMPLETION.read(raw, limits)
-    values, prompts = body.sampling, _prompts(body.prompt, limits)
+    values, prompts = _with_what_fits(body.sampling), _prompts(body.prompt, limits)
     asked, logprobs = values.get("max_tokens"), values.get("logprobs")
     overrides: dict[str, Any] = {}
     prompt_only = body.echo and asked == 0 and type(asked) is int
@@ -84,6 +97,7 @@ def parse_completion(raw: Mapping[str, Any], defaults: SamplingParams, limits: L
     params = _make_params(values, defaults, body.options, overrides)
     if len(prompts) * params.n > limits.sequences.value:
         raise limits.sequences.error(f"{len(prompts)} x {params.n}")
+    _check_words(params, len(prompts), limits)
     return CompletionCall(
         params=params,
         options=body.options,
@@ -106,9 +120,9 @@ def parse_chat(raw: Mapping[str, Any], defaults: SamplingParams, limits: Limits)
         ApiError: a count past its limit.
     """
     body = CHAT.read(raw, limits)
-    values, conversation = body.sampling, _checked(body.conversation, limits)
+    values, conversation = _with_what_fits(body.sampling), _checked(body.conversation, limits)
     count = values.pop("top_logprobs", None)
-    if count is not None and not body.logprobs:
+    if count is not None and not body.logprobs and (count != 0 or type(count) is not int):
         raise InvalidRequestError("top_logprobs needs logprobs: true", param="top_logprobs")
     top_logprobs = (0 if count is None else count) if body.logprobs else None
     overrides = {"logprobs": top_logprobs, "max_tokens": values.get("max_tokens")}
@@ -120,6 +134,7 @@ def parse_chat(raw: Mapping[str, Any], defaults: SamplingParams, limits: Limits)
         raise
     if params.n > limits.sequences.value:
         raise limits.sequences.error(str(params.n))
+    _check_words(params, 1, limits)
     return ChatCall(
         params=params,
         options=body.options,
@@ -127,6 +142,7 @@ def parse_chat(raw: Mapping[str, Any], defaults: SamplingParams, limits: Limits)
         wants_prompt_logprobs=params.prompt_logprobs is not None,
         conversation=conversation,
         top_logprobs=top_logprobs,
+        logprobs_field="top_logprobs",
         wants_prompt_text=body.return_prompt_text,
         echoed=text_of(conversation.messages[-1].content) if body.echo and conversation.ends_with_assistant else "",
     )
@@ -181,12 +197,30 @@ def truncate_prompt(token_ids: Sequence[int], call: Call, max_model_len: int) ->
             most = max(1, max_model_len - (asked or 1))
         kept = token_ids[:most] if call.options.truncation_side == "right" else token_ids[-most:]
     if asked is not None and len(kept) < max_model_len < len(kept) + asked:
-        raise PromptTooLongError(
-            f"max_tokens is {asked} and the prompt has {len(kept)} tokens, {len(kept) + asked} together; at most "
-            f"{max_model_len} fit (max_model_len), so max_tokens may be at most {max_model_len - len(kept)}",
-            param="max_tokens",
-        )
+        hint = f"max_tokens may be at most {max_model_len - len(kept)} after this prompt (max_model_len)."
+        raise PromptTooLongError(context_length_message(max_model_len, len(kept), asked, hint), param="max_tokens")
     return kept
+
+
+def bound_logprobs(call: Call, lengths: Sequence[int], max_model_len: int, limits: Limits) -> SamplingParams:
+    """The parameters of a call whose prompts have these lengths. Where the client named no `max_tokens`, the answer
+    ends where its log-probabilities reach their limit.
+
+    Raises:
+        ApiError: a prompt, or the answer that was asked for, has more of them.
+    """
+    params, limit = call.params, limits.logprobs
+    sequences = params.n * len(lengths)
+    prompts = params.n * sum(lengths) * call.named_of_prompt
+    if call.named_of_answer and params.max_tokens is None:
+        fitting = max(1, params.min_tokens, (limit.value - prompts) // (sequences * call.named_of_answer))
+        params = replace(params, max_tokens=min(fitting, max_model_len))
+    most = params.max_tokens or 0
+    answers = params.n * sum(min(most, max_model_len - length) for length in lengths) * call.named_of_answer
+    if prompts + answers > limit.value:
+        is_prompts = prompts > limit.value and call.wants_prompt_logprobs
+        raise limit.error(f"{prompts + answers:,}", "prompt_logprobs" if is_prompts else call.logprobs_field)
+    return params
 
 
 def _make_params(
@@ -195,12 +229,33 @@ def _make_params(
     """The one constructor's input from what a body held, and what the route decided itself over it."""
     _check_options(options)
     values = {name: getattr(defaults, name) for name in FROM_MODEL} | dict(taken)
+    best_of = values.pop("best_of", 1)
     if "logit_bias" in values:
         values["logit_bias"] = _int_keys(values["logit_bias"])
     if options.stream and values.get("prompt_logprobs") is not None:
         raise InvalidRequestError("prompt_logprobs needs stream: false", param="prompt_logprobs")
     kind = RequestOutputKind.DELTA if options.stream else RequestOutputKind.FINAL_ONLY
-    return SamplingParams.from_mapping({**values, **overrides, "output_kind": kind})
+    params = SamplingParams.from_mapping({**values, **overrides, "output_kind": kind})
+    if type(best_of) is not int or best_of not in (1, params.n):
+        text = f"best_of must be n ({params.n}) or 1, got {best_of!r:.32}: choose among the n answers yourself"
+        raise InvalidRequestError(text, param="best_of")
+    return params
+
+
+def _with_what_fits(values: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp's way to say so is a `max_tokens` of -1."""
+    asked = values.get("max_tokens")
+    return {**values, "max_tokens": None} if asked == -1 and type(asked) is int else values
+
+
+def _check_words(params: SamplingParams, num_prompts: int, limits: Limits) -> None:
+    """Every sequence looks for its stop strings and its bad words."""
+    stops, words = (sum(map(len, item or ())) for item in (params.stop, params.bad_words))
+    if stops > limits.stop_characters.value:
+        raise limits.stop_characters.error(f"{stops:,}")
+    sequences = num_prompts * params.n
+    if words * sequences > limits.bad_word_characters.value:
+        raise limits.bad_word_characters.error(f"{words:,} x {sequences}")
 
 
 def _check_options(options: ResponseOptions) -> None:
@@ -248,9 +303,15 @@ def _prompts(value: str | list[Any], limits: Limits) -> list[Prompt]:
 
 
 def _checked(conversation: Conversation, limits: Limits) -> Conversation:
-    for message in conversation.messages:
+    for place, message in enumerate(conversation.messages):
         if not isinstance(message.content, str):
             check_length(limits.content_parts, message.content, "messages")
+        if message.reasoning is not None and message.reasoning_content not in (None, message.reasoning):
+            named = f"messages[{place}].reasoning"
+            raise InvalidRequestError(f"{named} and reasoning_content are one field and differ", param=named)
+    for name, value in conversation.own_arguments.items():
+        if conversation.chat_template_kwargs.get(name, value) != value:
+            raise InvalidRequestError(f"{name} and chat_template_kwargs.{name} are one field and differ", param=name)
     for name in conversation.chat_template_kwargs:
         if not re.fullmatch(ARGUMENT_NAME, name):
             raise InvalidRequestError(f"chat_template_kwargs may not set {name[:64]!r}", param="chat_template_kwargs")

@@ -5,18 +5,31 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
+import msgspec
+
+from quire.engine.queue import Caller
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from quire.server.doors.openai import responses
 from quire.server.doors.openai.bodies import Conversation, Message
-from quire.server.doors.openai.parse import Call, ChatCall, CompletionCall, text_of, truncate_prompt
+from quire.server.doors.openai.parse import (
+    Call,
+    ChatCall,
+    CompletionCall,
+    bound_logprobs,
+    text_of,
+    truncate_prompt,
+)
 from quire.server.doors.openai.usage import Usage
 from quire.server.http.context import RequestContext, ServerContext, new_id
 from quire.server.http.streams import Outputs, coalesce, last_outputs, merged
 
 C = TypeVar("C", bound=Call)
 Content = dict[str, Any]
+NAMED_PER_CHARACTER = 4
+"""Tokens whose log-probabilities are written in the time in which one character is tokenised."""
 
 
 class Answer(ABC, Generic[C]):
@@ -37,6 +50,7 @@ class Answer(ABC, Generic[C]):
             "created": int(time.time()),
             "model": context.resolve_name(call.options.model),
             "system_fingerprint": responses.FINGERPRINT,
+            **responses.of_labels(call.options),
         }
         self._usage = Usage(call.num_prompts, shows_cached=context.show_cached_tokens, prompt_only=call.prompt_only)
 
@@ -44,34 +58,43 @@ class Answer(ABC, Generic[C]):
         """Its id and where its time went."""
         return {"x-request-id": self._id, "server-timing": self._usage.server_timing()}
 
-    async def whole(self) -> Content:
-        """The answer in one piece."""
+    async def whole(self) -> bytes:
+        """The answer in one piece, as JSON."""
         with self._context.gate.inside(self._name):
             outputs = await last_outputs(await self._start())
+            size = sum(self._size(output, len(output.prompt_token_ids)) for output in outputs)
+            return await self._engine.beside(partial(self._written, outputs), size, self._request.caller, first=True)
+
+    def _written(self, outputs: Sequence[RequestOutput]) -> bytes:
         choices = []
         for number, output in enumerate(outputs):
             self._usage.see(number, output)
-            choices += [self._choice(number, output, choice) for choice in output.outputs]
+            for choice in output.outputs:
+                choices.append(msgspec.Raw(msgspec.json.encode(self._choice(number, output, choice))))
+                choice.logprobs = None  # many objects: freed one sequence after another, and not all at the end
         content = {**self._head, "choices": choices, "usage": self._usage.counts(), "timings": self._usage.timings()}
-        return {**content, **await self._of_prompt(outputs[0])}
+        return msgspec.json.encode({**content, **self._of_prompt(outputs[0])})
 
     async def events(self) -> AsyncGenerator[Content, None]:
         """The answer in pieces; then usage."""
-        options, usage = self._call.options, self._usage
+        options, usage, begun = self._call.options, self._usage, set[int]()
         with self._context.gate.inside(self._name):
             streams = [coalesce(stream, options.stream_interval) for stream in await self._start()]
             async with aclosing(merged(streams)) as outputs:
                 async for number, output in outputs:
                     usage.see(number, output)
-                    pieces = [piece for choice in output.outputs for piece in self._pieces(number, output, choice)]
+                    size = self._size(output, 0 if number in begun else len(output.prompt_token_ids))
+                    begun.add(number)
+                    make = partial(self._made, number, output)
+                    pieces, of_prompt = await self._engine.beside(make, size, self._request.caller, first=True)
                     for piece in pieces:
                         event = {**self._head, "choices": [piece]}
+                        if "role" in piece.get("delta", ()):
+                            event |= of_prompt
                         if options.continuous_usage:
                             event["usage"] = usage.counts()
                         elif options.include_usage:
                             event["usage"] = None
-                        if "role" in piece.get("delta", ()):
-                            event |= await self._of_prompt(output)
                         if usage.finished and piece is pieces[-1] and not options.include_usage:
                             event["timings"] = usage.timings()
                         yield event
@@ -94,23 +117,41 @@ class Answer(ABC, Generic[C]):
     def _pieces(self, number: int, output: RequestOutput, choice: CompletionOutput) -> list[Content]:
         """What is new of one sequence, as the choices of one event each."""
 
-    async def _of_prompt(self, output: RequestOutput) -> Content:
+    def _made(self, number: int, output: RequestOutput) -> tuple[list[Content], Content]:
+        """What is new of all sequences of a prompt; and `_of_prompt` with the beginning of one."""
+        pieces = [piece for choice in output.outputs for piece in self._pieces(number, output, choice)]
+        begins = any("role" in piece.get("delta", ()) for piece in pieces)
+        return pieces, self._of_prompt(output) if begins else {}
+
+    def _size(self, output: RequestOutput, num_prompt_tokens: int) -> int:
+        """How much it takes to write this, as characters that are tokenised."""
+        num_tokens = sum(len(choice.token_ids) for choice in output.outputs)
+        named = num_tokens * self._call.named_of_answer + num_prompt_tokens * self._call.named_of_prompt
+        return num_prompt_tokens + num_tokens + named // NAMED_PER_CHARACTER
+
+    def _of_prompt(self, output: RequestOutput) -> Content:
         """What stands beside the choices: of the prompt as the model read it."""
         return {}
 
     async def _start(self) -> list[Outputs]:
         """Every prompt is checked before the first one starts."""
+        engine, caller = self._engine, self._request.caller
+        bad_words = await engine.encode_bad_words(self._call.params, caller=caller)
+        prompts = await self._prompts()
+        lengths = [len(token_ids) for _, token_ids in prompts]
+        params = bound_logprobs(self._call, lengths, engine.max_model_len, self._context.limits)
         return [
-            self._engine.generate(
+            engine.generate(
                 {"prompt_token_ids": token_ids},
-                self._call.params,
+                params,
                 request_id=request_id,
                 priority=self._call.options.priority,
                 cache_salt=self._request.cache_salt,
-                caller=self._request.caller,
+                caller=caller,
                 timeout_s=self._request.timeout_s,
+                bad_words=bad_words,
             )
-            for request_id, token_ids in await self._prompts()
+            for request_id, token_ids in prompts
         ]
 
     def _token_names(self) -> responses.TokenNames:
@@ -127,7 +168,11 @@ class CompletionAnswer(Answer[CompletionCall]):
         super().__init__(context, call, request)
         self._texts: list[str | None] = []
         """Of each prompt, where it is known as it was sent."""
-        self._offsets: dict[int, int] = {}
+        self._begun: set[int] = set()
+        """Sequences of which something was sent."""
+        self._offsets: dict[int, Any] = {}
+        """Of each: the tokenizer's `text_offsets`."""
+        self._prompt_logprobs: dict[int, msgspec.Raw] = {}
 
     async def _prompts(self) -> list[tuple[str, Sequence[int]]]:
         found = []
@@ -135,7 +180,9 @@ class CompletionAnswer(Answer[CompletionCall]):
             text = prompt if isinstance(prompt, str) else None
             token_ids: Sequence[int] = prompt if isinstance(prompt, list) else []
             if text is not None:
-                token_ids = await self._engine.encode(text, add_special_tokens=self._call.add_special_tokens)
+                add_special_tokens, caller = self._call.add_special_tokens, self._request.caller
+                token_ids = await self._engine.encode(text, add_special_tokens=add_special_tokens, caller=caller)
+                await asyncio.sleep(0)  # a short text does not wait for a thread: so many must not stop the loop
             kept = truncate_prompt(token_ids, self._call, self._engine.max_model_len)
             self._texts.append(text if len(kept) == len(token_ids) else None)
             found.append((f"{self._id}/{number}", kept))
@@ -147,37 +194,46 @@ class CompletionAnswer(Answer[CompletionCall]):
     def _choice(self, number: int, output: RequestOutput, choice: CompletionOutput) -> Content:
         """What is new of one sequence; its first part has what belongs to the prompt too."""
         call, index = self._call, number * self._call.params.n + choice.index
-        is_first = index not in self._offsets
-        echoes = call.echo and is_first
-        offset = self._offsets.setdefault(index, 0)
-        logprobs = None
-        if call.logprobs is not None:
-            logprobs = self._logprobs(output, choice, call.logprobs, offset, echoes=echoes)
-            self._offsets[index] += sum(map(len, logprobs["tokens"]))
+        finish_reason = responses.check_finish(output, choice)
+        is_first = index not in self._begun
+        self._begun.add(index)
+        prompt = self._prompt_text(number, output) if call.echo and is_first else None
         content: Content = {
             "index": index,
-            "text": (self._prompt_text(number, output) if echoes else "") + ("" if call.prompt_only else choice.text),
-            "logprobs": logprobs,
-            "finish_reason": responses.check_finish(output, choice),
+            "text": (prompt or "") + ("" if call.prompt_only else choice.text),
+            "logprobs": None if call.logprobs is None else self._logprobs(index, output, choice, prompt),
+            "finish_reason": finish_reason,
             "stop_reason": choice.stop_reason,
         }
         if call.options.return_token_ids:
             content["token_ids"] = [] if call.prompt_only else choice.token_ids
             content["prompt_token_ids"] = output.prompt_token_ids if is_first else None
         if call.wants_prompt_logprobs:
-            content["prompt_logprobs"] = responses.prompt_logprobs(output.prompt_logprobs)
+            if number not in self._prompt_logprobs:
+                self._prompt_logprobs[number] = responses.prompt_logprobs(output.prompt_logprobs)
+            content["prompt_logprobs"] = self._prompt_logprobs[number]
         return content
 
-    def _logprobs(
-        self, output: RequestOutput, choice: CompletionOutput, top: int, offset: int, *, echoes: bool
-    ) -> Content:
+    def _logprobs(self, index: int, output: RequestOutput, choice: CompletionOutput, prompt: str | None) -> Content:
+        """Of what is new of one sequence, and of its prompt, where that is given."""
+        call, params, tokenizer = self._call, self._call.params, self._engine.get_tokenizer()
         spans: list[tuple[int, PositionLogprobs | None]] = []
-        if echoes:
+        offsets: list[int] = []
+        if prompt is not None:
             spans += zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=True)
-        if not self._call.prompt_only:
+            offsets += tokenizer.prompt_offsets(prompt, output.prompt_token_ids)
+        if index not in self._offsets:
+            self._offsets[index] = tokenizer.text_offsets(
+                len(prompt or ""),
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+                prompt_token_ids=output.prompt_token_ids,
+            )
+        if not call.prompt_only:
             spans += zip(choice.token_ids, choice.logprobs or [], strict=True)
-        asked = self._call.params.logprob_token_ids or ()
-        return responses.completion_logprobs(spans, top, asked, offset, self._token_names())
+            offsets += self._offsets[index].push(choice.token_ids)
+        asked = params.logprob_token_ids or ()
+        return responses.completion_logprobs(spans, call.logprobs or 0, asked, offsets, self._token_names())
 
     def _prompt_text(self, number: int, output: RequestOutput) -> str:
         text = self._texts[number]
@@ -196,7 +252,7 @@ class ChatAnswer(Answer[ChatCall]):
         self._begun: set[int] = set()
 
     async def _prompts(self) -> list[tuple[str, Sequence[int]]]:
-        token_ids = await encode_conversation(self._context, self._call.conversation)
+        token_ids = await encode_conversation(self._context, self._call.conversation, self._request.caller)
         return [(self._id, truncate_prompt(token_ids, self._call, self._engine.max_model_len))]
 
     def _choice(self, number: int, output: RequestOutput, choice: CompletionOutput) -> Content:
@@ -223,7 +279,7 @@ class ChatAnswer(Answer[ChatCall]):
             pieces.append({**end, "finish_reason": finish_reason, "stop_reason": choice.stop_reason})
         return pieces
 
-    async def _of_prompt(self, output: RequestOutput) -> Content:
+    def _of_prompt(self, output: RequestOutput) -> Content:
         found: Content = {}
         if self._call.wants_prompt_logprobs:
             found["prompt_logprobs"] = responses.prompt_logprobs(output.prompt_logprobs)
@@ -231,7 +287,7 @@ class ChatAnswer(Answer[ChatCall]):
             found["prompt_token_ids"] = output.prompt_token_ids
         if self._call.wants_prompt_text:
             decode = self._engine.get_tokenizer().decode
-            found["prompt_text"] = await asyncio.to_thread(decode, output.prompt_token_ids, skip_special_tokens=False)
+            found["prompt_text"] = decode(output.prompt_token_ids, skip_special_tokens=False)
         return found
 
     def _token_ids(self, choice: CompletionOutput) -> Content:
@@ -244,7 +300,7 @@ class ChatAnswer(Answer[ChatCall]):
         return responses.chat_logprobs(choice, top, self._call.params.logprob_token_ids or (), self._token_names())
 
 
-async def encode_conversation(context: ServerContext, conversation: Conversation) -> list[int]:
+async def encode_conversation(context: ServerContext, conversation: Conversation, caller: Caller) -> list[int]:
     """Token ids of a conversation under the model's template."""
     add_prompt = conversation.add_generation_prompt
     return await context.engine.encode_chat(
@@ -254,15 +310,17 @@ async def encode_conversation(context: ServerContext, conversation: Conversation
         chat_template=conversation.chat_template,
         documents=conversation.documents or None,
         add_special_tokens=conversation.add_special_tokens,
-        chat_template_kwargs=conversation.chat_template_kwargs,
+        chat_template_kwargs={**conversation.chat_template_kwargs, **conversation.own_arguments},
+        caller=caller,
     )
 
 
 def _as_template(message: Message) -> dict[str, str]:
     """A message as templates take it: few know the newer name of the system role."""
     role = "system" if message.role == "developer" else message.role
-    named = {} if message.name is None else {"name": message.name}
-    return {"role": role, "content": text_of(message.content), **named}
+    reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
+    more = {"name": message.name, "reasoning_content": reasoning}
+    return {"role": role, "content": text_of(message.content), **{k: v for k, v in more.items() if v is not None}}
 
 
 def _piece(index: int, delta: Content, logprobs: Content | None = None) -> Content:

@@ -3,13 +3,23 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from msgspec import Raw
+from msgspec.json import encode
+
 import quire
 from quire.errors import EngineDeadError, request_failure
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from quire.server.doors.openai.bodies import ResponseOptions
 
 FINGERPRINT = f"quire-{quire.__version__}"
 LEAST_LOGPROB = -9999.0
 """JSON has no infinity; vLLM sends this."""
+
+
+def of_labels(options: ResponseOptions) -> dict[str, Any]:
+    """What was done of labels that a client may count on: nothing was stored, and there is one tier."""
+    tier = {} if options.service_tier is None else {"service_tier": "default"}
+    return ({"store": False} if options.store else {}) | tier
 
 
 def check_finish(output: RequestOutput, choice: CompletionOutput) -> str | None:
@@ -66,10 +76,12 @@ def chat_logprobs(choice: CompletionOutput, top: int, asked: Sequence[int], name
         return {"token": names.name(token_id), "logprob": logprob, "bytes": names.content(token_id)}
 
     content = [
-        {
-            **entry(position, token_id),
-            "top_logprobs": [entry(position, other) for other in asked or _best(position, top)],
-        }
+        _raw(
+            {
+                **entry(position, token_id),
+                "top_logprobs": [entry(position, other) for other in asked or _best(position, top)],
+            }
+        )
         for token_id, position in zip(choice.token_ids, choice.logprobs or [], strict=True)
     ]
     return {"content": content, "refusal": None}
@@ -79,7 +91,7 @@ def completion_logprobs(
     tokens: Iterable[tuple[int, PositionLogprobs | None]],
     top: int,
     asked: Sequence[int],
-    offset: int,
+    offsets: list[int],
     names: TokenNames,
 ) -> dict[str, Any]:
     """The older shape: parallel lists. A token without logprobs (the first of a prompt) has nulls.
@@ -88,17 +100,14 @@ def completion_logprobs(
         tokens: ids with their logprobs.
         top: how many best tokens to list beside the chosen one.
         asked: tokens to list instead, where a position has them (`logprob_token_ids`; a prompt's has not).
-        offset: where the text of this part starts, in characters of the tokens' own texts.
+        offsets: where each token begins in the text as it is sent, in characters.
         names: of tokens.
     """
     texts: list[str] = []
     logprobs: list[float | None] = []
-    best: list[dict[str, float] | None] = []
-    offsets: list[int] = []
+    best: list[Raw | None] = []
     for token_id, position in tokens:
         texts.append(names.name(token_id))
-        offsets.append(offset)
-        offset += len(texts[-1])
         if position is None:
             logprobs.append(None)
             best.append(None)
@@ -106,19 +115,25 @@ def completion_logprobs(
             others = [item for item in asked if item in position] or _best(position, top)
             shown = dict.fromkeys([token_id, *others])
             logprobs.append(_finite(position[token_id].logprob))
-            best.append({names.name(item): _finite(position[item].logprob) for item in shown})
+            best.append(_raw({names.name(item): _finite(position[item].logprob) for item in shown}))
     return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": best, "text_offset": offsets}
 
 
-def prompt_logprobs(positions: Sequence[PositionLogprobs | None] | None) -> list[Any] | None:
+def prompt_logprobs(positions: Sequence[PositionLogprobs | None] | None) -> Raw:
     """vLLM's shape: for each prompt token null or token id -> {logprob, rank, decoded_token}."""
     if positions is None:
-        return None
-    return [
-        position
-        and {
-            str(token_id): {"logprob": _finite(item.logprob), "rank": item.rank, "decoded_token": item.decoded_token}
-            for token_id, item in position.items()
-        }
-        for position in positions
-    ]
+        return _raw(None)
+    return _raw([None if position is None else _raw(_of_prompt_token(position)) for position in positions])
+
+
+def _of_prompt_token(position: PositionLogprobs) -> dict[str, Any]:
+    return {
+        str(token_id): {"logprob": _finite(item.logprob), "rank": item.rank, "decoded_token": item.decoded_token}
+        for token_id, item in position.items()
+    }
+
+
+def _raw(value: Any) -> Raw:
+    """Its JSON, to stand in a larger one. Written token by token: the objects of a whole answer take ten times as much,
+    and its JSON would be written in one go that no other thread can interrupt."""
+    return Raw(encode(value))

@@ -1,8 +1,8 @@
 """OpenAI's text API, and vLLM's /tokenize and /detokenize: the routes, the shape of errors, the framing of streams."""
 
-import asyncio
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -16,7 +16,7 @@ from quire.server.doors.openai.parse import parse_chat, parse_completion, parse_
 from quire.server.doors.openai.respond import Answer, C, ChatAnswer, CompletionAnswer, encode_conversation
 from quire.server.http.context import Api, ServerContext, new_id
 from quire.server.http.errors import ApiError
-from quire.server.http.streams import Framing, deliver, naming_param
+from quire.server.http.streams import Framing, WholeAnswer, deliver, naming_param
 
 
 def error_body(error: ApiError) -> dict[str, Any]:
@@ -59,20 +59,22 @@ async def tokenize(request: Request) -> Response:
     context: ServerContext = request.app.state.context
     body = await context.bodies.read(request, lambda body: parse_tokenize(body, context.limits))
     context.resolve_name(body.options.model)
+    engine, caller = context.engine, context.caller(request.scope)
+
+    def written(token_ids: list[int]) -> bytes:
+        text_of = engine.get_tokenizer().token_text
+        texts = [text_of(item) for item in token_ids] if body.options.return_token_strs else None
+        content = {"count": len(token_ids), "max_model_len": engine.max_model_len, "tokens": token_ids}
+        return msgspec.json.encode({**content, "token_strs": texts})
+
     with context.gate.inside(new_id("tokenize")):
         if isinstance(body, TokenizeTextBody):
-            token_ids = await context.engine.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+            token_ids = await engine.encode(body.prompt, add_special_tokens=body.add_special_tokens, caller=caller)
         else:
             with naming_param("prompt", "messages"):
-                token_ids = await encode_conversation(context, body.conversation)
-    text_of = context.engine.get_tokenizer().token_text
-    content = {
-        "count": len(token_ids),
-        "max_model_len": context.engine.max_model_len,
-        "tokens": token_ids,
-        "token_strs": [text_of(item) for item in token_ids] if body.options.return_token_strs else None,
-    }
-    return Response(msgspec.json.encode(content), media_type="application/json")
+                token_ids = await encode_conversation(context, body.conversation, caller)
+        content = await engine.beside(partial(written, token_ids), len(token_ids), caller, first=True)
+    return WholeAnswer(content, media_type="application/json")
 
 
 async def detokenize(request: Request) -> Response:
@@ -81,10 +83,14 @@ async def detokenize(request: Request) -> Response:
     vocab_size = context.engine.vocab_size
     body = await context.bodies.read(request, lambda body: parse_detokenize(body, context.limits, vocab_size))
     context.resolve_name(body.model)
-    decode = context.engine.get_tokenizer().decode
+    engine, caller = context.engine, context.caller(request.scope)
+
+    def written() -> bytes:
+        return msgspec.json.encode({"prompt": engine.get_tokenizer().decode(body.tokens, skip_special_tokens=False)})
+
     with context.gate.inside(new_id("detokenize")):
-        text = await asyncio.to_thread(decode, body.tokens, skip_special_tokens=False)
-    return Response(msgspec.json.encode({"prompt": text}), media_type="application/json")
+        content = await engine.beside(written, len(body.tokens), caller)
+    return WholeAnswer(content, media_type="application/json")
 
 
 def _card(context: ServerContext, name: str) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""What was typed in earlier conversations, for the arrow keys: one JSON text a line, readable by its owner alone."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+MOST = 1000
+"""Lines kept."""
+
+
+def path() -> Path:
+    """The file, under XDG's directory for state (https://specifications.freedesktop.org/basedir-spec)."""
+    state = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(state) if os.path.isabs(state) else Path.home() / ".local/state") / "quire" / "chat_history"
+
+
+class History:
+    """Lines of a terminal with readline. A file that cannot be had is done without."""
+
+    def __init__(self, *, saves: bool) -> None:
+        import readline
+
+        self._saves = saves
+        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste of several lines is one line to `input`
+        if saves:
+            with suppress(OSError):
+                for line in self._load():
+                    readline.add_history(line)
+
+    def save(self, line: str) -> None:
+        """Keep what was typed for later conversations; in this one readline has it."""
+        if self._saves:
+            with suppress(OSError):
+                self._write([line], os.O_APPEND)
+
+    def _load(self) -> list[str]:
+        lines: list[str] = []
+        for item in path().read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                lines.append(str(json.loads(item)))
+        if len(lines) > 2 * MOST:
+            self._write(lines[-MOST:], os.O_TRUNC)
+        return lines[-MOST:]
+
+    def _write(self, lines: list[str], mode: int) -> None:
+        place = path()
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with os.fdopen(os.open(place, os.O_WRONLY | os.O_CREAT | mode, 0o600), "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -1,0 +1,57 @@
+"""A path that exists and is no model: the terminal reads what it is, and the whole path."""
+
+from pathlib import Path
+
+import pytest
+
+from quire.cli import model_path
+from quire.cli.main import main
+from quire.errors import ModelFileError
+
+CASES = {
+    "empty directory": "is an empty directory",
+    "model.gguf": "is a GGUF file",
+    "notes.txt": "is a file;",
+    "quantised": "holds a GGUF file",
+    "pictures": "is a directory without config.json (it holds a.png, b.png, c.png, ...)",
+    "../elsewhere": "there is no ",
+}
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> Path:
+    (tmp_path / "empty directory").mkdir()
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\3\0\0\0")
+    (tmp_path / "notes.txt").write_text("GGU")
+    for name, files in (("quantised", ["a.gguf", "README.md"]), ("pictures", ["a.png", "b.png", "c.png", "d.png"])):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_bytes(b"")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("verb", [["generate", "MODEL", "hi"], ["chat", "MODEL"], ["serve", "--port", "0", "MODEL"]])
+def test_every_verb_says_what_it_is(
+    paths: Path, name: str, verb: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(paths)
+    assert main([name if word == "MODEL" else word for word in verb]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    assert CASES[name] in captured.err and str(paths / name) in captured.err
+
+
+def test_what_may_be_of_the_hub_is_let_through(paths: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(paths)
+    for model in (None, "org/name", "gpt2", str(tiny)):
+        model_path.check(model)
+    for model in ("a/b/c", "what is it", "x" * 5000 + " ", "/" + "x" * 5000):
+        with pytest.raises(ModelFileError):
+            model_path.check(model)
+
+
+def test_a_prompt_is_no_model_however_long(tiny: Path) -> None:
+    assert model_path.is_model(str(tiny))
+    for prompt in ("x" * 5000, "a\0b", "", str(tiny.parent)):
+        assert not model_path.is_model(prompt)
