@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from quire.compose import core
 from quire.compose.core import CoreParts, compose_core
@@ -23,6 +24,7 @@ from quire.isolation import core_process, supervisor
 from quire.isolation.supervisor import SupervisedChannel
 from quire.weights.load import load_model
 from tests.core.harness import new_request
+from tests.tiny.checkpoints import make_tiny
 
 SIZES: dict[str, Any] = {"max_num_seqs": 2, "max_model_len": 64, "num_gpu_blocks_override": 16, "threads": 1}
 
@@ -70,6 +72,41 @@ def test_a_model_is_loaded_for_the_length_that_is_asked(tiny_model: Path, monkey
     core_of(tiny_model, max_model_len=40)
     core_of(tiny_model, max_model_len=None)
     assert [model.max_model_len for model in loaded] == [40, 512]
+
+
+@pytest.mark.parametrize(
+    ("length", "chosen", "why"), [(256, "short", "within 256"), (257, "long", "exceeds 256 positions")]
+)
+def test_which_factors_of_longrope_all_sequences_have_is_said(
+    length: int, chosen: str, why: str, tmp_path: Path
+) -> None:
+    """`tests/models/test_published.py` compares both with transformers."""
+    directory = make_tiny("phi3", tmp_path / "phi3", tokenizer=True)
+    (decision,) = (
+        one
+        for one in core_of(directory, max_model_len=length, num_gpu_blocks_override=17).info.decisions
+        if one.name == "longrope"
+    )
+    assert decision.value == chosen and why in decision.reason
+
+
+@pytest.mark.parametrize(("quantization", "warned"), [("int4", True), ("int8", False), (None, False)])
+def test_four_bits_of_a_small_model_are_warned_of(
+    quantization: str | None, warned: bool, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    decisions = core_of(tiny_model, quantization=quantization).info.decisions
+    assert any("may lose much by 4 bits" in one.reason for one in decisions) == warned
+    assert ("may lose much by 4 bits" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_of_its_own_beside_a_tied_one_is_used_and_said(same: bool, tmp_path: Path) -> None:
+    directory = make_tiny("llama", tmp_path / "tied", tie_word_embeddings=True, tokenizer=True)
+    tensors = load_file(directory / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].copy()
+    save_file({**tensors, "lm_head.weight": head if same else head[::-1].copy()}, directory / "model.safetensors")
+    said = [one.value for one in core_of(directory).info.decisions if one.name == "head"]
+    assert said == ([] if same else ["lm_head.weight"])
 
 
 def test_the_fingerprint_is_that_of_the_files(model: Path) -> None:
