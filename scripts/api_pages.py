@@ -40,7 +40,9 @@ the number: `{"error": {"message", "type", "param", "code"}}`. The same numbers 
 
 ## Of the server
 
-`quire serve --limit NAME=VALUE` sets one; the flag may be repeated.
+`quire serve --limit NAME=VALUE` sets one; the flag may be repeated. Of what is held at one time (`all_bodies_bytes`,
+`requests`) a caller may have as much as is left free, one alone half; `connections`, an idle one is closed first
+([overload](overload.md)).
 
 | name | what | default | unit | status | code |
 |---|---|---|---|---|---|
@@ -63,7 +65,7 @@ OTHERS = (
     ("request line and headers", f"{limits.HEADER_BYTES:,} bytes", "400, and the connection is closed"),
     ("sending the headers", f"{limits.HEADER_SECONDS} seconds", "the connection is closed"),
     ("an idle connection", f"{limits.KEEP_ALIVE_SECONDS} seconds", "the connection is closed"),
-    ("a reader that takes nothing of a stream", f"{limits.SLOW_READER_SECONDS} seconds", "the request is aborted"),
+    ("a reader that takes nothing of its answer", f"{limits.SLOW_READER_SECONDS} seconds", "the request is aborted"),
     ("running requests after SIGTERM", f"{limits.DRAIN_SECONDS} seconds; `--shutdown-timeout`", "an error event"),
 )
 

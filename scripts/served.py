@@ -26,15 +26,22 @@ class Server:
     Args:
         arguments: flags and the model.
         log: the file that its standard error goes to.
+        descriptors: the most that it may have open; None: as here.
     """
 
-    def __init__(self, arguments: Sequence[str], log: Path) -> None:
+    def __init__(self, arguments: Sequence[str], log: Path, descriptors: int | None = None) -> None:
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "quire", "serve", *arguments, "--port", "0", "--quiet"]
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no file
+
+        def prepare() -> None:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if descriptors is not None:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
+
         with log.open("wb") as stderr:
-            self.process = subprocess.Popen(command, stderr=stderr, preexec_fn=_end_with_parent)
+            self.process = subprocess.Popen(command, stderr=stderr, preexec_fn=prepare)
         while "ready on " not in self.said():
             if self.process.poll() is not None:
                 raise SystemExit(f"the server did not start: {self.said()}")
@@ -64,10 +71,6 @@ class Server:
         finally:
             self.process.kill()
             self.process.wait()
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @dataclass

@@ -409,6 +409,13 @@ nb::bytes block_bytes(const Cache& cache, int64_t block, int64_t layer) {
     return nb::bytes(layout.head_block(layer, block, 0), layout.block_bytes());
 }
 
+void release_blocks(const Cache& cache, int64_t first, int64_t number) {
+    const int64_t blocks = cache.layout().blocks;
+    require(first >= 0 && number >= 0 && number <= blocks && first <= blocks - number,
+            "release_blocks: a block is outside the cache");
+    cache.release_blocks(first, number);
+}
+
 std::vector<std::tuple<std::string, bool, std::string>> list_instruction_sets() {
     std::vector<std::tuple<std::string, bool, std::string>> result;
     for (const IsaChoice& choice : instruction_sets()) {
@@ -450,7 +457,10 @@ NB_MODULE(_native, module) {
         const Exclusive lock = process_pool->exclusive();
         return process_pool->profile().read();
     });
-    nb::class_<Cache>(module, "Cache").def_prop_ro("bytes", &Cache::bytes).def("block_bytes", &block_bytes);
+    nb::class_<Cache>(module, "Cache")
+        .def_prop_ro("bytes", &Cache::bytes)
+        .def("block_bytes", &block_bytes)
+        .def("release_blocks", &release_blocks);
     const auto none = nb::arg().none();
     nb::class_<Runtime>(module, "Runtime")
         .def(nb::init<int, const std::string&, const Affinity&>(), nb::call_guard<nb::gil_scoped_release>())

@@ -97,6 +97,12 @@ public:
     const CacheLayout& layout() const { return layout_; }
     size_t bytes() const { return pages_.bytes(); }
 
+    // Gives the memory of blocks [first, first + number) back to the system, but for pages that others share.
+    void release_blocks(int64_t first, int64_t number) const {
+        const size_t size = static_cast<size_t>(layout_.layers) * layout_.block_bytes();
+        pages_.release(first * size, (first + number) * size);
+    }
+
 private:
     CacheLayout layout_;
     Pages pages_;

@@ -58,6 +58,13 @@ public:
     void* data() const { return data_; }
     size_t bytes() const { return bytes_; }
 
+    // The whole pages within bytes [begin, end) lose their memory and read as zero, until they are written again.
+    void release(size_t begin, size_t end) const {
+        begin = (begin + kPage - 1) / kPage * kPage;
+        end = end / kPage * kPage;
+        if (begin < end) madvise(static_cast<char*>(data_) + begin, end - begin, MADV_DONTNEED);
+    }
+
 private:
     const char* end() const { return static_cast<const char*>(data_) + bytes_; }
     size_t rest() const { return (kPage - bytes_ % kPage) % kPage; }  // of the last page

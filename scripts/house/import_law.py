@@ -37,7 +37,7 @@ def _room(own: str = "", third_party: str = "", *, root: bool = True, optional: 
 LAW: dict[str, Room] = {
     **dict.fromkeys(ROOT_VALUES, _room("", "msgspec", optional=False)),
     "core": _room("", "", optional=False),
-    "text": _room("", "jinja2 tokenizers"),
+    "text": _room("", "jinja2 msgspec tokenizers"),
     "structured": _room("", "llguidance numpy"),
     "ops": _room("", "array_api_compat ml_dtypes numpy"),
     "ops.cuda": _room("ops", "array_api_compat ml_dtypes numpy torch triton"),

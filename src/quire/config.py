@@ -5,6 +5,7 @@ machine's) into frozen values, each decision with its reason. Nothing is changed
 """
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -18,6 +19,7 @@ POLICIES = ("fcfs", "priority")
 DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("int8", "int8_w8a8", "int4", "fp8")
 GROUP_SIZES = (32, 64, 128)
+RELEASES = ("unused", "all", "no")
 
 
 @names_unknown_arguments("engine argument")
@@ -49,7 +51,7 @@ class EngineArgs:
     gpu_memory_utilization: float = 0.9
     """Share of the device's memory (on the CPU: of this machine's) that weights and cache may take."""
     kv_cache_memory_bytes: int | None = None
-    """Size of the cache, instead of the share above."""
+    """Size of the cache, instead of the share above; where it is given by name, text such as 8GiB will do."""
     num_gpu_blocks_override: int | None = None
     """Number of cache blocks, whatever fits."""
     block_size: int = 16
@@ -82,6 +84,9 @@ class EngineArgs:
     """How far that process gives way to the one that answers people, on the processors that both share: 0 to 19."""
     hang_timeout: float | None = None
     """Seconds that a step may take before that process counts as hung; None learns it from the steps seen."""
+    release_idle_memory: str = "unused"
+    """What is given back to the system after a while without a request, on a CPU: memory of the cache that holds
+    nothing (unused), the prefix cache too (all), or nothing (no)."""
     verify_cached_blocks: bool = False
     """For debugging: compute the blocks of the prefix cache again in moments without work, and compare them bit for
     bit."""
@@ -90,6 +95,7 @@ class EngineArgs:
         _choice("dtype", self.dtype, DTYPES)
         _choice("scheduling_policy", self.scheduling_policy, POLICIES)
         _choice("device", self.device, DEVICES)
+        _choice("release_idle_memory", self.release_idle_memory, RELEASES)
         if self.quantization is not None:
             _choice("quantization", self.quantization, QUANTIZATIONS)
         if self.quantization_group_size is not None:
@@ -135,7 +141,29 @@ class EngineArgs:
         for name in values:
             if name not in known:
                 raise ConfigurationError(unknown_name_message("engine argument", name, known), field=name)
+        size = values.get("kv_cache_memory_bytes")
+        if isinstance(size, str):
+            values = {**values, "kv_cache_memory_bytes": bytes_of("kv_cache_memory_bytes", size)}
         return cls(**values)
+
+
+def bytes_of(name: str, text: str) -> int:
+    """A size as people write it: `512MiB`, `8G`, `8GiB`, `0.5g`. As vLLM reads them, k, m, g, t are thousands and K, M,
+    G, T multiples of 1,024; so are KiB and the like, and kB, MB, GB, TB are thousands.
+
+    Raises:
+        ConfigurationError: naming `name`.
+    """
+    found = re.fullmatch(
+        r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*(?:([kmgt])|([KMGT])(?:i[Bb]?)?|([kKMGT])[Bb])?", text.strip()
+    )
+    if found is not None:
+        number, small, binary, large = found.groups()
+        power = "kmgt".index((small or binary or large).lower()) + 1 if small or binary or large else 0
+        size = float(number) * (1024 if binary else 1000) ** power if power else float(number)
+        if size == int(size):
+            return int(size)
+    raise _bad(name, f"must be a whole number of bytes, such as 8GiB, 512MiB or 8G, got {text[:40]!r}")
 
 
 _COUNTS = (
@@ -215,6 +243,9 @@ class ModelSizes:
     device: str
     memory: MemoryBudget
     """Without the cache."""
+    free: int | None = None
+    """Bytes that this machine, or its container, has free once the weights are loaded; None where a device has its own
+    memory, all of which is there for the asking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +257,8 @@ class CachePlan:
     max_num_batched_tokens: int
     block_size: int
     num_blocks: int
+    soft_block_limit: int
+    """Blocks that may have memory before the prefix cache evicts: see `quire.core.block_pool`."""
     memory: MemoryBudget
     decisions: tuple[Decision, ...]
 
@@ -250,7 +283,7 @@ def resolve_model_len(args: EngineArgs, max_position_embeddings: int) -> int:
 
 def resolve_cache(args: EngineArgs, facts: ModelSizes) -> CachePlan:
     """Size the cache: an explicit number of blocks, else explicit bytes, else what the budget leaves of the memory
-    share; on the CPU no more than `max_num_seqs` sequences of full length need.
+    share; on the CPU no more than `max_num_seqs` sequences of full length need, nor than half of what is free.
 
     Raises:
         ConfigurationError: weights or one sequence of `max_model_len` do not fit, with the numbers.
@@ -277,11 +310,28 @@ def resolve_cache(args: EngineArgs, facts: ModelSizes) -> CachePlan:
     budget = replace(facts.memory, cache=num_blocks * facts.bytes_per_block)
     if facts.device != "cpu" and budget.used > budget.device:
         raise _bad(reason if reason in _SIZES else "gpu_memory_utilization", f"does not fit the device: {budget}")
-    decisions.append(Decision("num_blocks", f"{num_blocks} x {args.block_size} tokens, {mib(budget.cache)}", reason))
-    decisions.append(Decision("memory", mib(budget.used), str(budget)))
+    # The memory of a host is not taken before it is written.
+    size, up_to = f"{num_blocks} x {args.block_size} tokens", "" if facts.free is None else "up to "
+    room = f"reserved {up_to}{mib(budget.cache)}" if up_to else mib(budget.cache)
+    decisions.append(Decision("num_blocks", f"{size}, {room}", reason))
+    soft_limit, decision = _soft_limit(args, facts, num_blocks, max_model_len)
+    decisions += [decision, Decision("memory", up_to + mib(budget.used), str(budget))]
     return CachePlan(
-        max_model_len, args.max_num_seqs, max_tokens, args.block_size, num_blocks, budget, tuple(decisions)
+        max_model_len, args.max_num_seqs, max_tokens, args.block_size, num_blocks, soft_limit, budget, tuple(decisions)
     )
+
+
+def _soft_limit(args: EngineArgs, facts: ModelSizes, num_blocks: int, max_model_len: int) -> tuple[int, Decision]:
+    """Blocks that may have memory for the sake of the prefix cache alone."""
+    if not args.enable_prefix_caching:
+        return num_blocks, Decision("prefix_cache", "off", "enable_prefix_caching")
+    if facts.free is None or args.kv_cache_memory_bytes is not None or args.num_gpu_blocks_override is not None:
+        why = "a device's memory is reserved as a whole" if facts.free is None else "the size of the cache was given"
+        return num_blocks, Decision("prefix_cache", mib(num_blocks * facts.bytes_per_block), why)
+    longest = math.ceil(max_model_len / args.block_size)
+    limit = min(num_blocks, max(longest, facts.memory.weights // facts.bytes_per_block))
+    why = "as much as the weights, or the longest sequence if that is more; kv_cache_memory_bytes keeps all of it"
+    return limit, Decision("prefix_cache", f"up to {mib(limit * facts.bytes_per_block)}", why)
 
 
 _SIZES = ("num_gpu_blocks_override", "kv_cache_memory_bytes")
@@ -301,10 +351,17 @@ def _num_blocks(args: EngineArgs, facts: ModelSizes, max_model_len: int) -> tupl
             f"without any cache there is {budget}",
         )
     fits = left // facts.bytes_per_block
-    useful = args.max_num_seqs * math.ceil(max_model_len / args.block_size)
-    if facts.device == "cpu" and useful < fits:
-        return useful, f"what max_num_seqs={args.max_num_seqs} sequences of {max_model_len} tokens need"
-    return fits, f"gpu_memory_utilization={share:g} of {mib(budget.device)}"
+    reason = f"gpu_memory_utilization={share:g} of {mib(budget.device)}"
+    if facts.free is None:
+        return fits, reason
+    longest = math.ceil(max_model_len / args.block_size)
+    half = max(facts.free // 2 // facts.bytes_per_block, 0 if args.max_model_len is None else longest)
+    if half < fits:
+        fits, reason = half, f"half of the {mib(facts.free)} that are free"
+    if args.max_num_seqs * longest < fits:
+        text = f"what max_num_seqs={args.max_num_seqs} sequences of {max_model_len} tokens need"
+        return args.max_num_seqs * longest, text
+    return fits, reason
 
 
 def mib(size_bytes: int) -> str:

@@ -30,7 +30,16 @@ T = TypeVar("T")
 
 
 class QuireError(Exception):
-    """The root of the tree."""
+    """The root of the tree. All can be pickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (type(self), self.args, self.__dict__)
+
+
+def _unpickled(kind: type[QuireError], args: tuple[Any, ...], fields: dict[str, Any]) -> QuireError:
+    error = kind.__new__(kind, *args)  # without `__init__`, whose further arguments are among the fields
+    error.__dict__.update(fields)
+    return error
 
 
 class InvalidRequestError(QuireError, ValueError):

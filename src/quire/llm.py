@@ -1,8 +1,9 @@
 """`LLM` and `AsyncLLM`: an engine, and the two ways to ask it."""
 
 import dataclasses
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -12,10 +13,13 @@ from quire.config import EngineArgs
 from quire.engine.async_engine import AsyncEngine
 from quire.engine.chat import encode_chat
 from quire.engine.front import EngineFront
-from quire.engine.inputs import ParsedRequest, Prompt
+from quire.engine.inputs import BYTES, ParsedRequest, Prompt
 from quire.errors import InvalidRequestError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
+
+MOST_OPEN = 2
+"""Sequences of a call of `LLM` that run or wait at a time, for each row: the next ones are always there."""
 
 Message = Mapping[str, Any]
 
@@ -39,7 +43,7 @@ class AsyncLLM(AsyncEngine):
 
 
 class LLM(EngineFront):
-    """The engine for programs that have all their prompts at hand.
+    """The engine for programs that have all their prompts at hand. Threads may share it: each call waits for its turn.
 
     Args: those of `EngineArgs`. `LLM()` is the embedded model.
 
@@ -48,48 +52,47 @@ class LLM(EngineFront):
     """
 
     def __init__(self, model: str | None = None, **engine_args: Any) -> None:
-        super().__init__(compose(EngineArgs.from_mapping({"model": model, **engine_args})))
+        args = EngineArgs.from_mapping({"model": model, **engine_args})
+        super().__init__(compose(args))
+        self._most_open = MOST_OPEN * args.max_num_seqs
+        self._lock = threading.Lock()
+        """Held by the one call that uses the engine."""
+        self._owner: int | None = None
+        """The thread that took it last."""
+        self._is_whole = True
+        """False while the engine is being called: an interrupt then may leave it in any state."""
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
-        """Generate for every prompt; outputs in the order of the prompts.
+        """Generate for every prompt; outputs in the order of the prompts. Interrupted, it drops them all.
 
         Args:
-            prompts: text, `{"prompt": text}`, `{"prompt_token_ids": ids}`, token ids, or a list of such.
-            sampling_params: one for all, one for each, or None for the model's own defaults.
+            prompts: text, `{"prompt": text}`, `{"prompt_token_ids": ids}`, token ids, or a list of such. Of another
+                iterable, prompts are drawn as there is room for them.
+            sampling_params: one for all, one for each of a list, or None for the model's own defaults.
             use_tqdm: show a progress bar with tokens per second.
-            priority: one for each prompt; lower goes first under `scheduling_policy="priority"`.
+            priority: one for each of a list; lower goes first under `scheduling_policy="priority"`.
 
         Raises:
-            InvalidRequestError: some prompt or parameter is refused; then nothing was generated.
+            InvalidRequestError: some prompt or parameter is refused; of a list, nothing was generated then.
         """
-        items = _prompt_list(prompts)
-        params = self._params_list(sampling_params, len(items))
-        priorities = list(priority) if priority is not None else [0] * len(items)
-        if len(priorities) != len(items):
-            raise InvalidRequestError(
-                f"priority has {len(priorities)} items for {len(items)} prompts", param="priority"
-            )
-        parsed = [
-            self._served.inputs.parse(
-                prompt,
-                dataclasses.replace(one, output_kind=RequestOutputKind.FINAL_ONLY),
-                priority=rank,
-                arrival_s=self._engine.clock(),
-            )
-            for prompt, one, rank in zip(items, params, priorities, strict=True)
-        ]
-        return self._run(parsed, show_progress=use_tqdm)
+        if self._lock.locked() and self._owner == threading.get_ident():
+            raise InvalidRequestError("the prompts of a call cannot be made by another call of it", param="prompts")
+        with self._lock:
+            self._owner = threading.get_ident()
+            requests, total = self._parse(_prompts_of(prompts), sampling_params, priority)
+            # With priorities all must be there from the start.
+            return self._run(requests, total, None if priority else self._most_open, show_progress=use_tqdm)
 
     def chat(
         self,
-        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        messages: Sequence[Message] | Iterable[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
@@ -107,27 +110,29 @@ class LLM(EngineFront):
         Raises:
             InvalidRequestError: some message or parameter is refused; then nothing was generated.
         """
-        one = not messages or isinstance(messages[0], Mapping)
-        conversations: Sequence[Any] = [messages] if one else messages
-        prompts = [
-            encode_chat(
-                self.get_tokenizer(),
-                self._served.inputs,
-                conversation,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                chat_template=chat_template,
-                chat_template_kwargs=chat_template_kwargs,
-            )
+        is_list = isinstance(messages, Sequence)
+        is_one = isinstance(messages, Sequence) and (not messages or isinstance(messages[0], Mapping))
+        conversations: Iterable[Any] = [messages] if is_one else messages
+        prompts = (
+            {
+                "prompt_token_ids": encode_chat(
+                    self.get_tokenizer(),
+                    self._served.inputs,
+                    conversation,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    chat_template=chat_template,
+                    chat_template_kwargs=chat_template_kwargs,
+                )
+            }
             for conversation in conversations
-        ]
-        return self.generate(
-            [{"prompt_token_ids": token_ids} for token_ids in prompts], sampling_params, use_tqdm=use_tqdm
         )
+        return self.generate([*prompts] if is_list else prompts, sampling_params, use_tqdm=use_tqdm)
 
     def close(self) -> None:
-        """Give back threads and memory. The object cannot be used after."""
-        self._served.close()
+        """Give back threads and memory, once a call in another thread has ended. The object cannot be used after."""
+        with self._lock:
+            self._served.close()
 
     def __enter__(self) -> Self:
         return self
@@ -137,47 +142,102 @@ class LLM(EngineFront):
     ) -> None:
         self.close()
 
-    def _params_list(
+    def _parse(
+        self,
+        prompts: list[Prompt] | Iterator[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+    ) -> tuple[Iterator[ParsedRequest], int | None]:
+        """Checked requests, and their number. Those of a list are all checked before the first is returned."""
+        if not isinstance(prompts, list):
+            if priority is not None or not isinstance(params, SamplingParams | None):
+                text = "must be one for all prompts where these are drawn one by one: make a list of them"
+                name = "sampling_params" if priority is None else "priority"
+                raise InvalidRequestError(f"{name} {text}", param=name)
+            (one,) = self._checked_params(params, 1)
+            return (self._parse_one(prompt, one, 0) for prompt in prompts), None
+        priorities = list(priority) if priority is not None else [0] * len(prompts)
+        if len(priorities) != len(prompts):
+            raise InvalidRequestError(
+                f"priority has {len(priorities)} items for {len(prompts)} prompts", param="priority"
+            )
+        each = zip(prompts, self._checked_params(params, len(prompts)), priorities, strict=True)
+        with self._served.inputs.all_or_none():
+            parsed = [self._parse_one(*item) for item in each]
+        return iter(parsed), len(parsed)
+
+    def _parse_one(self, prompt: Prompt, params: SamplingParams, priority: int) -> ParsedRequest:
+        return self._served.inputs.parse(prompt, params, priority=priority, arrival_s=self._engine.clock())
+
+    def _checked_params(
         self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
     ) -> Sequence[SamplingParams]:
+        """A checked copy of each: they may have been changed since they were made."""
         if params is None:
             params = self.get_default_sampling_params()
-        if isinstance(params, SamplingParams):
-            return [params] * count
-        if len(params) != count or not all(isinstance(item, SamplingParams) for item in params):
+        given = [params] * count if isinstance(params, SamplingParams) else params
+        if len(given) != count or not all(isinstance(item, SamplingParams) for item in given):
             raise InvalidRequestError(
                 f"sampling_params must be one SamplingParams, or one for each of {count} prompts",
                 param="sampling_params",
             )
-        return params
+        kind = RequestOutputKind.FINAL_ONLY
+        copies = {
+            key: dataclasses.replace(one, output_kind=kind) for key, one in {id(one): one for one in given}.items()
+        }
+        return [copies[id(one)] for one in given]
 
-    def _run(self, parsed: list[ParsedRequest], *, show_progress: bool) -> list[RequestOutput]:
+    def _run(
+        self, requests: Iterator[ParsedRequest], total: int | None, most_open: int | None, *, show_progress: bool
+    ) -> list[RequestOutput]:
+        """Compute requests. Only so many sequences are open at a time: what waits outside costs nothing."""
+        engine, numbers = self._engine, list[int]()
         finished: dict[int, RequestOutput] = {}
-        for item in parsed:
-            self._engine.add(item)
         try:
-            with progress_bar(len(parsed), show=show_progress) as advance:
-                while self._engine.has_work:
-                    self._engine.channel.wait()
-                    for number, output in self._engine.step():
+            if not self._is_whole:
+                self._drop_all()
+            with progress_bar(total, show=show_progress) as advance:
+                while True:
+                    while most_open is None or engine.num_open < most_open:
+                        parsed = next(requests, None)
+                        if parsed is None:
+                            most_open = 0
+                            break
+                        numbers.append(parsed.number)
+                        self._is_whole = False
+                        engine.add(parsed)
+                        self._is_whole = True
+                    if not engine.has_work:
+                        return [finished[number] for number in numbers]
+                    engine.channel.wait()
+                    self._is_whole = False
+                    outputs = engine.step()
+                    self._is_whole = True
+                    for number, output in outputs:
                         finished[number] = output
                         advance(output)
         except BaseException:
-            for item in parsed:
-                self._engine.abort(item)
+            self._drop_all()
             raise
-        return [finished[item.number] for item in parsed]
+
+    def _drop_all(self) -> None:
+        """Leave nothing of a call that ended early. If this is interrupted too, the next call begins with it."""
+        is_whole, self._is_whole = self._is_whole, False
+        self._engine.drop_all(is_whole=is_whole)
+        self._is_whole = True
 
 
-def _prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | Mapping):
+def _prompts_of(prompts: Prompt | Iterable[Prompt]) -> list[Prompt] | Iterator[Prompt]:
+    if isinstance(prompts, str | Mapping | BYTES):
         return [prompts]
+    if not isinstance(prompts, Sequence):
+        return iter(prompts)
     items: list[Any] = list(prompts)
     return [items] if items and isinstance(items[0], int) else items
 
 
 @contextmanager
-def progress_bar(num_prompts: int, *, show: bool) -> Iterator[Callable[[RequestOutput], None]]:
+def progress_bar(num_prompts: int | None, *, show: bool) -> Iterator[Callable[[RequestOutput], None]]:
     """A bar with tokens per second, if it is to be shown. What it yields is to be called with each finished output."""
     if not show:
         yield lambda output: None

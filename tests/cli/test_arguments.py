@@ -45,6 +45,7 @@ def test_every_engine_argument_is_a_flag() -> None:
         (["--max-model-len", "2K"], {"max_model_len": 2048}),
         (["--max-num-batched-tokens", "1.5k"], {"max_num_batched_tokens": 1500}),
         (["--kv-cache-memory-bytes", "0.5G"], {"kv_cache_memory_bytes": 2**29}),
+        (["--kv-cache-memory-bytes", "8GiB"], {"kv_cache_memory_bytes": 2**33}),
         (["one/model", "--model", "another"], {"model": "another"}),
         (["quire-demo"], {}),
         (["--max-model-len", "auto"], {"max_model_len": None}),

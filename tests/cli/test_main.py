@@ -132,7 +132,7 @@ def test_an_id_is_one_part_of_a_path(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 def test_limits_are_read_by_either_spelling_and_must_be_whole_numbers() -> None:
     assert serve._limit_values(["body-bytes=5", "prompts=07"]) == {"body_bytes": 5, "prompts": 7}
-    for wrong in ("body_bytes", "body_bytes=", "body_bytes=-1", "body_bytes=1.5", "body_bytes=٣", "body_bytes=1k"):
+    for wrong in ("body_bytes", "body_bytes=", "body_bytes=-1", "body_bytes=1.5", "body_bytes=٣", "prompts=1k"):
         with pytest.raises(ConfigurationError) as caught:
             serve._limit_values([wrong])
         assert caught.value.field == "limit"
@@ -195,6 +195,8 @@ def test_what_a_server_is_called_and_holds_to_is_what_was_typed(monkeypatch: pyt
     assert found["served_model_name"] == ["a", "b"] and found["model_names"] == ["quire-demo"]
     assert found["requests"] is True and found["observability"].admin_api_key == "boss"
     assert found["limits"].chat_template_characters.value == 0
+    found = began(monkeypatch, "--limit", "body_bytes=3MiB")
+    assert found["limits"].body_bytes.value == 3 * 2**20
     found = began(monkeypatch, "--trust-request-chat-template", "--limit", "chat-template-characters=9")
     assert found["limits"].chat_template_characters.value == 9, (
         "a limit that was typed goes over the one that comes along"

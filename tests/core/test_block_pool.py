@@ -78,39 +78,78 @@ def test_taking_too_many_is_an_error_and_changes_nothing() -> None:
         lambda pool: pool._previous.__setitem__(2, 3),
         lambda pool: setattr(pool, "num_cached", 1),
         lambda pool: setattr(pool, "num_free", 1),
+        lambda pool: setattr(pool, "num_touched", 3),
     ],
 )
 def test_check_sees_what_is_broken(break_it) -> None:
     pool = BlockPool(4, 16)
-    pool.take(1)
+    pool.take(4)
+    pool.release([1, 2, 3])
     pool.check([[0]])
     break_it(pool)
     with pytest.raises(AssertionError, match="broken invariant"):
         pool.check([[0]])
 
 
+def test_beyond_the_soft_limit_cached_blocks_are_evicted_before_memory_is_touched() -> None:
+    """Texts that come and go, each remembered, take no more blocks than the limit; requests may hold more."""
+    pool = BlockPool(100, 16, soft_limit=6)
+    for number in range(50):
+        table = pool.take(2)
+        for block_id in table:
+            pool.remember(block_id, b"%d/%d" % (number, block_id))
+        pool.release(table)
+    assert (pool.num_touched, pool.num_cached, pool.num_free) == (6, 6, 100)
+    held = pool.take(20)
+    assert pool.num_touched == 20 and sorted(held) == list(range(20))
+
+
+def test_what_is_given_back_is_what_nothing_needs() -> None:
+    pool = BlockPool(10, 16, soft_limit=4)
+    old, new, loose, held = pool.take(3), pool.take(2), pool.take(1), pool.take(1)
+    for block_id in (*old, *new):
+        pool.remember(block_id, b"%d" % block_id)
+    pool.release(old)
+    pool.release(new)
+    pool.release(loose)
+    assert pool.give_back(keeps_cached=True) == [(2, 1), (5, 1)], "the oldest beyond the limit, and the plain one"
+    assert (pool.num_cached, pool.num_touched, pool.find(b"2"), pool.find(b"4")) == (4, 7, None, 4)
+    assert pool.give_back(keeps_cached=False) == [(0, 6)] and pool.num_touched == 7, "block 6 is held"
+    pool.release(held)
+    assert pool.give_back(keeps_cached=False) == [(0, 7)]
+    assert (pool.num_touched, pool.num_free, pool.free_blocks()) == (0, 10, list(range(10)))
+    pool.check([])
+
+
 class PoolMachine(RuleBasedStateMachine):
-    """The oracle keeps the free list as a list, counts as a list of tables, hashes as a dict."""
+    """The oracle keeps the free lists as lists, counts as a list of tables, hashes as a dict."""
 
     NUM_BLOCKS = 7
+    SOFT_LIMIT = 4
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = BlockPool(self.NUM_BLOCKS, 16)
+        self.pool = BlockPool(self.NUM_BLOCKS, 16, self.SOFT_LIMIT)
         self.tables: list[list[int]] = []
         self.hashes: dict[int, bytes] = {}
-        self.plain = list(range(self.NUM_BLOCKS))
+        self.plain: list[int] = []
         self.cached: list[int] = []
+        self.fresh = list(range(self.NUM_BLOCKS))
         self.num_hashes = 0
 
     @rule(count=st.integers(0, NUM_BLOCKS))
     def take(self, count: int) -> None:
-        if count > len(self.plain) + len(self.cached):
+        if count > len(self.free):
             with pytest.raises(AssertionError):
                 self.pool.take(count)
             return
-        expected = (self.plain + self.cached)[:count]
-        self.plain, self.cached = self.plain[count:], self.cached[max(0, count - len(self.plain)) :]
+        expected = []
+        for _ in range(count):
+            block_id = self.free[0]
+            for blocks in (self.plain, self.cached, self.fresh):
+                if block_id in blocks:
+                    blocks.remove(block_id)
+            expected.append(block_id)
         assert self.pool.take(count) == expected
         for block_id in expected:
             self.hashes.pop(block_id, None)
@@ -161,11 +200,30 @@ class PoolMachine(RuleBasedStateMachine):
         for block_id in table:
             self.hashes.pop(block_id, None)
 
+    @rule(keeps_cached=st.booleans())
+    def give_back(self, keeps_cached: bool) -> None:
+        num_lost = max(0, len(self.cached) - self.SOFT_LIMIT) if keeps_cached else len(self.cached)
+        lost, self.cached = self.cached[:num_lost], self.cached[num_lost:]
+        for block_id in lost:
+            self.plain.insert(0, block_id)
+            del self.hashes[block_id]
+        runs = self.pool.give_back(keeps_cached=keeps_cached)
+        assert [first + place for first, number in runs for place in range(number)] == sorted(self.plain)
+        while self.plain and max(self.plain) == self.NUM_BLOCKS - len(self.fresh) - 1:
+            self.fresh.insert(0, max(self.plain))
+            self.plain.remove(max(self.plain))
+
+    @property
+    def free(self) -> list[int]:
+        """In the order in which they would be taken."""
+        room = max(0, self.SOFT_LIMIT - (self.NUM_BLOCKS - len(self.fresh)))
+        return self.plain + self.fresh[:room] + self.cached + self.fresh[room:]
+
     @invariant()
     def agrees(self) -> None:
         self.pool.check(self.tables)
-        assert self.pool.free_blocks() == self.plain + self.cached
-        assert self.pool.num_free == len(self.plain) + len(self.cached)
+        assert self.pool.free_blocks() == self.free
+        assert self.pool.num_free == len(self.free)
         assert self.pool.num_cached == len(self.cached)
         for number in range(self.num_hashes):
             found = [block_id for block_id, known in self.hashes.items() if known == b"%d" % number]

@@ -35,11 +35,12 @@ class ScriptedChannel:
 
     def __init__(self) -> None:
         self.added: list[str] = []
+        self.news: list[NewRequest] = []
         self.aborted: list[str] = []
         self.gauges = Gauges(0, 0, 0.0)
         self.health = CoreHealth()
         self.is_ready = True
-        self.num_closed = 0
+        self.num_closed = self.num_cleared = 0
         self.raises: dict[str, BaseException] = {}
         """Method, or the core's id of a request that is added -> what it raises, once."""
         self.threads: list[tuple[str, threading.Thread]] = []
@@ -55,6 +56,7 @@ class ScriptedChannel:
     def add(self, new: NewRequest) -> None:
         self._note("add", new.request_id)
         self.added.append(new.request_id)
+        self.news.append(new)
 
     def abort(self, request_id: str) -> None:
         self._note("abort")
@@ -76,6 +78,11 @@ class ScriptedChannel:
 
     def check(self) -> None:
         self._note("check")
+
+    def clear(self) -> None:
+        self._note("clear")
+        self._outputs.clear()
+        self.num_cleared += 1
 
     def close(self) -> None:
         self.num_closed += 1

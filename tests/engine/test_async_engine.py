@@ -146,8 +146,46 @@ async def test_a_core_that_is_gone_for_now_ends_every_stream_and_the_next_is_ser
     assert (await task)[-1].finished and served.under_test.is_healthy
 
 
-async def test_a_fault_of_the_thread_ends_all_that_wait_also_what_is_only_posted(served: Served) -> None:
+async def test_after_a_fault_of_the_thread_requests_go_on_where_they_were(served: Served) -> None:
+    """What ran, and what was only posted behind the command that failed; the one that left is gone."""
+    running, leaving = (asyncio.ensure_future(_all(served.ask())) for _ in range(2))
+    await served.until_added("0", "1")
+    served.channel.give(TokenDelta("0", (5,)))
+    held = _hold(served)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+    posted = asyncio.ensure_future(_all(served.ask()))
+    await served.until(lambda: len(served.under_test._commands) == 2)
+    served.channel.raises["abort"] = RuntimeError("it broke")
+    served.channel.news.clear()
+    held.set()
+    await served.until_added("2")
+    assert [(new.request_id, new.resume.output_token_ids) for new in served.channel.news] == [("0", (5,)), ("2", ())]
+    served.channel.give(final("0", 6), final("2", 7))
+    found = [[output.outputs[0].token_ids for output in await task] for task in (running, posted)]
+    assert found == [[[5], [6]], [[7]]] or found == [[[5, 6]], [[7]]]
+    assert served.under_test.is_healthy and not served.under_test.has_work and served.queue.num_waiting == 0
+    assert served.channel.num_cleared == 1
+
+
+async def test_one_that_breaks_the_thread_again_and_again_fails_alone(served: Served) -> None:
+    bad = asyncio.ensure_future(_all(served.ask()))
+    await served.until_added("0")
+    for count in range(1, 4):
+        served.channel.raises["collect"] = RuntimeError("it broke")
+        served.channel.wake()
+        await served.until(lambda count=count: served.channel.num_cleared == count)
+    outputs = await bad
+    assert outputs[-1].finished and outputs[-1].error is not None
+    task = asyncio.ensure_future(_all(served.ask()))
+    await served.until_added("1")
+    served.channel.give(final("1", 5))
+    assert (await task)[-1].error is None and served.under_test.is_healthy
+
+
+async def test_a_fault_that_does_not_end_ends_all_that_wait_also_what_is_only_posted(served: Served) -> None:
     """Of what is posted, the command under way, those behind it in the same turn, and those that came later."""
+    served.channel.clear = _always_broken  # type: ignore[method-assign]
     running = asyncio.ensure_future(_all(served.ask()))
     await served.until_added("0")
     held = _hold(served)
@@ -183,9 +221,62 @@ async def test_a_request_is_work_also_while_the_core_is_given_it(served: Served)
     served.channel.add = watched  # type: ignore[method-assign]
     served.channel.raises = {"0.1": RuntimeError("it broke"), "abort": RuntimeError("it broke again")}
     async with asyncio.timeout(PATIENCE_S):
-        with pytest.raises(EngineDeadError):
+        with pytest.raises(RequestFailedError):
             await _all(served.under_test.generate([1, 2], _params(n=2)))
-    assert seen == [True, True] and not served.under_test.is_healthy
+    await served.until(lambda: not served.under_test.has_work)
+    assert seen == [True, True] and served.under_test.is_healthy
+
+
+def test_a_loop_that_closes_takes_no_other_with_it() -> None:
+    """Also one that closes between being asked and being called: the engine has its word only from `RuntimeError`."""
+    served = Served()
+    outcome: list[Any] = []
+
+    async def begin() -> None:
+        outcome.append(served.under_test.generate([1, 2], PARAMS))
+        outcome.append(asyncio.ensure_future(anext(outcome[0])))
+        await served.until_added("0")
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(begin())
+    loop.is_closed = lambda: False  # type: ignore[method-assign]
+    loop._closed = True  # type: ignore[attr-defined]  # as it is in the middle of `close`
+    try:
+
+        async def other() -> list[Any]:
+            task = asyncio.ensure_future(_all(served.ask()))
+            await served.until_added("0", "1")
+            served.channel.give(TokenDelta("0", (5,)), final("1", 6))
+            return await task
+
+        assert asyncio.run(other())[-1].finished
+        assert served.under_test.is_healthy and served.channel.aborted == ["0"], "nobody reads it any more"
+        assert not served.under_test.has_work
+    finally:
+        del loop.is_closed  # type: ignore[method-assign]
+        loop._closed = False  # type: ignore[attr-defined]
+        outcome[1].cancel()
+        loop.run_until_complete(asyncio.gather(outcome[1], return_exceptions=True))
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+        served.under_test.close()
+
+
+async def test_parameters_that_were_changed_are_checked_again(served: Served) -> None:
+    params = _params()
+    params.top_p = 7.0
+    with pytest.raises(InvalidRequestError, match="top_p"):
+        await _all(served.under_test.generate([1, 2], params))
+    assert served.queue.num_waiting == 0
+
+
+async def test_after_its_end_every_call_says_so() -> None:
+    served = Served()
+    await served.under_test.shutdown()
+    for call in (served.ask().__anext__(), served.under_test.beside(lambda: 1, 10**6)):  # type: ignore[attr-defined]
+        with pytest.raises(EngineDeadError):
+            await call
+    served.under_test.close()
 
 
 async def test_after_the_order_to_stop_nothing_is_taken(served: Served) -> None:
@@ -230,6 +321,10 @@ async def _all(stream: Any) -> list[Any]:
 
 def _params(**changes: Any) -> Any:
     return replace(PARAMS, **changes)
+
+
+def _always_broken() -> None:
+    raise RuntimeError("it broke, and stays so")
 
 
 def _hold(served: Served) -> Any:

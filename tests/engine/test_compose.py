@@ -9,20 +9,22 @@ from typing import Any
 
 import psutil
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from quire.compose import core
 from quire.compose.core import CoreParts, compose_core
-from quire.compose.served import DEFAULT_QUEUED_TOKENS, _limits, _queue, compose
+from quire.compose.served import DEFAULT_QUEUED_TOKENS, _limits, _queue, _start_core, compose
 from quire.compose.text import compose_text
 from quire.config import EngineArgs
 from quire.core.engine_core import EngineCore, OverlappingCore
 from quire.engine.channel import CoreInfo
 from quire.engine.queue import ANYBODY
 from quire.errors import ConfigurationError, InvalidRequestError, ModelFileError
-from quire.isolation import supervisor
+from quire.isolation import core_process, supervisor
 from quire.isolation.supervisor import SupervisedChannel
 from quire.weights.load import load_model
 from tests.core.harness import new_request
+from tests.tiny.checkpoints import make_tiny
 
 SIZES: dict[str, Any] = {"max_num_seqs": 2, "max_model_len": 64, "num_gpu_blocks_override": 16, "threads": 1}
 
@@ -70,6 +72,41 @@ def test_a_model_is_loaded_for_the_length_that_is_asked(tiny_model: Path, monkey
     core_of(tiny_model, max_model_len=40)
     core_of(tiny_model, max_model_len=None)
     assert [model.max_model_len for model in loaded] == [40, 512]
+
+
+@pytest.mark.parametrize(
+    ("length", "chosen", "why"), [(256, "short", "within 256"), (257, "long", "exceeds 256 positions")]
+)
+def test_which_factors_of_longrope_all_sequences_have_is_said(
+    length: int, chosen: str, why: str, tmp_path: Path
+) -> None:
+    """`tests/models/test_published.py` compares both with transformers."""
+    directory = make_tiny("phi3", tmp_path / "phi3", tokenizer=True)
+    (decision,) = (
+        one
+        for one in core_of(directory, max_model_len=length, num_gpu_blocks_override=17).info.decisions
+        if one.name == "longrope"
+    )
+    assert decision.value == chosen and why in decision.reason
+
+
+@pytest.mark.parametrize(("quantization", "warned"), [("int4", True), ("int8", False), (None, False)])
+def test_four_bits_of_a_small_model_are_warned_of(
+    quantization: str | None, warned: bool, tiny_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    decisions = core_of(tiny_model, quantization=quantization).info.decisions
+    assert any("may lose much by 4 bits" in one.reason for one in decisions) == warned
+    assert ("may lose much by 4 bits" in caplog.text) == warned
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_head_of_its_own_beside_a_tied_one_is_used_and_said(same: bool, tmp_path: Path) -> None:
+    directory = make_tiny("llama", tmp_path / "tied", tie_word_embeddings=True, tokenizer=True)
+    tensors = load_file(directory / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].copy()
+    save_file({**tensors, "lm_head.weight": head if same else head[::-1].copy()}, directory / "model.safetensors")
+    said = [one.value for one in core_of(directory).info.decisions if one.name == "head"]
+    assert said == ([] if same else ["lm_head.weight"])
 
 
 def test_the_fingerprint_is_that_of_the_files(model: Path) -> None:
@@ -161,3 +198,25 @@ def test_a_core_in_its_own_process_ends_where_the_text_side_cannot_be_built(
         compose(EngineArgs(**(SIZES | {"model": str(model), "core_process": True})))
     assert not psutil.wait_procs(set(psutil.Process().children(recursive=True)) - before, timeout=30)[1]
     assert len(held) == 1
+
+
+def test_a_core_that_follows_has_room_for_what_the_first_allowed(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By then less memory may be free."""
+    started: list[Any] = []
+
+    class Channel:
+        info: CoreInfo | None = None
+
+        def __init__(self, spawn: Any, timeout_s: float) -> None:
+            self.spawn = spawn
+            spawn()
+
+    monkeypatch.setattr(supervisor, "SupervisedChannel", Channel)
+    monkeypatch.setattr(core_process, "CoreProcess", lambda start, niceness: started.append(start))
+    channel: Any = _start_core(EngineArgs(model=str(tiny_model), core_process=True), tiny_model)
+    channel.info = CoreInfo(40, 100, (), "")
+    channel.spawn()
+    assert [start.args.max_model_len for start in started] == [None, 40]
+    assert [start.args.core_process for start in started] == [False, False]

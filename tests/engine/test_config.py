@@ -13,11 +13,13 @@ SIZES = ModelSizes(
     bytes_per_block=2**10,
     device="cpu",
     memory=MemoryBudget(device=2**30, weights=2**20),
+    free=2**31,
 )
 MIB = 2**20
 DEVICE = replace(
     SIZES,
     device="cuda",
+    free=None,
     memory=MemoryBudget(
         device=1000 * MIB, used_by_others=50 * MIB, weights=300 * MIB, activations=100 * MIB, sampler=20 * MIB,
         graphs=30 * MIB, fragmentation_reserve=10 * MIB,
@@ -34,6 +36,7 @@ DEVICE = replace(
         ("tensor_parallel_size", 2), ("quantization", "awq"), ("quantization", "int4 "), ("quantization", True),
         ("quantization_group_size", 48), ("quantization_group_size", True), ("quantization_group_size", "64"),
         ("enable_prefix_caching", 1), ("verify_cached_blocks", "yes"), ("kv_cache_memory_bytes", -5),
+        ("release_idle_memory", "some"),
     ],
 )  # fmt: skip
 def test_refusals_name_the_argument(name: str, value: Any) -> None:
@@ -57,6 +60,58 @@ def test_cpu_cache_is_no_larger_than_its_users_need() -> None:
     assert plan.num_blocks == 4 * 1024 // 16
     assert plan.max_model_len == 1024
     assert any("max_num_seqs=4" in decision.reason for decision in plan.decisions)
+
+
+def test_a_host_gives_the_cache_no_more_than_half_of_what_is_free() -> None:
+    """But one sequence of a length that was asked for; the words say that it is not taken yet."""
+    some = replace(SIZES, free=600 * 2**10)
+    plan = resolve_cache(EngineArgs(), some)
+    assert (plan.num_blocks, plan.max_model_len) == (300, 1024)
+    named = {decision.name: decision for decision in plan.decisions}
+    assert named["num_blocks"].value == "300 x 16 tokens, reserved up to 0 MiB"
+    assert named["num_blocks"].reason == "half of the 1 MiB that are free"
+    assert named["memory"].value.startswith("up to ")
+    little = replace(SIZES, free=20 * 2**10)
+    assert resolve_cache(EngineArgs(), little).max_model_len == 160
+    assert resolve_cache(EngineArgs(max_model_len=1000), little).num_blocks == 63
+    with pytest.raises(ConfigurationError, match="half of the 0 MiB that are free"):
+        resolve_cache(EngineArgs(), replace(SIZES, free=100))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "weights", "limit"),
+    [
+        ({}, 100 * 2**10, 100),
+        ({}, 2**10, 64),
+        ({"max_num_seqs": 2}, 2**20, 128),
+        ({"kv_cache_memory_bytes": 900 * 2**10}, 100 * 2**10, 900),
+        ({"num_gpu_blocks_override": 500}, 100 * 2**10, 500),
+    ],
+)
+def test_the_prefix_cache_takes_about_as_much_as_the_weights(arguments: Any, weights: int, limit: int) -> None:
+    """Or one longest sequence, if that is more; all of it where a size was given."""
+    facts = replace(SIZES, memory=replace(SIZES.memory, weights=weights))
+    plan = resolve_cache(EngineArgs(**arguments), facts)
+    assert plan.soft_block_limit == limit <= plan.num_blocks
+    on_device = resolve_cache(EngineArgs(), DEVICE)
+    assert on_device.soft_block_limit == on_device.num_blocks
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("8GiB", 2**33), ("8Gi", 2**33), ("8G", 2**33), ("8g", 8 * 10**9), ("8GB", 8 * 10**9), ("512MiB", 2**29),
+        ("512 MiB", 2**29), ("0.5G", 2**29), ("1.5KiB", 1536), ("1500", 1500), ("2T", 2**41), ("3kB", 3000),
+    ],
+)  # fmt: skip
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert EngineArgs.from_mapping({"kv_cache_memory_bytes": text}).kv_cache_memory_bytes == size
+
+
+@pytest.mark.parametrize("text", ["", "8GB/s", "GiB", "1.0001K", "8 gib", "-1G", "1e9", "0", "9" * 400])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match="kv_cache_memory_bytes"):
+        EngineArgs.from_mapping({"kv_cache_memory_bytes": text})
 
 
 def test_memory_share_bounds_weights_and_cache() -> None:

@@ -9,12 +9,15 @@ from quire import SamplingParams
 from quire.compose.served import compose
 from quire.config import EngineArgs
 from quire.core.plan import Stalled, TokenDelta, TokenLogprobs
+from quire.core.request import ResumeState
 from quire.engine.channel import CoreHealth, Gauges
 from quire.engine.engine import Engine
+from quire.engine.inputs import InputProcessor
 from quire.engine.observer import Observer
 from quire.engine.queue import QueueConfig
 from quire.errors import ConfigurationError, OverloadedError
-from tests.engine.scripted import Scripted, final
+from quire.text.tokenizer import Tokenizer
+from tests.engine.scripted import LIMITS, Scripted, final
 
 
 def outputs_of(engine: Engine) -> list[Any]:
@@ -214,3 +217,54 @@ def test_the_times_of_a_request_and_its_end_need_no_observer() -> None:
     with pytest.raises(ConfigurationError) as caught:
         scripted.engine.observer.trace_to("http://127.0.0.1:1", "m")
     assert caught.value.field == "otlp_traces_endpoint"
+
+
+def test_a_stop_string_in_the_last_token_allowed_is_counted_as_stop(tiny_model: Path) -> None:
+    scripted, tokenizer = Scripted(), Tokenizer.from_directory(tiny_model)
+    scripted.engine._tokenizer = tokenizer
+    scripted.inputs = InputProcessor(tokenizer, LIMITS)
+    scripted.add(detokenize=True, stop="b")
+    scripted.channel.give(final("0", ord("b")))
+    (output,) = outputs_of(scripted.engine)
+    assert output.outputs[0].finish_reason == "stop"
+    assert scripted.metric("quire:request_success_total", finished_reason="stop").value == 1
+    assert scripted.metric("quire:request_success_total", finished_reason="length").value == 0
+    assert scripted.channel.aborted == [], "the core knows that it ended"
+
+
+def test_a_mended_core_is_given_what_is_open_as_far_as_it_came() -> None:
+    """Also where the fault came after text was made, and before it was handed on."""
+    scripted = Scripted()
+    one, two, ended = scripted.add(1, 2, prompt_logprobs=0), scripted.add(n=2), scripted.add()
+    logprobs = (TokenLogprobs((2,), (-0.5,), (1,)),)
+    scripted.channel.give(TokenDelta("0", (5,), (), logprobs, 2), TokenDelta("1.1", (6,)))
+    assert len(outputs_of(scripted.engine)) == 2
+    scripted.engine.observer.on_output = _broken  # type: ignore[method-assign]
+    scripted.channel.give(TokenDelta("0", (7,)), final("2", 8))
+    with pytest.raises(RuntimeError):
+        scripted.engine.step()
+    left = scripted.add()
+    scripted.channel.news.clear()
+    made = dict(scripted.engine.mend(range(left.number)))
+    assert made[one.number].outputs[0].token_ids == [7] and made[ended.number].finished, "nothing is lost"
+    assert scripted.channel.num_cleared == 1 and two.number not in made
+    resumed = {new.request_id: new.resume for new in scripted.channel.news}
+    assert resumed == {
+        "0": ResumeState((5, 7), 1, 2), "1.0": ResumeState(), "1.1": ResumeState((6,)),
+    }  # fmt: skip
+    assert scripted.engine.step() == []
+
+
+def test_a_request_that_was_there_in_three_faults_fails() -> None:
+    scripted = Scripted()
+    parsed = scripted.add(n=2)
+    assert scripted.engine.mend(range(9)) == scripted.engine.mend(range(9)) == []
+    late = scripted.add()
+    ((number, output),) = scripted.engine.mend(range(9))
+    assert number == parsed.number and output.finished and output.error is not None
+    assert [new.request_id for new in scripted.channel.news][-1] == str(late.number)
+    assert scripted.engine.num_open == 1 and scripted.queue.num_waiting == 1
+
+
+def _broken(*_: object) -> None:
+    raise RuntimeError("it broke")

@@ -134,12 +134,12 @@ def test_a_token_that_is_among_the_best_is_there_once(tokenizer: Tokenizer) -> N
     assert list(output.outputs[0].logprobs[0].items()) == [(97, Logprob(-0.5, 2, "a")), (98, Logprob(-0.1, 1, "b"))]
 
 
-def test_what_the_cache_gave_is_said_to_the_end(tokenizer: Tokenizer) -> None:
+def test_what_the_cache_gave_is_said_to_the_end_and_is_not_what_siblings_shared(tokenizer: Tokenizer) -> None:
     state = state_of(tokenizer, n=2)
-    for index, cached in ((0, 16), (1, 48), (0, 16), (1, 0)):
+    for index, cached in ((1, 48), (0, 16), (1, 48), (0, 0)):
         state.apply(delta(state, "a", index, num_cached_tokens=cached))
     output = state.output()
-    assert output is not None and output.num_cached_tokens == 48
+    assert output is not None and output.num_cached_tokens == 16
 
 
 @pytest.mark.parametrize("reason", ["length", "stop", "abort", "error"])
@@ -149,7 +149,7 @@ def test_text_that_was_held_comes_at_the_end(tokenizer: Tokenizer, reason: str) 
     assert state.apply(delta(state, "abc")) is None
     assert texts(state.output()) == [(0, "a")]
     half = "\xe5" + ("x" if reason == "stop" else "")  # a stop token's own text is not shown
-    assert state.apply(delta(state, half, finish_reason=reason)) is None, "the core knows that it ended"
+    assert state.apply(delta(state, half, finish_reason=reason)) == reason
     assert texts(state.output()) == [(0, "abc\ufffd")]
     assert state.finished
 
@@ -158,7 +158,7 @@ def test_a_stop_string_at_the_end_is_the_reason(tokenizer: Tokenizer) -> None:
     """The last token that `max_tokens` allows completes it."""
     state = state_of(tokenizer, stop=["bc"])
     state.apply(delta(state, "ab"))
-    assert state.apply(delta(state, "c", finish_reason="length")) is None
+    assert state.apply(delta(state, "c", finish_reason="length")) == "stop"
     output = state.output()
     assert output is not None
     (item,) = output.outputs
@@ -172,7 +172,7 @@ def test_after_its_end_a_sequence_takes_nothing(tokenizer: Tokenizer) -> None:
     assert state.apply(delta(state, "c", 0)) is None
     assert state.apply(delta(state, "d", 0, finish_reason="length")) is None
     assert not state.finished
-    assert state.apply(delta(state, "c", 1, finish_reason="length")) is None
+    assert state.apply(delta(state, "c", 1, finish_reason="length")) == "length"
     output = state.output()
     assert output is not None and output.finished
     assert [(item.text, item.finish_reason, item.stop_reason) for item in output.outputs] == [

@@ -89,10 +89,8 @@ def test_a_long_life_counts_as_use(life_s: float, is_open: bool) -> None:
 def test_a_death_that_is_explained_takes_one_back_and_never_more_than_there_were() -> None:
     breaker = Breaker()
     breaker.record_attributed(0.0, 0.0)
-    breaker.record_progress()
     die(breaker, 2)
     breaker.record_attributed(0.0, 0.0)
-    breaker.record_progress()
     die(breaker, 1)
     assert breaker.may_start(0.0), "two of three are left"
     die(breaker, 1)
@@ -114,12 +112,43 @@ def test_explanations_without_a_token_in_between_count_from_the_third_on() -> No
         assert breaker.may_start(0.0) is not is_open, (num_before, num_explained)
 
 
+def test_deaths_from_outside_open_it_and_let_wait_until_the_pause_is_the_longest() -> None:
+    breaker, now_s, pauses = Breaker(), 0.0, []
+    while breaker.lets_wait:
+        breaker.record_failure(now_s, now_s, by_itself=False)
+        if breaker.open_until_s is not None:
+            pauses.append(breaker.open_until_s - now_s)
+            now_s = breaker.open_until_s
+            assert breaker.may_start(now_s)
+    assert pauses == FIRST_PAUSES[:5]
+    breaker.record_success()
+    assert breaker.lets_wait
+
+
+def test_one_death_from_outside_among_those_by_itself_is_not_counted_against_the_engine() -> None:
+    breaker = Breaker()
+    for by_itself in (True, False, True):
+        breaker.record_failure(0.0, 0.0, by_itself=by_itself)
+    assert not breaker.may_start(0.0) and breaker.lets_wait
+    breaker.record_failure(0.0, 0.0)
+    assert not breaker.lets_wait
+
+
+def test_a_death_that_is_explained_takes_one_by_itself_back_too() -> None:
+    breaker = Breaker()
+    die(breaker, 2)
+    breaker.record_attributed(0.0, 0.0)
+    for by_itself in (True, False):
+        breaker.record_failure(0.0, 0.0, by_itself=by_itself)
+    assert not breaker.may_start(0.0) and breaker.lets_wait
+
+
 def test_a_token_excuses_the_requests() -> None:
     breaker = Breaker()
     for _ in range(20):
         for _ in range(2):
             breaker.record_attributed(0.0, 0.0)
-        breaker.record_progress()
+        breaker.record_success()
     assert breaker.may_start(0.0)
 
 
@@ -142,5 +171,5 @@ def test_deaths_attributed_to_one_request_after_another_are_not_of_the_requests(
             breaker.record_attributed(0.0, 0.0)
             num_attributed += 1
             if does_work:
-                breaker.record_progress()
+                breaker.record_success()
         assert num_attributed == (20 if does_work else 4)

@@ -128,9 +128,9 @@ def test_who_entered_with_the_crash_is_tried_first() -> None:
 
 
 def test_two_kills_try_who_was_present_in_both() -> None:
-    journal = journal_of("ab")
+    journal = journal_of("ab", max_tokens=60)
     kill(journal)
-    journal.add(new_request("n", [1]))
+    journal.add(new_request("n", [1], max_tokens=60))
     assert sent(journal) == "abn"
     run(journal, "abn")
     report = kill(journal)
@@ -139,7 +139,13 @@ def test_two_kills_try_who_was_present_in_both() -> None:
     assert sent(journal) == "abn"
     run(journal, "abn")
     report = kill(journal)
-    assert (report.failed, report.num_kept, report.is_attributed) == (("a", "b"), 1, False)
+    assert (report.failed, report.num_kept, report.is_attributed) == ((), 3, False), "no kill fails those that it finds"
+    try_all(journal, "ab", PROBE_TOKENS * LONGER_PROBE)
+    try_all(journal, "n")
+    assert sent(journal) == "abn"
+    run(journal, "abn")
+    report = crash(journal)
+    assert (report.failed, report.num_kept, report.is_attributed) == (("a", "b", "n"), 0, False)
 
 
 def test_a_cleared_request_is_probed_for_longer() -> None:

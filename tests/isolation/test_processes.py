@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
@@ -90,11 +91,11 @@ class Apart:
         before = self.num_seen
         await self.until(lambda: self.num_seen >= before + count)
 
-    async def kill_next(self, old: int | None) -> int:
+    async def kill_next(self, old: int | None, how: int = signal.SIGKILL) -> int:
         """Kill the core that comes after `old` as soon as it answers."""
         await self.until(lambda: self.channel.pid not in (None, old) and self.engine.is_ready)
         pid = self.pid
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, how)
         return pid
 
 
@@ -208,10 +209,10 @@ async def test_a_crash_loop_opens_the_breaker(apart: Apart, tmp_path: Path, monk
     apart.channel._breaker.record_success()
     old = None
     for _ in range(breaker.MOST_DEATHS_IN_A_ROW - 1):
-        old = await apart.kill_next(old)
+        old = await apart.kill_next(old, signal.SIGUSR1)
     waiting = asyncio.ensure_future(apart.answer([HANGS_ONCE, 2]))  # its end does not come first
     await apart.until((tmp_path / "hung").exists)
-    os.kill(apart.pid, signal.SIGKILL)
+    os.kill(apart.pid, signal.SIGUSR1)
     with pytest.raises(OverloadedError) as caught:
         await waiting
     assert 1 <= caught.value.retry_after_s <= 1002
@@ -225,6 +226,30 @@ async def test_a_crash_loop_opens_the_breaker(apart: Apart, tmp_path: Path, monk
     apart.channel.wake()
     await apart.until(lambda: apart.engine.is_ready)
     assert (await apart.answer([1, 2]))[2] == "length"
+
+
+async def test_three_kills_in_a_row_change_no_stream(apart: Apart, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as soon as the core is there. The breaker opens; those present wait, newcomers do not."""
+    undisturbed = await apart.answers(prompts(8), max_tokens=120)
+    monkeypatch.setattr(breaker, "FIRST_PAUSE_SECONDS", 1000.0)
+    apart.channel._breaker.record_success()
+    tasks = apart.begin(prompts(8), max_tokens=120)
+    await apart.until_seen(8)
+    os.kill(apart.pid, signal.SIGSTOP)  # so that no token comes between the deaths
+    await apart.until(lambda: apart.channel.health.num_hung == 1)
+    seen: set[int] = set()
+    while apart.channel._breaker.open_until_s is None:
+        pid = apart.channel.pid
+        if pid is not None and pid not in seen:
+            seen.add(pid)
+            os.kill(pid, signal.SIGKILL)
+        await asyncio.sleep(0)
+    assert not any(task.done() for task in tasks)
+    with pytest.raises(OverloadedError):
+        await apart.answer([1, 2])
+    apart.channel._breaker.open_until_s = time.monotonic()
+    apart.channel.wake()
+    assert await asyncio.gather(*tasks) == undisturbed
 
 
 async def test_many_are_aborted_and_nothing_is_left(apart: Apart) -> None:
@@ -275,6 +300,48 @@ def test_a_core_whose_model_changed_is_refused(apart: Apart) -> None:
         apart.channel._take(Ready(replace(apart.channel._info, vocab_size=apart.channel._info.vocab_size + 1)), [])
     more = replace(apart.channel._info, max_model_len=8192, decisions=(Decision("num_blocks", "9", "measured anew"),))
     apart.channel._take(Ready(more), [])  # a device's free memory is never twice the same
+
+
+def test_a_core_outlives_the_thread_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's word for "the parent died" is the end of the thread that made the process."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    found: list[SupervisedChannel] = []
+
+    def start() -> None:
+        found.append(SupervisedChannel(partial(CoreProcess, Start(EngineArgs(), "."), CORE)))
+        found[0].wait_ready()
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join(PATIENCE_S)
+    (channel,) = found
+    try:
+        end_s = time.monotonic() + 0.5
+        while time.monotonic() < end_s:  # the kernel needs no more than a moment
+            assert channel.pid is not None and is_alive(channel.pid)
+            time.sleep(0.01)
+        assert channel.collect() == [] and channel.health.num_died == 0
+    finally:
+        channel.close()
+
+
+async def test_a_fault_on_this_side_changes_no_stream_either(apart: Apart) -> None:
+    """Outputs that had come and were lost with it are computed again."""
+    undisturbed = await apart.answers([[10, *range(40)], *prompts(4)], max_tokens=80, prompt_logprobs=0)
+    tasks = apart.begin([[10, *range(40)], *prompts(4)], max_tokens=80, prompt_logprobs=0)
+    await apart.until_seen(20)
+    old, collect = apart.pid, apart.channel.collect
+
+    def broken() -> Any:
+        outputs = collect()
+        if outputs:
+            apart.channel.collect = collect  # type: ignore[method-assign]
+            raise BufferError("it broke")
+        return outputs
+
+    apart.channel.collect = broken  # type: ignore[method-assign]
+    assert await asyncio.gather(*tasks) == undisturbed
+    assert apart.pid != old and not is_alive(old) and apart.engine.is_healthy
 
 
 OWNER = """

@@ -1,19 +1,28 @@
 """The supervisor over cores that are not there: each is a script, and the clock is set by hand."""
 
+import errno
 import math
+import os
 import select
 import socket
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from quire.core.plan import TokenDelta
+from quire.core.request import ResumeState
 from quire.engine.channel import CoreHealth, CoreInfo, CoreOutputs, Gauges
 from quire.errors import EngineDeadError, ModelFileError, OverloadedError
-from quire.isolation.breaker import FIRST_PAUSE_SECONDS, MOST_DEATHS_IN_A_ROW
-from quire.isolation.core_process import CoreExitedError
+from quire.isolation.breaker import (
+    FIRST_PAUSE_SECONDS,
+    LONGEST_PAUSE_SECONDS,
+    MOST_DEATHS_IN_A_ROW,
+    MOST_DEATHS_WAITED,
+)
+from quire.isolation.core_process import NUM_SPARE_DESCRIPTORS, CoreExitedError
 from quire.isolation.heartbeat import LEAST_SECONDS, Activity
 from quire.isolation.supervisor import LATE_WAKE_SECONDS, SupervisedChannel
 from quire.isolation.wire import Abort, Add, Begun, Check, Ready, StartFailed, Stepped
@@ -73,14 +82,18 @@ class ScriptedCore:
 
 
 class World:
-    """A channel, its cores so far and its clock."""
+    """A channel, its cores so far and its clock; the system has nothing for so many of its next cores."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_refused: int = 0) -> None:
         self.clock = Clock()
         self.cores: list[ScriptedCore] = []
+        self.num_refused = num_refused
         self.channel = SupervisedChannel(self._spawn, clock=self.clock)  # type: ignore[arg-type]
 
     def _spawn(self) -> ScriptedCore:
+        if self.num_refused:
+            self.num_refused -= 1
+            raise OSError(errno.EMFILE, "Too many open files")
         self.cores.append(ScriptedCore(len(self.cores)))
         return self.cores[-1]
 
@@ -170,9 +183,9 @@ def test_three_deaths_in_a_row_refuse_all_that_wait_once_and_tell_when_to_come_b
     """Whole seconds, and never less than the pause that is left."""
     add(world, "a")
     for _ in range(MOST_DEATHS_IN_A_ROW - 1):
-        die_idle(world, KILL)
+        die_idle(world)
     assert len(world.cores) == MOST_DEATHS_IN_A_ROW and world.channel.health.state == "starting"
-    die_idle(world, KILL)
+    die_idle(world)
     assert len(world.cores) == MOST_DEATHS_IN_A_ROW and world.channel.health.state == "paused"
     assert world.channel.pid is None and not world.channel.is_ready
     world.channel.wait()  # what is due is due at once
@@ -195,17 +208,80 @@ def test_three_deaths_in_a_row_refuse_all_that_wait_once_and_tell_when_to_come_b
     assert world.channel.health.num_died == MOST_DEATHS_IN_A_ROW
 
 
+def test_those_present_wait_while_cores_are_killed_and_newcomers_do_not(world: World) -> None:
+    add(world, "a")
+    world.says(Begun(("a",), 10.0, math.inf), stepped(TokenDelta("a", (5,))))
+    for _ in range(MOST_DEATHS_IN_A_ROW):
+        die_idle(world, KILL)
+    assert world.channel.health.state == "paused" and world.collect() == []
+    with pytest.raises(OverloadedError):
+        add(world, "b")
+    world.clock.now_s += FIRST_PAUSE_SECONDS
+    assert world.collect() == [] and len(world.cores) == MOST_DEATHS_IN_A_ROW + 1
+    world.says(Ready(INFO))
+    assert world.core.added == ["a"] and world.core.sent[0].new.resume.output_token_ids == (5,)
+
+
+def test_those_present_do_not_wait_for_ever(world: World) -> None:
+    add(world, "a")
+    world.core.says(KILL)
+    with pytest.raises(OverloadedError):
+        for _ in range(2 * MOST_DEATHS_WAITED):
+            world.channel.collect()
+            if world.channel.health.state == "paused":
+                world.clock.now_s += LONGEST_PAUSE_SECONDS
+            else:
+                world.core.says(KILL)
+    assert world.channel.health.num_died == MOST_DEATHS_WAITED and world.collect() == []
+
+
+def test_a_core_that_the_system_has_nothing_for_is_tried_again(world: World) -> None:
+    add(world, "a")
+    world.num_refused = MOST_DEATHS_IN_A_ROW - 1
+    world.says(KILL)
+    assert world.channel._seconds_until_due() == 0, "one of the three in a row is left"
+    assert world.channel.collect() == []
+    world.num_refused = 1
+    for _ in range(2):
+        with pytest.raises(OverloadedError):
+            add(world, "b")
+        world.channel.wait()
+        pause_s = world.channel._seconds_until_due()
+        assert pause_s is not None and pause_s > 0
+        world.clock.now_s += pause_s
+        assert world.channel.collect() == []
+    world.says(Ready(INFO))
+    assert world.core.added == ["a"] and len(world.cores) == 2 and world.channel.health.num_died == 1
+
+
+def test_a_first_core_that_the_system_has_nothing_for_is_an_error_that_says_so() -> None:
+    with pytest.raises(EngineDeadError, match="Too many open files"):
+        World(num_refused=1)
+
+
+def test_descriptors_are_kept_for_a_start(world: World) -> None:
+    """As many as it takes, and no more are held afterwards."""
+
+    def num_open() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    spare, before = world.channel._spare, num_open()
+    with spare.given_up():
+        assert num_open() == before - NUM_SPARE_DESCRIPTORS
+    assert num_open() == before
+
+
 @pytest.mark.parametrize(
-    ("reason", "is_of_use"), [("stop", True), ("length", True), ("error", False), ("abort", False), (None, False)]
+    ("tokens", "reason", "is_of_use"), [((5,), None, True), ((), None, False), ((), "error", False)]
 )
-def test_a_core_is_of_use_when_it_brings_a_request_to_its_end(
-    world: World, reason: str | None, is_of_use: bool
+def test_a_core_is_of_use_when_it_gives_a_token(
+    world: World, tokens: tuple[int, ...], reason: str | None, is_of_use: bool
 ) -> None:
     for _ in range(MOST_DEATHS_IN_A_ROW - 1):
         die_idle(world)
     world.says(Ready(INFO))
     add(world, "a")
-    world.says(stepped(TokenDelta("a", (5,), finish_reason=reason)))
+    world.says(stepped(TokenDelta("a", tokens, finish_reason=reason)))
     die_idle(world)
     assert (world.channel.health.state == "starting") is is_of_use
 
@@ -345,13 +421,34 @@ def test_a_check_reaches_a_core_that_serves(world: World) -> None:
     assert world.core.sent == [], "it has not said that it is ready"
 
 
+def test_cleared_it_has_another_core_and_knows_no_request(world: World) -> None:
+    """Whatever came before, also when it is interrupted in the middle and called again; what is added then goes on from
+    where it was."""
+    add(world, "a", "b")
+    world.begin("a")
+    world.channel._selector.unregister(world.core)  # as far as the first call came
+    world.channel.clear()
+    assert len(world.cores) == 2 and world.cores[0].ended == [True]
+    assert (world.channel.gauges.num_waiting, world.channel.is_ready, world.channel.health.num_died) == (0, False, 0)
+    given = ResumeState((5, 6), 1, 2)
+    world.channel.add(replace(new_request("a", [1, 2], max_tokens=9), resume=given))
+    world.says(Ready(INFO))
+    assert [message.new.resume for message in world.core.sent if isinstance(message, Add)] == [given]
+    world.channel.clear()
+    world.says(Ready(INFO))
+    assert world.core.added == []
+
+
 def test_what_could_not_be_sent_is_watched_for(world: World) -> None:
     world.core.has_unsent = True
     flushed: list[int] = []
     world.core.flush = lambda: flushed.append(1)  # type: ignore[method-assign]
     world.channel.wait()
+    assert not flushed, "an interrupt while it waits must change nothing"
+    world.channel.collect()
     assert flushed
     world.core.has_unsent = False
     world.channel.wake()
     world.channel.wait()
+    world.channel.collect()
     assert len(flushed) == 1 and not select.select([world.channel._woken], [], [], 0)[0], "woken once, and no more"

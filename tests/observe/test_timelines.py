@@ -1,5 +1,7 @@
 """Where time goes: the parts of a timeline add up, and each cause is found under its own name."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -195,8 +197,49 @@ def test_only_so_many_are_remembered() -> None:
     assert story.timelines.find("public-0") == []
     assert story.timelines.find("public-99") != []
     assert story.timelines.find("public-old") != [], "one that lives is never forgotten"
-    assert len(story.timelines._requests) <= 6
-    assert len(story.timelines._names) <= 17
+    assert len(story.timelines._requests) == 5 and len(story.timelines._names) == 5
+    story.end("old")
+    assert len(story.timelines._requests) == 4 and len(story.timelines._names) == 4
+    assert story.timelines.find("public-old") != [] and story.timelines.find("public-96") == []
+
+
+def test_one_more_request_costs_the_same_however_many_live() -> None:
+    """Counted in lines of Python: 100,000 that wait once cost hours to queue, since each walked past all others."""
+
+    def lines_of(function: Callable[[], object]) -> int:
+        count = 0
+
+        def trace(frame: object, event: str, argument: object) -> object:
+            nonlocal count
+            count += event == "line"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)  # type: ignore[arg-type]
+        try:
+            function()
+        finally:
+            sys.settrace(before)
+        return count
+
+    story, costs = Story(max_remembered=4), []
+    for number in range(2000):
+        if number in (20, 1999):
+            costs.append(lines_of(lambda: story.arrive("measured-" + str(len(costs)))))
+            costs.append(lines_of(lambda: story.timelines.end("measured-" + str(len(costs) - 1), "stop", 1, 1.0)))
+        else:
+            story.arrive(str(number))
+    assert costs[:2] == costs[2:] and costs[0] > 5
+
+
+def test_an_end_that_was_interrupted_is_repeated() -> None:
+    story = Story()
+    story.arrive("a")
+    timeline = story.timelines._live["a"]
+    timeline.ended_s = 1.0  # as far as it came
+    story.timelines.end("a", "abort", 0, story.now_s)
+    story.timelines.end("a", "abort", 0, story.now_s)
+    assert not story.timelines._live and list(story.timelines._ended) == [("", "public-a")]
 
 
 def test_numbered_requests_of_one_response_are_found_together() -> None:

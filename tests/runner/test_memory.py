@@ -1,6 +1,5 @@
 """The memory budget: both fillers, and what a start says when the device is too small."""
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,8 @@ from quire.models.model import Model
 from quire.ops.reference import ReferenceOps
 from quire.ops.types import CacheShape, DeviceMemory
 from quire.runner import memory
-from quire.runner.memory import StepShape, host_memory_bytes, make_budget
+from quire.runner.host_memory import host_memory_bytes
+from quire.runner.memory import StepShape, make_budget
 from quire.weights.load import load_model
 
 MIB = 2**20
@@ -82,15 +82,6 @@ def test_the_host_is_estimated(tiny_model: Path) -> None:
     assert (small.device, small.used_by_others, small.weights) == (host_memory_bytes(), 0, model.weight_bytes)
     assert large.activations == 10 * small.activations > 0
     assert small.sampler == 2 * 3 * model.spec.vocab_size * 4
-
-
-@pytest.mark.parametrize("limit", [1 << 20, 1 << 60])
-def test_the_host_is_no_larger_than_its_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name, text in {"one": f"{limit}\n", "two": "max\n"}.items():
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    monkeypatch.setattr(memory, "CGROUP_LIMITS", tuple(str(tmp_path / name) for name in ("two", "one", "missing")))
-    assert host_memory_bytes() == min(machine, limit)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,9 @@ JSON = {"content-type": "application/json"}
 class Request:
     """As much of a request as is read: a body in parts, or a caller that leaves."""
 
-    def __init__(self, *parts: bytes | None, headers: dict[str, str] = JSON) -> None:
+    def __init__(self, *parts: bytes | None, headers: dict[str, str] = JSON, host: str = "10.0.0.1") -> None:
         self.headers = headers
+        self.scope = {"client": (host, 1)}
         self._parts = self._messages(parts)
         self.num_read = 0
 
@@ -47,7 +48,7 @@ async def read(bodies: Bodies, *parts: bytes | None, headers: dict[str, str] = J
 async def refused(bodies: Bodies, *parts: bytes | None, headers: dict[str, str] = JSON) -> ApiError:
     with pytest.raises(ApiError) as caught:
         await read(bodies, *parts, headers=headers)
-    assert bodies.num_bytes == 0, "nothing is held of what is refused"
+    assert bodies.shares.num_held == 0, "nothing is held of what is refused"
     return caught.value
 
 
@@ -58,7 +59,7 @@ async def test_the_largest_body_is_taken_and_one_byte_more_is_not() -> None:
     assert await read(bodies, fits[:7], fits[7:19], fits[19:]) == {"a": "x" * 11}
     for parts in ((fits + b" ",), (fits[:7], fits[7:] + b" "), (fits, b" ", b"never read")):
         assert (await refused(bodies, *parts)).status == 413
-    assert bodies.num_bytes == 0
+    assert bodies.shares.num_held == 0
 
 
 async def test_a_length_that_is_declared_too_large_is_refused_before_a_byte_is_read() -> None:
@@ -74,8 +75,9 @@ async def test_a_length_that_is_declared_too_large_is_refused_before_a_byte_is_r
 
 
 async def test_what_all_requests_hold_together_has_a_bound_of_its_own() -> None:
-    """Each of them is small; the one that comes when the others hold all is refused, with a time, and they go on."""
-    bodies = bodies_of(all_bodies_bytes=25)
+    """Each of them is small; one more of a caller that holds as much as is left is refused, with a time, and they go
+    on; another caller has what is left."""
+    bodies = bodies_of(all_bodies_bytes=42)
     waiting: list[Any] = [asyncio.Event(), asyncio.Event()]
 
     class Slow(Request):
@@ -89,23 +91,24 @@ async def test_what_all_requests_hold_together_has_a_bound_of_its_own() -> None:
             return await super().receive()
 
     tasks = [asyncio.ensure_future(bodies.read(Slow(event), dict)) for event in waiting]  # type: ignore[arg-type]
-    while bodies.num_bytes < 20:
+    while bodies.shares.num_held < 20:
         await asyncio.sleep(0)
     with pytest.raises(ApiError) as caught:
         await read(bodies, b'{"b":2}')
     assert (caught.value.status, caught.value.code) == (503, "overloaded") and "Retry-After" in caught.value.headers
-    assert bodies.num_bytes == 20
-    assert await read(bodies, b"{}   ") == {}
+    assert bodies.shares.num_held == 20
+    other: Any = Request(b"{}" + b" " * 20, host="10.0.0.2")
+    assert await bodies.read(other, dict) == {}
     for event in waiting:
         event.set()
-    assert await asyncio.gather(*tasks) == [{"a": 1}] * 2 and bodies.num_bytes == 0
+    assert await asyncio.gather(*tasks) == [{"a": 1}] * 2 and bodies.shares.num_held == 0
 
 
 async def test_a_caller_who_leaves_holds_nothing() -> None:
     bodies = bodies_of()
     with pytest.raises(ClientGoneError):
         await read(bodies, b'{"a": ', None)
-    assert bodies.num_bytes == 0
+    assert bodies.shares.num_held == 0
 
 
 async def test_a_body_that_does_not_come_in_time_is_refused() -> None:
@@ -113,7 +116,7 @@ async def test_a_body_that_does_not_come_in_time_is_refused() -> None:
     request: Any = Request()
     with pytest.raises(ApiError) as caught:
         await bodies.read(request, dict)
-    assert (caught.value.status, caught.value.code, bodies.num_bytes) == (408, "request_timeout", 0)
+    assert (caught.value.status, caught.value.code, bodies.shares.num_held) == (408, "request_timeout", 0)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from uvicorn.server import ServerState
 
 from quire.server.doors.openai.routes import OPENAI
 from quire.server.http.app import create_app
-from quire.server.http.serve import GracefulServer, header_timeout_protocol
+from quire.server.http.connections import SILENT_SECONDS, Crowd, bounded_protocol
+from quire.server.http.limits import SLOW_READER_SECONDS, Limits
+from quire.server.http.serve import GracefulServer
 from tests.conftest import PATIENCE_S
 from tests.server.fake_engine import FakeEngine
 
@@ -56,7 +58,8 @@ class Transport(asyncio.Transport):
 
     def __init__(self) -> None:
         super().__init__()
-        self.written, self.is_closed = b"", False
+        self.written, self.is_closed, self.is_aborted = b"", False, False
+        self.num_unread, self.most_unread = 0, -1
 
     def write(self, data: Any) -> None:
         self.written += data
@@ -67,6 +70,15 @@ class Transport(asyncio.Transport):
     def is_closing(self) -> bool:
         return self.is_closed
 
+    def abort(self) -> None:
+        self.is_closed = self.is_aborted = True
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        self.most_unread = high
+
+    def get_write_buffer_size(self) -> int:
+        return self.num_unread
+
     def pause_reading(self) -> None: ...
 
     def resume_reading(self) -> None: ...
@@ -74,16 +86,23 @@ class Transport(asyncio.Transport):
     def set_protocol(self, protocol: Any) -> None: ...
 
 
+def protocol(refusal: Callable[[bytes], bytes | None] = lambda data: None, most: int = 100) -> Callable[..., Any]:
+    limits = Limits().with_values({"connections": most})
+    app = create_app(FakeEngine(), apis=[OPENAI], served_model_name="m", limits=limits)  # type: ignore[arg-type]
+    return bounded_protocol(HEADER_S, refusal, app.state.context)
+
+
 class Connection:
     """One, to an application that answers when it is let."""
 
-    def __init__(self, refusal: Callable[[bytes], bytes | None] = lambda data: None) -> None:
+    def __init__(
+        self, refusal: Callable[[bytes], bytes | None] = lambda data: None, kind: Callable[..., Any] | None = None
+    ) -> None:
         self.go, self.num_asked = asyncio.Event(), 0
         self.timers, self.transport = Timers(asyncio.get_running_loop()), Transport()
         config = Config(self._answer, interface="asgi3", lifespan="off", log_config=None, timeout_keep_alive=10_000)
         config.load()
-        kind = header_timeout_protocol(HEADER_S, refusal, OPENAI.queued_paths)
-        self.protocol = kind(config, ServerState(), {}, self.timers)  # type: ignore[arg-type]
+        self.protocol = (kind or protocol(refusal))(config, ServerState(), {}, self.timers)
         self.protocol.connection_made(self.transport)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -172,6 +191,80 @@ async def test_what_is_refused_from_its_first_bytes_is_never_parsed() -> None:
     connection.protocol.data_received(ASK)
     await connection.answered(2)
     assert len(seen) == 1, "a later request of a connection is parsed"
+
+
+async def test_an_answer_that_is_not_read_is_cut_off_and_one_that_is_read_slowly_is_not() -> None:
+    connection = Connection()
+    assert connection.transport.most_unread == 0, "all that is not taken is known of"
+    connection.transport.num_unread = 1000
+    connection.protocol.pause_writing()
+    for num_unread in (999, 400):
+        assert [delay_s for delay_s, _ in connection.timers.due if delay_s == SLOW_READER_SECONDS]
+        connection.transport.num_unread = num_unread
+        connection.timers.pass_time()
+        assert not connection.transport.is_aborted
+    connection.protocol.resume_writing()
+    assert SLOW_READER_SECONDS not in [delay_s for delay_s, _ in connection.timers.due]
+    connection.protocol.pause_writing()
+    connection.timers.pass_time()
+    assert connection.transport.is_aborted
+    connection.protocol.connection_lost(None)
+
+
+async def test_the_connection_past_the_bound_takes_an_idle_ones_place_and_is_refused_where_none_is() -> None:
+    kind = protocol(most=2)
+    first, second = Connection(kind=kind), Connection(kind=kind)
+    for connection in (first, second):
+        connection.protocol.data_received(PROBE)
+    third = Connection(kind=kind)
+    assert third.transport.written.startswith(b"HTTP/1.1 503 ") and third.transport.is_aborted
+    assert b"limited to 2 connections" in third.transport.written
+    third.protocol.connection_lost(None)
+    second.go.set()
+    await second.answered(1)
+    fourth = Connection(kind=kind)
+    assert second.transport.is_aborted and not fourth.transport.is_closed and not first.transport.is_closed
+    second.protocol.connection_lost(None)
+    assert Connection(kind=kind).transport.is_aborted is False and fourth.transport.is_aborted
+
+
+class Visitor:
+    """A connection, as a crowd sees it."""
+
+    def __init__(self, network: str) -> None:
+        self.network = network
+
+
+def test_those_that_asked_for_nothing_for_a_second_go_first_then_the_fullest_networks_oldest() -> None:
+    now_s = [0.0]
+    crowd = Crowd(7, lambda: now_s[0])
+    silent, asks, early, rest = Visitor("a"), Visitor("a"), Visitor("z"), [Visitor("b") for _ in range(3)]
+    for visitor in (silent, asks, early, *rest):
+        assert crowd.enter(visitor) is None
+    for visitor in (asks, early, *rest):
+        crowd.ask(visitor)
+    for visitor in (early, *rest):
+        crowd.rest(visitor)
+    now_s[0] = SILENT_SECONDS
+    young = Visitor("c")
+    assert crowd.enter(young) is None
+    assert crowd.enter(Visitor("d")) is silent
+    assert crowd.enter(Visitor("e")) is rest[0], "of the fullest network, not the oldest of all"
+    crowd.leave(asks)
+    assert crowd.enter(Visitor("f")) is None
+    now_s[0] += SILENT_SECONDS
+    assert crowd.enter(Visitor("g")) is young
+
+
+def test_a_crowd_remembers_nothing_of_those_that_left() -> None:
+    crowd = Crowd(2, lambda: 0.0)
+    for number in range(100):
+        visitor = Visitor(str(number))
+        crowd.enter(visitor)
+        crowd.ask(visitor)
+        crowd.rest(visitor)
+        crowd.leave(visitor)
+    assert not crowd._idle and not crowd._silent and crowd._num_open == 0
 
 
 def test_the_first_signal_drains_and_the_second_leaves_at_once() -> None:

@@ -12,6 +12,8 @@ from starlette.routing import Route
 
 from quire.errors import OverloadedError
 from quire.server.doors.openai.routes import FRAMING
+from quire.server.http.app import Observability
+from quire.server.http.limits import Limits
 from quire.server.http.listen import bind
 from quire.server.http.probes import OPEN_PATHS
 from quire.server.http.streams import EventStream
@@ -135,13 +137,41 @@ def test_key_guards_every_route_but_the_probes() -> None:
             assert "www-authenticate" in http.get("/nowhere").headers
             http.headers["authorization"] = "Bearer secret"
             assert http.get("/version").status_code == 200
-            assert "vllm:num_requests_running" in http.get("/metrics").text
+            refused = http.get("/metrics")
+            assert refused.status_code == 403 and "--metrics-open" in refused.json()["error"]["message"]
     finally:
         locked.stop()
 
 
+@pytest.mark.parametrize(
+    ("options", "statuses"),
+    [
+        ({}, {"": 200}),
+        ({"api_key": "caller"}, {"": 401, "caller": 403, "admin": 401}),
+        (
+            {"api_key": "caller", "observability": Observability(admin_api_key="admin")},
+            {"": 401, "caller": 403, "admin": 200},
+        ),
+        ({"observability": Observability(admin_api_key="admin")}, {"": 200, "admin": 200}),
+        (
+            {"api_key": "caller", "observability": Observability(opens_metrics=True)},
+            {"": 200, "caller": 200, "unknown": 200},
+        ),
+    ],
+)
+def test_metrics_are_the_operators_where_callers_need_keys(options: dict[str, Any], statuses: dict[str, int]) -> None:
+    server = start(FakeEngine(), metrics_prefix="vllm", **options)
+    try:
+        for key, status in statuses.items():
+            answer = httpx.get(f"{server.url}/metrics", headers={"authorization": f"Bearer {key}"} if key else {})
+            assert answer.status_code == status, key
+            assert ("vllm:num_requests_running" in answer.text) is (status == 200)
+    finally:
+        server.stop()
+
+
 def test_full_house_is_503_with_retry_after() -> None:
-    small = start(FakeEngine(), max_requests_in_flight=1)
+    small = start(FakeEngine(), limits=Limits().with_values({"requests": 1}))
     try:
         with httpx.Client(base_url=small.url) as http:
             with http.stream("POST", "/v1/chat/completions", json={**HELD_CHAT, "stream": True}):

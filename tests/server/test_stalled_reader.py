@@ -35,14 +35,20 @@ def apart(tiny_model: Path) -> Iterator[Running]:
     instance.engine.close()
 
 
-def stalled(server: Running) -> socket.socket:
-    """A connection that asked, has seen the first bytes of its stream, and reads no more."""
+def asked(server: Running, body: dict[str, Any]) -> socket.socket:
+    """A connection that asked, and has not read."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.connect(("127.0.0.1", int(server.url.rsplit(":", 1)[1])))
-    data = json.dumps(LOUD).encode()
+    data = json.dumps(body).encode()
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
     connection.sendall(head.encode() + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return connection
+
+
+def stalled(server: Running) -> socket.socket:
+    """It has seen the first bytes of its stream, and reads no more."""
+    connection = asked(server, LOUD)
     assert connection.recv(64).startswith(b"HTTP/1.1 200")
     return connection
 
@@ -78,6 +84,16 @@ def test_a_reader_that_stalls_is_bounded_then_aborted(apart: Running, monkeypatc
         for connection in connections:
             connection.close()
     assert wait_until(lambda: engine._engine.channel.gauges.cache_usage == 0 and not engine._streams)
+
+
+def test_a_whole_answer_that_nobody_takes_is_cut_off(apart: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds its place until then."""
+    places = apart.server._context.places
+    monkeypatch.setattr(limits, "SLOW_READER_SECONDS", 0.5)
+    with asked(apart, {**LOUD, "stream": False, "max_tokens": 200}) as connection:
+        assert wait_until(lambda: places.num_held)
+        assert wait_until(lambda: not places.num_held and not apart.server.server_state.connections)
+        assert not everything(connection).endswith(b"}")
 
 
 def num_aborted(server: Running) -> float:

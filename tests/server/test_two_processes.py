@@ -3,14 +3,16 @@
 import json
 import os
 import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +71,15 @@ class Served:
 def serve(tiny_model: Path) -> Iterator[Any]:
     started: list[Served] = []
 
-    def start(*flags: str) -> Served:
+    def start(*flags: str, descriptors: int | None = None) -> Served:
+        def prepare() -> None:
+            if descriptors is not None:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors // 2, descriptors))
+
         command = [sys.executable, "-m", "quire", "serve", str(tiny_model), "--port", "0", "--quiet", *flags]
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2] / "src"), os.environ.get("PYTHONPATH")]))
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path})
+        environment = {**os.environ, "PYTHONPATH": path}
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=prepare)
         assert process.stderr is not None
         line = process.stderr.readline()
         assert "ready on " in line, line + process.stderr.read()
@@ -227,17 +234,38 @@ def _killing_every_core(served: Served) -> Iterator[None]:
         killer.join()
 
 
-def test_a_crash_loop_gives_503_and_when_to_come_back(serve: Any) -> None:
-    served, body = serve(), {**BODY, "stream": False}
+def test_newcomers_are_told_when_to_come_back_while_every_core_is_killed(serve: Any) -> None:
+    """Those that are there wait, and lose nothing."""
+    served, body = serve(), {**BODY, "stream": False, "seed": 3}
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(httpx.post, f"{served.url}/v1/completions", json={**body, **LONG})
         assert wait_until(lambda: served.num_running > 0)
         with _killing_every_core(served):
-            answer = waiting.result()
-            again = httpx.post(f"{served.url}/v1/completions", json=body)
-            for found in (answer, again):
-                assert found.status_code == 503 and 1 <= int(found.headers["Retry-After"]) <= 62
+            assert wait_until(lambda: 'state="paused"} 1.0' in httpx.get(f"{served.url}/metrics").text)
+            found = httpx.post(f"{served.url}/v1/completions", json=body)
+            assert found.status_code == 503 and 1 <= int(found.headers["Retry-After"]) <= 62
             assert served.status("/readyz") == 503 and served.status("/livez") == 200
+        assert not waiting.done()
+        answer = waiting.result()
+    assert answer.status_code == 200
+    assert (
+        answer.json()["choices"] == httpx.post(f"{served.url}/v1/completions", json={**body, **LONG}).json()["choices"]
+    )
+
+
+def test_silent_connections_and_a_death_end_nothing(serve: Any) -> None:
+    """More than there are descriptors: the soft limit is raised, and the silent ones make room."""
+    served = serve(descriptors=400)
+    limits = Path(f"/proc/{served.process.pid}/limits").read_text()
+    assert re.search(r"Max open files +400 +400", limits)
+    address = ("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
+    with ExitStack() as stack:
+        for _ in range(500):
+            stack.enter_context(socket.create_connection(address, PATIENCE_S))
+        os.kill(served.core_pid, signal.SIGKILL)
+        assert wait_until(lambda: served.status("/readyz") == 503 or served.core_pid is not None)
+        assert wait_until(lambda: served.status("/readyz") == 200)
+        assert list(served.stream(max_tokens=5))[-1] == {} and served.status("/livez") == 200
 
 
 def test_one_process_when_asked(serve: Any) -> None:

@@ -183,6 +183,45 @@ def test_tokens_named_by_their_ids_are_added_in_that_order(tmp_path):
     assert ours.special_token_ids >= set(ours.encode("<a><b>")) and ours.encode("<c>")[0] not in ours.special_token_ids
 
 
+FLAGS = st.fixed_dictionaries({name: st.booleans() for name in ("special", "lstrip", "rstrip", "normalized")})
+NAMES = ("<a>", "<b>", "<c>", "<think>", "<|im_end|>")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    in_json=st.dictionaries(st.sampled_from(NAMES[:3]), FLAGS),
+    in_config=st.none() | st.dictionaries(st.sampled_from(NAMES), FLAGS),
+    named=st.lists(st.sampled_from(NAMES), max_size=2),
+)
+def test_flags_in_the_configuration_win_as_in_transformers(tmp_path_factory, in_json, in_config, named):
+    """Command-R+ marks its end of turn as special there only. Named tokens are special."""
+    path = tmp_path_factory.mktemp("flags")
+    backend = byte_level()
+    backend.add_tokens([AddedToken(name, **flags) for name, flags in in_json.items()])
+    config = {"tokenizer_class": "X", **dict(zip(("eos_token", "image_token"), named, strict=False))}
+    if in_config is not None:
+        places = {name: backend.token_to_id(name) or 900 + place for place, name in enumerate(NAMES)}
+        config["added_tokens_decoder"] = {
+            str(places[name]): {"content": name, "single_word": False, **flags} for name, flags in in_config.items()
+        }
+    write_directory(path, backend, files={"tokenizer_config.json": config})
+    ours, theirs = Tokenizer.from_directory(path), PreTrainedTokenizerFast.from_pretrained(str(path))
+    text = "x  <a>  y <b> z  <c>  <think> w <|im_end|> v"
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text)
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    hidden = {one for one in ids if not theirs.decode([one], skip_special_tokens=True)}
+    assert hidden == ours.special_token_ids.intersection(ids)
+
+
+def test_thousands_of_tokens_are_added_at_once(tmp_path):
+    """One at a time took 40 s for 5,000 of them."""
+    flags = {"special": True, "normalized": False}
+    tokens = {str(1000 + place): {"content": f"<|{place}|>", **flags} for place in range(50_000)}
+    path = write_directory(tmp_path, byte_level(), files={"tokenizer_config.json": {"added_tokens_decoder": tokens}})
+    assert Tokenizer.from_directory(path).encode("<|0|><|49999|>") == [502, 502 + 49_999]
+
+
 def test_special_tokens_may_be_text_in_raw_prompts(tmp_path):
     config = {"bos_token": "<s>", "tokenizer_class": "X", "split_special_tokens": True}
     path = write_directory(tmp_path, byte_level(), files={"tokenizer_config.json": config})
@@ -212,6 +251,7 @@ def test_files_of_any_size_are_not_read(tmp_path):
         ("tokenizer_config.json", '{"chat_template": 7}', "tokenizer_config.json: chat_template"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "added_tokens_decoder"),
         ("special_tokens_map.json", b"\xff\xfe", "special_tokens_map.json is not UTF-8"),
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid", "tokenizer.json is a Git LFS pointer"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, message):

@@ -247,6 +247,30 @@ def test_generation_defaults_come_under_vllm_names(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", -1), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.5), ("top_k", 2.5), ("min_p", 2),
+        ("repetition_penalty", 0), ("max_new_tokens", 0), ("max_new_tokens", True), ("top_k", [50]),
+    ],
+)  # fmt: skip
+def test_generation_defaults_that_no_request_may_have_are_refused_with_their_file(
+    name: str, value: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelFileError, match=rf"^generation_config\.json: {name}"):
+        load_generation_defaults(write(tmp_path, config={}, generation_config={name: value}))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "generation_config.json"])
+def test_a_git_lfs_pointer_is_called_one(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(checkpoints["llama"], tmp_path, dirs_exist_ok=True)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(ModelFileError, match=f"^{name}: a Git LFS pointer"):
+        load_generation_defaults(tmp_path)
+        load_model(tmp_path, ReferenceOps(np))
+
+
 def test_a_stated_no_to_sampling_is_greedy(tmp_path: Path) -> None:
     generation = {"do_sample": False, "temperature": 0.7}
     assert load_generation_defaults(write(tmp_path, config={}, generation_config=generation)).sampling == {

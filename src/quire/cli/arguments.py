@@ -12,7 +12,18 @@ from dataclasses import MISSING, fields
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from quire.cli.model_path import is_model
-from quire.config import BLOCK_SIZES, DEVICES, DTYPES, GROUP_SIZES, POLICIES, QUANTIZATIONS, EngineArgs
+from quire.config import (
+    BLOCK_SIZES,
+    DEVICES,
+    DTYPES,
+    GROUP_SIZES,
+    POLICIES,
+    QUANTIZATIONS,
+    RELEASES,
+    EngineArgs,
+    bytes_of,
+)
+from quire.errors import ConfigurationError
 from quire.sampling_params import SamplingParams
 
 EMBEDDED_NAME = "quire-demo"
@@ -26,7 +37,7 @@ ENGINE_HELP = {
     "max_num_seqs": "requests that run at once",
     "max_num_batched_tokens": "tokens computed in one step",
     "gpu_memory_utilization": "share of the device's memory (on a CPU: of the machine's) for weights and cache",
-    "kv_cache_memory_bytes": "size of the cache, instead of the share",
+    "kv_cache_memory_bytes": "size of the cache, instead of the share: 8GiB, 512MiB, 8G",
     "num_gpu_blocks_override": "number of cache blocks, whatever fits",
     "block_size": f"tokens in a block: {', '.join(map(str, BLOCK_SIZES))}",
     "enable_prefix_caching": "reuse the cache of prompts that begin alike",
@@ -44,6 +55,8 @@ ENGINE_HELP = {
     "core_process": "compute in a process of its own, replaced when it dies; serve does so by default",
     "core_niceness": "how far that process gives way to the one that answers people, from 0 to 19",
     "hang_timeout": "seconds that a step may take before that process is replaced; learned from steps like it",
+    "release_idle_memory": f"given back when idle, on a CPU: {', '.join(RELEASES)} (memory without content, "
+    "the prefix cache too, nothing)",
     "verify_cached_blocks": "for debugging: when idle, compute cached blocks again and compare them bit for bit",
 }
 SAMPLING_HELP = {
@@ -188,7 +201,7 @@ def _add_fields(group: Any, owner: type, helps: dict[str, str]) -> None:
         if kind is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
         elif kind is int:
-            group.add_argument(flag, type=_length if name == "max_model_len" else _count, metavar="N", **common)
+            group.add_argument(flag, type=_KINDS.get(name, _count), metavar="N", **common)
         elif kind is float:
             group.add_argument(flag, type=float, metavar="X", **common)
         else:
@@ -219,7 +232,15 @@ def _length(text: str) -> int | None:
     return None if text in ("auto", "-1") else _count(text)
 
 
+def _size(text: str) -> int:
+    try:
+        return bytes_of("it", text)
+    except ConfigurationError as error:
+        raise argparse.ArgumentTypeError(error.message) from error
+
+
 _count.__name__ = _length.__name__ = "whole number"
+_KINDS: dict[str, Callable[[str], int | None]] = {"max_model_len": _length, "kv_cache_memory_bytes": _size}
 
 
 def engine_values(options: argparse.Namespace) -> dict[str, Any]:

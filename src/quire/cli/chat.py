@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
             saves=options.history,
         )
         return 0
-    engine, args, values = engines.start(options)
+    engine, args, values = engines.start(options, num_seqs=1)
     import asyncio
 
     try:

@@ -25,9 +25,12 @@ def model_name(args: EngineArgs) -> str:
     return PurePath(args.model.rstrip("/")).name or args.model
 
 
-def start(options: argparse.Namespace) -> "tuple[AsyncLLM, EngineArgs, dict[str, Any]]":
+def start(options: argparse.Namespace, *, num_seqs: int) -> "tuple[AsyncLLM, EngineArgs, dict[str, Any]]":
     """An engine as the flags describe it, with its banner, and the sampling parameters that apply: as for a person,
     with no bound on the answer but the context's.
+
+    Args:
+        num_seqs: sequences that the verb computes at a time; unless a flag says otherwise, the cache is sized for them.
 
     Raises:
         ConfigurationError: naming the flag or the file at fault.
@@ -35,7 +38,7 @@ def start(options: argparse.Namespace) -> "tuple[AsyncLLM, EngineArgs, dict[str,
     """
     given = sampling_values(options)
     sampling.check(given)
-    args = EngineArgs.from_mapping(engine_values(options))
+    args = EngineArgs.from_mapping({"max_num_seqs": num_seqs, **engine_values(options)})
     model_path.check(args.model)
     from quire.llm import AsyncLLM
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.cli import engines, model_path, remote, shape
 from quire.cli.arguments import add_engine, add_sampling, engine_values
+from quire.config import EngineArgs
 from quire.errors import InvalidRequestError, RequestFailedError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
@@ -54,7 +55,8 @@ def run(options: argparse.Namespace) -> int:
     if server is not None:
         _ask_all(server, prompts, options)
         return 0
-    engine, _, values = engines.start(options)
+    num_seqs = min(len(prompts) * getattr(options, "n", 1), EngineArgs().max_num_seqs)
+    engine, _, values = engines.start(options, num_seqs=max(1, num_seqs))
     import asyncio
 
     try:

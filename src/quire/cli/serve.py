@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.cli import banner, engines, model_path, sampling
 from quire.cli.arguments import add_engine, engine_values
-from quire.config import EngineArgs
+from quire.config import EngineArgs, bytes_of
 from quire.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     flag("--served-model-name", nargs="+", metavar="NAME", help="names for clients; the directory's name")
     text = "every route but the probes then needs it; may be repeated, and each key has a prefix cache of its own"
     flag("--api-key", action="append", default=[], metavar="KEY", help=text)
-    text = "a limit on requests, such as body_bytes=16777216; docs/guide/limits.md lists them"
+    text = "a limit on requests, such as body_bytes=16MiB; docs/guide/limits.md lists them"
     flag("--limit", action="append", default=[], metavar="NAME=VALUE", help=text)
     text = "more keys, one on a line, with a weight behind it if it is not 1: keys share the engine by weight"
     flag("--api-key-file", metavar="FILE", help=text)
@@ -86,6 +86,8 @@ def _add_observability(flag: Callable[..., Any]) -> None:
     """What operators see."""
     text = "opens `quire explain`; without it, that answers to this machine alone and only if callers need no key"
     flag("--admin-api-key", metavar="KEY", help=text)
+    text = "/metrics answers to everyone; without it, where callers need a key, to the admin key alone"
+    flag("--metrics-open", action="store_true", help=text)
     text = "send spans of requests there (OTLP/HTTP: http://host:4318)"
     flag("--otlp-traces-endpoint", metavar="URL", help=text)
     flag("--enable-log-requests", action="store_true", help="log sizes and times of each request")
@@ -98,7 +100,7 @@ def _add_observability(flag: Callable[..., Any]) -> None:
 def run(options: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     from quire.compose.served import begin
-    from quire.server.http.listen import bind
+    from quire.server.http.listen import bind, raise_descriptors
 
     if not 0 <= options.port < 65536:
         raise ConfigurationError(f"port must be between 0 and 65535, got {options.port}", field="port")
@@ -121,10 +123,9 @@ def run(options: argparse.Namespace) -> int:
     from quire.server.http.serve import GracefulServer
 
     trusted = {"chat_template_characters": TRUSTED_TEMPLATE_CHARACTERS} if options.trust_request_chat_template else {}
-    limits = Limits().with_values({**trusted, **_limit_values(options.limit)})
-    keys = dict.fromkeys(options.api_key, 1)
-    if options.api_key_file is not None:
-        keys = read_keys(options.api_key_file) | keys
+    limits = Limits().for_queue(args.max_num_seqs + args.max_num_queued_reqs)
+    limits = limits.with_values({**trusted, **_limit_values(options.limit)}).within(raise_descriptors())
+    keys = ({} if options.api_key_file is None else read_keys(options.api_key_file)) | dict.fromkeys(options.api_key, 1)
     configure_logs(options.log_format, requests=options.enable_log_requests)
     engine, name = AsyncEngine(finish()), engines.model_name(args)
     banner.show(name, [*engine.decisions, *sampling.resolve({}, engine.stated_sampling)[1]], quiet=options.quiet)
@@ -136,7 +137,7 @@ def run(options: argparse.Namespace) -> int:
             model_names=[name] if args.model is None else [name, args.model],
             api_key=keys,
             observability=Observability(
-                options.admin_api_key, options.otlp_traces_endpoint, options.enable_log_requests
+                options.admin_api_key, options.otlp_traces_endpoint, options.enable_log_requests, options.metrics_open
             ),
             metrics_prefix=options.metrics_prefix,
             show_cached_tokens=options.enable_prompt_tokens_details,
@@ -160,10 +161,14 @@ def run(options: argparse.Namespace) -> int:
 def _limit_values(items: list[str]) -> dict[str, int]:
     values = {}
     for item in items:
-        name, _, number = item.partition("=")
+        given, _, number = item.partition("=")
+        name = given.replace("-", "_")
+        if name.endswith("bytes"):
+            values[name] = bytes_of("limit", number)
+            continue
         if not number.isascii() or not number.isdecimal():
             raise ConfigurationError(f"limit must be NAME=VALUE with a whole number, got {item!r}", field="limit")
-        values[name.replace("-", "_")] = int(number[:20])
+        values[name] = int(number[:20])
     return values
 
 

@@ -32,11 +32,14 @@ from quire.engine.verify_blocks import CachedBlockVerifier
 from quire.errors import ConfigurationError
 from quire.executor.local import LocalExecutor
 from quire.models.model import Model
+from quire.models.rope import takes_long_factors
+from quire.models.spec import DecoderSpec, LongRopeScaling
 from quire.ops.select import select_ops
 from quire.ops.types import Device, Provider
 from quire.outputs import Decision, Labels
 from quire.quant.select import check_scheme, select_scheme
 from quire.quant.types import bits_per_weight
+from quire.runner.host_memory import free_memory_bytes
 from quire.runner.memory import StepShape, check_budget, make_budget
 from quire.runner.model_runner import ModelRunner
 from quire.sampling.features import SamplingFeature
@@ -45,6 +48,9 @@ from quire.sampling.features.masks import LogitMasks
 from quire.sampling.features.penalties import Penalties
 from quire.weights.load import load_model, read_spec
 from quire.weights.loading_bar import LoadingBar
+
+SMALL_MODEL_BYTES = 512 << 20
+"""Of weights in 4 bits, some 900 million: below it they cost a model much."""
 
 logger = logging.getLogger("quire")
 
@@ -91,7 +97,8 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     in_use = check_budget(sizes.memory, ops)
     key = secrets.token_bytes(32)
     verifier = CachedBlockVerifier(key, runner.first_difference) if args.verify_cached_blocks else None
-    decisions = [*_model_decisions(args, directory, model), *decisions, *sizes.decisions, *ops.decisions(), loop]
+    model_decisions = [*_model_decisions(args, directory, model), *_head_decisions(spec, model)]
+    decisions = [*model_decisions, *decisions, *sizes.decisions, *ops.decisions(), loop]
     decisions += [] if in_use is None else [in_use]
     prefix_cache = verifier or (PrefixCache(key) if args.enable_prefix_caching else NullPrefixCache())
     return CoreParts(
@@ -138,17 +145,44 @@ def _model_decisions(args: EngineArgs, directory: Path, model: Model) -> list[De
     return [
         Decision("model", name, f"{model.spec.num_layers} layers, {model.weight_bytes / 2**20:,.0f} MiB of weights"),
         Decision("dtype", shape.dtype, "the checkpoint's own" if args.dtype == "auto" else "as asked"),
-        *_quantization_decisions(args),
+        *_quantization_decisions(args, model.weight_bytes),
+        *_rope_decisions(model),
     ]
 
 
-def _quantization_decisions(args: EngineArgs) -> list[Decision]:
+def _rope_decisions(model: Model) -> list[Decision]:
+    """Which of LongRoPE's factors all sequences have: by their own length the keys in the cache would change."""
+    found = []
+    for scaling in {layer.rope.scaling for layer in model.spec.layers if layer.rope is not None}:
+        if isinstance(scaling, LongRopeScaling):
+            trained, longest = scaling.original_max_positions, model.max_model_len
+            if takes_long_factors(scaling, longest):
+                reason = (
+                    f"max_model_len={longest} exceeds {trained} positions; transformers gives shorter sequences the "
+                )
+                reason += f"short ones, as max_model_len={trained} does"
+            else:
+                reason = f"max_model_len={longest} is within {trained} positions"
+            found.append(Decision("longrope", "long" if takes_long_factors(scaling, longest) else "short", reason))
+    return found
+
+
+def _head_decisions(stated: DecoderSpec, model: Model) -> list[Decision]:
+    if stated.tied_head == model.spec.tied_head:
+        return []
+    return [Decision("head", "lm_head.weight", "it differs from the embedding, though tie_word_embeddings is true")]
+
+
+def _quantization_decisions(args: EngineArgs, weight_bytes: int) -> list[Decision]:
     scheme = select_scheme(args.quantization, args.quantization_group_size)
     if scheme is None:
         return []
     linear, embedding = (f"{bits_per_weight(one)} bits a weight" for one in (scheme.linear, scheme.embedding))
     size = scheme.linear.group_size
     reason = f"layers {linear}" + (f" in groups of {size}" if size else "") + f", embedding and head {embedding}"
+    if scheme.name == "int4" and weight_bytes < SMALL_MODEL_BYTES:
+        reason += "; so small a model may lose much by 4 bits (docs/howto/quantize.md)"
+        logger.warning("quantization int4: %s", reason)
     return [Decision("quantization", scheme.name, reason)]
 
 
@@ -196,6 +230,7 @@ def _scheduler(
         max_model_len=sizes.max_model_len,
         block_size=sizes.block_size,
         num_blocks=sizes.num_blocks,
+        soft_block_limit=sizes.soft_block_limit,
     )
     return Scheduler(config, make_policy(args.scheduling_policy), prefix_cache, rules)
 
@@ -207,4 +242,5 @@ def _sizes(args: EngineArgs, model: Model, ops: Provider, model_len: int) -> Mod
         bytes_per_block=model.cache_shape(1, args.block_size).bytes_per_block,
         device="cpu" if ops.memory() is None else "cuda",
         memory=make_budget(model, ops, shape),
+        free=free_memory_bytes() if ops.memory() is None else None,
     )

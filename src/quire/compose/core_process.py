@@ -40,7 +40,7 @@ def main() -> None:
         return
     allowance = StepAllowance(parts.host_weight_bytes, start.args.hang_timeout)
     executor = AnnouncingExecutor(parts.executor, connection, allowance)
-    CoreServer(parts.core(executor), parts.info, connection).run()
+    CoreServer(parts.core(executor), parts.info, connection, start.args.release_idle_memory).run()
 
 
 def _say(connection: socket.socket, message: Ready | StartFailed) -> bool:

@@ -76,9 +76,17 @@ def _start_core(args: EngineArgs, directory: Path) -> "SupervisedChannel":
     from quire.isolation.wire import Start
 
     start = Start(replace(args, core_process=False), str(directory.resolve()))
-    return SupervisedChannel(
-        partial(CoreProcess, start, niceness=args.core_niceness), args.hang_timeout or LEAST_SECONDS
-    )
+
+    def spawn() -> CoreProcess:
+        """Those after the first get its length: less may be free by then, and open requests are that long."""
+        if channel is None or channel.info is None:
+            return CoreProcess(start, niceness=args.core_niceness)
+        kept = replace(start.args, max_model_len=channel.info.max_model_len)
+        return CoreProcess(Start(kept, start.directory), niceness=args.core_niceness)
+
+    channel: SupervisedChannel | None = None
+    channel = SupervisedChannel(spawn, args.hang_timeout or LEAST_SECONDS)
+    return channel
 
 
 def _compose_here(args: EngineArgs, directory: Path) -> ServedEngine:
@@ -86,7 +94,9 @@ def _compose_here(args: EngineArgs, directory: Path) -> ServedEngine:
     from quire.compose.core import compose_core
 
     parts = compose_core(args, directory)
-    return _served(args, compose_text(args, directory), LocalChannel(parts.core()), parts.info)
+    return _served(
+        args, compose_text(args, directory), LocalChannel(parts.core(), args.release_idle_memory), parts.info
+    )
 
 
 def _compose_apart(args: EngineArgs, directory: Path, channel: "SupervisedChannel") -> ServedEngine:

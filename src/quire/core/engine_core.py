@@ -1,6 +1,6 @@
 """The whole engine in one step: schedule, execute, update, emit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from quire.core.plan import StepPlan, StepResult, TokenDelta
@@ -11,7 +11,7 @@ class Executor(Protocol):
     """Carries plans down and results up: to a runner in this process, to several ranks, to a fake.
 
     Plans are computed in the order in which they were given. A fault of one row is in its `RowResult`; an exception
-    means that nothing more can be computed.
+    means that nothing more can be computed before `clear` was called.
     """
 
     def execute(self, plan: StepPlan) -> Any:
@@ -22,6 +22,14 @@ class Executor(Protocol):
 
     def run_idle_work(self) -> bool:
         """While there is no work: something short that makes later steps quicker. False: there is nothing to do."""
+
+    def clear(self) -> None:
+        """Forget all requests and all steps in flight, in whatever state they are. A call that was interrupted is
+        repeated."""
+
+    def give_back(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Give the memory of cache blocks back to the system: runs `(first block, number)`, without content. Where it
+        is the device's own, nothing happens."""
 
     def close(self) -> None:
         """Give back processes, threads and memory. May be called twice."""
@@ -65,6 +73,15 @@ class EngineCore:
         """See `Executor.run_idle_work`; then the idle work."""
         return self._executor.run_idle_work() or (self._idle_work is not None and self._idle_work.do_next())
 
+    def give_back(self, *, keeps_cached: bool) -> None:
+        """Give memory that no block needs back to the system: see `BlockPool.give_back`."""
+        self._executor.give_back(self.scheduler.give_back(keeps_cached=keeps_cached))
+
+    def clear(self) -> None:
+        """Forget all requests, in whatever state they are: after a fault, or an interrupt in the middle of a step."""
+        self._executor.clear()
+        self.scheduler.clear()
+
     def check(self) -> None:
         """State what is always true; for tests, and for idle times in production."""
         self.scheduler.check()
@@ -85,6 +102,11 @@ class OverlappingCore(EngineCore):
     """
 
     _started: tuple[StepPlan, Any] | None = None
+
+    def clear(self) -> None:
+        """See `EngineCore.clear`."""
+        self._started = None
+        super().clear()
 
     def step(self) -> list[TokenDelta]:
         """Start the next step, then take in the one before it: the first call after a rest returns nothing."""

@@ -98,7 +98,8 @@ class WaitingQueue:
         """By id: those that wait outside the queues, since an admission rule refuses them."""
 
     def __len__(self) -> int:
-        return sum(len(queue.heap) - queue.num_dead for queue in self._queues.values()) + len(self.held)
+        # A list, since other threads ask for it too.
+        return sum(len(queue.heap) - queue.num_dead for queue in list(self._queues.values())) + len(self.held)
 
     def __iter__(self) -> Iterator[Request]:
         """All that wait, in no order."""

@@ -58,6 +58,8 @@ class SchedulerConfig:
     max_model_len: int
     block_size: int
     num_blocks: int
+    soft_block_limit: int = 2**62
+    """Blocks that may have memory before the prefix cache evicts: see `quire.core.block_pool`."""
 
     def __post_init__(self) -> None:
         for limit in fields(self):
@@ -92,13 +94,19 @@ class Scheduler:
         self._rules = rules
         self._policy = policy
         self._prefix_cache = prefix_cache
-        self._pool = BlockPool(config.num_blocks, config.block_size)
+        self._pool = BlockPool(config.num_blocks, config.block_size, config.soft_block_limit)
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all requests and all that was cached, in whatever state they are; the executor must do so as well.
+        A call that was interrupted is repeated."""
+        self._pool.clear()
         self._requests: dict[str, Request] = {}
         self._shares = FairShares()
-        self._waiting = WaitingQueue(policy, self._shares)
+        self._waiting = WaitingQueue(self._policy, self._shares)
         self._running: list[Request] = []
         """In policy order, always."""
-        self._free_rows = list(reversed(range(config.max_num_seqs)))
+        self._free_rows = list(reversed(range(self.config.max_num_seqs)))
         self._removed_rows: list[int] = []
         self._in_flight: dict[int, PlannedStep] = {}
         """Steps whose results are not back, in their order. Their owners are the requests that still want them."""
@@ -116,6 +124,11 @@ class Scheduler:
     def is_held(self) -> bool:
         """Whether every unfinished request is held by an admission rule, so that a step computes nothing."""
         return bool(self._waiting.held) and len(self._waiting.held) == len(self._requests)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that were scheduled."""
+        return self._num_steps
 
     @property
     def num_running(self) -> int:
@@ -411,6 +424,10 @@ class Scheduler:
         request.num_in_flight = 0
         self._pool.release(request.block_ids)
         request.block_ids = []
+
+    def give_back(self, *, keeps_cached: bool) -> list[tuple[int, int]]:
+        """See `BlockPool.give_back`."""
+        return self._pool.give_back(keeps_cached=keeps_cached)
 
     def check(self) -> None:
         """State what is always true between calls."""

@@ -15,6 +15,8 @@ import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -41,6 +43,9 @@ INLINE_CHARACTERS = 2048
 """Texts up to this long are worked on in the event loop: it takes less time than a thread's hand-over."""
 MESSAGE_CHARACTERS = 64
 """What a message costs in a template, in characters that are tokenised."""
+MOST_FAULTS_IN_A_ROW = 6
+"""Faults of the engine's thread without any output in between after which it gives up: twice as many as a request may
+be there in (`quire.engine.engine.MOST_FAULTS`), so that one bad request ends before the engine does."""
 
 logger = logging.getLogger("quire")
 
@@ -55,7 +60,11 @@ class _Command(NamedTuple):
 
 
 class AsyncEngine(EngineFront):
-    """Serves many callers at once: every step computes whatever requests there are."""
+    """Serves many callers at once: every step computes whatever requests there are.
+
+    Its methods may be called from any thread and from any event loop. What is unexpected in the engine's own thread is
+    taken for a death of the core: another one computes on, and requests lose nothing.
+    """
 
     def __init__(self, served: ServedEngine) -> None:
         super().__init__(served)
@@ -66,6 +75,10 @@ class AsyncEngine(EngineFront):
         self._stopping = False
         self._dead: Exception | None = None
         self._streams: dict[int, Stream] = {}
+        self._num_faults = 0
+        """Since the last output."""
+        self._is_faulty = False
+        """The engine must be mended before it is called again."""
         self._text_work = TextWork()
         self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
         self._thread.start()
@@ -157,6 +170,7 @@ class AsyncEngine(EngineFront):
             DeadlineExceededError: `timeout_s` passed.
             EngineDeadError: the engine stopped.
         """
+        sampling_params = replace(sampling_params)  # checked: it may have been changed since it was made
         parse = self._served.inputs.parse
         deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         options: dict[str, Any] = dict(
@@ -189,8 +203,9 @@ class AsyncEngine(EngineFront):
         finally:
             for core_id in core_ids:
                 self._engine.queue.left(core_id, was_scheduled=False)
-            if not finished and self._dead is None:
-                self._post(partial(self._drop, parsed), lambda _: None)
+            if not finished:
+                with suppress(EngineDeadError):  # it has dropped everything
+                    self._post(partial(self._drop, parsed), lambda _: None)
 
     def check_room(self, caller: Caller = ANYBODY) -> None:
         """Refuse at once, before any work, what the queue has no place for.
@@ -235,11 +250,8 @@ class AsyncEngine(EngineFront):
     def _run(self) -> None:
         failure: Exception = EngineDeadError("the engine was shut down")
         try:
-            while self._take_commands():
-                try:
-                    self._deliver(self._engine.step())
-                except OverloadedError as error:
-                    self._fail_all(error)
+            while self._serve_once():
+                pass
         except BaseException as error:  # no caller may wait for a thread that has ended
             logger.exception("the engine stopped")
             failure = EngineDeadError(f"the engine stopped: {type(error).__name__}")
@@ -252,6 +264,32 @@ class AsyncEngine(EngineFront):
         self._fail_all(failure)
         self._served.close()
 
+    def _serve_once(self) -> bool:
+        """Commands, and what the core has computed; False when the engine is to stop.
+
+        Raises:
+            Exception: the last of so many faults that there is no hope.
+        """
+        try:
+            if self._is_faulty:
+                self._is_faulty = False
+                self._deliver(self._engine.mend(self._streams))
+            if not self._take_commands():
+                return False
+            outputs = self._engine.step()
+            self._num_faults = 0 if outputs else self._num_faults
+            self._deliver(outputs)
+        except OverloadedError as error:
+            self._fail_all(error)
+        except Exception:
+            self._num_faults += 1
+            if self._num_faults >= MOST_FAULTS_IN_A_ROW:
+                raise
+            logger.exception("a fault in the engine's thread: the core starts anew, and requests go on")
+            self._is_faulty = True
+            self._engine.channel.wake()
+        return True
+
     def _take_commands(self) -> bool:
         """Wait while there is nothing to do; False when the engine is to stop."""
         self._engine.channel.wait()
@@ -259,8 +297,10 @@ class AsyncEngine(EngineFront):
             if self._stopping:
                 return False
         for _ in range(len(self._commands)):
-            self._commands[0].run()
-            self._commands.popleft()
+            try:
+                self._commands[0].run()
+            finally:
+                self._commands.popleft()
         return True
 
     def _add(self, parsed: ParsedRequest, stream: Stream) -> None:
@@ -270,8 +310,10 @@ class AsyncEngine(EngineFront):
             if not isinstance(error, QuireError):
                 logger.exception("a request could not be added")
             reported = error if isinstance(error, QuireError) else RequestFailedError(internal_fault_message(error))
-            self._engine.abort(parsed)
-            _call(stream.loop, stream.put, reported)
+            try:
+                self._engine.abort(parsed)
+            finally:
+                _call(stream.loop, stream.put, reported)
         else:
             self._streams[parsed.number] = stream
 
@@ -295,7 +337,9 @@ class AsyncEngine(EngineFront):
             if output.finished:
                 del self._streams[number]
         for loop, items in by_loop.items():
-            _call(loop, _put_all, items)
+            if not _call(loop, _put_all, items):
+                for stream, _ in items:
+                    self._drop(stream.parsed)
 
 
 def _put_all(items: list[tuple[Stream, RequestOutput]]) -> None:
@@ -303,6 +347,9 @@ def _put_all(items: list[tuple[Stream, RequestOutput]]) -> None:
         stream.put(output)
 
 
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
-    if not loop.is_closed():
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> bool:
+    """Whether the loop will call: one that is closed, or closes at this moment, has no readers any more."""
+    with suppress(RuntimeError):
         loop.call_soon_threadsafe(function, *args)
+        return True
+    return False

@@ -7,12 +7,15 @@
 """
 
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from quire.core.engine_core import EngineCore
 from quire.core.plan import StepRecord, TokenDelta
 from quire.core.request import NewRequest
+from quire.engine.idle import IdleChores
 from quire.outputs import Decision, Labels
 
 HELD_S = 0.005
@@ -115,31 +118,46 @@ class CoreChannel(Protocol):
     def check(self) -> None:
         """State the invariants of the core."""
 
+    def clear(self) -> None:
+        """Drop all requests, in whatever state core and channel are: after a fault, or an interrupt in the middle of a
+        call. A call that was interrupted is repeated."""
+
     def close(self) -> None:
         """Give back what the core holds. Calling it again does nothing."""
 
 
 class LocalChannel:
-    """The core in this process: `collect` computes."""
+    """The core in this process: `collect` computes.
+
+    Args:
+        release: `EngineArgs.release_idle_memory`.
+        clock: seconds.
+    """
 
     is_ready = True
     health = CoreHealth()
 
-    def __init__(self, core: EngineCore) -> None:
+    def __init__(self, core: EngineCore, release: str = "no", clock: Callable[[], float] = time.monotonic) -> None:
         self._core = core
+        self._chores = IdleChores(core, release, clock)
         self._awake = threading.Event()
         self.add, self.abort = core.scheduler.add, core.scheduler.abort
-        self.check, self.close = core.check, core.close
+        self.check, self.clear, self.close = core.check, core.clear, core.close
 
     def wait(self) -> None:
         """See `CoreChannel.wait`. While there is no work, it does `EngineCore.run_idle_work`. Where admission rules
         hold all work, it returns when it is time to ask them again."""
-        while not self._core.scheduler.has_work and not self._awake.is_set():
-            if not self._core.run_idle_work():
-                self._awake.wait()
+        if not self._core.scheduler.has_work:
+            self._rest()
         if self._core.scheduler.is_held:
             self._awake.wait(HELD_S)
         self._awake.clear()
+
+    def _rest(self) -> None:
+        self._chores.begin()
+        while not self._core.scheduler.has_work and not self._awake.is_set():
+            if not self._core.run_idle_work():
+                self._awake.wait(self._chores.do_due())
 
     def wake(self) -> None:
         """See `CoreChannel.wake`."""

@@ -2,7 +2,8 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -17,6 +18,8 @@ MAX_PRIORITY = 2**31 - 1
 MAX_SALT_BYTES = 256
 MAX_ID_BYTES = 1024
 
+BYTES = bytes | bytearray | memoryview
+"""Sequences of whole numbers, and no prompt."""
 BadWords = tuple[tuple[int, ...], ...]
 """The tokens of each."""
 Prompt = str | Mapping[str, Any] | Sequence[int]
@@ -65,6 +68,18 @@ class InputProcessor:
         self._limits = limits
         self._numbers = itertools.count()
 
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """Within it, a refused request takes back the numbers of those before it, so that later requests have the seeds
+        that they would have had. For one caller alone, and nothing of it may be in the engine yet."""
+        first = next(self._numbers)
+        self._numbers = itertools.count(first)
+        try:
+            yield
+        except BaseException:
+            self._numbers = itertools.count(first)
+            raise
+
     def parse(
         self,
         prompt: Prompt,
@@ -108,7 +123,7 @@ class InputProcessor:
                 request_id=str(number) if params.n == 1 else f"{number}.{index}",
                 prompt_token_ids=token_ids,
                 max_tokens=max_tokens,
-                sampling=spec._replace(seed=(spec.seed + index) % 2**64),
+                sampling=spec._replace(seed=(spec.seed + index) % 2**64) if index else spec,
                 eos_token_ids=() if params.ignore_eos else self._limits.eos_token_ids,
                 priority=priority,
                 cache_salt=cache_salt,
@@ -130,7 +145,7 @@ class InputProcessor:
         bare = _prompt_of_mapping(prompt) if isinstance(prompt, Mapping) else prompt
         if isinstance(bare, str):
             return bare, tuple(self.encode(bare))
-        if isinstance(bare, bytes) or not isinstance(bare, Sequence):
+        if isinstance(bare, BYTES) or not isinstance(bare, Sequence):
             raise InvalidRequestError("prompt must be text or a list of token ids", param="prompt")
         self.check_token_ids("prompt_token_ids", bare)
         return None, tuple(cast(Sequence[int], bare))
@@ -274,7 +289,7 @@ def _prompt_of_mapping(prompt: Mapping[str, Any]) -> str | Sequence[int]:
         )
     if prompt.get("prompt_token_ids") is not None:
         token_ids = prompt["prompt_token_ids"]
-        if isinstance(token_ids, str | bytes | Mapping) or not isinstance(token_ids, Sequence):
+        if isinstance(token_ids, str | Mapping | BYTES) or not isinstance(token_ids, Sequence):
             raise InvalidRequestError("prompt_token_ids must be a list of token ids", param="prompt_token_ids")
         return token_ids
     if not isinstance(prompt.get("prompt"), str):

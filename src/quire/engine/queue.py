@@ -101,7 +101,9 @@ class QueueBound:
     def expect(self, weights: Mapping[str, int]) -> None:
         """Name the known callers, with weights: of two or more, each has its share of half of the queue."""
         total, shared = sum(weights.values()), len(weights) > 1
-        self._shares = {name: weight / total / 2 for name, weight in weights.items()} if shared else {}
+        shares = {name: weight / total / 2 for name, weight in weights.items()} if shared else {}
+        with self._lock:
+            self._shares = shares
 
     def check_room(self, caller: Caller) -> None:
         """Refuse at once, before a prompt is tokenised, what could not be let in whatever its length.

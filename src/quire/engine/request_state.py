@@ -1,9 +1,10 @@
 """The text side of a request that runs: deltas of tokens in, `RequestOutput`s out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from quire.core.plan import TokenDelta, TokenLogprobs
+from quire.core.request import NewRequest, ResumeState
 from quire.engine.inputs import ParsedRequest
 from quire.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestMetrics, RequestOutput
 from quire.sampling_params import RepetitionDetectionParams, RequestOutputKind, SamplingParams
@@ -112,6 +113,8 @@ class RequestState:
         self.parsed = parsed
         self.metrics = RequestMetrics(arrival_s)
         self.error: str | None = None
+        self.num_faults = 0
+        """Faults of the engine that it has lived through."""
         self._tokenizer = tokenizer
         self._prompt_token_ids = list(parsed.sequences[0].prompt_token_ids)  # one list for all outputs
         self._num_cached_tokens = 0
@@ -157,14 +160,24 @@ class RequestState:
         """Tokens generated for the longest sequence."""
         return max(len(sequence.token_ids) for sequence in self._sequences.values())
 
+    def resumed(self, sequence_id: str) -> tuple[NewRequest, str | None]:
+        """For another core: a sequence, as it goes on from what was applied; its finish reason, if it does not."""
+        sequence = self._sequences[sequence_id]
+        num_prompt_logprobs = 0
+        if sequence.index == 0 and self._prompt_logprobs is not None:
+            num_prompt_logprobs = len(self._prompt_logprobs) - 1
+        given = ResumeState(tuple(sequence.token_ids), num_prompt_logprobs, self._num_cached_tokens)
+        return replace(self.parsed.sequences[sequence.index], resume=given), sequence.finish_reason
+
     def apply(self, delta: TokenDelta) -> str | None:
-        """Take a delta in. The finish reason when the sequence ended here and the core must drop it: at a
-        stop string, or because it repeats itself."""
+        """Take a delta in. The finish reason, if the sequence has ended: by the core's word, at a stop string, or
+        because it repeats itself."""
         sequence = self._sequences[delta.request_id]
         if sequence.finish_reason is not None:
             return None
         sequence.has_changed = True
-        self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
+        if sequence.index == 0:  # the others find what this one computed
+            self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
         if delta.prompt_logprobs and sequence.index == 0 and self._prompt_logprobs is not None:
             self._prompt_logprobs += [self._position(item) for item in delta.prompt_logprobs]
         sequence.token_ids += delta.token_ids
@@ -175,10 +188,10 @@ class RequestState:
         if not stopped and delta.finish_reason is not None:
             sequence.finish_reason, sequence.stop_reason = delta.finish_reason, delta.stop_reason
             self.error = self.error or delta.error
-            return None
+            return delta.finish_reason
         if sequence.repetition is not None and not stopped and self._repeats(sequence, sequence.repetition, delta):
             sequence.finish_reason, sequence.stop_reason = "repetition", "repetition_detected"
-        return sequence.finish_reason if delta.finish_reason is None else None
+        return sequence.finish_reason
 
     def output(self) -> RequestOutput | None:
         """What a caller of this `output_kind` is given now; None when that is nothing."""

@@ -102,6 +102,17 @@ class FakeExecutor:
         """There is none."""
         return False
 
+    def clear(self) -> None:
+        """Forget all rows; steps are counted from 0 again."""
+        self._rows.clear()
+        self._num_steps = 0
+
+    def give_back(self, runs: Sequence[tuple[int, int]]) -> None:
+        """What a block held is lost."""
+        for first, number in runs:
+            for block_id in range(first, first + number):
+                self._cache[block_id] = [0] * self._block_size
+
     def close(self) -> None:
         """Nothing is held outside this object."""
 

@@ -1,5 +1,7 @@
 """The executor for one device in this process."""
 
+from collections.abc import Sequence
+
 from quire.core.plan import StepPlan, StepResult
 from quire.runner.model_runner import InFlightStep, ModelRunner
 
@@ -26,6 +28,14 @@ class LocalExecutor:
     def run_idle_work(self) -> bool:
         """Capture a graph, if the runner has any left."""
         return self._runner.run_idle_work()
+
+    def clear(self) -> None:
+        """Every row is free afterwards."""
+        self._runner.clear()
+
+    def give_back(self, runs: Sequence[tuple[int, int]]) -> None:
+        """See `quire.ops.types.Device.release_blocks`."""
+        self._runner.give_back(runs)
 
     def close(self) -> None:
         """Nothing is held outside this process."""

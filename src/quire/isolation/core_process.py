@@ -1,11 +1,14 @@
 """A core's process, from the side that started it: an interpreter of its own, and our end of the socket pair."""
 
+import errno
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,9 @@ NICENESS = 5
 would keep it waiting at every turn, and a refusal would take as long as a step."""
 LEAVE_SECONDS = 5.0
 """For a process to exit once its socket is closed, and again once it is killed."""
+
+NUM_SPARE_DESCRIPTORS = 16
+"""A start takes a socket pair, a pipe and the empty input; other threads may take some meanwhile."""
 
 
 class CoreExitedError(Exception):
@@ -43,6 +49,9 @@ class CoreProcess:
         first: its first message, which says what it is to be.
         niceness: above this process's own.
         module: run with the number of its end of the socket as argument.
+
+    Raises:
+        OSError: the system has no descriptor, process or memory for it.
     """
 
     def __init__(self, first: Any, module: str = CORE_MODULE, *, niceness: int = NICENESS) -> None:
@@ -50,14 +59,12 @@ class CoreProcess:
         self._frames = Unframer(Report, MAX_FRAME_BYTES)
         self._unsent = bytearray()
         self._at_end = False
-        with theirs, _without_interrupts():
-            # -P: the working directory is no place to import from.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
-            )
+        try:
+            with theirs, _without_interrupts():
+                self._process = _spawn(module, theirs.fileno())
+        except BaseException:
+            self._connection.close()
+            raise
         # Before it has threads: on Linux each has a niceness of its own, from the one that made it.
         os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
         self._connection.setblocking(False)
@@ -66,9 +73,10 @@ class CoreProcess:
     def activity(self) -> Activity | None:
         """What it does; None where the system does not say."""
         threads: dict[int, list[str]] = {}
-        for path in Path(f"/proc/{self.pid}/task").glob("*/stat"):
-            with suppress(OSError):  # a thread that has just ended
-                threads[int(path.parent.name)] = _after_name(path)
+        with suppress(OSError):  # no descriptor to read it with
+            for path in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+                with suppress(OSError):  # a thread that has just ended
+                    threads[int(path.parent.name)] = _after_name(path)
         if not threads:
             return None
         ticks = os.sysconf("SC_CLK_TCK")
@@ -143,6 +151,60 @@ class CoreProcess:
             text = f"signal {-status}" if status < 0 else f"exit status {status}"
             return CoreExitedError(text, is_from_outside=-status in (signal.SIGKILL, signal.SIGTERM))
         return CoreExitedError("it closed its socket")
+
+
+class SpareDescriptors:
+    """Held open, and given up while a core is started: so it can be, also when this process may open no more."""
+
+    def __init__(self) -> None:
+        self._held: list[int] = []
+        self._fill()
+
+    @contextmanager
+    def given_up(self) -> Iterator[None]:
+        """Others may be opened meanwhile."""
+        self.close()
+        try:
+            yield
+        finally:
+            self._fill()
+
+    def close(self) -> None:
+        """Give them up."""
+        while self._held:
+            os.close(self._held.pop())
+
+    def _fill(self) -> None:
+        with suppress(OSError):
+            while len(self._held) < NUM_SPARE_DESCRIPTORS:
+                self._held.append(os.open(os.devnull, os.O_RDONLY))
+
+
+def _spawn(module: str, fileno: int) -> "subprocess.Popen[bytes]":
+    """Start a core in a thread that ends with it: the kernel ends a core with the *thread* that started it
+    (`core_server.die_with_parent`), and the caller's may end long before the process."""
+    started: Future[subprocess.Popen[bytes]] = Future()
+
+    def run() -> None:
+        try:
+            # -P: the working directory is no place to import from.
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, str(fileno)],
+                pass_fds=[fileno],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
+            )
+        except BaseException as error:  # noqa: BLE001 -- raised in the caller's thread
+            started.set_exception(error)
+            return
+        started.set_result(process)
+        process.wait()
+
+    try:
+        threading.Thread(target=run, name="quire-core-owner", daemon=True).start()
+    except RuntimeError as error:  # the system has no more threads
+        raise OSError(errno.EAGAIN, str(error)) from error
+    return started.result()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from quire.core.engine_core import EngineCore, Executor
@@ -50,7 +50,8 @@ MAX_SALT_BYTES = 1024
 
 def die_with_parent() -> None:
     """Signals of a terminal or a service manager are for the parent, which finishes what runs. This process ends with
-    it by two means: by the end of file on the socket, and, on Linux, by the kernel."""
+    it by two means: by the end of file on the socket, and, on Linux, by the kernel, which does so when the thread ends
+    that started it: that thread must live as long as the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -92,17 +93,29 @@ class AnnouncingExecutor:
         """See the executor."""
         return self._executor.run_idle_work()
 
+    def clear(self) -> None:
+        """See the executor."""
+        self._executor.clear()
+
+    def give_back(self, runs: Sequence[tuple[int, int]]) -> None:
+        """See the executor."""
+        self._executor.give_back(runs)
+
     def close(self) -> None:
         """Close the executor."""
         self._executor.close()
 
 
 class CoreServer:
-    """Serves one core to the other end of `connection`, for as long as that end lives."""
+    """Serves one core to the other end of `connection`, for as long as that end lives.
 
-    def __init__(self, core: EngineCore, info: CoreInfo, connection: socket.socket) -> None:
+    Args:
+        release: `EngineArgs.release_idle_memory`.
+    """
+
+    def __init__(self, core: EngineCore, info: CoreInfo, connection: socket.socket, release: str = "no") -> None:
         self._core = core
-        self._channel = LocalChannel(core)
+        self._channel = LocalChannel(core, release)
         self._info = info
         self._connection = connection
         self._commands: deque[Command] = deque()

@@ -5,7 +5,8 @@ is computed again is the same. So each request that had a row is quarantined and
 until it is past the point where it stood. If this core dies too, the death is attributed to the one present, alone, in
 a second death: it fails, and nothing is held against the others. A request whose probe ended well is cleared,
 and waits until all are; then all are resumed. A core that was killed from outside says little about requests: all are
-resumed at once, and only those that were present in two such deaths are quarantined.
+resumed at once, and only those that were present in two such deaths are quarantined; it fails none but one that it
+finds alone.
 """
 
 from collections import deque
@@ -16,7 +17,8 @@ from quire.core.plan import TokenDelta
 from quire.core.request import NewRequest, ResumeState
 
 MOST_DEATHS = 3
-"""Requests that were present in so many deaths, and that every probe cleared, fail together."""
+"""Requests that were present in so many deaths, and that every probe cleared, fail together with one that was not from
+outside."""
 MOST_PROBES = 32
 """Many requests are probed in groups, so that there are no more probes than this; a death leaves one of the groups."""
 PROBE_TOKENS = 2
@@ -90,8 +92,10 @@ class Journal:
         return len(self._entries)
 
     def add(self, new: NewRequest) -> None:
-        """A request has come."""
-        self._entries[new.request_id] = self._unsent[new.request_id] = Entry(new)
+        """A request has come, new or resumed."""
+        given = new.resume
+        entry = Entry(new, list(given.output_token_ids), given.num_prompt_logprobs, given.num_cached_tokens)
+        self._entries[new.request_id] = self._unsent[new.request_id] = entry
 
     def remove(self, request_id: str) -> bool:
         """A request has ended or was aborted. Returns whether the core has it."""
@@ -159,7 +163,7 @@ class Journal:
             failed = present if is_attributed else []
             quarantined = [] if is_attributed else present
         else:
-            failed = [entry for entry in present if entry.num_deaths >= MOST_DEATHS]
+            failed = [entry for entry in present if by_itself and entry.num_deaths >= MOST_DEATHS]
             quarantined = [entry for entry in present if by_itself or entry.num_deaths > 1]
         for entry in failed:
             self.remove(entry.new.request_id)

@@ -4,10 +4,11 @@
 
               spawn            Ready                 end of file, or a step that takes too long
     (nothing) ─────> starting ───────> serving ──────────────────────────────┐
-        ^               │ died                                               │
-        │               v                                                    v
-        │     three deaths in a row: open ─── pause over ───> spawn     attribute, spawn,
-        └── all that wait: 503, Retry-After                             requests are resumed
+                        │ died, or could not be spawned                      │
+                        v                                                    v
+              three in a row: open ─── pause over ───> spawn            attribute, spawn,
+              newcomers: 503, Retry-After; those that wait: too,        requests are resumed
+              if the cores died by themselves
 
 The heartbeat (`heartbeat`) is the age of the core's last message while it has work: it announces a step that is
 not like those before, and reports every step that is done. How long a step may take, it says itself
@@ -35,7 +36,7 @@ from quire.errors import (
     UnsupportedModelError,
 )
 from quire.isolation.breaker import Breaker
-from quire.isolation.core_process import CoreExitedError, CoreProcess
+from quire.isolation.core_process import CoreExitedError, CoreProcess, SpareDescriptors
 from quire.isolation.heartbeat import LEAST_SECONDS, Activity, Heartbeat
 from quire.isolation.journal import Journal
 from quire.isolation.wire import Abort, Add, Begun, Check, Ready, StartFailed, Stepped
@@ -86,7 +87,12 @@ class SupervisedChannel:
         self._waker.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
         self._core: CoreProcess | None = None
-        self._start()
+        self._spare = SpareDescriptors()
+        try:
+            self._start()
+        except OSError as error:
+            self.close()
+            raise EngineDeadError(f"the engine's core could not be started: {error}") from error
 
     def wait_ready(self) -> CoreInfo:
         """Wait for the first core.
@@ -106,6 +112,11 @@ class SupervisedChannel:
                     self._take(report, [])
         except CoreExitedError as error:
             raise EngineDeadError(f"the engine's core ended while it started: {error}") from error
+        return self._info
+
+    @property
+    def info(self) -> CoreInfo | None:
+        """Of the first core; None before it has answered."""
         return self._info
 
     @property
@@ -146,16 +157,15 @@ class SupervisedChannel:
         self._feed()
 
     def wait(self) -> None:
-        """See `CoreChannel.wait`. It also returns when something is due: a hang, the end of a pause."""
+        """See `CoreChannel.wait`. It also returns when something is due: a hang, the end of a pause. An interrupt in it
+        changes nothing."""
         self._watch_writing()
         timeout_s = self._seconds_until_due()
         before_s = self._clock()
-        for key, events in self._selector.select(timeout_s):
+        for key, _ in self._selector.select(timeout_s):
             if key.fileobj is self._woken:
                 with suppress(BlockingIOError):
                     self._woken.recv(4096)
-            elif events & selectors.EVENT_WRITE and self._core is not None:
-                self._core.flush()
         now_s = self._clock()
         if timeout_s is not None and now_s - before_s > timeout_s + LATE_WAKE_SECONDS:
             self._heartbeat.heard()
@@ -174,9 +184,11 @@ class SupervisedChannel:
         outputs: list[CoreOutputs] = []
         if self._core is None:
             if self._breaker.may_start(self._clock()):
-                self._start()
+                self._start_next()
             return outputs
         try:
+            if self._core.has_unsent:
+                self._core.flush()
             for report in self._core.receive():
                 self._take(report, outputs)
             if self._is_hung():
@@ -193,6 +205,17 @@ class SupervisedChannel:
         if self._core is not None and self._is_serving:
             self._core.send(Check())
 
+    def clear(self) -> None:
+        """See `CoreChannel.clear`: another core takes its place."""
+        if self._core is not None:
+            with suppress(KeyError, ValueError):  # an interrupted call came so far
+                self._selector.unregister(self._core)
+            self._core.end(at_once=True)
+        self._core, self._is_serving, self._must_refuse = None, False, False
+        self._journal, self._gauges = Journal(), IDLE
+        if self._breaker.may_start(self._clock()):
+            self._start()
+
     def close(self) -> None:
         """See `CoreChannel.close`."""
         if self._is_closed:
@@ -204,22 +227,39 @@ class SupervisedChannel:
         self._selector.close()
         self._woken.close()
         self._waker.close()
+        self._spare.close()
 
     def _start(self) -> None:
-        self._core = self._spawn()
+        with self._spare.given_up():
+            core = self._spawn()
+            self._selector.register(core, selectors.EVENT_READ)
+        self._core = core
         self._started_s = self._clock()
         self._heartbeat.expect(self._start_allowed_s)
-        self._selector.register(self._core, selectors.EVENT_READ)
+
+    def _start_next(self) -> None:
+        """Start the core that follows, if the system has what it takes: if not, that counts as a death."""
+        try:
+            self._start()
+        except OSError as error:
+            logger.error("the engine's core could not be started (%s)", error)
+            now_s = self._clock()
+            self._breaker.record_failure(now_s, now_s, by_itself=False)
+            self._note_pause(now_s)
+
+    def _note_pause(self, now_s: float) -> None:
+        """Say that no core is started for now, if so."""
+        if not self._breaker.may_start(now_s):
+            logger.error("the engine's core died again and again: no new one for %.0f s", self._pause_s(now_s))
+            self._must_refuse = not self._breaker.lets_wait
 
     def _take(self, report: Any, outputs: list[CoreOutputs]) -> None:
         self._heartbeat.heard()
         if isinstance(report, Stepped):
             step = report.outputs
             deltas = self._journal.take(step.deltas)
-            if any(delta.finish_reason in ("stop", "length") for delta in deltas):
+            if any(delta.token_ids for delta in deltas):
                 self._breaker.record_success()
-            elif any(delta.token_ids for delta in deltas):
-                self._breaker.record_progress()
             self._gauges = step.gauges
             outputs.append(CoreOutputs(deltas, _with_probed(step, deltas), step.gauges))
         elif isinstance(report, Begun):
@@ -255,11 +295,12 @@ class SupervisedChannel:
         self._core, self._is_serving = None, False
         self._gauges = IDLE
         self._num_replaced[kind] += 1
-        death = self._journal.core_died(by_itself=not reason.is_from_outside)
+        by_itself = not reason.is_from_outside
+        death = self._journal.core_died(by_itself=by_itself)
         if death.is_attributed:
             self._breaker.record_attributed(self._started_s, now_s)
         elif not death.is_narrowed:
-            self._breaker.record_failure(self._started_s, now_s)
+            self._breaker.record_failure(self._started_s, now_s, by_itself=by_itself)
         logger.error(
             "the engine's core exited (%s); %d requests go on in the next, %d fail",
             reason, death.num_kept, len(death.failed),
@@ -268,10 +309,9 @@ class SupervisedChannel:
             deltas = tuple(TokenDelta(name, (), finish_reason="error", error=FAILED_AGAIN) for name in death.failed)
             outputs.append(CoreOutputs(deltas, None, IDLE))
         if self._breaker.may_start(now_s):
-            self._start()
+            self._start_next()
         else:
-            logger.error("the engine's core died again and again: no new one for %.0f s", self._pause_s(now_s))
-            self._must_refuse = True
+            self._note_pause(now_s)
 
     def _activity(self) -> Activity | None:
         core = self._core  # read once: another thread may ask while this one replaces it

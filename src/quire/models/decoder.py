@@ -35,6 +35,9 @@ from quire.ops.types import (
     WeightDtype,
 )
 
+FIRST_POSITIONS = 8192
+"""Of the tables of rotary positions; a longer sequence makes them longer, to twice that or more."""
+
 Weights = Mapping[str, Any]
 """By the names of `decoder_parameters`: a matrix as its provider packed it; a norm as `(weight, bias or None)`, float32
 arrays of the provider, with an offset of the weight already added."""
@@ -203,8 +206,9 @@ class Decoder:
         self._positions = weights["positions"] if spec.learned_positions else None
         # What `pack_embedding` returns also serves `logits`, so a tied head costs nothing.
         self._head = self._embedding if spec.tied_head else weights["head"]
-        self._first_norm, self._layers = _build_layers(weights, spec, _rope_tables(ops, spec.layers, max_model_len))
-        self._compute = ops.compile(self.compute)
+        self._weights = weights
+        # A device's steps may be captured, and its positions are not read here: all of its tables are made at once.
+        self._reach(min(max_model_len, FIRST_POSITIONS) if ops.memory() is None else max_model_len)
 
     def cache_shape(self, num_blocks: int, block_size: int) -> CacheShape:
         """`Model.cache_shape`; keys and values have the type of the weights."""
@@ -213,7 +217,16 @@ class Decoder:
 
     def forward(self, token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
         """`[tokens]` -> hidden states after the last norm `[outputs, hidden]`."""
+        if self._num_positions < self.max_model_len and int(batch.positions.max()) >= self._num_positions:
+            self._reach(min(self.max_model_len, max(2 * self._num_positions, int(batch.positions.max()) + 1)))
         return self._compute(token_ids, batch, cache)
+
+    def _reach(self, num_positions: int) -> None:
+        """Build the layers with tables of positions up to `num_positions`; their values are the same in any length."""
+        tables = _rope_tables(self._ops, self.spec.layers, num_positions, self.max_model_len)
+        self._num_positions = num_positions
+        self._first_norm, self._layers = _build_layers(self._weights, self.spec, tables)
+        self._compute = self._ops.compile(self.compute)
 
     def compute(self, ops: Ops, token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
         """`forward` of all tokens `[tokens]` -> `[tokens, hidden]`, by operations;
@@ -267,11 +280,11 @@ def _build_layers(
 
 
 def _rope_tables(
-    ops: Device, layers: Iterable[LayerSpec], max_model_len: int
+    ops: Device, layers: Iterable[LayerSpec], num_positions: int, max_model_len: int
 ) -> dict[RopeSpec | None, RopeTables | None]:
     """One pair of tables for each kind of rotary positions in the model."""
     tables: dict[RopeSpec | None, RopeTables | None] = {None: None}
     for spec in {layer.rope for layer in layers if layer.rope is not None}:
-        cos, sin = rope_tables(spec, max_model_len)
+        cos, sin = rope_tables(spec, num_positions, max_model_len)
         tables[spec] = RopeTables(ops.array(cos, "float32"), ops.array(sin, "float32"))
     return tables

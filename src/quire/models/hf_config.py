@@ -9,7 +9,8 @@ from quire.ops.types import Activation
 
 _T = TypeVar("_T")
 
-_LARGEST = 2**24
+LARGEST = 2**24
+"""Of all sizes and lengths."""
 _FULL = "full_attention"
 _SLIDING = "sliding_attention"
 
@@ -72,13 +73,13 @@ class ConfigReader:
         """True if the key is there and not null."""
         return self._value(name) is not None
 
-    def integer(self, name: str, default: int | None = None, *, at_least: int = 1, at_most: int = _LARGEST) -> int:
+    def integer(self, name: str, default: int | None = None, *, at_least: int = 1, at_most: int = LARGEST) -> int:
         """A whole number in a range; required if there is no default."""
         value = self.optional_integer(name, at_least=at_least, at_most=at_most)
         return self._required(name, default) if value is None else value
 
     def optional_integer(
-        self, name: str, *, if_absent: int | None = None, at_least: int = 1, at_most: int = _LARGEST
+        self, name: str, *, if_absent: int | None = None, at_least: int = 1, at_most: int = LARGEST
     ) -> int | None:
         """A whole number, or None."""
         value = self._value(name, if_absent)
@@ -89,17 +90,17 @@ class ConfigReader:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite number above zero; required if there is no default."""
+        """A number from 1e-30 to 1e30; required if there is no default."""
         value = self.optional_number(name)
         return self._required(name, default) if value is None else value
 
     def optional_number(self, name: str, *, if_absent: float | None = None) -> float | None:
-        """A finite number above zero, or None."""
+        """A number from 1e-30 to 1e30, or None: within it no power or quotient of two leaves float64."""
         value = self._value(name, if_absent)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-            raise self._wrong(name, "a finite number above zero")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-30 <= value <= 1e30:
+            raise self._wrong(name, "a number from 1e-30 to 1e30")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
@@ -124,7 +125,7 @@ class ConfigReader:
         return _ACTIVATIONS[value]
 
     def numbers(self, name: str) -> tuple[float, ...]:
-        """A list of finite numbers above zero."""
+        """A list of numbers from 1e-30 to 1e30."""
         value = self._value(name)
         if not isinstance(value, list):
             raise self._wrong(name, "a list of numbers")
@@ -163,7 +164,8 @@ class ConfigReader:
                 raise self.unsupported("layer_types", f"known are {_FULL} and {_SLIDING}")
             is_sliding = [kind == _SLIDING for kind in types]
         if window is None and any(is_sliding):
-            raise self._wrong("sliding_window", "a number, since layer_types has sliding layers")
+            stated = (f"{name} = {_short(self._values.get(name))}" for name in ("sliding_window", "use_sliding_window"))
+            raise self.unsupported("layer_types", f"its sliding layers have no window ({', '.join(stated)})")
         return [window if sliding else None for sliding in is_sliding]
 
     def refuse_unread(self) -> None:

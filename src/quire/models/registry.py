@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from quire.errors import ModelFileError, UnsupportedModelError, unknown_name_message
+from quire.errors import ModelFileError, UnsupportedModelError
 from quire.models.families.gemma2 import gemma2
 from quire.models.families.gemma3 import gemma3, gemma3_text_of
 from quire.models.families.gpt2 import gpt2
@@ -58,6 +58,10 @@ def _family(config: Mapping[str, Any]) -> Family:
         raise ModelFileError("config.json names no architecture")
     name = architectures[0][:100]
     if name not in FAMILIES:
-        unknown = unknown_name_message("architecture", name, FAMILIES)
-        raise UnsupportedModelError(f"{unknown}; supported are {', '.join(FAMILIES)}")
+        # A name that is merely near is another architecture's, whose weights would not fit.
+        nearest = [f"; did you mean {known!r}?" for known in FAMILIES if known.lower() == name.lower()]
+        supported = ", ".join(FAMILIES)
+        raise UnsupportedModelError(
+            f"the architecture {name!r} is not supported{''.join(nearest)}; these are: {supported}"
+        )
     return FAMILIES[name]

@@ -12,22 +12,35 @@ from numpy.typing import NDArray
 from quire.models.spec import LinearScaling, Llama3Scaling, LongRopeScaling, RopeSpec, YarnScaling
 
 Float32Array = NDArray[np.float32]
+_PIECE = 1024
 
 
-def rope_tables(spec: RopeSpec, max_positions: int) -> tuple[Float32Array, Float32Array]:
-    """Cosines and sines of RoPE (arXiv 2104.09864) for positions `[0, max_positions)`.
+def rope_tables(spec: RopeSpec, num_positions: int, max_positions: int) -> tuple[Float32Array, Float32Array]:
+    """Cosines and sines of RoPE (arXiv 2104.09864) for positions `[0, num_positions)`.
+
+    Args:
+        max_positions: of the longest sequence; LongRoPE has a set of frequencies for short ones.
 
     Returns:
-        `cos, sin`, float32 `[max_positions, rotary_dim / 2]`: of `position * theta^(-2 i / rotary_dim)`, scaled as
+        `cos, sin`, float32 `[num_positions, rotary_dim / 2]`: of `position * theta^(-2 i / rotary_dim)`, scaled as
         `spec` says.
     """
     frequencies, attention_factor = _frequencies(spec, max_positions)
-    angles = np.arange(max_positions, dtype=np.float32)[:, None] * frequencies
-    cos, sin = np.cos(angles), np.sin(angles)
+    tables = np.empty((2, num_positions, len(frequencies)), np.float32)
+    # In pieces that begin at the same positions in every table: what is beside an angle cannot change its bits.
+    for start in range(0, num_positions, _PIECE):
+        angles = np.arange(start, start + _PIECE, dtype=np.float32)[:, None] * frequencies
+        kept = slice(start, min(start + _PIECE, num_positions))
+        for table, values in zip(tables, (np.cos(angles), np.sin(angles)), strict=True):
+            table[kept] = values[: kept.stop - start]
     if attention_factor != 1.0:
-        cos *= np.float32(attention_factor)
-        sin *= np.float32(attention_factor)
-    return cos, sin
+        tables *= np.float32(attention_factor)
+    return tables[0], tables[1]
+
+
+def takes_long_factors(scaling: LongRopeScaling, max_positions: int) -> bool:
+    """Whether sequences of up to `max_positions` have LongRoPE's long set of factors, all of them."""
+    return max_positions > scaling.original_max_positions
 
 
 def _frequencies(spec: RopeSpec, max_positions: int) -> tuple[Float32Array, float]:
@@ -46,7 +59,7 @@ def _frequencies(spec: RopeSpec, max_positions: int) -> tuple[Float32Array, floa
         case YarnScaling():
             return _yarn(wavelengths, spec, spec.scaling), spec.scaling.attention_factor
         case LongRopeScaling() as scaling:
-            is_long = max_positions > scaling.original_max_positions
+            is_long = takes_long_factors(scaling, max_positions)
             factors = scaling.long_factors if is_long else scaling.short_factors
             frequencies = np.float32(1.0) / (np.asarray(factors, np.float32) * wavelengths)
             return frequencies, scaling.attention_factor

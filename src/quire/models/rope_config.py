@@ -4,7 +4,8 @@
 import math
 from dataclasses import dataclass, replace
 
-from quire.models.hf_config import ConfigReader
+from quire.errors import ModelFileError
+from quire.models.hf_config import LARGEST, ConfigReader
 from quire.models.spec import (
     LinearScaling,
     Llama3Scaling,
@@ -54,20 +55,33 @@ def parse_rope(
     """One rope object; `config` gives the lengths that it may leave out. Raises as `read_rope`."""
     rope.refuse_keys_outside(_KNOWN)
     partial = rope.number("partial_rotary_factor", partial)
+    stated = rope if rope.has("partial_rotary_factor") else config
     if partial > 1.0 or (partial < 1.0 and not defaults.can_be_partial):
-        raise rope.unsupported("partial_rotary_factor", "this family rotates whole heads")
+        raise stated.unsupported("partial_rotary_factor", "this family rotates whole heads")
     rotary_dim = int(head_dim * partial)
     if rotary_dim < 2 or rotary_dim % 2:
-        raise rope.unsupported("partial_rotary_factor", f"{rotary_dim} rotated dimensions are not a number of pairs")
+        raise stated.unsupported("partial_rotary_factor", f"{rotary_dim} rotated dimensions are not a number of pairs")
     theta = rope.number("rope_theta", defaults.theta)
+    if theta <= 1.0:
+        raise (rope if rope.has("rope_theta") else config).unsupported("rope_theta", "it must be above 1")
     return RopeSpec(theta, rotary_dim, _scaling(config, rope, rotary_dim, defaults))
 
 
 def extended_positions(rope: RopeSpec, max_positions: int) -> int:
-    """The model's longest sequence: YaRN configs often state the length before it was stretched."""
-    if isinstance(rope.scaling, YarnScaling):
-        return max(max_positions, int(rope.scaling.factor * rope.scaling.original_max_positions))
-    return max_positions
+    """The model's longest sequence: YaRN configs often state the length before it was stretched.
+
+    Raises:
+        ModelFileError: it is beyond what any length may be.
+    """
+    if not isinstance(rope.scaling, YarnScaling):
+        return max_positions
+    stretched = rope.scaling.factor * rope.scaling.original_max_positions
+    if stretched > LARGEST:
+        raise ModelFileError(
+            f"config.json: YaRN's factor = {rope.scaling.factor:g} makes {stretched:g} positions of "
+            f"{rope.scaling.original_max_positions}; at most {LARGEST} are supported"
+        )
+    return max(max_positions, int(stretched))
 
 
 def _scaling(config: ConfigReader, rope: ConfigReader, rotary_dim: int, defaults: RopeDefaults) -> RopeScaling | None:
@@ -80,6 +94,8 @@ def _scaling(config: ConfigReader, rope: ConfigReader, rotary_dim: int, defaults
     original = config.optional_integer("original_max_position_embeddings", if_absent=defaults.original_positions)
     if original is None:
         original = rope.integer("original_max_position_embeddings", max_positions)
+    if original < 2:
+        raise ModelFileError(f"config.json: original_max_position_embeddings must be above 1, got {original}")
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if low >= high:

@@ -80,7 +80,7 @@ def _queue_reasons(timeline: Timeline) -> dict[str, float]:
 
 def _by_name(timeline: Timeline, name_of: Callable[[str], str | None]) -> dict[str, float]:
     found: dict[str, float] = {}
-    for core_id, seconds in timeline.waited_for.items():
+    for core_id, seconds in list(timeline.waited_for.items()):  # the engine's thread goes on
         name = name_of(core_id)
         if name is not None:
             found[name] = found.get(name, 0.0) + seconds

@@ -14,7 +14,6 @@ requests that changed.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 
@@ -66,6 +65,8 @@ class Timeline:
     arrival_s: float
     phase: Phase
     since_s: float
+    core_id: str = ""
+    caller: str = ""
     share: float = 1.0
     """While prefilling: this sequence's part of the prompt tokens of the step."""
     prefill_clock_s: float = 0.0
@@ -137,8 +138,10 @@ class RequestTimelines:
         self._lock = threading.Lock()
         self._live: dict[str, Timeline] = {}
         self._decoding: set[str] = set()
-        self._requests: OrderedDict[tuple[str, str], RequestTimes] = OrderedDict()
-        """By caller and public name, oldest first; those that live are never forgotten."""
+        self._requests: dict[tuple[str, str], RequestTimes] = {}
+        """By caller and public name; those that live are never forgotten."""
+        self._ended: OrderedDict[tuple[str, str], None] = OrderedDict()
+        """Of these, the ones that ended, in the order in which they did."""
         self._names: dict[str, str] = {}
         """The core's id -> the public name, for `waited_for`; of the remembered."""
         self._last: StepRecord | None = None
@@ -150,19 +153,20 @@ class RequestTimelines:
         """A sequence of a request of this public name is in the queue from `now_s` on."""
         timeline = Timeline(
             request_id, sequence, len(new.prompt_token_ids), new.arrival_s, Phase.QUEUED, now_s,
-            queue_clocks_s=self._queue_clocks_at(now_s),
+            new.request_id, new.caller, queue_clocks_s=self._queue_clocks_at(now_s),
         )  # fmt: skip
         timeline.seconds[Phase.PREPARING] = max(0.0, now_s - new.arrival_s)
         with self._lock:
             self._live[new.request_id] = timeline
             key = (new.caller, request_id)
             times = self._requests.get(key)
-            if times is None or (sequence == 0 and times.has_ended):
+            if times is not None and sequence == 0 and times.has_ended:
+                self._forget(key)
+                times = None
+            if times is None:
                 times = self._requests[key] = RequestTimes(request_id, new.caller)
-                self._requests.move_to_end(key)
                 if request_id.endswith(FIRST):
                     self._forget_rest(key)
-                self._forget_oldest()
             times.sequences.append(timeline)
             self._names[new.request_id] = request_id
 
@@ -199,9 +203,9 @@ class RequestTimelines:
             timeline.first_token_s = now_s
 
     def end(self, core_id: str, finish_reason: str, num_output_tokens: int, now_s: float) -> None:
-        """A sequence has had its last token."""
+        """A sequence has had its last token. A call that was interrupted may be repeated."""
         with self._lock:
-            timeline = self._live.pop(core_id, None)
+            timeline = self._live.get(core_id)
             self._decoding.discard(core_id)
             if timeline is None:
                 return
@@ -213,6 +217,11 @@ class RequestTimelines:
             timeline.close(now_s, clock_s)
             timeline.ended_s, timeline.finish_reason = now_s, finish_reason
             timeline.num_output_tokens = num_output_tokens
+            key = timeline.caller, timeline.request_id
+            if key in self._requests and self._requests[key].has_ended:
+                self._ended[key] = None
+                self._forget_oldest()
+            del self._live[core_id]
 
     def made(self, request_id: str, caller: str, now_s: float) -> None:
         """The last text of a request was made."""
@@ -257,7 +266,7 @@ class RequestTimelines:
         caller, response_id = first[0], first[1].removesuffix(FIRST)
         for times in self._named(caller, response_id)[1:]:
             if times.has_ended:
-                del self._requests[caller, times.request_id]
+                self._forget((caller, times.request_id))
 
     def _cut(self, core_id: str, timeline: Timeline) -> None:
         """Bring a living sequence up to the last record."""
@@ -336,17 +345,12 @@ class RequestTimelines:
         timeline.queue_clocks_s = tuple(now - then for now, then in zip(clocks_s, before_s, strict=True))
 
     def _forget_oldest(self) -> None:
-        for key in self._oldest_ended(len(self._requests) - self._max_remembered):
-            del self._requests[key]
-        if len(self._names) > 4 * self._max_remembered:
-            kept = {name for _, name in self._requests}
-            self._names = {key: name for key, name in self._names.items() if name in kept}
+        while len(self._ended) > self._max_remembered:
+            self._forget(next(iter(self._ended)))
 
-    def _oldest_ended(self, count: int) -> Iterable[tuple[str, str]]:
-        found: list[tuple[str, str]] = []
-        for key, times in self._requests.items():
-            if len(found) >= count:
-                break
-            if times.sequences and times.has_ended:
-                found.append(key)
-        return found
+    def _forget(self, key: tuple[str, str]) -> None:
+        """One that ended."""
+        self._ended.pop(key, None)
+        times = self._requests.pop(key, None)
+        for timeline in () if times is None else times.sequences:
+            self._names.pop(timeline.core_id, None)

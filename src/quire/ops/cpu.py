@@ -233,6 +233,9 @@ class CpuOps(ComposedOps):
     def block_bytes(self, cache: Opaque, block: int, layer: int) -> bytes:
         return bytes(cache.block_bytes(block, layer))
 
+    def release_blocks(self, cache: Opaque, first: int, number: int) -> None:
+        cache.release_blocks(first, number)
+
     # element by element
 
     def activation(self, x: Array, kind: Activation) -> Array:

@@ -286,6 +286,9 @@ class Device(PackedStore, Protocol):
     def block_bytes(self, cache: Opaque, block: int, layer: int) -> bytes:
         """The keys and values of a block in one layer: blocks with the same ones have the same bytes. For debugging."""
 
+    def release_blocks(self, cache: Opaque, first: int, number: int) -> None:
+        """Give the memory of blocks back to the system; they may be written again. A device keeps what it has."""
+
 
 class Ops(Protocol):
     """What a model is written over. Formulas, tolerances and sources: `reference.py`.

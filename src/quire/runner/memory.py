@@ -1,9 +1,7 @@
 """Where memory goes, before the cache is given the rest: measured on a GPU, estimated on a CPU."""
 
-import os
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
@@ -13,9 +11,9 @@ from quire.models.model import Model
 from quire.ops.types import Array, AttentionBatch, Opaque, Provider, SampleBatch
 from quire.outputs import Decision
 from quire.runner.graphs import BYTES_PER_GRAPH, GraphBuckets
+from quire.runner.host_memory import host_memory_bytes
 from quire.sampling_params import MAX_LOGPROBS
 
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 PROMPT_LOGPROB_ROWS = 64
 """Rows of logits held at once while the log-probabilities of a prompt are read."""
 FRAGMENTATION_SHARE = 0.01
@@ -184,17 +182,3 @@ def _sample_and_report(
     ops.zero_nonfinite_rows(logits)
     ops.logprobs(raw, tokens, min(MAX_LOGPROBS, model.spec.vocab_size))
     return hidden, raw
-
-
-def host_memory_bytes() -> int:
-    """Memory of this machine, or of the container that this process is confined to, in bytes."""
-    limits = [_total_bytes()]
-    for name in CGROUP_LIMITS:
-        path = Path(name)
-        if path.is_file() and (text := path.read_text().strip()).isdigit():
-            limits.append(int(text))
-    return min(limits)
-
-
-def _total_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -89,6 +89,7 @@ class ModelRunner:
     ) -> None:
         self._model = model
         self._ops = ops
+        self._max_rows = max_rows
         self._spare_block = num_blocks
         """Behind those of the scheduler, where `capture` or `recomputes` wants it."""
         self._cache = ops.make_cache(model.cache_shape(num_blocks + (capture is not None or recomputes), block_size))
@@ -119,6 +120,17 @@ class ModelRunner:
     def run_idle_work(self) -> bool:
         """In a moment without work: something that makes later steps quicker; False if there is nothing to do."""
         return self._graphs is not None and self._graphs.run_idle_work()
+
+    def clear(self) -> None:
+        """Free every row and forget the steps in flight, in whatever state they are."""
+        self._in_flight.clear()
+        for row in range(self._max_rows):
+            self._clear(row)
+
+    def give_back(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Give the memory of these blocks back to the system: see `Device.release_blocks`."""
+        for first, number in runs:
+            self._ops.release_blocks(self._cache, first, number)
 
     def first_difference(self, block_ids: Sequence[int], token_ids: Sequence[int]) -> int | None:
         """Between steps: of the blocks of a text, compute the last one, which holds `token_ids`, again, and compare it

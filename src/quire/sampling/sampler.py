@@ -121,8 +121,8 @@ class Sampler:
             self._logprobs.add(row, spec.num_logprobs, spec.logprob_token_ids)
         for feature, rows in self._features:
             if feature.uses(spec):
+                self._edited.add(row)  # first: `remove` looks only there
                 rows.add(row)
-                self._edited.add(row)
                 feature.add(new)
 
     def remove(self, row: int) -> None:

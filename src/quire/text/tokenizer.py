@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.errors import InvalidRequestError
 from quire.text.chat.messages import ContinuationMarker, plain_data, read_messages
-from quire.text.chat.special import SpecialText
+from quire.text.chat.special import SpecialText, turn_markers
 from quire.text.detokenizer import IncrementalDetokenizer, TextOffsets, prompt_offsets
 from quire.text.token_bytes import TokenBytes
 from quire.text.tokenizer_files import TokenizerFiles, is_panic, read_tokenizer_files
@@ -30,8 +30,9 @@ class Tokenizer:
     def __init__(self, files: TokenizerFiles) -> None:
         self._files = files
         self._backend = files.backend
-        self._special_text = SpecialText(files.backend)
         self._added = files.backend.get_added_tokens_decoder()
+        self._special_text = SpecialText(files.backend, turn_markers(self._added.values(), files.templates.values()))
+        self._special_text_of = lru_cache(maxsize=8)(self._special_text_of_request)
         self.token_table = TokenBytes(files.backend)
         self.special_token_ids = frozenset(number for number, token in self._added.items() if token.special)
 
@@ -142,8 +143,9 @@ class Tokenizer:
         """A conversation as the model's chat template writes it, as tokens or as text.
 
         `chat_template` is the name of one of the model's templates, or a template. In tokens, special
-        tokens spelled anywhere in messages, tools, documents or `template_kwargs` are ordinary text, so
-        that no message can forge a turn; the text form cannot tell them apart. A caller that passes on
+        tokens spelled anywhere in messages, tools, documents or `template_kwargs` are ordinary text, and so
+        are other added tokens that the template writes, save in the assistant's messages: no message can
+        forge a turn; the text form cannot tell them apart. A caller that passes on
         `template_kwargs` from outside refuses those of `RESERVED_NAMES` first.
         `add_special_tokens` adds what the tokenizer adds to a raw prompt (most templates write it).
 
@@ -164,11 +166,12 @@ class Tokenizer:
             **plain_data(template_kwargs),
         }
         escape = None
+        special_text = self._special_text if source in self._files.templates.values() else self._special_text_of(source)
         with _refusing(""):
-            occurs = tokenize and self._special_text.occurs_in(inputs.values())
+            occurs = tokenize and special_text.occurs_in(inputs)
         if occurs:
-            escape = self._special_text.choose_escape(inputs.values(), source)
-            inputs = {name: self._special_text.escaped(value, escape) for name, value in inputs.items()}
+            escape = special_text.choose_escape(inputs.values(), source)
+            inputs = special_text.escaped(inputs, escape)
         continuation = ContinuationMarker(inputs["messages"]) if continue_final_message else None
         variables = {**self._files.named_tokens, "add_generation_prompt": add_generation_prompt, **inputs}
         rendered = self._templates.render(source, variables)
@@ -179,7 +182,12 @@ class Tokenizer:
         if escape is None:
             return self.encode(rendered, add_special_tokens=add_special_tokens)
         with _refusing(rendered):
-            return self._special_text.encode(rendered, escape, add_special_tokens=add_special_tokens)
+            return special_text.encode(rendered, escape, add_special_tokens=add_special_tokens)
+
+    def _special_text_of_request(self, source: str) -> SpecialText:
+        """For a template that is not the model's."""
+        markers = self._special_text.markers | turn_markers(self._added.values(), [source])
+        return self._special_text if markers == self._special_text.markers else SpecialText(self._backend, markers)
 
     def _choose_template(self, chat_template: str | None, *, has_tools: bool) -> str:
         templates = self._files.templates

@@ -9,9 +9,11 @@ from typing import Any
 import tokenizers
 
 from quire.errors import ModelFileError
+from quire.text.growth import check_growth
 
 _MAX_TOKENIZER_BYTES = 256 << 20
 _MAX_FILE_BYTES = 32 << 20
+_LFS_POINTER = "version https://git-lfs.github.com/spec/"
 _COMMON_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 
 
@@ -50,6 +52,7 @@ def _read_backend(directory: Path) -> tokenizers.Tokenizer:
     text = _read_text(directory / "tokenizer.json", _MAX_TOKENIZER_BYTES)
     if text is None:
         raise ModelFileError("tokenizer.json is missing: this directory has no tokenizer that Quire reads")
+    check_growth(text)
     try:
         backend = tokenizers.Tokenizer.from_str(text)
     except BaseException as error:
@@ -68,11 +71,14 @@ def _read_text(path: Path, max_bytes: int) -> str | None:
             return None
         if path.stat().st_size > max_bytes:
             raise ModelFileError(f"{path.name} is larger than {max_bytes >> 20} MB")
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ModelFileError(f"{path.name} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ModelFileError(f"{path.name} is not UTF-8 text") from None
+    if text.startswith(_LFS_POINTER):
+        raise ModelFileError(f"{path.name} is a Git LFS pointer, not the file itself; `git lfs pull` fetches it")
+    return text
 
 
 def _read_json(directory: Path, name: str) -> dict[str, Any]:
@@ -112,19 +118,26 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, tokenizers.AddedToken]
 def _add_tokens(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, tokenizers.AddedToken]
 ) -> None:
-    """Add what the configuration names and tokenizer.json lacks, in the order of `transformers`."""
+    """Add what the configuration names, in the order of `transformers`: its flags win over those of tokenizer.json.
+
+    Where it lists no tokens, those of tokenizer.json keep their flags. In either list a named token is special.
+    """
     by_id = config.get("added_tokens_decoder", {})
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     if not isinstance(by_id, dict) or not all(str(key).isdecimal() for key in by_id):
         raise ModelFileError("tokenizer_config.json: added_tokens_decoder does not map ids to tokens")
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    wanted = [_as_token(by_id[key], special=False) for key in sorted(by_id, key=int)]
-    wanted += named.values()
-    wanted += [_as_token(value, special=True) for value in extra if isinstance(extra, list)]
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    listed = [_as_token(by_id[key], special=False) for key in sorted(by_id, key=int)]
+    wanted = [token for token in listed if token is not None] if "added_tokens_decoder" in config else [*known.values()]
+    names = {token.content for token in named.values()}
     for token in wanted:
-        if token is not None and token.content not in known:
-            known.add(token.content)
-            backend.add_tokens([token])
+        # The library goes on hiding a token that was special once, whatever is said of it later.
+        was_special = token.content in known and known[token.content].special
+        token.special = token.special or was_special or token.content in names
+    contents = {*known, *(token.content for token in wanted)}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    others = [*named.values(), *(_as_token(value, special=True) for value in extra if isinstance(extra, list))]
+    # One call: each rebuilds the search for all added tokens.
+    backend.add_tokens([*wanted, *(token for token in others if token is not None and token.content not in contents)])
 
 
 def _read_templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:

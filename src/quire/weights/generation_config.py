@@ -6,7 +6,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from quire.errors import ModelFileError
+from quire.errors import InvalidRequestError, ModelFileError
+from quire.sampling_params import SamplingParams
 from quire.weights.json_file import read_json_object
 
 MAX_BYTES = 2**20
@@ -24,7 +25,7 @@ _SAMPLING = {
 
 @dataclass(frozen=True, slots=True)
 class GenerationDefaults:
-    """`sampling` has vLLM's names; values are numbers as the file has them, not yet validated as parameters."""
+    """`sampling` has vLLM's names; each value is one that `SamplingParams` takes."""
 
     eos_token_ids: tuple[int, ...]
     sampling: Mapping[str, int | float]
@@ -34,7 +35,7 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
     """From `generation_config.json`, and `config.json` for what that one does not say.
 
     Raises:
-        ModelFileError: a file is damaged, or a value has a wrong type.
+        ModelFileError: a file is damaged, or a value has a wrong type or is out of range.
     """
     path = directory / "generation_config.json"
     generation = read_json_object(path, MAX_BYTES) if path.exists() else {}
@@ -71,5 +72,10 @@ def _ids(name: str, sources: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[i
 
 def _number(name: str, value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ModelFileError(f"generation_config.json: {name} must be a number")
+        raise ModelFileError(f"generation_config.json: {name} must be a number, got {str(value)[:60]}")
+    parameter: dict[str, Any] = {_SAMPLING[name]: value}
+    try:
+        SamplingParams(**parameter)
+    except InvalidRequestError as error:
+        raise ModelFileError(f"generation_config.json: {name}: {error.message}") from None
     return value

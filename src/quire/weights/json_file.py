@@ -13,11 +13,14 @@ MAX_MARKS = 400_000
 """Most of `{`, `[` and `,` together: what bounds the memory of the parsed value (about 40 MB)."""
 
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
 def open_regular(path: Path) -> BufferedReader:
     """Open a regular file (or a link to one, as the hub's cache uses) for reading.
 
     Raises:
-        ModelFileError: there is none, it may not be read, or it is a directory, pipe or device.
+        ModelFileError: there is none, it may not be read, or it is a directory, pipe or device, or a Git LFS pointer.
     """
     try:
         # A pipe must not block the open; the flag changes nothing for regular files.
@@ -28,7 +31,11 @@ def open_regular(path: Path) -> BufferedReader:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ModelFileError(f"{path.name}: not a regular file")
-    return os.fdopen(descriptor, "rb")
+    file = os.fdopen(descriptor, "rb")
+    if file.peek(len(_LFS_POINTER)).startswith(_LFS_POINTER):
+        file.close()
+        raise ModelFileError(f"{path.name}: a Git LFS pointer, not the file itself; `git lfs pull` fetches it")
+    return file
 
 
 def read_json_object(path: Path, max_bytes: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from quire.models.rope_config import RopeDefaults, extended_positions, read_rope
 from quire.models.spec import DecoderSpec, LayerSpec, NormSpec, RopeSpec
 
 MAX_LAYERS = 1024
+MAX_HEAD_DIM = 4096
 
 
 def num_layers_of(config: ConfigReader) -> int:
@@ -49,7 +50,7 @@ def llama_like(
     num_layers = num_layers_of(config)
     num_heads = config.integer("num_attention_heads")
     num_kv_heads = config.optional_integer("num_key_value_heads", if_absent=num_kv_heads) or num_heads
-    head_dim = config.integer("head_dim", head_dim or hidden_size // num_heads, at_least=2)
+    head_dim = config.integer("head_dim", head_dim or hidden_size // num_heads, at_least=2, at_most=MAX_HEAD_DIM)
     if num_heads % num_kv_heads:
         raise config.unsupported("num_key_value_heads", f"it must divide the {num_heads} heads")
     rope_spec = rope if isinstance(rope, RopeSpec) else read_rope(config, head_dim, rope)

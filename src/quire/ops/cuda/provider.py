@@ -216,6 +216,9 @@ class CudaOps(ComposedOps):
     def block_bytes(self, cache: torch.Tensor, block: int, layer: int) -> bytes:
         return bytes(cache[layer, :, block].contiguous().view(torch.uint8).cpu().numpy().tobytes())
 
+    def release_blocks(self, cache: torch.Tensor, first: int, number: int) -> None:
+        """The device's memory is reserved as a whole."""
+
     # element by element
 
     def activation(self, x: torch.Tensor, kind: Activation) -> torch.Tensor:

@@ -11,11 +11,12 @@ from quire.errors import ConfigurationError
 from quire.server.http import errors, probes
 from quire.server.http.access import Access
 from quire.server.http.body import Bodies
-from quire.server.http.context import Api, Gate, ServerContext
+from quire.server.http.context import Api, ServerContext
 from quire.server.http.cors import EXPOSED, Cors
 from quire.server.http.keys import KeyRequired, caller_name
-from quire.server.http.limits import REQUESTS_IN_FLIGHT, Limits
+from quire.server.http.limits import Limits
 from quire.server.http.middleware import EarlyRefusal, QueueGuard, RejectAmbiguousFraming
+from quire.server.http.shares import Shares
 
 if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
@@ -34,6 +35,8 @@ class Observability:
     """Where spans of requests are sent."""
     log_requests: bool = False
     """A log record for each request."""
+    opens_metrics: bool = False
+    """/metrics answers to everyone; else, where callers need a key, to the admin key alone."""
 
 
 NO_OBSERVABILITY = Observability()
@@ -52,7 +55,6 @@ def create_app(
     share_prefix_cache: bool = False,
     observability: Observability = NO_OBSERVABILITY,
     limits: Limits = DEFAULT_LIMITS,
-    max_requests_in_flight: int = REQUESTS_IN_FLIGHT,
     cors: Cors = NO_PAGES,
 ) -> Starlette:
     """An ASGI application. The caller keeps the engine and shuts it down.
@@ -67,7 +69,7 @@ def create_app(
         show_cached_tokens: usage tells how many prompt tokens the prefix cache supplied; None: unless callers with
             different keys share it: they could learn from it what others ask.
         observability: what operators see.
-        limits: of bodies and their fields.
+        limits: of what is open and answered at one time, of bodies and of the fields in them.
         share_prefix_cache: requests with different keys may find each other's prefixes.
         cors: which pages in a browser may use it.
 
@@ -87,12 +89,13 @@ def create_app(
         apis=tuple(apis),
         served_names=names,
         accepted_names=frozenset(names) | frozenset(model_names),
-        gate=Gate(max_requests_in_flight),
+        places=Shares(limits.requests.value),
         show_cached_tokens=show_cached_tokens,
         limits=limits,
         bodies=Bodies(limits, engine),
         needs_key=bool(api_keys),
         has_admin_key=observability.admin_api_key is not None,
+        opens_metrics=observability.opens_metrics,
         weights={caller_name(key): weight for key, weight in api_keys.items()},
         shares_prefix_cache=share_prefix_cache,
     )
@@ -122,12 +125,13 @@ def _surround(
     admin_key = observability.admin_api_key
     if admin_key is not None and (not admin_key.strip() or admin_key in api_keys):
         raise ConfigurationError("admin_api_key must not be empty, nor a caller's key", field="admin_api_key")
+    open_paths = probes.OPEN_PATHS | {"/metrics"} if observability.opens_metrics else probes.OPEN_PATHS
     errors.install(app)
-    app.add_middleware(QueueGuard, context=app.state.context)
+    app.add_middleware(QueueGuard, context=app.state.context, open_paths=open_paths)
     keys = None
     if api_keys or admin_key is not None:
-        keys = KeyRequired(app, api_keys=api_keys, open_paths=probes.OPEN_PATHS, admin_key=admin_key)
-        app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=probes.OPEN_PATHS, admin_key=admin_key)
+        keys = KeyRequired(app, api_keys=api_keys, open_paths=open_paths, admin_key=admin_key)
+        app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=open_paths, admin_key=admin_key)
     if cors.origins:  # around the keys: a preflight carries none, and a page may read why its request was refused
         app.add_middleware(
             CORSMiddleware,

@@ -13,6 +13,7 @@ from quire.engine.queue import Caller
 from quire.server.http.errors import ApiError, ClientGoneError
 from quire.server.http.keys import caller_of
 from quire.server.http.limits import INLINE_BODY_BYTES, Limits
+from quire.server.http.shares import Shares, sharer_of
 
 if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
@@ -24,7 +25,7 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Bodies:
-    """Reads the bodies of one server's requests, and knows how much of them is held.
+    """Reads the bodies of one server's requests. What it holds of them is shared by their callers.
 
     Args:
         engine: parses large ones beside the event loop; None: a thread does.
@@ -32,7 +33,7 @@ class Bodies:
 
     def __init__(self, limits: Limits, engine: "AsyncEngine | None" = None) -> None:
         self._limits, self._engine = limits, engine
-        self.num_bytes = 0
+        self.shares = Shares(limits.all_bodies_bytes.value)
 
     async def read(self, request: Request, parse: Callable[[dict[str, Any]], T]) -> T:
         """What `parse` makes of the body, a JSON object. A large one is parsed in a thread beside the event loop.
@@ -44,19 +45,19 @@ class Bodies:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json" or "content-encoding" in request.headers:
             raise ApiError(415, "the body must be JSON, sent plain as application/json", code="unsupported_media_type")
-        data = bytearray()
+        data, sharer = bytearray(), sharer_of(request.scope)
         try:
             async with asyncio.timeout(self._limits.body_seconds.value):
-                await self._fill(data, request)
+                await self._fill(data, request, sharer)
             if len(data) <= INLINE_BODY_BYTES:
                 return parse(self._object(data))
             return await self._beside(lambda: parse(self._object(data)), len(data), request)
         except TimeoutError as error:
             raise self._limits.body_seconds.error() from error
         finally:
-            self.num_bytes -= len(data)
+            self.shares.give(sharer, len(data))
 
-    async def _fill(self, data: bytearray, request: Request) -> None:
+    async def _fill(self, data: bytearray, request: Request, sharer: str) -> None:
         most = self._limits.body_bytes
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > most.value:
@@ -66,12 +67,11 @@ class Bodies:
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
             part = message.get("body", b"")
+            if not self.shares.take(sharer, len(part)):
+                raise self._limits.all_bodies_bytes.error()
             data += part
-            self.num_bytes += len(part)
             if len(data) > most.value:
                 raise most.error()
-            if self.num_bytes > self._limits.all_bodies_bytes.value:
-                raise self._limits.all_bodies_bytes.error()
             if not message.get("more_body", False):
                 return
 

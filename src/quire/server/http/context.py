@@ -18,6 +18,7 @@ from quire.server.http.body import Bodies
 from quire.server.http.errors import ApiError
 from quire.server.http.keys import cache_namespace, caller_of
 from quire.server.http.limits import Limits
+from quire.server.http.shares import Shares
 
 if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
@@ -39,10 +40,9 @@ class Api:
 
 
 class Gate:
-    """Knows the requests inside and refuses past a bound, or when the server is stopping."""
+    """Knows the requests inside by name, and refuses when the server is stopping."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self) -> None:
         self._inside: set[str] = set()
         self.is_open = True
 
@@ -52,18 +52,14 @@ class Gate:
 
     @contextmanager
     def inside(self, name: str) -> Iterator[None]:
-        """Hold a place for as long as the request of this name is worked on.
+        """Know of the request of this name for as long as it is worked on.
 
         Raises:
-            OverloadedError: closed or full.
+            OverloadedError: closed.
             InvalidRequestError: a request of this name is inside.
         """
         if not self.is_open:
             raise OverloadedError("the server is stopping", retry_after_s=limits.RETRY_AFTER_SECONDS)
-        if self.num_inside >= self._most:
-            raise OverloadedError(
-                f"the server works on {self._most} requests already", retry_after_s=limits.RETRY_AFTER_SECONDS
-            )
         if name in self._inside:
             raise InvalidRequestError("a request with this request_id is under way", param="request_id")
         self._inside.add(name)
@@ -114,7 +110,8 @@ class ServerContext:
     """Names shown by /v1/models; the first stands for a request that names none."""
     accepted_names: frozenset[str]
     """Names that requests may use: the served ones and the model's own."""
-    gate: Gate
+    places: Shares
+    """Requests that are read or answered."""
     show_cached_tokens: bool
     """Whether usage tells how much of a prompt the cache supplied (others' prompts may be guessed from it)."""
     limits: Limits
@@ -126,8 +123,11 @@ class ServerContext:
     """Whether callers need a key."""
     has_admin_key: bool = False
     """Whether operators have one of their own."""
+    opens_metrics: bool = False
+    """Whether /metrics answers to everyone."""
     shares_prefix_cache: bool = False
     """Whether requests with different API keys may find each other's prefixes."""
+    gate: Gate = field(default_factory=Gate)
     started_s: int = field(default_factory=lambda: int(time.time()))
 
     def resolve_name(self, name: str | None) -> str:

@@ -44,6 +44,8 @@ class Limits:
     body_values: Limit = Limit("the request body", 2**19, "values", 413, "too_many_values")
     body_names: Limit = Limit("the request body", 2**16, "names and lists", 413, "too_many_names")
     all_bodies_bytes: Limit = Limit("what is read of requests at one time", 2**28, "bytes", 503, "overloaded")
+    requests: Limit = Limit("what is answered at one time", 4096, "requests", 503, "overloaded")
+    connections: Limit = Limit("what is open at one time", 8192, "connections", 503, "overloaded")
     prompts: Limit = Limit("prompt", 128, "prompts in one request", 400, "too_many_prompts", "prompt")
     sequences: Limit = Limit("n times the prompts", 256, "sequences in one request", 400, "too_many_sequences", "n")
     logprobs: Limit = Limit(
@@ -69,6 +71,17 @@ class Limits:
     )  # fmt: skip
     detokenized_tokens: Limit = Limit("tokens", 2**17, "token ids in one request", 400, "too_many_tokens", "tokens")
 
+    def for_queue(self, most: int) -> "Limits":
+        """These limits, with room for so many requests of each of several callers that run and wait."""
+        more = {"requests": 4 * most, "connections": 8 * most}
+        return self.with_values({name: max(value, getattr(self, name).value) for name, value in more.items()})
+
+    def within(self, most_connections: int) -> "Limits":
+        """These limits, with no more than so many connections, of which some are always idle and can be closed."""
+        connections = min(self.connections.value, most_connections)
+        requests = max(1, min(self.requests.value, connections * 3 // 4))
+        return self.with_values({"connections": connections, "requests": requests})
+
     def with_values(self, values: Mapping[str, int]) -> "Limits":
         """These limits, some of them set anew.
 
@@ -86,11 +99,9 @@ class Limits:
 
 INLINE_BODY_BYTES = 2**16
 """Larger bodies are parsed off the event loop."""
-REQUESTS_IN_FLIGHT = 1024
-"""Requests admitted at once, running and waiting together; past it 503 with Retry-After."""
 RETRY_AFTER_SECONDS = 1
 SLOW_READER_SECONDS = 60
-"""A stream whose reader takes nothing for this long is aborted, so that it cannot hold cache blocks."""
+"""An answer whose reader takes nothing for this long is cut off, so that it cannot hold memory or cache blocks."""
 HEADER_BYTES = 64 * 2**10
 """Request line and headers together; past it the connection is closed with 400."""
 HEADER_SECONDS = 30

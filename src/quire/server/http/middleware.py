@@ -1,4 +1,4 @@
-"""Refusals before a route is found: two framings in one request, and what the queue has no place for.
+"""Refusals before a route is found: two framings in one request, and what there is no place for.
 
 A request that waits in the queue is checked against it twice: as early as its head can be read, before any work, and by
 the engine, which knows its prompt.
@@ -6,7 +6,7 @@ the engine, which knows its prompt.
 
 import time
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.engine.queue import Caller
 from quire.errors import OverloadedError
@@ -14,26 +14,52 @@ from quire.server.http.access import log_request
 from quire.server.http.context import ServerContext
 from quire.server.http.errors import ApiError, as_api_error, error_response
 from quire.server.http.keys import KeyRequired
+from quire.server.http.shares import sharer_of
+
+LARGE_BODY_BYTES = 2**16
+"""Smaller answers fit into what the system holds for a connection."""
 
 
 class QueueGuard:
-    """Refuses, before a body is read or a route is found, what the queue has no place for: under a flood, refusals
-    are most of the work."""
+    """Refuses, before a body is read or a route is found, what the queue has no place for, or what would take more than
+    its caller's share of the places in the server. Under a flood, refusals are most of the work."""
 
-    def __init__(self, app: ASGIApp, *, context: ServerContext) -> None:
+    def __init__(self, app: ASGIApp, *, context: ServerContext, open_paths: frozenset[str]) -> None:
         self._app = app
         self._context = context
         self._paths = context.queued_paths
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Look, then pass on."""
-        if scope["type"] == "http" and scope["path"] in self._paths and scope["method"] == "POST":
-            try:
+        if scope["type"] != "http" or scope["path"] in self._open_paths:
+            await self._app(scope, receive, send)
+            return
+        places, sharer = self._context.places, sharer_of(scope)
+        try:
+            if scope["path"] in self._paths and scope["method"] == "POST":
                 self._context.engine.check_room(self._context.caller(scope))
-            except OverloadedError as error:
-                await error_response(scope, error)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+            if not places.take(sharer):
+                raise self._context.limits.requests.error()
+        except (OverloadedError, ApiError) as error:
+            await error_response(scope, error)(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, _ending_last(send))
+        finally:
+            places.give(sharer)
+
+
+def _ending_last(send: Send) -> Send:
+    """What sends the end of a large answer apart: it waits until the answer has left, and so does the place."""
+
+    async def sending(message: Message) -> None:
+        if not message.get("more_body", False) and len(message.get("body", b"")) > LARGE_BODY_BYTES:
+            await send({**message, "more_body": True})
+            message = {"type": message["type"], "body": b""}
+        await send(message)
+
+    return sending
 
 
 class RejectAmbiguousFraming:

@@ -5,7 +5,8 @@
 /health   the same as /readyz, under vLLM's name
 
 /v1/requests/{id}/explain is apart from the routes of callers: it answers to the admin key alone, and where there is
-none, to requests from this machine's own loopback, provided that callers need no key either.
+none, to requests from this machine's own loopback, provided that callers need no key either. /metrics counts what all
+callers do: where they need keys it answers to the admin key alone, or to everyone (`--metrics-open`).
 """
 
 import dataclasses
@@ -47,6 +48,9 @@ def _answer(good: bool, yes: str, no: str) -> Response:
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
     context: ServerContext = request.app.state.context
+    if context.needs_key and not context.opens_metrics and not is_admin(request):
+        text = "/metrics answers to the admin key alone (--admin-api-key), or to everyone with --metrics-open"
+        raise ApiError(403, text, code="admin_only")
     found = context.engine.get_metrics()
     return Response(
         render_metrics(found, context.served_names[0], request.app.state.metrics_prefix), media_type=CONTENT_TYPE
