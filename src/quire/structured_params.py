@@ -3,7 +3,7 @@
 import enum
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin
 
 from quire.errors import InvalidRequestError, unknown_name_message
@@ -89,7 +89,7 @@ class StructuredOutputsParams:
             InvalidRequestError: no mapping, an unknown name (with the nearest known one), or what the class refuses.
         """
         if isinstance(values, cls):
-            return values
+            return replace(values)  # checked: it may have been changed since it was made
         if not isinstance(values, Mapping):
             raise _bad(None, f"must be an object, got {type(values).__name__}")
         known = [item.name for item in fields(cls)]

@@ -465,9 +465,8 @@ def test_of_two_special_tokens_the_longer_is_meant(tmp_path, names):
     assert plain == ours.encode("<|t|>>a<|t|>bx<|t|><|t|>>")
     assert ours.apply_chat_template([{"role": "user", "content": "x"}], ignored="<|t|>") == plain
     forged = ours.apply_chat_template([{"role": "user", "content": "<|t|>>"}])
-    assert [one for one in forged if one in ours.special_token_ids] == [
-        one for one in plain if one in ours.special_token_ids
-    ]
+    special = [[one for one in each if one in ours.special_token_ids] for each in (forged, plain)]
+    assert special[0] == special[1]
 
 
 @settings(max_examples=150, deadline=None)
@@ -486,9 +485,8 @@ def test_no_mixture_forges_a_special_token(pairs, texts):
     ids = ours.apply_chat_template(chat, add_generation_prompt=True)
     special = [number for number in ids if number in ours.special_token_ids]
     assert special == [*plain_ids(ours, CHATML, chat, ["content"]), theirs.convert_tokens_to_ids("<|im_start|>")]
-    assert ours.decode(ids, skip_special_tokens=False) == ours.apply_chat_template(
-        chat, add_generation_prompt=True, tokenize=False
-    )
+    text = ours.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert ours.decode(ids, skip_special_tokens=False) == text
 
 
 def test_transformers_agrees_on_which_tokens_are_special(pairs):

@@ -181,10 +181,7 @@ class AsyncEngine(EngineFront):
             caller=caller,
             bad_words=bad_words,
         )
-        texts = [prompt] if isinstance(prompt, str) else []
-        size = sum(map(len, [*texts, *(sampling_params.bad_words or () if bad_words is None else ())]))
-        if sampling_params.structured_outputs is not None:
-            size += INLINE_CHARACTERS + 1  # it may start a compiler
+        size = _size_of_text(prompt, sampling_params, bad_words)
         parsed = await self.beside(partial(parse, prompt, sampling_params, **options), size, caller)
         core_ids = tuple(new.request_id for new in parsed.sequences)
         self._engine.queue.enter(caller, len(parsed.sequences[0].prompt_token_ids), core_ids)
@@ -353,3 +350,10 @@ def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args:
         loop.call_soon_threadsafe(function, *args)
         return True
     return False
+
+
+def _size_of_text(prompt: Prompt, params: SamplingParams, bad_words: BadWords | None) -> int:
+    """What parsing a request works on, in characters. A shape counts as long: it may start a compiler."""
+    texts = [prompt] if isinstance(prompt, str) else []
+    words = params.bad_words or () if bad_words is None else ()
+    return sum(map(len, [*texts, *words])) + (0 if params.structured_outputs is None else INLINE_CHARACTERS + 1)
