@@ -171,7 +171,6 @@ class AsyncEngine(EngineFront):
             EngineDeadError: the engine stopped.
         """
         sampling_params = replace(sampling_params)  # checked: it may have been changed since it was made
-        parse = self._served.inputs.parse
         deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         options: dict[str, Any] = dict(
             request_id=request_id,
@@ -181,8 +180,8 @@ class AsyncEngine(EngineFront):
             caller=caller,
             bad_words=bad_words,
         )
-        size = _size_of_text(prompt, sampling_params, bad_words)
-        parsed = await self.beside(partial(parse, prompt, sampling_params, **options), size, caller)
+        parse = partial(self._served.inputs.parse, prompt, sampling_params, **options)
+        parsed = await self.beside(parse, _size_of_text(prompt, sampling_params, bad_words), caller)
         core_ids = tuple(new.request_id for new in parsed.sequences)
         self._engine.queue.enter(caller, len(parsed.sequences[0].prompt_token_ids), core_ids)
         stream, finished = Stream(parsed), False
