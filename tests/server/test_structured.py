@@ -103,6 +103,15 @@ def test_what_is_wrong_is_a_400_that_names_it(
     assert client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2).choices
 
 
+def test_forced_text_does_not_pass_a_mask(client: openai.OpenAI) -> None:
+    """A word that the grammar forces and the request excludes leaves no token, one by one or at once."""
+    for extra in ({}, {"logprobs": True}):
+        asked: Any = dict(model=MODEL, messages=HELLO, max_tokens=40, **extra)
+        shape = {"structured_outputs": {"regex": "[xy]abcdefgh"}, "bad_words": ["d"]}
+        with pytest.raises(openai.BadRequestError, match="no token is left"):
+            client.chat.completions.create(**asked, extra_body=shape)
+
+
 def test_a_text_format_asks_for_nothing() -> None:
     for body in ({}, {"response_format": {"type": "text"}}, {"guided_decoding_backend": "auto"}):
         values: dict[str, Any] = {**body, "temperature": 1.0}

@@ -39,6 +39,16 @@ def test_a_token_that_leads_too_far_is_replaced() -> None:
     assert begun(11, "(a|xbcdefghi)!").decide(ord("x")) == ord("x")
 
 
+def test_the_end_has_a_token_of_its_own() -> None:
+    """With three tokens left after x, yz! would fit and its end would not; and a plan is followed as soon as only it fits."""
+    assert begun(4, "(a|xyz)!").decide(ord("x")) == ord("a")
+    assert begun(5, "(a|xyz)!").decide(ord("x")) == ord("x")
+    matcher = begun(3, "[a-z]*!")
+    assert not matcher.forced
+    follow(matcher, "q")
+    assert list(matcher.forced) == [ord("!"), EOS]
+
+
 def test_a_lost_way_is_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where much is left a token is taken though no completion is known after it, and one is sought later."""
     matcher = begun(2000, "[a-z]*!")

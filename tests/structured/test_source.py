@@ -62,6 +62,11 @@ def test_a_regex_matches_the_whole_answer(pattern: str) -> None:
         )
 
 
+def test_digits_are_those_of_ascii() -> None:
+    """Rust's own `\\d` takes those of every script."""
+    assert accepts(matcher(regex=r"\d"), "3") and not accepts(matcher(regex=r"\d"), "\u0663")
+
+
 def test_grammars_in_both_notations() -> None:
     gbnf = 'root ::= sum\nsum ::= number ("+" number)*\nnumber ::= [0-9]+'
     lark = 'start: number ("+" number)*\nnumber: /[0-9]+/'
@@ -116,6 +121,8 @@ def test_what_is_no_schema_is_not_read_as_one() -> None:
     """`enum` and `const` hold values, and a property may have any name."""
     start = matcher(json={"properties": {"not": {"const": {"uniqueItems": 1}}, "x-guidance": {}}, "required": ["not"]})
     assert accepts(start, '{"not":{"uniqueItems":1}}') and not accepts(start, '{"not":{}}')
+    start = matcher(json={"enum": [{"x-guidance": 1, "format": "no such one"}]})
+    assert accepts(start, '{"x-guidance":1,"format":"no such one"}')
     start = matcher(json={"type": "string", "format": "colour-of-the-house"})  # unknown formats say nothing
     assert accepts(start, '"red"')
 
