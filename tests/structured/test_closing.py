@@ -1,5 +1,5 @@
 """Every answer closes: random weights at a high temperature, with budgets from the shortest answer upwards. The judges
-are jsonschema and Python's own parsers."""
+are jsonschema-rs and Python's own parsers."""
 
 import json
 import random
@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema_rs
 import pytest
 
 from quire import LLM, RequestOutput, SamplingParams
@@ -91,7 +91,7 @@ def test_every_budget_that_holds_an_answer_gives_a_whole_one(llm: LLM, name: str
     for budget, output in zip(budgets, answers(llm, shape, budgets), strict=True):
         answer = output.outputs[0]
         assert answer.finish_reason == "stop" and len(answer.token_ids) <= budget, (budget, answer.text)
-        jsonschema.validate(json.loads(answer.text), SCHEMAS[name], jsonschema.Draft202012Validator)
+        jsonschema_rs.validate(SCHEMAS[name], json.loads(answer.text))
 
 
 def test_regular_expressions_choices_and_grammars_close(llm: LLM) -> None:
@@ -113,7 +113,7 @@ def test_the_length_of_the_model_is_a_budget_too(llm: LLM) -> None:
     params = SamplingParams(temperature=2.0, seed=3, max_tokens=None, structured_outputs=shape)
     (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     assert output.outputs[0].finish_reason == "stop" and len(output.outputs[0].token_ids) <= 512 - len(prompt)
-    jsonschema.validate(json.loads(output.outputs[0].text), SCHEMAS["flat"])
+    jsonschema_rs.validate(SCHEMAS["flat"], json.loads(output.outputs[0].text))
 
 
 def test_forced_text_takes_fewer_steps_and_gives_the_same_tokens(llm: LLM) -> None:
@@ -132,4 +132,4 @@ def test_forced_text_takes_fewer_steps_and_gives_the_same_tokens(llm: LLM) -> No
     (each,) = llm.generate(["x"], SamplingParams(**base, logprobs=1), use_tqdm=False)
     assert one.outputs[0].token_ids == each.outputs[0].token_ids
     assert one.outputs[0].logprobs is None and len(each.outputs[0].logprobs or ()) == len(each.outputs[0].token_ids)
-    jsonschema.validate(json.loads(one.outputs[0].text), schema)
+    jsonschema_rs.validate(schema, json.loads(one.outputs[0].text))
