@@ -227,6 +227,16 @@ def test_rope_inside_is_rope_before(cpu: CpuOps, heads: Heads, rotary: int) -> N
         rows.step(pieces[1], spec, 1, short)
 
 
+def test_the_reference_turns_pairs_as_complex_numbers() -> None:
+    """`(a, b)` at angle t is `(a + bi) e^(it)` (arXiv 2104.09864, section 3.2)."""
+    rng = np.random.default_rng(7)
+    angles, x = normal(rng, 9, 4), normal(rng, 5, 2, 8)
+    positions, turned = np.array([8, 0, 3, 3, 1]), x.copy()
+    REFERENCE._rotate(turned, positions, np.cos(angles), np.sin(angles))
+    expected = (x[:, :, :4] + 1j * x[:, :, 4:]) * np.exp(1j * angles[positions])[:, None, :]
+    np.testing.assert_allclose(turned, np.concatenate([expected.real, expected.imag], 2), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("provider", ["native", "reference"])
 def test_rope_inside_leaves_the_arrays_as_they_are(provider: str, cpu: CpuOps) -> None:
     rng, ops = np.random.default_rng(6), cpu if provider == "native" else REFERENCE
