@@ -40,7 +40,7 @@ def test_a_token_that_leads_too_far_is_replaced() -> None:
 
 
 def test_the_end_has_a_token_of_its_own() -> None:
-    """With three tokens left after x, yz! would fit and its end would not; and a plan is followed as soon as only it fits."""
+    """With three tokens left after x, yz! would fit and its end would not; what alone fits is followed."""
     assert begun(4, "(a|xyz)!").decide(ord("x")) == ord("a")
     assert begun(5, "(a|xyz)!").decide(ord("x")) == ord("x")
     matcher = begun(3, "[a-z]*!")
