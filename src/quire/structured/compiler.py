@@ -19,8 +19,9 @@ from quire.structured.source import limits
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
-KEPT_BYTES = 2**22
-"""Of the texts of compiled grammars that are kept; what they compile to is some tens of times larger."""
+KEPT_GRAMMARS, KEPT_BYTES = 128, 2**22
+"""Compiled grammars that are kept, and their texts together. A schema of MaskBench takes 0.4 MB, what an answer has
+visited of it included."""
 _LONGEST = 4096
 """The longest of shortest answers that is looked for, in tokens."""
 
@@ -156,11 +157,16 @@ class GrammarCompiler:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="quire-grammar")
         future = self._kept[source] = self._pool.submit(self._compile, source)
         self._kept_bytes += len(source) + 200
-        while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
-            oldest, dropped = self._kept.popitem(last=False)
-            dropped.cancel()
-            self._kept_bytes -= len(oldest) + 200
+        self._forget_oldest()
         return future
+
+    def _forget_oldest(self) -> None:
+        """Those that are being compiled stay: a request waits for each."""
+        for source in [name for name, future in self._kept.items() if future.done()]:
+            if self._kept_bytes <= KEPT_BYTES and len(self._kept) <= KEPT_GRAMMARS:
+                return
+            del self._kept[source]
+            self._kept_bytes -= len(source) + 200
 
     def _compile(self, source: str) -> _Compiled:
         """In the thread. The compiler lets go of the interpreter meanwhile."""
