@@ -80,6 +80,8 @@ class AsyncEngine(EngineFront):
         self._is_faulty = False
         """The engine must be mended before it is called again."""
         self._text_work = TextWork()
+        self._shape_work: TextWork | None = None
+        """Compiling what answers are held to may take seconds, and keeps no text waiting."""
         self._thread = threading.Thread(target=self._run, name="quire-engine", daemon=True)
         self._thread.start()
 
@@ -142,6 +144,15 @@ class AsyncEngine(EngineFront):
             return function()
         return await self._text_work.run(function, size, caller, first=first)
 
+    async def _checked(self, params: SamplingParams, caller: Caller) -> SamplingParams:
+        """Parameters may have been changed since they were made, and a shape must be known before it is parsed."""
+        params, inputs = replace(params), self._served.inputs
+        if not inputs.knows_shape(params):
+            if self._shape_work is None:
+                self._shape_work = TextWork(tells_long=False)
+            await self._shape_work.run(partial(inputs.grammar_source, params), 0, caller)
+        return params
+
     async def generate(
         self,
         prompt: Prompt,
@@ -170,7 +181,7 @@ class AsyncEngine(EngineFront):
             DeadlineExceededError: `timeout_s` passed.
             EngineDeadError: the engine stopped.
         """
-        sampling_params = replace(sampling_params)  # checked: it may have been changed since it was made
+        sampling_params = await self._checked(sampling_params, caller)
         deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
         options: dict[str, Any] = dict(
             request_id=request_id,
@@ -235,6 +246,8 @@ class AsyncEngine(EngineFront):
         self._engine.channel.wake()
         self._thread.join()
         self._text_work.close()
+        if self._shape_work is not None:
+            self._shape_work.close()
 
     def _post(self, run: Callable[[], object], fail: Callable[[Exception], object]) -> None:
         with self._lock:
@@ -352,7 +365,7 @@ def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args:
 
 
 def _size_of_text(prompt: Prompt, params: SamplingParams, bad_words: BadWords | None) -> int:
-    """What parsing a request works on, in characters. A shape counts as long: it may start a compiler."""
+    """What parsing a request works on, in characters."""
     texts = [prompt] if isinstance(prompt, str) else []
     words = params.bad_words or () if bad_words is None else ()
-    return sum(map(len, [*texts, *words])) + (0 if params.structured_outputs is None else INLINE_CHARACTERS + 1)
+    return sum(map(len, [*texts, *words]))

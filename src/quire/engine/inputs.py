@@ -58,6 +58,9 @@ class Shapes(Protocol):
     def source(self, params: StructuredOutputsParams) -> str:
         """The grammar, or `InvalidRequestError`."""
 
+    def knows(self, params: StructuredOutputsParams) -> bool:
+        """Whether `source` answers at once."""
+
 
 class InputProcessor:
     """Tokenises and checks. Numbers requests, so that each has an id and a seed that no client chose."""
@@ -233,6 +236,7 @@ class InputProcessor:
                 "allowed_token_ids leaves no token to begin with: bad_words or min_tokens exclude all of them",
                 param="allowed_token_ids",
             )
+        source = self.grammar_source(params)
         return SamplingSpec(
             temperature=params.temperature,
             top_p=params.top_p,
@@ -248,18 +252,29 @@ class InputProcessor:
             num_logprobs=params.logprobs,
             num_prompt_logprobs=params.prompt_logprobs,
             logprob_token_ids=tuple(params.logprob_token_ids or ()),
-            grammar=self._grammar(params.structured_outputs, max_tokens),
+            grammar=None if source is None else GrammarSpec(source, max_tokens),
         )
 
-    def _grammar(self, params: StructuredOutputsParams | None, max_tokens: int) -> GrammarSpec | None:
-        if params is None:
+    def grammar_source(self, params: SamplingParams) -> str | None:
+        """The grammar that answers are held to; None: to none.
+
+        Raises:
+            InvalidRequestError: it does not compile, or this model or installation can hold no answer.
+        """
+        shape = params.structured_outputs
+        if shape is None:
             return None
         if self._shapes is None or self._tokenizer is None or not self._limits.eos_token_ids:
             lacks = (
                 "installation lacks quire.structured" if self._shapes is None else "model has no tokenizer, or no end"
             )
             raise InvalidRequestError(f"structured_outputs: this {lacks}", param="structured_outputs")
-        return GrammarSpec(self._shapes.source(params), max_tokens)
+        return self._shapes.source(shape)
+
+    def knows_shape(self, params: SamplingParams) -> bool:
+        """Whether `grammar_source` answers at once."""
+        shape = params.structured_outputs
+        return shape is None or self._shapes is None or self._shapes.knows(shape)
 
     def encode_bad_words(self, params: SamplingParams) -> BadWords:
         """Each word as it stands at the start of a text, and as it stands after a space.

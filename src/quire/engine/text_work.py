@@ -57,14 +57,20 @@ class _Lane:
 
 
 class TextWork:
-    """Two threads that callers share fairly."""
+    """Threads that callers share fairly.
 
-    def __init__(self) -> None:
+    Args:
+        tells_long: two threads, as above; False: one for everything.
+    """
+
+    def __init__(self, *, tells_long: bool = True) -> None:
         self._changed = threading.Condition()
-        self._short, self._long = _Lane(), _Lane()
+        self._short = _Lane()
+        self._long = _Lane() if tells_long else self._short
         self._is_closed = False
-        for name, lanes in (("short", (self._short,)), ("long", (self._long, self._short))):
-            threading.Thread(target=self._serve, args=lanes, name=f"quire-text-{name}", daemon=True).start()
+        threads = {"short": (self._short,), "long": (self._long, self._short)}
+        for name in threads if tells_long else ("long",):
+            threading.Thread(target=self._serve, args=threads[name], name=f"quire-text-{name}", daemon=True).start()
 
     async def run(self, function: Callable[[], T], size: int, caller: Caller = ANYBODY, *, first: bool = False) -> T:
         """The result of `function`, called in one of the threads. A caller that no longer waits takes it back.

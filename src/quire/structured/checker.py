@@ -29,6 +29,9 @@ class ShapeChecker:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        """Of what is kept."""
+        self._turn = threading.Lock()
+        """Of the worker. What is known is said meanwhile."""
         self._worker: subprocess.Popen[bytes] | None = None
         self._kept: OrderedDict[bytes, str | InvalidRequestError] = OrderedDict()
         self._kept_bytes = 0
@@ -39,20 +42,30 @@ class ShapeChecker:
         Raises:
             InvalidRequestError: a shape that does not compile within the bounds; it names the field.
         """
-        question = json.dumps(dataclasses.asdict(params)).encode()
-        with self._lock:
-            found = self._kept.get(question)
-            if found is None:
-                found = self._ask(question, params)
-            else:
-                self._kept.move_to_end(question)
+        question = _question(params)
+        found = self._known(question)
+        if found is None:
+            with self._turn:
+                found = self._known(question)  # another may have asked for it meanwhile
+                if found is None:
+                    found = self._ask(question, params)
         if isinstance(found, InvalidRequestError):
             raise InvalidRequestError(found.message, param=found.param)
         return found
 
+    def knows(self, params: StructuredOutputsParams) -> bool:
+        """Whether `source` answers at once."""
+        return self._known(_question(params)) is not None
+
+    def _known(self, question: bytes) -> str | InvalidRequestError | None:
+        with self._lock:
+            if question in self._kept:
+                self._kept.move_to_end(question)
+            return self._kept.get(question)
+
     def close(self) -> None:
         """End the process."""
-        with self._lock:
+        with self._turn:
             self._stop()
 
     def _ask(self, question: bytes, params: StructuredOutputsParams) -> str | InvalidRequestError:
@@ -90,10 +103,11 @@ class ShapeChecker:
         return found
 
     def _keep(self, question: bytes, answer: str | InvalidRequestError) -> None:
-        self._kept[question] = answer
-        self._kept_bytes += _size(question, answer)
-        while self._kept_bytes > KEPT_BYTES:
-            self._kept_bytes -= _size(*self._kept.popitem(last=False))
+        with self._lock:
+            self._kept[question] = answer
+            self._kept_bytes += _size(question, answer)
+            while self._kept_bytes > KEPT_BYTES:
+                self._kept_bytes -= _size(*self._kept.popitem(last=False))
 
     def _stop(self) -> int | None:
         worker, self._worker = self._worker, None
@@ -107,6 +121,10 @@ class ShapeChecker:
             return worker.wait(5)
         worker.kill()
         return worker.wait()
+
+
+def _question(params: StructuredOutputsParams) -> bytes:
+    return json.dumps(dataclasses.asdict(params)).encode()
 
 
 def _size(question: bytes, answer: str | InvalidRequestError) -> int:

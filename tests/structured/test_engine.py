@@ -1,0 +1,58 @@
+"""Shapes beside other requests."""
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire import AsyncLLM, RequestOutput, SamplingParams
+from quire.structured.checker import ShapeChecker
+from quire.structured_params import StructuredOutputsParams
+
+
+async def last(llm: AsyncLLM, prompt: str, params: SamplingParams) -> RequestOutput:
+    return [output async for output in llm.generate(prompt, params)][-1]
+
+
+async def test_compiling_a_shape_keeps_no_other_request_waiting(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even long texts, and other shapes that are known."""
+    llm = AsyncLLM(str(tiny_model), max_num_seqs=4)
+    known = SamplingParams(max_tokens=8, structured_outputs=StructuredOutputsParams(regex="known[a-z]*"))
+    assert (await last(llm, "x", known)).outputs[0].text.startswith("known")
+    monkeypatch.setattr("quire.engine.async_engine.INLINE_CHARACTERS", 16)
+    begun, may_end, plain = threading.Event(), threading.Event(), ShapeChecker._ask
+
+    def ask(self: ShapeChecker, question: bytes, params: StructuredOutputsParams) -> Any:
+        begun.set()
+        may_end.wait()
+        return plain(self, question, params)
+
+    monkeypatch.setattr(ShapeChecker, "_ask", ask)
+    slow = SamplingParams(max_tokens=8, structured_outputs=StructuredOutputsParams(regex="slow[a-z]*"))
+    waiting = asyncio.create_task(last(llm, "x", slow))
+    while not begun.is_set():
+        await asyncio.sleep(0.01)
+    others = [last(llm, "long " * 90, SamplingParams(max_tokens=2)), last(llm, "x", known)]
+    assert all(output.finished for output in await asyncio.gather(*others))
+    assert not waiting.done()
+    may_end.set()
+    assert (await waiting).outputs[0].text.startswith("slow")
+    await llm.shutdown()
+
+
+def test_one_shape_for_many_prompts_is_asked_for_once(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quire import LLM
+
+    asked: list[bytes] = []
+    plain = ShapeChecker._ask
+    monkeypatch.setattr(
+        ShapeChecker, "_ask", lambda self, question, params: asked.append(question) or plain(self, question, params)
+    )
+    with LLM(str(tiny_model)) as llm:
+        params = SamplingParams(max_tokens=6, n=2, structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
+        outputs = llm.generate(["a", "b", "c"], params, use_tqdm=False)
+    assert {item.text for output in outputs for item in output.outputs} <= {"yes", "no"} and len(asked) == 1
