@@ -50,7 +50,8 @@ the number: `{"error": {"message", "type", "param", "code"}}`. The same numbers 
 FIXED_HEAD = """
 ## Of the server and the library
 
-These hold for the library and the server alike and have no flag. Past them the status is 400.
+These hold for the library and the server alike and have no flag. Past them the status is 400. (A `max_tokens` that does
+not fit beside the prompt is refused by the server, and shortened to what fits by the library, as in vLLM.)
 
 | field | may be | unit | code |
 |---|---|---|---|

@@ -20,6 +20,7 @@ from quire.cli.arguments import (
 )
 from quire.cli.main import VERBS, main, make_parser
 from quire.config import EngineArgs
+from quire.errors import ConfigurationError
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -46,7 +47,7 @@ def test_every_engine_argument_is_a_flag() -> None:
         (["--max-num-batched-tokens", "1.5k"], {"max_num_batched_tokens": 1500}),
         (["--kv-cache-memory-bytes", "0.5G"], {"kv_cache_memory_bytes": 2**29}),
         (["--kv-cache-memory-bytes", "8GiB"], {"kv_cache_memory_bytes": 2**33}),
-        (["one/model", "--model", "another"], {"model": "another"}),
+        (["one/model", "--model", "one/model"], {"model": "one/model"}),
         (["quire-demo"], {}),
         (["--max-model-len", "auto"], {"max_model_len": None}),
         (["--max-model-len", "-1"], {"max_model_len": None}),
@@ -65,6 +66,11 @@ def test_every_engine_argument_is_a_flag() -> None:
 )  # fmt: skip
 def test_engine_values(words: list[str], expected: dict[str, Any]) -> None:
     assert engine_values(parse(*words)) == expected
+
+
+def test_two_models_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="two models are named: one/model and --model another"):
+        engine_values(parse("one/model", "--model", "another"))
 
 
 def test_every_alias_leads_to_a_flag() -> None:

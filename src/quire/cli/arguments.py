@@ -115,6 +115,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """A verb refuses what it does not know itself: it knows its own flags. Words may stand between flags."""
         options, rest = super().parse_known_args(args, namespace)
+        rest = [item for item in rest if item != "--"]  # left over where words stood before it too
         words = next((one.dest for one in self._actions if one.nargs == "*" and not one.option_strings), None)
         if words is not None and not any(item.startswith("-") for item in rest):
             getattr(options, words).extend(rest)
@@ -247,8 +248,9 @@ def engine_values(options: argparse.Namespace) -> dict[str, Any]:
     """The engine arguments that were given."""
     values = {name: getattr(options, name) for name in ENGINE_HELP if hasattr(options, name)}
     positional = getattr(options, "positional_model", None)
-    if positional is not None:
-        values.setdefault("model", positional)
+    if positional is not None and values.setdefault("model", positional) != positional:
+        text = f"two models are named: {positional[:200]} and --model {values['model'][:200]}"
+        raise ConfigurationError(text, field="model")
     if values.get("model") == EMBEDDED_NAME and not is_model(EMBEDDED_NAME):
         del values["model"]
     return values

@@ -50,7 +50,8 @@ def run(options: argparse.Namespace) -> int:
         options.structured_outputs = shaped
     prompts = options.prompts or [sys.stdin.read().removesuffix("\n")]
     if not all(prompt.strip() for prompt in prompts):
-        raise InvalidRequestError("the prompt is empty", param="prompt")
+        hint = "" if options.choice is None else ": --choice took the words after it; -- ends them"
+        raise InvalidRequestError(f"the prompt is empty{hint}", param="prompt")
     server = remote.server_of(options)
     if server is not None:
         _ask_all(server, prompts, options)
@@ -72,7 +73,9 @@ def _take_model(options: argparse.Namespace) -> None:
     if options.url is not None or "model" in engine_values(options):
         return
     if len(words) > 1 and not model_path.may_be_model(words[0]) and words[0][:1] not in "/.~":
-        text = f"of several words the first is the model, and {words[0][:40]!r} is none: the embedded one is quire-demo"
+        text = (
+            f"of several words the first is the model, and {words[0][:40]!r} is none; for the embedded one: quire-demo"
+        )
         raise InvalidRequestError(text, param="model")
     if len(words) > 1 or (words and model_path.is_model(words[0])):
         options.model = words.pop(0)

@@ -134,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
             engine,
             apis=[OPENAI],
             served_model_name=options.served_model_name or name,
-            model_names=[name] if args.model is None else [name, args.model],
+            model_names=[] if options.served_model_name else [name, *([] if args.model is None else [args.model])],
             api_key=keys,
             observability=Observability(
                 options.admin_api_key, options.otlp_traces_endpoint, options.enable_log_requests, options.metrics_open

@@ -17,7 +17,9 @@ def add(parser: Any, *, required: bool = False) -> None:
     shape.add_argument("--json-schema", metavar="FILE", help="a JSON Schema; text that begins with { will do")
     shape.add_argument("--regex", metavar="REGEX", help="a regular expression for the whole answer")
     shape.add_argument("--grammar", metavar="FILE", help="a grammar in Lark's notation or in GBNF")
-    shape.add_argument("--choice", metavar="TEXT", nargs="+", action="extend", help="texts, one of which is the answer")
+    shape.add_argument(
+        "--choice", metavar="TEXT", nargs="+", action="extend", help="texts, one of which is the answer; -- ends them"
+    )
     parser.add_argument("--disable-any-whitespace", action="store_true", help="JSON without white space")
     text = "objects hold the named properties alone"
     parser.add_argument("--disable-additional-properties", action="store_true", help=text)

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-_CLOSERS = sorted(
-    ("".join(text) for size in (2, 3, 4) for text in product('"}]', repeat=size)), key=lambda text: (-len(text), text)
+_BRACKETS = sorted(
+    ("".join(text) for size in (1, 2, 3) for text in product("}]", repeat=size)), key=lambda text: (-len(text), text)
 )
-_IN_TEXT = (*_CLOSERS, '"')
+_IN_TEXT = (*('"' + text for text in _BRACKETS), '"')
 """First where letters may come: what closes a text."""
-_BETWEEN = (*_CLOSERS, "}", "]", '"')
-"""First where none may."""
+_BETWEEN = (*_BRACKETS, '""', '"')
+"""First where none may: what closes an object or a list."""
 _OTHERS = (
     *('""', "{}", "[]", '":', ":", ',"', ",", ")", ";", ">", "@", "null", "true", "false", "0", "1", "5", "-", "."),
     *("'/_=!?#$%&|~^`\\"),

@@ -13,8 +13,8 @@ from typing import Any
 from quire.errors import InvalidRequestError
 from quire.structured_params import FIELD, MAX_NESTING, StructuredOutputsParams
 
-WHITESPACE = r"( {1,2}|\r?\n( {0,32}|\t{0,12}))?"
-"""Between tokens of JSON, unless the caller says: enough to indent, and bounded, so that no model is lost in it."""
+WHITESPACE = " ?"
+"""Between tokens of JSON, unless the caller says: a model that may break lines and indent is easily lost in it."""
 _GBNF_RULE = re.compile(r"^\s*[A-Za-z][\w-]*\s*::=", re.MULTILINE)
 _UNHELD = re.compile(r"Unimplemented keys: (\[.*\])")
 _UNKNOWN_FORMAT = re.compile(r"Unknown format: (.*)")

@@ -90,7 +90,8 @@ class KeyRequired:
         if scope["type"] == "lifespan" or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
-        caller, admin = self.identify([value for name, value in scope.get("headers", ()) if name == b"authorization"])
+        sent = [value for name, value in scope.get("headers", ()) if name == b"authorization"]
+        caller, admin = self.identify(sent)
         if caller is not None:
             scope[CALLER], scope[ADMIN] = caller, admin
             await self._app(scope, receive, send)
@@ -98,7 +99,8 @@ class KeyRequired:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        text = "this server needs an API key: send it as 'Authorization: Bearer KEY'"
+        text = "this API key is not known here" if sent else "this server needs an API key"
+        text += ": send one as 'Authorization: Bearer KEY'"
         refusal = ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         await error_response(scope, refusal)(scope, receive, send)
 

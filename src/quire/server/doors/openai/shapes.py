@@ -48,7 +48,7 @@ _OLD = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice
 _OLDER = "vLLM's older name for structured_outputs."
 SHAPES = {
     "response_format": Field(
-        "the answer is JSON (json_object), or JSON that a schema holds (json_schema, strict or not: held exactly)",
+        "the answer is JSON (json_object), or JSON that a schema holds (json_schema; strict: named properties alone)",
         schema=_FORMAT,
     ),
     "structured_outputs": Field(
@@ -115,6 +115,7 @@ def _of_response_format(value: Any) -> StructuredOutputsParams | None:
     if named.get("strict") not in (None, True, False):
         raise refused(".json_schema.strict must be true or false")
     try:
-        return StructuredOutputsParams(json=named["schema"])
+        closed = named.get("strict") is True  # OpenAI takes no other schema then
+        return StructuredOutputsParams(json=named["schema"], disable_additional_properties=closed)
     except InvalidRequestError as error:
         raise refused(".json_schema.schema" + error.message.removeprefix("structured_outputs.json")) from error
