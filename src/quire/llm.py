@@ -14,7 +14,7 @@ from quire.engine.async_engine import AsyncEngine
 from quire.engine.chat import encode_chat
 from quire.engine.front import EngineFront
 from quire.engine.inputs import BYTES, ParsedRequest, Prompt
-from quire.errors import InvalidRequestError
+from quire.errors import EngineDeadError, InvalidRequestError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
 
@@ -61,6 +61,7 @@ class LLM(EngineFront):
         """The thread that took it last."""
         self._is_whole = True
         """False while the engine is being called: an interrupt then may leave it in any state."""
+        self._is_closed = False
 
     def generate(
         self,
@@ -81,11 +82,14 @@ class LLM(EngineFront):
 
         Raises:
             InvalidRequestError: some prompt or parameter is refused; of a list, nothing was generated then.
+            EngineDeadError: it is closed, or its core is gone for good.
         """
         if self._lock.locked() and self._owner == threading.get_ident():
             raise InvalidRequestError("the prompts of a call cannot be made by another call of it", param="prompts")
         with self._lock:
             self._owner = threading.get_ident()
+            if self._is_closed:
+                raise EngineDeadError("this LLM is closed")
             requests, total = self._parse(_prompts_of(prompts), sampling_params, priority)
             # With priorities all must be there from the start.
             return self._run(requests, total, None if priority else self._most_open, show_progress=use_tqdm)
@@ -132,6 +136,7 @@ class LLM(EngineFront):
     def close(self) -> None:
         """Give back threads and memory, once a call in another thread has ended. The object cannot be used after."""
         with self._lock:
+            self._is_closed = True
             self._served.close()
 
     def __enter__(self) -> Self:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from quire import LLM, SamplingParams
-from quire.errors import InvalidRequestError
+from quire.errors import EngineDeadError, InvalidRequestError
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
 
@@ -130,3 +130,12 @@ def test_siblings_do_not_count_as_cached(llm: LLM) -> None:
     (first,) = llm.generate({"prompt_token_ids": prompt}, SamplingParams(n=3, max_tokens=2), use_tqdm=False)
     (again,) = llm.generate({"prompt_token_ids": prompt}, SamplingParams(n=3, max_tokens=2), use_tqdm=False)
     assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 48)
+
+
+@pytest.mark.parametrize("core_process", [False, True])
+def test_a_closed_one_says_so(tiny_model: Path, core_process: bool) -> None:
+    llm = LLM(str(tiny_model), core_process=core_process)
+    llm.close()
+    llm.close()
+    with pytest.raises(EngineDeadError, match="this LLM is closed"):
+        llm.generate("x", use_tqdm=False)
