@@ -142,5 +142,5 @@ def test_the_sampler_names_no_feature() -> None:
         for alias in node.names
     }
     plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert found == {("quire.sampling.features", "SamplingFeature")}
+    assert found == {("quire.sampling.features", name) for name in ("HoldingFeature", "SamplingFeature")}
     assert not any(name.startswith("quire.sampling.features") for name in plain)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -286,7 +287,9 @@ def test_numbers_of_many_digits_are_refused_unconverted(serve: Any) -> None:
 def test_ctrl_c_while_it_loads_is_one_line(after_s: float) -> None:
     """A terminal sends it to both processes, whatever they are at: importing, loading, saying that they are ready."""
     command = [sys.executable, "-m", "quire", "serve", "--port", "0"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # What runs in a shell's background ignores the signal, and so would all that it starts.
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heeds)
     assert process.stderr is not None
     assert wait_until(lambda: Served(process, "").core_pid is not None or process.poll() is not None)
     time.sleep(after_s)
