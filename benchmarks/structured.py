@@ -58,7 +58,7 @@ class Run:
         begun = time.perf_counter()
         vocabulary = vocabulary_of(tokenizer)
         self.grammars = GrammarCompiler(lambda: vocabulary)
-        self.grammars.matcher(GrammarSpec(source_of(StructuredOutputsParams(regex="a")), MAX_TOKENS))
+        self.grammars.matcher("0", GrammarSpec(source_of(StructuredOutputsParams(regex="a")), MAX_TOKENS))
         self.read_s = time.perf_counter() - begun
         self.bits = np.zeros((1, -(-tokenizer.vocab_size // 32)), np.uint32)
         self.seconds: dict[str, list[float]] = {"check": [], "compile": [], "mask": [], "follow": []}
@@ -73,7 +73,7 @@ class Run:
             validate(source, params)
             checked = time.perf_counter()
             spec = GrammarSpec(source, MAX_TOKENS)
-            self.grammars.matcher(spec)
+            self.grammars.matcher("0", spec)
         except (InvalidRequestError, ShapeError):
             self.counts["refused"] += 1
             return
@@ -86,7 +86,7 @@ class Run:
 
     def follow(self, spec: GrammarSpec, text: str) -> bool:
         """Whether the text is an answer."""
-        matcher = self.grammars.matcher(spec)
+        matcher = self.grammars.matcher("0", spec)
         for token_id in self.tokenizer.encode(text, add_special_tokens=False):
             self.counts["tokens"] += 1
             self.counts["forced"] += bool(matcher.forced)

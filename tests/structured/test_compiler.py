@@ -30,7 +30,7 @@ def regex(pattern: str) -> str:
 
 def asking(source: str, max_tokens: int = 100) -> Any:
     grammar = GrammarSpec(source, max_tokens)
-    return SimpleNamespace(new=SimpleNamespace(sampling=SimpleNamespace(grammar=grammar)))
+    return SimpleNamespace(new=SimpleNamespace(request_id=source, sampling=SimpleNamespace(grammar=grammar)))
 
 
 def wait(grammars: GrammarCompiler, request: Any) -> None:
@@ -56,7 +56,7 @@ def test_a_request_waits_while_its_grammar_is_compiled() -> None:
 
 def test_masks_have_a_bit_a_token() -> None:
     grammars = GrammarCompiler(vocabulary)
-    matchers = [grammars.matcher(GrammarSpec(regex(pattern), 100)) for pattern in ("(yes|no)", "[0-9]", "x?")]
+    matchers = [grammars.matcher("0", GrammarSpec(regex(pattern), 100)) for pattern in ("(yes|no)", "[0-9]", "x?")]
     masks = np.zeros((3, 9), np.uint32)
     grammars.fill_masks(matchers, masks)
     allowed = [np.flatnonzero(np.unpackbits(row.view(np.uint8), bitorder="little")).tolist() for row in masks]
@@ -81,5 +81,5 @@ def test_what_is_kept_is_bounded_and_nothing_that_is_awaited_is_dropped(monkeypa
     for request in requests:
         wait(grammars, request)
     grammars.ready(asking(regex("b")))
-    assert len(grammars._kept) <= 4
+    assert len(grammars._kept) <= 4 and len(grammars._started) == 12
     assert grammars._kept_bytes == sum(len(source) + 200 for source in grammars._kept)

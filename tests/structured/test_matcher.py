@@ -4,7 +4,7 @@ import pytest
 
 from quire.errors import ShapeError
 from quire.structured.closing import Closer, TextTokens
-from quire.structured.matcher import Matcher
+from quire.structured.matcher import NEAR, Matcher
 from tests.structured import grammars
 
 EOS = 261
@@ -49,20 +49,30 @@ def test_the_end_has_a_token_of_its_own() -> None:
     assert list(matcher.forced) == [ord("!"), EOS]
 
 
-def test_a_lost_way_is_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where much is left a token is taken though no completion is known after it, and one is sought later."""
-    matcher = begun(2000, "[a-z]*!")
+def test_far_from_the_end_no_plan_is_kept_and_near_it_one_is_found() -> None:
+    """From `NEAR` tokens and four times the shortest answer on, by the number of tokens alone."""
+    matcher = begun(NEAR + 4 + 3, "[a-z]*!")
+    for _ in range(2):
+        follow(matcher, "a")
+        assert matcher.plan is None
+    follow(matcher, "a")
+    assert matcher.plan is not None and matcher.plan[-1] == ord("!")
+
+
+def test_a_plan_that_was_not_found_is_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    matcher = begun(NEAR + 4 + 1, "[a-z]*!")
     monkeypatch.setattr(Closer, "completion", lambda *_, **__: None)
-    monkeypatch.setattr(Matcher, "_still_holds", lambda *_: False)
     follow(matcher, "ab")
     assert matcher.plan is None
     monkeypatch.undo()
     follow(matcher, "c" * 16)
-    assert matcher.plan == [ord("!")]
-    tight = begun(40, "[a-z]*!")
-    monkeypatch.setattr(Closer, "completion", lambda *_, **__: None)
-    monkeypatch.setattr(Matcher, "_still_holds", lambda *_: False)
-    assert tight.decide(ord("a")) == ord("!"), "where little is left the known way is taken"
+    assert matcher.plan is not None
+
+
+def test_an_end_before_the_answer_is_whole_is_an_error() -> None:
+    """llguidance allows the end alone where it gave up."""
+    with pytest.raises(ShapeError, match="it is not complete"):
+        begun(9, "[a-z]*!").consume(EOS)
 
 
 def test_what_the_grammar_excludes_is_an_error() -> None:

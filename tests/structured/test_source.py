@@ -97,6 +97,15 @@ def test_grammars_in_both_notations() -> None:
             {"json": {"properties": {"a": {"x-guidance": {"lenient": True}}}}},
             "'x-guidance' at #/properties/a is not honoured",
         ),
+        ({"json": {"type": "string", "format": {}}}, "structured_outputs.json"),
+        ({"json": {"minProperties": 2}}, "the keyword 'minProperties' at # cannot be held with this value"),
+        ({"json": {"items": {"const": 12345678901234567890123}}}, "the keyword 'const' at #/items cannot be held with"),
+        ({"json": {"enum": [1, 9007199254740993]}}, "the keyword 'enum' at #"),
+        (
+            {"json": {"type": "number", "exclusiveMinimum": 9, "maximum": 9.63}},
+            "'exclusiveMinimum' at # cannot be held",
+        ),
+        ({"grammar": 'start: %json {"x-guidance": {"lenient": true}, "not": {}}'}, "'x-guidance' is not honoured"),
         ({"json": {"items": {"type": "string", "format": "regex"}}}, "the format 'regex' at #/items cannot be held"),
     ],
 )
@@ -139,6 +148,20 @@ def test_white_space_is_bounded_and_can_be_excluded() -> None:
         ('{"a":  1}', False, False, False),
     ):
         assert [accepts(one, text) for one in (start, tight, lines)] == [by_default, without, own], text
+
+
+def test_a_key_has_one_spelling() -> None:
+    """An escaped one would pass by what the schema says of it."""
+    start = matcher(json={"type": "object", "properties": {"a": {"type": "integer"}, "\u00e9": {"type": "integer"}}})
+    assert accepts(start, '{"a":1,"b\\n":2}') and accepts(start, '{"x\\"y\\\\":"z"}')
+    for text in ('{"\\u0061":"x"}', '{"\\u00e9":"x"}', '{"\\u00E9":"x"}', '{"a":"x"}', '{"b\\/":1}'):
+        assert not accepts(start, text), text
+
+
+def test_exclusive_bounds_exclude() -> None:
+    for bound in ({"exclusiveMinimum": 0}, {"exclusiveMaximum": 7.5}, {"exclusiveMinimum": 2, "maximum": 9}):
+        start = matcher(json={"type": "number", **bound})
+        assert not any(accepts(start, json.dumps(value)) for name, value in bound.items() if "exclusive" in name)
 
 
 def test_objects_can_be_closed() -> None:

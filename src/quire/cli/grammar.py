@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from quire.cli import shape
@@ -44,15 +44,15 @@ def run(options: argparse.Namespace) -> int:
     """Compile, then try every instance."""
     try:
         grammars, tokenizer, grammar = _compiled(options)
-        start = grammars.matcher(grammar)
+        shortest = grammars.shortest(grammar.source)
     except (InvalidRequestError, ShapeError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     if not options.json:
-        print(*_description(options, tokenizer, start), sep="\n")
+        print(*_description(options, tokenizer, shortest), sep="\n")
     is_all_right = True
     for instance in _instances(options.instances):
-        reason = rejection(grammars, tokenizer, grammars.matcher(grammar), instance)
+        reason = rejection(grammars, tokenizer, grammars.matcher("check", grammar), instance)
         is_all_right &= reason is None
         if options.json:
             found = {"instance": instance, "accepted": reason is None, "reason": reason}
@@ -110,18 +110,18 @@ def _compiled(options: argparse.Namespace) -> "tuple[GrammarCompiler, Tokenizer,
         checker.close()
 
 
-def _description(options: argparse.Namespace, tokenizer: "Tokenizer", start: "Matcher") -> Iterator[str]:
+def _description(options: argparse.Namespace, tokenizer: "Tokenizer", shortest: Sequence[int] | None) -> Iterator[str]:
     given = next(name for name in shape.KINDS if getattr(options, name) is not None)
     if given == "grammar":
         from quire.structured.source import is_gbnf
 
         given = f"grammar in {'GBNF' if is_gbnf(shape.text_of(options.grammar)) else 'Lark'}"
     yield f"held: {given.replace('_', ' ')}"
-    if start.plan is None:
+    if shortest is None:
         yield "shortest answer: none was found; answers may be cut off by max_tokens"
     else:
-        text = b"".join(map(tokenizer.token_bytes, start.plan)).decode("utf-8", "replace")
-        yield f"shortest answer: {text} ({len(start.plan) + 1} tokens with its end)"
+        text = b"".join(map(tokenizer.token_bytes, shortest)).decode("utf-8", "replace")
+        yield f"shortest answer: {text} ({len(shortest) + 1} tokens with its end)"
 
 
 def _instances(given: list[str]) -> Iterator[str]:

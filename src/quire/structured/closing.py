@@ -7,7 +7,7 @@ taken again with the texts of the circle last; where that finds no end either, a
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import product
 from typing import TYPE_CHECKING
@@ -35,8 +35,10 @@ _LETTERS = ("Q", "z")
 _WALK_STEPS = 2048
 _OFTEN = 4
 _BREADTH = 12
-SEARCHED, SEARCHED_AT_START = 24, 600
-"""Beginnings that the search looks at: in an answer, and once for a grammar."""
+EFFORT, EFFORT_AT_START = 4_000, 60_000
+"""Tokens tried for one completion, some 3 us each: in an answer, and once for a grammar."""
+_MASK_EFFORT = 20
+_MOST_SAMPLES = 128
 _IMPROVED = (12, 4)
 """Places at which the first completion is tried otherwise, and how often each."""
 
@@ -71,6 +73,57 @@ class TextTokens:
         return [int(token_id) for token_id in found]
 
 
+class _Spent(Exception):
+    """A look for a completion has cost what it may."""
+
+
+class _Probe:
+    """A matcher that is tried, and afterwards is where it was.
+
+    Args:
+        effort: what the tries may cost, in tokens looked at: not in time, so that a loaded machine finds the same.
+    """
+
+    def __init__(self, matcher: "LLMatcher", tokens: TextTokens, effort: int) -> None:
+        self._matcher = matcher
+        self._tokens = tokens
+        self._effort = effort
+        self.depth = 0
+        """Tokens taken."""
+
+    def _spend(self, count: int) -> None:
+        self._effort -= count
+        if self._effort < 0:
+            raise _Spent
+
+    @property
+    def is_whole(self) -> bool:
+        return bool(self._matcher.is_accepting())
+
+    def fits(self, token_ids: Sequence[int]) -> bool:
+        self._spend(len(token_ids))
+        return self._matcher.validate_tokens(list(token_ids)) == len(token_ids)
+
+    def take(self, token_ids: Sequence[int]) -> bool:
+        self._spend(2 * len(token_ids))
+        taken = self._matcher.try_consume_tokens(list(token_ids)) if token_ids else 0
+        self.depth += taken
+        return taken == len(token_ids)
+
+    def back_to(self, depth: int) -> None:
+        if self.depth > depth:
+            self._matcher.rollback(self.depth - depth)
+            self.depth = depth
+
+    def forced(self) -> list[int]:
+        self._spend(2)
+        return list(self._matcher.compute_ff_tokens())
+
+    def allowed(self) -> list[int]:
+        self._spend(_MASK_EFFORT)
+        return self._tokens.allowed(self._matcher)
+
+
 class Closer:
     """Finds completions under one grammar.
 
@@ -81,70 +134,90 @@ class Closer:
     def __init__(self, tokens: TextTokens, samples: Sequence[Sequence[int]] = ()) -> None:
         self._tokens = tokens
         ends = [list(sample[start:]) for sample in samples for start in range(len(sample))]
-        self._samples = sorted(ends, key=len)[:256]
+        self._samples = sorted(ends, key=len)[:_MOST_SAMPLES]
 
     def completion(
-        self, matcher: "LLMatcher", at_most: int, expected: int = _WALK_STEPS, searched: int = SEARCHED
+        self, matcher: "LLMatcher", at_most: int, expected: int = _WALK_STEPS, effort: int = EFFORT
     ) -> list[int] | None:
         """Tokens with which the answer is complete, its end of sequence not among them. The matcher is left as it was.
 
         Args:
             at_most: the longest that is of use.
             expected: how long about it may be: a walk far beyond has gone in a circle.
-            searched: how many beginnings are looked at where no walk comes to an end.
+            effort: what looking for it may cost, in tokens tried.
 
         Returns:
             None if none was found.
         """
+        probe = _Probe(matcher, self._tokens, effort)
         limit = min(at_most, 4 * expected + 32, _WALK_STEPS)
-        found = self._walk(matcher, limit)
-        if found is None:
-            found = self._walk(matcher, limit, Counter())
-        return self._search(matcher, at_most, searched) if found is None else found
+        try:
+            found = self._walk(probe, limit)
+            if found is None:
+                found = self._walk(probe, limit, Counter())
+            return self._search(probe, at_most) if found is None else found
+        except _Spent:
+            return None
+        finally:
+            probe.back_to(0)
 
     def shortest(self, matcher: "LLMatcher", at_most: int) -> list[int] | None:
         """The same from the beginning of an answer, with more care."""
-        best = self.completion(matcher, at_most, searched=SEARCHED_AT_START)
-        num_places, num_others = _IMPROVED
-        place = 0
-        while best is not None and place < len(best) and num_places:
-            if place:
-                matcher.try_consume_tokens(best[:place])
-            others = [] if matcher.compute_ff_tokens() else self._tokens.allowed(matcher)
-            others = [one for one in others if one != best[place]]
-            num_places -= bool(others)
-            for token_id in others[:num_others]:
-                if len(best) - place > 1 and matcher.try_consume_tokens([token_id]):
-                    rest = self._walk(matcher, len(best) - place - 2)
-                    matcher.rollback(1)
-                    best = best if rest is None else [*best[:place], token_id, *rest]
-            _back(matcher, place)
-            place += 1
+        best = self.completion(matcher, at_most, effort=EFFORT_AT_START)
+        if best is None:
+            return None
+        probe = _Probe(matcher, self._tokens, EFFORT_AT_START)
+        try:
+            for path in self._shorter(probe, best):
+                best = path
+        except _Spent:
+            pass
+        finally:
+            probe.back_to(0)
         return best
 
-    def _walk(self, matcher: "LLMatcher", at_most: int, taken: Counter[int] | None = None) -> list[int] | None:
+    def _shorter(self, probe: _Probe, best: list[int]) -> Iterator[list[int]]:
+        """Completions that turn off at one of the first places where there is a choice, each shorter than the last."""
+        num_places, num_others = _IMPROVED
+        place = 0
+        while place < len(best) and num_places:
+            probe.back_to(0)
+            probe.take(best[:place])
+            others = [] if probe.forced() else [one for one in probe.allowed() if one != best[place]]
+            num_places -= bool(others)
+            for token_id in others[:num_others]:
+                if len(best) - place > 1 and probe.take([token_id]):
+                    rest = self._walk(probe, len(best) - place - 2)
+                    if rest is not None:
+                        best = [*best[:place], token_id, *rest]
+                        yield best
+                probe.back_to(place)
+            place += 1
+
+    def _walk(self, probe: _Probe, at_most: int, taken: Counter[int] | None = None) -> list[int] | None:
         path: list[int] = []
-        while len(path) <= at_most and not matcher.is_accepting():
-            step = matcher.compute_ff_tokens() or self._step(matcher, taken)
-            if not step or matcher.try_consume_tokens(step) < len(step):
+        begun = probe.depth
+        while len(path) <= at_most and not probe.is_whole:
+            step = probe.forced() or self._step(probe, taken)
+            if not step or not probe.take(step):
                 break
             path += step
             if taken is not None:
                 taken.update(step)
-        is_whole = matcher.is_accepting() and len(path) <= at_most
-        _back(matcher, len(path))
+        is_whole = probe.is_whole and len(path) <= at_most
+        probe.back_to(begun)
         return path if is_whole else None
 
-    def _step(self, matcher: "LLMatcher", taken: Counter[int] | None) -> list[int]:
+    def _step(self, probe: _Probe, taken: Counter[int] | None) -> list[int]:
         tokens = self._tokens
-        in_text = any(matcher.validate_tokens([letter]) for letter in tokens.letters)
-        closing = self._first(matcher, tokens.closing if in_text else tokens.between, taken)
+        in_text = any(probe.fits([letter]) for letter in tokens.letters)
+        closing = self._first(probe, tokens.closing if in_text else tokens.between, taken)
         if closing:
             return closing
-        other = self._fitting_sample(matcher) or self._first(matcher, tokens.others, taken)
+        other = self._fitting_sample(probe) or self._first(probe, tokens.others, taken)
         if other:
             return other
-        allowed = tokens.allowed(matcher)
+        allowed = probe.allowed()
         if taken is not None:
             fresh = [token_id for token_id in allowed if taken[token_id] < _OFTEN]
             if not fresh:
@@ -153,45 +226,39 @@ class Closer:
         return allowed[:1]
 
     @staticmethod
-    def _first(matcher: "LLMatcher", token_ids: Sequence[int], taken: Counter[int] | None) -> list[int]:
+    def _first(probe: _Probe, token_ids: Sequence[int], taken: Counter[int] | None) -> list[int]:
         for token_id in token_ids:
-            if (taken is None or taken[token_id] < _OFTEN) and matcher.validate_tokens([token_id]):
+            if (taken is None or taken[token_id] < _OFTEN) and probe.fits([token_id]):
                 return [token_id]
         return []
 
-    def _fitting_sample(self, matcher: "LLMatcher") -> list[int]:
+    def _fitting_sample(self, probe: _Probe) -> list[int]:
         """The shortest end of a sample after which the text is closed, or may be."""
+        begun = probe.depth
         for sample in self._samples:
-            if matcher.validate_tokens(sample) == len(sample):
-                matcher.try_consume_tokens(sample)
-                closing = self._tokens.closing
-                closes = matcher.is_accepting() or any(matcher.validate_tokens([one]) for one in closing)
-                matcher.rollback(len(sample))
+            if probe.fits(sample):
+                probe.take(sample)
+                closes = probe.is_whole or any(probe.fits([one]) for one in self._tokens.closing)
+                probe.back_to(begun)
                 if closes:
                     return sample
         return []
 
-    def _search(self, matcher: "LLMatcher", at_most: int, searched: int) -> list[int] | None:
+    def _search(self, probe: _Probe, at_most: int) -> list[int] | None:
         """The shortest first, over a few bytes at each place."""
         heap: list[tuple[int, int, list[int]]] = [(0, 0, [])]
-        for number in range(1, searched):
-            if not heap:
-                return None
+        begun, number = probe.depth, 0
+        while heap:
             _, _, path = heappop(heap)
-            taken = matcher.try_consume_tokens(path) if path else 0
-            if taken == len(path) and matcher.is_accepting():
-                _back(matcher, taken)
-                return path
-            if taken == len(path) < at_most:
-                step = matcher.compute_ff_tokens()
-                few = self._tokens.allowed(matcher)[:_BREADTH]
-                following: Sequence[list[int]] = [step] if step else [[one] for one in few]
-                for place, tokens in enumerate(following):
-                    heappush(heap, (len(path) + len(tokens), number * _BREADTH + place, [*path, *tokens]))
-            _back(matcher, taken)
+            if probe.take(path):
+                if probe.is_whole:
+                    probe.back_to(begun)
+                    return path
+                if len(path) < at_most:
+                    step = probe.forced()
+                    following: Sequence[list[int]] = [step] if step else [[one] for one in probe.allowed()[:_BREADTH]]
+                    for tokens in following:
+                        number += 1
+                        heappush(heap, (len(path) + len(tokens), number, [*path, *tokens]))
+            probe.back_to(begun)
         return None
-
-
-def _back(matcher: "LLMatcher", num_tokens: int) -> None:
-    if num_tokens:
-        matcher.rollback(num_tokens)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,11 @@ from quire.structured.source import limits
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
+T = TypeVar("T")
 KEPT_GRAMMARS, KEPT_BYTES = 128, 2**22
-"""Compiled grammars that are kept, and their texts together. A schema of MaskBench takes 0.4 MB, what an answer has
-visited of it included."""
+"""Grammars that are known to compile, and their texts together."""
+MOST_STARTED = 1024
+"""Matchers that wait for the row of their request."""
 _LONGEST = 4096
 """The longest of shortest answers that is looked for, in tokens."""
 
@@ -42,7 +44,6 @@ class Vocabulary:
 
 @dataclass(frozen=True, slots=True)
 class _Compiled:
-    start: "LLMatcher"
     closer: Closer
     shortest: tuple[int, ...] | None
     """An answer, as short as was found."""
@@ -93,6 +94,8 @@ class GrammarCompiler:
         self._executor: LLExecutor | None = None
         self._kept: OrderedDict[str, Future[_Compiled]] = OrderedDict()
         self._kept_bytes = 0
+        self._started: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        """By request, until it has a row."""
 
     def ready(self, request: _HasSampling) -> str | None:
         """The admission rule: a request waits while its grammar is being compiled, which the first call begins.
@@ -106,22 +109,38 @@ class GrammarCompiler:
         grammar = request.new.sampling.grammar
         if grammar is None:
             return None
-        future = self._begin(grammar.source)
-        if not future.done():
+        known = self._begin(grammar.source)
+        if not known.done():
             return "grammar"
-        future.result().check_room(grammar.max_tokens)
+        known.result().check_room(grammar.max_tokens)
+        started = self._start(request.new.request_id, grammar.source)
+        if not started.done():
+            return "grammar"
+        started.result()
         return None
 
-    def matcher(self, grammar: GrammarSpec) -> Matcher:
-        """A matcher at the beginning of an answer; waits where the grammar is not compiled yet.
+    def matcher(self, request_id: str, grammar: GrammarSpec) -> Matcher:
+        """A matcher at the beginning of the answer of a request; waits where it is not compiled yet.
+
+        Each answer has one of its own, and none is a copy: copies share their automata, which are bounded, so that what
+        others have written would decide how far an answer can go.
 
         Raises:
             ShapeError: it does not compile.
         """
         found = self._begin(grammar.source).result()
+        inner = self._start(request_id, grammar.source).result()
+        self._started.pop(request_id, None)
         assert self._tokenizer is not None
-        eos_token_id = self._tokenizer.eos_token
-        return Matcher(found.start.deep_copy(), found.closer, eos_token_id, found.shortest, grammar.max_tokens)
+        return Matcher(inner, found.closer, self._tokenizer.eos_token, found.shortest, grammar.max_tokens)
+
+    def _start(self, request_id: str, source: str) -> "Future[LLMatcher]":
+        future = self._started.get(request_id)
+        if future is None:
+            future = self._started[request_id] = self._submit(self._new_matcher, source)
+            while len(self._started) > MOST_STARTED:
+                self._started.popitem(last=False)  # of a request that went, or that has it compiled again
+        return future
 
     def fill_masks(self, matchers: "Sequence[Matcher]", masks: NDArray[np.uint32]) -> None:
         """Which tokens may come next.
@@ -138,6 +157,14 @@ class GrammarCompiler:
         jobs = [(matcher.inner, place) for place, matcher in enumerate(matchers)]
         self._executor.unsafe_compute_mask_ptr(jobs, masks.ctypes.data, masks.strides[0], len(masks))
 
+    def shortest(self, source: str) -> Sequence[int] | None:
+        """An answer as short as was found, its end of sequence not among it; None if none was found. Waits.
+
+        Raises:
+            ShapeError: the grammar does not compile.
+        """
+        return self._begin(source).result().shortest
+
     @property
     def vocab_size(self) -> int:
         """Tokens of the vocabulary; 0 before the first grammar is compiled."""
@@ -153,12 +180,15 @@ class GrammarCompiler:
         if future is not None:
             self._kept.move_to_end(source)
             return future
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="quire-grammar")
-        future = self._kept[source] = self._pool.submit(self._compile, source)
+        future = self._kept[source] = self._submit(self._compile, source)
         self._kept_bytes += len(source) + 200
         self._forget_oldest()
         return future
+
+    def _submit(self, function: Callable[[str], T], source: str) -> "Future[T]":
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="quire-grammar")
+        return self._pool.submit(function, source)
 
     def _forget_oldest(self) -> None:
         """Those that are being compiled stay: a request waits for each."""
@@ -170,19 +200,28 @@ class GrammarCompiler:
 
     def _compile(self, source: str) -> _Compiled:
         """In the thread. The compiler lets go of the interpreter meanwhile."""
-        from llguidance import LLMatcher
-
         if self._tokenizer is None or self._texts is None:
             vocabulary = self._read_vocabulary()
             wrapped = _Wrapped(vocabulary)
             self._texts, self._encode = TextTokens(wrapped.token_of, len(vocabulary.tokens)), wrapped
             self._tokenizer = _tokenizer(wrapped, vocabulary)
-        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=limits())
-        if matcher.is_error():
-            raise ShapeError(f"cannot be compiled: {matcher.get_error()[:500]}")
+        matcher = self._new_matcher(source)
         closer = Closer(self._texts, [self._encode(text) for text in samples_of(source)])
         shortest = closer.shortest(matcher, _LONGEST)
-        return _Compiled(matcher, closer, None if shortest is None else tuple(shortest))
+        return _Compiled(closer, None if shortest is None else tuple(shortest))
+
+    def _new_matcher(self, source: str) -> "LLMatcher":
+        """In the thread, after the vocabulary is there."""
+        from llguidance import LLMatcher
+
+        assert self._tokenizer is not None
+        try:
+            matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=limits())
+        except BaseException as error:  # a panic of the library is no `Exception`
+            raise ShapeError("cannot be compiled: its compiler failed") from error
+        if matcher.is_error():
+            raise ShapeError(f"cannot be compiled: {matcher.get_error()[:500]}")
+        return matcher
 
 
 class _Wrapped:

@@ -1,6 +1,7 @@
-"""Follows one answer through its grammar, and always knows how it can end."""
+"""Follows one answer through its grammar, and knows how it can end when the end comes near."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from quire.errors import ShapeError
@@ -9,24 +10,23 @@ from quire.structured.closing import Closer
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-
-_AMPLE = 512
-"""Tokens left, beyond four times the plan, with which a token is taken though no completion was found after it."""
+NEAR = 256
+"""Tokens left, beyond four times the shortest answer, from which on a completion is known."""
 _OFTEN = 16
-"""Tokens from one look for a lost plan to the next."""
+"""Tokens from one look for a completion to the next, where none was found."""
 
 
 class Matcher:
     """The grammar's state after the tokens of one answer.
 
-    It keeps a *plan*: a completion from here that fits into the tokens that are left. A token after which no completion
-    would fit is not taken; the plan's first token is, in its place (unless none was found and much is left: then it is
-    looked for again). So an answer whose shortest form fits at the start
-    is complete at the end. What is forced, planned and refused depends on the tokens alone, so an answer that another
-    process takes up goes on as it would have here.
+    Near its last token (from its first, where its budget is not large) it keeps a *plan*: a completion that fits into
+    the tokens that are left. A token after which no completion would fit is not taken; the plan's first token is, in
+    its place. So an answer whose shortest form fits at the start is complete at the end. What is forced, planned and
+    replaced depends on the tokens and their number alone, so an answer that another process takes up goes on as it
+    would have here.
 
     Args:
-        inner: at the beginning.
+        inner: at the beginning, and of this answer alone: what following it costs is counted in it.
         plan: a completion from there, or None if none was found: then nothing is known of the end.
         max_tokens: of the answer, its end of sequence included.
     """
@@ -38,11 +38,13 @@ class Matcher:
         self._closer = closer
         self._eos_token_id = eos_token_id
         self._num_left = max_tokens
-        self._plan = None if plan is None else list(plan)
-        self._tried: tuple[int, list[int] | None] | None = None
+        self._near = NEAR + 4 * len(plan or ())
+        self._plan = None if plan is None or max_tokens > self._near else list(plan)
+        self._tried: tuple[int, list[int]] | None = None
         """The last token that was decided on, and the plan after it."""
         self._forced: list[int] = []
-        self._see_what_is_forced()
+        with _limits_named():
+            self._see_what_is_forced()
 
     @property
     def forced(self) -> Sequence[int]:
@@ -60,13 +62,26 @@ class Matcher:
         """Whether the answer may end here."""
         return bool(self.inner.is_accepting())
 
+    def check(self) -> None:
+        """After a mask: see that it could be computed. One that could not allows the end alone.
+
+        Raises:
+            ShapeError: it takes too much.
+        """
+        if self.inner.is_error():
+            raise ShapeError(f"cannot be followed here: {self.inner.get_error()[:500]}")
+
     def decide(self, token_id: int) -> int:
-        """`token_id`, which the grammar allows, or what must be taken in its place so that the answer can end."""
+        """`token_id`, which the grammar allows, or what must be taken in its place so that the answer can end.
+
+        Raises:
+            ShapeError: what follows takes too much to say.
+        """
         if self._plan is None or self._forced or token_id == self._eos_token_id:
             return token_id
-        after = self._plan_after(token_id)
-        may_be_lost = after is None and self._num_left > _AMPLE + 4 * len(self._plan)
-        if not may_be_lost and (after is None or len(after) + 1 >= self._num_left):
+        with _limits_named():
+            after = self._plan_after(token_id)
+        if after is None or len(after) + 1 >= self._num_left:
             return self._plan[0] if self._plan else self._eos_token_id
         self._tried = (token_id, after)
         return token_id
@@ -77,22 +92,30 @@ class Matcher:
         Raises:
             ShapeError: the grammar does not allow it, or following it takes too much.
         """
-        if self._plan is not None:
-            if self._plan and self._plan[0] == token_id:
-                del self._plan[0]
-            elif token_id != self._eos_token_id:
-                tried = self._tried
-                self._plan = tried[1] if tried is not None and tried[0] == token_id else self._plan_after(token_id)
-        self._tried = None
-        if not self.inner.consume_token(token_id):
-            raise ShapeError(f"cannot be followed here: {self.inner.get_error()[:500]}")
-        self._num_left -= 1
-        if self._plan is None and self._num_left % _OFTEN == 0:
-            self._plan = self._closer.completion(self.inner, self._num_left - 1, _AMPLE // 4, searched=0)
-        if self._forced:
-            del self._forced[0]
-        if not self._forced and token_id != self._eos_token_id:
-            self._see_what_is_forced()
+        is_end = token_id == self._eos_token_id
+        with _limits_named():
+            if self._plan is not None and not is_end:
+                self._plan = self._planned(token_id)
+            self._tried = None
+            if (is_end and not self.is_complete) or not self.inner.consume_token(token_id):
+                raise ShapeError(f"cannot be followed here: {self.inner.get_error()[:500] or 'it is not complete'}")
+            self._num_left -= 1
+            if self._plan is None and self._looks_for_a_plan():
+                self._plan = self._closer.completion(self.inner, self._num_left - 1, self._near)
+            if self._forced:
+                del self._forced[0]
+            if not self._forced and not is_end:
+                self._see_what_is_forced()
+
+    def _looks_for_a_plan(self) -> bool:
+        behind = self._near - self._num_left
+        return behind >= 0 and behind % _OFTEN == 0
+
+    def _planned(self, token_id: int) -> list[int] | None:
+        plan, tried = self._plan, self._tried
+        if plan and plan[0] == token_id:
+            return plan[1:]
+        return tried[1] if tried is not None and tried[0] == token_id else self._plan_after(token_id)
 
     def _see_what_is_forced(self) -> None:
         plan = self._plan
@@ -129,3 +152,14 @@ class Matcher:
         if taken:
             self.inner.rollback(taken)
         return bool(holds)
+
+
+@contextmanager
+def _limits_named() -> Iterator[None]:
+    """A panic of the library is the request's own fault, and no `Exception`."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise ShapeError("cannot be followed here: its compiler failed") from error

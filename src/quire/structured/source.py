@@ -15,6 +15,10 @@ from quire.structured_params import FIELD, MAX_NESTING, StructuredOutputsParams
 
 WHITESPACE = " ?"
 """Between tokens of JSON, unless the caller says: a model that may break lines and indent is easily lost in it."""
+ESCAPES = '"\\\\bfnrt'
+"""What may follow a backslash. One that stands for a character that is written plainly would make two keys of one."""
+LARGEST_EXACT = 2**53
+"""llguidance compares numbers as doubles."""
 _GBNF_RULE = re.compile(r"^\s*[A-Za-z][\w-]*\s*::=", re.MULTILINE)
 _UNHELD = re.compile(r"Unimplemented keys: (\[.*\])")
 _UNKNOWN_FORMAT = re.compile(r"Unknown format: (.*)")
@@ -25,6 +29,7 @@ FORMATS = frozenset(
     ).split()
 )
 """Of draft 2020-12; draft 7 has no others."""
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 _VALUES = ("const", "enum", "default", "examples")
 """Keywords that hold values, in which nothing is a schema."""
 _IN_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -46,9 +51,12 @@ def source_of(params: StructuredOutputsParams) -> str:
 
     if params.json is not None or params.json_object:
         schema = _schema(params)
-        options: dict[str, Any] = {"whitespace_pattern": params.whitespace_pattern or WHITESPACE}
+        options: dict[str, Any] = {
+            "json_allowed_escapes": ESCAPES,
+            "whitespace_pattern": params.whitespace_pattern or WHITESPACE,
+        }
         if params.disable_any_whitespace:
-            options = {"whitespace_flexible": False}
+            options = {"json_allowed_escapes": ESCAPES, "whitespace_flexible": False}
         return LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=options)  # type: ignore[arg-type]
     if params.regex is not None:
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex, 'd')}/")
@@ -118,6 +126,8 @@ def _schema(params: StructuredOutputsParams) -> Any:
     for place, keywords in _schemas(schema, "#"):
         if "x-guidance" in keywords:
             raise refusal("json", f"the keyword 'x-guidance' at {place} is not honoured: use the fields of {FIELD}")
+        for keyword in _not_held_exactly(keywords):
+            raise refusal("json", f"the keyword {keyword!r} at {place} cannot be held with this value")
     schema = _map_schemas(schema, _without_unknown_format)
     return _map_schemas(schema, _closed) if params.disable_additional_properties else schema
 
@@ -147,6 +157,48 @@ def _schemas(value: Any, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from _schemas(inner, below)
 
 
+def _not_held_exactly(schema: Mapping[str, Any]) -> Iterator[str]:
+    """Keywords whose value llguidance takes for another one."""
+    for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "const", "enum"):
+        if keyword in schema and _is_inexact(schema[keyword]):
+            yield keyword
+    for keyword in ("properties", "required"):
+        if _is_inexact([*schema.get(keyword, ())]):
+            yield keyword
+    least = schema.get("minProperties", 0)
+    is_closed = schema.get("additionalProperties") is False and not schema.get("patternProperties")
+    if isinstance(least, int) and least > 1 and not is_closed:
+        yield "minProperties"  # a key that comes twice would count twice
+    bounds = {name: schema[name] for name in _BOUNDS if isinstance(schema.get(name), int | float)}
+    if "multipleOf" not in schema and any(
+        _takes_bound(bounds, keyword) for keyword in ("exclusiveMinimum", "exclusiveMaximum")
+    ):
+        yield "exclusiveMinimum" if "exclusiveMinimum" in bounds else "exclusiveMaximum"
+
+
+def _is_inexact(value: Any) -> bool:
+    """Whether a value holds an integer that no double is, or a character that cannot be written."""
+    if isinstance(value, list):
+        return any(map(_is_inexact, value))
+    if isinstance(value, Mapping):
+        return any(map(_is_inexact, [*value, *value.values()]))
+    if isinstance(value, str):
+        return any(one < " " and one not in "\b\f\n\r\t" for one in value)
+    return isinstance(value, int) and abs(value) > LARGEST_EXACT
+
+
+def _takes_bound(bounds: Mapping[str, Any], keyword: str) -> bool:
+    """Whether the compiler lets the very number through that `keyword` excludes."""
+    from llguidance import LLMatcher, LLTokenizer
+
+    if keyword not in bounds:
+        return False
+    schema = json.dumps({"type": "number", **bounds})
+    matcher = LLMatcher(LLTokenizer("byte"), LLMatcher.grammar_from_json_schema(schema), log_level=0, limits=limits())
+    text = list(json.dumps(bounds[keyword]).encode())
+    return not matcher.is_error() and matcher.try_consume_tokens(text) == len(text) and matcher.is_accepting()
+
+
 def _map_schemas(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
     """The same with every schema in it changed."""
     if isinstance(schema, list):
@@ -169,7 +221,7 @@ def _closed(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _without_unknown_format(schema: dict[str, Any]) -> dict[str, Any]:
     """A format that the standard does not know says nothing of a value (section 7 of its part on validation)."""
-    is_unknown = "format" in schema and schema["format"] not in FORMATS
+    is_unknown = "format" in schema and isinstance(schema["format"], str) and schema["format"] not in FORMATS
     return {name: value for name, value in schema.items() if name != "format"} if is_unknown else schema
 
 
@@ -189,6 +241,8 @@ def _explained(text: str, params: StructuredOutputsParams) -> str:
 
 
 def _lark(grammar: str) -> str:
+    if "x-guidance" in grammar:
+        raise refusal("grammar", "'x-guidance' is not honoured: it would loosen what a schema says")
     if not is_gbnf(grammar):
         return grammar
     from llguidance.gbnf_to_lark import gbnf_to_lark

@@ -24,6 +24,9 @@ class Matcher(Protocol):
     def forced(self) -> Sequence[int]:
         """Tokens of which there is no choice."""
 
+    def check(self) -> None:
+        """Raises where its mask could not be computed."""
+
     def decide(self, token_id: int) -> int:
         """What to take where this was sampled."""
 
@@ -34,8 +37,8 @@ class Matcher(Protocol):
 class Grammars(Protocol):
     """Compiled grammars; see `quire.structured.compiler.GrammarCompiler`."""
 
-    def matcher(self, grammar: GrammarSpec) -> Any:
-        """A `Matcher` at the beginning of an answer."""
+    def matcher(self, request_id: str, grammar: GrammarSpec) -> Any:
+        """A `Matcher` at the beginning of the answer of a request."""
 
     def fill_masks(self, matchers: Sequence[Any], masks: NDArray[np.uint32]) -> None:
         """Which tokens may come next, by row of `masks`, a bit a token."""
@@ -57,7 +60,7 @@ class GrammarMasks:
     def add(self, new: NewRow) -> None:
         """Follow the answer as far as it is there."""
         assert new.sampling.grammar is not None
-        matcher = self._rows[new.row] = self._grammars.matcher(new.sampling.grammar)
+        matcher = self._rows[new.row] = self._grammars.matcher(new.request_id, new.sampling.grammar)
         for token_id in new.token_ids[new.num_prompt_tokens :]:
             matcher.consume(token_id)
 
@@ -100,5 +103,7 @@ class GrammarMasks:
         if len(self._masks) < len(matchers) or self._masks.shape[1] != width:
             self._masks = np.zeros((len(matchers), width), np.uint32)
         self._grammars.fill_masks(matchers, self._masks)
+        for matcher in matchers:
+            matcher.check()
         bits = np.unpackbits(self._masks[: len(matchers)].view(np.uint8), axis=1, bitorder="little", count=num_tokens)
         return bits.view(np.bool_)
