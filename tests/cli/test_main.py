@@ -192,7 +192,7 @@ def test_what_a_server_is_called_and_holds_to_is_what_was_typed(monkeypatch: pyt
     assert found["limits"].prompts.value == 3 and found["limits"].chat_template_characters.value > 0
     assert found["requests"] is False and found["digits"] == serve.MAX_DIGITS
     found = began(monkeypatch, "--served-model-name", "a", "b", "--enable-log-requests", "--admin-api-key", "boss")
-    assert found["served_model_name"] == ["a", "b"] and found["model_names"] == ["quire-demo"]
+    assert found["served_model_name"] == ["a", "b"] and found["model_names"] == []
     assert found["requests"] is True and found["observability"].admin_api_key == "boss"
     assert found["limits"].chat_template_characters.value == 0
     found = began(monkeypatch, "--limit", "body_bytes=3MiB")
