@@ -165,6 +165,8 @@ def _not_held_exactly(schema: Mapping[str, Any]) -> Iterator[str]:
     for keyword in ("properties", "required"):
         if _is_inexact([*schema.get(keyword, ())]):
             yield keyword
+    if "$ref" in schema and "$id" in schema:
+        yield "$id"  # whether it counts beside a reference is not the same in all drafts
     least = schema.get("minProperties", 0)
     is_closed = schema.get("additionalProperties") is False and not schema.get("patternProperties")
     if isinstance(least, int) and least > 1 and not is_closed:
