@@ -16,8 +16,8 @@ from quire.structured_params import MAX_NESTING
 from tests.structured.grammars import accepts, matcher
 
 SUITE = Path(__file__).parent / "json_schema_test_suite"
-"""Drafts 2020-12 and 7 of https://github.com/json-schema-org/JSON-Schema-Test-Suite at 44401e0c (MIT), without what needs a
-network or another vocabulary."""
+"""Drafts 2020-12 and 7 of https://github.com/json-schema-org/JSON-Schema-Test-Suite at 44401e0c (MIT), without what
+needs a network or another vocabulary."""
 
 
 @given(

@@ -1,5 +1,6 @@
 """Answers held to a shape, if this installation has `quire.structured`."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +29,8 @@ def grammar_compiler(args: EngineArgs, directory: Path, vocab_size: int) -> "Gra
         return None
     from quire.structured.compiler import GrammarCompiler
 
-    return GrammarCompiler(lambda: _vocabulary(args, directory, vocab_size))
+    threads = args.threads or min(8, os.cpu_count() or 1)
+    return GrammarCompiler(lambda: _vocabulary(args, directory, vocab_size), threads)
 
 
 def _vocabulary(args: EngineArgs, directory: Path, vocab_size: int) -> "Vocabulary":

@@ -85,11 +85,9 @@ class GrammarMasks:
         found = [(place, self._rows[row]) for place, row in zip(places, rows, strict=True)]
         free = [(place, matcher) for place, matcher in found if not matcher.forced]
         if free:
-            index = self._ops.array([place for place, _ in free], "int64")
             allowed = self._allowed([matcher for _, matcher in free], logits.shape[1])
-            edited = logits[index]
-            edited[self._ops.array(~allowed, "bool")] = -np.inf
-            logits[index] = edited
+            for (place, _), denied in zip(free, self._ops.array(~allowed, "bool"), strict=True):
+                logits[place][denied] = -np.inf  # a view: a row is edited where it is
         held = [(place, matcher.forced[0]) for place, matcher in found if matcher.forced]
         if held:
             index, tokens = (self._ops.array(column, "int64") for column in zip(*held, strict=True))
