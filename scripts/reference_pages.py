@@ -34,7 +34,15 @@ def python_page() -> str:
     """Every exported class, what their fields hold, and every exception."""
     names = [name for name in quire.__all__ if not name.startswith("_")]
     classes = [getattr(quire, name) for name in names] + [_load(path) for path in (*PARAMETERS, *SHARED)]
-    order = ("LLM", "AsyncLLM", "SamplingParams", "RequestOutputKind", "RepetitionDetectionParams", "EngineArgs")
+    order = (
+        "LLM",
+        "AsyncLLM",
+        "SamplingParams",
+        "StructuredOutputsParams",
+        "RequestOutputKind",
+        "RepetitionDetectionParams",
+        "EngineArgs",
+    )
     classes.sort(key=lambda one: order.index(one.__name__) if one.__name__ in order else len(order))
     tree = (inspect.getdoc(errors) or "").partition("::\n\n")[2].partition("\n\n")[0]
     listed = [vars(errors)[name] for name, node in _classes(errors) if _is_error(vars(errors)[name])]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from quire.llm import LLM, AsyncLLM
     from quire.outputs import CompletionOutput, Logprob, RequestOutput
     from quire.sampling_params import RequestOutputKind, SamplingParams
+    from quire.structured_params import StructuredOutputsParams
 
 _HOME = {
     "LLM": "quire.llm",
@@ -20,6 +21,7 @@ _HOME = {
     "EngineArgs": "quire.config",
     "SamplingParams": "quire.sampling_params",
     "RequestOutputKind": "quire.sampling_params",
+    "StructuredOutputsParams": "quire.structured_params",
     "RequestOutput": "quire.outputs",
     "CompletionOutput": "quire.outputs",
     "Logprob": "quire.outputs",
@@ -34,6 +36,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 

@@ -66,12 +66,9 @@ class StructuredOutputsParams:
             if type(getattr(self, name)) is not bool:
                 raise _bad(name, "must be true or false")
         _check_text("whitespace_pattern", self.whitespace_pattern, MAX_PATTERN_BYTES)
-        self._check_together(given[0])
-
-    def _check_together(self, kind: str) -> None:
-        is_json = kind in ("json", "json_object")
+        kind = given[0]
         for name in ("disable_any_whitespace", "whitespace_pattern", "disable_additional_properties"):
-            if getattr(self, name) and not is_json:
+            if getattr(self, name) and kind not in ("json", "json_object"):
                 raise _bad(name, f"belongs to json and json_object, not to {kind}")
         if self.whitespace_pattern is not None and self.disable_any_whitespace:
             raise _bad("whitespace_pattern", "says what disable_any_whitespace excludes")

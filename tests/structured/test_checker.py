@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,3 +77,20 @@ def test_what_is_kept_is_bounded(checker: ShapeChecker, monkeypatch: pytest.Monk
     for number in range(20):
         checker.source(StructuredOutputsParams(regex=f"a{number}"))
     assert checker._kept_bytes <= 2000 and 0 < len(checker._kept) < 20
+
+
+def test_the_working_directory_is_no_place_to_import_from(
+    checker: ShapeChecker, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A file there that is called like a module of Python's is not run."""
+    (tmp_path / "json.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "quire").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert checker.source(StructuredOutputsParams(regex="a"))
+
+
+def test_what_is_known_is_known_by_what_it_says(checker: ShapeChecker) -> None:
+    assert not checker.knows(StructuredOutputsParams(choice=["a", "b"]))
+    checker.source(StructuredOutputsParams(choice=["a", "b"]))
+    assert checker.knows(StructuredOutputsParams(choice=["a", "b"]))
+    assert not checker.knows(StructuredOutputsParams(choice=["a"]))

@@ -51,7 +51,6 @@ def test_a_request_waits_while_its_grammar_is_compiled() -> None:
     assert grammars.ready(SimpleNamespace(new=SimpleNamespace(sampling=SimpleNamespace(grammar=None)))) is None
     may_read.set()
     wait(grammars, asking(regex("a")))
-    grammars.close()
 
 
 def test_masks_have_a_bit_a_token() -> None:

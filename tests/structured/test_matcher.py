@@ -13,7 +13,7 @@ CLOSER = Closer(TextTokens(lambda text: text[0] if len(text) == 1 else None, 262
 
 def begun(max_tokens: int, regex: str) -> Matcher:
     inner = grammars.matcher(regex=regex)
-    return Matcher(inner, CLOSER, EOS, CLOSER.shortest(inner, 1000), max_tokens)
+    return Matcher(inner, CLOSER, (EOS,), CLOSER.shortest(inner, 1000), max_tokens)
 
 
 def follow(matcher: Matcher, text: str) -> None:
@@ -54,19 +54,19 @@ def test_far_from_the_end_no_plan_is_kept_and_near_it_one_is_found() -> None:
     matcher = begun(NEAR + 4 + 3, "[a-z]*!")
     for _ in range(2):
         follow(matcher, "a")
-        assert matcher.plan is None
+        assert matcher._plan is None
     follow(matcher, "a")
-    assert matcher.plan is not None and matcher.plan[-1] == ord("!")
+    assert matcher._plan is not None and matcher._plan[-1] == ord("!")
 
 
 def test_a_plan_that_was_not_found_is_looked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     matcher = begun(NEAR + 4 + 1, "[a-z]*!")
     monkeypatch.setattr(Closer, "completion", lambda *_, **__: None)
     follow(matcher, "ab")
-    assert matcher.plan is None
+    assert matcher._plan is None
     monkeypatch.undo()
     follow(matcher, "c" * 16)
-    assert matcher.plan is not None
+    assert matcher._plan is not None
 
 
 def test_an_end_before_the_answer_is_whole_is_an_error() -> None:
@@ -78,3 +78,13 @@ def test_an_end_before_the_answer_is_whole_is_an_error() -> None:
 def test_what_the_grammar_excludes_is_an_error() -> None:
     with pytest.raises(ShapeError, match="structured_outputs cannot be followed here"):
         begun(9, "[a-z]*!").consume(ord("1"))
+
+
+def test_every_end_of_sequence_ends() -> None:
+    """A model may have several; the one that was sampled is taken."""
+    inner = grammars.matcher(regex="[a-z]*")
+    matcher = Matcher(inner, CLOSER, (EOS - 1, EOS), CLOSER.shortest(inner, 10), 9)
+    follow(matcher, "ab")
+    assert matcher.decide(EOS) == EOS and matcher.decide(EOS - 1) == EOS - 1
+    matcher.consume(EOS)
+    assert not matcher.forced

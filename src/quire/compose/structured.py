@@ -1,6 +1,5 @@
 """Answers held to a shape, if this installation has `quire.structured`."""
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING
 from quire.compose.text import compose_text
 from quire.config import EngineArgs
 from quire.errors import ShapeError
+from quire.ops.select import core_processors
 
 if TYPE_CHECKING:
     from quire.structured.checker import ShapeChecker
@@ -29,7 +29,7 @@ def grammar_compiler(args: EngineArgs, directory: Path, vocab_size: int) -> "Gra
         return None
     from quire.structured.compiler import GrammarCompiler
 
-    threads = args.threads or min(8, os.cpu_count() or 1)
+    threads = args.threads or len(core_processors())
     return GrammarCompiler(lambda: _vocabulary(args, directory, vocab_size), threads)
 
 

@@ -6,22 +6,29 @@ bounds ends it: the job's request is refused, and the next one starts another pr
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 from collections import OrderedDict
 from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 from quire.errors import InvalidRequestError
 from quire.structured.source import refusal
 from quire.structured.worker import JOB_CPU_S
 from quire.structured_params import FIELD, StructuredOutputsParams
 
+PACKAGE = str(Path(__file__).parents[2])
+"""Where this interpreter found the package."""
 KEPT_BYTES = 2**24
 """Of answers, with their questions."""
 _LATEST_S = 120.0
 """A worker that has neither answered nor used up its processor time by then is stuck."""
+
+_Question = tuple[tuple[str, Any], ...]
 
 
 class ShapeChecker:
@@ -33,7 +40,7 @@ class ShapeChecker:
         self._turn = threading.Lock()
         """Of the worker. What is known is said meanwhile."""
         self._worker: subprocess.Popen[bytes] | None = None
-        self._kept: OrderedDict[bytes, str | InvalidRequestError] = OrderedDict()
+        self._kept: OrderedDict[_Question, str | InvalidRequestError] = OrderedDict()
         self._kept_bytes = 0
 
     def source(self, params: StructuredOutputsParams) -> str:
@@ -57,7 +64,7 @@ class ShapeChecker:
         """Whether `source` answers at once."""
         return self._known(_question(params)) is not None
 
-    def _known(self, question: bytes) -> str | InvalidRequestError | None:
+    def _known(self, question: _Question) -> str | InvalidRequestError | None:
         with self._lock:
             if question in self._kept:
                 self._kept.move_to_end(question)
@@ -68,12 +75,17 @@ class ShapeChecker:
         with self._turn:
             self._stop()
 
-    def _ask(self, question: bytes, params: StructuredOutputsParams) -> str | InvalidRequestError:
+    def _ask(self, question: _Question, params: StructuredOutputsParams) -> str | InvalidRequestError:
         worker = self._worker
         if worker is None or worker.poll() is not None:
             self._stop()
             worker = self._worker = subprocess.Popen(
-                [sys.executable, "-m", "quire.structured.worker"],
+                # -P: the working directory is no place to import from.
+                [sys.executable, "-P", "-m", "quire.structured.worker"],
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, (PACKAGE, os.environ.get("PYTHONPATH")))),
+                },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -85,7 +97,7 @@ class ShapeChecker:
         line, code = b"", None
         try:
             with suppress(BrokenPipeError):
-                worker.stdin.write(question + b"\n")
+                worker.stdin.write(json.dumps(dict(question)).encode() + b"\n")
                 worker.stdin.flush()
                 line = worker.stdout.readline()
         finally:
@@ -102,7 +114,7 @@ class ShapeChecker:
         self._keep(question, found)
         return found
 
-    def _keep(self, question: bytes, answer: str | InvalidRequestError) -> None:
+    def _keep(self, question: _Question, answer: str | InvalidRequestError) -> None:
         with self._lock:
             self._kept[question] = answer
             self._kept_bytes += _size(question, answer)
@@ -123,9 +135,13 @@ class ShapeChecker:
         return worker.wait()
 
 
-def _question(params: StructuredOutputsParams) -> bytes:
-    return json.dumps(dataclasses.asdict(params)).encode()
+def _question(params: StructuredOutputsParams) -> _Question:
+    """Its texts are shared with the parameters, and hashed once."""
+    values = ((one.name, getattr(params, one.name)) for one in dataclasses.fields(params))
+    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in values)
 
 
-def _size(question: bytes, answer: str | InvalidRequestError) -> int:
-    return len(question) + len(answer if isinstance(answer, str) else answer.message) + 200
+def _size(question: _Question, answer: str | InvalidRequestError) -> int:
+    return (
+        sum(len(str(value)) for _, value in question) + len(answer if isinstance(answer, str) else answer.message) + 200
+    )

@@ -77,7 +77,7 @@ class _HasSampling(Protocol):
 
 
 class GrammarCompiler:
-    """Compiles grammars in a thread of its own. Its methods are for one thread.
+    """Compiles grammars in a thread of its own, which ends with it. Its methods are for one thread.
 
     Args:
         read_vocabulary: called once, in that thread, when the first grammar comes.
@@ -132,7 +132,7 @@ class GrammarCompiler:
         inner = self._start(request_id, grammar.source).result()
         self._started.pop(request_id, None)
         assert self._tokenizer is not None
-        return Matcher(inner, found.closer, self._tokenizer.eos_token, found.shortest, grammar.max_tokens)
+        return Matcher(inner, found.closer, self._tokenizer.eos_tokens, found.shortest, grammar.max_tokens)
 
     def _start(self, request_id: str, source: str) -> "Future[LLMatcher]":
         future = self._started.get(request_id)
@@ -169,11 +169,6 @@ class GrammarCompiler:
     def vocab_size(self) -> int:
         """Tokens of the vocabulary; 0 before the first grammar is compiled."""
         return 0 if self._tokenizer is None else int(self._tokenizer.vocab_size)
-
-    def close(self) -> None:
-        """End the thread."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, source: str) -> "Future[_Compiled]":
         future = self._kept.get(source)

@@ -27,16 +27,22 @@ class Matcher:
 
     Args:
         inner: at the beginning, and of this answer alone: what following it costs is counted in it.
+        eos_token_ids: what may end an answer; the first is taken where one must.
         plan: a completion from there, or None if none was found: then nothing is known of the end.
         max_tokens: of the answer, its end of sequence included.
     """
 
     def __init__(
-        self, inner: "LLMatcher", closer: Closer, eos_token_id: int, plan: Sequence[int] | None, max_tokens: int
+        self,
+        inner: "LLMatcher",
+        closer: Closer,
+        eos_token_ids: Sequence[int],
+        plan: Sequence[int] | None,
+        max_tokens: int,
     ) -> None:
         self.inner = inner
         self._closer = closer
-        self._eos_token_id = eos_token_id
+        self._eos_token_ids = eos_token_ids
         self._num_left = max_tokens
         self._near = NEAR + 4 * len(plan or ())
         self._plan = None if plan is None or max_tokens > self._near else list(plan)
@@ -51,11 +57,6 @@ class Matcher:
         """Tokens of which there is no choice: the grammar leaves none but how a text is cut, and it is cut as the
         tokenizer does; or nothing else would end in time."""
         return self._forced
-
-    @property
-    def plan(self) -> Sequence[int] | None:
-        """A completion from here, its end of sequence not among it; None if none is known."""
-        return self._plan
 
     @property
     def is_complete(self) -> bool:
@@ -77,12 +78,12 @@ class Matcher:
         Raises:
             ShapeError: what follows takes too much to say.
         """
-        if self._plan is None or self._forced or token_id == self._eos_token_id:
+        if self._plan is None or self._forced or token_id in self._eos_token_ids:
             return token_id
         with _limits_named():
             after = self._plan_after(token_id)
         if after is None or len(after) + 1 >= self._num_left:
-            return self._plan[0] if self._plan else self._eos_token_id
+            return self._plan[0] if self._plan else self._eos_token_ids[0]
         self._tried = (token_id, after)
         return token_id
 
@@ -92,7 +93,7 @@ class Matcher:
         Raises:
             ShapeError: the grammar does not allow it, or following it takes too much.
         """
-        is_end = token_id == self._eos_token_id
+        is_end = token_id in self._eos_token_ids
         with _limits_named():
             if self._plan is not None and not is_end:
                 self._plan = self._planned(token_id)
@@ -120,7 +121,7 @@ class Matcher:
     def _see_what_is_forced(self) -> None:
         plan = self._plan
         if plan is not None and len(plan) + 1 >= self._num_left:
-            self._forced = [*plan, self._eos_token_id]
+            self._forced = [*plan, self._eos_token_ids[0]]
             return
         forced = list(self.inner.compute_ff_tokens())
         if plan is not None and forced and plan[: len(forced)] != forced:

@@ -1,8 +1,7 @@
 """From what a caller asks for to the one text that is compiled: a grammar in llguidance's notation.
 
-A schema stays a schema (llguidance has its own compiler of them); a regular expression and choices become grammars of
-one rule; GBNF becomes Lark. What cannot be held is refused here or by `validate`, by name and place: nothing of a
-schema is ignored.
+A schema stays a schema, which llguidance compiles itself; a regular expression and choices become grammars of one rule;
+GBNF becomes Lark. What cannot be held is refused, by name and place: no keyword is ignored.
 """
 
 import json
@@ -51,13 +50,10 @@ def source_of(params: StructuredOutputsParams) -> str:
 
     if params.json is not None or params.json_object:
         schema = _schema(params)
-        options: dict[str, Any] = {
-            "json_allowed_escapes": ESCAPES,
-            "whitespace_pattern": params.whitespace_pattern or WHITESPACE,
-        }
-        if params.disable_any_whitespace:
-            options = {"json_allowed_escapes": ESCAPES, "whitespace_flexible": False}
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=options)  # type: ignore[arg-type]
+        options: Any = {"json_allowed_escapes": ESCAPES, "whitespace_flexible": False}
+        if not params.disable_any_whitespace:
+            options |= {"whitespace_flexible": True, "whitespace_pattern": params.whitespace_pattern or WHITESPACE}
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=options)
     if params.regex is not None:
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex, 'd')}/")
     if params.choice is not None:
@@ -81,13 +77,10 @@ def validate(source: str, params: StructuredOutputsParams) -> None:
     """
     from llguidance import LLMatcher, LLTokenizer
 
-    vocabulary = LLTokenizer("byte")
-    is_error, texts = LLMatcher.validate_grammar_with_warnings(source, vocabulary, limits=limits())
-    if is_error:
-        raise refusal(params.kind, _explained(texts[0], params))
-    matcher = LLMatcher(vocabulary, source, log_level=0, limits=limits())
-    is_empty = not any(matcher.compute_bitmask())
-    if matcher.is_error() or is_empty:
+    matcher = LLMatcher(LLTokenizer("byte"), source, log_level=0, limits=limits())
+    if matcher.is_error():
+        raise refusal(params.kind, _explained(matcher.get_error(), params))
+    if not any(matcher.compute_bitmask()) or matcher.is_error():
         raise refusal(params.kind, "no text satisfies it, or what may come first takes too long to say")
 
 
@@ -229,17 +222,13 @@ def _without_unknown_format(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _explained(text: str, params: StructuredOutputsParams) -> str:
     """What llguidance says, with the place in the schema where it can be found."""
-    if params.kind == "json":
-        unheld = _UNHELD.search(text)
-        if unheld is not None:
-            keywords = json.loads(unheld[1])
-            places = [place for place, schema in _schemas(_schema(params), "#") if keywords[0] in schema]
-            return f"the keyword {keywords[0]!r} at {places[0] if places else '#'} cannot be held"
-        unknown = _UNKNOWN_FORMAT.search(text)
-        if unknown is not None:
-            places = [place for place, schema in _schemas(_schema(params), "#") if schema.get("format") == unknown[1]]
-            return f"the format {unknown[1]!r} at {places[0] if places else '#'} cannot be held"
-    return text.strip()[:1000]
+    unheld, unknown = _UNHELD.search(text), _UNKNOWN_FORMAT.search(text)
+    if params.kind == "json" and (unheld or unknown):
+        kind, word = ("keyword", json.loads(unheld[1])[0]) if unheld else ("format", (unknown or "")[1])
+        schemas = _schemas(_schema(params), "#")
+        places = [at for at, schema in schemas if (word in schema if unheld else schema.get("format") == word)]
+        return f"the {kind} {word!r} at {places[0] if places else '#'} cannot be held"
+    return text.removesuffix("<non-verbose/>").strip()[:1000]
 
 
 def _lark(grammar: str) -> str:
