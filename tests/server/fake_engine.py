@@ -13,7 +13,7 @@ from typing import Any
 
 from quire.engine.observer import Observer
 from quire.engine.queue import ANYBODY, Caller
-from quire.errors import EngineDeadError, InvalidRequestError, PromptTooLongError
+from quire.errors import EngineDeadError, InvalidRequestError, OverloadedError, PromptTooLongError
 from quire.outputs import CompletionOutput, Explanation, Logprob, Metric, PositionLogprobs, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
 
@@ -63,6 +63,8 @@ class FakeObserver(Observer):
 
 class FakeEngine:
     """What the server uses of `AsyncEngine`."""
+
+    is_full = False
 
     max_model_len = MAX_MODEL_LEN
     vocab_size = VOCAB_SIZE
@@ -114,7 +116,8 @@ class FakeEngine:
         return list("".join(f"{item['role']}: {item['content']}\n" for item in messages).encode())
 
     def check_room(self, caller: Caller = ANYBODY) -> None:
-        pass
+        if self.is_full:
+            raise OverloadedError("no room", retry_after_s=3)
 
     def explain(self, request_id: str) -> list[Explanation]:
         return []

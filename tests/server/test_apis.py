@@ -12,8 +12,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from quire.engine.queue import ANYBODY, Caller
-from quire.errors import OverloadedError
 from quire.sampling_params import RequestOutputKind, SamplingParams
 from quire.server.doors.openai.routes import OPENAI
 from quire.server.http.context import Api, ServerContext
@@ -76,17 +74,9 @@ TOY = Api(
 )
 
 
-class Full(FakeEngine):
-    is_full = False
-
-    def check_room(self, caller: Caller = ANYBODY) -> None:
-        if self.is_full:
-            raise OverloadedError("no room", retry_after_s=3)
-
-
 @pytest.fixture(scope="module")
 def both() -> Iterator[Running]:
-    instance = start(Full(), apis=[OPENAI, TOY], api_key="k")
+    instance = start(FakeEngine(), apis=[OPENAI, TOY], api_key="k")
     yield instance
     instance.stop()
 

@@ -8,8 +8,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from quire.engine.queue import ANYBODY, Caller
-from quire.errors import ConfigurationError, OverloadedError
+from quire.errors import ConfigurationError
 from quire.server.doors.openai.routes import OPENAI
 from quire.server.http.app import create_app
 from quire.server.http.cors import Cors, listed
@@ -21,17 +20,9 @@ KEY = {"authorization": "Bearer k"}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 
 
-class Full(FakeEngine):
-    is_full = False
-
-    def check_room(self, caller: Caller = ANYBODY) -> None:
-        if self.is_full:
-            raise OverloadedError("no room", retry_after_s=3)
-
-
 @pytest.fixture(scope="module")
 def paged() -> Iterator[Running]:
-    instance = start(Full(), api_key="k", cors=Cors(origins=(PAGE, "http://localhost:3000")))
+    instance = start(FakeEngine(), api_key="k", cors=Cors(origins=(PAGE, "http://localhost:3000")))
     yield instance
     instance.stop()
 

@@ -81,6 +81,9 @@ def as_format(**values: Any) -> dict[str, Any]:
     ("body", "param", "text"),
     [
         (as_format(type="xml"), "response_format", "text, json_object or json_schema"),
+        (as_format(type="json_object", schema={}), "response_format", "of type json_object has no field 'schema'"),
+        (as_format(type="json_schema", json_schema={"schema": {}, "strict": 1}), "response_format", "true or false"),
+        (as_format(type="json_schema", json_schema={"schema": {}, "name": 3}), "response_format", "64 characters"),
         (as_format(type="json_schema"), "response_format", ".json_schema must be an object with a schema"),
         (as_format(type="json_schema", json_schema={"schema": {}, "shema": 1}), "response_format", "'shema'"),
         (as_format(type="json_schema", json_schema={"schema": 3}), "response_format", ".json_schema.schema"),

@@ -31,16 +31,22 @@ _NAMED: Schema = {
         "schema": _JSON_SCHEMA,
         "strict": {"type": ["boolean", "null"]},
     },
-    "required": ["name", "schema"],
+    "required": ["schema"],
     "additionalProperties": False,
 }
 _FORMAT: Schema = {
     "anyOf": [
-        {"type": "object", "properties": {"type": {"enum": ["text", "json_object"]}}, "required": ["type"]},
+        {
+            "type": "object",
+            "properties": {"type": {"enum": ["text", "json_object"]}},
+            "required": ["type"],
+            "additionalProperties": False,
+        },
         {
             "type": "object",
             "properties": {"type": {"const": "json_schema"}, "json_schema": _NAMED},
             "required": ["type", "json_schema"],
+            "additionalProperties": False,
         },
     ]
 }
@@ -100,6 +106,9 @@ def _of_response_format(value: Any) -> StructuredOutputsParams | None:
         return InvalidRequestError(f"response_format{text}", param="response_format")
 
     kind = value.get("type") if isinstance(value, Mapping) else None
+    for name in value if kind in ("text", "json_object", "json_schema") else ():
+        if name not in ("type", kind) or name in ("text", "json_object"):
+            raise refused(f" of type {kind} has no field {str(name)[:64]!r}")
     if kind == "text":
         return None
     if kind == "json_object":
@@ -112,7 +121,9 @@ def _of_response_format(value: Any) -> StructuredOutputsParams | None:
     for name in named:
         if name not in _NAMED["properties"]:
             raise refused(f".json_schema has no field {str(name)[:64]!r}; known: {', '.join(_NAMED['properties'])}")
-    if named.get("strict") not in (None, True, False):
+    if not isinstance(named.get("name", ""), str) or len(named.get("name", "")) > 64:
+        raise refused(".json_schema.name must be a string of at most 64 characters")
+    if not isinstance(named.get("strict"), bool | None):
         raise refused(".json_schema.strict must be true or false")
     try:
         closed = named.get("strict") is True  # OpenAI takes no other schema then
