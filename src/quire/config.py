@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from decimal import Decimal
 from typing import Any
 
 from quire.errors import ConfigurationError, names_unknown_arguments, unknown_name_message
@@ -160,7 +161,7 @@ def bytes_of(name: str, text: str) -> int:
     if found is not None:
         number, small, binary, large = found.groups()
         power = "kmgt".index((small or binary or large).lower()) + 1 if small or binary or large else 0
-        size = float(number) * (1024 if binary else 1000) ** power if power else float(number)
+        size = Decimal(number) * (1024 if binary else 1000) ** power
         if size == int(size):
             return int(size)
     raise _bad(name, f"must be a whole number of bytes, such as 8GiB, 512MiB or 8G, got {text[:40]!r}")

@@ -58,7 +58,7 @@ class LLM(EngineFront):
         self._lock = threading.Lock()
         """Held by the one call that uses the engine."""
         self._owner: int | None = None
-        """The thread that took it last."""
+        """The thread of that call."""
         self._is_whole = True
         """False while the engine is being called: an interrupt then may leave it in any state."""
         self._is_closed = False
@@ -84,15 +84,9 @@ class LLM(EngineFront):
             InvalidRequestError: some prompt or parameter is refused; of a list, nothing was generated then.
             EngineDeadError: it is closed, or its core is gone for good.
         """
-        if self._lock.locked() and self._owner == threading.get_ident():
-            raise InvalidRequestError("the prompts of a call cannot be made by another call of it", param="prompts")
+        self._refuse_own()
         with self._lock:
-            self._owner = threading.get_ident()
-            if self._is_closed:
-                raise EngineDeadError("this LLM is closed")
-            requests, total = self._parse(_prompts_of(prompts), sampling_params, priority)
-            # With priorities all must be there from the start.
-            return self._run(requests, total, None if priority else self._most_open, show_progress=use_tqdm)
+            return self._alone(prompts, sampling_params, priority, show_progress=use_tqdm)
 
     def chat(
         self,
@@ -135,9 +129,28 @@ class LLM(EngineFront):
 
     def close(self) -> None:
         """Give back threads and memory, once a call in another thread has ended. The object cannot be used after."""
+        self._refuse_own()
         with self._lock:
             self._is_closed = True
             self._served.close()
+
+    def _alone(
+        self, prompts: Any, params: Any, priority: Sequence[int] | None, *, show_progress: bool
+    ) -> list[RequestOutput]:
+        """The one call that uses the engine."""
+        try:
+            self._owner = threading.get_ident()
+            if self._is_closed:
+                raise EngineDeadError("this LLM is closed")
+            requests, total = self._parse(_prompts_of(prompts), params, priority)
+            # With priorities all must be there from the start.
+            return self._run(requests, total, None if priority else self._most_open, show_progress=show_progress)
+        finally:
+            self._owner = None
+
+    def _refuse_own(self) -> None:
+        if self._lock.locked() and self._owner == threading.get_ident():
+            raise InvalidRequestError("the prompts of a call cannot be made by another call of it", param="prompts")
 
     def __enter__(self) -> Self:
         return self

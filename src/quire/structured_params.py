@@ -47,7 +47,10 @@ class StructuredOutputsParams:
 
     def __post_init__(self) -> None:
         if isinstance(self.json, type):
-            self.json = _schema_of_class(self.json)
+            make = getattr(self.json, "model_json_schema", None)
+            if make is None:
+                raise _bad("json", f"must be a schema or a model of pydantic's, got the class {self.json.__name__}")
+            self.json = make()
         if self.choice is not None:
             self.choice = _choices(self.choice)
         if self.json_object is False:
@@ -57,7 +60,12 @@ class StructuredOutputsParams:
             what = f"two: {given[0]} and {given[1]}" if given else "none"
             raise _bad(None, f"must hold exactly one of {', '.join(KINDS)}; it holds {what}")
         if isinstance(self.json, Mapping | bool):
-            self.json = _json_text(self.json)
+            try:
+                self.json = json.dumps(self.json, ensure_ascii=False, allow_nan=False)
+            except (TypeError, ValueError) as error:
+                raise _bad("json", f"must hold JSON values alone: {error}") from error
+            except RecursionError as error:
+                raise _bad("json", f"may be nested at most {MAX_NESTING} deep") from error
         for name in ("json", "regex", "grammar"):
             _check_text(name, getattr(self, name), MAX_SOURCE_BYTES)
         if self.json_object not in (None, True):
@@ -111,22 +119,6 @@ def _check_text(name: str, value: Any, at_most: int) -> None:
         raise _bad(name, "must be text that is valid Unicode") from error
     if size > at_most:
         raise _bad(name, f"may have at most {at_most} bytes, got {size}")
-
-
-def _json_text(schema: Mapping[str, Any] | bool) -> str:
-    try:
-        return json.dumps(schema, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise _bad("json", f"must hold JSON values alone: {error}") from error
-    except RecursionError as error:
-        raise _bad("json", f"may be nested at most {MAX_NESTING} deep") from error
-
-
-def _schema_of_class(model: type) -> Any:
-    make = getattr(model, "model_json_schema", None)
-    if make is None:
-        raise _bad("json", f"must be a schema or a model of pydantic's, got the class {model.__name__}")
-    return make()
 
 
 def _choices(choice: Any) -> list[str]:

@@ -139,3 +139,13 @@ def test_a_closed_one_says_so(tiny_model: Path, core_process: bool) -> None:
     llm.close()
     with pytest.raises(EngineDeadError, match="this LLM is closed"):
         llm.generate("x", use_tqdm=False)
+
+
+def test_a_call_that_ended_is_in_nobodys_way(llm: LLM) -> None:
+    """One thread's call after another's, and after a call of its own that failed."""
+    with pytest.raises(InvalidRequestError):
+        llm.generate([""], use_tqdm=False)
+    assert llm._owner is None
+    with pytest.raises(InvalidRequestError, match="another call of it"):
+        llm.generate((llm.generate("x", use_tqdm=False) for _ in "a"), use_tqdm=False)  # type: ignore[arg-type]
+    assert llm._owner is None and llm.generate("x", use_tqdm=False)

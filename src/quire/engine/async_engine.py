@@ -366,6 +366,7 @@ def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args:
 
 def _size_of_text(prompt: Prompt, params: SamplingParams, bad_words: BadWords | None) -> int:
     """What parsing a request works on, in characters."""
-    texts = [prompt] if isinstance(prompt, str) else []
+    text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+    texts = [text] if isinstance(text, str) else []
     words = params.bad_words or () if bad_words is None else ()
     return sum(map(len, [*texts, *words]))

@@ -61,12 +61,10 @@ class CoreProcess:
         self._at_end = False
         try:
             with theirs, _without_interrupts():
-                self._process = _spawn(module, theirs.fileno())
+                self._process = _spawn(module, theirs.fileno(), niceness)
         except BaseException:
             self._connection.close()
             raise
-        # Before it has threads: on Linux each has a niceness of its own, from the one that made it.
-        os.setpriority(os.PRIO_PROCESS, self.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
         self._connection.setblocking(False)
         self.send(first)
 
@@ -180,7 +178,7 @@ class SpareDescriptors:
                 self._held.append(os.open(os.devnull, os.O_RDONLY))
 
 
-def _spawn(module: str, fileno: int) -> "subprocess.Popen[bytes]":
+def _spawn(module: str, fileno: int, niceness: int) -> "subprocess.Popen[bytes]":
     """Start a core in a thread that ends with it: the kernel ends a core with the *thread* that started it
     (`core_server.die_with_parent`), and the caller's may end long before the process."""
     started: Future[subprocess.Popen[bytes]] = Future()
@@ -194,6 +192,9 @@ def _spawn(module: str, fileno: int) -> "subprocess.Popen[bytes]":
                 stdin=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
             )
+            with suppress(ProcessLookupError):
+                # Before it has threads: on Linux each has a niceness of its own, from the one that made it.
+                os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, 0) + niceness)
         except BaseException as error:  # noqa: BLE001 -- raised in the caller's thread
             started.set_exception(error)
             return

@@ -214,7 +214,7 @@ class SupervisedChannel:
         self._core, self._is_serving, self._must_refuse = None, False, False
         self._journal, self._gauges = Journal(), IDLE
         if self._breaker.may_start(self._clock()):
-            self._start()
+            self._start_next()
 
     def close(self) -> None:
         """See `CoreChannel.close`."""
@@ -231,9 +231,8 @@ class SupervisedChannel:
 
     def _start(self) -> None:
         with self._spare.given_up():
-            core = self._spawn()
-            self._selector.register(core, selectors.EVENT_READ)
-        self._core = core
+            self._core = self._spawn()  # at once: what an interrupt leaves here, `clear` finds
+            self._selector.register(self._core, selectors.EVENT_READ)
         self._started_s = self._clock()
         self._heartbeat.expect(self._start_allowed_s)
 

@@ -23,31 +23,20 @@ _KINDS: dict[str, Schema] = {
     "disable_additional_properties": _FLAG,
     "whitespace_pattern": {"type": "string", "minLength": 1, "maxLength": shapes.MAX_PATTERN_BYTES},
 }
-_NAMED: Schema = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 64},
-        "description": STRING,
-        "schema": _JSON_SCHEMA,
-        "strict": {"type": ["boolean", "null"]},
-    },
-    "required": ["schema"],
-    "additionalProperties": False,
-}
+
+
+def _object(*required: str, **properties: Schema) -> Schema:
+    """With these properties and no others."""
+    return {"type": "object", "properties": properties, "required": [*required], "additionalProperties": False}
+
+
+_NAME: Schema = {"type": "string", "maxLength": 64}
+_STRICT: Schema = {"type": ["boolean", "null"]}
+_NAMED = _object("schema", name=_NAME, description=STRING, schema=_JSON_SCHEMA, strict=_STRICT)
 _FORMAT: Schema = {
     "anyOf": [
-        {
-            "type": "object",
-            "properties": {"type": {"enum": ["text", "json_object"]}},
-            "required": ["type"],
-            "additionalProperties": False,
-        },
-        {
-            "type": "object",
-            "properties": {"type": {"const": "json_schema"}, "json_schema": _NAMED},
-            "required": ["type", "json_schema"],
-            "additionalProperties": False,
-        },
+        _object("type", type={"enum": ["text", "json_object"]}),
+        _object("type", "json_schema", type={"const": "json_schema"}, json_schema=_NAMED),
     ]
 }
 _OLD = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
@@ -59,7 +48,7 @@ SHAPES = {
     ),
     "structured_outputs": Field(
         "the answer is held to one of json (a schema), regex, choice, grammar (Lark or GBNF) and json_object",
-        schema={"type": "object", "properties": _KINDS, "additionalProperties": False},
+        schema=_object(**_KINDS),
     ),
     **{old: Field(f"{_OLDER}{new}", schema=_KINDS[new]) for old, new in _OLD.items()},
     "guided_whitespace_pattern": Field(f"{_OLDER}whitespace_pattern", schema=_KINDS["whitespace_pattern"]),
