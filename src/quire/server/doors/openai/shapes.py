@@ -1,7 +1,8 @@
 """Fields that hold an answer to a shape: OpenAI's `response_format`, vLLM's `structured_outputs` and its older
-`guided_*`. They become one `StructuredOutputsParams`, which checks what they say."""
+`guided_*`, which are deprecated. They become one `StructuredOutputsParams`, which checks what they say."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from quire import structured_params as shapes
@@ -40,7 +41,14 @@ _FORMAT: Schema = {
     ]
 }
 _OLD = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+_OLD_PATTERN, _OLD_BACKEND = "guided_whitespace_pattern", "guided_decoding_backend"
 _OLDER = "vLLM's older name for structured_outputs."
+
+
+def _deprecated(text: str, schema: Schema) -> Field:
+    return Field(text, schema={**schema, "deprecated": True})
+
+
 SHAPES = {
     "response_format": Field(
         "the answer is JSON (json_object), or JSON that a schema holds (json_schema; strict: named properties alone)",
@@ -50,11 +58,32 @@ SHAPES = {
         "the answer is held to one of json (a schema), regex, choice, grammar (Lark or GBNF) and json_object",
         schema=_object(**_KINDS),
     ),
-    **{old: Field(f"{_OLDER}{new}", schema=_KINDS[new]) for old, new in _OLD.items()},
-    "guided_whitespace_pattern": Field(f"{_OLDER}whitespace_pattern", schema=_KINDS["whitespace_pattern"]),
-    "guided_decoding_backend": Field("vLLM's choice of a compiler; there is one here: any name will do", schema=STRING),
+    **{old: _deprecated(f"{_OLDER}{new}", _KINDS[new]) for old, new in _OLD.items()},
+    _OLD_PATTERN: _deprecated(f"{_OLDER}whitespace_pattern", _KINDS["whitespace_pattern"]),
+    _OLD_BACKEND: _deprecated("vLLM's choice of a compiler; there is one here: any name will do", STRING),
 }
 """Fields of completions and of chats."""
+_SINCE = int(datetime(2026, 11, 30, tzinfo=UTC).timestamp())
+_INSTEAD = {old: f"use structured_outputs.{new}" for old, new in _OLD.items()} | {
+    _OLD_PATTERN: "use structured_outputs.whitespace_pattern",
+    _OLD_BACKEND: "leave it out",
+}
+
+
+def deprecated_in(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Fields among `values` that ask for something under a name of the past."""
+    return tuple(name for name in _INSTEAD if name in values)
+
+
+def deprecation_note(names: Sequence[str]) -> str:
+    """What to send instead of each of `names`."""
+    return ", ".join(f"{name} is deprecated: {_INSTEAD[name]}" for name in names)
+
+
+def deprecation_headers(names: Sequence[str]) -> dict[str, str]:
+    """Since when, and what to send instead (RFC 9745; `Link` as of RFC 8288); nothing where `names` is empty."""
+    link = f'</openapi.json>; rel="deprecation"; type="application/json"; title="{deprecation_note(names)}"'
+    return {"deprecation": f"@{_SINCE}", "link": link} if names else {}
 
 
 def take_shape(values: dict[str, Any]) -> None:
