@@ -61,7 +61,9 @@ def run(tree: TreeCopy, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "folders", [("isolation",), ("observe",), ("structured",), ("bench", "build", "cli", "demo", "server")], ids="-".join
+    "folders",
+    [("isolation",), ("observe",), ("structured",), ("bench", "build", "cli", "demo", "server")],
+    ids="-".join,
 )
 def test_the_smallest_engine_needs_no_optional_folder(tree: TreeCopy, folders: tuple[str, ...]) -> None:
     with without(tree, folders):

@@ -179,7 +179,11 @@ class EngineWeights:
         return PackedState(stored.header, tuple(map(self._view, stored.buffers)))
 
     def vector(self, array: Concatenated) -> NDArray[Any]:
-        """`WeightSource.vector`: of a norm, float32."""
+        """`WeightSource.vector`: of a norm, float32.
+
+        Raises:
+            ModelFileError: the engine has no such vector.
+        """
         name = array.tensors[0][0]
         stored = self._manifest.parameters.get(name)
         if stored is None or len(stored.buffers) != 1 or stored.buffers[0][1] != 4 * array.shape[0]:
