@@ -57,6 +57,7 @@ def test_every_name_of_a_shape_holds(client: openai.OpenAI, tiny_model: Path) ->
     asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"response_format": named}, {"json": schema}),
         ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        ({"response_format": {"type": "json_object", "schema": schema}}, {"json": schema}),
         ({"structured_outputs": {"json": json.dumps(schema)}}, {"json": schema}),
         ({"guided_json": schema}, {"json": schema}),
         ({"guided_json": schema, "guided_whitespace_pattern": "  ?"}, {"json": schema, "whitespace_pattern": "  ?"}),
@@ -83,7 +84,9 @@ def as_format(**values: Any) -> dict[str, Any]:
     ("body", "param", "text"),
     [
         (as_format(type="xml"), "response_format", "text, json_object or json_schema"),
-        (as_format(type="json_object", schema={}), "response_format", "of type json_object has no field 'schema'"),
+        (as_format(type="json_object", json_schema={}), "response_format", "json_object has no field 'json_schema'"),
+        (as_format(type="json_object", schema=7), "response_format", "response_format.schema"),
+        (as_format(type=["text"]), "response_format", "text, json_object or json_schema"),
         (as_format(type="json_schema", json_schema={"schema": {}, "strict": 1}), "response_format", "true or false"),
         (as_format(type="json_schema", json_schema={"schema": {}, "name": 3}), "response_format", "64 characters"),
         (as_format(type="json_schema"), "response_format", ".json_schema must be an object with a schema"),

@@ -105,7 +105,8 @@ class GrammarMasks:
         for matcher in matchers:
             matcher.check()
         bits = self._masks[: len(matchers)].view(np.uint8)
-        buffer = np.empty((bits.shape[1], 8), np.float32) if isinstance(logits, np.ndarray) else None
+        on_host = type(logits) is np.ndarray  # else a device's own kind
+        buffer: NDArray[np.float32] | None = np.empty((bits.shape[1], 8), np.float32) if on_host else None
         for place, mask in zip(places, bits if buffer is not None else self._ops.array(bits, "int64"), strict=True):
             if buffer is None:
                 added = self._table()[mask]

@@ -36,10 +36,13 @@ _STRICT: Schema = {"type": ["boolean", "null"]}
 _NAMED = _object("schema", name=_NAME, description=STRING, schema=_JSON_SCHEMA, strict=_STRICT)
 _FORMAT: Schema = {
     "anyOf": [
-        _object("type", type={"enum": ["text", "json_object"]}),
+        _object("type", type={"const": "text"}),
+        _object("type", type={"const": "json_object"}, schema=_JSON_SCHEMA),
         _object("type", "json_schema", type={"const": "json_schema"}, json_schema=_NAMED),
     ]
 }
+_OF_FORMAT = {"text": None, "json_object": "schema", "json_schema": "json_schema"}
+"""Type of a `response_format` -> the field beside it; a schema beside json_object is llama.cpp's and others'."""
 _OLD = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 _OLD_PATTERN, _OLD_BACKEND = "guided_whitespace_pattern", "guided_decoding_backend"
 _OLDER = "vLLM's older name for structured_outputs."
@@ -124,16 +127,17 @@ def _of_response_format(value: Any) -> StructuredOutputsParams | None:
         return InvalidRequestError(f"response_format{text}", param="response_format")
 
     kind = value.get("type") if isinstance(value, Mapping) else None
-    for name in value if kind in ("text", "json_object", "json_schema") else ():
-        if name not in ("type", kind) or name in ("text", "json_object"):
+    kind = kind if isinstance(kind, str) else ""
+    for name in value if kind in _OF_FORMAT else ():
+        if name not in ("type", _OF_FORMAT[kind]):
             raise refused(f" of type {kind} has no field {str(name)[:64]!r}")
     if kind == "text":
         return None
-    if kind == "json_object":
+    if kind == "json_object" and value.get("schema") is None:
         return StructuredOutputsParams(json_object=True)
-    if kind != "json_schema":
+    if kind not in _OF_FORMAT:
         raise refused(" must be an object whose type is text, json_object or json_schema")
-    named = value.get("json_schema")
+    named = value.get("json_schema") if kind == "json_schema" else {"schema": value["schema"]}
     if not isinstance(named, Mapping) or "schema" not in named:
         raise refused(".json_schema must be an object with a schema")
     for name in named:
@@ -147,4 +151,5 @@ def _of_response_format(value: Any) -> StructuredOutputsParams | None:
         closed = named.get("strict") is True  # OpenAI takes no other schema then
         return StructuredOutputsParams(json=named["schema"], disable_additional_properties=closed)
     except InvalidRequestError as error:
-        raise refused(".json_schema.schema" + error.message.removeprefix("structured_outputs.json")) from error
+        place = ".json_schema.schema" if kind == "json_schema" else ".schema"
+        raise refused(place + error.message.removeprefix("structured_outputs.json")) from error
