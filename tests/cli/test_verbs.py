@@ -236,6 +236,8 @@ def test_bench_structured_counts_as_jsonschema_does(tmp_path: Path) -> None:
     assert masks["schemas"] == 2 and masks["counts"]["refused"] == 1
     assert masks["counts"]["wrong_accepts"] == sum(judge.is_valid(data) and not valid for data, valid in instances)
     assert masks["counts"]["wrong_rejects"] == sum(valid and not judge.is_valid(data) for data, valid in instances)
+    assert masks["counts"]["right_accepts"] == sum(judge.is_valid(data) and valid for data, valid in instances)
+    assert masks["counts"]["right_rejects"] == sum(not judge.is_valid(data) and not valid for data, valid in instances)
     assert masks["us"]["compile"]["n"] == 1 and 0 < masks["us"]["mask"]["p50"] <= masks["us"]["mask"]["max"]
     assert [one["mode"] for one in found["speed"]] == ["free", "letters", "keys", "keys, one by one"]
     assert all(one["rows"] == 2 and len(one["ms"]) == 2 for one in found["speed"])

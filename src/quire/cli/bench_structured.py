@@ -123,7 +123,9 @@ class MaskRun:
         self._grammars = GrammarCompiler(lambda: vocabulary)
         self._bits = np.zeros((1, -(-size // 32)), np.uint32)
         self.seconds: dict[str, list[float]] = {"check": [], "compile": [], "mask": [], "follow": []}
-        self.counts: Counter[str] = Counter(wrong_accepts=0, wrong_rejects=0, refused=0)
+        self.counts: Counter[str] = Counter(
+            right_accepts=0, right_rejects=0, wrong_accepts=0, wrong_rejects=0, refused=0
+        )
 
     @classmethod
     def over(cls, directory: Path, cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -158,8 +160,8 @@ class MaskRun:
         self.seconds["compile"].append(time.perf_counter() - checked)
         for test in case["tests"]:
             is_answer = self._follow(spec, json.dumps(test["data"], ensure_ascii=False))
-            self.counts["wrong_accepts"] += is_answer and not test["valid"]
-            self.counts["wrong_rejects"] += test["valid"] and not is_answer
+            right = "right" if is_answer == test["valid"] else "wrong"
+            self.counts[f"{right}_{'accepts' if is_answer else 'rejects'}"] += 1
 
     def _follow(self, spec: "GrammarSpec", text: str) -> bool:
         matcher = self._grammars.matcher("0", spec)
