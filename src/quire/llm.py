@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 
@@ -22,6 +23,8 @@ MOST_OPEN = 2
 """Sequences of a call of `LLM` that run or wait at a time, for each row: the next ones are always there."""
 
 Message = Mapping[str, Any]
+_LENT: ContextVar[tuple[int, ...]] = ContextVar("quire_lent", default=())
+"""Of the `LLM`s that are lent to what runs here: their `id`s."""
 
 
 class AsyncLLM(AsyncEngine):
@@ -134,6 +137,33 @@ class LLM(EngineFront):
             self._is_closed = True
             self._served.close()
 
+    @contextmanager
+    def lend(self) -> Iterator[AsyncEngine]:
+        """This engine as an `AsyncEngine`, for many callers at once; until it ends, other calls wait for their turn.
+
+        Raises:
+            EngineDeadError: it is closed.
+        """
+        self._refuse_own()
+        with self._lock:
+            if self._is_closed:
+                raise EngineDeadError("this LLM is closed")
+            if not self._is_whole:
+                self._drop_all()
+            lent, self._is_whole = AsyncEngine(dataclasses.replace(self._served, close=lambda: None)), False
+            token = _LENT.set((*_LENT.get(), id(self)))
+            try:
+                yield lent
+            finally:
+                _LENT.reset(token)
+                is_healthy = lent.is_healthy
+                try:
+                    lent.close()
+                finally:
+                    lent.close()  # an interrupt may have ended the first: its thread must be gone
+                self._is_whole = is_healthy
+                self._drop_all()
+
     def _alone(
         self, prompts: Any, params: Any, priority: Sequence[int] | None, *, show_progress: bool
     ) -> list[RequestOutput]:
@@ -149,6 +179,8 @@ class LLM(EngineFront):
             self._owner = None
 
     def _refuse_own(self) -> None:
+        if id(self) in _LENT.get():
+            raise InvalidRequestError("an LLM that runs a program is asked by the program alone", param="prompts")
         if self._lock.locked() and self._owner == threading.get_ident():
             raise InvalidRequestError("the prompts of a call cannot be made by another call of it", param="prompts")
 

@@ -20,6 +20,7 @@ OPTIONAL = {
     "server": None,
     "structured": None,
     "cli": None,
+    "programs": None,
 }
 """Folder -> what cannot be had without it, and the argument that is named."""
 SAY_FIELD = """
@@ -60,7 +61,9 @@ def run(tree: TreeCopy, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "folders", [("isolation",), ("observe",), ("structured",), ("bench", "cli", "demo", "server")], ids="-".join
+    "folders",
+    [("isolation",), ("observe",), ("structured",), ("bench", "cli", "demo", "programs", "server")],
+    ids="-".join,
 )
 def test_the_smallest_engine_needs_no_optional_folder(tree: TreeCopy, folders: tuple[str, ...]) -> None:
     with without(tree, folders):

@@ -1,0 +1,173 @@
+"""`program`: a function of Python that asks a model several times, run once or over many inputs at once."""
+
+import asyncio
+import contextvars
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, update_wrapper
+from typing import Any, TypeVar
+
+from quire.errors import InvalidRequestError
+from quire.programs.session import Engine, Session, opened
+from quire.programs.state import State
+
+CONCURRENCY = 64
+"""Programs, and requests of them, at a time."""
+MAX_CONCURRENCY = 1024
+T = TypeVar("T")
+OWN_NAMES = ("seed", "concurrency")
+
+
+class Program:
+    """A function whose first argument is a `State`. Called with one it is that function: programs call one another.
+
+    Raises:
+        InvalidRequestError: a parameter has the name of one of `run`'s own.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        names = [*inspect.signature(function).parameters]
+        if not names:
+            raise InvalidRequestError("a program's function needs a parameter for its state", param="program")
+        for name in OWN_NAMES:
+            if name in names:
+                raise InvalidRequestError(f"a program may not have a parameter {name!r}: run has one", param=name)
+        if inspect.iscoroutinefunction(function):
+            raise InvalidRequestError("a program is a plain function; arun awaits it", param="program")
+        self.function = function
+        update_wrapper(self, function)
+
+    def __call__(self, state: State, *args: Any, **values: Any) -> Any:
+        return self.function(state, *args, **values)
+
+    def run(self, engine: Engine, /, *args: Any, seed: int = 0, concurrency: int = CONCURRENCY, **values: Any) -> State:
+        """Run it once, and wait for all its calls.
+
+        Args:
+            engine: an `LLM`, an `AsyncLLM`, the URL of a server, or a `Remote`.
+            args: the function's own, after the state. So are `values`.
+            seed: of the calls that are given none: the same seed and arguments give the same state.
+            concurrency: requests at a time.
+
+        Raises:
+            QuireError: a call failed; a `ProgramError` names its variable.
+            Exception: the function raised it.
+        """
+        return self._run(_Stop(), engine, *args, seed=seed, concurrency=concurrency, **values)
+
+    def run_batch(
+        self,
+        engine: Engine,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        seed: int = 0,
+        concurrency: int = CONCURRENCY,
+    ) -> list[State]:
+        """Run it for each of many inputs; states in their order. What fails is in `error` of its state, and raised
+        where its variables are read: it disturbs no other.
+
+        Args:
+            engine: as for `run`.
+            inputs: the function's arguments, by name.
+            seed: the same for each, so that each state is that of `run`.
+            concurrency: programs at a time, and requests.
+
+        Raises:
+            InvalidRequestError: an input is no mapping; then nothing was run.
+        """
+        return self._run_batch(_Stop(), engine, inputs, seed=seed, concurrency=concurrency)
+
+    async def arun(self, engine: Engine, /, *args: Any, **values: Any) -> State:
+        """`run`, awaited: the event loop goes on. Cancelled, it aborts the program's requests."""
+        return await _awaited(self._run, engine, *args, **values)
+
+    async def arun_batch(self, engine: Engine, inputs: Iterable[Mapping[str, Any]], **options: Any) -> list[State]:
+        """`run_batch`, awaited: the event loop goes on. Cancelled, it aborts the programs' requests."""
+        return await _awaited(self._run_batch, engine, inputs, **options)
+
+    def _run(
+        self, stop: "_Stop", engine: Engine, /, *args: Any, seed: int = 0, concurrency: int = CONCURRENCY, **values: Any
+    ) -> State:
+        with opened(engine, _checked(concurrency)) as session:
+            stop.watch(session)
+            state = State(session, str(seed))
+            state.returned = self.function(state, *args, **values)
+            state.wait()
+            if state.error is not None:
+                raise state.error
+            return state
+
+    def _run_batch(
+        self, stop: "_Stop", engine: Engine, inputs: Iterable[Any], *, seed: int = 0, concurrency: int = CONCURRENCY
+    ) -> list[State]:
+        given = list(inputs)
+        for place, values in enumerate(given):
+            if not isinstance(values, Mapping):
+                text = f"inputs[{place}] must map names to values, got {type(values).__name__}"
+                raise InvalidRequestError(text, param="inputs")
+        num_threads = min(_checked(concurrency), len(given)) or 1
+        with opened(engine, concurrency) as session, ThreadPoolExecutor(num_threads, "quire-program") as pool:
+            stop.watch(session)
+            try:
+                begin = [partial(self._run_one, session, str(seed), values) for values in given]
+                runs = [pool.submit(contextvars.copy_context().run, one) for one in begin]
+                return [run.result() for run in runs]
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                session.close()
+                raise
+
+    def _run_one(self, session: Session, seed: str, values: Mapping[str, Any]) -> State:
+        state = State(session, seed)
+        try:
+            state.returned = self.function(state, **values)
+        except Exception as error:  # noqa: BLE001 -- raised where the state is read
+            state.failure = error
+        state.wait()
+        return state
+
+
+def program(function: Callable[..., Any]) -> Program:
+    """Make a program of a function: `@quire.program def qa(s, question): ...`; then `qa.run(llm, "Why?")`.
+
+    Raises:
+        InvalidRequestError: a parameter has the name of one of `run`'s own.
+    """
+    return Program(function)
+
+
+class _Stop:
+    """Ends the session of a run whose caller has gone, whether it has begun or not."""
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+        self._is_stopped = False
+
+    def watch(self, session: Session) -> None:
+        """The run's session is there."""
+        self._session = session
+        if self._is_stopped:
+            session.close()
+
+    def stop(self) -> None:
+        """The caller has gone."""
+        self._is_stopped = True
+        if self._session is not None:
+            self._session.close()
+
+
+async def _awaited(run: Callable[..., T], *args: Any, **values: Any) -> T:
+    stop = _Stop()
+    try:
+        return await asyncio.to_thread(run, stop, *args, **values)
+    except asyncio.CancelledError:
+        await asyncio.to_thread(stop.stop)
+        raise
+
+
+def _checked(concurrency: int) -> int:
+    if isinstance(concurrency, bool) or not isinstance(concurrency, int) or not 1 <= concurrency <= MAX_CONCURRENCY:
+        text = f"concurrency must be a whole number from 1 to {MAX_CONCURRENCY}, got {concurrency!r:.40}"
+        raise InvalidRequestError(text, param="concurrency")
+    return concurrency
