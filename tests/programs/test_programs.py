@@ -30,8 +30,8 @@ def talk(s: State, question: str, temperature: float = 0.8) -> str:
         s += gen("count", regex="[0-9]{1,2}")
         s += " words" if int(s["count"]) != 1 else " word"
         forks = s.fork(2)
-        for place, fork in enumerate(forks):
-            fork += f", {place}: " + gen("more", max_tokens=4, temperature=1.0)
+        for place in range(2):
+            forks[place] += f", {place}: " + gen("more", max_tokens=4, temperature=1.0)
         s += forks.join()[1]["more"]
     s += user("Which?")
     s += assistant(select("which", ["a cache", "a queue", "a cache of keys"]))

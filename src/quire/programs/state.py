@@ -9,7 +9,7 @@
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import CancelledError, Future
 from contextlib import contextmanager
@@ -257,17 +257,8 @@ class State:
         return Call(item.name, prompt, max(item.options, key=scores.__getitem__), None, usage, {}, scores)
 
 
-class Forks(Sequence[State]):
-    """States that were forked from one. One that fails does not disturb the others."""
-
-    def __init__(self, states: list[State]) -> None:
-        self._states = states
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._states[index]
-
-    def __len__(self) -> int:
-        return len(self._states)
+class Forks(list[State]):
+    """States that were forked from one: `forks[0] += ...`. One that fails does not disturb the others."""
 
     def join(self) -> Self:
         """Wait for all of them.
@@ -275,9 +266,9 @@ class Forks(Sequence[State]):
         Raises:
             ProgramError: of the first that failed.
         """
-        for state in self._states:
+        for state in self:
             state.wait()
-        for place, state in enumerate(self._states):
+        for place, state in enumerate(self):
             error = state.error
             if error is not None:
                 name = error.variable if isinstance(error, ProgramError) else None
@@ -286,7 +277,7 @@ class Forks(Sequence[State]):
 
     def values(self, name: str) -> list[str]:
         """The variable of each fork, waited for; errors as for `State.call`."""
-        return [state[name] for state in self._states]
+        return [state[name] for state in self]
 
 
 def _copied(turns: list[_Turn]) -> list[_Turn]:
