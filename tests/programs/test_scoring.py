@@ -70,8 +70,8 @@ def test_what_all_begin_with(paths: list[Path], length: int) -> None:
 @pytest.mark.parametrize(
     ("paths", "start", "text"),
     [
-        ([(1, 2), (1, 2)], 1, "not told apart"),
-        ([(1,), (1, 2)], 1, "not told apart"),
+        ([(1, 2), (1, 2)], 1, "two options have the same tokens"),
+        ([(1,), (1, 2)], 1, "two options have the same tokens"),
         ([(1,), (2,)], 0, "some text must stand before the options"),
     ],
 )

@@ -103,7 +103,7 @@ def gen(
 
     Args:
         name: of the variable.
-        max_tokens: at most; None: as many as fit.
+        max_tokens: at most, 256 unless told; None: as many as fit.
         stop: strings that end it, and are left out.
         temperature: None: the model's own; so are other fields that are left out.
         regex, json, choices, grammar: what it is held to, as in `StructuredOutputsParams`; one of them.

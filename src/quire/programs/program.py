@@ -16,7 +16,7 @@ CONCURRENCY = 64
 """Programs, and requests of them, at a time."""
 MAX_CONCURRENCY = 1024
 T = TypeVar("T")
-OWN_NAMES = ("seed", "concurrency")
+OWN_NAMES = ("engine", "seed", "concurrency")
 
 
 class Program:
@@ -41,14 +41,14 @@ class Program:
     def __call__(self, state: State, *args: Any, **values: Any) -> Any:
         return self.function(state, *args, **values)
 
-    def run(self, engine: Engine, /, *args: Any, seed: int = 0, concurrency: int = CONCURRENCY, **values: Any) -> State:
+    def run(self, engine: Engine, *args: Any, seed: int = 0, concurrency: int = CONCURRENCY, **values: Any) -> State:
         """Run it once, and wait for all its calls.
 
         Args:
             engine: an `LLM`, an `AsyncLLM`, the URL of a server, or a `Remote`.
             args: the function's own, after the state. So are `values`.
             seed: of the calls that are given none: the same seed and arguments give the same state.
-            concurrency: requests at a time.
+            concurrency: requests at a time, 64 unless told.
 
         Raises:
             QuireError: a call failed; a `ProgramError` names its variable.
@@ -71,14 +71,14 @@ class Program:
             engine: as for `run`.
             inputs: the function's arguments, by name.
             seed: the same for each, so that each state is that of `run`.
-            concurrency: programs at a time, and requests.
+            concurrency: programs at a time, and requests, 64 unless told.
 
         Raises:
             InvalidRequestError: an input is no mapping; then nothing was run.
         """
         return self._run_batch(_Stop(), engine, inputs, seed=seed, concurrency=concurrency)
 
-    async def arun(self, engine: Engine, /, *args: Any, **values: Any) -> State:
+    async def arun(self, engine: Engine, *args: Any, **values: Any) -> State:
         """`run`, awaited: the event loop goes on. Cancelled, it aborts the program's requests."""
         return await _awaited(self._run, engine, *args, **values)
 

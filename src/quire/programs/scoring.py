@@ -36,12 +36,12 @@ def tree_of(paths: Sequence[Path], start: int) -> Tree:
     """The inner nodes from the start on.
 
     Raises:
-        InvalidRequestError: the options cannot be told apart, or nothing stands before them.
+        InvalidRequestError: the options have the same tokens, or nothing stands before them.
     """
     if start == 0:
         raise InvalidRequestError("some text must stand before the options: the first token has no probability")
     if len({*paths}) < len(paths) or any(len(path) <= start for path in paths):
-        raise InvalidRequestError("the options are not told apart by this model's tokenizer")
+        raise InvalidRequestError("two options have the same tokens")
     tree: Tree = {}
     for path in paths:
         for end in range(start, len(path)):

@@ -66,7 +66,10 @@ class _Turn:
 
 
 class State:
-    """What a program has said so far; `state[name]` waits for a variable.
+    """What a program has said so far. `state += ...` says more: a turn (`user("Hi")`), or, within a turn and in a
+    program without roles, text, `gen` and `select`. `state[name]` is the text of a variable, waited for;
+    `state.call(name)` how it came about. `state.usage` counts what its calls took, those of its forks included, and
+    `state.returned` is what the program's function returned.
 
     Args:
         session: runs the calls.
