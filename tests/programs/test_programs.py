@@ -5,6 +5,7 @@ import threading
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import pytest
 
 import quire
@@ -273,19 +274,25 @@ def test_threads_take_turns_with_a_program(llm: LLM) -> None:
 
 
 async def test_a_cancelled_run_is_aborted() -> None:
-    engine, begun = AsyncLLM(max_num_seqs=2), threading.Event()
+    engine, begun, ended = AsyncLLM(max_num_seqs=2), threading.Event(), threading.Event()
+    found: list[str] = []
 
     @quire.program
     def endless(s: State) -> None:
         s += "Once" + gen("x", max_tokens=2000, ignore_eos=True)
         begun.set()
-        s["x"]
+        try:
+            found.append(s["x"])
+        finally:
+            ended.set()
 
     task = asyncio.create_task(endless.arun(engine))
     assert await asyncio.to_thread(begun.wait, 60)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert await asyncio.to_thread(ended.wait, 60)
+    assert found == [], "the function was told, and did not get the whole text"
     while engine.has_work:  # the abort is on its way
         await asyncio.sleep(0.01)
     engine.check()
@@ -332,3 +339,24 @@ def test_select_takes_the_most_likely(llm: LLM) -> None:
         each = zip(whole.prompt_token_ids[start:], (whole.prompt_logprobs or [])[start:], strict=True)
         found = [position[token].logprob for token, position in each if position is not None]
         assert call.scores[option] == pytest.approx(sum(found) / len(found), abs=1e-12)
+
+
+def test_a_batch_survives_the_death_of_the_core(llm: LLM) -> None:
+    """The core is killed while programs of a batch run on it: their states are those of an undisturbed run."""
+    killed = threading.Lock()
+
+    @quire.program
+    def dying(s: State, question: str, kills: bool) -> None:
+        talk(s, question)
+        if kills and killed.acquire(blocking=False):
+            (core,) = psutil.Process().children()
+            core.kill()
+        s += user("And then?")
+        s += assistant(gen("then", max_tokens=40, temperature=0.7))
+
+    with LLM(max_num_seqs=8, core_process=True) as apart:
+        disturbed = dying.run_batch(apart, [{"question": question, "kills": True} for question in QUESTIONS])
+        assert killed.locked()
+        assert apart._engine.channel.health.num_died == 1
+    calm = dying.run_batch(llm, [{"question": question, "kills": False} for question in QUESTIONS])
+    assert [facts(state) for state in disturbed] == [facts(state) for state in calm]

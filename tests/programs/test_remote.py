@@ -218,7 +218,7 @@ def test_what_a_server_lacks_is_refused_by_name(recorder: Recorder, run: Any, wo
 
 
 def test_what_a_server_takes_without_saying_so_can_be_named(recorder: Recorder) -> None:
-    fields = frozenset({"continue_final_message", "add_generation_prompt"})
+    fields = ["continue_final_message", "add_generation_prompt"]
     inside.run(Remote(recorder.url, model="mine", api_key="k1", fields=fields))
     body = recorder.bodies[0][1]
     assert (body["model"], body["continue_final_message"], body["add_generation_prompt"]) == ("mine", True, False)
@@ -285,6 +285,7 @@ def test_a_batch_over_a_url_is_open_at_once(recorder: Recorder) -> None:
     recorder.answer = answer  # type: ignore[method-assign]
     states = first.run_batch(recorder.url, [{}] * 4, concurrency=4)
     assert [state["x"] for state in states] == ["Yes."] * 4
+    assert len(recorder.headers) == 6, "what is asked once was asked once: the description, and the models"
 
 
 def test_the_clients_view_of_usage_is_ours(served: Running) -> None:

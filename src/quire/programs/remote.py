@@ -2,12 +2,12 @@
 
 import asyncio
 import json
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cached_property
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -39,14 +39,14 @@ class Remote:
         url: such as `http://127.0.0.1:8000`; `/v1` at its end may be there.
         model: None: the server's first.
         api_key: None: none.
-        fields: of the bodies, beyond those known: what a server takes without saying so.
+        fields: of bodies: what the server takes without saying so.
 
     Raises:
         ConfigurationError: the address is not one.
     """
 
     def __init__(
-        self, url: str, *, model: str | None = None, api_key: str | None = None, fields: frozenset[str] = frozenset()
+        self, url: str, *, model: str | None = None, api_key: str | None = None, fields: Iterable[str] = ()
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
@@ -58,23 +58,31 @@ class Remote:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._model = model
         self._fields = frozenset(fields)
+        self._lock = threading.Lock()
+        """Held while the server is asked for what is asked once: every thread of a batch needs it first."""
+        self._description: Mapping[str, Any] | None = None
 
-    @cached_property
+    @property
     def model(self) -> str:
         """The name of the model that is asked; errors as for `ask`."""
-        if self._model is not None:
+        with self._lock:
+            if self._model is None:
+                try:
+                    self._model = str(self.ask("/v1/models")["data"][0]["id"])
+                except (LookupError, TypeError) as error:
+                    text = "the server names no model: Remote(url, model=...) says which to ask"
+                    raise RequestFailedError(text) from error
             return self._model
-        try:
-            return str(self.ask("/v1/models")["data"][0]["id"])
-        except (LookupError, TypeError) as error:
-            raise RequestFailedError("the server names no model: Remote(url, model=...) says which to ask") from error
 
-    @cached_property
+    @property
     def _described(self) -> Mapping[str, Any]:
-        try:
-            return self.ask("/openapi.json")
-        except (InvalidRequestError, RequestFailedError):
-            return {}
+        with self._lock:
+            if self._description is None:
+                try:
+                    self._description = self.ask("/openapi.json")
+                except (InvalidRequestError, RequestFailedError):
+                    self._description = {}
+            return self._description
 
     def has_route(self, route: str) -> bool:
         """Whether the server says that it has a route; of OpenAI's own that is taken for granted."""
