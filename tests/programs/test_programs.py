@@ -349,8 +349,9 @@ def test_a_batch_survives_the_death_of_the_core(llm: LLM) -> None:
     def dying(s: State, question: str, kills: bool) -> None:
         talk(s, question)
         if kills and killed.acquire(blocking=False):
-            (core,) = psutil.Process().children()
+            (core,) = [one for one in psutil.Process().children() if "quire.compose.core_process" in one.cmdline()]
             core.kill()
+            core.wait(60)
         s += user("And then?")
         s += assistant(gen("then", max_tokens=40, temperature=0.7))
 
