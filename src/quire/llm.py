@@ -15,6 +15,7 @@ from quire.engine.async_engine import AsyncEngine
 from quire.engine.chat import encode_chat
 from quire.engine.front import EngineFront
 from quire.engine.inputs import BYTES, ParsedRequest, Prompt
+from quire.engine.queue import QueueBound, QueueConfig
 from quire.errors import EngineDeadError, InvalidRequestError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
@@ -22,6 +23,7 @@ from quire.sampling_params import RequestOutputKind, SamplingParams
 MOST_OPEN = 2
 """Sequences of a call of `LLM` that run or wait at a time, for each row: the next ones are always there."""
 
+UNBOUNDED = QueueConfig(2**62, 2**62, 1)
 Message = Mapping[str, Any]
 _LENT: ContextVar[tuple[int, ...]] = ContextVar("quire_lent", default=())
 """Of the `LLM`s that are lent to what runs here: their `id`s."""
@@ -150,6 +152,8 @@ class LLM(EngineFront):
                 raise EngineDeadError("this LLM is closed")
             if not self._is_whole:
                 self._drop_all()
+            # No bound: what is lent is asked by one program, which opens so many calls at a time.
+            queue, self._engine.queue = self._engine.queue, QueueBound(UNBOUNDED, self._engine.clock)
             lent, self._is_whole = AsyncEngine(dataclasses.replace(self._served, close=lambda: None)), False
             token = _LENT.set((*_LENT.get(), id(self)))
             try:
@@ -163,6 +167,7 @@ class LLM(EngineFront):
                     lent.close()  # an interrupt may have ended the first: its thread must be gone
                 self._is_whole = is_healthy
                 self._drop_all()
+                self._engine.queue = queue
 
     def _alone(
         self, prompts: Any, params: Any, priority: Sequence[int] | None, *, show_progress: bool

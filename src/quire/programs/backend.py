@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from quire.engine.async_engine import AsyncEngine
@@ -20,10 +20,11 @@ class Prompt:
     messages: tuple[Mapping[str, str], ...] | None
     text: str
     """Without roles all of it; else what the assistant's open turn holds."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def extended(self, text: str) -> "Prompt":
         """The same with more text at its end."""
-        return Prompt(self.messages, self.text + text)
+        return replace(self, text=self.text + text)
 
     def conversation(self) -> dict[str, Any]:
         """As a chat template takes it. The assistant's turn is begun, or continued where it holds text."""
@@ -34,6 +35,7 @@ class Prompt:
             "messages": messages,
             "add_generation_prompt": not self.text,
             "continue_final_message": bool(self.text),
+            **({"chat_template_kwargs": self.chat_template_kwargs} if self.chat_template_kwargs else {}),
         }
 
 

@@ -152,8 +152,8 @@ def select(name: str, options: Sequence[str]) -> Pieces:
         text = f"select({name!r}): options must be 1 to {MAX_OPTIONS} texts, got {len(options)}"
         raise InvalidRequestError(text, param=name)
     for place, option in enumerate(options):
-        if not option or option in options[:place]:
-            what = "twice" if option else "as an option"
+        if not option or option[0] == "\x01" or option in options[:place]:
+            what = "twice" if option in options[:place] else "as an option"
             raise InvalidRequestError(f"select({name!r}): options hold {option!r} {what}", param=name)
     return Pieces((Select(name, tuple(options)),))
 

@@ -3,8 +3,9 @@
 import asyncio
 import contextvars
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial, update_wrapper
 from typing import Any, TypeVar
 
@@ -15,8 +16,9 @@ from quire.programs.state import State
 CONCURRENCY = 64
 """Programs, and requests of them, at a time."""
 MAX_CONCURRENCY = 1024
+SEEDS = (-(2**63), 2**63 - 1)
 T = TypeVar("T")
-OWN_NAMES = ("engine", "seed", "concurrency")
+OWN_NAMES = ("engine", "seed", "concurrency", "chat_template_kwargs")
 
 
 class Program:
@@ -41,7 +43,15 @@ class Program:
     def __call__(self, state: State, *args: Any, **values: Any) -> Any:
         return self.function(state, *args, **values)
 
-    def run(self, engine: Engine, *args: Any, seed: int = 0, concurrency: int = CONCURRENCY, **values: Any) -> State:
+    def run(
+        self,
+        engine: Engine,
+        *args: Any,
+        seed: int = 0,
+        concurrency: int = CONCURRENCY,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **values: Any,
+    ) -> State:
         """Run it once, and wait for all its calls.
 
         Args:
@@ -49,12 +59,13 @@ class Program:
             args: the function's own, after the state. So are `values`.
             seed: of the calls that are given none: the same seed and arguments give the same state.
             concurrency: requests at a time, 64 unless told.
+            chat_template_kwargs: further variables of the chat template, such as `enable_thinking`.
 
         Raises:
             QuireError: a call failed; a `ProgramError` names its variable.
             Exception: the function raised it.
         """
-        return self._run(_Stop(), engine, *args, seed=seed, concurrency=concurrency, **values)
+        return self._run(_Run(engine, seed, concurrency, chat_template_kwargs), args, values)
 
     def run_batch(
         self,
@@ -63,12 +74,13 @@ class Program:
         *,
         seed: int = 0,
         concurrency: int = CONCURRENCY,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[State]:
         """Run it for each of many inputs; states in their order. What fails is in `error` of its state, and raised
         where its variables are read: it disturbs no other.
 
         Args:
-            engine: as for `run`.
+            engine: as for `run`. So is `chat_template_kwargs`.
             inputs: the function's arguments, by name.
             seed: the same for each, so that each state is that of `run`.
             concurrency: programs at a time, and requests, 64 unless told.
@@ -76,41 +88,53 @@ class Program:
         Raises:
             InvalidRequestError: an input is no mapping; then nothing was run.
         """
-        return self._run_batch(_Stop(), engine, inputs, seed=seed, concurrency=concurrency)
+        return self._run_batch(_Run(engine, seed, concurrency, chat_template_kwargs), inputs)
 
-    async def arun(self, engine: Engine, *args: Any, **values: Any) -> State:
-        """`run`, awaited: the event loop goes on. Cancelled, it aborts the program's requests."""
-        return await _awaited(self._run, engine, *args, **values)
-
-    async def arun_batch(self, engine: Engine, inputs: Iterable[Mapping[str, Any]], **options: Any) -> list[State]:
-        """`run_batch`, awaited: the event loop goes on. Cancelled, it aborts the programs' requests."""
-        return await _awaited(self._run_batch, engine, inputs, **options)
-
-    def _run(
-        self, stop: "_Stop", engine: Engine, /, *args: Any, seed: int = 0, concurrency: int = CONCURRENCY, **values: Any
+    async def arun(
+        self,
+        engine: Engine,
+        *args: Any,
+        seed: int = 0,
+        concurrency: int = CONCURRENCY,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **values: Any,
     ) -> State:
-        with opened(engine, _checked(concurrency)) as session:
-            stop.watch(session)
-            state = State(session, str(seed))
+        """`run`, awaited: the event loop goes on. Cancelled, it aborts the program's requests."""
+        run = _Run(engine, seed, concurrency, chat_template_kwargs)
+        return await run.awaited(partial(self._run, run, args, values))
+
+    async def arun_batch(
+        self,
+        engine: Engine,
+        inputs: Iterable[Mapping[str, Any]],
+        *,
+        seed: int = 0,
+        concurrency: int = CONCURRENCY,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[State]:
+        """`run_batch`, awaited: the event loop goes on. Cancelled, it aborts the programs' requests."""
+        run = _Run(engine, seed, concurrency, chat_template_kwargs)
+        return await run.awaited(partial(self._run_batch, run, inputs))
+
+    def _run(self, run: "_Run", args: Sequence[Any], values: Mapping[str, Any]) -> State:
+        with run.opened() as session:
+            state = State(session, str(run.seed))
             state.returned = self.function(state, *args, **values)
             state.wait()
             if state.error is not None:
                 raise state.error
             return state
 
-    def _run_batch(
-        self, stop: "_Stop", engine: Engine, inputs: Iterable[Any], *, seed: int = 0, concurrency: int = CONCURRENCY
-    ) -> list[State]:
+    def _run_batch(self, run: "_Run", inputs: Iterable[Any]) -> list[State]:
         given = list(inputs)
         for place, values in enumerate(given):
             if not isinstance(values, Mapping):
                 text = f"inputs[{place}] must map names to values, got {type(values).__name__}"
                 raise InvalidRequestError(text, param="inputs")
-        num_threads = min(_checked(concurrency), len(given)) or 1
-        with opened(engine, concurrency) as session, ThreadPoolExecutor(num_threads, "quire-program") as pool:
-            stop.watch(session)
+        num_threads = min(run.concurrency, len(given)) or 1
+        with run.opened() as session, ThreadPoolExecutor(num_threads, "quire-program") as pool:
             try:
-                begin = [partial(self._run_one, session, str(seed), values) for values in given]
+                begin = [partial(self._run_one, session, str(run.seed), values) for values in given]
                 runs = [pool.submit(contextvars.copy_context().run, one) for one in begin]
                 return [run.result() for run in runs]
             except BaseException:
@@ -137,37 +161,37 @@ def program(function: Callable[..., Any]) -> Program:
     return Program(function)
 
 
-class _Stop:
-    """Ends the session of a run whose caller has gone, whether it has begun or not."""
+class _Run:
+    """How programs are run. It can be stopped, whether it has begun or not."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, engine: Engine, seed: int, concurrency: int, chat_template_kwargs: Mapping[str, Any] | None
+    ) -> None:
+        for name, value, least, most in (("concurrency", concurrency, 1, MAX_CONCURRENCY), ("seed", seed, *SEEDS)):
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                text = f"{name} must be a whole number from {least} to {most}, got {value!r:.40}"
+                raise InvalidRequestError(text, param=name)
+        self.seed, self.concurrency = seed, concurrency
+        self._engine = engine
+        self._chat_template_kwargs = chat_template_kwargs
         self._session: Session | None = None
         self._is_stopped = False
 
-    def watch(self, session: Session) -> None:
-        """The run's session is there."""
-        self._session = session
-        if self._is_stopped:
-            session.close()
+    @contextmanager
+    def opened(self) -> Iterator[Session]:
+        """Its session."""
+        with opened(self._engine, self.concurrency, self._chat_template_kwargs) as session:
+            self._session = session
+            if self._is_stopped:
+                session.close()
+            yield session
 
-    def stop(self) -> None:
-        """The caller has gone."""
-        self._is_stopped = True
-        if self._session is not None:
-            self._session.close()
-
-
-async def _awaited(run: Callable[..., T], *args: Any, **values: Any) -> T:
-    stop = _Stop()
-    try:
-        return await asyncio.to_thread(run, stop, *args, **values)
-    except asyncio.CancelledError:
-        await asyncio.to_thread(stop.stop)
-        raise
-
-
-def _checked(concurrency: int) -> int:
-    if isinstance(concurrency, bool) or not isinstance(concurrency, int) or not 1 <= concurrency <= MAX_CONCURRENCY:
-        text = f"concurrency must be a whole number from 1 to {MAX_CONCURRENCY}, got {concurrency!r:.40}"
-        raise InvalidRequestError(text, param="concurrency")
-    return concurrency
+    async def awaited(self, run: Callable[[], T]) -> T:
+        """What it brings, computed in a thread."""
+        try:
+            return await asyncio.to_thread(run)
+        except asyncio.CancelledError:
+            self._is_stopped = True
+            if self._session is not None:
+                await asyncio.to_thread(self._session.close)
+            raise

@@ -1,6 +1,7 @@
 """A server of OpenAI's kind that computes the calls of programs. The standard library alone."""
 
 import asyncio
+import http.client
 import json
 import threading
 import urllib.error
@@ -42,7 +43,7 @@ class Remote:
         fields: of bodies: what the server takes without saying so.
 
     Raises:
-        ConfigurationError: the address is not one.
+        ConfigurationError: the address is not one, or the key.
     """
 
     def __init__(
@@ -55,6 +56,8 @@ class Remote:
         self._name = parts.hostname
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
+            if not api_key.isascii() or not api_key.isprintable():
+                raise ConfigurationError("api_key must be printable ASCII", field="api_key")
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._model = model
         self._fields = frozenset(fields)
@@ -121,7 +124,7 @@ class Remote:
                 value = json.loads(response.read())
         except urllib.error.HTTPError as error:
             raise _refusal(error) from None
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise QuireError(f"no answer from {self._name}: {getattr(error, 'reason', error)}") from error
         except ValueError as error:
             raise RequestFailedError(f"the answer of {self._name} is not JSON") from error
@@ -192,6 +195,8 @@ class RemoteBackend:
         if prompt.messages is None:
             return {"model": self._server.model, "prompt": prompt.text}
         conversation = prompt.conversation()
+        if prompt.chat_template_kwargs:
+            self._server.require(route, "chat_template_kwargs")
         if prompt.text:
             self._server.require(route, "continue_final_message", "add_generation_prompt")
         else:  # as every server has it

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -23,8 +23,9 @@ Engine = AsyncEngine | LendsEngine | Remote | str
 class Session:
     """Runs calls on an event loop in a thread of its own, until it is closed."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, chat_template_kwargs: Mapping[str, Any] | None = None) -> None:
         self.backend = backend
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._lock = threading.Lock()
         self._is_closed = False
         self._loop = asyncio.new_event_loop()
@@ -72,7 +73,7 @@ async def _cancel_others() -> None:
 
 
 @contextmanager
-def opened(engine: Any, concurrency: int) -> Iterator[Session]:
+def opened(engine: Any, concurrency: int, chat_template_kwargs: Mapping[str, Any] | None) -> Iterator[Session]:
     """A session over an `Engine`, which is closed at the end; the engine is not.
 
     Raises:
@@ -90,6 +91,6 @@ def opened(engine: Any, concurrency: int) -> Iterator[Session]:
         else:
             text = f"a program runs on an LLM, an AsyncLLM, a URL or a Remote, not on {type(engine).__name__}"
             raise InvalidRequestError(text, param="engine")
-        session = Session(backend)
+        session = Session(backend, chat_template_kwargs)
         stack.callback(session.close)
         yield session

@@ -23,6 +23,8 @@ from quire.programs.parts import Gen, Pieces, Select, Turn, joined
 from quire.programs.scoring import common_length, score, tree_of
 from quire.programs.session import Session
 
+OTHER_TEXT = "\x01"
+"""No option begins with it."""
 MAX_FORKS = 1024
 """Of one `fork`."""
 
@@ -229,7 +231,7 @@ class State:
         if before[0].role is not None:
             each = zip(before[:-1], texts[:-1], strict=True)
             messages = tuple({"role": str(turn.role), "content": text} for turn, text in each)
-        prompt = Prompt(messages, texts[-1])
+        prompt = Prompt(messages, texts[-1], self._session.chat_template_kwargs)
         try:
             call = await (self._gen(item, prompt, seed) if isinstance(item, Gen) else self._select(item, prompt))
         except (ProgramError, asyncio.CancelledError):
@@ -250,7 +252,9 @@ class State:
 
     async def _select(self, item: Select, prompt: Prompt) -> Call:
         backend, usage = self._session.backend, Usage()
-        texts = [prompt, *(prompt.extended(option) for option in item.options)]
+        # A turn that is begun may hold what the prompt for one does not (an empty reasoning): any other text shows it.
+        begun = prompt if prompt.text or prompt.messages is None else prompt.extended(OTHER_TEXT)
+        texts = [begun, *(prompt.extended(option) for option in item.options)]
         before, *paths = await asyncio.gather(*map(backend.encode, texts))
         start = common_length([before, *paths])
         tree = tree_of(paths, start)
