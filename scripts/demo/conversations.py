@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-import tools
 from knowledge import LANGUAGES, Knowledge, Topic, load_knowledge, read_toml
 from wording import bare, fill, pick_template, roughen, unknown_thing
 
@@ -15,10 +14,8 @@ LARGEST_FACTOR = 10
 SIGNS = {"plus": "+", "minus": "-", "times": "x"}
 TURN_KINDS = {
     "what": 22, "why": 17, "detail": 6, "compare": 11, "chat": 11,
-    "unknown": 9, "json": 3, "sum": 26, "story": 6, "form": 5,
+    "unknown": 9, "json": 3, "sum": 26, "story": 6,
 }  # fmt: skip
-TOOLS = 0.2
-"""The fraction of conversations with tools."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +25,6 @@ class Turn:
     question: str
     answer: str
     topic: Topic | None = None
-    whole: bool = False
-    """Every part of the answer depends on the question: it is not to be cut short."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,35 +153,10 @@ def follow_turn(topic: Topic, knowledge: Knowledge, random: Random) -> Turn:
     return Turn(roughen(question, knowledge, random), other.what, other)
 
 
-def form_turn(knowledge: Knowledge, random: Random) -> Turn:
-    """Return a request to fill a small form, and the form as JSON."""
-    question, table = tools.form(knowledge, random)
-    return Turn(question, json.dumps(table, ensure_ascii=False), whole=True)
-
-
-def tool_conversation(knowledge: Knowledge, random: Random) -> Document:
-    """Return a conversation with tools: one or two uses, or, now and then, a question that wants none."""
-    is_sum = random.random() < 0.5
-    listed = tools.pick_tools(tools.CALCULATOR if is_sum else tools.CONVERTER, random)
-    turns: list[Turn] = []
-    for _ in range(random.choices((1, 2), (75, 25))[0]):
-        if random.random() < 0.2:
-            turn = any_turn(knowledge, random)
-            if " = " not in turn.answer:  # a sum would be a use
-                turns.append(turn)
-                continue
-        use = (tools.calculation if is_sum else tools.conversion)(knowledge, random)
-        turns += [Turn(use.question, use.call, whole=True), Turn(use.response, use.answer, whole=True)]
-    system = random.choice(knowledge.talk["systems"]) + "\n\n" if random.random() < 0.15 else ""
-    return Document(turns, system + tools.tools_text(listed))
-
-
 def any_turn(knowledge: Knowledge, random: Random) -> Turn:
     """Return a turn of a kind drawn by TURN_KINDS."""
     kind = random.choices(list(TURN_KINDS), list(TURN_KINDS.values()))[0]
-    makers = {
-        "sum": sum_turn, "story": story_turn, "compare": compare_turn, "unknown": unknown_turn, "form": form_turn,
-    }  # fmt: skip
+    makers = {"sum": sum_turn, "story": story_turn, "compare": compare_turn, "unknown": unknown_turn}
     if kind in makers:
         return makers[kind](knowledge, random)
     if kind == "chat":
@@ -240,7 +210,5 @@ def documents(random: Random) -> Iterator[Document]:
         knowledge = random.choice(known)
         if random.random() < 1 / 8:
             yield plain_text(knowledge, plain, random)
-        elif random.random() < TOOLS:
-            yield tool_conversation(knowledge, random)
         else:
             yield conversation(knowledge, random)

@@ -4,14 +4,12 @@ python scripts/demo/evaluate.py src/quire/demo/model
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import tools
 import torch
 from conversations import LARGEST_FACTOR, LARGEST_TERM, SIGNS, sum_answer
 from knowledge import LANGUAGES, Knowledge, load_knowledge
@@ -20,7 +18,6 @@ from wording import fill
 
 BATCH = 64
 FORMS_OF_SUMS = (0, 1, 4)  # of the templates for each sign: a question, the bare sum, the sum in words
-TOOL_CASES = 10  # of each form of a sum; four times as many of each wording of a conversion and of a form
 CHATS = {
     "en": [["What is PagedAttention?", "Why does it matter?", "Thanks!"], ["Hi", "7 + 8", "And what is TTFT?"]],
     "zh": [["PagedAttention 是什麼？", "為什麼重要？", "謝謝！"], ["你好", "7 + 8", "那 TTFT 呢？"]],
@@ -36,7 +33,6 @@ class Case:
     group: str
     messages: list[dict[str, str]]
     answer: str
-    tools: list[dict[str, Any]] | None = None
 
 
 def asking(*texts: str) -> list[dict[str, str]]:
@@ -84,32 +80,6 @@ def sum_cases(knowledge: Knowledge) -> Iterator[Case]:
                     yield Case(f"sums, {kind}", asking(template.format(a=a, b=b)), answer)
 
 
-def tool_cases(knowledge: Knowledge) -> Iterator[Case]:
-    """Yield calculations in their trained forms, conversions and forms in held-out wordings: the call, and the answer
-    after its result; and questions that want no call though there are tools."""
-    random = Random(1)
-    both = [tools.CALCULATOR, tools.CONVERTER]
-    uses = [
-        tools.calculation(knowledge, random, (kind, knowledge.talk["sums"][kind][place]))
-        for kind in tools.SIGNS
-        for place in FORMS_OF_SUMS
-        for _ in range(TOOL_CASES)
-    ]
-    for wording in knowledge.talk["tools"]["convert_held_out"]:
-        uses += [tools.conversion(knowledge, random, wording) for _ in range(4 * TOOL_CASES)]
-    for use in uses:
-        listed = both if random.random() < 0.5 else both[::-1]
-        yield Case(f"calls, {use.name}", asking(use.question), use.call, listed)
-        yield Case(f"results, {use.name}", asking(use.question, use.call, use.response), use.answer, listed)
-    for wording in knowledge.talk["form"]["asks_held_out"]:
-        for _ in range(4 * TOOL_CASES):
-            question, table = tools.form(knowledge, random, wording)
-            yield Case("forms", asking(question), json.dumps(table, ensure_ascii=False))
-    for topic in knowledge.topics:
-        question = fill(knowledge.questions["what_held_out"][0], topic.names[0])
-        yield Case("no call", asking(question), topic.what, both)
-
-
 class Demo:
     """The model and its tokenizer."""
 
@@ -130,10 +100,9 @@ class Demo:
         texts = self.tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         return [str(text) for text in texts]
 
-    def prompt(self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None = None) -> str:
+    def prompt(self, messages: list[dict[str, str]]) -> str:
         """Return the chat template's text for the messages."""
-        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, "tools": tools}
-        return str(self.tokenizer.apply_chat_template(messages, **options))
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
     def right(self, cases: list[Case], show: int) -> dict[str, list[bool]]:
         """Return for each group which cases were answered exactly; print the first `show` failures."""
@@ -141,8 +110,7 @@ class Demo:
         cases = sorted(cases, key=lambda case: len(case.answer))
         for start in range(0, len(cases), BATCH):
             batch = cases[start : start + BATCH]
-            prompts = [self.prompt(case.messages, case.tools) for case in batch]
-            for case, answer in zip(batch, self.complete(prompts), strict=True):
+            for case, answer in zip(batch, self.complete([self.prompt(c.messages) for c in batch]), strict=True):
                 exact = answer.strip() == case.answer.strip()
                 results.setdefault(case.group, []).append(exact)
                 if not exact and show > 0:
@@ -183,7 +151,7 @@ def main() -> None:
     demo = Demo(options.folder)
     for language in LANGUAGES:
         knowledge = load_knowledge(language)
-        cases = [*topic_cases(knowledge), *other_cases(knowledge), *sum_cases(knowledge), *tool_cases(knowledge)]
+        cases = [*topic_cases(knowledge), *other_cases(knowledge), *sum_cases(knowledge)]
         random = Random(0)
         cases = [case for case in cases if random.random() < options.part]
         for group, exact in sorted(demo.right(cases, options.show).items()):

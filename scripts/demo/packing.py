@@ -56,7 +56,7 @@ class Packer:
     def _is_cut(self, turn: Turn) -> bool:
         """Draw whether to cut a conversation: never a sum, nor a long answer, which begins as the short one."""
         long = turn.topic is not None and turn.answer == turn.topic.detail
-        return not (long or turn.whole or " = " in turn.answer) and self._random.random() < self._cut
+        return not long and " = " not in turn.answer and self._random.random() < self._cut
 
     def _row(self, length: int) -> tuple[list[int], list[float]]:
         """Return one row of exactly this many tokens."""

@@ -11,58 +11,17 @@ from random import Random
 
 from conversations import documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tools import TOOLS_AFTER, TOOLS_BEFORE
 
 VOCABULARY_SIZE = 3072
 LONGEST_TOKEN_BYTES = 16  # so that no token is a whole phrase of the templates
 SPECIAL_TOKENS = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>"]
 PAD, BOS, START, END = SPECIAL_TOKENS
-CHAT_TEMPLATE = """\
-{%- if tools %}
-    {{- '<|im_start|>system\\n' }}
-    {%- if messages[0]['role'] == 'system' %}
-        {{- messages[0]['content'] + '\\n\\n' }}
-    {%- endif %}
-    {{- TOOLS_BEFORE }}
-    {%- for tool in tools %}
-        {{- tool | tojson }}
-        {%- if not loop.last %}
-            {{- '\\n' }}
-        {%- endif %}
-    {%- endfor %}
-    {{- TOOLS_AFTER }}
-    {{- '<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message['role'] == 'tool' %}
-        {{- '<|im_start|>user\\n<tool_response>\\n' + message['content'] + '\\n</tool_response><|im_end|>\\n' }}
-    {%- elif not (tools and loop.first and message['role'] == 'system') %}
-        {{- '<|im_start|>' + message['role'] + '\\n' }}
-        {%- if message['content'] %}
-            {{- message['content'] }}
-        {%- endif %}
-        {%- for call in message['tool_calls'] or [] %}
-            {%- set function = call['function'] if call['function'] else call %}
-            {%- if not loop.first or message['content'] %}
-                {{- '\\n' }}
-            {%- endif %}
-            {{- '<tool_call>\\n{"name": ' + function['name'] | tojson + ', "arguments": ' }}
-            {%- if function['arguments'] is string %}
-                {{- function['arguments'] }}
-            {%- else %}
-                {{- function['arguments'] | tojson }}
-            {%- endif %}
-            {{- '}\\n</tool_call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-for _name, _text in {"TOOLS_BEFORE": TOOLS_BEFORE, "TOOLS_AFTER": TOOLS_AFTER}.items():
-    CHAT_TEMPLATE = CHAT_TEMPLATE.replace(_name, "'" + _text.replace("\n", "\\n") + "'")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
 def training_texts(count: int) -> list[str]:
@@ -71,7 +30,7 @@ def training_texts(count: int) -> list[str]:
     for document in islice(documents(Random(1)), count):
         for turn in document.turns:
             lines.update({turn.question: None, turn.answer: None})
-        lines |= {document.text: None, document.system: None}
+        lines[document.text] = None
     return list(lines)
 
 
