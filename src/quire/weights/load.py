@@ -13,14 +13,19 @@ from quire.models.parameters import NameMap, Parameter, decoder_parameters
 from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
 from quire.ops.types import Provider, WeightDtype
+from quire.outputs import Decision
 from quire.quant.types import Scheme
+from quire.weights.formats.quantized.config import KEYS, read_quantization
+from quire.weights.formats.quantized.scheme import Quantization
+from quire.weights.formats.quantized.source import QuantizedWeights, Target
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
 from quire.weights.pack import WeightPacker
-from quire.weights.source import TensorInfo, WeightSource
+from quire.weights.source import Checkpoint, TensorInfo, WeightSource
 
 MAX_CONFIG_BYTES = 4 * 2**20
 
+Report = Callable[[list[Decision]], None]
 Progress = Callable[[int, int], None]
 """`progress(bytes done, bytes in all)`, after each parameter."""
 
@@ -33,6 +38,8 @@ class ModelConfig:
     names: NameMap
     dtype: WeightDtype | None
     """Of the weights, if the config states it."""
+    quantization: Quantization | None = None
+    """How the checkpoint's weights are quantised, if they are."""
 
 
 def read_model_config(directory: Path) -> ModelConfig:
@@ -43,10 +50,11 @@ def read_model_config(directory: Path) -> ModelConfig:
         UnsupportedModelError: an architecture or a setting that Quire does not have, named.
     """
     config = read_json_object(directory / "config.json", MAX_CONFIG_BYTES)
-    spec, names = load_spec(config)
+    spec, names = load_spec({key: value for key, value in config.items() if key not in KEYS})
     stated = config.get("dtype", config.get("torch_dtype"))
     known = isinstance(stated, str) and stated in get_args(WeightDtype)
-    return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None)
+    quantization = read_quantization(directory, config)
+    return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None, quantization)
 
 
 def read_spec(directory: Path) -> DecoderSpec:
@@ -61,6 +69,7 @@ def load_model(
     max_model_len: int | None = None,
     progress: Progress | None = None,
     scheme: Scheme | None = None,
+    report: Report | None = None,
 ) -> Model:
     """Read, check and pack a model. Peak memory is what is packed and the largest tensor twice.
 
@@ -68,7 +77,8 @@ def load_model(
         dtype: of weights and cache. `auto` is the type that the config states, else the one that the tensors have; a
             float32 checkpoint stays float32.
         max_model_len: positions that the model must be able to compute; None is all that it has.
-        scheme: how weights are quantised; None is not at all.
+        scheme: how weights are quantised; None is not at all, or as the checkpoint's are.
+        report: takes what has been decided about a quantised checkpoint.
 
     Raises:
         ModelFileError: a file is missing or damaged; a tensor is missing, left over or of a wrong shape.
@@ -82,19 +92,30 @@ def load_model(
             f"max_model_len is {max_model_len}; the model has {spec.max_position_embeddings} positions",
             field="max_model_len",
         )
-    with CheckpointWeights(directory) as source:
-        names = _fit_prefix(config.names, source.tensors)
+    with CheckpointWeights(directory) as checkpoint:
+        names = _fit_prefix(config.names, checkpoint.tensors)
         embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
+        weight_dtype = _weight_dtype(dtype, config.dtype, checkpoint.format_of(embedding))
+        unpack = "dtype is float32" if dtype == "float32" else None if scheme is None else f"quantization {scheme.name}"
+        target = Target(weight_dtype, ops.formats, unpack, frozenset({embedding, head}), names.transposed)
+        source = _source(checkpoint, config.quantization, target)
         # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
         if spec.tied_head and source.differ(embedding, head):
             spec = replace(spec, tied_head=False)
         parameters = decoder_parameters(spec, names)
-        check_tensors(parameters, source.tensors, (*names.unused, head) if spec.tied_head else names.unused)
-        weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors[embedding].format)
+        unused = *names.unused, *source.unused
+        check_tensors(parameters, source.tensors, (*unused, head) if spec.tied_head else unused)
         packer = WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset)
         weights = load_weights(parameters, source, packer, progress)
-    weight_bytes = sum(packer.num_bytes(parameter) for parameter in parameters.values())
+        weight_bytes = sum(packer.num_bytes(one, source.quantized(one)) for one in parameters.values())
+        if report is not None:
+            report(source.decisions())
     return Decoder(spec, weights, ops, weight_dtype, max_model_len or spec.max_position_embeddings, weight_bytes)
+
+
+def _source(checkpoint: CheckpointWeights, quantization: Quantization | None, target: Target) -> Checkpoint:
+    """The tensors of a directory's files, unpacked where they are quantised."""
+    return checkpoint if quantization is None else QuantizedWeights(checkpoint, quantization, target)
 
 
 def load_weights(

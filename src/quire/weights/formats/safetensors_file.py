@@ -41,6 +41,16 @@ DTYPES: dict[str, Any] = {
     "F32": np.dtype("<f4"),
 }
 
+STORED: dict[str, Any] = DTYPES | {
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+"""What the parts of a quantised weight may be, too."""
+
 
 @dataclass(frozen=True, slots=True)
 class FileTensor(TensorInfo):
@@ -115,6 +125,23 @@ class SafetensorsFile:
         self._file.seek(info.start)
         if self._file.readinto(out.reshape(-1).view(np.uint8).data) != out.nbytes:
             raise self._error(f"truncated while {tensor} was read")
+
+    def read_rows(self, tensor: str, first: int = 0, count: int | None = None) -> NDArray[Any]:
+        """`count` rows of a tensor from `first` on, `[count, ...]`, in a type of `STORED`; all of one of no dimensions.
+
+        Raises:
+            ModelFileError: another type, or the file ends early.
+        """
+        info = self.tensors[tensor]
+        if info.format not in STORED:
+            raise self._error(f"{printable(tensor)} is {info.format}; parts of weights are read as {', '.join(STORED)}")
+        dtype = STORED[info.format]
+        rows, *rest = info.shape or (1,)
+        out = np.empty((rows - first if count is None else count, *rest), dtype)
+        self._file.seek(info.start + first * math.prod(rest) * dtype.itemsize)
+        if out.nbytes and self._file.readinto(out.reshape(-1).view(np.uint8).data) != out.nbytes:
+            raise self._error(f"truncated while {printable(tensor)} was read")
+        return out if info.shape else out.reshape(())
 
     def close(self) -> None:
         """Close the file."""
