@@ -1,4 +1,4 @@
-"""Tiny quantised checkpoints, packed by plain loops over Python's integers: what the formats' public descriptions say."""
+"""Tiny quantised checkpoints, packed by plain loops over integers: what public descriptions of the formats say."""
 
 import json
 import shutil
@@ -176,7 +176,10 @@ class Fp8:
         """`quantization_config`."""
         found: dict[str, Any] = {"quant_method": self.method, "modules_to_not_convert": ["lm_head"]}
         if self.method == "fp8":
-            found |= {"activation_scheme": "static" if self.static else "dynamic", "weight_block_size": self.block}
+            found |= {
+                "activation_scheme": "static" if self.static else "dynamic",
+                "weight_block_size": self.block and list(self.block),
+            }
         if self.method == "modelopt":
             found = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
         return found | self.settings

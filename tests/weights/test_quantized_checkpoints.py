@@ -1,11 +1,17 @@
 """Quantised checkpoints: the bits of what they stand for, whether they are unpacked or kept; and what is said of it."""
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from quire.compose.core import compose_core
+from quire.config import EngineArgs
+from quire.errors import ModelFileError
 from quire.models.parameters import Concatenated
 from quire.ops.cpu import CpuOps
 from quire.ops.reference import ReferenceOps
@@ -13,6 +19,8 @@ from quire.ops.select import instruction_sets
 from quire.ops.types import QuantizedWeight
 from quire.outputs import Decision
 from quire.quant.select import select_scheme
+from quire.weights.formats.quantized import layouts
+from quire.weights.formats.quantized.config import read_quantization
 from quire.weights.formats.quantized.source import QuantizedWeights, Target
 from quire.weights.formats.safetensors import CheckpointWeights
 from quire.weights.load import load_model, read_model_config
@@ -213,11 +221,43 @@ def test_a_head_in_groups_is_unpacked_and_unties(tmp_path: Path) -> None:
     assert np.allclose(model.logits(hidden)[0], weight.sum(axis=1), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("name", ["gptq act-order", "gptq 3 bits", "awq", "W4A16 asymmetric", "fp8 blocks"])
+def test_blocks_of_any_size_give_the_same_values(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized, plain = make_quantized("llama", FORMATS[name], tmp_path)
+    monkeypatch.setattr(layouts, "BLOCK_ELEMENTS", 200)
+    with CheckpointWeights(quantized) as checkpoint, CheckpointWeights(plain) as unpacked:
+        source = source_of(checkpoint, quantized, dtype="float32", unpack="for the test")
+        for array in (GATE_UP, DOWN):
+            assert np.array_equal(source.matrix(array), unpacked.read(array))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("format", [Gptq(act_order=True), Awq(), Compressed(symmetric=False), Fp8()], ids=repr)
+def test_unpacking_takes_the_matrix_and_a_few_blocks(
+    format: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, _ = format.write((512, 1024), np.random.default_rng(0), 0.1)
+    save_file({f"a.{name}": one.contiguous() for name, one in parts.items()}, tmp_path / "model.safetensors")
+    quantization = read_quantization(tmp_path, {"quantization_config": format.config()})
+    assert quantization is not None
+    monkeypatch.setattr(layouts, "BLOCK_ELEMENTS", 2**14)
+    with CheckpointWeights(tmp_path) as checkpoint:
+        source = QuantizedWeights(checkpoint, quantization, Target("bfloat16", (), None))
+        tracemalloc.start()
+        found: Any = source.matrix(Concatenated((("a.weight", (512, 1024)),)))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    # Scales and zero points in float32 and int64 on their way, and per block its words, numbers, scales and products.
+    assert peak - found.nbytes < 700_000 < 4 * found.size / 2
+
+
+def test_the_engine_says_what_it_found(tmp_path: Path) -> None:
+    quantized, _ = make_quantized("llama", Gptq(), tmp_path)
+    args = EngineArgs(model=str(quantized), device="cpu", max_num_seqs=2, max_model_len=64, num_gpu_blocks_override=16)
+    decided = {decision.name: decision for decision in compose_core(args, quantized).info.decisions}
+    assert decided["checkpoint"].value == "gptq" and "21 stay int4 exactly" in decided["checkpoint"].reason
+
+
 def test_biases_of_zero_that_the_model_has_not_are_passed_over_and_others_refused(tmp_path: Path) -> None:
-    import torch
-
-    from quire.errors import ModelFileError
-
     bias = torch.zeros(64)
     name = "model.layers.0.self_attn.q_proj.bias"
     quantized, _ = make_quantized("llama", Gptq(), tmp_path / "0", lambda _, tensors: tensors.update({name: bias}))
