@@ -95,7 +95,7 @@ def load_model(
     with CheckpointWeights(directory) as checkpoint:
         names = _fit_prefix(config.names, checkpoint.tensors)
         embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
-        weight_dtype = _weight_dtype(dtype, config.dtype, checkpoint.format_of(embedding))
+        weight_dtype = _weight_dtype(dtype, config.dtype, checkpoint.tensors.get(embedding))
         unpack = "dtype is float32" if dtype == "float32" else None if scheme is None else f"quantization {scheme.name}"
         target = Target(weight_dtype, ops.formats, unpack, frozenset({embedding, head}), names.transposed)
         source = _source(checkpoint, config.quantization, target)
@@ -177,10 +177,10 @@ def _fit_prefix(names: NameMap, tensors: Container[str]) -> NameMap:
     return names
 
 
-def _weight_dtype(dtype: str, stated: WeightDtype | None, embedding_format: str) -> WeightDtype:
+def _weight_dtype(dtype: str, stated: WeightDtype | None, embedding: TensorInfo | None) -> WeightDtype:
     if dtype in get_args(WeightDtype):
         return cast(WeightDtype, dtype)
     if dtype != "auto":
         known = ", ".join(get_args(WeightDtype))
         raise ConfigurationError(f"dtype must be one of auto, {known}, got {dtype!r}", field="dtype")
-    return stated or DTYPES_BY_FORMAT.get(embedding_format, "bfloat16")
+    return stated or DTYPES_BY_FORMAT.get(embedding.format if embedding else "", "bfloat16")

@@ -67,10 +67,6 @@ class CheckpointWeights:
         """Nothing is decided."""
         return []
 
-    def format_of(self, name: str) -> str:
-        """The type of a tensor; empty where there is none of the name."""
-        return self.tensors[name].format if name in self.tensors else ""
-
     def file_of(self, name: str) -> SafetensorsFile:
         """The file that a tensor is in."""
         return self._home[name]
