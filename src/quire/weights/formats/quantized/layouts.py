@@ -120,7 +120,7 @@ def _words_by_input(parts: Parts) -> QuantizedTensor:
         middle = np.full((out, groups), 1 << (bits - 1), np.int16)
         zeros = unpack(parts.read("qzeros")).T.astype(np.int16) if "qzeros" in parts.names else middle
         # Modulo 2^bits, as the tool's own PyTorch code has it: version 1 stores a zero point of 0 as all ones.
-        zeros = (zeros + parts.scheme.zero_offset) & ((1 << bits) - 1)
+        zeros = ((zeros + parts.scheme.zero_offset) & ((1 << bits) - 1)).astype(np.float32)
         return Grid(_scales(parts, "scales", (groups, out)).T, zeros, 1, _groups(parts, "g_idx", inputs, groups))
 
     def blocks() -> Iterator[Block]:
@@ -128,7 +128,7 @@ def _words_by_input(parts: Parts) -> QuantizedTensor:
         for first in range(0, inputs, step):
             last = min(inputs, first + step)
             if is_awq:
-                numbers = _unpack_awq(parts.read("qweight", first, last - first)).T
+                numbers = _unpack_awq(parts.read("qweight", first, last - first)).T.copy()
             else:
                 begin, end = first * bits // 32, last * bits // 32
                 numbers = unpack_bits(parts.read("qweight", begin, end - begin).T, bits)
@@ -158,7 +158,7 @@ def _packed(parts: Parts) -> QuantizedTensor:
         for first in range(0, out, step):
             last = min(out, first + step)
             numbers = unpack_bits(parts.read("weight_packed", first, last - first), bits)[:, :inputs]
-            yield slice(first, last), slice(0, inputs), numbers.astype(np.int16) - (1 << (bits - 1))
+            yield slice(first, last), slice(0, inputs), numbers
 
     return parts.tensor((out, inputs), grid, blocks)
 
@@ -218,18 +218,20 @@ def _require_zeros(parts: Parts, rows: int, groups: int) -> None:
 
 
 def _zeros(parts: Parts, rows: int, groups: int) -> NDArray[Any] | None:
-    """`weight_zero_point`: int8, or in words along the rows like the weight. None where the scheme has none."""
+    """`weight_zero_point`: int8, or in words along the rows like the weight. Packed numbers are as far above zero as half
+    their range is; None where nothing is to be taken off."""
+    bits, half = parts.scheme.bits, 1 << (parts.scheme.bits - 1)
+    above = half if parts.scheme.layout == "packed" else 0
     if parts.scheme.symmetric:
-        return None
-    bits, stored = parts.scheme.bits, parts.read("weight_zero_point")
-    half = 1 << (bits - 1)
+        return np.full((rows, groups), above, np.float32) if above else None
+    stored = parts.read("weight_zero_point")
     if stored.dtype != np.int8:
         stored = unpack_bits(stored.T, bits)[:, :rows].T.astype(np.int16) - half
-    zeros = stored.reshape(rows, groups).astype(np.int16)
+    zeros = stored.reshape(rows, groups).astype(np.float32)
     if zeros.size and not -half <= zeros.min() <= zeros.max() < half:
-        worst = int(zeros.min()) if zeros.min() < -half else int(zeros.max())
+        worst = int(zeros.min() if zeros.min() < -half else zeros.max())
         raise parts.wrong("weight_zero_point", f"has the zero point {worst}, outside {bits} bits")
-    return zeros
+    return zeros + np.float32(above)
 
 
 def _num_groups(parts: Parts, inputs: int) -> int:
