@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from quire.models.parameters import Concatenated
+from quire.ops.reference import ReferenceOps
 from quire.ops.types import QuantizedWeight
 from quire.weights.formats.quantized.config import read_quantization
 from quire.weights.formats.quantized.source import QuantizedWeights, Target
 from quire.weights.formats.safetensors import CheckpointWeights
+from tests.weights.quantized_files import make_quantized
+from tests.weights.test_quantized_checkpoints import FORMATS, TOKENS, logits_of
 
 SHAPE = (96, 160)
 
@@ -100,3 +104,19 @@ def test_blocks_of_fp8_have_the_bits_that_transformers_reads(scales: torch.dtype
     config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32], "fmt": "e4m3"}
     found, kept = read(tmp_path, config, {"weight": weight, "weight_scale_inv": grid}, "float32")
     assert not kept and np.array_equal(found, expected.numpy())
+
+
+@pytest.mark.parametrize("name", ["fp8 blocks", "W4A16", "W8A16", "fp8 compressed blocks"])
+def test_the_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """The whole model in float32, as transformers loads and dequantises the same files."""
+    extra: dict[str, Any] = {}
+    if name == "fp8 blocks":
+        extra["quantization_config"] = FineGrainedFP8Config(dequantize=True, weight_block_size=(32, 32))
+    else:
+        pytest.importorskip("compressed_tensors")
+    quantized, _ = make_quantized("llama", FORMATS[name], tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.float32, **extra).eval()
+    with torch.no_grad():
+        expected = model(torch.tensor([TOKENS])).logits[0].numpy()
+    found = logits_of(quantized, ReferenceOps(np))
+    assert np.abs(found - expected).max() < 1e-4 and np.ptp(expected) > 1
