@@ -218,8 +218,8 @@ def _require_zeros(parts: Parts, rows: int, groups: int) -> None:
 
 
 def _zeros(parts: Parts, rows: int, groups: int) -> NDArray[Any] | None:
-    """`weight_zero_point`: int8, or in words along the rows like the weight. Packed numbers are as far above zero as half
-    their range is; None where nothing is to be taken off."""
+    """`weight_zero_point`: int8, or in words along the rows. Packed numbers are half their range above zero; None where
+    nothing is to be taken off."""
     bits, half = parts.scheme.bits, 1 << (parts.scheme.bits - 1)
     above = half if parts.scheme.layout == "packed" else 0
     if parts.scheme.symmetric:
