@@ -1,5 +1,6 @@
 """Quantised checkpoints: the bits of what they stand for, whether they are unpacked or kept; and what is said of it."""
 
+import json
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from quire.compose.core import compose_core
 from quire.config import EngineArgs
@@ -255,6 +256,53 @@ def test_the_engine_says_what_it_found(tmp_path: Path) -> None:
     args = EngineArgs(model=str(quantized), device="cpu", max_num_seqs=2, max_model_len=64, num_gpu_blocks_override=16)
     decided = {decision.name: decision for decision in compose_core(args, quantized).info.decisions}
     assert decided["checkpoint"].value == "gptq" and "21 stay int4 exactly" in decided["checkpoint"].reason
+
+
+def test_groups_of_modules_have_schemes_of_their_own(tmp_path: Path) -> None:
+    """A pattern goes before the class `Linear`."""
+    rows = Compressed(bits=8, strategy="channel", group_size=None)
+    rng, expected = np.random.default_rng(2), {}
+
+    def another_group(config: Any, tensors: Any) -> None:
+        groups = config["quantization_config"]["config_groups"]
+        groups["group_1"] = rows.config()["config_groups"]["group_0"] | {"targets": ["re:.*down_proj$"]}
+        for i in range(3):
+            at = f"model.layers.{i}.mlp.down_proj."
+            for name in [name for name in tensors if name.startswith(at)]:
+                del tensors[name]
+            parts, expected[i] = rows.write((64, 96), rng, 0.1)
+            tensors.update({at + name: part for name, part in parts.items()})
+
+    quantized, _ = make_quantized("llama", Compressed(), tmp_path, another_group)
+    _, said = decisions_of(quantized, ReferenceOps(np))
+    assert "18 stay int4 exactly, 3 stay int8 exactly" in said["checkpoint"].reason
+    with CheckpointWeights(quantized) as checkpoint:
+        found: Any = source_of(checkpoint, quantized, dtype="float32", unpack="for the test").matrix(DOWN)
+    assert np.array_equal(found, expected[0])
+
+
+def test_scales_for_a_quantised_cache_are_passed_over_and_that_is_said(tmp_path: Path) -> None:
+    def with_cache(config: Any, tensors: Any) -> None:
+        config["quantization_config"]["kv_cache_scheme"] = STATIC_INT8 | {"type": "float"}
+        for name in ("k_scale", "v_scale"):
+            tensors[f"model.layers.0.self_attn.{name}"] = torch.tensor([0.1])
+
+    _, said = decisions_of(make_quantized("llama", Compressed(), tmp_path, with_cache)[0], ReferenceOps(np))
+    assert said["cache_dtype"].value == "bfloat16" and "scales for a quantised cache" in said["cache_dtype"].reason
+
+
+def test_the_parts_of_a_matrix_may_lie_in_several_files(tmp_path: Path) -> None:
+    quantized, plain = make_quantized("llama", Gptq(), tmp_path)
+    tensors = load_file(quantized / "model.safetensors")
+    (quantized / "model.safetensors").unlink()
+    index = {}
+    for i in range(2):
+        some = {name: one for name, one in tensors.items() if name.endswith(("scales", "g_idx")) == (i == 0)}
+        save_file(some, quantized / f"{i}.safetensors")
+        index |= dict.fromkeys(some, f"{i}.safetensors")
+    (quantized / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    ops = ReferenceOps(np)
+    assert np.array_equal(logits_of(quantized, ops), logits_of(plain, ops))
 
 
 def test_biases_of_zero_that_the_model_has_not_are_passed_over_and_others_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from quire.weights.formats.safetensors import CheckpointWeights
 from quire.weights.source import StoredMatrix, TensorInfo
 
 _DTYPES: dict[WeightDtype, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
-_CACHE_SCALES = (".k_scale", ".v_scale", ".k_proj.output_scale", ".v_proj.output_scale")
+_CACHE_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".k_proj.output_scale", ".v_proj.output_scale")
 
 
 @dataclass(frozen=True, slots=True)
