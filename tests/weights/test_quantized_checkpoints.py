@@ -1,6 +1,7 @@
 """Quantised checkpoints: the bits of what they stand for, whether they are unpacked or kept; and what is said of it."""
 
 import json
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quire.cli.main import main
 from quire.compose.core import compose_core
 from quire.config import EngineArgs
 from quire.errors import ModelFileError
@@ -303,6 +305,28 @@ def test_the_parts_of_a_matrix_may_lie_in_several_files(tmp_path: Path) -> None:
     (quantized / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     ops = ReferenceOps(np)
     assert np.array_equal(logits_of(quantized, ops), logits_of(plain, ops))
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "W8A16"])
+def test_an_engine_built_of_it_has_its_bits_and_bytes(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantized, _ = make_quantized("llama", FORMATS[name], tmp_path)
+    engine, ops = tmp_path / "engine", CpuOps(2, instruction_sets()[-1])
+    assert main(["build", str(quantized), "-o", str(engine), "--quiet"]) == 0
+    assert main(["inspect", str(engine)]) == 0
+    assert re.search(rf"checkpoint +{FORMATS[name].config()['quant_method']} ", capsys.readouterr().out)
+    assert np.array_equal(logits_of(engine, ops, "auto"), logits_of(quantized, ops, "auto"))
+    assert load_model(engine, ops).weight_bytes == load_model(quantized, ops).weight_bytes
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq", "W8A16", "fp8 blocks"])
+def test_quire_plan_foresees_the_bytes(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    quantized, _ = make_quantized("llama", FORMATS[name], tmp_path)
+    assert main(["plan", str(quantized), "--device", "h100", "--context", "64", "--json"]) == 0
+    said = float(json.loads(capsys.readouterr().out)["weights"].split(" GB")[0])
+    found = load_model(quantized, CpuOps(2, instruction_sets()[-1])).weight_bytes / 1e9
+    assert said == pytest.approx(found, abs=0.00051)
 
 
 def test_biases_of_zero_that_the_model_has_not_are_passed_over_and_others_refused(tmp_path: Path) -> None:

@@ -12,22 +12,54 @@ from quire.models.model import Model
 from quire.models.parameters import NameMap, Parameter, decoder_parameters
 from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
-from quire.ops.types import Provider, WeightDtype
+from quire.ops.types import ACTIVATION_QMAX, Provider, QuantSpec, WeightDtype
 from quire.outputs import Decision
 from quire.quant.types import Scheme
+from quire.weights.formats.engine_dir import EngineWeights, is_engine, read_manifest
 from quire.weights.formats.quantized.config import KEYS, read_quantization
 from quire.weights.formats.quantized.scheme import Quantization
 from quire.weights.formats.quantized.source import QuantizedWeights, Target
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
 from quire.weights.pack import WeightPacker
-from quire.weights.source import Checkpoint, TensorInfo, WeightSource
+from quire.weights.source import TensorInfo, WeightSource
 
 MAX_CONFIG_BYTES = 4 * 2**20
 
 Report = Callable[[list[Decision]], None]
 Progress = Callable[[int, int], None]
 """`progress(bytes done, bytes in all)`, after each parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """What of a source becomes which parameter of the decoder, and how it is packed."""
+
+    spec: DecoderSpec
+    parameters: Mapping[str, Parameter]
+    packer: WeightPacker
+    source: WeightSource
+    """What the parameters are read from: the one that was opened, or what unpacks it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all parameters once packed. Matrices of a quantised checkpoint count as unpacked until they are read."""
+        return sum(self.packer.num_bytes(one, self._given(name, one)) for name, one in self.parameters.items())
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """What has been decided about a quantised checkpoint, once it has been read."""
+        return self.source.decisions() if isinstance(self.source, QuantizedWeights) else []
+
+    def _given(self, name: str, parameter: Parameter) -> QuantSpec | None:
+        """What the source has quantised a matrix to, or its engine was packed with."""
+        if isinstance(self.source, QuantizedWeights):
+            return self.source.quantized(parameter)
+        state = self.source.packed(name)
+        if state is None or state.header.format not in ACTIVATION_QMAX or not state.header.group_size:
+            return None
+        size = state.header.group_size if state.header.format.startswith("int4") else None
+        return QuantSpec(state.header.format, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,30 +124,48 @@ def load_model(
             f"max_model_len is {max_model_len}; the model has {spec.max_position_embeddings} positions",
             field="max_model_len",
         )
-    with CheckpointWeights(directory) as checkpoint:
-        names = _fit_prefix(config.names, checkpoint.tensors)
-        embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
-        weight_dtype = _weight_dtype(dtype, config.dtype, checkpoint.tensors.get(embedding))
+    with open_source(directory) as source:
+        plan = plan_weights(config, source, ops, dtype, scheme)
+        weights = load_weights(plan.parameters, plan.source, plan.packer, progress)
+        if report is not None:
+            report(plan.decisions)
+        longest = max_model_len or spec.max_position_embeddings
+        return Decoder(plan.spec, weights, ops, plan.packer.dtype, longest, plan.num_bytes)
+
+
+def open_source(directory: Path) -> CheckpointWeights | EngineWeights:
+    """The weights of a directory, whatever they are stored as.
+
+    Raises:
+        ModelFileError: a file is missing or damaged.
+    """
+    if is_engine(directory):
+        return EngineWeights(directory, read_manifest(directory))
+    return CheckpointWeights(directory)
+
+
+def plan_weights(
+    config: ModelConfig, source: WeightSource, ops: Provider, dtype: str = "auto", scheme: Scheme | None = None
+) -> WeightPlan:
+    """Which tensors become which parameters; every tensor has its place. Arguments as for `load_model`.
+
+    Raises:
+        ModelFileError: a tensor is missing, left over or of a wrong shape.
+    """
+    spec, names = config.spec, _fit_prefix(config.names, source.tensors)
+    embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
+    weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors.get(embedding))
+    if config.quantization is not None and isinstance(source, CheckpointWeights):
         unpack = "dtype is float32" if dtype == "float32" else None if scheme is None else f"quantization {scheme.name}"
         target = Target(weight_dtype, ops.formats, unpack, frozenset({embedding, head}), names.transposed)
-        source = _source(checkpoint, config.quantization, target)
-        # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
-        if spec.tied_head and source.differ(embedding, head):
-            spec = replace(spec, tied_head=False)
-        parameters = decoder_parameters(spec, names)
-        unused = *names.unused, *source.unused
-        check_tensors(parameters, source.tensors, (*unused, head) if spec.tied_head else unused)
-        packer = WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset)
-        weights = load_weights(parameters, source, packer, progress)
-        weight_bytes = sum(packer.num_bytes(one, source.quantized(one)) for one in parameters.values())
-        if report is not None:
-            report(source.decisions())
-    return Decoder(spec, weights, ops, weight_dtype, max_model_len or spec.max_position_embeddings, weight_bytes)
-
-
-def _source(checkpoint: CheckpointWeights, quantization: Quantization | None, target: Target) -> Checkpoint:
-    """The tensors of a directory's files, unpacked where they are quantised."""
-    return checkpoint if quantization is None else QuantizedWeights(checkpoint, quantization, target)
+        source = QuantizedWeights(source, config.quantization, target)
+    # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
+    if spec.tied_head and source.differ(embedding, head):
+        spec = replace(spec, tied_head=False)
+    parameters = decoder_parameters(spec, names)
+    unused = *names.unused, *(source.unused if isinstance(source, QuantizedWeights) else ())
+    check_tensors(parameters, source.tensors, (*unused, head) if spec.tied_head else unused)
+    return WeightPlan(spec, parameters, WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset), source)
 
 
 def load_weights(

@@ -1,5 +1,6 @@
 """From one parameter of a source to what the decoder computes with."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ class WeightPacker:
     scheme: Scheme | None
     norm_offset: float
     """Added to the weight of an RMS norm once, here (Gemma multiplies by `1 + weight`)."""
+    foreseen: Callable[[Parameter], QuantSpec | None] | None = None
+    """For sizes before anything is read: what a quantised checkpoint's matrix will stay."""
 
     def pack(self, parameter: Parameter, source: WeightSource) -> Any:
         """Read and pack: a matrix as the provider has it, or `(weight, bias or None)` of a norm, float32 `[size]` each.
@@ -66,7 +69,7 @@ class WeightPacker:
         if len(parameter.weight.shape) == 1:
             return vectors
         rows, inputs = parameter.weight.shape
-        quant = given or self._quant(parameter)
+        quant = given or self._quant(parameter) or (self.foreseen and self.foreseen(parameter))
         if quant is None:
             return vectors + rows * inputs * (4 if self.dtype == "float32" else 2)
         return vectors + quantized_bytes(quant, rows, inputs)

@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 from quire.models.parameters import Concatenated, Parameter
 from quire.ops.packed import PackedState
-from quire.ops.types import QuantizedWeight, QuantSpec, StoredWeight
-from quire.outputs import Decision
+from quire.ops.types import QuantizedWeight, StoredWeight
 
 StoredMatrix = NDArray[Any] | StoredWeight | QuantizedWeight
 """`[out, in]`: values in memory (float32, float16 or ml_dtypes.bfloat16), values still in their files, or values that
@@ -51,17 +50,3 @@ class WeightSource(Protocol):
 
     def close(self) -> None:
         """Release files and memory; what was read lazily and not packed is lost."""
-
-
-class Checkpoint(WeightSource, Protocol):
-    """What `load_model` opens: files that people have."""
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """Tensors that a model need not have, as they change nothing."""
-
-    def quantized(self, parameter: Parameter) -> QuantSpec | None:
-        """The format of the `QuantizedWeight` that a matrix was, once it has been read; None where it was values."""
-
-    def decisions(self) -> list[Decision]:
-        """What has been decided about the weights, once all have been read."""

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from quire.errors import ModelFileError
 from quire.models.parameters import Concatenated, Parameter
 from quire.ops.types import StoredWeight, WeightDtype
-from quire.outputs import Decision
 from quire.weights.formats.safetensors_file import FileTensor, SafetensorsFile
 from quire.weights.json_file import printable, read_json_object
 
@@ -54,18 +53,6 @@ class CheckpointWeights:
 
     def packed(self, name: str) -> None:
         """A checkpoint holds tensors."""
-
-    def quantized(self, parameter: Parameter) -> None:
-        """These tensors are not quantised."""
-
-    @property
-    def unused(self) -> tuple[str, ...]:
-        """Every tensor must have its place."""
-        return ()
-
-    def decisions(self) -> list[Decision]:
-        """Nothing is decided."""
-        return []
 
     def file_of(self, name: str) -> SafetensorsFile:
         """The file that a tensor is in."""

@@ -17,7 +17,7 @@ from quire.outputs import Decision
 from quire.quant.types import quantized_bytes
 from quire.weights.formats.quantized.layouts import find_quantized
 from quire.weights.formats.quantized.scheme import AS_FLOAT, Quantization
-from quire.weights.formats.quantized.tensors import E4M3, Grid, QuantizedTensor
+from quire.weights.formats.quantized.tensors import E4M3, Grid, QuantizedTensor, fitting
 from quire.weights.formats.safetensors import CheckpointWeights
 from quire.weights.source import StoredMatrix, TensorInfo
 
@@ -81,7 +81,7 @@ class QuantizedWeights:
         """A checkpoint holds tensors."""
 
     def quantized(self, parameter: Parameter) -> QuantSpec | None:
-        """`WeightSource.quantized`."""
+        """The format of the `QuantizedWeight` that a matrix was, once it has been read; None where it was unpacked."""
         return self._kept.get(parameter.weight)
 
     def vector(self, array: Concatenated) -> NDArray[Any]:
@@ -214,3 +214,20 @@ class QuantizedWeights:
     def _count(self, parts: list[QuantizedTensor | None], memory: int) -> None:
         self._bytes["memory"] += memory
         self._bytes["files"] += sum(part.num_bytes for part in parts if part is not None)
+
+
+def foreseen(
+    quantization: Quantization, formats: tuple[QuantizedFormat, ...], parameter: Parameter
+) -> QuantSpec | None:
+    """What a matrix will stay, as far as the config tells; None where it is unpacked, or is no linear layer."""
+    if parameter.kind not in ("linear", "gated_linear"):
+        return None
+    inputs, specs = parameter.weight.shape[1], []
+    for name, _ in parameter.weight.tensors:
+        scheme = quantization.scheme_of(name.removesuffix(".weight"))
+        if scheme is None or scheme.strategy == "block":
+            return None
+        size = min(scheme.group_size or inputs, inputs)
+        specs.append(fitting(scheme, size, inputs, not scheme.symmetric, formats))
+    found = specs[0]
+    return found if isinstance(found, QuantSpec) and all(spec == found for spec in specs) else None

@@ -85,25 +85,13 @@ class QuantizedTensor:
 
     def spec(self, grid: Grid, formats: tuple[QuantizedFormat, ...]) -> QuantSpec | str:
         """The engine's format that may hold the matrix exactly; else, in words, why none does."""
-        size, scheme = grid.group_size(), self.scheme
+        size = grid.group_size()
         if size is None:
             return "inputs of a group are not side by side (act-order)"
-        inputs, rows_apart = self.shape[1], grid.rows_per_scale > 1 and grid.scales.shape[0] > 1
-        if scheme.kind == "float":
-            if scheme.activations != FP8_PER_TOKEN or "fp8" not in formats:
-                return "fp8 is multiplied on GPUs of compute capability 8.9 on, with a scale for each token"
-            return "blocks have a scale each" if size < inputs or rows_apart else QuantSpec("fp8", None)
-        if rows_apart:
+        if grid.rows_per_scale > 1 and grid.scales.shape[0] > 1:
             return "blocks have a scale each"
-        if grid.zeros is not None and np.any(grid.zeros != self._middle()):
-            return "zero points"
-        small = scheme.activations == INT8_PER_TOKEN
-        if scheme.bits == 8:
-            int8: QuantizedFormat = "int8_w8a8" if small else "int8"
-            return QuantSpec(int8, None) if size == inputs else "8 bits in groups"
-        int4: QuantizedFormat = "int4_w4a8" if small else "int4"
-        group = next((one for one in (128, 64, 32) if size % one == 0 or size == inputs), None)
-        return f"groups of {size}" if group is None else QuantSpec(int4, group)
+        has_zeros = grid.zeros is not None and bool(np.any(grid.zeros != self._middle()))
+        return fitting(self.scheme, size, self.shape[1], has_zeros, formats)
 
     def keep(self, grid: Grid, spec: QuantSpec, values: NDArray[Any], scales: NDArray[Any]) -> bool:
         """The numbers into `values [out, in]` and their scales into `scales [out, groups]` of `spec`, without loss;
@@ -142,6 +130,27 @@ class QuantizedTensor:
         if numbers.size and (numbers.min() < -half or numbers.max() >= half):
             worst = int(numbers.min()) if numbers.min() < -half else int(numbers.max())
             raise ModelFileError(f"{self.file}: {self.name} has the number {worst}, outside {self.scheme.bits} bits")
+
+
+def fitting(
+    scheme: TensorScheme, size: int, inputs: int, has_zeros: bool, formats: tuple[QuantizedFormat, ...]
+) -> QuantSpec | str:
+    """The engine's format for numbers in groups of `size` of a row's `inputs`; else, in words, why there is none.
+
+    Args:
+        has_zeros: a zero point is not the middle of the numbers' range.
+    """
+    small = scheme.activations == INT8_PER_TOKEN
+    if scheme.kind == "float":
+        if scheme.activations != FP8_PER_TOKEN or "fp8" not in formats:
+            return "fp8 is multiplied on GPUs of compute capability 8.9 on, with a scale for each token"
+        return "blocks have a scale each" if size < inputs else QuantSpec("fp8", None)
+    if has_zeros:
+        return "zero points"
+    if scheme.bits == 8:
+        return QuantSpec("int8_w8a8" if small else "int8", None) if size == inputs else "8 bits in groups"
+    group = next((one for one in (128, 64, 32) if size % one == 0 or size == inputs), None)
+    return f"groups of {size}" if group is None else QuantSpec("int4_w4a8" if small else "int4", group)
 
 
 def unpack_bits(words: NDArray[Any], bits: int) -> NDArray[Any]:
