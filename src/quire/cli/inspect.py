@@ -95,8 +95,9 @@ def _lines(directory: Path) -> Iterator[Line]:
     from quire.weights.load import open_source, plan_weights, read_model_config
 
     ops, _ = select_ops("cpu", 1)
-    with open_source(directory) as source:
-        plan = plan_weights(read_model_config(directory), source, ops)
+    with open_source(directory) as opened:
+        plan = plan_weights(read_model_config(directory), opened, ops)
+        source = plan.source
         for name, parameter in plan.parameters.items():
             state = source.packed(name)
             shape, tensors = list(parameter.weight.shape), [tensor for tensor, _ in parameter.weight.tensors]

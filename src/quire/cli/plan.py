@@ -4,6 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quire.cli import model_path
@@ -106,6 +107,7 @@ def _cost(options: argparse.Namespace, name: str | None) -> "ModelCost":
     from quire.ops.select import select_ops
     from quire.plan.estimate import ModelCost
     from quire.quant.select import select_scheme
+    from quire.weights.formats.quantized.source import foreseen
     from quire.weights.load import read_model_config
     from quire.weights.pack import WeightPacker
 
@@ -122,7 +124,9 @@ def _cost(options: argparse.Namespace, name: str | None) -> "ModelCost":
     dtype: Any = config.dtype or "bfloat16" if args.dtype == "auto" else args.dtype
     ops, _ = select_ops("cpu", 1)
     scheme = select_scheme(args.quantization, args.quantization_group_size)
-    packer = WeightPacker(ops, dtype, scheme, config.spec.norm.weight_offset)
+    stated = config.quantization if scheme is None and args.dtype != "float32" else None
+    stays = None if stated is None else partial(foreseen, stated, ops.formats)
+    packer = WeightPacker(ops, dtype, scheme, config.spec.norm.weight_offset, stays)
     return ModelCost(config.spec, decoder_parameters(config.spec, config.names), packer)
 
 

@@ -86,9 +86,10 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     fingerprint = _fingerprint(directory)
     scheme = select_scheme(args.quantization, args.quantization_group_size)
     check_scheme(scheme, ops)
+    loaded: list[Decision] = []
     with LoadingBar() as bar:
         try:
-            model = load_model(directory, ops, args.dtype, model_len, bar.show, scheme)
+            model = load_model(directory, ops, args.dtype, model_len, bar.show, scheme, loaded.extend)
         except MemoryError as error:
             raise ConfigurationError("the weights do not fit into memory", field="model") from error
     sizes = resolve_cache(args, _sizes(args, model, ops, model_len))
@@ -99,7 +100,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     in_use = check_budget(sizes.memory, ops)
     key = secrets.token_bytes(32)
     verifier = CachedBlockVerifier(key, runner.first_difference) if args.verify_cached_blocks else None
-    model_decisions = [*_model_decisions(args, directory, model, built), *_head_decisions(spec, model)]
+    model_decisions = [*_model_decisions(args, directory, model, built), *loaded, *_head_decisions(spec, model)]
     decisions = [*model_decisions, *decisions, *sizes.decisions, *ops.decisions(), loop]
     decisions += [] if in_use is None else [in_use]
     prefix_cache = verifier or (PrefixCache(key) if args.enable_prefix_caching else NullPrefixCache())
