@@ -1,7 +1,8 @@
-"""From a directory of Hugging Face files to a model whose weights are packed for one provider."""
+"""From a model's files, Hugging Face's or GGUF, to a model whose weights are packed for one provider."""
 
 import fnmatch
 from collections.abc import Callable, Container, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
@@ -14,6 +15,9 @@ from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
 from quire.ops.types import Provider, WeightDtype
 from quire.quant.types import Scheme
+from quire.weights.formats.gguf import GgufWeights
+from quire.weights.formats.gguf_config import read_gguf_config
+from quire.weights.formats.gguf_parts import is_gguf
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
 from quire.weights.pack import WeightPacker
@@ -27,21 +31,38 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What `config.json` says, before any weight is read."""
+    """What `config.json` or the header of a GGUF file says, before any weight is read."""
 
     spec: DecoderSpec
     names: NameMap
     dtype: WeightDtype | None
     """Of the weights, if the config states it."""
+    dtype_reason: str = "the checkpoint's own"
+    """Why it is taken where nothing else is asked for."""
+    open: Callable[[Path], WeightSource] = CheckpointWeights
+    """The tensors of the same path."""
 
 
-def read_model_config(directory: Path) -> ModelConfig:
-    """Read `config.json`.
+def read_model_config(path: Path) -> ModelConfig:
+    """Read `config.json` of a directory, or the header of a GGUF file.
 
     Raises:
         ModelFileError: it is missing or damaged.
         UnsupportedModelError: an architecture or a setting that Quire does not have, named.
     """
+    return _gguf_config(path) if is_gguf(path) else _json_config(path)
+
+
+def _gguf_config(path: Path) -> ModelConfig:
+    config = read_gguf_config(path)
+
+    def weights(path: Path) -> GgufWeights:
+        return GgufWeights(path, config.rotated_heads)
+
+    return ModelConfig(config.spec, config.names, config.dtype, config.dtype_reason, weights)
+
+
+def _json_config(directory: Path) -> ModelConfig:
     config = read_json_object(directory / "config.json", MAX_CONFIG_BYTES)
     spec, names = load_spec(config)
     stated = config.get("dtype", config.get("torch_dtype"))
@@ -49,13 +70,8 @@ def read_model_config(directory: Path) -> ModelConfig:
     return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None)
 
 
-def read_spec(directory: Path) -> DecoderSpec:
-    """The architecture alone; errors as `read_model_config`."""
-    return read_model_config(directory).spec
-
-
 def load_model(
-    directory: Path,
+    path: Path,
     ops: Provider,
     dtype: str = "auto",
     max_model_len: int | None = None,
@@ -65,6 +81,7 @@ def load_model(
     """Read, check and pack a model. Peak memory is what is packed and the largest tensor twice.
 
     Args:
+        path: a directory, or a GGUF file.
         dtype: of weights and cache. `auto` is the type that the config states, else the one that the tensors have; a
             float32 checkpoint stays float32.
         max_model_len: positions that the model must be able to compute; None is all that it has.
@@ -75,14 +92,14 @@ def load_model(
         UnsupportedModelError: an architecture or a setting that Quire does not have.
         ConfigurationError: `max_model_len` exceeds the model's positions.
     """
-    config = read_model_config(directory)
+    config = read_model_config(path)
     spec = config.spec
     if max_model_len is not None and not 1 <= max_model_len <= spec.max_position_embeddings:
         raise ConfigurationError(
             f"max_model_len is {max_model_len}; the model has {spec.max_position_embeddings} positions",
             field="max_model_len",
         )
-    with CheckpointWeights(directory) as source:
+    with closing(config.open(path)) as source:
         names = _fit_prefix(config.names, source.tensors)
         embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
         # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
