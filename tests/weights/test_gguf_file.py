@@ -15,7 +15,8 @@ import pytest
 
 from quire.errors import ModelFileError
 from quire.weights.formats.gguf_file import MAX_HEADER_BYTES, GgufArray, GgufFile
-from quire.weights.formats.gguf_parts import GgufParts, find_gguf, is_gguf, part_names
+from quire.weights.formats.gguf_names import find_gguf, is_gguf, part_names
+from quire.weights.formats.gguf_parts import GgufParts
 from tests.tiny.gguf_files import add_tensor, close
 
 MUTATIONS = int(os.environ.get("QUIRE_TEST_MUTATIONS", "500"))

@@ -12,7 +12,7 @@ import huggingface_hub.constants
 import pytest
 
 from quire.errors import ConfigurationError, ModelFileError
-from quire.weights.hub import resolve_model_directory, resolve_tokenizer_directory
+from quire.weights.hub import resolve_model_path, resolve_tokenizer_directory
 
 OLD, NEW = "1" * 40, "2" * 40
 FILES = (
@@ -122,7 +122,7 @@ def read(directory: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(("revision", "commit"), [(None, OLD), ("main", OLD), ("v2", NEW), (OLD, OLD), (NEW, NEW)])
 def test_every_file_is_of_the_pinned_revision(revision: str | None, commit: str, hub: Hub, tmp_path: Path) -> None:
-    directory = resolve_model_directory("owner/model", revision, endpoint=hub.endpoint, cache_dir=tmp_path)
+    directory = resolve_model_path("owner/model", revision, endpoint=hub.endpoint, cache_dir=tmp_path)
     assert read(directory) == {name: f"{name} of {commit}" for name in WANTED}
     assert {asked for asked, _ in hub.files_asked_for} == {commit}
     assert {name for _, name in hub.files_asked_for} == WANTED
@@ -138,13 +138,13 @@ def test_a_tokenizer_comes_without_the_weights(hub: Hub, tmp_path: Path, monkeyp
 
 
 def test_offline_the_cached_commit_is_used(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    online = resolve_model_directory("owner/model", endpoint=hub.endpoint, cache_dir=tmp_path)
+    online = resolve_model_path("owner/model", endpoint=hub.endpoint, cache_dir=tmp_path)
     asked = len(hub.files_asked_for)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert resolve_model_directory("owner/model", endpoint=hub.endpoint, cache_dir=tmp_path) == online
+    assert resolve_model_path("owner/model", endpoint=hub.endpoint, cache_dir=tmp_path) == online
     assert len(hub.files_asked_for) == asked
     with pytest.raises(ModelFileError, match=r"^owner/other: .*HF_HUB_OFFLINE is set$"):
-        resolve_model_directory("owner/other", endpoint=hub.endpoint, cache_dir=tmp_path)
+        resolve_model_path("owner/other", endpoint=hub.endpoint, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -159,24 +159,24 @@ def test_what_the_hub_does_not_give_is_said_in_one_line(
     model: str, revision: str | None, message: str, hub: Hub, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelFileError, match=message) as caught:
-        resolve_model_directory(model, revision, endpoint=hub.endpoint, cache_dir=tmp_path)
+        resolve_model_path(model, revision, endpoint=hub.endpoint, cache_dir=tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_hub_that_cannot_be_reached_is_said_in_one_line(hub: Hub, tmp_path: Path) -> None:
     # Port 9 of this machine: nothing listens there.
     with pytest.raises(ModelFileError, match=r"^owner/model: the hub cannot be reached, and it is not in the local"):
-        resolve_model_directory("owner/model", endpoint="http://127.0.0.1:9", cache_dir=tmp_path)
+        resolve_model_path("owner/model", endpoint="http://127.0.0.1:9", cache_dir=tmp_path)
 
 
 def test_a_directory_is_itself(tmp_path: Path) -> None:
-    assert resolve_model_directory(str(tmp_path)) == tmp_path
+    assert resolve_model_path(str(tmp_path)) == tmp_path
     with pytest.raises(ConfigurationError, match="revision"):
-        resolve_model_directory(str(tmp_path), "main")
+        resolve_model_path(str(tmp_path), "main")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./model", "../model", "a/b/c", "", "~/model", "a b", "-x/y"])
 def test_what_is_neither_directory_nor_hub_id_is_refused(name: str) -> None:
     with pytest.raises(ModelFileError, match="not the id of a model") as caught:
-        resolve_model_directory(name)
+        resolve_model_path(name)
     assert "/no/such" not in str(caught.value)

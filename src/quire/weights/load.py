@@ -17,7 +17,7 @@ from quire.ops.types import Provider, WeightDtype
 from quire.quant.types import Scheme
 from quire.weights.formats.gguf import GgufWeights
 from quire.weights.formats.gguf_config import read_gguf_config
-from quire.weights.formats.gguf_parts import is_gguf
+from quire.weights.formats.gguf_names import is_gguf
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
 from quire.weights.pack import WeightPacker

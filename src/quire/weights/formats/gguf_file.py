@@ -26,10 +26,10 @@ import numpy as np
 
 from quire.errors import ModelFileError
 from quire.weights.formats.gguf_blocks import OTHERS, TYPES, BlockType
+from quire.weights.formats.gguf_names import MAGIC
 from quire.weights.json_file import open_regular, printable
 from quire.weights.source import TensorInfo
 
-MAGIC = b"GGUF"
 MAX_HEADER_BYTES = 64 * 2**20
 """The largest headers in use, of vocabularies of 262,144 tokens, have some 16 MB."""
 MAX_PAIRS = 2**16
