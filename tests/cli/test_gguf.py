@@ -1,0 +1,116 @@
+"""A GGUF file wherever a model is named: the answers are those of the checkpoint that it was made of."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire import LLM, SamplingParams
+from quire.cli.main import main
+from quire.errors import ModelFileError
+from tests.text.gguf_headers import NORMAL, header_of
+from tests.tiny.checkpoints import END_OF_TEXT, make_tiny
+from tests.tiny.gguf_files import plain, write_gguf
+
+SIZES: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 96, "num_gpu_blocks_override": 32, "threads": 1}
+CHAT = [{"role": "user", "content": "What is TTFT?"}]
+
+
+def tokenizer_keys(directory: Path) -> dict[str, Any]:
+    state = json.loads((directory / "tokenizer.json").read_text())
+    template = json.loads((directory / "tokenizer_config.json").read_text())["chat_template"]
+    keys = header_of(state, "gpt-2", eos_token_id=END_OF_TEXT, bos_token_id=END_OF_TEXT, add_bos_token=False)
+    # No array of a header is empty: two spaces, of which no text here has any, are a token.
+    keys["tokenizer.ggml.tokens"].append("ĠĠ")
+    keys["tokenizer.ggml.token_type"].append(NORMAL)
+    keys |= {"tokenizer.ggml.merges": ["Ġ Ġ"], "tokenizer.chat_template": template, "general.sampling.temp": 0.5, "general.sampling.top_k": 7}
+    return keys | {"general.sampling.penalty_repeat": 1.25}
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint, and what may be named in its place."""
+    root = tmp_path_factory.mktemp("gguf")
+    directory = make_tiny("llama", root / "checkpoint", tokenizer=True)
+    (root / "one").mkdir()
+    file = write_gguf(directory, root / "one" / "tiny.gguf", "llama", **tokenizer_keys(directory))
+    (root / "sha256-0a1b").symlink_to(file)
+    return {"checkpoint": directory, "file": file, "directory": file.parent, "blob": root / "sha256-0a1b"}
+
+
+def answers(path: Path, **more: Any) -> list[list[int]]:
+    with LLM(str(path), **(SIZES | more)) as llm:
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+        outputs = llm.chat([CHAT], params, use_tqdm=False) + llm.generate(["分頁 is"], params, use_tqdm=False)
+        return [[*output.prompt_token_ids, *output.outputs[0].token_ids] for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def expected(paths: dict[str, Path]) -> Iterator[list[list[int]]]:
+    yield answers(paths["checkpoint"])
+
+
+@pytest.mark.parametrize("named", ["file", "directory", "blob"])
+@pytest.mark.parametrize("core_process", [False, True])
+def test_answers_are_those_of_the_checkpoint(
+    named: str, core_process: bool, paths: dict[str, Path], expected: list[list[int]]
+) -> None:
+    assert answers(paths[named], core_process=core_process) == expected
+
+
+def test_the_header_gives_the_defaults_and_the_ends(paths: dict[str, Path]) -> None:
+    with LLM(str(paths["file"]), **SIZES) as llm:
+        params = llm.get_default_sampling_params()
+        assert params.temperature == 0.5 and params.top_k == 7 and params.repetition_penalty == 1.25
+
+
+def test_int8_of_a_file_in_blocks_is_int8_of_its_values(paths: dict[str, Path], tmp_path: Path) -> None:
+    """What was unpacked is packed as any checkpoint is."""
+    import gguf
+    from gguf.quants import dequantize, quantize
+    from safetensors.numpy import load_file, save_file
+
+    keys = tokenizer_keys(paths["checkpoint"])
+    file = write_gguf(paths["checkpoint"], tmp_path / "blocks.gguf", "llama", plain("Q8_0"), **keys)
+    values = tmp_path / "values"
+    values.mkdir()
+    for item in paths["checkpoint"].iterdir():
+        if item.suffix != ".safetensors":
+            (values / item.name).symlink_to(item)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    tensors = load_file(paths["checkpoint"] / "model.safetensors")
+    save_file(
+        {n: t if t.ndim == 1 else dequantize(quantize(t, kind), kind) for n, t in tensors.items()},
+        values / "model.safetensors",
+    )
+    for quantization in (None, "int8"):
+        ours, theirs = (answers(p, quantization=quantization, dtype="bfloat16") for p in (file, values))
+        assert ours == theirs
+
+
+def test_the_verbs_take_a_file(paths: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--max-model-len", "96", "--max-tokens", "5", "--temperature", "0", "--repetition-penalty", "1"]
+    texts = []
+    for model in (paths["checkpoint"], paths["file"], paths["blob"]):
+        assert main(["generate", str(model), "hello", *flags]) == 0
+        captured = capsys.readouterr()
+        texts.append(captured.out)
+        assert "dtype" in captured.err
+    assert texts[0] == texts[1] == texts[2]
+    assert main(["generate", "--model", str(paths["file"]), "--quiet", "hello", *flags]) == 0
+    assert capsys.readouterr().out == texts[0]
+
+
+def test_a_damaged_file_is_an_error_of_one_line(
+    paths: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.gguf").write_bytes(paths["file"].read_bytes())
+    os.truncate(tmp_path / "x.gguf", paths["file"].stat().st_size // 2)
+    assert main(["generate", str(tmp_path / "x.gguf"), "hello"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and "x.gguf: truncated" in captured.err
+    with pytest.raises(ModelFileError, match=r"x\.gguf: truncated"):
+        LLM(str(tmp_path / "x.gguf"), core_process=True)
