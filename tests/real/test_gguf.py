@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from its GGUF file, against transformers on the same file and against the converted checkpoint."""
+"""SmolLM2-135M-Instruct from its GGUF file, against transformers on the same file and the converted checkpoint."""
 
 from collections.abc import Iterator
 from importlib.util import find_spec

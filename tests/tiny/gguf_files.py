@@ -50,10 +50,11 @@ def plain(kind: str = "F32") -> Kind:
     return lambda _, shape: kind if len(shape) > 1 else "F32"
 
 
-def write_gguf(directory: Path, path: Path, architecture: str, kind: Kind = plain(), **header: Any) -> Path:
+def write_gguf(directory: Path, path: Path, architecture: str, kind: Kind | None = None, **header: Any) -> Path:
     """Write the checkpoint of `directory` as one GGUF file.
 
     Args:
+        kind: None is float32.
         header: keys of the architecture with `__` for a point, in place of what the config says; None leaves one out.
     """
     config = json.loads((directory / "config.json").read_text())
@@ -61,7 +62,7 @@ def write_gguf(directory: Path, path: Path, architecture: str, kind: Kind = plai
     for key, value in (_header(config, architecture) | {k.replace("__", "."): v for k, v in header.items()}).items():
         add(writer, key if key.startswith(("tokenizer.", "general.")) else f"{architecture}.{key}", value)
     for name, values in tensors_of(directory, config, architecture).items():
-        add_tensor(writer, name, values, kind(name, values.shape))
+        add_tensor(writer, name, values, (kind or plain())(name, values.shape))
     return close(writer)
 
 

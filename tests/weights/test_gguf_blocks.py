@@ -102,7 +102,7 @@ def test_rows_that_are_no_heads_and_files_that_shrink_are_errors(tmp_path: Path)
     writer.add_tensor("blk.0.attn_q.weight", np.ones((9, 4), np.float32))
     file = close(writer)
     array = Concatenated((("blk.0.attn_q.weight", (9, 4)),))
-    with GgufWeights(file, {"attn_q": 3}) as weights, pytest.raises(ModelFileError, match="9 rows.*those of 3 heads"):
+    with GgufWeights(file, {"attn_q": 3}) as weights, pytest.raises(ModelFileError, match=r"9 rows.*those of 3 heads"):
         weights.read(array)
     with GgufWeights(file, {}) as weights:
         data = file.read_bytes()

@@ -1,4 +1,4 @@
-"""Headers of GGUF files: what the `gguf` package reads is read alike, and what is wrong is named, at once and cheaply."""
+"""Headers of GGUF files: what the `gguf` package reads is read alike; what is wrong is named, at once and cheaply."""
 
 import os
 import random
@@ -271,7 +271,7 @@ def test_parts_that_are_missing_or_do_not_belong_together_are_named(tmp_path: Pa
     def too_few(_: int, stated: dict[str, Any]) -> None:
         stated["split.tensors.count"] = 4
 
-    with pytest.raises(ModelFileError, match="split.tensors.count is 4; there are 3"):
+    with pytest.raises(ModelFileError, match=r"split\.tensors\.count is 4; there are 3"):
         GgufParts(split(tmp_path, too_few))
 
     (tmp_path / "m-00003-of-00003.gguf").write_bytes((tmp_path / "m-00001-of-00003.gguf").read_bytes())

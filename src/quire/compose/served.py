@@ -94,9 +94,7 @@ def _compose_here(args: EngineArgs, path: Path) -> ServedEngine:
     from quire.compose.core import compose_core
 
     parts = compose_core(args, path)
-    return _served(
-        args, compose_text(args, path), LocalChannel(parts.core(), args.release_idle_memory), parts.info
-    )
+    return _served(args, compose_text(args, path), LocalChannel(parts.core(), args.release_idle_memory), parts.info)
 
 
 def _compose_apart(args: EngineArgs, path: Path, channel: "SupervisedChannel") -> ServedEngine:

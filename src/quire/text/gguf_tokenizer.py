@@ -1,7 +1,7 @@
 """A tokenizer from the header of a GGUF file: byte-level BPE (`gpt2`), or SentencePiece's BPE with scores (`llama`).
 
-A header holds the vocabulary, the merges or scores, the kind of each token, and the name of the rule by which text is cut
-before merges (`tokenizer.ggml.pre`). The rules are llama.cpp's, in the spelling that the models' own files have.
+A header holds the vocabulary, the merges or scores, the kind of each token, and the name of the rule by which text is
+cut before merges (`tokenizer.ggml.pre`). The rules are llama.cpp's, in the spelling that the models' own files have.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,7 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 
 
 def _words(digits: str) -> str:
-    return (
-        rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_ENDS}"
-    )
+    return rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_ENDS}"
 
 
 def _cased_words(digits: str, after: str = "") -> str:
@@ -256,7 +254,8 @@ def _merges(header: _Header, order: Sequence[float]) -> list[tuple[str, str]]:
 
 def _add_ends(backend: Tokenizer, header: _Header, named: Mapping[str, str], *, adds_bos: bool) -> None:
     """Begin (and end) a raw prompt with the tokens that the header asks for."""
-    before, after = [], []
+    before: list[str] = []
+    after: list[str] = []
     for key, default, place in (("bos", adds_bos, before), ("eos", False, after)):
         token = named.get(f"{key}_token")
         if header.flag(f"add_{key}_token", default) and token is not None:

@@ -30,7 +30,7 @@ class GgufWeights:
         """
         Args:
             path: the model, or any part of it.
-            rotated_heads: by the last part of a module's name (`attn_q`), how many heads its rows have, where GGUF keeps
+            rotated_heads: by the last part of a module's name (`attn_q`), how many heads its rows have, where GGUF has
                 the two halves of each head's rows in turns (llama's rotation of neighbours), which is undone here.
             threads: that unpack; None is one for each processor.
 
@@ -80,8 +80,8 @@ class GgufWeights:
         """Whether both tensors are there and have different values."""
         if one not in self.tensors or other not in self.tensors:
             return False
-        values = [self.read(Concatenated(((name, self.tensors[name].shape),))) for name in (one, other)]
-        return not np.array_equal(*values)
+        first, second = (self.read(Concatenated(((name, self.tensors[name].shape),))) for name in (one, other))
+        return not np.array_equal(first, second)
 
     def close(self) -> None:
         """Close all files, end the threads."""

@@ -1,7 +1,7 @@
 """The types of GGUF's tensors, and how their blocks become float32: bit for bit what ggml's own rows give.
 
 A row is cut into blocks of 32 or 256 values. A block holds a scale (and a minimum, and scales of its groups), and small
-integers packed low bits first. Products and sums are made in float32 in ggml's order, without a fused multiply-add.
+integers packed low bits first. Everything is computed in float32 in ggml's order, without a fused multiply-add.
 """
 
 from collections.abc import Callable

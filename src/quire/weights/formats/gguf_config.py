@@ -174,13 +174,13 @@ def read_gguf_config(path: Path) -> GgufConfig:
         UnsupportedModelError: an architecture or a setting that Quire does not have, named.
     """
     with GgufParts(path) as parts:
-        name = parts.values.get("general.architecture")
+        name = str(parts.values.get("general.architecture"))
         if parts.values.get("general.type", "model") != "model":
             raise UnsupportedModelError(f"{parts.name}: general.type is {parts.values['general.type']!r}, not a model")
         if name not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            stated = printable(str(name))
-            raise UnsupportedModelError(f"{parts.name}: the architecture {stated!r} is not supported; these are: {known}")
+            text = f"{parts.name}: the architecture {printable(name)!r} is not supported; these are: {known}"
+            raise UnsupportedModelError(text)
         architecture = _windowed(ARCHITECTURES[name], name, parts)
         config = _Header(parts, name).config(architecture)
         try:

@@ -9,6 +9,7 @@ from quire.weights.formats.gguf_file import GgufFile, GgufTensor
 from quire.weights.formats.gguf_names import part_paths
 from quire.weights.json_file import printable
 
+
 class GgufParts:
     """All files of one model, open: the values of the first, the tensors of all. A context manager."""
 
@@ -58,8 +59,9 @@ class GgufParts:
             if stated == (0, 0):  # not split
                 stated = 1, 0
             if stated != (len(self.files), number):
-                text = f"split.count {stated[0]} and split.no {stated[1]}, counted from 0"
-                raise ModelFileError(f"{file.name}: its header says {text}; its name says {number} of {len(self.files)}")
+                stated_text = f"split.count {stated[0]} and split.no {stated[1]}, counted from 0"
+                named = f"{number} of {len(self.files)}"
+                raise ModelFileError(f"{file.name}: its header says {stated_text}; its name says {named}")
         total = self.files[0].values.get("split.tensors.count", len(self.home))
         if total != len(self.home):
             raise ModelFileError(f"{self.files[0].name}: split.tensors.count is {total}; there are {len(self.home)}")
