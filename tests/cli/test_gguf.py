@@ -119,3 +119,18 @@ def test_a_damaged_file_is_an_error_of_one_line(
     assert captured.out == "" and captured.err.count("\n") == 1 and "x.gguf: truncated" in captured.err
     with pytest.raises(ModelFileError, match=r"x\.gguf: truncated"):
         LLM(str(tmp_path / "x.gguf"), core_process=True)
+
+
+def test_a_file_can_be_inspected_and_planned_and_is_not_built(
+    paths: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_gguf(paths["checkpoint"], tmp_path / "q.gguf", "llama", plain("Q8_0"))
+    assert main(["inspect", "--json", str(file)]) == 0
+    lines = {line["name"]: line for line in json.loads(capsys.readouterr().out)["parameters"]}
+    assert lines["0.qkv"]["format"] == "Q8_0" and lines["0.qkv"]["tensors"][0] == "blk.0.attn_q.weight"
+    assert lines["0.qkv"]["num_bytes"] == 128 * 64 // 32 * 34
+    assert main(["plan", str(file), "--device", "h100"]) in (0, 2)
+    capsys.readouterr()
+    assert main(["build", str(file), "-o", str(tmp_path / "engine")]) == 1
+    assert "GGUF files run as they are; an engine is built from a checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "engine").exists()

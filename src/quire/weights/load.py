@@ -2,7 +2,6 @@
 
 import fnmatch
 from collections.abc import Callable, Container, Mapping
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, get_args
@@ -15,6 +14,7 @@ from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
 from quire.ops.types import Provider, WeightDtype
 from quire.quant.types import Scheme
+from quire.weights.formats.engine_dir import EngineWeights, is_engine, read_manifest
 from quire.weights.formats.gguf import GgufWeights
 from quire.weights.formats.gguf_config import read_gguf_config
 from quire.weights.formats.gguf_names import is_gguf
@@ -30,6 +30,20 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """What of a source becomes which parameter of the decoder, and how it is packed."""
+
+    spec: DecoderSpec
+    parameters: Mapping[str, Parameter]
+    packer: WeightPacker
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all parameters once packed."""
+        return sum(self.packer.num_bytes(parameter) for parameter in self.parameters.values())
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """What `config.json` or the header of a GGUF file says, before any weight is read."""
 
@@ -39,8 +53,6 @@ class ModelConfig:
     """Of the weights, if the config states it."""
     dtype_reason: str = "the checkpoint's own"
     """Why it is taken where nothing else is asked for."""
-    open: Callable[[Path], WeightSource] = CheckpointWeights
-    """The tensors of the same path."""
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -50,16 +62,15 @@ def read_model_config(path: Path) -> ModelConfig:
         ModelFileError: it is missing or damaged.
         UnsupportedModelError: an architecture or a setting that Quire does not have, named.
     """
-    return _gguf_config(path) if is_gguf(path) else _json_config(path)
+    if is_gguf(path):
+        header = read_gguf_config(path)
+        return ModelConfig(header.spec, header.names, header.dtype, header.dtype_reason)
+    return _json_config(path)
 
 
-def _gguf_config(path: Path) -> ModelConfig:
-    config = read_gguf_config(path)
-
-    def weights(path: Path) -> GgufWeights:
-        return GgufWeights(path, config.rotated_heads)
-
-    return ModelConfig(config.spec, config.names, config.dtype, config.dtype_reason, weights)
+def read_spec(path: Path) -> DecoderSpec:
+    """The architecture alone; errors as `read_model_config`."""
+    return read_model_config(path).spec
 
 
 def _json_config(directory: Path) -> ModelConfig:
@@ -99,19 +110,43 @@ def load_model(
             f"max_model_len is {max_model_len}; the model has {spec.max_position_embeddings} positions",
             field="max_model_len",
         )
-    with closing(config.open(path)) as source:
-        names = _fit_prefix(config.names, source.tensors)
-        embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
-        # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
-        if spec.tied_head and source.differ(embedding, head):
-            spec = replace(spec, tied_head=False)
-        parameters = decoder_parameters(spec, names)
-        check_tensors(parameters, source.tensors, (*names.unused, head) if spec.tied_head else names.unused)
-        weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors[embedding].format)
-        packer = WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset)
-        weights = load_weights(parameters, source, packer, progress)
-    weight_bytes = sum(packer.num_bytes(parameter) for parameter in parameters.values())
-    return Decoder(spec, weights, ops, weight_dtype, max_model_len or spec.max_position_embeddings, weight_bytes)
+    with open_source(path) as source:
+        plan = plan_weights(config, source, ops, dtype, scheme)
+        weights = load_weights(plan.parameters, source, plan.packer, progress)
+    longest = max_model_len or spec.max_position_embeddings
+    return Decoder(plan.spec, weights, ops, plan.packer.dtype, longest, plan.num_bytes)
+
+
+def open_source(path: Path) -> CheckpointWeights | EngineWeights | GgufWeights:
+    """The weights of a directory or a GGUF file, whatever they are stored as.
+
+    Raises:
+        ModelFileError: a file is missing or damaged.
+    """
+    if is_engine(path):
+        return EngineWeights(path, read_manifest(path))
+    if is_gguf(path):
+        return GgufWeights(path, read_gguf_config(path).rotated_heads)
+    return CheckpointWeights(path)
+
+
+def plan_weights(
+    config: ModelConfig, source: WeightSource, ops: Provider, dtype: str = "auto", scheme: Scheme | None = None
+) -> WeightPlan:
+    """Which tensors become which parameters; every tensor has its place. Arguments as for `load_model`.
+
+    Raises:
+        ModelFileError: a tensor is missing, left over or of a wrong shape.
+    """
+    spec, names = config.spec, _fit_prefix(config.names, source.tensors)
+    embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
+    # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
+    if spec.tied_head and source.differ(embedding, head):
+        spec = replace(spec, tied_head=False)
+    parameters = decoder_parameters(spec, names)
+    check_tensors(parameters, source.tensors, (*names.unused, head) if spec.tied_head else names.unused)
+    weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors[embedding].format)
+    return WeightPlan(spec, parameters, WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset))
 
 
 def load_weights(
