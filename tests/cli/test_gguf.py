@@ -129,8 +129,8 @@ def test_a_file_can_be_inspected_and_planned_and_is_not_built(
     lines = {line["name"]: line for line in json.loads(capsys.readouterr().out)["parameters"]}
     assert lines["0.qkv"]["format"] == "Q8_0" and lines["0.qkv"]["tensors"][0] == "blk.0.attn_q.weight"
     assert lines["0.qkv"]["num_bytes"] == 128 * 64 // 32 * 34
-    assert main(["plan", str(file), "--device", "h100"]) in (0, 2)
+    assert main(["plan", str(file), "--device", "h100"]) == 0
     capsys.readouterr()
-    assert main(["build", str(file), "-o", str(tmp_path / "engine")]) == 1
+    assert main(["build", str(file), "-o", str(tmp_path / "engine")]) == 2
     assert "GGUF files run as they are; an engine is built from a checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "engine").exists()
