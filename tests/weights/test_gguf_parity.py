@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from quire.errors import ModelFileError, UnsupportedModelError
 from quire.ops.cpu import CpuOps
@@ -74,6 +76,18 @@ def test_the_bits_are_those_of_the_checkpoint(name: str, pairs: dict[str, tuple[
         assert_close(ours, theirs)
     else:
         assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_transformers_reads_the_same_file_alike(family: str, tmp_path: Path) -> None:
+    """A second judge, of files without what it does not read (scaled rotary positions, windows)."""
+    directory = make_tiny(family, tmp_path / "checkpoint", **DEFAULT, use_sliding_window=False)
+    file = write_gguf(directory, tmp_path / "x.gguf", family)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32).eval()
+    prompt = tokens(60)
+    with torch.inference_mode():
+        theirs = model(torch.tensor([prompt]), use_cache=False).logits[0].numpy()
+    assert_close(logits(file, CpuOps(2, instruction_sets()[-1]), prompt, [60]), theirs)
 
 
 def test_the_reference_operations_take_it_too(pairs: dict[str, tuple[Path, Path]]) -> None:
