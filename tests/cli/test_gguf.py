@@ -2,18 +2,28 @@
 
 import json
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from quire import LLM, SamplingParams
 from quire.cli.main import main
-from quire.errors import ModelFileError
+from quire.errors import ConfigurationError, ModelFileError
+from quire.ops.reference import ReferenceOps
+from quire.text.gguf_tokenizer import gguf_tokenizer
+from quire.text.tokenizer import Tokenizer
+from quire.weights.formats.gguf_file import GgufFile
+from quire.weights.formats.gguf_text import read_gguf_tokenizer_values
+from quire.weights.generation_config import load_generation_defaults
+from quire.weights.load import open_source, plan_weights, read_model_config
 from tests.text.gguf_headers import NORMAL, header_of
 from tests.tiny.checkpoints import END_OF_TEXT, make_tiny
 from tests.tiny.gguf_files import plain, write_gguf
+from tests.weights.test_gguf_file import mutated
 
 SIZES: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 96, "num_gpu_blocks_override": 32, "threads": 1}
 CHAT = [{"role": "user", "content": "What is TTFT?"}]
@@ -134,3 +144,28 @@ def test_a_file_can_be_inspected_and_planned_and_is_not_built(
     assert main(["build", str(file), "-o", str(tmp_path / "engine")]) == 2
     assert "GGUF files run as they are; an engine is built from a checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "engine").exists()
+
+
+def test_mutated_files_are_models_or_refused_and_nothing_else(paths: dict[str, Path], tmp_path: Path) -> None:
+    """Past the header too: hyper-parameters, places of tensors, tokenizer, ends and defaults."""
+    data, path = paths["file"].read_bytes(), tmp_path / "x.gguf"
+    with GgufFile(paths["file"]) as whole:
+        header_bytes = min(found.start for found in whole.tensors.values())
+    rng, outcomes = random.Random(1), set()
+    for number in range(300):
+        changed = bytearray(data if number % 4 else mutated(data, header_bytes, rng))
+        for _ in range(rng.randint(1, 2) if number % 4 else 0):
+            changed[rng.randrange(24, header_bytes)] = rng.randrange(256)
+        path.write_bytes(changed)
+        try:
+            with open_source(path) as source:
+                plan_weights(read_model_config(path), source, ReferenceOps(np))
+            load_generation_defaults(path)
+            header = read_gguf_tokenizer_values(path)
+            if header.values:
+                Tokenizer(gguf_tokenizer(header.name, header.values, header.architecture)).encode("hello <|user|> 12")
+            outcomes.add("read")
+        except ConfigurationError as error:
+            assert error.message.count("\n") == 0 and len(error.message) < 800
+            outcomes.add(type(error).__name__)
+    assert outcomes == {"read", "ModelFileError", "UnsupportedModelError"}
