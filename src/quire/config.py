@@ -33,11 +33,12 @@ class EngineArgs:
     """
 
     model: str | None = None
-    """A directory, or the id of a model on the hub; None is the embedded model."""
+    """A directory, a GGUF file, a hub id (or `ID:FILE.gguf`), or `smollm2`; None is the embedded model."""
     tokenizer: str | None = None
     """A directory or hub id; None takes the model's own."""
     dtype: str = "auto"
-    """Storage of weights and cache: auto (the checkpoint's own), bfloat16, float16, float32 (computes exactly)."""
+    """Storage of weights and cache: auto (the model's own; bfloat16 of GGUF's blocks), bfloat16, float16, float32
+    (computes exactly)."""
     quantization: str | None = None
     """Quantise the weights while they are loaded: int8 (W8A16), int8_w8a8, int4 (W4A16), fp8 (W8A8; CUDA only).
     `dtype` is then that of the cache and of weights which are not quantised."""

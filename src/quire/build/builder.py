@@ -138,6 +138,8 @@ def _workplace(output: Path) -> Iterator[Path]:
 
 
 def _written(recipe: Recipe, target: Target, place: Path, progress: Progress | None) -> Manifest:
+    if not recipe.directory.is_dir():
+        raise ConfigurationError("model: GGUF files run as they are; an engine is built from a checkpoint", field="model")
     config = read_model_config(recipe.directory)
     source_files = [*sorted(recipe.directory.glob("*.safetensors")), *_own_files(recipe.directory)]
     with open_source(recipe.directory) as opened:

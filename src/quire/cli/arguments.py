@@ -28,7 +28,7 @@ from quire.sampling_params import SamplingParams
 
 EMBEDDED_NAME = "quire-demo"
 ENGINE_HELP = {
-    "model": f"a directory or a hub id; without it, the embedded model, {EMBEDDED_NAME}",
+    "model": f"directory, GGUF file, hub id (or ID:FILE.gguf), smollm2; without it, the embedded one, {EMBEDDED_NAME}",
     "tokenizer": "a directory or hub id; the model's own",
     "dtype": f"weights and cache: {', '.join(DTYPES)}; float32 computes exactly",
     "quantization": f"round the weights while loading: {', '.join(QUANTIZATIONS)} (GPU); left out: not at all",

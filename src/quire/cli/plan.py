@@ -102,7 +102,7 @@ def _device(name: str | None) -> "PlannedDevice":
 
 def _cost(options: argparse.Namespace, name: str | None) -> "ModelCost":
     from quire.compose.engine_dir import as_built
-    from quire.compose.served import model_directory
+    from quire.compose.served import find_model
     from quire.models.parameters import decoder_parameters
     from quire.ops.select import select_ops
     from quire.plan.estimate import ModelCost
@@ -118,7 +118,7 @@ def _cost(options: argparse.Namespace, name: str | None) -> "ModelCost":
         quantization=options.quantization,
         quantization_group_size=options.quantization_group_size,
     )
-    directory = model_directory(args)
+    directory = find_model(args)
     args, _ = as_built(args, directory)
     config = read_model_config(directory)
     dtype: Any = config.dtype or "bfloat16" if args.dtype == "auto" else args.dtype

@@ -1,4 +1,4 @@
-"""From a directory of Hugging Face files to a model whose weights are packed for one provider."""
+"""From a model's files, Hugging Face's or GGUF, to a model whose weights are packed for one provider."""
 
 import fnmatch
 from collections.abc import Callable, Container, Mapping
@@ -16,6 +16,9 @@ from quire.ops.types import ACTIVATION_QMAX, Provider, QuantSpec, WeightDtype
 from quire.outputs import Decision
 from quire.quant.types import Scheme
 from quire.weights.formats.engine_dir import EngineWeights, is_engine, read_manifest
+from quire.weights.formats.gguf import GgufWeights
+from quire.weights.formats.gguf_config import read_gguf_config
+from quire.weights.formats.gguf_names import is_gguf
 from quire.weights.formats.quantized.config import KEYS, read_quantization
 from quire.weights.formats.quantized.scheme import Quantization
 from quire.weights.formats.quantized.source import QuantizedWeights, Target
@@ -64,7 +67,7 @@ class WeightPlan:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What `config.json` says, before any weight is read."""
+    """What `config.json` or the header of a GGUF file says, before any weight is read."""
 
     spec: DecoderSpec
     names: NameMap
@@ -72,15 +75,29 @@ class ModelConfig:
     """Of the weights, if the config states it."""
     quantization: Quantization | None = None
     """How the checkpoint's weights are quantised, if they are."""
+    dtype_reason: str = "the checkpoint's own"
+    """Why it is taken where nothing else is asked for."""
 
 
-def read_model_config(directory: Path) -> ModelConfig:
-    """Read `config.json`.
+def read_model_config(path: Path) -> ModelConfig:
+    """Read `config.json` of a directory, or the header of a GGUF file.
 
     Raises:
         ModelFileError: it is missing or damaged.
         UnsupportedModelError: an architecture or a setting that Quire does not have, named.
     """
+    if is_gguf(path):
+        header = read_gguf_config(path)
+        return ModelConfig(header.spec, header.names, header.dtype, dtype_reason=header.dtype_reason)
+    return _json_config(path)
+
+
+def read_spec(path: Path) -> DecoderSpec:
+    """The architecture alone; errors as `read_model_config`."""
+    return read_model_config(path).spec
+
+
+def _json_config(directory: Path) -> ModelConfig:
     config = read_json_object(directory / "config.json", MAX_CONFIG_BYTES)
     spec, names = load_spec({key: value for key, value in config.items() if key not in KEYS})
     stated = config.get("dtype", config.get("torch_dtype"))
@@ -89,13 +106,8 @@ def read_model_config(directory: Path) -> ModelConfig:
     return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None, quantization)
 
 
-def read_spec(directory: Path) -> DecoderSpec:
-    """The architecture alone; errors as `read_model_config`."""
-    return read_model_config(directory).spec
-
-
 def load_model(
-    directory: Path,
+    path: Path,
     ops: Provider,
     dtype: str = "auto",
     max_model_len: int | None = None,
@@ -106,6 +118,7 @@ def load_model(
     """Read, check and pack a model. Peak memory is what is packed and the largest tensor twice.
 
     Args:
+        path: a directory, or a GGUF file.
         dtype: of weights and cache. `auto` is the type that the config states, else the one that the tensors have; a
             float32 checkpoint stays float32.
         max_model_len: positions that the model must be able to compute; None is all that it has.
@@ -117,14 +130,14 @@ def load_model(
         UnsupportedModelError: an architecture or a setting that Quire does not have.
         ConfigurationError: `max_model_len` exceeds the model's positions.
     """
-    config = read_model_config(directory)
+    config = read_model_config(path)
     spec = config.spec
     if max_model_len is not None and not 1 <= max_model_len <= spec.max_position_embeddings:
         raise ConfigurationError(
             f"max_model_len is {max_model_len}; the model has {spec.max_position_embeddings} positions",
             field="max_model_len",
         )
-    with open_source(directory) as source:
+    with open_source(path) as source:
         plan = plan_weights(config, source, ops, dtype, scheme)
         weights = load_weights(plan.parameters, plan.source, plan.packer, progress)
         if report is not None:
@@ -133,15 +146,17 @@ def load_model(
         return Decoder(plan.spec, weights, ops, plan.packer.dtype, longest, plan.num_bytes)
 
 
-def open_source(directory: Path) -> CheckpointWeights | EngineWeights:
-    """The weights of a directory, whatever they are stored as.
+def open_source(path: Path) -> CheckpointWeights | EngineWeights | GgufWeights:
+    """The weights of a directory or a GGUF file, whatever they are stored as.
 
     Raises:
         ModelFileError: a file is missing or damaged.
     """
-    if is_engine(directory):
-        return EngineWeights(directory, read_manifest(directory))
-    return CheckpointWeights(directory)
+    if is_engine(path):
+        return EngineWeights(path, read_manifest(path))
+    if is_gguf(path):
+        return GgufWeights(path, read_gguf_config(path).rotated_heads)
+    return CheckpointWeights(path)
 
 
 def plan_weights(
