@@ -9,19 +9,17 @@ from quire.engine.inputs import MAX_SALT_BYTES
 from quire.errors import InvalidRequestError, PromptTooLongError, context_length_message
 from quire.sampling_params import FROM_MODEL, RequestOutputKind, SamplingParams
 from quire.server.doors.openai.bodies import (
-    ARGUMENT_NAME,
     CHAT,
     COMPLETION,
     DETOKENIZE,
     TOKENIZE_CHAT,
     TOKENIZE_TEXT,
-    Conversation,
     DetokenizeBody,
     ResponseOptions,
-    TextPart,
     TokenizeChatBody,
     TokenizeTextBody,
 )
+from quire.server.doors.openai.conversation import ARGUMENT_NAME, Conversation, Message, TextPart
 from quire.server.doors.openai.shapes import take_shape
 from quire.server.http.limits import Limits
 from quire.server.http.schema import check_length
@@ -176,10 +174,10 @@ def parse_detokenize(raw: Mapping[str, Any], limits: Limits, vocab_size: int) ->
     return body
 
 
-def text_of(content: str | list[str | TextPart]) -> str:
+def text_of(content: str | list[str | TextPart] | None) -> str:
     """A message's content; parts are joined by line ends as vLLM joins them."""
-    if isinstance(content, str):
-        return content
+    if content is None or isinstance(content, str):
+        return content or ""
     return "\n".join(part if isinstance(part, str) else part.text for part in content)
 
 
@@ -306,8 +304,9 @@ def _prompts(value: str | list[Any], limits: Limits) -> list[Prompt]:
 
 def _checked(conversation: Conversation, limits: Limits) -> Conversation:
     for place, message in enumerate(conversation.messages):
-        if not isinstance(message.content, str):
+        if isinstance(message.content, list):
             check_length(limits.content_parts, message.content, "messages")
+        _check_calls(message, f"messages[{place}]")
         if message.reasoning is not None and message.reasoning_content not in (None, message.reasoning):
             named = f"messages[{place}].reasoning"
             raise InvalidRequestError(f"{named} and reasoning_content are one field and differ", param=named)
@@ -324,6 +323,17 @@ def _checked(conversation: Conversation, limits: Limits) -> Conversation:
             "continue_final_message needs a last message of the assistant", param="continue_final_message"
         )
     return conversation
+
+
+def _check_calls(message: Message, place: str) -> None:
+    """What a role may hold, and content where there are no calls."""
+    if message.tool_calls and message.role != "assistant":
+        raise InvalidRequestError(f"{place}.tool_calls belongs to the assistant", param=f"{place}.tool_calls")
+    if message.tool_call_id is not None and message.role != "tool":
+        raise InvalidRequestError(f"{place}.tool_call_id belongs to the role tool", param=f"{place}.tool_call_id")
+    if message.content is None and not message.tool_calls:
+        text = f"{place}.content is required and must be a string or a list of text parts"
+        raise InvalidRequestError(text, param=f"{place}.content")
 
 
 def _depth_exceeds(value: Any, levels: int) -> bool:

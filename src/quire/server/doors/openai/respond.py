@@ -13,7 +13,7 @@ import msgspec
 from quire.engine.queue import Caller
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from quire.server.doors.openai import responses
-from quire.server.doors.openai.bodies import Conversation, Message
+from quire.server.doors.openai.conversation import Conversation, Message, MessageCall
 from quire.server.doors.openai.parse import (
     Call,
     ChatCall,
@@ -315,12 +315,19 @@ async def encode_conversation(context: ServerContext, conversation: Conversation
     )
 
 
-def _as_template(message: Message) -> dict[str, str]:
+def _as_template(message: Message) -> Content:
     """A message as templates take it: few know the newer name of the system role."""
     role = "system" if message.role == "developer" else message.role
     reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
-    more = {"name": message.name, "reasoning_content": reasoning}
+    more = {"name": message.name, "reasoning_content": reasoning, "tool_call_id": message.tool_call_id}
+    if message.tool_calls:
+        more["tool_calls"] = [_call_as_template(call) for call in message.tool_calls]
     return {"role": role, "content": text_of(message.content), **{k: v for k, v in more.items() if v is not None}}
+
+
+def _call_as_template(call: MessageCall) -> Content:
+    function = {"name": call.function.name, "arguments": call.function.arguments}
+    return {"type": "function", "function": function} | ({} if call.id is None else {"id": call.id})
 
 
 def _piece(index: int, delta: Content, logprobs: Content | None = None) -> Content:
