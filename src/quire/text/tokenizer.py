@@ -35,6 +35,7 @@ class Tokenizer:
         self._special_text_of = lru_cache(maxsize=8)(self._special_text_of_request)
         self.token_table = TokenBytes(files.backend)
         self.special_token_ids = frozenset(number for number, token in self._added.items() if token.special)
+        self.special_tokens = {self._added[number].content: number for number in sorted(self.special_token_ids)}
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
