@@ -37,6 +37,7 @@ class Tokenizer:
         self._call_form_of = lru_cache(maxsize=8)(self._find_call_form)
         self.token_table = TokenBytes(files.backend)
         self.special_token_ids = frozenset(number for number, token in self._added.items() if token.special)
+        self.special_tokens = {self._added[number].content: number for number in sorted(self.special_token_ids)}
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":

@@ -1,0 +1,107 @@
+"""The format of a model's answers: how its calls are written, and its reasoning."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from quire.text.parsers.events import Asked
+from quire.text.parsers.reader import AnswerParser, Reader, Step
+from quire.text.parsers.reasoning import Thinking
+from quire.text.parsers.tags import ANY_TEXT, Format, Marker, one_of
+
+
+class ToolFormat(Protocol):
+    """How calls are written."""
+
+    @property
+    def name(self) -> str:
+        """As `--tool-call-parser` takes it."""
+
+    @property
+    def markers(self) -> tuple[Marker, ...]:
+        """What the reader looks for."""
+
+    def held(self, asked: Asked) -> Format:
+        """Content and calls, as a structural tag's format.
+
+        Raises:
+            InvalidRequestError: a tool whose parameters this format cannot hold.
+        """
+
+    def read(self, reader: Reader, asked: Asked) -> Step[None]:
+        """Content and calls, to the end of the text."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFormat:
+    """What a model's answers look like, and why it is taken to be so.
+
+    Args:
+        special: all special tokens of the model: those that are no marker here are taken out of the text.
+        describes_tools: whether the chat template tells the model of tools; where it does not, `tools_text` must.
+    """
+
+    tools: ToolFormat
+    reasoning: Thinking | None
+    reason: str
+    special: tuple[str, ...] = ()
+    describes_tools: bool = True
+
+    @property
+    def name(self) -> str:
+        """Of the format of calls."""
+        return self.tools.name
+
+    @property
+    def reasoning_name(self) -> str:
+        """Of the format of reasoning; `none` without any."""
+        return "none" if self.reasoning is None else self.reasoning.name
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Special tokens that the parser must see: with any, texts are detokenised with special tokens in them."""
+        markers = (*self.tools.markers, *(() if self.reasoning is None else self.reasoning.markers))
+        return tuple(dict.fromkeys(one.text for one in markers if one.token_id is not None))
+
+    def starts_in_reasoning(self, prompt: str) -> bool:
+        """Whether a rendered prompt ends inside the model's reasoning."""
+        return self.reasoning is not None and self.reasoning.is_open(prompt)
+
+    def may_reason(self, prompt: str) -> bool:
+        """Whether the answer to a rendered prompt may hold reasoning."""
+        return self.reasoning is not None and not self.reasoning.is_closed(prompt)
+
+    def structural_tag(self, asked: Asked) -> dict[str, Any] | None:
+        """What the answer is held to, for `structured_outputs.structural_tag`; None where it may be any text.
+
+        Raises:
+            InvalidRequestError: a tool whose parameters this format cannot hold.
+        """
+        reasoning = self.reasoning if asked.in_reasoning or asked.may_reason else None
+        budget = reasoning.budget(asked) if reasoning is not None else None
+        if not asked.tools and asked.then is None and budget is None:
+            return None
+        found: dict[str, Any] = {"type": "structural_tag", "format": self._held(asked, reasoning)}
+        return found if budget is None else found | {"reasoning": budget}
+
+    def _held(self, asked: Asked, reasoning: Thinking | None) -> Format:
+        if asked.then is None:
+            answer = self.tools.held(asked) if asked.tools else ANY_TEXT
+        elif not asked.tools:
+            answer = asked.then
+        else:
+            calls = self.tools.held(Asked(asked.tools, must_call=True, parallel=asked.parallel))
+            answer = calls if asked.must_call else one_of([calls, asked.then])
+        return answer if reasoning is None else reasoning.held(asked, answer)
+
+    def parser(self, asked: Asked) -> AnswerParser:
+        """For one answer."""
+        reader = Reader(tool.name for tool in asked.tools)
+        kept = self.special_tokens
+        extra = () if self.reasoning is None else self.reasoning.dropped
+        dropped = [*(one for one in self.special if one not in kept), *extra] if kept else extra
+        return AnswerParser(reader, self._read(reader, asked), dropped)
+
+    def _read(self, reader: Reader, asked: Asked) -> Step[None]:
+        if self.reasoning is not None and (asked.in_reasoning or asked.may_reason):
+            yield from self.reasoning.read(reader, asked)
+        yield from self.tools.read(reader, asked)

@@ -1,0 +1,155 @@
+"""Calls written as JSON: `{"name": ..., "arguments": {...}}`, alone or in a list, between markers or without."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from quire.text.parsers.events import Asked, Tool
+from quire.text.parsers.reader import Reader, Step, arguments, call_object
+from quire.text.parsers.tags import (
+    NOTHING,
+    Format,
+    Marker,
+    arguments_of,
+    const,
+    one_of,
+    sequence,
+    tag,
+    tags,
+    text_with_tags,
+)
+
+KEYS = ("arguments", "parameters")
+_TOOLS_TEXT = """You may call functions. To call one, write a JSON object, on a line of its own and nothing after it:
+{"name": <name of the function>, "arguments": <object of its arguments>}
+
+The functions, each with the JSON Schema of its arguments:
+"""
+
+
+def tools_text(tools: Sequence[Tool], descriptions: Mapping[str, str]) -> str:
+    """What tells a model of tools whose chat template does not.
+
+    Args:
+        descriptions: by name of the tool.
+    """
+    lines = [
+        {"name": tool.name, "description": descriptions.get(tool.name, ""), "parameters": tool.schema} for tool in tools
+    ]
+    return _TOOLS_TEXT + "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+
+
+@dataclass(frozen=True, slots=True)
+class MarkedJson:
+    """Calls as JSON between markers.
+
+    Args:
+        name: of the format.
+        before, after: what stands between a marker and the JSON.
+        is_list: whether all calls stand in one list; otherwise each stands between markers of its own.
+    """
+
+    name: str
+    open: Marker
+    close: Marker = NOTHING
+    before: str = ""
+    after: str = ""
+    is_list: bool = False
+    key: str = "arguments"
+
+    @property
+    def markers(self) -> tuple[Marker, ...]:
+        """What opens and closes calls."""
+        return (self.open, self.close) if self.close.text else (self.open,)
+
+    def held(self, asked: Asked) -> Format:
+        """Content and calls: at least one call and nothing else, or any text with calls in it."""
+        calls = [self._call(tool) for tool in asked.tools]
+        if self.is_list:
+            listed = sequence(const(f"{self.before}["), tags(calls, ", ", several=asked.parallel))
+            inner, several = sequence(listed, const(f"]{self.after}")), False
+        else:
+            bare = [tag(self.before, call, self.after) for call in calls] if self.before or self.after else calls
+            inner, several = one_of(bare), asked.parallel
+        marked = tag(self.open, inner, self.close)
+        if asked.must_call:
+            return tags([marked], "\n", several=several)
+        return text_with_tags([self.open], [marked], several=several)
+
+    def _call(self, tool: Tool) -> Format:
+        return tag(f'{{"name": {json.dumps(tool.name)}, "{self.key}": ', arguments_of(tool), "}")
+
+    def read(self, reader: Reader, asked: Asked) -> Step[None]:
+        """Content and calls, to the end of the text."""
+        while (yield from reader.until([self.open.text])):
+            begun = reader.at
+            found = False
+            yield from reader.space()
+            if (yield from reader.take("[")):
+                found = yield from self._list(reader)
+            else:
+                found = yield from call_object(reader, KEYS)
+            if not found:  # it only looked like a marker
+                reader.at = begun
+                reader.say(self.open.text)
+                continue
+            yield from reader.space()
+            if self.close.text and (yield from reader.take(self.close.text)):
+                reader.part_ends()
+
+    @staticmethod
+    def _list(reader: Reader) -> Step[bool]:
+        found = False
+        while (yield from reader.space()) == "{" and (yield from call_object(reader, KEYS)):
+            found = True
+            if (yield from reader.space()) == ",":
+                reader.at += 1
+        if found and (yield from reader.peek()) == "]":
+            reader.at += 1
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class BareJson:
+    """Calls as JSON without markers: a text becomes a call by the whole beginning of one.
+
+    Args:
+        openings: of a call, `NAME` for the tool's name; the first is the one that is forced.
+        separator: between calls.
+    """
+
+    name: str
+    openings: tuple[str, ...]
+    separator: str
+
+    @property
+    def markers(self) -> tuple[Marker, ...]:
+        """What opens and closes calls."""
+        return ()
+
+    def held(self, asked: Asked) -> Format:
+        """As for `MarkedJson`."""
+        if asked.must_call:
+            calls = [tag(self._opening(self.openings[0], tool), arguments_of(tool), "}") for tool in asked.tools]
+            return tags(calls, self.separator, several=asked.parallel)
+        begun = [(self._opening(opening, tool), tool) for opening in self.openings for tool in asked.tools]
+        calls = [tag(opening, arguments_of(tool), "}") for opening, tool in begun]
+        return text_with_tags([Marker(opening) for opening, _ in begun], calls, several=asked.parallel)
+
+    @staticmethod
+    def _opening(opening: str, tool: Tool) -> str:
+        return opening.replace("NAME", json.dumps(tool.name))
+
+    def read(self, reader: Reader, asked: Asked) -> Step[None]:
+        """As for `MarkedJson`."""
+        names = {
+            opening.replace("NAME", json.dumps(name)): name for opening in self.openings for name in reader.names
+        }
+        while (opening := (yield from reader.until([*names]))) is not None:
+            reader.start_call(names[opening])
+            if (yield from arguments(reader)):
+                reader.end_call()
+            if (yield from reader.space()) == "}":
+                reader.at += 1
+            yield from reader.space()
+            yield from reader.take(self.separator.strip())

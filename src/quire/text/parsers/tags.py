@@ -1,0 +1,82 @@
+"""Structural tags, as the formats of calls write them; `quire.structured.structural_tag` says what they mean."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quire.text.parsers.events import Tool
+
+Format = Mapping[str, Any]
+"""A format of structural tags."""
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """A text that opens or closes a part of an answer."""
+
+    text: str
+    token_id: int | None = None
+    """Where it is a special token of the model, which no text spells."""
+
+    @property
+    def format(self) -> Any:
+        """As `begin`, `end` and triggers name it."""
+        return self.text if self.token_id is None else {"type": "token", "token": self.token_id}
+
+
+NOTHING = Marker("")
+ANY_TEXT: Format = {"type": "any_text"}
+
+
+def const(text: str) -> Format:
+    """This text."""
+    return {"type": "const_string", "value": text}
+
+
+def one_of(formats: Sequence[Format]) -> Format:
+    """Any of these."""
+    return formats[0] if len(formats) == 1 else {"type": "or", "elements": list(formats)}
+
+
+def sequence(*formats: Format) -> Format:
+    """One after the other."""
+    return formats[0] if len(formats) == 1 else {"type": "sequence", "elements": list(formats)}
+
+
+def tag(begin: str | Marker, content: Format, end: str | Marker) -> Format:
+    """`content` between two markers."""
+    return {
+        "type": "tag",
+        "begin": begin.format if isinstance(begin, Marker) else begin,
+        "content": content,
+        "end": end.format if isinstance(end, Marker) else end,
+    }
+
+
+def arguments_of(tool: Tool) -> Format:
+    """Its arguments as JSON."""
+    schema = {"type": "json_schema", "json_schema": tool.schema}
+    return schema | {"disable_additional_properties": True} if tool.strict else schema
+
+
+def tags(tags: Sequence[Format], separator: str, *, several: bool) -> Format:
+    """At least one of these and, with `several`, more."""
+    return {
+        "type": "tags_with_separator",
+        "tags": list(tags),
+        "separator": separator,
+        "at_least_one": True,
+        "stop_after_first": not several,
+    }
+
+
+def text_with_tags(triggers: Sequence[Marker], tags: Sequence[Format], *, several: bool) -> Format:
+    """Any text, in which a tag follows where a trigger is written."""
+    found = {
+        "type": "triggered_tags",
+        "triggers": [one.format for one in triggers],
+        "tags": list(tags),
+        "stop_after_first": not several,
+    }
+    spelled = [one.text for one in triggers if one.token_id is not None]
+    return found | {"excludes": spelled} if spelled else found
