@@ -1,5 +1,7 @@
 """Calls of earlier turns through templates that read them differently, each as transformers renders what it wants."""
 
+# ruff: noqa: E501 - text of templates
+
 import json
 from typing import Any
 
@@ -13,8 +15,8 @@ from tests.text.small_tokenizers import CHATML, HEADERS, byte_level, write_direc
 QWEN = (  # content must be a text; arguments are an object, or JSON already
     "{%- for tool in tools or [] %}{{ tool | tojson }}{{ '\n' }}{% endfor %}"
     "{%- for m in messages %}{% if '</think>' in m.content %}{% endif %}{{- '<|im_start|>' + m.role + '\n' + m.content }}"
-    "{%- for c in m.tool_calls or [] %}{% set f = c.function %}{{- '<tool_call>\n{\"name\": \"' + f.name + "
-    "'\", \"arguments\": ' }}{% if f.arguments is string %}{{ f.arguments }}{% else %}{{ f.arguments | tojson }}"
+    '{%- for c in m.tool_calls or [] %}{% set f = c.function %}{{- \'<tool_call>\n{"name": "\' + f.name + '
+    '\'", "arguments": \' }}{% if f.arguments is string %}{{ f.arguments }}{% else %}{{ f.arguments | tojson }}'
     "{% endif %}{{- '}\n</tool_call>' }}{% endfor %}{{- '<|im_end|>\n' }}{% endfor %}"
 )
 DEEPSEEK = (  # calls only where content is none; arguments are text
@@ -82,13 +84,15 @@ def test_each_template_gets_what_it_reads(
     text = ours.apply_chat_template(conversation(arguments, content, *ids), tokenize=False)
     wanted = conversation(wanted_arguments, wanted_content, *ids)
     assert text == theirs.apply_chat_template(wanted, tokenize=False)
-    assert "get_0" in text and 'Köln' in text
+    assert "get_0" in text and "Köln" in text
 
 
 @pytest.mark.parametrize("arguments", [ARGUMENTS, TEXT], ids=["object", "text"])
 def test_a_template_that_wants_text_and_none(pairs: Any, arguments: Any) -> None:
     """transformers 5 leaves a content of none out, and then no call can be shown."""
-    text = pairs["deepseek"][0].apply_chat_template(conversation(arguments, {"content": None}, "a", "b"), tokenize=False)
+    text = pairs["deepseek"][0].apply_chat_template(
+        conversation(arguments, {"content": None}, "a", "b"), tokenize=False
+    )
     calls = "".join(f"<call>function<sep>get_{place}\n{TEXT}</call>" for place in range(2))
     assert text == f"user: weather?\n{calls}tool: it rains\ntool: it rains\n"
 

@@ -9,6 +9,7 @@ from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.errors import InvalidRequestError
 from quire.outputs import Decision, Metric
 from quire.sampling_params import SamplingParams
+from quire.text.parsers.answer import AnswerFormat
 from quire.text.tokenizer import Tokenizer
 
 
@@ -21,6 +22,8 @@ class ServedEngine:
     tokenizer: Tokenizer | None
     limits: RequestLimits
     decisions: list[Decision]
+    answers: AnswerFormat | None
+    """How the model writes calls and reasoning; None without a tokenizer."""
     default_params: Mapping[str, Any]
     """Sampling defaults of the model's `generation_config.json`."""
     close: Callable[[], None]
@@ -57,6 +60,16 @@ class EngineFront:
         if self._served.tokenizer is None:
             raise InvalidRequestError("this model has no tokenizer")
         return self._served.tokenizer
+
+    def get_answer_format(self) -> AnswerFormat:
+        """How the model writes calls of tools and reasoning.
+
+        Raises:
+            InvalidRequestError: the model has no tokenizer.
+        """
+        if self._served.answers is None:
+            raise InvalidRequestError("this model has no tokenizer")
+        return self._served.answers
 
     @property
     def stated_sampling(self) -> Mapping[str, Any]:

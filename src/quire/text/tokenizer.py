@@ -78,6 +78,11 @@ class Tokenizer:
         return bool(self._files.templates)
 
     @property
+    def tools_template(self) -> str | None:
+        """The chat template that a conversation with tools is written by; None without one."""
+        return self._files.templates.get("tool_use", self._files.templates.get("default"))
+
+    @property
     def max_token_bytes(self) -> int | None:
         """A text of `b` bytes has at least `b / max_token_bytes` tokens; None where no bound holds.
 

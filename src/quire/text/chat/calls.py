@@ -1,7 +1,7 @@
 """Tool calls of earlier turns, in the form that a template reads.
 
-Clients send OpenAI's messages: arguments as JSON text, content that is null. Templates differ: most want arguments as an
-object, some as text; some look for content that is none, or "", or missing; some take ids of nine characters alone.
+Clients send OpenAI's messages: arguments as JSON text, content that is null. Templates differ: most want arguments as
+an object, some as text; some look for content that is none, or "", or missing; some take ids of nine characters alone.
 Which form one reads is found by rendering a small conversation in each.
 """
 
@@ -66,6 +66,51 @@ def with_calls(messages: list[dict[str, Any]], form: CallForm) -> list[dict[str,
     return [_with_calls(message, form, f"messages[{place}]") for place, message in enumerate(messages)]
 
 
+def calls_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same for a template that knows neither calls nor their results: the assistant said JSON, a line for each
+    call, and one message of the user tells what they gave.
+
+    Raises:
+        InvalidRequestError: a call that is none, with its place.
+    """
+    found: list[dict[str, Any]] = []
+    names: dict[str, str] = {}
+    last_role = ""
+    for message in with_calls(messages, FORMS[0]):
+        calls, text = message.pop("tool_calls", None) or (), _text_of(message.get("content"))
+        names |= {call["id"]: call["function"]["name"] for call in calls if "id" in call}
+        if calls:
+            said = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
+            message = {**message, "content": "\n".join([*([text] if text else []), *said])}
+        elif message.get("role") == "tool":
+            name = message.get("name") or names.get(str(message.get("tool_call_id")), "the function")
+            told = f"{name} gave: {text}"
+            if last_role == "tool":
+                told = f"{found.pop()['content']}\n{told}"
+            message = {"role": "user", "content": told}
+            last_role = "tool"
+            found.append(message)
+            continue
+        last_role = str(message.get("role"))
+        found.append(message)
+    return found
+
+
+def with_tools_text(messages: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """The same with `text` at the end of the system's message, or as one."""
+    first = messages[0]
+    if first.get("role") != "system":
+        return [{"role": "system", "content": text}, *messages]
+    return [{**first, "content": f"{_text_of(first.get('content'))}\n\n{text}"}, *messages[1:]]
+
+
+def _text_of(content: Any) -> str:
+    """Content as one text; parts, a line each."""
+    if isinstance(content, list):
+        return "\n".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
+    return content if isinstance(content, str) else ""
+
+
 def _with_calls(message: dict[str, Any], form: CallForm, place: str) -> dict[str, Any]:
     changed = dict(message)
     if form.short_ids and isinstance(message.get("tool_call_id"), str):
@@ -78,7 +123,8 @@ def _with_calls(message: dict[str, Any], form: CallForm, place: str) -> dict[str
     changed["tool_calls"] = [_call(call, form, f"{place}.tool_calls[{at}]") for at, call in enumerate(calls)]
     if not message.get("content"):
         changed.pop("content", None)
-        changed |= {"absent": {}, "none": {"content": None}, "empty": {"content": ""}}[form.content]
+        if form.content != "absent":
+            changed["content"] = None if form.content == "none" else ""
     return changed
 
 

@@ -37,6 +37,8 @@ REASONING_FORMATS: Mapping[str, tuple[str, str]] = {
     "qwen3": ("<think>", "</think>"),
     "deepseek_r1": ("<think>", "</think>"),
 }
+
+
 def choose(
     template: str | None,
     special: Mapping[str, int],

@@ -1,6 +1,5 @@
 """Reasoning that stands between markers before the answer."""
 
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,5 +72,3 @@ class Thinking:
 
 def _excluding(answer: Format, marker: Marker) -> Format:
     return answer if marker.token_id is not None else {**answer, "excludes": [*answer.get("excludes", ()), marker.text]}
-
-

@@ -20,7 +20,11 @@ class AnswerParts:
     def __init__(self, parser: AnswerParser, *, shows_reasoning: bool) -> None:
         self._parser = parser
         self._shows_reasoning = shows_reasoning
-        self.has_calls = False
+        self._has_calls = False
+
+    def finish_reason(self, stated: str | None) -> str | None:
+        """That of the sequence; one with calls ended for their sake."""
+        return "tool_calls" if stated == "stop" and self._has_calls else stated
 
     def deltas(self, text: str, *, ended: bool) -> list[Delta]:
         """What more of the text says: of a call its name first, then its arguments in pieces."""
@@ -48,7 +52,7 @@ class AnswerParts:
         found = self._parser.push(text)
         if ended:
             found += self._parser.end()
-        self.has_calls |= any(isinstance(event, CallStart) for event in found)
+        self._has_calls |= any(isinstance(event, CallStart) for event in found)
         return joined(found)
 
     def _delta(self, event: Event) -> Delta | None:

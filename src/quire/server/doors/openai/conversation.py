@@ -208,5 +208,3 @@ class Conversation(msgspec.Struct, kw_only=True):
     def ends_with_assistant(self) -> bool:
         """True when the last message is the assistant's own."""
         return self.messages[-1].role == "assistant"
-
-

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quire.engine.inputs import MAX_SALT_BYTES
+from quire.engine.tools import Asked
 from quire.errors import InvalidRequestError, PromptTooLongError, context_length_message
 from quire.sampling_params import FROM_MODEL, RequestOutputKind, SamplingParams
 from quire.server.doors.openai.bodies import (
@@ -21,6 +22,7 @@ from quire.server.doors.openai.bodies import (
 )
 from quire.server.doors.openai.conversation import ARGUMENT_NAME, Conversation, Message, TextPart
 from quire.server.doors.openai.shapes import take_shape
+from quire.server.doors.openai.tools import asked_of, check_tools
 from quire.server.http.limits import Limits
 from quire.server.http.schema import check_length
 
@@ -72,6 +74,9 @@ class ChatCall(Call):
     top_logprobs: int | None
     """None: no logprobs; 0: the chosen tokens' only."""
     wants_prompt_text: bool
+    asked: Asked
+    """Tools and reasoning."""
+    shows_reasoning: bool
     echoed: str
     """Stands before the answer: with `echo`, a last message of the assistant."""
 
@@ -143,6 +148,8 @@ def parse_chat(raw: Mapping[str, Any], defaults: SamplingParams, limits: Limits)
         top_logprobs=top_logprobs,
         logprobs_field="top_logprobs",
         wants_prompt_text=body.return_prompt_text,
+        asked=asked_of(body),
+        shows_reasoning=body.include_reasoning,
         echoed=text_of(conversation.messages[-1].content) if body.echo and conversation.ends_with_assistant else "",
     )
 
@@ -310,6 +317,7 @@ def _checked(conversation: Conversation, limits: Limits) -> Conversation:
         if message.reasoning is not None and message.reasoning_content not in (None, message.reasoning):
             named = f"messages[{place}].reasoning"
             raise InvalidRequestError(f"{named} and reasoning_content are one field and differ", param=named)
+    check_tools(conversation, limits)
     for name, value in conversation.own_arguments.items():
         if conversation.chat_template_kwargs.get(name, value) != value:
             raise InvalidRequestError(f"{name} and chat_template_kwargs.{name} are one field and differ", param=name)
