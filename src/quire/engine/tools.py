@@ -100,10 +100,10 @@ def hold(
     then = None if shape is None else _as_format(shape)
     asked = replace(asked, in_reasoning=in_reasoning, may_reason=may_reason, then=then)
     tag = answers.structural_tag(asked)
-    held = shape if tag is None else StructuredOutputsParams(structural_tag=tag)
-    # Markers may be special tokens, and the parser takes all others out.
-    skips = params.skip_special_tokens and not answers.special_tokens
-    return HeldAnswer(replace(params, structured_outputs=held, skip_special_tokens=skips), asked, has_parts=True)
+    held = replace(params, structured_outputs=shape if tag is None else _as_shape(tag))
+    if answers.special_tokens:  # markers are; the parser takes all others out
+        held = replace(held, skip_special_tokens=False, spaces_between_special_tokens=False)
+    return HeldAnswer(held, asked, has_parts=True)
 
 
 def check_held(inputs: InputProcessor, held: HeldAnswer, names: Sequence[str]) -> None:
@@ -124,17 +124,39 @@ def check_held(inputs: InputProcessor, held: HeldAnswer, names: Sequence[str]) -
         raise
 
 
+def _as_shape(tag: dict[str, Any]) -> StructuredOutputsParams:
+    try:
+        return StructuredOutputsParams(structural_tag=tag)
+    except InvalidRequestError as error:
+        raise InvalidRequestError(f"tools and shape together are too large: {error.message}", param="tools") from error
+
+
 def _as_format(shape: StructuredOutputsParams) -> dict[str, Any]:
     """A shape as a structural tag holds content to it."""
+    for name in ("whitespace_pattern", "disable_any_whitespace"):
+        if getattr(shape, name):
+            text = f"{FIELD}.{name} cannot be held beside tools or behind reasoning"
+            raise InvalidRequestError(text, param=FIELD)
     if shape.choice is not None:
-        return {"type": "or", "elements": [{"type": "const_string", "value": one} for one in cast(Sequence[str], shape.choice)]}
+        choices = cast(Sequence[str], shape.choice)
+        return {"type": "or", "elements": [{"type": "const_string", "value": one} for one in choices]}
     if shape.regex is not None:
         return {"type": "regex", "pattern": shape.regex}
     if shape.grammar is not None:
         return {"type": "grammar", "grammar": shape.grammar}
-    schema = {"type": "object"} if shape.json_object else json.loads(str(shape.json))
+    if shape.json is None and not shape.json_object:
+        text = f"{FIELD}.{shape.kind} cannot be held beside tools or behind reasoning"
+        raise InvalidRequestError(text, param=FIELD)
+    schema = {"type": "object"} if shape.json is None else _json(str(shape.json))
     options = {"disable_additional_properties": True} if shape.disable_additional_properties else {}
     return {"type": "json_schema", "json_schema": schema, **options}
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"{FIELD}.json: is no JSON: {str(error)[:200]}", param=FIELD) from None
 
 
 def _check_tool(inputs: InputProcessor, params: SamplingParams, tool: Tool, place: int) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 from quire.errors import InvalidRequestError
 
@@ -19,6 +19,8 @@ SHORT_ID = 9
 """Characters of an id that Mistral's templates take."""
 MOST_CPU_SECONDS = 1.0
 """For looking at one template."""
+_NONE: Mapping[str, Any] = {"content": None}
+CONTENTS: tuple[Mapping[str, Any], ...] = ({}, _NONE, {"content": ""})
 _NAME, _KEY, _VALUE, _RESULT = "probe_of_calls", "first_key", "second value", "third result"
 
 
@@ -27,14 +29,15 @@ class CallForm:
     """How a template reads an assistant's calls."""
 
     short_ids: bool
-    arguments: Literal["object", "text"]
-    content: Literal["absent", "none", "empty"]
-    """Where a turn holds calls and no text."""
+    text_arguments: bool
+    """Arguments are JSON text; otherwise an object."""
+    content: Mapping[str, Any]
+    """Of a turn that holds calls and no text."""
 
 
 FORMS = tuple(
-    CallForm(short_ids, arguments, content)
-    for short_ids, arguments, content in product((False, True), ("object", "text"), ("absent", "none", "empty"))
+    CallForm(short_ids, text_arguments, content)
+    for short_ids, text_arguments, content in product((False, True), (False, True), CONTENTS)
 )
 """The first is what transformers' guide asks of templates."""
 
@@ -123,8 +126,7 @@ def _with_calls(message: dict[str, Any], form: CallForm, place: str) -> dict[str
     changed["tool_calls"] = [_call(call, form, f"{place}.tool_calls[{at}]") for at, call in enumerate(calls)]
     if not message.get("content"):
         changed.pop("content", None)
-        if form.content != "absent":
-            changed["content"] = None if form.content == "none" else ""
+        changed.update(form.content)
     return changed
 
 
@@ -133,7 +135,7 @@ def _call(call: Any, form: CallForm, place: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
         raise InvalidRequestError(f"{place} must be an object whose function has a name", param="messages")
     arguments: Any = arguments_of(function, place)
-    if form.arguments == "text":
+    if form.text_arguments:
         given = function.get("arguments")
         arguments = given if isinstance(given, str) and given.strip() else json.dumps(arguments, ensure_ascii=False)
     given_id = call.get("id")
@@ -192,4 +194,4 @@ def _shows_call(text: str, form: CallForm) -> bool:
     """With name, arguments and result; neither arguments as Python writes them, or as JSON in JSON, nor its None."""
     if any(part not in text for part in (_NAME, _KEY, _VALUE, _RESULT)):
         return False
-    return f"'{_KEY}'" not in text and f'\\"{_KEY}' not in text and (form.content != "none" or "None" not in text)
+    return f"'{_KEY}'" not in text and f'\\"{_KEY}' not in text and ("None" not in text or form.content != _NONE)
