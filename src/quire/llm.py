@@ -208,8 +208,9 @@ class LLM(EngineFront):
 
     def _parse_one(self, prompt: Any, params: SamplingParams, priority: int, asked: Asked) -> ParsedRequest:
         if asked.tools:
-            tokenizer, answers = self.get_tokenizer(), self.get_answer_format()
-            held = hold(tokenizer, answers, asked, prompt["prompt_token_ids"], params)
+            answers = self.answer_format
+            assert answers is not None, "a model with a tokenizer has a format"
+            held = hold(self.get_tokenizer(), answers, asked, prompt["prompt_token_ids"], params)
             check_held(self._served.inputs, held, [tool.name for tool in asked.tools])
             params = held.params
         return self._served.inputs.parse(prompt, params, priority=priority, arrival_s=self._engine.clock())

@@ -13,10 +13,11 @@ from typing import Any
 
 from quire.engine.observer import Observer
 from quire.engine.queue import ANYBODY, Caller
-from quire.engine.tools import AnswerFormat, Asked, HeldAnswer, hold
+from quire.engine.tools import Asked, HeldAnswer, hold
 from quire.errors import EngineDeadError, InvalidRequestError, OverloadedError, PromptTooLongError
 from quire.outputs import CompletionOutput, Explanation, Logprob, Metric, PositionLogprobs, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.text.parsers.choose import choose
 
 VOCAB_SIZE = 256
 MAX_MODEL_LEN = 512
@@ -78,7 +79,7 @@ class FakeEngine:
         self.released = threading.Event()
         self.observer = FakeObserver()
         self.calls: list[dict[str, Any]] = []
-        self.answers: AnswerFormat | None = None
+        self.answer_format = choose(None, {})
         self.says: str | None = None
         """The whole of every answer, instead of letters."""
 
@@ -178,16 +179,10 @@ class FakeEngine:
     def _letters(self, params: SamplingParams, index: int) -> list[int]:
         return _letters(params, index) if self.says is None else list(self.says.encode())
 
-    def get_answer_format(self) -> AnswerFormat:
-        assert self.answers is not None
-        return self.answers
-
     async def hold(
         self, params: SamplingParams, asked: Asked, prompt_token_ids: Any, *, names: Any = (), caller: Caller = ANYBODY
     ) -> HeldAnswer:
-        if self.answers is None:
-            return HeldAnswer(params, asked, has_parts=False)
-        return hold(self.get_tokenizer(), self.answers, asked, prompt_token_ids, params)  # type: ignore[arg-type]
+        return hold(self.get_tokenizer(), self.answer_format, asked, prompt_token_ids, params)  # type: ignore[arg-type]
 
     def _ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, dict):

@@ -27,7 +27,7 @@ CALLS = (
 @pytest.fixture(scope="module")
 def telling() -> Iterator[Running]:
     engine = FakeEngine()
-    engine.answers = choose(THINKING, {})
+    engine.answer_format = choose(THINKING, {})
     running = start(engine)
     yield running
     running.stop()
@@ -119,8 +119,14 @@ def test_a_stream_names_a_call_before_its_arguments(telling: Running) -> None:
 
 
 def test_calls_are_not_read_where_none_are_asked_for(telling: Running) -> None:
-    for body in ({"tool_choice": "none"}, {"tools": []}, {"tool_choice": {"type": "function", "function": {"name": "now"}}}):
-        choice = ask(telling, '<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call>', **body)["choices"][0]
+    for body in (
+        {"tool_choice": "none"},
+        {"tools": []},
+        {"tool_choice": {"type": "function", "function": {"name": "now"}}},
+    ):
+        choice = ask(telling, '<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call>', **body)["choices"][
+            0
+        ]
         assert choice["finish_reason"] == "stop" and "get_weather" in choice["message"]["content"]
         assert "tool_calls" not in choice["message"]
 

@@ -147,7 +147,9 @@ class AsyncEngine(EngineFront):
         Raises:
             InvalidRequestError: it cannot be held; a tool whose parameters are at fault is named.
         """
-        held = hold(self.get_tokenizer(), self.get_answer_format(), asked, prompt_token_ids, params)
+        tokenizer, answers = self.get_tokenizer(), self.answer_format
+        assert answers is not None, "a model with a tokenizer has a format"
+        held = hold(tokenizer, answers, asked, prompt_token_ids, params)
         if asked.tools and not self._served.inputs.knows_shape(held.params):
             await self._beside_shapes(partial(check_held, self._served.inputs, held, names), caller)
         return held

@@ -61,14 +61,9 @@ class EngineFront:
             raise InvalidRequestError("this model has no tokenizer")
         return self._served.tokenizer
 
-    def get_answer_format(self) -> AnswerFormat:
-        """How the model writes calls of tools and reasoning.
-
-        Raises:
-            InvalidRequestError: the model has no tokenizer.
-        """
-        if self._served.answers is None:
-            raise InvalidRequestError("this model has no tokenizer")
+    @property
+    def answer_format(self) -> AnswerFormat | None:
+        """How the model writes calls of tools and reasoning; None without a tokenizer."""
         return self._served.answers
 
     @property

@@ -1,8 +1,9 @@
 """What a chat asks of its answers beside their text: tools, reasoning; and how answers are then held and read."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 from quire.engine.inputs import InputProcessor
@@ -40,8 +41,8 @@ class HeldAnswer:
 
     params: SamplingParams
     asked: Asked
-    has_parts: bool
-    """Whether there may be calls or reasoning; False: the text is the answer."""
+    make_parser: Callable[[], AnswerParser] | None = None
+    """Reads the text of one answer; None: there are neither calls nor reasoning, and the text is the answer."""
 
 
 def read_tools(given: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], tuple[Tool, ...]]:
@@ -91,19 +92,19 @@ def hold(
         text = "thinking_token_budget: the answers of this model hold no reasoning that could be told apart"
         raise InvalidRequestError(text, param="thinking_token_budget")
     if not asked.tools and not in_reasoning and not may_reason:
-        return HeldAnswer(params, asked, has_parts=False)
+        return HeldAnswer(params, asked)
     shape = params.structured_outputs
     if shape is not None and shape.structural_tag is not None:
         if asked.tools:
             raise InvalidRequestError(f"{FIELD}.structural_tag and tools both hold calls: send one", param=FIELD)
-        return HeldAnswer(params, asked, has_parts=False)
+        return HeldAnswer(params, asked)
     then = None if shape is None else _as_format(shape)
     asked = replace(asked, in_reasoning=in_reasoning, may_reason=may_reason, then=then)
     tag = answers.structural_tag(asked)
     held = replace(params, structured_outputs=shape if tag is None else _as_shape(tag))
     if answers.special_tokens:  # markers are; the parser takes all others out
         held = replace(held, skip_special_tokens=False, spaces_between_special_tokens=False)
-    return HeldAnswer(held, asked, has_parts=True)
+    return HeldAnswer(held, asked, partial(answers.parser, asked))
 
 
 def check_held(inputs: InputProcessor, held: HeldAnswer, names: Sequence[str]) -> None:

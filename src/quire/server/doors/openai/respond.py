@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import msgspec
 
 from quire.engine.queue import Caller
+from quire.engine.tools import AnswerParser
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from quire.sampling_params import SamplingParams
 from quire.server.doors.openai import responses
@@ -258,7 +259,7 @@ class ChatAnswer(Answer[ChatCall]):
     def __init__(self, context: ServerContext, call: ChatCall, request: RequestContext) -> None:
         super().__init__(context, call, request)
         self._begun: set[int] = set()
-        self._made_parts: Callable[[], AnswerParts] | None = None
+        self._make_parser: Callable[[], AnswerParser] | None = None
         self._parts: dict[int, AnswerParts] = {}
         """By sequence, where an answer may hold more than content."""
 
@@ -269,14 +270,13 @@ class ChatAnswer(Answer[ChatCall]):
     async def _held(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> SamplingParams:
         call, names = self._call, [tool.function.name for tool in self._call.conversation.tools]
         held = await self._engine.hold(params, call.asked, prompt_token_ids, names=names, caller=self._request.caller)
-        if held.has_parts:
-            answers, shows = self._engine.get_answer_format(), call.shows_reasoning
-            self._made_parts = lambda: AnswerParts(answers.parser(held.asked), shows_reasoning=shows)
+        self._make_parser = held.make_parser
         return held.params
 
     def _parts_of(self, choice: CompletionOutput) -> AnswerParts | None:
-        if self._made_parts is not None and choice.index not in self._parts:
-            self._parts[choice.index] = self._made_parts()
+        if self._make_parser is not None and choice.index not in self._parts:
+            parts = AnswerParts(self._make_parser(), shows_reasoning=self._call.shows_reasoning)
+            self._parts[choice.index] = parts
         return self._parts.get(choice.index)
 
     def _choice(self, number: int, output: RequestOutput, choice: CompletionOutput) -> Content:
