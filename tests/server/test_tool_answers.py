@@ -119,14 +119,11 @@ def test_a_stream_names_a_call_before_its_arguments(telling: Running) -> None:
 
 
 def test_calls_are_not_read_where_none_are_asked_for(telling: Running) -> None:
-    for body in (
-        {"tool_choice": "none"},
-        {"tools": []},
-        {"tool_choice": {"type": "function", "function": {"name": "now"}}},
-    ):
-        choice = ask(telling, '<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call>', **body)["choices"][
-            0
-        ]
+    named = {"tool_choice": {"type": "function", "function": {"name": "now"}}}
+    says = '<tool_call>\n{"name": "get_weather", "arguments": {}}\n</tool_call>'
+    bodies: list[dict[str, Any]] = [{"tool_choice": "none"}, {"tools": []}, named]
+    for body in bodies:
+        choice = ask(telling, says, **body)["choices"][0]
         assert choice["finish_reason"] == "stop" and "get_weather" in choice["message"]["content"]
         assert "tool_calls" not in choice["message"]
 

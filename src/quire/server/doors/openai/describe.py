@@ -44,7 +44,7 @@ def _answers() -> dict[str, Schema]:
     call = open_object({"id": STRING, "type": {"const": "function"}, "function": function})
     parts: dict[str, Schema] = {"reasoning": STRING, "reasoning_content": STRING, "tool_calls": array(call)}
     said: dict[str, Schema] = {"role": {"const": "assistant"}, "content": or_null(STRING), "refusal": {"type": "null"}}
-    message = open_object({**said, **parts}, optional=parts)
+    message = open_object({**said, **parts}, optional=(*parts,))
     chat = {**common, "message": message, "logprobs": or_null(ref("ChatLogprobs"))}
     text = {**common, "text": STRING, "logprobs": or_null(ref("CompletionLogprobs"))}
     extra = ("token_ids", "prompt_token_ids", "prompt_logprobs", "prompt_text", "store", "service_tier")
