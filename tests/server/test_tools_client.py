@@ -13,7 +13,7 @@ import pytest
 
 from quire.llm import AsyncLLM
 from tests.server.conftest import MODEL, Running, start
-from tests.server.tool_models import HERMES, THINKING, make_tool_model
+from tests.server.tool_models import THINKING, make_caller, make_tool_model
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -36,8 +36,8 @@ TOOLS: Any = [openai.pydantic_function_tool(GetWeather, name="get_weather"), ope
 SCHEMAS = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
 
 
-def _running(directory: Any, template: str) -> Iterator[Running]:
-    running = start(AsyncLLM(str(make_tool_model(directory, template)), max_num_seqs=8))
+def _running(directory: Any) -> Iterator[Running]:
+    running = start(AsyncLLM(str(directory), max_num_seqs=8))
     yield running
     running.stop()
     running.engine.close()
@@ -45,12 +45,18 @@ def _running(directory: Any, template: str) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def hermes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    yield from _running(tmp_path_factory.mktemp("hermes") / "model", HERMES)
+    yield from _running(make_tool_model(tmp_path_factory.mktemp("hermes") / "model"))
 
 
 @pytest.fixture(scope="module")
 def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    yield from _running(tmp_path_factory.mktemp("thinking") / "model", THINKING)
+    yield from _running(make_tool_model(tmp_path_factory.mktemp("thinking") / "model", THINKING))
+
+
+@pytest.fixture(scope="module")
+def caller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Of a model that likes to open calls."""
+    yield from _running(make_caller(tmp_path_factory.mktemp("caller") / "model"))
 
 
 def ask(running: Running, **changes: Any) -> Any:
@@ -108,17 +114,24 @@ def test_choices_of_tools(hermes: Running) -> None:
         assert check_calls(named.message) == ["Now"]
 
 
-def test_auto_holds_the_calls_that_a_model_opens(hermes: Running) -> None:
-    """A bias towards the marker makes random weights open calls in the middle of text."""
-    opened = 0
-    for seed in range(8):
-        messages = [*HELLO, {"role": "assistant", "content": "So: <tool_call"}]
-        extra = {"continue_final_message": True}
-        choice = ask(hermes, messages=messages, seed=seed, logit_bias={str(ord(">")): 30}, extra_body=extra).choices[0]
-        opened += len(check_calls(choice.message))
-        bias = {str(ord(one)): 6 for one in "<tool_call>"}
-        check_calls(ask(hermes, seed=seed, logit_bias=bias, max_tokens=200).choices[0].message)
-    assert opened >= 0
+def test_auto_holds_the_calls_that_a_model_opens(caller: Running) -> None:
+    """In the middle of free text, whole and streamed."""
+    names: list[str] = []
+    for seed in range(10):
+        choice = ask(caller, seed=seed, max_tokens=300).choices[0]
+        names += check_calls(choice.message)
+        text = choice.message.content or ""
+        assert "<tool_call>" not in text
+        pieces = [chunk.choices[0].delta for chunk in ask(caller, seed=seed, max_tokens=300, stream=True)]
+        assert "".join(piece.content or "" for piece in pieces) == text
+        parts = [part.function for piece in pieces for part in piece.tool_calls or ()]
+        assert [part.name for part in parts if part.name] == [
+            call.function.name for call in choice.message.tool_calls or ()
+        ]
+        assert "".join(part.arguments for part in parts) == "".join(
+            call.function.arguments for call in choice.message.tool_calls or ()
+        )
+    assert len(names) >= 5 and {*names} == {"get_weather", "Now"}
 
 
 def test_a_loop_of_two_turns(hermes: Running) -> None:

@@ -150,8 +150,9 @@ class AsyncEngine(EngineFront):
         tokenizer, answers = self.get_tokenizer(), self.answer_format
         assert answers is not None, "a model with a tokenizer has a format"
         held = hold(tokenizer, answers, asked, prompt_token_ids, params)
-        if asked.tools and not self._served.inputs.knows_shape(held.params):
-            await self._beside_shapes(partial(check_held, self._served.inputs, held, names), caller)
+        inputs = self._served.inputs
+        if asked.tools and not (inputs.knows_shape(held.params) and inputs.accepts_shape(held.params)):
+            await self._beside_shapes(partial(check_held, inputs, held, names), caller)
         return held
 
     async def encode_bad_words(self, params: SamplingParams, *, caller: Caller = ANYBODY) -> BadWords:

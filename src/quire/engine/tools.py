@@ -165,9 +165,8 @@ def _check_tool(inputs: InputProcessor, params: SamplingParams, tool: Tool, plac
     try:
         inputs.grammar_source(replace(params, structured_outputs=shape))
     except InvalidRequestError as error:
-        raise _bad(
-            f"tools[{place}].function.parameters", error.message.removeprefix(f"{FIELD}.json").lstrip(": ")
-        ) from error
+        text = error.message.removeprefix(f"{FIELD}.json").lstrip(": ")
+        raise _bad(f"tools[{place}].function.parameters", f"cannot be held: {text}") from error
 
 
 def _bad(place: str, text: str) -> InvalidRequestError:

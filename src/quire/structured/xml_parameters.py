@@ -11,7 +11,17 @@ from typing import Any, Protocol
 RAW = frozenset(("type", "description", "title", "default", "examples", "enum", "const", "minLength", "maxLength"))
 """What a schema of text that is written as it is may say."""
 OF_OBJECTS = frozenset(
-    ("type", "properties", "required", "additionalProperties", "description", "title", "$defs", "definitions", "$schema")
+    (
+        "type",
+        "properties",
+        "required",
+        "additionalProperties",
+        "description",
+        "title",
+        "$defs",
+        "definitions",
+        "$schema",
+    )
 )
 CLOSE = "</parameter>"
 MAX_RAW_LENGTH = 2000

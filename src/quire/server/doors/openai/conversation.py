@@ -97,6 +97,7 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     reasoning_content: Annotated[
         str | None, Field("of the assistant's turn: for templates that read it; others leave it out")
     ] = None
+    parsed: Annotated[Any, Field("a label that a client of OpenAI's leaves: what it read of the content")] = None
     cache_control: Hint = None
 
 

@@ -71,10 +71,9 @@ def _allowed(tools: tuple[Tool, ...], allowed: AllowedTools) -> tuple[Tool, ...]
 def _named(tools: tuple[Tool, ...], name: str, place: str) -> Tool:
     found = next((tool for tool in tools if tool.name == name), None)
     if found is None:
-        known = ", ".join(tool.name for tool in tools)[:200] or "none"
-        raise InvalidRequestError(
-            f"{place} is {name!r}, which is no tool of this request: {known}", param="tool_choice"
-        )
+        known = ", ".join(tool.name for tool in tools)[:200] or "there are none"
+        text = f"{place} is {name!r}, which is no tool of this request ({known})"
+        raise InvalidRequestError(text, param="tool_choice")
     return found
 
 
