@@ -22,11 +22,11 @@ class ServedEngine:
     tokenizer: Tokenizer | None
     limits: RequestLimits
     decisions: list[Decision]
-    answers: AnswerFormat | None
-    """How the model writes calls and reasoning; None without a tokenizer."""
     default_params: Mapping[str, Any]
     """Sampling defaults of the model's `generation_config.json`."""
     close: Callable[[], None]
+    answers: AnswerFormat | None = None
+    """How the model writes calls and reasoning; None without a tokenizer."""
 
 
 class EngineFront:
