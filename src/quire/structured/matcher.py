@@ -139,8 +139,10 @@ class Matcher:
             self._forced = [*plan, self._eos_token_ids[0]]
             return
         if self._reasoning is not None and self._reasoning.is_spent:
-            self._forced = [*self._reasoning.end]
-            return
+            end = [*self._reasoning.end]
+            if self.inner.validate_tokens(end) == len(end):  # not inside a character
+                self._forced = end
+                return
         forced = list(self.inner.compute_ff_tokens())
         if plan is not None and forced and plan[: len(forced)] != forced:
             other = self._closer.completion(self.inner, self._num_left - 1, len(plan))

@@ -1,19 +1,19 @@
 """Structural tags become one grammar: text, and between markers in it what a schema, an expression or a grammar holds.
 
 XGrammar's forms (https://xgrammar.mlc.ai, "Structural Tag"), the older one of `structures` and `triggers` among them.
-What is ours: special tokens by id in `begin`, `end` and `triggers`; `excludes` of `any_text` and `triggered_tags` (text
-that is never written); `disable_additional_properties` of `json_schema`; and beside `format` the key `reasoning`, a
+What is ours: tokens (by id, as in its form `token`) in `triggers`; `disable_additional_properties` of `json_schema`, and
+its styles `python` and `gemma` (with `escape`); and beside `format` the key `reasoning`, a
 bound on the tokens between two markers at the beginning of the answer.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from quire.structured.parameters import STYLES, parameters_of
 from quire.structured.source import ESCAPES, WHITESPACE, checked_schema, lark_of, lark_text, refusal
-from quire.structured.xml_parameters import parameters_of
 from quire.structured_params import MAX_NESTING, StructuredOutputsParams
 
 MAX_TOKEN_ID = 2**24
@@ -24,8 +24,9 @@ _TOKEN = re.compile(r"<\[(\d+)\]>")
 _ANY = "/(?s:.*)/"
 _KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "const_string": (("value",), ()),
+    "token": (("token",), ()),
     "any_text": ((), ("excludes",)),
-    "json_schema": (("json_schema",), ("style", "disable_additional_properties")),
+    "json_schema": (("json_schema",), ("style", "escape", "disable_additional_properties")),
     "qwen_xml_parameter": (("json_schema",), ("disable_additional_properties",)),
     "regex": (("pattern",), ()),
     "grammar": (("grammar",), ()),
@@ -137,7 +138,7 @@ class _Writer:
     rules: list[str] = field(default_factory=list)
     grammars: list[dict[str, str]] = field(default_factory=list)
     ends: dict[str | int, None] = field(default_factory=dict)
-    """Markers behind free text: a completion has to go by them."""
+    """Markers behind free text, and behind what may be repeated: a completion goes by them."""
     has_free_end: bool = False
     """Whether the answer may be any text where it ends."""
     _known: dict[str, str] = field(default_factory=dict)
@@ -178,11 +179,12 @@ class _Writer:
         else:
             found = getattr(self, f"_{kind}")(value, place)
         if end and kind not in ("any_text", "triggered_tags"):
-            found = f"{self.rule(found)} {self._either(end)}"
+            found = f"{self.rule(found)} {self.either(end)}"
         self._depth -= 1
         return self.rule(found)
 
-    def _either(self, marks: Sequence[str | int]) -> str:
+    def either(self, marks: Sequence[str | int]) -> str:
+        """One of these marks."""
         found = [f"<[{one}]>" if isinstance(one, int) else lark_text(one) for one in marks if one != ""]
         return found[0] if len(found) == 1 else f"({' | '.join(found)})" if found else '""'
 
@@ -199,8 +201,18 @@ class _Writer:
         written = [one for one in marks if isinstance(one, str)]
         found = [f"{text} <[{one}]>" for one in marks if isinstance(one, int)]
         if written:
-            found.append(self.rule(f"{text} {self._either(written)}", "[lazy]"))
+            found.append(self.rule(f"{text} {self.either(written)}", "[lazy]"))
         return self.rule(" | ".join(found))
+
+    def raw_text(self, least: int, most: int | None, end: str | int, never: str) -> str:
+        """Text of so many characters and the mark behind it; it holds neither that nor `never`."""
+        self.ends[end] = None
+        if not least and most is None and isinstance(end, str):
+            return self.text_until([end], [])
+        size = f"{{{least},{'' if most is None else most}}}" if least or most is not None else "*"
+        text = self.terminal(f"/(?s:.{size})/ & ~/(?s:.*)({_regex_text(never)})(?s:.*)/")
+        is_text = isinstance(end, str)
+        return self.rule(f"{text} {self.either([end])}", "[lazy]" if is_text else "")
 
     def _any_text(self, value: Mapping[str, Any], place: str, is_last: bool, end: Sequence[str | int]) -> str:
         excludes = value.get("excludes", [])
@@ -229,12 +241,12 @@ class _Writer:
             rest = begin[len(trigger) :] if isinstance(begin, str) and isinstance(trigger, str) else ""
             inner = self._tag({**tag, "begin": rest}, at, is_last and bool(value.get("stop_after_first")))
             rests[trigger].append(inner)
-            tags.append(f"{self._either([begin])} {self._tag({**tag, 'begin': ''}, at, False)}")
+            tags.append(f"{self.either([begin])} {self._tag({**tag, 'begin': ''}, at, False)}")
         used = [one for one in triggers if rests[one]]
         several = [self.rule(f"{self.text_until([one], excludes)} ({' | '.join(rests[one])})") for one in used]
         tail = self._any_text({"excludes": excludes}, place, is_last, end)
         any_tag, first = self.rule(" | ".join(several)), self.rule(" | ".join(tags))
-        after = self._either(end) if end else ""
+        after = self.either(end) if end else ""
         if value.get("stop_after_first"):
             one_tag = first if value.get("at_least_one") else any_tag
             return f"{one_tag} {after}".strip() + ("" if value.get("at_least_one") else f" | {tail}")
@@ -247,7 +259,7 @@ class _Writer:
             for index, tag in enumerate(_all_tags(value["tags"], place))
         ]
         one = self.rule(" | ".join(tags))
-        several = one if ends_after_first else f"{one} ({self._either([value['separator']])} {one})*"
+        several = one if ends_after_first else f"{one} ({self.either([value['separator']])} {one})*"
         return several if value.get("at_least_one") else f"({several})?"
 
     def _tag(self, value: Mapping[str, Any], place: str, is_last: bool) -> str:
@@ -257,7 +269,9 @@ class _Writer:
         if not end:
             raise _bad(f"{place}/end", "must be text, a token, or a list that is not empty")
         inner = self.expression(value["content"], f"{place}/content", is_last=is_last and "" in end, end=end)
-        return self.rule(inner if begin == "" else f"{self._either([begin])} {inner}")
+        if value["content"].get("type") in ("tags_with_separator", "sequence"):
+            self.ends.update((one, None) for one in end if one != "")
+        return self.rule(inner if begin == "" else f"{self.either([begin])} {inner}")
 
     def _sequence(self, value: Mapping[str, Any], place: str, is_last: bool) -> str:
         parts, last = value["elements"], len(value["elements"]) - 1
@@ -274,6 +288,9 @@ class _Writer:
     def _const_string(value: Mapping[str, Any], place: str) -> str:
         return lark_text(value["value"])
 
+    def _token(self, value: Mapping[str, Any], place: str) -> str:
+        return self.either([_mark(value, place)])
+
     @staticmethod
     def _regex(value: Mapping[str, Any], place: str) -> str:
         from llguidance import regex_to_lark
@@ -286,12 +303,16 @@ class _Writer:
         return f"@{name}"
 
     def _json_schema(self, value: Mapping[str, Any], place: str) -> str:
-        if value.get("style", "json") not in ("json", "qwen_xml"):
-            raise _bad(f"{place}/style", "must be 'json' or 'qwen_xml'")
-        if value.get("style") == "qwen_xml":
-            return self._qwen_xml_parameter(value, place)
-        schema = self._schema(value, place)
-        return self.json(schema)
+        style = value.get("style", "json")
+        if style == "json":
+            return self.json(self._schema(value, place))
+        if style not in STYLES:
+            raise _bad(f"{place}/style", f"must be one of json, {', '.join(STYLES)}")
+        found = STYLES[style]
+        if "escape" in value:
+            escape = _mark(value["escape"], f"{place}/escape")
+            found = replace(found, raw=(escape, escape))
+        return parameters_of(self, found, self._schema(value, place), _bad, f"{place}/json_schema")
 
     def json(self, schema: Any) -> str:
         """JSON that a checked schema holds."""
@@ -299,7 +320,7 @@ class _Writer:
         return f"%json {json.dumps({**schema, 'x-guidance': options})}"
 
     def _qwen_xml_parameter(self, value: Mapping[str, Any], place: str) -> str:
-        return parameters_of(self, self._schema(value, place), _bad, f"{place}/json_schema")
+        return self._json_schema({**value, "style": "qwen_xml"}, place)
 
     @staticmethod
     def _schema(value: Mapping[str, Any], place: str) -> Any:

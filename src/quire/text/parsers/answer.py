@@ -1,12 +1,18 @@
 """The format of a model's answers: how its calls are written, and its reasoning."""
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from quire.text.parsers.events import Asked
+from quire.text.parsers.events import Asked, Tool
 from quire.text.parsers.reader import AnswerParser, Reader, Step
 from quire.text.parsers.reasoning import Thinking
 from quire.text.parsers.tags import ANY_TEXT, Format, Marker, one_of
+
+_HOW_TO_CALL = """To call one, write a JSON object, on a line of its own and nothing after it:
+{"name": <name of the function>, "arguments": <object of its arguments>}
+"""
 
 
 class ToolFormat(Protocol):
@@ -19,6 +25,10 @@ class ToolFormat(Protocol):
     @property
     def markers(self) -> tuple[Marker, ...]:
         """What the reader looks for."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it says everything of an answer, its reasoning and `Asked.then` too."""
 
     def held(self, asked: Asked) -> Format:
         """Content and calls, as a structural tag's format.
@@ -70,6 +80,22 @@ class AnswerFormat:
         """Whether the answer to a rendered prompt may hold reasoning."""
         return self.reasoning is not None and not self.reasoning.is_closed(prompt)
 
+    def tools_text(self, tools: Sequence[Tool], descriptions: Mapping[str, str]) -> str | None:
+        """What tells a model of tools in its system message; None where the chat template does.
+
+        Args:
+            descriptions: by name of the tool.
+        """
+        if self.describes_tools:
+            return None
+        lines = [
+            {"name": tool.name, "description": descriptions.get(tool.name, ""), "parameters": tool.schema}
+            for tool in tools
+        ]
+        how = _HOW_TO_CALL if self.name == "json" else ""
+        listed = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+        return f"You may call functions. {how}The functions, each with the JSON Schema of its arguments:\n{listed}"
+
     def structural_tag(self, asked: Asked) -> dict[str, Any] | None:
         """What the answer is held to, for `structured_outputs.structural_tag`; None where it may be any text.
 
@@ -84,6 +110,8 @@ class AnswerFormat:
         return found if budget is None else found | {"reasoning": budget}
 
     def _held(self, asked: Asked, reasoning: Thinking | None) -> Format:
+        if self.tools.is_whole:
+            return self.tools.held(asked)
         if asked.then is None:
             answer = self.tools.held(asked) if asked.tools else ANY_TEXT
         elif not asked.tools:
@@ -102,6 +130,6 @@ class AnswerFormat:
         return AnswerParser(reader, self._read(reader, asked), dropped)
 
     def _read(self, reader: Reader, asked: Asked) -> Step[None]:
-        if self.reasoning is not None and (asked.in_reasoning or asked.may_reason):
+        if self.reasoning is not None and not self.tools.is_whole and (asked.in_reasoning or asked.may_reason):
             yield from self.reasoning.read(reader, asked)
         yield from self.tools.read(reader, asked)

@@ -5,38 +5,94 @@ from dataclasses import dataclass
 
 from quire.errors import InvalidRequestError, unknown_name_message
 from quire.text.parsers.answer import AnswerFormat, ToolFormat
+from quire.text.parsers.harmony import NAMES as HARMONY_MARKS
+from quire.text.parsers.harmony import Harmony
 from quire.text.parsers.json_calls import BareJson, MarkedJson
+from quire.text.parsers.named_json import NamedJson
+from quire.text.parsers.parameters import Gemma, Pythonic, QwenXml
 from quire.text.parsers.reasoning import Thinking
-from quire.text.parsers.tags import Marker
+from quire.text.parsers.tags import NOTHING, Marker
 
 Mark = Callable[[str], Marker]
 
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """A format and what, in a template, tells of it: all of `seen`."""
+    """A format, and what in a template tells of it: all texts of one of `seen`."""
 
-    seen: tuple[str, ...]
     make: Callable[[Mark, str], ToolFormat]
+    seen: tuple[tuple[str, ...], ...] = ()
 
 
-def _hermes(mark: Mark, template: str) -> ToolFormat:
-    return MarkedJson("hermes", mark("<tool_call>"), mark("</tool_call>"), "\n", "\n")
+def _harmony(mark: Mark, template: str) -> ToolFormat:
+    return Harmony({name: mark(name) for name in HARMONY_MARKS})
 
 
-def _plain(mark: Mark, template: str) -> ToolFormat:
-    return BareJson("json", ('{"name": NAME, "arguments": ', '{"name":NAME,"arguments":'), "\n")
+def _gemma(mark: Mark, template: str) -> ToolFormat:
+    return Gemma(mark("<start_function_call>"), mark("<end_function_call>"), mark("<escape>"))
+
+
+def _deepseek(name: str, kind: str, before: str, after: str, separator: str) -> Callable[[Mark, str], ToolFormat]:
+    def make(mark: Mark, template: str) -> ToolFormat:
+        section, call = "<｜tool▁calls▁{}｜>", "<｜tool▁call▁{}｜>"
+        return NamedJson(
+            name, mark(call.format("begin")), mark("<｜tool▁sep｜>"), mark(call.format("end")), kind, before, after,
+            separator, mark(section.format("begin")), mark(section.format("end")),
+        )  # fmt: skip
+
+    return make
+
+
+def _mistral(mark: Mark, template: str) -> ToolFormat:
+    if "[ARGS]" in template:
+        return NamedJson("mistral", mark("[TOOL_CALLS]"), mark("[ARGS]"))
+    return MarkedJson("mistral", mark("[TOOL_CALLS]"), is_list=True)
+
+
+def _marked_list(name: str, open_text: str, close_text: str) -> Callable[[Mark, str], ToolFormat]:
+    return lambda mark, template: MarkedJson(
+        name, mark(open_text), mark(close_text) if close_text else NOTHING, is_list=True
+    )
+
+
+def _bare(name: str, key: str, separator: str, *more: str) -> Callable[[Mark, str], ToolFormat]:
+    openings = (f'{{"name": NAME, "{key}": ', f'{{"name":NAME,"{key}":', *more)
+    return lambda mark, template: BareJson(name, openings, separator)
 
 
 TOOL_FORMATS: Mapping[str, _Known] = {
-    "hermes": _Known(("<tool_call>",), _hermes),
-    "json": _Known((), _plain),
-}
+    "openai": _Known(_harmony, (("<|channel|>",),)),
+    "functiongemma": _Known(_gemma, (("<start_function_call>",),)),
+    "deepseek_v3": _Known(_deepseek("deepseek_v3", "function", "\n```json\n", "\n```", "\n"), (("<｜tool▁sep｜>", "```json"),)),
+    "deepseek_v31": _Known(_deepseek("deepseek_v31", "", "", "", ""), (("<｜tool▁sep｜>",),)),
+    "qwen3_coder": _Known(lambda mark, _: QwenXml(mark("<tool_call>"), mark("</tool_call>")), (("<function=", "<parameter="),)),
+    "mistral": _Known(_mistral, (("[TOOL_CALLS]",),)),
+    "granite": _Known(_marked_list("granite", "<|tool_call|>", ""), (("<|tool_call|>", "<|start_of_role|>"),)),
+    "phi4_mini": _Known(_marked_list("phi4_mini", "<|tool_call|>", "<|/tool_call|>"), (("<|tool|>",), ("<|tool_call|>",))),
+    "hermes": _Known(
+        lambda mark, _: MarkedJson("hermes", mark("<tool_call>"), mark("</tool_call>"), "\n", "\n"), (("<tool_call>",),)
+    ),
+    "llama4_pythonic": _Known(lambda mark, _: Pythonic(), (("<|python_start|>",), ("[func_name1(",))),
+    "llama3_json": _Known(
+        _bare("llama3_json", "parameters", "; ", '{"type": "function", "name": NAME, "parameters": '),
+        (("<|python_tag|>",), ('"parameters": ', "<|eot_id|>")),
+    ),
+    "json": _Known(_bare("json", "arguments", "\n")),
+}  # fmt: skip
 """By name; the first that a template tells of is taken."""
-REASONING_FORMATS: Mapping[str, tuple[str, str]] = {
-    "qwen3": ("<think>", "</think>"),
-    "deepseek_r1": ("<think>", "</think>"),
+REASONING_FORMATS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
+    "openai_gptoss": ("<|channel|>analysis<|message|>", "<|end|>", ("<|channel|>",)),
+    "mistral": ("[THINK]", "[/THINK]", ("[THINK]",)),
+    "granite": ("Here is my thought process:", "Here is my response:", ("Here is my thought process:",)),
+    "granite_think": ("<think>", "</think>", ("</think>", "<response>")),
+    "deepseek_r1": ("<think>", "</think>", ("</think>", "<｜Assistant｜>")),
+    "qwen3": ("<think>", "</think>", ("</think>",)),
 }
+<<<<<<< HEAD
+=======
+"""By name: what begins it, what ends it, and what in a template tells of it."""
+_AROUND_ANSWERS: Mapping[str, tuple[str, ...]] = {"granite_think": ("<response>", "</response>")}
+>>>>>>> formats
 
 
 def choose(
@@ -75,9 +131,10 @@ def _tools(text: str, mark: Mark, name: str | None) -> tuple[ToolFormat, str]:
             )
         return TOOL_FORMATS[name].make(mark, text), f"{name}: --tool-call-parser says so"
     for known_name, known in TOOL_FORMATS.items():
-        if known.seen and all(one in text for one in known.seen):
-            return known.make(mark, text), f"{known_name}: the chat template writes {known.seen[0]}"
-    return _plain(mark, text), "json: the chat template " + ("marks no calls" if text else "is missing")
+        for seen in known.seen:
+            if all(one in text for one in seen):
+                return known.make(mark, text), f"{known_name}: the chat template has {' and '.join(seen)}"
+    return TOOL_FORMATS["json"].make(mark, text), "json: the chat template " + ("marks no calls" if text else "is missing")
 
 
 def _reasoning(text: str, mark: Mark, name: str | None) -> tuple[Thinking | None, str]:
@@ -89,9 +146,9 @@ def _reasoning(text: str, mark: Mark, name: str | None) -> tuple[Thinking | None
             raise InvalidRequestError(unknown_name_message("reasoning_parser", name, known), param="reasoning_parser")
         why = f"reasoning {name}: --reasoning-parser says so"
     else:
-        name = next((one for one, (_, end) in REASONING_FORMATS.items() if end in text), None)
+        name = next((one for one, (*_, seen) in REASONING_FORMATS.items() if all(part in text for part in seen)), None)
         if name is None:
             return None, "no reasoning: the chat template has none"
-        why = f"reasoning {name}: the chat template has {REASONING_FORMATS[name][1]}"
-    begin, end = REASONING_FORMATS[name]
-    return Thinking(name, mark(begin), mark(end)), why
+        why = f"reasoning {name}: the chat template has {' and '.join(REASONING_FORMATS[name][2])}"
+    begin, end, _ = REASONING_FORMATS[name]
+    return Thinking(name, mark(begin), mark(end), _AROUND_ANSWERS.get(name, ())), why

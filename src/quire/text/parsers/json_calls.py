@@ -1,8 +1,8 @@
 """Calls written as JSON: `{"name": ..., "arguments": {...}}`, alone or in a list, between markers or without."""
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from quire.text.parsers.events import Asked, Tool
 from quire.text.parsers.reader import Reader, Step, arguments, call_object
@@ -20,23 +20,6 @@ from quire.text.parsers.tags import (
 )
 
 KEYS = ("arguments", "parameters")
-_TOOLS_TEXT = """You may call functions. To call one, write a JSON object, on a line of its own and nothing after it:
-{"name": <name of the function>, "arguments": <object of its arguments>}
-
-The functions, each with the JSON Schema of its arguments:
-"""
-
-
-def tools_text(tools: Sequence[Tool], descriptions: Mapping[str, str]) -> str:
-    """What tells a model of tools whose chat template does not.
-
-    Args:
-        descriptions: by name of the tool.
-    """
-    lines = [
-        {"name": tool.name, "description": descriptions.get(tool.name, ""), "parameters": tool.schema} for tool in tools
-    ]
-    return _TOOLS_TEXT + "\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +39,7 @@ class MarkedJson:
     after: str = ""
     is_list: bool = False
     key: str = "arguments"
+    is_whole: ClassVar[bool] = False
 
     @property
     def markers(self) -> tuple[Marker, ...]:
@@ -121,6 +105,7 @@ class BareJson:
     name: str
     openings: tuple[str, ...]
     separator: str
+    is_whole: ClassVar[bool] = False
 
     @property
     def markers(self) -> tuple[Marker, ...]:

@@ -263,9 +263,10 @@ def call_object(reader: Reader, keys: Sequence[str]) -> Step[bool]:
 
 def arguments(reader: Reader) -> Step[bool]:
     """Read a value of JSON as the arguments of the call that was started; whether it is whole."""
-    if (yield from reader.space()) != "{":
-        found = yield from reader.json_value()
-        reader.more_arguments(arguments_text(found))
+    if (one := (yield from reader.space())) != "{":
+        found = (yield from reader.json_value()) if one else None
+        if found is not None:
+            reader.more_arguments(arguments_text(found))
         return found is not None
     reader.forget()
     found = yield from reader.json_value(reader.more_arguments)
@@ -276,7 +277,9 @@ def arguments(reader: Reader) -> Step[bool]:
 def arguments_text(value: str | None) -> str:
     """Arguments that may have been written as a string of JSON."""
     inner = _string(value)
-    return (value or "").strip() or "{}" if inner is None else inner
+    if inner is not None:
+        return inner
+    return value if value and value != "null" else "{}"
 
 
 def _key(reader: Reader) -> Step[str | None]:

@@ -1,5 +1,6 @@
 """Reasoning that stands between markers before the answer."""
 
+
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ class Thinking:
             answer = _excluding(answer, self.begin)
         after = answer if is_free else sequence(_SPACE, answer)
         begin = "" if asked.in_reasoning else self.begin
-        found = [sequence(tag(begin, ANY_TEXT, self.end), after)]
+        found = [sequence(tag(begin, _excluding(ANY_TEXT, self.end, is_ended=True), self.end), after)]
         if is_free:
             found.append(tag(begin, _excluding(ANY_TEXT, self.end), ""))
         if not asked.in_reasoning:
@@ -55,7 +56,7 @@ class Thinking:
         """How long it may be."""
         if asked.reasoning_budget is None:
             return None
-        begin = "" if asked.in_reasoning else self.begin.format
+        begin = "" if asked.in_reasoning else self.begin.text
         return {"begin": begin, "end": self.end.format, "max_tokens": asked.reasoning_budget}
 
     def read(self, reader: Reader, asked: Asked) -> Step[None]:
@@ -70,5 +71,10 @@ class Thinking:
         reader.part_ends()
 
 
-def _excluding(answer: Format, marker: Marker) -> Format:
-    return answer if marker.token_id is not None else {**answer, "excludes": [*answer.get("excludes", ()), marker.text]}
+def _excluding(answer: Format, marker: Marker, *, is_ended: bool = False) -> Format:
+    """Without the marker as text. Where a text marker ends it, there is none in it anyhow."""
+    if is_ended and marker.token_id is None:
+        return answer
+    return {**answer, "excludes": [*answer.get("excludes", ()), marker.text]}
+
+

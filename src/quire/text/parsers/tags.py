@@ -23,6 +23,12 @@ class Marker:
         """As `begin`, `end` and triggers name it."""
         return self.text if self.token_id is None else {"type": "token", "token": self.token_id}
 
+    @property
+    def element(self) -> Format:
+        """As a part of a sequence."""
+        found: Format = self.format if self.token_id is not None else const(self.text)
+        return found
+
 
 NOTHING = Marker("")
 ANY_TEXT: Format = {"type": "any_text"}
