@@ -282,7 +282,9 @@ class _Writer:
 
     def _or(self, value: Mapping[str, Any], place: str, is_last: bool) -> str:
         parts = enumerate(value["elements"])
-        return " | ".join(self.expression(one, f"{place}/elements/{index}", is_last=is_last) for index, one in parts)
+        return " | ".join(
+            self.expression(one, f"{place}/elements/{index}", is_last=is_last) for index, one in parts
+        )
 
     @staticmethod
     def _const_string(value: Mapping[str, Any], place: str) -> str:

@@ -88,11 +88,8 @@ REASONING_FORMATS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "deepseek_r1": ("<think>", "</think>", ("</think>", "<｜Assistant｜>")),
     "qwen3": ("<think>", "</think>", ("</think>",)),
 }
-<<<<<<< HEAD
-=======
 """By name: what begins it, what ends it, and what in a template tells of it."""
 _AROUND_ANSWERS: Mapping[str, tuple[str, ...]] = {"granite_think": ("<response>", "</response>")}
->>>>>>> formats
 
 
 def choose(

@@ -127,7 +127,9 @@ class BareJson:
 
     def read(self, reader: Reader, asked: Asked) -> Step[None]:
         """As for `MarkedJson`."""
-        names = {opening.replace("NAME", json.dumps(name)): name for opening in self.openings for name in reader.names}
+        names = {
+            opening.replace("NAME", json.dumps(name)): name for opening in self.openings for name in reader.names
+        }
         while (opening := (yield from reader.until([*names]))) is not None:
             reader.start_call(names[opening])
             if (yield from arguments(reader)):
