@@ -149,7 +149,8 @@ class AsyncEngine(EngineFront):
         """
         tokenizer, answers = self.get_tokenizer(), self.answer_format
         assert answers is not None, "a model with a tokenizer has a format"
-        held = hold(tokenizer, answers, asked, prompt_token_ids, params)
+        make = partial(hold, tokenizer, answers, asked, prompt_token_ids, params)
+        held = await self.beside(make, len(prompt_token_ids), caller, first=True)  # the prompt tells of every tool
         inputs = self._served.inputs
         if asked.tools and not (inputs.knows_shape(held.params) and inputs.accepts_shape(held.params)):
             await self._beside_shapes(partial(check_held, inputs, held, names), caller)

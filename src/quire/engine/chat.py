@@ -10,7 +10,6 @@ from quire.text.chat.calls import calls_as_text, with_tools_text
 from quire.text.chat.messages import RESERVED_NAMES, check_messages
 from quire.text.parsers.answer import AnswerFormat
 from quire.text.parsers.events import Tool
-from quire.text.parsers.json_calls import tools_text
 from quire.text.tokenizer import Tokenizer
 
 MAX_MESSAGES = 4096
@@ -62,10 +61,11 @@ def encode_chat(
     given = [dict(message) for message in messages]
     if any(message.get("tool_calls") or message["role"] == "tool" for message in given):
         given = given if tokenizer.shows_calls(chat_template) else calls_as_text(given)
-    if tools and answers is not None and not answers.describes_tools:
+    if tools and answers is not None:
         functions = [tool["function"] for tool in tools]
-        texts = {one["name"]: one.get("description", "") for one in functions}
-        given = with_tools_text(given, tools_text([Tool(one["name"], one["parameters"]) for one in functions], texts))
+        descriptions = {one["name"]: one.get("description", "") for one in functions}
+        text = answers.tools_text([Tool(one["name"], one["parameters"]) for one in functions], descriptions)
+        given = given if text is None else with_tools_text(given, text)
     token_ids = tokenizer.apply_chat_template(
         given,
         tokenize=True,

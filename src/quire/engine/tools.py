@@ -89,7 +89,7 @@ def hold(
     end = tokenizer.decode(prompt_token_ids[-PROMPT_END:], skip_special_tokens=False)
     in_reasoning, may_reason = answers.starts_in_reasoning(end), answers.may_reason(end)
     if asked.reasoning_budget is not None and answers.reasoning is None:
-        text = "thinking_token_budget: the answers of this model hold no reasoning that could be told apart"
+        text = "thinking_token_budget: the answers of this model hold no reasoning between markers"
         raise InvalidRequestError(text, param="thinking_token_budget")
     if not asked.tools and not in_reasoning and not may_reason:
         return HeldAnswer(params, asked)

@@ -51,6 +51,7 @@ Name = Annotated[
     Annotated[str, Meta(pattern=TOOL_NAME)], Field("of the tool", "be 1 to 64 letters, digits and any of _ . -")
 ]
 FunctionOnly = Annotated[Literal["function"], Field("the kind of tool", "be function")]
+_Place = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _NO_OTHER_TOOLS = "this server knows tools of type function only"
 
 
@@ -68,7 +69,7 @@ class MessageCall(msgspec.Struct, forbid_unknown_fields=True):
     function: Annotated[CalledFunction, Field("name and arguments", "be an object")]
     id: Annotated[str | None, Field("the name of the call, for the message with its result")] = None
     type: FunctionOnly = "function"
-    index: Annotated[int | None, Field("a label: its place, as streams have it")] = None
+    index: Annotated[_Place | None, Field("a label: its place, as streams have it", "be a whole number")] = None
     unsupported: ClassVar[str] = _NO_OTHER_TOOLS
 
 
