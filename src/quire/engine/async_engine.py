@@ -152,7 +152,7 @@ class AsyncEngine(EngineFront):
         make = partial(hold, tokenizer, answers, asked, prompt_token_ids, params)
         held = await self.beside(make, len(prompt_token_ids), caller, first=True)  # the prompt tells of every tool
         inputs = self._served.inputs
-        if asked.tools and not inputs.knows_shape(held.params):
+        if asked.tools and not (inputs.knows_shape(held.params) and inputs.accepts_shape(held.params)):
             await self._beside_shapes(partial(check_held, inputs, held, names), caller)
         return held
 
