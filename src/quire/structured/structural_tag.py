@@ -57,7 +57,7 @@ def source_of_tag(params: StructuredOutputsParams) -> str:
         raise _bad("", f"must be an object, not {type(value).__name__}")
     writer = _Writer()
     start = writer.expression(_format_of(value), "/format", is_last=True)
-    extras = {"may_be_cut": writer.has_free_end, "ends": [*writer.ends]}
+    extras = {"may_be_cut": writer.has_free_end, "ends": [*{**writer.ends, **writer.begins}]}
     if value.get("reasoning") is not None:
         extras["reasoning"] = _reasoning(value["reasoning"])
     text = "\n".join([f"start: {start}", *writer.rules])
@@ -139,6 +139,8 @@ class _Writer:
     grammars: list[dict[str, str]] = field(default_factory=list)
     ends: dict[str | int, None] = field(default_factory=dict)
     """Markers behind free text, and behind what may be repeated: a completion goes by them."""
+    begins: dict[str | int, None] = field(default_factory=dict)
+    """Special tokens that begin a part."""
     has_free_end: bool = False
     """Whether the answer may be any text where it ends."""
     _known: dict[str, str] = field(default_factory=dict)
@@ -269,6 +271,8 @@ class _Writer:
         if not end:
             raise _bad(f"{place}/end", "must be text, a token, or a list that is not empty")
         inner = self.expression(value["content"], f"{place}/content", is_last=is_last and "" in end, end=end)
+        if isinstance(begin, int):
+            self.begins[begin] = None
         if value["content"].get("type") in ("tags_with_separator", "sequence"):
             self.ends.update((one, None) for one in end if one != "")
         return self.rule(inner if begin == "" else f"{self.either([begin])} {inner}")

@@ -114,7 +114,7 @@ def choose(
         return Marker(marker, special.get(marker))
 
     tools, why_tools = _tools(text, mark, tool_call_parser)
-    reasoning, why_reasoning = _reasoning(text, mark, reasoning_parser)
+    reasoning, why_reasoning = _reasoning(text, mark, reasoning_parser, tools)
     return AnswerFormat(
         tools, reasoning, f"{why_tools}; {why_reasoning}", tuple(special), describes_tools="tools" in text
     )
@@ -134,7 +134,7 @@ def _tools(text: str, mark: Mark, name: str | None) -> tuple[ToolFormat, str]:
     return TOOL_FORMATS["json"].make(mark, text), "json: the chat template " + ("marks no calls" if text else "is missing")
 
 
-def _reasoning(text: str, mark: Mark, name: str | None) -> tuple[Thinking | None, str]:
+def _reasoning(text: str, mark: Mark, name: str | None, tools: ToolFormat) -> tuple[Thinking | None, str]:
     if name == "none":
         return None, "no reasoning: --reasoning-parser says so"
     if name is not None:
@@ -142,6 +142,9 @@ def _reasoning(text: str, mark: Mark, name: str | None) -> tuple[Thinking | None
             known = [*REASONING_FORMATS, "none"]
             raise InvalidRequestError(unknown_name_message("reasoning_parser", name, known), param="reasoning_parser")
         why = f"reasoning {name}: --reasoning-parser says so"
+    elif tools.is_whole:
+        name = "openai_gptoss"
+        why = f"reasoning {name}: it belongs to {tools.name}"
     else:
         name = next((one for one, (*_, seen) in REASONING_FORMATS.items() if all(part in text for part in seen)), None)
         if name is None:
