@@ -26,6 +26,10 @@ ANSWERS = {
     "granite": f'{SEPARATE}<|tool_call|>[{{"name": "weather", "arguments": {A}}}, {{"arguments": {B}, "name": "other-2"}}]',
     "phi4_mini": f'{SEPARATE}<|tool_call|>[{{"name": "weather", "arguments": {A}}}, {{"name": "other-2", "arguments": {B}}}]'
     "<|/tool_call|>",
+    "phi4_mini functools[": f'{SEPARATE} functools[{{"name": "weather", "arguments": {A}}}, '
+    f'{{"name": "other-2", "arguments": {B}}}]',
+    "granite-20b-fc": f'{SEPARATE}<function_call> {{"name": "weather", "arguments": {A}}}'
+    f'<function_call> {{"name": "other-2", "arguments": {B}}}',
     "deepseek_v3": f"{SEPARATE}<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{A}\n```"
     f"<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function<｜tool▁sep｜>other-2\n```json\n{B}\n```<｜tool▁call▁end｜>"
     "<｜tool▁calls▁end｜>",

@@ -11,7 +11,7 @@ from quire.text.parsers.json_calls import BareJson, MarkedJson
 from quire.text.parsers.named_json import NamedJson
 from quire.text.parsers.parameters import Gemma, Pythonic, QwenXml
 from quire.text.parsers.reasoning import Thinking
-from quire.text.parsers.tags import NOTHING, Marker
+from quire.text.parsers.tags import Marker
 
 Mark = Callable[[str], Marker]
 
@@ -46,13 +46,13 @@ def _deepseek(name: str, kind: str, before: str, after: str, separator: str) -> 
 def _mistral(mark: Mark, template: str) -> ToolFormat:
     if "[ARGS]" in template:
         return NamedJson("mistral", mark("[TOOL_CALLS]"), mark("[ARGS]"))
-    return MarkedJson("mistral", mark("[TOOL_CALLS]"), is_list=True)
+    return MarkedJson("mistral", mark("[TOOL_CALLS]"), is_list=True, has_ids=True)
 
 
-def _marked_list(name: str, open_text: str, close_text: str) -> Callable[[Mark, str], ToolFormat]:
-    return lambda mark, template: MarkedJson(
-        name, mark(open_text), mark(close_text) if close_text else NOTHING, is_list=True
-    )
+def _phi4(mark: Mark, template: str) -> ToolFormat:
+    if "functools[" in template:
+        return MarkedJson("phi4_mini", Marker("functools["), is_list=True)
+    return MarkedJson("phi4_mini", mark("<|tool_call|>"), mark("<|/tool_call|>"), is_list=True)
 
 
 def _bare(name: str, key: str, separator: str, *more: str) -> Callable[[Mark, str], ToolFormat]:
@@ -67,8 +67,13 @@ TOOL_FORMATS: Mapping[str, _Known] = {
     "deepseek_v31": _Known(_deepseek("deepseek_v31", "", "", "", ""), (("<｜tool▁sep｜>",),)),
     "qwen3_coder": _Known(lambda mark, _: QwenXml(mark("<tool_call>"), mark("</tool_call>")), (("<function=", "<parameter="),)),
     "mistral": _Known(_mistral, (("[TOOL_CALLS]",),)),
-    "granite": _Known(_marked_list("granite", "<|tool_call|>", ""), (("<|tool_call|>", "<|start_of_role|>"),)),
-    "phi4_mini": _Known(_marked_list("phi4_mini", "<|tool_call|>", "<|/tool_call|>"), (("<|tool|>",), ("<|tool_call|>",))),
+    "granite": _Known(
+        lambda mark, _: MarkedJson("granite", mark("<|tool_call|>"), is_list=True), (("<|tool_call|>", "<|start_of_role|>"),)
+    ),
+    "granite-20b-fc": _Known(
+        lambda mark, _: MarkedJson("granite-20b-fc", mark("<function_call>"), before=" "), (("<function_call>",),)
+    ),
+    "phi4_mini": _Known(_phi4, (("functools[",), ("<|tool|>",), ("<|tool_call|>",))),
     "hermes": _Known(
         lambda mark, _: MarkedJson("hermes", mark("<tool_call>"), mark("</tool_call>"), "\n", "\n"), (("<tool_call>",),)
     ),
