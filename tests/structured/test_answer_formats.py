@@ -48,7 +48,19 @@ TOOLS = (
 WORDS = [
     *("<tool_call>", "</tool_call>", "<think>", "</think>", "weather", "none", "list_it", "\n", "[weather(", "[none("),
     *('{"name": "weather", "parameters": ', '{"name":"none","arguments":', '{"name": "none", "arguments": ', ", "),
-    *("<parameter=", "</parameter>", "\n</parameter>\n", "</function>", "<｜tool▁calls▁begin｜>", "functools[", "<function_call>", '"}', "}]", "é", "<|"),
+    *(
+        "<parameter=",
+        "</parameter>",
+        "\n</parameter>\n",
+        "</function>",
+        "<｜tool▁calls▁begin｜>",
+        "functools[",
+        "<function_call>",
+        '"}',
+        "}]",
+        "é",
+        "<|",
+    ),
 ]
 EOS = 511
 TEXTS = {place: bytes((place,)) for place in range(256)}
@@ -185,7 +197,9 @@ def test_reasoning_has_no_more_tokens_than_it_may(budget: int, name: str) -> Non
             for one in (
                 [SPECIAL["<|channel|>"], *b"analysis", SPECIAL["<|message|>"]]
                 if name == "openai_gptoss"
-                else [TEXTS_OF["<think>"]] if name == "qwen3" else [*b"[THINK]"]
+                else [TEXTS_OF["<think>"]]
+                if name == "qwen3"
+                else [*b"[THINK]"]
             ):
                 assert matcher.decide(one) == one
                 matcher.consume(one)

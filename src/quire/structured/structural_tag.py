@@ -1,8 +1,8 @@
 """Structural tags become one grammar: text, and between markers in it what a schema, an expression or a grammar holds.
 
 XGrammar's forms (https://xgrammar.mlc.ai, "Structural Tag"), the older one of `structures` and `triggers` among them.
-What is ours: tokens (by id, as in its form `token`) in `triggers`; `disable_additional_properties` of `json_schema`, and
-its styles `python` and `gemma` (with `escape`); and beside `format` the key `reasoning`, a
+What is ours: tokens (by id, as in its form `token`) in `triggers`; of `json_schema` `disable_additional_properties` and
+the styles `python` and `gemma` (with `escape`); and beside `format` the key `reasoning`, a
 bound on the tokens between two markers at the beginning of the answer.
 """
 
@@ -286,9 +286,7 @@ class _Writer:
 
     def _or(self, value: Mapping[str, Any], place: str, is_last: bool) -> str:
         parts = enumerate(value["elements"])
-        return " | ".join(
-            self.expression(one, f"{place}/elements/{index}", is_last=is_last) for index, one in parts
-        )
+        return " | ".join(self.expression(one, f"{place}/elements/{index}", is_last=is_last) for index, one in parts)
 
     @staticmethod
     def _const_string(value: Mapping[str, Any], place: str) -> str:
@@ -371,7 +369,7 @@ def _checked(value: Any, place: str, default: str | None = None) -> str:
             raise _bad(f"{place}/{name}", "must be text")
         if name == "excludes" and not all(isinstance(one, str) and one for one in inner):
             raise _bad(f"{place}/{name}", "must hold texts that are not empty")
-    return kind
+    return str(kind)
 
 
 def _regex_text(text: str) -> str:

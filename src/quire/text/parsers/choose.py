@@ -60,30 +60,37 @@ def _bare(name: str, key: str, separator: str, *more: str) -> Callable[[Mark, st
     return lambda mark, template: BareJson(name, openings, separator)
 
 
+def _hermes(mark: Mark, template: str) -> ToolFormat:
+    return MarkedJson("hermes", mark("<tool_call>"), mark("</tool_call>"), "\n", "\n")
+
+
 TOOL_FORMATS: Mapping[str, _Known] = {
     "openai": _Known(_harmony, (("<|channel|>",),)),
     "functiongemma": _Known(_gemma, (("<start_function_call>",),)),
-    "deepseek_v3": _Known(_deepseek("deepseek_v3", "function", "\n```json\n", "\n```", "\n"), (("<｜tool▁sep｜>", "```json"),)),
+    "deepseek_v3": _Known(
+        _deepseek("deepseek_v3", "function", "\n```json\n", "\n```", "\n"), (("<｜tool▁sep｜>", "```json"),)
+    ),
     "deepseek_v31": _Known(_deepseek("deepseek_v31", "", "", "", ""), (("<｜tool▁sep｜>",),)),
-    "qwen3_coder": _Known(lambda mark, _: QwenXml(mark("<tool_call>"), mark("</tool_call>")), (("<function=", "<parameter="),)),
+    "qwen3_coder": _Known(
+        lambda mark, _: QwenXml(mark("<tool_call>"), mark("</tool_call>")), (("<function=", "<parameter="),)
+    ),
     "mistral": _Known(_mistral, (("[TOOL_CALLS]",),)),
     "granite": _Known(
-        lambda mark, _: MarkedJson("granite", mark("<|tool_call|>"), is_list=True), (("<|tool_call|>", "<|start_of_role|>"),)
+        lambda mark, _: MarkedJson("granite", mark("<|tool_call|>"), is_list=True),
+        (("<|tool_call|>", "<|start_of_role|>"),),
     ),
     "granite-20b-fc": _Known(
         lambda mark, _: MarkedJson("granite-20b-fc", mark("<function_call>"), before=" "), (("<function_call>",),)
     ),
     "phi4_mini": _Known(_phi4, (("functools[",), ("<|tool|>",), ("<|tool_call|>",))),
-    "hermes": _Known(
-        lambda mark, _: MarkedJson("hermes", mark("<tool_call>"), mark("</tool_call>"), "\n", "\n"), (("<tool_call>",),)
-    ),
+    "hermes": _Known(_hermes, (("<tool_call>",),)),
     "llama4_pythonic": _Known(lambda mark, _: Pythonic(), (("<|python_start|>",), ("[func_name1(",))),
     "llama3_json": _Known(
         _bare("llama3_json", "parameters", "; ", '{"type": "function", "name": NAME, "parameters": '),
         (("<|python_tag|>",), ('"parameters": ', "<|eot_id|>")),
     ),
     "json": _Known(_bare("json", "arguments", "\n")),
-}  # fmt: skip
+}
 """By name; the first that a template tells of is taken."""
 REASONING_FORMATS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "openai_gptoss": ("<|channel|>analysis<|message|>", "<|end|>", ("<|channel|>",)),
@@ -136,7 +143,9 @@ def _tools(text: str, mark: Mark, name: str | None) -> tuple[ToolFormat, str]:
         for seen in known.seen:
             if all(one in text for one in seen):
                 return known.make(mark, text), f"{known_name}: the chat template has {' and '.join(seen)}"
-    return TOOL_FORMATS["json"].make(mark, text), "json: the chat template " + ("marks no calls" if text else "is missing")
+    return TOOL_FORMATS["json"].make(mark, text), "json: the chat template " + (
+        "marks no calls" if text else "is missing"
+    )
 
 
 def _reasoning(text: str, mark: Mark, name: str | None, tools: ToolFormat) -> tuple[Thinking | None, str]:

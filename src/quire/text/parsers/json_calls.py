@@ -30,7 +30,7 @@ class MarkedJson:
         name: of the format.
         before, after: what stands between a marker and the JSON.
         is_list: whether all calls stand in one list; otherwise each stands between markers of its own.
-        has_ids: whether a call may end with an id, which nobody needs.
+        has_ids: whether a call may end with an id, which is not read.
     """
 
     name: str
@@ -137,9 +137,7 @@ class BareJson:
 
     def read(self, reader: Reader, asked: Asked) -> Step[None]:
         """As for `MarkedJson`."""
-        names = {
-            opening.replace("NAME", json.dumps(name)): name for opening in self.openings for name in reader.names
-        }
+        names = {opening.replace("NAME", json.dumps(name)): name for opening in self.openings for name in reader.names}
         while (opening := (yield from reader.until([*names]))) is not None:
             reader.start_call(names[opening])
             if (yield from arguments(reader)):
