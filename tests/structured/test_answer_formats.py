@@ -48,7 +48,19 @@ TOOLS = (
 WORDS = [
     *("<tool_call>", "</tool_call>", "<think>", "</think>", "weather", "none", "list_it", "\n", "[weather(", "[none("),
     *('{"name": "weather", "parameters": ', '{"name":"none","arguments":', '{"name": "none", "arguments": ', ", "),
-    *("<parameter=", "</parameter>", "\n</parameter>\n", "</function>", "<｜tool▁calls▁begin｜>", '"}', "}]", "é", "<|"),
+    *(
+        "<parameter=",
+        "</parameter>",
+        "\n</parameter>\n",
+        "</function>",
+        "<｜tool▁calls▁begin｜>",
+        "functools[",
+        "<function_call>",
+        '"}',
+        "}]",
+        "é",
+        "<|",
+    ),
 ]
 EOS = 511
 TEXTS = {place: bytes((place,)) for place in range(256)}
@@ -113,8 +125,8 @@ def test_an_answer_that_must_call_is_calls(name: str) -> None:
     least = len(found) + 1
     with pytest.raises(ShapeError, match=f"needs {least} tokens"):
         begun(tag, least - 1)
-    for seed in range(40):
-        room = least + (seed % 5 if seed < 30 else seed * 5)
+    for seed in range(16):
+        room = least + (seed if seed < 8 else seed * 9)
         _, text = walked(begun(tag, room), room, seed)
         events = joined(whole(fmt.parser(asked), text))
         assert judge(events), text
@@ -128,13 +140,13 @@ def test_an_answer_that_may_call_is_text_and_calls(name: str) -> None:
         asked = Asked(TOOLS, parallel=parallel)
         tag = fmt.structural_tag(asked)
         assert tag is not None
-        for seed in range(40):
-            room = (40 if name == "openai" else 8) + seed * 8
+        for seed in range(14):
+            room = (40 if name == "openai" else 8) + seed * 20
             _, text = walked(begun(tag, room), room, seed, busy=0.5)
             found = judge(joined(whole(fmt.parser(asked), text)))
             assert parallel or found <= 1, text
             num_calls += found
-    assert num_calls > 5
+    assert num_calls > 2
 
 
 @pytest.mark.parametrize("name", ["hermes", "json", "openai"])
@@ -144,7 +156,7 @@ def test_an_answer_is_calls_or_what_it_is_held_to(name: str) -> None:
     asked = Asked(TOOLS, may_reason=True, then=then)
     tag = fmt.structural_tag(asked)
     assert tag is not None
-    for seed in range(60):
+    for seed in range(30):
         room = 100 + seed
         _, text = walked(begun(tag, room), room, seed)
         events = joined(whole(fmt.parser(asked), text))
@@ -160,7 +172,7 @@ def test_an_answer_is_calls_or_what_it_is_held_to(name: str) -> None:
 @pytest.mark.parametrize("must_call", [True, False])
 def test_reasoning_comes_before_and_ends(must_call: bool) -> None:
     fmt = made("hermes", "qwen3")
-    for seed in range(30):
+    for seed in range(16):
         asked = Asked(TOOLS, must_call=must_call, in_reasoning=seed % 2 == 0, may_reason=True)
         tag = fmt.structural_tag(asked)
         assert tag is not None
@@ -185,7 +197,9 @@ def test_reasoning_has_no_more_tokens_than_it_may(budget: int, name: str) -> Non
             for one in (
                 [SPECIAL["<|channel|>"], *b"analysis", SPECIAL["<|message|>"]]
                 if name == "openai_gptoss"
-                else [TEXTS_OF["<think>"]] if name == "qwen3" else [*b"[THINK]"]
+                else [TEXTS_OF["<think>"]]
+                if name == "qwen3"
+                else [*b"[THINK]"]
             ):
                 assert matcher.decide(one) == one
                 matcher.consume(one)

@@ -138,9 +138,9 @@ class Closer:
         self, tokens: TextTokens, samples: Sequence[Sequence[int]] = (), ends: Sequence[Sequence[int]] = ()
     ) -> None:
         self._tokens = tokens
-        self._ends = [list(end) for end in ends]
-        ends = [list(sample[start:]) for sample in samples for start in range(len(sample))]
-        self._samples = sorted(ends, key=len)[:_MOST_SAMPLES]
+        self._ends: list[list[int]] = [list(end) for end in ends]
+        tails = [list(sample[start:]) for sample in samples for start in range(len(sample))]
+        self._samples = sorted(tails, key=len)[:_MOST_SAMPLES]
 
     def completion(
         self, matcher: "LLMatcher", at_most: int, expected: int = _WALK_STEPS, effort: int = EFFORT

@@ -94,8 +94,8 @@ class Matcher:
             return token_id
         with _limits_named():
             after = self._plan_after(token_id)
-        is_cut = self._may_be_cut and after == [] and self._num_left == 1
-        if (after is None or len(after) + 1 >= self._num_left) and not is_cut:
+        may_stop_after = self._may_be_cut and after == [] and self._num_left == 1
+        if after is None or (len(after) + 1 >= self._num_left and not may_stop_after):
             return self._plan[0] if self._plan else self._eos_token_ids[0]
         self._tried = (token_id, after)
         return token_id

@@ -93,7 +93,9 @@ def parameters_of(
     for name, inner in reversed(properties.items()):
         if not name or any(one in name for one in "<>\n(){},:="):
             raise bad(place, f"the property {name!r} cannot be the name of a parameter in this format")
-        one = writer.rule(f"{json.dumps(''.join((style.name[0], name, style.name[1])))} {_value(writer, style, inner, shared)}")
+        one = writer.rule(
+            f"{json.dumps(''.join((style.name[0], name, style.name[1])))} {_value(writer, style, inner, shared)}"
+        )
         may_miss = name not in required
         with_rest = f"{one} {later}".rstrip()
         first = writer.rule(f"{with_rest} | {first or _NOTHING}" if may_miss else with_rest)

@@ -143,7 +143,7 @@ def checked_schema(schema: Any, field: str, *, is_closed: bool, root: str = "#")
         for keyword in _not_held_exactly(keywords):
             raise refusal(field, f"the keyword {keyword!r} at {place} cannot be held with this value")
     held: Mapping[str, Any] = _map_schemas(schema, _without_unknown_format)
-    return _map_schemas(held, _closed) if is_closed else held  # type: ignore[no-any-return]
+    return _map_schemas(held, _closed) if is_closed else held
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
@@ -246,7 +246,8 @@ def _explained(text: str, params: StructuredOutputsParams) -> str:
     unheld, unknown = _UNHELD.search(text), _UNKNOWN_FORMAT.search(text)
     if params.kind in ("json", "structural_tag") and (unheld or unknown):
         kind, word = ("keyword", json.loads(unheld[1])[0]) if unheld else ("format", (unknown or "")[1])
-        schemas = _schemas(json.loads(params.structural_tag) if params.structural_tag else _schema(params), "#")
+        tag = params.structural_tag
+        schemas = _schemas(json.loads(tag) if isinstance(tag, str) else _schema(params), "#")
         places = [at for at, schema in schemas if (word in schema if unheld else schema.get("format") == word)]
         return f"the {kind} {word!r} at {places[0] if places else '#'} cannot be held"
     return text.removesuffix("<non-verbose/>").strip()[:1000]

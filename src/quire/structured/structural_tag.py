@@ -1,8 +1,8 @@
 """Structural tags become one grammar: text, and between markers in it what a schema, an expression or a grammar holds.
 
 XGrammar's forms (https://xgrammar.mlc.ai, "Structural Tag"), the older one of `structures` and `triggers` among them.
-What is ours: tokens (by id, as in its form `token`) in `triggers`; `disable_additional_properties` of `json_schema`, and
-its styles `python` and `gemma` (with `escape`); and beside `format` the key `reasoning`, a
+What is ours: tokens (by id, as in its form `token`) in `triggers`; of `json_schema` `disable_additional_properties` and
+the styles `python` and `gemma` (with `escape`); and beside `format` the key `reasoning`, a
 bound on the tokens between two markers at the beginning of the answer.
 """
 
@@ -57,7 +57,7 @@ def source_of_tag(params: StructuredOutputsParams) -> str:
         raise _bad("", f"must be an object, not {type(value).__name__}")
     writer = _Writer()
     start = writer.expression(_format_of(value), "/format", is_last=True)
-    extras = {"may_be_cut": writer.has_free_end, "ends": [*writer.ends]}
+    extras = {"may_be_cut": writer.has_free_end, "ends": [*{**writer.ends, **writer.begins}]}
     if value.get("reasoning") is not None:
         extras["reasoning"] = _reasoning(value["reasoning"])
     text = "\n".join([f"start: {start}", *writer.rules])
@@ -139,6 +139,8 @@ class _Writer:
     grammars: list[dict[str, str]] = field(default_factory=list)
     ends: dict[str | int, None] = field(default_factory=dict)
     """Markers behind free text, and behind what may be repeated: a completion goes by them."""
+    begins: dict[str | int, None] = field(default_factory=dict)
+    """Special tokens that begin a part."""
     has_free_end: bool = False
     """Whether the answer may be any text where it ends."""
     _known: dict[str, str] = field(default_factory=dict)
@@ -269,6 +271,8 @@ class _Writer:
         if not end:
             raise _bad(f"{place}/end", "must be text, a token, or a list that is not empty")
         inner = self.expression(value["content"], f"{place}/content", is_last=is_last and "" in end, end=end)
+        if isinstance(begin, int):
+            self.begins[begin] = None
         if value["content"].get("type") in ("tags_with_separator", "sequence"):
             self.ends.update((one, None) for one in end if one != "")
         return self.rule(inner if begin == "" else f"{self.either([begin])} {inner}")
@@ -282,9 +286,7 @@ class _Writer:
 
     def _or(self, value: Mapping[str, Any], place: str, is_last: bool) -> str:
         parts = enumerate(value["elements"])
-        return " | ".join(
-            self.expression(one, f"{place}/elements/{index}", is_last=is_last) for index, one in parts
-        )
+        return " | ".join(self.expression(one, f"{place}/elements/{index}", is_last=is_last) for index, one in parts)
 
     @staticmethod
     def _const_string(value: Mapping[str, Any], place: str) -> str:
@@ -367,7 +369,7 @@ def _checked(value: Any, place: str, default: str | None = None) -> str:
             raise _bad(f"{place}/{name}", "must be text")
         if name == "excludes" and not all(isinstance(one, str) and one for one in inner):
             raise _bad(f"{place}/{name}", "must hold texts that are not empty")
-    return kind
+    return str(kind)
 
 
 def _regex_text(text: str) -> str:

@@ -118,7 +118,11 @@ def test_special_tokens_that_mark_nothing_are_taken_out() -> None:
         (Asked(may_reason=True), "<think>\n\n</think>\n\nyes", [Content("yes")]),
         (Asked(may_reason=True), " yes <think>", [Content(" yes <think>")]),
         (Asked(), "<think>a</think>", [Content("<think>a</think>")]),
-        (Asked(TOOLS, in_reasoning=True), f"{ANSWERS['hermes']}</think>x", [Reasoning(ANSWERS["hermes"]), Content("x")]),
+        (
+            Asked(TOOLS, in_reasoning=True),
+            f"{ANSWERS['hermes']}</think>x",
+            [Reasoning(ANSWERS["hermes"]), Content("x")],
+        ),
     ],
 )
 def test_reasoning_is_found(asked: Asked, text: str, expected: list[Event]) -> None:

@@ -11,7 +11,7 @@ from quire.text.parsers.json_calls import BareJson, MarkedJson
 from quire.text.parsers.named_json import NamedJson
 from quire.text.parsers.parameters import Gemma, Pythonic, QwenXml
 from quire.text.parsers.reasoning import Thinking
-from quire.text.parsers.tags import NOTHING, Marker
+from quire.text.parsers.tags import Marker
 
 Mark = Callable[[str], Marker]
 
@@ -46,13 +46,13 @@ def _deepseek(name: str, kind: str, before: str, after: str, separator: str) -> 
 def _mistral(mark: Mark, template: str) -> ToolFormat:
     if "[ARGS]" in template:
         return NamedJson("mistral", mark("[TOOL_CALLS]"), mark("[ARGS]"))
-    return MarkedJson("mistral", mark("[TOOL_CALLS]"), is_list=True)
+    return MarkedJson("mistral", mark("[TOOL_CALLS]"), is_list=True, has_ids=True)
 
 
-def _marked_list(name: str, open_text: str, close_text: str) -> Callable[[Mark, str], ToolFormat]:
-    return lambda mark, template: MarkedJson(
-        name, mark(open_text), mark(close_text) if close_text else NOTHING, is_list=True
-    )
+def _phi4(mark: Mark, template: str) -> ToolFormat:
+    if "functools[" in template:
+        return MarkedJson("phi4_mini", Marker("functools["), is_list=True)
+    return MarkedJson("phi4_mini", mark("<|tool_call|>"), mark("<|/tool_call|>"), is_list=True)
 
 
 def _bare(name: str, key: str, separator: str, *more: str) -> Callable[[Mark, str], ToolFormat]:
@@ -60,25 +60,37 @@ def _bare(name: str, key: str, separator: str, *more: str) -> Callable[[Mark, st
     return lambda mark, template: BareJson(name, openings, separator)
 
 
+def _hermes(mark: Mark, template: str) -> ToolFormat:
+    return MarkedJson("hermes", mark("<tool_call>"), mark("</tool_call>"), "\n", "\n")
+
+
 TOOL_FORMATS: Mapping[str, _Known] = {
     "openai": _Known(_harmony, (("<|channel|>",),)),
     "functiongemma": _Known(_gemma, (("<start_function_call>",),)),
-    "deepseek_v3": _Known(_deepseek("deepseek_v3", "function", "\n```json\n", "\n```", "\n"), (("<｜tool▁sep｜>", "```json"),)),
-    "deepseek_v31": _Known(_deepseek("deepseek_v31", "", "", "", ""), (("<｜tool▁sep｜>",),)),
-    "qwen3_coder": _Known(lambda mark, _: QwenXml(mark("<tool_call>"), mark("</tool_call>")), (("<function=", "<parameter="),)),
-    "mistral": _Known(_mistral, (("[TOOL_CALLS]",),)),
-    "granite": _Known(_marked_list("granite", "<|tool_call|>", ""), (("<|tool_call|>", "<|start_of_role|>"),)),
-    "phi4_mini": _Known(_marked_list("phi4_mini", "<|tool_call|>", "<|/tool_call|>"), (("<|tool|>",), ("<|tool_call|>",))),
-    "hermes": _Known(
-        lambda mark, _: MarkedJson("hermes", mark("<tool_call>"), mark("</tool_call>"), "\n", "\n"), (("<tool_call>",),)
+    "deepseek_v3": _Known(
+        _deepseek("deepseek_v3", "function", "\n```json\n", "\n```", "\n"), (("<｜tool▁sep｜>", "```json"),)
     ),
+    "deepseek_v31": _Known(_deepseek("deepseek_v31", "", "", "", ""), (("<｜tool▁sep｜>",),)),
+    "qwen3_coder": _Known(
+        lambda mark, _: QwenXml(mark("<tool_call>"), mark("</tool_call>")), (("<function=", "<parameter="),)
+    ),
+    "mistral": _Known(_mistral, (("[TOOL_CALLS]",),)),
+    "granite": _Known(
+        lambda mark, _: MarkedJson("granite", mark("<|tool_call|>"), is_list=True),
+        (("<|tool_call|>", "<|start_of_role|>"),),
+    ),
+    "granite-20b-fc": _Known(
+        lambda mark, _: MarkedJson("granite-20b-fc", mark("<function_call>"), before=" "), (("<function_call>",),)
+    ),
+    "phi4_mini": _Known(_phi4, (("functools[",), ("<|tool|>",), ("<|tool_call|>",))),
+    "hermes": _Known(_hermes, (("<tool_call>",),)),
     "llama4_pythonic": _Known(lambda mark, _: Pythonic(), (("<|python_start|>",), ("[func_name1(",))),
     "llama3_json": _Known(
         _bare("llama3_json", "parameters", "; ", '{"type": "function", "name": NAME, "parameters": '),
         (("<|python_tag|>",), ('"parameters": ', "<|eot_id|>")),
     ),
     "json": _Known(_bare("json", "arguments", "\n")),
-}  # fmt: skip
+}
 """By name; the first that a template tells of is taken."""
 REASONING_FORMATS: Mapping[str, tuple[str, str, tuple[str, ...]]] = {
     "openai_gptoss": ("<|channel|>analysis<|message|>", "<|end|>", ("<|channel|>",)),
@@ -114,7 +126,7 @@ def choose(
         return Marker(marker, special.get(marker))
 
     tools, why_tools = _tools(text, mark, tool_call_parser)
-    reasoning, why_reasoning = _reasoning(text, mark, reasoning_parser)
+    reasoning, why_reasoning = _reasoning(text, mark, reasoning_parser, tools)
     return AnswerFormat(
         tools, reasoning, f"{why_tools}; {why_reasoning}", tuple(special), describes_tools="tools" in text
     )
@@ -131,10 +143,12 @@ def _tools(text: str, mark: Mark, name: str | None) -> tuple[ToolFormat, str]:
         for seen in known.seen:
             if all(one in text for one in seen):
                 return known.make(mark, text), f"{known_name}: the chat template has {' and '.join(seen)}"
-    return TOOL_FORMATS["json"].make(mark, text), "json: the chat template " + ("marks no calls" if text else "is missing")
+    return TOOL_FORMATS["json"].make(mark, text), "json: the chat template " + (
+        "marks no calls" if text else "is missing"
+    )
 
 
-def _reasoning(text: str, mark: Mark, name: str | None) -> tuple[Thinking | None, str]:
+def _reasoning(text: str, mark: Mark, name: str | None, tools: ToolFormat) -> tuple[Thinking | None, str]:
     if name == "none":
         return None, "no reasoning: --reasoning-parser says so"
     if name is not None:
@@ -142,6 +156,9 @@ def _reasoning(text: str, mark: Mark, name: str | None) -> tuple[Thinking | None
             known = [*REASONING_FORMATS, "none"]
             raise InvalidRequestError(unknown_name_message("reasoning_parser", name, known), param="reasoning_parser")
         why = f"reasoning {name}: --reasoning-parser says so"
+    elif tools.is_whole:
+        name = "openai_gptoss"
+        why = f"reasoning {name}: it belongs to {tools.name}"
     else:
         name = next((one for one, (*_, seen) in REASONING_FORMATS.items() if all(part in text for part in seen)), None)
         if name is None:

@@ -30,6 +30,7 @@ class MarkedJson:
         name: of the format.
         before, after: what stands between a marker and the JSON.
         is_list: whether all calls stand in one list; otherwise each stands between markers of its own.
+        has_ids: whether a call may end with an id, which is not read.
     """
 
     name: str
@@ -38,7 +39,7 @@ class MarkedJson:
     before: str = ""
     after: str = ""
     is_list: bool = False
-    key: str = "arguments"
+    has_ids: bool = False
     is_whole: ClassVar[bool] = False
 
     @property
@@ -50,8 +51,8 @@ class MarkedJson:
         """Content and calls: at least one call and nothing else, or any text with calls in it."""
         calls = [self._call(tool) for tool in asked.tools]
         if self.is_list:
-            listed = sequence(const(f"{self.before}["), tags(calls, ", ", several=asked.parallel))
-            inner, several = sequence(listed, const(f"]{self.after}")), False
+            listed = sequence(tags(calls, ", ", several=asked.parallel), const("]"))
+            inner, several = listed if self.opens_list else sequence(const("["), listed), False
         else:
             bare = [tag(self.before, call, self.after) for call in calls] if self.before or self.after else calls
             inner, several = one_of(bare), asked.parallel
@@ -60,8 +61,17 @@ class MarkedJson:
             return tags([marked], "\n", several=several)
         return text_with_tags([self.open], [marked], several=several)
 
+    @property
+    def opens_list(self) -> bool:
+        """Whether the marker itself ends with the bracket of the list."""
+        return self.open.text.endswith("[") and self.is_list
+
     def _call(self, tool: Tool) -> Format:
-        return tag(f'{{"name": {json.dumps(tool.name)}, "{self.key}": ', arguments_of(tool), "}")
+        begin = f'{{"name": {json.dumps(tool.name)}, "arguments": '
+        if not self.has_ids:
+            return tag(begin, arguments_of(tool), "}")
+        with_id = {"type": "regex", "pattern": ', "id": "[a-zA-Z0-9]{9}"\\}'}
+        return tag(begin, sequence(arguments_of(tool), one_of([const("}"), with_id])), "")
 
     def read(self, reader: Reader, asked: Asked) -> Step[None]:
         """Content and calls, to the end of the text."""
@@ -69,7 +79,7 @@ class MarkedJson:
             begun = reader.at
             found = False
             yield from reader.space()
-            if (yield from reader.take("[")):
+            if self.opens_list or (yield from reader.take("[")):
                 found = yield from self._list(reader)
             else:
                 found = yield from call_object(reader, KEYS)
@@ -127,9 +137,7 @@ class BareJson:
 
     def read(self, reader: Reader, asked: Asked) -> Step[None]:
         """As for `MarkedJson`."""
-        names = {
-            opening.replace("NAME", json.dumps(name)): name for opening in self.openings for name in reader.names
-        }
+        names = {opening.replace("NAME", json.dumps(name)): name for opening in self.openings for name in reader.names}
         while (opening := (yield from reader.until([*names]))) is not None:
             reader.start_call(names[opening])
             if (yield from arguments(reader)):

@@ -60,7 +60,7 @@ class NamedJson:
 
     def _call(self, tool: Tool) -> Format:
         if self.kind:
-            head = (const(self.kind), self.after_name.element, const(tool.name + self.before))
+            head: tuple[Format, ...] = (const(self.kind), self.after_name.element, const(tool.name + self.before))
         else:
             head = (const(tool.name), self.after_name.element, *([const(self.before)] if self.before else []))
         return sequence(*head, arguments_of(tool), *([const(self.after)] if self.after else []))

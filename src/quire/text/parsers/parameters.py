@@ -1,4 +1,4 @@
-"""Calls whose arguments are named values, one after the other: XML as Qwen3-Coder writes it, Python, and FunctionGemma's.
+"""Calls whose arguments are named values, one after the other: Qwen3-Coder's XML, Python, and FunctionGemma's.
 
 Which values are text as it is depends on the schema alone, as in `quire.structured.parameters`.
 """
@@ -183,7 +183,7 @@ class QwenXml:
 
 @dataclass(frozen=True, slots=True)
 class Pythonic:
-    """`[NAME(argument=value, ...), ...]` as Llama 4 and others write calls: a text becomes one by its whole beginning."""
+    """`[NAME(argument=value, ...), ...]` as Llama 4 writes calls: a text becomes one by its whole beginning."""
 
     name: str = "llama4_pythonic"
     is_whole: ClassVar[bool] = False
@@ -200,9 +200,7 @@ class Pythonic:
             return tag("[", tags(calls, ", ", several=asked.parallel), "]")
         more = [const(")"), sequence(const("), "), tags(calls, ", ", several=True))]
         after = sequence(one_of(more), const("]")) if asked.parallel else const(")]")
-        first = [
-            tag(f"[{tool.name}(", sequence(parameters_of(tool, "python"), after), "") for tool in asked.tools
-        ]
+        first = [tag(f"[{tool.name}(", sequence(parameters_of(tool, "python"), after), "") for tool in asked.tools]
         return text_with_tags([Marker(f"[{tool.name}(") for tool in asked.tools], first, several=False)
 
     def read(self, reader: Reader, asked: Asked) -> Step[None]:
@@ -257,9 +255,7 @@ class Gemma:
 
     def held(self, asked: Asked) -> Format:
         """As for `MarkedJson`."""
-        calls = [
-            tag(f"call:{tool.name}{{", parameters_of(tool, "gemma", self.escape), "}") for tool in asked.tools
-        ]
+        calls = [tag(f"call:{tool.name}{{", parameters_of(tool, "gemma", self.escape), "}") for tool in asked.tools]
         marked = tag(self.open, one_of(calls), self.close)
         if asked.must_call:
             return tags([marked], "", several=asked.parallel)

@@ -1,6 +1,5 @@
 """Reasoning that stands between markers before the answer."""
 
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,5 +75,3 @@ def _excluding(answer: Format, marker: Marker, *, is_ended: bool = False) -> For
     if is_ended and marker.token_id is None:
         return answer
     return {**answer, "excludes": [*answer.get("excludes", ()), marker.text]}
-
-
