@@ -110,7 +110,7 @@ class LLM(EngineFront):
                 parameters; the text is the model's own, calls and all: `answers.parser` reads it.
 
         Raises:
-            InvalidRequestError: some message or parameter is refused; then nothing was generated.
+            InvalidRequestError: some message or parameter is refused; of a list, nothing was generated then.
         """
         is_list = isinstance(messages, Sequence)
         is_one = isinstance(messages, Sequence) and (not messages or isinstance(messages[0], Mapping))
