@@ -13,7 +13,7 @@ import pytest
 from quire import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from quire.engine.tools import Asked, read_tools
 from quire.errors import InvalidRequestError
-from quire.text.parsers.events import CallArguments, CallStart, Content
+from quire.text.parsers.events import CallArguments, CallStart
 from quire.text.parsers.reader import whole
 from tests.server.tool_models import THINKING, make_caller, make_tool_model
 
@@ -70,11 +70,10 @@ async def test_an_async_engine_holds_the_same(caller: Path, llm: LLM) -> None:
     try:
         token_ids = await engine.encode_chat(HELLO, tools=shown)
         held = await engine.hold(PARAMS, Asked(tools), token_ids, names=["f"])
-        async for output in engine.generate({"prompt_token_ids": token_ids}, held.params):
-            pass
+        outputs = [one async for one in engine.generate({"prompt_token_ids": token_ids}, held.params)]
     finally:
         await engine.shutdown()
-    assert output.outputs[0].text == llm.chat(HELLO, PARAMS, tools=TOOLS, use_tqdm=False)[0].outputs[0].text
+    assert outputs[-1].outputs[0].text == llm.chat(HELLO, PARAMS, tools=TOOLS, use_tqdm=False)[0].outputs[0].text
 
 
 @pytest.mark.parametrize(
