@@ -107,7 +107,7 @@ class LLM(EngineFront):
             messages: one conversation, or a list of them; see `quire.engine.chat.encode_chat` for it and its options.
             sampling_params: as for `generate`. So is `use_tqdm`.
             tools: functions that the model may call, in OpenAI's form. The arguments of its calls are held to their
-                parameters; the text is the model's own, calls and all: `answers.parser` reads it.
+                parameters; the text is the model's own, calls and all: `answer_format.parser` reads it.
 
         Raises:
             InvalidRequestError: some message or parameter is refused; of a list, nothing was generated then.

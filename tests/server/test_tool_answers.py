@@ -161,3 +161,10 @@ def test_an_answer_cut_off_in_a_call_ends_with_length(telling: Running) -> None:
     choice = ask(telling, ANSWERS["a call that does not end"], max_tokens=99)["choices"][0]
     assert choice["finish_reason"] == "length"
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "K'}
+    choice = ask(telling, CALLS, max_tokens=len(CALLS))["choices"][0]
+    assert (choice["finish_reason"], len(choice["message"]["tool_calls"])) == ("length", 2)
+
+
+def test_an_answer_cut_off_in_a_call_by_a_stop_string_ends_with_stop(telling: Running) -> None:
+    for found in (ask(telling, CALLS[:50], stop=["x"])["choices"], stream(telling, CALLS[:50], stop=["x"])):
+        assert found[-1]["finish_reason"] == "stop"

@@ -11,7 +11,7 @@ from quire.errors import InvalidRequestError
 from quire.sampling_params import SamplingParams
 from quire.structured_params import FIELD, StructuredOutputsParams
 from quire.text.parsers.answer import AnswerFormat
-from quire.text.parsers.events import Asked, CallArguments, CallStart, Content, Event, Reasoning, Tool, joined
+from quire.text.parsers.events import Asked, CallArguments, CallEnd, CallStart, Content, Event, Reasoning, Tool, joined
 from quire.text.parsers.reader import AnswerParser
 from quire.text.tokenizer import Tokenizer
 
@@ -20,6 +20,7 @@ __all__ = [
     "AnswerParser",
     "Asked",
     "CallArguments",
+    "CallEnd",
     "CallStart",
     "Content",
     "Event",

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from quire.engine.tools import AnswerParser, CallArguments, CallStart, Content, Event, Reasoning, joined
+from quire.engine.tools import AnswerParser, CallArguments, CallEnd, CallStart, Content, Event, Reasoning, joined
 
 Delta = dict[str, Any]
 
@@ -20,11 +20,13 @@ class AnswerParts:
     def __init__(self, parser: AnswerParser, *, shows_reasoning: bool) -> None:
         self._parser = parser
         self._shows_reasoning = shows_reasoning
-        self._has_calls = False
+        self._num_begun = self._num_ended = 0
+        """Calls."""
 
     def finish_reason(self, stated: str | None) -> str | None:
-        """That of the sequence; one with calls ended for their sake."""
-        return "tool_calls" if stated == "stop" and self._has_calls else stated
+        """That of the sequence; one whose calls are whole ended for their sake."""
+        is_whole = 0 < self._num_begun == self._num_ended
+        return "tool_calls" if stated == "stop" and is_whole else stated
 
     def deltas(self, text: str, *, ended: bool) -> list[Delta]:
         """What more of the text says: of a call its name first, then its arguments in pieces."""
@@ -52,7 +54,8 @@ class AnswerParts:
         found = self._parser.push(text)
         if ended:
             found += self._parser.end()
-        self._has_calls |= any(isinstance(event, CallStart) for event in found)
+        self._num_begun += sum(isinstance(event, CallStart) for event in found)
+        self._num_ended += sum(isinstance(event, CallEnd) for event in found)
         return joined(found)
 
     def _delta(self, event: Event) -> Delta | None:
