@@ -126,6 +126,8 @@ def test_no_arguments(pairs: Any, empty: Any) -> None:
         ([{"function": {"name": "f", "arguments": "{"}}], r"tool_calls\[0\].function.arguments is no JSON"),
         ([{"function": {"name": "f", "arguments": "[1]"}}], "must be the JSON text of an object"),
         ([{"function": {"name": "f", "arguments": 7}}], "must be the JSON text of an object"),
+        ([{"function": {"name": "f", "arguments": '{"a": ' + "[" * 900 + "]" * 900 + "}"}}], "deeper than 64"),
+        ([{"function": {"name": "f", "arguments": '{"a": ' + "[" * 10**5 + "]" * 10**5 + "}"}}], "is no JSON"),
     ],
 )
 def test_what_is_no_call_is_refused_with_its_place(pairs: Any, calls: Any, text: str) -> None:

@@ -14,6 +14,7 @@ from itertools import product
 from typing import Any
 
 from quire.errors import InvalidRequestError
+from quire.text.chat.messages import plain_data
 
 SHORT_ID = 9
 """Characters of an id that Mistral's templates take."""
@@ -57,7 +58,8 @@ def arguments_of(function: Any, place: str) -> dict[str, Any]:
             raise InvalidRequestError(f"{named} is no JSON: {str(error)[:100]}", param="messages") from None
     if not isinstance(arguments, Mapping):
         raise InvalidRequestError(f"{named} must be the JSON text of an object, or an object", param="messages")
-    return dict(arguments)
+    plain: dict[str, Any] = plain_data(arguments)  # text may nest deeper than what was looked at
+    return plain
 
 
 def with_calls(messages: list[dict[str, Any]], form: CallForm) -> list[dict[str, Any]]:
@@ -90,8 +92,7 @@ def calls_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
             told = f"{name} gave: {text}"
             if last_role == "tool":
                 told = f"{found.pop()['content']}\n{told}"
-            message = {"role": "user", "content": told}
-            last_role = "tool"
+            last_role, message = "tool", {"role": "user", "content": told}
             found.append(message)
             continue
         last_role = str(message.get("role"))
