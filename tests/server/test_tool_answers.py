@@ -168,3 +168,15 @@ def test_an_answer_cut_off_in_a_call_ends_with_length(telling: Running) -> None:
 def test_an_answer_cut_off_in_a_call_by_a_stop_string_ends_with_stop(telling: Running) -> None:
     for found in (ask(telling, CALLS[:50], stop=["x"])["choices"], stream(telling, CALLS[:50], stop=["x"])):
         assert found[-1]["finish_reason"] == "stop"
+
+
+def test_a_prompt_may_end_inside_reasoning(telling: Running) -> None:
+    """As templates that open it themselves write it."""
+    says = "Hm, rain?\n</think>\n\nIt rains."
+    inside = [{"role": "user", "content": "hello<think>"}]
+    message = ask(telling, says, messages=inside)["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("Hm, rain?", "It rains.")
+    assert without_ids(joined(stream(telling, says, messages=inside))) == without_ids(message)
+    behind = [{"role": "user", "content": "hello<think>\n\n</think>"}]
+    message = ask(telling, says, messages=behind)["choices"][0]["message"]
+    assert "reasoning" not in message and message["content"] == says

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import httpx
 import jsonschema_rs
 import openai
 import pydantic
@@ -181,6 +182,15 @@ def test_no_thinking_by_the_template(thinking: Running) -> None:
     answer = ask(thinking, tools=[], max_tokens=10, extra_body=off)
     assert answer.model_extra["prompt_text"].endswith("<think>\n\n</think>\n\n")
     assert not hasattr(answer.choices[0].message, "reasoning")
+
+
+def test_tokenize_takes_tools(hermes: Running) -> None:
+    def count(**more: Any) -> int:
+        body = {"messages": HELLO, **more}
+        found: int = httpx.post(f"{hermes.url}/tokenize", json=body).json()["count"]
+        return found
+
+    assert count(tools=TOOLS) == ask(hermes, max_tokens=1).usage.prompt_tokens > count() + 200
 
 
 def test_the_format_is_told(hermes: Running, thinking: Running) -> None:
