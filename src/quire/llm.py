@@ -211,7 +211,7 @@ class LLM(EngineFront):
             answers = self.answer_format
             assert answers is not None, "a model with a tokenizer has a format"
             held = hold(self.get_tokenizer(), answers, asked, prompt["prompt_token_ids"], params)
-            check_held(self._served.inputs, held, [tool.name for tool in asked.tools])
+            check_held(self._served.inputs, answers, held, [tool.name for tool in asked.tools])
             params = held.params
         return self._served.inputs.parse(prompt, params, priority=priority, arrival_s=self._engine.clock())
 

@@ -128,6 +128,16 @@ def test_a_template_that_knows_nothing_of_tools_is_told_of_them(tmp_path: Path) 
         assert text.startswith("<|system|>Be brief.\n\nYou may call functions.")
 
 
+def test_what_a_format_cannot_hold_names_the_tool(caller: Path) -> None:
+    """Arguments that are written one by one, and a schema that says more of the whole."""
+    schema = {"type": "object", "properties": {"x": {"type": "string"}}, "anyOf": [{"required": ["x"]}, {}]}
+    tools = [*TOOLS, {"type": "function", "function": {"name": "g", "parameters": schema}}]
+    with LLM(str(caller), tool_call_parser="qwen3_coder") as llm:
+        assert llm.chat(HELLO, PARAMS, tools=TOOLS, use_tqdm=False)
+        with pytest.raises(InvalidRequestError, match=r"tools\[1\].function.parameters cannot be held: .*anyOf"):
+            llm.chat(HELLO, PARAMS, tools=tools, use_tqdm=False)
+
+
 def test_the_format_is_said_or_seen(caller: Path, llm: LLM) -> None:
     (decision,) = [one for one in llm.decisions if one.name == "answers"]
     assert decision.value == "hermes, reasoning none" and "<tool_call>" in decision.reason

@@ -228,6 +228,22 @@ def test_free_text_is_cut_where_its_tokens_run_out() -> None:
     assert matcher.decide(TEXTS_OF["<tool_call>"]) == EOS  # no call would fit
 
 
+@pytest.mark.parametrize(("name", "marker"), [("mistral", "[TOOL_CALLS]"), ("openai", "<|channel|>")])
+def test_text_does_not_spell_a_marker_that_is_a_token(name: str, marker: str) -> None:
+    """The reader would take it for one."""
+    tag = made(name).structural_tag(Asked(TOOLS))
+    assert tag is not None
+    matcher, masks = begun(tag), np.zeros((1, 16), np.uint32)
+    if name == "openai":
+        for token in (SPECIAL["<|channel|>"], *b"final", SPECIAL["<|message|>"]):
+            matcher.consume(token)
+    for byte in marker.encode()[:-1]:
+        matcher.consume(byte)
+    COMPILER.fill_masks([matcher], masks)
+    last = marker.encode()[-1]
+    assert not masks[0, last // 32] >> np.uint32(last % 32) & 1 and masks[0, 3] >> np.uint32(ord("x") % 32) & 1
+
+
 def test_reasoning_that_an_answer_needs_not_end_may_be_cut() -> None:
     fmt = made("hermes", "qwen3")
     tag = fmt.structural_tag(Asked(TOOLS, in_reasoning=True))

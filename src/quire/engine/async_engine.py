@@ -153,7 +153,7 @@ class AsyncEngine(EngineFront):
         held = await self.beside(make, len(prompt_token_ids), caller, first=True)  # the prompt tells of every tool
         inputs = self._served.inputs
         if asked.tools and not (inputs.knows_shape(held.params) and inputs.accepts_shape(held.params)):
-            await self._beside_shapes(partial(check_held, inputs, held, names), caller)
+            await self._beside_shapes(partial(check_held, inputs, answers, held, names), caller)
         return held
 
     async def encode_bad_words(self, params: SamplingParams, *, caller: Caller = ANYBODY) -> BadWords:

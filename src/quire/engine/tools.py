@@ -1,6 +1,7 @@
 """What a chat asks of its answers beside their text: tools, reasoning; and how answers are then held and read."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -108,7 +109,7 @@ def hold(
     return HeldAnswer(held, asked, partial(answers.parser, asked))
 
 
-def check_held(inputs: InputProcessor, held: HeldAnswer, names: Sequence[str]) -> None:
+def check_held(inputs: InputProcessor, answers: AnswerFormat, held: HeldAnswer, names: Sequence[str]) -> None:
     """Compile what answers are held to.
 
     Args:
@@ -121,9 +122,21 @@ def check_held(inputs: InputProcessor, held: HeldAnswer, names: Sequence[str]) -
         inputs.grammar_source(held.params)
     except InvalidRequestError:
         for place, tool in enumerate(map(held.asked.tool, names)):
-            if tool is not None:
-                _check_tool(inputs, held.params, tool, place)
+            if tool is None:
+                continue
+            alone = answers.structural_tag(Asked((tool,), must_call=True))
+            for shape in ({"json": tool.schema}, {"structural_tag": alone}):
+                params = replace(held.params, structured_outputs=StructuredOutputsParams(**shape))
+                _check_tool(inputs, params, f"tools[{place}].function.parameters")
         raise
+
+
+def _check_tool(inputs: InputProcessor, params: SamplingParams, place: str) -> None:
+    try:
+        inputs.grammar_source(params)
+    except InvalidRequestError as error:
+        text = re.sub(rf"^{FIELD}\.\w+\W*", "", error.message)
+        raise _bad(place, f"cannot be held: {text}") from error
 
 
 def _as_shape(tag: dict[str, Any]) -> StructuredOutputsParams:
@@ -159,15 +172,6 @@ def _json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{FIELD}.json: is no JSON: {str(error)[:200]}", param=FIELD) from None
-
-
-def _check_tool(inputs: InputProcessor, params: SamplingParams, tool: Tool, place: int) -> None:
-    shape = StructuredOutputsParams(json=tool.schema, disable_additional_properties=tool.strict)
-    try:
-        inputs.grammar_source(replace(params, structured_outputs=shape))
-    except InvalidRequestError as error:
-        text = error.message.removeprefix(f"{FIELD}.json").lstrip(": ")
-        raise _bad(f"tools[{place}].function.parameters", f"cannot be held: {text}") from error
 
 
 def _bad(place: str, text: str) -> InvalidRequestError:

@@ -43,9 +43,9 @@ def test_a_name_that_is_given_is_taken() -> None:
         assert (found.name, found.reasoning_name) == (name, "none") and "--tool-call-parser" in found.reason
     for name in REASONING_FORMATS:
         assert choose(None, {}, reasoning_parser=name).reasoning_name == name
-    with pytest.raises(InvalidRequestError, match="tool_call_parser 'hermse'.*hermes"):
+    with pytest.raises(InvalidRequestError, match=r"tool_call_parser 'hermse'.*hermes"):
         choose(None, {}, tool_call_parser="hermse")
-    with pytest.raises(InvalidRequestError, match="reasoning_parser 'qwen'.*qwen3"):
+    with pytest.raises(InvalidRequestError, match=r"reasoning_parser 'qwen'.*qwen3"):
         choose(None, {}, reasoning_parser="qwen")
 
 
