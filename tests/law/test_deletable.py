@@ -18,6 +18,7 @@ OPTIONAL = {
     "demo": ("LLM()", "model"),
     "bench": None,
     "build": None,
+    "plan": None,
     "server": None,
     "structured": None,
     "cli": None,
@@ -62,7 +63,7 @@ def run(tree: TreeCopy, *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     "folders",
-    [("isolation",), ("observe",), ("structured",), ("bench", "build", "cli", "demo", "server")],
+    [("isolation",), ("observe",), ("structured",), ("bench", "build", "cli", "demo", "plan", "server")],
     ids="-".join,
 )
 def test_the_smallest_engine_needs_no_optional_folder(tree: TreeCopy, folders: tuple[str, ...]) -> None:

@@ -30,6 +30,7 @@ VERBS = {
     "chat": "talk with the model",
     "serve": "serve the OpenAI API over HTTP",
     "grammar": "check a shape that answers are held to, and try texts",
+    "plan": "say what a model will take and how fast it can be, before it is loaded",
     "build": "quantise and pack a model ahead of time, into an engine directory",
     "verify": "check an engine directory: every byte, then its golden prompts",
     "inspect": "say what is inside a model or an engine directory, without loading it",
