@@ -12,7 +12,7 @@ import pytest
 
 from quire import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from quire.engine.tools import Asked, read_tools
-from quire.errors import InvalidRequestError
+from quire.errors import ConfigurationError, InvalidRequestError
 from quire.text.parsers.events import CallArguments, CallStart
 from quire.text.parsers.reader import whole
 from tests.server.tool_models import THINKING, make_caller, make_tool_model
@@ -144,3 +144,7 @@ def test_the_format_is_said_or_seen(caller: Path, llm: LLM) -> None:
     with LLM(str(caller), tool_call_parser="json", reasoning_parser="deepseek_r1") as other:
         (decision,) = [one for one in other.decisions if one.name == "answers"]
         assert decision.value == "json, reasoning deepseek_r1" and "--tool-call-parser" in decision.reason
+    for argument in ("tool_call_parser", "reasoning_parser"):
+        with pytest.raises(ConfigurationError, match=f"{argument} 'hermse'") as caught:
+            LLM(str(caller), **{argument: "hermse"})
+        assert caught.value.field == argument
