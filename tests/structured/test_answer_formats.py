@@ -255,8 +255,21 @@ def test_reasoning_that_an_answer_needs_not_end_may_be_cut() -> None:
     assert whole(fmt.parser(Asked(TOOLS, in_reasoning=True)), "hmm") == [Reasoning("hmm")]
 
 
+@pytest.mark.parametrize("name", ANSWERS)
+def test_many_tools_are_held(name: str) -> None:
+    """As many as the server takes, with the longest schemas in all."""
+    values = {f"value_{place}": {"type": "integer", "description": "d" * 90} for place in range(8)}
+    tools = tuple(Tool(f"tool_{place}", {"type": "object", "properties": values}) for place in range(128))
+    tag = made(name).structural_tag(Asked(tools))
+    assert len(json.dumps(tools[0].schema)) * 128 > 120_000
+    params = StructuredOutputsParams(structural_tag=tag)
+    validate(source_of(params), params)
+
+
 def test_a_tool_that_a_format_cannot_hold_is_refused() -> None:
     tool = Tool("f", {"type": "object", "properties": {"a": {}}, "minProperties": 1})
+    with pytest.raises(InvalidRequestError, match="'f' must be an object"):
+        made("hermes").structural_tag(Asked((Tool("f", {"type": "array"}),)))
     for name in ("qwen3_coder", "llama4_pythonic"):
         tag = made(name).structural_tag(Asked((tool,)))
         with pytest.raises(InvalidRequestError, match="'minProperties' cannot be held for named parameters"):

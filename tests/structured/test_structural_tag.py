@@ -123,6 +123,12 @@ def test_the_older_form_is_triggered_tags() -> None:
     assert not accepts(matcher, "x<f=b>") and not accepts(matcher, "<f=a>x</f>")
 
 
+def test_a_definition_may_be_used_several_times() -> None:
+    form = sequence({"type": "ref", "name": "a"}, const("-"), {"type": "ref", "name": "a"})
+    matcher = compiled({"format": form, "definitions": {"a": {"type": "or", "elements": [DIGIT, const("x")]}}})
+    assert accepts(matcher, "1-x") and not accepts(matcher, "1-") and not accepts(matcher, "11-x")
+
+
 def test_special_tokens_are_no_text() -> None:
     """Token 256 + 5 % 5 opens, 256 + 6 % 5 closes: only they do, and the text between may not be they."""
     mark = {"type": "token", "token": 5}
@@ -160,6 +166,9 @@ def test_special_tokens_are_no_text() -> None:
         ({"format": {**NUMBER, "json_schema": 3}}, "a schema is an object, true or false, not int"),
         ({"format": {"type": "grammar", "grammar": "start: foo"}}, "structural_tag: .*foo"),
         ({"format": {"type": "regex", "pattern": "("}}, "structural_tag: "),
+        ({"format": {"type": "ref", "name": "a"}}, "the definition 'a' is missing at #/format/name"),
+        ({"format": {"type": "ref", "name": "a"}, "definitions": {"a": tag({"type": "ref", "name": "a"})}},
+         "at most 64 deep"),
         ({"format": ANY, "reasoning": {"begin": "", "end": "x"}}, "must be an object of begin, end and max_tokens"),
         ({"format": ANY, "reasoning": {"begin": "", "end": "x", "max_tokens": -1}}, "at #/reasoning/max_tokens"),
         ({"format": ANY, "reasoning": {"begin": "", "end": "", "max_tokens": 1}}, "not be empty at #/reasoning/end"),

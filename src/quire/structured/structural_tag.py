@@ -2,8 +2,8 @@
 
 XGrammar's forms (https://xgrammar.mlc.ai, "Structural Tag"), the older one of `structures` and `triggers` among them.
 What is ours: tokens (by id, as in its form `token`) in `triggers`; of `json_schema` `disable_additional_properties` and
-the styles `python` and `gemma` (with `escape`); and beside `format` the key `reasoning`, a
-bound on the tokens between two markers at the beginning of the answer.
+the styles `python` and `gemma` (with `escape`); beside `format` the keys `definitions`, formats by name to which the
+form `ref` refers, and `reasoning`, a bound on the tokens between two markers at the beginning of the answer.
 """
 
 import json
@@ -25,6 +25,7 @@ _ANY = "/(?s:.*)/"
 _KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "const_string": (("value",), ()),
     "token": (("token",), ()),
+    "ref": (("name",), ()),
     "any_text": ((), ("excludes",)),
     "json_schema": (("json_schema",), ("style", "escape", "disable_additional_properties")),
     "qwen_xml_parameter": (("json_schema",), ("disable_additional_properties",)),
@@ -39,7 +40,7 @@ _KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """Type -> the keys that it must have, and may have."""
 _LISTS = ("elements", "tags", "triggers", "excludes")
 _FLAGS = ("at_least_one", "stop_after_first", "disable_additional_properties")
-_STRINGS = ("value", "pattern", "grammar", "separator")
+_STRINGS = ("name", "value", "pattern", "grammar", "separator")
 
 
 def source_of_tag(params: StructuredOutputsParams) -> str:
@@ -55,7 +56,9 @@ def source_of_tag(params: StructuredOutputsParams) -> str:
         raise _bad("", f"is no JSON: {str(error)[:200]}") from None
     if not isinstance(value, Mapping):
         raise _bad("", f"must be an object, not {type(value).__name__}")
-    writer = _Writer()
+    if not isinstance(value.get("definitions", {}), Mapping):
+        raise _bad("/definitions", "must be an object of formats")
+    writer = _Writer(value.get("definitions", {}))
     start = writer.expression(_format_of(value), "/format", is_last=True)
     extras = {"may_be_cut": writer.has_free_end, "ends": [*{**writer.ends, **writer.begins}]}
     if value.get("reasoning") is not None:
@@ -84,7 +87,7 @@ def _bad(place: str, text: str) -> Exception:
 def _format_of(value: Mapping[str, Any]) -> Any:
     """The format of either form."""
     is_older = "structures" in value or "triggers" in value
-    known = ("type", "structures", "triggers") if is_older else ("type", "format", "reasoning")
+    known = ("type", "structures", "triggers") if is_older else ("type", "format", "definitions", "reasoning")
     for name in value:
         if name not in known:
             raise _bad("", f"has the unknown key {name!r}")
@@ -135,6 +138,7 @@ def _mark(value: Any, place: str) -> str | int:
 class _Writer:
     """Writes the rules of one grammar."""
 
+    definitions: Mapping[str, Any]
     rules: list[str] = field(default_factory=list)
     grammars: list[dict[str, str]] = field(default_factory=list)
     ends: dict[str | int, None] = field(default_factory=dict)
@@ -144,6 +148,8 @@ class _Writer:
     has_free_end: bool = False
     """Whether the answer may be any text where it ends."""
     _known: dict[str, str] = field(default_factory=dict)
+    _written: dict[tuple[str, bool], str] = field(default_factory=dict)
+    """Definitions."""
     _depth: int = 0
 
     def rule(self, body: str, attributes: str = "") -> str:
@@ -176,7 +182,7 @@ class _Writer:
         kind = _checked(value, place)
         if kind in ("any_text", "triggered_tags"):
             found = getattr(self, f"_{kind}")(value, place, is_last, end)
-        elif kind in ("sequence", "or", "tag", "tags_with_separator"):
+        elif kind in ("sequence", "or", "tag", "tags_with_separator", "ref"):
             found = getattr(self, f"_{kind}")(value, place, is_last)
         else:
             found = getattr(self, f"_{kind}")(value, place)
@@ -291,6 +297,16 @@ class _Writer:
     @staticmethod
     def _const_string(value: Mapping[str, Any], place: str) -> str:
         return lark_text(value["value"])
+
+    def _ref(self, value: Mapping[str, Any], place: str, is_last: bool) -> str:
+        name = value["name"]
+        if name not in self.definitions:
+            raise _bad(f"{place}/name", f"the definition {name!r} is missing")
+        known = self._written.get((name, is_last))
+        if known is None:
+            known = self.expression(self.definitions[name], f"/definitions/{name}", is_last=is_last)
+            self._written[name, is_last] = known
+        return known
 
     def _token(self, value: Mapping[str, Any], place: str) -> str:
         return self.either([_mark(value, place)])

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from quire.errors import InvalidRequestError
 from quire.text.parsers.events import Asked, Tool
 from quire.text.parsers.reader import AnswerParser, Reader, Step
 from quire.text.parsers.reasoning import Thinking
-from quire.text.parsers.tags import ANY_TEXT, Format, Marker, one_of
+from quire.text.parsers.tags import ANY_TEXT, Format, Marker, one_of, shared
 
 _HOW_TO_CALL = """To call one, write a JSON object, on a line of its own and nothing after it:
 {"name": <name of the function>, "arguments": <object of its arguments>}
@@ -31,11 +32,7 @@ class ToolFormat(Protocol):
         """Whether it says everything of an answer, its reasoning and `Asked.then` too."""
 
     def held(self, asked: Asked) -> Format:
-        """Content and calls, as a structural tag's format.
-
-        Raises:
-            InvalidRequestError: a tool whose parameters this format cannot hold.
-        """
+        """Content and calls, as a structural tag's format."""
 
     def read(self, reader: Reader, asked: Asked) -> Step[None]:
         """Content and calls, to the end of the text."""
@@ -100,13 +97,19 @@ class AnswerFormat:
         """What the answer is held to, for `structured_outputs.structural_tag`; None where it may be any text.
 
         Raises:
-            InvalidRequestError: a tool whose parameters this format cannot hold.
+            InvalidRequestError: a tool whose parameters are no object.
         """
+        for tool in asked.tools:
+            if tool.schema["type"] != "object":
+                raise InvalidRequestError(f"the parameters of the tool {tool.name!r} must be an object", param="tools")
         reasoning = self.reasoning if asked.in_reasoning or asked.may_reason else None
         budget = reasoning.budget(asked) if reasoning is not None else None
         if not asked.tools and asked.then is None and budget is None:
             return None
-        found: dict[str, Any] = {"type": "structural_tag", "format": self._held(asked, reasoning)}
+        held, definitions = shared(self._held(asked, reasoning))
+        found: dict[str, Any] = {"type": "structural_tag", "format": held}
+        if definitions:
+            found["definitions"] = definitions
         return found if budget is None else found | {"reasoning": budget}
 
     def _held(self, asked: Asked, reasoning: Thinking | None) -> Format:

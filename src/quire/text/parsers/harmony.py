@@ -36,13 +36,13 @@ class Harmony:
 
     def held(self, asked: Asked) -> Format:
         """Messages of analysis and preambles, then a call or what is said at last."""
-        found = [self._messages(self._call(tool)) for tool in asked.tools]
+        found = [self._call(tool) for tool in asked.tools]
         if not asked.must_call:
             last = asked.then if asked.then is not None else self._text
-            found.append(self._messages(self._message("final", last, "")))
+            found.append(self._message("final", last, ""))
             if asked.then is None:
-                found += [self._messages(self._message(name, self._text, "")) for name in ("analysis", "commentary")]
-        return one_of(found)
+                found += [self._message(name, self._text, "") for name in ("analysis", "commentary")]
+        return self._messages(one_of(found))
 
     @property
     def _text(self) -> Format:

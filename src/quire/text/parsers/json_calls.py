@@ -127,8 +127,9 @@ class BareJson:
         if asked.must_call:
             calls = [tag(self._opening(self.openings[0], tool), arguments_of(tool), "}") for tool in asked.tools]
             return tags(calls, self.separator, several=asked.parallel)
+        held = {tool.name: arguments_of(tool) for tool in asked.tools}
         begun = [(self._opening(opening, tool), tool) for opening in self.openings for tool in asked.tools]
-        calls = [tag(opening, arguments_of(tool), "}") for opening, tool in begun]
+        calls = [tag(opening, held[tool.name], "}") for opening, tool in begun]
         return text_with_tags([Marker(opening) for opening, _ in begun], calls, several=asked.parallel)
 
     @staticmethod

@@ -195,12 +195,13 @@ class Pythonic:
 
     def held(self, asked: Asked) -> Format:
         """As for `MarkedJson`."""
-        calls = [tag(f"{tool.name}(", parameters_of(tool, "python"), ")") for tool in asked.tools]
+        held = {tool.name: parameters_of(tool, "python") for tool in asked.tools}
+        calls = [tag(f"{name}(", arguments, ")") for name, arguments in held.items()]
         if asked.must_call:
             return tag("[", tags(calls, ", ", several=asked.parallel), "]")
         more = [const(")"), sequence(const("), "), tags(calls, ", ", several=True))]
         after = sequence(one_of(more), const("]")) if asked.parallel else const(")]")
-        first = [tag(f"[{tool.name}(", sequence(parameters_of(tool, "python"), after), "") for tool in asked.tools]
+        first = [tag(f"[{name}(", sequence(arguments, after), "") for name, arguments in held.items()]
         return text_with_tags([Marker(f"[{tool.name}(") for tool in asked.tools], first, several=False)
 
     def read(self, reader: Reader, asked: Asked) -> Step[None]:

@@ -7,7 +7,7 @@ follows.
 
 import json
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TypeVar
 
 from quire.text.parsers.events import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
@@ -363,8 +363,3 @@ def _rest(reader: Reader) -> Step[None]:
 def whole(parser: AnswerParser, text: str) -> list[Event]:
     """What is found in a text that is there at once."""
     return [*parser.push(text), *parser.end()]
-
-
-def object_text(values: Mapping[str, object]) -> str:
-    """Arguments that were not written as JSON."""
-    return json.dumps(values, ensure_ascii=False)

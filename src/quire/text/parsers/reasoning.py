@@ -5,7 +5,7 @@ from typing import Any
 
 from quire.text.parsers.events import Asked, Reasoning
 from quire.text.parsers.reader import Reader, Step
-from quire.text.parsers.tags import ANY_TEXT, Format, Marker, one_of, sequence, tag
+from quire.text.parsers.tags import ANY_TEXT, Format, Marker, const, one_of, sequence, tag
 
 _SPACE: Format = {"type": "regex", "pattern": "\\n{0,2}"}
 
@@ -42,13 +42,15 @@ class Thinking:
         is_free = answer["type"] in ("any_text", "triggered_tags")
         if is_free:
             answer = _excluding(answer, self.begin)
-        after = answer if is_free else sequence(_SPACE, answer)
         begin = "" if asked.in_reasoning else self.begin
-        found = [sequence(tag(begin, _excluding(ANY_TEXT, self.end, is_ended=True), self.end), after)]
+        before = tag(begin, _excluding(ANY_TEXT, self.end, is_ended=True), self.end)
+        if not is_free:
+            before = sequence(before, _SPACE)
+        if not asked.in_reasoning:
+            before = one_of([before, const("")])
+        found = [sequence(before, answer)]
         if is_free:
             found.append(tag(begin, _excluding(ANY_TEXT, self.end), ""))
-        if not asked.in_reasoning:
-            found.append(answer)
         return one_of(found)
 
     def budget(self, asked: Asked) -> dict[str, Any] | None:

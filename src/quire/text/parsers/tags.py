@@ -31,6 +31,8 @@ class Marker:
 
 
 NOTHING = Marker("")
+_LEAVES = ("json_schema", "const_string", "regex", "grammar", "any_text", "token")
+_SHARED = ("json_schema", "tags_with_separator", "sequence", "or")
 ANY_TEXT: Format = {"type": "any_text"}
 
 
@@ -74,6 +76,44 @@ def tags(tags: Sequence[Format], separator: str, *, several: bool) -> Format:
         "at_least_one": True,
         "stop_after_first": not several,
     }
+
+
+def shared(value: Format) -> tuple[Format, dict[str, Format]]:
+    """The same with what stands in it several times, as one object, replaced by references.
+
+    Returns:
+        The format, and what is referred to.
+    """
+    counts: dict[int, int] = {}
+
+    def count(one: Any) -> None:
+        if isinstance(one, Mapping):
+            counts[id(one)] = counts.get(id(one), 0) + 1
+            if counts[id(one)] == 1 and one.get("type") not in _LEAVES:
+                for inner in one.values():
+                    count(inner)
+        elif isinstance(one, list):
+            for inner in one:
+                count(inner)
+
+    definitions: dict[str, Format] = {}
+    names: dict[int, str] = {}
+
+    def written(one: Any) -> Any:
+        if isinstance(one, list):
+            return [written(inner) for inner in one]
+        if not isinstance(one, Mapping):
+            return one
+        if counts.get(id(one), 0) > 1 and one.get("type") in _SHARED and id(one) not in names:
+            names[id(one)] = f"d{len(names)}"
+            definitions[names[id(one)]] = plain(one)
+        return {"type": "ref", "name": names[id(one)]} if id(one) in names else plain(one)
+
+    def plain(one: Format) -> Format:
+        return one if one.get("type") in _LEAVES else {name: written(inner) for name, inner in one.items()}
+
+    count(value)
+    return written(value), definitions
 
 
 def text_with_tags(triggers: Sequence[Marker], tags: Sequence[Format], *, several: bool) -> Format:
