@@ -58,14 +58,7 @@ def encode_chat(
         if name in RESERVED_NAMES:
             raise InvalidRequestError(f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs")
     inputs.check_text_size("".join(texts_in([*messages, *(documents or ()), *(tools or ())])))
-    given = [dict(message) for message in messages]
-    if any(message.get("tool_calls") or message["role"] == "tool" for message in given):
-        given = given if tokenizer.shows_calls(chat_template) else calls_as_text(given)
-    if tools and answers is not None:
-        functions = [tool["function"] for tool in tools]
-        descriptions = {one["name"]: one.get("description", "") for one in functions}
-        text = answers.tools_text([Tool(one["name"], one["parameters"]) for one in functions], descriptions)
-        given = given if text is None else with_tools_text(given, text)
+    given = _as_shown(tokenizer, [dict(message) for message in messages], tools or (), answers, chat_template)
     token_ids = tokenizer.apply_chat_template(
         given,
         tokenize=True,
@@ -80,6 +73,24 @@ def encode_chat(
     assert isinstance(token_ids, list)
     inputs.check_encoded(token_ids, "messages")
     return token_ids
+
+
+def _as_shown(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    answers: AnswerFormat | None,
+    chat_template: str | None,
+) -> list[dict[str, Any]]:
+    """Messages that say what the template does not: which tools there are, earlier calls and what they gave."""
+    if any(message.get("tool_calls") or message["role"] == "tool" for message in messages):
+        messages = messages if tokenizer.shows_calls(chat_template) else calls_as_text(messages)
+    if not tools or answers is None:
+        return messages
+    functions = [tool["function"] for tool in tools]
+    descriptions = {one["name"]: one.get("description", "") for one in functions}
+    text = answers.tools_text([Tool(one["name"], one["parameters"]) for one in functions], descriptions)
+    return messages if text is None else with_tools_text(messages, text)
 
 
 def texts_in(value: Any) -> list[str]:
