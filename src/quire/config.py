@@ -90,6 +90,10 @@ class EngineArgs:
     release_idle_memory: str = "unused"
     """What is given back to the system after a while without a request, on a CPU: memory of the cache that holds
     nothing (unused), the prefix cache too (all), or nothing (no)."""
+    tool_call_parser: str | None = None
+    """The format in which the model writes calls of tools; None sees it from the chat template."""
+    reasoning_parser: str | None = None
+    """The format in which it writes reasoning, or none; None sees it from the chat template."""
     verify_cached_blocks: bool = False
     """For debugging: compute the blocks of the prefix cache again in moments without work, and compare them bit for
     bit."""
@@ -124,7 +128,7 @@ class EngineArgs:
                 raise _bad(name, "must be true or false")
         if self.verify_cached_blocks and not self.enable_prefix_caching:
             raise _bad("verify_cached_blocks", "needs enable_prefix_caching: without it no block is cached")
-        for name in ("model", "tokenizer", "revision"):
+        for name in ("model", "tokenizer", "revision", "tool_call_parser", "reasoning_parser"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value or "\0" in value):
                 raise _bad(name, "must be a string that is not empty")

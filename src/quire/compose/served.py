@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quire.compose.answers import answer_decisions, answer_format
 from quire.compose.structured import shape_checker
 from quire.compose.text import TextParts, compose_text
 from quire.config import EngineArgs
@@ -102,6 +103,7 @@ def _compose_apart(args: EngineArgs, path: Path, channel: "SupervisedChannel") -
 
 def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core: CoreInfo) -> ServedEngine:
     limits, observer, shapes = _limits(args, text, core), _observer(core), shape_checker()
+    answers = None if text.tokenizer is None else answer_format(args, text.tokenizer)
 
     def close() -> None:
         channel.close()
@@ -114,7 +116,8 @@ def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core: CoreI
         inputs=InputProcessor(text.tokenizer, limits, shapes),
         tokenizer=text.tokenizer,
         limits=limits,
-        decisions=list(core.decisions),
+        decisions=[*core.decisions, *(() if answers is None else answer_decisions(answers))],
+        answers=answers,
         default_params=text.default_params,
         close=close,
     )

@@ -32,6 +32,8 @@ _OTHERS = (
     *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ2346789",
 )
 _LETTERS = ("Q", "z")
+_FREE = ("~", "Q")
+"""Fits, as a whole, where any text does."""
 _WALK_STEPS = 2048
 _OFTEN = 4
 _BREADTH = 12
@@ -53,7 +55,7 @@ class TextTokens:
 
     def __init__(self, token_of: Callable[[bytes], int | None], num_tokens: int) -> None:
         self._token_of = token_of
-        self.letters = self._all(_LETTERS)
+        self.letters, self.free = self._all(_LETTERS), self._all(_FREE)
         self.closing, self.between, self.others = map(self._all, (_IN_TEXT, _BETWEEN, _OTHERS))
         singles = {token for byte in range(256) if (token := token_of(bytes((byte,)))) is not None}
         first = [*dict.fromkeys([*(one for one in (*self.between, *self.others) if one in singles), *sorted(singles)])]
@@ -129,12 +131,16 @@ class Closer:
 
     Args:
         samples: texts that its regular expressions match, as tokens.
+        ends: what ends free text in it, as tokens.
     """
 
-    def __init__(self, tokens: TextTokens, samples: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(
+        self, tokens: TextTokens, samples: Sequence[Sequence[int]] = (), ends: Sequence[Sequence[int]] = ()
+    ) -> None:
         self._tokens = tokens
-        ends = [list(sample[start:]) for sample in samples for start in range(len(sample))]
-        self._samples = sorted(ends, key=len)[:_MOST_SAMPLES]
+        self._ends: list[list[int]] = [list(end) for end in ends]
+        tails = [list(sample[start:]) for sample in samples for start in range(len(sample))]
+        self._samples = sorted(tails, key=len)[:_MOST_SAMPLES]
 
     def completion(
         self, matcher: "LLMatcher", at_most: int, expected: int = _WALK_STEPS, effort: int = EFFORT
@@ -210,6 +216,9 @@ class Closer:
 
     def _step(self, probe: _Probe, taken: Counter[int] | None) -> list[int]:
         tokens = self._tokens
+        end = self._fitting_end(probe) if self._ends else []
+        if end:
+            return end
         in_text = any(probe.fits([letter]) for letter in tokens.letters)
         closing = self._first(probe, tokens.closing if in_text else tokens.between, taken)
         if closing:
@@ -230,6 +239,18 @@ class Closer:
         for token_id in token_ids:
             if (taken is None or taken[token_id] < _OFTEN) and probe.fits([token_id]):
                 return [token_id]
+        return []
+
+    def _fitting_end(self, probe: _Probe) -> list[int]:
+        """What ends free text here: behind it the text is free no more, or may end."""
+        begun = probe.depth
+        for end in self._ends:
+            if probe.fits(end) and probe.take(end):
+                ends = probe.is_whole or not probe.fits(self._tokens.free)
+                probe.back_to(begun)
+                if ends:
+                    return end
+            probe.back_to(begun)
         return []
 
     def _fitting_sample(self, probe: _Probe) -> list[int]:
