@@ -15,6 +15,7 @@ import torch
 from conversations import LARGEST_FACTOR, LARGEST_TERM, SIGNS, sum_answer
 from forms import draw_form, form_text
 from knowledge import LANGUAGES, Knowledge, load_knowledge
+from train_tokenizer import CHAT_TEMPLATE
 from transformers import AutoTokenizer, LlamaForCausalLM
 from wording import fill
 
@@ -162,6 +163,7 @@ class Demo:
 
     def __init__(self, folder: Path) -> None:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self.tokenizer.chat_template = CHAT_TEMPLATE  # weights from before it are asked in the same way
         self.model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def complete(self, prompts: list[str], max_tokens: int = 200, **settings: Any) -> list[str]:
