@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ from quire.engine.async_engine import AsyncEngine
 from quire.engine.chat import encode_chat
 from quire.engine.front import EngineFront
 from quire.engine.inputs import BYTES, ParsedRequest, Prompt
+from quire.engine.queue import QueueBound, QueueConfig
 from quire.errors import EngineDeadError, InvalidRequestError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
@@ -21,7 +23,10 @@ from quire.sampling_params import RequestOutputKind, SamplingParams
 MOST_OPEN = 2
 """Sequences of a call of `LLM` that run or wait at a time, for each row: the next ones are always there."""
 
+UNBOUNDED = QueueConfig(2**62, 2**62, 1)
 Message = Mapping[str, Any]
+_LENT: ContextVar[tuple[int, ...]] = ContextVar("quire_lent", default=())
+"""Of the `LLM`s that are lent to what runs here: their `id`s."""
 
 
 class AsyncLLM(AsyncEngine):
@@ -134,6 +139,36 @@ class LLM(EngineFront):
             self._is_closed = True
             self._served.close()
 
+    @contextmanager
+    def lend(self) -> Iterator[AsyncEngine]:
+        """This engine as an `AsyncEngine`, for many callers at once; until it ends, other calls wait for their turn.
+
+        Raises:
+            EngineDeadError: it is closed.
+        """
+        self._refuse_own()
+        with self._lock:
+            if self._is_closed:
+                raise EngineDeadError("this LLM is closed")
+            if not self._is_whole:
+                self._drop_all()
+            # No bound: what is lent is asked by one program, which opens so many calls at a time.
+            queue, self._engine.queue = self._engine.queue, QueueBound(UNBOUNDED, self._engine.clock)
+            lent, self._is_whole = AsyncEngine(dataclasses.replace(self._served, close=lambda: None)), False
+            token = _LENT.set((*_LENT.get(), id(self)))
+            try:
+                yield lent
+            finally:
+                _LENT.reset(token)
+                is_healthy = lent.is_healthy
+                try:
+                    lent.close()
+                finally:
+                    lent.close()  # an interrupt may have ended the first: its thread must be gone
+                self._is_whole = is_healthy
+                self._drop_all()
+                self._engine.queue = queue
+
     def _alone(
         self, prompts: Any, params: Any, priority: Sequence[int] | None, *, show_progress: bool
     ) -> list[RequestOutput]:
@@ -149,6 +184,8 @@ class LLM(EngineFront):
             self._owner = None
 
     def _refuse_own(self) -> None:
+        if id(self) in _LENT.get():
+            raise InvalidRequestError("an LLM that runs a program is asked by the program alone", param="prompts")
         if self._lock.locked() and self._owner == threading.get_ident():
             raise InvalidRequestError("the prompts of a call cannot be made by another call of it", param="prompts")
 

@@ -17,9 +17,12 @@ OPTIONAL = {
     "observe": ("AsyncLLM(max_num_seqs=1).observer.trace_to('http://127.0.0.1:1', 'm')", "otlp_traces_endpoint"),
     "demo": ("LLM()", "model"),
     "bench": None,
+    "build": None,
+    "plan": None,
     "server": None,
     "structured": None,
     "cli": None,
+    "programs": None,
 }
 """Folder -> what cannot be had without it, and the argument that is named."""
 SAY_FIELD = """
@@ -60,7 +63,9 @@ def run(tree: TreeCopy, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "folders", [("isolation",), ("observe",), ("structured",), ("bench", "cli", "demo", "server")], ids="-".join
+    "folders",
+    [("isolation",), ("observe",), ("structured",), ("bench", "build", "cli", "demo", "plan", "programs", "server")],
+    ids="-".join,
 )
 def test_the_smallest_engine_needs_no_optional_folder(tree: TreeCopy, folders: tuple[str, ...]) -> None:
     with without(tree, folders):

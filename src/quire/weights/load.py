@@ -12,8 +12,13 @@ from quire.models.model import Model
 from quire.models.parameters import NameMap, Parameter, decoder_parameters
 from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
-from quire.ops.types import Provider, WeightDtype
+from quire.ops.types import ACTIVATION_QMAX, Provider, QuantSpec, WeightDtype
+from quire.outputs import Decision
 from quire.quant.types import Scheme
+from quire.weights.formats.engine_dir import EngineWeights, is_engine, read_manifest
+from quire.weights.formats.quantized.config import KEYS, read_quantization
+from quire.weights.formats.quantized.scheme import Quantization
+from quire.weights.formats.quantized.source import QuantizedWeights, Target
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
 from quire.weights.pack import WeightPacker
@@ -21,8 +26,40 @@ from quire.weights.source import TensorInfo, WeightSource
 
 MAX_CONFIG_BYTES = 4 * 2**20
 
+Report = Callable[[list[Decision]], None]
 Progress = Callable[[int, int], None]
 """`progress(bytes done, bytes in all)`, after each parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """What of a source becomes which parameter of the decoder, and how it is packed."""
+
+    spec: DecoderSpec
+    parameters: Mapping[str, Parameter]
+    packer: WeightPacker
+    source: WeightSource
+    """What the parameters are read from: the one that was opened, or what unpacks it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all parameters once packed. Matrices of a quantised checkpoint count as unpacked until they are read."""
+        return sum(self.packer.num_bytes(one, self._given(name, one)) for name, one in self.parameters.items())
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """What has been decided about a quantised checkpoint, once it has been read."""
+        return self.source.decisions() if isinstance(self.source, QuantizedWeights) else []
+
+    def _given(self, name: str, parameter: Parameter) -> QuantSpec | None:
+        """What the source has quantised a matrix to, or its engine was packed with."""
+        if isinstance(self.source, QuantizedWeights):
+            return self.source.quantized(parameter)
+        state = self.source.packed(name)
+        if state is None or state.header.format not in ACTIVATION_QMAX or not state.header.group_size:
+            return None
+        size = state.header.group_size if state.header.format.startswith("int4") else None
+        return QuantSpec(state.header.format, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +70,8 @@ class ModelConfig:
     names: NameMap
     dtype: WeightDtype | None
     """Of the weights, if the config states it."""
+    quantization: Quantization | None = None
+    """How the checkpoint's weights are quantised, if they are."""
 
 
 def read_model_config(directory: Path) -> ModelConfig:
@@ -43,10 +82,11 @@ def read_model_config(directory: Path) -> ModelConfig:
         UnsupportedModelError: an architecture or a setting that Quire does not have, named.
     """
     config = read_json_object(directory / "config.json", MAX_CONFIG_BYTES)
-    spec, names = load_spec(config)
+    spec, names = load_spec({key: value for key, value in config.items() if key not in KEYS})
     stated = config.get("dtype", config.get("torch_dtype"))
     known = isinstance(stated, str) and stated in get_args(WeightDtype)
-    return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None)
+    quantization = read_quantization(directory, config)
+    return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None, quantization)
 
 
 def read_spec(directory: Path) -> DecoderSpec:
@@ -61,6 +101,7 @@ def load_model(
     max_model_len: int | None = None,
     progress: Progress | None = None,
     scheme: Scheme | None = None,
+    report: Report | None = None,
 ) -> Model:
     """Read, check and pack a model. Peak memory is what is packed and the largest tensor twice.
 
@@ -68,7 +109,8 @@ def load_model(
         dtype: of weights and cache. `auto` is the type that the config states, else the one that the tensors have; a
             float32 checkpoint stays float32.
         max_model_len: positions that the model must be able to compute; None is all that it has.
-        scheme: how weights are quantised; None is not at all.
+        scheme: how weights are quantised; None is not at all, or as the checkpoint's are.
+        report: takes what has been decided about a quantised checkpoint.
 
     Raises:
         ModelFileError: a file is missing or damaged; a tensor is missing, left over or of a wrong shape.
@@ -82,19 +124,48 @@ def load_model(
             f"max_model_len is {max_model_len}; the model has {spec.max_position_embeddings} positions",
             field="max_model_len",
         )
-    with CheckpointWeights(directory) as source:
-        names = _fit_prefix(config.names, source.tensors)
-        embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
-        # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
-        if spec.tied_head and source.differ(embedding, head):
-            spec = replace(spec, tied_head=False)
-        parameters = decoder_parameters(spec, names)
-        check_tensors(parameters, source.tensors, (*names.unused, head) if spec.tied_head else names.unused)
-        weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors[embedding].format)
-        packer = WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset)
-        weights = load_weights(parameters, source, packer, progress)
-    weight_bytes = sum(packer.num_bytes(parameter) for parameter in parameters.values())
-    return Decoder(spec, weights, ops, weight_dtype, max_model_len or spec.max_position_embeddings, weight_bytes)
+    with open_source(directory) as source:
+        plan = plan_weights(config, source, ops, dtype, scheme)
+        weights = load_weights(plan.parameters, plan.source, plan.packer, progress)
+        if report is not None:
+            report(plan.decisions)
+        longest = max_model_len or spec.max_position_embeddings
+        return Decoder(plan.spec, weights, ops, plan.packer.dtype, longest, plan.num_bytes)
+
+
+def open_source(directory: Path) -> CheckpointWeights | EngineWeights:
+    """The weights of a directory, whatever they are stored as.
+
+    Raises:
+        ModelFileError: a file is missing or damaged.
+    """
+    if is_engine(directory):
+        return EngineWeights(directory, read_manifest(directory))
+    return CheckpointWeights(directory)
+
+
+def plan_weights(
+    config: ModelConfig, source: WeightSource, ops: Provider, dtype: str = "auto", scheme: Scheme | None = None
+) -> WeightPlan:
+    """Which tensors become which parameters; every tensor has its place. Arguments as for `load_model`.
+
+    Raises:
+        ModelFileError: a tensor is missing, left over or of a wrong shape.
+    """
+    spec, names = config.spec, _fit_prefix(config.names, source.tensors)
+    embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
+    weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors.get(embedding))
+    if config.quantization is not None and isinstance(source, CheckpointWeights):
+        unpack = "dtype is float32" if dtype == "float32" else None if scheme is None else f"quantization {scheme.name}"
+        target = Target(weight_dtype, ops.formats, unpack, frozenset({embedding, head}), names.transposed)
+        source = QuantizedWeights(source, config.quantization, target)
+    # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
+    if spec.tied_head and source.differ(embedding, head):
+        spec = replace(spec, tied_head=False)
+    parameters = decoder_parameters(spec, names)
+    unused = *names.unused, *(source.unused if isinstance(source, QuantizedWeights) else ())
+    check_tensors(parameters, source.tensors, (*unused, head) if spec.tied_head else unused)
+    return WeightPlan(spec, parameters, WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset), source)
 
 
 def load_weights(
@@ -156,10 +227,10 @@ def _fit_prefix(names: NameMap, tensors: Container[str]) -> NameMap:
     return names
 
 
-def _weight_dtype(dtype: str, stated: WeightDtype | None, embedding_format: str) -> WeightDtype:
+def _weight_dtype(dtype: str, stated: WeightDtype | None, embedding: TensorInfo | None) -> WeightDtype:
     if dtype in get_args(WeightDtype):
         return cast(WeightDtype, dtype)
     if dtype != "auto":
         known = ", ".join(get_args(WeightDtype))
         raise ConfigurationError(f"dtype must be one of auto, {known}, got {dtype!r}", field="dtype")
-    return stated or DTYPES_BY_FORMAT.get(embedding_format, "bfloat16")
+    return stated or DTYPES_BY_FORMAT.get(embedding.format if embedding else "", "bfloat16")

@@ -54,6 +54,10 @@ class CheckpointWeights:
     def packed(self, name: str) -> None:
         """A checkpoint holds tensors."""
 
+    def file_of(self, name: str) -> SafetensorsFile:
+        """The file that a tensor is in."""
+        return self._home[name]
+
     def vector(self, array: Concatenated) -> NDArray[Any]:
         """`WeightSource.vector`."""
         return self.read(array)
