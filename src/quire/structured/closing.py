@@ -23,6 +23,8 @@ _BRACKETS = sorted(
 )
 _IN_TEXT = (*('"' + text for text in _BRACKETS), '"')
 """First where letters may come: what closes a text."""
+_LINE = "\n"
+"""What closes a text in YAML, where lines follow."""
 _BETWEEN = (*_BRACKETS, '""', '"')
 """First where none may: what closes an object or a list."""
 _OTHERS = (
@@ -53,7 +55,7 @@ class TextTokens:
 
     def __init__(self, token_of: Callable[[bytes], int | None], num_tokens: int) -> None:
         self._token_of = token_of
-        self.letters = self._all(_LETTERS)
+        self.letters, self.line = self._all(_LETTERS), self._all(_LINE)
         self.closing, self.between, self.others = map(self._all, (_IN_TEXT, _BETWEEN, _OTHERS))
         singles = {token for byte in range(256) if (token := token_of(bytes((byte,)))) is not None}
         first = [*dict.fromkeys([*(one for one in (*self.between, *self.others) if one in singles), *sorted(singles)])]
@@ -129,10 +131,14 @@ class Closer:
 
     Args:
         samples: texts that its regular expressions match, as tokens.
+        lines: where lines matter, what they may begin with, a break before it: what is best first.
     """
 
-    def __init__(self, tokens: TextTokens, samples: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(
+        self, tokens: TextTokens, samples: Sequence[Sequence[int]] = (), lines: Sequence[Sequence[int]] = ()
+    ) -> None:
         self._tokens = tokens
+        self._lines = lines
         ends = [list(sample[start:]) for sample in samples for start in range(len(sample))]
         self._samples = sorted(ends, key=len)[:_MOST_SAMPLES]
 
@@ -211,7 +217,7 @@ class Closer:
     def _step(self, probe: _Probe, taken: Counter[int] | None) -> list[int]:
         tokens = self._tokens
         in_text = any(probe.fits([letter]) for letter in tokens.letters)
-        closing = self._first(probe, tokens.closing if in_text else tokens.between, taken)
+        closing = self._first(probe, tokens.closing if in_text else tokens.between, taken) or self._line(probe, taken)
         if closing:
             return closing
         other = self._fitting_sample(probe) or self._first(probe, tokens.others, taken)
@@ -224,6 +230,15 @@ class Closer:
                 taken.clear()
             allowed = fresh or allowed
         return allowed[:1]
+
+    def _line(self, probe: _Probe, taken: Counter[int] | None) -> list[int]:
+        """The first beginning of a line that fits, if a line may end here."""
+        if not self._lines or not self._first(probe, self._tokens.line, None):
+            return []
+        for line in self._lines:
+            if (taken is None or taken[line[-1]] < _OFTEN) and probe.fits(line):
+                return [*line]
+        return []
 
     @staticmethod
     def _first(probe: _Probe, token_ids: Sequence[int], taken: Counter[int] | None) -> list[int]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from quire.errors import ShapeError
 from quire.structured.closing import Closer, TextTokens
 from quire.structured.matcher import Matcher
-from quire.structured.samples import samples_of
+from quire.structured.samples import lines_of, samples_of
 from quire.structured.source import limits
 
 if TYPE_CHECKING:
@@ -201,7 +201,8 @@ class GrammarCompiler:
             self._texts, self._encode = TextTokens(wrapped.token_of, len(vocabulary.tokens)), wrapped
             self._tokenizer = _tokenizer(wrapped, vocabulary)
         matcher = self._new_matcher(source)
-        closer = Closer(self._texts, [self._encode(text) for text in samples_of(source)])
+        samples, lines = ([*map(self._encode, texts(source))] for texts in (samples_of, lines_of))
+        closer = Closer(self._texts, samples, lines)
         shortest = closer.shortest(matcher, _LONGEST)
         return _Compiled(closer, None if shortest is None else tuple(shortest))
 

@@ -14,7 +14,9 @@ _CLASSES = {"d": "0", "w": "a", "s": " ", "D": "a", "W": "-", "S": "a"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0"}
 _BOUNDS = re.compile(r"\{(\d+)(?:,\d*)?\}")
 _LONGEST = 512
-_MOST = 64
+_MOST, _MOST_LINES = 64, 256
+LINES = "// lines: "
+"""Before what lines begin with, as JSON, in the first line of a grammar."""
 
 
 def samples_of(source: str) -> list[str]:
@@ -25,6 +27,13 @@ def samples_of(source: str) -> list[str]:
         if text:
             found[text] = None
     return [*found][:_MOST]
+
+
+def lines_of(source: str) -> list[str]:
+    """What the lines of an answer may begin with, as `yaml_rules.py` writes it: those indented least first."""
+    first, _, _ = source.partition("\n")
+    found: list[str] = json.loads(first.removeprefix(LINES)) if first.startswith(LINES) else []
+    return sorted(found, key=lambda line: len(line) - len(line.lstrip()))[:_MOST_LINES]
 
 
 def _patterns(value: Any) -> Iterator[str]:

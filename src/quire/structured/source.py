@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from quire.errors import InvalidRequestError
+from quire.structured.merging import Unheld
+from quire.structured.yaml import grammar
+from quire.structured.yaml_scalars import lark
 from quire.structured_params import FIELD, MAX_NESTING, StructuredOutputsParams
 
 WHITESPACE = " ?"
@@ -49,16 +52,17 @@ def source_of(params: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher, regex_to_lark
 
     if params.json is not None or params.json_object:
-        schema = _schema(params)
-        options: Any = {"json_allowed_escapes": ESCAPES, "whitespace_flexible": False}
-        if not params.disable_any_whitespace:
-            options |= {"whitespace_flexible": True, "whitespace_pattern": params.whitespace_pattern or WHITESPACE}
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=options)
+        if params.disable_any_whitespace:
+            return _json(_schema(params))
+        white = {"whitespace_flexible": True, "whitespace_pattern": params.whitespace_pattern or WHITESPACE}
+        return _json(_schema(params), white)
+    if params.yaml is not None:
+        return LLMatcher.grammar_from_lark(_yaml(params))
     if params.regex is not None:
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex, 'd')}/")
     if params.choice is not None:
         assert not isinstance(params.choice, type)
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_lark_text, params.choice)))
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(lark, params.choice)))
     assert params.grammar is not None
     return LLMatcher.grammar_from_lark(_lark(params.grammar))
 
@@ -104,25 +108,67 @@ def _schema(params: StructuredOutputsParams) -> Any:
     if params.json_object:
         schema: Any = {"type": "object"}
     else:
-        assert isinstance(params.json, str)
+        text = params.json if params.yaml is None else params.yaml
+        assert isinstance(text, str)
         try:
-            schema = json.loads(params.json)
+            schema = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise refusal("json", f"is no JSON: {str(error)[:200]}") from None
+            raise refusal(params.kind, f"is no JSON: {str(error)[:200]}") from None
     if not isinstance(schema, Mapping | bool):
-        raise refusal("json", f"a schema is an object, true or false, not {type(schema).__name__}")
+        raise refusal(params.kind, f"a schema is an object, true or false, not {type(schema).__name__}")
     if schema is False:
-        raise refusal("json", "no text satisfies the schema false")
+        raise refusal(params.kind, "no text satisfies the schema false")
     schema = {} if schema is True else schema
     if _is_deeper(schema, MAX_NESTING):
-        raise refusal("json", f"may be nested at most {MAX_NESTING} deep")
+        raise refusal(params.kind, f"may be nested at most {MAX_NESTING} deep")
     for place, keywords in _schemas(schema, "#"):
         if "x-guidance" in keywords:
-            raise refusal("json", f"the keyword 'x-guidance' at {place} is not honoured: use the fields of {FIELD}")
+            raise refusal(params.kind, f"the keyword 'x-guidance' at {place} is not honoured: use the fields of {FIELD}")
         for keyword in _not_held_exactly(keywords):
-            raise refusal("json", f"the keyword {keyword!r} at {place} cannot be held with this value")
+            if (params.kind, keyword) == ("yaml", "minProperties"):
+                continue  # there no key comes twice
+            raise refusal(params.kind, f"the keyword {keyword!r} at {place} cannot be held with this value")
     schema = _map_schemas(schema, _without_unknown_format)
     return _map_schemas(schema, _closed) if params.disable_additional_properties else schema
+
+
+def _json(schema: Any, white: Mapping[str, Any] | None = None) -> str:
+    from llguidance import LLMatcher
+
+    options: Any = {"json_allowed_escapes": ESCAPES, "whitespace_flexible": False, **(white or {})}
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=options)
+
+
+def _yaml(params: StructuredOutputsParams) -> str:
+    """What is refused of JSON is refused of YAML: the same schemas are held, if not all that they allow."""
+    schema = _schema(params)
+    validate(_json(schema), params)
+    schemas = dict(_schemas(schema, "#"))
+    if any("$ref" in one for one in schemas.values()):
+        for place, one in schemas.items():
+            if place != "#" and "$id" in one:
+                raise refusal("yaml", f"the keyword '$id' at {place} cannot be held beside '$ref'")
+    try:
+        text = grammar(schema, _matches)
+    except Unheld as error:
+        places = [place for place, one in schemas.items() if error.keyword in one]
+        place = places[0] if places else "#"
+        raise refusal("yaml", f"the keyword {error.keyword!r} at {place} {error.why}") from None
+    if text is None:
+        raise refusal("yaml", "no text satisfies it")
+    return text
+
+
+def _matches(lark_text: str, text: str | None) -> bool:
+    """Whether a grammar matches a text; with None, any."""
+    from llguidance import LLMatcher, LLTokenizer
+
+    source = LLMatcher.grammar_from_lark(lark_text)
+    matcher = LLMatcher(LLTokenizer("byte"), source, log_level=0, limits=limits())
+    if text is None:
+        return not matcher.is_error() and any(matcher.compute_bitmask())
+    tokens = list(text.encode())
+    return not matcher.is_error() and matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
@@ -223,7 +269,7 @@ def _without_unknown_format(schema: dict[str, Any]) -> dict[str, Any]:
 def _explained(text: str, params: StructuredOutputsParams) -> str:
     """What llguidance says, with the place in the schema where it can be found."""
     unheld, unknown = _UNHELD.search(text), _UNKNOWN_FORMAT.search(text)
-    if params.kind == "json" and (unheld or unknown):
+    if params.kind in ("json", "yaml") and (unheld or unknown):
         kind, word = ("keyword", json.loads(unheld[1])[0]) if unheld else ("format", (unknown or "")[1])
         schemas = _schemas(_schema(params), "#")
         places = [at for at, schema in schemas if (word in schema if unheld else schema.get("format") == word)]
@@ -243,9 +289,3 @@ def _lark(grammar: str) -> str:
     except Exception as error:  # noqa: BLE001 - the library raises bare Exception
         raise refusal("grammar", f"is taken for GBNF ('::='), and is none: {str(error)[:300]}") from None
 
-
-def _lark_text(text: str) -> str:
-    """A string of Lark's that is `text`. Its lexer takes no control characters, and no surrogates."""
-    return "".join(
-        f"\\u{ord(one):04x}" if "\x7f" <= one < "\xa0" else one for one in json.dumps(text, ensure_ascii=False)
-    )

@@ -1,0 +1,117 @@
+"""Scalars and keys of YAML, as texts and as regular expressions of Lark's: only those that YAML 1.1 (PyYAML) and 1.2
+read as the same value."""
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+UNPRINTABLE = "\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ufeff\\ufffe\\uffff"
+"""Characters that no YAML may hold, that break lines there, or that a reader drops; C1 controls among them."""
+_HIDDEN = re.compile(f"[{UNPRINTABLE}]")
+_FIRST = "A-Za-z0-9_/($\\u00a1-\\u1fff\\u3001-\\ud7ff\\ue000-\\ufefe\\uff01-\\ufffd\\U00010000-\\U0010ffff"
+_INNER = "\\-!$%&'()*+,./0-9;<=>?@A-Z\\\\^_`a-z|~\\u00a1-\\u1fff\\u3001-\\ud7ff\\ue000-\\ufefe\\uff01-\\ufffd\\U00010000-\\U0010ffff"
+"""No quotes, brackets and braces: what closes a text or a list closes nothing here."""
+_PLAIN = f"[{_FIRST}](:*[{_INNER}#]| +[{_INNER}])*"
+_LIKE_NUMBERS = "[0-9][0-9A-Fa-fxXoO_:.+tTzZ -]*"
+"""More than any resolver takes for a number, a date or a time."""
+_WORDS = "null|true|false|yes|no|on|off|y|n"
+_IS_PLAIN = re.compile(f"(?!(?:{_LIKE_NUMBERS})\\Z)(?!(?i:{_WORDS})\\Z){_PLAIN}\\Z")
+_KEY = "[A-Za-z_](?:[A-Za-z0-9_./ -]{0,62}[A-Za-z0-9_])?"
+_IS_PLAIN_KEY = re.compile(f"(?!(?i:{_WORDS})\\Z){_KEY}\\Z")
+LONGEST_KEY = 1000
+"""Characters of a key with its quotes: YAML allows 1,024 (section 7.4.2)."""
+ESCAPES = '"\\\\bfnrt'
+IN_QUOTES = f'[^"\\\\{UNPRINTABLE}]'
+KEY_STARTS = (*"abcdefghijklmnopqrstuvwxyz", *"0123456789", "")
+"""Keys that a schema does not name, by their first character, letters in either case; "" stands for all others."""
+
+INTEGER = "-?(0|[1-9][0-9]{0,17})"
+INTEGER_BOUND = 10**15
+"""Of numbers that have a bound on one side."""
+SAFE_PATTERN = "^[^" + UNPRINTABLE.replace("x00-\\x1f", "x00-\\x07\\x0b\\x0e-\\x1f") + "]*$"
+"""Of texts in JSON: these characters, and those that have an escape."""
+PLAIN = f"/{_PLAIN.replace('/', chr(92) + '/')}/ & ~/{_LIKE_NUMBERS}/ & ~/(?i:{_WORDS})/"
+"""Texts without quotes."""
+TERMINALS = {
+    "INTEGER": f"/{INTEGER}/",
+    "NUMBER": f"/{INTEGER}(\\.[0-9]{{1,17}})?/",
+    "QUOTED": f'/"({IN_QUOTES}|\\\\["\\\\bfnrt])*"/',
+    "PLAIN": PLAIN,
+    "LINE": f"/[^ {UNPRINTABLE}][^{UNPRINTABLE}]*/",
+    "INDENTED": f"/ *[^ {UNPRINTABLE}][^{UNPRINTABLE}]*/",
+}
+"""Numbers of at most 18 digits, and 17 behind the point, which both read as integers and doubles; texts; the lines of a
+literal block, the first without spaces before it."""
+
+
+def lark(text: str) -> str:
+    """A string of Lark's that is `text`. Its lexer takes no control characters, and no surrogates."""
+    return "".join(
+        f"\\u{ord(one):04x}" if "\x7f" <= one < "\xa0" else one for one in json.dumps(text, ensure_ascii=False)
+    )
+
+
+def json_text(value: Any) -> str:
+    """A value in flow style, which is JSON on one line with what YAML may not hold escaped, and with exponents that
+    YAML 1.1 reads."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json_text(name)}: {json_text(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(json_text, value)) + "]"
+    if isinstance(value, float):
+        text = repr(value)
+        return text if "." in text or "e" not in text else text.replace("e", ".0e")
+    text = json.dumps(value, ensure_ascii=False)
+    return _HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def text_of(value: Any) -> str:
+    """A value on one line in block style: a text without quotes where it would be read as the same text."""
+    return value if isinstance(value, str) and _IS_PLAIN.match(value) else json_text(value)
+
+
+def key_of(name: str) -> str:
+    """A key in block style, without its colon."""
+    return name if _IS_PLAIN_KEY.match(name) else json_text(name)
+
+
+def other_keys(start: str, named: Iterable[str], inside: str | None, outside: Iterable[str]) -> tuple[str, str]:
+    """Expressions for keys that begin with one of `KEY_STARTS`, their colon with them: in block style, and in flow style.
+
+    Args:
+        named: keys that are none of these.
+        inside: an expression that they match as well.
+        outside: expressions that they do not match.
+    """
+    limits = [f"& {inside}" if inside else "", *(f"& ~({one})" for one in outside)]
+    limits += [f"& ~{lark(name)}" for name in named if _starts(name) == start]
+    held = " ".join(filter(None, limits))
+    first = "[^A-Za-z0-9" + IN_QUOTES[2:] if not start else f"[{start}{start.upper()}]" if start.isalpha() else start
+    quoted = f'"\\"" (/{first}{IN_QUOTES}{{0,200}}/ {held}) "\\""'
+    if not start.isalpha():
+        return f'{quoted} ":"', f'{quoted} ": "'
+    plain = f"(/{first}([A-Za-z0-9_.\\/ -]{{0,62}}[A-Za-z0-9_])?/ & ~/(?i:{_WORDS})/ {held})"
+    return f'{plain} ":" | {quoted} ":"', f'{quoted} ": "'
+
+
+def _starts(name: str) -> str:
+    first = name[:1].lower()
+    return first if first.isascii() and first.isalnum() else ""
+
+
+def whole_pattern(pattern: str) -> str | None:
+    """The expression of a `pattern`, for the whole text; None where it looks around, or has anchors inside."""
+    from llguidance import regex_to_lark
+
+    begins, ends = pattern.startswith("^"), re.search(r"(?<!\\)(?:\\\\)*\$$", pattern) is not None
+    core = pattern[begins : len(pattern) - ends]
+    without_classes = re.sub(r"\\[^bBAzZ]|\[\^?\]?(?:\\.|[^\]\\])*\]", "", core)
+    is_anchored = re.search(r"[\^$]|\\|\(\?[=!<]", without_classes) is not None
+    outside = re.sub(r"\([^()]*\)", "", re.sub(r"\([^()]*\)", "", without_classes))
+    if is_anchored or ((begins or ends) and "|" in outside):
+        return None
+    try:
+        return f"/{'' if begins else '(?s:.*)'}({regex_to_lark(core, 'dw')}){'' if ends else '(?s:.*)'}/"
+    except ValueError:
+        return None
