@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from quire.errors import ShapeError
 from quire.structured.closing import Closer, TextTokens
 from quire.structured.matcher import Matcher
-from quire.structured.samples import lines_of, samples_of
+from quire.structured.samples import is_yaml, lines_of, samples_of
 from quire.structured.source import limits
+from quire.structured.unique import KeyTokens, UniqueKeys
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -94,7 +95,9 @@ class GrammarCompiler:
         self._executor: LLExecutor | None = None
         self._kept: OrderedDict[str, Future[_Compiled]] = OrderedDict()
         self._kept_bytes = 0
-        self._started: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._texts_of_tokens: Sequence[bytes] = ()
+        self._key_tokens: KeyTokens | None = None
+        self._started: OrderedDict[str, Future[LLMatcher | UniqueKeys]] = OrderedDict()
         """By request, until it has a row."""
 
     def ready(self, request: _HasSampling) -> str | None:
@@ -134,7 +137,7 @@ class GrammarCompiler:
         assert self._tokenizer is not None
         return Matcher(inner, found.closer, self._tokenizer.eos_tokens, found.shortest, grammar.max_tokens)
 
-    def _start(self, request_id: str, source: str) -> "Future[LLMatcher]":
+    def _start(self, request_id: str, source: str) -> "Future[LLMatcher | UniqueKeys]":
         future = self._started.get(request_id)
         if future is None:
             future = self._started[request_id] = self._submit(self._new_matcher, source)
@@ -154,8 +157,14 @@ class GrammarCompiler:
         if self._executor is None:
             self._executor = LLExecutor(self._num_threads)
         assert masks.flags.c_contiguous and len(matchers) <= len(masks)
-        jobs = [(matcher.inner, place) for place, matcher in enumerate(matchers)]
+        jobs = [
+            (one.raw if isinstance(one := matcher.inner, UniqueKeys) else one, place)
+            for place, matcher in enumerate(matchers)
+        ]
         self._executor.unsafe_compute_mask_ptr(jobs, masks.ctypes.data, masks.strides[0], len(masks))
+        for matcher, mask in zip(matchers, masks, strict=False):
+            if isinstance(matcher.inner, UniqueKeys):
+                matcher.inner.exclude(mask.view(np.uint8))
 
     def shortest(self, source: str) -> Sequence[int] | None:
         """An answer as short as was found, its end of sequence not among it; None if none was found. Waits.
@@ -200,13 +209,14 @@ class GrammarCompiler:
             wrapped = _Wrapped(vocabulary)
             self._texts, self._encode = TextTokens(wrapped.token_of, len(vocabulary.tokens)), wrapped
             self._tokenizer = _tokenizer(wrapped, vocabulary)
+            self._texts_of_tokens = wrapped.texts
         matcher = self._new_matcher(source)
-        samples, lines = ([*map(self._encode, texts(source))] for texts in (samples_of, lines_of))
-        closer = Closer(self._texts, samples, lines)
+        samples = [self._encode(text) for text in samples_of(source)]
+        closer = Closer(self._texts, samples, lines_of(source), self._encode)
         shortest = closer.shortest(matcher, _LONGEST)
         return _Compiled(closer, None if shortest is None else tuple(shortest))
 
-    def _new_matcher(self, source: str) -> "LLMatcher":
+    def _new_matcher(self, source: str) -> "LLMatcher | UniqueKeys":
         """In the thread, after the vocabulary is there."""
         from llguidance import LLMatcher
 
@@ -217,7 +227,11 @@ class GrammarCompiler:
             raise ShapeError("cannot be compiled: its compiler failed") from error
         if matcher.is_error():
             raise ShapeError(f"cannot be compiled: {matcher.get_error()[:500]}")
-        return matcher
+        if not is_yaml(source):
+            return matcher
+        if self._key_tokens is None:
+            self._key_tokens = KeyTokens(self._texts_of_tokens)
+        return UniqueKeys(matcher, self._key_tokens)
 
 
 class _Wrapped:
@@ -240,6 +254,11 @@ class _Wrapped:
         found = list(self._encode(data.decode("utf-8", "replace")))
         spelled = b"".join(self.tokens[token_id] for token_id in found)
         return found if spelled == data and self._special.isdisjoint(found) else self._longest(data)
+
+    @property
+    def texts(self) -> list[bytes]:
+        """By id; b"" for special tokens."""
+        return [b"" if token_id in self._special else text for token_id, text in enumerate(self.tokens)]
 
     def token_of(self, text: bytes) -> int | None:
         """The token that is this text."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from quire.errors import ShapeError
 from quire.structured.closing import Closer
+from quire.structured.unique import UniqueKeys
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -34,7 +35,7 @@ class Matcher:
 
     def __init__(
         self,
-        inner: "LLMatcher",
+        inner: "LLMatcher | UniqueKeys",
         closer: Closer,
         eos_token_ids: Sequence[int],
         plan: Sequence[int] | None,

@@ -29,11 +29,16 @@ def samples_of(source: str) -> list[str]:
     return [*found][:_MOST]
 
 
-def lines_of(source: str) -> list[str]:
-    """What the lines of an answer may begin with, as `yaml_rules.py` writes it: those indented least first."""
+def is_yaml(source: str) -> bool:
+    """Whether it is a grammar of `yaml_rules.py`."""
+    return source.startswith(LINES)
+
+
+def lines_of(source: str) -> list[tuple[int, str]]:
+    """What the lines of an answer may begin with, with their indentation, the least first."""
     first, _, _ = source.partition("\n")
-    found: list[str] = json.loads(first.removeprefix(LINES)) if first.startswith(LINES) else []
-    return sorted(found, key=lambda line: len(line) - len(line.lstrip()))[:_MOST_LINES]
+    found = json.loads(first.removeprefix(LINES)) if is_yaml(source) else []
+    return sorted(((indentation, text) for indentation, text in found), key=lambda one: one[0])[:_MOST_LINES]
 
 
 def _patterns(value: Any) -> Iterator[str]:

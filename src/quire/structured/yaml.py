@@ -7,13 +7,15 @@ Indentation makes what may follow depend on the depth, so there is a rule for ea
 - `lines`: an object or a list in block style, that begins where it stands;
 - `flow`: a value in flow style.
 
-Keys must differ (section 3.2.1.3 of YAML 1.2), which no grammar can say of keys that it does not know. So of the keys
-that a schema does not name there is at most one for each first character, in their order.
+Keys must differ (section 3.2.1.3 of YAML 1.2), which no grammar can say of keys that it does not know: `unique.py` sees
+to it, where every key can become a longer one. Where a pattern may leave no other key, there is at most one for each
+first character, in their order.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -33,7 +35,9 @@ from quire.structured.yaml_scalars import (
     KEY_STARTS,
     LONGEST_KEY,
     PLAIN,
+    PLAIN_FORMATS,
     SAFE_PATTERN,
+    is_endless,
     json_text,
     key_of,
     lark,
@@ -171,7 +175,7 @@ class _Compiler:
             guidance = {"whitespace_flexible": False, "json_allowed_escapes": ESCAPES}
             held = {"type": "string", **said, "allOf": [{"pattern": SAFE_PATTERN}], "x-guidance": guidance}
             yield from self._json(held)
-            if kind == "inline" and "format" not in said:
+            if kind == "inline" and said.get("format", "email") in PLAIN_FORMATS:
                 yield from self._plain_text(said)
             return
         yield ("QUOTED",)
@@ -186,6 +190,8 @@ class _Compiler:
         if pattern is not None:
             least, most = int(said.get("minLength", 0)), said.get("maxLength", "")
             text = f"{PLAIN} & {pattern} & /.{{{least},{most}}}/"
+            if "format" in said:
+                text += f" & /{PLAIN_FORMATS[said['format']].replace('/', chr(92) + '/')}/"
             if self._matches(f"start: K\nK: {text}\n", None):
                 yield (self._rules.terminal(text),)
 
@@ -230,25 +236,27 @@ class _Compiler:
         after = [rules.new() for _ in range(top + 1)]
         for count in range(least, top + 1):
             rules.add(after[count], ())
-        for key, value, is_required in reversed(slots):
+        for slot in reversed(slots):
             before = [rules.new() for _ in range(top + 1)]
             for count, name in enumerate(before):
-                if not is_required:
+                if not slot.is_required:
                     rules.add(name, (after[count],))
                 if count < top or most is None:
-                    pair = self._pair(key, value, depth)
+                    following = (before if slot.is_repeated else after)[min(count + 1, top)]
                     first: tuple[Symbol, ...] = (between,) if count else ()
-                    rules.add(name, *((*first, *one, after[min(count + 1, top)]) for one in pair))
+                    rules.add(name, *((*first, *pair, following) for pair in self._pairs(slot, depth)))
             after = before
         return after[0]
 
-    def _pair(self, key: Symbol, value: Any, depth: int) -> list[tuple[Symbol, ...]]:
-        if depth == FLOW:
-            return [(key, self._rule("flow", value, FLOW))]
-        lines = self._rule("lines", value, depth + 1)
-        return [(key, '" "', self._rule("inline", value, depth + 1)), (key, self._rules.line(depth + 1), lines)]
+    def _pairs(self, slot: "_Slot", depth: int) -> Iterator[tuple[Symbol, ...]]:
+        for key, value in slot.pairs:
+            if depth == FLOW:
+                yield (key, self._rule("flow", value, FLOW))
+                continue
+            yield (key, '" "', self._rule("inline", value, depth + 1))
+            yield (key, self._rules.line(depth + 1), self._rule("lines", value, depth + 1))
 
-    def _named(self, plain: Schema, depth: int) -> Iterator[tuple[Symbol, Any, bool]]:
+    def _named(self, plain: Schema, depth: int) -> "Iterator[_Slot]":
         required = plain.get("required", ())
         for name in dict.fromkeys([*plain.get("properties", ()), *required]):
             text = f"{json_text(name)}: " if depth == FLOW else f"{key_of(name)}:"
@@ -256,26 +264,37 @@ class _Compiler:
                 raise Unheld("properties", f"cannot be held with keys of more than {LONGEST_KEY} characters")
             if depth != FLOW:
                 self._rules.starts_line(text, depth, first=name in required)
-            yield lark(text), property_of(plain, name), name in required
+            yield _Slot([(lark(text), property_of(plain, name))], is_required=name in required)
 
-    def _others(self, plain: Schema, depth: int) -> Iterator[tuple[Symbol, Any, bool]]:
+    def _others(self, plain: Schema, depth: int) -> "Iterator[_Slot]":
         """Keys that are not named: those of one `patternProperties` alone, or of none."""
         named = [*plain.get("properties", {}), *plain.get("required", ())]
-        patterns = plain.get("patternProperties", {})
-        kinds_of_keys: list[tuple[str | None, Any]] = [(None, plain.get("additionalProperties", True))]
-        for pattern, schema in patterns.items():
+        groups: list[tuple[str | None, Any]] = [(None, plain.get("additionalProperties", True))]
+        for pattern, schema in plain.get("patternProperties", {}).items():
             inside = whole_pattern(pattern)
             if inside is None:
                 raise Unheld("patternProperties", f"cannot be held with the pattern {pattern[:80]!r}")
-            kinds_of_keys.append((inside, schema))
-        for start in KEY_STARTS:
-            for inside, schema in kinds_of_keys:
-                if schema is False:
-                    continue
-                outside = [other for other, _ in kinds_of_keys if other is not None and other != inside]
+            groups.append((inside, schema))
+        are_endless = all(map(is_endless, plain.get("patternProperties", {})))
+        for start in (None,) if are_endless else KEY_STARTS:
+            pairs: list[tuple[Symbol, Any]] = []
+            for inside, schema in groups:
+                outside = [other for other, _ in groups if other is not None and other != inside]
                 block, flow = other_keys(start, named, inside, outside)
-                if not patterns or self._matches(f"start: K\nK: {flow}\n", None):
-                    yield self._rules.terminal(flow if depth == FLOW else block), schema, False
+                if schema is not False and (
+                    len(groups) == 1 or self._matches(f"start: K\nK: {flow}\n", None)
+                ):
+                    pairs.append((self._rules.terminal(flow if depth == FLOW else block), schema))
+            yield _Slot(pairs, is_repeated=start is None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """A place among the properties of an object: keys with the schemas of their values."""
+
+    pairs: Sequence[tuple[Symbol, Any]]
+    is_required: bool = False
+    is_repeated: bool = False
 
 
 def _may_be_empty(plain: Schema, type_name: str) -> bool:

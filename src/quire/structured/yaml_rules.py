@@ -20,7 +20,7 @@ class Rules:
         self._terminals: dict[str, str] = dict(TERMINALS)
         self._names: dict[str, str] = {}
         """Of rules and terminals that are made once, by what they are."""
-        self._starts: dict[str, None] = {}
+        self._starts: dict[tuple[int, str], None] = {}
 
     def __len__(self) -> int:
         return len(self._rules)
@@ -60,7 +60,7 @@ class Rules:
 
     def starts_line(self, text: str, depth: int, *, first: bool = False) -> None:
         """Say that `text` may begin a line of this depth; `first` where it often must."""
-        line = "\n" + "  " * depth + text
+        line = (2 * depth, text)
         self._starts = {line: None, **self._starts} if first else {**self._starts, line: None}
 
     def text(self) -> str | None:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from quire.structured.keys import LONGEST_PLAIN, LONGEST_QUOTED
+
 UNPRINTABLE = "\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ufeff\\ufffe\\uffff"
 """Characters that no YAML may hold, that break lines there, or that a reader drops; C1 controls among them."""
 _HIDDEN = re.compile(f"[{UNPRINTABLE}]")
@@ -33,6 +35,14 @@ SAFE_PATTERN = "^[^" + UNPRINTABLE.replace("x00-\\x1f", "x00-\\x07\\x0b\\x0e-\\x
 """Of texts in JSON: these characters, and those that have an escape."""
 PLAIN = f"/{_PLAIN.replace('/', chr(92) + '/')}/ & ~/{_LIKE_NUMBERS}/ & ~/(?i:{_WORDS})/"
 """Texts without quotes."""
+_HOST = "[A-Za-z][A-Za-z0-9]{0,15}(-[A-Za-z0-9]{1,15})?(\\.[A-Za-z][A-Za-z0-9]{0,15}(-[A-Za-z0-9]{1,15})?){0,6}"
+PLAIN_FORMATS = {
+    "email": f"[A-Za-z][A-Za-z0-9]*([._][A-Za-z0-9]+)*@{_HOST}",
+    "hostname": _HOST,
+    "uri": f"(https?|ftps?|gs|s3|file)://{_HOST}(/[A-Za-z0-9._-]+)*/?",
+    "uuid": "[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
+}
+"""Of texts of a format those that are written plain; others are quoted."""
 TERMINALS = {
     "INTEGER": f"/{INTEGER}/",
     "NUMBER": f"/{INTEGER}(\\.[0-9]{{1,17}})?/",
@@ -76,22 +86,27 @@ def key_of(name: str) -> str:
     return name if _IS_PLAIN_KEY.match(name) else json_text(name)
 
 
-def other_keys(start: str, named: Iterable[str], inside: str | None, outside: Iterable[str]) -> tuple[str, str]:
-    """Expressions for keys that begin with one of `KEY_STARTS`, their colon with them: in block style, and in flow style.
+def other_keys(start: str | None, named: Iterable[str], inside: str | None, outside: Iterable[str]) -> tuple[str, str]:
+    """Expressions for keys that a schema does not name, their colon with them: in block style, and in flow style.
 
     Args:
+        start: one of `KEY_STARTS`, with which they begin; None for any.
         named: keys that are none of these.
         inside: an expression that they match as well.
         outside: expressions that they do not match.
     """
     limits = [f"& {inside}" if inside else "", *(f"& ~({one})" for one in outside)]
-    limits += [f"& ~{lark(name)}" for name in named if _starts(name) == start]
+    limits += [f"& ~{lark(name)}" for name in named if start is None or _starts(name) == start]
     held = " ".join(filter(None, limits))
-    first = "[^A-Za-z0-9" + IN_QUOTES[2:] if not start else f"[{start}{start.upper()}]" if start.isalpha() else start
-    quoted = f'"\\"" (/{first}{IN_QUOTES}{{0,200}}/ {held}) "\\""'
-    if not start.isalpha():
+    first = IN_QUOTES
+    if start is not None:
+        first = f"[^A-Za-z0-9{IN_QUOTES[2:]}" if not start else f"[{start}{start.upper()}]" if start.isalpha() else start
+    quoted = f'"\\"" (/{first}{IN_QUOTES}{{0,{LONGEST_QUOTED - 1}}}/ {held}) "\\""'
+    if start is not None and not start.isalpha():
         return f'{quoted} ":"', f'{quoted} ": "'
-    plain = f"(/{first}([A-Za-z0-9_.\\/ -]{{0,62}}[A-Za-z0-9_])?/ & ~/(?i:{_WORDS})/ {held})"
+    letter = "[A-Za-z_]" if start is None else first
+    more = f"([A-Za-z0-9_.\\/ -]{{0,{LONGEST_PLAIN - 2}}}[A-Za-z0-9_])?"
+    plain = f"(/{letter}{more}/ & ~/(?i:{_WORDS})/ {held})"
     return f'{plain} ":" | {quoted} ":"', f'{quoted} ": "'
 
 
@@ -115,3 +130,8 @@ def whole_pattern(pattern: str) -> str | None:
         return f"/{'' if begins else '(?s:.*)'}({regex_to_lark(core, 'dw')}){'' if ends else '(?s:.*)'}/"
     except ValueError:
         return None
+
+
+def is_endless(pattern: str) -> bool:
+    """Whether a key that matches can become a longer one that does, and another with any letter, as far as is seen."""
+    return re.search(r"(?:[^\\]|^)(?:\.|\[[^\]\\]*\]|\\w)[+*]\$$", pattern) is not None or "$" not in pattern
