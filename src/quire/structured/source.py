@@ -165,8 +165,8 @@ def _matches(lark_text: str, text: str | None) -> bool:
 
     source = LLMatcher.grammar_from_lark(lark_text)
     matcher = LLMatcher(LLTokenizer("byte"), source, log_level=0, limits=limits())
-    if text is None:
-        return not matcher.is_error() and any(matcher.compute_bitmask())
+    if text is None:  # where nothing may come, it allows the end, and says so afterwards
+        return not matcher.is_error() and any(matcher.compute_bitmask()) and not matcher.is_error()
     tokens = list(text.encode())
     return not matcher.is_error() and matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 

@@ -108,12 +108,18 @@ class _Compiler:
 
     def _fill(self, kind: str, schema: Any, depth: int, name: str) -> None:
         for plain in self._plain.branches(schema):
-            if "enum" in plain:
-                texts = [] if kind == "lines" else self._values(plain, kind)
-                self._rules.add(name, *((lark(text),) for text in texts))
+            if "enum" not in plain:
+                for type_name in kinds(plain):
+                    self._fill_type(kind, type_name, plain, depth, name)
                 continue
-            for type_name in kinds(plain):
-                self._fill_type(kind, type_name, plain, depth, name)
+            write = json_text if kind == "flow" else text_of
+            for value in plain["enum"]:
+                if not self._admits(plain, value):
+                    continue
+                if isinstance(value, list | dict):
+                    self._fill_type(kind, _type_of(value), _exactly(value), depth, name)
+                elif kind != "lines":
+                    self._rules.add(name, (lark(write(value)),))
 
     def _fill_type(self, kind: str, type_name: str, plain: Schema, depth: int, name: str) -> None:
         add = self._rules.add
@@ -136,10 +142,6 @@ class _Compiler:
             add(name, *self._string(plain, kind, depth))
         else:
             add(name, *self._number(plain, type_name))
-
-    def _values(self, plain: Schema, kind: str) -> list[str]:
-        write = json_text if kind == "flow" else text_of
-        return [write(value) for value in plain["enum"] if self._admits(plain, value)]
 
     def _admits(self, plain: Schema, value: Any) -> bool:
         """Whether a value of an `enum` satisfies what is said beside it."""
@@ -275,7 +277,8 @@ class _Compiler:
             if inside is None:
                 raise Unheld("patternProperties", f"cannot be held with the pattern {pattern[:80]!r}")
             groups.append((inside, schema))
-        are_endless = all(map(is_endless, plain.get("patternProperties", {})))
+        patterns = plain.get("patternProperties", {}).items()
+        are_endless = all(is_endless(pattern) and self._plain.branches(schema) for pattern, schema in patterns)
         for start in (None,) if are_endless else KEY_STARTS:
             pairs: list[tuple[Symbol, Any]] = []
             for inside, schema in groups:
@@ -310,3 +313,12 @@ def _type_of(value: Any) -> str:
         return "integer" if value == int(value) else "number"
     names: dict[type, str] = {str: "string", list: "array", dict: "object"}
     return names.get(type(value), "null")
+
+
+def _exactly(value: Any) -> Schema:
+    """The plain schema of one list or object."""
+    if isinstance(value, list):
+        items = [{"const": item} for item in value]
+        return {"prefixItems": items, "minItems": len(items), "maxItems": len(items)}
+    properties = {name: {"const": item} for name, item in value.items()}
+    return {"properties": properties, "required": [*value], "additionalProperties": False}

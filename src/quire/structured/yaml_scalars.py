@@ -70,7 +70,7 @@ def json_text(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(json_text, value)) + "]"
     if isinstance(value, float):
-        text = repr(value)
+        text = repr(int(value) if value.is_integer() and abs(value) < 2**53 else value)
         return text if "." in text or "e" not in text else text.replace("e", ".0e")
     text = json.dumps(value, ensure_ascii=False)
     return _HIDDEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
@@ -133,5 +133,9 @@ def whole_pattern(pattern: str) -> str | None:
 
 
 def is_endless(pattern: str) -> bool:
-    """Whether a key that matches can become a longer one that does, and another with any letter, as far as is seen."""
-    return re.search(r"(?:[^\\]|^)(?:\.|\[[^\]\\]*\]|\\w)[+*]\$$", pattern) is not None or "$" not in pattern
+    """Whether every key that matches can become a longer one that does, as far as is seen: what comes last is repeated,
+    or anything may come before or behind it."""
+    if not pattern.startswith("^") or not pattern.endswith("$"):
+        return True
+    repeated = re.search(r"(?:^|[^\\])(?:\.|\\w|\[(?:[^\]\\]|\\.)+\])(?:[+*]|\{\d+,(\d*)\})\$$", pattern)
+    return repeated is not None and int(repeated[1] or LONGEST_QUOTED) >= LONGEST_QUOTED
