@@ -1,5 +1,6 @@
 """Grammars where tokens are sampled: compiled beside the step loop, kept, and followed by one matcher a sequence."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,8 @@ KEPT_GRAMMARS, KEPT_BYTES = 128, 2**22
 """Grammars that are known to compile, and their texts together."""
 MOST_STARTED = 1024
 """Matchers that wait for the row of their request."""
+_STACK_BYTES = 2**24
+"""llguidance goes from rule to rule of a long grammar: twice what the process that checks it has."""
 _LONGEST = 4096
 """The longest of shortest answers that is looked for, in tokens."""
 
@@ -190,9 +193,14 @@ class GrammarCompiler:
         return future
 
     def _submit(self, function: Callable[[str], T], source: str) -> "Future[T]":
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="quire-grammar")
-        return self._pool.submit(function, source)
+        if self._pool is not None:
+            return self._pool.submit(function, source)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="quire-grammar")
+        usual = threading.stack_size(_STACK_BYTES)
+        try:
+            return self._pool.submit(function, source)  # starts the thread
+        finally:
+            threading.stack_size(usual)
 
     def _forget_oldest(self) -> None:
         """Those that are being compiled stay: a request waits for each."""

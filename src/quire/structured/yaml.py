@@ -48,7 +48,7 @@ from quire.structured.yaml_scalars import (
 
 MAX_DEPTH = 8
 """Levels in block style, of a schema that needs no more than `MAX_RULES`; others have fewer."""
-MAX_RULES = 4000
+MAX_RULES = 2400
 FLOW = -1
 """As a depth: flow style."""
 _INDENT = "  "
