@@ -26,8 +26,8 @@ KEPT_GRAMMARS, KEPT_BYTES = 128, 2**22
 """Grammars that are known to compile, and their texts together."""
 MOST_STARTED = 1024
 """Matchers that wait for the row of their request."""
-_STACK_BYTES = 2**24
-"""llguidance goes from rule to rule of a long grammar: twice what the process that checks it has."""
+_STACK_BYTES = 2**27
+"""llguidance goes from rule to rule of a long grammar: twice what the process that checks it may use."""
 _LONGEST = 4096
 """The longest of shortest answers that is looked for, in tokens."""
 

@@ -48,7 +48,8 @@ from quire.structured.yaml_scalars import (
 
 MAX_DEPTH = 8
 """Levels in block style, of a schema that needs no more than `MAX_RULES`; others have fewer."""
-MAX_RULES = 2400
+MAX_RULES = 6000
+_DEPTHS = (MAX_DEPTH, 6, 4, 3, 2, 1, 0)
 FLOW = -1
 """As a depth: flow style."""
 _INDENT = "  "
@@ -71,7 +72,7 @@ def grammar(document: Any, matches: Callable[[str, str | None], bool]) -> str | 
         Unheld: a keyword that cannot be held.
     """
     tried = lru_cache(None)(matches)
-    for depth in range(MAX_DEPTH, -1, -1):
+    for depth in _DEPTHS:
         with suppress(_TooLarge):
             return _Compiler(document, depth, tried).text()
     raise Unheld("properties", f"needs more than {MAX_RULES} rules")
@@ -226,8 +227,9 @@ class _Compiler:
         return [('"- "', self._rule(kind, schema, depth + 1)) for kind in ("inline", "lines")]
 
     def _object(self, plain: Schema, depth: int) -> Symbol:
-        """The properties of an object that has some: for each place in their order, and number of those before it, a
-        rule for the rest."""
+        """The properties of an object that has some. For each place among the slots, and number of properties before
+        it, a rule for the keys that may come from there on, and one for what may follow a value: the break comes before
+        the choice of a key, so that behind a value no keys are looked for, of this object and of all around it."""
         rules = self._rules
         slots = [*self._named(plain, depth), *self._others(plain, depth)]
         least, most = max(int(plain.get("minProperties", 0)), 1), plain.get("maxProperties")
@@ -235,28 +237,33 @@ class _Compiler:
         if len(slots) * top > MAX_RULES:
             raise Unheld("maxProperties" if most is not None else "minProperties", "is too large")
         between: Symbol = '", "' if depth == FLOW else rules.line(depth)
-        after = [rules.new() for _ in range(top + 1)]
-        for count in range(least, top + 1):
-            rules.add(after[count], ())
+        keys = [rules.new() for _ in range(top + 1)]
+        ends = [rules.new() for _ in range(top + 1)]
+        for end in ends[least:]:
+            rules.add(end, ())
+        may_end = True
         for slot in reversed(slots):
-            before = [rules.new() for _ in range(top + 1)]
-            for count, name in enumerate(before):
-                if not slot.is_required:
-                    rules.add(name, (after[count],))
+            may_end = may_end and not slot.is_required
+            later_keys, later_ends = keys, ends
+            keys, ends = [rules.new() for _ in keys], [rules.new() for _ in ends]
+            values = [(key, self._value(value, depth)) for key, value in slot.pairs]
+            for count, (key_rule, end) in enumerate(zip(keys, ends, strict=True)):
                 if count < top or most is None:
-                    following = (before if slot.is_repeated else after)[min(count + 1, top)]
-                    first: tuple[Symbol, ...] = (between,) if count else ()
-                    rules.add(name, *((*first, *pair, following) for pair in self._pairs(slot, depth)))
-            after = before
-        return after[0]
+                    rest = (ends if slot.is_repeated else later_ends)[min(count + 1, top)]
+                    rules.add(key_rule, *((key, value, rest) for key, value in values))
+                    rules.add(end, (between, key_rule))
+                if not slot.is_required:
+                    rules.add(key_rule, (later_keys[count],))
+                if may_end and count >= least:
+                    rules.add(end, ())
+        return keys[0]
 
-    def _pairs(self, slot: "_Slot", depth: int) -> Iterator[tuple[Symbol, ...]]:
-        for key, value in slot.pairs:
-            if depth == FLOW:
-                yield (key, self._rule("flow", value, FLOW))
-                continue
-            yield (key, '" "', self._rule("inline", value, depth + 1))
-            yield (key, self._rules.line(depth + 1), self._rule("lines", value, depth + 1))
+    def _value(self, schema: Any, depth: int) -> Symbol:
+        """What comes behind a key."""
+        if depth == FLOW:
+            return self._rule("flow", schema, FLOW)
+        inline, lines = (self._rule(kind, schema, depth + 1) for kind in ("inline", "lines"))
+        return self._rules.once(f"{inline} {lines}", ('" "', inline), (self._rules.line(depth + 1), lines))
 
     def _named(self, plain: Schema, depth: int) -> "Iterator[_Slot]":
         required = plain.get("required", ())

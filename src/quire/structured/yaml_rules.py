@@ -36,11 +36,11 @@ class Rules:
         known = self._rules.setdefault(name, [])
         known += [one for one in alternatives if one not in known]
 
-    def once(self, key: str, alternative: Alternative) -> str:
-        """The rule of one alternative that is known under this name."""
+    def once(self, key: str, *alternatives: Alternative) -> str:
+        """The rule that is known under this name."""
         if key not in self._names:
             self._names[key] = self.new()
-            self.add(self._names[key], alternative)
+            self.add(self._names[key], *alternatives)
         return self._names[key]
 
     def terminal(self, definition: str) -> str:
