@@ -24,7 +24,7 @@ def read(text: str) -> Any:
     """
     try:
         first, second = yaml.safe_load(text), YAML(typ="safe", pure=True).load(text)
-    except Exception as error:  # noqa: BLE001 - they raise of all kinds
+    except Exception as error:
         raise Unlike(str(error)) from error
     if repr(first) != repr(second):  # repr: 1 is not true, nor 1.0
         raise Unlike(f"{first!r} and {second!r}")

@@ -1,4 +1,4 @@
-"""Which keys a mapping has so far: a reader of YAML as `yaml.py` has it written, byte by byte, that stops at a key which
+"""Which keys a mapping has so far: a reader of YAML as `yaml.py` has it written, byte by byte, that stops at a key that
 its mapping has already."""
 
 from typing import NamedTuple

@@ -138,7 +138,9 @@ def _both(one: Schema, other: Schema) -> Schema | None:
 
 def _types(left: list[str], right: list[str]) -> list[str]:
     found = [name for name in left if name in right]
-    if "integer" not in found and (("integer" in left and "number" in right) or ("number" in left and "integer" in right)):
+    if "integer" not in found and (
+        ("integer" in left and "number" in right) or ("number" in left and "integer" in right)
+    ):
         found.append("integer")
     return found
 
@@ -202,7 +204,7 @@ def is_equal(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(is_equal, one, other))
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(is_equal(one[name], other[name]) for name in one)
-    return type(one) is type(other) and one == other or _numbers(one, other)
+    return (type(one) is type(other) and one == other) or _numbers(one, other)
 
 
 def _numbers(one: Any, other: Any) -> bool:
@@ -213,4 +215,3 @@ def kinds(schema: Schema) -> Iterator[str]:
     """The types that a plain schema allows, each once: an integer is a number."""
     allowed = schema.get("type", [name for name in TYPES if name != "integer"])
     yield from (name for name in TYPES if name in allowed and not (name == "integer" and "number" in allowed))
-

@@ -7,9 +7,11 @@ out.
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 _LARK_REGEX = re.compile(r"/((?:\\.|[^/\\\n])+)/")
+_JSON_RULE = re.compile(r"%json (\{.*\})$", re.MULTILINE)
 _CLASSES = {"d": "0", "w": "a", "s": " ", "D": "a", "W": "-", "S": "a"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0"}
 _BOUNDS = re.compile(r"\{(\d+)(?:,\d*)?\}")
@@ -53,6 +55,9 @@ def _patterns(value: Any) -> Iterator[str]:
         for item in value:
             yield from _patterns(item)
     elif isinstance(value, str):
+        for schema in _JSON_RULE.findall(value):
+            with suppress(ValueError):
+                yield from _patterns(json.loads(schema))
         yield from _LARK_REGEX.findall(value)
 
 

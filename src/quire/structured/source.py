@@ -123,7 +123,9 @@ def _schema(params: StructuredOutputsParams) -> Any:
         raise refusal(params.kind, f"may be nested at most {MAX_NESTING} deep")
     for place, keywords in _schemas(schema, "#"):
         if "x-guidance" in keywords:
-            raise refusal(params.kind, f"the keyword 'x-guidance' at {place} is not honoured: use the fields of {FIELD}")
+            raise refusal(
+                params.kind, f"the keyword 'x-guidance' at {place} is not honoured: use the fields of {FIELD}"
+            )
         for keyword in _not_held_exactly(keywords):
             if (params.kind, keyword) == ("yaml", "minProperties"):
                 continue  # there no key comes twice
@@ -288,4 +290,3 @@ def _lark(grammar: str) -> str:
         return gbnf_to_lark(grammar)
     except Exception as error:  # noqa: BLE001 - the library raises bare Exception
         raise refusal("grammar", f"is taken for GBNF ('::='), and is none: {str(error)[:300]}") from None
-

@@ -1,4 +1,4 @@
-"""A matcher under which no mapping of YAML has a key twice. Its grammar cannot say that of keys that it does not know."""
+"""A matcher under which no mapping of YAML has a key twice: no grammar can say that of keys that it does not know."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -74,12 +74,12 @@ class UniqueKeys:
 
     def validate_tokens(self, token_ids: Sequence[int]) -> int:
         """How many of them may come next, one after the other."""
-        return int(self.raw.validate_tokens(token_ids[: len(self._following(token_ids))]))
+        return int(self.raw.validate_tokens([*token_ids[: len(self._following(token_ids))]]))
 
     def try_consume_tokens(self, token_ids: Sequence[int]) -> int:
         """Go on with as many of them as may come next; their number."""
         places = self._following(token_ids)
-        taken = int(self.raw.try_consume_tokens(token_ids[: len(places)])) if places else 0
+        taken = int(self.raw.try_consume_tokens([*token_ids[: len(places)]])) if places else 0
         self._places += places[:taken]
         return taken
 

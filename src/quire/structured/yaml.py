@@ -90,7 +90,7 @@ class _Compiler:
         self._names: dict[tuple[str, str, int], str] = {}
         self._waiting: list[tuple[str, Any, int, str]] = []
 
-    def text(self) -> str:
+    def text(self) -> str | None:
         self._rules.add("start", (self._rule("inline", self._document, 0),), (self._rule("lines", self._document, 0),))
         while self._waiting:
             kind, schema, depth, name = self._waiting.pop()
@@ -152,7 +152,9 @@ class _Compiler:
         rest = {word: plain[word] for word in KEYWORDS.get(name, ()) if word in plain}
         if name in ("array", "object") and rest:
             raise Unheld("enum", f"cannot be held beside {next(iter(rest))!r}")
-        return not rest or self._matches(f"start: %json {json.dumps({'type': name, **rest})}\n", json.dumps(value, ensure_ascii=False))
+        return not rest or self._matches(
+            f"start: %json {json.dumps({'type': name, **rest})}\n", json.dumps(value, ensure_ascii=False)
+        )
 
     def _number(self, plain: Schema, type_name: str) -> Iterator[tuple[Symbol, ...]]:
         """Of free numbers at most 18 digits, of bounded ones those between the bounds: exponents are not written."""
@@ -291,9 +293,7 @@ class _Compiler:
             for inside, schema in groups:
                 outside = [other for other, _ in groups if other is not None and other != inside]
                 block, flow = other_keys(start, named, inside, outside)
-                if schema is not False and (
-                    len(groups) == 1 or self._matches(f"start: K\nK: {flow}\n", None)
-                ):
+                if schema is not False and (len(groups) == 1 or self._matches(f"start: K\nK: {flow}\n", None)):
                     pairs.append((self._rules.terminal(flow if depth == FLOW else block), schema))
             yield _Slot(pairs, is_repeated=start is None)
 
@@ -309,8 +309,8 @@ class _Slot:
 
 def _may_be_empty(plain: Schema, type_name: str) -> bool:
     if type_name == "array":
-        return plain.get("minItems", 0) < 1
-    return not plain.get("required") and plain.get("minProperties", 0) < 1
+        return int(plain.get("minItems", 0)) < 1
+    return not plain.get("required") and int(plain.get("minProperties", 0)) < 1
 
 
 def _type_of(value: Any) -> str:

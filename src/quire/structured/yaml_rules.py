@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from quire.structured.samples import LINES
 from quire.structured.yaml_scalars import TERMINALS

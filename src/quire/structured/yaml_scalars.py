@@ -11,8 +11,9 @@ from quire.structured.keys import LONGEST_PLAIN, LONGEST_QUOTED
 UNPRINTABLE = "\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ufeff\\ufffe\\uffff"
 """Characters that no YAML may hold, that break lines there, or that a reader drops; C1 controls among them."""
 _HIDDEN = re.compile(f"[{UNPRINTABLE}]")
-_FIRST = "A-Za-z0-9_/($\\u00a1-\\u1fff\\u3001-\\ud7ff\\ue000-\\ufefe\\uff01-\\ufffd\\U00010000-\\U0010ffff"
-_INNER = "\\-!$%&'()*+,./0-9;<=>?@A-Z\\\\^_`a-z|~\\u00a1-\\u1fff\\u3001-\\ud7ff\\ue000-\\ufefe\\uff01-\\ufffd\\U00010000-\\U0010ffff"
+_ABOVE_ASCII = "\\u00a1-\\u1fff\\u3001-\\ud7ff\\ue000-\\ufefe\\uff01-\\ufffd\\U00010000-\\U0010ffff"
+_FIRST = "A-Za-z0-9_/($" + _ABOVE_ASCII
+_INNER = "\\-!$%&'()*+,./0-9;<=>?@A-Z\\\\^_`a-z|~" + _ABOVE_ASCII
 """No quotes, brackets and braces: what closes a text or a list closes nothing here."""
 _PLAIN = f"[{_FIRST}](:*[{_INNER}#]| +[{_INNER}])*"
 _LIKE_NUMBERS = "[0-9][0-9A-Fa-fxXoO_:.+tTzZ -]*"
@@ -100,7 +101,9 @@ def other_keys(start: str | None, named: Iterable[str], inside: str | None, outs
     held = " ".join(filter(None, limits))
     first = IN_QUOTES
     if start is not None:
-        first = f"[^A-Za-z0-9{IN_QUOTES[2:]}" if not start else f"[{start}{start.upper()}]" if start.isalpha() else start
+        first = (
+            f"[^A-Za-z0-9{IN_QUOTES[2:]}" if not start else f"[{start}{start.upper()}]" if start.isalpha() else start
+        )
     quoted = f'"\\"" (/{first}{IN_QUOTES}{{0,{LONGEST_QUOTED - 1}}}/ {held}) "\\""'
     if start is not None and not start.isalpha():
         return f'{quoted} ":"', f'{quoted} ": "'

@@ -48,7 +48,7 @@ SHAPES = {
         schema=_FORMAT,
     ),
     "structured_outputs": Field(
-        "the answer is held to one of json (a schema), yaml (a schema), regex, choice, grammar (Lark or GBNF) and json_object",
+        "the answer is held to one of json and yaml (a schema), regex, choice, grammar (Lark or GBNF), json_object",
         schema=_object(**_KINDS),
     ),
     **{old: Field(f"{_OLDER}{new}", schema=_KINDS[new]) for old, new in _OLD.items()},
