@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from quire.core.request import GrammarSpec
 from quire.errors import InvalidRequestError
+from quire.structured.checker import ShapeChecker
 from quire.structured.compiler import GrammarCompiler, Vocabulary
 from quire.structured.source import source_of, validate
 from quire.structured.yaml import MAX_DEPTH
@@ -332,6 +334,58 @@ def test_combinations_are_held_by_what_they_mean() -> None:
             assert _accepted_only_as_read(schema, text), (schema, text)
         for text in not_held:
             assert not accepts(start, text), (schema, text)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "held", "not_held"),
+    [
+        ("^a|b$", ["a", "ax", "xb"], ["xa", "bx"]),
+        ("^BYTES|^KB$", ["BYTES", "BYTESx", "KB"], ["KBx", "xBYTES"]),
+        (r"^\d+:$", ['"1:"'], ["1:", '"1"', '"٣:"']),
+        ("b", ["abc"], ["ac"]),
+        (r"^[|^$]+$", ['"|"', '"^$"'], ['"a"', "a|"]),
+        (r"^(gs|s3)://\w+$", ["gs://a", "s3://b_"], ["gs://é", "gs:/a", "gs://"]),
+        ("^(?!a).*$", None, None),
+        (r"^no|yes$", ['"no"', "nope", '"yes"', "eyes"], ["no", "yes", "no way yesterday: 1"]),
+    ],
+)
+def test_a_pattern_is_held_plain_and_in_quotes(pattern: str, held: list[str] | None, not_held: list[str]) -> None:
+    schema = {"type": "string", "pattern": pattern}
+    if held is None:
+        with pytest.raises(InvalidRequestError):
+            matcher(yaml=schema)
+        return
+    start = matcher(yaml=schema)
+    for text in held:
+        assert accepts(start, text), text
+        assert re.search(pattern, read(text), re.ASCII)
+    for text in not_held:
+        assert not accepts(start, text), text
+
+
+@pytest.mark.parametrize(
+    "pattern", ["^[ab]$|^x+$", "^[a-c]{1,2}$", "^(a|b)$", "^a?$", "^(no|yes)$", "^[A]$|^b", "^..$"]
+)
+def test_few_keys_leave_no_place_without_a_token(pattern: str) -> None:
+    """Every key that may come is written, each once; what follows the last is the end."""
+    schema = {"type": "object", "patternProperties": {pattern: {"const": 1}}, "additionalProperties": False}
+    assert check_answers({**schema, "minProperties": 2}, 3, 40) or pattern == "^a?$"
+    assert check_answers(schema, 4, 40)
+
+
+def test_long_objects_exhaust_no_stack() -> None:
+    """Neither of the process that checks, nor of the thread that compiles."""
+    names = {f"p{number}": {"type": "null"} for number in range(890)}
+    checker = ShapeChecker()
+    try:
+        source = checker.source(StructuredOutputsParams(yaml={"properties": names, "type": "object"}))
+        with pytest.raises(InvalidRequestError, match="more than 900 keys any of which"):
+            more = {f"p{number}": {"type": "null"} for number in range(901)}
+            checker.source(StructuredOutputsParams(yaml={"properties": more, "type": "object"}))
+    finally:
+        checker.close()
+    vocabulary = Vocabulary(TOKENS, special_token_ids=(END,), eos_token_ids=(END,), encode=encode)
+    assert GrammarCompiler(lambda: vocabulary).shortest(source) is not None
 
 
 @pytest.mark.parametrize("file", sorted(SUITE.glob("*/*.json")), ids=lambda file: f"{file.parent.name}-{file.stem}")

@@ -65,17 +65,20 @@ class Plain:
         for word in _UNHELD:
             if word in schema and (word, schema[word]) != ("uniqueItems", False):
                 raise Unheld(word, "cannot be held")
-        found = [_read(schema)]
-        parts = [("allOf", [one]) for one in schema.get("allOf", ())]
-        parts += [(word, schema[word]) for word in ("anyOf", "oneOf") if word in schema]
-        if "$ref" in schema:
-            target = schema["$ref"]
-            if target in followed:
-                raise Unheld("$ref", "leads back to itself")
-            followed = (*followed, target)
-            parts.append(("$ref", [self._target(target)]))
-        for word, options in parts:
-            others = [plain for option in options for plain in self._branches(option, followed)]
+        parts: list[tuple[str, list[Schema]]] = [] if "properties" in schema else [("type", [_read(schema)])]
+        for word, value in schema.items():  # in their order, which is that of the properties
+            if word == "properties":
+                parts.append((word, [_read(schema)]))
+            elif word == "allOf":
+                parts += [(word, self._branches(one, followed)) for one in value]
+            elif word in ("anyOf", "oneOf"):
+                parts.append((word, [plain for one in value for plain in self._branches(one, followed)]))
+            elif word == "$ref":
+                if value in followed:
+                    raise Unheld(word, "leads back to itself")
+                parts.append((word, self._branches(self._target(value), (*followed, value))))
+        found: list[Schema] = [{}]
+        for word, others in parts:
             if len(found) * len(others) > MAX_BRANCHES:
                 raise Unheld(word, f"makes more than {MAX_BRANCHES} combinations")
             found = [both for one in found for other in others if (both := _both(one, other)) is not None]

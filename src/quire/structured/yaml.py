@@ -49,6 +49,8 @@ from quire.structured.yaml_scalars import (
 MAX_DEPTH = 8
 """Levels in block style, of a schema that needs no more than `MAX_RULES`; others have fewer."""
 MAX_RULES = 6000
+MAX_OPTIONAL = 900
+"""Keys any of which may come next: llguidance follows at most 2,000 rules at one place, and each key takes two."""
 _DEPTHS = (MAX_DEPTH, 6, 4, 3, 2, 1, 0)
 FLOW = -1
 """As a depth: flow style."""
@@ -236,6 +238,9 @@ class _Compiler:
         slots = [*self._named(plain, depth), *self._others(plain, depth)]
         least, most = max(int(plain.get("minProperties", 0)), 1), plain.get("maxProperties")
         top = least if most is None else int(most)
+        runs = "".join(" " if slot.is_required else "o" for slot in slots).split()
+        if max(map(len, runs), default=0) > MAX_OPTIONAL:
+            raise Unheld("properties", f"cannot be held with more than {MAX_OPTIONAL} keys any of which may come next")
         if len(slots) * top > MAX_RULES:
             raise Unheld("maxProperties" if most is not None else "minProperties", "is too large")
         between: Symbol = '", "' if depth == FLOW else rules.line(depth)

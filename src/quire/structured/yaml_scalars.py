@@ -18,6 +18,9 @@ _INNER = "\\-!$%&'()*+,./0-9;<=>?@A-Z\\\\^_`a-z|~" + _ABOVE_ASCII
 _PLAIN = f"[{_FIRST}](:*[{_INNER}#]| +[{_INNER}])*"
 _LIKE_NUMBERS = "[0-9][0-9A-Fa-fxXoO_:.+tTzZ -]*"
 """More than any resolver takes for a number, a date or a time."""
+_PIECE = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", re.DOTALL)
+"""Of a regular expression: an escape, a class, a character."""
+_LOOKS = re.compile(r"\(\?<?[=!]|\[\^?\]")
 _WORDS = "null|true|false|yes|no|on|off|y|n"
 _IS_PLAIN = re.compile(f"(?!(?:{_LIKE_NUMBERS})\\Z)(?!(?i:{_WORDS})\\Z){_PLAIN}\\Z")
 _KEY = "[A-Za-z_](?:[A-Za-z0-9_./ -]{0,62}[A-Za-z0-9_])?"
@@ -97,7 +100,8 @@ def other_keys(start: str | None, named: Iterable[str], inside: str | None, outs
         outside: expressions that they do not match.
     """
     limits = [f"& {inside}" if inside else "", *(f"& ~({one})" for one in outside)]
-    limits += [f"& ~{lark(name)}" for name in named if start is None or _starts(name) == start]
+    names = " | ".join(lark(name) for name in named if start is None or _starts(name) == start)
+    limits.append(f"& ~({names})" if names else "")
     held = " ".join(filter(None, limits))
     first = IN_QUOTES
     if start is not None:
@@ -120,24 +124,44 @@ def _starts(name: str) -> str:
 
 def whole_pattern(pattern: str) -> str | None:
     """The expression of a `pattern`, for the whole text; None where it looks around, or has anchors inside."""
+    found = [_whole(part) for part in _parts(pattern)]
+    return None if None in found else f"/{'|'.join(filter(None, found))}/"
+
+
+def _parts(pattern: str) -> list[str]:
+    """What stands between the bars that are in no group and no class."""
+    found, depth = [""], 0
+    for piece in _PIECE.findall(pattern):
+        depth += (piece == "(") - (piece == ")")
+        if piece == "|" and depth == 0:
+            found.append("")
+        else:
+            found[-1] += piece
+    return found
+
+
+def _whole(pattern: str) -> str | None:
     from llguidance import regex_to_lark
 
-    begins, ends = pattern.startswith("^"), re.search(r"(?<!\\)(?:\\\\)*\$$", pattern) is not None
-    core = pattern[begins : len(pattern) - ends]
-    without_classes = re.sub(r"\\[^bBAzZ]|\[\^?\]?(?:\\.|[^\]\\])*\]", "", core)
-    is_anchored = re.search(r"[\^$]|\\|\(\?[=!<]", without_classes) is not None
-    outside = re.sub(r"\([^()]*\)", "", re.sub(r"\([^()]*\)", "", without_classes))
-    if is_anchored or ((begins or ends) and "|" in outside):
+    pieces = _PIECE.findall(pattern)
+    begins, ends = pieces[:1] == ["^"], pieces[-1:] == ["$"] and len(pieces) > 1
+    core = pieces[begins : len(pieces) - ends]
+    if any(one in ("^", "$", "\\b", "\\B", "\\A", "\\z", "\\Z") for one in core) or _LOOKS.search("".join(core)):
         return None
     try:
-        return f"/{'' if begins else '(?s:.*)'}({regex_to_lark(core, 'dw')}){'' if ends else '(?s:.*)'}/"
+        inner = regex_to_lark("".join(core), "dw")
     except ValueError:
         return None
+    return f"({'' if begins else '(?s:.*)'}({inner}){'' if ends else '(?s:.*)'})"
 
 
 def is_endless(pattern: str) -> bool:
     """Whether every key that matches can become a longer one that does, as far as is seen: what comes last is repeated,
     or anything may come before or behind it."""
+    return all(map(_is_endless, _parts(pattern)))
+
+
+def _is_endless(pattern: str) -> bool:
     if not pattern.startswith("^") or not pattern.endswith("$"):
         return True
     repeated = re.search(r"(?:^|[^\\])(?:\.|\\w|\[(?:[^\]\\]|\\.)+\])(?:[+*]|\{\d+,(\d*)\})\$$", pattern)
