@@ -18,6 +18,7 @@ from quire.errors import InvalidRequestError
 from quire.structured.checker import ShapeChecker
 from quire.structured.compiler import GrammarCompiler, Vocabulary
 from quire.structured.source import source_of, validate
+from quire.structured.unique import UniqueKeys
 from quire.structured.yaml import MAX_DEPTH
 from quire.structured_params import StructuredOutputsParams
 from tests.structured.grammars import accepts, matcher
@@ -260,7 +261,7 @@ def test_large_schemas_have_fewer_levels() -> None:
         ({"yaml": {"items": {"x-guidance": {}}}}, "'x-guidance' at #/items"),
         ({"yaml": {"type": "array", "contains": {}}}, "the keyword 'contains' at #"),
         ({"yaml": {"properties": {"k" * 1001: {}}}}, "the keyword 'properties' at # cannot be held with keys of more"),
-        ({"yaml": {"patternProperties": {"^a|b$": {}}}}, "the keyword 'patternProperties' at #"),
+        ({"yaml": {"patternProperties": {"(^a)|b": {}}}}, "the keyword 'patternProperties' at #"),
         ({"yaml": {"allOf": [{"multipleOf": 2}, {"multipleOf": 3}]}}, "the keyword 'multipleOf' at #/allOf/0"),
         ({"yaml": {"$ref": "#"}}, "structured_outputs.yaml: no text satisfies it"),
         ({"yaml": {"type": "integer", "minimum": 5, "maximum": 4}}, "structured_outputs.yaml"),
@@ -327,6 +328,11 @@ def test_combinations_are_held_by_what_they_mean() -> None:
             {"type": "object", "additionalProperties": TEXT, "minProperties": 2, "maxProperties": 3},
             ["b: x\na: z"],
             ["a: x", "a: x\nb: x\nc: x\nd: x"],
+        ),
+        (
+            {"type": "integer", "allOf": [{"minimum": 3}, {"minimum": 5, "maximum": 9}, {"maximum": 7}]},
+            ["5", "7"],
+            ["4", "8"],
         ),
     ):
         start = matcher(yaml=schema)
@@ -442,6 +448,52 @@ def answer(grammars: GrammarCompiler, spec: GrammarSpec, rng: random.Random, nam
         found.append(token_id)
     assert len(found) <= spec.max_tokens
     return b"".join(TOKENS[one] for one in found[:-1]).decode()
+
+
+def test_masks_hold_what_may_come_and_no_key_twice() -> None:
+    """At every place of these texts, for every token, those of several characters among them."""
+    shape: Any = {"type": "object", "properties": {"f": {"$ref": "#/$defs/8"}}}
+    shape["$defs"] = {
+        str(n): {"type": "object", "properties": {"f": {"$ref": f"#/$defs/{n - 1}"}}} for n in range(1, 9)
+    }
+    shape["$defs"]["0"] = {}
+    vocabulary = Vocabulary(TOKENS, special_token_ids=(END,), eos_token_ids=(END,), encode=encode)
+    source = source_of(StructuredOutputsParams(yaml=shape))
+    num_masked = 0
+    for text in (
+        "a: 1\naa: 2\nno: x",
+        'aa: 1\n"a": "a: b"\n"a b": x',
+        "".join("  " * depth + "f:\n" for depth in range(7)) + "  " * 7 + 'f: {"a": 1, "aa": [{"a": 2}, 1], "b": 3}',
+        "a:\n  - a: 1\n    aa: 1\n  - aa: |-\n      a: 1\n      a: 1\n    a: 1\naa: 1",
+    ):
+        following = GrammarCompiler(lambda: vocabulary).matcher("0", GrammarSpec(source, 10**6)).inner
+        assert isinstance(following, UniqueKeys)
+        for token_id in text.encode():
+            mask, raw = (
+                np.unpackbits(np.frombuffer(one.compute_bitmask(), np.uint8), bitorder="little")
+                for one in (following, following.raw)
+            )
+            for other in range(len(TOKENS)):
+                if other != END and raw[other]:
+                    assert mask[other] == following.validate_tokens([other]), (text, TOKENS[other])
+                    num_masked += not mask[other]
+            assert not (mask & ~raw & 1).any()
+            if not following.try_consume_tokens([token_id]):
+                break
+    assert num_masked > 20
+
+
+def test_the_shortest_answer_is_short() -> None:
+    vocabulary = Vocabulary(TOKENS, special_token_ids=(END,), eos_token_ids=(END,), encode=encode)
+    closed: Any = {"type": "object", "required": ["b"], "additionalProperties": False}
+    inner = {**closed, "properties": {"a": TEXT, "b": {"enum": ["left"]}}}
+    for schema, text in (
+        (SCHEMAS["nested"], "- x: left\n- x: left"),
+        (SCHEMAS["unequal"], "none: true"),
+        ({**closed, "properties": {"a": {}, "b": inner}}, "b:\n  b: left"),
+    ):
+        shortest = GrammarCompiler(lambda: vocabulary).shortest(source_of(StructuredOutputsParams(yaml=schema)))
+        assert shortest is not None and b"".join(TOKENS[one] for one in shortest).decode() == text
 
 
 def schemas(rng: random.Random, depth: int = 3) -> Any:

@@ -45,10 +45,12 @@ from quire.structured.yaml_scalars import (
     text_of,
     whole_pattern,
 )
+from quire.structured_params import MAX_SOURCE_BYTES
 
 MAX_DEPTH = 8
 """Levels in block style, of a schema that needs no more than `MAX_RULES`; others have fewer."""
 MAX_RULES = 6000
+MAX_TEXT = 4 * MAX_SOURCE_BYTES
 MAX_OPTIONAL = 900
 """Keys any of which may come next: llguidance follows at most 2,000 rules at one place, and each key takes two."""
 _DEPTHS = (MAX_DEPTH, 6, 4, 3, 2, 1, 0)
@@ -76,8 +78,10 @@ def grammar(document: Any, matches: Callable[[str, str | None], bool]) -> str | 
     tried = lru_cache(None)(matches)
     for depth in _DEPTHS:
         with suppress(_TooLarge):
-            return _Compiler(document, depth, tried).text()
-    raise Unheld("properties", f"needs more than {MAX_RULES} rules")
+            text = _Compiler(document, depth, tried).text()
+            if text is None or len(text) <= MAX_TEXT:
+                return text
+    raise Unheld("properties", f"needs more than {MAX_RULES} rules, or {MAX_TEXT} characters of them")
 
 
 class _Compiler:
