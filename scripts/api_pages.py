@@ -42,7 +42,9 @@ the number: `{"error": {"message", "type", "param", "code"}}`. The same numbers 
 
 `quire serve --limit NAME=VALUE` sets one; the flag may be repeated. Of what is held at one time (`all_bodies_bytes`,
 `requests`) a caller may have as much as is left free, one alone half; `connections`, an idle one is closed first
-([overload](overload.md)).
+([overload](overload.md)). `requests` and `connections` are at least four and eight times what may run and wait (5,120
+and 10,240 by default), unless set; and at most what the process may open (`ulimit -n`), three quarters of it for
+`requests`, even if set.
 
 | name | what | default | unit | status | code |
 |---|---|---|---|---|---|

@@ -427,8 +427,8 @@ std::vector<std::tuple<std::string, bool, std::string>> list_instruction_sets() 
 }  // namespace
 
 NB_MODULE(_native, module) {
-  // A test that fails, or a person who interrupts, leaves frames alive that hold objects: no fault of theirs to print.
-  nb::set_leak_warnings(false);
+    // A test that fails, or a person who interrupts, leaves frames alive that hold objects: no fault of theirs to print.
+    nb::set_leak_warnings(false);
     module.def("instruction_sets", &list_instruction_sets, "(name, runs here, reason) of each, slowest first");
     module.def("make_cache", &make_cache, nb::rv_policy::take_ownership);
     nb::class_<PackedLinear>(module, "PackedLinear")

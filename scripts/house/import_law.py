@@ -44,6 +44,8 @@ LAW: dict[str, Room] = {
     "quant": _room("ops", "ml_dtypes numpy"),
     "models": _room("ops.types quant.types", "ml_dtypes msgspec numpy"),
     "weights": _room("models quant ops", "huggingface_hub ml_dtypes msgspec numpy tqdm"),
+    "plan": _room("models quant ops weights", "msgspec numpy"),
+    "build": _room("models quant ops weights", "msgspec numpy"),
     "sampling": _room("ops core.plan core.request", "ml_dtypes numpy"),
     "runner": _room("ops quant models weights sampling core.plan", "ml_dtypes msgspec numpy"),
     "executor": _room("runner core.plan", "msgspec"),

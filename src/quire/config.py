@@ -82,7 +82,8 @@ class EngineArgs:
     core_process: bool = False
     """Compute in a process of its own, which is watched over: when it dies, requests go on in another one."""
     core_niceness: int = 5
-    """How far that process gives way to the one that answers people, on the processors that both share: 0 to 19."""
+    """How far that process gives way to the one that answers people, 0 to 19: on the few processors that they share,
+    the threads that compute would keep it waiting at every turn, and a refusal would take as long as a step."""
     hang_timeout: float | None = None
     """Seconds that a step may take before that process counts as hung; None learns it from the steps seen."""
     release_idle_memory: str = "unused"

@@ -106,7 +106,7 @@ class LLM(EngineFront):
             sampling_params: as for `generate`. So is `use_tqdm`.
 
         Raises:
-            InvalidRequestError: some message or parameter is refused; then nothing was generated.
+            InvalidRequestError: some message or parameter is refused; of a list, nothing was generated then.
         """
         is_list = isinstance(messages, Sequence)
         is_one = isinstance(messages, Sequence) and (not messages or isinstance(messages[0], Mapping))

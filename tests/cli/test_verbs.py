@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from quire import LLM, SamplingParams
 from quire.bench.workloads import WORKLOADS, longest
 from quire.cli import banner
 from quire.cli.main import main
@@ -39,7 +40,10 @@ def quire(*words: object, text: str = "") -> subprocess.CompletedProcess[str]:
 def test_generate_streams_and_shows_a_banner(tiny: Path) -> None:
     done = quire("generate", "--model", tiny, "--max-tokens", 6, "--temperature", 0, "--ignore-eos", "hello")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("\n")
+    with LLM(model=str(tiny)) as llm:
+        params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+        (output,) = llm.chat([{"role": "user", "content": "hello"}], params, use_tqdm=False)
+    assert done.stdout == f"{output.outputs[0].text}\n"
     assert re.match(rf"quire \S+  {tiny.name}\n", done.stderr)
     assert "num_blocks" in done.stderr
     quiet = quire(

@@ -134,7 +134,9 @@ class Raising(Compiling):
 @pytest.mark.parametrize("num_held", [0, 3])
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_rule_that_raises_fails_its_request_alone(num_held: int, overlap: bool, strict: bool) -> None:
+def test_a_rule_that_raises_fails_its_request_alone(
+    num_held: int, overlap: bool, strict: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     harness = Harness(rules=[Raising(num_held)], overlap=overlap)
     if strict:
         harness.scheduler._policy = harness.scheduler._waiting._policy = InOrder()
@@ -145,6 +147,7 @@ def test_a_rule_that_raises_fails_its_request_alone(num_held: int, overlap: bool
         output = harness.outputs[name]
         assert output.finish_reason == "error" and output.error is not None
         assert "RuntimeError" in output.error and "nobody" not in output.error
+    assert sum("an admission rule failed" in record.message for record in caplog.records) >= 2
     for name in ("before", "behind"):
         assert harness.outputs[name].sequence == alone(harness.outputs[name].new).sequence
 

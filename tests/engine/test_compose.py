@@ -207,16 +207,12 @@ def test_a_core_that_follows_has_room_for_what_the_first_allowed(
     started: list[Any] = []
 
     class Channel:
-        info: CoreInfo | None = None
-
         def __init__(self, spawn: Any, timeout_s: float) -> None:
-            self.spawn = spawn
-            spawn()
+            spawn(None)
+            spawn(CoreInfo(40, 100, (), ""))
 
     monkeypatch.setattr(supervisor, "SupervisedChannel", Channel)
     monkeypatch.setattr(core_process, "CoreProcess", lambda start, niceness: started.append(start))
-    channel: Any = _start_core(EngineArgs(model=str(tiny_model), core_process=True), tiny_model)
-    channel.info = CoreInfo(40, 100, (), "")
-    channel.spawn()
+    _start_core(EngineArgs(model=str(tiny_model), core_process=True), tiny_model)
     assert [start.args.max_model_len for start in started] == [None, 40]
     assert [start.args.core_process for start in started] == [False, False]

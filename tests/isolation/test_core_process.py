@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from quire.isolation import core_process
-from quire.isolation.core_process import NICENESS, CoreExitedError, CoreProcess
+from quire.isolation.core_process import CoreExitedError, CoreProcess
 from tests.conftest import PATIENCE_S
 from tests.isolation.obedient_core import SYSTEM_SECONDS
 
@@ -119,12 +119,6 @@ def test_one_that_computes_is_awake(begin: Callable[..., CoreProcess]) -> None:
     while max((activity := core.activity()).used_s.values()) < SYSTEM_SECONDS - 0.1:  # type: ignore[union-attr]
         found.append(activity.is_awake)  # type: ignore[union-attr]
     assert all(found)
-
-
-def test_it_gives_way_to_the_side_that_started_it(begin: Callable[..., CoreProcess]) -> None:
-    core = begin("wait", 0)
-    ours = os.getpriority(os.PRIO_PROCESS, 0)
-    assert os.getpriority(os.PRIO_PROCESS, core.pid) == min(19, ours + NICENESS)
 
 
 @pytest.mark.parametrize("niceness", [0, 1, 19])

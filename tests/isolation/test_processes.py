@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +109,7 @@ def is_alive(pid: int) -> bool:
 @pytest.fixture
 async def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Apart]:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    channel = SupervisedChannel(partial(CoreProcess, Start(EngineArgs(), str(tmp_path)), CORE))
+    channel = SupervisedChannel(lambda _: CoreProcess(Start(EngineArgs(), str(tmp_path)), CORE))
     core = channel.wait_ready()
     limits = RequestLimits(core.max_model_len, core.vocab_size, (), 0, False)
     inputs = InputProcessor(None, limits)
@@ -281,7 +280,7 @@ def test_a_core_that_cannot_start_is_told(
     model: str, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    channel = SupervisedChannel(partial(CoreProcess, Start(EngineArgs(model=model), str(tmp_path)), CORE))
+    channel = SupervisedChannel(lambda _: CoreProcess(Start(EngineArgs(model=model), str(tmp_path)), CORE))
     try:
         with pytest.raises(error, match=r"no such model|exit status 5"):
             channel.wait_ready()
@@ -308,7 +307,7 @@ def test_a_core_outlives_the_thread_that_started_it(monkeypatch: pytest.MonkeyPa
     found: list[SupervisedChannel] = []
 
     def start() -> None:
-        found.append(SupervisedChannel(partial(CoreProcess, Start(EngineArgs(), "."), CORE)))
+        found.append(SupervisedChannel(lambda _: CoreProcess(Start(EngineArgs(), "."), CORE)))
         found[0].wait_ready()
 
     thread = threading.Thread(target=start)
@@ -351,7 +350,7 @@ from quire.config import EngineArgs
 from quire.isolation.core_process import CoreProcess
 from quire.isolation.supervisor import SupervisedChannel
 from quire.isolation.wire import Start
-channel = SupervisedChannel(partial(CoreProcess, Start(EngineArgs(), "."), "tests.isolation.fake_core"))
+channel = SupervisedChannel(lambda _: CoreProcess(Start(EngineArgs(), "."), "tests.isolation.fake_core"))
 channel.wait_ready()
 print(channel.pid, flush=True)
 time.sleep(600)

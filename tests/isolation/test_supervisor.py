@@ -90,7 +90,7 @@ class World:
         self.num_refused = num_refused
         self.channel = SupervisedChannel(self._spawn, clock=self.clock)  # type: ignore[arg-type]
 
-    def _spawn(self) -> ScriptedCore:
+    def _spawn(self, first: CoreInfo | None) -> ScriptedCore:
         if self.num_refused:
             self.num_refused -= 1
             raise OSError(errno.EMFILE, "Too many open files")

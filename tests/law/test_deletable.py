@@ -17,6 +17,8 @@ OPTIONAL = {
     "observe": ("AsyncLLM(max_num_seqs=1).observer.trace_to('http://127.0.0.1:1', 'm')", "otlp_traces_endpoint"),
     "demo": ("LLM()", "model"),
     "bench": None,
+    "build": None,
+    "plan": None,
     "server": None,
     "structured": None,
     "cli": None,
@@ -60,7 +62,9 @@ def run(tree: TreeCopy, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "folders", [("isolation",), ("observe",), ("structured",), ("bench", "cli", "demo", "server")], ids="-".join
+    "folders",
+    [("isolation",), ("observe",), ("structured",), ("bench", "build", "cli", "demo", "plan", "server")],
+    ids="-".join,
 )
 def test_the_smallest_engine_needs_no_optional_folder(tree: TreeCopy, folders: tuple[str, ...]) -> None:
     with without(tree, folders):

@@ -1,6 +1,5 @@
 """The wire: framing of streams, closed connections, keys, probes, metrics, stopping."""
 
-import asyncio
 import json
 import socket
 import threading
@@ -11,12 +10,10 @@ import pytest
 from starlette.routing import Route
 
 from quire.errors import OverloadedError
-from quire.server.doors.openai.routes import FRAMING
 from quire.server.http.app import Observability
 from quire.server.http.limits import Limits
 from quire.server.http.listen import bind
 from quire.server.http.probes import OPEN_PATHS
-from quire.server.http.streams import EventStream
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import MODEL, Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
@@ -74,31 +71,6 @@ def test_one_failing_prompt_aborts_its_siblings(running: Running, http: httpx.Cl
     assert response.status_code == 400
     assert running.engine.num_running == 0
     assert running.engine.num_aborted == before + 1
-
-
-async def test_reader_that_stops_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quire.server.http.limits.SLOW_READER_SECONDS", 0.05)
-    closed = False
-
-    async def events() -> Any:
-        nonlocal closed
-        try:
-            while True:
-                yield {"text": "x"}
-        finally:
-            closed = True
-
-    async def never() -> Any:
-        await asyncio.Event().wait()
-
-    async def send(message: Any) -> None:
-        if message["type"] == "http.response.body":
-            await asyncio.Event().wait()
-
-    stream = events()
-    await anext(stream)  # as `start_events` does
-    await EventStream(b"{}", stream, {}, FRAMING)({"type": "http"}, never, send)
-    assert closed
 
 
 def test_probes_version_and_metrics(http: httpx.Client) -> None:

@@ -10,8 +10,9 @@ from quire.server.http.metrics import render_metrics
 
 
 def families(metrics: list[Metric], model_name: str = "m", prefix: str = "quire") -> dict[str, Any]:
-    found = list(text_string_to_metric_families(render_metrics(metrics, model_name, prefix).decode()))
-    assert len({family.name for family in found}) == len(found)
+    text = render_metrics(metrics, model_name, prefix).decode()
+    found = list(text_string_to_metric_families(text))
+    assert len({family.name for family in found}) == len(found) == text.count("# HELP ") == text.count("# TYPE ")
     return {family.name: family for family in found}
 
 

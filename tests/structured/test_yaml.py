@@ -491,6 +491,10 @@ def test_the_shortest_answer_is_short() -> None:
         (SCHEMAS["nested"], "- x: left\n- x: left"),
         (SCHEMAS["unequal"], "none: true"),
         ({**closed, "properties": {"a": {}, "b": inner}}, "b:\n  b: left"),
+        (
+            {"type": "object", "additionalProperties": {"type": "array", "minItems": 1}, "minProperties": 2},
+            "_:\n  - 0\na:\n  - 0",
+        ),
     ):
         shortest = GrammarCompiler(lambda: vocabulary).shortest(source_of(StructuredOutputsParams(yaml=schema)))
         assert shortest is not None and b"".join(TOKENS[one] for one in shortest).decode() == text

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
+from quire.compose.engine_dir import as_built
 from quire.compose.structured import grammar_compiler
 from quire.config import (
     CachePlan,
@@ -78,6 +79,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     Raises:
         ConfigurationError: naming the argument or the file at fault.
     """
+    args, built = as_built(args, directory)
     ops, decisions = select_ops(args.device, args.threads, args.batch_invariant)
     spec = read_spec(directory)
     model_len = resolve_model_len(args, spec.max_position_embeddings)
@@ -97,7 +99,7 @@ def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
     in_use = check_budget(sizes.memory, ops)
     key = secrets.token_bytes(32)
     verifier = CachedBlockVerifier(key, runner.first_difference) if args.verify_cached_blocks else None
-    model_decisions = [*_model_decisions(args, directory, model), *_head_decisions(spec, model)]
+    model_decisions = [*_model_decisions(args, directory, model, built), *_head_decisions(spec, model)]
     decisions = [*model_decisions, *decisions, *sizes.decisions, *ops.decisions(), loop]
     decisions += [] if in_use is None else [in_use]
     prefix_cache = verifier or (PrefixCache(key) if args.enable_prefix_caching else NullPrefixCache())
@@ -139,12 +141,17 @@ def _fingerprint(directory: Path) -> str:
     return blake2b(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]).encode()).hexdigest()
 
 
-def _model_decisions(args: EngineArgs, directory: Path, model: Model) -> list[Decision]:
+def _model_decisions(args: EngineArgs, directory: Path, model: Model, built: list[Decision]) -> list[Decision]:
     shape = model.cache_shape(1, args.block_size)
     name = "embedded" if args.model is None else directory.name
     return [
         Decision("model", name, f"{model.spec.num_layers} layers, {model.weight_bytes / 2**20:,.0f} MiB of weights"),
-        Decision("dtype", shape.dtype, "the checkpoint's own" if args.dtype == "auto" else "as asked"),
+        *built,
+        Decision(
+            "dtype",
+            shape.dtype,
+            "the checkpoint's own" if args.dtype == "auto" else "as built" if built else "as asked",
+        ),
         *_quantization_decisions(args, model.weight_bytes),
         *_rope_decisions(model),
     ]

@@ -75,18 +75,13 @@ def _start_core(args: EngineArgs, directory: Path) -> "SupervisedChannel":
     from quire.isolation.supervisor import SupervisedChannel
     from quire.isolation.wire import Start
 
-    start = Start(replace(args, core_process=False), str(directory.resolve()))
-
-    def spawn() -> CoreProcess:
+    def spawn(first: CoreInfo | None) -> CoreProcess:
         """Those after the first get its length: less may be free by then, and open requests are that long."""
-        if channel is None or channel.info is None:
-            return CoreProcess(start, niceness=args.core_niceness)
-        kept = replace(start.args, max_model_len=channel.info.max_model_len)
-        return CoreProcess(Start(kept, start.directory), niceness=args.core_niceness)
+        longest = args.max_model_len if first is None else first.max_model_len
+        start = Start(replace(args, core_process=False, max_model_len=longest), str(directory.resolve()))
+        return CoreProcess(start, niceness=args.core_niceness)
 
-    channel: SupervisedChannel | None = None
-    channel = SupervisedChannel(spawn, args.hang_timeout or LEAST_SECONDS)
-    return channel
+    return SupervisedChannel(spawn, args.hang_timeout or LEAST_SECONDS)
 
 
 def _compose_here(args: EngineArgs, directory: Path) -> ServedEngine:

@@ -25,6 +25,7 @@ request ends:
 - A caller that waits is charged nothing while the others are: so it becomes the one that was given least.
 """
 
+import logging
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -44,7 +45,15 @@ from quire.core.policy import Policy, WaitingQueue
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.request import NewRequest, Request, RequestStatus
 from quire.core.step import PlannedStep, make
-from quire.errors import ConfigurationError, InvalidRequestError, PromptTooLongError, internal_fault_message
+from quire.errors import (
+    ConfigurationError,
+    InvalidRequestError,
+    PromptTooLongError,
+    ShapeError,
+    internal_fault_message,
+)
+
+logger = logging.getLogger("quire.core")
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,7 +325,9 @@ class Scheduler:
         """Why a request may not enter. One for which a rule raises is refused, too, until `update` ends it."""
         try:
             return refusal(self._rules, request)
-        except Exception as error:  # noqa: BLE001 -- the request's own, whatever it is
+        except Exception as error:
+            if not isinstance(error, ShapeError):
+                logger.exception("an admission rule failed")
             step.failed.append((request, internal_fault_message(error)))
             return "rule_failed"
 

@@ -17,9 +17,6 @@ from quire.isolation.heartbeat import Activity
 from quire.isolation.wire import MAX_FRAME_BYTES, RECEIVE_BYTES, ProtocolError, Report, Unframer, encode
 
 CORE_MODULE = "quire.compose.core_process"
-NICENESS = 5
-"""A core gives way to the side that answers people: on the few processors that they share, the threads that compute
-would keep it waiting at every turn, and a refusal would take as long as a step."""
 LEAVE_SECONDS = 5.0
 """For a process to exit once its socket is closed, and again once it is killed."""
 
@@ -54,7 +51,7 @@ class CoreProcess:
         OSError: the system has no descriptor, process or memory for it.
     """
 
-    def __init__(self, first: Any, module: str = CORE_MODULE, *, niceness: int = NICENESS) -> None:
+    def __init__(self, first: Any, module: str = CORE_MODULE, *, niceness: int = 0) -> None:
         self._connection, theirs = socket.socketpair()
         self._frames = Unframer(Report, MAX_FRAME_BYTES)
         self._unsent = bytearray()

@@ -56,14 +56,14 @@ class SupervisedChannel:
     """`CoreChannel` to a core in its own process, and to its successors.
 
     Args:
-        spawn: starts a core.
+        spawn: starts a core, given what the first one said; None for the first.
         timeout_s: how long a core that has work may be silent until it says how long its step may take.
         clock: seconds, monotonic.
     """
 
     def __init__(
         self,
-        spawn: Callable[[], CoreProcess],
+        spawn: Callable[[CoreInfo | None], CoreProcess],
         timeout_s: float = LEAST_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -112,11 +112,6 @@ class SupervisedChannel:
                     self._take(report, [])
         except CoreExitedError as error:
             raise EngineDeadError(f"the engine's core ended while it started: {error}") from error
-        return self._info
-
-    @property
-    def info(self) -> CoreInfo | None:
-        """Of the first core; None before it has answered."""
         return self._info
 
     @property
@@ -231,7 +226,7 @@ class SupervisedChannel:
 
     def _start(self) -> None:
         with self._spare.given_up():
-            self._core = self._spawn()  # at once: what an interrupt leaves here, `clear` finds
+            self._core = self._spawn(self._info)  # at once: what an interrupt leaves here, `clear` finds
             self._selector.register(self._core, selectors.EVENT_READ)
         self._started_s = self._clock()
         self._heartbeat.expect(self._start_allowed_s)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from string import ascii_lowercase
 from typing import Any
 
 from quire.structured.merging import (
@@ -248,6 +249,9 @@ class _Compiler:
         if len(slots) * top > MAX_RULES:
             raise Unheld("maxProperties" if most is not None else "minProperties", "is too large")
         between: Symbol = '", "' if depth == FLOW else rules.line(depth)
+        if depth != FLOW and least > 1:
+            for letter in ascii_lowercase[:least]:  # keys that no schema names may be needed
+                rules.starts_line(f"{letter}:", depth)
         keys = [rules.new() for _ in range(top + 1)]
         ends = [rules.new() for _ in range(top + 1)]
         for end in ends[least:]:

@@ -14,6 +14,7 @@ from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
 from quire.ops.types import Provider, WeightDtype
 from quire.quant.types import Scheme
+from quire.weights.formats.engine_dir import EngineWeights, is_engine, read_manifest
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
 from quire.weights.pack import WeightPacker
@@ -23,6 +24,20 @@ MAX_CONFIG_BYTES = 4 * 2**20
 
 Progress = Callable[[int, int], None]
 """`progress(bytes done, bytes in all)`, after each parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPlan:
+    """What of a source becomes which parameter of the decoder, and how it is packed."""
+
+    spec: DecoderSpec
+    parameters: Mapping[str, Parameter]
+    packer: WeightPacker
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all parameters once packed."""
+        return sum(self.packer.num_bytes(parameter) for parameter in self.parameters.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +97,41 @@ def load_model(
             f"max_model_len is {max_model_len}; the model has {spec.max_position_embeddings} positions",
             field="max_model_len",
         )
-    with CheckpointWeights(directory) as source:
-        names = _fit_prefix(config.names, source.tensors)
-        embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
-        # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
-        if spec.tied_head and source.differ(embedding, head):
-            spec = replace(spec, tied_head=False)
-        parameters = decoder_parameters(spec, names)
-        check_tensors(parameters, source.tensors, (*names.unused, head) if spec.tied_head else names.unused)
-        weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors[embedding].format)
-        packer = WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset)
-        weights = load_weights(parameters, source, packer, progress)
-    weight_bytes = sum(packer.num_bytes(parameter) for parameter in parameters.values())
-    return Decoder(spec, weights, ops, weight_dtype, max_model_len or spec.max_position_embeddings, weight_bytes)
+    with open_source(directory) as source:
+        plan = plan_weights(config, source, ops, dtype, scheme)
+        weights = load_weights(plan.parameters, source, plan.packer, progress)
+    longest = max_model_len or spec.max_position_embeddings
+    return Decoder(plan.spec, weights, ops, plan.packer.dtype, longest, plan.num_bytes)
+
+
+def open_source(directory: Path) -> CheckpointWeights | EngineWeights:
+    """The weights of a directory, whatever they are stored as.
+
+    Raises:
+        ModelFileError: a file is missing or damaged.
+    """
+    if is_engine(directory):
+        return EngineWeights(directory, read_manifest(directory))
+    return CheckpointWeights(directory)
+
+
+def plan_weights(
+    config: ModelConfig, source: WeightSource, ops: Provider, dtype: str = "auto", scheme: Scheme | None = None
+) -> WeightPlan:
+    """Which tensors become which parameters; every tensor has its place. Arguments as for `load_model`.
+
+    Raises:
+        ModelFileError: a tensor is missing, left over or of a wrong shape.
+    """
+    spec, names = config.spec, _fit_prefix(config.names, source.tensors)
+    embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
+    # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
+    if spec.tied_head and source.differ(embedding, head):
+        spec = replace(spec, tied_head=False)
+    parameters = decoder_parameters(spec, names)
+    check_tensors(parameters, source.tensors, (*names.unused, head) if spec.tied_head else names.unused)
+    weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors[embedding].format)
+    return WeightPlan(spec, parameters, WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset))
 
 
 def load_weights(

@@ -10,7 +10,8 @@ DELAY_S = 0.5
 class LoadingBar:
     """`show(bytes done, bytes in all)` after each parameter. A context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str = "Loading weights") -> None:
+        self._text = text
         self._bar: Any = None
         self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
         self._start_s = time.monotonic()
@@ -22,7 +23,7 @@ class LoadingBar:
         if self._bar is None:
             from tqdm import tqdm  # type: ignore[import-untyped]
 
-            self._bar = tqdm(desc="Loading weights", total=total_bytes, unit="B", unit_scale=True, leave=False)
+            self._bar = tqdm(desc=self._text, total=total_bytes, unit="B", unit_scale=True, leave=False)
         self._bar.update(done_bytes - self._bar.n)
 
     def __enter__(self) -> Self:

@@ -1,7 +1,7 @@
 """Refusals before a route is found: two framings in one request, and what there is no place for.
 
-A request that waits in the queue is checked against it twice: as early as its head can be read, before any work, and by
-the engine, which knows its prompt.
+A request that waits in the queue is checked against it up to three times: from its first bytes, unparsed, where one
+opens a connection; when its head is parsed, before any work; and by the engine, which knows its prompt.
 """
 
 import time

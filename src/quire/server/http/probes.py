@@ -26,7 +26,7 @@ from quire.server.http.openapi import document
 from quire.server.http.root import index
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
-"""The only routes that need no key."""
+"""The only routes that need no key, but for /metrics with `--metrics-open`."""
 
 
 async def is_alive(request: Request) -> Response:

@@ -5,7 +5,7 @@ iterators, and closing an iterator aborts its request and frees its blocks.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -18,7 +18,6 @@ from starlette.types import Receive, Scope, Send
 from quire.engine.stream import joined_choice
 from quire.errors import InvalidRequestError
 from quire.outputs import CompletionOutput, RequestOutput
-from quire.server.http import limits
 from quire.server.http.errors import ApiError, ClientGoneError, as_api_error
 
 PART_BYTES = 2**18
@@ -177,34 +176,27 @@ class EventStream(Response):
         """Write until the end, or until the reader is gone."""
         try:
             await cancel_on_disconnect(receive, self._write(send))
-        except (ClientGoneError, TimeoutError):
+        except ClientGoneError:
             return
         finally:
             await self._events.aclose()
 
     async def _write(self, send: Send) -> None:
         start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-        await _in_time(send(start))
+        await send(start)
         frame, encode, last = self._framing.frame, msgspec.json.encode, self._framing.end
-        await _in_time(send(_part(frame(self._first))))
+        await send(_part(frame(self._first)))
         try:
             async for event in self._events:
-                await _in_time(send(_part(frame(encode(event)))))
-        except TimeoutError:
-            raise
+                await send(_part(frame(encode(event))))
         except Exception as error:  # noqa: BLE001 -- the status is sent; the event says it
             last = frame(encode(self._framing.error_body(as_api_error(error))))
-        await _in_time(send(_part(last)))
-        await _in_time(send({"type": "http.response.body", "body": b"", "more_body": False}))
+        await send(_part(last))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _part(data: bytes) -> dict[str, Any]:
     return {"type": "http.response.body", "body": data, "more_body": True}
-
-
-async def _in_time(sending: Awaitable[None]) -> None:
-    async with asyncio.timeout(limits.SLOW_READER_SECONDS):
-        await sending
 
 
 class WholeAnswer(Response):
@@ -217,14 +209,14 @@ class WholeAnswer(Response):
             return await super().__call__(scope, receive, send)
         try:
             await cancel_on_disconnect(receive, self._write(memoryview(self.body), send))
-        except (ClientGoneError, TimeoutError):
+        except ClientGoneError:
             return
 
     async def _write(self, body: memoryview, send: Send) -> None:
-        await _in_time(send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}))
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         for start in range(0, len(body), PART_BYTES):
-            await _in_time(send(_part(bytes(body[start : start + PART_BYTES]))))
-        await _in_time(send({"type": "http.response.body", "body": b"", "more_body": False}))
+            await send(_part(bytes(body[start : start + PART_BYTES])))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def start_events(

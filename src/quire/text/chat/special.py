@@ -149,7 +149,7 @@ class SpecialText:
         whole = re.compile(f"(?:{self._alternatives})(?!{escape.mark})", re.DOTALL)
         for rename in (_beside, _apart):
             renamed = self._renamed_by(rename)
-            text = whole.sub(lambda match, names=renamed.names: names[match[0]], rendered)  # type: ignore[misc]
+            text = whole.sub(lambda match, names=renamed.names: names[match[0]], rendered)  # type: ignore[misc]  # of a lambda's default
             encoding = renamed.backend.encode(self.unescaped(text, escape), add_special_tokens=False)
             if not renamed.special_ids.isdisjoint(encoding.ids):
                 continue  # the model itself spells a special token

@@ -1,0 +1,153 @@
+"""What one step of a model reads and computes, and the least time that it can take (a roofline).
+
+A step reads every weight once, whatever the number of its tokens, and the keys and values of every sequence: so
+decoding is bound by memory until a batch is large, and a prompt by arithmetic. An operation is a multiplication or an
+addition.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quire.models.parameters import Parameter
+from quire.models.spec import DecoderSpec
+from quire.plan.devices import PlannedDevice
+from quire.weights.pack import WeightPacker
+
+UNITS = {
+    None: ("bfloat16", "float32"),
+    "int8": ("int8 twice", "bfloat16", "float32"),
+    "int4": ("int8 twice", "bfloat16", "float32"),
+    "int8_w8a8": ("int8", "bfloat16", "float32"),
+    "fp8": ("fp8", "bfloat16", "float32"),
+}
+"""By quantisation: the unit that multiplies, the best first; a device takes the first that it has."""
+MOST_ROWS = 4096
+"""The largest batch of which it is said whether arithmetic binds there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Floor:
+    """The least time of a step, in seconds."""
+
+    bandwidth_s: float
+    arithmetic_s: float
+
+    @property
+    def seconds(self) -> float:
+        """What binds."""
+        return max(self.bandwidth_s, self.arithmetic_s)
+
+    @property
+    def binds(self) -> str:
+        """`memory` or `arithmetic`."""
+        return "memory" if self.bandwidth_s >= self.arithmetic_s else "arithmetic"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCost:
+    """A model's sizes: of the architecture with these parameters, as they would be packed."""
+
+    spec: DecoderSpec
+    parameters: Mapping[str, Parameter]
+    packer: WeightPacker
+
+    @property
+    def num_parameters(self) -> int:
+        """All of them; a tied head counts once."""
+        return sum(map(_size, self.parameters.values()))
+
+    @property
+    def num_multiplied(self) -> int:
+        """Those that every token is multiplied with: the linear layers and the head."""
+        linear = sum(_matrix(one) for one in self.parameters.values() if one.kind in ("linear", "gated_linear"))
+        return linear + self.spec.vocab_size * self.spec.hidden_size
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights as they lie in memory, padding not counted."""
+        return sum(map(self.packer.num_bytes, self.parameters.values()))
+
+    @property
+    def read_bytes(self) -> int:
+        """What a step reads of them: of an embedding that is no head only the rows of its tokens."""
+        tables = sum(
+            self.packer.num_bytes(one) for name, one in self.parameters.items() if name in ("embedding", "positions")
+        )
+        head = self.packer.num_bytes(self.parameters["embedding"]) if self.spec.tied_head else 0
+        return self.weight_bytes - tables + head
+
+    @property
+    def kv_item_bytes(self) -> int:
+        """Of one number in the cache, which has the type of weights that are not quantised."""
+        return 4 if self.packer.dtype == "float32" else 2
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """`2 x layers x key-value heads x head size x bytes`: a key and a value in each layer."""
+        spec = self.spec
+        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.kv_item_bytes
+
+    def operations(self, num_tokens: int, context: int, num_sampled: int) -> int:
+        """Of a step.
+
+        Args:
+            num_tokens: computed in it, of all sequences.
+            context: keys that each of them sees; in a prompt half of its length on average.
+            num_sampled: tokens whose logits are computed.
+        """
+        spec = self.spec
+        head = spec.vocab_size * spec.hidden_size
+        seen = sum(min(context, layer.window or context) for layer in spec.layers)
+        attention = 4 * spec.num_heads * spec.head_dim * seen
+        return num_tokens * (2 * (self.num_multiplied - head) + attention) + num_sampled * 2 * head
+
+    def decode(self, device: PlannedDevice, batch: int, context: int) -> Floor:
+        """A step in which `batch` sequences of `context` tokens get one each."""
+        read = self.read_bytes + batch * self._kv_read(context)
+        return self._floor(device, read, self.operations(batch, context, batch))
+
+    def prefill(self, device: PlannedDevice, prompt: int) -> Floor:
+        """A prompt of so many tokens, alone, in one step."""
+        operations = self.operations(prompt, max(1, prompt // 2), 1)
+        return self._floor(device, self.read_bytes + prompt * self.kv_bytes_per_token, operations)
+
+    def turning_batch(self, device: PlannedDevice, context: int) -> int | None:
+        """The smallest batch at which arithmetic binds; None where the cache's reads grow as fast as it does."""
+        low, high = 1, MOST_ROWS
+        if self.decode(device, high, context).binds == "memory":
+            return None
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (
+                (low, middle) if self.decode(device, middle, context).binds == "arithmetic" else (middle + 1, high)
+            )
+        return low
+
+    def unit(self, device: PlannedDevice) -> str:
+        """What multiplies on that device."""
+        name = None if self.packer.scheme is None else self.packer.scheme.name
+        return next(unit for unit in UNITS[name] if unit in device.operations_per_s)
+
+    def _kv_read(self, context: int) -> int:
+        spec = self.spec
+        seen = sum(min(context, layer.window or context) for layer in spec.layers)
+        return 2 * spec.num_kv_heads * spec.head_dim * self.kv_item_bytes * seen
+
+    def _floor(self, device: PlannedDevice, read_bytes: int, operations: int) -> Floor:
+        rate = device.operations_per_s[self.unit(device)]
+        return Floor(read_bytes / device.read_bytes_per_s, operations / rate)
+
+
+def _matrix(parameter: Parameter) -> int:
+    rows, inputs = parameter.weight.shape
+    return rows * inputs
+
+
+def _size(parameter: Parameter) -> int:
+    found = 0
+    for array in parameter.arrays:
+        size = 1
+        for side in array.shape:
+            size *= side
+        found += size
+    return found
