@@ -26,6 +26,20 @@ def test_instances_are_accepted_or_rejected_with_the_place(capsys: pytest.Captur
     assert found[0]["reason"] is None and "at byte 5" in found[1]["reason"] and "not complete" in found[2]["reason"]
 
 
+def test_yaml_is_checked_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "answer.yaml").write_text("a: 22\n")
+    given = ["grammar", "check", "--yaml-schema", SCHEMA]
+    assert main([*given, "a: 1\nb:\n  - x", f"@{tmp_path / 'answer.yaml'}"]) == 0
+    shown = capsys.readouterr().out
+    assert "held: yaml schema" in shown and "shortest answer: a: 0" in shown
+    assert main([*given, "--json", "a: x", "a: 1\na: 2", "a: 1"]) == 1
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [item["accepted"] for item in found] == [False, False, True] and "not allowed" in found[1]["reason"]
+    assert main(["grammar", "check", "--yaml-schema", '{"uniqueItems": true}', "a"]) == 2
+    assert main([*given, "--whitespace-pattern", " ", "a: 1"]) == 2
+    assert "whitespace_pattern belongs to json" in capsys.readouterr().err
+
+
 def test_other_shapes(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path) -> None:
     grammar = tmp_path / "sum.gbnf"
     grammar.write_text('root ::= [0-9]+ ("+" [0-9]+)*')

@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   quire grammar check --json-schema person.json '{"name": "Ann"}' @answer.json
   quire grammar check --regex '[0-9]{3}-[0-9]{4}' 555-0100
   quire grammar check --grammar arithmetic.gbnf --tokenizer DIR '1+(2*3)'
+  quire grammar check --yaml-schema person.json $'name: Ann\nage: 36' @answer.yaml
   quire grammar check --choice yes no --json maybe
 
 Instances are fed, token by token, to the matcher and the masks that serving uses. Exit codes: 0 all accepted, 1 some

@@ -1,5 +1,6 @@
 """Grammars where tokens are sampled: compiled beside the step loop, kept, and followed by one matcher a sequence."""
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,9 +15,10 @@ from quire.errors import ShapeError
 from quire.structured.closing import Closer, TextTokens
 from quire.structured.matcher import Matcher
 from quire.structured.reasoning import ReasoningBound
-from quire.structured.samples import samples_of
+from quire.structured.samples import is_yaml, lines_of, samples_of
 from quire.structured.source import limits
 from quire.structured.structural_tag import extras_of
+from quire.structured.unique import KeyTokens, UniqueKeys
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -26,6 +28,8 @@ KEPT_GRAMMARS, KEPT_BYTES = 128, 2**22
 """Grammars that are known to compile, and their texts together."""
 MOST_STARTED = 1024
 """Matchers that wait for the row of their request."""
+_STACK_BYTES = 2**27
+"""llguidance goes from rule to rule of a long grammar: twice what the process that checks it may use."""
 _LONGEST = 4096
 """The longest of shortest answers that is looked for, in tokens."""
 
@@ -101,7 +105,9 @@ class GrammarCompiler:
         self._executor: LLExecutor | None = None
         self._kept: OrderedDict[str, Future[_Compiled]] = OrderedDict()
         self._kept_bytes = 0
-        self._started: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._texts_of_tokens: Sequence[bytes] = ()
+        self._key_tokens: KeyTokens | None = None
+        self._started: OrderedDict[str, Future[LLMatcher | UniqueKeys]] = OrderedDict()
         """By request, until it has a row."""
 
     def ready(self, request: _HasSampling) -> str | None:
@@ -149,7 +155,7 @@ class GrammarCompiler:
             reasoning=None if found.reasoning is None else found.reasoning(),
         )
 
-    def _start(self, request_id: str, source: str) -> "Future[LLMatcher]":
+    def _start(self, request_id: str, source: str) -> "Future[LLMatcher | UniqueKeys]":
         future = self._started.get(request_id)
         if future is None:
             future = self._started[request_id] = self._submit(self._new_matcher, source)
@@ -169,8 +175,14 @@ class GrammarCompiler:
         if self._executor is None:
             self._executor = LLExecutor(self._num_threads)
         assert masks.flags.c_contiguous and len(matchers) <= len(masks)
-        jobs = [(matcher.inner, place) for place, matcher in enumerate(matchers)]
+        jobs = [
+            (one.raw if isinstance(one := matcher.inner, UniqueKeys) else one, place)
+            for place, matcher in enumerate(matchers)
+        ]
         self._executor.unsafe_compute_mask_ptr(jobs, masks.ctypes.data, masks.strides[0], len(masks))
+        for matcher, mask in zip(matchers, masks, strict=False):
+            if isinstance(matcher.inner, UniqueKeys):
+                matcher.inner.exclude(mask.view(np.uint8))
 
     def shortest(self, source: str) -> Sequence[int] | None:
         """An answer as short as was found, its end of sequence not among it; None if none was found. Waits.
@@ -196,9 +208,14 @@ class GrammarCompiler:
         return future
 
     def _submit(self, function: Callable[[str], T], source: str) -> "Future[T]":
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="quire-grammar")
-        return self._pool.submit(function, source)
+        if self._pool is not None:
+            return self._pool.submit(function, source)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="quire-grammar")
+        usual = threading.stack_size(_STACK_BYTES)
+        try:
+            return self._pool.submit(function, source)  # starts the thread
+        finally:
+            threading.stack_size(usual)
 
     def _forget_oldest(self) -> None:
         """Those that are being compiled stay: a request waits for each."""
@@ -216,10 +233,12 @@ class GrammarCompiler:
             self._texts, self._encode = TextTokens(wrapped.token_of, len(vocabulary.tokens)), wrapped
             self._tokens = vocabulary.tokens
             self._tokenizer = _tokenizer(wrapped, vocabulary)
+            self._texts_of_tokens = wrapped.texts
         matcher = self._new_matcher(source)
         extras = extras_of(source)
         ends = [self._mark(end) for end in extras.get("ends", ())]
-        closer = Closer(self._texts, [self._encode(text) for text in samples_of(source)], ends)
+        samples = [self._encode(text) for text in samples_of(source)]
+        closer = Closer(self._texts, samples, ends, lines_of(source), self._encode)
         shortest = closer.shortest(matcher, _LONGEST)
         return _Compiled(
             closer,
@@ -243,7 +262,7 @@ class GrammarCompiler:
             self._tokens,
         )
 
-    def _new_matcher(self, source: str) -> "LLMatcher":
+    def _new_matcher(self, source: str) -> "LLMatcher | UniqueKeys":
         """In the thread, after the vocabulary is there."""
         from llguidance import LLMatcher
 
@@ -254,7 +273,11 @@ class GrammarCompiler:
             raise ShapeError("cannot be compiled: its compiler failed") from error
         if matcher.is_error():
             raise ShapeError(f"cannot be compiled: {matcher.get_error()[:500]}")
-        return matcher
+        if not is_yaml(source):
+            return matcher
+        if self._key_tokens is None:
+            self._key_tokens = KeyTokens(self._texts_of_tokens)
+        return UniqueKeys(matcher, self._key_tokens)
 
 
 class _Wrapped:
@@ -277,6 +300,11 @@ class _Wrapped:
         found = list(self._encode(data.decode("utf-8", "replace")))
         spelled = b"".join(self.tokens[token_id] for token_id in found)
         return found if spelled == data and self._special.isdisjoint(found) else self._longest(data)
+
+    @property
+    def texts(self) -> list[bytes]:
+        """By id; b"" for special tokens."""
+        return [b"" if token_id in self._special else text for token_id, text in enumerate(self.tokens)]
 
     def token_of(self, text: bytes) -> int | None:
         """The token that is this text."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from quire.errors import ShapeError
 from quire.structured.closing import Closer
 from quire.structured.reasoning import ReasoningBound
+from quire.structured.unique import UniqueKeys
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -41,7 +42,7 @@ class Matcher:
 
     def __init__(
         self,
-        inner: "LLMatcher",
+        inner: "LLMatcher | UniqueKeys",
         closer: Closer,
         eos_token_ids: Sequence[int],
         plan: Sequence[int] | None,

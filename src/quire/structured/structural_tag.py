@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quire.structured.parameters import STYLES, parameters_of
-from quire.structured.source import ESCAPES, WHITESPACE, checked_schema, lark_of, lark_text, refusal
+from quire.structured.source import ESCAPES, WHITESPACE, checked_schema, lark_of, refusal
+from quire.structured.yaml_scalars import lark
 from quire.structured_params import MAX_NESTING, StructuredOutputsParams
 
 MAX_TOKEN_ID = 2**24
@@ -193,7 +194,7 @@ class _Writer:
 
     def either(self, marks: Sequence[str | int]) -> str:
         """One of these marks."""
-        found = [f"<[{one}]>" if isinstance(one, int) else lark_text(one) for one in marks if one != ""]
+        found = [f"<[{one}]>" if isinstance(one, int) else lark(one) for one in marks if one != ""]
         return found[0] if len(found) == 1 else f"({' | '.join(found)})" if found else '""'
 
     def free_text(self, excludes: Sequence[str]) -> str:
@@ -296,7 +297,7 @@ class _Writer:
 
     @staticmethod
     def _const_string(value: Mapping[str, Any], place: str) -> str:
-        return lark_text(value["value"])
+        return lark(value["value"])
 
     def _ref(self, value: Mapping[str, Any], place: str, is_last: bool) -> str:
         name = value["name"]

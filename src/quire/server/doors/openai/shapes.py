@@ -15,6 +15,7 @@ _CHOICE = array({"type": "string", "minLength": 1}, shapes.MAX_CHOICES, least=1)
 _FLAG: Schema = {"type": "boolean", "default": False}
 _KINDS: dict[str, Schema] = {
     "json": _JSON_SCHEMA,
+    "yaml": _JSON_SCHEMA,
     "regex": _TEXT,
     "choice": _CHOICE,
     "grammar": _TEXT,
@@ -48,7 +49,7 @@ SHAPES = {
         schema=_FORMAT,
     ),
     "structured_outputs": Field(
-        "the answer is held to one of json (a schema), regex, choice, grammar (Lark or GBNF),"
+        "the answer is held to one of json and yaml (a schema), regex, choice, grammar (Lark or GBNF),"
         " structural_tag (text with parts that are held) and json_object",
         schema=_object(**_KINDS),
     ),
