@@ -21,6 +21,8 @@ DEVICES = ("auto", "cpu", "cuda")
 QUANTIZATIONS = ("int8", "int8_w8a8", "int4", "fp8")
 GROUP_SIZES = (32, 64, 128)
 RELEASES = ("unused", "all", "no")
+LOGPROBS_MODES = ("raw_logprobs", "raw_logits")
+_PROCESSED_MODES = ("processed_logprobs", "processed_logits")
 
 
 @names_unknown_arguments("engine argument")
@@ -78,6 +80,9 @@ class EngineArgs:
     device: str = "auto"
     threads: int | None = None
     """CPU threads; None takes the physical cores that this process may use."""
+    logprobs_mode: str = "raw_logprobs"
+    """What `logprobs` and `prompt_logprobs` hold: the model's own log-probabilities (raw_logprobs), or its logits
+    (raw_logits); both before masks, penalties and temperature. Ranks are the same."""
     async_scheduling: bool | None = None
     """Plan the next step while one is computed; None: on a GPU. The tokens are the same."""
     core_process: bool = False
@@ -103,6 +108,12 @@ class EngineArgs:
         _choice("scheduling_policy", self.scheduling_policy, POLICIES)
         _choice("device", self.device, DEVICES)
         _choice("release_idle_memory", self.release_idle_memory, RELEASES)
+        if self.logprobs_mode in _PROCESSED_MODES:
+            text = (
+                f"{self.logprobs_mode!r} is not offered: a kernel cuts the tail while it samples, and tells no values"
+            )
+            raise _bad("logprobs_mode", f"{text}; {' and '.join(LOGPROBS_MODES)} are")
+        _choice("logprobs_mode", self.logprobs_mode, LOGPROBS_MODES)
         if self.quantization is not None:
             _choice("quantization", self.quantization, QUANTIZATIONS)
         if self.quantization_group_size is not None:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Logprob(NamedTuple):
-    """One token's natural log-probability under the model's own logits."""
+    """One token's natural log-probability under the model's own logits, or its logit (`EngineArgs.logprobs_mode`)."""
 
     logprob: float
     rank: int

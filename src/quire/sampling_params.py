@@ -63,7 +63,8 @@ class SamplingParams:
 
     The order in which they act on the logits of one position: `allowed_token_ids`, `logit_bias`,
     `min_tokens` (stop tokens masked), `bad_words`, the three penalties, `temperature`, `min_p`, `top_k`,
-    `top_p`, sampling. `logprobs` are those of the model's own logits, before any of it.
+    `top_p`, sampling. `logprobs` are those of the model's own logits, before any of it
+    (or these logits: `EngineArgs.logprobs_mode`).
     """
 
     n: int = 1

@@ -34,6 +34,21 @@ def quire(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str,
     return code, printed.out, printed.err
 
 
+def test_chat_holds_each_answer_to_a_shape(
+    served: Running, tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a model and with a server: every answer of the conversation is one of the texts."""
+    words = ["chat", "--quiet", "--max-tokens", "8", "--temperature", "1.5", "--choice", "yes", "no", "--"]
+    for source in ([str(tiny)], [*at(served)]):
+        given = [*words, *source] if source == [str(tiny)] else [*words[:-1], *source]
+        monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nc\n"))
+        code, out, err = quire(capsys, *given)
+        assert code == 0, err
+        assert len(out.split()) == 3 and set(out.split()) <= {"yes", "no"}
+    code, _, err = quire(capsys, "chat", "--whitespace-pattern", " ", "/nowhere")
+    assert code == 2 and "--whitespace-pattern needs --json-schema" in err
+
+
 def at(served: Running) -> list[str]:
     return ["--url", served.url + "/v1", "--api-key", "second"]
 

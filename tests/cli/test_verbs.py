@@ -9,9 +9,11 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from jsonschema import Draft202012Validator
 
 from quire import LLM, SamplingParams
 from quire.bench.workloads import WORKLOADS, longest
@@ -211,6 +213,46 @@ def test_bench_core_prints_the_clock(capsys: pytest.CaptureFixture[str]) -> None
         assert all(word == "-" or float(word) > 0 for row in rows for word in row.split())
     parts = [[float(word) for word in row.split()] for row in whole[2:]]
     assert all(abs(sum(part[1:4]) - part[4]) < 0.3 for part in parts)
+
+
+def test_bench_structured_counts_as_jsonschema_does(tmp_path: Path) -> None:
+    """One schema that is held, one that is refused, and instances that are labelled falsely."""
+    held = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    instances: list[tuple[Any, bool]] = [({"a": 12}, True), ({"a": "x"}, True), ({"a": 1}, False), ({}, False)]
+    judge = Draft202012Validator(held)
+    (tmp_path / "held.json").write_text(
+        json.dumps({"schema": held, "tests": [{"data": data, "valid": valid} for data, valid in instances]})
+    )
+    refused = {"not": {"type": "string"}}
+    (tmp_path / "refused.json").write_text(json.dumps({"schema": refused, "tests": [{"data": 1, "valid": True}]}))
+    figures = tmp_path / "out" / "figures.json"
+    figures.parent.mkdir()
+    done = quire(
+        *("bench", "structured", "--schemas", tmp_path, "--rows", 2, "--reps", 2, "--quiet", "--output-json", figures)
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())
+    (masks,) = found["masks"]
+    assert masks["schemas"] == 2 and masks["counts"]["refused"] == 1
+    assert masks["counts"]["wrong_accepts"] == sum(judge.is_valid(data) and not valid for data, valid in instances)
+    assert masks["counts"]["wrong_rejects"] == sum(valid and not judge.is_valid(data) for data, valid in instances)
+    assert masks["counts"]["right_accepts"] == sum(judge.is_valid(data) and valid for data, valid in instances)
+    assert masks["counts"]["right_rejects"] == sum(not judge.is_valid(data) and not valid for data, valid in instances)
+    assert masks["us"]["compile"]["n"] == 1 and 0 < masks["us"]["mask"]["p50"] <= masks["us"]["mask"]["max"]
+    assert [one["mode"] for one in found["speed"]] == ["free", "letters", "keys", "keys, one by one"]
+    assert all(one["rows"] == 2 and len(one["ms"]) == 2 for one in found["speed"])
+    steps = {one["mode"]: one["steps"] for one in found["speed"]}
+    assert steps["keys"] < 0.5 and steps["keys, one by one"] >= 1.0
+    assert "llguidance: " in done.stdout and "load of this machine: " in done.stdout
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": {}}', "{"])
+def test_bench_structured_refuses_a_folder_without_cases(tmp_path: Path, text: str) -> None:
+    if text:
+        (tmp_path / "one.json").write_text(text)
+    done = quire("bench", "structured", "--schemas", tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("quire: --schemas: ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_workloads_have_their_shapes_and_repeat() -> None:

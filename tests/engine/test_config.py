@@ -36,7 +36,8 @@ DEVICE = replace(
         ("tensor_parallel_size", 2), ("quantization", "awq"), ("quantization", "int4 "), ("quantization", True),
         ("quantization_group_size", 48), ("quantization_group_size", True), ("quantization_group_size", "64"),
         ("enable_prefix_caching", 1), ("verify_cached_blocks", "yes"), ("kv_cache_memory_bytes", -5),
-        ("release_idle_memory", "some"),
+        ("release_idle_memory", "some"), ("logprobs_mode", "raw"), ("logprobs_mode", "processed_logprobs"),
+        ("logprobs_mode", "processed_logits"), ("logprobs_mode", None),
     ],
 )  # fmt: skip
 def test_refusals_name_the_argument(name: str, value: Any) -> None:

@@ -47,7 +47,9 @@ RECORD = StepRecord(
 )  # fmt: skip
 LOGPROBS = TokenLogprobs((5, 6), (-0.1, float("-inf")), (1, 1))
 OUTPUTS = CoreOutputs(
-    (TokenDelta("7.1", (5,), (LOGPROBS,), (LOGPROBS,), 1, "stop", 5, None),), RECORD, Gauges(1, 2, 0.5)
+    (TokenDelta("7.1", (5,), (LOGPROBS,), (LOGPROBS,), 1, "stop", 5, None),),
+    RECORD,
+    Gauges(1, 2, 0.5, (("grammar", 1),)),
 )
 COMMANDS: list[Any] = [Add(FULL), Abort("7.1"), Check()]
 REPORTS: list[Any] = [

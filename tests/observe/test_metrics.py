@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from quire.core.plan import ScheduledRequest, Stalled, StepRecord
-from quire.engine.channel import CoreHealth
+from quire.engine.channel import CoreHealth, Gauges
 from quire.observe.metrics import EngineMetrics, Histogram, core_metrics
 from quire.outputs import Metric, RequestMetrics
 
@@ -18,7 +18,7 @@ def reading(found: list[Metric], name: str, **labels: str) -> Any:
 
 
 def read(metrics: EngineMetrics) -> list[Metric]:
-    return metrics.read(2, 3, 0.25, {"requests": 4, "tokens": 5})
+    return metrics.read(Gauges(2, 3, 0.25), {"requests": 4, "tokens": 5})
 
 
 def test_a_bucket_holds_all_up_to_its_bound_and_the_bound_itself() -> None:
@@ -118,10 +118,13 @@ def test_what_was_not_reached_is_not_counted(times: RequestMetrics, num_tokens: 
 
 
 def test_gauges_and_refusals_are_as_they_were_given() -> None:
-    found = EngineMetrics((("block_size", "16"),)).read(2, 3, 0.25, {"requests": 4, "tokens": 5})
+    state = Gauges(2, 9, 0.25, (("grammar", 4), ("adapter_slot", 2)))
+    found = EngineMetrics((("block_size", "16"),)).read(state, {"requests": 4, "tokens": 5})
     assert reading(found, "quire:num_requests_running").value == 2
-    assert reading(found, "quire:num_requests_waiting").value == 3
-    assert reading(found, "quire:num_requests_waiting_by_reason", reason="capacity").value == 3
+    assert reading(found, "quire:num_requests_waiting").value == 9
+    by_reason = {"capacity": 3, "grammar": 4, "deferred": 2}
+    for reason, value in by_reason.items():
+        assert reading(found, "quire:num_requests_waiting_by_reason", reason=reason).value == value
     assert reading(found, "quire:kv_cache_usage_perc").value == 0.25
     assert reading(found, "quire:cache_config_info", block_size="16").value == 1
     assert reading(found, "quire:admission_rejections_total", reason="requests").value == 4

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from quire import LLM, SamplingParams
+from quire.compose.core import sampling_features
 from quire.core.plan import RowResult
 from quire.core.request import SamplingSpec
 from quire.ops.types import Ops
 from quire.outputs import PositionLogprobs
+from quire.sampling.sampler import Sampler
 from tests.sampling.known_rows import full_sampler, new_row, normal_logits
 
 VOCABULARY = 500
@@ -90,6 +92,29 @@ def test_they_are_of_the_models_own_logits(ops: Ops) -> None:
         assert result.logprobs[0].ranks[0] == VOCABULARY
 
 
+def test_raw_logits_are_the_models_own_to_the_bit(ops: Ops) -> None:
+    """With a mask, a bias, named tokens and a temperature beside them, which change none of the values."""
+    logits = normal_logits(8, 3, VOCABULARY)
+    unlikely = int(logits[0].argmin())
+    specs = [
+        SamplingSpec(temperature=0.0, num_logprobs=4, allowed_token_ids=(unlikely,)),
+        SamplingSpec(temperature=2.0, seed=1, num_logprobs=1, logit_bias=((7, 5.0),), bad_words=((7, 3),)),
+        SamplingSpec(temperature=0.5, seed=2, top_k=5, num_logprobs=1, logprob_token_ids=(0, 499, 17)),
+    ]
+    found = {}
+    for mode in ("raw_logprobs", "raw_logits"):
+        sampler = Sampler(ops, 3, sampling_features(ops), mode)
+        for row, spec in enumerate(specs):
+            sampler.add(new_row(row, [1, 7], spec))
+        found[mode] = sampler.sample(ops.array(logits, "float32"), [0, 1, 2], [2, 2, 2]).read([0, 1, 2])
+    assert found["raw_logits"][0].token_ids == (unlikely,)
+    for one, as_logits, as_logprobs in zip(logits, found["raw_logits"], found["raw_logprobs"], strict=True):
+        assert as_logits.token_ids == as_logprobs.token_ids
+        (values,), (others,) = as_logits.logprobs, as_logprobs.logprobs
+        assert (values.token_ids, values.ranks) == (others.token_ids, others.ranks)
+        assert list(values.logprobs) == one[list(values.token_ids)].tolist()
+
+
 # End to end.
 
 
@@ -134,6 +159,24 @@ def test_a_batch_of_different_numbers_is_that_of_transformers(model: Path, judge
             check_position(logits, token, found, count)
         total = sum(log_softmax(one)[token] for token, one in zip(completion.token_ids, rows, strict=False))
         assert completion.cumulative_logprob == pytest.approx(total, abs=1e-3)
+
+
+def test_raw_logits_of_prompt_and_answer_are_those_of_transformers(model: Path, judge: Any) -> None:
+    """More positions than are read at one time (64), and an answer that is held to letters."""
+    prompt = [(11 * place + place // 20) % 250 for place in range(80)]
+    params = SamplingParams(
+        max_tokens=6, temperature=1.0, seed=3, logprobs=2, prompt_logprobs=1, allowed_token_ids=[*range(97, 123)]
+    )
+    with LLM(model=str(model), dtype="float32", logprobs_mode="raw_logits") as llm:
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+    answer = output.outputs[0]
+    assert output.prompt_logprobs is not None and answer.logprobs is not None and len(answer.token_ids) == 6
+    rows = expected_rows(judge, [*prompt, *answer.token_ids])
+    for logits, found in zip(rows, [*output.prompt_logprobs[1:], *answer.logprobs], strict=False):
+        assert found is not None
+        for token, item in found.items():
+            assert item.logprob == pytest.approx(logits[token], abs=2e-4)
+    assert set(answer.token_ids) <= {*range(97, 123)}
 
 
 def test_those_of_a_long_prompt_in_one_step(model: Path, judge: Any) -> None:

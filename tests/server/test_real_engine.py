@@ -135,7 +135,7 @@ def test_metrics_by_source_and_reason(real: Running) -> None:
     assert source(after, "local_compute") + source(after, "local_cache_hit") == totals["prompt_tokens"]
     assert source(after, "local_cache_hit") == totals["prompt_tokens_cached"]
     waiting = [value for key, value in after.items() if key.startswith("quire:num_requests_waiting_by_reason")]
-    assert len(waiting) == 2 and sum(waiting) == 0
+    assert len(waiting) == 3 and sum(waiting) == 0
     config = next(key for key in after if key.startswith("quire:cache_config_info"))
     assert 'block_size="16"' in config and 'enable_prefix_caching="True"' in config and "num_gpu_blocks=" in config
     longest = "quire:request_max_num_generation_tokens_count"

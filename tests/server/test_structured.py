@@ -1,9 +1,11 @@
 """Answers held to a shape, as the official client and vLLM's users ask for them, over a real engine."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import openai
 import pydantic
 import pytest
@@ -55,6 +57,7 @@ def test_every_name_of_a_shape_holds(client: openai.OpenAI, tiny_model: Path) ->
     asked: list[tuple[dict[str, Any], dict[str, Any]]] = [
         ({"response_format": named}, {"json": schema}),
         ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        ({"response_format": {"type": "json_object", "schema": schema}}, {"json": schema}),
         ({"structured_outputs": {"json": json.dumps(schema)}}, {"json": schema}),
         ({"structured_outputs": {"yaml": schema}}, {"yaml": schema}),
         ({"guided_json": schema}, {"json": schema}),
@@ -82,7 +85,9 @@ def as_format(**values: Any) -> dict[str, Any]:
     ("body", "param", "text"),
     [
         (as_format(type="xml"), "response_format", "text, json_object or json_schema"),
-        (as_format(type="json_object", schema={}), "response_format", "of type json_object has no field 'schema'"),
+        (as_format(type="json_object", json_schema={}), "response_format", "json_object has no field 'json_schema'"),
+        (as_format(type="json_object", schema=7), "response_format", "response_format.schema"),
+        (as_format(type=["text"]), "response_format", "text, json_object or json_schema"),
         (as_format(type="json_schema", json_schema={"schema": {}, "strict": 1}), "response_format", "true or false"),
         (as_format(type="json_schema", json_schema={"schema": {}, "name": 3}), "response_format", "64 characters"),
         (as_format(type="json_schema"), "response_format", ".json_schema must be an object with a schema"),
@@ -116,6 +121,46 @@ def test_forced_text_does_not_pass_a_mask(client: openai.OpenAI) -> None:
         shape = {"structured_outputs": {"regex": "[xy]abcdefgh"}, "bad_words": ["d"]}
         with pytest.raises(openai.BadRequestError, match="no token is left"):
             client.chat.completions.create(**asked, extra_body=shape)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_names_of_the_past_are_noted_in_a_header_and_once_in_the_log(
+    tiny_model: Path, caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    """A `Deprecation` as RFC 9745 has it, beside a link that httpx reads."""
+    running = start(AsyncLLM(str(tiny_model), max_model_len=512, max_num_seqs=2))
+    old = {"guided_regex": "a", "guided_decoding_backend": "xgrammar", "guided_json": None}
+    try:
+        for path, body in (
+            ("chat/completions", {"messages": HELLO, **old}),
+            ("completions", {"prompt": "x", **old}),
+            ("completions", {"prompt": "x", "structured_outputs": {"regex": "a"}, "guided_regex": None}),
+        ):
+            answer = httpx.post(f"{running.url}/v1/{path}", json={"stream": stream, "max_tokens": 5, **body})
+            assert answer.status_code == 200
+            if "structured_outputs" in body:
+                assert not {"deprecation", "link"} & answer.headers.keys()
+                continue
+            assert re.fullmatch("@[0-9]+", answer.headers["deprecation"])
+            assert int(answer.headers["deprecation"][1:]) % 86400 == 0
+            link = answer.links["deprecation"]
+            assert "guided_regex is deprecated: use structured_outputs.regex" in link["title"]
+            assert "guided_decoding_backend" in link["title"] and "guided_json" not in link["title"]
+            described = httpx.get(f"{running.url}{link['url']}").json()["components"]["schemas"]
+            marked = {
+                name
+                for schema in described.values()
+                for name, one in schema.get("properties", {}).items()
+                if one.get("deprecated")
+            }
+            assert marked == {
+                *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+                *("guided_whitespace_pattern", "guided_decoding_backend"),
+            }
+    finally:
+        running.stop()
+    noted = [record.getMessage() for record in caplog.records if "deprecated" in record.getMessage()]
+    assert len(noted) == 1 and "guided_regex" in noted[0]
 
 
 def test_a_text_format_asks_for_nothing() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from quire import AsyncLLM, RequestOutput, SamplingParams
 from quire.structured.checker import ShapeChecker
+from quire.structured.compiler import GrammarCompiler
 from quire.structured_params import StructuredOutputsParams
 
 
@@ -41,6 +42,40 @@ async def test_compiling_a_shape_keeps_no_other_request_waiting(
     assert not waiting.done()
     may_end.set()
     assert (await waiting).outputs[0].text.startswith("slow")
+    await llm.shutdown()
+
+
+async def test_a_request_that_waits_for_its_grammar_is_counted_and_explained(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end, plain = threading.Event(), threading.Event(), GrammarCompiler._compile
+
+    def compile(self: GrammarCompiler, source: str) -> Any:
+        begun.set()
+        may_end.wait()
+        return plain(self, source)
+
+    def waiting(llm: AsyncLLM) -> dict[str, float]:
+        found = [item for item in llm.get_metrics() if item.name == "quire:num_requests_waiting_by_reason"]
+        return {dict(item.labels)["reason"]: item.value for item in found}
+
+    llm = AsyncLLM(str(tiny_model), max_num_seqs=4)
+    monkeypatch.setattr(GrammarCompiler, "_compile", compile)
+    held = SamplingParams(max_tokens=8, structured_outputs=StructuredOutputsParams(choice=["yes", "no"]))
+    task = asyncio.create_task(last(llm, "x", held))
+    try:
+        async with asyncio.timeout(30):
+            while not begun.is_set() or waiting(llm)["grammar"] == 0:
+                await asyncio.sleep(0.01)
+        assert waiting(llm) == {"capacity": 0.0, "grammar": 1.0, "deferred": 0.0}
+        await asyncio.sleep(0.3)
+    finally:
+        may_end.set()
+    request_id = (await task).request_id
+    assert sum(waiting(llm).values()) == 0
+    (found,) = llm.explain(request_id)
+    assert found.largest == "queued" and "since its grammar was being compiled" in found.sentence
+    assert 0.3 <= found.queued_because["grammar"] <= found.parts["queued"] + 1e-3
     await llm.shutdown()
 
 

@@ -1,4 +1,4 @@
-"""`quire bench`: throughput here, core in its own file."""
+"""`quire bench`: throughput here, the others in files of their own."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.bench import profile
-from quire.cli import banner, bench_core, engines, model_path
+from quire.cli import banner, bench_core, bench_structured, engines, model_path
 from quire.cli.arguments import Parser, add_engine, engine_values
 from quire.config import EngineArgs
 from quire.errors import ConfigurationError
@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   quire bench throughput --model DIR --workload W2 --compare transformers --output-json result.json
   quire bench throughput --model DIR --workload W4 --profile
   quire bench core --rows 16 256 1024
+  quire bench structured --model DIR --schemas FOLDER --vocabularies DIR1 DIR2 --rows 1 8 32
 
 workloads:
   W1  one stream, 128 tokens in, 128 out
@@ -32,7 +33,7 @@ OURS = "quire"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """The two benchmarks."""
+    """The benchmarks."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=Parser)
     throughput = kinds.add_parser(
         "throughput",
@@ -61,11 +62,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--rows", nargs="+", type=int, default=[1, 16, 64, 256, 1024], metavar="N", help="running requests"
     )
     core.add_argument("--steps", type=int, default=100, metavar="N", help="steps timed (default: 100)")
+    bench_structured.add(kinds)
 
 
 def run(options: argparse.Namespace) -> int:
     """The benchmark that was named."""
-    runs = {"core": bench_core.run, "throughput": _throughput}
+    runs = {"core": bench_core.run, "structured": bench_structured.run, "throughput": _throughput}
     return runs[options.kind](options)
 
 

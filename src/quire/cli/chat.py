@@ -54,9 +54,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Read, answer, and so on."""
-    shaped = shape.read(options)
-    if shaped is not None:
-        options.structured_outputs = shaped
+    shape.take(options)
     server = remote.server_of(options)
     if server is not None:
         fields = remote.sampling_fields(options)

@@ -45,9 +45,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Answer every prompt, in order."""
     _take_model(options)
-    shaped = shape.read(options)
-    if shaped is not None:
-        options.structured_outputs = shaped
+    shape.take(options)
     prompts = options.prompts or [sys.stdin.read().removesuffix("\n")]
     if not all(prompt.strip() for prompt in prompts):
         hint = "" if options.choice is None else ": --choice took the words after it; -- ends them"

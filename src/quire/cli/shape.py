@@ -27,6 +27,17 @@ def add(parser: Any, *, required: bool = False) -> None:
     parser.add_argument("--whitespace-pattern", metavar="REGEX", help="for the white space between tokens of JSON")
 
 
+def take(options: argparse.Namespace) -> None:
+    """Make what the flags ask for one of the sampling parameters.
+
+    Raises:
+        InvalidRequestError: see `read`.
+    """
+    found = read(options)
+    if found is not None:
+        options.structured_outputs = found
+
+
 def read(options: argparse.Namespace) -> StructuredOutputsParams | None:
     """What the flags ask for; None if they ask for nothing.
 

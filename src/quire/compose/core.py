@@ -220,6 +220,7 @@ def _runner(
             features=features,
             capture=ops.capture if _captures(args, ops) else None,
             recomputes=args.verify_cached_blocks,
+            logprobs_mode=args.logprobs_mode,
         )
         if ops.memory() is not None:
             runner.warm_up(

@@ -27,6 +27,7 @@ request ends:
 
 import logging
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -148,6 +149,14 @@ class Scheduler:
     def num_waiting(self) -> int:
         """Requests that wait for admission, the preempted and the held included."""
         return len(self._waiting)
+
+    @property
+    def held_by_reason(self) -> tuple[tuple[str, int], ...]:
+        """How many requests admission rules held in the last step, by the rule's word."""
+        held = self._waiting.held
+        if not held:
+            return ()
+        return tuple(Counter(item.reason for item in self.last_record.stalled if item.request_id in held).items())
 
     @property
     def cache_usage(self) -> float:

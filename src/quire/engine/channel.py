@@ -48,6 +48,8 @@ class Gauges(NamedTuple):
     num_waiting: int
     cache_usage: float
     """Share of the cache's blocks that requests hold, in [0, 1]."""
+    held: tuple[tuple[str, int], ...] = ()
+    """Of those that wait: how many each admission rule holds, by its word."""
 
 
 class CoreHealth(NamedTuple):
@@ -174,4 +176,4 @@ class LocalChannel:
     def gauges(self) -> Gauges:
         """See `CoreChannel.gauges`."""
         scheduler = self._core.scheduler
-        return Gauges(scheduler.num_running, scheduler.num_waiting, scheduler.cache_usage)
+        return Gauges(scheduler.num_running, scheduler.num_waiting, scheduler.cache_usage, scheduler.held_by_reason)

@@ -136,7 +136,7 @@ class SupervisedChannel:
         """The core's own report; requests that it has not received yet count as waiting."""
         num_open, reported = len(self._journal), self._gauges
         num_running = min(reported.num_running, num_open)
-        return Gauges(num_running, num_open - num_running, reported.cache_usage)
+        return Gauges(num_running, num_open - num_running, reported.cache_usage, reported.held)
 
     def add(self, new: NewRequest) -> None:
         """See `CoreChannel.add`."""

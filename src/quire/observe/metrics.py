@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from quire.core.plan import StepRecord
-from quire.engine.channel import CORE_STATES, CoreHealth
+from quire.engine.channel import CORE_STATES, CoreHealth, Gauges
 from quire.outputs import Labels, Metric, RequestMetrics
 
 FIRST_TOKEN_BUCKETS_S = (
@@ -133,16 +133,18 @@ class EngineMetrics:
         if times.decode_s is not None and num_output_tokens > 1:
             self.observe("request_time_per_output_token_seconds", times.decode_s / (num_output_tokens - 1))
 
-    def read(self, num_running: int, num_waiting: int, usage: float, rejected: Mapping[str, int]) -> list[Metric]:
-        """All metrics now; `usage` is the share of blocks held, `rejected` counts refusals by the bound met."""
+    def read(self, state: Gauges, rejected: Mapping[str, int]) -> list[Metric]:
+        """All metrics now; `rejected` counts refusals by the bound met."""
+        num_running, num_waiting, usage, held = state
         gauges = [
             Metric("quire:num_requests_running", "gauge", num_running, help="Requests that hold a row."),
             Metric("quire:num_requests_waiting", "gauge", num_waiting, help="Requests in the queue."),
             Metric("quire:kv_cache_usage_perc", "gauge", usage, help="Share of cache blocks held; 1 is all."),
             Metric("quire:cache_config_info", "gauge", 1, help="The cache, in labels.", labels=self._cache_config),
             *_labelled(
-                "quire:num_requests_waiting_by_reason", "gauge", "Requests in the queue; none is deferred here.",
-                "reason", {"capacity": num_waiting, "deferred": 0},
+                "quire:num_requests_waiting_by_reason", "gauge",
+                "Requests in the queue: for a row or blocks, for a grammar to be compiled, for anything else.",
+                "reason", _by_reason(num_waiting, dict(held)),
             ),
         ]  # fmt: skip
         counters = [
@@ -173,6 +175,12 @@ def core_metrics(health: CoreHealth) -> list[Metric]:
         "quire:engine_core_state", "gauge", "1 for what the core is doing.", "state",
         {state: state == health.state for state in CORE_STATES},
     )  # fmt: skip
+
+
+def _by_reason(num_waiting: int, held: dict[str, int]) -> dict[str, int]:
+    """Its values add up to `num_waiting`."""
+    grammar, all_held = held.get("grammar", 0), sum(held.values())
+    return {"capacity": max(0, num_waiting - all_held), "grammar": grammar, "deferred": all_held - grammar}
 
 
 def _labelled(name: str, kind: str, text: str, label: str, values: Mapping[str, float]) -> list[Metric]:

@@ -83,7 +83,7 @@ class EngineObserver(Observer):
 
     def metrics(self, gauges: Gauges, health: CoreHealth, rejected: Mapping[str, int]) -> list[Metric]:
         """See `Observer.metrics`."""
-        return self._metrics.read(*gauges, rejected) + core_metrics(health)
+        return self._metrics.read(gauges, rejected) + core_metrics(health)
 
     def explain(self, request_id: str, now_s: float) -> list[Explanation]:
         """See `Observer.explain`."""

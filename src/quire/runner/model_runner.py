@@ -22,7 +22,7 @@ from quire.runner.graphs import Capture, DecodeGraphs, GraphBuckets
 from quire.runner.memory import PROMPT_LOGPROB_ROWS, StepShape, take_largest_steps
 from quire.runner.rows import Rows
 from quire.sampling.features import SamplingFeature
-from quire.sampling.logprobs import token_logprobs
+from quire.sampling.logprobs import token_logprobs, values_of
 from quire.sampling.sampler import NOT_FINITE, PendingSamples, Sampler
 
 logger = logging.getLogger("quire.runner")
@@ -72,6 +72,7 @@ class ModelRunner:
         features: those of the sampler, in the order in which they edit logits.
         capture: how decode steps become CUDA graphs (`Device.capture`); None: they are launched each time.
         recomputes: `first_difference` will be called, which needs a block of its own.
+        logprobs_mode: `EngineArgs.logprobs_mode`.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class ModelRunner:
         features: Sequence[SamplingFeature] = (),
         capture: Capture | None = None,
         recomputes: bool = False,
+        logprobs_mode: str = "raw_logprobs",
     ) -> None:
         self._model = model
         self._ops = ops
@@ -94,7 +96,8 @@ class ModelRunner:
         """Behind those of the scheduler, where `capture` or `recomputes` wants it."""
         self._cache = ops.make_cache(model.cache_shape(num_blocks + (capture is not None or recomputes), block_size))
         self._rows = Rows(max_rows, max_model_len, block_size)
-        self._sampler = Sampler(ops, max_rows, features)
+        self._sampler = Sampler(ops, max_rows, features, logprobs_mode)
+        self._logprobs_mode = logprobs_mode
         self._graphs: DecodeGraphs | None = None
         if capture is not None:
             buckets = GraphBuckets(max_rows, -(-max_model_len // block_size), block_size)
@@ -334,7 +337,8 @@ class ModelRunner:
             if not ops.to_numpy(ops.rows_finite(logits)).all():
                 return None
             chosen = self._rows.token_ids(item.row, start + 1, end + 1)
-            wanted = ops.logprobs(logits, ops.array(np.array(chosen, np.int32), "int32"), num_top)
+            token_ids = ops.array(np.array(chosen, np.int32), "int32")
+            wanted = values_of(ops, logits, token_ids, num_top, self._logprobs_mode)
             arrays = ops.fetch([wanted.chosen, wanted.rank, wanted.top_ids, wanted.top_logprobs])()
             found += [token_logprobs(arrays, place, token_id, num_top) for place, token_id in enumerate(chosen)]
         return tuple(found)

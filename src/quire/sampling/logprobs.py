@@ -1,7 +1,7 @@
-"""Log-probabilities of raw logits, as the plain values that go up."""
+"""Log-probabilities of raw logits, or these themselves, as the plain values that go up."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,15 @@ from quire.ops.types import Array, Logprobs, Provider
 
 ROWS_AT_ONCE = 16
 """Copies of rows of logits that exist at one time, where a request names tokens."""
+
+
+def values_of(ops: Provider, logits: Array, token_ids: Array, num_top: int, mode: str) -> Logprobs:
+    """What `Ops.logprobs` gives, with logits in place of their log-probabilities where `mode` is `raw_logits`."""
+    found = ops.logprobs(logits, token_ids, num_top)
+    if mode != "raw_logits":
+        return found
+    rows = ops.array(np.arange(len(token_ids)), "int64")
+    return replace(found, chosen=logits[rows, token_ids], top_logprobs=logits[rows[:, None], found.top_ids])
 
 
 def token_logprobs(arrays: Sequence[Any], place: int, token_id: int, num_top: int) -> TokenLogprobs:
@@ -68,9 +77,14 @@ class RequestedLogprobs:
 
 
 class LogprobRequests:
-    """Which rows ask for log-probabilities of their sampled tokens, and of which tokens."""
+    """Which rows ask for log-probabilities of their sampled tokens, and of which tokens.
 
-    def __init__(self) -> None:
+    Args:
+        mode: `EngineArgs.logprobs_mode`.
+    """
+
+    def __init__(self, mode: str = "raw_logprobs") -> None:
+        self._mode = mode
         self._num_top: dict[int, int] = {}
         self._named: dict[int, tuple[int, ...]] = {}
         """Rows of `_num_top` for which these tokens are reported instead of the best."""
@@ -106,7 +120,7 @@ class LogprobRequests:
             indices: of those that ask, see `indices()`.
         """
         num_top = [self._num_top[rows[index]] for index in indices]
-        best = ops.logprobs(raw, tokens, max(num_top))
+        best = values_of(ops, raw, tokens, max(num_top), self._mode)
         spans: dict[int, tuple[int, tuple[int, ...]]] = {}
         pairs: list[tuple[int, int]] = []
         for place, index in enumerate(indices):
@@ -118,5 +132,5 @@ class LogprobRequests:
         for start in range(0, len(pairs), ROWS_AT_ONCE):  # the operation reports one token of a row: a row for each
             places, token_ids = zip(*pairs[start : start + ROWS_AT_ONCE], strict=True)
             chosen = ops.array(np.array(token_ids, np.int32), "int32")
-            named.append(ops.logprobs(raw[ops.array(list(places), "int64")], chosen, 0))
+            named.append(values_of(ops, raw[ops.array(list(places), "int64")], chosen, 0, self._mode))
         return RequestedLogprobs({index: place for place, index in enumerate(indices)}, num_top, best, spans, named)

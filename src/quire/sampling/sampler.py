@@ -83,9 +83,16 @@ class Sampler:
     Args:
         max_rows: the number of permanent rows.
         features: what edits logits, in the order in which it is applied. One of them may be a `HoldingFeature`.
+        logprobs_mode: `EngineArgs.logprobs_mode`.
     """
 
-    def __init__(self, ops: Provider, max_rows: int, features: Sequence[SamplingFeature] = ()) -> None:
+    def __init__(
+        self,
+        ops: Provider,
+        max_rows: int,
+        features: Sequence[SamplingFeature] = (),
+        logprobs_mode: str = "raw_logprobs",
+    ) -> None:
         self._ops = ops
         self._numbers = _Numbers(
             np.zeros(max_rows, np.float32),
@@ -106,7 +113,7 @@ class Sampler:
                 self._holding, self._held = feature, rows
         self._edited: set[int] = set()
         """Rows that use a feature: when a step has none, its logits are sampled untouched."""
-        self._logprobs = LogprobRequests()
+        self._logprobs = LogprobRequests(logprobs_mode)
 
     def add(self, new: NewRow) -> None:
         """A request takes a row."""

@@ -52,6 +52,7 @@ class GrammarMasks:
         self._grammars = grammars
         self._rows: dict[int, Matcher] = {}
         self._masks: NDArray[np.uint32] = np.zeros((0, 0), np.uint32)
+        self._added: Array | None = None
 
     def uses(self, spec: SamplingSpec) -> bool:
         """Whether the answer is held to a grammar."""
@@ -85,9 +86,7 @@ class GrammarMasks:
         found = [(place, self._rows[row]) for place, row in zip(places, rows, strict=True)]
         free = [(place, matcher) for place, matcher in found if not matcher.forced]
         if free:
-            allowed = self._allowed([matcher for _, matcher in free], logits.shape[1])
-            for (place, _), denied in zip(free, self._ops.array(~allowed, "bool"), strict=True):
-                logits[place][denied] = -np.inf  # a view: a row is edited where it is
+            self._mask(logits, [place for place, _ in free], [matcher for _, matcher in free])
         held = [(place, matcher.forced[0]) for place, matcher in found if matcher.forced]
         if held:
             index, tokens = (self._ops.array(column, "int64") for column in zip(*held, strict=True))
@@ -95,13 +94,30 @@ class GrammarMasks:
             logits[index] = -np.inf
             logits[index, tokens] = kept
 
-    def _allowed(self, matchers: Sequence[Matcher], num_tokens: int) -> NDArray[np.bool_]:
-        """`[matchers, num_tokens]`."""
+    def _mask(self, logits: Array, places: Sequence[int], matchers: Sequence[Matcher]) -> None:
+        """A byte of a mask becomes eight numbers by a table, and these are added. A bool for each token would cost a
+        branch each: ten times as much where masks have no order."""
+        num_tokens = logits.shape[1]
         width = -(-num_tokens // 32)
         if len(self._masks) < len(matchers) or self._masks.shape[1] != width:
             self._masks = np.zeros((len(matchers), width), np.uint32)
         self._grammars.fill_masks(matchers, self._masks)
         for matcher in matchers:
             matcher.check()
-        bits = np.unpackbits(self._masks[: len(matchers)].view(np.uint8), axis=1, bitorder="little", count=num_tokens)
-        return bits.view(np.bool_)
+        bits = self._masks[: len(matchers)].view(np.uint8)
+        on_host = type(logits) is np.ndarray  # else a device's own kind
+        buffer: NDArray[np.float32] | None = np.empty((bits.shape[1], 8), np.float32) if on_host else None
+        for place, mask in zip(places, bits if buffer is not None else self._ops.array(bits, "int64"), strict=True):
+            if buffer is None:
+                added = self._table()[mask]
+            else:  # the same, five times as fast
+                added = np.take(self._table(), mask, axis=0, out=buffer, mode="clip")
+            row = logits[place]  # a view: a row is edited where it is, one after the other, in a processor's cache
+            row += added.reshape(-1)[:num_tokens]
+
+    def _table(self) -> Array:
+        """`[256, 8]`: by eight bits of a mask, what is added to their logits: 0, or -inf."""
+        if self._added is None:
+            bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+            self._added = self._ops.array(np.where(bits, 0.0, -np.inf), "float32")
+        return self._added

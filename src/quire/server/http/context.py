@@ -1,8 +1,9 @@
 """What every route works with: the engine, its names, the APIs, and the gate that requests come through."""
 
+import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,6 +23,8 @@ from quire.server.http.shares import Shares
 
 if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
+
+logger = logging.getLogger("quire.server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,8 @@ class ServerContext:
     """Whether requests with different API keys may find each other's prefixes."""
     gate: Gate = field(default_factory=Gate)
     started_s: int = field(default_factory=lambda: int(time.time()))
+    logged: set[str] = field(default_factory=set)
+    """Deprecated fields that the log has named."""
 
     def resolve_name(self, name: str | None) -> str:
         """The name to answer under.
@@ -142,6 +147,13 @@ class ServerContext:
             served = ", ".join(self.served_names)
             raise ModelNotFoundError(f"the model {name[:256]!r} is not served here; served: {served}", param="model")
         return name
+
+    def log_deprecated(self, names: Sequence[str], note: Callable[[Sequence[str]], str]) -> None:
+        """Say once of each deprecated field what to send instead."""
+        fresh = [name for name in names if name not in self.logged]
+        if fresh:
+            self.logged.update(fresh)
+            logger.warning("%s", note(fresh))
 
     def request_context(self, request: Request, salt: str, timeout_s: float | None) -> RequestContext:
         """The caller of a request. Of `timeout_s` and the header's, the shorter holds.

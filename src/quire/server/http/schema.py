@@ -208,7 +208,8 @@ class RequestSchema(Generic[B]):
             elif {"type": "null"} not in schema.get("anyOf", ()):
                 if field.default not in (None, msgspec.NODEFAULT):
                     schema["default"] = field.default
-                schema = {"anyOf": [schema, {"type": "null"}]}
+                noted = {"deprecated": True} if schema.pop("deprecated", False) else {}
+                schema = {"anyOf": [schema, {"type": "null"}], **noted}
             properties[name] = schema
         found: Schema = {"type": "object", "properties": properties, "additionalProperties": False}
         return {**found, "required": required} if required else found, components

@@ -21,7 +21,7 @@ from quire.server.doors.openai.bodies import (
     TokenizeTextBody,
 )
 from quire.server.doors.openai.conversation import ARGUMENT_NAME, Conversation, Message, TextPart
-from quire.server.doors.openai.shapes import take_shape
+from quire.server.doors.openai.shapes import deprecated_in, take_shape
 from quire.server.doors.openai.tools import asked_of, check_tools
 from quire.server.http.limits import Limits
 from quire.server.http.schema import check_length
@@ -43,6 +43,8 @@ class Call:
     """What the client calls the count of them."""
     prompt_only: bool = False
     """`max_tokens: 0` with `echo`: the prompt is scored and nothing is shown of the token after it."""
+    deprecated: tuple[str, ...] = ()
+    """Fields that were sent under names of the past."""
 
     @property
     def named_of_answer(self) -> int:
@@ -113,6 +115,7 @@ def parse_completion(raw: Mapping[str, Any], defaults: SamplingParams, limits: L
         echo=body.echo,
         add_special_tokens=body.add_special_tokens,
         prompt_only=prompt_only,
+        deprecated=deprecated_in(values),
     )
 
 
@@ -147,6 +150,7 @@ def parse_chat(raw: Mapping[str, Any], defaults: SamplingParams, limits: Limits)
         conversation=conversation,
         top_logprobs=top_logprobs,
         logprobs_field="top_logprobs",
+        deprecated=deprecated_in(values),
         wants_prompt_text=body.return_prompt_text,
         asked=asked_of(body),
         shows_reasoning=body.include_reasoning,

@@ -25,6 +25,7 @@ from quire.server.doors.openai.parse import (
     text_of,
     truncate_prompt,
 )
+from quire.server.doors.openai.shapes import deprecation_headers
 from quire.server.doors.openai.tools import tools_of
 from quire.server.doors.openai.usage import Usage
 from quire.server.http.context import RequestContext, ServerContext, new_id
@@ -59,8 +60,9 @@ class Answer(ABC, Generic[C]):
         self._usage = Usage(call.num_prompts, shows_cached=context.show_cached_tokens, prompt_only=call.prompt_only)
 
     def headers(self) -> dict[str, str]:
-        """Its id and where its time went."""
-        return {"x-request-id": self._id, "server-timing": self._usage.server_timing()}
+        """Its id, where its time went, and which of its fields have newer names."""
+        timing = self._usage.server_timing()
+        return {"x-request-id": self._id, "server-timing": timing, **deprecation_headers(self._call.deprecated)}
 
     async def whole(self) -> bytes:
         """The answer in one piece, as JSON."""

@@ -14,6 +14,7 @@ from quire.server.doors.openai.bodies import TokenizeTextBody
 from quire.server.doors.openai.describe import describe
 from quire.server.doors.openai.parse import parse_chat, parse_completion, parse_detokenize, parse_tokenize
 from quire.server.doors.openai.respond import Answer, C, ChatAnswer, CompletionAnswer, encode_conversation
+from quire.server.doors.openai.shapes import deprecation_note
 from quire.server.http.context import Api, ServerContext, new_id
 from quire.server.http.errors import ApiError
 from quire.server.http.streams import Framing, WholeAnswer, deliver, naming_param
@@ -49,6 +50,7 @@ async def _create(
     context: ServerContext = request.app.state.context
     defaults = context.engine.get_default_sampling_params()
     call = await context.bodies.read(request, lambda body: parse(body, defaults, context.limits))
+    context.log_deprecated(call.deprecated, deprecation_note)
     requested = context.request_context(request, call.options.cache_salt, call.options.timeout)
     with naming:
         return await deliver(request, answer(context, call, requested), FRAMING if call.options.stream else None)

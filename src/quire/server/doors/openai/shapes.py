@@ -1,7 +1,8 @@
 """Fields that hold an answer to a shape: OpenAI's `response_format`, vLLM's `structured_outputs` and its older
-`guided_*`. They become one `StructuredOutputsParams`, which checks what they say."""
+`guided_*`, which are deprecated. They become one `StructuredOutputsParams`, which checks what they say."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from quire import structured_params as shapes
@@ -37,12 +38,22 @@ _STRICT: Schema = {"type": ["boolean", "null"]}
 _NAMED = _object("schema", name=_NAME, description=STRING, schema=_JSON_SCHEMA, strict=_STRICT)
 _FORMAT: Schema = {
     "anyOf": [
-        _object("type", type={"enum": ["text", "json_object"]}),
+        _object("type", type={"const": "text"}),
+        _object("type", type={"const": "json_object"}, schema=_JSON_SCHEMA),
         _object("type", "json_schema", type={"const": "json_schema"}, json_schema=_NAMED),
     ]
 }
+_OF_FORMAT = {"text": None, "json_object": "schema", "json_schema": "json_schema"}
+"""Type of a `response_format` -> the field beside it; a schema beside json_object is llama.cpp's and others'."""
 _OLD = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
+_OLD_PATTERN, _OLD_BACKEND = "guided_whitespace_pattern", "guided_decoding_backend"
 _OLDER = "vLLM's older name for structured_outputs."
+
+
+def _deprecated(text: str, schema: Schema) -> Field:
+    return Field(text, schema={**schema, "deprecated": True})
+
+
 SHAPES = {
     "response_format": Field(
         "the answer is JSON (json_object), or JSON that a schema holds (json_schema; strict: named properties alone)",
@@ -53,11 +64,32 @@ SHAPES = {
         " structural_tag (text with parts that are held) and json_object",
         schema=_object(**_KINDS),
     ),
-    **{old: Field(f"{_OLDER}{new}", schema=_KINDS[new]) for old, new in _OLD.items()},
-    "guided_whitespace_pattern": Field(f"{_OLDER}whitespace_pattern", schema=_KINDS["whitespace_pattern"]),
-    "guided_decoding_backend": Field("vLLM's choice of a compiler; there is one here: any name will do", schema=STRING),
+    **{old: _deprecated(f"{_OLDER}{new}", _KINDS[new]) for old, new in _OLD.items()},
+    _OLD_PATTERN: _deprecated(f"{_OLDER}whitespace_pattern", _KINDS["whitespace_pattern"]),
+    _OLD_BACKEND: _deprecated("vLLM's choice of a compiler; there is one here: any name will do", STRING),
 }
 """Fields of completions and of chats."""
+_SINCE = int(datetime(2026, 11, 30, tzinfo=UTC).timestamp())
+_INSTEAD = {old: f"use structured_outputs.{new}" for old, new in _OLD.items()} | {
+    _OLD_PATTERN: "use structured_outputs.whitespace_pattern",
+    _OLD_BACKEND: "leave it out",
+}
+
+
+def deprecated_in(values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Fields among `values` that ask for something under a name of the past."""
+    return tuple(name for name in _INSTEAD if name in values)
+
+
+def deprecation_note(names: Sequence[str]) -> str:
+    """What to send instead of each of `names`."""
+    return ", ".join(f"{name} is deprecated: {_INSTEAD[name]}" for name in names)
+
+
+def deprecation_headers(names: Sequence[str]) -> dict[str, str]:
+    """Since when, and what to send instead (RFC 9745; `Link` as of RFC 8288); nothing where `names` is empty."""
+    link = f'</openapi.json>; rel="deprecation"; type="application/json"; title="{deprecation_note(names)}"'
+    return {"deprecation": f"@{_SINCE}", "link": link} if names else {}
 
 
 def take_shape(values: dict[str, Any]) -> None:
@@ -98,16 +130,17 @@ def _of_response_format(value: Any) -> StructuredOutputsParams | None:
         return InvalidRequestError(f"response_format{text}", param="response_format")
 
     kind = value.get("type") if isinstance(value, Mapping) else None
-    for name in value if kind in ("text", "json_object", "json_schema") else ():
-        if name not in ("type", kind) or name in ("text", "json_object"):
+    kind = kind if isinstance(kind, str) else ""
+    for name in value if kind in _OF_FORMAT else ():
+        if name not in ("type", _OF_FORMAT[kind]):
             raise refused(f" of type {kind} has no field {str(name)[:64]!r}")
     if kind == "text":
         return None
-    if kind == "json_object":
+    if kind == "json_object" and value.get("schema") is None:
         return StructuredOutputsParams(json_object=True)
-    if kind != "json_schema":
+    if kind not in _OF_FORMAT:
         raise refused(" must be an object whose type is text, json_object or json_schema")
-    named = value.get("json_schema")
+    named = value.get("json_schema") if kind == "json_schema" else {"schema": value["schema"]}
     if not isinstance(named, Mapping) or "schema" not in named:
         raise refused(".json_schema must be an object with a schema")
     for name in named:
@@ -121,4 +154,5 @@ def _of_response_format(value: Any) -> StructuredOutputsParams | None:
         closed = named.get("strict") is True  # OpenAI takes no other schema then
         return StructuredOutputsParams(json=named["schema"], disable_additional_properties=closed)
     except InvalidRequestError as error:
-        raise refused(".json_schema.schema" + error.message.removeprefix("structured_outputs.json")) from error
+        place = ".json_schema.schema" if kind == "json_schema" else ".schema"
+        raise refused(place + error.message.removeprefix("structured_outputs.json")) from error
