@@ -1,6 +1,7 @@
-"""The API reference, docs/reference/{python,cli}.md, made from signatures, docstrings and the command line's own flags.
+"""The API reference, docs/reference/{python,programs,cli}.md, made from signatures, docstrings and the command line's
+own flags.
 
-python -m scripts.reference_pages          writes both pages
+python -m scripts.reference_pages          writes the pages
 python -m scripts.reference_pages --check  exits 1 when one is not what it would write
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import quire
-from quire import errors
+from quire import errors, programs
 from quire.cli.main import VERBS, make_parser
 
 FOLDER = Path(__file__).parents[1] / "docs/reference"
@@ -27,13 +28,14 @@ PARAMETERS = ("quire.sampling_params.RepetitionDetectionParams",)
 
 def pages() -> dict[str, str]:
     """File name -> text, of every page."""
-    return {"python.md": python_page(), "cli.md": cli_page()}
+    return {"python.md": python_page(), "programs.md": programs_page(), "cli.md": cli_page()}
 
 
 def python_page() -> str:
     """Every exported class, what their fields hold, and every exception."""
     names = [name for name in quire.__all__ if not name.startswith("_")]
-    classes = [getattr(quire, name) for name in names] + [_load(path) for path in (*PARAMETERS, *SHARED)]
+    exported = [one for one in (getattr(quire, name) for name in names) if isinstance(one, type)]
+    classes = exported + [_load(path) for path in (*PARAMETERS, *SHARED)]
     order = (
         "LLM",
         "AsyncLLM",
@@ -51,7 +53,8 @@ def python_page() -> str:
             "# Python reference\n",
             MADE,
             "Everything that `import quire` offers, and what its outputs hold. "
-            "The flags of the command line: [cli](cli.md). HTTP: [the API](../guide/api.md).\n",
+            "The flags of the command line: [cli](cli.md). HTTP: [the API](../guide/api.md). "
+            "`quire.program` and what goes with it: [programs](programs.md).\n",
             *(_class_section(one) for one in classes),
             "## Errors\n",
             "All are in `quire.errors`.\n",
@@ -60,6 +63,28 @@ def python_page() -> str:
             "",
         ]
     )
+
+
+def programs_page() -> str:
+    """Every public name of `quire.programs`: functions, then classes."""
+    found = [getattr(programs, name) for name in programs.__all__]
+    functions = [one for one in found if not isinstance(one, type)]
+    return "\n".join(
+        [
+            "# Programs: reference\n",
+            MADE,
+            "What `from quire.programs import ...` offers; `quire.program` is `program`. "
+            "How it goes together: [programs](../guide/programs.md).\n",
+            *(f"## {one.__name__}\n\n" + "\n".join(_function(one)) + "\n" for one in functions),
+            *(_class_section(one) for one in found if isinstance(one, type)),
+        ]
+    )
+
+
+def _function(one: Any) -> list[str]:
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(one))).body
+    assert isinstance(node, ast.FunctionDef)
+    return [_signature(node), _text(ast.get_docstring(node))]
 
 
 def _load(path: str) -> type:
@@ -99,13 +124,17 @@ def _member(node: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     arguments = node.args
     first = arguments.args.pop(0)  # self or cls
     assert first.arg in ("self", "cls"), node.name
+    return [_signature(node), doc]
+
+
+def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
     prefix = "async " if isinstance(node, ast.AsyncFunctionDef) else ""
     result = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    written = list(_one_by_one(arguments))
+    written = list(_one_by_one(node.args))
     whole = f"{prefix}{node.name}({', '.join(written)}){result}"
     if len(whole) > 100:
         whole = f"{prefix}{node.name}(\n" + "".join(f"    {one},\n" for one in written) + f"){result}"
-    return [f"```python\n{whole}\n```\n", doc]
+    return f"```python\n{whole}\n```\n"
 
 
 def _one_by_one(arguments: ast.arguments) -> Iterator[str]:

@@ -56,6 +56,7 @@ LAW: dict[str, Room] = {
     "server.http": _room("engine", "anyio msgspec starlette uvicorn"),
     "bench": _room("engine", "msgspec numpy tqdm"),
     "demo": _room(),
+    "programs": _room("engine"),
 }
 """By folder; `ops.cuda` is a room inside a room, and the longest name wins."""
 

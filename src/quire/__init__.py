@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from quire.config import EngineArgs
     from quire.llm import LLM, AsyncLLM
     from quire.outputs import CompletionOutput, Logprob, RequestOutput
+    from quire.programs.program import program
     from quire.sampling_params import RequestOutputKind, SamplingParams
     from quire.structured_params import StructuredOutputsParams
 
@@ -25,6 +26,7 @@ _HOME = {
     "RequestOutput": "quire.outputs",
     "CompletionOutput": "quire.outputs",
     "Logprob": "quire.outputs",
+    "program": "quire.programs.program",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "SamplingParams",
     "StructuredOutputsParams",
     "__version__",
+    "program",
 ]
 
 

@@ -12,6 +12,7 @@
     │   ├── DeadlineExceededError  408: its `timeout` passed, in the queue or while it ran
     │   ├── NoTokenLeftError     400: what it excludes left no token to go on with
     │   └── ShapeError           400: what its answer is held to cannot be compiled, or not be followed here
+    ├── ProgramError             a variable of a program was not filled: it is named, and the cause is chained
     ├── ConfigurationError       the operator's fault: refused before the engine starts
     │   ├── ModelFileError       a file of the model is missing, damaged or not supported
     │   └── UnsupportedModelError  an architecture that Quire does not have
@@ -89,6 +90,14 @@ class ShapeError(RequestFailedError):
 
     def __init__(self, text: str) -> None:
         super().__init__(text if text.startswith(SHAPE) else SHAPE + text)
+
+
+class ProgramError(QuireError):
+    """A call of a program failed. `variable` is the one that it was to fill; `__cause__` says why."""
+
+    def __init__(self, message: str, variable: str | None = None) -> None:
+        super().__init__(message)
+        self.variable = variable
 
 
 NO_TOKEN_LEFT = "no token is left to go on with: allowed_token_ids, bad_words and min_tokens exclude all of them here"

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,6 +15,8 @@ from quire.engine.async_engine import AsyncEngine
 from quire.engine.chat import encode_chat
 from quire.engine.front import EngineFront
 from quire.engine.inputs import BYTES, ParsedRequest, Prompt
+from quire.engine.queue import QueueBound, QueueConfig
+from quire.engine.tools import Asked, check_held, hold, read_tools
 from quire.errors import EngineDeadError, InvalidRequestError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
@@ -21,7 +24,11 @@ from quire.sampling_params import RequestOutputKind, SamplingParams
 MOST_OPEN = 2
 """Sequences of a call of `LLM` that run or wait at a time, for each row: the next ones are always there."""
 
+NOTHING_ASKED = Asked()
+UNBOUNDED = QueueConfig(2**62, 2**62, 1)
 Message = Mapping[str, Any]
+_LENT: ContextVar[tuple[int, ...]] = ContextVar("quire_lent", default=())
+"""Of the `LLM`s that are lent to what runs here: their `id`s."""
 
 
 class AsyncLLM(AsyncEngine):
@@ -84,9 +91,7 @@ class LLM(EngineFront):
             InvalidRequestError: some prompt or parameter is refused; of a list, nothing was generated then.
             EngineDeadError: it is closed, or its core is gone for good.
         """
-        self._refuse_own()
-        with self._lock:
-            return self._alone(prompts, sampling_params, priority, show_progress=use_tqdm)
+        return self._generate(prompts, sampling_params, priority, use_tqdm=use_tqdm)
 
     def chat(
         self,
@@ -97,6 +102,7 @@ class LLM(EngineFront):
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of a list of them; outputs in their order.
@@ -104,6 +110,8 @@ class LLM(EngineFront):
         Args:
             messages: one conversation, or a list of them; see `quire.engine.chat.encode_chat` for it and its options.
             sampling_params: as for `generate`. So is `use_tqdm`.
+            tools: functions that the model may call, in OpenAI's form. The arguments of its calls are held to their
+                parameters; the text is the model's own, calls and all: `answer_format.parser` reads it.
 
         Raises:
             InvalidRequestError: some message or parameter is refused; of a list, nothing was generated then.
@@ -111,6 +119,7 @@ class LLM(EngineFront):
         is_list = isinstance(messages, Sequence)
         is_one = isinstance(messages, Sequence) and (not messages or isinstance(messages[0], Mapping))
         conversations: Iterable[Any] = [messages] if is_one else messages
+        shown, asked = read_tools(tools or ())
         prompts = (
             {
                 "prompt_token_ids": encode_chat(
@@ -120,12 +129,28 @@ class LLM(EngineFront):
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
                     chat_template=chat_template,
+                    tools=shown,
+                    answers=self._served.answers,
                     chat_template_kwargs=chat_template_kwargs,
                 )
             }
             for conversation in conversations
         )
-        return self.generate([*prompts] if is_list else prompts, sampling_params, use_tqdm=use_tqdm)
+        given = [*prompts] if is_list else prompts
+        return self._generate(given, sampling_params, None, use_tqdm=use_tqdm, asked=Asked(asked))
+
+    def _generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+        *,
+        use_tqdm: bool,
+        asked: Asked = NOTHING_ASKED,
+    ) -> list[RequestOutput]:
+        self._refuse_own()
+        with self._lock:
+            return self._alone(prompts, params, priority, asked, show_progress=use_tqdm)
 
     def close(self) -> None:
         """Give back threads and memory, once a call in another thread has ended. The object cannot be used after."""
@@ -134,21 +159,53 @@ class LLM(EngineFront):
             self._is_closed = True
             self._served.close()
 
+    @contextmanager
+    def lend(self) -> Iterator[AsyncEngine]:
+        """This engine as an `AsyncEngine`, for many callers at once; until it ends, other calls wait for their turn.
+
+        Raises:
+            EngineDeadError: it is closed.
+        """
+        self._refuse_own()
+        with self._lock:
+            if self._is_closed:
+                raise EngineDeadError("this LLM is closed")
+            if not self._is_whole:
+                self._drop_all()
+            # No bound: what is lent is asked by one program, which opens so many calls at a time.
+            queue, self._engine.queue = self._engine.queue, QueueBound(UNBOUNDED, self._engine.clock)
+            lent, self._is_whole = AsyncEngine(dataclasses.replace(self._served, close=lambda: None)), False
+            token = _LENT.set((*_LENT.get(), id(self)))
+            try:
+                yield lent
+            finally:
+                _LENT.reset(token)
+                is_healthy = lent.is_healthy
+                try:
+                    lent.close()
+                finally:
+                    lent.close()  # an interrupt may have ended the first: its thread must be gone
+                self._is_whole = is_healthy
+                self._drop_all()
+                self._engine.queue = queue
+
     def _alone(
-        self, prompts: Any, params: Any, priority: Sequence[int] | None, *, show_progress: bool
+        self, prompts: Any, params: Any, priority: Sequence[int] | None, asked: Asked, *, show_progress: bool
     ) -> list[RequestOutput]:
         """The one call that uses the engine."""
         try:
             self._owner = threading.get_ident()
             if self._is_closed:
                 raise EngineDeadError("this LLM is closed")
-            requests, total = self._parse(_prompts_of(prompts), params, priority)
+            requests, total = self._parse(_prompts_of(prompts), params, priority, asked)
             # With priorities all must be there from the start.
             return self._run(requests, total, None if priority else self._most_open, show_progress=show_progress)
         finally:
             self._owner = None
 
     def _refuse_own(self) -> None:
+        if id(self) in _LENT.get():
+            raise InvalidRequestError("an LLM that runs a program is asked by the program alone", param="prompts")
         if self._lock.locked() and self._owner == threading.get_ident():
             raise InvalidRequestError("the prompts of a call cannot be made by another call of it", param="prompts")
 
@@ -165,6 +222,7 @@ class LLM(EngineFront):
         prompts: list[Prompt] | Iterator[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
+        asked: Asked,
     ) -> tuple[Iterator[ParsedRequest], int | None]:
         """Checked requests, and their number. Those of a list are all checked before the first is returned."""
         if not isinstance(prompts, list):
@@ -173,7 +231,7 @@ class LLM(EngineFront):
                 name = "sampling_params" if priority is None else "priority"
                 raise InvalidRequestError(f"{name} {text}", param=name)
             (one,) = self._checked_params(params, 1)
-            return (self._parse_one(prompt, one, 0) for prompt in prompts), None
+            return (self._parse_one(prompt, one, 0, asked) for prompt in prompts), None
         priorities = list(priority) if priority is not None else [0] * len(prompts)
         if len(priorities) != len(prompts):
             raise InvalidRequestError(
@@ -181,10 +239,16 @@ class LLM(EngineFront):
             )
         each = zip(prompts, self._checked_params(params, len(prompts)), priorities, strict=True)
         with self._served.inputs.all_or_none():
-            parsed = [self._parse_one(*item) for item in each]
+            parsed = [self._parse_one(*item, asked) for item in each]
         return iter(parsed), len(parsed)
 
-    def _parse_one(self, prompt: Prompt, params: SamplingParams, priority: int) -> ParsedRequest:
+    def _parse_one(self, prompt: Any, params: SamplingParams, priority: int, asked: Asked) -> ParsedRequest:
+        if asked.tools:
+            answers = self.answer_format
+            assert answers is not None, "a model with a tokenizer has a format"
+            held = hold(self.get_tokenizer(), answers, asked, prompt["prompt_token_ids"], params)
+            check_held(self._served.inputs, answers, held, [tool.name for tool in asked.tools])
+            params = held.params
         return self._served.inputs.parse(prompt, params, priority=priority, arrival_s=self._engine.clock())
 
     def _checked_params(

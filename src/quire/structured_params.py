@@ -16,12 +16,13 @@ MAX_NESTING = 64
 MAX_CHOICES = 1024
 MAX_PATTERN_BYTES = 256
 """Of `whitespace_pattern`."""
-KINDS = ("json", "yaml", "regex", "choice", "grammar", "json_object")
+KINDS = ("json", "yaml", "regex", "choice", "grammar", "structural_tag", "json_object")
 
 
 @dataclass(slots=True, kw_only=True)
 class StructuredOutputsParams:
-    """What every answer must be, exactly one of `json`, `yaml`, `regex`, `choice`, `grammar` and `json_object`.
+    """What every answer must be, exactly one of `json`, `yaml`, `regex`, `choice`, `grammar`, `structural_tag` and
+    `json_object`.
 
     Raises:
         InvalidRequestError: no kind or two of them, a value of a wrong type or too large; it names
@@ -38,6 +39,9 @@ class StructuredOutputsParams:
     """Texts, one of which is the answer; or a `Literal` or `Enum` of them."""
     grammar: str | None = None
     """A context-free grammar, in Lark's notation or in llama.cpp's GBNF: which one is seen from the text."""
+    structural_tag: str | Mapping[str, Any] | None = None
+    """Text with parts that are held, between markers: a structural tag in XGrammar's and vLLM's forms. It is kept as
+    text."""
     json_object: bool | None = None
     """Any JSON object."""
     disable_any_whitespace: bool = False
@@ -57,7 +61,9 @@ class StructuredOutputsParams:
         if len(given) != 1:
             what = f"two: {given[0]} and {given[1]}" if given else "none"
             raise _bad(None, f"must hold exactly one of {', '.join(KINDS)}; it holds {what}")
-        for name in ("json", "yaml", "regex", "grammar"):
+        if isinstance(self.structural_tag, Mapping):
+            self.structural_tag = _as_text("structural_tag", self.structural_tag)
+        for name in ("json", "yaml", "regex", "grammar", "structural_tag"):
             _check_text(name, getattr(self, name), MAX_SOURCE_BYTES)
         if self.json_object not in (None, True):
             raise _bad("json_object", "must be true or false")
@@ -106,8 +112,10 @@ def _schema_text(name: str, value: Any) -> Any:
         if make is None:
             raise _bad(name, f"must be a schema or a model of pydantic's, got the class {value.__name__}")
         value = make()
-    if not isinstance(value, Mapping | bool):
-        return value
+    return _as_text(name, value) if isinstance(value, Mapping | bool) else value
+
+
+def _as_text(name: str, value: Any) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:

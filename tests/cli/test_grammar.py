@@ -1,5 +1,6 @@
 """`quire grammar check` as it is run from outside."""
 
+import io
 import json
 from pathlib import Path
 
@@ -58,6 +59,15 @@ def test_generate_holds_its_answer(capsys: pytest.CaptureFixture[str], tiny: Pat
     assert capsys.readouterr().out.strip() in ("yes", "no")
     assert main(["generate", "hello", "--disable-any-whitespace", *tail]) == 2
     assert "--disable-any-whitespace needs --json-schema" in capsys.readouterr().err
+
+
+def test_chat_holds_every_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: Path
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert main(["chat", "--quiet", "--model", str(tiny), "--max-tokens", "60", "--choice", "yes", "no"]) == 0
+    lines = capsys.readouterr().out.split()
+    assert len(lines) == 2 and {*lines} <= {"yes", "no"}
 
 
 @pytest.mark.parametrize(

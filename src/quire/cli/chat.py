@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import aclosing, closing
 from typing import TYPE_CHECKING
 
-from quire.cli import engines, remote
+from quire.cli import engines, remote, shape
 from quire.cli.arguments import add_engine, add_sampling
 from quire.cli.history import History
 from quire.errors import InvalidRequestError, OverloadedError, RequestFailedError
@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   quire chat
   quire chat DIR --system-prompt "Answer in one sentence." --temperature 0.7
   quire chat --url http://127.0.0.1:8000
+  quire chat --json-schema answer.json
   printf 'What is TTFT?\\nAnd TPOT?\\n' | quire chat --quiet
 
 /help says what can be typed; Ctrl-C stops an answer, Ctrl-D or /exit leaves."""
@@ -46,12 +47,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     engines.add_quiet(parser)
     remote.add(parser)
+    shape.add(parser.add_argument_group("what each answer is held to"))
     add_sampling(parser, without=["n"])
     add_engine(parser, positional_model=True)
 
 
 def run(options: argparse.Namespace) -> int:
     """Read, answer, and so on."""
+    shaped = shape.read(options)
+    if shaped is not None:
+        options.structured_outputs = shaped
     server = remote.server_of(options)
     if server is not None:
         fields = remote.sampling_fields(options)

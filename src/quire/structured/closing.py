@@ -36,6 +36,8 @@ _OTHERS = (
     *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ2346789",
 )
 _LETTERS = ("Q", "z")
+_FREE = ("~", "Q")
+"""Fits, as a whole, where any text does."""
 _WALK_STEPS = 2048
 _OFTEN = 4
 _BREADTH = 12
@@ -59,6 +61,7 @@ class TextTokens:
     def __init__(self, token_of: Callable[[bytes], int | None], num_tokens: int) -> None:
         self._token_of = token_of
         self.letters, self.line, self.space = map(self._all, (_LETTERS, "\n", " "))
+        self.free = self._all(_FREE)
         self.closing, self.between, self.others = map(self._all, (_IN_TEXT, _BETWEEN, _OTHERS))
         singles = {token for byte in range(256) if (token := token_of(bytes((byte,)))) is not None}
         first = [*dict.fromkeys([*(one for one in (*self.between, *self.others) if one in singles), *sorted(singles)])]
@@ -141,6 +144,7 @@ class Closer:
 
     Args:
         samples: texts that its regular expressions match, as tokens.
+        ends: what ends free text in it, as tokens.
         lines: of YAML, what its lines may begin with, by their indentation: what is best first.
         encode: how a text is written in tokens.
     """
@@ -149,14 +153,16 @@ class Closer:
         self,
         tokens: TextTokens,
         samples: Sequence[Sequence[int]] = (),
+        ends: Sequence[Sequence[int]] = (),
         lines: Sequence[tuple[int, str]] = (),
         encode: Callable[[str], Sequence[int]] = lambda text: (),
     ) -> None:
         self._tokens = tokens
+        self._ends: list[list[int]] = [list(end) for end in ends]
         self._lines = lines
         self._encode = lru_cache(_MOST_ENCODED)(lambda text: list(encode(text)))
-        ends = [list(sample[start:]) for sample in samples for start in range(len(sample))]
-        self._samples = sorted(ends, key=len)[:_MOST_SAMPLES]
+        tails = [list(sample[start:]) for sample in samples for start in range(len(sample))]
+        self._samples = sorted(tails, key=len)[:_MOST_SAMPLES]
 
     def completion(
         self, matcher: "LLMatcher | UniqueKeys", at_most: int, expected: int = _WALK_STEPS, effort: int = EFFORT
@@ -232,6 +238,9 @@ class Closer:
 
     def _step(self, probe: _Probe, taken: Counter[int] | None) -> list[int]:
         tokens = self._tokens
+        end = self._fitting_end(probe) if self._ends else []
+        if end:
+            return end
         in_text = any(probe.fits([letter]) for letter in tokens.letters)
         closing = self._first(probe, tokens.closing if in_text else tokens.between, taken) or self._line(probe, taken)
         if closing:
@@ -270,6 +279,18 @@ class Closer:
         for token_id in token_ids:
             if (taken is None or taken[token_id] < _OFTEN) and probe.fits([token_id]):
                 return [token_id]
+        return []
+
+    def _fitting_end(self, probe: _Probe) -> list[int]:
+        """What ends free text here: behind it the text is free no more, or may end."""
+        begun = probe.depth
+        for end in self._ends:
+            if probe.fits(end) and probe.take(end):
+                ends = probe.is_whole or not probe.fits(self._tokens.free)
+                probe.back_to(begun)
+                if ends:
+                    return end
+            probe.back_to(begun)
         return []
 
     def _fitting_sample(self, probe: _Probe) -> list[int]:

@@ -2,10 +2,10 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from quire.errors import ShapeError
 from quire.structured.closing import Closer, TextTokens
 from quire.structured.matcher import Matcher
+from quire.structured.reasoning import ReasoningBound
 from quire.structured.samples import is_yaml, lines_of, samples_of
 from quire.structured.source import limits
+from quire.structured.structural_tag import extras_of
 from quire.structured.unique import KeyTokens, UniqueKeys
 
 if TYPE_CHECKING:
@@ -51,6 +53,10 @@ class _Compiled:
     closer: Closer
     shortest: tuple[int, ...] | None
     """An answer, as short as was found."""
+    may_be_cut: bool = False
+    """Whether the answer may be any text where it ends."""
+    reasoning: Callable[[], ReasoningBound] | None = None
+    """The bound on the reasoning of one answer."""
 
     def check_room(self, max_tokens: int) -> None:
         """See that an answer fits.
@@ -95,6 +101,7 @@ class GrammarCompiler:
         self._tokenizer: LLTokenizer | None = None
         self._texts: TextTokens | None = None
         self._encode: Callable[[str], Sequence[int]] = str.encode
+        self._tokens: Sequence[bytes] = ()
         self._executor: LLExecutor | None = None
         self._kept: OrderedDict[str, Future[_Compiled]] = OrderedDict()
         self._kept_bytes = 0
@@ -138,7 +145,15 @@ class GrammarCompiler:
         inner = self._start(request_id, grammar.source).result()
         self._started.pop(request_id, None)
         assert self._tokenizer is not None
-        return Matcher(inner, found.closer, self._tokenizer.eos_tokens, found.shortest, grammar.max_tokens)
+        return Matcher(
+            inner,
+            found.closer,
+            self._tokenizer.eos_tokens,
+            found.shortest,
+            grammar.max_tokens,
+            may_be_cut=found.may_be_cut,
+            reasoning=None if found.reasoning is None else found.reasoning(),
+        )
 
     def _start(self, request_id: str, source: str) -> "Future[LLMatcher | UniqueKeys]":
         future = self._started.get(request_id)
@@ -216,13 +231,36 @@ class GrammarCompiler:
             vocabulary = self._read_vocabulary()
             wrapped = _Wrapped(vocabulary)
             self._texts, self._encode = TextTokens(wrapped.token_of, len(vocabulary.tokens)), wrapped
+            self._tokens = vocabulary.tokens
             self._tokenizer = _tokenizer(wrapped, vocabulary)
             self._texts_of_tokens = wrapped.texts
         matcher = self._new_matcher(source)
+        extras = extras_of(source)
+        ends = [self._mark(end) for end in extras.get("ends", ())]
         samples = [self._encode(text) for text in samples_of(source)]
-        closer = Closer(self._texts, samples, lines_of(source), self._encode)
+        closer = Closer(self._texts, samples, ends, lines_of(source), self._encode)
         shortest = closer.shortest(matcher, _LONGEST)
-        return _Compiled(closer, None if shortest is None else tuple(shortest))
+        return _Compiled(
+            closer,
+            None if shortest is None else tuple(shortest),
+            extras.get("may_be_cut", False),
+            self._bound(extras["reasoning"]) if "reasoning" in extras else None,
+        )
+
+    def _mark(self, mark: str | int) -> Sequence[int]:
+        """A marker as tokens."""
+        return [mark] if isinstance(mark, int) else self._encode(mark)
+
+    def _bound(self, reasoning: Mapping[str, Any]) -> Callable[[], ReasoningBound]:
+        begin, end = reasoning["begin"], reasoning["end"]
+        return partial(
+            ReasoningBound,
+            begin.encode() if isinstance(begin, str) else begin,
+            tuple(self._mark(end)),
+            end.encode() if isinstance(end, str) else b"",
+            reasoning["max_tokens"],
+            self._tokens,
+        )
 
     def _new_matcher(self, source: str) -> "LLMatcher | UniqueKeys":
         """In the thread, after the vocabulary is there."""

@@ -62,8 +62,12 @@ def source_of(params: StructuredOutputsParams) -> str:
         from quire.structured.yaml_scalars import lark
 
         return LLMatcher.grammar_from_lark("start: " + " | ".join(map(lark, params.choice)))
+    if params.structural_tag is not None:
+        from quire.structured.structural_tag import source_of_tag
+
+        return source_of_tag(params)
     assert params.grammar is not None
-    return LLMatcher.grammar_from_lark(_lark(params.grammar))
+    return LLMatcher.grammar_from_lark(lark_of(params.grammar, "grammar"))
 
 
 def is_gbnf(grammar: str) -> bool:
@@ -80,6 +84,10 @@ def validate(source: str, params: StructuredOutputsParams) -> None:
     """
     from llguidance import LLMatcher, LLTokenizer
 
+    if params.structural_tag is not None:
+        from quire.structured.structural_tag import without_token_ids
+
+        source = without_token_ids(source)
     matcher = LLMatcher(LLTokenizer("byte"), source, log_level=0, limits=limits())
     if matcher.is_error():
         raise refusal(params.kind, _explained(matcher.get_error(), params))
@@ -113,24 +121,35 @@ def _schema(params: StructuredOutputsParams) -> Any:
             schema = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise refusal(params.kind, f"is no JSON: {str(error)[:200]}") from None
+    return checked_schema(schema, params.kind, is_closed=params.disable_additional_properties)
+
+
+def checked_schema(schema: Any, field: str, *, is_closed: bool, root: str = "#") -> Mapping[str, Any]:
+    """A schema as it is compiled.
+
+    Args:
+        field: of `structured_outputs` in which it stands, and `root` the place there.
+        is_closed: whether its objects hold the named properties alone.
+
+    Raises:
+        InvalidRequestError: it is none, or says what cannot be held.
+    """
     if not isinstance(schema, Mapping | bool):
-        raise refusal(params.kind, f"a schema is an object, true or false, not {type(schema).__name__}")
+        raise refusal(field, f"a schema is an object, true or false, not {type(schema).__name__}")
     if schema is False:
-        raise refusal(params.kind, "no text satisfies the schema false")
+        raise refusal(field, "no text satisfies the schema false")
     schema = {} if schema is True else schema
     if _is_deeper(schema, MAX_NESTING):
-        raise refusal(params.kind, f"may be nested at most {MAX_NESTING} deep")
-    for place, keywords in _schemas(schema, "#"):
+        raise refusal(field, f"may be nested at most {MAX_NESTING} deep")
+    for place, keywords in _schemas(schema, root):
         if "x-guidance" in keywords:
-            raise refusal(
-                params.kind, f"the keyword 'x-guidance' at {place} is not honoured: use the fields of {FIELD}"
-            )
+            raise refusal(field, f"the keyword 'x-guidance' at {place} is not honoured: use the fields of {FIELD}")
         for keyword in _not_held_exactly(keywords):
-            if (params.kind, keyword) == ("yaml", "minProperties"):
+            if (field, keyword) == ("yaml", "minProperties"):
                 continue  # there no key comes twice
-            raise refusal(params.kind, f"the keyword {keyword!r} at {place} cannot be held with this value")
-    schema = _map_schemas(schema, _without_unknown_format)
-    return _map_schemas(schema, _closed) if params.disable_additional_properties else schema
+            raise refusal(field, f"the keyword {keyword!r} at {place} cannot be held with this value")
+    held: Mapping[str, Any] = _map_schemas(schema, _without_unknown_format)
+    return _map_schemas(held, _closed) if is_closed else held
 
 
 def _json(schema: Any, white: Mapping[str, Any] | None = None) -> str:
@@ -273,17 +292,19 @@ def _without_unknown_format(schema: dict[str, Any]) -> dict[str, Any]:
 def _explained(text: str, params: StructuredOutputsParams) -> str:
     """What llguidance says, with the place in the schema where it can be found."""
     unheld, unknown = _UNHELD.search(text), _UNKNOWN_FORMAT.search(text)
-    if params.kind in ("json", "yaml") and (unheld or unknown):
+    if params.kind in ("json", "yaml", "structural_tag") and (unheld or unknown):
         kind, word = ("keyword", json.loads(unheld[1])[0]) if unheld else ("format", (unknown or "")[1])
-        schemas = _schemas(_schema(params), "#")
+        tag = params.structural_tag
+        schemas = _schemas(json.loads(tag) if isinstance(tag, str) else _schema(params), "#")
         places = [at for at, schema in schemas if (word in schema if unheld else schema.get("format") == word)]
         return f"the {kind} {word!r} at {places[0] if places else '#'} cannot be held"
     return text.removesuffix("<non-verbose/>").strip()[:1000]
 
 
-def _lark(grammar: str) -> str:
+def lark_of(grammar: str, field: str) -> str:
+    """A grammar in either notation, in Lark's."""
     if "x-guidance" in grammar:
-        raise refusal("grammar", "'x-guidance' is not honoured: it would loosen what a schema says")
+        raise refusal(field, "'x-guidance' is not honoured: it would loosen what a schema says")
     if not is_gbnf(grammar):
         return grammar
     from llguidance.gbnf_to_lark import gbnf_to_lark
@@ -291,4 +312,4 @@ def _lark(grammar: str) -> str:
     try:
         return gbnf_to_lark(grammar)
     except Exception as error:  # noqa: BLE001 - the library raises bare Exception
-        raise refusal("grammar", f"is taken for GBNF ('::='), and is none: {str(error)[:300]}") from None
+        raise refusal(field, f"is taken for GBNF ('::='), and is none: {str(error)[:300]}") from None

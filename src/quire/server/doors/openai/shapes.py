@@ -19,6 +19,7 @@ _KINDS: dict[str, Schema] = {
     "regex": _TEXT,
     "choice": _CHOICE,
     "grammar": _TEXT,
+    "structural_tag": {"anyOf": [{"type": "object"}, _TEXT]},
     "json_object": {"type": "boolean"},
     "disable_any_whitespace": _FLAG,
     "disable_additional_properties": _FLAG,
@@ -48,7 +49,8 @@ SHAPES = {
         schema=_FORMAT,
     ),
     "structured_outputs": Field(
-        "the answer is held to one of json and yaml (a schema), regex, choice, grammar (Lark or GBNF), json_object",
+        "the answer is held to one of json and yaml (a schema), regex, choice, grammar (Lark or GBNF),"
+        " structural_tag (text with parts that are held) and json_object",
         schema=_object(**_KINDS),
     ),
     **{old: Field(f"{_OLDER}{new}", schema=_KINDS[new]) for old, new in _OLD.items()},
