@@ -10,9 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from quire.errors import InvalidRequestError
-from quire.structured.merging import Unheld
-from quire.structured.yaml import grammar
-from quire.structured.yaml_scalars import lark
 from quire.structured_params import FIELD, MAX_NESTING, StructuredOutputsParams
 
 WHITESPACE = " ?"
@@ -62,6 +59,8 @@ def source_of(params: StructuredOutputsParams) -> str:
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex, 'd')}/")
     if params.choice is not None:
         assert not isinstance(params.choice, type)
+        from quire.structured.yaml_scalars import lark
+
         return LLMatcher.grammar_from_lark("start: " + " | ".join(map(lark, params.choice)))
     if params.structural_tag is not None:
         from quire.structured.structural_tag import source_of_tag
@@ -162,6 +161,9 @@ def _json(schema: Any, white: Mapping[str, Any] | None = None) -> str:
 
 def _yaml(params: StructuredOutputsParams) -> str:
     """What is refused of JSON is refused of YAML: the same schemas are held, if not all that they allow."""
+    from quire.structured.merging import Unheld
+    from quire.structured.yaml import grammar  # imported where shapes are checked, not where an engine starts
+
     schema = _schema(params)
     validate(_json(schema), params)
     schemas = dict(_schemas(schema, "#"))
