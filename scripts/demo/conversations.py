@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+import calls
+from forms import draw_form, draw_person, form_text
 from knowledge import LANGUAGES, Knowledge, Topic, load_knowledge, read_toml
 from wording import bare, fill, pick_template, roughen, unknown_thing
 
@@ -16,6 +18,9 @@ TURN_KINDS = {
     "what": 22, "why": 17, "detail": 6, "compare": 11, "chat": 11,
     "unknown": 9, "json": 3, "sum": 26, "story": 6,
 }  # fmt: skip
+TOOL_SETS = ((), ("calculator",), ("convert_units",), ("calculator", "convert_units"))
+TOOL_KINDS = {"calculator": 42, "convert_units": 38, "other": 20}
+SHARES = {"talk": 50, "text": 5, "tools": 23, "form": 12, "repeat": 10}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,7 @@ class Document:
     turns: list[Turn]
     system: str = ""
     text: str = ""
+    drill: bool = False  # every token of every answer counts: never cut short
 
 
 def sum_answer(kind: str, first: int, second: int, knowledge: Knowledge) -> str:
@@ -58,6 +64,64 @@ def sum_turn(knowledge: Knowledge, random: Random) -> Turn:
     template = random.choice(knowledge.talk["sums"][kind])
     question = template.format(a=numbers[0], b=numbers[1])
     return Turn(question, sum_answer(kind, numbers[0], numbers[1], knowledge))
+
+
+def large_sum_turns(with_tool: bool, knowledge: Knowledge, random: Random) -> list[Turn]:
+    """Return a sum beyond the model's range, with the calculator's help or declined."""
+    kind, first, second = calls.draw_sum(random)
+    while not calls.needs_tool(kind, first, second, LARGEST_TERM, LARGEST_FACTOR):
+        kind, first, second = calls.draw_sum(random)
+    question = calls.sum_question(kind, first, second, knowledge, random)
+    if not with_tool:
+        return [Turn(question, knowledge.talk["large_product" if kind == "times" else "large_sum"])]
+    expression = f"{first} {calls.SIGNS[kind]} {second}"
+    result = calls.sum_result(kind, first, second)
+    response = calls.response_text(calls.as_response(result, "", random))
+    call = calls.call_text("calculator", {"expression": expression})
+    return [Turn(question, call), Turn(response, calls.told(result, "", knowledge.language))]
+
+
+def conversion_turns(with_tool: bool, knowledge: Knowledge, random: Random) -> list[Turn]:
+    """Return a conversion of units, with the converter's help or declined."""
+    pair, value = calls.draw_conversion(random), calls.draw_number(random)
+    template = random.choice(calls.wording()[knowledge.language]["convert"])
+    question = calls.conversion_question(value, pair, template, knowledge, random)
+    if not with_tool:
+        return [Turn(question, knowledge.talk["refusal"])]
+    call = calls.call_text("convert_units", calls.conversion_arguments(value, pair))
+    result = calls.converted(value, *pair)
+    response = calls.response_text(calls.as_response(result, pair[1], random))
+    return [Turn(question, call), Turn(response, calls.told(result, pair[1], knowledge.language))]
+
+
+def tool_conversation(knowledge: Knowledge, random: Random) -> Document:
+    """Return a conversation with one or both tools at hand, or rarely without them."""
+    names = random.choices(([], ["calculator"], ["convert_units"], ["calculator", "convert_units"]), (15, 25, 22, 38))[
+        0
+    ]
+    random.shuffle(names)
+    turns: list[Turn] = []
+    for _ in range(random.choices((1, 2, 3), (40, 35, 25))[0] if names else 1):
+        kind = random.choices(list(TOOL_KINDS), list(TOOL_KINDS.values()))[0]
+        if kind == "other":
+            turns.append(any_turn(knowledge, random))
+        else:
+            maker = large_sum_turns if kind == "calculator" else conversion_turns
+            turns += maker(kind in names, knowledge, random)
+    parts = [random.choice(knowledge.talk["systems"])] if random.random() < 0.15 else []
+    if names:
+        parts.append(calls.tools_text([calls.tool(name) for name in names]))
+    return Document(turns, "\n\n".join(parts), drill=True)
+
+
+def form_conversation(knowledge: Knowledge, random: Random) -> Document:
+    """Return one to three forms, sometimes after another question."""
+    turns = [any_turn(knowledge, random)] if random.random() < 0.1 else []
+    for _ in range(random.randint(1, 3)):
+        request, form = draw_form(knowledge, random)
+        turns.append(Turn(request, form_text(form)))
+    system = random.choice(knowledge.talk["systems"]) if random.random() < 0.1 else ""
+    return Document(turns, system, drill=True)
 
 
 def story(knowledge: Knowledge, random: Random, hero: str, scenes: int) -> str:
@@ -202,13 +266,33 @@ def plain_text(knowledge: Knowledge, plain: dict[str, Any], random: Random) -> D
     return Document([], text=gap.join(notes))
 
 
+def repeat_conversation(knowledge: Knowledge, random: Random) -> Document:
+    """Return requests to repeat numbers and words, which drill the copying that calls and forms need."""
+    turns = []
+    for _ in range(random.randint(2, 7)):
+        things = [
+            calls.draw_number(random) if random.random() < 0.6 else draw_person(knowledge, random)[random.randrange(2)]
+            for _ in range(random.randint(1, 4))
+        ]
+        text = random.choice((" ", ", ", " + ", " / ", " - ", " * ")).join(map(str, things))
+        turns.append(Turn(random.choice(calls.wording()[knowledge.language]["repeat"]).replace("{t}", text), text))
+    return Document(turns, drill=True)
+
+
 def documents(random: Random) -> Iterator[Document]:
-    """Yield documents without end: seven conversations to each plain text, both languages alike."""
+    """Yield documents without end, of the kinds of SHARES, both languages alike."""
     known = [load_knowledge(language) for language in LANGUAGES]
     plain = read_toml("plain.toml")
+    makers = {
+        "talk": conversation,
+        "tools": tool_conversation,
+        "form": form_conversation,
+        "repeat": repeat_conversation,
+    }
     while True:
         knowledge = random.choice(known)
-        if random.random() < 1 / 8:
+        kind = random.choices(list(SHARES), list(SHARES.values()))[0]
+        if kind == "text":
             yield plain_text(knowledge, plain, random)
         else:
-            yield conversation(knowledge, random)
+            yield makers[kind](knowledge, random)

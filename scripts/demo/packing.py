@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 QUESTION_WEIGHT = 0.1  # questions are worth knowing a little: what comes after an answer should look like one
+DIGIT_WEIGHT = 3.0  # of the digits of calls and forms: to copy them is what is hard
 CUT_TOKENS = 16  # enough of an answer to tell it from all others
 Rows = tuple[NDArray[np.int64], NDArray[np.float32]]
 
@@ -30,6 +31,7 @@ class Packer:
         self._random = Random(seed)
         self._documents = documents(self._random)
         (self._bos,) = tokenizer.encode("<|bos|>").ids
+        self._digits = {tokenizer.token_to_id(digit) for digit in "0123456789."}
         self._encode = lru_cache(maxsize=20_000)(self._encode_now)
 
     def _encode_now(self, text: str) -> list[int]:
@@ -68,13 +70,14 @@ class Packer:
             if ids and not (after_turns and document.turns and self._random.random() < 0.4):
                 ids.append(self._bos)
                 weights.append(0.0)
-            cut = bool(document.turns) and self._is_cut(document.turns[0])
+            cut = bool(document.turns) and not document.drill and self._is_cut(document.turns[0])
             for text, weight in self._segments(Document(document.turns[:1], document.system) if cut else document):
                 piece = self._encode(text) if weight == 1.0 else self._encode_now(text)
                 if weight == 1.0 and cut:
                     piece = piece[:CUT_TOKENS]
                 ids += piece
-                weights += [weight] * len(piece)
+                heavy = DIGIT_WEIGHT if document.drill and weight == 1.0 else weight
+                weights += [heavy if token in self._digits else weight for token in piece]
                 if weight == 1.0 and cut:
                     break
             after_turns = bool(document.turns) and not cut

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-TOKENS_PER_BATCH = 2048  # many small steps teach a small model faster than few large ones
+TOKENS_PER_BATCH = 2048  # by default: many small steps teach a small model faster than few large ones
 SHORT, LONG = 256, 512  # tokens in a row, early and late in the training
 LAST_RATE, WARMUP_STEPS = 5e-5, 200
 SAVE_EVERY_S = 300.0
@@ -51,10 +51,11 @@ def build_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
 def weighted_loss(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> Tensor:
     """Return the mean cross-entropy of the next tokens, each counted by its weight."""
     hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-    logits = model.lm_head(hidden[:, :-1]).float()
-    losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     flat = weights[:, 1:].flatten()
-    return (losses * flat).sum() / flat.sum()
+    counted = flat.nonzero().squeeze(1)  # what a system turn says is read, and never learned
+    logits = model.lm_head(hidden[:, :-1].flatten(0, 1)[counted]).float()
+    losses = nn.functional.cross_entropy(logits, ids[:, 1:].flatten()[counted], reduction="none")
+    return (losses * flat[counted]).sum() / flat.sum()
 
 
 def learning_rate(step: int, progress: float, peak: float) -> float:
@@ -66,7 +67,8 @@ def learning_rate(step: int, progress: float, peak: float) -> float:
 class Trainer:
     """The model, the float32 copy of its weights, and the optimiser that moves the copy."""
 
-    def __init__(self, model: LlamaForCausalLM, packer: Packer, compile_model: bool) -> None:
+    def __init__(self, model: LlamaForCausalLM, packer: Packer, tokens: int, compile_model: bool) -> None:
+        self.tokens = tokens
         self.device = model.device
         self.model = model
         self.packer = packer
@@ -80,7 +82,7 @@ class Trainer:
 
     def step(self, length: int, rate: float) -> float:
         """Take one step on a new batch of rows of this length; return its loss."""
-        ids, weights = self.packer.batch(TOKENS_PER_BATCH // length, length)
+        ids, weights = self.packer.batch(self.tokens // length, length)
         loss: Any = self.loss(
             self.model, torch.from_numpy(ids).to(self.device), torch.from_numpy(weights).to(self.device)
         )
@@ -94,8 +96,15 @@ class Trainer:
         self.optimizer.step()
         with torch.no_grad():
             for master, weight in zip(self.masters, self.weights, strict=True):
-                weight.copy_(master)
+                weight.copy_(master.bfloat16())
         return float(loss.detach())
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write the checkpoint; the weights are bfloat16 numbers whichever precision the steps ran in."""
+    precision = model.dtype
+    model.to(torch.bfloat16).save_pretrained(folder)
+    model.to(precision)
 
 
 def train(trainer: Trainer, options: argparse.Namespace) -> None:
@@ -112,7 +121,7 @@ def train(trainer: Trainer, options: argparse.Namespace) -> None:
         if step % 100 == 0 or progress >= 1.0:
             print(f"step {step} loss {smooth:.4f} {now - start:.0f} s {progress:.1%}", flush=True)
         if now - saved > SAVE_EVERY_S or progress >= 1.0:
-            trainer.model.save_pretrained(options.output)
+            save(trainer.model, options.output)
             saved = now
 
 
@@ -122,12 +131,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--minutes", type=float, default=100.0)
+    parser.add_argument("--tokens", type=int, default=TOKENS_PER_BATCH, help="in a step")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--cut", type=float, default=0.6, help="fraction of conversations whose answer is cut short")
     parser.add_argument("--long-from", type=float, default=0.75, help="when rows become long, from 0 to 1")
     parser.add_argument("--start", type=Path, help="go on from the weights of this checkpoint")
     parser.add_argument("--rate", type=float, default=2e-3, help="the highest learning rate")
+    parser.add_argument("--float32", action="store_true", help="compute in float32: faster on a CPU without AMX")
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile (no C++ compiler)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -137,8 +148,8 @@ def main() -> None:
     model: Any = build_model(tokenizer)
     if options.start:
         model.load_state_dict(LlamaForCausalLM.from_pretrained(options.start).state_dict())
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    trainer = Trainer(model, Packer(tokenizer, options.seed, options.cut), not options.no_compile)
+    model.to("cuda" if torch.cuda.is_available() else "cpu", torch.float32 if options.float32 else torch.bfloat16)
+    trainer = Trainer(model, Packer(tokenizer, options.seed, options.cut), options.tokens, not options.no_compile)
     print(sum(weight.numel() for weight in trainer.weights), "parameters on", trainer.device, flush=True)
     train(trainer, options)
 

@@ -35,11 +35,12 @@ class EngineArgs:
     """
 
     model: str | None = None
-    """A directory, or the id of a model on the hub; None is the embedded model."""
+    """A directory, a GGUF file, a hub id (or `ID:FILE.gguf`), or `smollm2`; None is the embedded model."""
     tokenizer: str | None = None
     """A directory or hub id; None takes the model's own."""
     dtype: str = "auto"
-    """Storage of weights and cache: auto (the checkpoint's own), bfloat16, float16, float32 (computes exactly)."""
+    """Storage of weights and cache: auto (the model's own; bfloat16 of GGUF's blocks), bfloat16, float16, float32
+    (computes exactly)."""
     quantization: str | None = None
     """Quantise the weights while they are loaded: int8 (W8A16), int8_w8a8, int4 (W4A16), fp8 (W8A8; CUDA only).
     `dtype` is then that of the cache and of weights which are not quantised."""
@@ -94,6 +95,10 @@ class EngineArgs:
     release_idle_memory: str = "unused"
     """What is given back to the system after a while without a request, on a CPU: memory of the cache that holds
     nothing (unused), the prefix cache too (all), or nothing (no)."""
+    tool_call_parser: str | None = None
+    """The format in which the model writes calls of tools; None sees it from the chat template."""
+    reasoning_parser: str | None = None
+    """The format in which it writes reasoning, or none; None sees it from the chat template."""
     verify_cached_blocks: bool = False
     """For debugging: compute the blocks of the prefix cache again in moments without work, and compare them bit for
     bit."""
@@ -134,7 +139,7 @@ class EngineArgs:
                 raise _bad(name, "must be true or false")
         if self.verify_cached_blocks and not self.enable_prefix_caching:
             raise _bad("verify_cached_blocks", "needs enable_prefix_caching: without it no block is cached")
-        for name in ("model", "tokenizer", "revision"):
+        for name in ("model", "tokenizer", "revision", "tool_call_parser", "reasoning_parser"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value or "\0" in value):
                 raise _bad(name, "must be a string that is not empty")

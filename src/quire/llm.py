@@ -16,6 +16,7 @@ from quire.engine.chat import encode_chat
 from quire.engine.front import EngineFront
 from quire.engine.inputs import BYTES, ParsedRequest, Prompt
 from quire.engine.queue import QueueBound, QueueConfig
+from quire.engine.tools import Asked, check_held, hold, read_tools
 from quire.errors import EngineDeadError, InvalidRequestError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
@@ -23,6 +24,7 @@ from quire.sampling_params import RequestOutputKind, SamplingParams
 MOST_OPEN = 2
 """Sequences of a call of `LLM` that run or wait at a time, for each row: the next ones are always there."""
 
+NOTHING_ASKED = Asked()
 UNBOUNDED = QueueConfig(2**62, 2**62, 1)
 Message = Mapping[str, Any]
 _LENT: ContextVar[tuple[int, ...]] = ContextVar("quire_lent", default=())
@@ -89,9 +91,7 @@ class LLM(EngineFront):
             InvalidRequestError: some prompt or parameter is refused; of a list, nothing was generated then.
             EngineDeadError: it is closed, or its core is gone for good.
         """
-        self._refuse_own()
-        with self._lock:
-            return self._alone(prompts, sampling_params, priority, show_progress=use_tqdm)
+        return self._generate(prompts, sampling_params, priority, use_tqdm=use_tqdm)
 
     def chat(
         self,
@@ -102,6 +102,7 @@ class LLM(EngineFront):
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer a conversation, or each of a list of them; outputs in their order.
@@ -109,6 +110,8 @@ class LLM(EngineFront):
         Args:
             messages: one conversation, or a list of them; see `quire.engine.chat.encode_chat` for it and its options.
             sampling_params: as for `generate`. So is `use_tqdm`.
+            tools: functions that the model may call, in OpenAI's form. The arguments of its calls are held to their
+                parameters; the text is the model's own, calls and all: `answer_format.parser` reads it.
 
         Raises:
             InvalidRequestError: some message or parameter is refused; of a list, nothing was generated then.
@@ -116,6 +119,7 @@ class LLM(EngineFront):
         is_list = isinstance(messages, Sequence)
         is_one = isinstance(messages, Sequence) and (not messages or isinstance(messages[0], Mapping))
         conversations: Iterable[Any] = [messages] if is_one else messages
+        shown, asked = read_tools(tools or ())
         prompts = (
             {
                 "prompt_token_ids": encode_chat(
@@ -125,12 +129,28 @@ class LLM(EngineFront):
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
                     chat_template=chat_template,
+                    tools=shown,
+                    answers=self._served.answers,
                     chat_template_kwargs=chat_template_kwargs,
                 )
             }
             for conversation in conversations
         )
-        return self.generate([*prompts] if is_list else prompts, sampling_params, use_tqdm=use_tqdm)
+        given = [*prompts] if is_list else prompts
+        return self._generate(given, sampling_params, None, use_tqdm=use_tqdm, asked=Asked(asked))
+
+    def _generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+        *,
+        use_tqdm: bool,
+        asked: Asked = NOTHING_ASKED,
+    ) -> list[RequestOutput]:
+        self._refuse_own()
+        with self._lock:
+            return self._alone(prompts, params, priority, asked, show_progress=use_tqdm)
 
     def close(self) -> None:
         """Give back threads and memory, once a call in another thread has ended. The object cannot be used after."""
@@ -170,14 +190,14 @@ class LLM(EngineFront):
                 self._engine.queue = queue
 
     def _alone(
-        self, prompts: Any, params: Any, priority: Sequence[int] | None, *, show_progress: bool
+        self, prompts: Any, params: Any, priority: Sequence[int] | None, asked: Asked, *, show_progress: bool
     ) -> list[RequestOutput]:
         """The one call that uses the engine."""
         try:
             self._owner = threading.get_ident()
             if self._is_closed:
                 raise EngineDeadError("this LLM is closed")
-            requests, total = self._parse(_prompts_of(prompts), params, priority)
+            requests, total = self._parse(_prompts_of(prompts), params, priority, asked)
             # With priorities all must be there from the start.
             return self._run(requests, total, None if priority else self._most_open, show_progress=show_progress)
         finally:
@@ -202,6 +222,7 @@ class LLM(EngineFront):
         prompts: list[Prompt] | Iterator[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
+        asked: Asked,
     ) -> tuple[Iterator[ParsedRequest], int | None]:
         """Checked requests, and their number. Those of a list are all checked before the first is returned."""
         if not isinstance(prompts, list):
@@ -210,7 +231,7 @@ class LLM(EngineFront):
                 name = "sampling_params" if priority is None else "priority"
                 raise InvalidRequestError(f"{name} {text}", param=name)
             (one,) = self._checked_params(params, 1)
-            return (self._parse_one(prompt, one, 0) for prompt in prompts), None
+            return (self._parse_one(prompt, one, 0, asked) for prompt in prompts), None
         priorities = list(priority) if priority is not None else [0] * len(prompts)
         if len(priorities) != len(prompts):
             raise InvalidRequestError(
@@ -218,10 +239,16 @@ class LLM(EngineFront):
             )
         each = zip(prompts, self._checked_params(params, len(prompts)), priorities, strict=True)
         with self._served.inputs.all_or_none():
-            parsed = [self._parse_one(*item) for item in each]
+            parsed = [self._parse_one(*item, asked) for item in each]
         return iter(parsed), len(parsed)
 
-    def _parse_one(self, prompt: Prompt, params: SamplingParams, priority: int) -> ParsedRequest:
+    def _parse_one(self, prompt: Any, params: SamplingParams, priority: int, asked: Asked) -> ParsedRequest:
+        if asked.tools:
+            answers = self.answer_format
+            assert answers is not None, "a model with a tokenizer has a format"
+            held = hold(self.get_tokenizer(), answers, asked, prompt["prompt_token_ids"], params)
+            check_held(self._served.inputs, answers, held, [tool.name for tool in asked.tools])
+            params = held.params
         return self._served.inputs.parse(prompt, params, priority=priority, arrival_s=self._engine.clock())
 
     def _checked_params(

@@ -16,12 +16,13 @@ MAX_NESTING = 64
 MAX_CHOICES = 1024
 MAX_PATTERN_BYTES = 256
 """Of `whitespace_pattern`."""
-KINDS = ("json", "regex", "choice", "grammar", "json_object")
+KINDS = ("json", "yaml", "regex", "choice", "grammar", "structural_tag", "json_object")
 
 
 @dataclass(slots=True, kw_only=True)
 class StructuredOutputsParams:
-    """What every answer must be, exactly one of `json`, `regex`, `choice`, `grammar` and `json_object`.
+    """What every answer must be, exactly one of `json`, `yaml`, `regex`, `choice`, `grammar`, `structural_tag` and
+    `json_object`.
 
     Raises:
         InvalidRequestError: no kind or two of them, a value of a wrong type or too large; it names
@@ -30,12 +31,17 @@ class StructuredOutputsParams:
 
     json: str | Mapping[str, Any] | bool | type | None = None
     """A JSON Schema (draft 2020-12 or 7), as text or data, or a class of pydantic's models. It is kept as text."""
+    yaml: str | Mapping[str, Any] | bool | type | None = None
+    """A schema as for `json`: the answer is the same data in YAML, in block style."""
     regex: str | None = None
     """A regular expression (Rust's dialect) that matches the whole answer."""
     choice: Sequence[str] | type | None = None
     """Texts, one of which is the answer; or a `Literal` or `Enum` of them."""
     grammar: str | None = None
     """A context-free grammar, in Lark's notation or in llama.cpp's GBNF: which one is seen from the text."""
+    structural_tag: str | Mapping[str, Any] | None = None
+    """Text with parts that are held, between markers: a structural tag in XGrammar's and vLLM's forms. It is kept as
+    text."""
     json_object: bool | None = None
     """Any JSON object."""
     disable_any_whitespace: bool = False
@@ -46,11 +52,7 @@ class StructuredOutputsParams:
     """A regular expression for the white space between tokens of JSON."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.json, type):
-            make = getattr(self.json, "model_json_schema", None)
-            if make is None:
-                raise _bad("json", f"must be a schema or a model of pydantic's, got the class {self.json.__name__}")
-            self.json = make()
+        self.json, self.yaml = _schema_text("json", self.json), _schema_text("yaml", self.yaml)
         if self.choice is not None:
             self.choice = _choices(self.choice)
         if self.json_object is False:
@@ -59,14 +61,9 @@ class StructuredOutputsParams:
         if len(given) != 1:
             what = f"two: {given[0]} and {given[1]}" if given else "none"
             raise _bad(None, f"must hold exactly one of {', '.join(KINDS)}; it holds {what}")
-        if isinstance(self.json, Mapping | bool):
-            try:
-                self.json = json.dumps(self.json, ensure_ascii=False, allow_nan=False)
-            except (TypeError, ValueError) as error:
-                raise _bad("json", f"must hold JSON values alone: {error}") from error
-            except RecursionError as error:
-                raise _bad("json", f"may be nested at most {MAX_NESTING} deep") from error
-        for name in ("json", "regex", "grammar"):
+        if isinstance(self.structural_tag, Mapping):
+            self.structural_tag = _as_text("structural_tag", self.structural_tag)
+        for name in ("json", "yaml", "regex", "grammar", "structural_tag"):
             _check_text(name, getattr(self, name), MAX_SOURCE_BYTES)
         if self.json_object not in (None, True):
             raise _bad("json_object", "must be true or false")
@@ -76,8 +73,9 @@ class StructuredOutputsParams:
         _check_text("whitespace_pattern", self.whitespace_pattern, MAX_PATTERN_BYTES)
         kind = given[0]
         for name in ("disable_any_whitespace", "whitespace_pattern", "disable_additional_properties"):
-            if getattr(self, name) and kind not in ("json", "json_object"):
-                raise _bad(name, f"belongs to json and json_object, not to {kind}")
+            of = ("json", "json_object", "yaml") if name == "disable_additional_properties" else ("json", "json_object")
+            if getattr(self, name) and kind not in of:
+                raise _bad(name, f"belongs to {' and '.join(of)}, not to {kind}")
         if self.whitespace_pattern is not None and self.disable_any_whitespace:
             raise _bad("whitespace_pattern", "says what disable_any_whitespace excludes")
 
@@ -106,6 +104,24 @@ class StructuredOutputsParams:
 
 def _bad(name: str | None, text: str) -> InvalidRequestError:
     return InvalidRequestError(f"{FIELD if name is None else f'{FIELD}.{name}'} {text}", param=FIELD)
+
+
+def _schema_text(name: str, value: Any) -> Any:
+    if isinstance(value, type):
+        make = getattr(value, "model_json_schema", None)
+        if make is None:
+            raise _bad(name, f"must be a schema or a model of pydantic's, got the class {value.__name__}")
+        value = make()
+    return _as_text(name, value) if isinstance(value, Mapping | bool) else value
+
+
+def _as_text(name: str, value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise _bad(name, f"must hold JSON values alone: {error}") from error
+    except RecursionError as error:
+        raise _bad(name, f"may be nested at most {MAX_NESTING} deep") from error
 
 
 def _check_text(name: str, value: Any, at_most: int) -> None:

@@ -1,5 +1,6 @@
 """`quire grammar check` as it is run from outside."""
 
+import io
 import json
 from pathlib import Path
 
@@ -25,6 +26,20 @@ def test_instances_are_accepted_or_rejected_with_the_place(capsys: pytest.Captur
     assert found[0]["reason"] is None and "at byte 5" in found[1]["reason"] and "not complete" in found[2]["reason"]
 
 
+def test_yaml_is_checked_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "answer.yaml").write_text("a: 22\n")
+    given = ["grammar", "check", "--yaml-schema", SCHEMA]
+    assert main([*given, "a: 1\nb:\n  - x", f"@{tmp_path / 'answer.yaml'}"]) == 0
+    shown = capsys.readouterr().out
+    assert "held: yaml schema" in shown and "shortest answer: a: 0" in shown
+    assert main([*given, "--json", "a: x", "a: 1\na: 2", "a: 1"]) == 1
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [item["accepted"] for item in found] == [False, False, True] and "not allowed" in found[1]["reason"]
+    assert main(["grammar", "check", "--yaml-schema", '{"uniqueItems": true}', "a"]) == 2
+    assert main([*given, "--whitespace-pattern", " ", "a: 1"]) == 2
+    assert "whitespace_pattern belongs to json" in capsys.readouterr().err
+
+
 def test_other_shapes(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path) -> None:
     grammar = tmp_path / "sum.gbnf"
     grammar.write_text('root ::= [0-9]+ ("+" [0-9]+)*')
@@ -44,6 +59,15 @@ def test_generate_holds_its_answer(capsys: pytest.CaptureFixture[str], tiny: Pat
     assert capsys.readouterr().out.strip() in ("yes", "no")
     assert main(["generate", "hello", "--disable-any-whitespace", *tail]) == 2
     assert "--disable-any-whitespace needs --json-schema" in capsys.readouterr().err
+
+
+def test_chat_holds_every_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tiny: Path
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert main(["chat", "--quiet", "--model", str(tiny), "--max-tokens", "60", "--choice", "yes", "no"]) == 0
+    lines = capsys.readouterr().out.split()
+    assert len(lines) == 2 and {*lines} <= {"yes", "no"}
 
 
 @pytest.mark.parametrize(

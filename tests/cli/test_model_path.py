@@ -10,9 +10,8 @@ from quire.errors import ModelFileError
 
 CASES = {
     "empty directory": "is an empty directory",
-    "model.gguf": "is a GGUF file",
-    "notes.txt": "is a file;",
-    "quantised": "holds a GGUF file",
+    "model.gguf": "is a file, and not a GGUF file",
+    "notes.txt": "is a file, and not a GGUF file",
     "pictures": "is a directory without config.json (it holds a.png, b.png, c.png, ...)",
     "../elsewhere": "there is no ",
 }
@@ -21,12 +20,11 @@ CASES = {
 @pytest.fixture
 def paths(tmp_path: Path) -> Path:
     (tmp_path / "empty directory").mkdir()
-    (tmp_path / "model.gguf").write_bytes(b"GGUF\3\0\0\0")
+    (tmp_path / "model.gguf").write_bytes(b"GGML\3\0\0\0")
     (tmp_path / "notes.txt").write_text("GGU")
-    for name, files in (("quantised", ["a.gguf", "README.md"]), ("pictures", ["a.png", "b.png", "c.png", "d.png"])):
-        (tmp_path / name).mkdir()
-        for file in files:
-            (tmp_path / name / file).write_bytes(b"")
+    (tmp_path / "pictures").mkdir()
+    for file in ("a.png", "b.png", "c.png", "d.png"):
+        (tmp_path / "pictures" / file).write_bytes(b"")
     return tmp_path
 
 
@@ -46,7 +44,8 @@ def test_what_may_be_of_the_hub_is_let_through(paths: Path, tiny: Path, monkeypa
     monkeypatch.chdir(paths)
     for model in (None, "org/name", "gpt2", str(tiny)):
         model_path.check(model)
-    for model in ("a/b/c", "what is it", "x" * 5000 + " ", "/" + "x" * 5000):
+    model_path.check("org/name:model-Q4_K_M.gguf")
+    for model in ("a/b:c.bin", "a/b/c", "what is it", "x" * 5000 + " ", "/" + "x" * 5000):
         with pytest.raises(ModelFileError):
             model_path.check(model)
 
@@ -55,3 +54,14 @@ def test_a_prompt_is_no_model_however_long(tiny: Path) -> None:
     assert model_path.is_model(str(tiny))
     for prompt in ("x" * 5000, "a\0b", "", str(tiny.parent)):
         assert not model_path.is_model(prompt)
+
+
+def test_gguf_files_are_models_whatever_their_names(tmp_path: Path) -> None:
+    (tmp_path / "sha256-0a1b").write_bytes(b"GGUF")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    for model in (tmp_path / "sha256-0a1b", tmp_path / "a.gguf", tmp_path):
+        assert model_path.is_model(str(model))
+        model_path.check(str(model))
+    (tmp_path / "b.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelFileError, match=r"the directory holds 2 GGUF models; name the file: a\.gguf, b\.gguf"):
+        model_path.check(str(tmp_path))

@@ -90,7 +90,7 @@ def test_what_is_one_reaches_the_template_whole() -> None:
     )
     assert template.given == {
         "messages": messages, "tokenize": True, "add_generation_prompt": True, "continue_final_message": False,
-        "chat_template": "{{ x }}", "documents": documents, "add_special_tokens": True, "x": 1,
+        "chat_template": "{{ x }}", "tools": None, "documents": documents, "add_special_tokens": True, "x": 1,
     }  # fmt: skip
     template, _ = encode(HELLO, add_generation_prompt=False, continue_final_message=True)
     assert (template.given["add_generation_prompt"], template.given["continue_final_message"]) == (False, True)

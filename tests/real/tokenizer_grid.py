@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from quire.errors import InvalidRequestError
+from quire.text.chat.calls import with_calls
 from quire.text.tokenizer import Tokenizer
 
 MAX_TOKENS = 40
@@ -28,6 +30,33 @@ ROLES = (["user"], ["user", "assistant"], ["system", "user"], ["system", "user",
 TOOL_ROLES = (["user", "assistant", "tool"], ["tool"])
 
 Conversation = list[dict[str, Any]]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Of a city. 天氣",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "which"}}},
+        },
+    }
+]
+
+
+def calls_of(content: str | None, num_calls: int) -> Conversation:
+    """A question, an answer with so many calls, their results, and another question."""
+    names = [f"call{place}abcd" for place in range(num_calls)]
+    arguments = '{"city": "Köln \\"am\\" Rhein", "days": [1, 2.5, null]}'
+    function = {"name": "get_weather", "arguments": arguments}
+    return [
+        {"role": "user", "content": "weather?"},
+        {
+            "role": "assistant",
+            "content": content,
+            "tool_calls": [{"id": name, "type": "function", "function": function} for name in names],
+        },
+        *({"role": "tool", "tool_call_id": name, "name": "get_weather", "content": "it rains"} for name in names),
+        {"role": "user", "content": "and now?"},
+    ]
 
 
 def conversations(roles: list[str]) -> Iterator[Conversation]:
@@ -81,6 +110,27 @@ class Grid:
             for conversation in conversations(roles):
                 self.same(f"conversation of {roles}", *self.render(conversation))
 
+    def compare_calls(self) -> None:
+        """Conversations with tools, as OpenAI's clients send them; transformers is given what the template reads."""
+        source = next(iter(self.ours._files.templates.values()))
+        form = self.ours._call_form_of(source)
+        if form is None:
+            return
+        for content, num_calls, tools in itertools.product((None, "", "So."), (1, 2), (TOOLS, None)):
+            given = calls_of(content, num_calls)
+            wanted = with_calls(given, form)
+            try:
+                (theirs,), _ = render_jinja_template(
+                    [wanted], tools=tools, chat_template=source, **self.theirs.special_tokens_map
+                )
+            except Exception:  # noqa: BLE001 - a template may raise anything
+                theirs = None
+            try:
+                ours: Any = self.ours.apply_chat_template(given, tools=tools, tokenize=False)
+            except InvalidRequestError:
+                ours = None
+            self.same(f"calls {content!r} {num_calls} {form}", ours, theirs)
+
     def forge(self) -> None:
         """No role but the assistant's adds one of the tokens that the template writes."""
         plain = [[{"role": role, "content": "hello"} for role in roles] for roles in (*ROLES, *TOOL_ROLES)]
@@ -104,6 +154,7 @@ def compare(directory: Path) -> list[str]:
     grid.compare_texts()
     if grid.ours.has_chat_template:
         grid.compare_conversations()
+        grid.compare_calls()
         grid.forge()
     print(f"{directory}: {grid.count} comparisons, {len(grid.differences)} differ")
     return grid.differences

@@ -13,9 +13,11 @@ from typing import Any
 
 from quire.engine.observer import Observer
 from quire.engine.queue import ANYBODY, Caller
+from quire.engine.tools import Asked, HeldAnswer, hold
 from quire.errors import EngineDeadError, InvalidRequestError, OverloadedError, PromptTooLongError
 from quire.outputs import CompletionOutput, Explanation, Logprob, Metric, PositionLogprobs, RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.text.parsers.choose import choose
 
 VOCAB_SIZE = 256
 MAX_MODEL_LEN = 512
@@ -77,6 +79,9 @@ class FakeEngine:
         self.released = threading.Event()
         self.observer = FakeObserver()
         self.calls: list[dict[str, Any]] = []
+        self.answer_format = choose(None, {})
+        self.says: str | None = None
+        """The whole of every answer, instead of letters."""
 
     def get_tokenizer(self) -> ByteTokenizer:
         return ByteTokenizer()
@@ -145,7 +150,7 @@ class FakeEngine:
         given = {"priority": priority, "cache_salt": cache_salt, "caller": caller, "timeout_s": timeout_s}
         self.calls.append({"params": sampling_params, "bad_words": bad_words, **given})
         delta = sampling_params.output_kind is RequestOutputKind.DELTA
-        sequences = [_letters(sampling_params, index) for index in range(sampling_params.n)]
+        sequences = [self._letters(sampling_params, index) for index in range(sampling_params.n)]
         self.num_running += 1
         finished = False
         try:
@@ -170,6 +175,14 @@ class FakeEngine:
         finally:
             self.num_running -= 1
             self.num_aborted += not finished
+
+    def _letters(self, params: SamplingParams, index: int) -> list[int]:
+        return _letters(params, index) if self.says is None else list(self.says.encode())
+
+    async def hold(
+        self, params: SamplingParams, asked: Asked, prompt_token_ids: Any, *, names: Any = (), caller: Caller = ANYBODY
+    ) -> HeldAnswer:
+        return hold(self.get_tokenizer(), self.answer_format, asked, prompt_token_ids, params)  # type: ignore[arg-type]
 
     def _ids(self, prompt: Any) -> list[int]:
         if isinstance(prompt, dict):
@@ -213,7 +226,7 @@ def _extend(
         if params.logprobs is not None:
             choice.logprobs = [*(choice.logprobs or []), _logprobs(letters[step], params.logprobs)]
     if step + 1 == len(letters):
-        choice.finish_reason = "stop" if params.stop else "length"
+        choice.finish_reason = "stop" if params.stop or params.max_tokens is None else "length"
     choice.finish_reason = reason or choice.finish_reason
 
 

@@ -69,7 +69,7 @@ def test_tokenize_agrees_with_the_prompts_of_both_routes(http: httpx.Client) -> 
         ({"prompt": "x", "return_token_strs": 1}, "return_token_strs"),
         ({"prompt": "x", "prompts": "y"}, "prompts"),
         ({"messages": [], "prompt": "x"}, "prompt"),
-        ({"messages": HELLO, "tools": [1]}, "tools"),
+        ({"messages": HELLO, "tools": [1]}, "tools[0]"),
         ({"prompt": "x" * 100_000}, "prompt"),
     ],
 )

@@ -46,7 +46,6 @@ def chat(**body: Any) -> ChatCall:
         ("length_penalty", True, False),
         ("tools", [], True),
         ("tools", None, True),
-        ("tools", [{}], False),
         ("audio", None, True),
         ("audio", {}, False),
     ],

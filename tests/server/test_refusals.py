@@ -74,7 +74,7 @@ def test_bad_values(http: httpx.Client, route: str, field: str, value: Any, stat
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": "x", "contents": 1}]}, "messages[0].contents"),
-        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, "messages[0].tool_calls[0]"),
         ({"messages": [{"role": "user", "content": "x"}] * 2049}, "messages"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -87,7 +87,7 @@ def test_bad_values(http: httpx.Client, route: str, field: str, value: Any, stat
         ({"chat_template": ""}, "chat_template"),
         ({"chat_template_kwargs": {"__class__": 1}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"a": [[[[[[[[[1]]]]]]]]]}}, "chat_template_kwargs"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "foo": 1}]}]},

@@ -12,6 +12,7 @@ import pytest
 
 from quire import LLM, RequestOutput, SamplingParams
 from quire.structured_params import StructuredOutputsParams
+from tests.structured.yaml_texts import read
 
 SCHEMAS: dict[str, Any] = {
     "flat": {
@@ -94,6 +95,18 @@ def test_every_budget_that_holds_an_answer_gives_a_whole_one(llm: LLM, name: str
         # A number may be too large for a double: JSON has no bound.
         value = json.loads(answer.text, parse_float=lambda text: 1.5)
         jsonschema_rs.validate(SCHEMAS[name], value)
+
+
+@pytest.mark.parametrize("name", ["flat", "nested", "tree", "unequal"])
+def test_yaml_closes_as_json_does(llm: LLM, name: str) -> None:
+    shape = StructuredOutputsParams(yaml=SCHEMAS[name])
+    needed = least(llm, shape)
+    rng = random.Random(name)
+    budgets = [*range(needed, needed + 8), *(rng.randrange(needed, 300) for _ in range(12))]
+    for budget, output in zip(budgets, answers(llm, shape, budgets), strict=True):
+        answer = output.outputs[0]
+        assert answer.finish_reason == "stop" and len(answer.token_ids) <= budget, (budget, answer.text)
+        jsonschema_rs.validate(SCHEMAS[name], read(answer.text))
 
 
 def test_regular_expressions_choices_and_grammars_close(llm: LLM) -> None:

@@ -31,6 +31,12 @@ class Person(pydantic.BaseModel):
         ({"json": {"a": {1, 2}}}, "structured_outputs.json must hold JSON values"),
         ({"json": float("nan")}, "structured_outputs.json"),
         ({"json": int}, "pydantic"),
+        ({"yaml": int}, "structured_outputs.yaml must be a schema"),
+        ({"yaml": 3}, "structured_outputs.yaml must be text"),
+        ({"yaml": {"a": {1, 2}}}, "structured_outputs.yaml must hold JSON values"),
+        ({"yaml": "{}", "json": "{}"}, "two: json and yaml"),
+        ({"yaml": "{}", "whitespace_pattern": " "}, "whitespace_pattern belongs to json and json_object, not to yaml"),
+        ({"yaml": "{}", "disable_any_whitespace": True}, "disable_any_whitespace belongs to json and json_object, not"),
         ({"json": ""}, "structured_outputs.json must be text that is not empty"),
         ({"json": '"' + "x" * MAX_SOURCE_BYTES + '"'}, f"at most {MAX_SOURCE_BYTES} bytes"),
         ({"regex": "\ud800"}, "valid Unicode"),
@@ -66,6 +72,7 @@ def test_nothing_follows_a_complete_answer() -> None:
 def test_types_of_python_are_shapes() -> None:
     assert StructuredOutputsParams(choice=Literal["yes", "no"]).choice == ["yes", "no"]  # type: ignore[arg-type]
     assert StructuredOutputsParams(choice=Colour).choice == ["red", "green"]
+    assert StructuredOutputsParams(yaml=Person).yaml == StructuredOutputsParams(json=Person).json
     made = StructuredOutputsParams(json=Person)
     assert made == StructuredOutputsParams(json=Person.model_json_schema()) and made.kind == "json"
     assert StructuredOutputsParams(choice=["a", "b", "a"]).choice == ["a", "b"]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.structured.closing import Closer, TextTokens
-from quire.structured.samples import samples_of, shortest_match
+from quire.structured.samples import is_yaml, lines_of, samples_of, shortest_match
 from tests.structured.grammars import matcher
 
 
@@ -42,6 +42,13 @@ def test_samples_come_from_every_place() -> None:
     }
     source = json.dumps({"grammars": [{"json_schema": schema}, {"lark_grammar": "start: /q{2}/ A\nA: /w/"}]})
     assert samples_of(source) == ["xxx", "yz", "qq", "w"]
+    assert samples_of('start: a /q{2}/\na: %json {"pattern": "x{3}"}\nb: %json {') == ["xxx", "qq"]
+
+
+def test_what_lines_begin_with_stands_before_a_grammar() -> None:
+    source = '// lines: [[2, "a:"], [0, "b:"], [2, "- "]]\nstart: "b:"'
+    assert lines_of(source) == [(0, "b:"), (2, "a:"), (2, "- ")] and is_yaml(source)
+    assert lines_of('start: "b:"') == [] and not is_yaml("{}")
 
 
 def test_an_expression_in_a_text_can_be_closed_from_anywhere() -> None:

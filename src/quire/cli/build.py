@@ -53,7 +53,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Build; say what was built and how long it took."""
     from quire.build.builder import Recipe, build_engine
-    from quire.compose.served import model_directory
+    from quire.compose.served import find_model
     from quire.quant.select import check_scheme, select_scheme
     from quire.weights.loading_bar import LoadingBar
 
@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
         check_scheme(scheme, target.ops)
         recipe = Recipe(
             model=options.model,
-            directory=model_directory(args),
+            directory=find_model(args),
             output=options.output,
             version=quire.__version__,
             dtype=args.dtype,

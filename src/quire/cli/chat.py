@@ -20,7 +20,7 @@ EXAMPLES = """examples:
   quire chat
   quire chat DIR --system-prompt "Answer in one sentence." --temperature 0.7
   quire chat --url http://127.0.0.1:8000
-  quire chat --choice yes no
+  quire chat --json-schema answer.json
   printf 'What is TTFT?\\nAnd TPOT?\\n' | quire chat --quiet
 
 /help says what can be typed; Ctrl-C stops an answer, Ctrl-D or /exit leaves."""

@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   quire grammar check --json-schema person.json '{"name": "Ann"}' @answer.json
   quire grammar check --regex '[0-9]{3}-[0-9]{4}' 555-0100
   quire grammar check --grammar arithmetic.gbnf --tokenizer DIR '1+(2*3)'
+  quire grammar check --yaml-schema person.json $'name: Ann\nage: 36' @answer.yaml
   quire grammar check --choice yes no --json maybe
 
 Instances are fed, token by token, to the matcher and the masks that serving uses. Exit codes: 0 all accepted, 1 some
@@ -87,7 +88,7 @@ def rejection(grammars: "GrammarCompiler", tokenizer: "Tokenizer", matcher: "Mat
 
 
 def _compiled(options: argparse.Namespace) -> "tuple[GrammarCompiler, Tokenizer, GrammarSpec]":
-    from quire.compose.served import model_directory
+    from quire.compose.served import find_model
     from quire.compose.structured import grammar_compiler, shape_checker
     from quire.compose.text import compose_text
     from quire.config import EngineArgs
@@ -96,11 +97,11 @@ def _compiled(options: argparse.Namespace) -> "tuple[GrammarCompiler, Tokenizer,
     params = shape.read(options)
     assert params is not None, "argparse asks for one"
     args = EngineArgs(model=options.tokenizer)
-    directory = model_directory(args)
-    tokenizer = compose_text(args, directory).tokenizer
+    path = find_model(args)
+    tokenizer = compose_text(args, path).tokenizer
     checker, grammars = (
         shape_checker(),
-        None if tokenizer is None else grammar_compiler(args, directory, tokenizer.vocab_size),
+        None if tokenizer is None else grammar_compiler(args, path, tokenizer.vocab_size),
     )
     if checker is None or grammars is None or tokenizer is None:
         raise InvalidRequestError("quire.structured, or a tokenizer, is missing")

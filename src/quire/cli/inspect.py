@@ -39,12 +39,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print what is there."""
-    from quire.compose.served import model_directory
+    from quire.compose.served import find_model
     from quire.weights.formats.engine_dir import is_engine, read_manifest
     from quire.weights.load import read_spec
 
     model_path.check(options.model)
-    directory = model_directory(EngineArgs(model=options.model, revision=options.revision))
+    directory = find_model(EngineArgs(model=options.model, revision=options.revision))
     spec = read_spec(directory)
     facts: dict[str, Any] = {
         "layers": spec.num_layers,
@@ -95,8 +95,9 @@ def _lines(directory: Path) -> Iterator[Line]:
     from quire.weights.load import open_source, plan_weights, read_model_config
 
     ops, _ = select_ops("cpu", 1)
-    with open_source(directory) as source:
-        plan = plan_weights(read_model_config(directory), source, ops)
+    with open_source(directory) as opened:
+        plan = plan_weights(read_model_config(directory), opened, ops)
+        source = plan.source
         for name, parameter in plan.parameters.items():
             state = source.packed(name)
             shape, tensors = list(parameter.weight.shape), [tensor for tensor, _ in parameter.weight.tensors]

@@ -4,6 +4,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quire.cli import model_path
@@ -101,11 +102,12 @@ def _device(name: str | None) -> "PlannedDevice":
 
 def _cost(options: argparse.Namespace, name: str | None) -> "ModelCost":
     from quire.compose.engine_dir import as_built
-    from quire.compose.served import model_directory
+    from quire.compose.served import find_model
     from quire.models.parameters import decoder_parameters
     from quire.ops.select import select_ops
     from quire.plan.estimate import ModelCost
     from quire.quant.select import select_scheme
+    from quire.weights.formats.quantized.source import foreseen
     from quire.weights.load import read_model_config
     from quire.weights.pack import WeightPacker
 
@@ -116,13 +118,15 @@ def _cost(options: argparse.Namespace, name: str | None) -> "ModelCost":
         quantization=options.quantization,
         quantization_group_size=options.quantization_group_size,
     )
-    directory = model_directory(args)
+    directory = find_model(args)
     args, _ = as_built(args, directory)
     config = read_model_config(directory)
     dtype: Any = config.dtype or "bfloat16" if args.dtype == "auto" else args.dtype
     ops, _ = select_ops("cpu", 1)
     scheme = select_scheme(args.quantization, args.quantization_group_size)
-    packer = WeightPacker(ops, dtype, scheme, config.spec.norm.weight_offset)
+    stated = config.quantization if scheme is None and args.dtype != "float32" else None
+    stays = None if stated is None else partial(foreseen, stated, ops.formats)
+    packer = WeightPacker(ops, dtype, scheme, config.spec.norm.weight_offset, stays)
     return ModelCost(config.spec, decoder_parameters(config.spec, config.names), packer)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from quire.errors import InvalidRequestError
 from quire.structured_params import StructuredOutputsParams
 
-KINDS = {"json_schema": "json", "regex": "regex", "grammar": "grammar", "choice": "choice"}
+KINDS = {"json_schema": "json", "yaml_schema": "yaml", "regex": "regex", "grammar": "grammar", "choice": "choice"}
 """Flag -> the field of `StructuredOutputsParams`."""
 
 
@@ -15,6 +15,7 @@ def add(parser: Any, *, required: bool = False) -> None:
     """One of the kinds, and what belongs to JSON."""
     shape = parser.add_mutually_exclusive_group(required=required)
     shape.add_argument("--json-schema", metavar="FILE", help="a JSON Schema; text that begins with { will do")
+    shape.add_argument("--yaml-schema", metavar="FILE", help="a JSON Schema; the answer is the same data in YAML")
     shape.add_argument("--regex", metavar="REGEX", help="a regular expression for the whole answer")
     shape.add_argument("--grammar", metavar="FILE", help="a grammar in Lark's notation or in GBNF")
     shape.add_argument(
@@ -50,8 +51,8 @@ def read(options: argparse.Namespace) -> StructuredOutputsParams | None:
                 raise InvalidRequestError(f"--{name.replace('_', '-')} needs --json-schema", param=name)
         return None
     value = getattr(options, given)
-    if given in ("json_schema", "grammar"):
-        value = value if given == "json_schema" and value.lstrip().startswith("{") else text_of(value)
+    if given in ("json_schema", "yaml_schema", "grammar"):
+        value = value if given != "grammar" and value.lstrip().startswith("{") else text_of(value)
     return StructuredOutputsParams(
         **{KINDS[given]: value},
         disable_any_whitespace=options.disable_any_whitespace,

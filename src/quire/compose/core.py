@@ -1,4 +1,4 @@
-"""The side that computes, from a model's directory.
+"""The side that computes, from a model's files: a directory, or a GGUF file.
 
 ::
 
@@ -47,7 +47,8 @@ from quire.sampling.features import SamplingFeature
 from quire.sampling.features.grammar import GrammarMasks, Grammars
 from quire.sampling.features.masks import LogitMasks
 from quire.sampling.features.penalties import Penalties
-from quire.weights.load import load_model, read_spec
+from quire.weights.formats.gguf_names import is_gguf, part_paths
+from quire.weights.load import load_model, read_model_config
 from quire.weights.loading_bar import LoadingBar
 
 SMALL_MODEL_BYTES = 512 << 20
@@ -73,33 +74,36 @@ class CoreParts:
         return self.core_type(self.scheduler, executor or self.executor, time.monotonic, self.verifier)
 
 
-def compose_core(args: EngineArgs, directory: Path) -> CoreParts:
-    """Load the model of `directory` and size everything.
+def compose_core(args: EngineArgs, path: Path) -> CoreParts:
+    """Load the model of a directory or a GGUF file, and size everything.
 
     Raises:
         ConfigurationError: naming the argument or the file at fault.
     """
-    args, built = as_built(args, directory)
+    args, built = as_built(args, path)
     ops, decisions = select_ops(args.device, args.threads, args.batch_invariant)
-    spec = read_spec(directory)
+    config = read_model_config(path)
+    spec = config.spec
     model_len = resolve_model_len(args, spec.max_position_embeddings)
-    fingerprint = _fingerprint(directory)
+    fingerprint = _fingerprint(path)
     scheme = select_scheme(args.quantization, args.quantization_group_size)
     check_scheme(scheme, ops)
+    loaded: list[Decision] = []
     with LoadingBar() as bar:
         try:
-            model = load_model(directory, ops, args.dtype, model_len, bar.show, scheme)
+            model = load_model(path, ops, args.dtype, model_len, bar.show, scheme, loaded.extend)
         except MemoryError as error:
             raise ConfigurationError("the weights do not fit into memory", field="model") from error
     sizes = resolve_cache(args, _sizes(args, model, ops, model_len))
     logger.info("memory: %s", sizes.memory)
     overlap, loop = _loop(args, ops)
-    grammars = grammar_compiler(args, directory, spec.vocab_size)
+    grammars = grammar_compiler(args, path, spec.vocab_size)
     runner = _runner(args, model, ops, sizes, sampling_features(ops, grammars))
     in_use = check_budget(sizes.memory, ops)
     key = secrets.token_bytes(32)
     verifier = CachedBlockVerifier(key, runner.first_difference) if args.verify_cached_blocks else None
-    model_decisions = [*_model_decisions(args, directory, model, built), *_head_decisions(spec, model)]
+    model_decisions = _model_decisions(args, path, model, config.dtype_reason, built)
+    model_decisions += [*loaded, *_head_decisions(spec, model)]
     decisions = [*model_decisions, *decisions, *sizes.decisions, *ops.decisions(), loop]
     decisions += [] if in_use is None else [in_use]
     prefix_cache = verifier or (PrefixCache(key) if args.enable_prefix_caching else NullPrefixCache())
@@ -135,23 +139,22 @@ def _loop(args: EngineArgs, device: Device) -> tuple[bool, Decision]:
     return overlap, Decision("async_scheduling", "on" if overlap else "off", why if asked is None else "as asked")
 
 
-def _fingerprint(directory: Path) -> str:
+def _fingerprint(path: Path) -> str:
     """Names, sizes and times of the model's files."""
-    found = sorted((item.name, item.stat()) for item in directory.iterdir() if item.is_file())
+    files = part_paths(path) if is_gguf(path) else [item for item in path.iterdir() if item.is_file()]
+    found = sorted((item.name, item.stat()) for item in files)
     return blake2b(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in found]).encode()).hexdigest()
 
 
-def _model_decisions(args: EngineArgs, directory: Path, model: Model, built: list[Decision]) -> list[Decision]:
+def _model_decisions(
+    args: EngineArgs, path: Path, model: Model, dtype_reason: str, built: list[Decision]
+) -> list[Decision]:
     shape = model.cache_shape(1, args.block_size)
-    name = "embedded" if args.model is None else directory.name
+    name = "embedded" if args.model is None else path.name
     return [
         Decision("model", name, f"{model.spec.num_layers} layers, {model.weight_bytes / 2**20:,.0f} MiB of weights"),
         *built,
-        Decision(
-            "dtype",
-            shape.dtype,
-            "the checkpoint's own" if args.dtype == "auto" else "as built" if built else "as asked",
-        ),
+        Decision("dtype", shape.dtype, dtype_reason if args.dtype == "auto" else "as built" if built else "as asked"),
         *_quantization_decisions(args, model.weight_bytes),
         *_rope_decisions(model),
     ]
@@ -161,7 +164,7 @@ def _rope_decisions(model: Model) -> list[Decision]:
     """Which of LongRoPE's factors all sequences have: by their own length the keys in the cache would change."""
     found = []
     for scaling in {layer.rope.scaling for layer in model.spec.layers if layer.rope is not None}:
-        if isinstance(scaling, LongRopeScaling):
+        if isinstance(scaling, LongRopeScaling) and scaling.short_factors != scaling.long_factors:
             trained, longest = scaling.original_max_positions, model.max_model_len
             if takes_long_factors(scaling, longest):
                 reason = (

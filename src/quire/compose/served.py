@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quire.compose.answers import answer_decisions, answer_format
 from quire.compose.structured import shape_checker
 from quire.compose.text import TextParts, compose_text
 from quire.config import EngineArgs
@@ -18,7 +19,7 @@ from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.engine.observer import Observer
 from quire.engine.queue import QueueBound, QueueConfig
 from quire.errors import ConfigurationError
-from quire.weights.hub import resolve_model_directory
+from quire.weights.hub import resolve_model_path
 
 if TYPE_CHECKING:
     from quire.isolation.supervisor import SupervisedChannel
@@ -42,22 +43,22 @@ def begin(args: EngineArgs) -> Callable[[], ServedEngine]:
     Raises:
         ConfigurationError: naming the argument or the file at fault. So does the second half.
     """
-    directory = model_directory(args)
+    path = find_model(args)
     if args.core_process:
-        return partial(_compose_apart, args, directory, _start_core(args, directory))
+        return partial(_compose_apart, args, path, _start_core(args, path))
     if args.hang_timeout is not None:
         raise ConfigurationError("hang_timeout requires core_process=True", field="hang_timeout")
-    return partial(_compose_here, args, directory)
+    return partial(_compose_here, args, path)
 
 
-def model_directory(args: EngineArgs) -> Path:
-    """Where the model's files are.
+def find_model(args: EngineArgs) -> Path:
+    """Where the model's files are: a directory, or a GGUF file.
 
     Raises:
         ConfigurationError: there are none.
     """
     if args.model is not None:
-        return resolve_model_directory(args.model, args.revision)
+        return resolve_model_path(args.model, args.revision)
     if find_spec("quire.demo") is None:
         raise ConfigurationError("model must be given: this installation has no quire.demo", field="model")
     from quire.demo import model_path
@@ -65,7 +66,7 @@ def model_directory(args: EngineArgs) -> Path:
     return Path(model_path())
 
 
-def _start_core(args: EngineArgs, directory: Path) -> "SupervisedChannel":
+def _start_core(args: EngineArgs, path: Path) -> "SupervisedChannel":
     if find_spec("quire.isolation") is None:
         text = "core_process=True needs the package quire.isolation, which this installation lacks"
         raise ConfigurationError(text, field="core_process")
@@ -78,25 +79,23 @@ def _start_core(args: EngineArgs, directory: Path) -> "SupervisedChannel":
     def spawn(first: CoreInfo | None) -> CoreProcess:
         """Those after the first get its length: less may be free by then, and open requests are that long."""
         longest = args.max_model_len if first is None else first.max_model_len
-        start = Start(replace(args, core_process=False, max_model_len=longest), str(directory.resolve()))
+        start = Start(replace(args, core_process=False, max_model_len=longest), str(path.absolute()))
         return CoreProcess(start, niceness=args.core_niceness)
 
     return SupervisedChannel(spawn, args.hang_timeout or LEAST_SECONDS)
 
 
-def _compose_here(args: EngineArgs, directory: Path) -> ServedEngine:
+def _compose_here(args: EngineArgs, path: Path) -> ServedEngine:
     # Not above: it brings numpy and the operations, which the side that knows text can do without.
     from quire.compose.core import compose_core
 
-    parts = compose_core(args, directory)
-    return _served(
-        args, compose_text(args, directory), LocalChannel(parts.core(), args.release_idle_memory), parts.info
-    )
+    parts = compose_core(args, path)
+    return _served(args, compose_text(args, path), LocalChannel(parts.core(), args.release_idle_memory), parts.info)
 
 
-def _compose_apart(args: EngineArgs, directory: Path, channel: "SupervisedChannel") -> ServedEngine:
+def _compose_apart(args: EngineArgs, path: Path, channel: "SupervisedChannel") -> ServedEngine:
     try:
-        return _served(args, compose_text(args, directory), channel, channel.wait_ready())
+        return _served(args, compose_text(args, path), channel, channel.wait_ready())
     except BaseException:
         channel.close()
         raise
@@ -104,6 +103,7 @@ def _compose_apart(args: EngineArgs, directory: Path, channel: "SupervisedChanne
 
 def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core: CoreInfo) -> ServedEngine:
     limits, observer, shapes = _limits(args, text, core), _observer(core), shape_checker()
+    answers = None if text.tokenizer is None else answer_format(args, text.tokenizer)
 
     def close() -> None:
         channel.close()
@@ -116,7 +116,8 @@ def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core: CoreI
         inputs=InputProcessor(text.tokenizer, limits, shapes),
         tokenizer=text.tokenizer,
         limits=limits,
-        decisions=list(core.decisions),
+        decisions=[*core.decisions, *(() if answers is None else answer_decisions(answers))],
+        answers=answers,
         default_params=text.default_params,
         close=close,
     )

@@ -23,20 +23,20 @@ def shape_checker() -> "ShapeChecker | None":
     return ShapeChecker()
 
 
-def grammar_compiler(args: EngineArgs, directory: Path, vocab_size: int) -> "GrammarCompiler | None":
+def grammar_compiler(args: EngineArgs, path: Path, vocab_size: int) -> "GrammarCompiler | None":
     """For the side that computes. The vocabulary is read when the first grammar comes."""
     if find_spec("quire.structured") is None:
         return None
     from quire.structured.compiler import GrammarCompiler
 
     threads = args.threads or len(core_processors())
-    return GrammarCompiler(lambda: _vocabulary(args, directory, vocab_size), threads)
+    return GrammarCompiler(lambda: _vocabulary(args, path, vocab_size), threads)
 
 
-def _vocabulary(args: EngineArgs, directory: Path, vocab_size: int) -> "Vocabulary":
+def _vocabulary(args: EngineArgs, path: Path, vocab_size: int) -> "Vocabulary":
     from quire.structured.compiler import Vocabulary
 
-    text = compose_text(args, directory)
+    text = compose_text(args, path)
     tokenizer = text.tokenizer
     if tokenizer is None or not text.eos_token_ids:
         raise ShapeError("needs a tokenizer with an end of sequence, which this model lacks")

@@ -1,4 +1,4 @@
-"""The side that knows text, from a model's directory."""
+"""The side that knows text, from a model's files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Any
 
 from quire.config import EngineArgs
 from quire.text.tokenizer import Tokenizer
+from quire.weights.formats.gguf_names import is_gguf
 from quire.weights.generation_config import load_generation_defaults
 from quire.weights.hub import resolve_tokenizer_directory
 
@@ -22,22 +23,29 @@ class TextParts:
     """Sampling defaults of `generation_config.json`."""
 
 
-def compose_text(args: EngineArgs, directory: Path) -> TextParts:
-    """Load tokenizer, template and defaults.
+def compose_text(args: EngineArgs, path: Path) -> TextParts:
+    """Load tokenizer, template and defaults of a directory or a GGUF file.
 
     Raises:
         ConfigurationError: naming the argument or the file at fault.
     """
-    tokenizer = _load_tokenizer(args, directory)
-    defaults = load_generation_defaults(directory)
+    tokenizer = _load_tokenizer(args, path)
+    defaults = load_generation_defaults(path)
     own = None if tokenizer is None else tokenizer.eos_token_id
     eos = dict.fromkeys((*(() if own is None else (own,)), *defaults.eos_token_ids))
     return TextParts(tokenizer, tuple(eos), defaults.sampling)
 
 
-def _load_tokenizer(args: EngineArgs, directory: Path) -> Tokenizer | None:
+def _load_tokenizer(args: EngineArgs, path: Path) -> Tokenizer | None:
     if args.tokenizer is not None:
         return Tokenizer.from_directory(resolve_tokenizer_directory(args.tokenizer))
-    if not (directory / "tokenizer.json").is_file():
+    if is_gguf(path):
+        # Not above: it brings numpy, which this side can do without.
+        from quire.text.gguf_tokenizer import gguf_tokenizer
+        from quire.weights.formats.gguf_text import read_gguf_tokenizer_values
+
+        header = read_gguf_tokenizer_values(path)
+        return Tokenizer(gguf_tokenizer(header.name, header.values, header.architecture)) if header.values else None
+    if not (path / "tokenizer.json").is_file():
         return None
-    return Tokenizer.from_directory(directory)
+    return Tokenizer.from_directory(path)

@@ -28,6 +28,7 @@ from quire.engine.observer import Observer
 from quire.engine.queue import ANYBODY, Caller
 from quire.engine.stream import Stream
 from quire.engine.text_work import TextWork
+from quire.engine.tools import Asked, HeldAnswer, check_held, hold
 from quire.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -123,9 +124,37 @@ class AsyncEngine(EngineFront):
         self, messages: Sequence[Mapping[str, Any]], *, caller: Caller = ANYBODY, **options: Any
     ) -> list[int]:
         """Token ids of a conversation; options are those of `quire.engine.chat.encode_chat`."""
-        encode = partial(encode_chat, self.get_tokenizer(), self._served.inputs, messages, **options)
-        size = sum(map(len, texts_in([messages, options.get("documents") or ()])))
+        answers, inputs = self._served.answers, self._served.inputs
+        encode = partial(encode_chat, self.get_tokenizer(), inputs, messages, answers=answers, **options)
+        size = sum(map(len, texts_in([messages, options.get("documents") or (), options.get("tools") or ()])))
         return await self._text_work.run(encode, size + MESSAGE_CHARACTERS * len(messages), caller)
+
+    async def hold(
+        self,
+        params: SamplingParams,
+        asked: Asked,
+        prompt_token_ids: Sequence[int],
+        *,
+        names: Sequence[str] = (),
+        caller: Caller = ANYBODY,
+    ) -> HeldAnswer:
+        """How answers to a conversation are held to what is asked, and read.
+
+        Args:
+            params: their shape is held behind the reasoning.
+            names: of all tools, in the order of the request.
+
+        Raises:
+            InvalidRequestError: it cannot be held; a tool whose parameters are at fault is named.
+        """
+        tokenizer, answers = self.get_tokenizer(), self.answer_format
+        assert answers is not None, "a model with a tokenizer has a format"
+        make = partial(hold, tokenizer, answers, asked, prompt_token_ids, params)
+        held = await self.beside(make, len(prompt_token_ids), caller, first=True)  # the prompt tells of every tool
+        inputs = self._served.inputs
+        if asked.tools and not (inputs.knows_shape(held.params) and inputs.accepts_shape(held.params)):
+            await self._beside_shapes(partial(check_held, inputs, answers, held, names), caller)
+        return held
 
     async def encode_bad_words(self, params: SamplingParams, *, caller: Caller = ANYBODY) -> BadWords:
         """The bad words of some parameters, for all the requests that they are given with."""
@@ -148,10 +177,13 @@ class AsyncEngine(EngineFront):
         """Parameters may have been changed since they were made, and a shape must be known before it is parsed."""
         params, inputs = replace(params), self._served.inputs
         if not inputs.knows_shape(params):
-            if self._shape_work is None:
-                self._shape_work = TextWork(tells_long=False)
-            await self._shape_work.run(partial(inputs.grammar_source, params), 0, caller)
+            await self._beside_shapes(partial(inputs.grammar_source, params), caller)
         return params
+
+    async def _beside_shapes(self, work: Callable[[], object], caller: Caller) -> None:
+        if self._shape_work is None:
+            self._shape_work = TextWork(tells_long=False)
+        await self._shape_work.run(work, 0, caller)
 
     async def generate(
         self,

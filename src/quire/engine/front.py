@@ -9,6 +9,7 @@ from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.errors import InvalidRequestError
 from quire.outputs import Decision, Metric
 from quire.sampling_params import SamplingParams
+from quire.text.parsers.answer import AnswerFormat
 from quire.text.tokenizer import Tokenizer
 
 
@@ -24,6 +25,8 @@ class ServedEngine:
     default_params: Mapping[str, Any]
     """Sampling defaults of the model's `generation_config.json`."""
     close: Callable[[], None]
+    answers: AnswerFormat | None = None
+    """How the model writes calls and reasoning; None without a tokenizer."""
 
 
 class EngineFront:
@@ -57,6 +60,11 @@ class EngineFront:
         if self._served.tokenizer is None:
             raise InvalidRequestError("this model has no tokenizer")
         return self._served.tokenizer
+
+    @property
+    def answer_format(self) -> AnswerFormat | None:
+        """How the model writes calls of tools and reasoning; None without a tokenizer."""
+        return self._served.answers
 
     @property
     def stated_sampling(self) -> Mapping[str, Any]:

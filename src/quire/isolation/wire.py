@@ -33,8 +33,8 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag="start"):
     """To a new core, once: what it is to be."""
 
     args: EngineArgs
-    directory: str
-    """Where the model's files are."""
+    model_path: str
+    """The directory of the model's files, or its GGUF file."""
 
 
 class Add(msgspec.Struct, frozen=True, array_like=True, tag="add"):

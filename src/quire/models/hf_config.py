@@ -64,9 +64,10 @@ class ConfigReader:
     a key without a default is missing.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
+    def __init__(self, values: Mapping[str, Any], where: str = "", file: str = "config.json") -> None:
         self._values = values
         self._where = where
+        self._file = file
         self._read: set[str] = set()
 
     def has(self, name: str) -> bool:
@@ -129,8 +130,26 @@ class ConfigReader:
         value = self._value(name)
         if not isinstance(value, list):
             raise self._wrong(name, "a list of numbers")
-        inner = ConfigReader({str(i): item for i, item in enumerate(value)}, f"{self._where}{name}.")
+        inner = ConfigReader({str(i): item for i, item in enumerate(value)}, f"{self._where}{name}.", self._file)
         return tuple(inner.number(str(i)) for i in range(len(value)))
+
+    def texts(self, name: str) -> tuple[str, ...] | None:
+        """A list of strings, or None."""
+        value = self._value(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise self._wrong(name, "a list of strings")
+        return tuple(value)
+
+    def sizes(self, name: str, count: int = 2) -> tuple[int, ...] | None:
+        """A list of `count` whole numbers from 1 on, or None."""
+        value = self._value(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != count or any(not _is_size(item) for item in value):
+            raise self._wrong(name, f"a list of {count} whole numbers from 1 to {LARGEST}")
+        return tuple(value)
 
     def flags(self, name: str, count: int) -> tuple[bool, ...] | None:
         """A list of `count` zeros and ones, or None."""
@@ -146,11 +165,11 @@ class ConfigReader:
         value = self._value(name)
         if value is not None and not isinstance(value, dict):
             raise self._wrong(name, "an object")
-        return ConfigReader(value, f"{self._where}{name}.") if value else None
+        return ConfigReader(value, f"{self._where}{name}.", self._file) if value else None
 
     def over(self, other: "ConfigReader") -> "ConfigReader":
         """The keys of both; where both have one, this one's."""
-        return ConfigReader({**other._values, **self._values}, self._where)
+        return ConfigReader({**other._values, **self._values}, self._where, self._file)
 
     def windows(self, num_layers: int, window: int | None, default_is_sliding: Sequence[bool]) -> list[int | None]:
         """The window of each layer: `layer_types` if it is there, else by the family's default pattern."""
@@ -187,7 +206,7 @@ class ConfigReader:
     def unsupported(self, name: str, why: str) -> UnsupportedModelError:
         """The error that names a key and its value."""
         return UnsupportedModelError(
-            f"config.json: {self._where}{name} = {_short(self._values.get(name))} is not supported: {why}"
+            f"{self._file}: {self._where}{name} = {_short(self._values.get(name))} is not supported: {why}"
         )
 
     def _value(self, name: str, if_absent: Any = None) -> Any:
@@ -196,12 +215,16 @@ class ConfigReader:
 
     def _required(self, name: str, default: _T | None) -> _T:
         if default is None:
-            raise ModelFileError(f"config.json has no {self._where}{name}")
+            raise ModelFileError(f"{self._file} has no {self._where}{name}")
         return default
 
     def _wrong(self, name: str, wanted: str) -> ModelFileError:
         value = _short(self._values.get(name))
-        return ModelFileError(f"config.json: {self._where}{name} must be {wanted}, got {value}")
+        return ModelFileError(f"{self._file}: {self._where}{name} must be {wanted}, got {value}")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST
 
 
 def _short(value: Any) -> str:

@@ -8,12 +8,16 @@ taken again with the texts of the circle last; where that finds no end either, a
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import product
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from quire.structured.keys import COLON, START, Place
+from quire.structured.unique import UniqueKeys
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -32,6 +36,8 @@ _OTHERS = (
     *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ2346789",
 )
 _LETTERS = ("Q", "z")
+_FREE = ("~", "Q")
+"""Fits, as a whole, where any text does."""
 _WALK_STEPS = 2048
 _OFTEN = 4
 _BREADTH = 12
@@ -39,6 +45,7 @@ EFFORT, EFFORT_AT_START = 4_000, 60_000
 """Tokens tried for one completion, some 3 us each: in an answer, and once for a grammar."""
 _MASK_EFFORT = 20
 _MOST_SAMPLES = 128
+_MOST_ENCODED = 1024
 _IMPROVED = (12, 4)
 """Places at which the first completion is tried otherwise, and how often each."""
 
@@ -53,7 +60,8 @@ class TextTokens:
 
     def __init__(self, token_of: Callable[[bytes], int | None], num_tokens: int) -> None:
         self._token_of = token_of
-        self.letters = self._all(_LETTERS)
+        self.letters, self.line, self.space = map(self._all, (_LETTERS, "\n", " "))
+        self.free = self._all(_FREE)
         self.closing, self.between, self.others = map(self._all, (_IN_TEXT, _BETWEEN, _OTHERS))
         singles = {token for byte in range(256) if (token := token_of(bytes((byte,)))) is not None}
         first = [*dict.fromkeys([*(one for one in (*self.between, *self.others) if one in singles), *sorted(singles)])]
@@ -64,7 +72,7 @@ class TextTokens:
         found = (self._token_of(text.encode()) for text in texts)
         return tuple(dict.fromkeys(token_id for token_id in found if token_id is not None))
 
-    def allowed(self, matcher: "LLMatcher") -> list[int]:
+    def allowed(self, matcher: "LLMatcher | UniqueKeys") -> list[int]:
         """Tokens of one byte that may come next, those of the walk first; without any of them, a few others."""
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         found = self._singles[mask[self._singles // 8] >> (self._singles % 8) & 1 == 1]
@@ -84,7 +92,7 @@ class _Probe:
         effort: what the tries may cost, in tokens looked at: not in time, so that a loaded machine finds the same.
     """
 
-    def __init__(self, matcher: "LLMatcher", tokens: TextTokens, effort: int) -> None:
+    def __init__(self, matcher: "LLMatcher | UniqueKeys", tokens: TextTokens, effort: int) -> None:
         self._matcher = matcher
         self._tokens = tokens
         self._effort = effort
@@ -100,9 +108,16 @@ class _Probe:
     def is_whole(self) -> bool:
         return bool(self._matcher.is_accepting())
 
+    @property
+    def place(self) -> Place:
+        """In YAML."""
+        assert isinstance(self._matcher, UniqueKeys)
+        return self._matcher.place
+
     def fits(self, token_ids: Sequence[int]) -> bool:
-        self._spend(len(token_ids))
-        return self._matcher.validate_tokens(list(token_ids)) == len(token_ids)
+        num_fitting = int(self._matcher.validate_tokens(list(token_ids)))
+        self._spend(1 + num_fitting)
+        return num_fitting == len(token_ids)
 
     def take(self, token_ids: Sequence[int]) -> bool:
         self._spend(2 * len(token_ids))
@@ -129,15 +144,28 @@ class Closer:
 
     Args:
         samples: texts that its regular expressions match, as tokens.
+        ends: what ends free text in it, as tokens.
+        lines: of YAML, what its lines may begin with, by their indentation: what is best first.
+        encode: how a text is written in tokens.
     """
 
-    def __init__(self, tokens: TextTokens, samples: Sequence[Sequence[int]] = ()) -> None:
+    def __init__(
+        self,
+        tokens: TextTokens,
+        samples: Sequence[Sequence[int]] = (),
+        ends: Sequence[Sequence[int]] = (),
+        lines: Sequence[tuple[int, str]] = (),
+        encode: Callable[[str], Sequence[int]] = lambda text: (),
+    ) -> None:
         self._tokens = tokens
-        ends = [list(sample[start:]) for sample in samples for start in range(len(sample))]
-        self._samples = sorted(ends, key=len)[:_MOST_SAMPLES]
+        self._ends: list[list[int]] = [list(end) for end in ends]
+        self._lines = lines
+        self._encode = lru_cache(_MOST_ENCODED)(lambda text: list(encode(text)))
+        tails = [list(sample[start:]) for sample in samples for start in range(len(sample))]
+        self._samples = sorted(tails, key=len)[:_MOST_SAMPLES]
 
     def completion(
-        self, matcher: "LLMatcher", at_most: int, expected: int = _WALK_STEPS, effort: int = EFFORT
+        self, matcher: "LLMatcher | UniqueKeys", at_most: int, expected: int = _WALK_STEPS, effort: int = EFFORT
     ) -> list[int] | None:
         """Tokens with which the answer is complete, its end of sequence not among them. The matcher is left as it was.
 
@@ -161,7 +189,7 @@ class Closer:
         finally:
             probe.back_to(0)
 
-    def shortest(self, matcher: "LLMatcher", at_most: int) -> list[int] | None:
+    def shortest(self, matcher: "LLMatcher | UniqueKeys", at_most: int) -> list[int] | None:
         """The same from the beginning of an answer, with more care."""
         best = self.completion(matcher, at_most, effort=EFFORT_AT_START)
         if best is None:
@@ -210,8 +238,11 @@ class Closer:
 
     def _step(self, probe: _Probe, taken: Counter[int] | None) -> list[int]:
         tokens = self._tokens
+        end = self._fitting_end(probe) if self._ends else []
+        if end:
+            return end
         in_text = any(probe.fits([letter]) for letter in tokens.letters)
-        closing = self._first(probe, tokens.closing if in_text else tokens.between, taken)
+        closing = self._first(probe, tokens.closing if in_text else tokens.between, taken) or self._line(probe, taken)
         if closing:
             return closing
         other = self._fitting_sample(probe) or self._first(probe, tokens.others, taken)
@@ -225,11 +256,41 @@ class Closer:
             allowed = fresh or allowed
         return allowed[:1]
 
+    def _line(self, probe: _Probe, taken: Counter[int] | None) -> list[int]:
+        """The first beginning of a line that fits, or what is left of it; behind a key what goes on in its line."""
+        if not self._lines:
+            return []
+        place = probe.place
+        is_begun = place.mode == START
+        if not is_begun and not self._first(probe, self._tokens.line, None):
+            return []
+        if place.mode == COLON and (space := self._first(probe, self._tokens.space, None)):
+            return space
+        for indentation, text in self._lines:
+            if not is_begun or indentation >= place.column:
+                before = " " * (indentation - place.column) if is_begun else "\n" + " " * indentation
+                line = self._encode(before + text)
+                if line and (taken is None or taken[line[-1]] < _OFTEN) and probe.fits(line):
+                    return line
+        return []
+
     @staticmethod
     def _first(probe: _Probe, token_ids: Sequence[int], taken: Counter[int] | None) -> list[int]:
         for token_id in token_ids:
             if (taken is None or taken[token_id] < _OFTEN) and probe.fits([token_id]):
                 return [token_id]
+        return []
+
+    def _fitting_end(self, probe: _Probe) -> list[int]:
+        """What ends free text here: behind it the text is free no more, or may end."""
+        begun = probe.depth
+        for end in self._ends:
+            if probe.fits(end) and probe.take(end):
+                ends = probe.is_whole or not probe.fits(self._tokens.free)
+                probe.back_to(begun)
+                if ends:
+                    return end
+            probe.back_to(begun)
         return []
 
     def _fitting_sample(self, probe: _Probe) -> list[int]:

@@ -1,10 +1,11 @@
 """Grammars where tokens are sampled: compiled beside the step loop, kept, and followed by one matcher a sequence."""
 
+import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
@@ -13,8 +14,11 @@ from numpy.typing import NDArray
 from quire.errors import ShapeError
 from quire.structured.closing import Closer, TextTokens
 from quire.structured.matcher import Matcher
-from quire.structured.samples import samples_of
+from quire.structured.reasoning import ReasoningBound
+from quire.structured.samples import is_yaml, lines_of, samples_of
 from quire.structured.source import limits
+from quire.structured.structural_tag import extras_of
+from quire.structured.unique import KeyTokens, UniqueKeys
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -24,6 +28,8 @@ KEPT_GRAMMARS, KEPT_BYTES = 128, 2**22
 """Grammars that are known to compile, and their texts together."""
 MOST_STARTED = 1024
 """Matchers that wait for the row of their request."""
+_STACK_BYTES = 2**27
+"""llguidance goes from rule to rule of a long grammar: twice what the process that checks it may use."""
 _LONGEST = 4096
 """The longest of shortest answers that is looked for, in tokens."""
 
@@ -47,6 +53,10 @@ class _Compiled:
     closer: Closer
     shortest: tuple[int, ...] | None
     """An answer, as short as was found."""
+    may_be_cut: bool = False
+    """Whether the answer may be any text where it ends."""
+    reasoning: Callable[[], ReasoningBound] | None = None
+    """The bound on the reasoning of one answer."""
 
     def check_room(self, max_tokens: int) -> None:
         """See that an answer fits.
@@ -91,10 +101,13 @@ class GrammarCompiler:
         self._tokenizer: LLTokenizer | None = None
         self._texts: TextTokens | None = None
         self._encode: Callable[[str], Sequence[int]] = str.encode
+        self._tokens: Sequence[bytes] = ()
         self._executor: LLExecutor | None = None
         self._kept: OrderedDict[str, Future[_Compiled]] = OrderedDict()
         self._kept_bytes = 0
-        self._started: OrderedDict[str, Future[LLMatcher]] = OrderedDict()
+        self._texts_of_tokens: Sequence[bytes] = ()
+        self._key_tokens: KeyTokens | None = None
+        self._started: OrderedDict[str, Future[LLMatcher | UniqueKeys]] = OrderedDict()
         """By request, until it has a row."""
 
     def ready(self, request: _HasSampling) -> str | None:
@@ -132,9 +145,17 @@ class GrammarCompiler:
         inner = self._start(request_id, grammar.source).result()
         self._started.pop(request_id, None)
         assert self._tokenizer is not None
-        return Matcher(inner, found.closer, self._tokenizer.eos_tokens, found.shortest, grammar.max_tokens)
+        return Matcher(
+            inner,
+            found.closer,
+            self._tokenizer.eos_tokens,
+            found.shortest,
+            grammar.max_tokens,
+            may_be_cut=found.may_be_cut,
+            reasoning=None if found.reasoning is None else found.reasoning(),
+        )
 
-    def _start(self, request_id: str, source: str) -> "Future[LLMatcher]":
+    def _start(self, request_id: str, source: str) -> "Future[LLMatcher | UniqueKeys]":
         future = self._started.get(request_id)
         if future is None:
             future = self._started[request_id] = self._submit(self._new_matcher, source)
@@ -154,8 +175,14 @@ class GrammarCompiler:
         if self._executor is None:
             self._executor = LLExecutor(self._num_threads)
         assert masks.flags.c_contiguous and len(matchers) <= len(masks)
-        jobs = [(matcher.inner, place) for place, matcher in enumerate(matchers)]
+        jobs = [
+            (one.raw if isinstance(one := matcher.inner, UniqueKeys) else one, place)
+            for place, matcher in enumerate(matchers)
+        ]
         self._executor.unsafe_compute_mask_ptr(jobs, masks.ctypes.data, masks.strides[0], len(masks))
+        for matcher, mask in zip(matchers, masks, strict=False):
+            if isinstance(matcher.inner, UniqueKeys):
+                matcher.inner.exclude(mask.view(np.uint8))
 
     def shortest(self, source: str) -> Sequence[int] | None:
         """An answer as short as was found, its end of sequence not among it; None if none was found. Waits.
@@ -181,9 +208,14 @@ class GrammarCompiler:
         return future
 
     def _submit(self, function: Callable[[str], T], source: str) -> "Future[T]":
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1, thread_name_prefix="quire-grammar")
-        return self._pool.submit(function, source)
+        if self._pool is not None:
+            return self._pool.submit(function, source)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="quire-grammar")
+        usual = threading.stack_size(_STACK_BYTES)
+        try:
+            return self._pool.submit(function, source)  # starts the thread
+        finally:
+            threading.stack_size(usual)
 
     def _forget_oldest(self) -> None:
         """Those that are being compiled stay: a request waits for each."""
@@ -199,13 +231,38 @@ class GrammarCompiler:
             vocabulary = self._read_vocabulary()
             wrapped = _Wrapped(vocabulary)
             self._texts, self._encode = TextTokens(wrapped.token_of, len(vocabulary.tokens)), wrapped
+            self._tokens = vocabulary.tokens
             self._tokenizer = _tokenizer(wrapped, vocabulary)
+            self._texts_of_tokens = wrapped.texts
         matcher = self._new_matcher(source)
-        closer = Closer(self._texts, [self._encode(text) for text in samples_of(source)])
+        extras = extras_of(source)
+        ends = [self._mark(end) for end in extras.get("ends", ())]
+        samples = [self._encode(text) for text in samples_of(source)]
+        closer = Closer(self._texts, samples, ends, lines_of(source), self._encode)
         shortest = closer.shortest(matcher, _LONGEST)
-        return _Compiled(closer, None if shortest is None else tuple(shortest))
+        return _Compiled(
+            closer,
+            None if shortest is None else tuple(shortest),
+            extras.get("may_be_cut", False),
+            self._bound(extras["reasoning"]) if "reasoning" in extras else None,
+        )
 
-    def _new_matcher(self, source: str) -> "LLMatcher":
+    def _mark(self, mark: str | int) -> Sequence[int]:
+        """A marker as tokens."""
+        return [mark] if isinstance(mark, int) else self._encode(mark)
+
+    def _bound(self, reasoning: Mapping[str, Any]) -> Callable[[], ReasoningBound]:
+        begin, end = reasoning["begin"], reasoning["end"]
+        return partial(
+            ReasoningBound,
+            begin.encode() if isinstance(begin, str) else begin,
+            tuple(self._mark(end)),
+            end.encode() if isinstance(end, str) else b"",
+            reasoning["max_tokens"],
+            self._tokens,
+        )
+
+    def _new_matcher(self, source: str) -> "LLMatcher | UniqueKeys":
         """In the thread, after the vocabulary is there."""
         from llguidance import LLMatcher
 
@@ -216,7 +273,11 @@ class GrammarCompiler:
             raise ShapeError("cannot be compiled: its compiler failed") from error
         if matcher.is_error():
             raise ShapeError(f"cannot be compiled: {matcher.get_error()[:500]}")
-        return matcher
+        if not is_yaml(source):
+            return matcher
+        if self._key_tokens is None:
+            self._key_tokens = KeyTokens(self._texts_of_tokens)
+        return UniqueKeys(matcher, self._key_tokens)
 
 
 class _Wrapped:
@@ -239,6 +300,11 @@ class _Wrapped:
         found = list(self._encode(data.decode("utf-8", "replace")))
         spelled = b"".join(self.tokens[token_id] for token_id in found)
         return found if spelled == data and self._special.isdisjoint(found) else self._longest(data)
+
+    @property
+    def texts(self) -> list[bytes]:
+        """By id; b"" for special tokens."""
+        return [b"" if token_id in self._special else text for token_id, text in enumerate(self.tokens)]
 
     def token_of(self, text: bytes) -> int | None:
         """The token that is this text."""

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from quire.errors import ShapeError
 from quire.structured.closing import Closer
+from quire.structured.reasoning import ReasoningBound
+from quire.structured.unique import UniqueKeys
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -14,6 +16,9 @@ NEAR = 256
 """Tokens left, beyond four times the shortest answer, from which on a completion is known."""
 _OFTEN = 16
 """Tokens from one look for a completion to the next, where none was found."""
+
+_PART = 128
+"""Tokens that a part which begins in free text may need at least."""
 
 
 class Matcher:
@@ -30,17 +35,25 @@ class Matcher:
         eos_token_ids: what may end an answer; the first is taken where one must.
         plan: a completion from there, or None if none was found: then nothing is known of the end.
         max_tokens: of the answer, its end of sequence included.
+        may_be_cut: where the answer is complete, it may stop for want of tokens, without an end of sequence: free text
+            is cut where it would be without a grammar.
+        reasoning: the bound on its reasoning.
     """
 
     def __init__(
         self,
-        inner: "LLMatcher",
+        inner: "LLMatcher | UniqueKeys",
         closer: Closer,
         eos_token_ids: Sequence[int],
         plan: Sequence[int] | None,
         max_tokens: int,
+        *,
+        may_be_cut: bool = False,
+        reasoning: ReasoningBound | None = None,
     ) -> None:
         self.inner = inner
+        self._may_be_cut = may_be_cut
+        self._reasoning = reasoning
         self._closer = closer
         self._eos_token_ids = eos_token_ids
         self._num_left = max_tokens
@@ -82,7 +95,8 @@ class Matcher:
             return token_id
         with _limits_named():
             after = self._plan_after(token_id)
-        if after is None or len(after) + 1 >= self._num_left:
+        may_stop_after = self._may_be_cut and after == [] and self._num_left == 1
+        if after is None or (len(after) + 1 >= self._num_left and not may_stop_after):
             return self._plan[0] if self._plan else self._eos_token_ids[0]
         self._tried = (token_id, after)
         return token_id
@@ -101,6 +115,8 @@ class Matcher:
             if (is_end and not self.is_complete) or not self.inner.consume_token(token_id):
                 raise ShapeError(f"cannot be followed here: {self.inner.get_error()[:500] or 'it is not complete'}")
             self._num_left -= 1
+            if self._reasoning is not None:
+                self._reasoning.consume(token_id)
             if self._plan is None and self._looks_for_a_plan():
                 self._plan = self._closer.completion(self.inner, self._num_left - 1, self._near)
             if self._forced:
@@ -120,9 +136,14 @@ class Matcher:
 
     def _see_what_is_forced(self) -> None:
         plan = self._plan
-        if plan is not None and len(plan) + 1 >= self._num_left:
+        if plan is not None and len(plan) + 1 >= self._num_left and not (self._may_be_cut and not plan):
             self._forced = [*plan, self._eos_token_ids[0]]
             return
+        if self._reasoning is not None and self._reasoning.is_spent:
+            end = [*self._reasoning.end]
+            if self.inner.validate_tokens(end) == len(end):  # not inside a character
+                self._forced = end
+                return
         forced = list(self.inner.compute_ff_tokens())
         if plan is not None and forced and plan[: len(forced)] != forced:
             other = self._closer.completion(self.inner, self._num_left - 1, len(plan))
@@ -138,7 +159,8 @@ class Matcher:
             return plan
         found = plan if plan is not None and self._still_holds(plan) else None
         if found is None:
-            found = self._closer.completion(inner, self._num_left - 2, len(plan or ()) + 8)
+            expected = len(plan or ()) + (_PART if self._may_be_cut else 8)
+            found = self._closer.completion(inner, self._num_left - 2 + self._may_be_cut, expected)
         inner.rollback(1)
         return found
 

@@ -7,14 +7,18 @@ out.
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 _LARK_REGEX = re.compile(r"/((?:\\.|[^/\\\n])+)/")
+_JSON_RULE = re.compile(r"%json (\{.*\})$", re.MULTILINE)
 _CLASSES = {"d": "0", "w": "a", "s": " ", "D": "a", "W": "-", "S": "a"}
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "f": "\f", "v": "\v", "0": "\0"}
 _BOUNDS = re.compile(r"\{(\d+)(?:,\d*)?\}")
 _LONGEST = 512
-_MOST = 64
+_MOST, _MOST_LINES = 64, 256
+LINES = "// lines: "
+"""Before what lines begin with, as JSON, in the first line of a grammar."""
 
 
 def samples_of(source: str) -> list[str]:
@@ -25,6 +29,18 @@ def samples_of(source: str) -> list[str]:
         if text:
             found[text] = None
     return [*found][:_MOST]
+
+
+def is_yaml(source: str) -> bool:
+    """Whether it is a grammar of `yaml_rules.py`."""
+    return source.startswith(LINES)
+
+
+def lines_of(source: str) -> list[tuple[int, str]]:
+    """What the lines of an answer may begin with, with their indentation, the least first."""
+    first, _, _ = source.partition("\n")
+    found = json.loads(first.removeprefix(LINES)) if is_yaml(source) else []
+    return sorted(((indentation, text) for indentation, text in found), key=lambda one: one[0])[:_MOST_LINES]
 
 
 def _patterns(value: Any) -> Iterator[str]:
@@ -39,6 +55,9 @@ def _patterns(value: Any) -> Iterator[str]:
         for item in value:
             yield from _patterns(item)
     elif isinstance(value, str):
+        for schema in _JSON_RULE.findall(value):
+            with suppress(ValueError):
+                yield from _patterns(json.loads(schema))
         yield from _LARK_REGEX.findall(value)
 
 

@@ -49,18 +49,25 @@ def source_of(params: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher, regex_to_lark
 
     if params.json is not None or params.json_object:
-        schema = _schema(params)
-        options: Any = {"json_allowed_escapes": ESCAPES, "whitespace_flexible": False}
-        if not params.disable_any_whitespace:
-            options |= {"whitespace_flexible": True, "whitespace_pattern": params.whitespace_pattern or WHITESPACE}
-        return LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=options)
+        if params.disable_any_whitespace:
+            return _json(_schema(params))
+        white = {"whitespace_flexible": True, "whitespace_pattern": params.whitespace_pattern or WHITESPACE}
+        return _json(_schema(params), white)
+    if params.yaml is not None:
+        return LLMatcher.grammar_from_lark(_yaml(params))
     if params.regex is not None:
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex, 'd')}/")
     if params.choice is not None:
         assert not isinstance(params.choice, type)
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(_lark_text, params.choice)))
+        from quire.structured.yaml_scalars import lark
+
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(map(lark, params.choice)))
+    if params.structural_tag is not None:
+        from quire.structured.structural_tag import source_of_tag
+
+        return source_of_tag(params)
     assert params.grammar is not None
-    return LLMatcher.grammar_from_lark(_lark(params.grammar))
+    return LLMatcher.grammar_from_lark(lark_of(params.grammar, "grammar"))
 
 
 def is_gbnf(grammar: str) -> bool:
@@ -77,6 +84,10 @@ def validate(source: str, params: StructuredOutputsParams) -> None:
     """
     from llguidance import LLMatcher, LLTokenizer
 
+    if params.structural_tag is not None:
+        from quire.structured.structural_tag import without_token_ids
+
+        source = without_token_ids(source)
     matcher = LLMatcher(LLTokenizer("byte"), source, log_level=0, limits=limits())
     if matcher.is_error():
         raise refusal(params.kind, _explained(matcher.get_error(), params))
@@ -104,25 +115,83 @@ def _schema(params: StructuredOutputsParams) -> Any:
     if params.json_object:
         schema: Any = {"type": "object"}
     else:
-        assert isinstance(params.json, str)
+        text = params.json if params.yaml is None else params.yaml
+        assert isinstance(text, str)
         try:
-            schema = json.loads(params.json)
+            schema = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise refusal("json", f"is no JSON: {str(error)[:200]}") from None
+            raise refusal(params.kind, f"is no JSON: {str(error)[:200]}") from None
+    return checked_schema(schema, params.kind, is_closed=params.disable_additional_properties)
+
+
+def checked_schema(schema: Any, field: str, *, is_closed: bool, root: str = "#") -> Mapping[str, Any]:
+    """A schema as it is compiled.
+
+    Args:
+        field: of `structured_outputs` in which it stands, and `root` the place there.
+        is_closed: whether its objects hold the named properties alone.
+
+    Raises:
+        InvalidRequestError: it is none, or says what cannot be held.
+    """
     if not isinstance(schema, Mapping | bool):
-        raise refusal("json", f"a schema is an object, true or false, not {type(schema).__name__}")
+        raise refusal(field, f"a schema is an object, true or false, not {type(schema).__name__}")
     if schema is False:
-        raise refusal("json", "no text satisfies the schema false")
+        raise refusal(field, "no text satisfies the schema false")
     schema = {} if schema is True else schema
     if _is_deeper(schema, MAX_NESTING):
-        raise refusal("json", f"may be nested at most {MAX_NESTING} deep")
-    for place, keywords in _schemas(schema, "#"):
+        raise refusal(field, f"may be nested at most {MAX_NESTING} deep")
+    for place, keywords in _schemas(schema, root):
         if "x-guidance" in keywords:
-            raise refusal("json", f"the keyword 'x-guidance' at {place} is not honoured: use the fields of {FIELD}")
+            raise refusal(field, f"the keyword 'x-guidance' at {place} is not honoured: use the fields of {FIELD}")
         for keyword in _not_held_exactly(keywords):
-            raise refusal("json", f"the keyword {keyword!r} at {place} cannot be held with this value")
-    schema = _map_schemas(schema, _without_unknown_format)
-    return _map_schemas(schema, _closed) if params.disable_additional_properties else schema
+            if (field, keyword) == ("yaml", "minProperties"):
+                continue  # there no key comes twice
+            raise refusal(field, f"the keyword {keyword!r} at {place} cannot be held with this value")
+    held: Mapping[str, Any] = _map_schemas(schema, _without_unknown_format)
+    return _map_schemas(held, _closed) if is_closed else held
+
+
+def _json(schema: Any, white: Mapping[str, Any] | None = None) -> str:
+    from llguidance import LLMatcher
+
+    options: Any = {"json_allowed_escapes": ESCAPES, "whitespace_flexible": False, **(white or {})}
+    return LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=options)
+
+
+def _yaml(params: StructuredOutputsParams) -> str:
+    """What is refused of JSON is refused of YAML: the same schemas are held, if not all that they allow."""
+    from quire.structured.merging import Unheld
+    from quire.structured.yaml import grammar  # imported where shapes are checked, not where an engine starts
+
+    schema = _schema(params)
+    validate(_json(schema), params)
+    schemas = dict(_schemas(schema, "#"))
+    if any("$ref" in one for one in schemas.values()):
+        for place, one in schemas.items():
+            if place != "#" and "$id" in one:
+                raise refusal("yaml", f"the keyword '$id' at {place} cannot be held beside '$ref'")
+    try:
+        text = grammar(schema, _matches)
+    except Unheld as error:
+        places = [place for place, one in schemas.items() if error.keyword in one]
+        place = places[0] if places else "#"
+        raise refusal("yaml", f"the keyword {error.keyword!r} at {place} {error.why}") from None
+    if text is None:
+        raise refusal("yaml", "no text satisfies it")
+    return text
+
+
+def _matches(lark_text: str, text: str | None) -> bool:
+    """Whether a grammar matches a text; with None, any."""
+    from llguidance import LLMatcher, LLTokenizer
+
+    source = LLMatcher.grammar_from_lark(lark_text)
+    matcher = LLMatcher(LLTokenizer("byte"), source, log_level=0, limits=limits())
+    if text is None:  # where nothing may come, it allows the end, and says so afterwards
+        return not matcher.is_error() and any(matcher.compute_bitmask()) and not matcher.is_error()
+    tokens = list(text.encode())
+    return not matcher.is_error() and matcher.try_consume_tokens(tokens) == len(tokens) and matcher.is_accepting()
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
@@ -223,17 +292,19 @@ def _without_unknown_format(schema: dict[str, Any]) -> dict[str, Any]:
 def _explained(text: str, params: StructuredOutputsParams) -> str:
     """What llguidance says, with the place in the schema where it can be found."""
     unheld, unknown = _UNHELD.search(text), _UNKNOWN_FORMAT.search(text)
-    if params.kind == "json" and (unheld or unknown):
+    if params.kind in ("json", "yaml", "structural_tag") and (unheld or unknown):
         kind, word = ("keyword", json.loads(unheld[1])[0]) if unheld else ("format", (unknown or "")[1])
-        schemas = _schemas(_schema(params), "#")
+        tag = params.structural_tag
+        schemas = _schemas(json.loads(tag) if isinstance(tag, str) else _schema(params), "#")
         places = [at for at, schema in schemas if (word in schema if unheld else schema.get("format") == word)]
         return f"the {kind} {word!r} at {places[0] if places else '#'} cannot be held"
     return text.removesuffix("<non-verbose/>").strip()[:1000]
 
 
-def _lark(grammar: str) -> str:
+def lark_of(grammar: str, field: str) -> str:
+    """A grammar in either notation, in Lark's."""
     if "x-guidance" in grammar:
-        raise refusal("grammar", "'x-guidance' is not honoured: it would loosen what a schema says")
+        raise refusal(field, "'x-guidance' is not honoured: it would loosen what a schema says")
     if not is_gbnf(grammar):
         return grammar
     from llguidance.gbnf_to_lark import gbnf_to_lark
@@ -241,11 +312,4 @@ def _lark(grammar: str) -> str:
     try:
         return gbnf_to_lark(grammar)
     except Exception as error:  # noqa: BLE001 - the library raises bare Exception
-        raise refusal("grammar", f"is taken for GBNF ('::='), and is none: {str(error)[:300]}") from None
-
-
-def _lark_text(text: str) -> str:
-    """A string of Lark's that is `text`. Its lexer takes no control characters, and no surrogates."""
-    return "".join(
-        f"\\u{ord(one):04x}" if "\x7f" <= one < "\xa0" else one for one in json.dumps(text, ensure_ascii=False)
-    )
+        raise refusal(field, f"is taken for GBNF ('::='), and is none: {str(error)[:300]}") from None

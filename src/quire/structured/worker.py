@@ -17,6 +17,8 @@ from quire.structured_params import StructuredOutputsParams
 JOB_CPU_S = 2.0
 """Processor time, not time: a loaded machine refuses no schema that an idle one takes."""
 MEMORY_BYTES = 2**30
+STACK_BYTES = 2**26
+"""llguidance goes from rule to rule of a long grammar."""
 
 
 def main() -> None:
@@ -25,6 +27,7 @@ def main() -> None:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, resource.getrlimit(resource.RLIMIT_STACK)[1]))
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, JOB_CPU_S)
         answer = _answer(line)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.errors import InvalidRequestError
+from quire.text.chat.calls import CallForm, form_of, with_calls
 from quire.text.chat.messages import ContinuationMarker, plain_data, read_messages
 from quire.text.chat.special import SpecialText, turn_markers
 from quire.text.detokenizer import IncrementalDetokenizer, TextOffsets, prompt_offsets
@@ -33,8 +34,10 @@ class Tokenizer:
         self._added = files.backend.get_added_tokens_decoder()
         self._special_text = SpecialText(files.backend, turn_markers(self._added.values(), files.templates.values()))
         self._special_text_of = lru_cache(maxsize=8)(self._special_text_of_request)
+        self._call_form_of = lru_cache(maxsize=8)(self._find_call_form)
         self.token_table = TokenBytes(files.backend)
         self.special_token_ids = frozenset(number for number, token in self._added.items() if token.special)
+        self.special_tokens = {self._added[number].content: number for number in sorted(self.special_token_ids)}
 
     @classmethod
     def from_directory(cls, path: str | Path) -> "Tokenizer":
@@ -73,6 +76,11 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         return bool(self._files.templates)
+
+    @property
+    def tools_template(self) -> str | None:
+        """The chat template that a conversation with tools is written by; None without one."""
+        return self._files.templates.get("tool_use", self._files.templates.get("default"))
 
     @property
     def max_token_bytes(self) -> int | None:
@@ -160,7 +168,7 @@ class Tokenizer:
         if documents and not self._templates.reads(source, "documents"):
             raise InvalidRequestError("the chat template reads no documents: say them in a message", param="documents")
         inputs = {
-            "messages": read_messages(messages, keeps_parts=self._templates.iterates_content(source)),
+            "messages": self._read_messages(messages, source),
             "tools": plain_data(tools),
             "documents": plain_data(documents),
             **plain_data(template_kwargs),
@@ -183,6 +191,25 @@ class Tokenizer:
             return self.encode(rendered, add_special_tokens=add_special_tokens)
         with _refusing(rendered):
             return special_text.encode(rendered, escape, add_special_tokens=add_special_tokens)
+
+    def _read_messages(self, messages: Sequence[Mapping[str, Any]], source: str) -> list[dict[str, Any]]:
+        """Messages as a template takes them, calls of earlier turns too."""
+        read = read_messages(messages, keeps_parts=self._templates.iterates_content(source))
+        if not any("tool_calls" in message or "tool_call_id" in message for message in read):
+            return read
+        form = self._call_form_of(source)
+        return read if form is None else with_calls(read, form)
+
+    def shows_calls(self, chat_template: str | None = None) -> bool:
+        """Whether the template writes an assistant's calls, and what they gave."""
+        return self._call_form_of(self._choose_template(chat_template, has_tools=True)) is not None
+
+    def _find_call_form(self, source: str) -> CallForm | None:
+        def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> str:
+            given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": True}
+            return self._templates.render(source, {**self._files.named_tokens, **given})
+
+        return form_of(render)
 
     def _special_text_of_request(self, source: str) -> SpecialText:
         """For a template that is not the model's."""

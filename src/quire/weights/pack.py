@@ -1,5 +1,6 @@
 """From one parameter of a source to what the decoder computes with."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 from quire.errors import ModelFileError
 from quire.models.parameters import Parameter
 from quire.ops.packed import PackedState, require_field
-from quire.ops.types import Array, Provider, QuantSpec, WeightDtype
+from quire.ops.types import Array, Provider, QuantizedWeight, QuantSpec, WeightDtype
 from quire.quant.types import Scheme, quantized_bytes
 from quire.weights.source import WeightSource
 
@@ -23,6 +24,8 @@ class WeightPacker:
     scheme: Scheme | None
     norm_offset: float
     """Added to the weight of an RMS norm once, here (Gemma multiplies by `1 + weight`)."""
+    foreseen: Callable[[Parameter], QuantSpec | None] | None = None
+    """For sizes before anything is read: what a quantised checkpoint's matrix will stay."""
 
     def pack(self, parameter: Parameter, source: WeightSource) -> Any:
         """Read and pack: a matrix as the provider has it, or `(weight, bias or None)` of a norm, float32 `[size]` each.
@@ -56,13 +59,17 @@ class WeightPacker:
         except ValueError as error:
             raise ModelFileError(f"{parameter.weight.tensors[0][0]} cannot be mapped: {error}") from error
 
-    def num_bytes(self, parameter: Parameter) -> int:
-        """Bytes of a parameter once packed: a matrix as stored, vectors in float32. Padding is not counted."""
+    def num_bytes(self, parameter: Parameter, given: QuantSpec | None = None) -> int:
+        """Bytes of a parameter once packed: a matrix as stored, vectors in float32. Padding is not counted.
+
+        Args:
+            given: what the source had quantised the matrix to.
+        """
         vectors = 4 * sum(array.shape[0] for array in parameter.arrays if len(array.shape) == 1)
         if len(parameter.weight.shape) == 1:
             return vectors
         rows, inputs = parameter.weight.shape
-        quant = self._quant(parameter)
+        quant = given or self._quant(parameter) or (self.foreseen and self.foreseen(parameter))
         if quant is None:
             return vectors + rows * inputs * (4 if self.dtype == "float32" else 2)
         return vectors + quantized_bytes(quant, rows, inputs)
@@ -74,7 +81,7 @@ class WeightPacker:
 
     def _pack_matrix(self, parameter: Parameter, weight: Any, bias: Any | None) -> Any:
         quant = self._quant(parameter)
-        if quant is not None:
+        if quant is not None and not isinstance(weight, QuantizedWeight):
             weight = self.ops.quantize(weight, quant)
         if parameter.kind == "linear":
             return self.ops.pack_linear(weight, bias, self.dtype)

@@ -1,4 +1,4 @@
-"""The contract of whatever holds a model's weights: safetensors files today, GGUF and engine directories later."""
+"""The contract of whatever holds a model's weights: safetensors and GGUF files today, engine directories later."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

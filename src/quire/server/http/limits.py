@@ -64,6 +64,8 @@ class Limits:
     template_argument_depth: Limit = Limit(
         "chat_template_kwargs", 8, "levels of nesting", 400, "template_arguments_too_deep", "chat_template_kwargs"
     )
+    tools: Limit = Limit("tools", 128, "tools", 400, "too_many_tools", "tools")
+    tool_characters: Limit = Limit("tools", 2**17, "characters of JSON in all", 400, "tools_too_long", "tools")
     documents: Limit = Limit("documents", 1024, "documents", 400, "too_many_documents", "documents")
     chat_template_characters: Limit = Limit(
         "chat_template (for --trust-request-chat-template)", 0, "characters", 400, "chat_template_not_trusted",

@@ -175,7 +175,8 @@ class RequestSchema(Generic[B]):
             known = [f"{owner}.{item}" for item in specs]
             return InvalidRequestError(unknown_name_message("field", place, known), param=param)
         if form in self._below:
-            return InvalidRequestError(f"{place} must be an object", param=param)
+            must = getattr(self.fields[form].spec, "must", "") if form in self.fields else ""
+            return InvalidRequestError(f"{place} must {must or 'be an object'}", param=param)
         if not specs:
             place = param = re.sub(r"\W.*", "", place)
         spec, kind = specs.get(name) or (self.fields[place].spec, self.fields[place].type)

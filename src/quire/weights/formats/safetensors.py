@@ -35,7 +35,7 @@ class CheckpointWeights:
         self.files: list[SafetensorsFile] = []
         self.tensors: dict[str, FileTensor] = {}
         self._home: dict[str, SafetensorsFile] = {}
-        self._memory = _ReadMemory()
+        self._memory = ReadMemory()
         try:
             index = _read_index(directory)
             for name in sorted(set(index.values())) if index is not None else [SINGLE]:
@@ -53,6 +53,10 @@ class CheckpointWeights:
 
     def packed(self, name: str) -> None:
         """A checkpoint holds tensors."""
+
+    def file_of(self, name: str) -> SafetensorsFile:
+        """The file that a tensor is in."""
+        return self._home[name]
 
     def vector(self, array: Concatenated) -> NDArray[Any]:
         """`WeightSource.vector`."""
@@ -130,7 +134,7 @@ class CheckpointWeights:
                 raise ModelFileError(f"{INDEX}: {printable(tensor)} is not in {printable(name)}")
 
 
-class _ReadMemory:
+class ReadMemory:
     """Arrays for matrices to be read into. Large ones share one piece of memory, so that the system need not clear new
     pages for each, which takes longer than reading into them."""
 

@@ -41,6 +41,16 @@ DTYPES: dict[str, Any] = {
     "F32": np.dtype("<f4"),
 }
 
+STORED: dict[str, Any] = DTYPES | {
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+"""What the parts of a quantised weight may be, too."""
+
 
 @dataclass(frozen=True, slots=True)
 class FileTensor(TensorInfo):
@@ -109,12 +119,22 @@ class SafetensorsFile:
         Raises:
             ModelFileError: the file ends early.
         """
+        self._fill(tensor, 0, out)
+
+    def read_rows(self, tensor: str, first: int = 0, count: int | None = None) -> NDArray[Any]:
+        """`count` rows of a tensor from `first` on, `[count, ...]`, in a type of `STORED`; all of one of no dimensions.
+
+        Raises:
+            ModelFileError: another type, or the file ends early.
+        """
         info = self.tensors[tensor]
-        if out.nbytes == 0:
-            return
-        self._file.seek(info.start)
-        if self._file.readinto(out.reshape(-1).view(np.uint8).data) != out.nbytes:
-            raise self._error(f"truncated while {tensor} was read")
+        if info.format not in STORED:
+            raise self._error(f"{printable(tensor)} is {info.format}; parts of weights are read as {', '.join(STORED)}")
+        dtype = STORED[info.format]
+        rows, *rest = info.shape or (1,)
+        out = np.empty((rows - first if count is None else count, *rest), dtype)
+        self._fill(tensor, first * math.prod(rest) * dtype.itemsize, out)
+        return out if info.shape else out.reshape(())
 
     def close(self) -> None:
         """Close the file."""
@@ -155,6 +175,13 @@ class SafetensorsFile:
         if data_start + end > size:
             raise self._error(f"truncated: {printable(name)} ends at {data_start + end:,} of {size:,} bytes")
         return FileTensor(tuple(shape), dtype, data_start + start, data_start + end)
+
+    def _fill(self, tensor: str, skipped_bytes: int, out: NDArray[Any]) -> None:
+        if out.nbytes == 0:
+            return
+        self._file.seek(self.tensors[tensor].start + skipped_bytes)
+        if self._file.readinto(out.reshape(-1).view(np.uint8).data) != out.nbytes:
+            raise self._error(f"truncated while {printable(tensor)} was read")
 
     def _error(self, text: str) -> ModelFileError:
         return ModelFileError(f"{self.name}: {text}")

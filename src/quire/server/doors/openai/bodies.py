@@ -6,7 +6,7 @@ routes requests to several servers, or about storage and price: they change no t
 size and not kept. Where a client may count on what a label asks for, the answer says what was done.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from msgspec import Meta
@@ -14,27 +14,31 @@ from msgspec import Meta
 from quire import sampling_params as sampling
 from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
 from quire.sampling_params import SamplingParams
+from quire.server.doors.openai.conversation import (
+    CACHED,
+    Conversation,
+    Hint,
+    SpecialTokens,
+    ToolChoice,
+    one_of,
+)
 from quire.server.doors.openai.shapes import SHAPES
 from quire.server.http.limits import MAX_TIMEOUT_SECONDS, Limits
 from quire.server.http.schema import STRING, Field, Flattened, Refused, RequestSchema, Schema, array, number
 
 TOKEN_ID: Schema = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
-ARGUMENT_NAME = r"^[^\W\d_]\w{0,63}$"
-"""Of an argument of the chat template: a name of Python's that is not private."""
 REQUEST_ID = r"^[A-Za-z0-9._:\-]{1,64}$(?!\n)"
 """A client's name for its request stands in headers, logs and paths; `$` alone lets a line end follow."""
 MAX_METADATA, MAX_METADATA_NAME, MAX_METADATA_VALUE = 16, 64, 512
 """Pairs, and characters of their names and values, as at OpenAI."""
 MAX_TOKENS = ("max_completion_tokens", "max_new_tokens", "max_output_tokens", "num_predict", "n_predict")
 
-_TOOLS = "tool calling is not supported in this version"
+_FUNCTIONS = "it is OpenAI's older name: send tools and tool_choice"
 _TEXT_ONLY = "this server reads and writes text only"
 _NOT_MODERATED = "nothing is moderated by this server"
 _PLAIN = "it is not supported in this version"
-_REASONING = "reasoning is not told apart in this version"
 _OTHER_SHAPES = ("regex", "ebnf", "grammar", "format", "structural_tag")
 """Other engines' names for what `structured_outputs` holds."""
-_REFUSED_TOOLS = Refused(_TOOLS, ([],))
 _REFUSED_MEDIA = Refused(_TEXT_ONLY, ({},))
 
 REFUSED = {
@@ -54,21 +58,16 @@ REFUSED_COMPLETION = {
     "return_prompt_text": Refused("echo gives the prompt", (False,)),
 }
 REFUSED_CHAT = {
-    "tools": _REFUSED_TOOLS,
-    "tool_choice": Refused(_TOOLS, ("none", "auto")),
-    "parallel_tool_calls": Refused(_TOOLS, (True, False)),
-    "functions": _REFUSED_TOOLS,
-    "function_call": Refused(_TOOLS, ("none", "auto")),
+    "functions": Refused(_FUNCTIONS, ([],)),
+    "function_call": Refused(_FUNCTIONS, ("none", "auto")),
     "modalities": Refused(_TEXT_ONLY, (["text"],)),
     "audio": Refused(_TEXT_ONLY),
     "prediction": Refused(_PLAIN),
     "web_search_options": Refused("this server looks nothing up"),
-    "thinking_token_budget": Refused(_REASONING),
-    "include_reasoning": Refused(_REASONING, (True,)),
     "media_io_kwargs": _REFUSED_MEDIA,
     "mm_processor_kwargs": _REFUSED_MEDIA,
 }
-REFUSED_TOKENIZE = {"tools": _REFUSED_TOOLS, "mm_processor_kwargs": _REFUSED_MEDIA}
+REFUSED_TOKENIZE = {"mm_processor_kwargs": _REFUSED_MEDIA}
 
 
 def _strings(most: int) -> Schema:
@@ -148,11 +147,9 @@ CHAT_SAMPLING = SAMPLING | {
     "max_tokens": Field(_LENGTH + "what fits, log-probabilities too", aliases=MAX_TOKENS, schema=_unbounded(1)),
     "top_logprobs": _sampling("logprobs", "with logprobs: of so many best tokens beside the chosen one"),
 }
-_CACHED = "a label: prefixes are cached by their content, while there is room"
 
 Model = Annotated[str | None, Field("one of the served names; left out: the first")]
 Label = Annotated[str | None, Field("a label: it changes no answer and is not kept", limit="label_characters")]
-SpecialTokens = Annotated[bool, Field("the tokenizer adds its BOS and the like (templates write them)")]
 _Interval = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 _Priority = Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)]
 _Salt = Annotated[str, Meta(max_length=MAX_SALT_BYTES)]
@@ -161,9 +158,8 @@ _Kept = Annotated[int, Meta(ge=-1, le=2**31 - 1, extra_json_schema={"not": {"con
 _Pairs = dict[Annotated[str, Meta(max_length=MAX_METADATA_NAME)], Annotated[str, Meta(max_length=MAX_METADATA_VALUE)]]
 _Metadata = Annotated[_Pairs, Meta(max_length=MAX_METADATA)]
 _Tier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
-_Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-_Verbosity = Literal["low", "medium", "high"]
 _Retention = Literal["in_memory", "in-memory", "24h"]
+_Budget = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _Never = Annotated[bool, Meta(extra_json_schema={"enum": [False]})]
 
 
@@ -173,21 +169,6 @@ class Labels(msgspec.Struct, kw_only=True):
     user: Label = None
     safety_identifier: Label = None
     session_id: Label = None
-
-
-def _one_of(values: Any) -> str:
-    return f"be one of {', '.join(get_args(values))}"
-
-
-class CacheHint(msgspec.Struct, forbid_unknown_fields=True):
-    """Where or how long a prompt may be cached, under Anthropic's and OpenAI's names."""
-
-    type: Annotated[Literal["ephemeral"] | None, Field(_CACHED, "be ephemeral")] = None
-    mode: Annotated[Literal["implicit", "explicit"] | None, Field(_CACHED, "be implicit or explicit")] = None
-    ttl: Annotated[Literal["5m", "30m", "1h", "12h", "24h"] | None, Field(_CACHED, "be 5m, 30m, 1h, 12h or 24h")] = None
-
-
-Hint = Annotated[CacheHint | None, Field(_CACHED, "be an object")]
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -258,12 +239,12 @@ class ResponseOptions(Labels, kw_only=True):
         ),
     ] = None
     service_tier: Annotated[
-        _Tier | None, Field("a label: there is one tier, and the answer names it (default)", _one_of(_Tier))
+        _Tier | None, Field("a label: there is one tier, and the answer names it (default)", one_of(_Tier))
     ] = None
     prompt_cache_key: Annotated[
         str | None, Field("a label: prefixes are cached by their content; see cache_salt", limit="label_characters")
     ] = None
-    prompt_cache_retention: Annotated[_Retention | None, Field(_CACHED, _one_of(_Retention))] = None
+    prompt_cache_retention: Annotated[_Retention | None, Field(CACHED, one_of(_Retention))] = None
     prompt_cache_options: Hint = None
 
     @property
@@ -299,106 +280,25 @@ class CompletionBody(msgspec.Struct, kw_only=True):
     sampling: Annotated[dict[str, Any], Flattened(COMPLETION_SAMPLING | REFUSED | REFUSED_COMPLETION)]
 
 
-class TextPart(msgspec.Struct, forbid_unknown_fields=True):
-    """A part of a message's content."""
-
-    type: Annotated[Literal["text"], Field("the kind of part")]
-    text: Annotated[str, Field("its text")]
-    cache_control: Hint = None
-    prompt_cache_breakpoint: Hint = None
-    unsupported: ClassVar[str] = 'this server reads {"type": "text", "text": ...} only'
-
-
-Empty = Annotated[list[Any], Meta(max_length=0)] | Annotated[str, Meta(max_length=0)] | None
-NotYet = Annotated[Empty, Refused("tool calling and audio are not in this version")]
-"""Answers of other servers carry such fields; a client that sends history back may hold them empty."""
-Role = Literal["system", "developer", "user", "assistant", "tool"]
-
-
-class Message(msgspec.Struct, forbid_unknown_fields=True):
-    """One message of a conversation."""
-
-    role: Annotated[Role, Field("templates read developer as system", _one_of(Role))]
-    content: Annotated[
-        str | Annotated[list[str | TextPart], Meta(min_length=1)],
-        Field("text; parts are joined by line ends", "be a string or a list of text parts", limit="content_parts"),
-    ]
-    name: Annotated[str | None, Field("the speaker's name, for templates that read it")] = None
-    tool_calls: NotYet = None
-    function_call: NotYet = None
-    refusal: NotYet = None
-    audio: NotYet = None
-    annotations: NotYet = None
-    reasoning: Annotated[str | None, Field("another name of reasoning_content")] = None
-    reasoning_content: Annotated[
-        str | None, Field("of the assistant's turn: for templates that read it; others leave it out")
-    ] = None
-    cache_control: Hint = None
-    tool_call_id: NotYet = None
-
-
-def _template_arguments(limits: Limits) -> Schema:
-    names = {"pattern": ARGUMENT_NAME}
-    return {"type": "object", "maxProperties": limits.template_arguments.value, "propertyNames": names}
-
-
-class Conversation(msgspec.Struct, kw_only=True):
-    """What the chat template makes a prompt of."""
-
-    messages: Annotated[
-        Annotated[list[Message], Meta(min_length=1)],
-        Field("the conversation", "be a list that is not empty", limit="messages"),
-    ]
-    add_generation_prompt: Annotated[
-        bool | None, Field("end with the beginning of the assistant's turn; yes, unless continue_final_message")
-    ] = None
-    continue_final_message: Annotated[bool, Field("leave the last message, the assistant's, open")] = False
-    chat_template: Annotated[
-        Annotated[str, Meta(min_length=1)] | None,
-        Field(
-            "a template instead of the model's, where the server runs with --trust-request-chat-template",
-            "be a string that is not empty",
-            limit="chat_template_characters",
-        ),
-    ] = None
-    chat_template_kwargs: Annotated[
-        dict[str, Any],
-        Field("arguments of the template", "be an object", limit="template_arguments", schema=_template_arguments),
-    ] = {}
-    reasoning_effort: Annotated[
-        _Effort | None, Field("given to templates that read it; with others it changes nothing", _one_of(_Effort))
-    ] = None
-    verbosity: Annotated[
-        _Verbosity | None, Field("given to templates that read it; with others it changes nothing", _one_of(_Verbosity))
-    ] = None
-    documents: Annotated[
-        list[dict[str, str]],
-        Field(
-            "objects of strings, for templates that read them; refused for one that does not",
-            "be a list of objects that hold strings by name",
-            limit="documents",
-        ),
-    ] = []
-    add_special_tokens: SpecialTokens = False
-
-    @property
-    def own_arguments(self) -> dict[str, str]:
-        """Arguments of the template that are fields of the request."""
-        own = {"reasoning_effort": self.reasoning_effort, "verbosity": self.verbosity}
-        return {name: value for name, value in own.items() if value is not None}
-
-    @property
-    def ends_with_assistant(self) -> bool:
-        """True when the last message is the assistant's own."""
-        return self.messages[-1].role == "assistant"
-
-
 class ChatBody(msgspec.Struct, kw_only=True):
     """POST /v1/chat/completions."""
 
     conversation: Annotated[Conversation, Flattened()]
     options: Annotated[ResponseOptions, Flattened()]
     sampling: Annotated[dict[str, Any], Flattened(CHAT_SAMPLING | REFUSED | REFUSED_CHAT)]
+    tool_choice: Annotated[
+        Literal["none", "auto", "required"] | ToolChoice,
+        Field(
+            "whether tools are called: none, auto (the model decides; so it is with tools), required, one of them, or "
+            "allowed_tools",
+            "be none, auto, required, or an object that names a function or allowed_tools",
+        ),
+    ] = "auto"
+    parallel_tool_calls: Annotated[bool, Field("an answer may hold several calls")] = True
+    include_reasoning: Annotated[bool, Field("the answer holds the reasoning; false: it is left out")] = True
+    thinking_token_budget: Annotated[
+        _Budget | None, Field("tokens of reasoning at most; then it is closed", "be a whole number of at least 0")
+    ] = None
     logprobs: Annotated[bool, Field("log-probabilities of the answer's tokens")] = False
     echo: Annotated[bool, Field("a last message of the assistant before what goes on from it")] = False
     return_prompt_text: Annotated[bool, Field("prompt_text: the prompt as the model read it")] = False

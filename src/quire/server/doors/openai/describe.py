@@ -31,7 +31,7 @@ def _answers() -> dict[str, Schema]:
     head: dict[str, Schema] = {"id": STRING, "created": INTEGER, "model": STRING, "system_fingerprint": STRING}
     common = {
         "index": INTEGER,
-        "finish_reason": {"enum": ["stop", "length", "repetition"]},
+        "finish_reason": {"enum": ["stop", "length", "repetition", "tool_calls"]},
         "stop_reason": {"type": ["string", "integer", "null"]},
         "token_ids": IDS,
         "prompt_token_ids": or_null(IDS),
@@ -40,7 +40,11 @@ def _answers() -> dict[str, Schema]:
         "store": {"const": False},
         "service_tier": {"const": "default"},
     }
-    message = open_object({"role": {"const": "assistant"}, "content": STRING, "refusal": {"type": "null"}})
+    function = open_object({"name": STRING, "arguments": STRING})
+    call = open_object({"id": STRING, "type": {"const": "function"}, "function": function})
+    parts: dict[str, Schema] = {"reasoning": STRING, "reasoning_content": STRING, "tool_calls": array(call)}
+    said: dict[str, Schema] = {"role": {"const": "assistant"}, "content": or_null(STRING), "refusal": {"type": "null"}}
+    message = open_object({**said, **parts}, optional=(*parts,))
     chat = {**common, "message": message, "logprobs": or_null(ref("ChatLogprobs"))}
     text = {**common, "text": STRING, "logprobs": or_null(ref("CompletionLogprobs"))}
     extra = ("token_ids", "prompt_token_ids", "prompt_logprobs", "prompt_text", "store", "service_tier")
@@ -51,6 +55,7 @@ def _answers() -> dict[str, Schema]:
         return open_object({**body, **{name: common[name] for name in extra[1:]}}, optional=extra)
 
     card: dict[str, Schema] = {"id": STRING, "object": {"const": "model"}, "created": INTEGER, "owned_by": STRING}
+    parsers = {name: or_null(STRING) for name in ("tool_call_parser", "reasoning_parser")}
     error = {"message": STRING, "type": STRING, "param": {"type": ["string", "null"]}}
     return {
         "ChatCompletionResponse": answer("chat.completion", chat),
@@ -69,7 +74,7 @@ def _answers() -> dict[str, Schema]:
             {"count": INTEGER, "max_model_len": INTEGER, "tokens": IDS, "token_strs": or_null(array(STRING))}
         ),
         "DetokenizeResponse": open_object({"prompt": STRING}),
-        "Model": open_object({**card, "max_model_len": INTEGER}),
+        "Model": open_object({**card, "max_model_len": INTEGER, **parsers}),
         "ModelList": open_object({"object": {"const": "list"}, "data": array(ref("Model"))}),
         "Error": open_object({"error": open_object({**error, "code": {"type": ["string", "null"]}})}),
     }

@@ -6,23 +6,23 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quire.engine.inputs import MAX_SALT_BYTES
+from quire.engine.tools import Asked
 from quire.errors import InvalidRequestError, PromptTooLongError, context_length_message
 from quire.sampling_params import FROM_MODEL, RequestOutputKind, SamplingParams
 from quire.server.doors.openai.bodies import (
-    ARGUMENT_NAME,
     CHAT,
     COMPLETION,
     DETOKENIZE,
     TOKENIZE_CHAT,
     TOKENIZE_TEXT,
-    Conversation,
     DetokenizeBody,
     ResponseOptions,
-    TextPart,
     TokenizeChatBody,
     TokenizeTextBody,
 )
+from quire.server.doors.openai.conversation import ARGUMENT_NAME, Conversation, Message, TextPart
 from quire.server.doors.openai.shapes import deprecated_in, take_shape
+from quire.server.doors.openai.tools import asked_of, check_tools
 from quire.server.http.limits import Limits
 from quire.server.http.schema import check_length
 
@@ -76,6 +76,9 @@ class ChatCall(Call):
     top_logprobs: int | None
     """None: no logprobs; 0: the chosen tokens' only."""
     wants_prompt_text: bool
+    asked: Asked
+    """Tools and reasoning."""
+    shows_reasoning: bool
     echoed: str
     """Stands before the answer: with `echo`, a last message of the assistant."""
 
@@ -149,6 +152,8 @@ def parse_chat(raw: Mapping[str, Any], defaults: SamplingParams, limits: Limits)
         logprobs_field="top_logprobs",
         deprecated=deprecated_in(values),
         wants_prompt_text=body.return_prompt_text,
+        asked=asked_of(body),
+        shows_reasoning=body.include_reasoning,
         echoed=text_of(conversation.messages[-1].content) if body.echo and conversation.ends_with_assistant else "",
     )
 
@@ -180,10 +185,10 @@ def parse_detokenize(raw: Mapping[str, Any], limits: Limits, vocab_size: int) ->
     return body
 
 
-def text_of(content: str | list[str | TextPart]) -> str:
+def text_of(content: str | list[str | TextPart] | None) -> str:
     """A message's content; parts are joined by line ends as vLLM joins them."""
-    if isinstance(content, str):
-        return content
+    if content is None or isinstance(content, str):
+        return content or ""
     return "\n".join(part if isinstance(part, str) else part.text for part in content)
 
 
@@ -310,11 +315,13 @@ def _prompts(value: str | list[Any], limits: Limits) -> list[Prompt]:
 
 def _checked(conversation: Conversation, limits: Limits) -> Conversation:
     for place, message in enumerate(conversation.messages):
-        if not isinstance(message.content, str):
+        if isinstance(message.content, list):
             check_length(limits.content_parts, message.content, "messages")
+        _check_calls(message, f"messages[{place}]")
         if message.reasoning is not None and message.reasoning_content not in (None, message.reasoning):
             named = f"messages[{place}].reasoning"
             raise InvalidRequestError(f"{named} and reasoning_content are one field and differ", param=named)
+    check_tools(conversation, limits)
     for name, value in conversation.own_arguments.items():
         if conversation.chat_template_kwargs.get(name, value) != value:
             raise InvalidRequestError(f"{name} and chat_template_kwargs.{name} are one field and differ", param=name)
@@ -328,6 +335,17 @@ def _checked(conversation: Conversation, limits: Limits) -> Conversation:
             "continue_final_message needs a last message of the assistant", param="continue_final_message"
         )
     return conversation
+
+
+def _check_calls(message: Message, place: str) -> None:
+    """What a role may hold, and content where there are no calls."""
+    if message.tool_calls and message.role != "assistant":
+        raise InvalidRequestError(f"{place}.tool_calls belongs to the assistant", param=f"{place}.tool_calls")
+    if message.tool_call_id is not None and message.role != "tool":
+        raise InvalidRequestError(f"{place}.tool_call_id belongs to the role tool", param=f"{place}.tool_call_id")
+    if message.content is None and not message.tool_calls:
+        text = f"{place}.content is required and must be a string or a list of text parts"
+        raise InvalidRequestError(text, param=f"{place}.content")
 
 
 def _depth_exceeds(value: Any, levels: int) -> bool:

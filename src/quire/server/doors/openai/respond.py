@@ -3,7 +3,7 @@
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
@@ -11,9 +11,12 @@ from typing import Any, ClassVar, Generic, TypeVar
 import msgspec
 
 from quire.engine.queue import Caller
+from quire.engine.tools import AnswerParser
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from quire.sampling_params import SamplingParams
 from quire.server.doors.openai import responses
-from quire.server.doors.openai.bodies import Conversation, Message
+from quire.server.doors.openai.answer_parts import AnswerParts
+from quire.server.doors.openai.conversation import Conversation, Message, MessageCall
 from quire.server.doors.openai.parse import (
     Call,
     ChatCall,
@@ -23,6 +26,7 @@ from quire.server.doors.openai.parse import (
     truncate_prompt,
 )
 from quire.server.doors.openai.shapes import deprecation_headers
+from quire.server.doors.openai.tools import tools_of
 from quire.server.doors.openai.usage import Usage
 from quire.server.http.context import RequestContext, ServerContext, new_id
 from quire.server.http.streams import Outputs, coalesce, last_outputs, merged
@@ -142,6 +146,7 @@ class Answer(ABC, Generic[C]):
         prompts = await self._prompts()
         lengths = [len(token_ids) for _, token_ids in prompts]
         params = bound_logprobs(self._call, lengths, engine.max_model_len, self._context.limits)
+        params = await self._held(params, prompts[0][1])
         return [
             engine.generate(
                 {"prompt_token_ids": token_ids},
@@ -155,6 +160,10 @@ class Answer(ABC, Generic[C]):
             )
             for request_id, token_ids in prompts
         ]
+
+    async def _held(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> SamplingParams:
+        """The parameters that hold the answers to what is asked of their parts."""
+        return params
 
     def _token_names(self) -> responses.TokenNames:
         as_ids = self._call.options.return_tokens_as_token_ids
@@ -252,30 +261,58 @@ class ChatAnswer(Answer[ChatCall]):
     def __init__(self, context: ServerContext, call: ChatCall, request: RequestContext) -> None:
         super().__init__(context, call, request)
         self._begun: set[int] = set()
+        self._make_parser: Callable[[], AnswerParser] | None = None
+        self._parts: dict[int, AnswerParts] = {}
+        """By sequence, where an answer may hold more than content."""
 
     async def _prompts(self) -> list[tuple[str, Sequence[int]]]:
         token_ids = await encode_conversation(self._context, self._call.conversation, self._request.caller)
         return [(self._id, truncate_prompt(token_ids, self._call, self._engine.max_model_len))]
 
+    async def _held(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> SamplingParams:
+        call, names = self._call, [tool.function.name for tool in self._call.conversation.tools]
+        held = await self._engine.hold(params, call.asked, prompt_token_ids, names=names, caller=self._request.caller)
+        self._make_parser = held.make_parser
+        return held.params
+
+    def _parts_of(self, choice: CompletionOutput) -> AnswerParts | None:
+        if self._make_parser is not None and choice.index not in self._parts:
+            parts = AnswerParts(self._make_parser(), shows_reasoning=self._call.shows_reasoning)
+            self._parts[choice.index] = parts
+        return self._parts.get(choice.index)
+
     def _choice(self, number: int, output: RequestOutput, choice: CompletionOutput) -> Content:
+        finish_reason, parts = responses.check_finish(output, choice), self._parts_of(choice)
+        if parts is None:
+            message: Content = {"role": "assistant", "content": self._call.echoed + choice.text, "refusal": None}
+        else:
+            message = parts.message(choice.text, self._call.echoed)
+            finish_reason = parts.finish_reason(finish_reason)
         return {
             "index": choice.index,
-            "message": {"role": "assistant", "content": self._call.echoed + choice.text, "refusal": None},
+            "message": message,
             "logprobs": self._logprobs(choice),
-            "finish_reason": responses.check_finish(output, choice),
+            "finish_reason": finish_reason,
             "stop_reason": choice.stop_reason,
             **self._token_ids(choice),
         }
 
     def _pieces(self, number: int, output: RequestOutput, choice: CompletionOutput) -> list[Content]:
-        finish_reason = responses.check_finish(output, choice)
+        finish_reason, parts = responses.check_finish(output, choice), self._parts_of(choice)
         pieces = []
         if choice.index not in self._begun:
             self._begun.add(choice.index)
             pieces.append(_piece(choice.index, {"role": "assistant", "content": self._call.echoed, "refusal": None}))
         ids = self._token_ids(choice)
-        if choice.text or (choice.token_ids and (choice.logprobs or ids)):
-            pieces.append({**_piece(choice.index, {"content": choice.text}, self._logprobs(choice)), **ids})
+        has_more = bool(choice.token_ids and (choice.logprobs or ids))
+        if parts is None:
+            deltas: list[Content] = [{"content": choice.text}] if choice.text or has_more else []
+        else:
+            deltas = parts.deltas(choice.text, ended=finish_reason is not None) or [{}] * has_more
+            finish_reason = parts.finish_reason(finish_reason)
+        pieces += [_piece(choice.index, delta) for delta in deltas]
+        if deltas:  # what belongs to the tokens of several pieces goes with the first
+            pieces[-len(deltas)] |= {"logprobs": self._logprobs(choice), **ids}
         if finish_reason is not None:
             end = _piece(choice.index, {})
             pieces.append({**end, "finish_reason": finish_reason, "stop_reason": choice.stop_reason})
@@ -310,6 +347,7 @@ async def encode_conversation(context: ServerContext, conversation: Conversation
         add_generation_prompt=not conversation.continue_final_message if add_prompt is None else add_prompt,
         continue_final_message=conversation.continue_final_message,
         chat_template=conversation.chat_template,
+        tools=tools_of(conversation)[0] or None,
         documents=conversation.documents or None,
         add_special_tokens=conversation.add_special_tokens,
         chat_template_kwargs={**conversation.chat_template_kwargs, **conversation.own_arguments},
@@ -317,13 +355,20 @@ async def encode_conversation(context: ServerContext, conversation: Conversation
     )
 
 
-def _as_template(message: Message) -> dict[str, str]:
+def _as_template(message: Message) -> Content:
     """A message as templates take it: few know the newer name of the system role."""
     role = "system" if message.role == "developer" else message.role
     reasoning = message.reasoning if message.reasoning_content is None else message.reasoning_content
-    more = {"name": message.name, "reasoning_content": reasoning}
+    more: Content = {"name": message.name, "reasoning_content": reasoning, "tool_call_id": message.tool_call_id}
+    if message.tool_calls:
+        more["tool_calls"] = [_call_as_template(call) for call in message.tool_calls]
     return {"role": role, "content": text_of(message.content), **{k: v for k, v in more.items() if v is not None}}
 
 
-def _piece(index: int, delta: Content, logprobs: Content | None = None) -> Content:
-    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+def _call_as_template(call: MessageCall) -> Content:
+    function = {"name": call.function.name, "arguments": call.function.arguments}
+    return {"type": "function", "function": function} | ({} if call.id is None else {"id": call.id})
+
+
+def _piece(index: int, delta: Content) -> Content:
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -96,12 +96,15 @@ async def detokenize(request: Request) -> Response:
 
 
 def _card(context: ServerContext, name: str) -> dict[str, Any]:
+    answers = context.engine.answer_format
     return {
         "id": name,
         "object": "model",
         "created": context.started_s,
         "owned_by": "quire",
         "max_model_len": context.engine.max_model_len,
+        "tool_call_parser": None if answers is None else answers.name,
+        "reasoning_parser": None if answers is None else answers.reasoning_name,
     }
 
 

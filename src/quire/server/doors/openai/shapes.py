@@ -16,9 +16,11 @@ _CHOICE = array({"type": "string", "minLength": 1}, shapes.MAX_CHOICES, least=1)
 _FLAG: Schema = {"type": "boolean", "default": False}
 _KINDS: dict[str, Schema] = {
     "json": _JSON_SCHEMA,
+    "yaml": _JSON_SCHEMA,
     "regex": _TEXT,
     "choice": _CHOICE,
     "grammar": _TEXT,
+    "structural_tag": {"anyOf": [{"type": "object"}, _TEXT]},
     "json_object": {"type": "boolean"},
     "disable_any_whitespace": _FLAG,
     "disable_additional_properties": _FLAG,
@@ -58,7 +60,8 @@ SHAPES = {
         schema=_FORMAT,
     ),
     "structured_outputs": Field(
-        "the answer is held to one of json (a schema), regex, choice, grammar (Lark or GBNF) and json_object",
+        "the answer is held to one of json and yaml (a schema), regex, choice, grammar (Lark or GBNF),"
+        " structural_tag (text with parts that are held) and json_object",
         schema=_object(**_KINDS),
     ),
     **{old: _deprecated(f"{_OLDER}{new}", _KINDS[new]) for old, new in _OLD.items()},

@@ -1,0 +1,142 @@
+"""The tensors of one GGUF model as a `WeightSource`: blocks are unpacked to float32 while they are read."""
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from quire.errors import ModelFileError
+from quire.models.parameters import Concatenated, Parameter
+from quire.ops.types import StoredWeight
+from quire.weights.formats.gguf_blocks import unpack
+from quire.weights.formats.gguf_file import GgufFile, GgufTensor
+from quire.weights.formats.gguf_parts import GgufParts
+from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, Allocate, ReadMemory
+
+CHUNK_VALUES = 2**18
+"""Unpacked at a time by each thread: a megabyte, so that it stays in the processor's cache."""
+
+
+class GgufWeights:
+    """All tensors of a model, under GGUF's names: a `WeightSource`. Use as a context manager, or `close()`."""
+
+    def __init__(self, path: Path, rotated_heads: Mapping[str, int], threads: int | None = None) -> None:
+        """
+        Args:
+            path: the model, or any part of it.
+            rotated_heads: by the last part of a module's name (`attn_q`), how many heads its rows have, where GGUF has
+                the two halves of each head's rows in turns (llama's rotation of neighbours), which is undone here.
+            threads: that unpack; None is one for each processor.
+
+        Raises:
+            ModelFileError: a file is missing or damaged.
+        """
+        self._parts = GgufParts(path)
+        self.tensors: Mapping[str, GgufTensor] = self._parts.tensors
+        self._rotated_heads = rotated_heads
+        self._memory = ReadMemory()
+        self._pool = ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="unpack")
+
+    def size_bytes(self, parameter: Parameter) -> int:
+        """Bytes of a parameter's tensors in their files."""
+        tensors = [self.tensors[name] for array in parameter.arrays for name, _ in array.tensors]
+        return sum(tensor.end - tensor.start for tensor in tensors)
+
+    def packed(self, name: str) -> None:
+        """The blocks are ggml's, not a provider's."""
+
+    def vector(self, array: Concatenated) -> NDArray[Any]:
+        """`WeightSource.vector`, float32."""
+        return self.read(array)
+
+    def matrix(self, array: Concatenated) -> NDArray[Any] | StoredWeight:
+        """`WeightSource.matrix`: float32, or in its files where it is plain rows of one type."""
+        read = partial(self.read, array, self._memory.take)
+        return self._stored(array, read) or read()
+
+    def read(self, array: Concatenated, allocate: Allocate = np.empty) -> NDArray[np.float32]:
+        """The values in float32, a matrix as `[out, in]`, in memory of `allocate`.
+
+        Raises:
+            ModelFileError: a file ends early.
+        """
+        out = allocate(array.shape, np.dtype(np.float32))
+        first, tasks = 0, []
+        for name, shape in array.tensors:
+            rows = out if shape == array.shape else out[first : first + shape[0]]
+            tasks += self._tasks(name, rows if rows.ndim == 2 else rows[:, None] if self._heads(name) else rows[None])
+            first += shape[0]
+        for done in [self._pool.submit(task) for task in tasks]:
+            done.result()
+        return out
+
+    def differ(self, one: str, other: str) -> bool:
+        """Whether both tensors are there and have different values."""
+        if one not in self.tensors or other not in self.tensors:
+            return False
+        first, second = (self.read(Concatenated(((name, self.tensors[name].shape),))) for name in (one, other))
+        return not np.array_equal(first, second)
+
+    def close(self) -> None:
+        """Close all files, end the threads."""
+        self._pool.shutdown()
+        self._parts.close()
+
+    def __enter__(self) -> "GgufWeights":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _heads(self, name: str) -> int:
+        """How many heads a tensor's rows are to be put in order for; 0 is none."""
+        return self._rotated_heads.get(name.rpartition(".")[0].rpartition(".")[2], 0)
+
+    def _stored(self, array: Concatenated, read: Callable[[], NDArray[Any]]) -> StoredWeight | None:
+        """The matrix where it lies; None unless it is rows of one plain type that need no other order."""
+        tensors = [(self._parts.home[name], self.tensors[name]) for name, _ in array.tensors]
+        format = tensors[0][1].format
+        if format not in DTYPES_BY_FORMAT or any(info.format != format for _, info in tensors):
+            return None
+        if any(self._heads(name) for name, _ in array.tensors):
+            return None
+        files = tuple((file.descriptor, info.start, info.shape[0]) for file, info in tensors)
+        rows, inputs = array.shape
+        return StoredWeight((rows, inputs), DTYPES_BY_FORMAT[format], files, read)
+
+    def _tasks(self, name: str, rows: NDArray[np.float32]) -> list[Callable[[], None]]:
+        """Read and unpack a tensor, some rows at a time; of heads that are to be put in order, whole heads."""
+        file, tensor, heads = self._parts.home[name], self.tensors[name], self._heads(name)
+        at_once = max(1, CHUNK_VALUES // rows.shape[1])
+        if heads:
+            head_rows = len(rows) // heads
+            if head_rows * heads != len(rows) or head_rows % 2:
+                raise ModelFileError(f"{file.name}: {name} has {len(rows)} rows, which are not those of {heads} heads")
+            at_once = max(1, at_once // head_rows) * head_rows
+        row_bytes = (tensor.end - tensor.start) // len(rows)
+        return [
+            partial(
+                _unpack_rows, file, name, tensor.start + first * row_bytes, rows[first : first + at_once],
+                head_rows if heads else 0,
+            )
+            for first in range(0, len(rows), at_once)
+        ]  # fmt: skip
+
+
+def _unpack_rows(file: GgufFile, name: str, offset: int, out: NDArray[np.float32], head_rows: int) -> None:
+    kind = file.tensors[name].kind
+    size = math.prod(out.shape) // kind.values * kind.bytes
+    data = os.pread(file.descriptor, size, offset)
+    if len(data) != size:
+        raise ModelFileError(f"{file.name}: truncated while {name} was read")
+    raw = np.frombuffer(data, np.uint8).reshape(len(out), -1)
+    if head_rows:
+        turns = raw.reshape(-1, head_rows // 2, 2, raw.shape[1])
+        raw = turns.swapaxes(1, 2).reshape(raw.shape)
+    out[...] = unpack(kind, raw)

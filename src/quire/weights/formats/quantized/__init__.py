@@ -1,0 +1,1 @@
+"""Quantised Hugging Face checkpoints (GPTQ, AWQ, compressed-tensors, fp8) as one `WeightSource`."""

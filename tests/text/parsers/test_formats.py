@@ -1,0 +1,140 @@
+"""Calls and reasoning read out of answers, whole and in pieces."""
+
+import json
+import random
+
+import pytest
+
+from quire.text.parsers.events import Asked, CallArguments, CallEnd, CallStart, Content, Event, Reasoning, Tool, joined
+from quire.text.parsers.reader import whole
+from tests.text.parsers.samples import ANSWERS, SEPARATE, A, B, made
+
+TEXT = {"type": "string"}
+TOOLS = (
+    Tool("weather", {"type": "object", "properties": {"city": TEXT, "days": {"type": "integer"}}}),
+    Tool("other-2", {"type": "object", "properties": {"city": TEXT, "deep": {"type": "object"}}}),
+)
+ASKED = Asked(TOOLS)
+
+
+def read(name: str, text: str, asked: Asked = ASKED) -> list[Event]:
+    return joined(whole(made(name).parser(asked), text))
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_calls_are_found(name: str) -> None:
+    events = read(name, ANSWERS[name])
+    if name == "openai":
+        assert events.pop(0) == Reasoning("I think.")
+    assert events[0] == Content(SEPARATE)
+    assert [one for one in events if isinstance(one, CallStart)] == [CallStart(0, "weather"), CallStart(1, "other-2")]
+    given = [json.loads(one.text) for one in events if isinstance(one, CallArguments)]
+    assert given == [json.loads(A), json.loads(B)]
+    assert [one for one in events if isinstance(one, CallEnd)] == [CallEnd(0), CallEnd(1)] and len(events) == 7
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_the_events_do_not_depend_on_the_cuts(name: str) -> None:
+    """At every character, in two pieces; character by character; and in random pieces, some of them empty."""
+    text = f"{ANSWERS[name]}\n then more <tool_ca"
+    expected = read(name, text)
+    for cut in range(len(text) + 1):
+        parser = made(name).parser(ASKED)
+        assert joined([*parser.push(text[:cut]), *parser.push(text[cut:]), *parser.end()]) == expected
+    for seed in range(20):
+        draw, parser, found, place = random.Random(seed), made(name).parser(ASKED), [], 0
+        while place < len(text):
+            size = draw.randint(0, 4) if seed else 1
+            found += parser.push(text[place : place + size])
+            place += size
+        assert joined([*found, *parser.end()]) == expected
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_answer_that_is_cut_off_gives_what_is_there(name: str) -> None:
+    text = ANSWERS[name]
+    expected = [one.text for one in read(name, text) if isinstance(one, CallArguments)]
+    for cut in range(len(text)):
+        events = read(name, text[:cut])
+        starts = [one for one in events if isinstance(one, CallStart)]
+        assert starts == [CallStart(0, "weather"), CallStart(1, "other-2")][: len(starts)]
+        for one in events:
+            if isinstance(one, CallArguments):
+                assert expected[one.index].startswith(one.text)
+        ended = [one.index for one in events if isinstance(one, CallEnd)]
+        assert all(json.loads(one.text) for one in events if isinstance(one, CallArguments) and one.index in ended)
+
+
+@pytest.mark.parametrize("name", [name for name in ANSWERS if name != "openai"])
+def test_what_only_looks_like_a_call_is_content(name: str) -> None:
+    """Of a tool that is not there, with no tools at all, and broken off where no name was."""
+    text = ANSWERS[name]
+    nobody = read(name, text, Asked((Tool("nobody"),)))
+    assert not any(isinstance(one, CallStart) for one in nobody) and "weather" in "".join(
+        one.text for one in nobody if isinstance(one, Content)
+    )
+    assert read(name, text, Asked()) == [Content(text)]
+    for odd in (f"{text[:20]} and so on", "a <tool_call> in a sentence", '[1, "x"] {"name": 3} [f( <', "", " \n"):
+        events = read(name, odd, Asked((Tool("nobody"),)))
+        assert events == ([Content(odd)] if odd else [])
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_any_text_is_read_without_an_error(name: str) -> None:
+    """Pieces of answers in random order: whatever comes, the text of content and of arguments is the model's own."""
+    for seed in range(60):
+        draw = random.Random(seed)
+        parts = [ANSWERS[name][place : place + draw.randint(1, 30)] for place in range(0, len(ANSWERS[name]), 17)]
+        draw.shuffle(parts)
+        text = "".join(parts)
+        expected = read(name, text)
+        parser, found = made(name).parser(ASKED), []
+        for one in text:
+            found += parser.push(one)
+        assert joined([*found, *parser.end()]) == expected
+
+
+def test_arguments_come_while_they_are_written() -> None:
+    for name, answer in ANSWERS.items():
+        parser, most = made(name).parser(ASKED), 0
+        for one in answer:
+            most += sum(isinstance(event, CallArguments) for event in parser.push(one))
+        assert most > 6, name
+
+
+def test_special_tokens_that_mark_nothing_are_taken_out() -> None:
+    for cut in range(20):
+        parser, text = made("mistral").parser(ASKED), "a<|other|>b <|oth<|other|>er|>"
+        assert joined([*parser.push(text[:cut]), *parser.push(text[cut:]), *parser.end()]) == [Content("ab <|other|>")]
+    assert made("hermes").special_tokens == () and "[TOOL_CALLS]" in made("mistral").special_tokens
+
+
+@pytest.mark.parametrize(
+    ("asked", "text", "expected"),
+    [
+        (Asked(in_reasoning=True), "\nhm \n</think>\n\nyes ", [Reasoning("hm"), Content("yes ")]),
+        (Asked(in_reasoning=True), "hm", [Reasoning("hm")]),
+        (Asked(may_reason=True), "<think>\nhm\n</think>\n\nyes", [Reasoning("hm"), Content("yes")]),
+        (Asked(may_reason=True), "<think>\n\n</think>\n\nyes", [Content("yes")]),
+        (Asked(may_reason=True), " yes <think>", [Content(" yes <think>")]),
+        (Asked(), "<think>a</think>", [Content("<think>a</think>")]),
+        (
+            Asked(TOOLS, in_reasoning=True),
+            f"{ANSWERS['hermes']}</think>x",
+            [Reasoning(ANSWERS["hermes"]), Content("x")],
+        ),
+    ],
+)
+def test_reasoning_is_found(asked: Asked, text: str, expected: list[Event]) -> None:
+    for cut in range(len(text) + 1):
+        parser = made("hermes", "qwen3").parser(asked)
+        assert joined([*parser.push(text[:cut]), *parser.push(text[cut:]), *parser.end()]) == expected
+
+
+def test_the_end_of_a_prompt_says_where_the_answer_begins() -> None:
+    fmt = made("hermes", "deepseek_r1")
+    assert fmt.starts_in_reasoning("<｜Assistant｜><think>\n") and not fmt.starts_in_reasoning("<｜Assistant｜>")
+    assert not fmt.may_reason("<think>\n\n</think>\n\n") and fmt.may_reason("<|im_start|>assistant\n")
+    granite = made("hermes", "granite_think")
+    text = "<think>a</think><response>b</response>"
+    assert joined(whole(granite.parser(Asked(may_reason=True)), text)) == [Reasoning("a"), Content("b")]
