@@ -54,8 +54,6 @@ from quire.errors import (
     internal_fault_message,
 )
 
-logger = logging.getLogger("quire.core")
-
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
@@ -336,7 +334,7 @@ class Scheduler:
             return refusal(self._rules, request)
         except Exception as error:
             if not isinstance(error, ShapeError):
-                logger.exception("an admission rule failed")
+                logging.getLogger("quire.core").exception("an admission rule failed")
             step.failed.append((request, internal_fault_message(error)))
             return "rule_failed"
 

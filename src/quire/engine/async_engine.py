@@ -28,7 +28,7 @@ from quire.engine.observer import Observer
 from quire.engine.queue import ANYBODY, Caller
 from quire.engine.stream import Stream
 from quire.engine.text_work import TextWork
-from quire.engine.tools import Asked, HeldAnswer, check_held, hold
+from quire.engine.tools import Asked, HeldAnswer, check_held, hold, is_known_good
 from quire.errors import (
     DeadlineExceededError,
     EngineDeadError,
@@ -152,7 +152,7 @@ class AsyncEngine(EngineFront):
         make = partial(hold, tokenizer, answers, asked, prompt_token_ids, params)
         held = await self.beside(make, len(prompt_token_ids), caller, first=True)  # the prompt tells of every tool
         inputs = self._served.inputs
-        if asked.tools and not (inputs.knows_shape(held.params) and inputs.accepts_shape(held.params)):
+        if asked.tools and not is_known_good(inputs, held.params):
             await self._beside_shapes(partial(check_held, inputs, answers, held, names), caller)
         return held
 

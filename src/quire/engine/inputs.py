@@ -276,14 +276,6 @@ class InputProcessor:
         shape = params.structured_outputs
         return shape is None or self._shapes is None or self._shapes.knows(shape)
 
-    def accepts_shape(self, params: SamplingParams) -> bool:
-        """Whether `grammar_source` gives a grammar, and no error."""
-        try:
-            self.grammar_source(params)
-        except InvalidRequestError:
-            return False
-        return True
-
     def encode_bad_words(self, params: SamplingParams) -> BadWords:
         """Each word as it stands at the start of a text, and as it stands after a space.
 

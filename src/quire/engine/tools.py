@@ -30,6 +30,7 @@ __all__ = [
     "Tool",
     "check_held",
     "hold",
+    "is_known_good",
     "joined",
     "read_tools",
 ]
@@ -107,6 +108,17 @@ def hold(
     if answers.special_tokens:  # markers are; the parser takes all others out
         held = replace(held, skip_special_tokens=False, spaces_between_special_tokens=False)
     return HeldAnswer(held, asked, partial(answers.parser, asked))
+
+
+def is_known_good(inputs: InputProcessor, params: SamplingParams) -> bool:
+    """Whether it is known that a shape can be held: nothing is compiled."""
+    if not inputs.knows_shape(params):
+        return False
+    try:
+        inputs.grammar_source(params)
+    except InvalidRequestError:
+        return False
+    return True
 
 
 def check_held(inputs: InputProcessor, answers: AnswerFormat, held: HeldAnswer, names: Sequence[str]) -> None:
