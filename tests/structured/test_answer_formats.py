@@ -16,9 +16,11 @@ from quire.core.request import GrammarSpec
 from quire.errors import InvalidRequestError, ShapeError
 from quire.structured.compiler import GrammarCompiler, Vocabulary
 from quire.structured.matcher import Matcher
+from quire.structured.parameters import is_raw as is_raw_where_written
 from quire.structured.source import source_of, validate
 from quire.structured_params import StructuredOutputsParams
 from quire.text.parsers.events import Asked, CallArguments, CallEnd, CallStart, Content, Event, Reasoning, Tool, joined
+from quire.text.parsers.parameters import is_raw as is_raw_where_read
 from quire.text.parsers.reader import whole
 from tests.text.parsers.samples import ANSWERS, SPECIAL, made
 
@@ -274,3 +276,32 @@ def test_a_tool_that_a_format_cannot_hold_is_refused() -> None:
         tag = made(name).structural_tag(Asked((tool,)))
         with pytest.raises(InvalidRequestError, match="'minProperties' cannot be held for named parameters"):
             source_of(StructuredOutputsParams(structural_tag=tag))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string"},
+        {"type": "string", "maxLength": 9},
+        {"type": "string", "maxLength": 5000},
+        {"type": "string", "minLength": 1, "pattern": "^[ab]+$"},
+        {"type": "string", "enum": ["a", 5]},
+        {"type": "string", "enum": ["a", "</parameter>"]},
+        {"type": "string", "const": "null"},
+        {"enum": ["a", None]},
+        {"type": "number"},
+        True,
+    ],
+)
+def test_a_text_is_read_in_the_way_in_which_it_is_held(schema: Any) -> None:
+    """As it is, or as JSON: writer and reader say which from the schema, each by itself."""
+    assert is_raw_where_written(schema, "</parameter>") == is_raw_where_read(schema, "</parameter>")
+    parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"]}
+    asked = Asked((Tool("f", parameters),), must_call=True, parallel=False)
+    tag = made("qwen3_coder").structural_tag(asked)
+    assert tag is not None
+    for seed in range(6):
+        _, text = walked(begun(tag, 160), 160, seed)
+        events = whole(made("qwen3_coder").parser(asked), text)
+        arguments = "".join(one.text for one in events if isinstance(one, CallArguments))
+        jsonschema.validate(json.loads(arguments), parameters)

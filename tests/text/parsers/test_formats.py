@@ -138,3 +138,34 @@ def test_the_end_of_a_prompt_says_where_the_answer_begins() -> None:
     granite = made("hermes", "granite_think")
     text = "<think>a</think><response>b</response>"
     assert joined(whole(granite.parser(Asked(may_reason=True)), text)) == [Reasoning("a"), Content("b")]
+
+
+NAMED = {
+    "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=x>\n{}\n</parameter>\n</function>\n</tool_call>",
+    "llama4_pythonic": "[f(x={})]",
+    "functiongemma": "<start_function_call>call:f{{x:{}}}<end_function_call>",
+}
+HALF_A_CHARACTER = r"\ud800"
+
+
+@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("1e999", '{"x": 1e999}'),
+        ("[-1e999]", '{"x": [-1e999]}'),
+        ("12345678901234567890.5", '{"x": 12345678901234567890.5}'),
+        (f'["{HALF_A_CHARACTER}"]', f'{{"x": ["{HALF_A_CHARACTER}"]}}'),
+        (f"'{HALF_A_CHARACTER}'", f'{{"x": "{HALF_A_CHARACTER}"}}'),
+    ],
+)
+def test_named_values_are_json_whatever_they_hold(name: str, value: str, expected: str) -> None:
+    """Python has no number for `1e999` but `Infinity`, which is no JSON, and half a character is in no answer."""
+    asked = Asked((Tool("f", {"type": "object", "properties": {"x": {}}}),))
+    text = "".join(one.text for one in read(name, NAMED[name].format(value), asked) if isinstance(one, CallArguments))
+    assert text == expected and text.encode()
+
+
+def test_half_a_character_in_arguments_that_are_text_is_no_error() -> None:
+    text = f'{{"name": "weather", "arguments": "{HALF_A_CHARACTER}"}}'
+    assert CallArguments(0, f'"{HALF_A_CHARACTER}"') in read("json", text)

@@ -15,6 +15,7 @@ from quire.text.parsers.reader import Reader, Step, partial
 from quire.text.parsers.tags import NOTHING, Format, Marker, const, one_of, sequence, tag, tags, text_with_tags
 
 RAW = frozenset(("type", "description", "title", "default", "examples", "enum", "const", "minLength", "maxLength"))
+MAX_RAW_LENGTH = 2000
 _LONGEST_NAME = 256
 
 
@@ -30,16 +31,35 @@ def _schema_of(tool: Tool, name: str) -> Any:
     return tool.schema.get("properties", {}).get(name, {})
 
 
+def is_raw(schema: Any, never: str) -> bool:
+    """Whether a value is text that is written as it is."""
+    if not isinstance(schema, Mapping) or schema.get("type") != "string" or not RAW.issuperset(schema):
+        return False
+    texts = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
+    return all(isinstance(one, str) and never not in one for one in texts) and (
+        schema.get("minLength", 0) <= MAX_RAW_LENGTH and schema.get("maxLength", 0) <= MAX_RAW_LENGTH
+    )
+
+
 def _value_text(text: str, schema: Any) -> str:
-    """A value as JSON: what stands there, or the text itself where it is none or must be a text."""
-    types = schema.get("type") if isinstance(schema, Mapping) else None
+    """A value as JSON: what stands there, or the text itself where it is none or must be a text. JSON stays as it was
+    written: a number may be larger than any of Python's, and an escape may stand for half a character."""
+    must_be_text = isinstance(schema, Mapping) and schema.get("type") == "string"
+    is_json = _is_json(text)
+    value = json.loads(text) if is_json else _literal(text)
+    if value is _NO_LITERAL or (must_be_text and not isinstance(value, str)):
+        return json.dumps(text, ensure_ascii=False)
+    return text if is_json else _json(value)
+
+
+def _json(value: Any) -> str:
+    """As JSON, with half characters as escapes."""
+    found = json.dumps(value, ensure_ascii=False)
     try:
-        value = json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError):
-        value = _literal(text)
-    if value is _NO_LITERAL or (types == "string" and not isinstance(value, str)):
-        value = text
-    return json.dumps(value, ensure_ascii=False)
+        found.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return found
 
 
 def _no_number(name: str) -> Any:
@@ -79,6 +99,26 @@ def _value(reader: Reader, quotes: tuple[str, ...], stops: str) -> Step[str | No
             depth += (one in "[{(") - (one in "]})")
             reader.at += 1
     return None
+
+
+def _json_before(reader: Reader, end: str) -> Step[str | None]:
+    """A value of JSON, whose texts may hold `end`, up to it; what is no JSON ends with the first one."""
+    yield from reader.space()
+    begun = reader.at
+    value = yield from reader.json_value()
+    yield from reader.space()
+    if value is not None and _is_json(value) and (yield from reader.take(end)):
+        return value
+    reader.at = begun
+    return (yield from reader.before(end, 2**20))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 class _Arguments:
@@ -170,12 +210,12 @@ class QwenXml:
                 return
             found.name(name)
             schema = _schema_of(tool, name)
-            if isinstance(schema, Mapping) and schema.get("type") == "string" and RAW.issuperset(schema):
+            if is_raw(schema, "</parameter>"):
                 yield from reader.take("\n")
                 if not (yield from found.raw("\n</parameter>")):
                     return
                 continue
-            value = yield from reader.before("</parameter>", 2**20)
+            value = yield from _json_before(reader, "</parameter>")
             if value is None:
                 return
             reader.more_arguments(_value_text(value.strip(), schema))

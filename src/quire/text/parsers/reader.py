@@ -296,7 +296,8 @@ def _string(value: str | None) -> str | None:
         return None
     try:
         found = json.loads(value, strict=False)
-    except ValueError:
+        str(found).encode()
+    except ValueError:  # no JSON, or half a character, which no answer can carry
         return None
     return found if isinstance(found, str) else None
 
