@@ -82,3 +82,19 @@ def test_what_is_kept_is_bounded_and_nothing_that_is_awaited_is_dropped(monkeypa
     grammars.ready(asking(regex("b")))
     assert len(grammars._kept) <= 4 and len(grammars._started) == 12
     assert grammars._kept_bytes == sum(len(source) + 200 for source in grammars._kept)
+
+
+def test_many_answers_to_one_grammar_keep_others_waiting_for_one() -> None:
+    grammars, order, may_go = GrammarCompiler(vocabulary), list[str](), threading.Event()
+
+    def job(source: str) -> None:
+        may_go.wait()
+        order.append(source)
+
+    jobs = [grammars._submit(job, "slow") for _ in range(5)]
+    jobs += [grammars._submit(job, source) for source in ("other", "third", "other")]
+    may_go.set()
+    for one in jobs:
+        one.result(10)
+    assert order[:4] == ["slow", "slow", "other", "third"] or order[:4] == ["slow", "other", "third", "slow"]
+    assert sorted(order) == sorted(["slow"] * 5 + ["other"] * 2 + ["third"])

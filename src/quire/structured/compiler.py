@@ -1,7 +1,7 @@
 """Grammars where tokens are sampled: compiled beside the step loop, kept, and followed by one matcher a sequence."""
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -98,6 +98,11 @@ class GrammarCompiler:
         self._read_vocabulary = read_vocabulary
         self._num_threads = num_threads
         self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        """Of the jobs."""
+        self._jobs: OrderedDict[str, deque[tuple[Callable[[str], Any], Future[Any]]]] = OrderedDict()
+        """By source: each has one done in its turn, so that many answers to a grammar that is slow to start keep the
+        others waiting for one of them."""
         self._tokenizer: LLTokenizer | None = None
         self._texts: TextTokens | None = None
         self._encode: Callable[[str], Sequence[int]] = str.encode
@@ -208,14 +213,31 @@ class GrammarCompiler:
         return future
 
     def _submit(self, function: Callable[[str], T], source: str) -> "Future[T]":
+        future: Future[T] = Future()
+        with self._lock:
+            self._jobs.setdefault(source, deque()).append((function, future))
         if self._pool is not None:
-            return self._pool.submit(function, source)
+            self._pool.submit(self._do_next)
+            return future
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="quire-grammar")
         usual = threading.stack_size(_STACK_BYTES)
         try:
-            return self._pool.submit(function, source)  # starts the thread
+            self._pool.submit(self._do_next)  # starts the thread
         finally:
             threading.stack_size(usual)
+        return future
+
+    def _do_next(self) -> None:
+        """In the thread, once for each job."""
+        with self._lock:
+            source, jobs = self._jobs.popitem(last=False)
+            function, future = jobs.popleft()
+            if jobs:
+                self._jobs[source] = jobs
+        try:
+            future.set_result(function(source))
+        except BaseException as error:  # noqa: BLE001 - for the one who asked, as an executor does it
+            future.set_exception(error)
 
     def _forget_oldest(self) -> None:
         """Those that are being compiled stay: a request waits for each."""
