@@ -94,3 +94,14 @@ def test_what_is_known_is_known_by_what_it_says(checker: ShapeChecker) -> None:
     checker.source(StructuredOutputsParams(choice=["a", "b"]))
     assert checker.knows(StructuredOutputsParams(choice=["a", "b"]))
     assert not checker.knows(StructuredOutputsParams(choice=["a"]))
+
+
+@pytest.mark.parametrize("schema", [{"required": 5}, {"type": "object", "properties": None}])
+@pytest.mark.parametrize("kind", ["json", "yaml"])
+def test_a_keyword_of_a_wrong_type_does_not_end_the_worker(checker: ShapeChecker, kind: str, schema: Any) -> None:
+    checker.source(StructuredOutputsParams(regex="a"))
+    worker = checker._worker
+    with pytest.raises(InvalidRequestError, match=r"wrong type|xpected|must be") as found:
+        checker.source(StructuredOutputsParams(**{kind: schema}))
+    assert kind in found.value.message and "ended" not in found.value.message
+    assert worker is not None and worker is checker._worker and worker.poll() is None

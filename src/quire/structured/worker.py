@@ -11,7 +11,7 @@ import signal
 import sys
 
 from quire.errors import InvalidRequestError
-from quire.structured.source import source_of, validate
+from quire.structured.source import refusal, source_of, validate
 from quire.structured_params import StructuredOutputsParams
 
 JOB_CPU_S = 2.0
@@ -37,12 +37,14 @@ def main() -> None:
 
 
 def _answer(line: bytes) -> dict[str, str]:
+    params = StructuredOutputsParams(**json.loads(line))
     try:
-        params = StructuredOutputsParams(**json.loads(line))
         source = source_of(params)
         validate(source, params)
     except InvalidRequestError as error:
         return {"error": error.message}
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # "required": 5, "properties": null
+        return {"error": refusal(params.kind, f"a keyword has a value of a wrong type: {str(error)[:200]}").message}
     return {"source": source}
 
 
