@@ -195,6 +195,10 @@ def test_patterns_match_from_the_beginning_and_cost_no_more_than_their_bound() -
     slow = ModulePatterns(["re:.*a.*b.*c.*d.*e$"], "config.json")
     with pytest.raises(ModelFileError, match=r"config\.json: the pattern \.\*a.* takes too long"):
         slow.match("abcd" * 50)
+    for text in (".?" * 32 + "X", "(?:ab|.)" * 32 + "X"):
+        with pytest.raises(ModelFileError, match="takes too long"):
+            ModulePatterns([f"re:{text}"], "f").match("model.layers.0.mlp.gate_proj")
+    assert ModulePatterns(["re:.*(" + "|".join(map("n{}".format, range(300))) + ")$"], "f").match("a.n299")
     for text in ("(a|b)*c", "(a)\\1", "(?=a)b", "a**"):
         with pytest.raises(QuireError):
             ModulePatterns([f"re:{text}"], "f")

@@ -9,10 +9,11 @@ from quire.weights.json_file import printable
 CLASSES = frozenset({"Linear", "Embedding"})
 MAX_STEPS = 2 * 10**8
 """Most steps of matching that one config may cost, counted before a pattern is tried: a name's length to the power of
-the pattern's repetitions. `.*mlp\\.(gate|up)_proj$` costs 40 for a name."""
+the pattern's repetitions, times the ways to choose among its options. `.*mlp\\.(gate|up)_proj$` costs 80 for a name."""
 
 _REPEATED_GROUP = re.compile(r"\)[*+?{]|\\[1-9]|\(\?(?!:)|[*+?}][*+?{]")
 _REPETITION = re.compile(r"(?<!\\)(?:\\\\)*[*+{]")
+_ONE_CHARACTER = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
 
 
 class ModulePatterns:
@@ -38,19 +39,19 @@ class ModulePatterns:
         Raises:
             ModelFileError: matching would take too long.
         """
-        return module in self.names or any(self._tried(pattern, count, module) for pattern, count in self._patterns)
+        return module in self.names or any(self._tried(*pattern, module) for pattern in self._patterns)
 
     def matches_class(self) -> bool:
         """Whether a class of modules is named."""
         return not self.names.isdisjoint(CLASSES)
 
-    def _tried(self, pattern: re.Pattern[str], repetitions: int, module: str) -> bool:
-        self._steps += len(module) ** repetitions
+    def _tried(self, pattern: re.Pattern[str], repetitions: int, choices: int, module: str) -> bool:
+        self._steps += len(module) ** repetitions * choices
         if self._steps > MAX_STEPS:
             raise ModelFileError(f"{self._where}: the pattern {printable(pattern.pattern)} takes too long to match")
         return pattern.match(module) is not None
 
-    def _compiled(self, text: str) -> tuple[re.Pattern[str], int]:
+    def _compiled(self, text: str) -> tuple[re.Pattern[str], int, int]:
         if _REPEATED_GROUP.search(text):
             raise UnsupportedModelError(
                 f"{self._where}: the pattern {printable(text)} is not supported: it repeats a group or looks around"
@@ -60,4 +61,19 @@ class ModulePatterns:
             pattern = re.compile(re.sub(r"(?:(?<!\\)\.\*)+$", "", text) if text != ".*" else "")
         except (re.error, RecursionError, OverflowError) as error:
             raise ModelFileError(f"{self._where}: {printable(text)} is no pattern: {str(error)[:60]}") from None
-        return pattern, len(_REPETITION.findall(pattern.pattern))
+        return pattern, len(_REPETITION.findall(pattern.pattern)), _choices(pattern.pattern)
+
+
+def _choices(pattern: str) -> int:
+    """In how many ways what is optional may be there or not, and one of the options of each group be taken."""
+    text = _ONE_CHARACTER.sub("x", pattern).replace("(?:", "(")
+    found: int = 1 << text.count("?")
+    bars = [0]
+    for one in text:
+        if one == "(":
+            bars.append(0)
+        elif one == "|":
+            bars[-1] += 1
+        elif one == ")":
+            found *= 1 + bars.pop()
+    return found * (1 + bars[0])
