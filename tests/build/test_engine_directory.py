@@ -172,6 +172,15 @@ def swapped(engine: Path) -> None:
     edit(parameters={**parameters, "0.o": parameters["0.down"]})(engine)
 
 
+def gated(engine: Path) -> None:
+    parameters = read(engine).parameters
+    header = msgspec.to_builtins(parameters["0.o"].header)
+    stored = msgspec.structs.replace(
+        parameters["0.o"], header=msgspec.convert({**header, "gated": True}, type(parameters["0.o"].header))
+    )
+    edit(parameters={**parameters, "0.o": stored})(engine)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated weights": (lambda engine: os.truncate(engine / WEIGHTS, 1000), "weights.quire has 1,000 bytes"),
     "no weights": (lambda engine: (engine / WEIGHTS).unlink(), "weights.quire: no such file"),
@@ -186,6 +195,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a buffer outside": (outside, "0.o: buffer 64, 1099511627776 lies outside"),
     "a parameter is missing": (lacking, "layers.1.mlp.down_proj.weight is not packed"),
     "another parameter's": (swapped, "layers.0.self_attn.o_proj.weight cannot be mapped: .*out_features, in_features"),
+    "gated, and it is not": (gated, "layers.0.self_attn.o_proj.weight cannot be mapped: .*gated"),
     "never finished": (lambda engine: (engine / ".building").write_text("1"), "whose building never ended"),
 }
 
