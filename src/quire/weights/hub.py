@@ -54,6 +54,11 @@ def resolve_model_path(
     return find_gguf(directory) or directory
 
 
+def is_packaged(name: str) -> bool:
+    """Whether this name, where no file has it, asks for a model out of a package."""
+    return name in _PACKAGED
+
+
 def packaged_model(name: str) -> Path:
     """The GGUF file of an installed package, which is not imported.
 
