@@ -100,10 +100,14 @@ class Server:
             connection.request(method, self._base + route, data, self._headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
-            raise QuireError(f"no answer from {self._host}: {_reason(error)}") from error
+            raise QuireError(f"no answer from {_place(self._host, self._port)}: {_reason(error)}") from error
         if response.status != 200:
             raise _refusal(response)
         return response
+
+
+def _place(host: str, port: int | None) -> str:
+    return host if port is None else f"{host}:{port}"
 
 
 def _reason(error: Exception) -> str:
