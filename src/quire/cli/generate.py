@@ -12,7 +12,7 @@ from quire.config import EngineArgs
 from quire.errors import InvalidRequestError, RequestFailedError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
-from quire.weights.hub import is_packaged
+from quire.weights.hub import PACKAGED
 
 if TYPE_CHECKING:
     from quire.cli.remote_server import Server
@@ -76,12 +76,8 @@ def _take_model(options: argparse.Namespace) -> None:
             f"of several words the first is the model, and {words[0][:40]!r} is none; for the embedded one: quire-demo"
         )
         raise InvalidRequestError(text, param="model")
-    if len(words) > 1 or (words and (model_path.is_model(words[0]) or _is_named(words[0]))):
+    if len(words) > 1 or (words and (model_path.is_model(words[0]) or words[0] in {EMBEDDED_NAME, *PACKAGED})):
         options.model = words.pop(0)
-
-
-def _is_named(word: str) -> bool:
-    return word == EMBEDDED_NAME or is_packaged(word)
 
 
 async def _answer_all(

@@ -69,8 +69,6 @@ def text_of(path: str) -> str:
     """
     try:
         return Path(path).read_text("utf-8")
-    except FileNotFoundError as error:
-        raise InvalidRequestError(f"there is no file {path[:200]}") from error
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise InvalidRequestError(f"{path[:200]}: no text can be read there: {why.lower()}") from error
+        why = (getattr(error, "strerror", None) or "it is not UTF-8").lower()
+        raise InvalidRequestError(f"{path[:200]}: no text can be read there: {why}") from error
