@@ -32,7 +32,9 @@ class Line:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("model", metavar="MODEL", help="a directory, an engine directory or a hub id")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a directory, an engine directory, a GGUF file, a hub id or smollm2"
+    )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
