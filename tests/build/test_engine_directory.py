@@ -181,6 +181,12 @@ def gated(engine: Path) -> None:
     edit(parameters={**parameters, "0.o": stored})(engine)
 
 
+def hollow(engine: Path) -> None:
+    (engine / WEIGHTS).write_bytes(b"")
+    files = read(engine).files
+    edit(files={**files, WEIGHTS: msgspec.structs.replace(files[WEIGHTS], size=0)}, parameters={})(engine)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated weights": (lambda engine: os.truncate(engine / WEIGHTS, 1000), "weights.quire has 1,000 bytes"),
     "no weights": (lambda engine: (engine / WEIGHTS).unlink(), "weights.quire: no such file"),
@@ -196,6 +202,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a parameter is missing": (lacking, "layers.1.mlp.down_proj.weight is not packed"),
     "another parameter's": (swapped, "layers.0.self_attn.o_proj.weight cannot be mapped: .*out_features, in_features"),
     "gated, and it is not": (gated, "layers.0.self_attn.o_proj.weight cannot be mapped: .*gated"),
+    "nothing in it": (hollow, "weights.quire is empty"),
+    "never finished, and no text": (
+        lambda engine: (engine / ".building").write_bytes(b"\xff"),
+        "whose building never ended",
+    ),
     "never finished": (lambda engine: (engine / ".building").write_text("1"), "whose building never ended"),
 }
 
@@ -252,7 +263,10 @@ def test_a_place_that_is_taken(tiny: Path, built: Path, tmp_path: Path, capsys: 
     output = tmp_path / "engine"
     output.write_text("mine")
     assert main(["build", str(tiny), "-o", str(output)]) == 2
-    assert "output: engine is there already: remove it, or name another place" in capsys.readouterr().err and output.read_text() == "mine"
+    assert (
+        "output: engine is there already: remove it, or name another place" in capsys.readouterr().err
+        and output.read_text() == "mine"
+    )
     assert main(["build", str(built), "-o", str(tmp_path / "again")]) == 2
     assert "model is an engine already" in capsys.readouterr().err
     place = tmp_path / ".busy.building"

@@ -104,8 +104,10 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         ModelFileError: there is none, it is of a newer schema, was edited, or a file is missing or has another size.
     """
-    if (directory / BUILDING).exists() and (directory / BUILDING).read_text().strip() != str(os.getpid()):
-        raise ModelFileError(f"{directory.name} is an engine whose building never ended: build it again")
+    if (directory / BUILDING).exists():
+        with open_regular(directory / BUILDING) as file:
+            if file.read(32).strip() != str(os.getpid()).encode():
+                raise ModelFileError(f"{directory.name} is an engine whose building never ended: build it again")
     with open_regular(directory / MANIFEST) as file:
         data = file.read(MAX_MANIFEST_BYTES + 1)
     if len(data) > MAX_MANIFEST_BYTES:
@@ -160,6 +162,8 @@ class EngineWeights:
             ModelFileError: the weights' file cannot be mapped.
         """
         self._manifest = manifest
+        if not manifest.files[WEIGHTS].size:
+            raise ModelFileError(f"{WEIGHTS} is empty")
         with open_regular(directory / WEIGHTS) as file:
             self._memory = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         self.tensors: Mapping[str, TensorInfo] = {
