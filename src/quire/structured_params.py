@@ -16,6 +16,9 @@ MAX_NESTING = 64
 MAX_CHOICES = 1024
 MAX_PATTERN_BYTES = 256
 """Of `whitespace_pattern`."""
+MAX_RAW_LENGTH = 2000
+"""The longest bound on the length of a text that is written as it is, and not as JSON."""
+_RAW = frozenset(("type", "description", "title", "default", "examples", "enum", "const", "minLength", "maxLength"))
 KINDS = ("json", "yaml", "regex", "choice", "grammar", "structural_tag", "json_object")
 
 
@@ -100,6 +103,21 @@ class StructuredOutputsParams:
             if name not in known:
                 raise InvalidRequestError(unknown_name_message(f"field of {FIELD}", str(name), known), param=FIELD)
         return cls(**{name: value for name, value in values.items() if value is not None})
+
+
+def is_raw_text(schema: Any, never: str) -> bool:
+    """Whether a named parameter with this schema is written as plain text and not as JSON, in formats that have both.
+    The grammar that holds the answer and the parser that reads it ask here.
+
+    Args:
+        never: what such a text cannot hold: the marker behind it.
+    """
+    if not isinstance(schema, Mapping) or schema.get("type") != "string" or not _RAW.issuperset(schema):
+        return False
+    texts = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
+    return all(isinstance(one, str) and never not in one for one in texts) and (
+        schema.get("minLength", 0) <= MAX_RAW_LENGTH and schema.get("maxLength", 0) <= MAX_RAW_LENGTH
+    )
 
 
 def _bad(name: str | None, text: str) -> InvalidRequestError:

@@ -138,3 +138,21 @@ def test_the_end_of_a_prompt_says_where_the_answer_begins() -> None:
     granite = made("hermes", "granite_think")
     text = "<think>a</think><response>b</response>"
     assert joined(whole(granite.parser(Asked(may_reason=True)), text)) == [Reasoning("a"), Content("b")]
+
+
+@pytest.mark.parametrize(
+    ("schema", "written"),
+    [
+        ({"type": "string", "maxLength": 100}, "some text"),
+        ({"type": "string", "maxLength": 4000}, '"some text"'),
+        ({"type": "string", "minLength": 2001}, '"some text"'),
+        ({"type": "string", "enum": ["some text", "</parameter>"]}, '"some text"'),
+        ({"type": "string", "pattern": "^some"}, '"some text"'),
+    ],
+)
+def test_a_parameter_is_read_as_its_grammar_writes_it(schema: dict[str, object], written: str) -> None:
+    """A text that the grammar holds in JSON, quotes and all, is read as JSON: its quotes are no part of it."""
+    tool = Tool("weather", {"type": "object", "properties": {"city": schema}})
+    text = f"<tool_call>\n<function=weather>\n<parameter=city>\n{written}\n</parameter>\n</function>\n</tool_call>"
+    given = [one.text for one in read("qwen3_coder", text, Asked((tool,))) if isinstance(one, CallArguments)]
+    assert [json.loads(one) for one in given] == [{"city": "some text"}]

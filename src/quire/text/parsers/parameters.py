@@ -1,6 +1,6 @@
 """Calls whose arguments are named values, one after the other: Qwen3-Coder's XML, Python, and FunctionGemma's.
 
-Which values are text as it is depends on the schema alone, as in `quire.structured.parameters`.
+Which values are text as it is depends on the schema alone: `is_raw_text` says it to the grammar and to the reader.
 """
 
 import ast
@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from quire.structured_params import is_raw_text
 from quire.text.parsers.events import Asked, Tool
 from quire.text.parsers.reader import Reader, Step, partial
 from quire.text.parsers.tags import NOTHING, Format, Marker, const, one_of, sequence, tag, tags, text_with_tags
 
-RAW = frozenset(("type", "description", "title", "default", "examples", "enum", "const", "minLength", "maxLength"))
+_END_OF_PARAMETER = "</parameter>"
 _LONGEST_NAME = 256
 
 
@@ -170,12 +171,12 @@ class QwenXml:
                 return
             found.name(name)
             schema = _schema_of(tool, name)
-            if isinstance(schema, Mapping) and schema.get("type") == "string" and RAW.issuperset(schema):
+            if is_raw_text(schema, _END_OF_PARAMETER):
                 yield from reader.take("\n")
-                if not (yield from found.raw("\n</parameter>")):
+                if not (yield from found.raw(f"\n{_END_OF_PARAMETER}")):
                     return
                 continue
-            value = yield from reader.before("</parameter>", 2**20)
+            value = yield from reader.before(_END_OF_PARAMETER, 2**20)
             if value is None:
                 return
             reader.more_arguments(_value_text(value.strip(), schema))
