@@ -170,9 +170,9 @@ class GrammarCompiler:
             masks: `[at least as many as matchers, ceil(vocabulary / 32)]`; bit `i % 32` of word `i // 32` says it of
                 token `i`.
         """
-        from llguidance import LLExecutor
-
         if self._executor is None:
+            from llguidance import LLExecutor
+
             self._executor = LLExecutor(self._num_threads)
         assert masks.flags.c_contiguous and len(matchers) <= len(masks)
         jobs = [
