@@ -3,15 +3,15 @@
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.cli import model_path
+from quire.cli.arguments import EMBEDDED_NAME, model_argument
 from quire.config import EngineArgs
 
 if TYPE_CHECKING:
-    from quire.models.parameters import Parameter
     from quire.weights.formats.engine_dir import Manifest
 
 EXAMPLES = """examples:
@@ -32,7 +32,7 @@ class Line:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("model", metavar="MODEL", help="a directory, an engine directory or a hub id")
+    parser.add_argument("model", metavar="MODEL", help=f"a directory, an engine directory, a hub id or {EMBEDDED_NAME}")
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -43,8 +43,9 @@ def run(options: argparse.Namespace) -> int:
     from quire.weights.formats.engine_dir import is_engine, read_manifest
     from quire.weights.load import read_spec
 
-    model_path.check(options.model)
-    directory = find_model(EngineArgs(model=options.model, revision=options.revision))
+    name = model_argument(options.model)
+    model_path.check(name)
+    directory = find_model(EngineArgs(model=name, revision=options.revision))
     spec = read_spec(directory)
     facts: dict[str, Any] = {
         "layers": spec.num_layers,
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     lines = list(_lines(directory))
     facts["weights"] = f"{sum(line.num_bytes for line in lines):,} bytes"
     if options.json:
-        print(json.dumps({**facts, "parameters": [_as_dict(line) for line in lines]}, ensure_ascii=False))
+        print(json.dumps({**facts, "parameters": [asdict(line) for line in lines]}, ensure_ascii=False))
         return 0
     width = max(map(len, facts))
     for name, value in facts.items():
@@ -69,10 +70,6 @@ def run(options: argparse.Namespace) -> int:
         shape = " x ".join(map(str, line.shape))
         print(f"{line.name:<{width}}  {line.format:<{formats}}  {shape:>14}  {line.num_bytes:>14,} bytes")
     return 0
-
-
-def _as_dict(line: Line) -> dict[str, Any]:
-    return {name: getattr(line, name) for name in ("name", "shape", "format", "num_bytes", "tensors")}
 
 
 def _engine_facts(manifest: "Manifest") -> dict[str, Any]:
@@ -95,20 +92,17 @@ def _lines(directory: Path) -> Iterator[Line]:
     from quire.weights.load import open_source, plan_weights, read_model_config
 
     ops, _ = select_ops("cpu", 1)
-    with open_source(directory) as opened:
-        plan = plan_weights(read_model_config(directory), opened, ops)
+    config = read_model_config(directory)
+    with open_source(directory, config) as opened:
+        plan = plan_weights(config, opened, ops)
         source = plan.source
         for name, parameter in plan.parameters.items():
             state = source.packed(name)
             shape, tensors = list(parameter.weight.shape), [tensor for tensor, _ in parameter.weight.tensors]
             if state is None:
                 formats = " ".join(sorted({source.tensors[tensor].format for tensor in tensors}))
-                yield Line(name, shape, formats, _stored_bytes(source, parameter), tensors)
+                yield Line(name, shape, formats, source.size_bytes(parameter), tensors)
             else:
                 header = state.header
                 format = f"{header.format} {header.layout}" + (f" g{header.group_size}" if header.group_size else "")
                 yield Line(name, shape, format, sum(len(buffer) for buffer in state.buffers), tensors)
-
-
-def _stored_bytes(source: Any, parameter: "Parameter") -> int:
-    return int(source.size_bytes(parameter))

@@ -20,12 +20,11 @@ from quire.weights.formats.gguf import GgufWeights
 from quire.weights.formats.gguf_config import read_gguf_config
 from quire.weights.formats.gguf_names import is_gguf
 from quire.weights.formats.quantized.config import KEYS, read_quantization
-from quire.weights.formats.quantized.scheme import Quantization
 from quire.weights.formats.quantized.source import QuantizedWeights, Target
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
 from quire.weights.pack import WeightPacker
-from quire.weights.source import TensorInfo, WeightSource
+from quire.weights.source import ModelConfig, TensorInfo, WeightSource
 
 MAX_CONFIG_BYTES = 4 * 2**20
 
@@ -65,20 +64,6 @@ class WeightPlan:
         return QuantSpec(state.header.format, size)
 
 
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """What `config.json` or the header of a GGUF file says, before any weight is read."""
-
-    spec: DecoderSpec
-    names: NameMap
-    dtype: WeightDtype | None
-    """Of the weights, if the config states it."""
-    quantization: Quantization | None = None
-    """How the checkpoint's weights are quantised, if they are."""
-    dtype_reason: str = "the checkpoint's own"
-    """Why it is taken where nothing else is asked for."""
-
-
 def read_model_config(path: Path) -> ModelConfig:
     """Read `config.json` of a directory, or the header of a GGUF file.
 
@@ -87,8 +72,7 @@ def read_model_config(path: Path) -> ModelConfig:
         UnsupportedModelError: an architecture or a setting that Quire does not have, named.
     """
     if is_gguf(path):
-        header = read_gguf_config(path)
-        return ModelConfig(header.spec, header.names, header.dtype, dtype_reason=header.dtype_reason)
+        return read_gguf_config(path)
     return _json_config(path)
 
 
@@ -103,7 +87,7 @@ def _json_config(directory: Path) -> ModelConfig:
     stated = config.get("dtype", config.get("torch_dtype"))
     known = isinstance(stated, str) and stated in get_args(WeightDtype)
     quantization = read_quantization(directory, config)
-    return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None, quantization)
+    return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None, quantization=quantization)
 
 
 def load_model(
@@ -114,6 +98,7 @@ def load_model(
     progress: Progress | None = None,
     scheme: Scheme | None = None,
     report: Report | None = None,
+    config: ModelConfig | None = None,
 ) -> Model:
     """Read, check and pack a model. Peak memory is what is packed and the largest tensor twice.
 
@@ -124,20 +109,21 @@ def load_model(
         max_model_len: positions that the model must be able to compute; None is all that it has.
         scheme: how weights are quantised; None is not at all, or as the checkpoint's are.
         report: takes what has been decided about a quantised checkpoint.
+        config: what `read_model_config` says, if it was read: the header of a large vocabulary takes a while.
 
     Raises:
         ModelFileError: a file is missing or damaged; a tensor is missing, left over or of a wrong shape.
         UnsupportedModelError: an architecture or a setting that Quire does not have.
         ConfigurationError: `max_model_len` exceeds the model's positions.
     """
-    config = read_model_config(path)
+    config = config or read_model_config(path)
     spec = config.spec
     if max_model_len is not None and not 1 <= max_model_len <= spec.max_position_embeddings:
         raise ConfigurationError(
             f"max_model_len is {max_model_len}; the model has {spec.max_position_embeddings} positions",
             field="max_model_len",
         )
-    with open_source(path) as source:
+    with open_source(path, config) as source:
         plan = plan_weights(config, source, ops, dtype, scheme)
         weights = load_weights(plan.parameters, plan.source, plan.packer, progress)
         if report is not None:
@@ -146,7 +132,7 @@ def load_model(
         return Decoder(plan.spec, weights, ops, plan.packer.dtype, longest, plan.num_bytes)
 
 
-def open_source(path: Path) -> CheckpointWeights | EngineWeights | GgufWeights:
+def open_source(path: Path, config: ModelConfig) -> CheckpointWeights | EngineWeights | GgufWeights:
     """The weights of a directory or a GGUF file, whatever they are stored as.
 
     Raises:
@@ -155,7 +141,7 @@ def open_source(path: Path) -> CheckpointWeights | EngineWeights | GgufWeights:
     if is_engine(path):
         return EngineWeights(path, read_manifest(path))
     if is_gguf(path):
-        return GgufWeights(path, read_gguf_config(path).rotated_heads)
+        return GgufWeights(path, config.rotated_heads)
     return CheckpointWeights(path)
 
 
