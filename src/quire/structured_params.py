@@ -106,18 +106,13 @@ class StructuredOutputsParams:
 
 
 def is_raw_text(schema: Any, never: str) -> bool:
-    """Whether a named parameter with this schema is written as plain text and not as JSON, in formats that have both.
-    The grammar that holds the answer and the parser that reads it ask here.
-
-    Args:
-        never: what such a text cannot hold: the marker behind it.
-    """
+    """Whether a named parameter with this schema is written as plain text, and not as JSON: for the grammar that holds
+    an answer, and the parser that reads it. `never` is the marker behind such a text, which it cannot hold."""
     if not isinstance(schema, Mapping) or schema.get("type") != "string" or not _RAW.issuperset(schema):
         return False
     texts = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
-    return all(isinstance(one, str) and never not in one for one in texts) and (
-        schema.get("minLength", 0) <= MAX_RAW_LENGTH and schema.get("maxLength", 0) <= MAX_RAW_LENGTH
-    )
+    longest = max(schema.get("minLength", 0), schema.get("maxLength", 0))
+    return longest <= MAX_RAW_LENGTH and all(isinstance(one, str) and never not in one for one in texts)
 
 
 def _bad(name: str | None, text: str) -> InvalidRequestError:
