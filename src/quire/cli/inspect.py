@@ -13,6 +13,7 @@ from quire.config import EngineArgs
 
 if TYPE_CHECKING:
     from quire.weights.formats.engine_dir import Manifest
+    from quire.weights.source import ModelConfig
 
 EXAMPLES = """examples:
   quire inspect DIR
@@ -41,12 +42,13 @@ def run(options: argparse.Namespace) -> int:
     """Print what is there."""
     from quire.compose.served import find_model
     from quire.weights.formats.engine_dir import is_engine, read_manifest
-    from quire.weights.load import read_spec
+    from quire.weights.load import read_model_config
 
     name = model_argument(options.model)
     model_path.check(name)
     directory = find_model(EngineArgs(model=name, revision=options.revision))
-    spec = read_spec(directory)
+    config = read_model_config(directory)
+    spec = config.spec
     facts: dict[str, Any] = {
         "layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
@@ -56,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     }
     if is_engine(directory):
         facts |= _engine_facts(read_manifest(directory))
-    lines = list(_lines(directory))
+    lines = list(_lines(directory, config))
     facts["weights"] = f"{sum(line.num_bytes for line in lines):,} bytes"
     if options.json:
         print(json.dumps({**facts, "parameters": [asdict(line) for line in lines]}, ensure_ascii=False))
@@ -87,12 +89,11 @@ def _engine_facts(manifest: "Manifest") -> dict[str, Any]:
     }
 
 
-def _lines(directory: Path) -> Iterator[Line]:
+def _lines(directory: Path, config: "ModelConfig") -> Iterator[Line]:
     from quire.ops.select import select_ops
-    from quire.weights.load import open_source, plan_weights, read_model_config
+    from quire.weights.load import open_source, plan_weights
 
     ops, _ = select_ops("cpu", 1)
-    config = read_model_config(directory)
     with open_source(directory, config) as opened:
         plan = plan_weights(config, opened, ops)
         source = plan.source

@@ -15,9 +15,8 @@ from quire.errors import ShapeError
 from quire.structured.closing import Closer, TextTokens
 from quire.structured.matcher import Matcher
 from quire.structured.reasoning import ReasoningBound
-from quire.structured.samples import is_yaml, lines_of, samples_of
+from quire.structured.samples import extras_of, is_yaml, lines_of, samples_of
 from quire.structured.source import limits
-from quire.structured.structural_tag import extras_of
 from quire.structured.unique import KeyTokens, UniqueKeys
 
 if TYPE_CHECKING:

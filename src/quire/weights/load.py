@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from quire.errors import ConfigurationError, ModelFileError
 from quire.models.decoder import Decoder, Weights
@@ -16,15 +16,16 @@ from quire.ops.types import ACTIVATION_QMAX, Provider, QuantSpec, WeightDtype
 from quire.outputs import Decision
 from quire.quant.types import Scheme
 from quire.weights.formats.engine_dir import EngineWeights, is_engine, read_manifest
-from quire.weights.formats.gguf import GgufWeights
-from quire.weights.formats.gguf_config import read_gguf_config
 from quire.weights.formats.gguf_names import is_gguf
-from quire.weights.formats.quantized.config import KEYS, read_quantization
-from quire.weights.formats.quantized.source import QuantizedWeights, Target
+from quire.weights.formats.quantized import KEYS, states_quantization
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
 from quire.weights.pack import WeightPacker
 from quire.weights.source import ModelConfig, TensorInfo, WeightSource
+
+if TYPE_CHECKING:
+    from quire.weights.formats.gguf import GgufWeights
+    from quire.weights.formats.quantized.source import QuantizedWeights
 
 MAX_CONFIG_BYTES = 4 * 2**20
 
@@ -42,6 +43,8 @@ class WeightPlan:
     packer: WeightPacker
     source: WeightSource
     """What the parameters are read from: the one that was opened, or what unpacks it."""
+    quantized: "QuantizedWeights | None" = None
+    """The same, of a quantised checkpoint."""
 
     @property
     def num_bytes(self) -> int:
@@ -51,12 +54,12 @@ class WeightPlan:
     @property
     def decisions(self) -> list[Decision]:
         """What has been decided about a quantised checkpoint, once it has been read."""
-        return self.source.decisions() if isinstance(self.source, QuantizedWeights) else []
+        return [] if self.quantized is None else self.quantized.decisions()
 
     def _given(self, name: str, parameter: Parameter) -> QuantSpec | None:
         """What the source has quantised a matrix to, or its engine was packed with."""
-        if isinstance(self.source, QuantizedWeights):
-            return self.source.quantized(parameter)
+        if self.quantized is not None:
+            return self.quantized.quantized(parameter)
         state = self.source.packed(name)
         if state is None or state.header.format not in ACTIVATION_QMAX or not state.header.group_size:
             return None
@@ -72,21 +75,18 @@ def read_model_config(path: Path) -> ModelConfig:
         UnsupportedModelError: an architecture or a setting that Quire does not have, named.
     """
     if is_gguf(path):
+        from quire.weights.formats.gguf_config import read_gguf_config  # not above: few models are GGUF files
+
         return read_gguf_config(path)
-    return _json_config(path)
-
-
-def read_spec(path: Path) -> DecoderSpec:
-    """The architecture alone; errors as `read_model_config`."""
-    return read_model_config(path).spec
-
-
-def _json_config(directory: Path) -> ModelConfig:
-    config = read_json_object(directory / "config.json", MAX_CONFIG_BYTES)
+    config = read_json_object(path / "config.json", MAX_CONFIG_BYTES)
     spec, names = load_spec({key: value for key, value in config.items() if key not in KEYS})
     stated = config.get("dtype", config.get("torch_dtype"))
     known = isinstance(stated, str) and stated in get_args(WeightDtype)
-    quantization = read_quantization(directory, config)
+    quantization = None
+    if states_quantization(path, config):
+        from quire.weights.formats.quantized.config import read_quantization
+
+        quantization = read_quantization(path, config)
     return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None, quantization=quantization)
 
 
@@ -132,7 +132,7 @@ def load_model(
         return Decoder(plan.spec, weights, ops, plan.packer.dtype, longest, plan.num_bytes)
 
 
-def open_source(path: Path, config: ModelConfig) -> CheckpointWeights | EngineWeights | GgufWeights:
+def open_source(path: Path, config: ModelConfig) -> "CheckpointWeights | EngineWeights | GgufWeights":
     """The weights of a directory or a GGUF file, whatever they are stored as.
 
     Raises:
@@ -141,6 +141,8 @@ def open_source(path: Path, config: ModelConfig) -> CheckpointWeights | EngineWe
     if is_engine(path):
         return EngineWeights(path, read_manifest(path))
     if is_gguf(path):
+        from quire.weights.formats.gguf import GgufWeights
+
         return GgufWeights(path, config.rotated_heads)
     return CheckpointWeights(path)
 
@@ -156,17 +158,21 @@ def plan_weights(
     spec, names = config.spec, _fit_prefix(config.names, source.tensors)
     embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
     weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors.get(embedding))
+    quantized = None
     if config.quantization is not None and isinstance(source, CheckpointWeights):
+        from quire.weights.formats.quantized.source import QuantizedWeights, Target
+
         unpack = "dtype is float32" if dtype == "float32" else None if scheme is None else f"quantization {scheme.name}"
         target = Target(weight_dtype, ops.formats, unpack, frozenset({embedding, head}), names.transposed)
-        source = QuantizedWeights(source, config.quantization, target)
+        source = quantized = QuantizedWeights(source, config.quantization, target)
     # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
     if spec.tied_head and source.differ(embedding, head):
         spec = replace(spec, tied_head=False)
     parameters = decoder_parameters(spec, names)
-    unused = *names.unused, *(source.unused if isinstance(source, QuantizedWeights) else ())
+    unused = *names.unused, *(() if quantized is None else quantized.unused)
     check_tensors(parameters, source.tensors, (*unused, head) if spec.tied_head else unused)
-    return WeightPlan(spec, parameters, WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset), source)
+    packer = WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset)
+    return WeightPlan(spec, parameters, packer, source, quantized)
 
 
 def load_weights(

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -10,7 +10,9 @@ from quire.models.parameters import Concatenated, NameMap, Parameter
 from quire.models.spec import DecoderSpec
 from quire.ops.packed import PackedState
 from quire.ops.types import QuantizedWeight, StoredWeight, WeightDtype
-from quire.weights.formats.quantized.scheme import Quantization
+
+if TYPE_CHECKING:
+    from quire.weights.formats.quantized.scheme import Quantization
 
 StoredMatrix = NDArray[Any] | StoredWeight | QuantizedWeight
 """`[out, in]`: values in memory (float32, float16 or ml_dtypes.bfloat16), values still in their files, or values that
@@ -36,7 +38,7 @@ class ModelConfig:
     """Of the weights, if the config states it; what a GGUF file's blocks are unpacked to."""
     dtype_reason: str = "the checkpoint's own"
     """Why it is taken where nothing else is asked for."""
-    quantization: Quantization | None = None
+    quantization: "Quantization | None" = None
     """How the checkpoint's weights are quantised, if they are."""
     rotated_heads: Mapping[str, int] = field(default_factory=dict)
     """Of a GGUF file, as `GgufWeights` takes it."""
