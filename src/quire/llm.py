@@ -88,7 +88,8 @@ class LLM(EngineFront):
             priority: one for each of a list; lower goes first under `scheduling_policy="priority"`.
 
         Raises:
-            InvalidRequestError: some prompt or parameter is refused; of a list, nothing was generated then.
+            InvalidRequestError: some prompt or parameter is refused; of a list, nothing was generated then. A shape
+                that does not fit into `max_tokens` raises nothing: that output ends with `error`, which says why.
             EngineDeadError: it is closed, or its core is gone for good.
         """
         return self._generate(prompts, sampling_params, priority, use_tqdm=use_tqdm)

@@ -242,7 +242,7 @@ def test_a_place_that_is_taken(tiny: Path, built: Path, tmp_path: Path, capsys: 
     output = tmp_path / "engine"
     output.write_text("mine")
     assert main(["build", str(tiny), "-o", str(output)]) == 2
-    assert "output: engine is there already" in capsys.readouterr().err and output.read_text() == "mine"
+    assert "output: engine is there already: remove it, or name another place" in capsys.readouterr().err and output.read_text() == "mine"
     assert main(["build", str(built), "-o", str(tmp_path / "again")]) == 2
     assert "model is an engine already" in capsys.readouterr().err
     place = tmp_path / ".busy.building"

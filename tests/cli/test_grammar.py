@@ -75,7 +75,8 @@ def test_chat_holds_every_answer(
     [
         (["--json-schema", '{"not": {}}'], "the keyword 'not' at # cannot be held"),
         (["--regex", "(a"], "unclosed group"),
-        (["--json-schema", "/absent.json"], "no text can be read there"),
+        (["--json-schema", "/absent.json"], ": /absent.json: no text can be read there: no such file or directory\n"),
+        (["--grammar", "/"], ": /: no text can be read there: is a directory\n"),
     ],
 )
 def test_a_shape_that_is_refused(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:

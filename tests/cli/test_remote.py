@@ -116,7 +116,7 @@ def test_chat_keeps_the_conversation(
         (["--url", "http://x", "--api-key", "k\n"], 2, "printable"),
         (["--url", "http://x", "--max-num-seqs", "3"], 2, "--max-num-seqs does not go with --url"),
         (["--url", "http://x", "--seed", "1", "--dtype", "float32"], 2, "--dtype does not go"),
-        (["--url", "http://127.0.0.1:1"], 1, "no answer from 127.0.0.1"),
+        (["--url", "http://127.0.0.1:1"], 1, "no answer from 127.0.0.1:1: "),
     ],
 )
 def test_bad_flags(capsys: pytest.CaptureFixture[str], words: list[str], code: int, text: str) -> None:

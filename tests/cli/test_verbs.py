@@ -78,6 +78,7 @@ def test_one_form_for_all_verbs(tiny: Path) -> None:
     assert [json.loads(line)["prompt"] for line in many.stdout.splitlines()] == ["hello", "you"]
     embedded = [quire(*flags, *words).stdout for words in (["hello"], ["quire-demo", "hello"])]
     assert embedded[0] == embedded[1] != named.stdout
+    assert quire(*flags, "quire-demo", text="hello\n").stdout == embedded[0]
 
 
 def test_the_banner_says_which_sampling_applies(tiny: Path) -> None:

@@ -1,6 +1,6 @@
 """A core in its own process that computes nothing: `FakeExecutor`, with tokens in prompts that do harm.
 
-Its argument `directory` is a folder where it leaves marks, so that a harm can be done once.
+Its argument `model_path` is a folder where it leaves marks, so that a harm can be done once.
 """
 
 import os
@@ -91,7 +91,7 @@ def main() -> None:
     if start.args.model == "dies":
         os._exit(5)
     info = CoreInfo(MAX_MODEL_LEN, VOCAB_SIZE, (), "fingerprint")
-    executor = AnnouncingExecutor(HarmfulExecutor(Path(start.directory)), connection, StepAllowance(1))
+    executor = AnnouncingExecutor(HarmfulExecutor(Path(start.model_path)), connection, StepAllowance(1))
     core = EngineCore(Scheduler(LIMITS, Fcfs(), PrefixCache(bytes(32))), executor, time.monotonic)
     connection.sendall(encode(Ready(info)))
     CoreServer(core, info, connection).run()

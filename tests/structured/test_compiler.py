@@ -66,7 +66,9 @@ def test_what_does_not_compile_and_what_does_not_fit_is_the_requests_own_fault()
     grammars = GrammarCompiler(vocabulary)
     with pytest.raises(ShapeError, match="structured_outputs cannot be compiled"):
         wait(grammars, asking("{}"))
-    with pytest.raises(ShapeError, match="needs 6 tokens for its shortest answer with its end; 5 are allowed"):
+    with pytest.raises(
+        ShapeError, match="needs 6 tokens for its shortest answer with its end; 5 are allowed: raise max_tokens"
+    ):
         wait(grammars, asking(regex("[ab]{5}"), 5))
     wait(grammars, asking(regex("[ab]{5}"), 6))
 

@@ -211,6 +211,12 @@ def test_a_piece_is_searched_with_what_may_have_begun_and_no_more(monkeypatch):
     assert len(searched) < len(text) - 2900, "not where no stop string can have begun"
 
 
+def test_what_ends_before_the_start_is_not_found_again():
+    stops = StopStrings(["ab", "xabz"], False)
+    assert stops.find("xab", 3) is None and stops.find("xabab", 3) == (5, "ab")
+    assert stops.find("xabz", 3) == (4, "xabz") and stops.find("xab", 2) == (3, "ab")
+
+
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), text=st.text("ab", max_size=16), stops=STOPS, include=st.booleans())
 def test_what_is_ignored_may_be_the_beginning_of_a_match(data, text, stops, include):

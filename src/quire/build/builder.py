@@ -92,7 +92,7 @@ def build_engine(
     if is_engine(recipe.directory):
         raise ConfigurationError("model is an engine already: build from the checkpoint it was made of", field="model")
     if os.path.lexists(recipe.output):
-        raise ConfigurationError(f"output: {recipe.output.name} is there already", field="output")
+        raise ConfigurationError(f"output: {recipe.output.name} is there already: remove it, or name another place", field="output")
     with _workplace(recipe.output) as place:
         try:
             manifest = _written(recipe, target, place, progress)
@@ -138,7 +138,7 @@ def _workplace(output: Path) -> Iterator[Path]:
 
 def _written(recipe: Recipe, target: Target, place: Path, progress: Progress | None) -> Manifest:
     if not recipe.directory.is_dir():
-        raise ConfigurationError("model: GGUF files run as they are; an engine is built from a checkpoint", field="model")
+        raise ConfigurationError("model: GGUF files run as they are; an engine is built from a checkpoint of safetensors", field="model")
     config = read_model_config(recipe.directory)
     source_files = [*sorted(recipe.directory.glob("*.safetensors")), *_own_files(recipe.directory)]
     with open_source(recipe.directory, config) as opened:

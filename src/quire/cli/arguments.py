@@ -160,7 +160,7 @@ def canonical(arguments: Sequence[str], say: Callable[[str], None]) -> list[str]
         if name in NO_EFFECT:
             if NO_EFFECT[name] and not equals and rest:
                 rest.pop(0)
-            say(f"quire: {name} has no effect and is deprecated here")
+            say(f"quire: {name} has no effect here: leave it out")
             continue
         if name in OTHER_MEANING:
             say(f"quire: {name} is read as {ALIASES[name]}, a share of all of the device's memory")

@@ -36,7 +36,7 @@ PREFIX = "cpu-"
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("model", metavar="MODEL", help=f"a directory, a hub id, or {EMBEDDED_NAME}")
+    parser.add_argument("model", metavar="MODEL", help=f"a directory of safetensors, a hub id, or {EMBEDDED_NAME}")
     parser.add_argument("-o", "--output", required=True, metavar="DIR", type=Path, help="where the engine will be")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="left out: the weights are not quantised")
     text = f"weights that share a scale with int4: {', '.join(map(str, GROUP_SIZES))} (default: 64)"

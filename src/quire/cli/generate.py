@@ -7,11 +7,12 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from quire.cli import engines, model_path, remote, shape
-from quire.cli.arguments import add_engine, add_sampling, engine_values
+from quire.cli.arguments import EMBEDDED_NAME, add_engine, add_sampling, engine_values
 from quire.config import EngineArgs
 from quire.errors import InvalidRequestError, RequestFailedError
 from quire.outputs import RequestOutput
 from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.weights.hub import PACKAGED
 
 if TYPE_CHECKING:
     from quire.cli.remote_server import Server
@@ -25,8 +26,8 @@ EXAMPLES = """examples:
   quire generate --json DIR "What is a token?" "What is a block table?"
 
 One word is the prompt, for the embedded model. Of several, the first is the model, as in all verbs: a directory, a hub
-id, or quire-demo for the embedded one. With --model or --url, all are prompts. Beside a model's directory alone, the
-prompt is read from standard input."""
+id, or quire-demo for the embedded one. With --model or --url, all are prompts. Beside a model alone (a
+directory, a GGUF file, smollm2, quire-demo) the prompt is read from standard input."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -75,7 +76,7 @@ def _take_model(options: argparse.Namespace) -> None:
             f"of several words the first is the model, and {words[0][:40]!r} is none; for the embedded one: quire-demo"
         )
         raise InvalidRequestError(text, param="model")
-    if len(words) > 1 or (words and model_path.is_model(words[0])):
+    if len(words) > 1 or (words and (model_path.is_model(words[0]) or words[0] in {EMBEDDED_NAME, *PACKAGED})):
         options.model = words.pop(0)
 
 

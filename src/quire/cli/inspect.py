@@ -33,7 +33,8 @@ class Line:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("model", metavar="MODEL", help=f"a directory, an engine directory, a hub id or {EMBEDDED_NAME}")
+    text = f"a directory, an engine directory, a GGUF file, a hub id, smollm2 or {EMBEDDED_NAME}"
+    parser.add_argument("model", metavar="MODEL", help=text)
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 

@@ -35,7 +35,7 @@ CHECKED_TOKENS = 64
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     parser.add_argument(
-        "model", metavar="MODEL", help=f"a directory (config.json is enough), a hub id or {EMBEDDED_NAME}"
+        "model", metavar="MODEL", help=f"a directory (config.json is enough), a GGUF file, a hub id or {EMBEDDED_NAME}"
     )
     parser.add_argument("--device", metavar="NAME", help="a device by name (left out: this machine, which is measured)")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="left out: the weights are not quantised")

@@ -28,7 +28,7 @@ class Server:
     def __init__(self, url: str, api_key: str | None) -> None:
         try:
             parts = urlsplit(url)
-            self._port = parts.port
+            self._port, self._place = parts.port, parts.netloc.rpartition("@")[2]
         except ValueError as error:
             raise ConfigurationError(f"--url is not an address: {error}", field="url") from error
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
@@ -100,7 +100,7 @@ class Server:
             connection.request(method, self._base + route, data, self._headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
-            raise QuireError(f"no answer from {self._host}: {_reason(error)}") from error
+            raise QuireError(f"no answer from {self._place}: {_reason(error)}") from error
         if response.status != 200:
             raise _refusal(response)
         return response

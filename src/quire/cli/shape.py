@@ -70,4 +70,5 @@ def text_of(path: str) -> str:
     try:
         return Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"{path}: {type(error).__name__}: no text can be read there") from error
+        why = (getattr(error, "strerror", None) or "it is not UTF-8").lower()
+        raise InvalidRequestError(f"{path[:200]}: no text can be read there: {why}") from error

@@ -65,7 +65,8 @@ class _Compiled:
         """
         if self.shortest is not None and len(self.shortest) >= max_tokens:
             needed = len(self.shortest) + 1
-            raise ShapeError(f"needs {needed} tokens for its shortest answer with its end; {max_tokens} are allowed")
+            allowed = f"{max_tokens} are allowed: raise max_tokens, or max_model_len"
+            raise ShapeError(f"needs {needed} tokens for its shortest answer with its end; {allowed}")
 
 
 class GrammarSpec(Protocol):

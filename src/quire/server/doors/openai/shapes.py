@@ -139,7 +139,7 @@ def _of_response_format(value: Any) -> StructuredOutputsParams | None:
     if kind == "json_object" and value.get("schema") is None:
         return StructuredOutputsParams(json_object=True)
     if kind not in _OF_FORMAT:
-        raise refused(" must be an object whose type is text, json_object or json_schema")
+        raise refused(" must be an object whose type is text, json_object or json_schema (others: structured_outputs)")
     named = value.get("json_schema") if kind == "json_schema" else {"schema": value["schema"]}
     if not isinstance(named, Mapping) or "schema" not in named:
         raise refused(".json_schema must be an object with a schema")
