@@ -149,9 +149,18 @@ class LLM(EngineFront):
         use_tqdm: bool,
         asked: Asked = NOTHING_ASKED,
     ) -> list[RequestOutput]:
+        """The one call that uses the engine."""
         self._refuse_own()
         with self._lock:
-            return self._alone(prompts, params, priority, asked, show_progress=use_tqdm)
+            try:
+                self._owner = threading.get_ident()
+                if self._is_closed:
+                    raise EngineDeadError("this LLM is closed")
+                requests, total = self._parse(_prompts_of(prompts), params, priority, asked)
+                # With priorities all must be there from the start.
+                return self._run(requests, total, None if priority else self._most_open, show_progress=use_tqdm)
+            finally:
+                self._owner = None
 
     def close(self) -> None:
         """Give back threads and memory, once a call in another thread has ended. The object cannot be used after."""
@@ -190,20 +199,6 @@ class LLM(EngineFront):
                 self._drop_all()
                 self._engine.queue = queue
 
-    def _alone(
-        self, prompts: Any, params: Any, priority: Sequence[int] | None, asked: Asked, *, show_progress: bool
-    ) -> list[RequestOutput]:
-        """The one call that uses the engine."""
-        try:
-            self._owner = threading.get_ident()
-            if self._is_closed:
-                raise EngineDeadError("this LLM is closed")
-            requests, total = self._parse(_prompts_of(prompts), params, priority, asked)
-            # With priorities all must be there from the start.
-            return self._run(requests, total, None if priority else self._most_open, show_progress=show_progress)
-        finally:
-            self._owner = None
-
     def _refuse_own(self) -> None:
         if id(self) in _LENT.get():
             raise InvalidRequestError("an LLM that runs a program is asked by the program alone", param="prompts")
@@ -235,9 +230,8 @@ class LLM(EngineFront):
             return (self._parse_one(prompt, one, 0, asked) for prompt in prompts), None
         priorities = list(priority) if priority is not None else [0] * len(prompts)
         if len(priorities) != len(prompts):
-            raise InvalidRequestError(
-                f"priority has {len(priorities)} items for {len(prompts)} prompts", param="priority"
-            )
+            text = f"priority has {len(priorities)} items for {len(prompts)} prompts"
+            raise InvalidRequestError(text, param="priority")
         each = zip(prompts, self._checked_params(params, len(prompts)), priorities, strict=True)
         with self._served.inputs.all_or_none():
             parsed = [self._parse_one(*item, asked) for item in each]
@@ -260,14 +254,10 @@ class LLM(EngineFront):
             params = self.get_default_sampling_params()
         given = [params] * count if isinstance(params, SamplingParams) else params
         if len(given) != count or not all(isinstance(item, SamplingParams) for item in given):
-            raise InvalidRequestError(
-                f"sampling_params must be one SamplingParams, or one for each of {count} prompts",
-                param="sampling_params",
-            )
-        kind = RequestOutputKind.FINAL_ONLY
-        copies = {
-            key: dataclasses.replace(one, output_kind=kind) for key, one in {id(one): one for one in given}.items()
-        }
+            text = f"sampling_params must be one SamplingParams, or one for each of {count} prompts"
+            raise InvalidRequestError(text, param="sampling_params")
+        distinct = {id(one): one for one in given}.items()
+        copies = {key: dataclasses.replace(one, output_kind=RequestOutputKind.FINAL_ONLY) for key, one in distinct}
         return [copies[id(one)] for one in given]
 
     def _run(

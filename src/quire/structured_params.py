@@ -16,6 +16,9 @@ MAX_NESTING = 64
 MAX_CHOICES = 1024
 MAX_PATTERN_BYTES = 256
 """Of `whitespace_pattern`."""
+MAX_RAW_LENGTH = 2000
+"""The longest bound on the length of a text that is written as it is, and not as JSON."""
+_RAW = frozenset(("type", "description", "title", "default", "examples", "enum", "const", "minLength", "maxLength"))
 KINDS = ("json", "yaml", "regex", "choice", "grammar", "structural_tag", "json_object")
 
 
@@ -100,6 +103,16 @@ class StructuredOutputsParams:
             if name not in known:
                 raise InvalidRequestError(unknown_name_message(f"field of {FIELD}", str(name), known), param=FIELD)
         return cls(**{name: value for name, value in values.items() if value is not None})
+
+
+def is_raw_text(schema: Any, never: str) -> bool:
+    """Whether a named parameter with this schema is written as plain text, and not as JSON: for the grammar that holds
+    an answer, and the parser that reads it. `never` is the marker behind such a text, which it cannot hold."""
+    if not isinstance(schema, Mapping) or schema.get("type") != "string" or not _RAW.issuperset(schema):
+        return False
+    texts = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
+    longest = max(schema.get("minLength", 0), schema.get("maxLength", 0))
+    return longest <= MAX_RAW_LENGTH and all(isinstance(one, str) and never not in one for one in texts)
 
 
 def _bad(name: str | None, text: str) -> InvalidRequestError:

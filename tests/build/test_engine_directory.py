@@ -392,6 +392,7 @@ def test_inspect_says_what_is_inside(tiny: Path, built: Path, capsys: pytest.Cap
     assert formats["0.qkv"].startswith("int4 integers g") and formats["0.mlp_norm"] == "F32"
     weights = (built / WEIGHTS).stat().st_size
     assert 0.9 * weights < sum(one["num_bytes"] for one in found["parameters"]) <= weights
+    assert main(["inspect", "quire-demo"]) == 0, "the embedded model by its name, as for build and plan"
     assert main(["inspect", str(tiny)]) == 0
     text = capsys.readouterr().out
     assert "0.gate_up" in text and "F32" in text

@@ -158,8 +158,9 @@ def test_mutated_files_are_models_or_refused_and_nothing_else(paths: dict[str, P
             changed[rng.randrange(24, header_bytes)] = rng.randrange(256)
         path.write_bytes(changed)
         try:
-            with open_source(path) as source:
-                plan_weights(read_model_config(path), source, ReferenceOps(np))
+            config = read_model_config(path)
+            with open_source(path, config) as source:
+                plan_weights(config, source, ReferenceOps(np))
             load_generation_defaults(path)
             header = read_gguf_tokenizer_values(path)
             if header.values:

@@ -100,6 +100,20 @@ def test_generate_imports_nothing_of_the_server(tiny: Path) -> None:
     assert done.stderr == "0 []\n"
 
 
+def test_what_few_models_need_is_imported_for_them_alone(tiny: Path) -> None:
+    """The readers of GGUF, of quantised checkpoints and of YAML; and numpy is the core's, not of the text's side."""
+    program = (
+        "import sys\nimport quire.llm\nprint('numpy' in sys.modules)\nfrom quire.cli.main import main\n"
+        f"main(['generate', '--quiet', '--model', {str(tiny)!r}, '--max-tokens', '2', 'x'])\n"
+        "print([name for name in sys.modules if name.startswith('quire.') and ('gguf_file' in name or 'yaml' in name"
+        " or 'structural_tag' in name or 'quantized.' in name)], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S, env=ENVIRONMENT, check=True
+    )
+    assert done.stderr == "[]\n" and done.stdout.startswith("False\n")
+
+
 def test_chat_reads_a_pipe(tiny: Path) -> None:
     lines = "hi\n\n/help\n/nope\n/reset\nyou\n/exit\nnever said\n"
     done = quire("chat", tiny, "--quiet", "--max-tokens", 4, "--system-prompt", "be short", text=lines)

@@ -65,6 +65,8 @@ class Recorder:
         self.refusals: list[int] = []
         """Statuses of the next answers to POST, before those above."""
         self.url = ""
+        self.location = ""
+        """Where answers send the client on to."""
 
     def answer(self, path: str, body: dict[str, Any] | None) -> tuple[int, Any]:
         if body is not None:
@@ -98,6 +100,7 @@ def recording() -> Iterator[Recorder]:
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.send_header("Retry-After", "0")
+            self.send_header("Location", recorder.location)
             self.end_headers()
             self.wfile.write(data)
 
@@ -261,6 +264,15 @@ def test_a_servers_refusal_is_passed_on(served: Running, recorder: Recorder) -> 
     recorder.answers["/v1/models"] = {"data": []}
     with pytest.raises(ProgramError, match=r"gen\('x'\): the server names no model"):
         first.run(recorder.url)
+
+
+def test_a_redirect_does_not_take_the_key_along(recorder: Recorder) -> None:
+    with recording() as other:
+        recorder.refusals, recorder.location = [302], f"{other.url}/elsewhere"
+        with pytest.raises(ProgramError, match="no such path"):
+            first.run(Remote(recorder.url, model="mine", api_key="k1"))
+    assert {headers.get("Authorization") for headers in recorder.headers} == {"Bearer k1"}
+    assert [headers.get("Authorization") for headers in other.headers] == [None]
 
 
 def test_no_server_is_an_error() -> None:

@@ -11,8 +11,9 @@ from llguidance import LLMatcher, LLTokenizer
 
 from quire import LLM, SamplingParams, StructuredOutputsParams
 from quire.errors import InvalidRequestError
+from quire.structured.samples import extras_of
 from quire.structured.source import limits, source_of, validate
-from quire.structured.structural_tag import extras_of, without_token_ids
+from quire.structured.structural_tag import without_token_ids
 from tests.structured.grammars import accepts
 
 DIGIT = {"type": "regex", "pattern": "[0-9]"}

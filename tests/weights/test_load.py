@@ -20,7 +20,7 @@ from quire.ops.types import Ops
 from quire.quant.select import select_scheme
 from quire.weights.generation_config import load_generation_defaults
 from quire.weights.json_file import read_json_object
-from quire.weights.load import load_model, read_spec
+from quire.weights.load import load_model, read_model_config
 from tests.models.paged import PagedModel
 from tests.tiny.checkpoints import make_tiny
 
@@ -152,7 +152,7 @@ def test_an_unknown_dtype_is_refused(checkpoints: dict[str, Path]) -> None:
 def test_a_damaged_config_is_an_error_that_names_it(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelFileError, match=r"config\.json"):
-        read_spec(tmp_path)
+        read_model_config(tmp_path)
 
 
 SHRINKS = "model.layers.1.mlp.down_proj.weight"

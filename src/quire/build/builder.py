@@ -73,7 +73,6 @@ class Recipe:
     """Of Quire."""
     dtype: str = "auto"
     quantization: str | None = None
-    group_size: int | None = None
     scheme: Scheme | None = None
 
 
@@ -142,19 +141,18 @@ def _written(recipe: Recipe, target: Target, place: Path, progress: Progress | N
         raise ConfigurationError("model: GGUF files run as they are; an engine is built from a checkpoint of safetensors", field="model")
     config = read_model_config(recipe.directory)
     source_files = [*sorted(recipe.directory.glob("*.safetensors")), *_own_files(recipe.directory)]
-    with open_source(recipe.directory) as opened:
+    with open_source(recipe.directory, config) as opened:
         plan = plan_weights(config, opened, target.ops, recipe.dtype, recipe.scheme)
-        source = plan.source
         _check_disk(place, plan)
         with (place / WEIGHTS).open("wb") as file:
             writer = _Writer(file)
-            parameters = _pack_all(plan, source, target.ops, writer, progress)
+            parameters = _pack_all(plan, writer, progress)
             file.flush()
             os.fsync(file.fileno())
         used = {name for one in plan.parameters.values() for array in one.arrays for name, _ in array.tensors}
         tensors = {
             name: (list(info.shape), "F32" if name in parameters else info.format)
-            for name, info in source.tensors.items()
+            for name, info in plan.source.tensors.items()
             if name in used
         }
     files = {WEIGHTS: FileRecord(writer.size, writer.sha256)}
@@ -219,9 +217,8 @@ class _Writer:
         self.size += len(data)
 
 
-def _pack_all(
-    plan: WeightPlan, source: WeightSource, ops: Provider, writer: _Writer, progress: Progress | None
-) -> dict[str, StoredParameter]:
+def _pack_all(plan: WeightPlan, writer: _Writer, progress: Progress | None) -> dict[str, StoredParameter]:
+    source = plan.source
     total_bytes = sum(map(source.size_bytes, plan.parameters.values()))
     found: dict[str, StoredParameter] = {}
     done_bytes = 0
@@ -229,7 +226,7 @@ def _pack_all(
         if parameter.kind in ("rms_norm", "layer_norm"):
             found.update(_vectors(parameter, source, writer))
         else:
-            state = ops.packed_state(plan.packer.pack(parameter, source))
+            state = plan.packer.ops.packed_state(plan.packer.pack(parameter, source))
             found[name] = StoredParameter([writer.add(buffer) for buffer in state.buffers], state.header)
         done_bytes += source.size_bytes(parameter)
         if progress is not None:

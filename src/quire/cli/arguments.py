@@ -257,9 +257,14 @@ def engine_values(options: argparse.Namespace) -> dict[str, Any]:
     if positional is not None and values.setdefault("model", positional) != positional:
         text = f"two models are named: {positional[:200]} and --model {values['model'][:200]}"
         raise ConfigurationError(text, field="model")
-    if values.get("model") == EMBEDDED_NAME and not is_model(EMBEDDED_NAME):
+    if "model" in values and model_argument(values["model"]) is None:
         del values["model"]
     return values
+
+
+def model_argument(text: str) -> str | None:
+    """A model as `EngineArgs` takes it: None for the embedded one, by its name, unless a model has that path."""
+    return None if text == EMBEDDED_NAME and not is_model(EMBEDDED_NAME) else text
 
 
 def sampling_values(options: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import quire
 from quire.cli import banner, engines, model_path
-from quire.cli.arguments import EMBEDDED_NAME
+from quire.cli.arguments import EMBEDDED_NAME, model_argument
 from quire.config import DTYPES, GROUP_SIZES, QUANTIZATIONS, EngineArgs
 from quire.errors import ConfigurationError, InvalidRequestError
 from quire.outputs import Decision
@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     from quire.weights.loading_bar import LoadingBar
 
     begun_s = time.perf_counter()
-    name = None if options.model == EMBEDDED_NAME and not model_path.is_model(EMBEDDED_NAME) else options.model
+    name = model_argument(options.model)
     model_path.check(name)
     args = EngineArgs(model=name, quantization=options.quantization, revision=options.revision, dtype=options.dtype)
     with _forced(options.target):

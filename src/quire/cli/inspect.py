@@ -3,16 +3,17 @@
 import argparse
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.cli import model_path
+from quire.cli.arguments import EMBEDDED_NAME, model_argument
 from quire.config import EngineArgs
 
 if TYPE_CHECKING:
-    from quire.models.parameters import Parameter
     from quire.weights.formats.engine_dir import Manifest
+    from quire.weights.source import ModelConfig
 
 EXAMPLES = """examples:
   quire inspect DIR
@@ -32,9 +33,8 @@ class Line:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="a directory, an engine directory, a GGUF file, a hub id or smollm2"
-    )
+    text = f"a directory, an engine directory, a GGUF file, a hub id, smollm2 or {EMBEDDED_NAME}"
+    parser.add_argument("model", metavar="MODEL", help=text)
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 
@@ -43,11 +43,13 @@ def run(options: argparse.Namespace) -> int:
     """Print what is there."""
     from quire.compose.served import find_model
     from quire.weights.formats.engine_dir import is_engine, read_manifest
-    from quire.weights.load import read_spec
+    from quire.weights.load import read_model_config
 
-    model_path.check(options.model)
-    directory = find_model(EngineArgs(model=options.model, revision=options.revision))
-    spec = read_spec(directory)
+    name = model_argument(options.model)
+    model_path.check(name)
+    directory = find_model(EngineArgs(model=name, revision=options.revision))
+    config = read_model_config(directory)
+    spec = config.spec
     facts: dict[str, Any] = {
         "layers": spec.num_layers,
         "hidden_size": spec.hidden_size,
@@ -57,10 +59,10 @@ def run(options: argparse.Namespace) -> int:
     }
     if is_engine(directory):
         facts |= _engine_facts(read_manifest(directory))
-    lines = list(_lines(directory))
+    lines = list(_lines(directory, config))
     facts["weights"] = f"{sum(line.num_bytes for line in lines):,} bytes"
     if options.json:
-        print(json.dumps({**facts, "parameters": [_as_dict(line) for line in lines]}, ensure_ascii=False))
+        print(json.dumps({**facts, "parameters": [asdict(line) for line in lines]}, ensure_ascii=False))
         return 0
     width = max(map(len, facts))
     for name, value in facts.items():
@@ -71,10 +73,6 @@ def run(options: argparse.Namespace) -> int:
         shape = " x ".join(map(str, line.shape))
         print(f"{line.name:<{width}}  {line.format:<{formats}}  {shape:>14}  {line.num_bytes:>14,} bytes")
     return 0
-
-
-def _as_dict(line: Line) -> dict[str, Any]:
-    return {name: getattr(line, name) for name in ("name", "shape", "format", "num_bytes", "tensors")}
 
 
 def _engine_facts(manifest: "Manifest") -> dict[str, Any]:
@@ -92,25 +90,21 @@ def _engine_facts(manifest: "Manifest") -> dict[str, Any]:
     }
 
 
-def _lines(directory: Path) -> Iterator[Line]:
+def _lines(directory: Path, config: "ModelConfig") -> Iterator[Line]:
     from quire.ops.select import select_ops
-    from quire.weights.load import open_source, plan_weights, read_model_config
+    from quire.weights.load import open_source, plan_weights
 
     ops, _ = select_ops("cpu", 1)
-    with open_source(directory) as opened:
-        plan = plan_weights(read_model_config(directory), opened, ops)
+    with open_source(directory, config) as opened:
+        plan = plan_weights(config, opened, ops)
         source = plan.source
         for name, parameter in plan.parameters.items():
             state = source.packed(name)
             shape, tensors = list(parameter.weight.shape), [tensor for tensor, _ in parameter.weight.tensors]
             if state is None:
                 formats = " ".join(sorted({source.tensors[tensor].format for tensor in tensors}))
-                yield Line(name, shape, formats, _stored_bytes(source, parameter), tensors)
+                yield Line(name, shape, formats, source.size_bytes(parameter), tensors)
             else:
                 header = state.header
                 format = f"{header.format} {header.layout}" + (f" g{header.group_size}" if header.group_size else "")
                 yield Line(name, shape, format, sum(len(buffer) for buffer in state.buffers), tensors)
-
-
-def _stored_bytes(source: Any, parameter: "Parameter") -> int:
-    return int(source.size_bytes(parameter))

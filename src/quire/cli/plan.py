@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quire.cli import model_path
-from quire.cli.arguments import EMBEDDED_NAME
+from quire.cli.arguments import EMBEDDED_NAME, model_argument
 from quire.config import DTYPES, GROUP_SIZES, QUANTIZATIONS, EngineArgs
 from quire.errors import ConfigurationError
 
@@ -58,7 +58,7 @@ def _positive(text: str) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan."""
-    name = None if options.model == EMBEDDED_NAME and not model_path.is_model(EMBEDDED_NAME) else options.model
+    name = model_argument(options.model)
     model_path.check(name)
     device, cost = _device(options.device), _cost(options, name)
     if options.check and options.device is not None:

@@ -91,7 +91,7 @@ def compose_core(args: EngineArgs, path: Path) -> CoreParts:
     loaded: list[Decision] = []
     with LoadingBar() as bar:
         try:
-            model = load_model(path, ops, args.dtype, model_len, bar.show, scheme, loaded.extend)
+            model = load_model(path, ops, args.dtype, model_len, bar.show, scheme, loaded.extend, config)
         except MemoryError as error:
             raise ConfigurationError("the weights do not fit into memory", field="model") from error
     sizes = resolve_cache(args, _sizes(args, model, ops, model_len))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from quire.compose.text import compose_text
 from quire.config import EngineArgs
 from quire.errors import ShapeError
-from quire.ops.select import core_processors
 
 if TYPE_CHECKING:
     from quire.structured.checker import ShapeChecker
@@ -27,6 +26,8 @@ def grammar_compiler(args: EngineArgs, path: Path, vocab_size: int) -> "GrammarC
     """For the side that computes. The vocabulary is read when the first grammar comes."""
     if find_spec("quire.structured") is None:
         return None
+    # Not above: both bring numpy, which the side that knows text can do without.
+    from quire.ops.select import core_processors
     from quire.structured.compiler import GrammarCompiler
 
     threads = args.threads or len(core_processors())

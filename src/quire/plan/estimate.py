@@ -5,6 +5,7 @@ decoding is bound by memory until a batch is large, and a prompt by arithmetic. 
 addition.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -97,8 +98,7 @@ class ModelCost:
         """
         spec = self.spec
         head = spec.vocab_size * spec.hidden_size
-        seen = sum(min(context, layer.window or context) for layer in spec.layers)
-        attention = 4 * spec.num_heads * spec.head_dim * seen
+        attention = 4 * spec.num_heads * spec.head_dim * self._seen(context)
         return num_tokens * (2 * (self.num_multiplied - head) + attention) + num_sampled * 2 * head
 
     def decode(self, device: PlannedDevice, batch: int, context: int) -> Floor:
@@ -130,8 +130,11 @@ class ModelCost:
 
     def _kv_read(self, context: int) -> int:
         spec = self.spec
-        seen = sum(min(context, layer.window or context) for layer in spec.layers)
-        return 2 * spec.num_kv_heads * spec.head_dim * self.kv_item_bytes * seen
+        return 2 * spec.num_kv_heads * spec.head_dim * self.kv_item_bytes * self._seen(context)
+
+    def _seen(self, context: int) -> int:
+        """Keys that a token sees, of all layers together."""
+        return sum(min(context, layer.window or context) for layer in self.spec.layers)
 
     def _floor(self, device: PlannedDevice, read_bytes: int, operations: int) -> Floor:
         rate = device.operations_per_s[self.unit(device)]
@@ -144,10 +147,4 @@ def _matrix(parameter: Parameter) -> int:
 
 
 def _size(parameter: Parameter) -> int:
-    found = 0
-    for array in parameter.arrays:
-        size = 1
-        for side in array.shape:
-            size *= side
-        found += size
-    return found
+    return sum(math.prod(array.shape) for array in parameter.arrays)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from quire.engine.async_engine import AsyncEngine
@@ -114,7 +115,8 @@ class EngineBackend:
 
     async def likelihoods(self, tree: Tree, usage: Usage) -> Likelihoods:
         """See `Backend`."""
-        asked = [self._ask(node, _scoring(tokens)) for node, tokens in tree.items()]
+        params = partial(SamplingParams, max_tokens=1, temperature=0.0, logprobs=0, detokenize=False)
+        asked = [self._ask(node, params(logprob_token_ids=tokens)) for node, tokens in tree.items()]
         found: dict[tuple[tuple[int, ...], int], float] = {}
         for (node, tokens), output in zip(tree.items(), await asyncio.gather(*asked), strict=True):
             usage.add(_usage(output))
@@ -129,10 +131,6 @@ class EngineBackend:
                 if output.error is not None:
                     raise request_failure(output.error)
             return output
-
-
-def _scoring(tokens: Sequence[int]) -> SamplingParams:
-    return SamplingParams(max_tokens=1, temperature=0.0, logprobs=0, logprob_token_ids=tokens, detokenize=False)
 
 
 def _usage(output: RequestOutput) -> Usage:

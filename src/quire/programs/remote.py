@@ -118,7 +118,9 @@ class Remote:
             QuireError: the server refused or failed, in its own words, or cannot be reached.
         """
         data = None if body is None else json.dumps(body, default=asdict).encode()
-        request = urllib.request.Request(self._base + route, data, self._headers)
+        request = urllib.request.Request(self._base + route, data)
+        for name, value in self._headers.items():  # a server that redirects must not have the key sent elsewhere
+            request.add_unredirected_header(name, value)
         try:
             with urllib.request.urlopen(request, timeout=SILENCE_SECONDS) as response:
                 value = json.loads(response.read())

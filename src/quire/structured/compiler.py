@@ -15,9 +15,8 @@ from quire.errors import ShapeError
 from quire.structured.closing import Closer, TextTokens
 from quire.structured.matcher import Matcher
 from quire.structured.reasoning import ReasoningBound
-from quire.structured.samples import is_yaml, lines_of, samples_of
+from quire.structured.samples import extras_of, is_yaml, lines_of, samples_of
 from quire.structured.source import limits
-from quire.structured.structural_tag import extras_of
 from quire.structured.unique import KeyTokens, UniqueKeys
 
 if TYPE_CHECKING:
@@ -176,9 +175,9 @@ class GrammarCompiler:
             masks: `[at least as many as matchers, ceil(vocabulary / 32)]`; bit `i % 32` of word `i // 32` says it of
                 token `i`.
         """
-        from llguidance import LLExecutor
-
         if self._executor is None:
+            from llguidance import LLExecutor
+
             self._executor = LLExecutor(self._num_threads)
         assert masks.flags.c_contiguous and len(matchers) <= len(masks)
         jobs = [

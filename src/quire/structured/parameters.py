@@ -1,7 +1,7 @@
 """Arguments that are not one JSON object: named values one after the other, in the styles of some models.
 
-A text may be written as it is, everything else is JSON. Which is which depends on the schema alone, so that a reader
-that has the schema finds the same value again (`quire.text.parsers.parameters` says the same).
+A text may be written as it is, everything else is JSON. Which is which depends on the schema alone (`is_raw_text`), so
+that a reader that has the schema finds the same value again.
 """
 
 import json
@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from quire.structured_params import is_raw_text
+
 Mark = str | int
 """A text, or a special token's id."""
-RAW = frozenset(("type", "description", "title", "default", "examples", "enum", "const", "minLength", "maxLength"))
-"""What a schema of text that is written as it is may say."""
 OF_OBJECTS = frozenset(
     "type properties required additionalProperties description title $defs definitions $schema".split()
 )
-MAX_RAW_LENGTH = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +62,6 @@ class Writer(Protocol):
         """One of these marks."""
 
 
-def is_raw(schema: Any, never: str) -> bool:
-    """Whether a value is text that is written as it is."""
-    if not isinstance(schema, Mapping) or schema.get("type") != "string" or not RAW.issuperset(schema):
-        return False
-    texts = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
-    return all(isinstance(one, str) and never not in one for one in texts) and (
-        schema.get("minLength", 0) <= MAX_RAW_LENGTH and schema.get("maxLength", 0) <= MAX_RAW_LENGTH
-    )
-
-
 def parameters_of(
     writer: Writer, style: Style, schema: Mapping[str, Any], bad: Callable[[str, str], Exception], place: str
 ) -> str:
@@ -110,7 +99,7 @@ _NOTHING = '""'
 def _value(writer: Writer, style: Style, schema: Any, shared: Mapping[str, Any]) -> str:
     if style.truths and isinstance(schema, Mapping) and schema.get("type") == "boolean" and "enum" not in schema:
         return f"({' | '.join(map(json.dumps, style.truths))})"
-    if style.raw is None or not is_raw(schema, style.never):
+    if style.raw is None or not is_raw_text(schema, style.never):
         value = schema if isinstance(schema, Mapping) else {}
         held = writer.rule(writer.json({**shared, **value}))
         begin, end = style.other

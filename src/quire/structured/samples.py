@@ -6,7 +6,7 @@ out.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,9 @@ _LONGEST = 512
 _MOST, _MOST_LINES = 64, 256
 LINES = "// lines: "
 """Before what lines begin with, as JSON, in the first line of a grammar."""
+
+EXTRAS = "quire"
+"""The key of a structural tag's source beside its grammars: what is no grammar."""
 
 
 def samples_of(source: str) -> list[str]:
@@ -41,6 +44,14 @@ def lines_of(source: str) -> list[tuple[int, str]]:
     first, _, _ = source.partition("\n")
     found = json.loads(first.removeprefix(LINES)) if is_yaml(source) else []
     return sorted(((indentation, text) for indentation, text in found), key=lambda one: one[0])[:_MOST_LINES]
+
+
+def extras_of(source: str) -> Mapping[str, Any]:
+    """What a source of `structural_tag.py` says beside its grammars; empty for any other."""
+    if not source.startswith('{"grammars": [{"lark_grammar":'):
+        return {}
+    found: Mapping[str, Any] = json.loads(source).get(EXTRAS, {})
+    return found
 
 
 def _patterns(value: Any) -> Iterator[str]:

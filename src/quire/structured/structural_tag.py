@@ -13,14 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quire.structured.parameters import STYLES, parameters_of
+from quire.structured.samples import EXTRAS
 from quire.structured.source import ESCAPES, WHITESPACE, checked_schema, lark_of, refusal
 from quire.structured.yaml_scalars import lark
 from quire.structured_params import MAX_NESTING, StructuredOutputsParams
 
 MAX_TOKEN_ID = 2**24
 MAX_REASONING_TOKENS = 2**24
-EXTRAS = "quire"
-"""The key of a source beside its grammars: what is no grammar."""
 _TOKEN = re.compile(r"<\[(\d+)\]>")
 _ANY = "/(?s:.*)/"
 _KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -66,14 +65,6 @@ def source_of_tag(params: StructuredOutputsParams) -> str:
         extras["reasoning"] = _reasoning(value["reasoning"])
     text = "\n".join([f"start: {start}", *writer.rules])
     return json.dumps({"grammars": [{"lark_grammar": text}, *writer.grammars], EXTRAS: extras}, ensure_ascii=False)
-
-
-def extras_of(source: str) -> Mapping[str, Any]:
-    """What a source of `source_of_tag` says beside its grammars; empty for any other."""
-    if not source.startswith('{"grammars": [{"lark_grammar":'):
-        return {}
-    found: Mapping[str, Any] = json.loads(source).get(EXTRAS, {})
-    return found
 
 
 def without_token_ids(source: str) -> str:

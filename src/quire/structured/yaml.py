@@ -29,9 +29,9 @@ from quire.structured.merging import (
     kinds,
     property_of,
 )
+from quire.structured.source import ESCAPES
 from quire.structured.yaml_rules import Rules, Symbol
 from quire.structured.yaml_scalars import (
-    ESCAPES,
     INTEGER_BOUND,
     KEY_STARTS,
     LONGEST_KEY,

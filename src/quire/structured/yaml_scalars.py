@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from quire.structured.keys import LONGEST_PLAIN, LONGEST_QUOTED
+from quire.structured.source import ESCAPES
 
 UNPRINTABLE = "\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029\\ufeff\\ufffe\\uffff"
 """Characters that no YAML may hold, that break lines there, or that a reader drops; C1 controls among them."""
@@ -27,7 +28,6 @@ _KEY = "[A-Za-z_](?:[A-Za-z0-9_./ -]{0,62}[A-Za-z0-9_])?"
 _IS_PLAIN_KEY = re.compile(f"(?!(?i:{_WORDS})\\Z){_KEY}\\Z")
 LONGEST_KEY = 1000
 """Characters of a key with its quotes: YAML allows 1,024 (section 7.4.2)."""
-ESCAPES = '"\\\\bfnrt'
 IN_QUOTES = f'[^"\\\\{UNPRINTABLE}]'
 KEY_STARTS = (*"abcdefghijklmnopqrstuvwxyz", *"0123456789", "")
 """Keys that a schema does not name, by their first character, letters in either case; "" stands for all others."""
@@ -50,7 +50,7 @@ PLAIN_FORMATS = {
 TERMINALS = {
     "INTEGER": f"/{INTEGER}/",
     "NUMBER": f"/{INTEGER}(\\.[0-9]{{1,17}})?/",
-    "QUOTED": f'/"({IN_QUOTES}|\\\\["\\\\bfnrt])*"/',
+    "QUOTED": f'/"({IN_QUOTES}|\\\\[{ESCAPES}])*"/',
     "PLAIN": PLAIN,
     "LINE": f"/[^ {UNPRINTABLE}][^{UNPRINTABLE}]*/",
     "INDENTED": f"/ *[^ {UNPRINTABLE}][^{UNPRINTABLE}]*/",

@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast, get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 from quire.errors import ConfigurationError, ModelFileError
 from quire.models.decoder import Decoder, Weights
@@ -16,16 +16,16 @@ from quire.ops.types import ACTIVATION_QMAX, Provider, QuantSpec, WeightDtype
 from quire.outputs import Decision
 from quire.quant.types import Scheme
 from quire.weights.formats.engine_dir import EngineWeights, is_engine, read_manifest
-from quire.weights.formats.gguf import GgufWeights
-from quire.weights.formats.gguf_config import read_gguf_config
 from quire.weights.formats.gguf_names import is_gguf
-from quire.weights.formats.quantized.config import KEYS, read_quantization
-from quire.weights.formats.quantized.scheme import Quantization
-from quire.weights.formats.quantized.source import QuantizedWeights, Target
+from quire.weights.formats.quantized import KEYS, states_quantization
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
 from quire.weights.pack import WeightPacker
-from quire.weights.source import TensorInfo, WeightSource
+from quire.weights.source import ModelConfig, TensorInfo, WeightSource
+
+if TYPE_CHECKING:
+    from quire.weights.formats.gguf import GgufWeights
+    from quire.weights.formats.quantized.source import QuantizedWeights
 
 MAX_CONFIG_BYTES = 4 * 2**20
 
@@ -43,6 +43,8 @@ class WeightPlan:
     packer: WeightPacker
     source: WeightSource
     """What the parameters are read from: the one that was opened, or what unpacks it."""
+    quantized: "QuantizedWeights | None" = None
+    """The same, of a quantised checkpoint."""
 
     @property
     def num_bytes(self) -> int:
@@ -52,31 +54,17 @@ class WeightPlan:
     @property
     def decisions(self) -> list[Decision]:
         """What has been decided about a quantised checkpoint, once it has been read."""
-        return self.source.decisions() if isinstance(self.source, QuantizedWeights) else []
+        return [] if self.quantized is None else self.quantized.decisions()
 
     def _given(self, name: str, parameter: Parameter) -> QuantSpec | None:
         """What the source has quantised a matrix to, or its engine was packed with."""
-        if isinstance(self.source, QuantizedWeights):
-            return self.source.quantized(parameter)
+        if self.quantized is not None:
+            return self.quantized.quantized(parameter)
         state = self.source.packed(name)
         if state is None or state.header.format not in ACTIVATION_QMAX or not state.header.group_size:
             return None
         size = state.header.group_size if state.header.format.startswith("int4") else None
         return QuantSpec(state.header.format, size)
-
-
-@dataclass(frozen=True, slots=True)
-class ModelConfig:
-    """What `config.json` or the header of a GGUF file says, before any weight is read."""
-
-    spec: DecoderSpec
-    names: NameMap
-    dtype: WeightDtype | None
-    """Of the weights, if the config states it."""
-    quantization: Quantization | None = None
-    """How the checkpoint's weights are quantised, if they are."""
-    dtype_reason: str = "the checkpoint's own"
-    """Why it is taken where nothing else is asked for."""
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -87,23 +75,19 @@ def read_model_config(path: Path) -> ModelConfig:
         UnsupportedModelError: an architecture or a setting that Quire does not have, named.
     """
     if is_gguf(path):
-        header = read_gguf_config(path)
-        return ModelConfig(header.spec, header.names, header.dtype, dtype_reason=header.dtype_reason)
-    return _json_config(path)
+        from quire.weights.formats.gguf_config import read_gguf_config  # not above: few models are GGUF files
 
-
-def read_spec(path: Path) -> DecoderSpec:
-    """The architecture alone; errors as `read_model_config`."""
-    return read_model_config(path).spec
-
-
-def _json_config(directory: Path) -> ModelConfig:
-    config = read_json_object(directory / "config.json", MAX_CONFIG_BYTES)
+        return read_gguf_config(path)
+    config = read_json_object(path / "config.json", MAX_CONFIG_BYTES)
     spec, names = load_spec({key: value for key, value in config.items() if key not in KEYS})
     stated = config.get("dtype", config.get("torch_dtype"))
     known = isinstance(stated, str) and stated in get_args(WeightDtype)
-    quantization = read_quantization(directory, config)
-    return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None, quantization)
+    quantization = None
+    if states_quantization(path, config):
+        from quire.weights.formats.quantized.config import read_quantization
+
+        quantization = read_quantization(path, config)
+    return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None, quantization=quantization)
 
 
 def load_model(
@@ -114,6 +98,7 @@ def load_model(
     progress: Progress | None = None,
     scheme: Scheme | None = None,
     report: Report | None = None,
+    config: ModelConfig | None = None,
 ) -> Model:
     """Read, check and pack a model. Peak memory is what is packed and the largest tensor twice.
 
@@ -124,20 +109,21 @@ def load_model(
         max_model_len: positions that the model must be able to compute; None is all that it has.
         scheme: how weights are quantised; None is not at all, or as the checkpoint's are.
         report: takes what has been decided about a quantised checkpoint.
+        config: what `read_model_config` says, if it was read: the header of a large vocabulary takes a while.
 
     Raises:
         ModelFileError: a file is missing or damaged; a tensor is missing, left over or of a wrong shape.
         UnsupportedModelError: an architecture or a setting that Quire does not have.
         ConfigurationError: `max_model_len` exceeds the model's positions.
     """
-    config = read_model_config(path)
+    config = config or read_model_config(path)
     spec = config.spec
     if max_model_len is not None and not 1 <= max_model_len <= spec.max_position_embeddings:
         raise ConfigurationError(
             f"max_model_len is {max_model_len}; the model has {spec.max_position_embeddings} positions",
             field="max_model_len",
         )
-    with open_source(path) as source:
+    with open_source(path, config) as source:
         plan = plan_weights(config, source, ops, dtype, scheme)
         weights = load_weights(plan.parameters, plan.source, plan.packer, progress)
         if report is not None:
@@ -146,7 +132,7 @@ def load_model(
         return Decoder(plan.spec, weights, ops, plan.packer.dtype, longest, plan.num_bytes)
 
 
-def open_source(path: Path) -> CheckpointWeights | EngineWeights | GgufWeights:
+def open_source(path: Path, config: ModelConfig) -> "CheckpointWeights | EngineWeights | GgufWeights":
     """The weights of a directory or a GGUF file, whatever they are stored as.
 
     Raises:
@@ -155,7 +141,9 @@ def open_source(path: Path) -> CheckpointWeights | EngineWeights | GgufWeights:
     if is_engine(path):
         return EngineWeights(path, read_manifest(path))
     if is_gguf(path):
-        return GgufWeights(path, read_gguf_config(path).rotated_heads)
+        from quire.weights.formats.gguf import GgufWeights
+
+        return GgufWeights(path, config.rotated_heads)
     return CheckpointWeights(path)
 
 
@@ -170,17 +158,21 @@ def plan_weights(
     spec, names = config.spec, _fit_prefix(config.names, source.tensors)
     embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
     weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors.get(embedding))
+    quantized = None
     if config.quantization is not None and isinstance(source, CheckpointWeights):
+        from quire.weights.formats.quantized.source import QuantizedWeights, Target
+
         unpack = "dtype is float32" if dtype == "float32" else None if scheme is None else f"quantization {scheme.name}"
         target = Target(weight_dtype, ops.formats, unpack, frozenset({embedding, head}), names.transposed)
-        source = QuantizedWeights(source, config.quantization, target)
+        source = quantized = QuantizedWeights(source, config.quantization, target)
     # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
     if spec.tied_head and source.differ(embedding, head):
         spec = replace(spec, tied_head=False)
     parameters = decoder_parameters(spec, names)
-    unused = *names.unused, *(source.unused if isinstance(source, QuantizedWeights) else ())
+    unused = *names.unused, *(() if quantized is None else quantized.unused)
     check_tensors(parameters, source.tensors, (*unused, head) if spec.tied_head else unused)
-    return WeightPlan(spec, parameters, WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset), source)
+    packer = WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset)
+    return WeightPlan(spec, parameters, packer, source, quantized)
 
 
 def load_weights(

@@ -1,14 +1,18 @@
-"""The contract of whatever holds a model's weights: safetensors and GGUF files today, engine directories later."""
+"""The contract of whatever holds a model's weights: safetensors, GGUF, quantised checkpoints, engine directories."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 from numpy.typing import NDArray
 
-from quire.models.parameters import Concatenated, Parameter
+from quire.models.parameters import Concatenated, NameMap, Parameter
+from quire.models.spec import DecoderSpec
 from quire.ops.packed import PackedState
-from quire.ops.types import QuantizedWeight, StoredWeight
+from quire.ops.types import QuantizedWeight, StoredWeight, WeightDtype
+
+if TYPE_CHECKING:
+    from quire.weights.formats.quantized.scheme import Quantization
 
 StoredMatrix = NDArray[Any] | StoredWeight | QuantizedWeight
 """`[out, in]`: values in memory (float32, float16 or ml_dtypes.bfloat16), values still in their files, or values that
@@ -22,6 +26,22 @@ class TensorInfo:
     shape: tuple[int, ...]
     format: str
     """As the source names it: `BF16`, `F32`, `Q4_K`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What `config.json` or the header of a GGUF file says, before any weight is read."""
+
+    spec: DecoderSpec
+    names: NameMap
+    dtype: WeightDtype | None
+    """Of the weights, if the config states it; what a GGUF file's blocks are unpacked to."""
+    dtype_reason: str = "the checkpoint's own"
+    """Why it is taken where nothing else is asked for."""
+    quantization: "Quantization | None" = None
+    """How the checkpoint's weights are quantised, if they are."""
+    rotated_heads: Mapping[str, int] = field(default_factory=dict)
+    """Of a GGUF file, as `GgufWeights` takes it."""
 
 
 class WeightSource(Protocol):

@@ -169,3 +169,21 @@ def test_named_values_are_json_whatever_they_hold(name: str, value: str, expecte
 def test_half_a_character_in_arguments_that_are_text_is_no_error() -> None:
     text = f'{{"name": "weather", "arguments": "{HALF_A_CHARACTER}"}}'
     assert CallArguments(0, f'"{HALF_A_CHARACTER}"') in read("json", text)
+
+
+@pytest.mark.parametrize(
+    ("schema", "written"),
+    [
+        ({"type": "string", "maxLength": 100}, "some text"),
+        ({"type": "string", "maxLength": 4000}, '"some text"'),
+        ({"type": "string", "minLength": 2001}, '"some text"'),
+        ({"type": "string", "enum": ["some text", "</parameter>"]}, '"some text"'),
+        ({"type": "string", "pattern": "^some"}, '"some text"'),
+    ],
+)
+def test_a_parameter_is_read_as_its_grammar_writes_it(schema: dict[str, object], written: str) -> None:
+    """A text that the grammar holds in JSON, quotes and all, is read as JSON: its quotes are no part of it."""
+    tool = Tool("weather", {"type": "object", "properties": {"city": schema}})
+    text = f"<tool_call>\n<function=weather>\n<parameter=city>\n{written}\n</parameter>\n</function>\n</tool_call>"
+    given = [one.text for one in read("qwen3_coder", text, Asked((tool,))) if isinstance(one, CallArguments)]
+    assert [json.loads(one) for one in given] == [{"city": "some text"}]

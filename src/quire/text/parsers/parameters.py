@@ -1,7 +1,4 @@
-"""Calls whose arguments are named values, one after the other: Qwen3-Coder's XML, Python, and FunctionGemma's.
-
-Which values are text as it is depends on the schema alone, as in `quire.structured.parameters`.
-"""
+"""Calls whose arguments are named values, one after the other: Qwen3-Coder's XML, Python, and FunctionGemma's."""
 
 import ast
 import json
@@ -10,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from quire.structured_params import is_raw_text
 from quire.text.parsers.events import Asked, Tool
 from quire.text.parsers.reader import Reader, Step, partial
 from quire.text.parsers.tags import NOTHING, Format, Marker, const, one_of, sequence, tag, tags, text_with_tags
 
-RAW = frozenset(("type", "description", "title", "default", "examples", "enum", "const", "minLength", "maxLength"))
-MAX_RAW_LENGTH = 2000
+_END_OF_PARAMETER = "</parameter>"
 _LONGEST_NAME = 256
 
 
@@ -29,16 +26,6 @@ def parameters_of(tool: Tool, style: str, escape: Marker = NOTHING) -> Format:
 
 def _schema_of(tool: Tool, name: str) -> Any:
     return tool.schema.get("properties", {}).get(name, {})
-
-
-def is_raw(schema: Any, never: str) -> bool:
-    """Whether a value is text that is written as it is."""
-    if not isinstance(schema, Mapping) or schema.get("type") != "string" or not RAW.issuperset(schema):
-        return False
-    texts = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
-    return all(isinstance(one, str) and never not in one for one in texts) and (
-        schema.get("minLength", 0) <= MAX_RAW_LENGTH and schema.get("maxLength", 0) <= MAX_RAW_LENGTH
-    )
 
 
 def _value_text(text: str, schema: Any) -> str:
@@ -210,12 +197,12 @@ class QwenXml:
                 return
             found.name(name)
             schema = _schema_of(tool, name)
-            if is_raw(schema, "</parameter>"):
+            if is_raw_text(schema, _END_OF_PARAMETER):
                 yield from reader.take("\n")
-                if not (yield from found.raw("\n</parameter>")):
+                if not (yield from found.raw(f"\n{_END_OF_PARAMETER}")):
                     return
                 continue
-            value = yield from _json_before(reader, "</parameter>")
+            value = yield from _json_before(reader, _END_OF_PARAMETER)
             if value is None:
                 return
             reader.more_arguments(_value_text(value.strip(), schema))

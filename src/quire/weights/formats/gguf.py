@@ -26,13 +26,12 @@ CHUNK_VALUES = 2**18
 class GgufWeights:
     """All tensors of a model, under GGUF's names: a `WeightSource`. Use as a context manager, or `close()`."""
 
-    def __init__(self, path: Path, rotated_heads: Mapping[str, int], threads: int | None = None) -> None:
+    def __init__(self, path: Path, rotated_heads: Mapping[str, int]) -> None:
         """
         Args:
             path: the model, or any part of it.
             rotated_heads: by the last part of a module's name (`attn_q`), how many heads its rows have, where GGUF has
                 the two halves of each head's rows in turns (llama's rotation of neighbours), which is undone here.
-            threads: that unpack; None is one for each processor.
 
         Raises:
             ModelFileError: a file is missing or damaged.
@@ -41,7 +40,7 @@ class GgufWeights:
         self.tensors: Mapping[str, GgufTensor] = self._parts.tensors
         self._rotated_heads = rotated_heads
         self._memory = ReadMemory()
-        self._pool = ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="unpack")
+        self._pool = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="unpack")
 
     def size_bytes(self, parameter: Parameter) -> int:
         """Bytes of a parameter's tensors in their files."""

@@ -4,6 +4,7 @@ A key of the architecture that is not read here is refused by name, unless its v
 """
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from quire.errors import ModelFileError, UnsupportedModelError
-from quire.models.parameters import Concatenated, NameMap
+from quire.models.parameters import NameMap
 from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
 from quire.ops.types import WeightDtype
-from quire.weights.formats.gguf import GgufWeights
 from quire.weights.formats.gguf_file import GgufArray
 from quire.weights.formats.gguf_parts import GgufParts
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT
 from quire.weights.json_file import printable
+from quire.weights.source import ModelConfig
 
 NAMES = NameMap(
     prefix="",
@@ -153,20 +154,7 @@ ARCHITECTURES: Mapping[str, _Architecture] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class GgufConfig:
-    """What a header says of the model."""
-
-    spec: DecoderSpec
-    names: NameMap
-    dtype: WeightDtype
-    """What weights are unpacked to unless something else is asked for."""
-    dtype_reason: str
-    rotated_heads: Mapping[str, int]
-    """As `GgufWeights` takes it."""
-
-
-def read_gguf_config(path: Path) -> GgufConfig:
+def read_gguf_config(path: Path) -> ModelConfig:
     """Read the header of a model.
 
     Raises:
@@ -190,7 +178,7 @@ def read_gguf_config(path: Path) -> GgufConfig:
             raise type(error)(text) from None
         dtype, reason = _dtype(parts)
         heads = {"attn_q": spec.num_heads, "attn_k": spec.num_kv_heads} if architecture.in_turns else {}
-        return GgufConfig(_held(spec), _names(names, parts), dtype, reason, heads)
+        return ModelConfig(_held(spec), _names(names, parts), dtype, reason, rotated_heads=heads)
 
 
 def _windowed(architecture: _Architecture, name: str, parts: GgufParts) -> _Architecture:
@@ -318,9 +306,11 @@ class _Header:
             return None
         if len(info.shape) != 1 or info.format != "F32":
             raise ModelFileError(f"{self._parts.name}: {tensor} must be a vector of F32")
-        with GgufWeights(self._parts.files[0].path, {}, threads=1) as weights:
-            values = weights.read(Concatenated(((tensor, info.shape),)))
-        return [float(value) for value in np.asarray(values)]
+        file, size = self._parts.home[tensor], info.end - info.start
+        data = os.pread(file.descriptor, size, info.start)
+        if len(data) != size:
+            raise ModelFileError(f"{file.name}: truncated while {tensor} was read")
+        return [float(value) for value in np.frombuffer(data, "<f4")]
 
     def _unsupported(self, key: str, why: str) -> UnsupportedModelError:
         value = printable(repr(self._values.get(key)))

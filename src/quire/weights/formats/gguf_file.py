@@ -91,7 +91,7 @@ class GgufFile:
         Raises:
             ModelFileError: the file is missing, truncated or not GGUF; it names the file, and the key or tensor.
         """
-        self.path, self.name = path, path.name
+        self.name = path.name
         self._file = open_regular(path)
         try:
             reader = _Reader(self._file, self.name)

@@ -127,12 +127,8 @@ def _activations(group: ConfigReader) -> str:
     if inputs is None:
         return AS_FLOAT
     inputs.refuse_keys_outside(_KNOWN_OF_NUMBERS)
-    kind, bits, shared = (
-        inputs.text("type", "int").lower(),
-        inputs.integer("num_bits", 8),
-        inputs.text("strategy", "tensor"),
-    )
-    is_dynamic = inputs.boolean("dynamic", False)
+    kind, bits = inputs.text("type", "int").lower(), inputs.integer("num_bits", 8)
+    shared, is_dynamic = inputs.text("strategy", "tensor"), inputs.boolean("dynamic", False)
     if bits == 8 and is_dynamic and shared == "token" and inputs.boolean("symmetric", True):
         return {"int": INT8_PER_TOKEN, "float": FP8_PER_TOKEN}.get(kind, kind)
     return f"{kind}{bits}, {'a scale for each' if is_dynamic else 'a scale that the files state for each'} {shared}"

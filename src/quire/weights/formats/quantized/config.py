@@ -6,16 +6,13 @@ from typing import Any
 
 from quire.errors import ModelFileError
 from quire.models.hf_config import ConfigReader
+from quire.weights.formats.quantized import FILES, KEYS
 from quire.weights.formats.quantized.compressed_tensors import compressed_tensors
 from quire.weights.formats.quantized.patterns import ModulePatterns
 from quire.weights.formats.quantized.scheme import FP8_PER_TOKEN, Quantization, TensorScheme
 from quire.weights.json_file import read_json_object
 
-KEYS = ("quantization_config", "compression_config")
-"""Of config.json; the second is what compressed-tensors wrote first."""
 MAX_BYTES = 2**20
-_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
-"""Where tools have written it before it went into config.json, and the method that it is then."""
 _MAX_GROUP = 2**20
 
 _WITHOUT_EFFECT = frozenset(
@@ -45,7 +42,7 @@ def read_quantization(directory: Path, config: Mapping[str, Any]) -> Quantizatio
                 raise ModelFileError(f"config.json: {key} must be an object")
             default = "compressed-tensors" if key == "compression_config" else ""
             return _read(values, default, f"{key}.", "config.json")
-    for name, method in _FILES.items():
+    for name, method in FILES.items():
         if (directory / name).exists():
             values = read_json_object(directory / name, MAX_BYTES)
             where = "quantization." if isinstance(values.get("quantization"), dict) else ""
@@ -78,12 +75,8 @@ def _gptq(reader: ConfigReader, values: Mapping[str, Any], file: str) -> Quantiz
     rules = values.get("dynamic") or {}
     if dynamic is not None and any(not rule.startswith("-:") for rule in rules):
         raise reader.unsupported("dynamic", "one scheme for all quantised modules is held; `-:` rules leave some out")
-    _no_others(
-        reader,
-        values,
-        "bits group_size sym checkpoint_format format is_marlin_format mixed_precision pack_dtype"
-        " rotation dynamic method",
-    )
+    known = "bits group_size sym checkpoint_format format is_marlin_format mixed_precision pack_dtype rotation dynamic"
+    _no_others(reader, f"{known} method")
     scheme = TensorScheme(
         "gptq", "int", bits, *_strategy(reader, group), symmetric=symmetric, zero_offset=1 if version == "gptq" else 0
     )
@@ -100,7 +93,7 @@ def _awq(reader: ConfigReader, values: Mapping[str, Any], file: str) -> Quantiza
         if reader.text(name, "gemm").lower() != "gemm":
             raise reader.unsupported(name, "known is gemm")
     symmetric = not reader.boolean("zero_point", True)
-    _no_others(reader, values, "bits w_bit group_size q_group_size version format zero_point")
+    _no_others(reader, "bits w_bit group_size q_group_size version format zero_point")
     scheme = TensorScheme("awq", "int", bits, *_strategy(reader, group), symmetric=symmetric)
     return _same_for_all("awq", file, reader, values, scheme, ("modules_to_not_convert",))
 
@@ -113,23 +106,17 @@ def _fp8(reader: ConfigReader, values: Mapping[str, Any], file: str) -> Quantiza
     known = {"fmt": (None, "e4m3"), "scale_fmt": (None, "float", "ue8m0"), "expert_dtype": (None, "fp8")}
     for name, held in (known | {"dequantize": (None, False)}).items():
         _require(reader, values, name, held)
-    _no_others(reader, values, "weight_block_size activation_scheme dequantize " + " ".join(known))
+    _no_others(reader, "weight_block_size activation_scheme dequantize " + " ".join(known))
     dynamic = f"fp8, a scale for each {block[1]} inputs of a token" if block else FP8_PER_TOKEN
     words = dynamic if activations == "dynamic" else "fp8, a scale that the files state"
-    scheme = TensorScheme(
-        "plain",
-        "float",
-        8,
-        "block" if block else "tensor",
-        block=(block[0], block[1]) if block else None,
-        activations=words,
-    )
+    pair = (block[0], block[1]) if block else None
+    scheme = TensorScheme("plain", "float", 8, "block" if block else "tensor", block=pair, activations=words)
     return _same_for_all("fp8", file, reader, values, scheme, ("modules_to_not_convert", "ignored_layers"))
 
 
 def _fbgemm(reader: ConfigReader, values: Mapping[str, Any], file: str) -> Quantization:
     bound = reader.optional_number("activation_scale_ub")
-    _no_others(reader, values, "activation_scale_ub")
+    _no_others(reader, "activation_scale_ub")
     words = FP8_PER_TOKEN if bound is None else f"{FP8_PER_TOKEN} of at most {bound:g}"
     scheme = TensorScheme("plain", "float", 8, "channel", activations=words)
     return _same_for_all("fbgemm_fp8", file, reader, values, scheme, ("modules_to_not_convert",))
@@ -138,7 +125,7 @@ def _fbgemm(reader: ConfigReader, values: Mapping[str, Any], file: str) -> Quant
 def _modelopt(reader: ConfigReader, values: Mapping[str, Any], file: str) -> Quantization:
     if reader.text("quant_algo", "") != "FP8":
         raise reader.unsupported("quant_algo", "known is FP8")
-    _no_others(reader, values, "quant_algo")
+    _no_others(reader, "quant_algo")
     scheme = TensorScheme("plain", "float", 8, "tensor", activations="fp8, a scale that the files state")
     return _same_for_all("modelopt", file, reader, values, scheme, ("exclude_modules", "ignore"))
 
@@ -174,7 +161,7 @@ def _require(reader: ConfigReader, values: Mapping[str, Any], name: str, held: t
         raise reader.unsupported(name, "known are " + ", ".join(str(one) for one in held if one is not None))
 
 
-def _no_others(reader: ConfigReader, values: Mapping[str, Any], known: str) -> None:
+def _no_others(reader: ConfigReader, known: str) -> None:
     reader.refuse_keys_outside(frozenset(known.split()) | _WITHOUT_EFFECT | {"quant_method"})
 
 

@@ -153,14 +153,7 @@ def _packed(parts: Parts) -> QuantizedTensor:
     out, inputs = shape
     grid = _grid_by_rows(parts, out, inputs, "weight_scale")
 
-    def blocks() -> Iterator[Block]:
-        step = max(1, BLOCK_ELEMENTS // max(1, inputs))
-        for first in range(0, out, step):
-            last = min(out, first + step)
-            numbers = unpack_bits(parts.read("weight_packed", first, last - first), bits)[:, :inputs]
-            yield slice(first, last), slice(0, inputs), numbers
-
-    return parts.tensor((out, inputs), grid, blocks)
+    return _by_rows(parts, out, inputs, grid, lambda words: unpack_bits(words, bits)[:, :inputs])
 
 
 def _plain(parts: Parts) -> QuantizedTensor:
@@ -171,13 +164,20 @@ def _plain(parts: Parts) -> QuantizedTensor:
         raise parts.wrong("weight", f"has the shape {list(shape)}, which is no matrix")
     out, inputs = shape
     scale = "weight_scale_inv" if "weight_scale_inv" in parts.names else "weight_scale"
-    grid = _grid_by_rows(parts, out, inputs, scale)
+    return _by_rows(parts, out, inputs, _grid_by_rows(parts, out, inputs, scale), lambda stored: stored)
+
+
+def _by_rows(
+    parts: Parts, out: int, inputs: int, grid: Callable[[], Grid], numbers: Callable[[NDArray[Any]], NDArray[Any]]
+) -> QuantizedTensor:
+    """A matrix whose stored rows are its own; `numbers` makes `[rows, in]` of some of them."""
 
     def blocks() -> Iterator[Block]:
         step = max(1, BLOCK_ELEMENTS // max(1, inputs))
         for first in range(0, out, step):
             last = min(out, first + step)
-            yield slice(first, last), slice(0, inputs), parts.read("weight", first, last - first)
+            stored = parts.read(MARKS[parts.scheme.layout], first, last - first)
+            yield slice(first, last), slice(0, inputs), numbers(stored)
 
     return parts.tensor((out, inputs), grid, blocks)
 
