@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import jsonschema_rs
 import pytest
-from jsonschema import Draft202012Validator
 
 from quire import LLM, SamplingParams
 from quire.bench.workloads import WORKLOADS, longest
@@ -234,7 +234,7 @@ def test_bench_structured_counts_as_jsonschema_does(tmp_path: Path) -> None:
     """One schema that is held, one that is refused, and instances that are labelled falsely."""
     held = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     instances: list[tuple[Any, bool]] = [({"a": 12}, True), ({"a": "x"}, True), ({"a": 1}, False), ({}, False)]
-    judge = Draft202012Validator(held)
+    judge = jsonschema_rs.Draft202012Validator(held)
     (tmp_path / "held.json").write_text(
         json.dumps({"schema": held, "tests": [{"data": data, "valid": valid} for data, valid in instances]})
     )

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jsonschema
+import jsonschema_rs
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
@@ -222,7 +222,7 @@ def test_an_engine_s_answers_are_text_and_whole_parts(llm: LLM, is_free: bool) -
         parts = answer.text.split("<c>")[1:]
         assert parts or is_free
         for part in parts:
-            jsonschema.validate(json.loads(part.split("</c>")[0]), SCHEMA)
+            jsonschema_rs.validate(SCHEMA, json.loads(part.split("</c>")[0]))
             assert "</c>" in part
         num_parts += len(parts)
     assert num_parts > 4
