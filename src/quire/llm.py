@@ -149,18 +149,21 @@ class LLM(EngineFront):
         use_tqdm: bool,
         asked: Asked = NOTHING_ASKED,
     ) -> list[RequestOutput]:
-        """The one call that uses the engine."""
         self._refuse_own()
-        with self._lock:
-            try:
-                self._owner = threading.get_ident()
-                if self._is_closed:
-                    raise EngineDeadError("this LLM is closed")
-                requests, total = self._parse(_prompts_of(prompts), params, priority, asked)
-                # With priorities all must be there from the start.
-                return self._run(requests, total, None if priority else self._most_open, show_progress=use_tqdm)
-            finally:
-                self._owner = None
+        with self._lock:  # no `try` here: an interrupt at its line would leave the lock held
+            return self._alone(prompts, params, priority, use_tqdm, asked)
+
+    def _alone(self, prompts: Any, params: Any, priority: Any, use_tqdm: bool, asked: Asked) -> list[RequestOutput]:
+        """The one call that uses the engine."""
+        try:
+            self._owner = threading.get_ident()
+            if self._is_closed:
+                raise EngineDeadError("this LLM is closed")
+            requests, total = self._parse(_prompts_of(prompts), params, priority, asked)
+            # With priorities all must be there from the start.
+            return self._run(requests, total, None if priority else self._most_open, show_progress=use_tqdm)
+        finally:
+            self._owner = None
 
     def close(self) -> None:
         """Give back threads and memory, once a call in another thread has ended. The object cannot be used after."""
