@@ -55,7 +55,8 @@ class WeightPacker:
             shape = header.out_features, header.in_features
             require_field("out_features, in_features", shape, parameter.weight.shape)
             require_field("has_bias", header.has_bias, parameter.bias is not None)
-            require_field("gated", header.gated, parameter.kind == "gated_linear")
+            if header.provider == "cpu":  # the others pack a gate as any rows
+                require_field("gated", header.gated, parameter.kind == "gated_linear")
             return self.ops.map_packed(header, state.buffers)
         except ValueError as error:
             raise ModelFileError(f"{parameter.weight.tensors[0][0]} cannot be mapped: {error}") from error
