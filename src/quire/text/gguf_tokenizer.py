@@ -4,6 +4,7 @@ A header holds the vocabulary, the merges or scores, the kind of each token, and
 cut before merges (`tokenizer.ggml.pre`). The rules are llama.cpp's, in the spelling that the models' own files have.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,8 +124,7 @@ class _Header:
         self._name, self._values = name, values
         self.tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(self._texts("tokens"))]
         if len(set(self.tokens)) != len(self.tokens):
-            seen: set[str] = set()
-            twice = next(token for token in self.tokens if token in seen or seen.add(token))  # type: ignore[func-returns-value]
+            twice = Counter(self.tokens).most_common(1)[0][0]
             raise self.error("tokens", f"has {twice[:40]!r} twice")
         self.kinds: Sequence[int] = self.numbers("token_type") or [1] * len(self.tokens)
 

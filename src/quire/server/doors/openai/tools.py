@@ -21,17 +21,16 @@ def tools_of(conversation: Conversation) -> tuple[list[dict[str, Any]], tuple[To
 
 
 def check_tools(conversation: Conversation, limits: Limits) -> None:
-    """Refuse tools that are too large, or that are none.
+    """Refuse tools that are too large; what they hold is read where it is needed.
 
     Raises:
-        ApiError, InvalidRequestError: naming the place.
+        ApiError: naming the limit.
     """
     if not conversation.tools:
         return
     size = len(msgspec.json.encode(conversation.tools))
     if size > limits.tool_characters.value:
         raise limits.tool_characters.error(f"{size:,}")
-    tools_of(conversation)
 
 
 def asked_of(body: ChatBody) -> Asked:

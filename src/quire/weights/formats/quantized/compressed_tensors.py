@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast, get_args
 
 from quire.errors import ModelFileError
 from quire.models.hf_config import ConfigReader
@@ -13,6 +13,7 @@ from quire.weights.formats.quantized.scheme import (
     INT8_PER_TOKEN,
     Layout,
     Quantization,
+    Strategy,
     TensorScheme,
 )
 from quire.weights.json_file import printable
@@ -104,7 +105,7 @@ def _scheme(weights: ConfigReader, layout: Layout, activations: str) -> TensorSc
     group = weights.integer("group_size", -1, at_least=-1)
     stated = weights.text("strategy", "group" if group > 0 else "channel" if weights.has("group_size") else "tensor")
     block = weights.sizes("block_structure") if weights.has("block_structure") else None
-    if stated not in ("tensor", "channel", "group", "block"):
+    if stated not in get_args(Strategy):
         raise weights.unsupported("strategy", "known are tensor, channel, group and block")
     if (stated == "group") != (group > 0):
         raise weights.unsupported("group_size", f"the strategy is {stated}")
@@ -114,7 +115,7 @@ def _scheme(weights: ConfigReader, layout: Layout, activations: str) -> TensorSc
         layout,
         "float" if kind == "float" else "int",
         bits,
-        stated,  # type: ignore[arg-type]
+        cast(Strategy, stated),
         group if group > 0 else None,
         None if block is None else (block[0], block[1]),
         weights.boolean("symmetric", True),

@@ -7,6 +7,7 @@ from typing import Literal
 Layout = Literal["gptq", "awq", "packed", "plain"]
 """How the numbers lie: `gptq` in words of 32 bits along the inputs of `[in, out]`, `awq` along its outputs, `packed`
 along the inputs of `[out, in]` (compressed-tensors), `plain` one number for each element."""
+Strategy = Literal["tensor", "channel", "group", "block"]  # what shares a scale
 
 AS_FLOAT = "none"
 INT8_PER_TOKEN = "int8, a scale for each token"
@@ -20,7 +21,7 @@ class TensorScheme:
     layout: Layout
     kind: Literal["int", "float"]
     bits: int
-    strategy: Literal["tensor", "channel", "group", "block"]
+    strategy: Strategy
     """What shares a scale: the tensor, a row of `[out, in]`, a group of a row's inputs, or a block of both."""
     group_size: int | None = None
     """Inputs in a group."""
