@@ -119,8 +119,8 @@ def _cost(options: argparse.Namespace, name: str | None) -> "ModelCost":
         quantization_group_size=options.quantization_group_size,
     )
     directory = find_model(args)
-    args, _ = as_built(args, directory)
     config = read_model_config(directory)
+    args, _ = as_built(args, config.manifest)
     dtype: Any = config.dtype or "bfloat16" if args.dtype == "auto" else args.dtype
     ops, _ = select_ops("cpu", 1)
     scheme = select_scheme(args.quantization, args.quantization_group_size)

@@ -50,6 +50,7 @@ from quire.sampling.features.penalties import Penalties
 from quire.weights.formats.gguf_names import is_gguf, part_paths
 from quire.weights.load import load_model, read_model_config
 from quire.weights.loading_bar import LoadingBar
+from quire.weights.source import ModelConfig
 
 SMALL_MODEL_BYTES = 512 << 20
 """Of weights in 4 bits, some 900 million: below it they cost a model much."""
@@ -74,15 +75,18 @@ class CoreParts:
         return self.core_type(self.scheduler, executor or self.executor, time.monotonic, self.verifier)
 
 
-def compose_core(args: EngineArgs, path: Path) -> CoreParts:
+def compose_core(args: EngineArgs, path: Path, config: ModelConfig | None = None) -> CoreParts:
     """Load the model of a directory or a GGUF file, and size everything.
+
+    Args:
+        config: what `read_model_config` says, if it was read.
 
     Raises:
         ConfigurationError: naming the argument or the file at fault.
     """
-    args, built = as_built(args, path)
+    config = config or read_model_config(path)
+    args, built = as_built(args, config.manifest)
     ops, decisions = select_ops(args.device, args.threads, args.batch_invariant)
-    config = read_model_config(path)
     spec = config.spec
     model_len = resolve_model_len(args, spec.max_position_embeddings)
     fingerprint = _fingerprint(path)

@@ -88,9 +88,13 @@ def _start_core(args: EngineArgs, path: Path) -> "SupervisedChannel":
 def _compose_here(args: EngineArgs, path: Path) -> ServedEngine:
     # Not above: it brings numpy and the operations, which the side that knows text can do without.
     from quire.compose.core import compose_core
+    from quire.weights.load import read_model_config
 
-    parts = compose_core(args, path)
-    return _served(args, compose_text(args, path), LocalChannel(parts.core(), args.release_idle_memory), parts.info)
+    config = read_model_config(path)
+    parts = compose_core(args, path, config)
+    return _served(
+        args, compose_text(args, path, config.gguf), LocalChannel(parts.core(), args.release_idle_memory), parts.info
+    )
 
 
 def _compose_apart(args: EngineArgs, path: Path, channel: "SupervisedChannel") -> ServedEngine:

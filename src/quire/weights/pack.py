@@ -59,7 +59,10 @@ class WeightPacker:
                 require_field("gated", header.gated, parameter.kind == "gated_linear")
             return self.ops.map_packed(header, state.buffers)
         except ValueError as error:
-            raise ModelFileError(f"{parameter.weight.tensors[0][0]} cannot be mapped: {error}") from error
+            text = f"{parameter.weight.tensors[0][0]} cannot be mapped: {error}"
+            if "layout is" in str(error):
+                text += "; quire build ENGINE --repack -o DIR makes an engine of it for this machine"
+            raise ModelFileError(text) from error
 
     def num_bytes(self, parameter: Parameter, given: QuantSpec | None = None) -> int:
         """Bytes of a parameter once packed: a matrix as stored, vectors in float32. Padding is not counted.
