@@ -105,8 +105,8 @@ def build_engine(
         raise ConfigurationError(_NO_ENGINE if recipe.repack else _ENGINE, field="repack" if recipe.repack else "model")
     if os.path.lexists(recipe.output):
         raise ConfigurationError(f"output: {recipe.output.name} is there already: remove it, or name another place", field="output")
-    with _workplace(recipe.output) as place:
-        try:
+    try:
+        with _workplace(recipe.output) as place:
             manifest = _written(recipe, target, place, progress)
             write_manifest(manifest, place)
             if target.runs_here:
@@ -115,10 +115,10 @@ def build_engine(
             (place / BUILDING).unlink()
             _sync(place)
             place.rename(recipe.output)
-        except OSError as error:
-            reason = (error.strerror or type(error).__name__).lower()
-            raise ConfigurationError(f"output: the engine cannot be written: {reason}", field="output") from error
-    _sync(recipe.output.parent)
+        _sync(recipe.output.parent)
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise ConfigurationError(f"output: the engine cannot be written: {reason}", field="output") from error
     return manifest
 
 
@@ -139,27 +139,37 @@ def _merged(before: list[Golden], now: list[Golden]) -> list[Golden]:
 def _workplace(output: Path) -> Iterator[Path]:
     """An empty folder beside `output` that is this build's alone; gone at the end, if it is still there."""
     place = output.parent / f".{output.name}.building"
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        lock = os.open(place, os.O_RDONLY)
-    except OSError as error:
-        reason = (error.strerror or type(error).__name__).lower()
-        raise ConfigurationError(f"output: {output.name} cannot be made: {reason}", field="output") from error
+    place.mkdir(parents=True, exist_ok=True)
+    lock = os.open(place, os.O_RDONLY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigurationError(f"output: another build is writing {output.name}", field="output") from error
-        for left in place.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        (place / BUILDING).write_text(str(os.getpid()))
+            raise _busy(output) from error
+        if not _is_at(lock, place):  # it ended between the two, and the folder is an engine now, or gone
+            raise _busy(output)
         try:
+            for left in place.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            (place / BUILDING).write_text(str(os.getpid()))
             yield place
         finally:
-            if place.exists() and os.path.samestat(os.fstat(lock), place.stat()):
+            if _is_at(lock, place):
                 shutil.rmtree(place, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def _busy(output: Path) -> ConfigurationError:
+    return ConfigurationError(f"output: another build is writing {output.name}", field="output")
+
+
+def _is_at(descriptor: int, place: Path) -> bool:
+    """Whether the folder that was opened is the one there now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), place.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _written(recipe: Recipe, target: Target, place: Path, progress: Progress | None) -> Manifest:
