@@ -56,6 +56,11 @@ class WeightPlan:
         """What has been decided about a quantised checkpoint, once it has been read."""
         return [] if self.quantized is None else self.quantized.decisions()
 
+    @property
+    def given(self) -> Mapping[str, QuantSpec | None]:
+        """By parameter, what the source holds it as, as far as it says before it is read; None: values."""
+        return {name: self._given(name, one) for name, one in self.parameters.items()}
+
     def _given(self, name: str, parameter: Parameter) -> QuantSpec | None:
         """What the source has quantised a matrix to, or its engine was packed with."""
         if self.quantized is not None:
