@@ -35,6 +35,8 @@ VERBS = {
     "verify": "check an engine directory: every byte, then its golden prompts",
     "inspect": "say what is inside a model or an engine directory, without loading it",
     "explain": "say where the time of a request to a running server went",
+    "replay": "play a recording of the scheduler again, and compare its plans",
+    "simulate": "say what other settings, or other memory, would have made of a recording",
     "bench": "measure speed",
     "doctor": "say what this machine and installation offer",
     "completion": "print what a shell completes: bash, zsh or fish",
