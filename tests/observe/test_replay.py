@@ -125,6 +125,17 @@ def test_no_token_and_no_name_is_in_a_recording(tmp_path: Path) -> None:
     assert len(grains[0]) == 5 and not {*grains[0]} & {*grains[1]}, "each recording has a key of its own"
 
 
+def test_equal_blocks_after_other_beginnings_look_different(tmp_path: Path) -> None:
+    config = Harness(num_blocks=64).scheduler.config
+    path = tmp_path / "recording"
+    scheduler = RecordedScheduler(str(path), config, make_policy("fcfs"), PrefixCache(bytes(32)))
+    for number, first in enumerate((1, 2, 1)):
+        scheduler.add(NewRequest(str(number), (first, 0, 0, 0, 5, 6, 7, 8), 4, SamplingSpec()))
+    scheduler._file.flush()
+    one, other, again = (event[3] for event in map(json.loads, path.read_text().splitlines()) if event[0] == "add")
+    assert one == again and one[0] != other[0] and one[1] != other[1]
+
+
 def test_a_core_that_follows_goes_on_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "recording"
     plans = sum(storm(path, seed).num_steps for seed in (1, 2))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from quire.cli.main import main
+from quire.core.plan import ScheduledRow
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import PrefixCache
 from quire.core.request import NewRequest, SamplingSpec
@@ -19,7 +20,7 @@ from quire.observe.recording import RecordedScheduler
 from quire.observe.replay import Session, read
 from quire.observe.reservations import reserved_tokens, simulate_reserved
 from quire.observe.simulate import arrivals, percentile, recorded, simulate
-from quire.observe.step_cost import StepCost, fit
+from quire.observe.step_cost import StepCost, features, fit
 from tests.core.harness import Harness
 
 COST = StepCost(fixed=0.004, token=0.0003, row=0.0001, context=2e-6)
@@ -136,6 +137,24 @@ def test_every_scheme_gives_every_request_all_its_tokens() -> None:
     for batching in ("static", "continuous"):
         found = simulate_reserved(CONFIG, requests, A100, "reserve-pow2", batching)
         assert [found.times[one.number].num_output for one in requests] == [one.num_output for one in requests]
+
+
+def test_a_static_batch_computes_what_has_ended_along_with_the_rest() -> None:
+    """The requests need 10 and 100 steps: all 100 steps have two rows, the first of them the prompts."""
+    requests = made_up(SHAREGPT, 2, math.inf, 2048)
+    for one, num_output in zip(requests, (10, 100), strict=True):
+        one.prompt, one.num_output = 20, num_output
+    cost = StepCost(fixed=0.0, token=1.0)
+    found = simulate_reserved(CONFIG, requests, cost, "reserve-oracle", "static")
+    assert found.duration_s == 40 + 99 * 2 and found.num_steps == 100
+    found = simulate_reserved(CONFIG, requests, cost, "reserve-oracle", "continuous")
+    assert found.duration_s == 40 + 9 * 2 + 90 and found.num_steps == 100
+
+
+def test_attention_looks_at_every_token_up_to_its_own() -> None:
+    """Tokens 10 to 13 look at 11 to 14; a lone first token at itself."""
+    assert features([ScheduledRow(0, 10, 4, (), True)]) == (1, 4, 1, 11 + 12 + 13 + 14)
+    assert features([ScheduledRow(0, 0, 1, (), False)]) == (1, 1, 0, 1)
 
 
 def test_reserved_lengths() -> None:

@@ -56,8 +56,8 @@ class RecordingFile:
     def __init__(self, path: str) -> None:
         self._flushed_s = 0.0
         try:
-            # Appended to: a core that follows one that died goes on in the same file.
-            self._file: BinaryIO | None = Path(path).open("ab")  # noqa: SIM115 -- open as long as the core is
+            # Open as long as the core is, and appended to: a core that follows one that died goes on in the same file.
+            self._file: BinaryIO | None = Path(path).open("ab")  # noqa: SIM115
         except OSError as error:
             raise ConfigurationError(
                 f"record: {path} cannot be written ({os.strerror(error.errno or 0)})", field="record"
