@@ -34,6 +34,7 @@ VERBS = {
     "build": "quantise and pack a model ahead of time, into an engine directory",
     "verify": "check an engine directory: every byte, then its golden prompts",
     "inspect": "say what is inside a model or an engine directory, without loading it",
+    "top": "show what a running server does, as it does it",
     "explain": "say where the time of a request to a running server went",
     "replay": "play a recording of the scheduler again, and compare its plans",
     "simulate": "say what other settings, or other memory, would have made of a recording",

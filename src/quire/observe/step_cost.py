@@ -17,6 +17,8 @@ from quire.observe.replay import Session
 
 LEAST_STEPS = 8
 """To fit a line to."""
+Sample = tuple[tuple[float, ...], float]
+"""Features of a step, and its seconds."""
 _SOFTENING = 1e-9
 ROUNDS = 4
 
@@ -56,17 +58,26 @@ def fit(sessions: Sequence[Session]) -> tuple[StepCost, float]:
     if len(samples) < LEAST_STEPS:
         text = f"has {len(samples)} steps with a known time; a cost is fitted to {LEAST_STEPS} or more"
         raise ConfigurationError(f"the recording {text}", field="recording")
-    # The slowest are those in which the machine did something else.
-    usual = statistics.median(seconds / sum(parts[:2]) for parts, seconds in samples)
-    kept = [one for one in samples if one[1] / sum(one[0][:2]) < 20 * usual]
-    cost = StepCost(*_least_squares(kept))
+    kept = _usual(samples)
+    cost = line_through(kept)
     errors = [
         abs(cost.fixed * p[0] + cost.token * p[1] + cost.row * p[2] + cost.context * p[3] - s) / s for p, s in kept
     ]
     return cost, statistics.median(errors)
 
 
-def _samples(session: Session) -> list[tuple[tuple[float, ...], float]]:
+def line_through(samples: Sequence[Sample]) -> StepCost:
+    """The cost of steps, of which some are known."""
+    return StepCost(*_least_squares(_usual(samples)))
+
+
+def _usual(samples: Sequence[Sample]) -> list[Sample]:
+    """Without the slowest, in which the machine did something else."""
+    usual = statistics.median(seconds / sum(parts[:2]) for parts, seconds in samples)
+    return [one for one in samples if one[1] / sum(one[0][:2]) <= 20 * usual]
+
+
+def _samples(session: Session) -> list[Sample]:
     """Of each step, its features and the seconds until the next one could begin."""
     found: list[tuple[tuple[float, ...], float]] = []
     begun: dict[int, tuple[float, tuple[float, ...]]] = {}
@@ -97,7 +108,7 @@ def _samples(session: Session) -> list[tuple[tuple[float, ...], float]]:
     return [(parts, seconds) for parts, seconds in found if seconds > 0]
 
 
-def _least_squares(samples: Sequence[tuple[tuple[float, ...], float]]) -> list[float]:
+def _least_squares(samples: Sequence[Sample]) -> list[float]:
     """Coefficients that are not negative. Each step counts by the inverse of what it should take: the sum of all is
     then right, whatever delays some."""
     coefficients = [0.0] * 4
@@ -108,7 +119,7 @@ def _least_squares(samples: Sequence[tuple[tuple[float, ...], float]]) -> list[f
     return coefficients
 
 
-def _weighted(samples: Sequence[tuple[tuple[float, ...], float]], weights: Sequence[float]) -> list[float]:
+def _weighted(samples: Sequence[Sample], weights: Sequence[float]) -> list[float]:
     used = [column for column in range(4) if any(parts[column] for parts, _ in samples)]
     while True:
         scales = {c: max(parts[c] / weight for (parts, _), weight in zip(samples, weights, strict=True)) for c in used}
