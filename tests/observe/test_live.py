@@ -116,6 +116,16 @@ def test_ended_requests_are_bounded_and_keep_no_blocks() -> None:
     assert all(not item["blocks"] and item["state"] == "length" for item in frame["ended"])
 
 
+def test_the_last_block_is_remembered_where_it_is_full_alone() -> None:
+    watched = Watched(num_blocks=16, block_size=4, max_model_len=16)
+    for name, prompt in (("five", (1, 2, 3, 4, 5)), ("eight", tuple(range(10, 18)))):
+        new = NewRequest(name, prompt, 1, SamplingSpec())
+        watched.scheduler.add(new)
+        watched.view.add(new, name, 0)
+    watched.watch()
+    assert len(watched.view.frame(-1)["cached"]) == 1 + 2
+
+
 def test_rates_and_percentiles() -> None:
     view = LiveView()
     view.add(replace(NewRequest("r", (1,), 9, SamplingSpec())), "r", 0)
