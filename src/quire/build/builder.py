@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 
+from quire.build.calibrate.treat import Treatment, treated_plan
 from quire.errors import ConfigurationError, ModelFileError
 from quire.models.parameters import Parameter
 from quire.ops.packed import ALIGNMENT
@@ -44,6 +45,8 @@ COPIED = ("*.json", "*.jinja")
 """Of the model's own files: configuration, tokenizer, chat template."""
 NOT_COPIED = ("*.safetensors.index.json",)
 READ_BYTES = 2**20
+CALIBRATED = "calibrated"
+"""A folder of the workplace, gone before the engine is one."""
 MARGIN = 1.02
 """Of the estimate of the size: padding, manifest, tokenizer."""
 
@@ -74,6 +77,8 @@ class Recipe:
     dtype: str = "auto"
     quantization: str | None = None
     scheme: Scheme | None = None
+    treatment: Treatment | None = None
+    """What else is to be made of the matrices than the scheme says of all."""
 
 
 def build_engine(
@@ -143,12 +148,15 @@ def _written(recipe: Recipe, target: Target, place: Path, progress: Progress | N
     source_files = [*sorted(recipe.directory.glob("*.safetensors")), *_own_files(recipe.directory)]
     with open_source(recipe.directory, config) as opened:
         plan = plan_weights(config, opened, target.ops, recipe.dtype, recipe.scheme)
+        if recipe.treatment is not None:
+            plan = treated_plan(plan, target.ops, recipe.treatment, place / CALIBRATED)
         _check_disk(place, plan)
         with (place / WEIGHTS).open("wb") as file:
             writer = _Writer(file)
             parameters = _pack_all(plan, writer, progress)
             file.flush()
             os.fsync(file.fileno())
+        shutil.rmtree(place / CALIBRATED, ignore_errors=True)
         used = {name for one in plan.parameters.values() for array in one.arrays for name, _ in array.tensors}
         tensors = {
             name: (list(info.shape), "F32" if name in parameters else info.format)

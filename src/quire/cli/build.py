@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import quire
-from quire.cli import banner, engines, model_path
+from quire.cli import banner, calibration, engines, model_path
 from quire.cli.arguments import EMBEDDED_NAME, model_argument
 from quire.config import DTYPES, GROUP_SIZES, QUANTIZATIONS, EngineArgs
 from quire.errors import ConfigurationError, InvalidRequestError
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   quire build DIR -o ENGINE --quantization int4
+  quire build DIR -o ENGINE --quantization int4 --calibrate --bits 5
   quire build HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2-int8 --quantization int8
   quire serve ENGINE
 
@@ -41,6 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="left out: the weights are not quantised")
     text = f"weights that share a scale with int4: {', '.join(map(str, GROUP_SIZES))} (default: 64)"
     parser.add_argument("--quantization-group-size", type=int, choices=GROUP_SIZES, metavar="N", help=text)
+    calibration.add(parser)
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of weights that are not quantised, and the cache"
     )
@@ -60,19 +62,22 @@ def run(options: argparse.Namespace) -> int:
     begun_s = time.perf_counter()
     name = model_argument(options.model)
     model_path.check(name)
+    calibration.check(options)
     args = EngineArgs(model=name, quantization=options.quantization, revision=options.revision, dtype=options.dtype)
     with _forced(options.target):
         target = _target(options.target)
         scheme = select_scheme(args.quantization, options.quantization_group_size)
         check_scheme(scheme, target.ops)
+        directory = find_model(args)
         recipe = Recipe(
             model=options.model,
-            directory=find_model(args),
+            directory=directory,
             output=options.output,
             version=quire.__version__,
             dtype=args.dtype,
             quantization=args.quantization,
             scheme=scheme,
+            treatment=calibration.treatment(options, directory),
         )
         with LoadingBar("Packing weights") as bar:
             manifest = build_engine(recipe, target, golden_answers, bar.show)

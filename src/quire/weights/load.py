@@ -21,11 +21,10 @@ from quire.weights.formats.quantized import KEYS, states_quantization
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
 from quire.weights.pack import WeightPacker
-from quire.weights.source import ModelConfig, TensorInfo, WeightSource
+from quire.weights.source import DecidedSource, ModelConfig, TensorInfo, WeightSource
 
 if TYPE_CHECKING:
     from quire.weights.formats.gguf import GgufWeights
-    from quire.weights.formats.quantized.source import QuantizedWeights
 
 MAX_CONFIG_BYTES = 4 * 2**20
 
@@ -43,8 +42,8 @@ class WeightPlan:
     packer: WeightPacker
     source: WeightSource
     """What the parameters are read from: the one that was opened, or what unpacks it."""
-    quantized: "QuantizedWeights | None" = None
-    """The same, of a quantised checkpoint."""
+    quantized: DecidedSource | None = None
+    """The same, where each matrix has a format of its own: of a quantised checkpoint, or of a calibration."""
 
     @property
     def num_bytes(self) -> int:
@@ -53,7 +52,7 @@ class WeightPlan:
 
     @property
     def decisions(self) -> list[Decision]:
-        """What has been decided about a quantised checkpoint, once it has been read."""
+        """What has been decided about the matrices of `quantized`, once they have been read."""
         return [] if self.quantized is None else self.quantized.decisions()
 
     def _given(self, name: str, parameter: Parameter) -> QuantSpec | None:
