@@ -1,4 +1,4 @@
-"""The flags of `quire build` that say more of the weights than one format for all: calibration, a budget of bits, what is kept."""
+"""Flags of `quire build` that say more of the weights than one format for all: calibration, a budget, what is kept."""
 
 import argparse
 from pathlib import Path
@@ -18,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """The flags."""
     text = "quantise by GPTQ on the inputs that a text gives each matrix: FILE, UTF-8, or the packaged text without one"
     parser.add_argument("--calibrate", nargs="?", const=PACKAGED, metavar="FILE", help=text)
-    text = "with --calibrate and int4: bits of a weight of the linear layers, on average, shared by measured loss (4.5 ...)"
+    text = "with --calibrate and int4: bits of a weight of the linear layers, on average, shared by measured loss"
     parser.add_argument("--bits", type=float, metavar="B", help=text)
     text = "tensors or modules that stay in --dtype: names in which * stands for anything ('*.o_proj', lm_head)"
     parser.add_argument("--keep", nargs="+", default=[], metavar="PATTERN", help=text)
@@ -39,7 +39,9 @@ def check(options: argparse.Namespace) -> None:
     if not 0 < bits <= MAX_BITS:
         raise ConfigurationError(f"bits must be above 0 and at most {MAX_BITS:g}, got {bits:g}", field="bits")
     if options.calibrate is None or options.quantization != "int4":
-        raise ConfigurationError("bits are shared by measured loss: say --quantization int4 --calibrate too", field="bits")
+        raise ConfigurationError(
+            "bits are shared by measured loss: say --quantization int4 --calibrate too", field="bits"
+        )
 
 
 def treatment(options: argparse.Namespace, directory: Path) -> "Treatment | None":

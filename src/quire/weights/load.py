@@ -48,12 +48,18 @@ class WeightPlan:
     @property
     def num_bytes(self) -> int:
         """Of all parameters once packed. Matrices of a quantised checkpoint count as unpacked until they are read."""
-        return sum(self.packer.num_bytes(one, self._given(name, one)) for name, one in self.parameters.items())
+        return sum(self._num_bytes(name, one) for name, one in self.parameters.items())
 
     @property
     def decisions(self) -> list[Decision]:
         """What has been decided about the matrices of `quantized`, once they have been read."""
         return [] if self.quantized is None else self.quantized.decisions()
+
+    def _num_bytes(self, name: str, parameter: Parameter) -> int:
+        state = self.source.packed(name)
+        is_kept = state is not None and state.header.format in get_args(WeightDtype)
+        packer = replace(self.packer, scheme=None) if is_kept else self.packer
+        return packer.num_bytes(parameter, self._given(name, parameter))
 
     def _given(self, name: str, parameter: Parameter) -> QuantSpec | None:
         """What the source has quantised a matrix to, or its engine was packed with."""

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from quire.build.calibrate.chosen import ChosenWeights
 from quire.build.calibrate.links import Link, input_link
 from quire.build.calibrate.walk import LINEAR, WalkOps, walk
-from quire.ops.types import Activation, Array, Provider, QuantSpec
+from quire.errors import ModelFileError
+from quire.ops.types import Activation, Array, Provider, QuantizedWeight, QuantSpec
 from quire.quant.calibrate.gptq import gptq
 from quire.quant.calibrate.smooth import channel_scales
 from quire.weights.load import Progress
@@ -40,7 +41,7 @@ class Calibrator:
         """Walk once over the contexts.
 
         Raises:
-            ValueError: a weight or an activation is not finite; it names the matrix.
+            ModelFileError: a weight or an activation is not finite; it names the tensors.
         """
         plan = self._plan
         weights = {
@@ -56,16 +57,23 @@ class Calibrator:
         weight: Any = np.asarray(plan.source.matrix(parameter.weight))
         if treatment.quant is not None:
             weight = weight.astype(np.float32)
-            scales = self._scale_channels(name, x, weight, treatment.quant)
-            if scales is not None:
-                x, weight = x / scales, weight * scales
-            weight = self._quantized(name, x, weight, treatment.quant)
+            try:
+                x, weight = self._calibrated(name, x, weight, treatment.quant)
+            except ValueError as error:
+                tensors = ", ".join(tensor for tensor, _ in parameter.weight.tensors)
+                raise ModelFileError(f"{tensors} cannot be calibrated: {error}") from error
         self._done_bytes += plan.source.size_bytes(parameter)
         if self._progress is not None:
             self._progress(self._done_bytes, self._all_bytes)
         if kind is None:
             return provider.linear(x, provider.pack_linear(weight, bias, plan.packer.dtype))
         return provider.gated_linear(x, provider.pack_gated(weight, bias, plan.packer.dtype), kind)
+
+    def _calibrated(self, name: str, x: Floats, weight: Floats, quant: QuantSpec) -> tuple[Floats, QuantizedWeight]:
+        scales = self._scale_channels(name, x, weight, quant)
+        if scales is not None:
+            x, weight = x / scales, weight * scales
+        return x, self._quantized(name, x, weight, quant)
 
     def _scale_channels(self, name: str, x: Floats, weight: Floats, quant: QuantSpec) -> Floats | None:
         """The scales of the inputs that leave the least error, noted where they come from and where they go; None without."""
@@ -97,12 +105,9 @@ class Calibrator:
         outputs[link.outputs] = scales
         self._chosen.matrices[link.source].output_scales = outputs
 
-    def _quantized(self, name: str, x: Floats, weight: Floats, quant: QuantSpec) -> Any:
-        try:
-            found = gptq(weight, self._hessian(x), quant, self._product)
-            nearest = self._provider.quantize(weight, quant)
-        except ValueError as error:
-            raise ValueError(f"{name} cannot be calibrated: {error}") from error
+    def _quantized(self, name: str, x: Floats, weight: Floats, quant: QuantSpec) -> QuantizedWeight:
+        found = gptq(weight, self._hessian(x), quant, self._product)
+        nearest = self._provider.quantize(weight, quant)
         self._chosen.keep(name, found)
         sample = x[:: max(1, len(x) // SAMPLE)]
         exact = self._product(sample, weight)

@@ -1,4 +1,4 @@
-"""One walk of the decoder over whole contexts, in which weights are names: whoever walks says what each is when the walk meets
+"""One walk of the decoder over whole contexts, in which weights are names: a function says what each is when the walk meets
 it. So one layer's weights are in memory at a time, and the decoder is the one that serves.
 
 The walk is the decoder's own `forward` with `WalkOps` for operations; a cache of one layer is all that it needs, since each

@@ -1,8 +1,8 @@
-"""GPTQ (arXiv 2210.17323): inputs of a weight are rounded one after another, and those still to come make up for the error,
-as far as the inputs of the calibration let them.
+"""GPTQ (arXiv 2210.17323): inputs of a weight are rounded one after another, and those still to come make up for the
+error, as far as the inputs of the calibration let them.
 
-With H the Hessian `x^T x` of the inputs and `H = U U^T`, the error of a row is `||(w - q) U||^2`. Of its terms the k-th is
-`U_kk (w_k - q_k) + sum_(i < k) U_ik (w_i - q_i)`: so each weight is rounded from where that term is zero.
+With H the Hessian `x^T x` of the inputs and `H = U U^T`, the error of a row is `||(w - q) U||^2`. Of its terms the
+k-th is `U_kk (w_k - q_k) + sum_(i < k) U_ik (w_i - q_i)`: so each weight is rounded from where that term is zero.
 """
 
 from typing import Any
