@@ -262,8 +262,8 @@ def test_a_model_without_a_tokenizer(
 ) -> None:
     bare = Path(shutil.copytree(tiny, tmp_path / "bare"))
     (bare / "tokenizer.json").unlink()
-    assert main(["build", str(bare), "-o", str(tmp_path / "engine"), "--quantization", "int4", "--calibrate"]) == 1
-    assert "tokenizer.json is missing" in capsys.readouterr().err
+    assert main(["build", str(bare), "-o", str(tmp_path / "engine"), "--quantization", "int4", "--calibrate"]) == 2
+    assert "calibrate: the model has no tokenizer to read a text with" in capsys.readouterr().err
 
 
 def test_a_weight_that_is_not_finite_is_named(

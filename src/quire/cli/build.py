@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
             dtype=args.dtype,
             quantization=args.quantization,
             scheme=scheme,
-            treatment=calibration.treatment(options, directory),
+            treatment=calibration.treatment(options, args, directory),
         )
         with LoadingBar("Packing weights") as bar:
             manifest = build_engine(recipe, target, golden_answers, bar.show)

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from quire.config import EngineArgs
 from quire.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def check(options: argparse.Namespace) -> None:
         )
 
 
-def treatment(options: argparse.Namespace, directory: Path) -> "Treatment | None":
-    """What is asked for of the model in `directory`; None where nothing is.
+def treatment(options: argparse.Namespace, args: EngineArgs, path: Path) -> "Treatment | None":
+    """What is asked for of the model at `path`; None where nothing is.
 
     Raises:
         ConfigurationError: the text cannot be used, or the model has no tokenizer.
@@ -57,11 +58,14 @@ def treatment(options: argparse.Namespace, directory: Path) -> "Treatment | None
     from quire.build.calibrate.treat import Treatment
 
     contexts = None
-    if options.calibrate is not None and directory.is_dir():
-        from quire.text.tokenizer import Tokenizer
+    if options.calibrate is not None:
+        from quire.compose.text import compose_text
         from quire.weights.load import read_model_config
 
-        longest = read_model_config(directory).spec.max_position_embeddings
-        path = FILE if options.calibrate == PACKAGED else Path(options.calibrate)
-        contexts = read_contexts(path, Tokenizer.from_directory(directory).encode, longest)
+        longest = read_model_config(path).spec.max_position_embeddings
+        tokenizer = compose_text(args, path).tokenizer
+        if tokenizer is None:
+            raise ConfigurationError("calibrate: the model has no tokenizer to read a text with", field="calibrate")
+        file = FILE if options.calibrate == PACKAGED else Path(options.calibrate)
+        contexts = read_contexts(file, tokenizer.encode, longest)
     return Treatment(contexts, options.bits, options.keep, options.quantization_group_size)
