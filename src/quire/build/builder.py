@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import msgspec
 import numpy as np
 
+from quire.build.calibrate.treat import Treatment, treated_plan
 from quire.errors import ConfigurationError, ModelFileError
 from quire.models.parameters import Parameter
 from quire.ops.cpu_layouts import BfloatLayout, relayout
@@ -48,6 +49,8 @@ COPIED = ("*.json", "*.jinja")
 """Of the model's own files: configuration, tokenizer, chat template; of a GGUF file its header."""
 NOT_COPIED = ("*.safetensors.index.json",)
 READ_BYTES = 2**20
+CALIBRATED = "calibrated"
+"""A folder of the workplace, gone before the engine is one."""
 MARGIN = 1.02
 """Of the estimate of the size: padding, manifest, tokenizer."""
 
@@ -85,6 +88,8 @@ class Recipe:
     scheme: Scheme | None = None
     repack: bool = False
     """The model is an engine: its weights as they are, in the target's layout."""
+    treatment: Treatment | None = None
+    """What else is to be made of the matrices than the scheme says of all."""
 
 
 def build_engine(
@@ -176,21 +181,24 @@ def _written(recipe: Recipe, target: Target, place: Path, progress: Progress | N
     config = read_model_config(recipe.directory)
     with open_source(recipe.directory, config) as opened:
         plan = plan_weights(config, opened, target.ops, _dtype(recipe, config), recipe.scheme)
+        if recipe.treatment is not None:
+            plan = treated_plan(plan, target.ops, recipe.treatment, place / CALIBRATED)
         _check_disk(place, plan)
         with (place / WEIGHTS).open("wb") as file:
             writer = _Writer(file)
             parameters = _pack_all(plan, target, writer, progress)
             file.flush()
             os.fsync(file.fileno())
+        shutil.rmtree(place / CALIBRATED, ignore_errors=True)
+        used = {name for one in plan.parameters.values() for array in one.arrays for name, _ in array.tensors}
+        tensors = {
+            name: (list(info.shape), "F32" if name in parameters else info.format)
+            for name, info in plan.source.tensors.items()
+            if name in used
+        }
     files = {WEIGHTS: FileRecord(writer.size, writer.sha256), **_copied(recipe.directory, config, place)}
     if config.manifest is not None:
         return _repacked(config.manifest, target, parameters, files, recipe)
-    used = {name for one in plan.parameters.values() for array in one.arrays for name, _ in array.tensors}
-    tensors = {
-        name: (list(info.shape), "F32" if name in parameters else info.format)
-        for name, info in plan.source.tensors.items()
-        if name in used
-    }
     return Manifest(
         schema=SCHEMA,
         quire_version=recipe.version,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import quire
-from quire.cli import banner, engines, model_path, target
+from quire.cli import banner, calibration, engines, model_path, target
 from quire.cli.arguments import EMBEDDED_NAME, model_argument
 from quire.config import DTYPES, GROUP_SIZES, QUANTIZATIONS, EngineArgs
 from quire.errors import ConfigurationError, InvalidRequestError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   quire build DIR -o ENGINE --quantization int4
+  quire build DIR -o ENGINE --quantization int4 --calibrate --bits 5
   quire build HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2-int8 --quantization int8
   quire build smollm2 -o smollm2-engine
   quire build ENGINE --repack --target cpu-avx2 -o ELSEWHERE
@@ -42,6 +43,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="left out: the weights are not quantised")
     text = f"weights that share a scale with int4: {', '.join(map(str, GROUP_SIZES))} (default: 64)"
     parser.add_argument("--quantization-group-size", type=int, choices=GROUP_SIZES, metavar="N", help=text)
+    calibration.add(parser)
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of weights that are not quantised, and the cache"
     )
@@ -63,19 +65,22 @@ def run(options: argparse.Namespace) -> int:
     name = model_argument(options.model)
     model_path.check(name)
     _check_repack(options)
+    calibration.check(options)
     args = EngineArgs(model=name, quantization=options.quantization, revision=options.revision, dtype=options.dtype)
     with target.building_for(options.target) as built_for:
         scheme = select_scheme(args.quantization, options.quantization_group_size)
         check_scheme(scheme, built_for.ops)
+        directory = find_model(args)
         recipe = Recipe(
             model=options.model,
-            directory=find_model(args),
+            directory=directory,
             output=options.output,
             version=quire.__version__,
             dtype=args.dtype,
             quantization=args.quantization,
             scheme=scheme,
             repack=options.repack,
+            treatment=calibration.treatment(options, args, directory),
         )
         with LoadingBar("Packing weights") as bar:
             manifest = build_engine(recipe, built_for, golden_answers, bar.show)
@@ -96,7 +101,8 @@ def _check_repack(options: argparse.Namespace) -> None:
     Raises:
         ConfigurationError: a flag asks for something else.
     """
-    asked = [name for name in ("quantization", "quantization_group_size", "revision") if getattr(options, name)]
+    flags = ("quantization", "quantization_group_size", "revision", "calibrate", "bits", "keep")
+    asked = [name for name in flags if getattr(options, name) not in (None, [])]
     asked += [] if options.dtype == "auto" else ["dtype"]
     if options.repack and asked:
         text = f"{asked[0]} goes with a checkpoint: --repack keeps the weights of an engine as they were quantised"

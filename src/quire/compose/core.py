@@ -165,7 +165,7 @@ def _model_decisions(
         Decision("model", name, f"{model.spec.num_layers} layers, {model.weight_bytes / 2**20:,.0f} MiB of weights"),
         *built,
         Decision("dtype", shape.dtype, dtype_reason if args.dtype == "auto" else "as built" if built else "as asked"),
-        *_quantization_decisions(args, model.weight_bytes),
+        *_quantization_decisions(args, model.weight_bytes, built),
         *_rope_decisions(model),
     ]
 
@@ -193,10 +193,14 @@ def _head_decisions(stated: DecoderSpec, model: Model) -> list[Decision]:
     return [Decision("head", "lm_head.weight", "it differs from the embedding, though tie_word_embeddings is true")]
 
 
-def _quantization_decisions(args: EngineArgs, weight_bytes: int) -> list[Decision]:
+def _quantization_decisions(args: EngineArgs, weight_bytes: int, built: list[Decision]) -> list[Decision]:
     scheme = select_scheme(args.quantization, args.quantization_group_size)
     if scheme is None:
         return []
+    bits = next((one.value for one in built if one.name == "bits"), None)
+    if bits is not None:
+        reason = f"layers {bits} bits a weight on average, as built; quire inspect says what each matrix has"
+        return [Decision("quantization", scheme.name, reason)]
     linear, embedding = (f"{bits_per_weight(one)} bits a weight" for one in (scheme.linear, scheme.embedding))
     size = scheme.linear.group_size
     reason = f"layers {linear}" + (f" in groups of {size}" if size else "") + f", embedding and head {embedding}"

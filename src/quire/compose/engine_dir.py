@@ -8,6 +8,9 @@ from quire.errors import ConfigurationError
 from quire.outputs import Decision
 from quire.weights.formats.engine_dir import Manifest
 
+TREATED = ("bits", "calibration")
+"""Decisions of a build that are shown at the start, too."""
+
 
 def as_built(args: EngineArgs, manifest: Manifest | None) -> tuple[EngineArgs, list[Decision]]:
     """The arguments with what was decided when an engine was built, and a line about it. Where there is no engine, the
@@ -27,4 +30,6 @@ def as_built(args: EngineArgs, manifest: Manifest | None) -> tuple[EngineArgs, l
             text = f"{name} is {asked}; this engine was built with {value}: build another one from {manifest.model}"
             raise ConfigurationError(text, field=name)
     reason = f"built by quire {manifest.quire_version} from {manifest.model}; its weights are mapped"
-    return replace(args, **fixed), [Decision("engine", f"{manifest.provider} {manifest.instruction_set}", reason)]
+    treated = [Decision(one.name, one.value, one.reason) for one in manifest.decisions if one.name in TREATED]
+    engine = Decision("engine", f"{manifest.provider} {manifest.instruction_set}", reason)
+    return replace(args, **fixed), [engine, *treated]

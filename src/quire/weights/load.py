@@ -21,11 +21,10 @@ from quire.weights.formats.quantized import KEYS, states_quantization
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
 from quire.weights.pack import WeightPacker
-from quire.weights.source import ModelConfig, TensorInfo, WeightSource
+from quire.weights.source import DecidedSource, ModelConfig, TensorInfo, WeightSource
 
 if TYPE_CHECKING:
     from quire.weights.formats.gguf import GgufWeights
-    from quire.weights.formats.quantized.source import QuantizedWeights
 
 MAX_CONFIG_BYTES = 4 * 2**20
 
@@ -43,23 +42,29 @@ class WeightPlan:
     packer: WeightPacker
     source: WeightSource
     """What the parameters are read from: the one that was opened, or what unpacks it."""
-    quantized: "QuantizedWeights | None" = None
-    """The same, of a quantised checkpoint."""
+    quantized: DecidedSource | None = None
+    """The same, where each matrix has a format of its own: of a quantised checkpoint, or of a calibration."""
 
     @property
     def num_bytes(self) -> int:
         """Of all parameters once packed. Matrices of a quantised checkpoint count as unpacked until they are read."""
-        return sum(self.packer.num_bytes(one, self._given(name, one)) for name, one in self.parameters.items())
+        return sum(self._num_bytes(name, one) for name, one in self.parameters.items())
 
     @property
     def decisions(self) -> list[Decision]:
-        """What has been decided about a quantised checkpoint, once it has been read."""
+        """What has been decided about the matrices of `quantized`, once they have been read."""
         return [] if self.quantized is None else self.quantized.decisions()
 
     @property
     def given(self) -> Mapping[str, QuantSpec | None]:
         """By parameter, what the source holds it as, as far as it says before it is read; None: values."""
         return {name: self._given(name, one) for name, one in self.parameters.items()}
+
+    def _num_bytes(self, name: str, parameter: Parameter) -> int:
+        state = self.source.packed(name)
+        is_kept = state is not None and state.header.format in get_args(WeightDtype)
+        packer = replace(self.packer, scheme=None) if is_kept else self.packer
+        return packer.num_bytes(parameter, self._given(name, parameter))
 
     def _given(self, name: str, parameter: Parameter) -> QuantSpec | None:
         """What the source has quantised a matrix to, or its engine was packed with."""

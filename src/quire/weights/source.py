@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from quire.models.parameters import Concatenated, NameMap, Parameter
 from quire.models.spec import DecoderSpec
 from quire.ops.packed import PackedState
-from quire.ops.types import QuantizedWeight, StoredWeight, WeightDtype
+from quire.ops.types import QuantizedWeight, QuantSpec, StoredWeight, WeightDtype
+from quire.outputs import Decision
 
 if TYPE_CHECKING:
     from quire.weights.formats.engine_dir import Manifest
@@ -76,3 +77,13 @@ class WeightSource(Protocol):
 
     def close(self) -> None:
         """Release files and memory; what was read lazily and not packed is lost."""
+
+
+class DecidedSource(WeightSource, Protocol):
+    """A source that knows of each matrix what it is quantised to."""
+
+    def quantized(self, parameter: Parameter) -> QuantSpec | None:
+        """The format of the `QuantizedWeight` that a matrix was or will be; None where it is none, or not known yet."""
+
+    def decisions(self) -> list[Decision]:
+        """What became of the matrices, and why, once all have been read."""
