@@ -12,12 +12,25 @@ constexpr int64_t kChunk = 64;   // positions for which the running softmax is u
 constexpr int kQueries = 4;      // query vectors that share each load of a key or value
 constexpr int64_t kTiles = kChunk / kTile;
 
-// The keys and values of a chunk: four tiles of [head_dim][16] and of [16][value_dim].
+// The keys and values of a chunk: four tiles of [head_dim][16] and of [16][value_dim]. Where they are 8 bits, a key and a
+// value of position j are so many numbers times key_scales[j / 16][j % 16] and value_scales: null where they are not.
 template <class T>
 struct Chunk {
     const T* keys[kTiles];
     const T* values[kTiles];
+    const float* key_scales[kTiles];
+    const float* value_scales[kTiles];
 };
+
+// Each score or probability times the scale of its position. A position that a query does not see may have any scale.
+template <int Q>
+void scale_positions(const float* const* scales, float (*scores)[kChunk]) {
+    if (scales[0] == nullptr) return;
+    for (int64_t j = 0; j < kChunk; j += kLanes) {
+        const Floats scale = load(scales[j / kTile] + j % kTile);
+        for (int i = 0; i < Q; ++i) store(scores[i] + j, load(scores[i] + j) * scale);
+    }
+}
 
 // S = Q K^T: scores[i][j] = queries[i] . key j
 template <int Q, class T>
@@ -129,7 +142,9 @@ void attend_chunk(const AttentionArgs& args, const float* const* queries, const 
                   const int64_t* low, const int64_t* high, SoftmaxState* const* states) {
     float scores[Q][kChunk];
     score<Q, T>(queries, chunk, args.cache.head_dim, scores);
+    scale_positions<Q>(chunk.key_scales, scores);
     softmax_chunk<Q>(args, low, high, scores, states);
+    scale_positions<Q>(chunk.value_scales, scores);
     int64_t shared_low = 0, shared_high = kChunk;
     for (int i = 0; i < Q; ++i) {
         shared_low = larger(shared_low, low[i]);

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.cli import model_path
 from quire.cli.arguments import EMBEDDED_NAME, model_argument
-from quire.config import DTYPES, GROUP_SIZES, QUANTIZATIONS, EngineArgs
+from quire.config import DTYPES, GROUP_SIZES, KV_CACHE_DTYPES, QUANTIZATIONS, EngineArgs
 from quire.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization-group-size", type=int, choices=GROUP_SIZES, metavar="N", help="with int4")
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of weights that are not quantised, and the cache"
+    )
+    parser.add_argument(
+        "--kv-cache-dtype", default="auto", choices=tuple(KV_CACHE_DTYPES), help="of the cache, if it is another one"
     )
     parser.add_argument("--context", type=_positive, default=2048, metavar="N", help="tokens of each sequence (2048)")
     parser.add_argument("--batch", type=_positive, nargs="+", default=[1, 8, 32], metavar="N", help="sequences at once")
@@ -105,8 +108,9 @@ def _cost(options: argparse.Namespace, name: str | None) -> "ModelCost":
     from quire.compose.served import find_model
     from quire.models.parameters import decoder_parameters
     from quire.ops.select import select_ops
+    from quire.ops.types import CACHE_QMAX
     from quire.plan.estimate import ModelCost
-    from quire.quant.select import select_scheme
+    from quire.quant.select import select_cache_dtype, select_scheme
     from quire.weights.formats.quantized.source import foreseen
     from quire.weights.load import read_model_config
     from quire.weights.pack import WeightPacker
@@ -127,18 +131,20 @@ def _cost(options: argparse.Namespace, name: str | None) -> "ModelCost":
     stated = config.quantization if scheme is None and args.dtype != "float32" else None
     stays = None if stated is None else partial(foreseen, stated, ops.formats)
     packer = WeightPacker(ops, dtype, scheme, config.spec.norm.weight_offset, stays)
-    return ModelCost(config.spec, decoder_parameters(config.spec, config.names), packer)
+    cache_dtype = select_cache_dtype(options.kv_cache_dtype, ops)
+    if options.device is not None and cache_dtype in CACHE_QMAX:
+        raise ConfigurationError("kv_cache_dtype of 8 bits runs on a CPU: leave out device", field="kv_cache_dtype")
+    return ModelCost(config.spec, decoder_parameters(config.spec, config.names), packer, cache_dtype)
 
 
 def _facts(cost: "ModelCost", device: "PlannedDevice", options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    spec, context = cost.spec, options.context
+    context = options.context
     rates = ", ".join(f"{unit} {rate / 1e12:,.1f}" for unit, rate in device.operations_per_s.items())
     yield "device", f"{device.name}: {device.memory_bytes / 1e9:,.0f} GB, {device.read_bytes_per_s / 1e9:,.0f} GB/s"
     yield "operations", f"{rates} TOP/s; {cost.unit(device)} multiplies"
     yield "parameters", f"{cost.num_parameters:,}"
     yield "weights", f"{cost.weight_bytes / 1e9:,.3f} GB, {cost.read_bytes / 1e9:,.3f} GB read in a step"
-    formula = f"2 x {spec.num_layers} layers x {spec.num_kv_heads} heads x {spec.head_dim} x {cost.kv_item_bytes} bytes"
-    yield "cache", f"{cost.kv_bytes_per_token:,} bytes a token = {formula}"
+    yield "cache", f"{cost.kv_bytes_per_token:,} bytes a token = {cost.kv_formula}"
     yield "operations a token", f"{cost.operations(1, 0, 1) / 1e9:,.2f} GFLOP, and attention"
     left = device.memory_bytes * SHARE - cost.weight_bytes
     fitting = int(left // (cost.kv_bytes_per_token * context))
@@ -187,7 +193,8 @@ def _measured(options: argparse.Namespace, name: str | None) -> dict[str, str]:
     from quire.sampling_params import SamplingParams
 
     found = {}
-    args = {"quantization": options.quantization, "dtype": options.dtype, "revision": options.revision}
+    names = ("quantization", "dtype", "kv_cache_dtype", "revision")
+    args = {name: getattr(options, name) for name in names}
     if options.quantization == "int4":
         args["quantization_group_size"] = options.quantization_group_size
     with LLM(model=name, max_num_seqs=max(options.batch), enable_prefix_caching=False, **args) as llm:
