@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from quire.models.model import Model
 from quire.ops.select import select_ops
-from quire.ops.types import AttentionBatch, Ops
+from quire.ops.types import AttentionBatch, CacheDtype, Ops
 from quire.quant.select import select_scheme
 from quire.text.tokenizer import Tokenizer
 from quire.weights.load import load_model
@@ -25,6 +25,7 @@ from quire.weights.load import load_model
 FORMATS: tuple[tuple[str, int | None], ...] = (
     ("int8", None), ("int8_w8a8", None), ("int4", 32), ("int4", 64), ("int4", 128)
 )  # fmt: skip
+CACHES: tuple[CacheDtype, ...] = ("int8", "fp8")
 FACTS = Path(__file__).parents[1] / "scripts" / "demo" / "facts_en.toml"
 _BLOCK_SIZE = 16
 _ROWS = 256  # of logits that are looked at together
@@ -98,18 +99,21 @@ class Loss:
 
 
 def losses(directory: Path, contexts: list[list[int]]) -> Iterator[tuple[str, Loss]]:
-    """Of bfloat16 itself, then of each format."""
+    """Of bfloat16 itself, then of each format, and of each cache of 8 bits beside weights in bfloat16."""
     ops, _ = select_ops("cpu", None)
     length = max(map(len, contexts))
     model = load_model(directory, ops, "bfloat16", length)
     reference = [context_logits(model, ops, context) for context in contexts]
     del model
-    for name, group in ((None, None), *FORMATS):
-        other = load_model(directory, ops, "bfloat16", length, scheme=select_scheme(name, group))
+    columns = [(name, group, None) for name, group in ((None, None), *FORMATS)]
+    for name, group, cache in (*columns, *((None, None, cache) for cache in CACHES)):
+        scheme = select_scheme(name, group)
+        other = load_model(directory, ops, "bfloat16", length, scheme=scheme, cache_dtype=cache)
         loss = Loss()
         for context, exact in zip(contexts, reference, strict=True):
             loss.add(exact, context_logits(other, ops, context), context)
-        yield f"{name or 'bfloat16'}{f', groups of {group}' if group else ''}", loss
+        words = (name or "bfloat16", f", groups of {group}" if group else "", f", {cache} cache" if cache else "")
+        yield "".join(words), loss
 
 
 def main() -> None:

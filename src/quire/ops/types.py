@@ -39,7 +39,7 @@ Opaque = Any
 WeightDtype = Literal["bfloat16", "float16", "float32"]
 CacheDtype = Literal["bfloat16", "float16", "float32", "int8", "fp8"]
 CACHE_QMAX: dict[CacheDtype, int] = {"int8": 127, "fp8": 448}
-"""The largest number of a cache of 8 bits, whose keys and values are numbers times a scale: `ReferenceOps.attention`."""
+"""The largest number of a cache of 8 bits: its keys and values are numbers times scales (`ReferenceOps.attention`)."""
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 QuantizedFormat = Literal["int8", "int8_w8a8", "int4", "int4_w4a8", "fp8"]
 ACTIVATION_QMAX: dict[QuantizedFormat, int] = {
@@ -144,7 +144,7 @@ class CacheShape:
 
     @property
     def item_bytes(self) -> int:
-        """Of one number."""
+        """Bytes of one number of a key or value."""
         return {"float32": 4, "int8": 1, "fp8": 1}.get(self.dtype, 2)
 
     @property
@@ -387,7 +387,7 @@ class Ops(Protocol):
         `q [tokens, heads, head_dim]` -> `[tokens, heads * head_dim]` (PagedAttention, arXiv 2309.06180).
 
         Writes first: all keys and values of the step are in the cache before a row reads what another row of the step
-        wrote, in the type of the cache. Rows do share such blocks: the prefix cache finds a block as soon as its step is scheduled. What a row
+        wrote. Rows do share such blocks: the prefix cache finds a block as soon as its step is scheduled. What a row
         writes is therefore not private, and the order of the rows in the batch means nothing.
 
         With `rope`, q and k are rotated on the way by their positions in their rows; the arrays stay as they are."""

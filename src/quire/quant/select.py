@@ -49,4 +49,6 @@ def select_cache_dtype(name: str, ops: Ops) -> CacheDtype | None:
         if dtype == asked:
             return dtype
     known = ", ".join(ops.cache_dtypes)
-    raise ConfigurationError(f"kv_cache_dtype {name!r} needs device 'cpu'; {ops.name} has {known}", field="kv_cache_dtype")
+    raise ConfigurationError(
+        f"kv_cache_dtype {name!r} needs device 'cpu'; {ops.name} has {known}", field="kv_cache_dtype"
+    )
