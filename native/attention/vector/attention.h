@@ -173,8 +173,8 @@ Chunk<float> convert_chunk(const AttentionArgs& args, const Chunk<T>& chunk, flo
 
 // All queries of the item, in groups of up to four, against the chunk whose first position is `base`.
 template <class T>
-void attend_queries(const AttentionArgs& args, const WorkItem& item, const Chunk<T>& chunk, int64_t base,
-                    const Scratch& scratch) {
+void attend_queries(const AttentionArgs& args, const WorkItem& item, const Chunk<T>& chunk, const Chunk<T>& next,
+                    int64_t base, const Scratch& scratch) {
     const int64_t group = group_of(args);
     const int64_t queries = item.tokens * group;
     const float* vectors[kQueries];
@@ -192,29 +192,38 @@ void attend_queries(const AttentionArgs& args, const WorkItem& item, const Chunk
         if (count < kQueries && i + 1 < queries) continue;
         switch (count) {
             case 0: break;
-            case 1: attend_chunk<1, T>(args, vectors, chunk, low, high, running); break;
-            case 2: attend_chunk<2, T>(args, vectors, chunk, low, high, running); break;
-            case 3: attend_chunk<3, T>(args, vectors, chunk, low, high, running); break;
-            default: attend_chunk<4, T>(args, vectors, chunk, low, high, running); break;
+            case 1: attend_chunk<1, T>(args, vectors, chunk, next, low, high, running); break;
+            case 2: attend_chunk<2, T>(args, vectors, chunk, next, low, high, running); break;
+            case 3: attend_chunk<3, T>(args, vectors, chunk, next, low, high, running); break;
+            default: attend_chunk<4, T>(args, vectors, chunk, next, low, high, running); break;
         }
         count = 0;
     }
 }
 
-// Prefetches the tiles of the chunk after the one at `base`.
+// The chunk whose first position is `base`; a tile past the end is the last one again, whose scores are never looked at.
 template <class T>
-void prefetch_next(const AttentionArgs& args, const WorkItem& item, int64_t base, int64_t stop) {
+Chunk<T> find_chunk(const AttentionArgs& args, const WorkItem& item, int64_t base, int64_t end, float* gathered) {
     const CacheLayout& cache = args.cache;
-    if (cache.block_size % kTile != 0) return;
-    const int64_t tile_bytes = kTile * (cache.head_dim + cache.value_dim()) * int64_t(sizeof(T));
-    for (int64_t position = base + kChunk; position < smaller(stop, base + 2 * kChunk); position += kTile) {
-        Chunk<T> next;
-        find_tile<T>(args, item, position, stop, nullptr, 0, next);
-        const char* key_bytes = reinterpret_cast<const char*>(next.keys[0]);
-        const char* value_bytes = reinterpret_cast<const char*>(next.values[0]);
-        for (int64_t at = 0; at < tile_bytes / 2; at += 64) {
-            __builtin_prefetch(key_bytes + at, 0, 2);
-            __builtin_prefetch(value_bytes + at, 0, 2);
+    Chunk<T> chunk;
+    for (int64_t tile = 0; tile < kTiles; ++tile) {
+        const int64_t position = smaller(base + tile * kTile, (end - 1) / kTile * kTile);
+        // (as large as of floats: there is room for scales)
+        float* const room = gathered + tile * kTile * (cache.head_dim + cache.value_dim());
+        find_tile(args, item, position, end, reinterpret_cast<T*>(room), tile, chunk);
+    }
+    return chunk;
+}
+
+// Prefetches all of a chunk at once, before it is converted.
+template <class T>
+void prefetch(const CacheLayout& cache, const Chunk<T>& chunk) {
+    for (int64_t tile = 0; tile < kTiles; ++tile) {
+        for (int64_t i = 0; i < kTile * cache.head_dim; i += 64 / int64_t(sizeof(T))) {
+            __builtin_prefetch(chunk.keys[tile] + i, 0, 2);
+        }
+        for (int64_t i = 0; i < kTile * cache.value_dim(); i += 64 / int64_t(sizeof(T))) {
+            __builtin_prefetch(chunk.values[tile] + i, 0, 2);
         }
     }
 }
@@ -232,19 +241,15 @@ void attend_split(const AttentionArgs& args, const WorkItem& item, int64_t split
     }
     const int64_t stop = smaller(end, (split + 1) * kKvSplit);
     for (int64_t base = larger(split * kKvSplit, begin / kChunk * kChunk); base < stop; base += kChunk) {
-        prefetch_next<T>(args, item, base, stop);
-        Chunk<T> chunk;
-        for (int64_t tile = 0; tile < kTiles; ++tile) {
-            // A tile past the end is the last one again; its scores are never looked at.
-            const int64_t position = smaller(base + tile * kTile, (end - 1) / kTile * kTile);
-            // (as large as of floats: there is room for scales)
-            float* const room = scratch.gathered + tile * kTile * (cache.head_dim + cache.value_dim());
-            find_tile(args, item, position, end, reinterpret_cast<T*>(room), tile, chunk);
-        }
+        const Chunk<T> chunk = find_chunk<T>(args, item, base, end, scratch.gathered);
+        const bool last = base + kChunk >= stop || cache.block_size % kTile != 0;
+        const Chunk<T> next = last ? chunk : find_chunk<T>(args, item, base + kChunk, end, scratch.gathered);
         if (queries < kConvertQueries) {
-            attend_queries(args, item, chunk, base, scratch);
+            attend_queries(args, item, chunk, next, base, scratch);
         } else {
-            attend_queries(args, item, convert_chunk(args, chunk, scratch.converted), base, scratch);
+            if (!last) prefetch(cache, next);
+            const Chunk<float> converted = convert_chunk(args, chunk, scratch.converted);
+            attend_queries(args, item, converted, converted, base, scratch);
         }
     }
 }
