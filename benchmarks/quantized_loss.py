@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from quire.models.model import Model
 from quire.ops.select import select_ops
-from quire.ops.types import AttentionBatch, Ops
+from quire.ops.types import AttentionBatch, CacheDtype, Ops
 from quire.quant.select import select_scheme
 from quire.text.tokenizer import Tokenizer
 from quire.weights.formats.engine_dir import read_manifest
@@ -27,6 +27,7 @@ from quire.weights.load import load_model
 FORMATS: tuple[tuple[str, int | None], ...] = (
     ("int8", None), ("int8_w8a8", None), ("int4", 32), ("int4", 64), ("int4", 128)
 )  # fmt: skip
+CACHES: tuple[CacheDtype, ...] = ("int8", "fp8")
 FACTS = Path(__file__).parents[1] / "scripts" / "demo" / "facts_en.toml"
 _BLOCK_SIZE = 16
 _ROWS = 256  # of logits that are looked at together

@@ -85,6 +85,17 @@ def test_formats_take_what_their_bits_say(llama: Path, capsys: pytest.CaptureFix
     assert "bfloat16 multiplies" in plan(capsys, llama, "--device", "h100", "--quantization", "int4")["operations"]
 
 
+def test_the_cache_in_other_types(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def cache(dtype: str, *flags: object) -> str:
+        return str(plan(capsys, llama, "--kv-cache-dtype", dtype, *flags)["cache"])
+
+    assert cache("float32", "--device", "h100").startswith("1,048,576 bytes a token")
+    words = "270,336 bytes a token = 2 x 32 layers x 32 heads x (128 x 1 + 4) bytes, a scale with each"
+    assert cache("int8") == words and 270336 == 2 * 32 * 32 * 132
+    assert main(["plan", str(llama), "--device", "h100", "--kv-cache-dtype", "int8"]) == 2
+    assert "kv_cache_dtype of 8 bits runs on a CPU" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_and_what_would(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = plan(capsys, llama, "--device", "rtx-4090", "--context", 100_000)["sequences"]
     left = 24e9 * 0.9 - 2 * (MATRICES + 32000 * 4096) - 65 * 4096 * 4
@@ -94,11 +105,18 @@ def test_what_does_not_fit_and_what_would(llama: Path, capsys: pytest.CaptureFix
 
 
 def test_sizes_are_those_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for family, quantization in (("gemma2", None), ("gpt2", "int8"), ("llama", "int4")):
+    for family, quantization, cache in (
+        ("gemma2", None, "fp8"),
+        ("gpt2", "int8", "float16"),
+        ("llama", "int4", "auto"),
+    ):
         model = make_tiny(family, tmp_path / family)
         flags = [] if quantization is None else ["--quantization", quantization]
-        found = plan(capsys, model, "--device", "h100", *flags)
-        with LLM(model=str(model), quantization=quantization, max_num_seqs=1, max_model_len=64) as llm:
+        flags += ["--device", "h100"] if cache != "fp8" else []
+        found = plan(capsys, model, "--kv-cache-dtype", cache, *flags)
+        with LLM(
+            model=str(model), quantization=quantization, kv_cache_dtype=cache, max_num_seqs=1, max_model_len=64
+        ) as llm:
             core = llm._engine.channel._core._executor._runner  # type: ignore[attr-defined]
             spoken = float(found["weights"].split(" GB")[0])
             assert spoken == pytest.approx(core._model.weight_bytes / 1e9, abs=6e-4)
@@ -230,7 +248,7 @@ def test_a_start_that_will_not_fit_says_what_would(tmp_path: Path) -> None:
         LLM(model=str(model), max_model_len=128, num_gpu_blocks_override=4)
     with pytest.raises(ConfigurationError, match="no quantisation makes it fit"):
         LLM(model=str(model), gpu_memory_utilization=1e-9)
-    assert what_would_fit(1000, 10.0, 0) == "--max-model-len 100 would"
+    assert what_would_fit(1000, 10.0, 0).startswith("--max-model-len 100 would; --kv-cache-dtype int8")
     assert what_would_fit(-(10**9), 10.0, 4 * 10**9).endswith("by 1.0 GB; --quantization int8 would leave 1.0 GB")
     assert what_would_fit(-25 * 10**8, 10.0, 4 * 10**9).endswith("--quantization int4 would leave 0.4 GB")
 

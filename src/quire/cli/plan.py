@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.cli import model_path
 from quire.cli.arguments import EMBEDDED_NAME, model_argument
-from quire.config import DTYPES, GROUP_SIZES, QUANTIZATIONS, EngineArgs, what_would_fit
+from quire.config import DTYPES, GROUP_SIZES, KV_CACHE_DTYPES, QUANTIZATIONS, EngineArgs, what_would_fit
 from quire.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization-group-size", type=int, choices=GROUP_SIZES, metavar="N", help="with int4")
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of weights that are not quantised, and the cache"
+    )
+    parser.add_argument(
+        "--kv-cache-dtype", default="auto", choices=tuple(KV_CACHE_DTYPES), help="of the cache, if it is another one"
     )
     text = "tokens of each sequence: 2048, 4k (2k; several make a table)"
     parser.add_argument("--context", type=_size, nargs="+", default=[2048], metavar="N", help=text)
@@ -146,8 +149,9 @@ def cost_of(options: argparse.Namespace, name: str | None, quantization: str | N
     from quire.compose.served import find_model
     from quire.models.parameters import decoder_parameters
     from quire.ops.select import select_ops
+    from quire.ops.types import CACHE_QMAX
     from quire.plan.estimate import ModelCost
-    from quire.quant.select import select_scheme
+    from quire.quant.select import select_cache_dtype, select_scheme
     from quire.weights.formats.quantized.source import foreseen
     from quire.weights.load import open_source, plan_weights, read_model_config
     from quire.weights.pack import WeightPacker
@@ -165,19 +169,23 @@ def cost_of(options: argparse.Namespace, name: str | None, quantization: str | N
     args, _ = as_built(args, config.manifest)
     ops, _ = select_ops("cpu", 1)
     scheme = select_scheme(args.quantization, args.quantization_group_size)
+    cache_dtype = select_cache_dtype(options.kv_cache_dtype, ops)
+    if options.device is not None and cache_dtype in CACHE_QMAX:
+        raise ConfigurationError("kv_cache_dtype of 8 bits runs on a CPU: leave out device", field="kv_cache_dtype")
     if config.gguf is not None or config.manifest is not None:
         with open_source(directory, config) as source:
             plan = plan_weights(config, source, ops, args.dtype, scheme)
-            return ModelCost(plan.spec, plan.parameters, plan.packer, plan.given)
+            return ModelCost(plan.spec, plan.parameters, plan.packer, plan.given, kv_cache_dtype=cache_dtype)
     dtype: Any = config.dtype or "bfloat16" if args.dtype == "auto" else args.dtype
     stated = config.quantization if scheme is None and args.dtype != "float32" else None
     stays = None if stated is None else partial(foreseen, stated, ops.formats)
     packer = WeightPacker(ops, dtype, scheme, config.spec.norm.weight_offset, stays)
-    return ModelCost(config.spec, decoder_parameters(config.spec, config.names), packer)
+    parameters = decoder_parameters(config.spec, config.names)
+    return ModelCost(config.spec, parameters, packer, kv_cache_dtype=cache_dtype)
 
 
 def _facts(cost: "ModelCost", planned: Planned, options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    spec, device, contexts = cost.spec, planned.device, options.context
+    device, contexts = planned.device, options.context
     rates = ", ".join(f"{unit} {rate / 1e12:,.1f}" for unit, rate in device.operations_per_s.items())
     age = "" if planned.measured is None else f", {planned.measured.age(time.time())}"
     yield (
@@ -187,8 +195,7 @@ def _facts(cost: "ModelCost", planned: Planned, options: argparse.Namespace) -> 
     yield "operations", f"{rates} TOP/s; {cost.unit(device)} multiplies"
     yield "parameters", f"{cost.num_parameters:,}"
     yield "weights", f"{cost.weight_bytes / 1e9:,.3f} GB, {cost.read_bytes / 1e9:,.3f} GB read in a step"
-    formula = f"2 x {spec.num_layers} layers x {spec.num_kv_heads} heads x {spec.head_dim} x {cost.kv_item_bytes} bytes"
-    yield "cache", f"{cost.kv_bytes_per_token:,} bytes a token = {formula}"
+    yield "cache", f"{cost.kv_bytes_per_token:,} bytes a token = {cost.kv_formula}"
     yield "operations a token", f"{cost.operations(1, 0, 1) / 1e9:,.2f} GFLOP, and attention"
     left = int(device.memory_bytes * SHARE) - cost.weight_bytes
     yield "sequences", "; ".join(_sequences(cost, left, context) for context in contexts)

@@ -68,7 +68,8 @@ def _run(
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     from quire.llm import LLM
 
-    args = {"quantization": quantization, "dtype": options.dtype, "revision": options.revision}
+    args = {name: getattr(options, name) for name in ("dtype", "kv_cache_dtype", "revision")}
+    args["quantization"] = quantization
     if quantization == "int4" and options.quantization == "int4":
         args["quantization_group_size"] = options.quantization_group_size
     longest = max(options.context) + TOKENS

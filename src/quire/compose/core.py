@@ -39,7 +39,7 @@ from quire.models.spec import DecoderSpec, LongRopeScaling
 from quire.ops.select import select_ops
 from quire.ops.types import Device, Provider
 from quire.outputs import Decision, Labels
-from quire.quant.select import check_scheme, select_scheme
+from quire.quant.select import check_scheme, select_cache_dtype, select_scheme
 from quire.quant.types import bits_per_weight
 from quire.runner.host_memory import free_memory_bytes
 from quire.runner.memory import StepShape, check_budget, make_budget
@@ -96,10 +96,11 @@ def compose_core(args: EngineArgs, path: Path, config: ModelConfig | None = None
     fingerprint = _fingerprint(path)
     scheme = select_scheme(args.quantization, args.quantization_group_size)
     check_scheme(scheme, ops)
+    cache_dtype = select_cache_dtype(args.kv_cache_dtype, ops)
     loaded: list[Decision] = []
     with LoadingBar() as bar:
         try:
-            model = load_model(path, ops, args.dtype, model_len, bar.show, scheme, loaded.extend, config)
+            model = load_model(path, ops, args.dtype, model_len, bar.show, scheme, loaded.extend, config, cache_dtype)
         except MemoryError as error:
             raise ConfigurationError("the weights do not fit into memory", field="model") from error
     startup.debug("weights, read and packed or mapped")
@@ -132,7 +133,7 @@ def _cache_config(args: EngineArgs, sizes: CachePlan) -> Labels:
     values = {
         "block_size": sizes.block_size,
         "num_gpu_blocks": sizes.num_blocks,
-        "cache_dtype": args.dtype,
+        "cache_dtype": args.kv_cache_dtype,
         "enable_prefix_caching": args.enable_prefix_caching,
         "gpu_memory_utilization": args.gpu_memory_utilization,
         "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
@@ -159,15 +160,23 @@ def _fingerprint(path: Path) -> str:
 def _model_decisions(
     args: EngineArgs, path: Path, model: Model, dtype_reason: str, built: list[Decision]
 ) -> list[Decision]:
-    shape = model.cache_shape(1, args.block_size)
     name = "embedded" if args.model is None else path.name
     return [
         Decision("model", name, f"{model.spec.num_layers} layers, {model.weight_bytes / 2**20:,.0f} MiB of weights"),
         *built,
-        Decision("dtype", shape.dtype, dtype_reason if args.dtype == "auto" else "as built" if built else "as asked"),
+        Decision("dtype", model.dtype, dtype_reason if args.dtype == "auto" else "as built" if built else "as asked"),
         *_quantization_decisions(args, model.weight_bytes, built),
+        _cache_decision(args, model),
         *_rope_decisions(model),
     ]
+
+
+def _cache_decision(args: EngineArgs, model: Model) -> Decision:
+    shape = model.cache_shape(1, 1)
+    reason = "auto: the type of the weights" if args.kv_cache_dtype == "auto" else "as asked"
+    if shape.scale_bytes:
+        reason += "; a scale for each head and token"
+    return Decision("kv_cache_dtype", shape.dtype, f"{reason}; {shape.bytes_per_block:,} bytes a token")
 
 
 def _rope_decisions(model: Model) -> list[Decision]:

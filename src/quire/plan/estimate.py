@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from quire.models.parameters import Parameter
 from quire.models.spec import DecoderSpec
-from quire.ops.types import QuantSpec
+from quire.ops.types import CacheDtype, CacheShape, QuantSpec
 from quire.plan.devices import PlannedDevice
 from quire.weights.pack import WeightPacker
 
@@ -68,6 +68,8 @@ class ModelCost:
     packer: WeightPacker
     given: Mapping[str, QuantSpec | None] | None = None
     """What the files hold each parameter as, where their headers say it; None: as the packer would have it."""
+    kv_cache_dtype: CacheDtype | None = None
+    """Of keys and values; None is the type of weights that are not quantised."""
 
     @property
     def num_parameters(self) -> int:
@@ -106,15 +108,24 @@ class ModelCost:
         return self.weight_bytes - tables + head
 
     @property
-    def kv_item_bytes(self) -> int:
-        """Of one number in the cache, which has the type of weights that are not quantised."""
-        return 4 if self.packer.dtype == "float32" else 2
+    def cache(self) -> CacheShape:
+        """That of one token."""
+        spec, dtype = self.spec, self.kv_cache_dtype or self.packer.dtype
+        return CacheShape(spec.num_layers, 1, 1, spec.num_kv_heads, spec.head_dim, dtype)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """`2 x layers x key-value heads x head size x bytes`: a key and a value in each layer."""
-        spec = self.spec
-        return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * self.kv_item_bytes
+        """A key and a value in each layer."""
+        return self.cache.bytes_per_block
+
+    @property
+    def kv_formula(self) -> str:
+        """How that comes about."""
+        cache = self.cache
+        formula = f"2 x {cache.num_layers} layers x {cache.num_kv_heads} heads x"
+        if cache.scale_bytes:
+            return f"{formula} ({cache.head_dim} x {cache.item_bytes} + {cache.scale_bytes}) bytes, a scale with each"
+        return f"{formula} {cache.head_dim} x {cache.item_bytes} bytes"
 
     def operations(self, num_tokens: int, keys: int, num_sampled: int) -> int:
         """Of a step.
@@ -161,8 +172,7 @@ class ModelCost:
         return next(unit for unit in units if unit in device.operations_per_s)
 
     def _kv_read(self, context: int) -> int:
-        spec = self.spec
-        return 2 * spec.num_kv_heads * spec.head_dim * self.kv_item_bytes * self.keys_seen(context)
+        return self.kv_bytes_per_token // self.spec.num_layers * self.keys_seen(context)
 
     def keys_seen(self, context: int) -> int:
         """By a token behind so many less one, of all layers together."""

@@ -12,7 +12,7 @@ from quire.models.model import Model
 from quire.models.parameters import NameMap, Parameter, decoder_parameters
 from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
-from quire.ops.types import ACTIVATION_QMAX, Provider, QuantSpec, WeightDtype
+from quire.ops.types import ACTIVATION_QMAX, CacheDtype, Provider, QuantSpec, WeightDtype
 from quire.outputs import Decision
 from quire.quant.types import Scheme
 from quire.weights.formats.engine_dir import EngineWeights, is_engine, read_manifest
@@ -111,17 +111,19 @@ def load_model(
     scheme: Scheme | None = None,
     report: Report | None = None,
     config: ModelConfig | None = None,
+    cache_dtype: CacheDtype | None = None,
 ) -> Model:
     """Read, check and pack a model. Peak memory is what is packed and the largest tensor twice.
 
     Args:
         path: a directory, or a GGUF file.
-        dtype: of weights and cache. `auto` is the type that the config states, else the one that the tensors have; a
+        dtype: of weights. `auto` is the type that the config states, else the one that the tensors have; a
             float32 checkpoint stays float32.
         max_model_len: positions that the model must be able to compute; None is all that it has.
         scheme: how weights are quantised; None is not at all, or as the checkpoint's are.
         report: takes what has been decided about a quantised checkpoint.
         config: what `read_model_config` says, if it was read: the header of a large vocabulary takes a while.
+        cache_dtype: of keys and values; None is the type of the weights.
 
     Raises:
         ModelFileError: a file is missing or damaged; a tensor is missing, left over or of a wrong shape.
@@ -141,7 +143,7 @@ def load_model(
         if report is not None:
             report(plan.decisions)
         longest = max_model_len or spec.max_position_embeddings
-        return Decoder(plan.spec, weights, ops, plan.packer.dtype, longest, plan.num_bytes)
+        return Decoder(plan.spec, weights, ops, plan.packer.dtype, longest, plan.num_bytes, cache_dtype)
 
 
 def open_source(path: Path, config: ModelConfig) -> "CheckpointWeights | EngineWeights | GgufWeights":
