@@ -80,13 +80,14 @@ class ReferenceOps(composed.ComposedOps):
 
     def pack_linear(self, weight: Any, bias: Any | None, dtype: WeightDtype) -> ReferenceLinear:
         """Rounds to `dtype`, to nearest even; the bias stays float32. Exact. A `QuantizedWeight` becomes what it
-        stands for: its values times its scales, in float32."""
+        stands for: its values times its scales, then plus its minima, in float32."""
         kind = None
         if isinstance(weight, QuantizedWeight):
             kind = weight.format
             weight.require_range()
-            scales = np.repeat(weight.scales, weight.group_size, axis=1)[:, : weight.values.shape[1]]
-            rounded = weight.values.astype(np.float32) * scales
+            rounded = weight.values.astype(np.float32) * _spread(weight, weight.scales)
+            if weight.minima is not None:
+                rounded = rounded + _spread(weight, weight.minima)
         else:
             rounded = np.asarray(weight).astype(np.float32).astype(_numpy_dtype(dtype))
         return ReferenceLinear(
@@ -337,6 +338,11 @@ class ReferenceOps(composed.ComposedOps):
         xp = self.xp
         bad = xp.any(xp.isnan(logits) | (logits == math.inf), axis=-1)
         return xp.any(logits > -math.inf, axis=-1) & ~bad
+
+
+def _spread(weight: QuantizedWeight, table: Array) -> Array:
+    """A number of each group `[out, groups]` for each input `[out, in]`, float32."""
+    return np.repeat(table.astype(np.float32), weight.group_size, axis=1)[:, : weight.values.shape[1]]
 
 
 def _numpy_dtype(dtype: WeightDtype) -> Any:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from quire.models.parameters import Concatenated, NameMap, Parameter
 from quire.models.spec import DecoderSpec
 from quire.ops.packed import PackedState
-from quire.ops.types import QuantizedWeight, StoredWeight, WeightDtype
+from quire.ops.types import QuantizedFormat, QuantizedWeight, StoredWeight, WeightDtype
 
 if TYPE_CHECKING:
     from quire.weights.formats.quantized.scheme import Quantization
@@ -42,6 +42,23 @@ class ModelConfig:
     """How the checkpoint's weights are quantised, if they are."""
     rotated_heads: Mapping[str, int] = field(default_factory=dict)
     """Of a GGUF file, as `GgufWeights` takes it."""
+    is_gguf: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the engine makes of a quantised checkpoint or of a GGUF file's blocks."""
+
+    dtype: WeightDtype
+    """That matrices are unpacked to."""
+    formats: tuple[QuantizedFormat, ...]
+    """That the provider multiplies."""
+    unpack: str | None
+    """Why every matrix is unpacked; None: those that a format holds exactly stay as they are."""
+    tables: frozenset[str] = frozenset()
+    """Names of embedding and head."""
+    transposed: bool = False
+    """The model names linear weights as `[in, out]`."""
 
 
 class WeightSource(Protocol):
