@@ -94,7 +94,6 @@ public:
         if (integers.minima) minima.emplace(minima_, "minima", out, groups, integers.half_scales);
         const Bias bias(bias_, out);
         if (integers.bits == 4) require_four_bits(values, integers.minima ? 0 : 8);
-        if (integers.bits == 8 && !is_block(integers.group)) require_eight_bits(values);
         const IntegerWeight weight{values.data(), values.stride(), scales.data, scales.stride,
                                    minima ? minima->data : nullptr, minima ? minima->stride : 0};
         nb::gil_scoped_release unlocked;

@@ -106,15 +106,6 @@ inline void require_four_bits(const Array<int8_t, 2>& values, int zero) {
                                     : "pack: an integer of 4 bits is outside [0, 15]");
 }
 
-inline void require_eight_bits(const Array<int8_t, 2>& values) {
-    unsigned outside = 0;
-    for (int64_t row = 0; row < values.size(0); ++row) {
-        const int8_t* const at = values.data() + row * values.stride();
-        for (int64_t i = 0; i < values.size(1); ++i) outside |= at[i] == -128;
-    }
-    require(outside == 0, "pack: an integer of 8 bits is outside [-127, 127]");
-}
-
 // (bits, inputs in a group, the largest integer of an input, bytes of a scale, whether there are minima)
 using IntegersTuple = std::tuple<int, int64_t, int, int, bool>;
 

@@ -13,9 +13,15 @@ from quire.config import DTYPES, GROUP_SIZES, QUANTIZATIONS, EngineArgs
 from quire.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from quire.models.parameters import Parameter
+    from quire.ops.types import QuantizedFormat, QuantSpec
     from quire.outputs import RequestMetrics, RequestOutput
     from quire.plan.devices import PlannedDevice
     from quire.plan.estimate import Floor, ModelCost
+    from quire.weights.source import ModelConfig
 
 EXAMPLES = """examples:
   quire plan DIR
@@ -107,7 +113,6 @@ def _cost(options: argparse.Namespace, name: str | None) -> "ModelCost":
     from quire.ops.select import select_ops
     from quire.plan.estimate import ModelCost
     from quire.quant.select import select_scheme
-    from quire.weights.formats.quantized.source import foreseen
     from quire.weights.load import read_model_config
     from quire.weights.pack import WeightPacker
 
@@ -124,10 +129,28 @@ def _cost(options: argparse.Namespace, name: str | None) -> "ModelCost":
     dtype: Any = config.dtype or "bfloat16" if args.dtype == "auto" else args.dtype
     ops, _ = select_ops("cpu", 1)
     scheme = select_scheme(args.quantization, args.quantization_group_size)
-    stated = config.quantization if scheme is None and args.dtype != "float32" else None
-    stays = None if stated is None else partial(foreseen, stated, ops.formats)
+    stays = None if scheme is not None or args.dtype == "float32" else _foreseen(directory, config, ops.formats)
     packer = WeightPacker(ops, dtype, scheme, config.spec.norm.weight_offset, stays)
     return ModelCost(config.spec, decoder_parameters(config.spec, config.names), packer)
+
+
+def _foreseen(
+    path: "Path", config: "ModelConfig", formats: "tuple[QuantizedFormat, ...]"
+) -> "Callable[[Parameter], QuantSpec | None] | None":
+    """What a file that is quantised already keeps of each matrix; None where it is not."""
+    from quire.weights.source import Target
+
+    if config.is_gguf:
+        from quire.weights.formats.gguf import GgufWeights
+        from quire.weights.formats.gguf_packed import GgufBlocks
+
+        with GgufWeights(path, config.rotated_heads) as weights:  # its header alone is needed
+            return GgufBlocks(weights, Target("bfloat16", formats, None)).quantized
+    if config.quantization is None:
+        return None
+    from quire.weights.formats.quantized.source import foreseen
+
+    return partial(foreseen, config.quantization, formats)
 
 
 def _facts(cost: "ModelCost", device: "PlannedDevice", options: argparse.Namespace) -> Iterator[tuple[str, Any]]:

@@ -126,6 +126,8 @@ class CpuOps(ComposedOps):
         return self._native.pack((inputs, list(weight.files)), bias, weight.dtype, gated, quant)
 
     def _pack_integers(self, weight: QuantizedWeight, bias: Any | None, gated: bool) -> Opaque:
+        if not FORMATS[weight.format].group_sizes:
+            weight.require_range()  # the native side knows groups, all of whose integers are numbers
         values, halves = weight.values, weight.scales.dtype == np.float16
         if values.strides[-1] != 1:
             values = np.ascontiguousarray(values)

@@ -111,7 +111,7 @@ class ReferenceOps(composed.ComposedOps):
         """`PackedStore.map_packed`; with a namespace other than numpy's the memory is copied."""
         kind = header.format if header.format in ACTIVATION_QMAX else None
         expected = {"layout": "rows", "format": kind or "float32", "dtype": "float32", "group_size": 0, "gated": False}
-        check_header(header, "reference", **expected)
+        check_header(header, "reference", **expected, scale_dtype="float32")
         rows, inputs = header.out_features, header.in_features
         sizes = [4 * rows * inputs, 4 * rows] if header.has_bias else [4 * rows * inputs]
         arrays = [view.view(np.float32) for view in checked_buffers(buffers, sizes)]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from quire.models.parameters import Concatenated, NameMap, Parameter
 from quire.models.spec import DecoderSpec
 from quire.ops.packed import PackedState
-from quire.ops.types import QuantizedFormat, QuantizedWeight, StoredWeight, WeightDtype
+from quire.ops.types import HALF_SCALES, QuantizedFormat, QuantizedWeight, StoredWeight, WeightDtype
 
 if TYPE_CHECKING:
     from quire.weights.formats.quantized.scheme import Quantization
@@ -59,6 +59,11 @@ class Target:
     """Names of embedding and head."""
     transposed: bool = False
     """The model names linear weights as `[in, out]`."""
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the provider has the formats of blocks: one without looks up rows of tables with one scale alone."""
+        return not HALF_SCALES.isdisjoint(self.formats)
 
 
 class WeightSource(Protocol):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.models.parameters import Concatenated, Parameter
-from quire.ops.types import FORMATS, HALF_SCALES, QuantizedWeight, QuantSpec
+from quire.ops.types import FORMATS, QuantizedWeight, QuantSpec
 from quire.outputs import Decision
 from quire.quant.types import bits_per_weight, joined, quantized_bytes
 from quire.weights.formats.gguf import GgufWeights
@@ -103,9 +103,8 @@ class GgufBlocks:
         spec = joined(kept) if len(kept) == len(specs) else None
         if spec is None or spec.format not in self._target.formats:
             return None
-        # A provider without formats of blocks looks up rows of tables that have one scale alone.
         is_table = any(name in self._target.tables for name, _ in array.tensors)
-        return None if is_table and not HALF_SCALES & set(self._target.formats) else spec
+        return None if is_table and not self._target.has_blocks else spec
 
     def _blocks(self, array: Concatenated, spec: QuantSpec) -> QuantizedWeight:
         rows, inputs = array.shape

@@ -80,9 +80,11 @@ class QuantizedWeights:
         spec = self._spec(array, parts, grids)
         if isinstance(spec, QuantSpec):
             kept = self._exactly(array, parts, grids, spec)
-            if kept is not None:
+            if isinstance(kept, str) and spec.format == "int8" and "int8_groups" in self._target.formats:
+                kept = self._exactly(array, parts, grids, QuantSpec("int8_groups", 128))  # which has a -128
+            if isinstance(kept, QuantizedWeight):
                 return kept
-            spec = "a number of -128, or a scale times a zero point that float32 does not hold"
+            spec = kept
         return self._as_values(array, parts, grids, spec)
 
     def differ(self, one: str, other: str) -> bool:
@@ -147,13 +149,14 @@ class QuantizedWeights:
         found = joined([spec for spec in specs if isinstance(spec, QuantSpec)])
         if found is None or found.format not in self._target.formats:
             return "fused with a matrix of another format"
-        if found.group_size is not None and any(name in self._target.tables for name, _ in array.tensors):
+        is_table = any(name in self._target.tables for name, _ in array.tensors)
+        if found.group_size is not None and is_table and not self._target.has_blocks:
             return "a table has no groups"
         return found
 
     def _exactly(
         self, array: Concatenated, parts: list[QuantizedTensor | None], grids: list[Grid | None], spec: QuantSpec
-    ) -> QuantizedWeight | None:
+    ) -> QuantizedWeight | str:
         rows, inputs = array.shape
         values = np.empty((rows, inputs), E4M3 if spec.format == "fp8" else np.int8)
         size = spec.group_size or inputs
@@ -161,12 +164,12 @@ class QuantizedWeights:
         minima = np.empty_like(scales) if FORMATS[spec.format].has_minima else None
         first = 0
         for part, grid in zip(parts, grids, strict=True):
-            if part is None or grid is None:
-                return None
+            assert part is not None and grid is not None
             last = first + part.shape[0]
             of_part = None if minima is None else minima[first:last]
-            if not part.keep(grid, spec, values[first:last], scales[first:last], of_part):
-                return None
+            reason = part.keep(grid, spec, values[first:last], scales[first:last], of_part)
+            if reason is not None:
+                return reason
             first = last
         self._kept[array] = spec
         self._kept_as[spec.format] += len(parts)

@@ -95,9 +95,9 @@ class QuantizedTensor:
 
     def keep(
         self, grid: Grid, spec: QuantSpec, values: NDArray[Any], scales: NDArray[Any], minima: NDArray[Any] | None = None
-    ) -> bool:
+    ) -> str | None:
         """The numbers into `values [out, in]`, their scales into `scales [out, groups]` of `spec`, and what its minima are
-        into `minima` as these, without loss; False where a number or a minimum is outside the format.
+        into `minima` as these, without loss; in words, where a number or a minimum is outside the format, which.
 
         Raises:
             ModelFileError: as `unpack`.
@@ -108,17 +108,17 @@ class QuantizedTensor:
         for outputs, inputs, numbers in self._checked():
             whole = numbers if spec.format == "fp8" else numbers.astype(np.int16) - np.int16(middle)
             if spec.format != "fp8" and whole.size and (whole.min() < low or whole.max() > high):
-                return False
+                return f"a number of {whole.min() if whole.min() < low else whole.max()}"
             values[outputs, inputs] = whole
         starts = np.arange(scales.shape[1]) * (spec.group_size or 1)
         rows = np.arange(self.shape[0]) // grid.rows_per_scale
         scales[...] = grid.scales[rows][:, grid.group_of[starts]]
         if minima is None:
-            return True
+            return None
         zeros = 0.0 if grid.zeros is None else grid.zeros[rows][:, grid.group_of[starts]]
         exact = scales.astype(np.float64) * (middle - zeros)  # weight = (number - zero) * scale
         minima[...] = exact
-        return bool(np.array_equal(minima, exact))
+        return None if np.array_equal(minima, exact) else "a zero point times a scale that float32 does not hold"
 
     def _middle(self) -> int:
         return 0 if self.scheme.layout == "plain" else 1 << (self.scheme.bits - 1)
