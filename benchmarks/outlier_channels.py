@@ -37,7 +37,10 @@ def write(directory: Path, factor: float) -> None:
         return (gain * rng.standard_normal((out, inputs)) / np.sqrt(inputs)).astype(np.float32)
 
     size = HIDDEN // HEADS
-    tensors: dict[str, Any] = {"model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN, 16), "lm_head.weight": matrix(VOCABULARY, HIDDEN, 3)}
+    tensors: dict[str, Any] = {
+        "model.embed_tokens.weight": matrix(VOCABULARY, HIDDEN, 16),
+        "lm_head.weight": matrix(VOCABULARY, HIDDEN, 3),
+    }
     tensors["model.norm.weight"] = np.ones(HIDDEN, np.float32)
     for layer in range(LAYERS):
         at = f"model.layers.{layer}."
@@ -46,7 +49,10 @@ def write(directory: Path, factor: float) -> None:
         read |= {f"{at}mlp.{name}_proj.weight": matrix(INNER, HIDDEN) for name in ("gate", "up")}
         for weight in read.values():
             weight[:, CHANNELS] /= np.float32(factor)
-        norms = {f"{at}{name}.weight": np.ones(HIDDEN, np.float32) for name in ("input_layernorm", "post_attention_layernorm")}
+        norms = {
+            f"{at}{name}.weight": np.ones(HIDDEN, np.float32)
+            for name in ("input_layernorm", "post_attention_layernorm")
+        }
         for norm in norms.values():
             norm[list(CHANNELS)] *= np.float32(factor)
         tensors |= read | norms
@@ -54,9 +60,9 @@ def write(directory: Path, factor: float) -> None:
         tensors[f"{at}mlp.down_proj.weight"] = matrix(HIDDEN, INNER)
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INNER,
-        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "rms_norm_eps": 1e-5,
-        "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "hidden_act": "silu", "rope_theta": 10000.0,
-        "tie_word_embeddings": False, "torch_dtype": "float32",
+        "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+        "rms_norm_eps": 1e-5, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "hidden_act": "silu",
+        "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "float32",
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
     save_file(tensors, directory / "model.safetensors")
@@ -88,7 +94,10 @@ def main() -> None:
                 found = logits(select_scheme(name, size))
                 kl = (np.exp(exact) * (exact - found)).sum(axis=-1).mean()
                 same = (exact.argmax(-1) == found.argmax(-1)).mean()
-                print(f"x {factor:<6g} {name:10} groups {size or 'rows':<5} KL {kl:.2e}  same token {same:.1%}", flush=True)
+                print(
+                    f"x {factor:<6g} {name:10} groups {size or 'rows':<5} KL {kl:.2e}  same token {same:.1%}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class EngineArgs:
     """Quantise the weights while they are loaded: int8 (W8A16), int8_w8a8, int4 (W4A16), fp8 (W8A8; CUDA only).
     `dtype` is then that of the cache and of weights which are not quantised."""
     quantization_group_size: int | None = None
-    """Weights of a row that share a scale with int4: 32, 64 or 128; None is 64."""
+    """Weights of a row that share a scale with int4, or on the CPU int8: 32, 64 or 128; None is 64, and the row."""
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None takes the model's limit, or what the cache can hold."""
     max_num_seqs: int = 256

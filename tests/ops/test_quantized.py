@@ -108,7 +108,9 @@ def test_a_product_is_that_of_float64_with_the_weights_to_its_roundings(isa: str
         expected = q @ (weight.values * scales + minima).T * step
         starts = range(0, 300, group)
         terms = sum(
-            np.abs(q[:, i : i + group] @ part[:, i : i + group].T) for part in (weight.values * scales, minima) for i in starts
+            np.abs(q[:, i : i + group] @ part[:, i : i + group].T)
+            for part in (weight.values * scales, minima)
+            for i in starts
         )
         y = ops.linear(x, ops.pack_linear(weight, None, "float32"))
         assert (np.abs(y - expected) <= (2 * len(starts) + 3) * 2.0**-24 * terms * step).all(), group

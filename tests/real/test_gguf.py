@@ -135,4 +135,6 @@ def test_a_first_conversation_by_name(capsys: pytest.CaptureFixture[str]) -> Non
     flags = ["--temperature", "0", "--max-tokens", "12", "--max-model-len", "256"]
     assert main(["generate", "smollm2", "What is the capital of France?", *flags]) == 0
     captured = capsys.readouterr()
-    assert "Paris" in captured.out and "120 matrices of Q4_1 as int4_min in groups of 32, 5 bits a weight" in captured.err
+    assert (
+        "Paris" in captured.out and "120 matrices of Q4_1 as int4_min in groups of 32, 5 bits a weight" in captured.err
+    )

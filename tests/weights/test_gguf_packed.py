@@ -1,4 +1,4 @@
-"""Blocks that stay blocks: what they hold is what the `gguf` package's dequantiser gives, and so is what they compute."""
+"""Blocks that stay blocks: they hold what the `gguf` package's dequantiser gives, and compute with that."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -142,7 +142,9 @@ def test_what_is_not_all_blocks_or_is_to_be_unpacked_is_float(tmp_path: Path) ->
         assert "unpacked to bfloat16" in source.decisions()[0].reason
     with source_of(tmp_path, files, unpack="dtype is float32") as source:
         assert np.array_equal(np.asarray(source.matrix(array_of(attn_q=8))), values)
-        assert source.decisions() == [Decision("blocks", "unpacked", "unpacked to bfloat16 (dtype is float32): 1 of Q4_1")]
+        assert source.decisions() == [
+            Decision("blocks", "unpacked", "unpacked to bfloat16 (dtype is float32): 1 of Q4_1")
+        ]
 
 
 def mixed(name: str, shape: tuple[int, ...]) -> str:

@@ -71,6 +71,8 @@ FORMATS: dict[str, Format] = {
     "fp8 rows": Fp8("fbgemm_fp8", None),
     "fp8 modelopt": Fp8("modelopt", None),
 }
+
+
 class WithoutBlocks(ReferenceOps):
     """What a device has that lacks the formats of blocks."""
 

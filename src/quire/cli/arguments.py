@@ -33,7 +33,7 @@ ENGINE_HELP = {
     "tokenizer": "a directory or hub id; the model's own",
     "dtype": f"weights and cache: {', '.join(DTYPES)}; float32 computes exactly",
     "quantization": f"round the weights while loading: {', '.join(QUANTIZATIONS)} (GPU); left out: not at all",
-    "quantization_group_size": f"weights that share a scale with int4 (64) or int8 (a row): {', '.join(map(str, GROUP_SIZES))}",
+    "quantization_group_size": f"weights that share a scale with int4, int8: {', '.join(map(str, GROUP_SIZES))}",
     "max_model_len": "longest prompt plus output, in tokens (32k and 32K are understood); auto takes the model's",
     "max_num_seqs": "requests that run at once",
     "max_num_batched_tokens": "tokens computed in one step",

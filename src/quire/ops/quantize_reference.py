@@ -23,11 +23,11 @@ LANES = 16
 
 
 def quantize(weight: Any, quant: QuantSpec) -> QuantizedWeight:
-    """`weight [out, in]` (float32, float16 or bfloat16) in the numbers of `quant`, which has no minima. Deterministic: sums are float32,
+    """`weight [out, in]` (float32, float16 or bfloat16) in the numbers of `quant`. Deterministic: sums are float32,
     in sixteen lanes from the first input to the last, then folded in halves.
 
     Raises:
-        ValueError: a weight is NaN or infinite.
+        ValueError: a weight is NaN or infinite; the format has minima, or scales of float16.
     """
     x = np.asarray(weight).astype(np.float32)
     values, scales = rounded(array_api_compat.numpy, x, quant)

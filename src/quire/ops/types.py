@@ -39,9 +39,7 @@ Opaque = Any
 
 WeightDtype = Literal["bfloat16", "float16", "float32"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-QuantizedFormat = Literal[
-    "int8", "int8_w8a8", "int4", "int4_w4a8", "fp8", "int8_groups", "int4_min", "int8_min"
-]
+QuantizedFormat = Literal["int8", "int8_w8a8", "int4", "int4_w4a8", "fp8", "int8_groups", "int4_min", "int8_min"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +75,16 @@ ACTIVATION_QMAX: dict[QuantizedFormat, int] = {name: one.activation_qmax for nam
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """A weight in small numbers: `weight[o, i] = values[o, i] * scales[o, g] + minima[o, g]` with `g = i // group_size`;
+    """A weight in small numbers: `weight[o, i] = values[o, i] * scales[o, g] + minima[o, g]`, `g = i // group_size`;
     where the format has no minima they are 0.
 
     Activations are quantised dynamically, per token: a row becomes `q = rint(x * (qmax / absmax))`, ties to even,
-    with its own largest magnitude `absmax` and the format's `qmax` (`ACTIVATION_QMAX`): 7 bits and a sign
-    for `int8_w8a8` and `int4_w4a8`, 15 bits and a sign for the other integers (about as exact as bfloat16 for a row's
-    small inputs, far more exact for its large ones). A group's integer dot product, and the sum of its inputs, are exact
-    and become one float32 each; the result is
-    `absmax / qmax * sum_g (scales[o, g] * float32(sum_(i in g) q[i] values[o, i]) + minima[o, g] * float32(sum_(i in g) q[i]))`.
+    with its own largest magnitude `absmax` and the format's `qmax` (`ACTIVATION_QMAX`): 7 bits and a sign for
+    `int8_w8a8` and `int4_w4a8`, 15 bits and a sign for the other integers (about as exact as bfloat16 for a row's small
+    inputs, far more exact for its large ones). A group's integer dot product `d[o, g] = sum_(i in g) q[i] values[o, i]`
+    and the sum of its inputs `s[g] = sum_(i in g) q[i]` are exact and become one float32 each; the result is
+    `absmax / qmax * sum_g (scales[o, g] * float32(d[o, g]) + minima[o, g] * float32(s[g]))`.
+
     So a weight is multiplied before `values * scales + minima` is rounded to float32, which a table of embeddings does
     (the product, then the sum, as ggml does): the two differ by half a unit in the last place of the weight.
 

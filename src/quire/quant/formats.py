@@ -1,7 +1,8 @@
 """The schemes that there are, by the argument `quantization`. Each has dynamic activation scales, one for each token.
 
-`int8` is W8A16: symmetric eight-bit weights with a scale for each output channel (or for each group of its inputs, which
-a few large channels of the inputs do not spoil), half of bfloat16's bytes; activations are 16-bit integers. `int8_w8a8` is W8A8: activations are 8-bit integers, which AMX and tensor cores multiply fastest.
+`int8` is W8A16: symmetric eight-bit weights with a scale for each output channel (or for each group of its inputs,
+which leaves a little less error), half of bfloat16's bytes; activations are 16-bit integers. `int8_w8a8` is W8A8:
+activations are 8-bit integers, which AMX and tensor cores multiply fastest.
 
 `int4` is W4A16: four-bit weights with a scale for each group of a row's inputs; activations are 16-bit integers.
 

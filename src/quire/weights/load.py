@@ -49,8 +49,8 @@ class WeightPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Of all parameters once packed. Matrices of a quantised checkpoint count as unpacked until they are read; those
-        of a GGUF file do not."""
+        """Of all parameters once packed. Matrices of a quantised checkpoint count as unpacked until they are read, a
+        GGUF file's do not."""
         return sum(self.packer.num_bytes(one, self._given(name, one)) for name, one in self.parameters.items())
 
     @property
@@ -167,17 +167,8 @@ def plan_weights(
     weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors.get(embedding))
     unpack = "dtype is float32" if dtype == "float32" else None if scheme is None else f"quantization {scheme.name}"
     target = Target(weight_dtype, ops.formats, unpack, frozenset({embedding, head}), names.transposed)
-    quantized: QuantizedWeights | GgufBlocks | None = None
-    if config.quantization is not None and isinstance(source, CheckpointWeights):
-        from quire.weights.formats.quantized.source import QuantizedWeights
-
-        source = quantized = QuantizedWeights(source, config.quantization, target)
-    elif config.is_gguf:
-        from quire.weights.formats.gguf import GgufWeights
-        from quire.weights.formats.gguf_packed import GgufBlocks
-
-        if isinstance(source, GgufWeights):
-            source = quantized = GgufBlocks(source, target)
+    quantized = _quantized(source, config, target)
+    source = source if quantized is None else quantized
     # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
     if spec.tied_head and source.differ(embedding, head):
         spec = replace(spec, tied_head=False)
@@ -186,6 +177,20 @@ def plan_weights(
     check_tensors(parameters, source.tensors, (*unused, head) if spec.tied_head else unused)
     packer = WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset)
     return WeightPlan(spec, parameters, packer, source, quantized)
+
+
+def _quantized(source: WeightSource, config: ModelConfig, target: Target) -> "QuantizedWeights | GgufBlocks | None":
+    """What keeps or unpacks the numbers of a source; None where it holds values, or packed weights."""
+    if config.quantization is not None and isinstance(source, CheckpointWeights):
+        from quire.weights.formats.quantized.source import QuantizedWeights
+
+        return QuantizedWeights(source, config.quantization, target)
+    if not config.is_gguf:
+        return None
+    from quire.weights.formats.gguf import GgufWeights
+    from quire.weights.formats.gguf_packed import GgufBlocks
+
+    return GgufBlocks(source, target) if isinstance(source, GgufWeights) else None
 
 
 def load_weights(

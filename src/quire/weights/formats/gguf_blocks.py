@@ -22,7 +22,7 @@ Numbers = NDArray[np.int8]
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """What blocks hold. Scales and minima are exact: the products that they are made of fit into float32."""
+    """What blocks hold. Scales and minima are exact: what two factors make fits into float32."""
 
     numbers: Numbers  # [blocks, values of one]
     scales: Floats  # [blocks, groups of one]

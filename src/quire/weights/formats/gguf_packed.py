@@ -86,7 +86,9 @@ class GgufBlocks:
             if types:
                 self._unpacked[shown] += 1
             return
-        self._kept[f"{shown} as {spec.format} in groups of {spec.group_size}, {bits_per_weight(spec)} bits a weight"] += 1
+        self._kept[
+            f"{shown} as {spec.format} in groups of {spec.group_size}, {bits_per_weight(spec)} bits a weight"
+        ] += 1
         rows, inputs = array.shape
         self._memory += quantized_bytes(spec, rows, inputs)
         self._values += rows * inputs

@@ -94,10 +94,15 @@ class QuantizedTensor:
         return fitting(self.scheme, size, self.shape[1], has_zeros, formats)
 
     def keep(
-        self, grid: Grid, spec: QuantSpec, values: NDArray[Any], scales: NDArray[Any], minima: NDArray[Any] | None = None
+        self,
+        grid: Grid,
+        spec: QuantSpec,
+        values: NDArray[Any],
+        scales: NDArray[Any],
+        minima: NDArray[Any] | None = None,
     ) -> str | None:
-        """The numbers into `values [out, in]`, their scales into `scales [out, groups]` of `spec`, and what its minima are
-        into `minima` as these, without loss; in words, where a number or a minimum is outside the format, which.
+        """The numbers into `values [out, in]`, their scales into `scales [out, groups]` of `spec`, and its minima into
+        `minima` as these, without loss; where a number or a minimum is outside the format, in words which.
 
         Raises:
             ModelFileError: as `unpack`.
