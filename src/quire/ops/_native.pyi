@@ -26,8 +26,8 @@ class PackedLinear:
         """`panels`, `amx_bf16` or `integers`."""
     @property
     def integers(self) -> tuple[int, int, int, int, bool]:
-        """Bits (0: the weight is of floating point), inputs in a group, the largest integer of an input, bytes of a scale,
-        whether groups have minima."""
+        """Bits (0: the weight is of floating point), inputs in a group, the largest integer of an input, bytes of a
+        scale, whether groups have minima."""
     @property
     def weights(self) -> PackedBytes: ...
     @property
