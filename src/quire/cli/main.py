@@ -35,6 +35,7 @@ VERBS = {
     "verify": "check an engine directory: every byte, then its golden prompts",
     "inspect": "say what is inside a model or an engine directory, without loading it",
     "explain": "say where the time of a request to a running server went",
+    "eval": "measure what formats of a model lose: perplexity, KL divergence, and a table with memory and speed",
     "bench": "measure speed",
     "doctor": "say what this machine and installation offer",
     "completion": "print what a shell completes: bash, zsh or fish",

@@ -62,8 +62,11 @@ class CoreParts:
     """What a core is made of, before its executor is given to it."""
 
     scheduler: Scheduler
+    runner: ModelRunner
     executor: Executor
     info: CoreInfo
+    weight_bytes: int
+    """Of the model once packed."""
     host_weight_bytes: int | None
     """Of a model that this machine's processors compute; None: a device computes."""
     core_type: type[EngineCore]
@@ -109,8 +112,10 @@ def compose_core(args: EngineArgs, path: Path) -> CoreParts:
     prefix_cache = verifier or (PrefixCache(key) if args.enable_prefix_caching else NullPrefixCache())
     return CoreParts(
         _scheduler(args, sizes, prefix_cache, [] if grammars is None else [grammars]),
+        runner,
         LocalExecutor(runner, overlap),
         CoreInfo(sizes.max_model_len, spec.vocab_size, tuple(decisions), fingerprint, _cache_config(args, sizes)),
+        model.weight_bytes,
         model.weight_bytes if ops.memory() is None else None,
         OverlappingCore if overlap else EngineCore,
         verifier,
