@@ -48,7 +48,9 @@ def test_losses_are_those_of_torch_in_float64() -> None:
     reference, logits = (torch.log_softmax(whole(one).double(), -1) for one in (exact, other))
     targets = torch.tensor(TEXT[1:])
     for loss, log_probs in ((mine, reference), (found, logits)):
-        assert loss.perplexity == pytest.approx(float(torch.nn.functional.nll_loss(log_probs, targets).exp()), rel=1e-12)
+        assert loss.perplexity == pytest.approx(
+            float(torch.nn.functional.nll_loss(log_probs, targets).exp()), rel=1e-12
+        )
         kl = torch.nn.functional.kl_div(log_probs, reference, reduction="none", log_target=True).sum(-1)
         assert loss.mean_kl == pytest.approx(float(kl.mean()), rel=1e-12, abs=1e-15)
         assert loss.p99_kl == pytest.approx(float(torch.quantile(kl, 0.99)), rel=1e-12, abs=1e-15)
@@ -148,12 +150,17 @@ def test_the_table_as_text_and_for_programs() -> None:
 
 
 def test_the_drawing_is_svg_and_readable_in_the_dark() -> None:
-    text = draw([TABLE, TABLE])
+    text = draw([TABLE, TABLE], ["how & where"])
     root = ElementTree.fromstring(text)
     name = "{http://www.w3.org/2000/svg}"
     assert root.tag == f"{name}svg" and "prefers-color-scheme:dark" in text
     shown = [item.text for item in root.iter(f"{name}text")]
-    assert shown.count("a <model>") == 2 and "2.00 x" in shown and "read this & that" in shown
+    assert (
+        shown.count("a <model>") == 2
+        and "2.00 x" in shown
+        and "read this & that" in shown
+        and shown[-1] == "how & where"
+    )
     bars = [float(bar.get("width", "")) for bar in root.iter(f"{name}rect") if bar.get("class") == "bar"]
     assert bars == [90, 45, 45, 90] * 2  # memory and speed of one row, then of the other, in each table
 

@@ -111,7 +111,9 @@ def test_a_text_with_bos_has_it_before_every_context(tiny: Path, text: Path, tmp
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": special["content"], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
-        "special_tokens": {special["content"]: {"id": special["content"], "ids": [256], "tokens": [special["content"]]}},
+        "special_tokens": {
+            special["content"]: {"id": special["content"], "ids": [256], "tokens": [special["content"]]}
+        },
     }
     (model / "tokenizer.json").write_text(json.dumps(state))
     (table,) = evaluate(capsys, model, "--text", text, "--context", 33)

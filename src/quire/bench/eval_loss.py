@@ -35,11 +35,11 @@ class Loss:
     same: list[NDArray[np.bool_]] = field(default_factory=list)
     """Whether the most probable token is the reference's."""
 
-    def add(self, exact: NDArray[np.float64], found: NDArray[np.float64], targets: Sequence[int]) -> None:
-        """Some tokens: log-probabilities of the reference and of the model, `[targets, vocabulary]`, and the text's."""
+    def add(self, exact: "Exact", found: NDArray[np.float64], targets: Sequence[int]) -> None:
+        """Some tokens: what the reference says, log-probabilities of the model `[targets, vocabulary]`, the text's."""
         self.nll.append(-found[np.arange(len(targets)), targets])
-        self.kl.append((np.exp(exact) * (exact - found)).sum(axis=-1))
-        self.same.append(exact.argmax(axis=-1) == found.argmax(axis=-1))
+        self.kl.append(np.einsum("rv,rv->r", exact.probs, exact.log_probs - found))
+        self.same.append(exact.best == found.argmax(axis=-1))
 
     @property
     def num_tokens(self) -> int:
@@ -67,6 +67,19 @@ class Loss:
         return float(np.concatenate(self.same).mean())
 
 
+class Exact:
+    """What the reference says of some tokens.
+
+    Args:
+        logits: float32 `[tokens, vocabulary]`.
+    """
+
+    def __init__(self, logits: NDArray[np.float32]) -> None:
+        self.log_probs = log_probs(logits)
+        self.probs = np.exp(self.log_probs)
+        self.best = self.log_probs.argmax(axis=-1)
+
+
 def measure_losses(
     reference: Forced, others: Sequence[Forced], windows: Sequence[Window], show: Callable[[int, int], None]
 ) -> list[Loss]:
@@ -84,19 +97,21 @@ def measure_losses(
         first = window.first
         chunks = zip(*(model(window.token_ids, first) for model in (reference, *others)), strict=True)
         for logits in chunks:
-            exact = _checked(logits[0], logits[0])
-            targets = window.token_ids[first + 1 : first + 1 + len(exact)]
-            for loss, one in zip(losses, logits, strict=True):
-                loss.add(exact, exact if one is logits[0] else _checked(one, logits[0]), targets)
-            first += len(exact)
+            for one in logits:
+                _check(one, logits[0])
+            exact, count = Exact(logits[0]), len(logits[0])
+            targets = window.token_ids[first + 1 : first + 1 + count]
+            losses[0].add(exact, exact.log_probs, targets)
+            for loss, one in zip(losses[1:], logits[1:], strict=True):
+                loss.add(exact, log_probs(one), targets)
+            first += count
             show(losses[0].num_tokens, total)
     return losses
 
 
-def _checked(logits: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:
+def _check(logits: NDArray[np.float32], reference: NDArray[np.float32]) -> None:
     if logits.shape != reference.shape:
         widths = f"{reference.shape[1]:,} and {logits.shape[1]:,} tokens"
         raise RequestFailedError(f"the models have vocabularies of {widths}: they cannot be compared")
     if not np.isfinite(logits).all():
         raise RequestFailedError("a model gives logits that are not finite on this text")
-    return log_probs(logits)

@@ -72,7 +72,7 @@ def cells(table: Table) -> list[list[str]]:
             speeds += [f"{statistics.median(rates):,.1f} ({min(rates):,.1f} to {max(rates):,.1f})"]
             speeds += [f"{statistics.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"]
         memory = [f"{row.weight_bytes / 2**20:,.1f} MiB", f"{table.memory(row):.0%}"]
-        figures = [f"{loss.perplexity:.3f}", f"{table.change(row):+.2%}", f"{loss.mean_kl:.1e}", f"{loss.p99_kl:.1e}"]
+        figures = [f"{loss.perplexity:.3f}", f"{table.change(row):+z.2%}", f"{loss.mean_kl:.1e}", f"{loss.p99_kl:.1e}"]
         lines.append([row.name, *memory, *speeds, *figures, f"{loss.agreement:.1%}"])
     return lines
 

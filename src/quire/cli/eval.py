@@ -76,7 +76,8 @@ def run(options: argparse.Namespace) -> int:
     tables = _tables(asked)
     facts = {**machine.describe(), "load at the start": f"{load:.1f} runnable", **_threads(asked)}
     if options.svg is not None:
-        options.svg.write_text(eval_svg.draw(tables), encoding="utf-8")
+        foot = [*eval_report.how(tables), "; ".join(f"{name}: {value}" for name, value in facts.items())]
+        options.svg.write_text(eval_svg.draw(tables, foot), encoding="utf-8")
     if options.json:
         print(json.dumps(eval_report.as_json(tables, facts), ensure_ascii=False))
         return 0
