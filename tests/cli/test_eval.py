@@ -86,6 +86,15 @@ def test_all_kinds_of_models_in_one_run(tiny: Path, text: Path, tmp_path: Path, 
     assert 0 < of_file["rows"][0]["mean_kl"] < gguf["mean_kl"]
 
 
+def test_two_models_of_one_name_are_two_rows(tiny: Path, text: Path, tmp_path: Path, capsys: Any) -> None:
+    paths = [tmp_path / name / "model" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        path.symlink_to(tiny)
+    (table,) = evaluate(capsys, *paths, paths[0], "--text", text, "--tokens", 101)
+    assert [row["format"] for row in table["rows"]] == [f"{path} none" for path in paths]
+
+
 def test_the_table(tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One command: text, and a drawing of the same figures."""
     svg = tmp_path / "table.svg"

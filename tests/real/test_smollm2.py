@@ -17,7 +17,7 @@ from quire.bench.eval_text import PACKAGED, read_text
 from quire.cli.main import main
 from quire.ops.cpu import CpuOps
 from quire.ops.select import instruction_sets
-from quire.runner.model_runner import ModelRunner
+from quire.runner.teacher_forcing import TeacherForcing
 from quire.weights.load import load_model
 from tests.real.conftest import missing_packages
 from tests.server.conftest import MODEL, start
@@ -138,9 +138,8 @@ def test_perplexity_and_divergence(smollm2: Path, tokenizer: Any, exact: Any) ->
     for isa in instruction_sets():
         for dtype in ("float32", "bfloat16"):
             ops = CpuOps(2, isa)
-            model = load_model(smollm2, ops, dtype, 256)
-            runner = ModelRunner(model, ops, num_blocks=16, block_size=16, max_rows=1, max_model_len=256)
-            ours = loss_of(np.concatenate(list(runner.forced_logits(context))))
+            teacher = TeacherForcing(load_model(smollm2, ops, dtype, 256), ops, 16)
+            ours = loss_of(np.concatenate(list(teacher.logits(context))))
             change = ours.perplexity / own - 1
             print(f"{isa} {dtype}: perplexity {change:+.1e}, KL {ours.mean_kl:.1e}; theirs {theirs.mean_kl:.1e}")
             if dtype == "float32":

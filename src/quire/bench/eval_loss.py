@@ -14,7 +14,7 @@ from quire.bench.eval_text import Window
 from quire.errors import RequestFailedError
 
 Forced = Callable[[Sequence[int], int], Iterator[NDArray[np.float32]]]
-"""A model: `ModelRunner.forced_logits`. All that are compared give as many rows at a time."""
+"""A model: `quire.runner.teacher_forcing.TeacherForcing.logits`. All that are compared give as many rows at a time."""
 
 
 def log_probs(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -23,7 +23,7 @@ from quire.config import EngineArgs
 from quire.errors import ConfigurationError
 from quire.models.parameters import Parameter
 from quire.ops.select import select_ops
-from quire.runner.model_runner import FORCED_TOKENS
+from quire.runner.teacher_forcing import STEP_TOKENS
 from quire.text.tokenizer import Tokenizer
 from quire.weights.formats.engine_dir import is_engine, read_manifest
 from quire.weights.load import open_source, plan_weights, read_model_config
@@ -70,11 +70,10 @@ def evaluate(asked: Options) -> tuple[Table, bool]:
         ConfigurationError: naming what cannot be measured.
     """
     exact_args = EngineArgs(model=asked.reference, dtype="float32", **asked.shared)
+    names = _names(asked.models)
     cases = {
-        f"{_shown(model)} {word}" if len(asked.models) > 1 else word: EngineArgs.from_mapping(
-            {"model": model, **values}
-        )
-        for model in asked.models
+        f"{name} {word}" if len(names) > 1 else word: EngineArgs.from_mapping({"model": model, **values})
+        for model, name in names.items()
         for word, values in asked.formats.items()
     }
     args = [*cases.values()]
@@ -90,8 +89,8 @@ def evaluate(asked: Options) -> tuple[Table, bool]:
             f"The weights of {shown} had been rounded before: they have {CAVEATS[grid]}. A format on that grid loses "
             "nothing here, and every other loses more than it would on the original weights."
         )
-    title = ", ".join(dict.fromkeys(map(_shown, asked.models)))
-    return Table(title, f"{shown} in float32 (stored as {stored})", losses[0], text, rows, notes), grid is not None
+    reference = f"{shown} in float32 (stored as {stored})"
+    return Table(", ".join(names.values()), reference, losses[0], text, rows, notes), grid is not None
 
 
 def beside(asked: Options) -> list[Table]:
@@ -108,6 +107,12 @@ def beside(asked: Options) -> list[Table]:
     own = " The text is of its own answers." if asked.text is None else ""
     note = "The embedded model, trained in bfloat16, for comparison: its weights had not been rounded before." + own
     return [replace(table, notes=[*table.notes, note])]
+
+
+def _names(models: Sequence[str | None]) -> dict[str | None, str]:
+    """What each model is called: the end of its path, or all of it where two end alike."""
+    short = {model: _shown(model) for model in models}
+    return short if len(set(short.values())) == len(short) else {model: model or EMBEDDED_NAME for model in short}
 
 
 def _shown(model: str | None) -> str:
@@ -191,14 +196,14 @@ def _losses(
             one,
             max_model_len=size,
             max_num_seqs=1,
-            max_num_batched_tokens=FORCED_TOKENS,
+            max_num_batched_tokens=STEP_TOKENS,
             num_gpu_blocks_override=-(-size // one.block_size),
         )
         _say(asked, f"loading {_shown(one.model)} ({len(loaded) + 1} of {1 + len(args)})")
         loaded.append(compose_core(sized, find_model(one)))
-    readers = [parts.runner.forced_logits for parts in loaded]
+    readers = [parts.teacher.logits for parts in loaded]
     losses = measure_losses(readers[0], readers[1:], windows, partial(_progress, asked))
-    return [parts.weight_bytes for parts in loaded[1:]], losses
+    return [parts.teacher.model.weight_bytes for parts in loaded[1:]], losses
 
 
 def _rates(asked: Options, cases: Mapping[str, EngineArgs]) -> list[dict[str, list[float]]]:

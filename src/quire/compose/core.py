@@ -43,6 +43,7 @@ from quire.quant.types import bits_per_weight
 from quire.runner.host_memory import free_memory_bytes
 from quire.runner.memory import StepShape, check_budget, make_budget
 from quire.runner.model_runner import ModelRunner
+from quire.runner.teacher_forcing import TeacherForcing
 from quire.sampling.features import SamplingFeature
 from quire.sampling.features.grammar import GrammarMasks, Grammars
 from quire.sampling.features.masks import LogitMasks
@@ -62,15 +63,14 @@ class CoreParts:
     """What a core is made of, before its executor is given to it."""
 
     scheduler: Scheduler
-    runner: ModelRunner
     executor: Executor
     info: CoreInfo
-    weight_bytes: int
-    """Of the model once packed."""
     host_weight_bytes: int | None
     """Of a model that this machine's processors compute; None: a device computes."""
     core_type: type[EngineCore]
     verifier: CachedBlockVerifier | None
+    teacher: TeacherForcing
+    """Reads texts with the same model, beside the core."""
 
     def core(self, executor: Executor | None = None) -> EngineCore:
         """The core itself; over another executor that passes on to this one, if one is given."""
@@ -112,13 +112,12 @@ def compose_core(args: EngineArgs, path: Path) -> CoreParts:
     prefix_cache = verifier or (PrefixCache(key) if args.enable_prefix_caching else NullPrefixCache())
     return CoreParts(
         _scheduler(args, sizes, prefix_cache, [] if grammars is None else [grammars]),
-        runner,
         LocalExecutor(runner, overlap),
         CoreInfo(sizes.max_model_len, spec.vocab_size, tuple(decisions), fingerprint, _cache_config(args, sizes)),
-        model.weight_bytes,
         model.weight_bytes if ops.memory() is None else None,
         OverlappingCore if overlap else EngineCore,
         verifier,
+        TeacherForcing(model, ops, args.block_size),
     )
 
 

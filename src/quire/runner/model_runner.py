@@ -7,7 +7,7 @@ A row whose next step needs its token on the host (a penalty counts it) is not i
 
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -24,9 +24,6 @@ from quire.runner.rows import Rows
 from quire.sampling.features import SamplingFeature
 from quire.sampling.logprobs import token_logprobs, values_of
 from quire.sampling.sampler import NOT_FINITE, PendingSamples, Sampler
-
-FORCED_TOKENS = 256
-"""Of a text that are computed in one step of `forced_logits`."""
 
 logger = logging.getLogger("quire.runner")
 
@@ -95,7 +92,6 @@ class ModelRunner:
         self._model = model
         self._ops = ops
         self._max_rows = max_rows
-        self._block_size = block_size
         self._spare_block = num_blocks
         """Behind those of the scheduler, where `capture` or `recomputes` wants it."""
         self._cache = ops.make_cache(model.cache_shape(num_blocks + (capture is not None or recomputes), block_size))
@@ -155,25 +151,6 @@ class ModelRunner:
             if kept != computed:
                 return layer
         return None
-
-    def forced_logits(self, token_ids: Sequence[int], first: int = 0) -> Iterator[NDArray[np.float32]]:
-        """While there is no request: the logits after each token of a text from index `first` on, but after its last,
-        teacher-forced, `[up to 64, vocabulary]` at a time. It is computed as a prompt is, in the first blocks of the
-        cache, whose content is lost. Only the numbers of one step exist at a time."""
-        ops, last = self._ops, len(token_ids) - 1
-        tables = ops.array(np.arange(-(-len(token_ids) // self._block_size))[None], "int32")
-        for start in range(0, last, FORCED_TOKENS):
-            end = min(start + FORCED_TOKENS, last)
-            batch = AttentionBatch(
-                positions=ops.array(np.arange(start, end), "int32"),
-                query_starts=ops.array(np.array([0, end - start]), "int32"),
-                starts=ops.array(np.array([start]), "int32"),
-                block_tables=tables,
-                outputs=np.arange(max(first, start) - start, end - start, dtype=np.int32),
-            )
-            hidden = self._model.forward(ops.array(np.array(token_ids[start:end]), "int32"), batch, self._cache)
-            for row in range(0, len(hidden), PROMPT_LOGPROB_ROWS):
-                yield ops.to_numpy(self._model.logits(hidden[row : row + PROMPT_LOGPROB_ROWS]))
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute one step. A fault in the work of one row fails that row (see `quire.runner.faults`).
