@@ -103,7 +103,15 @@ def test_the_table(tiny: Path, text: Path, tmp_path: Path, capsys: pytest.Captur
     shown = capsys.readouterr().out
     (none, int4) = (line for line in shown.splitlines() if line.startswith(("none", "int4")))
     assert none.count("1.00 x (1.00 to 1.00)") == 1 and " x (" in int4
-    for word in ("processor: ", "quire: ", "threads: 1", "load at the start: ", "runs: 2 of each workload", "W1 tok/s"):
+    for word in (
+        "processor: ",
+        "quire: ",
+        "threads: 1",
+        "instruction_set: ",
+        "load at the start: ",
+        "runs: 2 of each workload",
+        "W1 tok/s",
+    ):
         assert word in shown
     assert "formats in turns" in shown
     drawn = {item.text for item in ElementTree.parse(svg).iter("{http://www.w3.org/2000/svg}text")}

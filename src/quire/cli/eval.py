@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigurationError(f"svg: there is no folder {options.svg.parent}", field="svg")
     load = os.getloadavg()[0]
     tables = _tables(asked)
-    facts = {**machine.describe(), "load at the start": f"{load:.1f} runnable", **_threads(asked)}
+    facts = {**machine.describe(), "load at the start": f"{load:.1f} runnable", **_computed(asked)}
     if options.svg is not None:
         foot = [*eval_report.how(tables), "; ".join(f"{name}: {value}" for name, value in facts.items())]
         options.svg.write_text(eval_svg.draw(tables, foot), encoding="utf-8")
@@ -127,12 +127,14 @@ def _runnable(shared: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _threads(asked: "Options") -> dict[str, str]:
-    from quire.ops.select import available_cores
+def _computed(asked: "Options") -> dict[str, str]:
+    """With what it was computed, and how often."""
+    from quire.ops.select import select_ops
 
-    given = [values["threads"] for values in asked.formats.values() if "threads" in values]
-    runs = {"runs": f"{asked.reps} of each workload"} if asked.workloads else {}
-    return {"threads": str(given[0] if given else available_cores()[0]), **runs}
+    shared = asked.shared
+    _, decisions = select_ops(shared.get("device", "auto"), shared.get("threads"))
+    found = {one.name: one.value for one in decisions if one.name in ("operations", "instruction_set", "threads")}
+    return found | ({"runs": f"{asked.reps} of each workload"} if asked.workloads else {})
 
 
 def _tables(asked: "Options") -> "list[Table]":
