@@ -145,9 +145,9 @@ def test_a_text_with_bos_has_it_before_every_context(tiny: Path, text: Path, tmp
     [
         (["--quantization", "int3"], "quantization has no 'int3': none, bfloat16"),
         (["--quantization", "int4:33"], "quantization_group_size must be one of 32, 64, 128"),
-        (["--quantization", "int8:64"], "quantization_group_size is for quantization 'int4'"),
+        (["--quantization", "int8_w8a8:64"], "quantization_group_size is for"),
         (["--quantization", "int8,dtpe=float32"], "did you mean 'dtype'"),
-        (["--quantization", "int8,max_model_len=9"], "max_model_len"),
+        (["--quantization", "int8,core_process=true"], "'core_process'"),
         (["--quantization", "fp8"], "needs an NVIDIA GPU"),
         (["--context", "513"], "context is 513; the model has 512 positions"),
         (["--context", "64", "--stride", "65"], "stride must be from 1 to 64"),

@@ -22,7 +22,7 @@ EXAMPLES = """examples:
   quire eval DIR MODEL.Q4_K_M.gguf ENGINE --text FILE
   quire eval smollm2 --table
   quire eval DIR --table --workload W1 W2 --reps 5 --json --svg table.svg
-  quire eval DIR --quantization none none,dtype=float16 int4,kv_cache_dtype=int8
+  quire eval DIR --quantization none int4 int4,dtype=float16
 
 Each format is held against the first model in float32 (or --reference), on the same tokens: perplexity, KL divergence
 of the next token, and how often the most probable token is the same. A MODEL is whatever `quire serve` takes."""
@@ -41,7 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="FORMAT",
         help=f"formats: {AS_IT_IS} (as it is), float32, bfloat16, float16, {', '.join(QUANTIZATIONS)}, int4:32 (groups "
-        f"of 32); then ,NAME=VALUE of any engine argument. Left out: {AS_IT_IS}, with --table all that run here",
+        f"of 32); then ,NAME=VALUE of dtype, block_size and the like. Left out: {AS_IT_IS}, with --table all that run here",
     )
     parser.add_argument("--reference", metavar="MODEL", help="what is float32 and right (left out: the first model)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8, up to 16 MiB (left out: the packaged one)")

@@ -9,13 +9,13 @@ from quire.errors import ConfigurationError, unknown_name_message
 
 AS_IT_IS = "none"
 STORED = tuple(name for name in DTYPES if name != "auto")
-SIZED = frozenset("model max_model_len max_num_seqs max_num_batched_tokens num_gpu_blocks_override".split())
-"""Engine arguments that the evaluation sets itself."""
+FURTHER = "dtype kv_cache_dtype quantization_group_size block_size batch_invariant".split()
+"""Engine arguments on which what a model says, or its speed, may depend."""
 
 
 def format_values(text: str) -> Mapping[str, Any]:
-    """The engine arguments of `none`, `float16`, `int8`, `int4:32`, `int4,kv_cache_dtype=int8` and the like: the model
-    as it is stored, a type, or a quantisation with the size of its groups; then any engine arguments.
+    """The engine arguments of `none`, `float16`, `int8`, `int4:32`, `int4,dtype=float16` and the like: the model as it
+    is stored, a type, or a quantisation with the size of its groups; then engine arguments of `FURTHER`.
 
     Raises:
         ConfigurationError: an unknown word, with those that are known.
@@ -31,12 +31,12 @@ def format_values(text: str) -> Mapping[str, Any]:
     else:
         known = ", ".join((AS_IT_IS, *STORED, *QUANTIZATIONS))
         raise ConfigurationError(f"quantization has no {text[:60]!r}: {known} (int4:32 has groups of 32)", field=_FIELD)
-    known_names = [item.name for item in fields(EngineArgs) if item.name not in SIZED]
+    known_names = [item.name for item in fields(EngineArgs) if item.name in FURTHER]
     for item in further:
         name, equals, value = item.partition("=")
         if not equals or name not in known_names:
-            text = unknown_name_message("engine argument", name[:60], known_names)
-            raise ConfigurationError(f"quantization: {text}", field=_FIELD)
+            text = unknown_name_message("argument of a format", name[:60], known_names)
+            raise ConfigurationError(f"{text}; known are {', '.join(known_names)}", field=_FIELD)
         values[name] = _plain(value)
     return values
 
