@@ -41,7 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="FORMAT",
         help=f"formats: {AS_IT_IS} (as it is), float32, bfloat16, float16, {', '.join(QUANTIZATIONS)}, int4:32 (groups "
-        f"of 32); then ,NAME=VALUE of dtype, block_size and the like. Left out: {AS_IT_IS}, with --table all that run here",
+        f"of 32); then ,NAME=VALUE (dtype, block_size). Left out: {AS_IT_IS}, with --table all that run here",
     )
     parser.add_argument("--reference", metavar="MODEL", help="what is float32 and right (left out: the first model)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8, up to 16 MiB (left out: the packaged one)")
