@@ -1,6 +1,7 @@
 """A real model, SmolLM2-135M-Instruct, against transformers on the same files (`conftest.py` writes them)."""
 
 import json
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,7 @@ TEXTS = [
     "Q: What is photosynthesis?\nA:",
     "naïve café — 分頁 👍🏽 means",
 ]
+FACTS = Path(__file__).parents[2] / "scripts" / "demo" / "facts_en.toml"
 NEAR_TIE = 0.25
 """Logits of transformers in float32 that bfloat16 may tell apart otherwise; the largest are about 20."""
 ROUND_INPUTS = ("avx512_bf16", "amx")
@@ -166,7 +168,9 @@ def test_the_command_says_what_transformers_says(smollm2: Path, tokenizer: Any, 
 
 def test_a_context_of_nearly_8k(smollm2: Path, tokenizer: Any, exact: Any) -> None:
     """Greedy tokens after 8,000 others are the choice of transformers in float32, or near-ties."""
-    prompt = (tokenizer.encode(read_text(PACKAGED)) * 3)[:8000]
+    facts = tomllib.loads(FACTS.read_text(encoding="utf-8"))
+    text = "\n".join(f"{fact['what']} {fact['why']}" for fact in facts.values())
+    prompt = (tokenizer.encode(text) * 2)[:8000]
     with LLM(model=str(smollm2), max_num_seqs=1, kv_cache_memory_bytes=2**29) as llm:
         assert llm.max_model_len == 8192
         (output,) = greedy(llm, [prompt], 16)
