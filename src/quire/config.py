@@ -319,7 +319,8 @@ def resolve_cache(args: EngineArgs, facts: ModelSizes) -> CachePlan:
             raise _bad(
                 "max_model_len",
                 f"is {wanted_len}, which needs {mib(need)} of cache for one sequence; "
-                f"{mib(num_blocks * facts.bytes_per_block)} fit ({reason})",
+                f"{mib(num_blocks * facts.bytes_per_block)} fit ({reason}); "
+                + what_would_fit(num_blocks * facts.bytes_per_block, facts.bytes_per_block / args.block_size, 0),
             )
         max_model_len = held
         decisions.append(
@@ -369,7 +370,8 @@ def _num_blocks(args: EngineArgs, facts: ModelSizes, max_model_len: int) -> tupl
         raise _bad(
             "gpu_memory_utilization",
             f"{share:g} of {mib(budget.device)} is {mib(int(budget.device * share))}; "
-            f"without any cache there is {budget}",
+            f"without any cache there is {budget}; "
+            + what_would_fit(left, facts.bytes_per_block / args.block_size, budget.weights),
         )
     fits = left // facts.bytes_per_block
     reason = f"gpu_memory_utilization={share:g} of {mib(budget.device)}"
@@ -383,6 +385,27 @@ def _num_blocks(args: EngineArgs, facts: ModelSizes, max_model_len: int) -> tupl
         text = f"what max_num_seqs={args.max_num_seqs} sequences of {max_model_len} tokens need"
         return args.max_num_seqs * longest, text
     return fits, reason
+
+
+def what_would_fit(left: int, bytes_per_token: float, weight_bytes: int) -> str:
+    """What to ask for, where weights and one sequence do not fit.
+
+    Args:
+        left: bytes beside the weights; below 0 what they exceed the memory by.
+        weight_bytes: of all weights, which quantisation would lessen.
+    """
+    tokens = int(left // bytes_per_token)
+    if tokens > 0:
+        return f"--max-model-len {tokens} would"
+    return f"the weights alone exceed it by {max(0, -left) / 1e9:,.1f} GB; {_smaller(-left, weight_bytes)}"
+
+
+def _smaller(excess: int, weight_bytes: int) -> str:
+    """The mildest quantisation that saves so many bytes of weights in 16 bits."""
+    for name, share in (("int8", 0.5), ("int4", 0.28)):
+        if weight_bytes * (1 - share) > excess:
+            return f"--quantization {name} would leave {(weight_bytes * (1 - share) - excess) / 1e9:,.1f} GB"
+    return "no quantisation makes it fit"
 
 
 def mib(size_bytes: int) -> str:

@@ -52,11 +52,14 @@ from quire.sampling.features.penalties import Penalties
 from quire.weights.formats.gguf_names import is_gguf, part_paths
 from quire.weights.load import load_model, read_model_config
 from quire.weights.loading_bar import LoadingBar
+from quire.weights.source import ModelConfig
 
 SMALL_MODEL_BYTES = 512 << 20
 """Of weights in 4 bits, some 900 million: below it they cost a model much."""
 
 logger = logging.getLogger("quire")
+startup = logging.getLogger("quire.startup")
+"""What has been done of a start, at DEBUG; `quire generate --startup-report` listens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +81,19 @@ class CoreParts:
         return self.core_type(self.scheduler, executor or self.executor, time.monotonic, self.verifier)
 
 
-def compose_core(args: EngineArgs, path: Path) -> CoreParts:
+def compose_core(args: EngineArgs, path: Path, config: ModelConfig | None = None) -> CoreParts:
     """Load the model of a directory or a GGUF file, and size everything.
+
+    Args:
+        config: what `read_model_config` says, if it was read.
 
     Raises:
         ConfigurationError: naming the argument or the file at fault.
     """
-    args, built = as_built(args, path)
+    config = config or read_model_config(path)
+    args, built = as_built(args, config.manifest)
     ops, decisions = select_ops(args.device, args.threads, args.batch_invariant)
-    config = read_model_config(path)
+    startup.debug("operations: instruction set, threads")
     spec = config.spec
     model_len = resolve_model_len(args, spec.max_position_embeddings)
     fingerprint = _fingerprint(path)
@@ -98,11 +105,13 @@ def compose_core(args: EngineArgs, path: Path) -> CoreParts:
             model = load_model(path, ops, args.dtype, model_len, bar.show, scheme, loaded.extend, config)
         except MemoryError as error:
             raise ConfigurationError("the weights do not fit into memory", field="model") from error
+    startup.debug("weights, read and packed or mapped")
     sizes = resolve_cache(args, _sizes(args, model, ops, model_len))
     logger.info("memory: %s", sizes.memory)
     overlap, loop = _loop(args, ops)
     grammars = grammar_compiler(args, path, spec.vocab_size)
     runner = _runner(args, model, ops, sizes, sampling_features(ops, grammars))
+    startup.debug("cache, runner, sampler")
     in_use = check_budget(sizes.memory, ops)
     key = secrets.token_bytes(32)
     verifier = CachedBlockVerifier(key, runner.first_difference) if args.verify_cached_blocks else None

@@ -1,26 +1,23 @@
 """What an engine directory fixes of the arguments."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from quire.config import EngineArgs
 from quire.errors import ConfigurationError
 from quire.outputs import Decision
-from quire.weights.formats.engine_dir import is_engine, read_manifest
+from quire.weights.formats.engine_dir import Manifest
 
 
-def as_built(args: EngineArgs, directory: Path) -> tuple[EngineArgs, list[Decision]]:
-    """The arguments with what was decided when the engine in `directory` was built, and a line about it. Where there is
-    no engine, the arguments as they are.
+def as_built(args: EngineArgs, manifest: Manifest | None) -> tuple[EngineArgs, list[Decision]]:
+    """The arguments with what was decided when an engine was built, and a line about it. Where there is no engine, the
+    arguments as they are.
 
     Raises:
         ConfigurationError: an argument asks for something else than what was built.
-        ModelFileError: the engine is damaged.
     """
-    if not is_engine(directory):
+    if manifest is None:
         return args, []
-    manifest = read_manifest(directory)
     fixed: dict[str, Any] = {"quantization": manifest.quantization, "dtype": manifest.dtype}
     if manifest.quantization == "int4":
         fixed["quantization_group_size"] = manifest.quantization_group_size

@@ -16,7 +16,7 @@ from quire.ops.types import ACTIVATION_QMAX, Provider, QuantSpec, WeightDtype
 from quire.outputs import Decision
 from quire.quant.types import Scheme
 from quire.weights.formats.engine_dir import EngineWeights, is_engine, read_manifest
-from quire.weights.formats.gguf_names import is_gguf
+from quire.weights.formats.gguf_names import header_path, is_gguf
 from quire.weights.formats.quantized import KEYS, states_quantization
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
@@ -56,6 +56,11 @@ class WeightPlan:
         """What has been decided about a quantised checkpoint, once it has been read."""
         return [] if self.quantized is None else self.quantized.decisions()
 
+    @property
+    def given(self) -> Mapping[str, QuantSpec | None]:
+        """By parameter, what the source holds it as, as far as it says before it is read; None: values."""
+        return {name: self._given(name, one) for name, one in self.parameters.items()}
+
     def _given(self, name: str, parameter: Parameter) -> QuantSpec | None:
         """What the source has quantised a matrix to, or its engine was packed with."""
         if self.quantized is not None:
@@ -68,16 +73,17 @@ class WeightPlan:
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """Read `config.json` of a directory, or the header of a GGUF file.
+    """Read `config.json` of a directory, or the header of a GGUF file; of an engine directory the manifest first.
 
     Raises:
         ModelFileError: it is missing or damaged.
         UnsupportedModelError: an architecture or a setting that Quire does not have, named.
     """
-    if is_gguf(path):
+    manifest = read_manifest(path) if is_engine(path) else None
+    if header := header_path(path):
         from quire.weights.formats.gguf_config import read_gguf_config  # not above: few models are GGUF files
 
-        return read_gguf_config(path)
+        return replace(read_gguf_config(header), manifest=manifest)
     config = read_json_object(path / "config.json", MAX_CONFIG_BYTES)
     spec, names = load_spec({key: value for key, value in config.items() if key not in KEYS})
     stated = config.get("dtype", config.get("torch_dtype"))
@@ -87,7 +93,8 @@ def read_model_config(path: Path) -> ModelConfig:
         from quire.weights.formats.quantized.config import read_quantization
 
         quantization = read_quantization(path, config)
-    return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None, quantization=quantization)
+    dtype = cast(WeightDtype, stated) if known else None
+    return ModelConfig(spec, names, dtype, quantization=quantization, manifest=manifest)
 
 
 def load_model(
@@ -138,12 +145,12 @@ def open_source(path: Path, config: ModelConfig) -> "CheckpointWeights | EngineW
     Raises:
         ModelFileError: a file is missing or damaged.
     """
-    if is_engine(path):
-        return EngineWeights(path, read_manifest(path))
+    if config.manifest is not None:
+        return EngineWeights(path, config.manifest)
     if is_gguf(path):
         from quire.weights.formats.gguf import GgufWeights
 
-        return GgufWeights(path, config.rotated_heads)
+        return GgufWeights(path, config.rotated_heads, config.gguf)
     return CheckpointWeights(path)
 
 

@@ -12,6 +12,8 @@ from quire.ops.packed import PackedState
 from quire.ops.types import QuantizedWeight, StoredWeight, WeightDtype
 
 if TYPE_CHECKING:
+    from quire.weights.formats.engine_dir import Manifest
+    from quire.weights.formats.gguf_parts import GgufParts
     from quire.weights.formats.quantized.scheme import Quantization
 
 StoredMatrix = NDArray[Any] | StoredWeight | QuantizedWeight
@@ -42,6 +44,10 @@ class ModelConfig:
     """How the checkpoint's weights are quantised, if they are."""
     rotated_heads: Mapping[str, int] = field(default_factory=dict)
     """Of a GGUF file, as `GgufWeights` takes it."""
+    gguf: "GgufParts | None" = None
+    """Of a GGUF file, or an engine built of one: its headers, closed, for those who read them again."""
+    manifest: "Manifest | None" = None
+    """Of an engine directory."""
 
 
 class WeightSource(Protocol):
