@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from benchmarks.quantized_loss import context_logits
 from quire.ops.cpu import CpuOps
 from quire.ops.select import instruction_sets
 from quire.quant.select import select_scheme
+from quire.runner.teacher_forcing import TeacherForcing
 from quire.weights.load import load_model
 
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, VOCABULARY, POSITIONS = 4, 256, 512, 8, 4, 1024, 400
@@ -87,7 +87,8 @@ def main() -> None:
             write(Path(directory), factor)
 
             def logits(scheme: Any, path: Path = Path(directory)) -> Any:
-                return log_softmax(context_logits(load_model(path, ops, "float32", scheme=scheme), ops, tokens))
+                model = load_model(path, ops, "float32", scheme=scheme)
+                return log_softmax(np.concatenate(list(TeacherForcing(model, ops, 16).logits(tokens))))
 
             exact = logits(None)
             for name, size in FORMATS:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from benchmarks.quantized_loss import facts_text
+from quire.bench.eval_text import PACKAGED, read_text
 from quire.build.calibrate import text
 from quire.build.calibrate.chosen import ChosenWeights, MatrixPlan
 from quire.build.calibrate.links import input_link
@@ -80,7 +80,7 @@ def manifest_of(engine: Path) -> Manifest:
 
 def logits(directory: Path, quantization: str | None = None) -> Any:
     """After each token of a text that no calibration has seen."""
-    tokens = Tokenizer.from_directory(directory).encode(facts_text())[:400]
+    tokens = Tokenizer.from_directory(directory).encode(read_text(PACKAGED))[:400]
     model = load_model(directory, OPS, "float32", 512, scheme=select_scheme(quantization, None))
     return PagedModel(model, OPS, num_blocks=40, block_size=16).all_logits(tokens, [400])
 
@@ -309,4 +309,4 @@ def test_the_packaged_text_is_not_the_one_that_loss_is_measured_on() -> None:
         return {tuple(words[at : at + 8]) for at in range(len(words) - 7)}
 
     packaged = runs(text.PACKAGED.read_text(encoding="utf-8").split())
-    assert packaged and not packaged & runs(facts_text().split())
+    assert packaged and not packaged & runs(read_text(PACKAGED).split())

@@ -1,5 +1,7 @@
 """A real model, SmolLM2-135M-Instruct, against transformers on the same files (`conftest.py` writes them)."""
 
+import json
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.quantized_loss import Loss, context_logits, facts_text
 from quire import LLM, AsyncLLM, SamplingParams
+from quire.bench.eval_loss import Exact, Loss, log_probs
+from quire.bench.eval_text import PACKAGED, read_text
+from quire.cli.main import main
 from quire.ops.cpu import CpuOps
 from quire.ops.select import instruction_sets
+from quire.runner.teacher_forcing import TeacherForcing
 from quire.weights.load import load_model
 from tests.real.conftest import missing_packages
 from tests.server.conftest import MODEL, start
@@ -46,6 +51,7 @@ TEXTS = [
     "Q: What is photosynthesis?\nA:",
     "naïve café — 分頁 👍🏽 means",
 ]
+FACTS = Path(__file__).parents[2] / "scripts" / "demo" / "facts_en.toml"
 NEAR_TIE = 0.25
 """Logits of transformers in float32 that bfloat16 may tell apart otherwise; the largest are about 20."""
 ROUND_INPUTS = ("avx512_bf16", "amx")
@@ -121,12 +127,12 @@ def test_perplexity_and_divergence(smollm2: Path, tokenizer: Any, exact: Any) ->
     """Against transformers in float32 on the same weights, over 255 tokens of a text. In float32 the perplexity is the
     same to 1e-4 of it. In bfloat16 the mean KL divergence is below 1e-4, and below a tenth of that of transformers' own
     bfloat16 (1.1e-3), on every instruction set here; on those that round the inputs of GEMMs, below half of that."""
-    context = tokenizer.encode(facts_text())[:256]
-    reference = their_logits(exact, context)
+    context = tokenizer.encode(read_text(PACKAGED))[:256]
+    reference = their_logits(exact, context)[:-1]
 
     def loss_of(logits: Any) -> Loss:
         loss = Loss()
-        loss.add(reference, logits, context)
+        loss.add(Exact(reference), log_probs(logits[: len(reference)]), context[1:])
         return loss
 
     theirs = loss_of(their_logits(AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16).eval(), context))
@@ -134,7 +140,8 @@ def test_perplexity_and_divergence(smollm2: Path, tokenizer: Any, exact: Any) ->
     for isa in instruction_sets():
         for dtype in ("float32", "bfloat16"):
             ops = CpuOps(2, isa)
-            ours = loss_of(context_logits(load_model(smollm2, ops, dtype, 256), ops, context))
+            teacher = TeacherForcing(load_model(smollm2, ops, dtype, 256), ops, 16)
+            ours = loss_of(np.concatenate(list(teacher.logits(context))))
             change = ours.perplexity / own - 1
             print(f"{isa} {dtype}: perplexity {change:+.1e}, KL {ours.mean_kl:.1e}; theirs {theirs.mean_kl:.1e}")
             if dtype == "float32":
@@ -147,19 +154,40 @@ def test_perplexity_and_divergence(smollm2: Path, tokenizer: Any, exact: Any) ->
 def test_divergence_of_a_cache_of_8_bits(smollm2: Path, tokenizer: Any) -> None:
     """Against its own bfloat16 cache over 255 tokens: int8 stays below 1e-3. e4m3 has three bits of fraction (an error
     of 3 % of each number, where int8 has 0.4 % of the largest) and is five times as far, about as int8 weights are."""
-    context, ops = tokenizer.encode(facts_text())[:256], CpuOps(2, instruction_sets()[-1])
+    context, ops = tokenizer.encode(read_text(PACKAGED))[:256], CpuOps(2, instruction_sets()[-1])
     model: Any = load_model(smollm2, ops, "bfloat16", 256)
-    own = context_logits(model, ops, context)
+
+    def logits() -> Any:
+        return np.concatenate(list(TeacherForcing(model, ops, 16).logits(context)))
+
+    own = Exact(logits())
     for dtype, most in (("int8", 1e-3), ("fp8", 6e-3)):
         model._cache_dtype, loss = dtype, Loss()  # loaded once: only `cache_shape` reads it
-        loss.add(own, context_logits(model, ops, context), context)
-        print(f"{dtype}: KL {loss.mean_kl:.1e}, same token {loss.same / loss.tokens:.1%}")
+        loss.add(own, log_probs(logits()), context[1:])
+        print(f"{dtype}: KL {loss.mean_kl:.1e}, same token {loss.agreement:.1%}")
         assert 1e-6 < loss.mean_kl < most
+
+
+def test_the_command_says_what_transformers_says(smollm2: Path, tokenizer: Any, exact: Any, capsys: Any) -> None:
+    """Perplexity in float32 to 1e-4 of it, over 127 tokens; and the caveat, with the embedded model beside it."""
+    words = ["--quantization", "float32", "int4", "--tokens", "128", "--json", "--quiet", "--threads", "2"]
+    assert main(["eval", str(smollm2), *words]) == 0
+    table, beside = json.loads(capsys.readouterr().out)["tables"]
+    context = tokenizer.encode(read_text(PACKAGED))[:128]
+    logits = torch.from_numpy(their_logits(exact, context)[:-1]).double()
+    theirs = float(torch.nn.functional.cross_entropy(logits, torch.tensor(context[1:])).exp())
+    assert table["reference"]["perplexity"] == pytest.approx(theirs, rel=1e-4) and table["predicted_tokens"] == 127
+    float32, int4 = table["rows"]
+    assert float32["mean_kl"] == 0 and int4["mean_kl"] > 0.1
+    assert "as Q4_1 has it" in table["notes"][0] and beside["title"] == "quire-demo"
+    assert beside["rows"][1]["mean_kl"] < 0.1 and not any("had been rounded" in note for note in beside["notes"][:-1])
 
 
 def test_a_context_of_nearly_8k(smollm2: Path, tokenizer: Any, exact: Any) -> None:
     """Greedy tokens after 8,000 others are the choice of transformers in float32, or near-ties."""
-    prompt = (tokenizer.encode(facts_text()) * 2)[:8000]
+    facts = tomllib.loads(FACTS.read_text(encoding="utf-8"))
+    text = "\n".join(f"{fact['what']} {fact['why']}" for fact in facts.values())
+    prompt = (tokenizer.encode(text) * 2)[:8000]
     with LLM(model=str(smollm2), max_num_seqs=1, kv_cache_memory_bytes=2**29) as llm:
         assert llm.max_model_len == 8192
         (output,) = greedy(llm, [prompt], 16)

@@ -179,12 +179,14 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def add_engine(parser: argparse.ArgumentParser, *, positional_model: bool = False) -> None:
-    """Every field of `EngineArgs` as a flag. Left out, a flag is absent from the namespace."""
+def add_engine(
+    parser: argparse.ArgumentParser, *, positional_model: bool = False, names: Iterable[str] = ENGINE_HELP
+) -> None:
+    """Every field of `EngineArgs` as a flag, or those of `names`. Left out, a flag is absent from the namespace."""
     group = parser.add_argument_group("engine")
     if positional_model:
         parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=ENGINE_HELP["model"])
-    _add_fields(group, EngineArgs, ENGINE_HELP)
+    _add_fields(group, EngineArgs, {name: ENGINE_HELP[name] for name in names})
 
 
 def add_sampling(parser: argparse.ArgumentParser, *, without: Iterable[str] = ()) -> None:

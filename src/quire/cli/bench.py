@@ -135,7 +135,8 @@ def _threads(args: EngineArgs) -> int:
 
 def _runs(llm: "LLM", peer: "TransformersPeer | None", options: argparse.Namespace) -> "list[Measurement]":
     """All repetitions of all workloads that fit; within each the engines take turns, first one, then the other."""
-    from quire.bench.offline import measure, run_quire
+    from quire.bench.offline import Measurement, run_quire
+    from quire.bench.turns import take_turns
     from quire.bench.workloads import WORKLOADS, warm_up
 
     vocab_size = llm.vocab_size
@@ -145,19 +146,17 @@ def _runs(llm: "LLM", peer: "TransformersPeer | None", options: argparse.Namespa
     for run_one in engines_by_name.values():
         run_one(warm_up(vocab_size))
     runs: list[Measurement] = []
+
+    def show(run: Measurement) -> None:
+        if not options.quiet:
+            print(f"  {run.workload} {run.engine} {run.output_tokens_per_second:.1f} tok/s", file=sys.stderr)
+
     for workload in options.workload:
         if not _fits(workload, WORKLOADS[workload](0, vocab_size), llm.max_model_len):
             continue
         before = _operation_times() if options.profile else []
         begun = len(runs)
-        for repetition in range(options.reps):
-            items = WORKLOADS[workload](repetition, vocab_size)
-            order = list(engines_by_name) if repetition % 2 == 0 else list(reversed(engines_by_name))
-            for name in order:
-                runs.append(measure(name, workload, repetition, items, *engines_by_name[name](items)))
-                if not options.quiet:
-                    last = runs[-1]
-                    print(f"  {workload} {name} {last.output_tokens_per_second:.1f} tok/s", file=sys.stderr)
+        runs += take_turns(engines_by_name, workload, options.reps, vocab_size, show)
         if options.profile:
             elapsed_s = sum(run.elapsed_time for run in runs[begun:] if run.engine == OURS)
             times = profile.between(before, _operation_times())

@@ -36,6 +36,7 @@ VERBS = {
     "inspect": "say what is inside a model or an engine directory, without loading it",
     "top": "show what a running server does, as it does it",
     "explain": "say where the time of a request to a running server went",
+    "eval": "measure what formats of a model lose: perplexity, KL divergence, and a table with memory and speed",
     "replay": "play a recording of the scheduler again, and compare its plans",
     "simulate": "say what other settings, or other memory, would have made of a recording",
     "bench": "measure speed",

@@ -44,6 +44,7 @@ from quire.quant.types import bits_per_weight
 from quire.runner.host_memory import free_memory_bytes
 from quire.runner.memory import StepShape, check_budget, make_budget
 from quire.runner.model_runner import ModelRunner
+from quire.runner.teacher_forcing import TeacherForcing
 from quire.sampling.features import SamplingFeature
 from quire.sampling.features.grammar import GrammarMasks, Grammars
 from quire.sampling.features.masks import LogitMasks
@@ -72,6 +73,8 @@ class CoreParts:
     """Of a model that this machine's processors compute; None: a device computes."""
     core_type: type[EngineCore]
     verifier: CachedBlockVerifier | None
+    teacher: TeacherForcing
+    """Reads texts with the same model, beside the core."""
 
     def core(self, executor: Executor | None = None) -> EngineCore:
         """The core itself; over another executor that passes on to this one, if one is given."""
@@ -125,6 +128,7 @@ def compose_core(args: EngineArgs, path: Path, config: ModelConfig | None = None
         model.weight_bytes if ops.memory() is None else None,
         OverlappingCore if overlap else EngineCore,
         verifier,
+        TeacherForcing(model, ops, args.block_size),
     )
 
 

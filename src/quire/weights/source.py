@@ -113,5 +113,9 @@ class DecidedSource(WeightSource, Protocol):
     def quantized(self, parameter: Parameter) -> QuantSpec | None:
         """The format of the `QuantizedWeight` that a matrix was or will be; None where it is none, or not known yet."""
 
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Tensors that may be there and that nothing reads."""
+
     def decisions(self) -> list[Decision]:
         """What became of the matrices, and why, once all have been read."""

@@ -46,6 +46,11 @@ class ChosenWeights:
     """About all of them."""
 
     @property
+    def unused(self) -> tuple[str, ...]:
+        """What is left over was left out when the checkpoint was planned."""
+        return ()
+
+    @property
     def tensors(self) -> Mapping[str, TensorInfo]:
         """The checkpoint's."""
         return self.plan.source.tensors
