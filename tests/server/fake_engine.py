@@ -26,6 +26,9 @@ MAX_MODEL_LEN = 512
 class ByteTokenizer:
     """One token a byte."""
 
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(token_ids).decode(errors="replace")
 

@@ -86,7 +86,8 @@ _ERRORS = {
     415: "The body is not JSON.",
     429: "Too many requests; see Retry-After.",
     500: "This request failed.",
-    503: "Overloaded or stopping; see Retry-After.",
+    503: "Overloaded or stopping, or the store cannot be used; see Retry-After.",
+    507: "The store has no room.",
 }
 
 
@@ -104,7 +105,7 @@ def post(name: str, summary: str, *, events: str = "") -> dict[str, Any]:
         "operationId": f"create{name}",
         "summary": summary,
         "requestBody": {"required": True, "content": _content(ref(f"{name}Request"))},
-        "responses": {"200": {"description": "Done.", "content": content}, **_errors(*sorted(_ERRORS.keys() - {403}))},
+        "responses": {"200": {"description": "Done.", "content": content}, **_errors(*sorted(_ERRORS.keys() - {403, 507}))},
     }
 
 

@@ -58,8 +58,20 @@ class GracefulServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then say so."""
         await super().startup(sockets)
-        if self.started and self._on_ready is not None:
+        if not self.started:
+            return
+        for api in self._context.apis:
+            if api.begin is not None:
+                self._context.jobs.start(f"api {api.prefix}", api.begin(self._context))
+        if self._on_ready is not None:
             self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the work in the background, then close."""
+        await self._context.jobs.close()
+        await super().shutdown(sockets)
+        if self._context.store is not None:
+            await self._context.store.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: the first begins to drain, the second leaves at once."""

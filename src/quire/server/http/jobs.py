@@ -1,0 +1,54 @@
+"""Work that goes on without a connection: responses in the background, batches."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from quire.server.http.errors import as_api_error
+
+logger = logging.getLogger("quire.server")
+
+
+class Jobs:
+    """Tasks by name, held until they end."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._subjects: dict[str, object] = {}
+
+    def start(self, name: str, work: Coroutine[Any, Any, None], subject: object = None) -> None:
+        """Begin. What goes wrong in it is logged."""
+        self._subjects[name] = subject
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks[name] = task
+        task.add_done_callback(lambda done: self._ended(name, done))
+
+    def _ended(self, name: str, task: "asyncio.Task[None]") -> None:
+        self._tasks.pop(name, None)
+        self._subjects.pop(name, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("work in the background ended: %s", as_api_error(error).message)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tasks
+
+    def subject(self, name: str) -> object:
+        """What one works on; None once it has ended."""
+        return self._subjects.get(name)
+
+    def num_of(self, prefix: str) -> int:
+        """How many there are whose names begin so."""
+        return sum(name.startswith(prefix) for name in self._tasks)
+
+    async def cancel(self, name: str) -> None:
+        """End one, and wait until it has. One that is unknown has ended."""
+        task = self._tasks.get(name)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def close(self) -> None:
+        """End all."""
+        for name in [*self._tasks]:
+            await self.cancel(name)
