@@ -13,6 +13,7 @@ from quire.server.http.access import Access
 from quire.server.http.body import Bodies
 from quire.server.http.context import Api, ServerContext
 from quire.server.http.cors import EXPOSED, Cors
+from quire.server.http.jobs import Jobs
 from quire.server.http.keys import KeyRequired, caller_name
 from quire.server.http.limits import Limits
 from quire.server.http.middleware import EarlyRefusal, QueueGuard, RejectAmbiguousFraming
@@ -102,6 +103,7 @@ def create_app(
         weights={caller_name(key): weight for key, weight in api_keys.items()},
         shares_prefix_cache=share_prefix_cache,
         store=store,
+        jobs=Jobs(limits.batch_lines_at_once.value),
     )
     engine.expect_callers(app.state.context.weights)
     app.state.metrics_prefix = metrics_prefix

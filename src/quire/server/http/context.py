@@ -107,6 +107,8 @@ class RequestContext(NamedTuple):
     cache_salt: str
     """Names the prefix cache of the request."""
     timeout_s: float | None
+    is_background: bool = False
+    """Nobody waits: everything else is computed first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,13 +7,21 @@ from typing import Any
 
 from quire.server.http.errors import as_api_error
 
+RESUMABLE = "resumable "
+"""Names of jobs that go on after a restart begin so: a server that stops does not wait for them."""
+
 logger = logging.getLogger("quire.server")
 
 
 class Jobs:
-    """Tasks by name, held until they end."""
+    """Tasks by name, held until they end.
 
-    def __init__(self) -> None:
+    Args:
+        num_slots: pieces of all of them that are worked on at one time.
+    """
+
+    def __init__(self, num_slots: int = 1) -> None:
+        self.slots = asyncio.Semaphore(num_slots)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._subjects: dict[str, object] = {}
 
@@ -47,6 +55,12 @@ class Jobs:
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+
+    def stop(self, prefix: str) -> None:
+        """Begin to end those whose names begin so."""
+        for name, task in self._tasks.items():
+            if name.startswith(prefix):
+                task.cancel()
 
     async def close(self) -> None:
         """End all."""

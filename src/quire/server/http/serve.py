@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from quire.server.http import limits
 from quire.server.http.connections import bounded_protocol
 from quire.server.http.context import ServerContext
+from quire.server.http.jobs import RESUMABLE
 from quire.server.http.listen import ACCEPT_BATCH
 
 FLUSH_SECONDS = 3
@@ -88,6 +89,7 @@ class GracefulServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: leave when the last request has, or when time is up."""
         if self._deadline_s is not None and not self.should_exit:
+            self._context.jobs.stop(RESUMABLE)
             if self._context.gate.num_inside == 0:
                 self.should_exit = True
             elif time.monotonic() > self._deadline_s:

@@ -91,8 +91,8 @@ class Store(Protocol):
     async def get(self, kind: str, owner: str, name: str) -> Stored | None:
         """An object by its id."""
 
-    async def objects(self, kind: str, owner: str, page: Page) -> list[Stored]:
-        """One more than the page holds, where there are more."""
+    async def objects(self, kind: str, owner: str, page: Page, purpose: str | None = None) -> list[Stored]:
+        """One more than the page holds, where there are more; with a purpose those whose body names it."""
 
     async def list_open(self, kind: str) -> list[Stored]:
         """Those of all owners that are worked on."""
@@ -109,14 +109,14 @@ class Store(Protocol):
     async def find_part(self, owner: str, name: str) -> Part | None:
         """A part by its name, wherever it stands."""
 
-    async def numbers(self, place: str) -> set[int]:
-        """Which parts there are."""
+    async def sizes(self, place: str) -> dict[int, int]:
+        """Which parts there are, and how many bytes each has."""
 
     async def close(self) -> None:
         """Write what is to be written, and let go of the file."""
 
 
-def page_of(request: Request, *, descending: bool) -> Page:
+def page_of(request: Request, *, descending: bool, most: int = MOST_LISTED) -> Page:
     """What the query asks for: `limit`, `after`, `order`.
 
     Raises:
@@ -124,8 +124,8 @@ def page_of(request: Request, *, descending: bool) -> Page:
     """
     query = request.query_params
     limit, order = query.get("limit", "20"), query.get("order", "desc" if descending else "asc")
-    if not (limit.isascii() and limit.isdecimal() and len(limit) < 10 and 1 <= int(limit) <= MOST_LISTED):
-        raise InvalidRequestError(f"limit must be a whole number from 1 to {MOST_LISTED}", param="limit")
+    if not (limit.isascii() and limit.isdecimal() and len(limit) < 10 and 1 <= int(limit) <= most):
+        raise InvalidRequestError(f"limit must be a whole number from 1 to {most}", param="limit")
     if order not in ("asc", "desc"):
         raise InvalidRequestError("order must be asc or desc", param="order")
     return Page(int(limit), query.get("after"), order == "desc")

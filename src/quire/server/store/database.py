@@ -96,14 +96,17 @@ class SqliteStore:
         query = f"SELECT {_COLUMNS} FROM objects WHERE id = ? AND kind = ? AND owner = ?"
         return next(iter(await self._found_objects(query, name, kind, owner)), None)
 
-    async def objects(self, kind: str, owner: str, page: Page) -> list[Stored]:
-        """One more than the page holds, where there are more."""
+    async def objects(self, kind: str, owner: str, page: Page, purpose: str | None = None) -> list[Stored]:
+        """One more than the page holds, where there are more; with a purpose those whose body names it."""
         after, order = _direction(page)
         query = f"SELECT {_COLUMNS} FROM objects WHERE kind = ? AND owner = ?"
         values: list[object] = [kind, owner]
         if page.after is not None:
             query += f" AND number {after} (SELECT number FROM objects WHERE id = ? AND kind = ? AND owner = ?)"
             values += [page.after, kind, owner]
+        if purpose is not None:
+            query += " AND json_extract(CAST(body AS TEXT), '$.purpose') = ?"
+            values.append(purpose)
         return await self._found_objects(f"{query} ORDER BY number {order} LIMIT {page.limit + 1}", *values)
 
     async def list_open(self, kind: str) -> list[Stored]:
@@ -136,10 +139,10 @@ class SqliteStore:
         query = "SELECT number, content, name FROM parts WHERE owner = ? AND name = ? AND name != '' LIMIT 1"
         return next(iter(await self._found_parts(query, owner, name)), None)
 
-    async def numbers(self, place: str) -> set[int]:
-        """Which parts there are."""
-        query = "SELECT number FROM parts WHERE place = ?"
-        return {row[0] for row in await self._run(lambda connection: connection.execute(query, (place,)).fetchall())}
+    async def sizes(self, place: str) -> dict[int, int]:
+        """Which parts there are, and how many bytes each has."""
+        query = "SELECT number, length(content) FROM parts WHERE place = ?"
+        return dict(await self._run(lambda connection: connection.execute(query, (place,)).fetchall()))
 
     async def close(self) -> None:
         """Write what is to be written, and let go of the file."""

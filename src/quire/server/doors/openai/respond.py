@@ -157,6 +157,7 @@ class Answer(ABC, Generic[C]):
                 caller=caller,
                 timeout_s=self._request.timeout_s,
                 bad_words=bad_words,
+                is_background=self._request.is_background,
             )
             for request_id, token_ids in prompts
         ]

@@ -14,6 +14,7 @@ from quire.server.doors.openai.bodies import TokenizeTextBody
 from quire.server.doors.openai.describe import describe
 from quire.server.doors.openai.parse import parse_chat, parse_completion, parse_detokenize, parse_tokenize
 from quire.server.doors.openai.respond import Answer, C, ChatAnswer, CompletionAnswer, encode_conversation
+from quire.server.doors.openai.responses import conversations
 from quire.server.doors.openai.responses import routes as responses
 from quire.server.doors.openai.responses.background import end_what_was_open
 from quire.server.doors.openai.shapes import deprecation_note
@@ -132,6 +133,7 @@ OPENAI = Api(
         Route("/v1/models", list_models),
         Route("/v1/models/{name:path}", retrieve_model),
         *responses.ROUTES,
+        *conversations.ROUTES,
     ),
     queued_paths=frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"}),
     error_body=error_body,

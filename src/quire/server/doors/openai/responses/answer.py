@@ -216,7 +216,7 @@ class ResponseAnswer(ChatAnswer):
             "reasoning": reasoning,
             "safety_identifier": options.safety_identifier,
             "service_tier": "default",
-            "store": self._keeper is not None,
+            "store": self._keeper is not None and self._keeper.keeps_response,
             "temperature": params.temperature,
             "text": text,
             "tool_choice": msgspec.to_builtins(body.tool_choice),

@@ -22,10 +22,12 @@ class Keeper:
 
     Args:
         conversation: the one that its items are added to.
+        keeps_response: whether the response itself is kept.
     """
 
-    def __init__(self, store: Store, owner: str, conversation: str | None) -> None:
-        self._store, self._owner, self.conversation = store, owner, conversation
+    def __init__(self, store: Store, owner: str, conversation: str | None, *, keeps_response: bool) -> None:
+        self._store, self._owner = store, owner
+        self.conversation, self.keeps_response = conversation, keeps_response
 
     async def open(self, response: dict[str, Any], items: Sequence[Item]) -> None:
         """One that is worked on in the background."""
@@ -34,8 +36,9 @@ class Keeper:
     async def finish(self, response: dict[str, Any], items: Sequence[Item]) -> None:
         """One that has ended, with what was said."""
         name, output = response["id"], response["output"]
-        changes: list[Change] = [self._put(response, is_open=False), self._items(name, items)]
-        changes.append(self._items(name + OUTPUT, output))
+        changes: list[Change] = []
+        if self.keeps_response:
+            changes += [self._put(response, is_open=False), self._items(name, items), self._items(name + OUTPUT, output)]
         if self.conversation is not None:
             parts = [Part(None, msgspec.json.encode(item), item["id"]) for item in [*items, *output]]
             changes.append(AddParts(self.conversation, self._owner, parts))
@@ -81,7 +84,7 @@ async def keeper_of(context: ServerContext, owner: str, body: ResponseBody) -> K
     await store.check_room(owner, ANSWER_BYTES)
     if named is not None and await store.get(CONVERSATION, owner, named) is None:
         raise not_found("conversation", named)
-    return Keeper(store, owner, named)
+    return Keeper(store, owner, named, keeps_response=body.store)
 
 
 async def items_before(context: ServerContext, owner: str, body: ResponseBody, keeper: Keeper | None) -> list[Item]:
@@ -116,7 +119,9 @@ async def items_before(context: ServerContext, owner: str, body: ResponseBody, k
     return found
 
 
-async def with_references(context: ServerContext, owner: str, items: Sequence[Item]) -> list[Item]:
+async def with_references(
+    context: ServerContext, owner: str, items: Sequence[Item], place: str = "input"
+) -> list[Item]:
     """Items, with those in the place of references that they name.
 
     Raises:
@@ -127,8 +132,8 @@ async def with_references(context: ServerContext, owner: str, items: Sequence[It
         if item["type"] == "item_reference":
             part = await store_of(context.store).find_part(owner, item["id"])
             if part is None:
-                place = f"input[{number}].id"
-                raise InvalidRequestError(f"{place}: no item {item['id'][:128]!r} is stored here", param=place)
+                where = f"{place}[{number}].id"
+                raise InvalidRequestError(f"{where}: no item {item['id'][:128]!r} is stored here", param=where)
             item = msgspec.json.decode(part.content)
         found.append(item)
     return found
