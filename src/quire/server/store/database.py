@@ -12,7 +12,7 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -29,8 +29,11 @@ from quire.server.store.schema import prepare
 PAGE_BYTES = 4096
 BUSY_SECONDS = 2
 """For which another program may hold the file."""
-EVICTED = 64
+EVICTED = 16
 """Responses that make room at one time."""
+MOST_EVICTIONS = 32
+"""For one write."""
+MARGIN_BYTES = 16 * PAGE_BYTES
 SWEEP_SECONDS = 600
 DAY_SECONDS = 86400
 _COLUMNS = "id, kind, owner, body, created_s, is_open"
@@ -78,18 +81,7 @@ class SqliteStore:
 
     async def check_room(self, owner: str, num_bytes: int) -> None:
         """Refuse what there is no room for: an owner may hold as much as is left free."""
-
-        def check(connection: sqlite3.Connection) -> None:
-            while self._free_bytes(connection) < num_bytes + 16 * PAGE_BYTES:
-                if not self._evict(connection):
-                    raise _full()
-            (held,) = connection.execute(
-                "SELECT coalesce(sum(num_bytes), 0) FROM held WHERE owner = ?", (owner,)
-            ).fetchone()
-            if held + num_bytes > self._free_bytes(connection):
-                raise _full(" for more of this key")
-
-        await self._run(check)
+        await self._run(lambda connection: self._check_room(connection, owner, num_bytes))
 
     async def get(self, kind: str, owner: str, name: str) -> Stored | None:
         """An object by its id."""
@@ -189,8 +181,30 @@ class SqliteStore:
             self._connection = connection
         return self._connection
 
-    def _write(self, connection: sqlite3.Connection, changes: Iterable[Change]) -> None:
-        for _ in range(4):
+    def _check_room(self, connection: sqlite3.Connection, owner: str, num_bytes: int) -> None:
+        query = "SELECT coalesce(sum(num_bytes), 0) FROM held WHERE owner = ?"
+        self._refuse_large(num_bytes)
+        while True:
+            free = self._free_bytes(connection) - MARGIN_BYTES
+            (held,) = connection.execute(query, (owner,)).fetchone()
+            if num_bytes > free:
+                if not self._evict(connection):
+                    raise _full()
+            elif held + num_bytes <= free:
+                return
+            elif not self._evict(connection, owner):
+                raise _full(" for more of this key")
+
+    def _refuse_large(self, num_bytes: int) -> None:
+        """Before anything makes room for it."""
+        if num_bytes > self._most_pages * PAGE_BYTES // 2:
+            raise _full(f" for {num_bytes:,} bytes at one time")
+
+    def _write(self, connection: sqlite3.Connection, changes: Sequence[Change]) -> None:
+        self._refuse_large(
+            sum(len(part.content) for item in changes if isinstance(item, AddParts) for part in item.parts)
+        )
+        for _ in range(MOST_EVICTIONS):
             connection.execute("BEGIN IMMEDIATE")
             try:
                 for change in changes:
@@ -224,18 +238,19 @@ class SqliteStore:
             case RemovePart(place, number):
                 connection.execute("DELETE FROM parts WHERE place = ? AND number = ?", (place, number))
 
-    def _evict(self, connection: sqlite3.Connection) -> bool:
-        """Make room; False where there are no responses to forget."""
-        query = (
-            f"SELECT owner FROM objects WHERE {_RESPONSES} GROUP BY owner ORDER BY "
-            "(SELECT num_bytes FROM held WHERE held.owner = objects.owner) DESC LIMIT 1"
-        )
-        owner = connection.execute(query).fetchone()
+    def _evict(self, connection: sqlite3.Connection, owner: str | None = None) -> bool:
+        """Make room; False where there are no responses (of this owner) to forget."""
         if owner is None:
-            return False
+            query = (
+                f"SELECT owner FROM objects WHERE {_RESPONSES} GROUP BY owner ORDER BY "
+                "(SELECT num_bytes FROM held WHERE held.owner = objects.owner) DESC LIMIT 1"
+            )
+            found = connection.execute(query).fetchone()
+            if found is None:
+                return False
+            owner = found[0]
         query = f"SELECT number FROM objects WHERE {_RESPONSES} AND owner = ? ORDER BY number LIMIT {EVICTED}"
-        connection.execute(f"DELETE FROM objects WHERE number IN ({query})", owner)
-        return True
+        return connection.execute(f"DELETE FROM objects WHERE number IN ({query})", (owner,)).rowcount > 0
 
     def _sweep(self, connection: sqlite3.Connection, now_s: float) -> None:
         connection.execute("DELETE FROM objects WHERE NOT is_open AND created_s < ?", (int(now_s - self._age_s),))
@@ -274,6 +289,7 @@ def _take(directory: Path) -> int:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(directory / "store.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        os.close(os.open(directory / "store.sqlite", os.O_CREAT | os.O_CLOEXEC, 0o600))  # others may not read it
     except OSError as error:
         reason = (error.strerror or "not usable").lower()
         raise ConfigurationError(f"state_dir cannot be used: {reason}", field="state_dir") from error

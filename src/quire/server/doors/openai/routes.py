@@ -11,7 +11,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from quire.server.doors.openai.bodies import TokenizeTextBody
-from quire.server.doors.openai.describe import describe
+from quire.server.doors.openai.batches import routes as batches
+from quire.server.doors.openai.describe import describe, error_body
 from quire.server.doors.openai.parse import parse_chat, parse_completion, parse_detokenize, parse_tokenize
 from quire.server.doors.openai.respond import Answer, C, ChatAnswer, CompletionAnswer, encode_conversation
 from quire.server.doors.openai.responses import conversations
@@ -19,14 +20,7 @@ from quire.server.doors.openai.responses import routes as responses
 from quire.server.doors.openai.responses.background import end_what_was_open
 from quire.server.doors.openai.shapes import deprecation_note
 from quire.server.http.context import Api, ServerContext, new_id
-from quire.server.http.errors import ApiError
 from quire.server.http.streams import Framing, WholeAnswer, deliver, naming_param
-
-
-def error_body(error: ApiError) -> dict[str, Any]:
-    """`{"error": {"message", "type", "param", "code"}}`."""
-    kind = "server_error" if error.status >= 500 else "invalid_request_error"
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
 def frame(content: bytes) -> bytes:
@@ -123,6 +117,11 @@ async def retrieve_model(request: Request) -> Response:
     return JSONResponse(_card(context, context.resolve_name(request.path_params["name"])))
 
 
+async def _begin(context: ServerContext) -> None:
+    await end_what_was_open(context)
+    await batches.begin_again(context)
+
+
 OPENAI = Api(
     prefix="/",
     routes=(
@@ -134,9 +133,10 @@ OPENAI = Api(
         Route("/v1/models/{name:path}", retrieve_model),
         *responses.ROUTES,
         *conversations.ROUTES,
+        *batches.ROUTES,
     ),
     queued_paths=frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"}),
     error_body=error_body,
     describe=describe,
-    begin=end_what_was_open,
+    begin=_begin,
 )

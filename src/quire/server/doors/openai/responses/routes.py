@@ -51,7 +51,12 @@ FRAMING = Framing("text/event-stream", frame, b"", _error_event)
 
 
 async def answer_to(
-    context: ServerContext, requested: RequestContext, body: ResponseBody, items: list[Item], keeper: Keeper | None
+    context: ServerContext,
+    requested: RequestContext,
+    owner: str,
+    body: ResponseBody,
+    items: list[Item],
+    keeper: Keeper | None,
 ) -> ResponseAnswer:
     """What computes a response; nothing has begun.
 
@@ -59,7 +64,6 @@ async def answer_to(
         InvalidRequestError: naming the field.
         ApiError: what it goes on from is not stored here.
     """
-    owner = requested.caller.name
     before = await items_before(context, owner, body, keeper)
     items = await with_references(context, owner, items)
     make = partial(chat_of, body, [*before, *items], context.engine.get_default_sampling_params(), context.limits)
@@ -74,7 +78,7 @@ async def create_response(request: Request) -> Response:
     with in_our_words(), naming_param("prompt", "input"):
         requested = context.request_context(request, body.options.cache_salt, body.options.timeout)
         keeper = await keeper_of(context, requested.caller.name, body)
-        answer = await answer_to(context, requested, body, items, keeper)
+        answer = await answer_to(context, requested, requested.caller.name, body, items, keeper)
         if body.background:
             assert keeper is not None
             return await _begin(context, request, answer, keeper, streams=body.options.stream)
