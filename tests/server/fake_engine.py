@@ -151,7 +151,13 @@ class FakeEngine:
     ) -> AsyncIterator[RequestOutput]:
         ids = self._ids(prompt)
         text = bytes(ids).decode(errors="replace")
-        given = {"priority": priority, "cache_salt": cache_salt, "caller": caller, "timeout_s": timeout_s, "is_background": is_background}
+        given = {
+            "priority": priority,
+            "cache_salt": cache_salt,
+            "caller": caller,
+            "timeout_s": timeout_s,
+            "is_background": is_background,
+        }
         self.calls.append({"params": sampling_params, "bad_words": bad_words, **given})
         delta = sampling_params.output_kind is RequestOutputKind.DELTA
         sequences = [self._letters(sampling_params, index) for index in range(sampling_params.n)]

@@ -229,7 +229,9 @@ def test_a_restart_in_the_middle_loses_and_doubles_nothing(tmp_path: Path) -> No
     running = first.client().batches.retrieve(batch.id)
     assert running.status == "in_progress" and running.output_file_id is None
     first.stop()
-    stored = sqlite3.connect(tmp_path / "store.sqlite").execute("SELECT count(*) FROM parts WHERE place LIKE '%-output'")
+    stored = sqlite3.connect(tmp_path / "store.sqlite").execute(
+        "SELECT count(*) FROM parts WHERE place LIKE '%-output'"
+    )
     assert stored.fetchone()[0] >= 120
     second = start(Stops(answered, 10**6), store=open_store(tmp_path))
     try:

@@ -104,7 +104,12 @@ def test_events_of_reasoning_and_calls(client: openai.OpenAI, engine: FakeEngine
     engine.says = f"<think>\nwhere?\n</think>\n\nLet me see.\n{call}\n{call}"
     events = read(client.responses.create(input="weather?", tools=[WEATHER], stream=True))
     item = ["output_item.added", "content_part.added"], ["content_part.done", "output_item.done"]
-    arguments = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"]
+    arguments = [
+        "output_item.added",
+        "function_call_arguments.delta",
+        "function_call_arguments.done",
+        "output_item.done",
+    ]
     assert kinds(events) == [
         *("created", "in_progress"),
         *(*item[0], "reasoning_text.delta", "reasoning_text.done", *item[1]),
@@ -124,7 +129,9 @@ def test_events_of_reasoning_and_calls(client: openai.OpenAI, engine: FakeEngine
 
 
 def test_the_result_of_a_call_goes_on_from_it(client: openai.OpenAI, engine: FakeEngine) -> None:
-    engine.says = '<think>\nhm\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Taipei"}}\n</tool_call>'
+    engine.says = (
+        '<think>\nhm\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Taipei"}}\n</tool_call>'
+    )
     first = client.responses.create(input="weather?", tools=[WEATHER])
     call = first.output[-1]
     assert call.type == "function_call"
@@ -157,7 +164,9 @@ def test_parse(client: openai.OpenAI, engine: FakeEngine) -> None:
 
 def test_retrieve_input_items_and_delete(client: openai.OpenAI) -> None:
     items: Any = [{"role": "user", "content": f"m{number}"} for number in range(5)]
-    made = client.responses.create(input=items, metadata={"a": "b"}, user="me", include=["message.output_text.logprobs"])
+    made = client.responses.create(
+        input=items, metadata={"a": "b"}, user="me", include=["message.output_text.logprobs"]
+    )
     found = valid(client.responses.retrieve(made.id))
     assert found.to_dict() == made.to_dict() and found.metadata == {"a": "b"} and found.store is True
     page = client.responses.input_items.list(made.id, limit=2)
@@ -292,7 +301,7 @@ def test_limits_and_keys() -> None:
     instance = start(FakeEngine(), store=memory(), api_key=["a", "b"], limits=limits)
     a, b = (openai.OpenAI(base_url=f"{instance.url}/v1", api_key=key, max_retries=0) for key in "ab")
     try:
-        with pytest.raises(openai.BadRequestError, match="3 items.*got 4"):
+        with pytest.raises(openai.BadRequestError, match=r"3 items.*got 4"):
             a.responses.create(input=[{"role": "user", "content": "x"}] * 4)
         made = a.responses.create(input="x")
         following = a.responses.create(input="x", previous_response_id=made.id)

@@ -308,7 +308,7 @@ class Scheduler:
         victim = self._running[-1] if self._running else head
         if head.new.is_background or not victim.new.is_background:
             return False
-        if step.owners.get(victim.row) is victim:
+        if victim in step.owners.values():
             self._lacks = True
             return False
         self._preempt(victim)

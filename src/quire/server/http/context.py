@@ -108,7 +108,7 @@ class RequestContext(NamedTuple):
     """Names the prefix cache of the request."""
     timeout_s: float | None
     is_background: bool = False
-    """Nobody waits: everything else is computed first."""
+    """Everything else is computed first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,8 @@ _ERRORS = {
 }
 
 
-def _errors(*statuses: int) -> dict[str, Any]:
+def errors(*statuses: int) -> dict[str, Any]:
+    """What these statuses mean, and their shape."""
     return {str(status): {"description": _ERRORS[status], "content": _content(ref("Error"))} for status in statuses}
 
 
@@ -105,7 +106,10 @@ def post(name: str, summary: str, *, events: str = "") -> dict[str, Any]:
         "operationId": f"create{name}",
         "summary": summary,
         "requestBody": {"required": True, "content": _content(ref(f"{name}Request"))},
-        "responses": {"200": {"description": "Done.", "content": content}, **_errors(*sorted(_ERRORS.keys() - {403, 507}))},
+        "responses": {
+            "200": {"description": "Done.", "content": content},
+            **errors(*sorted(_ERRORS.keys() - {403, 507})),
+        },
     }
 
 
@@ -127,8 +131,8 @@ def get(
         found["security"] = []
         responses["503"] = {"description": "Not so.", "content": _content(schema)}
     else:
-        responses |= _errors(401, *more)
-    return {**found, "responses": {**responses, **_errors(405)}}
+        responses |= errors(401, *more)
+    return {**found, "responses": {**responses, **errors(405)}}
 
 
 def _index() -> Schema:

@@ -8,6 +8,7 @@ from quire.server.http.limits import Limits
 from quire.server.http.openapi import INTEGER, NUMBER, get, open_object, or_null, post, ref
 from quire.server.http.schema import STRING, Schema, array
 
+
 def error_body(error: ApiError) -> dict[str, Any]:
     """`{"error": {"message", "type", "param", "code"}}`."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"

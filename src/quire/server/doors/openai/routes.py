@@ -10,8 +10,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from quire.server.doors.openai.bodies import TokenizeTextBody
+from quire.server.doors.openai import describe_stored
 from quire.server.doors.openai.batches import routes as batches
+from quire.server.doors.openai.bodies import TokenizeTextBody
 from quire.server.doors.openai.describe import describe, error_body
 from quire.server.doors.openai.parse import parse_chat, parse_completion, parse_detokenize, parse_tokenize
 from quire.server.doors.openai.respond import Answer, C, ChatAnswer, CompletionAnswer, encode_conversation
@@ -20,6 +21,8 @@ from quire.server.doors.openai.responses import routes as responses
 from quire.server.doors.openai.responses.background import end_what_was_open
 from quire.server.doors.openai.shapes import deprecation_note
 from quire.server.http.context import Api, ServerContext, new_id
+from quire.server.http.limits import Limits
+from quire.server.http.schema import Schema
 from quire.server.http.streams import Framing, WholeAnswer, deliver, naming_param
 
 
@@ -117,6 +120,16 @@ async def retrieve_model(request: Request) -> Response:
     return JSONResponse(_card(context, context.resolve_name(request.path_params["name"])))
 
 
+def _describe(limits: Limits) -> tuple[dict[str, Any], dict[str, Schema]]:
+    """Everything under /v1, and the schemas that it names."""
+    text_paths, schemas = describe(limits)
+    return {**text_paths, **describe_stored.paths()}, {
+        **schemas,
+        **describe_stored.bodies(limits),
+        **describe_stored.answers(),
+    }
+
+
 async def _begin(context: ServerContext) -> None:
     await end_what_was_open(context)
     await batches.begin_again(context)
@@ -137,6 +150,6 @@ OPENAI = Api(
     ),
     queued_paths=frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"}),
     error_body=error_body,
-    describe=describe,
+    describe=_describe,
     begin=_begin,
 )

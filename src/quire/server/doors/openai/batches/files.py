@@ -104,7 +104,7 @@ async def pieces_of(store: Store, name: str) -> AsyncGenerator[bytes, None]:
 
 async def _found(request: Request) -> Stored:
     context: ServerContext = request.app.state.context
-    name = request.path_params["name"]
+    name = request.path_params["id"]
     found = await store_of(context.store).get(KIND, caller_of(request.scope), name)
     if found is None:
         raise not_found("file", name)
@@ -114,7 +114,7 @@ async def _found(request: Request) -> Stored:
 ROUTES = (
     Route("/v1/files", create_file, methods=["POST"]),
     Route("/v1/files", list_files, methods=["GET"]),
-    Route("/v1/files/{name}", retrieve_file, methods=["GET"]),
-    Route("/v1/files/{name}", delete_file, methods=["DELETE"]),
-    Route("/v1/files/{name}/content", file_content, methods=["GET"]),
+    Route("/v1/files/{id}", retrieve_file, methods=["GET"]),
+    Route("/v1/files/{id}", delete_file, methods=["DELETE"]),
+    Route("/v1/files/{id}/content", file_content, methods=["GET"]),
 )

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -69,13 +70,15 @@ class Endpoint(NamedTuple):
     make: Maker
     prompt_field: str
     """What the engine calls the prompt is this field."""
+    words: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Refusals in the words of the route."""
 
 
 ENDPOINTS: Mapping[str, Endpoint] = MappingProxyType(
     {
         "/v1/chat/completions": Endpoint(_chat, "messages"),
         "/v1/completions": Endpoint(_completion, "prompt"),
-        "/v1/responses": Endpoint(_response, "input"),
+        "/v1/responses": Endpoint(_response, "input", in_our_words),
     }
 )
 
@@ -131,10 +134,9 @@ class LineReader:
         endpoint = ENDPOINTS[self._url]
         while True:
             try:
-                with in_our_words() if self._url == "/v1/responses" else naming_param("", ""):
-                    with naming_param("prompt", endpoint.prompt_field), naming_param("prompt_token_ids", "prompt"):
-                        made = await endpoint.make(self._context, self._caller, line.body)
-                        content = await made.whole()
+                with endpoint.words(), naming_param("prompt", endpoint.prompt_field):
+                    made = await endpoint.make(self._context, self._caller, line.body)
+                    content = await made.whole()
                 return _result(line.custom_id, 200, made.headers().get("x-request-id", ""), msgspec.Raw(content))
             except OverloadedError as error:
                 if not self._context.gate.is_open:

@@ -31,9 +31,7 @@ class BatchBody(msgspec.Struct, kw_only=True):
     endpoint: Annotated[_Endpoint, Field("the route that all lines ask", one_of(_Endpoint))]
     completion_window: Annotated[Literal["24h"], Field("after which lines that were not asked are given up", "be 24h")]
     metadata: Annotated[Metadata | None, Field("labels that are kept with it", METADATA)] = None
-    output_expires_after: Annotated[
-        Any, Refused("the server keeps everything equally long (--store-days)")
-    ] = None
+    output_expires_after: Annotated[Any, Refused("the server keeps everything equally long (--store-days)")] = None
 
 
 BATCH = RequestSchema(BatchBody)
@@ -126,7 +124,7 @@ def _now(context: ServerContext, found: Stored) -> Stored:
 
 async def _found(request: Request) -> Stored:
     context: ServerContext = request.app.state.context
-    name = request.path_params["name"]
+    name = request.path_params["id"]
     found = await store_of(context.store).get(KIND, caller_of(request.scope), name)
     if found is None:
         raise not_found("batch", name)
@@ -137,6 +135,6 @@ ROUTES = (
     *files.ROUTES,
     Route("/v1/batches", create_batch, methods=["POST"]),
     Route("/v1/batches", list_batches, methods=["GET"]),
-    Route("/v1/batches/{name}", retrieve_batch, methods=["GET"]),
-    Route("/v1/batches/{name}/cancel", cancel_batch, methods=["POST"]),
+    Route("/v1/batches/{id}", retrieve_batch, methods=["GET"]),
+    Route("/v1/batches/{id}/cancel", cancel_batch, methods=["POST"]),
 )

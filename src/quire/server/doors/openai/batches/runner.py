@@ -27,7 +27,7 @@ from quire.server.doors.openai.batches.lines import LineReader, Result, refusal_
 from quire.server.http.context import ServerContext
 from quire.server.http.errors import ApiError, as_api_error
 from quire.server.http.jobs import RESUMABLE
-from quire.server.http.stored import AddParts, Change, Part, Put, Store, Stored, store_of
+from quire.server.http.stored import AddParts, Change, Part, Put, Stored, store_of
 
 KIND = "batch"
 OUTPUT, ERRORS = "output", "error"
@@ -70,7 +70,9 @@ class Runner:
         total = await self._validate()
         if total is None:
             return None
-        await self._write(self._changed(status="in_progress", in_progress_at=self._batch.body["in_progress_at"] or _now()))
+        await self._write(
+            self._changed(status="in_progress", in_progress_at=self._batch.body["in_progress_at"] or _now())
+        )
         with suppress(EngineDeadError, OverloadedError):  # the server stops: it goes on after the next start
             await self._run_lines()
             is_late = _now() >= self._batch.body["expires_at"]
@@ -100,7 +102,12 @@ class Runner:
         text = f"the file has {total:,} lines; {limit.value:,} are allowed" if total > limit.value else ""
         text = text or ("" if total else "the file has no lines")
         if text:
-            error = {"code": limit.code if total else "empty_file", "message": text, "param": "input_file_id", "line": None}
+            error = {
+                "code": limit.code if total else "empty_file",
+                "message": text,
+                "param": "input_file_id",
+                "line": None,
+            }
             self._batch = self._changed(errors={"object": "list", "data": [error]}).item
             await self.finish("failed")
             return None
@@ -152,9 +159,7 @@ class Runner:
 
     async def _keep(self, number: int, result: Result) -> None:
         place = OUTPUT if result.is_good else ERRORS
-        changes: list[Change] = [
-            AddParts(self._file(place), self._batch.owner, [Part(number, result.content)])
-        ]
+        changes: list[Change] = [AddParts(self._file(place), self._batch.owner, [Part(number, result.content)])]
         counted_s = time.monotonic()
         if counted_s - self._counted_s > COUNTED_SECONDS:
             self._counted_s = counted_s

@@ -13,8 +13,7 @@ from quire.server.doors.openai.bodies import (
     Metadata,
 )
 from quire.server.doors.openai.conversation import TOOL_NAME, one_of
-from quire.server.http.limits import Limits
-from quire.server.http.schema import Field, Flattened, Refused, RequestSchema, Schema
+from quire.server.http.schema import Field, Flattened, Refused, RequestSchema
 
 _ItemKind = Literal["message", "function_call", "function_call_output", "reasoning", "item_reference"]
 _PartKind = Literal["input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text"]
@@ -157,7 +156,6 @@ RESPONSE_SAMPLING: dict[str, Field | Refused] = {
 }
 
 
-
 _Metadata = Annotated[Metadata | None, Field("labels that are kept with it", METADATA)]
 
 
@@ -172,9 +170,9 @@ class ResponseBody(msgspec.Struct, kw_only=True):
             limit="input_items",
         ),
     ] = None
-    instructions: Annotated[str | None, Field("the first message, of the system; not carried on to later responses")] = (
-        None
-    )
+    instructions: Annotated[
+        str | None, Field("the first message, of the system; not carried on to later responses")
+    ] = None
     previous_response_id: Annotated[
         str | None, Field("go on from a response that is stored: its input and output stand before this input")
     ] = None

@@ -21,7 +21,18 @@ from quire.server.doors.openai.responses.keep import with_references
 from quire.server.http.context import ServerContext
 from quire.server.http.keys import caller_of
 from quire.server.http.schema import RequestSchema
-from quire.server.http.stored import AddParts, Part, Put, Remove, RemovePart, Stored, listing, not_found, page_of, store_of
+from quire.server.http.stored import (
+    AddParts,
+    Part,
+    Put,
+    Remove,
+    RemovePart,
+    Stored,
+    listing,
+    not_found,
+    page_of,
+    store_of,
+)
 
 
 async def create_conversation(request: Request) -> Response:
@@ -29,8 +40,9 @@ async def create_conversation(request: Request) -> Response:
     context, owner = _asked(request)
     body = await _read(request, CONVERSATION)
     items = await _new_items(context, owner, body.items or [])
-    content = {"id": f"conv_{secrets.token_hex(16)}", "object": "conversation", "created_at": int(time.time())}
-    made = Stored(content["id"], KIND, owner, {**content, "metadata": body.metadata or {}})
+    name = f"conv_{secrets.token_hex(16)}"
+    content = {"id": name, "object": "conversation", "created_at": int(time.time()), "metadata": body.metadata or {}}
+    made = Stored(name, KIND, owner, content)
     store = store_of(context.store)
     await store.check_room(owner, sum(len(part.content) for part in items))
     await store.write(Put(made), AddParts(made.id, owner, items))
@@ -108,7 +120,7 @@ async def _read(request: Request, schema: RequestSchema[Any]) -> Any:
 
 async def _found(request: Request) -> Stored:
     context, owner = _asked(request)
-    name = request.path_params["name"]
+    name = request.path_params["id"]
     found = await store_of(context.store).get(KIND, owner, name)
     if found is None:
         raise not_found("conversation", name)
@@ -133,7 +145,7 @@ def _listed(parts: list[Part], limit: int) -> Response:
     return JSONResponse(listing([msgspec.json.decode(part.content) for part in parts], limit))
 
 
-_ONE = "/v1/conversations/{name}"
+_ONE = "/v1/conversations/{id}"
 ROUTES = (
     Route("/v1/conversations", create_conversation, methods=["POST"]),
     Route(_ONE, retrieve_conversation, methods=["GET"]),

@@ -67,7 +67,7 @@ def _kept(item: InputItem, place: str) -> Item:
 
 def _parts(content: str | list[ContentPart] | None, kind: str, place: str) -> list[dict[str, Any]]:
     parts = [ContentPart("text", content)] if isinstance(content, str) else content or []
-    more = {"annotations": []} if kind == "output_text" else {}
+    more: Item = {"annotations": []} if kind == "output_text" else {}
     return [{"type": kind, "text": _text([part], place), **more} for part in parts]
 
 

@@ -38,7 +38,11 @@ class Keeper:
         name, output = response["id"], response["output"]
         changes: list[Change] = []
         if self.keeps_response:
-            changes += [self._put(response, is_open=False), self._items(name, items), self._items(name + OUTPUT, output)]
+            changes += [
+                self._put(response, is_open=False),
+                self._items(name, items),
+                self._items(name + OUTPUT, output),
+            ]
         if self.conversation is not None:
             parts = [Part(None, msgspec.json.encode(item), item["id"]) for item in [*items, *output]]
             changes.append(AddParts(self.conversation, self._owner, parts))

@@ -82,9 +82,7 @@ def parse_response(raw: Mapping[str, Any], limits: Limits) -> tuple[ResponseBody
     return body, items
 
 
-def chat_of(
-    body: ResponseBody, items: Sequence[Item], defaults: SamplingParams, limits: Limits
-) -> ChatCall:
+def chat_of(body: ResponseBody, items: Sequence[Item], defaults: SamplingParams, limits: Limits) -> ChatCall:
     """The chat that a body and all the items of its input ask for.
 
     Raises:

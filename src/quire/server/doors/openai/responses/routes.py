@@ -103,7 +103,7 @@ async def _begin(
 async def retrieve_response(request: Request) -> Response:
     """A response that is stored; with `stream` its events from `starting_after` on."""
     context: ServerContext = request.app.state.context
-    owner, name = caller_of(request.scope), request.path_params["name"]
+    owner, name = caller_of(request.scope), request.path_params["id"]
     found, response = await load_response(context, owner, name)
     stream, after = request.query_params.get("stream", "false"), request.query_params.get("starting_after")
     if stream not in ("true", "false"):
@@ -128,7 +128,7 @@ async def retrieve_response(request: Request) -> Response:
 async def cancel_response(request: Request) -> Response:
     """End the work on a response in the background."""
     context: ServerContext = request.app.state.context
-    owner, name = caller_of(request.scope), request.path_params["name"]
+    owner, name = caller_of(request.scope), request.path_params["id"]
     found, _ = await load_response(context, owner, name)
     if not found.body["background"]:
         raise InvalidRequestError("only a response in the background can be cancelled", param="id")
@@ -144,7 +144,7 @@ async def cancel_response(request: Request) -> Response:
 async def delete_response(request: Request) -> Response:
     """Forget a response."""
     context: ServerContext = request.app.state.context
-    owner, name = caller_of(request.scope), request.path_params["name"]
+    owner, name = caller_of(request.scope), request.path_params["id"]
     await load_response(context, owner, name)
     await context.jobs.cancel(job_name(owner, name))
     await store_of(context.store).write(Remove(name))
@@ -154,7 +154,7 @@ async def delete_response(request: Request) -> Response:
 async def list_input_items(request: Request) -> Response:
     """The items of a response's own input."""
     context: ServerContext = request.app.state.context
-    page, name = page_of(request, descending=True), request.path_params["name"]
+    page, name = page_of(request, descending=True), request.path_params["id"]
     await load_response(context, caller_of(request.scope), name)
     parts = await store_of(context.store).part_page(name, page)
     return JSONResponse(listing([msgspec.json.decode(part.content) for part in parts], page.limit))
@@ -162,8 +162,8 @@ async def list_input_items(request: Request) -> Response:
 
 ROUTES = (
     Route("/v1/responses", create_response, methods=["POST"]),
-    Route("/v1/responses/{name}", retrieve_response, methods=["GET"]),
-    Route("/v1/responses/{name}", delete_response, methods=["DELETE"]),
-    Route("/v1/responses/{name}/cancel", cancel_response, methods=["POST"]),
-    Route("/v1/responses/{name}/input_items", list_input_items, methods=["GET"]),
+    Route("/v1/responses/{id}", retrieve_response, methods=["GET"]),
+    Route("/v1/responses/{id}", delete_response, methods=["DELETE"]),
+    Route("/v1/responses/{id}/cancel", cancel_response, methods=["POST"]),
+    Route("/v1/responses/{id}/input_items", list_input_items, methods=["GET"]),
 )

@@ -92,9 +92,12 @@ class Writer:
     def _begin_item(self, kind: str, **fields: Any) -> Iterator[ResponseEvent]:
         yield from self._end_item("completed")
         item: Item = {"id": new_item_id(kind), "type": kind, "status": "in_progress", **fields}
-        item |= {"message": {"role": "assistant", "content": []}, "reasoning": {"summary": [], "content": []}}.get(
-            kind, {"arguments": ""}
-        )
+        begun: dict[str, Item] = {
+            "message": {"role": "assistant", "content": []},
+            "reasoning": {"summary": [], "content": []},
+            "function_call": {"arguments": ""},
+        }
+        item |= begun[kind]
         self._open, self._texts, self._logprobs = item, [], []
         self.output.append(item)
         yield self._event("response.output_item.added", output_index=len(self.output) - 1, item=dict(item))
