@@ -151,6 +151,14 @@ def test_the_result_of_a_call_goes_on_from_it(client: openai.OpenAI, engine: Fak
     assert kept.output_text == by_hand.output_text and kept.previous_response_id == first.id
 
 
+def test_each_turn_stands_after_those_before_it(client: openai.OpenAI, running: Running) -> None:
+    name = None
+    for text in ("one", "two", "three"):
+        name = client.responses.create(input=text, previous_response_id=name, max_output_tokens=2).id
+    told = [item["messages"] for item in running.engine.calls if "messages" in item][-1]
+    assert [message["content"] for message in told] == ["one", "ab", "two", "ab", "three"]
+
+
 def test_parse(client: openai.OpenAI, engine: FakeEngine) -> None:
     class Place(BaseModel):
         city: str

@@ -74,7 +74,7 @@ class Limits:
     detokenized_tokens: Limit = Limit("tokens", 2**17, "token ids in one request", 400, "too_many_tokens", "tokens")
     input_items: Limit = Limit("input", 2048, "items, earlier turns included", 400, "too_many_items", "input")
     chained_responses: Limit = Limit(
-        "previous_response_id", 256, "responses before this one", 400, "too_many_responses", "previous_response_id"
+        "previous_response_id", 256, "responses before this one", 400, "chain_too_long", "previous_response_id"
     )
     background_responses: Limit = Limit(
         "background", 64, "responses of one key at one time", 429, "too_many_responses", "background"
