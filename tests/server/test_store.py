@@ -59,7 +59,12 @@ def test_the_oldest_responses_of_who_holds_most_make_room(store: SqliteStore) ->
             await store.check_room("a", 2**12)
             await store.write(*thing(f"r{number}", size=2**13))
         kept = [item.id for item in await store.objects("response", "a", Page(1000, None, descending=False))]
-        assert 20 < len(kept) < 130 and kept[-1] == "r299" and "r0" not in kept and kept == sorted(kept, key=lambda name: int(name[1:]))
+        assert (
+            20 < len(kept) < 130
+            and kept[-1] == "r299"
+            and "r0" not in kept
+            and kept == sorted(kept, key=lambda name: int(name[1:]))
+        )
         assert await store.get("response", "b", "small") is not None
 
     asyncio.run(work())

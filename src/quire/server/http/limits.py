@@ -79,7 +79,7 @@ class Limits:
     background_responses: Limit = Limit(
         "background", 64, "responses of one key at one time", 429, "too_many_responses", "background"
     )
-    added_items: Limit = Limit("items", 20, "items in one request", 400, "too_many_items", "items")
+    added_items: Limit = Limit("items", 20, "items in one request", 400, "too_many_added_items", "items")
     file_bytes: Limit = Limit("a file", 2**26, "bytes", 413, "file_too_large", "file")
     files: Limit = Limit("what is stored of one key", 1000, "files", 429, "too_many_files", "file")
     batch_lines: Limit = Limit("a batch", 50_000, "lines", 400, "too_many_lines", "input_file_id")
