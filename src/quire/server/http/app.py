@@ -11,7 +11,7 @@ from quire.errors import ConfigurationError
 from quire.server.http import errors, probes
 from quire.server.http.access import Access
 from quire.server.http.body import Bodies
-from quire.server.http.context import Api, ServerContext
+from quire.server.http.context import Api, Pages, ServerContext
 from quire.server.http.cors import EXPOSED, Cors
 from quire.server.http.jobs import Jobs
 from quire.server.http.keys import KeyRequired, caller_name
@@ -43,6 +43,7 @@ class Observability:
 
 NO_OBSERVABILITY = Observability()
 NO_PAGES = Cors()
+NO_VIEW = Pages()
 
 
 def create_app(
@@ -59,6 +60,7 @@ def create_app(
     limits: Limits = DEFAULT_LIMITS,
     cors: Cors = NO_PAGES,
     store: Store | None = None,
+    pages: Pages = NO_VIEW,
 ) -> Starlette:
     """An ASGI application. The caller keeps the engine and shuts it down.
 
@@ -76,6 +78,7 @@ def create_app(
         share_prefix_cache: requests with different keys may find each other's prefixes.
         cors: which pages in a browser may use it.
         store: keeps responses, conversations, files and batches; the server closes it. None: nothing is kept.
+        pages: its own ones.
 
     Raises:
         ConfigurationError: no name, or an empty key.
@@ -86,7 +89,7 @@ def create_app(
     api_keys = _weighted(api_key)
     if show_cached_tokens is None:
         show_cached_tokens = not (share_prefix_cache and len(api_keys) > 1)
-    app = Starlette(routes=[*(route for api in apis for route in api.routes), *probes.ROUTES])
+    app = Starlette(routes=[*(route for api in apis for route in api.routes), *probes.ROUTES, *pages.routes])
     app.router.redirect_slashes = False
     app.state.context = ServerContext(
         engine=engine,
@@ -106,8 +109,9 @@ def create_app(
         jobs=Jobs(limits.batch_lines_at_once.value),
     )
     engine.expect_callers(app.state.context.weights)
+    app.state.viewers = set()
     app.state.metrics_prefix = metrics_prefix
-    _surround(app, engine, names[0], list(api_keys), observability, cors)
+    _surround(app, engine, names[0], list(api_keys), observability, cors, pages)
     return app
 
 
@@ -126,12 +130,15 @@ def _surround(
     api_keys: Sequence[str],
     observability: Observability,
     cors: Cors,
+    pages: Pages,
 ) -> None:
     """Errors, the queue and keys, and around them what takes notes of every request."""
     admin_key = observability.admin_api_key
     if admin_key is not None and (not admin_key.strip() or admin_key in api_keys):
         raise ConfigurationError("admin_api_key must not be empty, nor a caller's key", field="admin_api_key")
-    open_paths = probes.OPEN_PATHS | {"/metrics"} if observability.opens_metrics else probes.OPEN_PATHS
+    open_paths = probes.OPEN_PATHS | pages.open_paths
+    if observability.opens_metrics:
+        open_paths |= {"/metrics"}
     errors.install(app)
     app.add_middleware(QueueGuard, context=app.state.context, open_paths=open_paths)
     keys = None
