@@ -15,7 +15,9 @@ from quire import sampling_params as sampling
 from quire.engine.chat import MAX_MESSAGES
 from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
 from quire.server.doors.openai import bodies
+from quire.server.doors.openai.batches.routes import BATCH
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT, TOKENIZE_TEXT
+from quire.server.doors.openai.responses.bodies import CONVERSATION, CONVERSATION_ITEMS, CONVERSATION_UPDATE, RESPONSE
 from quire.server.http import limits
 from quire.server.http.limits import MAX_TIMEOUT_SECONDS, Limit, Limits
 from quire.server.http.schema import Refused, RequestSchema
@@ -28,7 +30,13 @@ SCHEMAS: dict[str, RequestSchema[Any]] = {
     "tokenize": TOKENIZE_TEXT,
     "tokenize ": TOKENIZE_CHAT,
     "detokenize": DETOKENIZE,
+    "responses": RESPONSE,
+    "conversations": CONVERSATION,
+    "conversations ": CONVERSATION_UPDATE,
+    "conversations' items": CONVERSATION_ITEMS,
+    "batches": BATCH,
 }
+NUM_ROUTES = len({name.strip() for name in SCHEMAS})
 ROW = "| {} |\n"
 HEAD = """# Limits
 
@@ -181,7 +189,7 @@ def _inside() -> Iterator[str]:
 
 def _where(routes: list[str]) -> str:
     found = list(dict.fromkeys(routes))
-    return "all" if len(found) == 4 else ", ".join(found)
+    return "all" if len(found) == NUM_ROUTES else ", ".join(found)
 
 
 def _values(schema: dict[str, Any]) -> str:

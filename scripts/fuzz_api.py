@@ -24,12 +24,15 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.llm import AsyncLLM
+from quire.server.doors.openai.batches.routes import BATCH
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT
+from quire.server.doors.openai.responses.bodies import CONVERSATION, CONVERSATION_ITEMS, CONVERSATION_UPDATE, RESPONSE
 from quire.server.doors.openai.routes import OPENAI
 from quire.server.http.app import create_app
 from quire.server.http.limits import Limits
 from quire.server.http.listen import bind
 from quire.server.http.serve import GracefulServer
+from quire.server.store.database import SqliteStore
 
 KEY = "fuzz"
 CHECKS = (
@@ -42,7 +45,20 @@ ROUTES = {
     "/v1/chat/completions": (CHAT, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}),
     "/tokenize": (TOKENIZE_CHAT, {"messages": [{"role": "user", "content": "hi"}]}),
     "/detokenize": (DETOKENIZE, {"tokens": [1, 2, 3]}),
+    "/v1/responses": (RESPONSE, {"input": [{"role": "user", "content": "hi"}], "max_output_tokens": 2}),
+    "/v1/conversations": (CONVERSATION, {"items": [{"role": "user", "content": "hi"}]}),
+    "/v1/conversations/conv_2": (CONVERSATION_UPDATE, {"metadata": {"a": "2"}}),
+    "/v1/conversations/conv_2/items": (CONVERSATION_ITEMS, {"items": [{"role": "user", "content": "hi"}]}),
+    "/v1/batches": (BATCH, {"input_file_id": "file-2", "endpoint": "/v1/responses", "completion_window": "24h"}),
 }
+FORM = (b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--b\r\nContent-Disposition: '
+        b'form-data; name="file"; filename="2"\r\n\r\n{"custom_id": "2"}\r\n--b--\r\n')  # fmt: skip
+QUERIES = ("", "?limit=2", "?limit=-1", "?order=up", "?after=x", "?stream=true", "?stream=2", "?starting_after=9")
+KEPT = (
+    *("responses/resp_2", "responses/resp_2/input_items", "conversations/conv_2/items"),
+    *("conversations/conv_2/items/2", "files", "files/file-2", "files/file-2/content"),
+    *("batches", "batches/batch_2", "batches/batch_2/cancel"),
+)
 ATOMS: tuple[Any, ...] = (
     *(None, True, False, "", "x", "1", "\0", "\r\nx: y", "\u202e", "e\u0301" * 300, "<|im_end|>" * 20, " " * 5000),
     *(-(2**63) - 1, -(2**31), -100, -1, -0.0, 0, 1e-300, 0.5, 1, 2, 3, 20, 21, 101, 129, 2**31, 2**53 + 1, 2**63),
@@ -81,8 +97,11 @@ class Server:
 
     def __init__(self, statuses: Counter[int], findings: list[str]) -> None:
         self.engine = AsyncLLM(max_model_len=96, max_num_seqs=16, max_num_batched_tokens=512)
+        store = SqliteStore(None, most_bytes=2**24, days=1)
         limits = Limits().with_values({"sequences": 8, "prompts": 8})
-        app = create_app(self.engine, apis=[OPENAI], served_model_name="fuzzed", api_key=KEY, limits=limits)
+        app = create_app(
+            self.engine, apis=[OPENAI], served_model_name="fuzzed", api_key=KEY, limits=limits, store=store
+        )
         app.add_middleware(Counting, statuses=statuses, findings=findings)
         listener, ready = bind("127.0.0.1", 0), threading.Event()
         self.port = listener.getsockname()[1]
@@ -131,10 +150,12 @@ def schemathesis(port: int, seconds: int, seed: int) -> int:
 
 def one_request(chance: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
     """Method, path, body and headers of the next request."""
+    if chance.random() < 0.2:
+        return _of_what_is_kept(chance)
     path = chance.choice(list(ROUTES))
     schema, base = ROUTES[path]
     body = dict(base)
-    for name in chance.sample(schema.known(), chance.randint(1, 3)):
+    for name in chance.sample(schema.known(), chance.randint(1, min(3, len(schema.known())))):
         body[name] = chance.choice(ATOMS)
     data = json.dumps(body).encode()
     kind = chance.random()
@@ -155,6 +176,17 @@ def one_request(chance: random.Random) -> tuple[str, str, bytes, dict[str, str]]
             chance.choice(["/", path, "//v1", "/%2f"]),
         )
     return method, path, data, headers
+
+
+def _of_what_is_kept(chance: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
+    """A file, whole or not; or what asks for, changes or deletes something that is not there."""
+    headers = {"Authorization": f"Bearer {KEY}"}
+    if chance.random() < 0.5:
+        place = chance.randrange(len(FORM))
+        data = FORM[:place] + chance.randbytes(chance.randint(0, 3)) + FORM[place + chance.randint(0, 9) :]
+        return "POST", "/v1/files", data, headers | {"Content-Type": "multipart/form-data; boundary=b"}
+    path = f"/v1/{chance.choice(KEPT)}{chance.choice(QUERIES)}"
+    return chance.choice(["GET", "GET", "DELETE", "POST"]), path, b"", headers
 
 
 def corpus(port: int, count: int, seed: int, findings: list[str]) -> None:

@@ -165,10 +165,14 @@ class Harness:
         assert self.executor.num_rows == 0
         self.scheduler.check()
 
-    def order(self, request_id: str) -> tuple[int, int]:
+    def order(self, request_id: str) -> tuple[bool, int, int]:
         output = self.outputs[request_id]
         by_priority = type(self.scheduler._policy).__name__ == "Priority"
-        return output.new.priority if by_priority else 0, output.arrival
+        background = output.new.is_background
+        return background, output.new.priority if by_priority and not background else 0, output.arrival
+
+    def _is_background(self, request_id: str) -> bool:
+        return self.outputs[request_id].new.is_background
 
     def _emit(self, deltas: list[TokenDelta]) -> list[TokenDelta]:
         for delta in deltas:
@@ -189,7 +193,10 @@ class Harness:
         assert stalled.keys() | set(advanced) == running | ran_before | held | set(waiting[:1])
         preempted = {name for name, item in stalled.items() if item.reason == "preempted"}
         assert preempted == ran_before - running
-        assert all(stalled[name].by in advanced for name in preempted)
+        takers = {stalled[name].by for name in preempted if not self._is_background(name)}
+        assert takers <= set(advanced)
+        others = {name for name in running if not self._is_background(name)}
+        assert not others & ran_before or not any(map(self._is_background, advanced)), "the background waits"
         assert plan.num_tokens <= self.scheduler.config.max_num_batched_tokens
         assert (record.num_running, record.num_waiting) == (len(running), len(waiting) + len(held))
         assert record.num_prefix_hits <= record.num_prefix_queries
@@ -208,7 +215,7 @@ class Harness:
         for item in victims:
             assert self.order(item.request_id) > max(running)
             assert item.by is not None and self.order(item.by) < self.order(item.request_id)
-            assert not plan.new
+            assert not plan.new or self._is_background(item.request_id)
 
 
 def _id(request: Request) -> str:

@@ -1,6 +1,7 @@
 """Orders and the waiting queue."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -8,7 +9,7 @@ from quire.core.fair_shares import FairShares
 from quire.core.policy import Fcfs, Policy, Priority, WaitingQueue, make_policy
 from quire.core.request import Request, RequestStatus
 from quire.errors import ConfigurationError
-from tests.core.harness import new_request
+from tests.core.harness import Harness, alone, new_request
 
 
 def request(arrival_index: int, priority: int = 0) -> Request:
@@ -52,3 +53,35 @@ def test_policies_have_names() -> None:
     with pytest.raises(ConfigurationError, match=r"unknown scheduling policy 'priorty'.*'priority'") as caught:
         make_policy("priorty")
     assert caught.value.field == "scheduling_policy"
+
+
+def test_the_background_gives_way_and_comes_back() -> None:
+    """It keeps what it holds while others run, gives it up to one that lacks it, and ends with the same tokens."""
+    harness = Harness(num_blocks=8, block_size=4, max_num_seqs=2)
+    lines = [replace(new_request(f"line {number}", [number, 2, 3], 8), is_background=True) for number in range(2)]
+    for line in lines:
+        harness.add(line)
+    for _ in range(3):
+        harness.step()
+    assert {item.request_id for item in harness.scheduler.last_record.scheduled} == {"line 0", "line 1"}
+    harness.add(new_request("live", [5, 5], 6))
+    harness.step()  # what computes the background takes nothing from it
+    while harness.outputs["live"].finish_reason is None:
+        harness.step()
+        record = harness.scheduler.last_record
+        assert [item.request_id for item in record.scheduled] == ["live"]
+        assert {item.reason for item in record.stalled} <= {"background", "preempted"}
+    assert harness.num_preemptions == 1, "one row was lacking"
+    harness.drain(40)
+    for new in [*lines, new_request("live", [5, 5], 6)]:
+        assert harness.outputs[new.request_id].sequence == alone(replace(new, is_background=False)).sequence
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_the_background_enters_last(policy: str) -> None:
+    harness = Harness(max_num_seqs=1, policy=policy)
+    harness.add(replace(new_request("line", [1], 2), is_background=True))
+    harness.add(new_request("live", [1], 2, priority=3 if policy == "priority" else 0))
+    harness.step()
+    assert [item.request_id for item in harness.scheduler.last_record.scheduled] == ["live"]
+    harness.drain(9)

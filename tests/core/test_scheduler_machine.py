@@ -40,6 +40,7 @@ def requests(draw: st.DrawFn) -> NewRequest:
         eos_token_ids=draw(st.sampled_from([(), (3,)])),
         priority=draw(st.integers(0, 2)),
         cache_salt=draw(st.sampled_from(["", "", "salt"])),
+        is_background=draw(st.booleans()),
     )
 
 
@@ -111,14 +112,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         unfinished = [output.new for output in outputs if output.finish_reason is None]
         work = sum(len(new.prompt_token_ids) + new.max_tokens for new in unfinished)
         by_priority = self.harness.scheduler._policy.order.__qualname__.startswith("Priority")
-        self.harness.drain(work * (len(unfinished) if by_priority else 1))
+        overtakes = by_priority or any(new.is_background for new in unfinished)
+        self.harness.drain(work * (len(unfinished) if overtakes else 1))
         for output in outputs:
             self.compare(output)
 
     @staticmethod
     def compare(output: Output) -> None:
         new = output.new
-        expected = solo(replace(new, request_id="", priority=0, cache_salt=""))
+        expected = solo(replace(new, request_id="", priority=0, cache_salt="", is_background=False))
         num_tokens = len(output.token_ids)
         assert output.token_ids == expected.token_ids[:num_tokens]
         assert output.logprobs == expected.logprobs[:num_tokens]

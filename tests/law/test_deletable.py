@@ -85,3 +85,14 @@ def test_the_list_is_what_no_other_folder_may_import() -> None:
     folders = {path.parent.name for path in (ROOT / "src/quire").glob("*/__init__.py")}
     needed = {name.split(".")[0] for folder in LAW if folder.split(".")[0] not in OPTIONAL for name in LAW[folder].own}
     assert folders - needed - {"compose", "engine", "executor"} == set(OPTIONAL)
+
+
+def test_a_server_can_do_without_its_store(tree: TreeCopy) -> None:
+    """What it then says of what is asked to be kept: `tests/server/test_responses_client.py`."""
+    folder, aside = tree.root / "src/quire/server/store", tree.root.parent / "store"
+    folder.rename(aside)
+    try:
+        modules = "quire.cli.serve, quire.server.http.app, quire.server.doors.openai.routes"
+        assert run(tree, "-c", f"import {modules}; print('good')").split() == ["good"]
+    finally:
+        aside.rename(folder)

@@ -26,6 +26,9 @@ MAX_MODEL_LEN = 512
 class ByteTokenizer:
     """One token a byte."""
 
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(token_ids).decode(errors="replace")
 
@@ -144,10 +147,17 @@ class FakeEngine:
         caller: Caller = ANYBODY,
         timeout_s: float | None = None,
         bad_words: tuple[tuple[int, ...], ...] | None = None,
+        is_background: bool = False,
     ) -> AsyncIterator[RequestOutput]:
         ids = self._ids(prompt)
         text = bytes(ids).decode(errors="replace")
-        given = {"priority": priority, "cache_salt": cache_salt, "caller": caller, "timeout_s": timeout_s}
+        given = {
+            "priority": priority,
+            "cache_salt": cache_salt,
+            "caller": caller,
+            "timeout_s": timeout_s,
+            "is_background": is_background,
+        }
         self.calls.append({"params": sampling_params, "bad_words": bad_words, **given})
         delta = sampling_params.output_kind is RequestOutputKind.DELTA
         sequences = [self._letters(sampling_params, index) for index in range(sampling_params.n)]

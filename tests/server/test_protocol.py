@@ -10,7 +10,7 @@ from quire.engine.queue import ANYBODY
 from quire.errors import InvalidRequestError, PromptTooLongError
 from quire.outputs import CompletionOutput, Logprob, PositionLogprobs
 from quire.sampling_params import SamplingParams
-from quire.server.doors.openai import responses
+from quire.server.doors.openai import choice_parts
 from quire.server.doors.openai.bodies import COMPLETION
 from quire.server.doors.openai.parse import (
     ChatCall,
@@ -170,7 +170,7 @@ def test_a_prompt_fits_is_cut_as_asked_or_is_refused(
     assert caught.value.param == "max_tokens" and f"at most {LENGTH - len(kept)}" in str(caught.value)
 
 
-NAMES = responses.TokenNames(lambda token_id: chr(token_id).encode(), as_ids=False)
+NAMES = choice_parts.TokenNames(lambda token_id: chr(token_id).encode(), as_ids=False)
 
 
 def sent(value: Any) -> Any:
@@ -189,20 +189,20 @@ def test_the_best_are_listed_best_first_and_no_more_than_were_asked_for() -> Non
     for top, expected in ((0, []), (1, ["a"]), (2, ["a", "b"]), (3, ["a", "b", "c"])):
         dice.shuffle(tokens)
         chosen = CompletionOutput(0, "z", [ord("z")], logprobs=[position(*tokens)])
-        (entry,) = sent(responses.chat_logprobs(chosen, top, (), NAMES)["content"])
+        (entry,) = sent(choice_parts.chat_logprobs(chosen, top, (), NAMES)["content"])
         assert (entry["token"], entry["logprob"], entry["bytes"]) == ("z", -5.0, [122])
         assert [item["token"] for item in entry["top_logprobs"]] == expected
-        found = responses.completion_logprobs([(ord("z"), position(*tokens))], top, (), [0], NAMES)
+        found = choice_parts.completion_logprobs([(ord("z"), position(*tokens))], top, (), [0], NAMES)
         assert list(sent(found["top_logprobs"])[0]) == ["z", *expected]
     chosen = CompletionOutput(0, "a", [ord("a")], logprobs=[position(*tokens)])
-    (entry,) = sent(responses.chat_logprobs(chosen, 2, (ord("c"), ord("z")), NAMES)["content"])
+    (entry,) = sent(choice_parts.chat_logprobs(chosen, 2, (ord("c"), ord("z")), NAMES)["content"])
     assert [item["token"] for item in entry["top_logprobs"]] == ["c", "z"], "the tokens that were named"
 
 
 def test_a_token_without_logprobs_has_nulls() -> None:
     one = position((ord("é"), -1.0, 1))
     tokens = [(ord("x"), None), (ord("é"), one), (ord("é"), one)]
-    found = sent(responses.completion_logprobs(tokens, 1, (), [5, 6, 7], NAMES))
+    found = sent(choice_parts.completion_logprobs(tokens, 1, (), [5, 6, 7], NAMES))
     assert found["text_offset"] == [5, 6, 7] and found["tokens"] == ["x", "é", "é"]
     assert found["token_logprobs"] == [None, -1.0, -1.0] and found["top_logprobs"][0] is None
 
@@ -210,12 +210,12 @@ def test_a_token_without_logprobs_has_nulls() -> None:
 def test_what_has_no_number_in_json_has_the_least() -> None:
     never = position((ord("a"), float("-inf"), 1), (ord("b"), -20000.0, 2))
     chosen = CompletionOutput(0, "a", [ord("a")], logprobs=[never])
-    (entry,) = sent(responses.chat_logprobs(chosen, 2, (), NAMES)["content"])
+    (entry,) = sent(choice_parts.chat_logprobs(chosen, 2, (), NAMES)["content"])
     assert [entry["logprob"], *(item["logprob"] for item in entry["top_logprobs"])] == [-9999.0] * 3
-    assert responses.completion_logprobs([(ord("a"), never)], 2, (), [0], NAMES)["token_logprobs"] == [-9999.0]
-    (shown,) = sent(responses.prompt_logprobs([never]))
+    assert choice_parts.completion_logprobs([(ord("a"), never)], 2, (), [0], NAMES)["token_logprobs"] == [-9999.0]
+    (shown,) = sent(choice_parts.prompt_logprobs([never]))
     assert shown["97"] == {"logprob": -9999.0, "rank": 1, "decoded_token": "a"}
-    assert sent(responses.prompt_logprobs(None)) is None and sent(responses.prompt_logprobs([None])) == [None]
+    assert sent(choice_parts.prompt_logprobs(None)) is None and sent(choice_parts.prompt_logprobs([None])) == [None]
 
 
 def test_prefix_caches_are_apart_for_each_caller_and_salt() -> None:

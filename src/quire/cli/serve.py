@@ -4,6 +4,8 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.cli import banner, engines, model_path, sampling
@@ -13,6 +15,7 @@ from quire.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from quire.server.http.cors import Cors
+    from quire.server.http.stored import Store
 
 EXAMPLES = """examples:
   quire serve
@@ -56,10 +59,36 @@ def add(parser: argparse.ArgumentParser) -> None:
     flag("--share-prefix-cache", action="store_true", help=text)
     text = "seconds for running requests to finish (default: 30)"
     flag("--shutdown-timeout", type=float, default=30.0, metavar="S", help=text)
+    _add_store(parser.add_argument_group("what is kept between requests").add_argument)
     _add_cors(parser.add_argument_group("pages in a browser (CORS)").add_argument)
     _add_observability(parser.add_argument_group("observability").add_argument)
     engines.add_quiet(parser)
     add_engine(parser, positional_model=True)
+
+
+def _add_store(flag: Callable[..., Any]) -> None:
+    """Responses, conversations, files and batches."""
+    text = "where responses, conversations, files and batches are kept, and batches go on from after a restart; left "
+    flag("--state-dir", metavar="DIR", help=text + "out: in memory, until the server stops")
+    flag("--store-bytes", default="1GiB", metavar="SIZE", help="of what is kept at most (default: 1GiB)")
+    flag("--store-days", type=int, default=30, metavar="N", help="after which it is forgotten (default: 30)")
+
+
+def _store(options: argparse.Namespace) -> "Store | None":
+    if find_spec("quire.server.store") is None:
+        if options.state_dir is not None:
+            text = "state_dir needs the package quire.server.store, which this installation lacks"
+            raise ConfigurationError(text, field="state_dir")
+        return None
+    from quire.server.store.database import SqliteStore
+
+    if not 1 <= options.store_days <= 36500:
+        raise ConfigurationError("store_days must be between 1 and 36500", field="store_days")
+    most, directory = bytes_of("store_bytes", options.store_bytes), options.state_dir
+    if most < 2**20:
+        raise ConfigurationError("store_bytes must be at least 1MiB", field="store_bytes")
+    path = None if directory is None else Path(directory)
+    return SqliteStore(path, most_bytes=most, days=options.store_days)
 
 
 def _add_cors(flag: Callable[..., Any]) -> None:
@@ -123,6 +152,7 @@ def run(options: argparse.Namespace) -> int:
     from quire.server.http.limits import TRUSTED_TEMPLATE_CHARACTERS, Limits
     from quire.server.http.serve import GracefulServer
 
+    store = _store(options)
     trusted = {"chat_template_characters": TRUSTED_TEMPLATE_CHARACTERS} if options.trust_request_chat_template else {}
     limits = Limits().for_queue(args.max_num_seqs + args.max_num_queued_reqs)
     limits = limits.with_values({**trusted, **_limit_values(options.limit)}).within(raise_descriptors())
@@ -145,6 +175,7 @@ def run(options: argparse.Namespace) -> int:
             limits=limits,
             share_prefix_cache=options.share_prefix_cache,
             cors=cors,
+            store=store,
             pages=VIEW,
         )
         host = f"[{options.host}]" if ":" in options.host else options.host

@@ -105,9 +105,9 @@ class Stalled(NamedTuple):
 
     request_id: str
     reason: str
-    """`no_blocks`, `no_row`, `budget`, `preempted`, `in_flight` (its last token is being sampled), `quarantined`
-    (after a core died, it waits while others are probed), or the word of the admission rule that holds it; `behind` is
-    never listed."""
+    """`no_blocks`, `no_row`, `budget`, `preempted`, `in_flight` (its last token is being sampled), `background` (others
+    run), `quarantined` (after a core died, it waits while others are probed), or the word of the admission rule that
+    holds it; `behind` is never listed."""
     by: str | None = None
     """The request that took what this one lacked, where one is to blame: the preemptor, or the one that
     got most of the budget."""

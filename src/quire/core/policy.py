@@ -17,6 +17,8 @@ from quire.errors import ConfigurationError, unknown_name_message
 
 Order = tuple[int, int]
 """Smaller is earlier; no two requests have the same."""
+LAST = 2**62
+"""Behind every priority."""
 
 
 class Policy(Protocol):
@@ -35,8 +37,8 @@ class Fcfs:
     waits_for_held = False
 
     def order(self, request: Request) -> Order:
-        """By arrival and nothing else."""
-        return 0, request.arrival_index
+        """By arrival and nothing else, save for what is in the background."""
+        return request.new.is_background, request.arrival_index
 
 
 class Priority:
@@ -46,7 +48,7 @@ class Priority:
 
     def order(self, request: Request) -> Order:
         """By priority, then by arrival."""
-        return request.new.priority, request.arrival_index
+        return LAST if request.new.is_background else request.new.priority, request.arrival_index
 
 
 POLICIES: Mapping[str, type[Policy]] = MappingProxyType({"fcfs": Fcfs, "priority": Priority})

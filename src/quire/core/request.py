@@ -106,6 +106,8 @@ class NewRequest:
     needs_output_tokens: bool = False
     """The next step of this request needs its own last token on the host. While that token is in flight, the scheduler
     stalls this request alone. True at least where `sampling.needs_output_tokens` is."""
+    is_background: bool = False
+    """It comes after all others, and is not computed while one of them runs."""
 
 
 class RequestStatus(Enum):

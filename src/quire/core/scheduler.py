@@ -4,7 +4,8 @@ There are no phases. A request is `num_computed` chasing `num_known`; prefill in
 prefix hit and the way back after preemption are all that one case. A step
 
 1. gives each running request, in policy order, the tokens it lacks as far as the budget lasts, and the
-   blocks they need; where none is left, the last running request gives up its own (`_advance_running`);
+   blocks they need; where none is left, the last running request gives up its own (`_advance_running`); what is
+   in the background waits while anything else runs;
 2. admits waiting requests while budget, rows and blocks last (`_admit_waiting`): those of one caller in policy
    order, callers among each other by fair shares.
 
@@ -118,6 +119,8 @@ class Scheduler:
         self._removed_rows: list[int] = []
         self._in_flight: dict[int, PlannedStep] = {}
         """Steps whose results are not back, in their order. Their owners are the requests that still want them."""
+        self._lacks = False
+        """The head lacks what the background holds."""
         self._num_arrived = 0
         self._num_steps = 0
         self.last_record = PlannedStep(0, 0).record(0.0, 0, 0, self._pool)
@@ -201,6 +204,7 @@ class Scheduler:
         step = self._in_flight[self._num_steps] = PlannedStep(self._num_steps, self.config.max_num_batched_tokens)
         self._num_steps += 1
         self._advance_running(step)
+        self._lacks = False
         self._admit_waiting(step)
         plan = StepPlan(step.step_id, tuple(self._removed_rows), tuple(step.new), tuple(step.scheduled))
         self._removed_rows.clear()
@@ -241,7 +245,9 @@ class Scheduler:
             if num_tokens > step.budget:
                 num_tokens = step.budget
             num_slots = len(request.block_ids) * self._pool.block_size
-            if step.budget == 0:
+            if self._yields(request):
+                step.stall(request, "background")
+            elif step.budget == 0:
                 step.stall_for_budget(request)
             elif num_tokens == 0 or (request.num_in_flight and request.new.needs_output_tokens):
                 step.stall(request, "in_flight")
@@ -249,6 +255,14 @@ class Scheduler:
                 self._give(request, num_tokens, (), step)
             else:
                 self._grow(request, num_tokens, step)
+
+    def _yields(self, request: Request) -> bool:
+        """What is in the background stands behind all others. While one of them runs it keeps its row and blocks, and
+        gives them to one that lacks them: not in a step that computes it, but in the next."""
+        if not request.new.is_background or not self._running:
+            return False
+        head = self._waiting.head() if self._lacks else None
+        return not self._running[0].new.is_background or (head is not None and not head.new.is_background)
 
     def _grow(self, request: Request, num_tokens: int, step: PlannedStep) -> None:
         """Give tokens that need new blocks, if there are any or room can be made."""
@@ -289,6 +303,18 @@ class Scheduler:
             step.stall(victim, "preempted", by=request.new.request_id)
         return self._pool.num_free >= num_blocks
 
+    def _take_from_background(self, head: Request, step: PlannedStep) -> bool:
+        """Let what is in the background give up row and blocks to the head; False where it has none to give now."""
+        victim = self._running[-1] if self._running else head
+        if head.new.is_background or not victim.new.is_background:
+            return False
+        if victim in step.owners.values():
+            self._lacks = True
+            return False
+        self._preempt(victim)
+        step.stall_once(victim, "preempted", by=head.new.request_id)
+        return True
+
     def _preempt(self, victim: Request) -> None:
         """Back to its place in the queue. The prefix cache keeps its full blocks, so the way back is short."""
         self._vacate(victim)
@@ -305,9 +331,11 @@ class Scheduler:
         while (request := self._waiting.head()) is not None:
             if step.victims:
                 return None if request in step.victims else step.stall(request, "no_blocks")
+            if self._yields(request):
+                return step.stall_once(request, "background")
             if step.budget == 0:
                 return step.stall_for_budget(request)
-            if not self._free_rows:
+            if not self._free_rows and not self._take_from_background(request, step):
                 return step.stall(request, "no_row")
             reason = self._refusal(request, step) if self._rules else None
             if reason is not None:
@@ -316,7 +344,7 @@ class Scheduler:
                     return None
                 self._waiting.hold(request)
                 continue
-            if not self._admit(request, step):
+            if not self._admit(request, step) and not self._take_from_background(request, step):
                 return step.stall(request, "no_blocks")
 
     def _ask_about_held(self, step: PlannedStep) -> None:

@@ -73,6 +73,14 @@ class PlannedStep:
         """Note why a request does not advance."""
         self.stalled.append(Stalled(request.new.request_id, reason, by))
 
+    def stall_once(self, request: Request, reason: str, by: str | None = None) -> None:
+        """The same of a request that may be noted already: being preempted is what counts."""
+        name = request.new.request_id
+        noted = next((item for item in self.stalled if item.request_id == name), None)
+        if noted is None or noted.reason != "preempted":
+            self.stalled = [item for item in self.stalled if item is not noted]
+            self.stall(request, reason, by)
+
     def stall_for_budget(self, request: Request) -> None:
         """The budget is spent, most of it by the request that is named."""
         if self._greediest is None:

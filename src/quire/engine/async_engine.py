@@ -196,6 +196,7 @@ class AsyncEngine(EngineFront):
         caller: Caller = ANYBODY,
         timeout_s: float | None = None,
         bad_words: BadWords | None = None,
+        is_background: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of one request as they come; `sampling_params.output_kind` says what each holds.
 
@@ -206,6 +207,7 @@ class AsyncEngine(EngineFront):
             caller: callers share the engine fairly, and the queue.
             timeout_s: seconds from now to the last output, in the queue and while it runs.
             bad_words: what `encode_bad_words` gave for `sampling_params`; None: that is done here.
+            is_background: it is computed while no other request runs.
 
         Raises:
             InvalidRequestError: the request is refused; nothing was queued.
@@ -222,6 +224,7 @@ class AsyncEngine(EngineFront):
             arrival_s=self._engine.clock(),
             caller=caller,
             bad_words=bad_words,
+            is_background=is_background,
         )
         parse = partial(self._served.inputs.parse, prompt, sampling_params, **options)
         parsed = await self.beside(parse, _size_of_text(prompt, sampling_params, bad_words), caller)

@@ -94,11 +94,13 @@ class InputProcessor:
         arrival_s: float = 0.0,
         caller: Caller = ANYBODY,
         bad_words: BadWords | None = None,
+        is_background: bool = False,
     ) -> ParsedRequest:
         """Check everything about a request.
 
         Args:
             bad_words: those of `params`, where they are encoded already.
+            is_background: it is computed while no other request runs.
 
         Raises:
             InvalidRequestError: naming the field; PromptTooLongError: with the numbers.
@@ -134,6 +136,7 @@ class InputProcessor:
                 caller=caller.name,
                 caller_weight=caller.weight,
                 needs_output_tokens=spec.needs_output_tokens,
+                is_background=is_background,
             )
             for index in range(params.n)
         )

@@ -22,12 +22,14 @@ _QUEUE_CAUSES = {
     "no_blocks": "the cache had no blocks free",
     "budget": "the steps were full of other prompts (max_num_batched_tokens)",
     "grammar": "its grammar was being compiled",
+    "background": "other requests ran, and it was in the background",
 }
 _ADVICE = {
     "no_row": "more rows (--max-num-seqs) or more machines would shorten it",
     "no_blocks": "a larger cache (--kv-cache-memory-bytes) or a smaller --max-model-len would shorten it",
     "budget": "a larger --max-num-batched-tokens would shorten it",
     "grammar": "a smaller shape, or the same one again, takes less",
+    "background": "less traffic beside it would shorten it",
 }
 
 

@@ -161,6 +161,7 @@ class RecordedScheduler(Scheduler):
             "caller": self._digest(new.caller.encode(errors="replace"), b"caller") if new.caller else "",
             "weight": new.caller_weight,
             "waits": new.needs_output_tokens,
+            "background": new.is_background,
             "prompt_logprobs": new.sampling.num_prompt_logprobs is not None,
             "logprobs_sent": new.resume.num_prompt_logprobs,
             "cached": new.resume.num_cached_tokens,

@@ -45,6 +45,7 @@ class Asked:
     reason: str | None = None
     """Why it ended; None: it had not, when the recording did."""
     num_output: int = 0
+    background: bool = False
 
     def tokens(self, first: int, last: int, block_size: int) -> list[int]:
         """Token ids `[first, last)`: equal where the recorded ones were, as far as full blocks go."""
@@ -77,6 +78,7 @@ class Asked:
             caller=self.caller,
             caller_weight=self.weight,
             needs_output_tokens=self.waits,
+            is_background=self.background,
         )
 
 

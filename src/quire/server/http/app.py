@@ -13,10 +13,12 @@ from quire.server.http.access import Access
 from quire.server.http.body import Bodies
 from quire.server.http.context import Api, Pages, ServerContext
 from quire.server.http.cors import EXPOSED, Cors
+from quire.server.http.jobs import Jobs
 from quire.server.http.keys import KeyRequired, caller_name
 from quire.server.http.limits import Limits
 from quire.server.http.middleware import EarlyRefusal, QueueGuard, RejectAmbiguousFraming
 from quire.server.http.shares import Shares
+from quire.server.http.stored import Store
 
 if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
@@ -57,6 +59,7 @@ def create_app(
     observability: Observability = NO_OBSERVABILITY,
     limits: Limits = DEFAULT_LIMITS,
     cors: Cors = NO_PAGES,
+    store: Store | None = None,
     pages: Pages = NO_VIEW,
 ) -> Starlette:
     """An ASGI application. The caller keeps the engine and shuts it down.
@@ -74,6 +77,7 @@ def create_app(
         limits: of what is open and answered at one time, of bodies and of the fields in them.
         share_prefix_cache: requests with different keys may find each other's prefixes.
         cors: which pages in a browser may use it.
+        store: keeps responses, conversations, files and batches; the server closes it. None: nothing is kept.
         pages: its own ones.
 
     Raises:
@@ -101,6 +105,8 @@ def create_app(
         opens_metrics=observability.opens_metrics,
         weights={caller_name(key): weight for key, weight in api_keys.items()},
         shares_prefix_cache=share_prefix_cache,
+        store=store,
+        jobs=Jobs(limits.batch_lines_at_once.value),
     )
     engine.expect_callers(app.state.context.weights)
     app.state.viewers = set()

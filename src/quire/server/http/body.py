@@ -12,7 +12,7 @@ from starlette.requests import Request
 from quire.engine.queue import Caller
 from quire.server.http.errors import ApiError, ClientGoneError
 from quire.server.http.keys import caller_of
-from quire.server.http.limits import INLINE_BODY_BYTES, Limits
+from quire.server.http.limits import INLINE_BODY_BYTES, Limit, Limits
 from quire.server.http.shares import Shares, sharer_of
 
 if TYPE_CHECKING:
@@ -45,20 +45,28 @@ class Bodies:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json" or "content-encoding" in request.headers:
             raise ApiError(415, "the body must be JSON, sent plain as application/json", code="unsupported_media_type")
+        return await self.read_bytes(request, lambda data: parse(self.object_in(data)), self._limits.body_bytes)
+
+    async def read_bytes(self, request: Request, parse: Callable[[bytearray], T], most: Limit) -> T:
+        """What `parse` makes of a body of any kind.
+
+        Raises:
+            ApiError: 413, 408, 503, or what `parse` raises.
+            ClientGoneError: the caller left before the end of the body.
+        """
         data, sharer = bytearray(), sharer_of(request.scope)
         try:
             async with asyncio.timeout(self._limits.body_seconds.value):
-                await self._fill(data, request, sharer)
+                await self._fill(data, request, sharer, most)
             if len(data) <= INLINE_BODY_BYTES:
-                return parse(self._object(data))
-            return await self._beside(lambda: parse(self._object(data)), len(data), request)
+                return parse(data)
+            return await self._beside(lambda: parse(data), len(data), request)
         except TimeoutError as error:
             raise self._limits.body_seconds.error() from error
         finally:
             self.shares.give(sharer, len(data))
 
-    async def _fill(self, data: bytearray, request: Request, sharer: str) -> None:
-        most = self._limits.body_bytes
+    async def _fill(self, data: bytearray, request: Request, sharer: str, most: Limit) -> None:
         declared = request.headers.get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > most.value:
             raise most.error(f"{int(declared[:20]):,}")
@@ -94,7 +102,12 @@ class Bodies:
         if num_names + num_lists > most_names.value:
             raise most_names.error(f"{num_names + num_lists:,}")
 
-    def _object(self, data: bytearray) -> dict[str, Any]:
+    def object_in(self, data: bytearray) -> dict[str, Any]:
+        """The JSON object that this is.
+
+        Raises:
+            ApiError: 413 or 400.
+        """
         self._check_size(data)
         value = parse_json(bytes(data))
         if not isinstance(value, dict):

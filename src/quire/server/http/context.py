@@ -3,7 +3,7 @@
 import logging
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,9 +17,11 @@ from quire.errors import InvalidRequestError, ModelNotFoundError, OverloadedErro
 from quire.server.http import limits
 from quire.server.http.body import Bodies
 from quire.server.http.errors import ApiError
+from quire.server.http.jobs import Jobs
 from quire.server.http.keys import cache_namespace, caller_of
 from quire.server.http.limits import Limits
 from quire.server.http.shares import Shares
+from quire.server.http.stored import Store
 
 if TYPE_CHECKING:
     from quire.engine.async_engine import AsyncEngine
@@ -40,6 +42,9 @@ class Api:
     """An error in the API's shape."""
     describe: Callable[[Limits], tuple[dict[str, Any], dict[str, dict[str, Any]]]]
     """Its paths in OpenAPI, and the schemas they name."""
+    begin: "Callable[[ServerContext], Coroutine[Any, Any, None]] | None" = None
+    """Its work beside requests, such as what was left undone when the server last stopped; it runs once the server
+    listens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,8 @@ class RequestContext(NamedTuple):
     cache_salt: str
     """Names the prefix cache of the request."""
     timeout_s: float | None
+    is_background: bool = False
+    """Everything else is computed first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +146,9 @@ class ServerContext:
     """Whether /metrics answers to everyone."""
     shares_prefix_cache: bool = False
     """Whether requests with different API keys may find each other's prefixes."""
+    store: Store | None = None
+    """Keeps things between requests; None: nothing is kept."""
+    jobs: Jobs = field(default_factory=Jobs)
     gate: Gate = field(default_factory=Gate)
     started_s: int = field(default_factory=lambda: int(time.time()))
     logged: set[str] = field(default_factory=set)

@@ -4,6 +4,7 @@
 401 403 404 405 408 413 415  the caller's fault too, told apart by `code` (408: the request's own `timeout` passed)
 500                          the engine's fault
 429                          this key has too many requests waiting: with Retry-After
+507                          the store has no room
 503                          overloaded, stopping: with Retry-After
 """
 

@@ -72,6 +72,19 @@ class Limits:
         "chat_template",
     )  # fmt: skip
     detokenized_tokens: Limit = Limit("tokens", 2**17, "token ids in one request", 400, "too_many_tokens", "tokens")
+    input_items: Limit = Limit("input", 2048, "items, earlier turns included", 400, "too_many_items", "input")
+    chained_responses: Limit = Limit(
+        "previous_response_id", 256, "responses before this one", 400, "chain_too_long", "previous_response_id"
+    )
+    background_responses: Limit = Limit(
+        "background", 64, "responses of one key at one time", 429, "too_many_responses", "background"
+    )
+    added_items: Limit = Limit("items", 20, "items in one request", 400, "too_many_added_items", "items")
+    file_bytes: Limit = Limit("a file", 2**26, "bytes", 413, "file_too_large", "file")
+    files: Limit = Limit("what is stored of one key", 1000, "files", 429, "too_many_files", "file")
+    batch_lines: Limit = Limit("a batch", 50_000, "lines", 400, "too_many_lines", "input_file_id")
+    batches: Limit = Limit("what runs of one key", 100, "batches", 429, "too_many_batches", "input_file_id")
+    batch_lines_at_once: Limit = Limit("what runs of all batches", 32, "lines at one time", 503, "overloaded")
 
     def for_queue(self, most: int) -> "Limits":
         """These limits, with room for so many requests of each of several callers that run and wait."""

@@ -86,11 +86,13 @@ _ERRORS = {
     415: "The body is not JSON.",
     429: "Too many requests; see Retry-After.",
     500: "This request failed.",
-    503: "Overloaded or stopping; see Retry-After.",
+    503: "Overloaded or stopping, or the store cannot be used; see Retry-After.",
+    507: "The store has no room.",
 }
 
 
-def _errors(*statuses: int) -> dict[str, Any]:
+def errors(*statuses: int) -> dict[str, Any]:
+    """What these statuses mean, and their shape."""
     return {str(status): {"description": _ERRORS[status], "content": _content(ref("Error"))} for status in statuses}
 
 
@@ -104,7 +106,10 @@ def post(name: str, summary: str, *, events: str = "") -> dict[str, Any]:
         "operationId": f"create{name}",
         "summary": summary,
         "requestBody": {"required": True, "content": _content(ref(f"{name}Request"))},
-        "responses": {"200": {"description": "Done.", "content": content}, **_errors(*sorted(_ERRORS.keys() - {403}))},
+        "responses": {
+            "200": {"description": "Done.", "content": content},
+            **errors(*sorted(_ERRORS.keys() - {403, 507})),
+        },
     }
 
 
@@ -126,8 +131,8 @@ def get(
         found["security"] = []
         responses["503"] = {"description": "Not so.", "content": _content(schema)}
     else:
-        responses |= _errors(401, *more)
-    return {**found, "responses": {**responses, **_errors(405)}}
+        responses |= errors(401, *more)
+    return {**found, "responses": {**responses, **errors(405)}}
 
 
 def _index() -> Schema:

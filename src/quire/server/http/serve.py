@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from quire.server.http import limits
 from quire.server.http.connections import bounded_protocol
 from quire.server.http.context import ServerContext
+from quire.server.http.jobs import RESUMABLE
 from quire.server.http.listen import ACCEPT_BATCH
 
 FLUSH_SECONDS = 3
@@ -58,8 +59,20 @@ class GracefulServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, then say so."""
         await super().startup(sockets)
-        if self.started and self._on_ready is not None:
+        if not self.started:
+            return
+        for api in self._context.apis:
+            if api.begin is not None:
+                self._context.jobs.start(f"api {api.prefix}", api.begin(self._context))
+        if self._on_ready is not None:
             self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the work in the background, then close."""
+        await self._context.jobs.close()
+        await super().shutdown(sockets)
+        if self._context.store is not None:
+            await self._context.store.close()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """A signal: the first begins to drain, the second leaves at once."""
@@ -76,6 +89,7 @@ class GracefulServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: leave when the last request has, or when time is up."""
         if self._deadline_s is not None and not self.should_exit:
+            self._context.jobs.stop(RESUMABLE)
             if self._context.gate.num_inside == 0:
                 self.should_exit = True
             elif time.monotonic() > self._deadline_s:

@@ -156,7 +156,11 @@ _Salt = Annotated[str, Meta(max_length=MAX_SALT_BYTES)]
 _Seconds = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_SECONDS)]
 _Kept = Annotated[int, Meta(ge=-1, le=2**31 - 1, extra_json_schema={"not": {"const": 0}})]
 _Pairs = dict[Annotated[str, Meta(max_length=MAX_METADATA_NAME)], Annotated[str, Meta(max_length=MAX_METADATA_VALUE)]]
-_Metadata = Annotated[_Pairs, Meta(max_length=MAX_METADATA)]
+Metadata = Annotated[_Pairs, Meta(max_length=MAX_METADATA)]
+METADATA = (
+    f"be an object of at most {MAX_METADATA} texts, of at most {MAX_METADATA_VALUE} characters, under names of at most "
+    f"{MAX_METADATA_NAME}"
+)
 _Tier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
 _Retention = Literal["in_memory", "in-memory", "24h"]
 _Budget = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -179,12 +183,11 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_obfuscation: Annotated[_Never | None, Field("nothing is obfuscated here")] = None
 
 
-class ResponseOptions(Labels, kw_only=True):
-    """How an answer is sent, and what travels beside the sampling parameters."""
+class AnswerOptions(Labels, kw_only=True):
+    """How an answer is computed and sent, whichever route it is of."""
 
     model: Model = None
     stream: Annotated[bool, Field("send the answer as it comes, as server-sent events")] = False
-    stream_options: Annotated[StreamOptions | None, Field("with stream: what it holds more", "be an object")] = None
     stream_interval: Annotated[
         _Interval,
         Field(
@@ -207,6 +210,20 @@ class ResponseOptions(Labels, kw_only=True):
             f"be in (0, {MAX_TIMEOUT_SECONDS}] seconds",
         ),
     ] = None
+    service_tier: Annotated[
+        _Tier | None, Field("a label: there is one tier, and the answer names it (default)", one_of(_Tier))
+    ] = None
+    prompt_cache_key: Annotated[
+        str | None, Field("a label: prefixes are cached by their content; see cache_salt", limit="label_characters")
+    ] = None
+    prompt_cache_retention: Annotated[_Retention | None, Field(CACHED, one_of(_Retention))] = None
+    prompt_cache_options: Hint = None
+
+
+class ResponseOptions(AnswerOptions, kw_only=True):
+    """What travels beside the sampling parameters of completions and chats."""
+
+    stream_options: Annotated[StreamOptions | None, Field("with stream: what it holds more", "be an object")] = None
     truncate_prompt_tokens: Annotated[
         _Kept | None,
         Field(
@@ -228,24 +245,14 @@ class ResponseOptions(Labels, kw_only=True):
             "be 1 to 64 letters, digits and any of . _ : -",
         ),
     ] = None
-
     store: Annotated[bool, Field("a label: nothing is stored, and the answer says so (store: false)")] = False
     metadata: Annotated[
-        _Metadata | None,
+        Metadata | None,
         Field(
             "labels: they change no answer and are not kept",
-            f"be an object of at most {MAX_METADATA} texts, of at most {MAX_METADATA_VALUE} characters, under names of "
-            f"at most {MAX_METADATA_NAME}",
+            METADATA,
         ),
     ] = None
-    service_tier: Annotated[
-        _Tier | None, Field("a label: there is one tier, and the answer names it (default)", one_of(_Tier))
-    ] = None
-    prompt_cache_key: Annotated[
-        str | None, Field("a label: prefixes are cached by their content; see cache_salt", limit="label_characters")
-    ] = None
-    prompt_cache_retention: Annotated[_Retention | None, Field(CACHED, one_of(_Retention))] = None
-    prompt_cache_options: Hint = None
 
     @property
     def include_usage(self) -> bool:

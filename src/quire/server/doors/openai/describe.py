@@ -3,9 +3,17 @@
 from typing import Any
 
 from quire.server.doors.openai.bodies import request_bodies
+from quire.server.http.errors import ApiError
 from quire.server.http.limits import Limits
 from quire.server.http.openapi import INTEGER, NUMBER, get, open_object, or_null, post, ref
 from quire.server.http.schema import STRING, Schema, array
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """`{"error": {"message", "type", "param", "code"}}`."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
 
 IDS = array(INTEGER)
 EVENTS = "Server-sent events: each holds a part of the answer as JSON, the last is [DONE]."

@@ -14,7 +14,7 @@ from quire.engine.queue import Caller
 from quire.engine.tools import AnswerParser
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from quire.sampling_params import SamplingParams
-from quire.server.doors.openai import responses
+from quire.server.doors.openai import choice_parts
 from quire.server.doors.openai.answer_parts import AnswerParts
 from quire.server.doors.openai.conversation import Conversation, Message, MessageCall
 from quire.server.doors.openai.parse import (
@@ -54,8 +54,8 @@ class Answer(ABC, Generic[C]):
             "object": self.event_kind if call.options.stream else self.kind,
             "created": int(time.time()),
             "model": context.resolve_name(call.options.model),
-            "system_fingerprint": responses.FINGERPRINT,
-            **responses.of_labels(call.options),
+            "system_fingerprint": choice_parts.FINGERPRINT,
+            **choice_parts.of_labels(call.options),
         }
         self._usage = Usage(call.num_prompts, shows_cached=context.show_cached_tokens, prompt_only=call.prompt_only)
 
@@ -157,6 +157,7 @@ class Answer(ABC, Generic[C]):
                 caller=caller,
                 timeout_s=self._request.timeout_s,
                 bad_words=bad_words,
+                is_background=self._request.is_background,
             )
             for request_id, token_ids in prompts
         ]
@@ -165,9 +166,9 @@ class Answer(ABC, Generic[C]):
         """The parameters that hold the answers to what is asked of their parts."""
         return params
 
-    def _token_names(self) -> responses.TokenNames:
+    def _token_names(self) -> choice_parts.TokenNames:
         as_ids = self._call.options.return_tokens_as_token_ids
-        return responses.TokenNames(self._engine.get_tokenizer().token_bytes, as_ids=as_ids)
+        return choice_parts.TokenNames(self._engine.get_tokenizer().token_bytes, as_ids=as_ids)
 
 
 class CompletionAnswer(Answer[CompletionCall]):
@@ -205,7 +206,7 @@ class CompletionAnswer(Answer[CompletionCall]):
     def _choice(self, number: int, output: RequestOutput, choice: CompletionOutput) -> Content:
         """What is new of one sequence; its first part has what belongs to the prompt too."""
         call, index = self._call, number * self._call.params.n + choice.index
-        finish_reason = responses.check_finish(output, choice)
+        finish_reason = choice_parts.check_finish(output, choice)
         is_first = index not in self._begun
         self._begun.add(index)
         prompt = self._prompt_text(number, output) if call.echo and is_first else None
@@ -221,7 +222,7 @@ class CompletionAnswer(Answer[CompletionCall]):
             content["prompt_token_ids"] = output.prompt_token_ids if is_first else None
         if call.wants_prompt_logprobs:
             if number not in self._prompt_logprobs:
-                self._prompt_logprobs[number] = responses.prompt_logprobs(output.prompt_logprobs)
+                self._prompt_logprobs[number] = choice_parts.prompt_logprobs(output.prompt_logprobs)
             content["prompt_logprobs"] = self._prompt_logprobs[number]
         return content
 
@@ -244,7 +245,7 @@ class CompletionAnswer(Answer[CompletionCall]):
             spans += zip(choice.token_ids, choice.logprobs or [], strict=True)
             offsets += self._offsets[index].push(choice.token_ids)
         asked = params.logprob_token_ids or ()
-        return responses.completion_logprobs(spans, call.logprobs or 0, asked, offsets, self._token_names())
+        return choice_parts.completion_logprobs(spans, call.logprobs or 0, asked, offsets, self._token_names())
 
     def _prompt_text(self, number: int, output: RequestOutput) -> str:
         text = self._texts[number]
@@ -282,7 +283,7 @@ class ChatAnswer(Answer[ChatCall]):
         return self._parts.get(choice.index)
 
     def _choice(self, number: int, output: RequestOutput, choice: CompletionOutput) -> Content:
-        finish_reason, parts = responses.check_finish(output, choice), self._parts_of(choice)
+        finish_reason, parts = choice_parts.check_finish(output, choice), self._parts_of(choice)
         if parts is None:
             message: Content = {"role": "assistant", "content": self._call.echoed + choice.text, "refusal": None}
         else:
@@ -298,7 +299,7 @@ class ChatAnswer(Answer[ChatCall]):
         }
 
     def _pieces(self, number: int, output: RequestOutput, choice: CompletionOutput) -> list[Content]:
-        finish_reason, parts = responses.check_finish(output, choice), self._parts_of(choice)
+        finish_reason, parts = choice_parts.check_finish(output, choice), self._parts_of(choice)
         pieces = []
         if choice.index not in self._begun:
             self._begun.add(choice.index)
@@ -321,7 +322,7 @@ class ChatAnswer(Answer[ChatCall]):
     def _of_prompt(self, output: RequestOutput) -> Content:
         found: Content = {}
         if self._call.wants_prompt_logprobs:
-            found["prompt_logprobs"] = responses.prompt_logprobs(output.prompt_logprobs)
+            found["prompt_logprobs"] = choice_parts.prompt_logprobs(output.prompt_logprobs)
         if self._call.options.return_token_ids:
             found["prompt_token_ids"] = output.prompt_token_ids
         if self._call.wants_prompt_text:
@@ -336,7 +337,7 @@ class ChatAnswer(Answer[ChatCall]):
         top = self._call.top_logprobs
         if top is None:
             return None
-        return responses.chat_logprobs(choice, top, self._call.params.logprob_token_ids or (), self._token_names())
+        return choice_parts.chat_logprobs(choice, top, self._call.params.logprob_token_ids or (), self._token_names())
 
 
 async def encode_conversation(context: ServerContext, conversation: Conversation, caller: Caller) -> list[int]:

@@ -10,20 +10,20 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from quire.server.doors.openai import describe_stored
+from quire.server.doors.openai.batches import routes as batches
 from quire.server.doors.openai.bodies import TokenizeTextBody
-from quire.server.doors.openai.describe import describe
+from quire.server.doors.openai.describe import describe, error_body
 from quire.server.doors.openai.parse import parse_chat, parse_completion, parse_detokenize, parse_tokenize
 from quire.server.doors.openai.respond import Answer, C, ChatAnswer, CompletionAnswer, encode_conversation
+from quire.server.doors.openai.responses import conversations
+from quire.server.doors.openai.responses import routes as responses
+from quire.server.doors.openai.responses.background import end_what_was_open
 from quire.server.doors.openai.shapes import deprecation_note
 from quire.server.http.context import Api, ServerContext, new_id
-from quire.server.http.errors import ApiError
+from quire.server.http.limits import Limits
+from quire.server.http.schema import Schema
 from quire.server.http.streams import Framing, WholeAnswer, deliver, naming_param
-
-
-def error_body(error: ApiError) -> dict[str, Any]:
-    """`{"error": {"message", "type", "param", "code"}}`."""
-    kind = "server_error" if error.status >= 500 else "invalid_request_error"
-    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
 def frame(content: bytes) -> bytes:
@@ -120,6 +120,21 @@ async def retrieve_model(request: Request) -> Response:
     return JSONResponse(_card(context, context.resolve_name(request.path_params["name"])))
 
 
+def _describe(limits: Limits) -> tuple[dict[str, Any], dict[str, Schema]]:
+    """Everything under /v1, and the schemas that it names."""
+    text_paths, schemas = describe(limits)
+    return {**text_paths, **describe_stored.paths()}, {
+        **schemas,
+        **describe_stored.bodies(limits),
+        **describe_stored.answers(),
+    }
+
+
+async def _begin(context: ServerContext) -> None:
+    await end_what_was_open(context)
+    await batches.begin_again(context)
+
+
 OPENAI = Api(
     prefix="/",
     routes=(
@@ -129,8 +144,12 @@ OPENAI = Api(
         Route("/detokenize", detokenize, methods=["POST"]),
         Route("/v1/models", list_models),
         Route("/v1/models/{name:path}", retrieve_model),
+        *responses.ROUTES,
+        *conversations.ROUTES,
+        *batches.ROUTES,
     ),
-    queued_paths=frozenset({"/v1/completions", "/v1/chat/completions"}),
+    queued_paths=frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"}),
     error_body=error_body,
-    describe=describe,
+    describe=_describe,
+    begin=_begin,
 )

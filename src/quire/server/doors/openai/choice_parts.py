@@ -1,4 +1,4 @@
-"""Parts of a response: logprobs in both of OpenAI's shapes, finish reasons."""
+"""Parts of the choices of an answer: logprobs in both of OpenAI's shapes, finish reasons."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

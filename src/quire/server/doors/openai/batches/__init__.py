@@ -1,0 +1,1 @@
+"""OpenAI's files and batches: requests in a file, answered beside other traffic, and again after a restart."""

@@ -1,0 +1,204 @@
+"""A batch under way.
+
+::
+
+    lines of the input file --> [slots] --> output file (answers)  \\  one part a line, numbered as in the input:
+                                        --> error file (refusals)  /  written once, whatever is done twice
+
+A line is done when its result is in the store. After a restart the lines without one are asked again; the others are
+not. Both files are parts under an id that is no file's yet, until the batch ends.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from quire.engine.queue import Caller
+from quire.errors import EngineDeadError, OverloadedError
+from quire.server.doors.openai.batches.files import BATCH_OUTPUT, file_object, pieces_of
+from quire.server.doors.openai.batches.lines import LineReader, Result, refusal_of
+from quire.server.http.context import ServerContext
+from quire.server.http.errors import ApiError, as_api_error
+from quire.server.http.jobs import RESUMABLE
+from quire.server.http.stored import AddParts, Change, Part, Put, Stored, store_of
+
+KIND = "batch"
+OUTPUT, ERRORS = "output", "error"
+RETRY_SECONDS = 2.0
+"""After which a result that the store did not take is written again."""
+COUNTED_SECONDS = 1.0
+"""How often the counts of a batch are written."""
+_EXPIRED = ApiError(408, "the batch ended before this line was asked", code="batch_expired")
+
+logger = logging.getLogger("quire.server")
+
+
+def job_name(batch: Stored) -> str:
+    """Of the job that runs a batch."""
+    return f"{RESUMABLE}batch {batch.owner}/{batch.id}"
+
+
+class Runner:
+    """Runs one batch to its end. While it does, it alone writes the batch."""
+
+    def __init__(self, context: ServerContext, batch: Stored, error_body: Callable[[ApiError], object]) -> None:
+        self._context, self._store, self._batch = context, store_of(context.store), batch
+        caller = Caller(batch.owner, context.weights.get(batch.owner, 1))
+        self._reader = LineReader(context, caller, batch.body["endpoint"], error_body)
+        self._done: dict[str, dict[int, int]] = {OUTPUT: {}, ERRORS: {}}
+        """Sizes of the lines of both files, by number."""
+        self._counted_s = 0.0
+
+    @property
+    def batch(self) -> Stored:
+        """As it is now."""
+        return replace(self._batch, body=self._counts())
+
+    async def work(self) -> None:
+        """Run it."""
+        for place, sizes in self._done.items():
+            sizes.update(await self._store.sizes(self._file(place)))
+        if self._batch.body["status"] == "cancelling":
+            return await self.finish("cancelled")
+        total = await self._validate()
+        if total is None:
+            return None
+        await self._write(
+            self._changed(status="in_progress", in_progress_at=self._batch.body["in_progress_at"] or _now())
+        )
+        with suppress(EngineDeadError, OverloadedError):  # the server stops: it goes on after the next start
+            await self._run_lines()
+            is_late = _now() >= self._batch.body["expires_at"]
+            await self.finish("expired" if is_late else "completed")
+        return None
+
+    async def finish(self, status: str) -> None:
+        """End it: its files are there from now on."""
+        stamp = {f"{status}_at": _now(), "status": status}
+        changes: list[Change] = []
+        for place, sizes in self._done.items():
+            if sizes:
+                filename, size = f"{self._batch.id}_{place}.jsonl", sum(sizes.values())
+                changes.append(Put(file_object(self._batch.owner, self._file(place), filename, BATCH_OUTPUT, size)))
+                stamp[f"{place}_file_id"] = self._file(place)
+        self._batch = replace(self._batch, body={**self._counts(), **stamp}, is_open=False)
+        await self._write(*changes, Put(self._batch))
+
+    def _file(self, place: str) -> str:
+        return f"file-{self._batch.id.removeprefix('batch_')}-{place}"
+
+    async def _validate(self) -> int | None:
+        """How many lines there are; None: the batch has failed."""
+        limit, total = self._context.limits.batch_lines, 0
+        async for _ in self._lines():
+            total += 1
+        text = f"the file has {total:,} lines; {limit.value:,} are allowed" if total > limit.value else ""
+        text = text or ("" if total else "the file has no lines")
+        if text:
+            error = {
+                "code": limit.code if total else "empty_file",
+                "message": text,
+                "param": "input_file_id",
+                "line": None,
+            }
+            self._batch = self._changed(errors={"object": "list", "data": [error]}).item
+            await self.finish("failed")
+            return None
+        self._batch = self._changed(request_counts={"total": total, "completed": 0, "failed": 0}).item
+        return total
+
+    async def _run_lines(self) -> None:
+        tasks, slots = set[asyncio.Task[None]](), self._context.jobs.slots
+        try:
+            async for number, line in self._lines():
+                is_done = number in self._done[OUTPUT] or number in self._done[ERRORS]
+                found = await self._context.engine.beside(partial(self._read, line), len(line))
+                if is_done:
+                    continue
+                await slots.acquire()
+                task = asyncio.create_task(self._answer(number, found))
+                task.add_done_callback(lambda _: slots.release())
+                tasks.add(task)
+                ended = {task for task in tasks if task.done()}
+                tasks -= ended
+                for task in ended:
+                    task.result()
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _read(self, line: bytes) -> Any:
+        """What a line asks, or the result that refuses it. Lines that are done are read too, for their names."""
+        try:
+            return self._reader.read(line)
+        except Exception as error:  # noqa: BLE001 -- a malformed line fails alone
+            with suppress(msgspec.DecodeError, AttributeError):
+                named = msgspec.json.decode(line).get("custom_id")
+                return refusal_of(named if isinstance(named, str) else None, as_api_error(error))
+            return refusal_of(None, as_api_error(error))
+
+    async def _answer(self, number: int, line: Any) -> None:
+        if not self._context.gate.is_open:
+            raise OverloadedError("the server is stopping", retry_after_s=1)
+        if isinstance(line, Result):
+            result = line
+        elif _now() >= self._batch.body["expires_at"]:
+            result = refusal_of(line.custom_id, _EXPIRED)
+        else:
+            result = await self._reader.answer(line)
+        await self._keep(number, result)
+
+    async def _keep(self, number: int, result: Result) -> None:
+        place = OUTPUT if result.is_good else ERRORS
+        changes: list[Change] = [AddParts(self._file(place), self._batch.owner, [Part(number, result.content)])]
+        counted_s = time.monotonic()
+        if counted_s - self._counted_s > COUNTED_SECONDS:
+            self._counted_s = counted_s
+            changes.append(self._changed())
+        await self._write(*changes)
+        self._done[place][number] = len(result.content)
+
+    async def _write(self, *changes: Change) -> None:
+        """Make the changes, when the store takes them again."""
+        while True:
+            try:
+                return await self._store.write(*changes)
+            except ApiError as error:
+                if not self._context.gate.is_open:
+                    raise OverloadedError("the server is stopping", retry_after_s=1) from error
+                logger.warning("the results of a batch wait: %s", error.message)
+                await asyncio.sleep(RETRY_SECONDS)
+
+    def _counts(self) -> dict[str, Any]:
+        total = self._batch.body["request_counts"]["total"]
+        counts = {"total": total, "completed": len(self._done[OUTPUT]), "failed": len(self._done[ERRORS])}
+        return {**self._batch.body, "request_counts": counts}
+
+    def _changed(self, **fields: Any) -> Put:
+        self._batch = replace(self._batch, body={**self._counts(), **fields})
+        return Put(self._batch)
+
+    async def _lines(self) -> AsyncGenerator[tuple[int, bytes], None]:
+        """Lines that are not empty, numbered from 0, all of them counted."""
+        rest, number = b"", 0
+        async for piece in pieces_of(self._store, self._batch.body["input_file_id"]):
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                if line.strip():
+                    yield number, line
+                number += 1
+        if rest.strip():
+            yield number, rest
+
+
+def _now() -> int:
+    return int(time.time())

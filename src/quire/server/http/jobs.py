@@ -1,0 +1,68 @@
+"""Work that goes on without a connection: responses in the background, batches."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any
+
+from quire.server.http.errors import as_api_error
+
+RESUMABLE = "resumable "
+"""Names of jobs that go on after a restart begin so: a server that stops does not wait for them."""
+
+logger = logging.getLogger("quire.server")
+
+
+class Jobs:
+    """Tasks by name, held until they end.
+
+    Args:
+        num_slots: pieces of all of them that are worked on at one time.
+    """
+
+    def __init__(self, num_slots: int = 1) -> None:
+        self.slots = asyncio.Semaphore(num_slots)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._subjects: dict[str, object] = {}
+
+    def start(self, name: str, work: Coroutine[Any, Any, None], subject: object = None) -> None:
+        """Begin. What goes wrong in it is logged."""
+        self._subjects[name] = subject
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks[name] = task
+        task.add_done_callback(lambda done: self._ended(name, done))
+
+    def _ended(self, name: str, task: "asyncio.Task[None]") -> None:
+        self._tasks.pop(name, None)
+        self._subjects.pop(name, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("work in the background ended: %s", as_api_error(error).message)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tasks
+
+    def subject(self, name: str) -> object:
+        """What one works on; None once it has ended."""
+        return self._subjects.get(name)
+
+    def num_of(self, prefix: str) -> int:
+        """How many there are whose names begin so."""
+        return sum(name.startswith(prefix) for name in self._tasks)
+
+    async def cancel(self, name: str) -> None:
+        """End one, and wait until it has. One that is unknown has ended."""
+        task = self._tasks.get(name)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def stop(self, prefix: str) -> None:
+        """Begin to end those whose names begin so."""
+        for name, task in self._tasks.items():
+            if name.startswith(prefix):
+                task.cancel()
+
+    async def close(self) -> None:
+        """End all."""
+        for name in [*self._tasks]:
+            await self.cancel(name)
