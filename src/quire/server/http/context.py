@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.requests import Request
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from quire.engine.queue import Caller
@@ -40,6 +40,25 @@ class Api:
     """An error in the API's shape."""
     describe: Callable[[Limits], tuple[dict[str, Any], dict[str, dict[str, Any]]]]
     """Its paths in OpenAPI, and the schemas they name."""
+    marker: str = ""
+    """A header that its requests bear, in small letters: with it, an error has its shape on paths of others too."""
+
+
+class MarkedRoute(Route):
+    """A route on a path that another API has too, for requests with a header of this one's.
+
+    Args:
+        marker: the header's name, in small letters.
+    """
+
+    def __init__(self, *route: Any, marker: str) -> None:
+        super().__init__(*route)
+        self._marker = marker.encode()
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Nothing without the header."""
+        is_marked = any(name == self._marker for name, _ in scope.get("headers", ()))
+        return super().matches(scope) if is_marked else (Match.NONE, {})
 
 
 class Gate:
@@ -170,9 +189,12 @@ class ServerContext:
         name = caller_of(scope)
         return Caller(name, self.weights.get(name, 1))
 
-    def error_body(self, path: str, error: ApiError) -> object:
-        """An error in the shape of the API that a path belongs to; the first one has what belongs to none."""
-        fitting = [api for api in self.apis if path.startswith(api.prefix)]
+    def error_body(self, path: str, error: ApiError, headers: Sequence[tuple[bytes, bytes]] = ()) -> object:
+        """An error in the shape of the API whose marker is among the headers, or that a path belongs to; the first one
+        has what belongs to none."""
+        names = {name for name, _ in headers}
+        marked = [api for api in self.apis if api.marker.encode() in names]
+        fitting = marked or [api for api in self.apis if path.startswith(api.prefix)]
         return max(fitting or self.apis[:1], key=lambda api: len(api.prefix)).error_body(error)
 
     @property

@@ -13,7 +13,7 @@ from quire.errors import OverloadedError
 from quire.server.http.access import log_request
 from quire.server.http.context import ServerContext
 from quire.server.http.errors import ApiError, as_api_error, error_response
-from quire.server.http.keys import KeyRequired
+from quire.server.http.keys import KeyRequired, credentials
 from quire.server.http.shares import sharer_of
 
 LARGE_BODY_BYTES = 2**16
@@ -122,4 +122,4 @@ class EarlyRefusal:
         if any(line[:1] in (b" ", b"\t") for line in lines):  # the line before goes on
             return None
         named = [line.partition(b":") for line in lines]
-        return keys.identify([value.strip() for name, _, value in named if name.lower() == b"authorization"])[0]
+        return keys.identify(credentials((name.lower(), value.strip()) for name, _, value in named))[0]
