@@ -120,6 +120,7 @@ def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core: CoreI
         answers=answers,
         default_params=text.default_params,
         close=close,
+        cache_config=core.cache_config,
     )
 
 

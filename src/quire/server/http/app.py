@@ -63,7 +63,8 @@ def create_app(
         apis: what it speaks; errors outside of all of them have the shape of the first.
         served_model_name: names shown by /v1/models; the first stands for requests that name none.
         model_names: further names that requests may use (the model's directory, its id on the hub).
-        api_key: keys, or keys with weights; with one, every route but the probes needs `Authorization: Bearer KEY` or `x-api-key: KEY`.
+        api_key: keys, or keys with weights; with one, every route but the probes needs it, as `Authorization:
+            Bearer KEY` or `x-api-key: KEY`.
             Callers with different keys share the engine fairly, by weight (1 where none is given).
         metrics_prefix: stands before the colon of every metric's name.
         show_cached_tokens: usage tells how many prompt tokens the prefix cache supplied; None: unless callers with
