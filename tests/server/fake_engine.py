@@ -70,6 +70,7 @@ class FakeEngine:
 
     max_model_len = MAX_MODEL_LEN
     vocab_size = VOCAB_SIZE
+    prefix_block_size = 4
 
     def __init__(self) -> None:
         self.is_healthy = True

@@ -53,7 +53,8 @@ class SingleAnswer(ABC):
         """The answer in one piece, as JSON."""
         with self._context.gate.inside(self._name):
             (output,) = await last_outputs([await self._start()])
-            return await self._beside(partial(self._written, output), output)
+            content: bytes = await self._beside(partial(self._written, output), output)
+            return content
 
     async def events(self) -> AsyncGenerator[Content, None]:
         """The answer in pieces."""
