@@ -24,6 +24,10 @@ BODIES: dict[str, dict[str, Any]] = {
         **{"model": MODEL, "messages": ADD, "max_tokens": 900, "stream": True, "temperature": 0},
         **{"tools": TOOLS, "tool_choice": {"type": "any"}},
     },
+    "/api/chat": {
+        **{"model": MODEL, "messages": ADD, "format": PARAMETERS},
+        "options": {"temperature": 0, "num_predict": 900},
+    },
 }
 
 

@@ -14,6 +14,19 @@ from quire.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """What a model's files say of it."""
+
+    format: str
+    """gguf, safetensors or engine."""
+    num_bytes: int
+    modified_s: float
+    """Seconds since 1970."""
+    fingerprint: str
+    """64 hexadecimal digits that change when names, sizes or times of the files do."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServedEngine:
     """What `quire.compose` makes of the arguments: an engine and what belongs to it."""
 
@@ -29,6 +42,7 @@ class ServedEngine:
     """How the model writes calls and reasoning; None without a tokenizer."""
     cache_config: Labels = ()
     """Of the core's cache, as its metric has it."""
+    files: ModelFiles | None = None
 
 
 class EngineFront:
@@ -47,6 +61,11 @@ class EngineFront:
     def vocab_size(self) -> int:
         """Width of the logits."""
         return self._served.limits.vocab_size
+
+    @property
+    def model_files(self) -> ModelFiles | None:
+        """What the model's files say of it, where they are known."""
+        return self._served.files
 
     @property
     def prefix_block_size(self) -> int | None:

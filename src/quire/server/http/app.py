@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Scope
 
 from quire.errors import ConfigurationError
 from quire.server.http import errors, probes
@@ -146,7 +147,12 @@ def _surround(
     app.add_middleware(RejectAmbiguousFraming)
     if observability.otlp_traces_endpoint is not None:
         engine.observer.trace_to(observability.otlp_traces_endpoint, name)
-    app.add_middleware(Access, observer=engine.observer, logs=observability.log_requests)
+    context: ServerContext = app.state.context
+
+    def count(scope: Scope, status: int | None) -> None:
+        context.counts.count(context.door_of(scope["path"], scope["headers"]), status)
+
+    app.add_middleware(Access, observer=engine.observer, logs=observability.log_requests, count=count)
     app.state.early_refusal = EarlyRefusal(
         app.state.context, keys, logs=observability.log_requests, leaves_pages=bool(cors.origins)
     )

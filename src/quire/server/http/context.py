@@ -19,6 +19,7 @@ from quire.server.http.body import Bodies
 from quire.server.http.errors import ApiError
 from quire.server.http.keys import cache_namespace, caller_of
 from quire.server.http.limits import Limits
+from quire.server.http.metrics import RequestCounts
 from quire.server.http.shares import Shares
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Api:
     """Its paths in OpenAPI, and the schemas they name."""
     marker: str = ""
     """A header that its requests bear, in small letters: with it, an error has its shape on paths of others too."""
+    name: str = ""
+    """In metrics."""
 
 
 class MarkedRoute(Route):
@@ -151,6 +154,7 @@ class ServerContext:
     """Whether requests with different API keys may find each other's prefixes."""
     gate: Gate = field(default_factory=Gate)
     started_s: int = field(default_factory=lambda: int(time.time()))
+    counts: RequestCounts = field(default_factory=RequestCounts)
     logged: set[str] = field(default_factory=set)
     """Deprecated fields that the log has named."""
 
@@ -192,10 +196,18 @@ class ServerContext:
     def error_body(self, path: str, error: ApiError, headers: Sequence[tuple[bytes, bytes]] = ()) -> object:
         """An error in the shape of the API whose marker is among the headers, or that a path belongs to; the first one
         has what belongs to none."""
+        return self._api_of(path, headers).error_body(error)
+
+    def door_of(self, path: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> str:
+        """The name of the API that a request was of; `server` for what is no route of one."""
+        api = self._api_of(path, headers)
+        return api.name if any(route.path == path for route in api.routes) else "server"
+
+    def _api_of(self, path: str, headers: Sequence[tuple[bytes, bytes]]) -> Api:
         names = {name for name, _ in headers}
         marked = [api for api in self.apis if api.marker.encode() in names]
         fitting = marked or [api for api in self.apis if path.startswith(api.prefix)]
-        return max(fitting or self.apis[:1], key=lambda api: len(api.prefix)).error_body(error)
+        return max(fitting or self.apis[:1], key=lambda api: len(api.prefix))
 
     @property
     def queued_paths(self) -> frozenset[str]:

@@ -113,6 +113,7 @@ class EarlyRefusal:
         except OverloadedError as error:
             refusal = as_api_error(error)
             method, path, _ = lines[0].decode().split(" ")
+            self._context.counts.count(self._context.door_of(path), refusal.status)
             if self._logs:
                 log_request(method, path, refusal.status, time.monotonic() - begun_s)
             return refusal.plain(self._context.error_body(path, refusal))

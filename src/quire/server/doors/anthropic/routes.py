@@ -100,5 +100,6 @@ ANTHROPIC = Api(
     queued_paths=frozenset({"/v1/messages"}),
     error_body=error_body,
     describe=describe,
+    name="anthropic",
     marker=MARKER,
 )

@@ -133,4 +133,5 @@ OPENAI = Api(
     queued_paths=frozenset({"/v1/completions", "/v1/chat/completions"}),
     error_body=error_body,
     describe=describe,
+    name="openai",
 )
