@@ -24,6 +24,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.llm import AsyncLLM
+from quire.server.doors.anthropic import bodies as anthropic
+from quire.server.doors.ollama import bodies as ollama
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT
 from quire.server.doors.table import DOORS
 from quire.server.http.app import create_app
@@ -31,7 +33,8 @@ from quire.server.http.limits import Limits
 from quire.server.http.listen import bind
 from quire.server.http.serve import GracefulServer
 
-KEY = "fuzz"
+KEY, MODEL = "fuzz", "fuzzed"
+HELLO = [{"role": "user", "content": "hi"}]
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
     "negative_data_rejection,ignored_auth,unsupported_method,allow_header_conformance"
@@ -39,9 +42,15 @@ CHECKS = (
 PRIVATE = re.compile(rb'0x[0-9a-f]{6,}|/home|/usr|/tmp|site-packages|Traceback|File "')
 ROUTES = {
     "/v1/completions": (COMPLETION, {"prompt": "a b", "max_tokens": 2}),
-    "/v1/chat/completions": (CHAT, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}),
-    "/tokenize": (TOKENIZE_CHAT, {"messages": [{"role": "user", "content": "hi"}]}),
+    "/v1/chat/completions": (CHAT, {"messages": HELLO, "max_tokens": 2}),
+    "/tokenize": (TOKENIZE_CHAT, {"messages": HELLO}),
     "/detokenize": (DETOKENIZE, {"tokens": [1, 2, 3]}),
+    "/v1/messages": (anthropic.MESSAGES, {"model": MODEL, "messages": HELLO, "max_tokens": 2}),
+    "/v1/messages/count_tokens": (anthropic.COUNT, {"model": MODEL, "messages": HELLO}),
+    "/api/chat": (ollama.CHAT, {"model": MODEL, "messages": HELLO, "options": {"num_predict": 2}}),
+    "/api/generate": (ollama.GENERATE, {"model": MODEL, "prompt": "a b", "options": {"num_predict": 2}}),
+    "/api/show": (ollama.SHOW, {"model": MODEL}),
+    "/api/pull": (ollama.PULL, {"model": MODEL}),
 }
 ATOMS: tuple[Any, ...] = (
     *(None, True, False, "", "x", "1", "\0", "\r\nx: y", "\u202e", "e\u0301" * 300, "<|im_end|>" * 20, " " * 5000),
@@ -82,7 +91,7 @@ class Server:
     def __init__(self, statuses: Counter[int], findings: list[str]) -> None:
         self.engine = AsyncLLM(max_model_len=96, max_num_seqs=16, max_num_batched_tokens=512)
         limits = Limits().with_values({"sequences": 8, "prompts": 8})
-        app = create_app(self.engine, apis=DOORS, served_model_name="fuzzed", api_key=KEY, limits=limits)
+        app = create_app(self.engine, apis=DOORS, served_model_name=MODEL, api_key=KEY, limits=limits)
         app.add_middleware(Counting, statuses=statuses, findings=findings)
         listener, ready = bind("127.0.0.1", 0), threading.Event()
         self.port = listener.getsockname()[1]

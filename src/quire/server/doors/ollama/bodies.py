@@ -20,6 +20,7 @@ _TEXT_ONLY = "this server reads text only"
 _LOGPROBS = Refused("/v1/chat/completions and /v1/completions give them", (False, 0))
 _Images = Annotated[Annotated[list[Any], Meta(max_length=0)] | None, Refused(_TEXT_ONLY)]
 DURATION = r"^-?([0-9]{1,9}(\.[0-9]{1,9})?(ns|us|ms|s|m|h)){1,4}$(?!\n)|^-?[0-9]{1,9}$(?!\n)"
+_Place = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 _Seconds = Annotated[float, Meta(ge=-1e9, le=1e9)]
 
 OPTIONS = {
@@ -79,7 +80,7 @@ class OllamaFunction(msgspec.Struct, forbid_unknown_fields=True):
 
     name: Annotated[str, Field("of the tool")]
     arguments: Annotated[dict[str, Any], Field("of the call", "be an object")] = {}
-    index: Annotated[int | None, Field("a label: its place")] = None
+    index: Annotated[_Place | None, Field("a label: its place", "be a whole number")] = None
 
 
 class OllamaCall(msgspec.Struct, forbid_unknown_fields=True):
@@ -127,7 +128,7 @@ class OllamaTool(msgspec.Struct, forbid_unknown_fields=True):
 class Asking(msgspec.Struct, kw_only=True):
     """What both routes take."""
 
-    model: Annotated[str, Field("one of the served names, with or without :latest", aliases=("name",))]
+    model: Annotated[str, Field("one of the served names, with or without :latest")]
     stream: Annotated[bool, Field("send the answer as it comes, a line of JSON for each part")] = True
     format: Annotated[
         Literal["", "json"] | dict[str, Any],
@@ -186,14 +187,14 @@ class OllamaGenerateBody(msgspec.Struct, kw_only=True):
 class OllamaShowBody(msgspec.Struct, kw_only=True):
     """POST /api/show."""
 
-    model: Annotated[str, Field("one of the served names, with or without :latest", aliases=("name",))]
+    model: Annotated[str, Field("one of the served names, with or without :latest")]
     verbose: Annotated[bool, Field("nothing more is known")] = False
 
 
 class OllamaPullBody(msgspec.Struct, kw_only=True):
     """POST /api/pull."""
 
-    model: Annotated[str, Field("a served name: there is nothing to do; others are refused", aliases=("name",))]
+    model: Annotated[str, Field("a served name: there is nothing to do; others are refused")]
     stream: Annotated[bool, Field("in lines")] = True
     refused: Annotated[dict[str, Any], Flattened({"insecure": Refused("nothing is fetched", (False,))})]
 
