@@ -143,8 +143,10 @@ def one_request(chance: random.Random) -> tuple[str, str, bytes, dict[str, str]]
     path = chance.choice(list(ROUTES))
     schema, base = ROUTES[path]
     body = dict(base)
-    for name in chance.sample(schema.known(), chance.randint(1, 3)):
+    for name in chance.sample(schema.known(), min(chance.randint(1, 3), len(schema.known()))):
         body[name] = chance.choice(ATOMS)
+    if path in ("/api/chat", "/api/generate") and chance.random() < 0.5:
+        body["options"] = {chance.choice(ollama.OPTIONS_SCHEMA.known()): chance.choice(ATOMS), "num_predict": 2}
     data = json.dumps(body).encode()
     kind = chance.random()
     if kind < 0.1:

@@ -23,7 +23,7 @@ class Access:
     Args:
         observer: of the engine: it is given the times of each response, and it knows what to log of it.
         logs: writes a record for each request (`--enable-log-requests`): sizes and times, no text and no key.
-        count: is told of each request and its status.
+        count: called with each request and its status.
     """
 
     def __init__(

@@ -119,7 +119,7 @@ class ThinkingParam(msgspec.Struct, forbid_unknown_fields=True):
 
     type: Annotated[
         Literal["enabled", "disabled", "adaptive"],
-        Field("templates are told as `enable_thinking`", "be enabled, disabled or adaptive"),
+        Field("passed to templates as `enable_thinking`", "be enabled, disabled or adaptive"),
     ]
     budget_tokens: Annotated[
         _Count | None,

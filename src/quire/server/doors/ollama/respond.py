@@ -87,7 +87,7 @@ class OllamaAnswer(SingleAnswer):
         return found
 
     def _told(self, events: Iterable[Event]) -> tuple[str, str, list[Body]]:
-        """What is said, thought and called. A call is told when it is whole; one that is cut off is not."""
+        """What is said, thought and called. A call comes when it is whole; one that is cut off does not."""
         said, thought = "", ""
         calls: list[Body] = []
         for event in events:
