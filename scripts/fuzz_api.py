@@ -24,10 +24,10 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.llm import AsyncLLM
+from quire.server.doors.all import DOORS
 from quire.server.doors.anthropic import bodies as anthropic
 from quire.server.doors.ollama import bodies as ollama
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT
-from quire.server.doors.table import DOORS
 from quire.server.http.app import create_app
 from quire.server.http.limits import Limits
 from quire.server.http.listen import bind

@@ -9,7 +9,7 @@ import anthropic
 import httpx
 import pytest
 
-from quire.server.doors.table import DOORS
+from quire.server.doors.all import DOORS
 from quire.text.parsers.choose import choose
 from tests.server.conftest import MODEL, Running, start, wait_until
 from tests.server.fake_engine import FakeEngine

@@ -14,7 +14,7 @@ from anthropic import beta_tool
 from anthropic.types import Message, RawMessageStreamEvent
 
 from quire.llm import AsyncLLM
-from quire.server.doors.table import DOORS
+from quire.server.doors.all import DOORS
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import MODEL, Running, start
 from tests.server.tool_models import make_caller, make_tool_model

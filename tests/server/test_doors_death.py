@@ -11,7 +11,7 @@ import pytest
 
 from quire.isolation.supervisor import SupervisedChannel
 from quire.llm import AsyncLLM
-from quire.server.doors.table import DOORS
+from quire.server.doors.all import DOORS
 from tests.server.conftest import MODEL, Running, start
 from tests.server.tool_models import make_caller
 

@@ -9,10 +9,10 @@ import pytest
 
 from quire.errors import InvalidRequestError
 from quire.sampling_params import SamplingParams
+from quire.server.doors.all import DOORS
 from quire.server.doors.anthropic.parse import parse_count, parse_messages
 from quire.server.doors.ollama import bodies as ollama
 from quire.server.doors.ollama.parse import parse_chat, parse_generate
-from quire.server.doors.table import DOORS
 from quire.server.http.errors import ApiError
 from quire.server.http.limits import Limits
 from quire.server.http.openapi import document

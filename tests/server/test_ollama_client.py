@@ -11,7 +11,7 @@ import ollama
 import pytest
 
 from quire.llm import AsyncLLM
-from quire.server.doors.table import DOORS
+from quire.server.doors.all import DOORS
 from quire.text.parsers.choose import choose
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import MODEL, Running, start, wait_until

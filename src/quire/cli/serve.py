@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> int:
     finish = begin(args)
     # While the core starts: what follows takes a third of a second to import.
     from quire.engine.async_engine import AsyncEngine
-    from quire.server.doors.table import DOORS
+    from quire.server.doors.all import DOORS
     from quire.server.http.access import configure_logs
     from quire.server.http.app import Observability, create_app
     from quire.server.http.keys import read_keys

@@ -61,7 +61,8 @@ def create_app(
     """An ASGI application. The caller keeps the engine and shuts it down.
 
     Args:
-        apis: what it speaks; errors outside of all of them have the shape of the first.
+        apis: what it speaks; errors outside of all of them have the shape of the first. Where two have a route for one
+            path and method the last has it, and passes on what is not its own.
         served_model_name: names shown by /v1/models; the first stands for requests that name none.
         model_names: further names that requests may use (the model's directory, its id on the hub).
         api_key: keys, or keys with weights; with one, every route but the probes needs it, as `Authorization:
@@ -84,8 +85,7 @@ def create_app(
     api_keys = _weighted(api_key)
     if show_cached_tokens is None:
         show_cached_tokens = not (share_prefix_cache and len(api_keys) > 1)
-    longest_first = sorted(apis, key=lambda api: -len(api.prefix))
-    app = Starlette(routes=[*(route for api in longest_first for route in api.routes), *probes.ROUTES])
+    app = Starlette(routes=[*(route for api in reversed(apis) for route in api.routes), *probes.ROUTES])
     app.router.redirect_slashes = False
     app.state.context = ServerContext(
         engine=engine,

@@ -194,16 +194,17 @@ class ServerContext:
         return Caller(name, self.weights.get(name, 1))
 
     def error_body(self, path: str, error: ApiError, headers: Sequence[tuple[bytes, bytes]] = ()) -> object:
-        """An error in the shape of the API whose marker is among the headers, or that a path belongs to; the first one
-        has what belongs to none."""
-        return self._api_of(path, headers).error_body(error)
+        """An error in the shape of the API that a request belongs to."""
+        return self.api_of(path, headers).error_body(error)
 
     def door_of(self, path: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> str:
         """The name of the API that a request was of; `server` for what is no route of one."""
-        api = self._api_of(path, headers)
+        api = self.api_of(path, headers)
         return api.name if any(route.path == path for route in api.routes) else "server"
 
-    def _api_of(self, path: str, headers: Sequence[tuple[bytes, bytes]]) -> Api:
+    def api_of(self, path: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> Api:
+        """The API whose marker is among the headers, or that a path belongs to; the first one has what belongs to
+        none."""
         names = {name for name, _ in headers}
         marked = [api for api in self.apis if api.marker.encode() in names]
         fitting = marked or [api for api in self.apis if path.startswith(api.prefix)]

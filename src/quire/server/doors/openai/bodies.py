@@ -13,7 +13,8 @@ from msgspec import Meta
 
 from quire import sampling_params as sampling
 from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
-from quire.server.answers.fields import sampling_field, strings
+from quire.server.answers.fields import sampling_field as _sampling
+from quire.server.answers.fields import strings as _strings
 from quire.server.doors.openai.conversation import (
     CACHED,
     Conversation,
@@ -84,24 +85,22 @@ _BIAS = {
     "maxProperties": sampling.MAX_TOKEN_LIST,
 }
 SAMPLING = {
-    "n": sampling_field("n", "sequences to sample for each prompt"),
+    "n": _sampling("n", "sequences to sample for each prompt"),
     "best_of": Field("the same as n, or 1: choose among the n answers yourself", schema=number(sampling.RANGES["n"])),
-    "temperature": sampling_field("temperature", "0 takes the most probable token"),
-    "top_p": sampling_field("top_p", "keep the most probable tokens up to this mass"),
-    "top_k": sampling_field("top_k", "keep this many tokens; 0 and -1 keep all"),
-    "min_p": sampling_field("min_p", "drop tokens less probable than this share of the best one's"),
-    "seed": sampling_field("seed", "makes sampling repeat", "sampling_seed", "random_seed"),
-    "presence_penalty": sampling_field("presence_penalty", "against tokens that occurred in the answer"),
-    "frequency_penalty": sampling_field(
-        "frequency_penalty", "against tokens, by how often they occurred in the answer"
-    ),
-    "repetition_penalty": sampling_field("repetition_penalty", "above 1 against tokens of prompt and answer"),
-    "stop": Field("strings that end the answer", schema=strings(sampling.MAX_STOP_STRINGS)),
+    "temperature": _sampling("temperature", "0 takes the most probable token"),
+    "top_p": _sampling("top_p", "keep the most probable tokens up to this mass"),
+    "top_k": _sampling("top_k", "keep this many tokens; 0 and -1 keep all"),
+    "min_p": _sampling("min_p", "drop tokens less probable than this share of the best one's"),
+    "seed": _sampling("seed", "makes sampling repeat", "sampling_seed", "random_seed"),
+    "presence_penalty": _sampling("presence_penalty", "against tokens that occurred in the answer"),
+    "frequency_penalty": _sampling("frequency_penalty", "against tokens, by how often they occurred in the answer"),
+    "repetition_penalty": _sampling("repetition_penalty", "above 1 against tokens of prompt and answer"),
+    "stop": Field("strings that end the answer", schema=_strings(sampling.MAX_STOP_STRINGS)),
     "stop_token_ids": Field("tokens that end the answer", schema=_TOKEN_LIST),
-    "bad_words": Field("words that are never generated", schema=strings(sampling.MAX_BAD_WORDS)),
-    "ignore_eos": sampling_field("ignore_eos", "go on after the model's end-of-sequence token"),
-    "min_tokens": sampling_field("min_tokens", "no stop of any kind before this many tokens"),
-    "prompt_logprobs": sampling_field(
+    "bad_words": Field("words that are never generated", schema=_strings(sampling.MAX_BAD_WORDS)),
+    "ignore_eos": _sampling("ignore_eos", "go on after the model's end-of-sequence token"),
+    "min_tokens": _sampling("min_tokens", "no stop of any kind before this many tokens"),
+    "prompt_logprobs": _sampling(
         "prompt_logprobs", "log-probabilities of so many best tokens at each place of the prompt; not with stream"
     ),
     "logprob_token_ids": Field(
@@ -114,11 +113,11 @@ SAMPLING = {
     ),
     "logit_bias": Field("added to the logits of these tokens", schema=_BIAS),
     "allowed_token_ids": Field("only these tokens may be generated", schema={**_TOKEN_LIST, "minItems": 1}),
-    "skip_special_tokens": sampling_field("skip_special_tokens", "leave special tokens out of the text"),
-    "spaces_between_special_tokens": sampling_field(
+    "skip_special_tokens": _sampling("skip_special_tokens", "leave special tokens out of the text"),
+    "spaces_between_special_tokens": _sampling(
         "spaces_between_special_tokens", "put spaces between adjacent special tokens when they are shown"
     ),
-    "include_stop_str_in_output": sampling_field("include_stop_str_in_output", "keep the stop string in the text"),
+    "include_stop_str_in_output": _sampling("include_stop_str_in_output", "keep the stop string in the text"),
     **SHAPES,
 }
 _LENGTH = "tokens to generate at most; one that does not fit beside the prompt is refused; -1 is what fits. Left out: "
@@ -130,11 +129,11 @@ def _unbounded(least: int) -> Schema:
 
 COMPLETION_SAMPLING = SAMPLING | {
     "max_tokens": Field(_LENGTH + "16 or what fits. 0 with echo: score it", aliases=MAX_TOKENS, schema=_unbounded(0)),
-    "logprobs": sampling_field("logprobs", "log-probabilities of so many best tokens"),
+    "logprobs": _sampling("logprobs", "log-probabilities of so many best tokens"),
 }
 CHAT_SAMPLING = SAMPLING | {
     "max_tokens": Field(_LENGTH + "what fits, log-probabilities too", aliases=MAX_TOKENS, schema=_unbounded(1)),
-    "top_logprobs": sampling_field("logprobs", "with logprobs: of so many best tokens beside the chosen one"),
+    "top_logprobs": _sampling("logprobs", "with logprobs: of so many best tokens beside the chosen one"),
 }
 
 Model = Annotated[str | None, Field("one of the served names; left out: the first")]

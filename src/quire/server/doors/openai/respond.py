@@ -14,7 +14,6 @@ from quire.engine.queue import Caller
 from quire.engine.tools import AnswerParser
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from quire.sampling_params import SamplingParams
-from quire.server.answers.finish import check_finish
 from quire.server.doors.openai import responses
 from quire.server.doors.openai.answer_parts import AnswerParts
 from quire.server.doors.openai.conversation import Conversation, Message, MessageCall
@@ -206,7 +205,7 @@ class CompletionAnswer(Answer[CompletionCall]):
     def _choice(self, number: int, output: RequestOutput, choice: CompletionOutput) -> Content:
         """What is new of one sequence; its first part has what belongs to the prompt too."""
         call, index = self._call, number * self._call.params.n + choice.index
-        finish_reason = check_finish(output, choice)
+        finish_reason = responses.check_finish(output, choice)
         is_first = index not in self._begun
         self._begun.add(index)
         prompt = self._prompt_text(number, output) if call.echo and is_first else None
@@ -283,7 +282,7 @@ class ChatAnswer(Answer[ChatCall]):
         return self._parts.get(choice.index)
 
     def _choice(self, number: int, output: RequestOutput, choice: CompletionOutput) -> Content:
-        finish_reason, parts = check_finish(output, choice), self._parts_of(choice)
+        finish_reason, parts = responses.check_finish(output, choice), self._parts_of(choice)
         if parts is None:
             message: Content = {"role": "assistant", "content": self._call.echoed + choice.text, "refusal": None}
         else:
@@ -299,7 +298,7 @@ class ChatAnswer(Answer[ChatCall]):
         }
 
     def _pieces(self, number: int, output: RequestOutput, choice: CompletionOutput) -> list[Content]:
-        finish_reason, parts = check_finish(output, choice), self._parts_of(choice)
+        finish_reason, parts = responses.check_finish(output, choice), self._parts_of(choice)
         pieces = []
         if choice.index not in self._begun:
             self._begun.add(choice.index)

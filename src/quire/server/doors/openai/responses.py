@@ -1,4 +1,4 @@
-"""Parts of a response: logprobs in both of OpenAI's shapes, and what was done of labels."""
+"""Parts of a response: logprobs in both of OpenAI's shapes, finish reasons."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -8,6 +8,7 @@ from msgspec.json import encode
 
 import quire
 from quire.outputs import CompletionOutput, PositionLogprobs
+from quire.server.answers.finish import check_finish as check_finish
 from quire.server.doors.openai.bodies import ResponseOptions
 
 FINGERPRINT = f"quire-{quire.__version__}"

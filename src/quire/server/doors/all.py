@@ -1,4 +1,8 @@
-"""The doors of a server: every HTTP API that it speaks. The first gives errors outside of all of them their shape."""
+"""Every door of a server, in one table: what starts, describes or attacks a server takes it from here.
+
+The first has errors that belong to none. Where two have a route for one path and method the last has it, and passes on
+what is not its own.
+"""
 
 from quire.server.doors.anthropic.routes import ANTHROPIC
 from quire.server.doors.ollama.routes import OLLAMA
