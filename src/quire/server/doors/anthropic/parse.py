@@ -187,44 +187,43 @@ def _messages(turns: Sequence[MessageParam], limits: Limits) -> list[dict[str, A
     found: list[dict[str, Any]] = []
     called: set[str] = set()
     for place, turn in enumerate(turns):
-        blocks = turn.content
-        if isinstance(blocks, str):
-            _add(found, {"role": turn.role, "content": blocks})
+        if isinstance(turn.content, str):
+            _last(found, turn.role)["content"].append(turn.content)
             continue
-        check_length(limits.content_parts, blocks, "messages")
-        message: dict[str, Any] = {"role": turn.role, "content": ""}
-        texts: list[str] = []
-        for at, block in enumerate(blocks):
+        check_length(limits.content_parts, turn.content, "messages")
+        for at, block in enumerate(turn.content):
             named = f"messages[{place}].content[{at}]"
             _check_block(block, turn.role, named)
+            if block.type == "tool_result":
+                if block.tool_use_id not in called:
+                    text = f"{named}.tool_use_id is {(block.tool_use_id or '')[:64]!r}, which no tool_use before it has"
+                    raise InvalidRequestError(text, param=f"{named}.tool_use_id")
+                found.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": [_result(block)]})
+                continue
+            message = _last(found, turn.role)
             if block.type == "text":
-                texts.append(block.text or "")
+                message["content"].append(block.text)
             elif block.type == "thinking":
-                message["reasoning_content"] = message.get("reasoning_content", "") + (block.thinking or "")
-            elif block.type == "tool_use":
+                message.setdefault("reasoning_content", []).append(block.thinking)
+            else:
                 called.add(block.id or "")
                 function = {"name": block.name, "arguments": block.input}
                 message.setdefault("tool_calls", []).append({"type": "function", "id": block.id, "function": function})
-            elif block.tool_use_id not in called:
-                text = f"{named}.tool_use_id is {(block.tool_use_id or '')[:64]!r}, which no tool_use before it has"
-                raise InvalidRequestError(text, param=f"{named}.tool_use_id")
-            else:
-                found.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": _result(block)})
-        if texts or len(message) > 2:
-            _add(found, {**message, "content": "\n".join(texts)})
     if found[-1].get("tool_calls"):
         text = f"messages[{len(turns) - 1}] calls tools: a tool_result for each must follow"
         raise InvalidRequestError(text, param="messages")
+    for message in found:  # joined once: to add each to those before it would take the square of their number
+        for name, between in (("content", "\n"), ("reasoning_content", "")):
+            if name in message:
+                message[name] = between.join(filter(None, message[name]))
     return found
 
 
-def _add(found: list[dict[str, Any]], message: dict[str, Any]) -> None:
-    last = found[-1] if found else {}
-    if last.get("role") != message["role"] or last.get("tool_calls"):
-        found.append(message)
-        return
-    last["content"] = "\n".join(filter(None, (last["content"], message["content"])))
-    last.update({name: value for name, value in message.items() if name not in ("role", "content")})
+def _last(found: list[dict[str, Any]], role: str) -> dict[str, Any]:
+    """The message that goes on, or a new one."""
+    if not found or found[-1]["role"] != role:
+        found.append({"role": role, "content": []})
+    return found[-1]
 
 
 def _check_block(block: BlockParam, role: str, place: str) -> None:
