@@ -102,6 +102,9 @@ class EngineArgs:
     verify_cached_blocks: bool = False
     """For debugging: compute the blocks of the prefix cache again in moments without work, and compare them bit for
     bit."""
+    record: str | None = None
+    """A file to which the scheduler's requests and plans are written, without text or tokens, for `quire replay` and
+    `quire simulate`."""
 
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, DTYPES)
@@ -139,7 +142,7 @@ class EngineArgs:
                 raise _bad(name, "must be true or false")
         if self.verify_cached_blocks and not self.enable_prefix_caching:
             raise _bad("verify_cached_blocks", "needs enable_prefix_caching: without it no block is cached")
-        for name in ("model", "tokenizer", "revision", "tool_call_parser", "reasoning_parser"):
+        for name in ("model", "tokenizer", "revision", "tool_call_parser", "reasoning_parser", "record"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value or "\0" in value):
                 raise _bad(name, "must be a string that is not empty")

@@ -61,6 +61,7 @@ ENGINE_HELP = {
     "reasoning_parser": "how it writes reasoning, or none; seen from the chat template",
     "release_idle_memory": f"given back when idle, on a CPU: {', '.join(RELEASES)} (memory without content, "
     "the prefix cache too, nothing)",
+    "record": "a file for what the scheduler is asked and decides, without text or tokens (quire replay)",
     "verify_cached_blocks": "for debugging: when idle, compute cached blocks again and compare them bit for bit",
 }
 SAMPLING_HELP = {

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from importlib.util import find_spec
 from pathlib import Path
 
 from quire.compose.engine_dir import as_built
@@ -243,7 +244,15 @@ def _scheduler(
         num_blocks=sizes.num_blocks,
         soft_block_limit=sizes.soft_block_limit,
     )
-    return Scheduler(config, make_policy(args.scheduling_policy), prefix_cache, rules)
+    policy = make_policy(args.scheduling_policy)
+    if args.record is None:
+        return Scheduler(config, policy, prefix_cache, rules)
+    if find_spec("quire.observe") is None:
+        raise ConfigurationError("record needs the package quire.observe, which is not installed", field="record")
+    # Not above: few are recorded, and an engine does without its format.
+    from quire.observe.recording import RecordedScheduler
+
+    return RecordedScheduler(args.record, config, policy, prefix_cache, rules, args.scheduling_policy)
 
 
 def _sizes(args: EngineArgs, model: Model, ops: Provider, model_len: int) -> ModelSizes:

@@ -64,6 +64,15 @@ class MarkedRoute(Route):
         return super().matches(scope) if is_marked else (Match.NONE, {})
 
 
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Files for a browser, and the routes that they read from."""
+
+    routes: tuple[Route, ...] = ()
+    open_paths: frozenset[str] = frozenset()
+    """Of files that hold nothing: they need no key."""
+
+
 class Gate:
     """Knows the requests inside by name, and refuses when the server is stopping."""
 
