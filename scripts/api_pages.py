@@ -49,8 +49,8 @@ HEAD = """# Limits
 <!-- Made by `python -m scripts.api_pages` from src/quire/server/http/limits.py: edit there. -->
 
 Every bound that a request can meet, with the error past it. An error has the shape of its API and names the field and
-the number; OpenAI's is `{"error": {"message", "type", "param", "code"}}`. The same numbers stand in the API's own description,
-`GET /openapi.json`.
+the number; OpenAI's is `{"error": {"message", "type", "param", "code"}}`. The same numbers stand in the API's own
+description, `GET /openapi.json`.
 
 ## Of the server
 
