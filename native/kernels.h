@@ -8,10 +8,12 @@
 
 namespace quire {
 
-enum class Storage { bfloat16, float16, float32 };
+// int8 and e4m3 are those of a cache alone: a number for each item, a scale for each position.
+enum class Storage { bfloat16, float16, float32, int8, e4m3 };
 enum class Activation { silu, gelu, gelu_tanh, relu };
 
-inline int64_t bytes_of(Storage storage) { return storage == Storage::float32 ? 4 : 2; }
+inline bool has_scales(Storage storage) { return storage == Storage::int8 || storage == Storage::e4m3; }
+inline int64_t bytes_of(Storage storage) { return storage == Storage::float32 ? 4 : has_scales(storage) ? 1 : 2; }
 
 constexpr int64_t kPanel = 64;      // outputs in a weight panel
 constexpr int64_t kTileSide = 16;   // rows, or outputs, in a tile of AMX
@@ -149,9 +151,9 @@ struct ActivationArgs {
 
 // The paged cache, [blocks][layers][kv_heads] head blocks, each of one block for one head:
 //
-//   | keys: [slots] positions of head_dim | values: [slots] positions of value_dim |
+//   | keys: [slots] positions of head_dim | values: [slots] positions of value_dim | scales |
 //
-// `slots` is block_size rounded up to 16 and `value_dim` is head_dim rounded up to 16. The order inside the two parts is
+// The scales, [slots] of keys and [slots] of values in float32, are those of 8 bits and of nothing else. `slots` is block_size rounded up to 16 and `value_dim` is head_dim rounded up to 16. The order inside the two parts is
 // the attention kernel's own: attention/vector/attention.h and attention/amx/attention.h show it.
 struct CacheLayout {
     uint8_t* data;
@@ -160,7 +162,10 @@ struct CacheLayout {
 
     int64_t slots() const { return (block_size + kTile - 1) / kTile * kTile; }
     int64_t value_dim() const { return (head_dim + 15) / 16 * 16; }
-    int64_t head_block_bytes() const { return slots() * (head_dim + value_dim()) * bytes_of(storage); }
+    int64_t position_bytes() const {
+        return (head_dim + value_dim()) * bytes_of(storage) + (has_scales(storage) ? 2 * int64_t{sizeof(float)} : 0);
+    }
+    int64_t head_block_bytes() const { return slots() * position_bytes(); }
     int64_t block_bytes() const { return kv_heads * head_block_bytes(); }
     uint8_t* head_block(int64_t layer, int64_t block, int64_t head) const {
         return data + ((block * layers + layer) * kv_heads + head) * head_block_bytes();

@@ -399,7 +399,9 @@ Cache* make_cache(int64_t layers, int64_t blocks, int64_t block_size, int64_t kv
     for (const int64_t size : {layers, blocks, block_size, kv_heads, head_dim}) {
         require(size > 0 && size < INT32_MAX, "make_cache: a size is not positive");
     }
-    return new Cache(layers, blocks, block_size, kv_heads, head_dim, storage_or_raise(storage));
+    const auto known = cache_storage_named(storage);
+    require(known.has_value(), "make_cache: storage is not one of bfloat16, float16, float32, int8, fp8");
+    return new Cache(layers, blocks, block_size, kv_heads, head_dim, *known);
 }
 
 nb::bytes block_bytes(const Cache& cache, int64_t block, int64_t layer) {

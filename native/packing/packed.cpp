@@ -14,8 +14,7 @@ Integers padded(const Integers& integers, int64_t in) {
 }
 
 size_t cache_bytes(const CacheLayout& layout) {
-    return checked_bytes({layout.slots(), layout.head_dim + layout.value_dim(), bytes_of(layout.storage), layout.kv_heads,
-                          layout.blocks, layout.layers});
+    return checked_bytes({layout.slots(), layout.position_bytes(), layout.kv_heads, layout.blocks, layout.layers});
 }
 
 }  // namespace

@@ -21,11 +21,18 @@ inline const char* name_of(Layout layout) {
     return names[static_cast<int>(layout)];
 }
 
+// Of weights.
 inline std::optional<Storage> storage_named(const std::string& name) {
     if (name == "bfloat16") return Storage::bfloat16;
     if (name == "float16") return Storage::float16;
     if (name == "float32") return Storage::float32;
     return std::nullopt;
+}
+
+inline std::optional<Storage> cache_storage_named(const std::string& name) {
+    if (name == "int8") return Storage::int8;
+    if (name == "fp8") return Storage::e4m3;
+    return storage_named(name);
 }
 
 // How a weight of integers is made; bits 0: it is none.

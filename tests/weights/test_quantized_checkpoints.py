@@ -290,7 +290,7 @@ def test_scales_for_a_quantised_cache_are_passed_over_and_that_is_said(tmp_path:
             tensors[f"model.layers.0.self_attn.{name}"] = torch.tensor([0.1])
 
     _, said = decisions_of(make_quantized("llama", Compressed(), tmp_path, with_cache)[0], ReferenceOps(np))
-    assert said["cache_dtype"].value == "bfloat16" and "scales for a quantised cache" in said["cache_dtype"].reason
+    assert said["kv_cache_scheme"].value == "not used" and "kv_cache_dtype" in said["kv_cache_scheme"].reason
 
 
 def test_the_parts_of_a_matrix_may_lie_in_several_files(tmp_path: Path) -> None:

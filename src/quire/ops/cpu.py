@@ -9,7 +9,7 @@ ValueError; it never reads outside an array.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
@@ -26,6 +26,7 @@ from quire.ops.types import (
     Array,
     AttentionBatch,
     AttentionSpec,
+    CacheDtype,
     CacheShape,
     Forward,
     Logprobs,
@@ -50,6 +51,7 @@ class CpuOps(ComposedOps):
     process share its threads: their operations run one after another, whichever thread calls."""
 
     formats: tuple[QuantizedFormat, ...] = ("int8", "int8_w8a8", "int4", "int4_w4a8")
+    cache_dtypes: tuple[CacheDtype, ...] = get_args(CacheDtype)
 
     def __init__(self, threads: int, isa: str, affinity: Sequence[Sequence[int]] = ()) -> None:
         self._native = _native.Runtime(threads, isa, affinity)

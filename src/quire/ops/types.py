@@ -1,7 +1,7 @@
 """The contract between models and devices: what a model is written over (`Ops`) and where it runs (`Device`).
 
 An *array* is what the provider computes with: `numpy.ndarray` on the CPU, `torch.Tensor` on CUDA. On the CPU
-activations are float32; weights and cache are bfloat16, float16 or float32 inside packed objects that
+activations are float32; weights and cache are bfloat16, float16, float32 or 8 bits inside packed objects that
 only their provider looks into.
 
 **Row independence.** The result for one token (or one row of logits) does not depend on which others are
@@ -37,6 +37,9 @@ Opaque = Any
 """Something packed by a provider; only the same provider looks inside."""
 
 WeightDtype = Literal["bfloat16", "float16", "float32"]
+CacheDtype = Literal["bfloat16", "float16", "float32", "int8", "fp8"]
+CACHE_QMAX: dict[CacheDtype, int] = {"int8": 127, "fp8": 448}
+"""The largest number of a cache of 8 bits: its keys and values are numbers times scales (`ReferenceOps.attention`)."""
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 QuantizedFormat = Literal["int8", "int8_w8a8", "int4", "int4_w4a8", "fp8"]
 ACTIVATION_QMAX: dict[QuantizedFormat, int] = {
@@ -137,13 +140,23 @@ class CacheShape:
     """Tokens in a block."""
     num_kv_heads: int
     head_dim: int
-    dtype: WeightDtype
+    dtype: CacheDtype
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one number of a key or value."""
+        return {"float32": 4, "int8": 1, "fp8": 1}.get(self.dtype, 2)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of the scale that a key, or a value, of one head has with 8 bits (float32)."""
+        return 4 if self.dtype in CACHE_QMAX else 0
 
     @property
     def bytes_per_block(self) -> int:
         """Bytes of one block over all layers, keys and values together."""
-        item = 4 if self.dtype == "float32" else 2
-        return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * item
+        head_bytes = self.head_dim * self.item_bytes + self.scale_bytes
+        return 2 * self.num_layers * self.block_size * self.num_kv_heads * head_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +313,8 @@ class Ops(Protocol):
     name: str
     formats: tuple[QuantizedFormat, ...]
     """Quantised weights that it multiplies."""
+    cache_dtypes: tuple[CacheDtype, ...]
+    """Of the caches that `attention` writes and reads."""
 
     def compile(self, forward: Forward) -> Step:
         """`forward` with this provider, to the last bit. A provider may run it once over symbols, which have shapes

@@ -1,8 +1,8 @@
 """From the names of the engine's arguments to a scheme."""
 
-from quire.config import QUANTIZATIONS
+from quire.config import KV_CACHE_DTYPES, QUANTIZATIONS
 from quire.errors import ConfigurationError
-from quire.ops.types import Ops
+from quire.ops.types import CacheDtype, Ops
 from quire.quant.formats import DEFAULT_GROUP_SIZE, FP8, INT8, INT8_W8A8, int4
 from quire.quant.types import Scheme
 
@@ -34,3 +34,21 @@ def check_scheme(scheme: Scheme | None, ops: Ops) -> None:
             f"{ops.name} has {', '.join(name for name in QUANTIZATIONS if name in ops.formats)}",
             field="quantization",
         )
+
+
+def select_cache_dtype(name: str, ops: Ops) -> CacheDtype | None:
+    """The type of keys and values by the argument `kv_cache_dtype`; None is that of the weights.
+
+    Raises:
+        ConfigurationError: `ops` has no attention over such a cache; it names those that there are.
+    """
+    asked = KV_CACHE_DTYPES[name]
+    if asked == "auto":
+        return None
+    for dtype in ops.cache_dtypes:
+        if dtype == asked:
+            return dtype
+    known = ", ".join(ops.cache_dtypes)
+    raise ConfigurationError(
+        f"kv_cache_dtype {name!r} needs device 'cpu'; {ops.name} has {known}", field="kv_cache_dtype"
+    )

@@ -9,9 +9,12 @@ from numpy.typing import NDArray
 from quire.models.parameters import Concatenated, NameMap, Parameter
 from quire.models.spec import DecoderSpec
 from quire.ops.packed import PackedState
-from quire.ops.types import QuantizedWeight, StoredWeight, WeightDtype
+from quire.ops.types import QuantizedWeight, QuantSpec, StoredWeight, WeightDtype
+from quire.outputs import Decision
 
 if TYPE_CHECKING:
+    from quire.weights.formats.engine_dir import Manifest
+    from quire.weights.formats.gguf_parts import GgufParts
     from quire.weights.formats.quantized.scheme import Quantization
 
 StoredMatrix = NDArray[Any] | StoredWeight | QuantizedWeight
@@ -42,6 +45,10 @@ class ModelConfig:
     """How the checkpoint's weights are quantised, if they are."""
     rotated_heads: Mapping[str, int] = field(default_factory=dict)
     """Of a GGUF file, as `GgufWeights` takes it."""
+    gguf: "GgufParts | None" = None
+    """Of a GGUF file, or an engine built of one: its headers, closed, for those who read them again."""
+    manifest: "Manifest | None" = None
+    """Of an engine directory."""
 
 
 class WeightSource(Protocol):
@@ -70,3 +77,13 @@ class WeightSource(Protocol):
 
     def close(self) -> None:
         """Release files and memory; what was read lazily and not packed is lost."""
+
+
+class DecidedSource(WeightSource, Protocol):
+    """A source that knows of each matrix what it is quantised to."""
+
+    def quantized(self, parameter: Parameter) -> QuantSpec | None:
+        """The format of the `QuantizedWeight` that a matrix was or will be; None where it is none, or not known yet."""
+
+    def decisions(self) -> list[Decision]:
+        """What became of the matrices, and why, once all have been read."""

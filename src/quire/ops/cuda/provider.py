@@ -7,7 +7,7 @@ waits for the device, except `to_numpy`. Tested without a GPU under Triton's int
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import array_api_compat.torch
 import numpy as np
@@ -23,6 +23,7 @@ from quire.ops.types import (
     Activation,
     AttentionBatch,
     AttentionSpec,
+    CacheDtype,
     CacheShape,
     DeviceMemory,
     Logprobs,
@@ -42,6 +43,8 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 class CudaOps(ComposedOps):
     """`device` as torch names it: "cuda", "cuda:1"; "cpu" under the interpreter alone. Without `batch_invariant`
     weights that are not quantised are multiplied by torch's library, whose sums depend on the number of rows."""
+
+    cache_dtypes: tuple[CacheDtype, ...] = get_args(WeightDtype)  # no scales in its kernels
 
     def __init__(self, device: str, batch_invariant: bool = True) -> None:
         self.device = torch.device(device)

@@ -26,17 +26,21 @@ CHUNK_VALUES = 2**18
 class GgufWeights:
     """All tensors of a model, under GGUF's names: a `WeightSource`. Use as a context manager, or `close()`."""
 
-    def __init__(self, path: Path, rotated_heads: Mapping[str, int]) -> None:
+    def __init__(self, path: Path, rotated_heads: Mapping[str, int], known: GgufParts | None = None) -> None:
         """
         Args:
             path: the model, or any part of it.
             rotated_heads: by the last part of a module's name (`attn_q`), how many heads its rows have, where GGUF has
                 the two halves of each head's rows in turns (llama's rotation of neighbours), which is undone here.
+            known: the model's headers, if they were read.
 
         Raises:
-            ModelFileError: a file is missing or damaged.
+            ModelFileError: a file is missing or damaged, or holds no data.
         """
-        self._parts = GgufParts(path)
+        self._parts = GgufParts(path, known)
+        if not all(file.has_data for file in self._parts.files):
+            self._parts.close()
+            raise ModelFileError(f"{self._parts.name}: the header of an engine, without its data")
         self.tensors: Mapping[str, GgufTensor] = self._parts.tensors
         self._rotated_heads = rotated_heads
         self._memory = ReadMemory()

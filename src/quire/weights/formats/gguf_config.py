@@ -178,7 +178,7 @@ def read_gguf_config(path: Path) -> ModelConfig:
             raise type(error)(text) from None
         dtype, reason = _dtype(parts)
         heads = {"attn_q": spec.num_heads, "attn_k": spec.num_kv_heads} if architecture.in_turns else {}
-        return ModelConfig(_held(spec), _names(names, parts), dtype, reason, rotated_heads=heads)
+        return ModelConfig(_held(spec), _names(names, parts), dtype, reason, rotated_heads=heads, gguf=parts)
 
 
 def _windowed(architecture: _Architecture, name: str, parts: GgufParts) -> _Architecture:

@@ -131,7 +131,7 @@ class QuantizedWeights:
             found.append(Decision("activations", words if is_done else "finer than asked", why))
         if self._quantization.cache_is_quantized:
             found.append(
-                Decision("cache_dtype", target.dtype, "the checkpoint's scales for a quantised cache are not used")
+                Decision("kv_cache_scheme", "not used", "kv_cache_dtype says what the cache is, with scales of its own")
             )
         return found
 
