@@ -51,7 +51,7 @@ class EngineArgs:
     """Quantise the weights while they are loaded: int8 (W8A16), int8_w8a8, int4 (W4A16), fp8 (W8A8; CUDA only).
     `dtype` is then that of the cache and of weights which are not quantised."""
     quantization_group_size: int | None = None
-    """Weights of a row that share a scale with int4: 32, 64 or 128; None is 64."""
+    """Weights of a row that share a scale with int4, or on the CPU int8: 32, 64 or 128; None is 64, and the row."""
     kv_cache_dtype: str = "auto"
     """Storage of keys and values: auto (that of the weights), bfloat16, float16, float32, int8 or fp8 (e4m3; also
     `fp8_e4m3`). The last two have a scale for each head and token, take about half of 16 bits, and need the CPU."""

@@ -83,13 +83,14 @@ class ReferenceOps(composed.ComposedOps):
 
     def pack_linear(self, weight: Any, bias: Any | None, dtype: WeightDtype) -> ReferenceLinear:
         """Rounds to `dtype`, to nearest even; the bias stays float32. Exact. A `QuantizedWeight` becomes what it
-        stands for: its values times its scales, in float32."""
+        stands for: its values times its scales, then plus its minima, in float32."""
         kind = None
         if isinstance(weight, QuantizedWeight):
             kind = weight.format
             weight.require_range()
-            scales = np.repeat(weight.scales, weight.group_size, axis=1)[:, : weight.values.shape[1]]
-            rounded = weight.values.astype(np.float32) * scales
+            rounded = weight.values.astype(np.float32) * _spread(weight, weight.scales)
+            if weight.minima is not None:
+                rounded = rounded + _spread(weight, weight.minima)
         else:
             rounded = np.asarray(weight).astype(np.float32).astype(_numpy_dtype(dtype))
         return ReferenceLinear(
@@ -113,7 +114,7 @@ class ReferenceOps(composed.ComposedOps):
         """`PackedStore.map_packed`; with a namespace other than numpy's the memory is copied."""
         kind = header.format if header.format in ACTIVATION_QMAX else None
         expected = {"layout": "rows", "format": kind or "float32", "dtype": "float32", "group_size": 0, "gated": False}
-        check_header(header, "reference", **expected)
+        check_header(header, "reference", **expected, scale_dtype="float32")
         rows, inputs = header.out_features, header.in_features
         sizes = [4 * rows * inputs, 4 * rows] if header.has_bias else [4 * rows * inputs]
         arrays = [view.view(np.float32) for view in checked_buffers(buffers, sizes)]
@@ -350,6 +351,11 @@ class ReferenceOps(composed.ComposedOps):
         xp = self.xp
         bad = xp.any(xp.isnan(logits) | (logits == math.inf), axis=-1)
         return xp.any(logits > -math.inf, axis=-1) & ~bad
+
+
+def _spread(weight: QuantizedWeight, table: Array) -> Array:
+    """A number of each group `[out, groups]` for each input `[out, in]`, float32."""
+    return np.repeat(table.astype(np.float32), weight.group_size, axis=1)[:, : weight.values.shape[1]]
 
 
 def _numpy_dtype(dtype: WeightDtype) -> Any:

@@ -66,7 +66,7 @@ class MachineRates:
             operations_s = 2 * one.weights * count / _at(self.linear[rate_format(one.format)], count)
             linear_s += max(one.num_bytes / read_rate, operations_s)
         heads = spec.num_heads * spec.head_dim
-        kv_bytes = 2 * spec.num_kv_heads * spec.head_dim * cost.kv_item_bytes * keys
+        kv_bytes = cost.kv_bytes_per_token // spec.num_layers * keys
         # A prompt's tokens share the keys that they read.
         attention_s = max(key_s * heads * keys, kv_bytes / read_rate if rows == tokens else 0.0)
         calls_s = self.call_s * (CALLS_PER_LAYER * spec.num_layers + 3)

@@ -12,7 +12,7 @@ from quire.models.model import Model
 from quire.models.parameters import NameMap, Parameter, decoder_parameters
 from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
-from quire.ops.types import ACTIVATION_QMAX, CacheDtype, Provider, QuantSpec, WeightDtype
+from quire.ops.types import FORMATS, CacheDtype, Provider, QuantSpec, WeightDtype
 from quire.outputs import Decision
 from quire.quant.types import Scheme
 from quire.weights.formats.engine_dir import EngineWeights, is_engine, read_manifest
@@ -21,7 +21,7 @@ from quire.weights.formats.quantized import KEYS, states_quantization
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
 from quire.weights.pack import WeightPacker
-from quire.weights.source import DecidedSource, ModelConfig, TensorInfo, WeightSource
+from quire.weights.source import DecidedSource, ModelConfig, Target, TensorInfo, WeightSource
 
 if TYPE_CHECKING:
     from quire.weights.formats.gguf import GgufWeights
@@ -43,11 +43,12 @@ class WeightPlan:
     source: WeightSource
     """What the parameters are read from: the one that was opened, or what unpacks it."""
     quantized: DecidedSource | None = None
-    """The same, where each matrix has a format of its own: of a quantised checkpoint, or of a calibration."""
+    """The same, where each matrix has a format of its own: of a quantised checkpoint, a GGUF file, or a calibration."""
 
     @property
     def num_bytes(self) -> int:
-        """Of all parameters once packed. Matrices of a quantised checkpoint count as unpacked until they are read."""
+        """Of all parameters once packed. Matrices of a quantised checkpoint count as unpacked until they are read, a
+        GGUF file's do not."""
         return sum(self._num_bytes(name, one) for name, one in self.parameters.items())
 
     @property
@@ -71,10 +72,15 @@ class WeightPlan:
         if self.quantized is not None:
             return self.quantized.quantized(parameter)
         state = self.source.packed(name)
-        if state is None or state.header.format not in ACTIVATION_QMAX or not state.header.group_size:
+        if state is None or not state.header.group_size:
             return None
-        size = state.header.group_size if state.header.format.startswith("int4") else None
-        return QuantSpec(state.header.format, size)
+        header = state.header
+        kind = next((kind for kind in FORMATS if kind == header.format), None)
+        if kind is None:
+            return None
+        return QuantSpec(
+            kind, header.group_size if FORMATS[kind].group_sizes else None, header.scale_dtype == "float16"
+        )
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -121,7 +127,7 @@ def load_model(
             float32 checkpoint stays float32.
         max_model_len: positions that the model must be able to compute; None is all that it has.
         scheme: how weights are quantised; None is not at all, or as the checkpoint's are.
-        report: takes what has been decided about a quantised checkpoint.
+        report: takes what has been decided about a quantised checkpoint or a GGUF file.
         config: what `read_model_config` says, if it was read: the header of a large vocabulary takes a while.
         cache_dtype: of keys and values; None is the type of the weights.
 
@@ -172,13 +178,10 @@ def plan_weights(
     spec, names = config.spec, _fit_prefix(config.names, source.tensors)
     embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
     weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors.get(embedding))
-    quantized = None
-    if config.quantization is not None and isinstance(source, CheckpointWeights):
-        from quire.weights.formats.quantized.source import QuantizedWeights, Target
-
-        unpack = "dtype is float32" if dtype == "float32" else None if scheme is None else f"quantization {scheme.name}"
-        target = Target(weight_dtype, ops.formats, unpack, frozenset({embedding, head}), names.transposed)
-        source = quantized = QuantizedWeights(source, config.quantization, target)
+    unpack = "dtype is float32" if dtype == "float32" else None if scheme is None else f"quantization {scheme.name}"
+    target = Target(weight_dtype, ops.formats, unpack, frozenset({embedding, head}), names.transposed)
+    quantized = _quantized(source, config, target)
+    source = source if quantized is None else quantized
     # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
     if spec.tied_head and source.differ(embedding, head):
         spec = replace(spec, tied_head=False)
@@ -187,6 +190,20 @@ def plan_weights(
     check_tensors(parameters, source.tensors, (*unused, head) if spec.tied_head else unused)
     packer = WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset)
     return WeightPlan(spec, parameters, packer, source, quantized)
+
+
+def _quantized(source: WeightSource, config: ModelConfig, target: Target) -> DecidedSource | None:
+    """What keeps or unpacks the numbers of a source; None where it holds values, or packed weights."""
+    if config.quantization is not None and isinstance(source, CheckpointWeights):
+        from quire.weights.formats.quantized.source import QuantizedWeights
+
+        return QuantizedWeights(source, config.quantization, target)
+    if config.gguf is None:
+        return None
+    from quire.weights.formats.gguf import GgufWeights
+    from quire.weights.formats.gguf_packed import GgufBlocks
+
+    return GgufBlocks(source, target) if isinstance(source, GgufWeights) else None
 
 
 def load_weights(

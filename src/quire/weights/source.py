@@ -9,7 +9,14 @@ from numpy.typing import NDArray
 from quire.models.parameters import Concatenated, NameMap, Parameter
 from quire.models.spec import DecoderSpec
 from quire.ops.packed import PackedState
-from quire.ops.types import QuantizedWeight, QuantSpec, StoredWeight, WeightDtype
+from quire.ops.types import (
+    HALF_SCALES,
+    QuantizedFormat,
+    QuantizedWeight,
+    QuantSpec,
+    StoredWeight,
+    WeightDtype,
+)
 from quire.outputs import Decision
 
 if TYPE_CHECKING:
@@ -49,6 +56,27 @@ class ModelConfig:
     """Of a GGUF file, or an engine built of one: its headers, closed, for those who read them again."""
     manifest: "Manifest | None" = None
     """Of an engine directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the engine makes of a quantised checkpoint or of a GGUF file's blocks."""
+
+    dtype: WeightDtype
+    """That matrices are unpacked to."""
+    formats: tuple[QuantizedFormat, ...]
+    """That the provider multiplies."""
+    unpack: str | None
+    """Why every matrix is unpacked; None: those that a format holds exactly stay as they are."""
+    tables: frozenset[str] = frozenset()
+    """Names of embedding and head."""
+    transposed: bool = False
+    """The model names linear weights as `[in, out]`."""
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the provider has the formats of blocks: one without looks up rows of tables with one scale alone."""
+        return not HALF_SCALES.isdisjoint(self.formats)
 
 
 class WeightSource(Protocol):

@@ -203,7 +203,7 @@ def _dtype(parts: GgufParts) -> tuple[WeightDtype, str]:
     blocks = sorted(formats - DTYPES_BY_FORMAT.keys())
     if blocks:
         shown = ", ".join(blocks)
-        return "bfloat16", f"{shown} are unpacked to it; float32 holds their values exactly, in twice the memory"
+        return "bfloat16", f"of what is not blocks, and of {shown} where they are unpacked, which float32 holds exactly"
     embedding = parts.tensors.get("token_embd.weight")
     return DTYPES_BY_FORMAT["F32" if embedding is None else embedding.format], "the file's own"
 
