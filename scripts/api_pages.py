@@ -1,4 +1,4 @@
-"""docs/guide/limits.md and the tables of docs/guide/api.md, made from the declarations that the server goes by.
+"""docs/guide/limits.md and the tables of the APIs' pages, made from the declarations that the server goes by.
 
 python -m scripts.api_pages          writes them
 python -m scripts.api_pages --check  exits 1 when they are not what it would write
@@ -14,6 +14,8 @@ from typing import Any
 from quire import sampling_params as sampling
 from quire.engine.chat import MAX_MESSAGES
 from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
+from quire.server.doors.anthropic import bodies as anthropic
+from quire.server.doors.ollama import bodies as ollama
 from quire.server.doors.openai import bodies
 from quire.server.doors.openai.batches.routes import BATCH
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT, TOKENIZE_TEXT
@@ -24,27 +26,38 @@ from quire.server.http.schema import Refused, RequestSchema
 
 GUIDE = Path(__file__).parents[1] / "docs/guide"
 BEGIN, END = "<!-- Made by `python -m scripts.api_pages` from the declarations: edit there. -->\n", "<!-- End. -->\n"
-SCHEMAS: dict[str, RequestSchema[Any]] = {
-    "chat": CHAT,
-    "completions": COMPLETION,
-    "tokenize": TOKENIZE_TEXT,
-    "tokenize ": TOKENIZE_CHAT,
-    "detokenize": DETOKENIZE,
-    "responses": RESPONSE,
-    "conversations": CONVERSATION,
-    "conversations ": CONVERSATION_UPDATE,
-    "conversations' items": CONVERSATION_ITEMS,
-    "batches": BATCH,
+Schemas = dict[str, RequestSchema[Any]]
+PAGES: dict[str, Schemas] = {
+    "api.md": {
+        "chat": CHAT,
+        "completions": COMPLETION,
+        "tokenize": TOKENIZE_TEXT,
+        "tokenize ": TOKENIZE_CHAT,
+        "detokenize": DETOKENIZE,
+        "responses": RESPONSE,
+        "conversations": CONVERSATION,
+        "conversations ": CONVERSATION_UPDATE,
+        "conversations' items": CONVERSATION_ITEMS,
+        "batches": BATCH,
+    },
+    "anthropic.md": {"messages": anthropic.MESSAGES, "count_tokens": anthropic.COUNT},
+    "ollama.md": {
+        "chat": ollama.CHAT,
+        "generate": ollama.GENERATE,
+        "show": ollama.SHOW,
+        "pull": ollama.PULL,
+        "options": ollama.OPTIONS_SCHEMA,
+    },
 }
-NUM_ROUTES = len({name.strip() for name in SCHEMAS})
+"""Page of the guide -> the bodies whose fields stand in it, by what it calls them."""
 ROW = "| {} |\n"
 HEAD = """# Limits
 
 <!-- Made by `python -m scripts.api_pages` from src/quire/server/http/limits.py: edit there. -->
 
-Every bound that a request can meet, with the error past it. An error has OpenAI's shape and names the field and
-the number: `{"error": {"message", "type", "param", "code"}}`. The same numbers stand in the API's own description,
-`GET /openapi.json`.
+Every bound that a request can meet, with the error past it. An error has the shape of its API and names the field and
+the number; OpenAI's is `{"error": {"message", "type", "param", "code"}}`. The same numbers stand in the API's own
+description, `GET /openapi.json`.
 
 ## Of the server
 
@@ -142,17 +155,18 @@ def limits_page() -> str:
     )
 
 
-def api_page() -> str:
-    """The text of api.md: what stands there, with its tables made anew."""
-    text = (GUIDE / "api.md").read_text(encoding="utf-8")
+def api_page(name: str = "api.md") -> str:
+    """The text of an API's page: what stands there, with its tables made anew."""
+    text = (GUIDE / name).read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
-    return before + BEGIN + "".join(_tables()) + END + rest.partition(END)[2]
+    return before + BEGIN + "".join(_tables(PAGES[name])) + END + rest.partition(END)[2]
 
 
-def _tables() -> Iterator[str]:
+def _tables(schemas: Schemas) -> Iterator[str]:
     honoured: dict[tuple[str, str, str], list[str]] = {}
     refused: dict[tuple[str, str, str], list[str]] = {}
-    for route, schema in SCHEMAS.items():
+    most = len({route.strip() for route in schemas})
+    for route, schema in schemas.items():
         properties = schema.json_schema(Limits())[0]["properties"]
         for name, field in schema.fields.items():
             names = ", ".join(f"`{item}`" for item in (name, *field.spec.aliases))
@@ -163,18 +177,18 @@ def _tables() -> Iterator[str]:
                 key = (names, _values(properties[name]), field.spec.text)
                 honoured.setdefault(key, []).append(route.strip())
     yield "\n| field | where | value | what it does |\n|---|---|---|---|\n"
-    yield from (_row(names, _where(routes), values, text) for (names, values, text), routes in honoured.items())
+    yield from (_row(names, _where(routes, most), values, text) for (names, values, text), routes in honoured.items())
     yield "\n### Inside objects\n\n| field | of | value | what it does |\n|---|---|---|---|\n"
-    yield from _inside()
+    yield from _inside(schemas)
     yield "\n### Refused, but for values that ask for nothing\n\n"
     yield "| field | where | let through | why |\n|---|---|---|---|\n"
-    yield from (_row(names, _where(routes), values, text) for (names, values, text), routes in refused.items())
+    yield from (_row(names, _where(routes, most), values, text) for (names, values, text), routes in refused.items())
     yield "\n"
 
 
-def _inside() -> Iterator[str]:
+def _inside(schemas: Schemas) -> Iterator[str]:
     places: dict[tuple[str, str, str], list[str]] = {}
-    for schema in SCHEMAS.values():
+    for schema in schemas.values():
         components = schema.json_schema(Limits())[1]
         for place, struct, name, spec in schema.inside():
             values = _values(components[struct.__name__]["properties"][name])
@@ -187,9 +201,9 @@ def _inside() -> Iterator[str]:
         yield _row(name, ", ".join(dict.fromkeys(found)), values, text)
 
 
-def _where(routes: list[str]) -> str:
+def _where(routes: list[str], most: int) -> str:
     found = list(dict.fromkeys(routes))
-    return "all" if len(found) == NUM_ROUTES else ", ".join(found)
+    return "all" if len(found) == most else ", ".join(found)
 
 
 def _values(schema: dict[str, Any]) -> str:
@@ -221,7 +235,7 @@ def _row(*cells: str) -> str:
 def main() -> int:
     """Write, or check."""
     stale = 0
-    for name, text in (("limits.md", limits_page()), ("api.md", api_page())):
+    for name, text in (("limits.md", limits_page()), *((name, api_page(name)) for name in PAGES)):
         if "--check" not in sys.argv[1:]:
             (GUIDE / name).write_text(text, encoding="utf-8")
         elif (GUIDE / name).read_text(encoding="utf-8") != text:

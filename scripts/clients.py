@@ -1,9 +1,10 @@
-"""What other people's clients make of `quire serve`, each unchanged: structured output and tools.
+"""What other people's clients make of `quire serve`, each unchanged: structured output and tools, over three APIs.
 
     python scripts/clients.py [--quire PYTHON] [--node FOLDER] [--url URL] [--only WORD]
 
 Run it with a Python that has the clients (`pip install openai instructor 'pydantic-ai-slim[openai]' langchain-openai`);
-PYTHON is one that has Quire, and FOLDER one where `npm install ai @ai-sdk/openai-compatible zod` was done. A client
+PYTHON is one that has Quire, and FOLDER one where `npm install ai @ai-sdk/openai-compatible zod
+ollama @anthropic-ai/sdk` was done. A client
 that is not there is left out, and said. The embedded model answers, whose words mean little: what is checked is that
 each answer arrives in the form that was asked for. Exit code: 1 where one did not.
 """
@@ -130,6 +131,107 @@ def langchain_tools(url: str) -> Any:
     return person()(**call["args"])
 
 
+def _anthropic(url: str) -> Any:
+    from anthropic import Anthropic
+
+    return Anthropic(base_url=url.removesuffix("/v1"), api_key=KEY, max_retries=0)
+
+
+def anthropic_parse(url: str) -> Any:
+    """A pydantic model as `output_format`. (The client leaves lengths out of its schema, so the class has none.)"""
+    asked: Any = {"model": MODEL, "messages": _said(), "max_tokens": MOST_TOKENS, "output_format": mood()}
+    return _anthropic(url).messages.parse(**asked).parsed_output
+
+
+def anthropic_stream(url: str) -> Any:
+    """The streaming helper."""
+    asked: Any = {"model": MODEL, "messages": _said(), "max_tokens": MOST_TOKENS, "output_format": mood()}
+    with _anthropic(url).messages.stream(**asked) as stream:
+        assert "".join(stream.text_stream)
+        return stream.get_final_message().parsed_output
+
+
+def anthropic_runner(url: str) -> Any:
+    """Its runner of tools, for two turns."""
+    from anthropic import beta_tool
+
+    called: list[str] = []
+
+    def look_up(place: str) -> str:
+        """The weather of a place."""
+        called.append(place)
+        return "rain"
+
+    tool = beta_tool(look_up)
+    asked: Any = {"model": MODEL, "messages": _said(), "tools": [tool], "max_tokens": MOST_TOKENS, "max_iterations": 2}
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    return len(list(_anthropic(url).beta.messages.tool_runner(tool_choice=choice, **asked))) or None
+
+
+def mood() -> Any:
+    """A class of choices alone."""
+    from typing import Literal
+
+    from pydantic import BaseModel
+
+    class Mood(BaseModel):
+        mood: Literal["good", "bad"]
+
+    return Mood
+
+
+def _ollama(url: str) -> Any:
+    from ollama import Client
+
+    return Client(url.removesuffix("/v1"))
+
+
+def ollama_format(url: str) -> Any:
+    """A schema as `format`, in a stream."""
+    asked: Any = {"model": MODEL, "messages": _said(), "options": {"num_predict": MOST_TOKENS}, "stream": True}
+    parts = list(_ollama(url).chat(format=person().model_json_schema(), **asked))
+    return person().model_validate_json("".join(part.message.content for part in parts))
+
+
+def ollama_tools(url: str) -> Any:
+    """A function as a tool: the answer is whole, whatever the model makes of it."""
+
+    def look_up(place: str) -> str:
+        """The weather of a place."""
+        return place
+
+    return _ollama(url).chat(MODEL, _said(), tools=[look_up], options={"num_predict": 20}).done_reason
+
+
+_OLLAMA_NODE = """
+import { Ollama } from 'ollama';
+const [kind, baseURL, model] = process.argv.slice(2);
+const client = new Ollama({ host: baseURL.replace(/\\/v1$/, '') });
+const format = { type: 'object', required: ['name', 'mood', 'ages'], properties: {
+  name: { type: 'string', maxLength: 12 }, mood: { enum: ['good', 'bad'] },
+  ages: { type: 'array', items: { type: 'integer' }, maxItems: 3 } } };
+const messages = [{ role: 'user', content: 'Invent a person.' }];
+const asked = { model, messages, format, options: { num_predict: 160 } };
+if (kind === 'chat') console.log((await client.chat(asked)).message.content);
+if (kind === 'stream') {
+  let text = '';
+  for await (const part of await client.chat({ ...asked, stream: true })) text += part.message.content;
+  console.log(text);
+}
+"""
+_ANTHROPIC_NODE = """
+import Anthropic from '@anthropic-ai/sdk';
+const [kind, baseURL, model] = process.argv.slice(2);
+const client = new Anthropic({ baseURL: baseURL.replace(/\\/v1$/, ''), apiKey: 'none', maxRetries: 0 });
+const input_schema = { type: 'object', required: ['name', 'mood', 'ages'], properties: {
+  name: { type: 'string', maxLength: 12 }, mood: { enum: ['good', 'bad'] },
+  ages: { type: 'array', items: { type: 'integer' }, maxItems: 3 } } };
+const asked = { model, max_tokens: 160, messages: [{ role: 'user', content: 'Invent a person.' }],
+  tools: [{ name: 'make', input_schema }], tool_choice: { type: 'any', disable_parallel_tool_use: true } };
+const all = client.messages;
+const done = kind === 'stream' ? await all.stream(asked).finalMessage() : await all.create(asked);
+console.log(JSON.stringify(done.content[0].input));
+"""
 _NODE = """
 import { generateObject, streamObject, generateText, tool } from 'ai';
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
@@ -152,10 +254,10 @@ if (kind === 'tools') {
 """
 
 
-def _node(url: str, kind: str) -> Any:
+def _node(url: str, kind: str, program: str = _NODE) -> Any:
     folder = Path(os.environ["QUIRE_CLIENTS_NODE"])
     script = folder / "quire-client.mjs"
-    script.write_text(_NODE, encoding="utf-8")
+    script.write_text(program, encoding="utf-8")
     words = ["node", str(script), kind, url, MODEL]
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=CALL_S, check=False)
     if done.returncode:
@@ -177,6 +279,15 @@ CASES: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
     ("ai (npm)", "generateObject", lambda url: _node(url, "object")),
     ("ai (npm)", "streamObject", lambda url: _node(url, "stream")),
     ("ai (npm)", "generateText with tools", lambda url: _node(url, "tools")),
+    ("anthropic", "messages.parse", anthropic_parse),
+    ("anthropic", "messages.stream", anthropic_stream),
+    ("anthropic", "beta.messages.tool_runner", anthropic_runner),
+    ("@anthropic-ai/sdk (npm)", "messages.create with tools", lambda url: _node(url, "create", _ANTHROPIC_NODE)),
+    ("@anthropic-ai/sdk (npm)", "messages.stream with tools", lambda url: _node(url, "stream", _ANTHROPIC_NODE)),
+    ("ollama", "chat with format, streamed", ollama_format),
+    ("ollama", "chat with tools", ollama_tools),
+    ("ollama (npm)", "chat with format", lambda url: _node(url, "chat", _OLLAMA_NODE)),
+    ("ollama (npm)", "chat with format, streamed", lambda url: _node(url, "stream", _OLLAMA_NODE)),
 )
 """Package, function of it, call."""
 

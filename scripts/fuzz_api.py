@@ -24,17 +24,20 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.llm import AsyncLLM
+from quire.server.doors.all import DOORS
+from quire.server.doors.anthropic import bodies as anthropic
+from quire.server.doors.ollama import bodies as ollama
 from quire.server.doors.openai.batches.routes import BATCH
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT
 from quire.server.doors.openai.responses.bodies import CONVERSATION, CONVERSATION_ITEMS, CONVERSATION_UPDATE, RESPONSE
-from quire.server.doors.openai.routes import OPENAI
 from quire.server.http.app import create_app
 from quire.server.http.limits import Limits
 from quire.server.http.listen import bind
 from quire.server.http.serve import GracefulServer
 from quire.server.store.database import SqliteStore
 
-KEY = "fuzz"
+KEY, MODEL = "fuzz", "fuzzed"
+HELLO = [{"role": "user", "content": "hi"}]
 CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,"
     "negative_data_rejection,ignored_auth,unsupported_method,allow_header_conformance"
@@ -42,14 +45,20 @@ CHECKS = (
 PRIVATE = re.compile(rb'0x[0-9a-f]{6,}|/home|/usr|/tmp|site-packages|Traceback|File "')
 ROUTES = {
     "/v1/completions": (COMPLETION, {"prompt": "a b", "max_tokens": 2}),
-    "/v1/chat/completions": (CHAT, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}),
-    "/tokenize": (TOKENIZE_CHAT, {"messages": [{"role": "user", "content": "hi"}]}),
+    "/v1/chat/completions": (CHAT, {"messages": HELLO, "max_tokens": 2}),
+    "/tokenize": (TOKENIZE_CHAT, {"messages": HELLO}),
     "/detokenize": (DETOKENIZE, {"tokens": [1, 2, 3]}),
     "/v1/responses": (RESPONSE, {"input": [{"role": "user", "content": "hi"}], "max_output_tokens": 2}),
     "/v1/conversations": (CONVERSATION, {"items": [{"role": "user", "content": "hi"}]}),
     "/v1/conversations/conv_2": (CONVERSATION_UPDATE, {"metadata": {"a": "2"}}),
     "/v1/conversations/conv_2/items": (CONVERSATION_ITEMS, {"items": [{"role": "user", "content": "hi"}]}),
     "/v1/batches": (BATCH, {"input_file_id": "file-2", "endpoint": "/v1/responses", "completion_window": "24h"}),
+    "/v1/messages": (anthropic.MESSAGES, {"model": MODEL, "messages": HELLO, "max_tokens": 2}),
+    "/v1/messages/count_tokens": (anthropic.COUNT, {"model": MODEL, "messages": HELLO}),
+    "/api/chat": (ollama.CHAT, {"model": MODEL, "messages": HELLO, "options": {"num_predict": 2}}),
+    "/api/generate": (ollama.GENERATE, {"model": MODEL, "prompt": "a b", "options": {"num_predict": 2}}),
+    "/api/show": (ollama.SHOW, {"model": MODEL}),
+    "/api/pull": (ollama.PULL, {"model": MODEL}),
 }
 FORM = (b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--b\r\nContent-Disposition: '
         b'form-data; name="file"; filename="2"\r\n\r\n{"custom_id": "2"}\r\n--b--\r\n')  # fmt: skip
@@ -99,9 +108,7 @@ class Server:
         self.engine = AsyncLLM(max_model_len=96, max_num_seqs=16, max_num_batched_tokens=512)
         store = SqliteStore(None, most_bytes=2**24, days=1)
         limits = Limits().with_values({"sequences": 8, "prompts": 8})
-        app = create_app(
-            self.engine, apis=[OPENAI], served_model_name="fuzzed", api_key=KEY, limits=limits, store=store
-        )
+        app = create_app(self.engine, apis=DOORS, served_model_name=MODEL, api_key=KEY, limits=limits, store=store)
         app.add_middleware(Counting, statuses=statuses, findings=findings)
         listener, ready = bind("127.0.0.1", 0), threading.Event()
         self.port = listener.getsockname()[1]
@@ -155,8 +162,10 @@ def one_request(chance: random.Random) -> tuple[str, str, bytes, dict[str, str]]
     path = chance.choice(list(ROUTES))
     schema, base = ROUTES[path]
     body = dict(base)
-    for name in chance.sample(schema.known(), chance.randint(1, min(3, len(schema.known())))):
+    for name in chance.sample(schema.known(), min(chance.randint(1, 3), len(schema.known()))):
         body[name] = chance.choice(ATOMS)
+    if path in ("/api/chat", "/api/generate") and chance.random() < 0.5:
+        body["options"] = {chance.choice(ollama.OPTIONS_SCHEMA.known()): chance.choice(ATOMS), "num_predict": 2}
     data = json.dumps(body).encode()
     kind = chance.random()
     if kind < 0.1:

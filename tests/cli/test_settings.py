@@ -37,7 +37,7 @@ def file(tmp_path: Path) -> Path:
 def test_a_flag_goes_before_the_environment_and_that_before_the_file(file: Path) -> None:
     config = ["--config", str(file)]
     environment = {"QUIRE_PORT": "2", "QUIRE_MODEL": "from-environment", "HOME": "/", "QUIRE_ISA": "avx2"}
-    assert options([], {}).port == 8000
+    assert options([], {}).port is None
     assert options(config, {}).port == 1
     assert options(config, environment).port == 2
     assert options([*config, "--port", "3"], environment).port == 3
@@ -97,7 +97,7 @@ def test_variables_that_are_no_flags_are_said() -> None:
     said: list[str] = []
     others = {"QUIRETTE": "x", "QUIRE_CI_LOADED": "1", "QUIRE_SERVICE_HOST": "10.0.0.1"}  # of other programs
     found = options([], {"QUIRE_PROT": "1", "QUIRE_PORT": "tcp://10.0.0.1:80", **others}, said)
-    assert found.port == 8000 and len(said) == 2
+    assert found.port is None and len(said) == 2
     assert "did you mean QUIRE_PORT?" in said[1] and "Kubernetes" in said[0]
 
 

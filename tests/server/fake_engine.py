@@ -7,7 +7,7 @@ is dead, `fail` fails after two, `die` kills the engine.
 import asyncio
 import itertools
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,9 @@ MAX_MODEL_LEN = 512
 
 class ByteTokenizer:
     """One token a byte."""
+
+    bos_token_id = None
+    tools_template = "{{ tools }}"
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
@@ -73,6 +76,9 @@ class FakeEngine:
 
     max_model_len = MAX_MODEL_LEN
     vocab_size = VOCAB_SIZE
+    prefix_block_size = 4
+    model_files = None
+    stated_sampling: Mapping[str, Any] = {"temperature": 0.5}
 
     def __init__(self) -> None:
         self.is_healthy = True

@@ -70,6 +70,7 @@ TOY = Api(
     routes=(Route("/toy/say", say, methods=["POST"]),),
     queued_paths=frozenset({"/toy/say"}),
     error_body=toy_error,
+    name="toy",
     describe=lambda limits: ({"/toy/say": {"post": {"operationId": "say"}}}, {"Toy": BODY.json_schema(limits)[0]}),
 )
 
@@ -160,3 +161,19 @@ def test_the_http_side_knows_no_api() -> None:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
         assert not [name for name in imported if name.startswith("quire.server.doors")], path.name
+
+
+def test_requests_are_counted_by_api_and_status(both: Running, http: httpx.Client) -> None:
+    before = both.server.config.app.state.context.counts.metrics()  # type: ignore[union-attr]
+    counted = {metric.labels: metric.value for metric in before}
+    for path, body in (("/toy/say", {"text": "x"}), ("/toy/say", {}), ("/v1/completions", {"prompt": "x"})):
+        http.post(path, json=body)
+    http.get("/livez")
+    shown = {metric.labels: metric.value for metric in both.server.config.app.state.context.counts.metrics()}  # type: ignore[union-attr]
+    grown = {labels: value - counted.get(labels, 0) for labels, value in shown.items()}
+    assert {tuple(dict(labels).values()): value for labels, value in grown.items() if value} == {
+        ("toy", "200"): 1,
+        ("toy", "400"): 1,
+        ("openai", "200"): 1,
+        ("server", "200"): 1,
+    }

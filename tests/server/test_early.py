@@ -45,6 +45,8 @@ def test_the_key_tells_who_is_refused() -> None:
     answer = refusal(head("authorization:Bearer flood ")) or b""
     assert answer.startswith(b"HTTP/1.1 429 ") and b"weight 3" in answer and b"Retry-After: 7\r\n" in answer
     assert refusal(head("Authorization: Bearer guest")) is None
+    assert (refusal(head("X-API-Key: flood")) or b"").startswith(b"HTTP/1.1 429 ")
+    assert refusal(head("x-api-key: guest")) is None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`quire serve`: the OpenAI API over HTTP."""
+"""`quire serve`: a model over HTTP, in the words of OpenAI's API, Anthropic's and Ollama's."""
 
 import argparse
 import gc
@@ -27,6 +27,7 @@ Every flag may stand in a file (--config, or QUIRE_CONFIG) or in the environment
 goes before the environment, that before the file.
 
 SIGTERM or Ctrl-C: running requests finish first (--shutdown-timeout); a second one leaves at once."""
+OLLAMA_PORT = 11434
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 MAX_DIGITS = 640
 """Of a whole number in a body, the fewest that Python can be held to. Its own 4,300 take a time that grows with their
@@ -43,7 +44,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     text = "flags from a file: `port: 8000` on a line; each is QUIRE_PORT and so on in the environment too"
     flag("--config", metavar="FILE", help=text)
     flag("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
-    flag("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
+    flag("--port", type=int, help="0 takes a free one (default: 8000; 11434 with --ollama)")
+    flag("--ollama", action="store_true", help="listen where Ollama's clients look for it (its API is there anyhow)")
     flag("--served-model-name", nargs="+", metavar="NAME", help="names for clients; the directory's name")
     text = "every route but the probes then needs it; may be repeated, and each key has a prefix cache of its own"
     flag("--api-key", action="append", default=[], metavar="KEY", help=text)
@@ -131,21 +133,22 @@ def run(options: argparse.Namespace) -> int:
     from quire.compose.served import begin
     from quire.server.http.listen import bind, raise_descriptors
 
-    if not 0 <= options.port < 65536:
-        raise ConfigurationError(f"port must be between 0 and 65535, got {options.port}", field="port")
+    port = options.port if options.port is not None else OLLAMA_PORT if options.ollama else 8000
+    if not 0 <= port < 65536:
+        raise ConfigurationError(f"port must be between 0 and 65535, got {port}", field="port")
     if not 0 <= options.shutdown_timeout < 86400:
         raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
     args = EngineArgs.from_mapping({"core_process": True, **engine_values(options)})
     cors = _cors(options)
     sys.setswitchinterval(SWITCH_SECONDS)
-    listener = bind(options.host, options.port)
+    listener = bind(options.host, port)
     model_path.check(args.model)
     sys.set_int_max_str_digits(MAX_DIGITS)
     finish = begin(args)
     # While the core starts: what follows takes a third of a second to import.
     from quire.engine.async_engine import AsyncEngine
     from quire.server.dashboard import VIEW
-    from quire.server.doors.openai.routes import OPENAI
+    from quire.server.doors.all import DOORS
     from quire.server.http.access import configure_logs
     from quire.server.http.app import Observability, create_app
     from quire.server.http.keys import read_keys
@@ -163,7 +166,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         app = create_app(
             engine,
-            apis=[OPENAI],
+            apis=DOORS,
             served_model_name=options.served_model_name or name,
             model_names=[] if options.served_model_name else [name, *([] if args.model is None else [args.model])],
             api_key=keys,

@@ -15,11 +15,13 @@ from quire.compose.text import TextParts, compose_text
 from quire.config import EngineArgs
 from quire.engine.channel import CoreChannel, CoreInfo, LocalChannel
 from quire.engine.engine import Engine
-from quire.engine.front import ServedEngine
+from quire.engine.front import ModelFiles, ServedEngine
 from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.engine.observer import Observer
 from quire.engine.queue import QueueBound, QueueConfig
 from quire.errors import ConfigurationError
+from quire.weights.formats.engine_dir import is_engine
+from quire.weights.formats.gguf_names import is_gguf, part_paths
 from quire.weights.hub import resolve_model_path
 
 if TYPE_CHECKING:
@@ -98,18 +100,19 @@ def _compose_here(args: EngineArgs, path: Path) -> ServedEngine:
     parts = compose_core(args, path, config)
     text = compose_text(args, path, config.gguf)
     startup.debug("tokenizer, template, defaults")
-    return _served(args, text, LocalChannel(parts.core(), args.release_idle_memory), parts.info)
+    channel = LocalChannel(parts.core(), args.release_idle_memory)
+    return _served(args, path, text, channel, parts.info)
 
 
 def _compose_apart(args: EngineArgs, path: Path, channel: "SupervisedChannel") -> ServedEngine:
     try:
-        return _served(args, compose_text(args, path), channel, channel.wait_ready())
+        return _served(args, path, compose_text(args, path), channel, channel.wait_ready())
     except BaseException:
         channel.close()
         raise
 
 
-def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core: CoreInfo) -> ServedEngine:
+def _served(args: EngineArgs, path: Path, text: TextParts, channel: CoreChannel, core: CoreInfo) -> ServedEngine:
     limits, observer, shapes = _limits(args, text, core), _observer(core), shape_checker()
     answers = None if text.tokenizer is None else answer_format(args, text.tokenizer)
 
@@ -128,7 +131,17 @@ def _served(args: EngineArgs, text: TextParts, channel: CoreChannel, core: CoreI
         answers=answers,
         default_params=text.default_params,
         close=close,
+        cache_config=core.cache_config,
+        files=_files(path, core.model_fingerprint),
     )
+
+
+def _files(path: Path, fingerprint: str) -> ModelFiles:
+    found = part_paths(path) if is_gguf(path) else [item for item in path.iterdir() if item.is_file()]
+    stats = [item.stat() for item in found]
+    kind = "gguf" if is_gguf(path) else "engine" if is_engine(path) else "safetensors"
+    modified_s = max((item.st_mtime for item in stats), default=0.0)
+    return ModelFiles(kind, sum(item.st_size for item in stats), modified_s, fingerprint[:64])
 
 
 def _limits(args: EngineArgs, text: TextParts, core: CoreInfo) -> RequestLimits:

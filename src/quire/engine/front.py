@@ -7,10 +7,23 @@ from typing import Any
 from quire.engine.engine import Engine
 from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.errors import InvalidRequestError
-from quire.outputs import Decision, Metric
+from quire.outputs import Decision, Labels, Metric
 from quire.sampling_params import SamplingParams
 from quire.text.parsers.answer import AnswerFormat
 from quire.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """What a model's files say of it."""
+
+    format: str
+    """gguf, safetensors or engine."""
+    num_bytes: int
+    modified_s: float
+    """Seconds since 1970."""
+    fingerprint: str
+    """64 hexadecimal digits that change when names, sizes or times of the files do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +40,9 @@ class ServedEngine:
     close: Callable[[], None]
     answers: AnswerFormat | None = None
     """How the model writes calls and reasoning; None without a tokenizer."""
+    cache_config: Labels = ()
+    """Of the core's cache, as its metric has it."""
+    files: ModelFiles | None = None
 
 
 class EngineFront:
@@ -45,6 +61,17 @@ class EngineFront:
     def vocab_size(self) -> int:
         """Width of the logits."""
         return self._served.limits.vocab_size
+
+    @property
+    def model_files(self) -> ModelFiles | None:
+        """What the model's files say of it, where they are known."""
+        return self._served.files
+
+    @property
+    def prefix_block_size(self) -> int | None:
+        """Tokens in a block of the prefix cache, which holds whole blocks of every prompt; None without one."""
+        found = dict(self._served.cache_config)
+        return int(found["block_size"]) if found.get("enable_prefix_caching") == "True" else None
 
     @property
     def decisions(self) -> list[Decision]:

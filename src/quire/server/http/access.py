@@ -3,7 +3,7 @@
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -23,10 +23,14 @@ class Access:
     Args:
         observer: of the engine: it is given the times of each response, and it knows what to log of it.
         logs: writes a record for each request (`--enable-log-requests`): sizes and times, no text and no key.
+        count: called with each request and its status.
     """
 
-    def __init__(self, app: ASGIApp, *, observer: Observer, logs: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, *, observer: Observer, logs: bool, count: Callable[[Scope, int | None], None]
+    ) -> None:
         self._app = app
+        self._count = count
         self._observer = observer
         self._logs = logs
 
@@ -48,6 +52,7 @@ class Access:
 
     def _finish(self, scope: Scope, response: "_Response", received_s: float) -> None:
         sent_s = time.monotonic()
+        self._count(scope, response.status)
         found: Mapping[str, Any] = {}
         if response.request_id is not None:
             parent = dict(scope["headers"]).get(b"traceparent")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Scope
 
 from quire.errors import ConfigurationError
 from quire.server.http import errors, probes
@@ -65,10 +66,12 @@ def create_app(
     """An ASGI application. The caller keeps the engine and shuts it down.
 
     Args:
-        apis: what it speaks; errors outside of all of them have the shape of the first.
+        apis: what it speaks; errors outside of all of them have the shape of the first. Where two have a route for one
+            path and method the last has it, and passes on what is not its own.
         served_model_name: names shown by /v1/models; the first stands for requests that name none.
         model_names: further names that requests may use (the model's directory, its id on the hub).
-        api_key: keys, or keys with weights; with one, every route but the probes needs `Authorization: Bearer KEY`.
+        api_key: keys, or keys with weights; with one, every route but the probes needs it, as `Authorization:
+            Bearer KEY` or `x-api-key: KEY`.
             Callers with different keys share the engine fairly, by weight (1 where none is given).
         metrics_prefix: stands before the colon of every metric's name.
         show_cached_tokens: usage tells how many prompt tokens the prefix cache supplied; None: unless callers with
@@ -89,7 +92,8 @@ def create_app(
     api_keys = _weighted(api_key)
     if show_cached_tokens is None:
         show_cached_tokens = not (share_prefix_cache and len(api_keys) > 1)
-    app = Starlette(routes=[*(route for api in apis for route in api.routes), *probes.ROUTES, *pages.routes])
+    doors = (route for api in reversed(apis) for route in api.routes)
+    app = Starlette(routes=[*doors, *probes.ROUTES, *pages.routes])
     app.router.redirect_slashes = False
     app.state.context = ServerContext(
         engine=engine,
@@ -157,7 +161,12 @@ def _surround(
     app.add_middleware(RejectAmbiguousFraming)
     if observability.otlp_traces_endpoint is not None:
         engine.observer.trace_to(observability.otlp_traces_endpoint, name)
-    app.add_middleware(Access, observer=engine.observer, logs=observability.log_requests)
+    context: ServerContext = app.state.context
+
+    def count(scope: Scope, status: int | None) -> None:
+        context.counts.count(context.door_of(scope["path"], scope["headers"]), status)
+
+    app.add_middleware(Access, observer=engine.observer, logs=observability.log_requests, count=count)
     app.state.early_refusal = EarlyRefusal(
         app.state.context, keys, logs=observability.log_requests, leaves_pages=bool(cors.origins)
     )

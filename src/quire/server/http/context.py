@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.requests import Request
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import Scope
 
 from quire.engine.queue import Caller
@@ -20,6 +20,7 @@ from quire.server.http.errors import ApiError
 from quire.server.http.jobs import Jobs
 from quire.server.http.keys import cache_namespace, caller_of
 from quire.server.http.limits import Limits
+from quire.server.http.metrics import RequestCounts
 from quire.server.http.shares import Shares
 from quire.server.http.stored import Store
 
@@ -45,6 +46,27 @@ class Api:
     begin: "Callable[[ServerContext], Coroutine[Any, Any, None]] | None" = None
     """Its work beside requests, such as what was left undone when the server last stopped; it runs once the server
     listens."""
+    marker: str = ""
+    """A header that its requests bear, in small letters: with it, an error has its shape on paths of others too."""
+    name: str = ""
+    """In metrics."""
+
+
+class MarkedRoute(Route):
+    """A route on a path that another API has too, for requests with a header of this one's.
+
+    Args:
+        marker: the header's name, in small letters.
+    """
+
+    def __init__(self, *route: Any, marker: str) -> None:
+        super().__init__(*route)
+        self._marker = marker.encode()
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Nothing without the header."""
+        is_marked = any(name == self._marker for name, _ in scope.get("headers", ()))
+        return super().matches(scope) if is_marked else (Match.NONE, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +173,7 @@ class ServerContext:
     jobs: Jobs = field(default_factory=Jobs)
     gate: Gate = field(default_factory=Gate)
     started_s: int = field(default_factory=lambda: int(time.time()))
+    counts: RequestCounts = field(default_factory=RequestCounts)
     logged: set[str] = field(default_factory=set)
     """Deprecated fields that the log has named."""
 
@@ -189,10 +212,22 @@ class ServerContext:
         name = caller_of(scope)
         return Caller(name, self.weights.get(name, 1))
 
-    def error_body(self, path: str, error: ApiError) -> object:
-        """An error in the shape of the API that a path belongs to; the first one has what belongs to none."""
-        fitting = [api for api in self.apis if path.startswith(api.prefix)]
-        return max(fitting or self.apis[:1], key=lambda api: len(api.prefix)).error_body(error)
+    def error_body(self, path: str, error: ApiError, headers: Sequence[tuple[bytes, bytes]] = ()) -> object:
+        """An error in the shape of the API that a request belongs to."""
+        return self.api_of(path, headers).error_body(error)
+
+    def door_of(self, path: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> str:
+        """The name of the API that a request was of; `server` for what is no route of one."""
+        api = self.api_of(path, headers)
+        return api.name if any(route.path == path for route in api.routes) else "server"
+
+    def api_of(self, path: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> Api:
+        """The API whose marker is among the headers, or that a path belongs to; the first one has what belongs to
+        none."""
+        names = {name for name, _ in headers}
+        marked = [api for api in self.apis if api.marker.encode() in names]
+        fitting = marked or [api for api in self.apis if path.startswith(api.prefix)]
+        return max(fitting or self.apis[:1], key=lambda api: len(api.prefix))
 
     @property
     def queued_paths(self) -> frozenset[str]:

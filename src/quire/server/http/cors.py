@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from quire.errors import ConfigurationError
 
 ANY = ("*",)
-EXPOSED = ("X-Request-Id", "Server-Timing", "Retry-After", "Deprecation", "Link")
+EXPOSED = ("X-Request-Id", "Request-Id", "Server-Timing", "Retry-After", "Deprecation", "Link")
 """Headers of answers that a script may read."""
 _ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.\-]*://[^\s/?#@,]+")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z\-]+")

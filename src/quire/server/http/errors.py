@@ -82,7 +82,7 @@ class ApiError(Exception):
 def error_response(scope: Scope, error: BaseException) -> Response:
     """The response to a request that an exception ended, in the shape of the API that its path belongs to."""
     found = as_api_error(error)
-    content = msgspec.json.encode(scope["app"].state.context.error_body(scope["path"], found))
+    content = msgspec.json.encode(scope["app"].state.context.error_body(scope["path"], found, scope["headers"]))
     return Response(content, found.status, found.headers, media_type="application/json")
 
 

@@ -90,7 +90,7 @@ class KeyRequired:
         if scope["type"] == "lifespan" or scope["path"] in self._open_paths:
             await self._app(scope, receive, send)
             return
-        sent = [value for name, value in scope.get("headers", ()) if name == b"authorization"]
+        sent = credentials(scope.get("headers", ()))
         caller, admin = self.identify(sent)
         if caller is not None:
             scope[CALLER], scope[ADMIN] = caller, admin
@@ -100,13 +100,12 @@ class KeyRequired:
             await send({"type": "websocket.close", "code": 1008})
             return
         text = "this API key is not known here" if sent else "this server needs an API key"
-        text += ": send one as 'Authorization: Bearer KEY'"
+        text += ": send one as 'Authorization: Bearer KEY', or as 'x-api-key: KEY'"
         refusal = ApiError(401, text, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         await error_response(scope, refusal)(scope, receive, send)
 
     def identify(self, authorizations: Sequence[bytes]) -> tuple[str | None, bool]:
-        """The caller, None without a known key, and whether the key is the admin's, from what `Authorization` headers
-        hold."""
+        """The caller, None without a known key, and whether the key is the admin's, from what `credentials` gave."""
         digest = _digest_of(authorizations)
         admin = self._admin is not None and digest is not None and hmac.compare_digest(digest, self._admin)
         return "" if admin or not self._callers else self._caller(digest), admin
@@ -118,6 +117,17 @@ class KeyRequired:
             if digest is not None and hmac.compare_digest(digest, known):
                 found = caller
         return found
+
+
+def credentials(headers: Iterable[tuple[bytes, bytes]]) -> list[bytes]:
+    """What `Authorization` headers hold, and keys in `x-api-key` in the same form. Names are in small letters."""
+    found = []
+    for name, value in headers:
+        if name == b"authorization":
+            found.append(value)
+        elif name == b"x-api-key":
+            found.append(b"Bearer " + value)
+    return found
 
 
 def _digest_of(authorizations: Sequence[bytes]) -> bytes | None:

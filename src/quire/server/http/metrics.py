@@ -3,6 +3,7 @@
 https://github.com/prometheus/docs/blob/main/docs/instrumenting/exposition_formats.md
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from quire.outputs import Metric
@@ -37,6 +38,29 @@ def render_metrics(metrics: Iterable[Metric], model_name: str, prefix: str) -> b
         else:
             lines.append(_sample(name, labels, metric.value))
     return "".join(f"{line}\n" for line in lines).encode()
+
+
+class RequestCounts:
+    """Requests that were answered: by the API that they were of, and by status."""
+
+    def __init__(self) -> None:
+        self._found: Counter[tuple[str, str]] = Counter()
+
+    def count(self, door: str, status: int | None) -> None:
+        """One more; without a status its client left before the answer."""
+        self._found[door, str(status or 499)] += 1
+
+    def metrics(self) -> list[Metric]:
+        """So far."""
+        text = "Requests answered, by API and status."
+        return [
+            Metric(f"{OWN_PREFIX}http_requests_total", "counter", count, help=text, labels=_labels(door, status))
+            for (door, status), count in sorted(self._found.items())
+        ]
+
+
+def _labels(door: str, status: str) -> tuple[tuple[str, str], ...]:
+    return (("door", door), ("status", status))
 
 
 def _sample(name: str, labels: Mapping[str, str], value: float) -> str:

@@ -13,7 +13,7 @@ from quire.errors import OverloadedError
 from quire.server.http.access import log_request
 from quire.server.http.context import ServerContext
 from quire.server.http.errors import ApiError, as_api_error, error_response
-from quire.server.http.keys import KeyRequired
+from quire.server.http.keys import KeyRequired, credentials
 from quire.server.http.shares import sharer_of
 
 LARGE_BODY_BYTES = 2**16
@@ -113,6 +113,7 @@ class EarlyRefusal:
         except OverloadedError as error:
             refusal = as_api_error(error)
             method, path, _ = lines[0].decode().split(" ")
+            self._context.counts.count(self._context.door_of(path), refusal.status)
             if self._logs:
                 log_request(method, path, refusal.status, time.monotonic() - begun_s)
             return refusal.plain(self._context.error_body(path, refusal))
@@ -122,4 +123,4 @@ class EarlyRefusal:
         if any(line[:1] in (b" ", b"\t") for line in lines):  # the line before goes on
             return None
         named = [line.partition(b":") for line in lines]
-        return keys.identify([value.strip() for name, _, value in named if name.lower() == b"authorization"])[0]
+        return keys.identify(credentials((name.lower(), value.strip()) for name, _, value in named))[0]

@@ -91,24 +91,27 @@ _ERRORS = {
 }
 
 
-def errors(*statuses: int) -> dict[str, Any]:
+def errors(*statuses: int, error: str = "Error") -> dict[str, Any]:
     """What these statuses mean, and their shape."""
-    return {str(status): {"description": _ERRORS[status], "content": _content(ref("Error"))} for status in statuses}
+    return {str(status): {"description": _ERRORS[status], "content": _content(ref(error))} for status in statuses}
 
 
-def post(name: str, summary: str, *, events: str = "") -> dict[str, Any]:
-    """A route that reads a body `NAMERequest` and answers with a `NAMEResponse`, or with server-sent events."""
+def post(
+    name: str, summary: str, *, events: str = "", media: str = "text/event-stream", error: str = "Error"
+) -> dict[str, Any]:
+    """A route that reads a body `NAMERequest` and answers with a `NAMEResponse`, or with a stream of events, which
+    `events` tells of."""
     content = _content(ref(f"{name}Response"))
     if events:
         event = {"type": "object", "properties": {"data": STRING}, "required": ["data"], "description": events}
-        content |= _content(event, "text/event-stream")
+        content |= _content(event, media)
     return {
         "operationId": f"create{name}",
         "summary": summary,
         "requestBody": {"required": True, "content": _content(ref(f"{name}Request"))},
         "responses": {
             "200": {"description": "Done.", "content": content},
-            **errors(*sorted(_ERRORS.keys() - {403, 507})),
+            **errors(*sorted(_ERRORS.keys() - {403, 507}), error=error),
         },
     }
 
@@ -121,6 +124,7 @@ def get(
     media: str = "application/json",
     of: str | None = None,
     probe: bool = False,
+    error: str = "Error",
 ) -> dict[str, Any]:
     """A route without a body, with the statuses of its errors."""
     found: dict[str, Any] = {"operationId": name, "summary": summary}
@@ -131,8 +135,8 @@ def get(
         found["security"] = []
         responses["503"] = {"description": "Not so.", "content": _content(schema)}
     else:
-        responses |= errors(401, *more)
-    return {**found, "responses": {**responses, **errors(405)}}
+        responses |= errors(401, *more, error=error)
+    return {**found, "responses": {**responses, **errors(405, error=error)}}
 
 
 def _index() -> Schema:

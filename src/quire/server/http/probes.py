@@ -51,7 +51,7 @@ async def metrics(request: Request) -> Response:
     if context.needs_key and not context.opens_metrics and not is_admin(request):
         text = "/metrics answers to the admin key alone (--admin-api-key), or to everyone with --metrics-open"
         raise ApiError(403, text, code="admin_only")
-    found = context.engine.get_metrics()
+    found = [*context.engine.get_metrics(), *context.counts.metrics()]
     return Response(
         render_metrics(found, context.served_names[0], request.app.state.metrics_prefix), media_type=CONTENT_TYPE
     )

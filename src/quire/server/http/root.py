@@ -21,7 +21,8 @@ _PAGE = """<!doctype html>
 <body style="font: 16px/1.5 sans-serif; max-width: 40em; margin: 3em auto">
 <h1>Quire {version}</h1>
 <p>An inference engine for large language models, serving {models}.
-Clients of OpenAI's API take this address and <code>/v1</code> as their base URL.</p>
+Clients of OpenAI's API take this address and <code>/v1</code> as their base URL; those of Anthropic's and of Ollama's
+take this address alone.</p>
 <ul>{links}</ul>
 </body></html>
 """

@@ -13,7 +13,8 @@ from msgspec import Meta
 
 from quire import sampling_params as sampling
 from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
-from quire.sampling_params import SamplingParams
+from quire.server.answers.fields import sampling_field as _sampling
+from quire.server.answers.fields import strings as _strings
 from quire.server.doors.openai.conversation import (
     CACHED,
     Conversation,
@@ -70,23 +71,10 @@ REFUSED_CHAT = {
 REFUSED_TOKENIZE = {"mm_processor_kwargs": _REFUSED_MEDIA}
 
 
-def _strings(most: int) -> Schema:
-    one: Schema = {"type": "string", "minLength": 1, "maxLength": sampling.MAX_STOP_STRING_BYTES}
-    return {"anyOf": [one, array(one, most)]}
-
-
 def _repetition() -> Schema:
     sizes: Schema = {"type": "integer", "minimum": 0, "maximum": sampling.MAX_PATTERN}
     properties = {"max_pattern_size": sizes, "min_pattern_size": sizes, "min_count": {"type": "integer", "minimum": 0}}
     return {"type": "object", "properties": properties, "additionalProperties": False}
-
-
-def _sampling(name: str, text: str, *aliases: str, **changes: Any) -> Field:
-    """A field that goes to `SamplingParams` under its own name, which checks it: its range stands there."""
-    default = SamplingParams.__dataclass_fields__[name].default
-    shown = {} if default is None else {"default": default}
-    schema = {"type": "boolean"} if name in sampling.FLAGS else number(sampling.RANGES[name])
-    return Field(text, aliases=aliases, schema={**schema, **shown, **changes})
 
 
 _TOKEN_LIST = array(TOKEN_ID, sampling.MAX_TOKEN_LIST)

@@ -7,8 +7,8 @@ from msgspec import Raw
 from msgspec.json import encode
 
 import quire
-from quire.errors import EngineDeadError, request_failure
-from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
+from quire.outputs import CompletionOutput, PositionLogprobs
+from quire.server.answers.finish import check_finish as check_finish
 from quire.server.doors.openai.bodies import ResponseOptions
 
 FINGERPRINT = f"quire-{quire.__version__}"
@@ -20,20 +20,6 @@ def of_labels(options: ResponseOptions) -> dict[str, Any]:
     """What was done of labels that a client may count on: nothing was stored, and there is one tier."""
     tier = {} if options.service_tier is None else {"service_tier": "default"}
     return ({"store": False} if options.store else {}) | tier
-
-
-def check_finish(output: RequestOutput, choice: CompletionOutput) -> str | None:
-    """The finish reason for the wire.
-
-    Raises:
-        RequestFailedError: the sequence ended with an error.
-        EngineDeadError: the engine cut it off.
-    """
-    if choice.finish_reason == "error":
-        raise request_failure(output.error or "this request failed while it ran")
-    if choice.finish_reason == "abort":
-        raise EngineDeadError("the request was cut off")
-    return choice.finish_reason
 
 
 def _finite(logprob: float) -> float:

@@ -152,4 +152,5 @@ OPENAI = Api(
     error_body=error_body,
     describe=_describe,
     begin=_begin,
+    name="openai",
 )

@@ -6,6 +6,7 @@ import msgspec
 
 from quire.engine.tools import Asked, Tool, read_tools
 from quire.errors import InvalidRequestError
+from quire.server.answers.single import tool_named
 from quire.server.doors.openai.bodies import ChatBody
 from quire.server.doors.openai.conversation import AllowedTools, Conversation, ToolChoice
 from quire.server.http.limits import Limits
@@ -44,7 +45,7 @@ def asked_of(body: ChatBody) -> Asked:
     if isinstance(choice, ToolChoice) and choice.type == "function":
         if choice.function is None or choice.allowed_tools is not None:
             raise _refused("of type function must hold function, with its name, and nothing else")
-        tools = (_named(tools, choice.function.name, "tool_choice.function.name"),)
+        tools = (tool_named(tools, choice.function.name, "tool_choice.function.name"),)
         must_call, parallel = True, False
     elif isinstance(choice, ToolChoice):
         if choice.allowed_tools is None or choice.function is not None:
@@ -61,19 +62,10 @@ def asked_of(body: ChatBody) -> Asked:
 def _allowed(tools: tuple[Tool, ...], allowed: AllowedTools) -> tuple[Tool, ...]:
     place = "tool_choice.allowed_tools.tools"
     named = {
-        item.function.name: _named(tools, item.function.name, f"{place}[{at}].function.name")
+        item.function.name: tool_named(tools, item.function.name, f"{place}[{at}].function.name")
         for at, item in enumerate(allowed.tools)
     }
     return tuple(named.values())
-
-
-def _named(tools: tuple[Tool, ...], name: str, place: str) -> Tool:
-    found = next((tool for tool in tools if tool.name == name), None)
-    if found is None:
-        known = ", ".join(tool.name for tool in tools)[:200] or "there are none"
-        text = f"{place} is {name!r}, which is no tool of this request ({known})"
-        raise InvalidRequestError(text, param="tool_choice")
-    return found
 
 
 def _refused(text: str) -> InvalidRequestError:

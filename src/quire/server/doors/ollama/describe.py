@@ -1,0 +1,67 @@
+"""Ollama's API in OpenAPI 3.1: bodies from their declarations, answers as the routes write them."""
+
+from typing import Any
+
+from quire.server.doors.ollama.bodies import CHAT, GENERATE, PULL, SHOW
+from quire.server.http.limits import Limits
+from quire.server.http.openapi import INTEGER, get, open_object, post, ref
+from quire.server.http.schema import STRING, Schema, array
+
+ERROR = "OllamaError"
+EVENTS = "Lines of JSON: each holds a part of the answer, the last has done: true."
+NDJSON = "application/x-ndjson"
+
+
+def describe(limits: Limits) -> tuple[dict[str, Any], dict[str, Schema]]:
+    """The paths of this API that are honoured, and the schemas they name."""
+    bodies = {"OllamaChat": CHAT, "OllamaGenerate": GENERATE, "OllamaShow": SHOW, "OllamaPull": PULL}
+    paths = {
+        "/api/chat": {"post": _post("OllamaChat", "Go on with a conversation.", EVENTS)},
+        "/api/generate": {"post": _post("OllamaGenerate", "Answer a prompt.", EVENTS)},
+        "/api/show": {"post": _post("OllamaShow", "One model.")},
+        "/api/pull": {"post": _post("OllamaPull", "Nothing is to be done for what is served.", "Lines of JSON.")},
+        "/api/tags": {"get": get("listOllamaModels", "What is served.", ref("OllamaModels"), error=ERROR)},
+        "/api/ps": {"get": get("listOllamaRunning", "What is loaded.", ref("OllamaModels"), error=ERROR)},
+        "/api/version": {"get": get("ollamaVersion", "Quire's.", open_object({"version": STRING}), error=ERROR)},
+    }
+    schemas: dict[str, Schema] = {}
+    for name, body in bodies.items():
+        schemas[f"{name}Request"], below = body.json_schema(limits)  # type: ignore[attr-defined]
+        schemas |= below
+    return paths, {**schemas, **_answers()}
+
+
+def _post(name: str, summary: str, events: str = "") -> dict[str, Any]:
+    return post(name, summary, events=events, media=NDJSON, error=ERROR)
+
+
+def _answers() -> dict[str, Schema]:
+    head: dict[str, Schema] = {"model": STRING, "created_at": STRING}
+    spans = ("total_duration", "load_duration", "prompt_eval_duration", "eval_duration")
+    counts = ("prompt_eval_count", "eval_count")
+    end: dict[str, Schema] = {
+        "done": {"const": True},
+        "done_reason": {"enum": ["stop", "length", "load"]},
+        "context": array(INTEGER),
+        "thinking": STRING,
+        **{name: INTEGER for name in (*spans, *counts)},
+    }
+    optional = ("context", "thinking", *spans, *counts)
+    message = open_object(
+        {
+            "role": {"const": "assistant"},
+            "content": STRING,
+            "thinking": STRING,
+            "tool_calls": array({"type": "object"}),
+        },
+        optional=("thinking", "tool_calls"),
+    )
+    card = {name: STRING for name in ("name", "model", "modified_at", "digest")}
+    return {
+        "OllamaChatResponse": open_object({**head, "message": message, **end}, optional=optional),
+        "OllamaGenerateResponse": open_object({**head, "response": STRING, **end}, optional=optional),
+        "OllamaShowResponse": open_object({"template": STRING, "capabilities": array(STRING)}),
+        "OllamaPullResponse": open_object({"status": STRING}),
+        "OllamaModels": open_object({"models": array(open_object({**card, "size": INTEGER}))}),
+        ERROR: open_object({"error": STRING}),
+    }

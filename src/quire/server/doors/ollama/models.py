@@ -1,0 +1,122 @@
+"""What Ollama's API tells of the model that is served, and why it does nothing about others."""
+
+from collections.abc import AsyncGenerator
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+import quire
+from quire.errors import ModelNotFoundError
+from quire.server.doors.ollama.bodies import PULL, SHOW
+from quire.server.doors.ollama.respond import resolve
+from quire.server.http.context import ServerContext, new_id
+from quire.server.http.errors import ApiError
+from quire.server.http.streams import Framing, deliver
+
+Body = dict[str, Any]
+FOR_EVER = "9999-12-31T23:59:59Z"
+"""A model stays for as long as the server runs."""
+REFUSED = {
+    "/api/create": "models are made by `quire build`, not by a server",
+    "/api/push": "models are not sent anywhere",
+    "/api/copy": "names are given when the server starts, by --served-model-name",
+    "/api/delete": "the model of a running server stays",
+    "/api/embed": "this version makes no vectors",
+    "/api/embeddings": "this version makes no vectors",
+    "/api/blobs/{digest}": "models are made by `quire build`, not by a server",
+}
+"""Routes that are known and not honoured."""
+
+
+async def list_models(request: Request) -> Response:
+    """What is served, under each of its names."""
+    context: ServerContext = request.app.state.context
+    return JSONResponse({"models": [_card(context, name) for name in context.served_names]})
+
+
+async def list_running(request: Request) -> Response:
+    """The same: what is served is loaded."""
+    context: ServerContext = request.app.state.context
+    more = {"expires_at": FOR_EVER, "size_vram": 0, "context_length": context.engine.max_model_len}
+    return JSONResponse({"models": [{**_card(context, name), **more} for name in context.served_names]})
+
+
+async def version(request: Request) -> Response:
+    """Quire's."""
+    return JSONResponse({"version": quire.__version__})
+
+
+async def show(request: Request) -> Response:
+    """One model."""
+    context: ServerContext = request.app.state.context
+    body = await context.bodies.read(request, lambda raw: SHOW.read(raw, context.limits))
+    name, engine = resolve(context, body.model), context.engine
+    template, card = engine.get_tokenizer().tools_template or "", _card(context, name)
+    stated = "\n".join(f"{name} {value}" for name, value in engine.stated_sampling.items())
+    answers = engine.answer_format
+    reasons = answers is not None and answers.reasoning is not None
+    content = {
+        "modelfile": f"FROM {name}\n",
+        "parameters": stated,
+        "template": template,
+        "license": "",
+        "details": card["details"],
+        "model_info": {"general.architecture": "quire", "quire.context_length": engine.max_model_len},
+        "capabilities": ["completion", *(["tools"] if template else []), *(["thinking"] if reasons else [])],
+        "modified_at": card["modified_at"],
+    }
+    return JSONResponse(content)
+
+
+class _Pulled:
+    """Of a model that is there."""
+
+    headers = staticmethod(dict[str, str])
+
+    async def whole(self) -> bytes:
+        return msgspec.json.encode({"status": "success"})
+
+    async def events(self) -> AsyncGenerator[Body, None]:
+        yield {"status": "pulling manifest"}
+        yield {"status": "success"}
+
+
+async def pull(request: Request, framing: Framing) -> Response:
+    """Nothing is to be done for what is served; a server fetches nothing else."""
+    context: ServerContext = request.app.state.context
+    body = await context.bodies.read(request, lambda raw: PULL.read(raw, context.limits))
+    with context.gate.inside(new_id("pull")):
+        try:
+            resolve(context, body.model)
+        except ModelNotFoundError as error:
+            text = f"{error.message}; a server fetches no models: start another with `quire serve`"
+            raise ModelNotFoundError(text, param="model") from error
+        return await deliver(request, _Pulled(), framing if body.stream else None)
+
+
+async def refuse(request: Request) -> Response:
+    """A route that is known and not honoured.
+
+    Raises:
+        ApiError: always.
+    """
+    path = request.scope["path"]
+    reason = REFUSED[path if path in REFUSED else "/api/blobs/{digest}"]
+    raise ApiError(400, f"{path[:64]} is not supported: {reason}", code="unsupported_route")
+
+
+def _card(context: ServerContext, name: str) -> Body:
+    files = context.engine.model_files
+    modified = datetime.fromtimestamp(context.started_s if files is None else files.modified_s, UTC)
+    details = {"parent_model": "", "format": "" if files is None else files.format, "family": "", "families": []}
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": modified.isoformat().replace("+00:00", "Z"),
+        "size": 0 if files is None else files.num_bytes,
+        "digest": "" if files is None else files.fingerprint,
+        "details": {**details, "parameter_size": "", "quantization_level": ""},
+    }

@@ -1,0 +1,76 @@
+"""Ollama's API: the routes, the shape of errors, the framing of streams."""
+
+from collections.abc import Callable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from quire.sampling_params import SamplingParams
+from quire.server.doors.ollama import models
+from quire.server.doors.ollama.describe import describe
+from quire.server.doors.ollama.parse import Call, in_own_names, parse_chat, parse_generate
+from quire.server.doors.ollama.respond import OllamaAnswer, OllamaChatAnswer, nothing_asked
+from quire.server.http.context import Api, ServerContext
+from quire.server.http.errors import ApiError
+from quire.server.http.limits import Limits
+from quire.server.http.streams import Framing, deliver, naming_param
+
+Parse = Callable[[dict[str, Any], SamplingParams, Limits], Call]
+
+
+def error_body(error: ApiError) -> dict[str, Any]:
+    """`{"error"}`."""
+    return {"error": error.message}
+
+
+FRAMING = Framing("application/x-ndjson", lambda content: content + b"\n", b"", error_body)
+
+
+async def chat(request: Request) -> Response:
+    """Go on with a conversation."""
+    with naming_param("prompt", "messages"):
+        return await _create(request, parse_chat, OllamaChatAnswer)
+
+
+async def generate(request: Request) -> Response:
+    """Answer a prompt."""
+    return await _create(request, parse_generate, OllamaAnswer)
+
+
+async def _create(request: Request, parse: Parse, answer: type[OllamaAnswer]) -> Response:
+    context: ServerContext = request.app.state.context
+    defaults = context.engine.get_default_sampling_params()
+    call = await context.bodies.read(request, lambda body: parse(body, defaults, context.limits))
+    if call.chat is None and call.raw is None:
+        return JSONResponse(nothing_asked(context, call, is_chat=answer.is_chat))
+    requested = context.request_context(request, "", None)
+    with in_own_names():
+        return await deliver(request, answer(context, call, requested), FRAMING if call.stream else None)
+
+
+async def pull(request: Request) -> Response:
+    """Fetch a model: nothing is to be done for what is served."""
+    return await models.pull(request, FRAMING)
+
+
+_METHODS = {"/api/delete": ["DELETE"], "/api/blobs/{digest}": ["POST", "HEAD"]}
+
+OLLAMA = Api(
+    prefix="/api/",
+    routes=(
+        Route("/api/chat", chat, methods=["POST"]),
+        Route("/api/generate", generate, methods=["POST"]),
+        Route("/api/tags", models.list_models),
+        Route("/api/ps", models.list_running),
+        Route("/api/version", models.version),
+        Route("/api/show", models.show, methods=["POST"]),
+        Route("/api/pull", pull, methods=["POST"]),
+        *(Route(path, models.refuse, methods=_METHODS.get(path, ["POST"])) for path in models.REFUSED),
+    ),
+    queued_paths=frozenset({"/api/chat", "/api/generate"}),
+    error_body=error_body,
+    describe=describe,
+    name="ollama",
+)
