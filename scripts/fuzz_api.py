@@ -24,8 +24,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.llm import AsyncLLM
+from quire.server.doors.all import DOORS
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT
-from quire.server.doors.openai.routes import OPENAI
 from quire.server.http.app import create_app
 from quire.server.http.limits import Limits
 from quire.server.http.listen import bind
@@ -82,7 +82,7 @@ class Server:
     def __init__(self, statuses: Counter[int], findings: list[str]) -> None:
         self.engine = AsyncLLM(max_model_len=96, max_num_seqs=16, max_num_batched_tokens=512)
         limits = Limits().with_values({"sequences": 8, "prompts": 8})
-        app = create_app(self.engine, apis=[OPENAI], served_model_name="fuzzed", api_key=KEY, limits=limits)
+        app = create_app(self.engine, apis=DOORS, served_model_name="fuzzed", api_key=KEY, limits=limits)
         app.add_middleware(Counting, statuses=statuses, findings=findings)
         listener, ready = bind("127.0.0.1", 0), threading.Event()
         self.port = listener.getsockname()[1]

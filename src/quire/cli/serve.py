@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> int:
     finish = begin(args)
     # While the core starts: what follows takes a third of a second to import.
     from quire.engine.async_engine import AsyncEngine
-    from quire.server.doors.openai.routes import OPENAI
+    from quire.server.doors.all import DOORS
     from quire.server.http.access import configure_logs
     from quire.server.http.app import Observability, create_app
     from quire.server.http.keys import read_keys
@@ -132,7 +132,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         app = create_app(
             engine,
-            apis=[OPENAI],
+            apis=DOORS,
             served_model_name=options.served_model_name or name,
             model_names=[] if options.served_model_name else [name, *([] if args.model is None else [args.model])],
             api_key=keys,

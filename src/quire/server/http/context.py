@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.requests import Request
@@ -40,6 +41,10 @@ class Api:
     """An error in the API's shape."""
     describe: Callable[[Limits], tuple[dict[str, Any], dict[str, dict[str, Any]]]]
     """Its paths in OpenAPI, and the schemas they name."""
+    paths: frozenset[str] = frozenset()
+    """Further paths whose errors have its shape."""
+    status_of: Callable[[ApiError], int] = attrgetter("status")
+    """The status that it gives an error."""
 
 
 class Gate:
@@ -170,10 +175,17 @@ class ServerContext:
         name = caller_of(scope)
         return Caller(name, self.weights.get(name, 1))
 
+    def api_of(self, path: str) -> Api:
+        """The API that a path belongs to; the first one has what belongs to none."""
+        named = [api for api in self.apis if path in api.paths]
+        fitting = named or [api for api in self.apis if path.startswith(api.prefix)]
+        return max(fitting or self.apis[:1], key=lambda api: len(api.prefix))
+
     def error_body(self, path: str, error: ApiError) -> object:
-        """An error in the shape of the API that a path belongs to; the first one has what belongs to none."""
-        fitting = [api for api in self.apis if path.startswith(api.prefix)]
-        return max(fitting or self.apis[:1], key=lambda api: len(api.prefix)).error_body(error)
+        """An error in the shape of the API that a path belongs to, whose status it takes."""
+        api = self.api_of(path)
+        error.status = api.status_of(error)
+        return api.error_body(error)
 
     @property
     def queued_paths(self) -> frozenset[str]:
