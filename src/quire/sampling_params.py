@@ -62,8 +62,8 @@ class SamplingParams:
     """Every field is honoured; a value out of range is refused with `InvalidRequestError` naming the field.
 
     The order in which they act on the logits of one position: `allowed_token_ids`, `logit_bias`,
-    `min_tokens` (stop tokens masked), `bad_words`, the three penalties, `temperature`, `min_p`, `top_k`,
-    `top_p`, sampling. `logprobs` are those of the model's own logits, before any of it
+    `min_tokens` (stop tokens masked), `bad_words`, the three penalties, `typical_p`, `temperature`, `min_p`,
+    `top_k`, `top_p`, sampling. `logprobs` are those of the model's own logits, before any of it
     (or these logits: `EngineArgs.logprobs_mode`).
     """
 
@@ -77,6 +77,8 @@ class SamplingParams:
     """Keep the k most probable tokens; 0 (or -1, as older clients send it) keeps all."""
     min_p: float = 0.0
     """Drop tokens less probable than this share of the best one's; in [0, 1]."""
+    typical_p: float = 1.0
+    """Keep the tokens whose surprise is nearest to the expected one, up to this mass; in (0, 1]."""
     seed: int | None = None
     """Makes sampling repeat itself. None: the engine's seed and the request's number decide."""
     presence_penalty: float = 0.0
@@ -224,6 +226,7 @@ RANGES = {
     "top_p": Range(0.0, 1.0, is_above_low=True),
     "top_k": _whole(-1, 2**31 - 1),
     "min_p": Range(0.0, 1.0),
+    "typical_p": Range(0.0, 1.0, is_above_low=True),
     "seed": _whole(-(2**63), MAX_SEED, optional=True),
     "presence_penalty": Range(-2.0, 2.0),
     "frequency_penalty": Range(-2.0, 2.0),

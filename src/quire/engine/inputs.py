@@ -253,6 +253,7 @@ class InputProcessor:
             num_prompt_logprobs=params.prompt_logprobs,
             logprob_token_ids=tuple(params.logprob_token_ids or ()),
             grammar=None if source is None else GrammarSpec(source, max_tokens),
+            typical_p=params.typical_p,
         )
 
     def grammar_source(self, params: SamplingParams) -> str | None:
