@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from quire.llm import AsyncLLM
 from quire.server.doors.all import DOORS
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT
+from quire.server.doors.tgi.bodies import GENERATE, PARAMETERS
 from quire.server.http.app import create_app
 from quire.server.http.limits import Limits
 from quire.server.http.listen import bind
@@ -41,6 +42,10 @@ ROUTES = {
     "/v1/completions": (COMPLETION, {"prompt": "a b", "max_tokens": 2}),
     "/v1/chat/completions": (CHAT, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}),
     "/tokenize": (TOKENIZE_CHAT, {"messages": [{"role": "user", "content": "hi"}]}),
+    "/generate": (GENERATE, {"inputs": "a b", "parameters": {"max_new_tokens": 2}}),
+    "/generate_stream": (PARAMETERS, {"inputs": "a b", "parameters": {"max_new_tokens": 2}}),
+    "/": (PARAMETERS, {"inputs": "a b", "parameters": {"max_new_tokens": 2}}),
+    "/chat_tokenize": (CHAT, {"messages": [{"role": "user", "content": "hi"}]}),
     "/detokenize": (DETOKENIZE, {"tokens": [1, 2, 3]}),
 }
 ATOMS: tuple[Any, ...] = (
@@ -134,8 +139,11 @@ def one_request(chance: random.Random) -> tuple[str, str, bytes, dict[str, str]]
     path = chance.choice(list(ROUTES))
     schema, base = ROUTES[path]
     body = dict(base)
+    held = body
+    if schema is PARAMETERS:  # whose fields stand in an object of the body
+        held = body["parameters"] = dict(body["parameters"])
     for name in chance.sample(schema.known(), chance.randint(1, 3)):
-        body[name] = chance.choice(ATOMS)
+        held[name] = chance.choice(ATOMS)
     data = json.dumps(body).encode()
     kind = chance.random()
     if kind < 0.1:

@@ -70,7 +70,9 @@ def test_a_feature_keeps_nothing_of_a_row_that_left(ops: Ops) -> None:
         feature.remove(1)
         with pytest.raises(KeyError):
             feature.on_token(1, 5)
-            feature.apply(ops.array(normal_logits(1, 1, VOCABULARY), "float32"), [1], [0], [3])  # without a state by token
+            feature.apply(
+                ops.array(normal_logits(1, 1, VOCABULARY), "float32"), [1], [0], [3]
+            )  # without a state by token
 
 
 def test_a_sampler_without_features_samples_the_raw_logits(ops: Ops) -> None:

@@ -5,7 +5,6 @@ is dead, `fail` fails after two, `die` kills the engine.
 """
 
 import asyncio
-import itertools
 import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -25,6 +24,8 @@ MAX_MODEL_LEN = 512
 
 class ByteTokenizer:
     """One token a byte."""
+
+    special_token_ids = frozenset((0,))
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return bytes(token_ids).decode(errors="replace")
@@ -46,10 +47,11 @@ class ByteOffsets:
     """Of tokens that are one character each."""
 
     def __init__(self, start: int) -> None:
-        self._places = itertools.count(start)
+        self.place = start
 
     def push(self, token_ids: list[int]) -> list[int]:
-        return [next(self._places) for _ in token_ids]
+        self.place += len(token_ids)
+        return list(range(self.place - len(token_ids), self.place))
 
 
 class FakeObserver(Observer):

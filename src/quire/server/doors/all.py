@@ -1,9 +1,11 @@
-"""Every door of a server, in one table: whoever starts, describes or attacks a server takes it from here.
+"""Every door of a server, in one table: what starts, describes or attacks a server takes it from here.
 
-The first has errors that belong to none; where two have a route for one path and method, the one that stands first.
+The first has errors that belong to none. Where two have a route for one path and method the last has it, and passes on
+what is not its own.
 """
 
 from quire.server.doors.openai.routes import OPENAI
+from quire.server.doors.tgi.routes import TGI
 from quire.server.http.context import Api
 
-DOORS: tuple[Api, ...] = (OPENAI,)
+DOORS: tuple[Api, ...] = (OPENAI, TGI)

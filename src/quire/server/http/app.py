@@ -60,7 +60,8 @@ def create_app(
     """An ASGI application. The caller keeps the engine and shuts it down.
 
     Args:
-        apis: what it speaks; errors outside of all of them have the shape of the first.
+        apis: what it speaks; errors outside of all of them have the shape of the first. Where two have a route for one
+            path and method the last has it, and passes on what is not its own.
         served_model_name: names shown by /v1/models; the first stands for requests that name none.
         model_names: further names that requests may use (the model's directory, its id on the hub).
         api_key: keys, or keys with weights; with one, every route but the probes needs `Authorization: Bearer KEY`.
@@ -82,13 +83,13 @@ def create_app(
     api_keys = _weighted(api_key)
     if show_cached_tokens is None:
         show_cached_tokens = not (share_prefix_cache and len(api_keys) > 1)
-    app = Starlette(routes=[*(route for api in apis for route in api.routes), *probes.ROUTES])
+    app = Starlette(routes=[*(route for api in reversed(apis) for route in api.routes), *probes.ROUTES])
     app.router.redirect_slashes = False
     app.state.context = ServerContext(
         engine=engine,
         apis=tuple(apis),
         served_names=names,
-        accepted_names=frozenset(names) | frozenset(model_names),
+        accepted_names=frozenset(names).union(model_names, *(api.stand_ins for api in apis)),
         places=Shares(limits.requests.value),
         show_cached_tokens=show_cached_tokens,
         limits=limits,

@@ -15,6 +15,7 @@ from starlette.types import Scope
 
 from quire.engine.queue import Caller
 from quire.errors import InvalidRequestError, ModelNotFoundError, OverloadedError
+from quire.outputs import Metric
 from quire.server.http import limits
 from quire.server.http.body import Bodies
 from quire.server.http.errors import ApiError
@@ -45,6 +46,10 @@ class Api:
     """Further paths whose errors have its shape."""
     status_of: Callable[[ApiError], int] = attrgetter("status")
     """The status that it gives an error."""
+    metrics: Mapping[str, Callable[[Sequence[Metric]], Sequence[Metric]]] = field(default_factory=dict)
+    """By a value of `--metrics-prefix`: the engine's metrics under its own names."""
+    stand_ins: frozenset[str] = frozenset()
+    """Names that its clients send where they name no model: they stand for the first one."""
 
 
 class Gate:

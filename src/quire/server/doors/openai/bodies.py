@@ -103,7 +103,7 @@ SAMPLING = {
     "top_p": _sampling("top_p", "keep the most probable tokens up to this mass"),
     "top_k": _sampling("top_k", "keep this many tokens; 0 and -1 keep all"),
     "min_p": _sampling("min_p", "drop tokens less probable than this share of the best one's"),
-    "typical_p": _sampling("typical_p", "keep the tokens whose surprise is nearest to the expected one, up to this mass"),
+    "typical_p": _sampling("typical_p", "keep tokens whose surprise is nearest to the expected, up to this mass"),
     "seed": _sampling("seed", "makes sampling repeat", "sampling_seed", "random_seed"),
     "presence_penalty": _sampling("presence_penalty", "against tokens that occurred in the answer"),
     "frequency_penalty": _sampling("frequency_penalty", "against tokens, by how often they occurred in the answer"),

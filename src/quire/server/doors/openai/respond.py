@@ -45,6 +45,8 @@ class Answer(ABC, Generic[C]):
     kind: ClassVar[str]
     """What it calls itself, whole."""
     event_kind: ClassVar[str]
+    field: ClassVar[str]
+    """Of the body: what the prompt is made of."""
 
     def __init__(self, context: ServerContext, call: C, request: RequestContext) -> None:
         self._context, self._engine, self._call, self._request = context, context.engine, call, request
@@ -144,7 +146,9 @@ class Answer(ABC, Generic[C]):
         engine, caller = self._engine, self._request.caller
         bad_words = await engine.encode_bad_words(self._call.params, caller=caller)
         prompts = await self._prompts()
-        lengths = [len(token_ids) for _, token_ids in prompts]
+        lengths, most = [len(token_ids) for _, token_ids in prompts], self._context.limits.prompt_tokens
+        if max(lengths) > most.value:
+            raise most.error(f"{max(lengths):,}", self.field)
         params = bound_logprobs(self._call, lengths, engine.max_model_len, self._context.limits)
         params = await self._held(params, prompts[0][1])
         return [
@@ -173,7 +177,7 @@ class Answer(ABC, Generic[C]):
 class CompletionAnswer(Answer[CompletionCall]):
     """Of /v1/completions: the sequences of all prompts, numbered through."""
 
-    prefix, kind, event_kind = "cmpl", "text_completion", "text_completion"
+    prefix, kind, event_kind, field = "cmpl", "text_completion", "text_completion", "prompt"
 
     def __init__(self, context: ServerContext, call: CompletionCall, request: RequestContext) -> None:
         super().__init__(context, call, request)
@@ -256,7 +260,7 @@ class CompletionAnswer(Answer[CompletionCall]):
 class ChatAnswer(Answer[ChatCall]):
     """Of /v1/chat/completions: as events, for each choice its role, what it says, why it ended."""
 
-    prefix, kind, event_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, kind, event_kind, field = "chatcmpl", "chat.completion", "chat.completion.chunk", "messages"
 
     def __init__(self, context: ServerContext, call: ChatCall, request: RequestContext) -> None:
         super().__init__(context, call, request)
