@@ -110,6 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"quire {verb}: {hint}")
         return 2
     try:
+        if verb == "serve" and "--tgi" in given:
+            from quire.cli.tgi import translated
+
+            given = translated(given, os.environ, say)
         words = canonical(given, say)
         if verb == "serve" and not {"-h", "--help"} & set(words):
             words = _with_settings(words)
