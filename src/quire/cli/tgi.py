@@ -196,7 +196,8 @@ def translated(words: Sequence[str], environment: Mapping[str, str], say: Callab
             else:
                 result += _words(variable, rule, value, say)
     for flag, value in DEFAULTS.items():
-        if flag not in result and not any(word.startswith(f"{flag}=") for word in result):
+        own_variable = "QUIRE_" + flag[2:].replace("-", "_").upper()
+        if own_variable not in environment and not any(word.partition("=")[0] == flag for word in result):
             result += [flag, value]
     return [*result, *words[len(own) :]]
 
