@@ -104,8 +104,10 @@ class FakeEngine:
     def is_ready(self) -> bool:
         return self.is_healthy
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True, caller: Caller = ANYBODY) -> list[int]:
-        return list(text.encode())
+    async def encode(
+        self, text: str, *, add_special_tokens: bool = True, suffix: str = "", caller: Caller = ANYBODY
+    ) -> list[int]:
+        return list(f"{text}{'|' * bool(suffix)}{suffix}".encode())
 
     async def encode_bad_words(
         self, params: SamplingParams, *, caller: Caller = ANYBODY

@@ -53,7 +53,6 @@ REFUSED = {
     "watermarking": Refused(_PLAIN),
 }
 REFUSED_COMPLETION = {
-    "suffix": Refused("filling in the middle is not supported in this version", ("",)),
     "prompt_embeds": Refused(_PLAIN),
     "return_prompt_text": Refused("echo gives the prompt", (False,)),
 }
@@ -98,7 +97,11 @@ _BIAS = {
 }
 SAMPLING = {
     "n": _sampling("n", "sequences to sample for each prompt"),
-    "best_of": Field("the same as n, or 1: choose among the n answers yourself", schema=number(sampling.RANGES["n"])),
+    "best_of": Field(
+        "completions: sequences to sample, of which the n most probable by their mean are given; not with stream. "
+        "Chats: n, or 1",
+        schema=number(sampling.RANGES["n"]),
+    ),
     "temperature": _sampling("temperature", "0 takes the most probable token"),
     "top_p": _sampling("top_p", "keep the most probable tokens up to this mass"),
     "top_k": _sampling("top_k", "keep this many tokens; 0 and -1 keep all"),
@@ -275,6 +278,10 @@ class CompletionBody(msgspec.Struct, kw_only=True):
             schema=_prompts,
         ),
     ]
+    suffix: Annotated[
+        str,
+        Field("what stands behind the answer, for models whose tokenizer knows filling in the middle; not with echo"),
+    ] = ""
     echo: Annotated[bool, Field("the prompt before the answer; with max_tokens 0 the prompt alone")] = False
     add_special_tokens: SpecialTokens = True
     options: Annotated[ResponseOptions, Flattened()]

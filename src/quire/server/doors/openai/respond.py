@@ -5,6 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -77,11 +78,15 @@ class Answer(ABC, Generic[C]):
         choices = []
         for number, output in enumerate(outputs):
             self._usage.see(number, output)
-            for choice in output.outputs:
+            for choice in self._shown(output):
                 choices.append(msgspec.Raw(msgspec.json.encode(self._choice(number, output, choice))))
                 choice.logprobs = None  # many objects: freed one sequence after another, and not all at the end
         content = {**self._head, "choices": choices, "usage": self._usage.counts(), "timings": self._usage.timings()}
         return msgspec.json.encode({**content, **self._of_prompt(outputs[0])})
+
+    def _shown(self, output: RequestOutput) -> Sequence[CompletionOutput]:
+        """The sequences that are given, in their order."""
+        return output.outputs
 
     async def events(self) -> AsyncGenerator[Content, None]:
         """The answer in pieces; then usage."""
@@ -196,19 +201,27 @@ class CompletionAnswer(Answer[CompletionCall]):
             token_ids: Sequence[int] = prompt if isinstance(prompt, list) else []
             if text is not None:
                 add_special_tokens, caller = self._call.add_special_tokens, self._request.caller
-                token_ids = await self._engine.encode(text, add_special_tokens=add_special_tokens, caller=caller)
+                token_ids = await self._engine.encode(
+                    text, add_special_tokens=add_special_tokens, suffix=self._call.suffix, caller=caller
+                )
                 await asyncio.sleep(0)  # a short text does not wait for a thread: so many must not stop the loop
             kept = truncate_prompt(token_ids, self._call, self._engine.max_model_len)
             self._texts.append(text if len(kept) == len(token_ids) else None)
             found.append((f"{self._id}/{number}", kept))
         return found
 
+    def _shown(self, output: RequestOutput) -> Sequence[CompletionOutput]:
+        if self._call.num_shown == self._call.params.n:
+            return output.outputs
+        ranked = sorted(output.outputs, key=responses.mean_logprob, reverse=True)
+        return [replace(choice, index=place) for place, choice in enumerate(ranked[: self._call.num_shown])]
+
     def _pieces(self, number: int, output: RequestOutput, choice: CompletionOutput) -> list[Content]:
         return [self._choice(number, output, choice)]
 
     def _choice(self, number: int, output: RequestOutput, choice: CompletionOutput) -> Content:
         """What is new of one sequence; its first part has what belongs to the prompt too."""
-        call, index = self._call, number * self._call.params.n + choice.index
+        call, index = self._call, number * self._call.num_shown + choice.index
         finish_reason = responses.check_finish(output, choice)
         is_first = index not in self._begun
         self._begun.add(index)

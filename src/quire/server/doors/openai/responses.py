@@ -36,6 +36,11 @@ def check_finish(output: RequestOutput, choice: CompletionOutput) -> str | None:
     return choice.finish_reason
 
 
+def mean_logprob(choice: CompletionOutput) -> float:
+    """By which the best of several sequences is chosen; 0 where log-probabilities were not asked for."""
+    return (choice.cumulative_logprob or 0.0) / max(1, len(choice.token_ids))
+
+
 def _finite(logprob: float) -> float:
     return max(logprob, LEAST_LOGPROB)
 

@@ -10,7 +10,7 @@ import msgspec
 from quire.errors import InvalidRequestError
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestMetrics, RequestOutput
 from quire.sampling_params import SamplingParams
-from quire.server.doors.openai.responses import check_finish
+from quire.server.doors.openai.responses import check_finish, mean_logprob
 from quire.server.doors.tgi.bodies import MOST_NEW_TOKENS
 from quire.server.doors.tgi.parse import GenerateCall, renamed
 from quire.server.doors.tgi.tokens import AnswerTokens, Content, prefill_tokens
@@ -114,7 +114,7 @@ class GenerateAnswer:
     def _written(self, output: RequestOutput) -> bytes:
         for choice in output.outputs:
             check_finish(output, choice)
-        best, *others = sorted(output.outputs, key=_mean_logprob, reverse=True)
+        best, *others = sorted(output.outputs, key=mean_logprob, reverse=True)
         if output.metrics is not None:
             self._headers |= _timing(output.metrics, len(output.prompt_token_ids), len(best.token_ids))
         answer: Content = {"generated_text": self._prompt + best.text}
@@ -154,11 +154,6 @@ def _reason(output: RequestOutput, choice: CompletionOutput) -> str:
     """TGI tells the end of sequence from a stop string."""
     reason = check_finish(output, choice) or "length"
     return _REASONS.get(reason) or ("eos_token" if choice.stop_reason is None else "stop_sequence")
-
-
-def _mean_logprob(choice: CompletionOutput) -> float:
-    """By which the best of several sequences is chosen; 0 where there is only one, and none was asked for."""
-    return (choice.cumulative_logprob or 0.0) / max(1, len(choice.token_ids))
 
 
 def _timing(metrics: RequestMetrics, num_prompt: int, num_tokens: int) -> dict[str, str]:
