@@ -1,4 +1,4 @@
-"""docs/guide/limits.md and the tables of docs/guide/api.md, made from the declarations that the server goes by.
+"""docs/guide/limits.md and the tables of docs/guide/{api,tgi}.md, made from the declarations that the server goes by.
 
 python -m scripts.api_pages          writes them
 python -m scripts.api_pages --check  exits 1 when they are not what it would write
@@ -6,16 +6,18 @@ python -m scripts.api_pages --check  exits 1 when they are not what it would wri
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from quire import sampling_params as sampling
+from quire.cli.tgi import NOT_READ, TABLE, Needless, Rule, Spoken, Taken, Within
 from quire.engine.chat import MAX_MESSAGES
 from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
 from quire.server.doors.openai import bodies
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT, TOKENIZE_TEXT
+from quire.server.doors.tgi.bodies import GENERATE, PARAMETERS, TOKENIZE
 from quire.server.http import limits
 from quire.server.http.limits import MAX_TIMEOUT_SECONDS, Limit, Limits
 from quire.server.http.schema import Refused, RequestSchema
@@ -28,6 +30,11 @@ SCHEMAS: dict[str, RequestSchema[Any]] = {
     "tokenize": TOKENIZE_TEXT,
     "tokenize ": TOKENIZE_CHAT,
     "detokenize": DETOKENIZE,
+}
+TGI_SCHEMAS: dict[str, RequestSchema[Any]] = {
+    "generate": GENERATE,
+    "parameters": PARAMETERS,
+    "tokenize": TOKENIZE,
 }
 ROW = "| {} |\n"
 HEAD = """# Limits
@@ -136,15 +143,46 @@ def limits_page() -> str:
 
 def api_page() -> str:
     """The text of api.md: what stands there, with its tables made anew."""
-    text = (GUIDE / "api.md").read_text(encoding="utf-8")
+    return _remade("api.md", _tables(SCHEMAS))
+
+
+def tgi_page() -> str:
+    """The text of tgi.md: the same, with what the launcher's flags become."""
+    return _remade("tgi.md", [*_tables(TGI_SCHEMAS), *_launcher()])
+
+
+def _remade(name: str, parts: Iterable[str]) -> str:
+    text = (GUIDE / name).read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
-    return before + BEGIN + "".join(_tables()) + END + rest.partition(END)[2]
+    return before + BEGIN + "".join(parts) + END + rest.partition(END)[2]
 
 
-def _tables() -> Iterator[str]:
+def _launcher() -> Iterator[str]:
+    yield "### The launcher's flags and variables\n\n| flag | variable | becomes |\n|---|---|---|\n"
+    for name, rule in TABLE.items():
+        variable = name[2:].replace("-", "_").upper()
+        yield _row(f"`{name}`", "not read" if variable in NOT_READ else f"`{variable}`", _becomes(rule))
+    yield "\n"
+
+
+def _becomes(rule: Rule) -> str:
+    if isinstance(rule, Taken):
+        return f"`{rule.flag}`" + (f" ({rule.shown})" if rule.shown else "")
+    if isinstance(rule, Spoken):
+        shown = {value: f"`{' '.join(words)}`" if words else "nothing" for value, words in rule.values.items()}
+        return "; ".join(f"`{value}`: {what}" for value, what in shown.items()) + f". {rule.shown}"
+    if isinstance(rule, Within):
+        return f"nothing, up to {rule.most}; above: refused"
+    if isinstance(rule, Needless):
+        return f"nothing, and that is said: {rule.why}"
+    neutral = ", ".join(f"`{value}`" for value in rule.neutral)
+    return f"refused: {rule.why}" + (f" ({neutral} passes)" if neutral else "")
+
+
+def _tables(schemas: Mapping[str, RequestSchema[Any]]) -> Iterator[str]:
     honoured: dict[tuple[str, str, str], list[str]] = {}
     refused: dict[tuple[str, str, str], list[str]] = {}
-    for route, schema in SCHEMAS.items():
+    for route, schema in schemas.items():
         properties = schema.json_schema(Limits())[0]["properties"]
         for name, field in schema.fields.items():
             names = ", ".join(f"`{item}`" for item in (name, *field.spec.aliases))
@@ -157,16 +195,16 @@ def _tables() -> Iterator[str]:
     yield "\n| field | where | value | what it does |\n|---|---|---|---|\n"
     yield from (_row(names, _where(routes), values, text) for (names, values, text), routes in honoured.items())
     yield "\n### Inside objects\n\n| field | of | value | what it does |\n|---|---|---|---|\n"
-    yield from _inside()
+    yield from _inside(schemas)
     yield "\n### Refused, but for values that ask for nothing\n\n"
     yield "| field | where | let through | why |\n|---|---|---|---|\n"
     yield from (_row(names, _where(routes), values, text) for (names, values, text), routes in refused.items())
     yield "\n"
 
 
-def _inside() -> Iterator[str]:
+def _inside(schemas: Mapping[str, RequestSchema[Any]]) -> Iterator[str]:
     places: dict[tuple[str, str, str], list[str]] = {}
-    for schema in SCHEMAS.values():
+    for schema in schemas.values():
         components = schema.json_schema(Limits())[1]
         for place, struct, name, spec in schema.inside():
             values = _values(components[struct.__name__]["properties"][name])
@@ -213,7 +251,7 @@ def _row(*cells: str) -> str:
 def main() -> int:
     """Write, or check."""
     stale = 0
-    for name, text in (("limits.md", limits_page()), ("api.md", api_page())):
+    for name, text in (("limits.md", limits_page()), ("api.md", api_page()), ("tgi.md", tgi_page())):
         if "--check" not in sys.argv[1:]:
             (GUIDE / name).write_text(text, encoding="utf-8")
         elif (GUIDE / name).read_text(encoding="utf-8") != text:

@@ -220,6 +220,7 @@ def _whole(low: int, high: int, *, optional: bool = False) -> Range:
 
 
 BIAS = Range(-100.0, 100.0)
+LENGTH_PENALTY = Range(-10.0, 10.0)
 RANGES = {
     "n": _whole(1, MAX_N),
     "temperature": Range(0.0, 100.0),
@@ -300,3 +301,30 @@ def _bias(value: Any) -> dict[int, float] | None:
     if len(value) > MAX_TOKEN_LIST:
         raise _bad("logit_bias", f"may hold at most {MAX_TOKEN_LIST} tokens, got {len(value)}")
     return {_token_id("logit_bias", key): BIAS.check("logit_bias", item) for key, item in sorted(value.items())}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamSearchParams:
+    """How many beams, how long, and what length is worth: the names are vLLM's."""
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    """0: beams are the most probable continuations; none is sampled."""
+    length_penalty: float = 1.0
+    """A sequence is judged by its log-probability divided by its length to this power."""
+
+    def __post_init__(self) -> None:
+        """Check.
+
+        Raises:
+            InvalidRequestError: a value out of range, by its name.
+        """
+        for name, most in (("beam_width", MAX_LOGPROBS - 1), ("max_tokens", 2**31 - 1)):
+            _whole(1, most).check(name, getattr(self, name))
+        LENGTH_PENALTY.check("length_penalty", self.length_penalty)
+        if type(self.ignore_eos) is not bool:
+            raise _bad("ignore_eos", "must be true or false")
+        if self.temperature != 0:
+            raise _bad("temperature", "must be 0: beams are not sampled")

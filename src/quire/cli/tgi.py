@@ -168,7 +168,7 @@ TABLE: dict[str, Rule] = {
     "--usage-stats": Needless("nothing is reported to anyone"),
     "--disable-usage-stats": Needless("nothing is reported to anyone", is_switch=True),
 }
-_NOT_READ = {"HUGGINGFACE_HUB_CACHE", "ENV", "MASTER_ADDR", "MASTER_PORT"}
+NOT_READ = {"HUGGINGFACE_HUB_CACHE", "ENV", "MASTER_ADDR", "MASTER_PORT"}
 """What the hub's own library honours, and what other programs set for themselves."""
 
 
@@ -189,7 +189,7 @@ def translated(words: Sequence[str], environment: Mapping[str, str], say: Callab
         result += [word, *([] if value is None else [value])] if rule is None else _words(name, rule, value, say)
     for name, rule in TABLE.items():
         variable = name[2:].replace("-", "_").upper()
-        if environment.get(variable) and name not in given and variable not in _NOT_READ:
+        if environment.get(variable) and name not in given and variable not in NOT_READ:
             value = environment[variable]
             if variable == "HOSTNAME" and not _is_address(value):
                 say(f"quire: HOSTNAME is {value!r}, which is no address: it is not read")
