@@ -150,9 +150,8 @@ class LLM(EngineFront):
         Raises:
             InvalidRequestError: some prompt or parameter is refused.
         """
-        limits, inputs = self._served.limits, self._served.inputs
-        given = [inputs.tokenize(prompt)[1] for prompt in _prompts_of(prompts)]
-        searches = [BeamSearch(params, limits.max_model_len - len(ids), limits.eos_token_ids) for ids in given]
+        given = [self._served.inputs.tokenize(prompt)[1] for prompt in _prompts_of(prompts)]
+        searches = [BeamSearch(params, self.max_model_len - len(ids), self.eos_token_ids) for ids in given]
         while asked := [(ids, one) for ids, one in zip(given, searches, strict=True) if one.open]:
             rows: list[Prompt] = [[*ids, *beam.token_ids] for ids, one in asked for beam in one.open]
             outputs = iter(self.generate(rows, asked[0][1].step, use_tqdm=False))

@@ -50,6 +50,7 @@ TOGETHER = {
     "structured_outputs": lambda value: value == {},
     "guided_whitespace_pattern": lambda value: True,
     "best_of": lambda value: value != 1,
+    "length_penalty": lambda value: True,
     "messages": lambda value: value == [{"role": "user"}],
 }
 LATER = [("prompt", [-1]), ("prompt", [2**31])]

@@ -47,6 +47,11 @@ class EngineFront:
         return self._served.limits.vocab_size
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a sequence."""
+        return self._served.limits.eos_token_ids
+
+    @property
     def decisions(self) -> list[Decision]:
         """What was decided at start, and why."""
         return self._served.decisions

@@ -44,8 +44,6 @@ _REFUSED_MEDIA = Refused(_TEXT_ONLY, ({},))
 REFUSED = {
     "json_schema": Refused("use response_format or structured_outputs", aliases=_OTHER_SHAPES),
     "moderation": Refused(_NOT_MODERATED),
-    "use_beam_search": Refused("beam search is not supported in this version", (False,)),
-    "length_penalty": Refused("it belongs to beam search, which is not supported in this version", (1.0,)),
     "return_token_offsets": Refused("they belong to vLLM's route that renders prompts; see /tokenize", (False,)),
     "return_weight_versions": Refused("the weights of a server do not change", (False,)),
     "kv_transfer_params": Refused("caches are not moved between servers in this version"),
@@ -57,6 +55,8 @@ REFUSED_COMPLETION = {
     "return_prompt_text": Refused("echo gives the prompt", (False,)),
 }
 REFUSED_CHAT = {
+    "use_beam_search": Refused("beams are for completions", (False,)),
+    "length_penalty": Refused("it belongs to beam search, which is for completions", (1.0,)),
     "functions": Refused(_FUNCTIONS, ([],)),
     "function_call": Refused(_FUNCTIONS, ("none", "auto")),
     "modalities": Refused(_TEXT_ONLY, (["text"],)),
@@ -283,6 +283,16 @@ class CompletionBody(msgspec.Struct, kw_only=True):
         Field("what stands behind the answer, for models whose tokenizer knows filling in the middle; not with echo"),
     ] = ""
     echo: Annotated[bool, Field("the prompt before the answer; with max_tokens 0 the prompt alone")] = False
+    use_beam_search: Annotated[
+        bool, Field("the n most probable answers that n beams find, best first; with no other field of sampling")
+    ] = False
+    length_penalty: Annotated[
+        Annotated[float, Meta(ge=sampling.LENGTH_PENALTY.low, le=sampling.LENGTH_PENALTY.high)],
+        Field(
+            "with use_beam_search: answers are judged by their log-probability by their length to this power",
+            "be a number from -10 to 10",
+        ),
+    ] = 1.0
     add_special_tokens: SpecialTokens = True
     options: Annotated[ResponseOptions, Flattened()]
     sampling: Annotated[dict[str, Any], Flattened(COMPLETION_SAMPLING | REFUSED | REFUSED_COMPLETION)]

@@ -8,7 +8,8 @@ from typing import Any
 from quire.engine.inputs import MAX_SALT_BYTES
 from quire.engine.tools import Asked
 from quire.errors import InvalidRequestError, PromptTooLongError, context_length_message
-from quire.sampling_params import FROM_MODEL, RequestOutputKind, SamplingParams
+from quire.sampling_params import FROM_MODEL, BeamSearchParams, RequestOutputKind, SamplingParams
+from quire.server.doors.openai.beams import beams_of
 from quire.server.doors.openai.bodies import (
     CHAT,
     COMPLETION,
@@ -65,6 +66,8 @@ class CompletionCall(Call):
 
     prompts: list[Prompt]
     suffix: str
+    beams: BeamSearchParams | None
+    """The search that takes the place of sampling."""
     num_shown: int
     """Sequences of each prompt that are given, the most probable of those that are sampled."""
     logprobs: int | None
@@ -101,6 +104,7 @@ def parse_completion(raw: Mapping[str, Any], defaults: SamplingParams, limits: L
     prompt_only = body.echo and asked == 0 and type(asked) is int
     if prompt_only:
         overrides["max_tokens"] = 1
+    beams = beams_of(body, values)
     num_shown = _take_best_of(values, body.options)
     if num_shown is not None and logprobs is None:
         overrides["logprobs"] = 0
@@ -118,6 +122,7 @@ def parse_completion(raw: Mapping[str, Any], defaults: SamplingParams, limits: L
         wants_prompt_logprobs="prompt_logprobs" in values,
         prompts=prompts,
         suffix=_checked_suffix(body, prompts),
+        beams=beams,
         num_shown=num_shown or params.n,
         num_prompts=len(prompts),
         logprobs=logprobs,

@@ -17,6 +17,7 @@ from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from quire.sampling_params import SamplingParams
 from quire.server.doors.openai import responses
 from quire.server.doors.openai.answer_parts import AnswerParts
+from quire.server.doors.openai.beams import Start, search_beams
 from quire.server.doors.openai.conversation import Conversation, Message, MessageCall
 from quire.server.doors.openai.parse import (
     Call,
@@ -156,19 +157,27 @@ class Answer(ABC, Generic[C]):
             raise most.error(f"{max(lengths):,}", self.field)
         params = bound_logprobs(self._call, lengths, engine.max_model_len, self._context.limits)
         params = await self._held(params, prompts[0][1])
-        return [
-            engine.generate(
-                {"prompt_token_ids": token_ids},
+
+        def start(ids: Sequence[int], params: SamplingParams, request_id: str, timeout_s: float | None) -> Outputs:
+            return engine.generate(
+                {"prompt_token_ids": ids},
                 params,
                 request_id=request_id,
                 priority=self._call.options.priority,
                 cache_salt=self._request.cache_salt,
                 caller=caller,
-                timeout_s=self._request.timeout_s,
+                timeout_s=timeout_s,
                 bad_words=bad_words,
             )
-            for request_id, token_ids in prompts
-        ]
+
+        timeout_s = self._request.timeout_s
+        return [self._started(start, token_ids, params, request_id, timeout_s) for request_id, token_ids in prompts]
+
+    def _started(
+        self, start: Start, token_ids: Sequence[int], params: SamplingParams, request_id: str, timeout_s: float | None
+    ) -> Outputs:
+        """The outputs of one prompt."""
+        return start(token_ids, params, request_id, timeout_s)
 
     async def _held(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> SamplingParams:
         """The parameters that hold the answers to what is asked of their parts."""
@@ -209,6 +218,13 @@ class CompletionAnswer(Answer[CompletionCall]):
             self._texts.append(text if len(kept) == len(token_ids) else None)
             found.append((f"{self._id}/{number}", kept))
         return found
+
+    def _started(
+        self, start: Start, token_ids: Sequence[int], params: SamplingParams, request_id: str, timeout_s: float | None
+    ) -> Outputs:
+        if self._call.beams is None:
+            return super()._started(start, token_ids, params, request_id, timeout_s)
+        return search_beams(self._engine, self._call.beams, token_ids, request_id, timeout_s, start)
 
     def _shown(self, output: RequestOutput) -> Sequence[CompletionOutput]:
         if self._call.num_shown == self._call.params.n:
