@@ -78,7 +78,8 @@ class BeamSearch:
 
     def score(self, beam: Beam) -> float:
         """By which sequences are compared."""
-        return beam.logprob / len(beam.token_ids) ** self._penalty
+        found: float = beam.logprob / len(beam.token_ids) ** self._penalty
+        return found
 
     @property
     def best(self) -> list[Beam]:

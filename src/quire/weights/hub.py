@@ -114,7 +114,7 @@ def _reporting(show: Callable[[int, int], None]) -> dict[str, Any]:
     from tqdm import tqdm  # type: ignore[import-untyped]
 
     class Report(tqdm):  # type: ignore[misc]
-        """A bar that nobody sees."""
+        """A bar that is not shown."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)

@@ -60,8 +60,7 @@ def create_app(
     """An ASGI application. The caller keeps the engine and shuts it down.
 
     Args:
-        apis: what it speaks; errors outside of all of them have the shape of the first. Where two have a route for one
-            path and method the last has it, and passes on what is not its own.
+        apis: what it speaks, as `quire.server.doors.all` orders them; errors outside of all are of the first.
         served_model_name: names shown by /v1/models; the first stands for requests that name none.
         model_names: further names that requests may use (the model's directory, its id on the hub).
         api_key: keys, or keys with weights; with one, every route but the probes needs `Authorization: Bearer KEY`.
