@@ -8,10 +8,12 @@
 
 namespace quire {
 
-enum class Storage { bfloat16, float16, float32 };
+// int8 and e4m3 are those of a cache alone: a number for each item, a scale for each position.
+enum class Storage { bfloat16, float16, float32, int8, e4m3 };
 enum class Activation { silu, gelu, gelu_tanh, relu };
 
-inline int64_t bytes_of(Storage storage) { return storage == Storage::float32 ? 4 : 2; }
+inline bool has_scales(Storage storage) { return storage == Storage::int8 || storage == Storage::e4m3; }
+inline int64_t bytes_of(Storage storage) { return storage == Storage::float32 ? 4 : has_scales(storage) ? 1 : 2; }
 
 constexpr int64_t kPanel = 64;      // outputs in a weight panel
 constexpr int64_t kTileSide = 16;   // rows, or outputs, in a tile of AMX
@@ -25,9 +27,10 @@ constexpr int64_t kTile = 16;   // positions in a tile of keys
 //   panels  [ceil(out / 64)][in][64 outputs]
 //   tiles   [ceil(out / 32)][ceil(in / 32)][2 tiles][16 pairs of inputs][16 outputs][2 inputs], bfloat16 only:
 //           a tile is 1 KB, the right-hand side of one AMX instruction
-//   integers  [ceil(out / 32)][groups of inputs] of [32 scales][quads of inputs][32 outputs][4 inputs, in the order 0 2 1 3],
-//           int8, or int4 (as value + 8) with two quads in a byte, the first in its low half. A group of int8 is all inputs, padded to
-//           a multiple of 64.
+//   integers  [ceil(out / 32)][groups of inputs] of [32 scales][32 minima][quads of inputs][32 outputs][4 inputs, in the
+//           order 0 2 1 3], int8, or int4 (as value + 8) with two quads in a byte, the first in its low half. A group of int8 that
+//           is all inputs is padded to a multiple of 64. Where groups have minima, int4 is unsigned and lies as it is; else
+//           there are no minima. Scales and minima are float32 or float16.
 enum class Layout { panels, tiles, integers };
 
 inline int64_t panel_width(Layout layout) { return layout == Layout::panels ? kPanel : kTilePanel; }
@@ -45,6 +48,8 @@ struct Panels {
     int64_t bits = 0;    // 8 or 4
     int64_t group = 0;   // inputs in a group
     int32_t qmax = 0;  // the largest integer of an input
+    bool half_scales = false;  // scales and minima are float16
+    bool minima = false;       // groups have them
 
     int64_t width() const { return panel_width(layout); }
     int64_t out_width() const { return gated ? out / 2 : out; }                 // the width of y
@@ -58,7 +63,15 @@ struct Panels {
 
     // of integers
     int64_t groups() const { return (in + group - 1) / group; }
-    int64_t group_bytes() const { return kTilePanel * (int64_t{sizeof(float)} + group * bits / 8); }
+    int64_t scale_bytes() const { return half_scales ? 2 : 4; }
+    int64_t head_bytes() const { return kTilePanel * scale_bytes() * (minima ? 2 : 1); }  // in front of a group's integers
+    int64_t group_bytes() const { return head_bytes() + kTilePanel * group * bits / 8; }
+    // What is added to an integer of 4 bits before it is packed.
+    int zero() const { return minima ? 0 : 8; }
+    // Whether gemm/amx reads it: 4 bits in groups of a tile's width or more, 8 in whole rows; float32 scales alone.
+    bool fits_amx() const {
+        return !half_scales && !minima && (bits == 4 ? group >= 32 : groups() <= 1 && group < in + 64 && group % 64 == 0);
+    }
     int64_t panel_bytes() const { return groups() * group_bytes(); }
 
     // of any layout
@@ -149,9 +162,9 @@ struct ActivationArgs {
 
 // The paged cache, [blocks][layers][kv_heads] head blocks, each of one block for one head:
 //
-//   | keys: [slots] positions of head_dim | values: [slots] positions of value_dim |
+//   | keys: [slots] positions of head_dim | values: [slots] positions of value_dim | scales |
 //
-// `slots` is block_size rounded up to 16 and `value_dim` is head_dim rounded up to 16. The order inside the two parts is
+// The scales, [slots] of keys and [slots] of values in float32, are those of 8 bits and of nothing else. `slots` is block_size rounded up to 16 and `value_dim` is head_dim rounded up to 16. The order inside the two parts is
 // the attention kernel's own: attention/vector/attention.h and attention/amx/attention.h show it.
 struct CacheLayout {
     uint8_t* data;
@@ -160,7 +173,10 @@ struct CacheLayout {
 
     int64_t slots() const { return (block_size + kTile - 1) / kTile * kTile; }
     int64_t value_dim() const { return (head_dim + 15) / 16 * 16; }
-    int64_t head_block_bytes() const { return slots() * (head_dim + value_dim()) * bytes_of(storage); }
+    int64_t position_bytes() const {
+        return (head_dim + value_dim()) * bytes_of(storage) + (has_scales(storage) ? 2 * int64_t{sizeof(float)} : 0);
+    }
+    int64_t head_block_bytes() const { return slots() * position_bytes(); }
     int64_t block_bytes() const { return kv_heads * head_block_bytes(); }
     uint8_t* head_block(int64_t layer, int64_t block, int64_t head) const {
         return data + ((block * layers + layer) * kv_heads + head) * head_block_bytes();
@@ -228,8 +244,9 @@ struct QuantizeArgs {
     int64_t group_size;  // inputs that share a scale; `in` or more is a whole row
     bool four_bits;
 
-    int64_t groups() const { return in == 0 ? 0 : four_bits ? (in + group_size - 1) / group_size : 1; }
-    int64_t padded() const { return four_bits ? groups() * group_size : (in + 15) / 16 * 16; }
+    int64_t groups() const { return in == 0 ? 0 : (in + group_size - 1) / group_size; }
+    bool whole() const { return !four_bits && group_size >= in; }
+    int64_t padded() const { return whole() ? (in + 15) / 16 * 16 : groups() * group_size; }
     size_t scratch_bytes() const { return static_cast<size_t>(padded()) * 5; }
 };
 

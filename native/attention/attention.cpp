@@ -3,7 +3,7 @@
 // All writes of a step come before the reads of other rows. One pass over all rows writes, and its end is the barrier;
 // only where no row reads what another one writes (`private_writes`) may each thread write just before it reads.
 //
-// On AMX keys and values in bfloat16 are multiplied as they are; everything else is float32 arithmetic on vectors. Which of the two a cache gets depends on its storage and head_dim alone.
+// On AMX keys and values in bfloat16 are multiplied as they are; everything else, 8 bits too, is float32 arithmetic on vectors. Which of the two a cache gets depends on its storage and head_dim alone.
 #include "attention/vector/attention.h"
 #if defined(__AMX_BF16__)
 #include "attention/amx/attention.h"
@@ -145,6 +145,8 @@ void attention(const AttentionArgs& args, ThreadPool& pool) {
         case Storage::bfloat16: run_reserved<VectorAttention<BFloat16>>(args, pool); break;
         case Storage::float16: run_reserved<VectorAttention<Float16>>(args, pool); break;
         case Storage::float32: run_reserved<VectorAttention<float>>(args, pool); break;
+        case Storage::int8: run_reserved<VectorAttention<int8_t>>(args, pool); break;
+        case Storage::e4m3: run_reserved<VectorAttention<E4M3>>(args, pool); break;
     }
 }
 

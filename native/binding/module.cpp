@@ -50,9 +50,9 @@ public:
 
     int threads() const { return pool_.threads(); }
 
-    // `weight` [out, in] is an array, or (in, rows of files); `rounding` (bits, group, qmax) makes integers of it.
+    // `weight` [out, in] is an array, or (in, rows of files); `rounding` makes integers of it.
     PackedLinear* pack(nb::handle weight, nb::handle bias, const std::string& storage_name, bool gated,
-                       std::optional<std::tuple<int, int64_t, int>> rounding) {
+                       std::optional<IntegersTuple> rounding) {
         const Storage storage = storage_or_raise(storage_name);
         if (nb::isinstance<nb::tuple>(weight)) return pack_rows(file_rows(weight, storage), bias, gated, rounding);
         if (storage == Storage::float32) return pack_array<float>(weight, bias, storage, gated, rounding);
@@ -80,20 +80,22 @@ public:
         return quantize_items<uint16_t>(weight_, storage, four_bits, group_size, values_, scales_);
     }
 
-    // `values` [out, in] int8, `scales` [out, ceil(in / group)]; `qmax` is the largest integer of an input.
-    PackedLinear* pack_integers(nb::handle values_, nb::handle scales_, nb::handle bias_, int bits, int64_t group,
-                                int qmax, bool gated) {
+    // `values` [out, in] int8, `scales` and `minima` (or None) [out, ceil(in / group)].
+    PackedLinear* pack_integers(nb::handle values_, nb::handle scales_, nb::handle minima_, nb::handle bias_,
+                                const IntegersTuple& stated, bool gated) {
         Array<int8_t, 2> values(values_, "values");
-        Floats2 scales(scales_, "scales");
         const int64_t out = values.size(0), in = values.size(1);
-        const Integers integers = checked_integers(bits, group, qmax, in);
+        const Integers integers = checked_integers(stated, in);
         require(!gated || out % 2 == 0, "pack_gated: the outputs of gate and up differ in number");
-        require(scales.size(0) == out && scales.size(1) == (in == 0 ? 0 : (in + group - 1) / group),
-                "pack: one scale for each group of each output is needed");
+        require(integers.minima != minima_.is_none(), "pack: minima are there, or stated, alone");
+        const int64_t groups = in == 0 ? 0 : (in + integers.group - 1) / integers.group;
+        const Scales scales(scales_, "scales", out, groups, integers.half_scales);
+        std::optional<Scales> minima;
+        if (integers.minima) minima.emplace(minima_, "minima", out, groups, integers.half_scales);
         const Bias bias(bias_, out);
-        if (bits == 4) require_four_bits(values);
-        if (bits == 8) require_eight_bits(values);
-        const IntegerWeight weight{values.data(), values.stride(), scales.data(), scales.stride()};
+        if (integers.bits == 4) require_four_bits(values, integers.minima ? 0 : 8);
+        const IntegerWeight weight{values.data(), values.stride(), scales.data, scales.stride,
+                                   minima ? minima->data : nullptr, minima ? minima->stride : 0};
         nb::gil_scoped_release unlocked;
         const auto lock = pool_.exclusive();
         return new PackedLinear(weight, out, in, bias.data(), integers, gated, pool_, arena_);
@@ -102,7 +104,7 @@ public:
     // What `pack` made elsewhere with the same arguments, over the bytes that it had; `integers` as its `rounding`.
     PackedLinear* map_packed(nb::handle weights_, nb::handle bias_, int64_t out, int64_t in, const std::string& storage_name,
                              const std::string& layout_name, bool gated,
-                             std::optional<std::tuple<int, int64_t, int>> integers_) {
+                             std::optional<IntegersTuple> integers_) {
         require(out >= 0 && out < INT32_MAX && in >= 0 && in < INT32_MAX, 
                 "packed weight: out_features or in_features is out of range");
         require(!gated || out % 2 == 0, "packed weight: gated is true, and out_features is odd");
@@ -111,7 +113,7 @@ public:
         require_field(layout_name == name_of(layout), "layout", layout_name,
                       std::string(name_of(layout)) + ", which " + kernels_->name + " reads");
         Integers integers;
-        if (integers_) integers = std::apply([&](auto... of) { return checked_integers(of..., in); }, *integers_);
+        if (integers_) integers = checked_integers(*integers_, in);
         const Panels shape = PackedLinear(out, in, storage, layout, integers, gated, {}, {}).panels();
         const Arena::Piece weights = borrowed(weights_, "weights");
         const Arena::Piece bias = bias_.is_none() ? Arena::Piece{} : borrowed(bias_, "bias");
@@ -345,18 +347,18 @@ private:
 
     template <class Item>
     PackedLinear* pack_array(nb::handle weight_, nb::handle bias, Storage storage, bool gated,
-                             const std::optional<std::tuple<int, int64_t, int>>& rounding) {
+                             const std::optional<IntegersTuple>& rounding) {
         Array<Item, 2> weight(weight_, "weight");
         return pack_rows({weight.size(0), weight.size(1), storage, reinterpret_cast<const char*>(weight.data()),
                           weight.stride() * int64_t{sizeof(Item)}, {}}, bias, gated, rounding);
     }
 
     PackedLinear* pack_rows(const WeightRows& weight, nb::handle bias_, bool gated,
-                            const std::optional<std::tuple<int, int64_t, int>>& rounding) {
+                            const std::optional<IntegersTuple>& rounding) {
         require(!gated || weight.out % 2 == 0, "pack_gated: the outputs of gate and up differ in number");
         const Bias bias(bias_, weight.out);
         std::optional<Integers> integers;
-        if (rounding) integers = std::apply([&](auto... of) { return checked_integers(of..., weight.in); }, *rounding);
+        if (rounding) integers = checked_rounding(*rounding, weight.in);
         nb::gil_scoped_release unlocked;
         const auto lock = pool_.exclusive();
         if (integers) return new PackedLinear(weight, bias.data(), *integers, gated, *kernels_, pool_, arena_);
@@ -370,8 +372,8 @@ private:
         Array<int8_t, 2> values(values_, "values", true);
         Floats2 scales(scales_, "scales", true);
         const int64_t out = weight.size(0), in = weight.size(1);
-        require(!four_bits || group_size == 32 || group_size == 64 || group_size == 128,
-                "quantize: group_size is not one of 32, 64, 128");
+        require(group_size == 32 || group_size == 64 || group_size == 128 || (!four_bits && (group_size == in || group_size == 16)),
+                "quantize: group_size is not one of 32, 64, 128, and of 8 bits 16 or all inputs");
         const QuantizeArgs args{in, storage, group_size, four_bits};
         require(values.size(0) == out && values.size(1) == in, "quantize: values has the wrong shape");
         require(scales.size(0) == out && scales.size(1) == args.groups(), "quantize: scales has the wrong shape");
@@ -399,7 +401,9 @@ Cache* make_cache(int64_t layers, int64_t blocks, int64_t block_size, int64_t kv
     for (const int64_t size : {layers, blocks, block_size, kv_heads, head_dim}) {
         require(size > 0 && size < INT32_MAX, "make_cache: a size is not positive");
     }
-    return new Cache(layers, blocks, block_size, kv_heads, head_dim, storage_or_raise(storage));
+    const auto known = cache_storage_named(storage);
+    require(known.has_value(), "make_cache: storage is not one of bfloat16, float16, float32, int8, fp8");
+    return new Cache(layers, blocks, block_size, kv_heads, head_dim, *known);
 }
 
 nb::bytes block_bytes(const Cache& cache, int64_t block, int64_t layer) {
@@ -441,7 +445,8 @@ NB_MODULE(_native, module) {
         .def_prop_ro("dtype", [](const PackedLinear& packed) { return name_of(packed.storage); })
         .def_prop_ro("layout", [](const PackedLinear& packed) { return name_of(packed.layout); })
         .def_prop_ro("integers", [](const PackedLinear& packed) {
-            return std::make_tuple(packed.integers.bits, packed.integers.group, packed.integers.qmax);
+            const Integers& of = packed.integers;
+            return IntegersTuple(of.bits, of.group, of.qmax, of.half_scales ? 2 : 4, of.minima);
         })
         .def_prop_ro("weights", [](const PackedLinear& packed) { return PackedBytes{packed.weights()}; })
         .def_prop_ro("bias", [](const PackedLinear& packed) -> std::optional<PackedBytes> {
@@ -470,8 +475,8 @@ NB_MODULE(_native, module) {
              nb::arg(), nb::arg(), nb::arg(), none)
         .def("probe", &Runtime::probe)
         .def("quantize", &Runtime::quantize)
-        .def("pack_integers", &Runtime::pack_integers, nb::rv_policy::take_ownership, nb::arg(), nb::arg(), none, nb::arg(),
-             nb::arg(), nb::arg(), nb::arg())
+        .def("pack_integers", &Runtime::pack_integers, nb::rv_policy::take_ownership, nb::arg(), nb::arg(), none, none,
+             nb::arg(), nb::arg())
         .def("linear", &Runtime::linear)
         .def("gated_linear", &Runtime::gated_linear)
         .def("greedy", &Runtime::greedy)

@@ -96,31 +96,69 @@ struct QuantizeJob {
     }
 };
 
-inline void require_four_bits(const Array<int8_t, 2>& values) {
+inline void require_four_bits(const Array<int8_t, 2>& values, int zero) {
     unsigned outside = 0;
     for (int64_t row = 0; row < values.size(0); ++row) {
         const int8_t* const at = values.data() + row * values.stride();
-        for (int64_t i = 0; i < values.size(1); ++i) outside |= static_cast<uint8_t>(at[i] + 8) & 0xf0u;
+        for (int64_t i = 0; i < values.size(1); ++i) outside |= static_cast<uint8_t>(at[i] + zero) & 0xf0u;
     }
-    require(outside == 0, "pack: an integer of 4 bits is outside [-8, 7]");
+    require(outside == 0, zero == 8 ? "pack: an integer of 4 bits is outside [-8, 7]"
+                                    : "pack: an integer of 4 bits is outside [0, 15]");
 }
 
-inline void require_eight_bits(const Array<int8_t, 2>& values) {
-    unsigned outside = 0;
-    for (int64_t row = 0; row < values.size(0); ++row) {
-        const int8_t* const at = values.data() + row * values.stride();
-        for (int64_t i = 0; i < values.size(1); ++i) outside |= at[i] == -128;
-    }
-    require(outside == 0, "pack: an integer of 8 bits is outside [-127, 127]");
-}
+// (bits, inputs in a group, the largest integer of an input, bytes of a scale, whether there are minima)
+using IntegersTuple = std::tuple<int, int64_t, int, int, bool>;
 
-inline Integers checked_integers(int bits, int64_t group, int qmax, int64_t in) {
+inline bool is_block(int64_t group) { return group == 16 || group == 32 || group == 64 || group == 128; }
+
+inline Integers checked_integers(const IntegersTuple& stated, int64_t in) {
+    const auto& [bits, group, qmax, scale_bytes, minima] = stated;
     require(bits == 4 || bits == 8, "pack: integers have 4 or 8 bits");
-    require(bits == 8 ? group == in : group == 32 || group == 64 || group == 128, "pack: no such size of groups");
+    const bool whole = bits == 8 && group == in;
+    require(is_block(group) || (whole && !minima), "pack: no such size of groups");
     require(qmax == 127 || qmax == 32639, "pack: the qmax of inputs is 127 or 32639");
+    require(qmax == 32639 || (!minima && (bits == 4 || whole)), "pack: such groups take inputs of 16 bits");
+    require(scale_bytes == 2 || scale_bytes == 4, "pack: scales have 2 or 4 bytes");
     require(in < kMaxIntegerInputs, "pack: more inputs than a sum of 32 bits can hold");
-    return {bits, group, qmax};
+    return {bits, group, qmax, scale_bytes == 2, minima};
 }
+
+// Rounding makes float32 scales, no minima, and of 4 bits groups of 32 or more.
+inline Integers checked_rounding(const IntegersTuple& stated, int64_t in) {
+    const Integers integers = checked_integers(stated, in);
+    require(!integers.half_scales && !integers.minima && (integers.bits == 8 || integers.group > 16),
+            "pack: weights are not rounded to this");
+    return integers;
+}
+
+// The scales or minima [out, groups] of integers: float32, or the bits of float16.
+struct Scales {
+    Scales(nb::handle object, const char* name, int64_t out, int64_t groups, bool halves) {
+        if (halves) {
+            take<uint16_t>(half.emplace(object, name), out, groups, 0x7c00);
+        } else {
+            take<uint32_t>(single.emplace(object, name), out, groups, 0x7f800000);
+        }
+    }
+    template <class Bits, class Item>
+    void take(const Array<Item, 2>& array, int64_t out, int64_t groups, Bits exponent) {
+        require(array.size(0) == out && array.size(1) == groups,
+                "pack: one scale, and one minimum where there are any, for each group of each output is needed");
+        data = reinterpret_cast<const char*>(array.data());
+        stride = array.stride() * int64_t{sizeof(Item)};
+        for (int64_t row = 0; row < out; ++row) {
+            const Bits* const at = reinterpret_cast<const Bits*>(data + row * stride);
+            unsigned strange = 0;
+            for (int64_t i = 0; i < groups; ++i) strange |= (at[i] & exponent) == exponent;
+            require(strange == 0, "pack: a scale or minimum is not finite");
+        }
+    }
+
+    std::optional<Array<uint16_t, 2>> half;
+    std::optional<Floats2> single;
+    const char* data = nullptr;
+    int64_t stride = 0;
+};
 
 // (in, [(descriptor, offset in bytes, rows), ...])
 inline WeightRows file_rows(nb::handle object, Storage storage) {

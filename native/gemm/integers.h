@@ -1,8 +1,8 @@
 // GEMM of integers: weights of 8 or 4 bits, activations quantized dynamically per token (each row by its absmax).
 //
 // Integer sums are exact, so they have the same bits in any order: few rows and many, vectors and AMX may each do as suits
-// them. What follows has one order: for each group of inputs, first to last, y = fma(float(sum), scale, y), and at the end
-// y * activation scale of the row.
+// them. What follows has one order: for each group of inputs, first to last, y = fma(float(sum), scale, y) and, where there are
+// minima, y = fma(float(sum of the inputs), minimum, y); and at the end y * activation scale of the row.
 #pragma once
 
 #include "gemm/frame.h"
@@ -11,7 +11,7 @@ namespace quire::QUIRE_ISA {
 
 constexpr int64_t kQuad = 4;                                // inputs whose weights of one output lie together
 constexpr int64_t kIntegerBytes = kTilePanel * kQuad;       // 8-bit weights of a panel for one quad of inputs
-constexpr int64_t kScaleBytes = kTilePanel * sizeof(float);  // in front of each group
+constexpr int64_t kScaleBytes = kTilePanel * sizeof(float);  // in front of each group of what AMX reads
 
 typedef int16_t Shorts __attribute__((vector_size(kLanes * 4)));
 typedef uint8_t Bytes __attribute__((vector_size(kLanes * 4)));
@@ -113,12 +113,23 @@ static inline QuantizedRow measure_row(const float* x, int64_t in, int32_t qmax)
     return {absmax < 0x1p-100f ? 0.0f : limit / absmax, absmax / limit};
 }
 
-// One group's sums of a row, for the 32 outputs of a panel, scaled and added to what the groups before left.
-static inline void add_group(const float* scales, const Floats* sums, float* y) {
+// One group's sums of a row, for the 32 outputs of a panel, scaled and added to what the groups before left; `head` are its
+// scales and minima, `x_sum` the exact sum of its inputs (at most 128 of 16 bits).
+template <class Item>
+static inline void add_group_of(const Item* head, bool minima, const Floats* sums, float x_sum, float* y) {
     for (int64_t v = 0; v < kTilePanel / kLanes; ++v) {
         float* const at = y + v * kLanes;
-        store(at, fma(sums[v], load(scales + v * kLanes), load(at)));
+        Floats result = fma(sums[v], load(head + v * kLanes), load(at));
+        if (minima) result = fma(splat(x_sum), load(head + kTilePanel + v * kLanes), result);
+        store(at, result);
     }
+}
+
+static inline void add_group(const Panels& weight, const uint8_t* head, const Floats* sums, float x_sum, float* y) {
+    if (weight.half_scales) {
+        return add_group_of(reinterpret_cast<const Float16*>(head), weight.minima, sums, x_sum, y);
+    }
+    add_group_of(reinterpret_cast<const float*>(head), weight.minima, sums, x_sum, y);
 }
 
 #if defined(__AVX512F__)

@@ -27,6 +27,11 @@ void embed_tiles(void* context, int64_t item, int) {
     }
 }
 
+float scale_at(const Panels& table, const uint8_t* head, int64_t index) {
+    return table.half_scales ? to_float(reinterpret_cast<const Float16*>(head)[index])
+                             : reinterpret_cast<const float*>(head)[index];
+}
+
 void embed_integers(void* context, int64_t item, int) {
     const EmbedArgs& args = *static_cast<const EmbedArgs*>(context);
     const Panels& table = args.table;
@@ -34,11 +39,12 @@ void embed_integers(void* context, int64_t item, int) {
     const uint8_t* const panel = static_cast<const uint8_t*>(table.data) + id / kTilePanel * table.panel_bytes();
     for (int64_t i = 0; i < table.in; ++i) {
         const uint8_t* const group = panel + i / table.group * table.group_bytes();
-        const float scale = reinterpret_cast<const float*>(group)[column];
         const int64_t input = i % table.group;
-        const uint8_t byte = group[kScaleBytes + integer_byte(table.bits, input, column)];
-        const int value = table.bits == 8 ? static_cast<int8_t>(byte) : (byte >> (input & 4) & 15) - 8;
-        args.y[item * table.in + i] = static_cast<float>(value) * scale * args.scale;
+        const uint8_t byte = group[table.head_bytes() + integer_byte(table.bits, input, column)];
+        const int value = table.bits == 8 ? static_cast<int8_t>(byte) : (byte >> (input & 4) & 15) - table.zero();
+        float y = static_cast<float>(value) * scale_at(table, group, column);
+        if (table.minima) y = y + scale_at(table, group, kTilePanel + column);
+        args.y[item * table.in + i] = y * args.scale;
     }
 }
 
@@ -61,7 +67,7 @@ void linear(const LinearArgs& args, ThreadPool& pool) {
 #if QUIRE_AMX
     // Bytes go from memory into tiles as they are; few rows by 4-bit weights, which must be widened, are faster by vectors.
     const int64_t by_vectors = args.weight.bits == 8 ? 0 : vnni_rows(args.weight);
-    if (args.rows > by_vectors && args.weight.in > 0) return linear_int8_amx(args, pool);
+    if (args.rows > by_vectors && args.weight.in > 0 && args.weight.fits_amx()) return linear_int8_amx(args, pool);
 #endif
 #if defined(__AVX512VNNI__)
     linear_int8_vnni(args, pool);

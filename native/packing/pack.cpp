@@ -112,17 +112,19 @@ uint32_t four_bytes(const int8_t* from) {
 uint32_t ordered(uint32_t word) { return (word & 0xff0000ffu) | (word >> 8 & 0xff00u) | (word & 0xff00u) << 8; }
 
 // A weight's integers of `bits` bits, as one word of a column for the inputs from `from` on: 4 bytes, or 8 halves.
+// `zero` is 8 or 0.
 template <int Bits>
-uint32_t column_word(const int8_t* from) {
+uint32_t column_word(const int8_t* from, uint32_t zero) {
     if constexpr (Bits == 8) return ordered(four_bytes(from));
-    const uint32_t low = (four_bytes(from) & 0x0f0f0f0fu) ^ 0x08080808u;  // value + 8
-    const uint32_t high = (four_bytes(from + 4) & 0x0f0f0f0fu) ^ 0x08080808u;
+    const uint32_t flip = zero * 0x01010101u;  // value + 8
+    const uint32_t low = (four_bytes(from) & 0x0f0f0f0fu) ^ flip;
+    const uint32_t high = (four_bytes(from + 4) & 0x0f0f0f0fu) ^ flip;
     return ordered(low | high << 4);
 }
 
 // The integers of `inputs` inputs of a group, from its first on, for every column that has a row.
 template <int Bits>
-void fill_group(const int8_t* const* values, int64_t inputs, uint8_t* to) {
+void fill_group(const int8_t* const* values, int64_t inputs, int zero, uint8_t* to) {
     constexpr int64_t word_inputs = 32 / Bits;
     constexpr int64_t piece = 64;  // words of a column at a time: what is written meanwhile stays in the cache
     const int64_t words = inputs / word_inputs;
@@ -131,7 +133,7 @@ void fill_group(const int8_t* const* values, int64_t inputs, uint8_t* to) {
         for (int64_t column = 0; column < kTilePanel; ++column) {
             const int8_t* const from = values[column];
             for (int64_t i = start; from != nullptr && i < stop; ++i) {
-                const uint32_t word = column_word<Bits>(from + i * word_inputs);
+                const uint32_t word = column_word<Bits>(from + i * word_inputs, zero);
                 std::memcpy(to + (i * kTilePanel + column) * 4, &word, 4);
             }
         }
@@ -141,22 +143,31 @@ void fill_group(const int8_t* const* values, int64_t inputs, uint8_t* to) {
             if (values[column] == nullptr) continue;
             uint8_t& byte = to[integer_byte(Bits, i, column)];
             const uint8_t value = static_cast<uint8_t>(values[column][i]);
-            byte = Bits == 8 ? value : static_cast<uint8_t>(byte | (value + 8) << (i & 4));
+            byte = Bits == 8 ? value : static_cast<uint8_t>(byte | (value + zero) << (i & 4));
         }
     }
 }
 
-void fill_integers(const int8_t* const* values, const float* const* scales, const Panels& shape, uint8_t* to) {
+// A row of integers with its scales and, where there are any, its minima, as bytes; `values` null: padding.
+struct IntegerRow {
+    const int8_t* values;
+    const char *scales, *minima;
+};
+
+void fill_integers(const IntegerRow* rows, const Panels& shape, uint8_t* to) {
     const int8_t* at[kTilePanel];
+    const int64_t bytes = shape.scale_bytes();
     for (int64_t group = 0; group < shape.groups(); ++group, to += shape.group_bytes()) {
         const int64_t first = group * shape.group;
-        float* const factors = reinterpret_cast<float*>(to);
         for (int64_t column = 0; column < kTilePanel; ++column) {
-            at[column] = values[column] == nullptr ? nullptr : values[column] + first;
-            if (at[column] != nullptr) factors[column] = scales[column][group];
+            const IntegerRow& row = rows[column];
+            at[column] = row.values == nullptr ? nullptr : row.values + first;
+            if (row.values == nullptr) continue;
+            std::memcpy(to + column * bytes, row.scales + group * bytes, bytes);
+            if (shape.minima) std::memcpy(to + (kTilePanel + column) * bytes, row.minima + group * bytes, bytes);
         }
         const int64_t inputs = std::min(shape.group, shape.in - first);
-        (shape.bits == 8 ? fill_group<8> : fill_group<4>)(at, inputs, to + kTilePanel * sizeof(float));
+        (shape.bits == 8 ? fill_group<8> : fill_group<4>)(at, inputs, shape.zero(), to + shape.head_bytes());
     }
 }
 
@@ -201,17 +212,15 @@ Packed pack_panel(const Job& job, int64_t panel, char* memory) {
         int8_t* const integers = reinterpret_cast<int8_t*>(behind);
         float* const factors = reinterpret_cast<float*>(behind + job.workspace.values_bytes);
         void* const scratch = behind + job.workspace.values_bytes + job.workspace.scales_bytes;
-        const int8_t* values[kTilePanel] = {};
-        const float* scales[kTilePanel] = {};
+        IntegerRow rounded[kTilePanel] = {};
         for (int64_t column = 0; column < kTilePanel; ++column) {
             if (rows[column] == nullptr) continue;
             int8_t* const value = integers + column * shape.in;
             float* const scale = factors + column * job.rounding.groups();
             if (!job.kernels.quantize_row(job.rounding, rows[column], value, scale, scratch)) return Packed::not_finite;
-            values[column] = value;
-            scales[column] = scale;
+            rounded[column] = {value, reinterpret_cast<const char*>(scale), nullptr};
         }
-        fill_integers(values, scales, shape, static_cast<uint8_t*>(to));
+        fill_integers(rounded, shape, static_cast<uint8_t*>(to));
     }
     return Packed::whole;
 }
@@ -234,15 +243,15 @@ struct IntegerJob {
 
 void pack_integer_panel(void* context, int64_t panel, int) {
     const IntegerJob& job = *static_cast<const IntegerJob*>(context);
-    const int8_t* values[kTilePanel] = {};
-    const float* scales[kTilePanel] = {};
+    const IntegerWeight& weight = job.weight;
+    IntegerRow rows[kTilePanel] = {};
     for (int64_t column = 0; column < kTilePanel; ++column) {
         const int64_t row = job.shape.source(panel, column);
         if (row < 0) continue;
-        values[column] = job.weight.values + row * job.weight.stride;
-        scales[column] = job.weight.scales + row * job.weight.scales_stride;
+        rows[column] = {weight.values + row * weight.stride, weight.scales + row * weight.scales_stride,
+                        weight.minima == nullptr ? nullptr : weight.minima + row * weight.minima_stride};
     }
-    fill_integers(values, scales, job.shape, job.data + panel * job.shape.panel_bytes());
+    fill_integers(rows, job.shape, job.data + panel * job.shape.panel_bytes());
 }
 
 }  // namespace

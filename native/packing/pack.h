@@ -27,8 +27,10 @@ struct WeightRows {
 struct IntegerWeight {
     const int8_t* values;  // [out, in], rows `stride` apart
     int64_t stride;
-    const float* scales;  // [out, ceil(in / group)], rows `scales_stride` apart
+    const char* scales;  // [out, ceil(in / group)] as the panels have them, rows `scales_stride` bytes apart
     int64_t scales_stride;
+    const char* minima;  // the same, or null
+    int64_t minima_stride;
 };
 
 enum class Packed { whole, file_ended, not_finite };

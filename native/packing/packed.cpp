@@ -7,22 +7,15 @@ namespace quire {
 
 namespace {
 
-// A group of 8 bits is a whole row.
-Integers padded(const Integers& integers, int64_t in) {
-    if (integers.bits != 8) return integers;
-    return {8, in == 0 ? 64 : (in + 63) / 64 * 64, integers.qmax};
-}
-
 size_t cache_bytes(const CacheLayout& layout) {
-    return checked_bytes({layout.slots(), layout.head_dim + layout.value_dim(), bytes_of(layout.storage), layout.kv_heads,
-                          layout.blocks, layout.layers});
+    return checked_bytes({layout.slots(), layout.position_bytes(), layout.kv_heads, layout.blocks, layout.layers});
 }
 
 }  // namespace
 
 PackedLinear::PackedLinear(int64_t out, int64_t in, Storage storage, Layout layout, const Integers& integers,
                            bool gated, const float* bias, Arena& arena)
-    : out(out), in(in), storage(storage), layout(layout), gated(gated), integers(padded(integers, in)) {
+    : out(out), in(in), storage(storage), layout(layout), gated(gated), integers(integers) {
     const Panels shape = panels();
     weights_ = arena.take(weight_bytes(shape));
     if (bias == nullptr) return;
@@ -36,7 +29,7 @@ PackedLinear::PackedLinear(int64_t out, int64_t in, Storage storage, Layout layo
 
 PackedLinear::PackedLinear(int64_t out, int64_t in, Storage storage, Layout layout, const Integers& integers,
                            bool gated, Arena::Piece weights, Arena::Piece bias)
-    : out(out), in(in), storage(storage), layout(layout), gated(gated), integers(padded(integers, in)),
+    : out(out), in(in), storage(storage), layout(layout), gated(gated), integers(integers),
       weights_(std::move(weights)), bias_(std::move(bias)) {}
 
 PackedLinear::PackedLinear(const WeightRows& weight, const float* bias, Layout layout, bool gated,

@@ -21,6 +21,7 @@ inline const char* name_of(Layout layout) {
     return names[static_cast<int>(layout)];
 }
 
+// Of weights.
 inline std::optional<Storage> storage_named(const std::string& name) {
     if (name == "bfloat16") return Storage::bfloat16;
     if (name == "float16") return Storage::float16;
@@ -28,10 +29,17 @@ inline std::optional<Storage> storage_named(const std::string& name) {
     return std::nullopt;
 }
 
+inline std::optional<Storage> cache_storage_named(const std::string& name) {
+    if (name == "int8") return Storage::int8;
+    if (name == "fp8") return Storage::e4m3;
+    return storage_named(name);
+}
+
 // How a weight of integers is made; bits 0: it is none.
 struct Integers {
     int64_t bits = 0, group = 0;
     int32_t qmax = 0;  // the largest integer of an input
+    bool half_scales = false, minima = false;
 };
 
 class PackedLinear {
@@ -55,7 +63,7 @@ public:
 
     Panels panels() const {
         return {weights_.data, static_cast<const float*>(bias_.data), in, out, storage, layout, gated, integers.bits,
-                integers.group, integers.qmax};
+                padded_group(), integers.qmax, integers.half_scales, integers.minima};
     }
     size_t bytes() const { return weights_.bytes + bias_.bytes; }
     // Of the memory that a weight with these panels has; std::bad_alloc where none is that large.
@@ -71,7 +79,8 @@ public:
     std::string text() const {
         const std::string shape = std::to_string(out) + "x" + std::to_string(in) + " ";
         if (layout != Layout::integers) return shape + name_of(storage);
-        return shape + "int" + std::to_string(integers.bits) + (integers.qmax > 127 ? "" : " x int8");
+        return shape + "int" + std::to_string(integers.bits) + (integers.minima ? " with minima" : "") +
+               (integers.qmax > 127 ? "" : " x int8");
     }
     bool reads_amx_bf16() const { return layout == Layout::tiles; }  // TileRows as inputs
 
@@ -85,6 +94,11 @@ private:
     PackedLinear(int64_t out, int64_t in, Storage storage, Layout layout, const Integers& integers, bool gated,
                  const float* bias, Arena& arena);
     void fill(const WeightRows& weight, const Kernels& kernels, ThreadPool& pool);
+    // A group of 8 bits that is a whole row is padded.
+    int64_t padded_group() const {
+        if (integers.bits != 8 || integers.group != in) return integers.group;
+        return in == 0 ? 64 : (in + 63) / 64 * 64;
+    }
 
     Arena::Piece weights_, bias_;  // zero where padded
 };

@@ -74,7 +74,7 @@ Range range_of(const float* x, int64_t padded) {
     return {fold<Max>(most), -fold<Max>(-least), finite};
 }
 
-void whole_row(const float* x, int64_t padded, const Range& range, int8_t* values, float* scale) {
+void eight_bits(const float* x, int64_t padded, const Range& range, int8_t* values, float* scale) {
     const float largest = range.most > -range.least ? range.most : -range.least;
     const bool none = largest < kSmallest;
     *scale = none ? 0.0f : largest / 127.0f;
@@ -143,8 +143,13 @@ bool quantize_row(const QuantizeArgs& args, const void* weight, int8_t* values, 
     for (int64_t i = in; i < padded; ++i) x[i] = 0.0f;
     const Range range = range_of(x, padded);
     if (!range.finite) return false;
-    if (!args.four_bits) {
-        whole_row(x, padded, range, bytes, scales);
+    if (args.whole()) {
+        eight_bits(x, padded, range, bytes, scales);
+    } else if (!args.four_bits) {
+        for (int64_t first = 0; first < padded; first += args.group_size) {
+            const Range of_group = range_of(x + first, args.group_size);
+            eight_bits(x + first, args.group_size, of_group, bytes + first, scales + first / args.group_size);
+        }
     } else {
         const auto round_group = args.group_size == 32 ? group<2> : args.group_size == 64 ? group<4> : group<8>;
         for (int64_t first = 0; first < padded; first += args.group_size) {

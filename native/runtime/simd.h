@@ -36,6 +36,7 @@ typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
 
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
+struct E4M3 { uint8_t bits; };
 
 // (subtracting +0 changes no value, not even -0, and so costs nothing)
 static inline Floats splat(float value) { return value - Floats{}; }
@@ -101,6 +102,37 @@ static inline Floats load(const Float16* p) {
 #endif
 }
 
+static inline Floats load(const int8_t* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+    typedef int8_t Small __attribute__((vector_size(kLanes)));
+    Small v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(__builtin_convertvector(v, Ints), Floats);
+#endif
+}
+
+// An e4m3 number over 2^8, which float16 with the same bits is (no NaN): their exponents' biases differ by 8.
+static inline Floats load(const E4M3* p) {
+#if defined(__AVX512F__)
+    const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(int16_t(0xbfff))));
+#elif defined(__AVX2__)
+    const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(int16_t(0xbfff))));
+#else
+    typedef uint8_t Small __attribute__((vector_size(kLanes)));
+    Small v;
+    __builtin_memcpy(&v, p, sizeof v);
+    const Words bits = __builtin_convertvector(v, Words);
+    const Floats magnitude = as_floats((bits & 0x7fu) << 20) * 0x1p112f;
+    return as_floats(as_words(magnitude) | (bits & 0x80u) << 24);
+#endif
+}
+
 static inline float to_float(float x) { return x; }
 
 static inline float to_float(BFloat16 x) {
@@ -153,6 +185,29 @@ static inline void round_to(float x, Float16* y) {
         half = (bits + 0xfffu + (bits >> 13 & 1u) - 0x38000000u) >> 13;
     }
     y->bits = static_cast<uint16_t>(sign | half);
+}
+
+// A whole number of at most 2^22, or near one: to nearest, ties to even
+static inline void round_to(float x, int8_t* y) {
+    const float shifted = x + 0x1.8p23f;
+    int32_t bits;
+    __builtin_memcpy(&bits, &shifted, 4);
+    *y = static_cast<int8_t>(bits - 0x4b400000);
+}
+
+// Of at most 464, which is what rounds to the largest: to nearest, ties to even
+static inline void round_to(float x, E4M3* y) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    const uint32_t sign = bits >> 24 & 0x80u;
+    bits &= 0x7fffffffu;
+    float magnitude;
+    __builtin_memcpy(&magnitude, &bits, 4);
+    magnitude += 0x1p14f;  // leaves the rounded count of 2^-9, a subnormal, in the low bits
+    uint32_t small;
+    __builtin_memcpy(&small, &magnitude, 4);
+    const uint32_t normal = (bits + 0x7ffffu + (bits >> 20 & 1u) - 0x3c000000u) >> 20;
+    y->bits = static_cast<uint8_t>(sign | (bits < 0x3c800000u ? small - 0x46800000u : normal));
 }
 
 // Sums and maxima across lanes: the upper half onto the lower, until one is left.

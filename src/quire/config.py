@@ -15,6 +15,12 @@ from quire.errors import ConfigurationError, names_unknown_arguments, unknown_na
 from quire.outputs import Decision
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+KV_CACHE_DTYPES = {
+    **dict(zip(DTYPES, DTYPES, strict=True)),
+    **dict.fromkeys(("int8", "int8_per_token_head"), "int8"),
+    **dict.fromkeys(("fp8", "fp8_e4m3", "fp8_per_token_head"), "fp8"),
+}
+"""What is asked for -> the type of the cache."""
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 POLICIES = ("fcfs", "priority")
 DEVICES = ("auto", "cpu", "cuda")
@@ -39,13 +45,16 @@ class EngineArgs:
     tokenizer: str | None = None
     """A directory or hub id; None takes the model's own."""
     dtype: str = "auto"
-    """Storage of weights and cache: auto (the model's own; bfloat16 of GGUF's blocks), bfloat16, float16, float32
-    (computes exactly)."""
+    """Storage of weights, and of the cache unless `kv_cache_dtype` says otherwise: auto (the model's own; bfloat16 of
+    GGUF's blocks), bfloat16, float16, float32 (computes exactly)."""
     quantization: str | None = None
     """Quantise the weights while they are loaded: int8 (W8A16), int8_w8a8, int4 (W4A16), fp8 (W8A8; CUDA only).
     `dtype` is then that of the cache and of weights which are not quantised."""
     quantization_group_size: int | None = None
-    """Weights of a row that share a scale with int4: 32, 64 or 128; None is 64."""
+    """Weights of a row that share a scale with int4, or on the CPU int8: 32, 64 or 128; None is 64, and the row."""
+    kv_cache_dtype: str = "auto"
+    """Storage of keys and values: auto (that of the weights), bfloat16, float16, float32, int8 or fp8 (e4m3; also
+    `fp8_e4m3`). The last two have a scale for each head and token, take about half of 16 bits, and need the CPU."""
     max_model_len: int | None = None
     """Longest prompt plus output, in tokens; None takes the model's limit, or what the cache can hold."""
     max_num_seqs: int = 256
@@ -102,9 +111,13 @@ class EngineArgs:
     verify_cached_blocks: bool = False
     """For debugging: compute the blocks of the prefix cache again in moments without work, and compare them bit for
     bit."""
+    record: str | None = None
+    """A file to which the scheduler's requests and plans are written, without text or tokens, for `quire replay` and
+    `quire simulate`."""
 
     def __post_init__(self) -> None:
         _choice("dtype", self.dtype, DTYPES)
+        _choice("kv_cache_dtype", self.kv_cache_dtype, tuple(KV_CACHE_DTYPES))
         _choice("scheduling_policy", self.scheduling_policy, POLICIES)
         _choice("device", self.device, DEVICES)
         _choice("release_idle_memory", self.release_idle_memory, RELEASES)
@@ -139,7 +152,7 @@ class EngineArgs:
                 raise _bad(name, "must be true or false")
         if self.verify_cached_blocks and not self.enable_prefix_caching:
             raise _bad("verify_cached_blocks", "needs enable_prefix_caching: without it no block is cached")
-        for name in ("model", "tokenizer", "revision", "tool_call_parser", "reasoning_parser"):
+        for name in ("model", "tokenizer", "revision", "tool_call_parser", "reasoning_parser", "record"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value or "\0" in value):
                 raise _bad(name, "must be a string that is not empty")
@@ -316,7 +329,8 @@ def resolve_cache(args: EngineArgs, facts: ModelSizes) -> CachePlan:
             raise _bad(
                 "max_model_len",
                 f"is {wanted_len}, which needs {mib(need)} of cache for one sequence; "
-                f"{mib(num_blocks * facts.bytes_per_block)} fit ({reason})",
+                f"{mib(num_blocks * facts.bytes_per_block)} fit ({reason}); "
+                + what_would_fit(num_blocks * facts.bytes_per_block, facts.bytes_per_block / args.block_size, 0),
             )
         max_model_len = held
         decisions.append(
@@ -366,7 +380,8 @@ def _num_blocks(args: EngineArgs, facts: ModelSizes, max_model_len: int) -> tupl
         raise _bad(
             "gpu_memory_utilization",
             f"{share:g} of {mib(budget.device)} is {mib(int(budget.device * share))}; "
-            f"without any cache there is {budget}",
+            f"without any cache there is {budget}; "
+            + what_would_fit(left, facts.bytes_per_block / args.block_size, budget.weights),
         )
     fits = left // facts.bytes_per_block
     reason = f"gpu_memory_utilization={share:g} of {mib(budget.device)}"
@@ -380,6 +395,27 @@ def _num_blocks(args: EngineArgs, facts: ModelSizes, max_model_len: int) -> tupl
         text = f"what max_num_seqs={args.max_num_seqs} sequences of {max_model_len} tokens need"
         return args.max_num_seqs * longest, text
     return fits, reason
+
+
+def what_would_fit(left: int, bytes_per_token: float, weight_bytes: int) -> str:
+    """What to ask for, where weights and one sequence do not fit.
+
+    Args:
+        left: bytes beside the weights; below 0 what they exceed the memory by.
+        weight_bytes: of all weights, which quantisation would lessen.
+    """
+    tokens = int(left // bytes_per_token)
+    if tokens > 0:
+        return f"--max-model-len {tokens} would; --kv-cache-dtype int8 holds about twice as many"
+    return f"the weights alone exceed it by {max(0, -left) / 1e9:,.1f} GB; {_smaller(-left, weight_bytes)}"
+
+
+def _smaller(excess: int, weight_bytes: int) -> str:
+    """The mildest quantisation that saves so many bytes of weights in 16 bits."""
+    for name, share in (("int8", 0.5), ("int4", 0.28)):
+        if weight_bytes * (1 - share) > excess:
+            return f"--quantization {name} would leave {(weight_bytes * (1 - share) - excess) / 1e9:,.1f} GB"
+    return "no quantisation makes it fit"
 
 
 def mib(size_bytes: int) -> str:

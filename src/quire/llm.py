@@ -18,7 +18,7 @@ from quire.engine.front import EngineFront
 from quire.engine.inputs import BYTES, ParsedRequest, Prompt
 from quire.engine.queue import QueueBound, QueueConfig
 from quire.engine.tools import Asked, check_held, hold, read_tools
-from quire.errors import EngineDeadError, InvalidRequestError
+from quire.errors import SHAPE, EngineDeadError, InvalidRequestError
 from quire.outputs import RequestOutput
 from quire.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
@@ -89,8 +89,9 @@ class LLM(EngineFront):
             priority: one for each of a list; lower goes first under `scheduling_policy="priority"`.
 
         Raises:
-            InvalidRequestError: some prompt or parameter is refused; of a list, nothing was generated then. A shape
-                that does not fit into `max_tokens` raises nothing: that output ends with `error`, which says why.
+            InvalidRequestError: some prompt or parameter is refused; of a list, nothing was generated then. So is a
+                shape with no answer as short as `max_tokens`; where others of a list have answers, its output has
+                `finish_reason` error instead, and `error` says why.
             EngineDeadError: it is closed, or its core is gone for good.
         """
         return self._generate(prompts, sampling_params, priority, use_tqdm=use_tqdm)
@@ -184,7 +185,7 @@ class LLM(EngineFront):
                 raise EngineDeadError("this LLM is closed")
             requests, total = self._parse(_prompts_of(prompts), params, priority, asked)
             # With priorities all must be there from the start.
-            return self._run(requests, total, None if priority else self._most_open, show_progress=use_tqdm)
+            return _answered(self._run(requests, total, None if priority else self._most_open, show_progress=use_tqdm))
         finally:
             self._owner = None
 
@@ -333,6 +334,14 @@ def _prompts_of(prompts: Prompt | Iterable[Prompt]) -> list[Prompt] | Iterator[P
         return iter(prompts)
     items: list[Any] = list(prompts)
     return [items] if items and isinstance(items[0], int) else items
+
+
+def _answered(outputs: list[RequestOutput]) -> list[RequestOutput]:
+    """The outputs. InvalidRequestError where there is none but of shapes that were refused."""
+    errors = [output.error or "" for output in outputs]
+    if errors and all(error.startswith(SHAPE) for error in errors):
+        raise InvalidRequestError(errors[0], param=SHAPE.strip())
+    return outputs
 
 
 @contextmanager

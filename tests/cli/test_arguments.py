@@ -47,6 +47,8 @@ def test_every_engine_argument_is_a_flag() -> None:
         (["--max-num-batched-tokens", "1.5k"], {"max_num_batched_tokens": 1500}),
         (["--kv-cache-memory-bytes", "0.5G"], {"kv_cache_memory_bytes": 2**29}),
         (["--kv-cache-memory-bytes", "8GiB"], {"kv_cache_memory_bytes": 2**33}),
+        (["--kv-cache-dtype", "fp8_e4m3"], {"kv_cache_dtype": "fp8_e4m3"}),
+        (["--kv_cache_dtype=int8"], {"kv_cache_dtype": "int8"}),
         (["one/model", "--model", "one/model"], {"model": "one/model"}),
         (["quire-demo"], {}),
         (["--max-model-len", "auto"], {"max_model_len": None}),

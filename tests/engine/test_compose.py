@@ -22,6 +22,7 @@ from quire.engine.queue import ANYBODY
 from quire.errors import ConfigurationError, InvalidRequestError, ModelFileError
 from quire.isolation import core_process, supervisor
 from quire.isolation.supervisor import SupervisedChannel
+from quire.ops.cpu import CpuOps
 from quire.weights.load import load_model
 from tests.core.harness import new_request
 from tests.tiny.checkpoints import make_tiny
@@ -88,6 +89,41 @@ def test_which_factors_of_longrope_all_sequences_have_is_said(
         if one.name == "longrope"
     )
     assert decision.value == chosen and why in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "reason", "bytes_each"),
+    [
+        ("auto", "bfloat16", "auto: the type of the weights; ", 2 * 16),
+        ("float32", "float32", "as asked; ", 4 * 16),
+        ("int8", "int8", "as asked; a scale for each head and token; ", 16 + 4),
+        ("int8_per_token_head", "int8", "as asked; a scale", 16 + 4),
+        ("fp8_e4m3", "fp8", "as asked; a scale", 16 + 4),
+        ("fp8_per_token_head", "fp8", "as asked; a scale", 16 + 4),
+    ],
+)
+def test_what_the_cache_is_made_of_is_said(
+    asked: str, dtype: str, reason: str, bytes_each: int, tiny_model: Path
+) -> None:
+    """A model of three layers with two key-value heads of 16; weights stay as they are."""
+    parts = core_of(tiny_model, kv_cache_dtype=asked, dtype="bfloat16", num_gpu_blocks_override=None,
+                    kv_cache_memory_bytes=2**18)  # fmt: skip
+    decided = {decision.name: decision for decision in parts.info.decisions}
+    token = 2 * 3 * 2 * bytes_each
+    assert decided["kv_cache_dtype"].value == dtype and decided["dtype"].value == "bfloat16"
+    assert decided["kv_cache_dtype"].reason.startswith(reason)
+    assert decided["kv_cache_dtype"].reason.endswith(f"; {token:,} bytes a token")
+    assert parts.scheduler.config.num_blocks == 2**18 // (16 * token)
+    assert dict(parts.info.cache_config)["cache_dtype"] == asked
+
+
+def test_a_cache_that_a_device_has_no_kernels_for_is_refused_before_loading(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuOps, "cache_dtypes", ("bfloat16", "float16", "float32"))
+    monkeypatch.setattr(core, "load_model", None)
+    with pytest.raises(ConfigurationError, match=r"kv_cache_dtype 'fp8_e4m3' needs device 'cpu'; cpu .* has bfloat16,"):
+        core_of(tiny_model, kv_cache_dtype="fp8_e4m3")
 
 
 @pytest.mark.parametrize(("quantization", "warned"), [("int4", True), ("int8", False), (None, False)])

@@ -37,7 +37,8 @@ DEVICE = replace(
         ("quantization_group_size", 48), ("quantization_group_size", True), ("quantization_group_size", "64"),
         ("enable_prefix_caching", 1), ("verify_cached_blocks", "yes"), ("kv_cache_memory_bytes", -5),
         ("release_idle_memory", "some"), ("logprobs_mode", "raw"), ("logprobs_mode", "processed_logprobs"),
-        ("logprobs_mode", "processed_logits"), ("logprobs_mode", None),
+        ("logprobs_mode", "processed_logits"), ("logprobs_mode", None), ("kv_cache_dtype", "fp8_e5m2"),
+        ("kv_cache_dtype", "int4"), ("kv_cache_dtype", None), ("kv_cache_dtype", 8),
     ],
 )  # fmt: skip
 def test_refusals_name_the_argument(name: str, value: Any) -> None:

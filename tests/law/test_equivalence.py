@@ -100,6 +100,29 @@ def test_together_equals_alone(tiny_model: Path, alone: list[Any], conditions: d
     assert run(tiny_model, cases(), **conditions) == alone
 
 
+@pytest.mark.parametrize("dtype", ["int8", "fp8"])
+def test_a_cache_of_8_bits_keeps_the_law(tiny_model: Path, alone: list[Any], dtype: str) -> None:
+    """The numbers of a key depend on its token and head alone: other chunks, blocks, threads, preemption, a prefix hit
+    and a process of its own change no bit."""
+    items, cache = cases(), {"kv_cache_dtype": dtype}
+    each = [run(tiny_model, [item], **cache)[0] for item in items]
+    assert each != alone
+    for conditions in (
+        {"max_num_batched_tokens": 13, "threads": 3},
+        {"block_size": 8, "num_gpu_blocks_override": 34, "max_num_batched_tokens": 11},
+        {"async_scheduling": True, "num_gpu_blocks_override": 18},
+        {"core_process": True, "max_num_seqs": 3, "block_size": 64},
+    ):
+        assert run(tiny_model, items, **cache, **conditions) == each, conditions
+    with LLM(model=str(tiny_model), **cache, **COMMON) as llm:
+        for _ in range(2):
+            outputs = [
+                llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0] for prompt, params in items
+            ]
+            assert [essence(item) for item in outputs] == each
+        assert any(item.num_cached_tokens > 0 for item in outputs)
+
+
 def test_small_cache_does_preempt(tiny_model: Path) -> None:
     """The conditions of the test above are real: requests are preempted in them."""
     with LLM(model=str(tiny_model), **{**COMMON, "num_gpu_blocks_override": 18}) as llm:

@@ -18,9 +18,9 @@ from quire.ops.cpu import CpuOps
 from quire.ops.quantize_reference import quantize
 from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
-from quire.ops.types import Ops, QuantizedWeight, QuantSpec
+from quire.ops.types import HALF_SCALES, Ops, QuantizedFormat, QuantizedWeight, QuantSpec
 from quire.quant.select import check_scheme, select_scheme
-from quire.quant.types import Scheme, bits_per_weight, quantized_bytes
+from quire.quant.types import Scheme, bits_per_weight, joined, quantized_bytes
 from quire.text.tokenizer import Tokenizer
 from quire.weights.load import load_model
 from tests.models.paged import PagedModel
@@ -34,7 +34,12 @@ LARGEST_KL = {
     "olmo2": {"int8": 7e-4, "int8_w8a8": 1.2e-3, "int4": 0.15},
 }
 ON_CPU = [name for name in QUANTIZATIONS if name in CpuOps.formats]
-QUANTS = [QuantSpec("int8", None), QuantSpec("int8_w8a8", None), *(QuantSpec("int4", size) for size in GROUP_SIZES)]
+ROUNDED: tuple[QuantizedFormat, ...] = ("int4", "int8_groups")
+QUANTS = [
+    QuantSpec("int8", None),
+    QuantSpec("int8_w8a8", None),
+    *(QuantSpec(name, size) for name in ROUNDED for size in GROUP_SIZES),
+]
 EMBEDDED_KL = {"int8": 1e-4, "int8_w8a8": 5e-4, "int4": 6e-3}
 
 
@@ -209,12 +214,64 @@ def test_fp8_is_as_near_to_the_model_as_its_three_bits_and_the_cpu_refuses_it(op
 def test_bytes_of_a_rounded_weight_are_those_of_its_numbers_and_scales(quant: QuantSpec, inputs: int) -> None:
     """The last group of a row has its scale too, and room for all of its numbers."""
     weight = quantize(np.ones((5, inputs), np.float32), quant)
-    numbers = 5 * inputs if quant.group_size is None else weight.scales.size * quant.group_size // 2
+    bits = 4 if quant.format == "int4" else 8
+    numbers = 5 * inputs if quant.group_size is None else weight.scales.size * quant.group_size * bits // 8
     assert quantized_bytes(quant, 5, inputs) == numbers + weight.scales.nbytes
 
 
 def test_bits_of_a_weight_count_the_scales_of_groups() -> None:
-    assert [bits_per_weight(one) for one in QUANTS] == ["8", "8", "5", "4.5", "4.25"]
+    assert [bits_per_weight(one) for one in QUANTS] == ["8", "8", "5", "4.5", "4.25", "9", "8.5", "8.25"]
+    assert bits_per_weight(QuantSpec("int4_min", 32, half_scales=True)) == "5"
+    assert bits_per_weight(QuantSpec("int8_min", 16)) == "12"
+    assert quantized_bytes(QuantSpec("int8_min", 16), 3, 20) == 3 * 2 * (16 + 8)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "expected"),
+    [
+        (["int4 32", "int4_min 32"], "int4_min 32"),
+        (["int4 32", "int4 64"], "int4 32"),
+        (["int8_groups 16", "int4_min 32"], "int8_min 16"),
+        (["int4 32", "int8_groups 64"], "int8_groups 32"),
+        (["int8 None", "int4 32"], None),
+        (["int4_w4a8 32", "int4 32"], None),
+    ],
+)
+def test_matrices_of_several_formats_become_one_that_holds_them(kinds: list[str], expected: str | None) -> None:
+    def spec(words: str) -> QuantSpec:
+        name, size = words.split()
+        return QuantSpec(name, None if size == "None" else int(size))  # type: ignore[arg-type]
+
+    assert joined([spec(kind) for kind in kinds]) == (None if expected is None else spec(expected))
+
+
+def test_groups_of_eight_bits_survive_large_channels() -> None:
+    """Columns divided by a thousand share their row's scale with full ones, or that of 32 with fewer."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((64, 256)).astype(np.float32)
+    weight[:, 32:64] /= 1000
+    x = rng.standard_normal((40, 256)).astype(np.float32)
+    x[:, 32:64] *= 1000
+    expected = x.astype(np.float64) @ weight.T.astype(np.float64)
+
+    def error(size: int | None) -> float:
+        scheme = select_scheme("int8", size)
+        assert scheme is not None
+        cpu = CpuOps(1, instruction_sets()[-1])
+        found = cpu.linear(x, cpu.pack_linear(cpu.quantize(weight, scheme.linear), None, "float32"))
+        return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+    assert error(32) < 0.03 < 0.3 < error(None)
+
+
+def test_groups_of_eight_bits_are_refused_by_name_where_there_are_none() -> None:
+    class WithoutBlocks(ReferenceOps):
+        formats = tuple(name for name in ReferenceOps.formats if name not in HALF_SCALES)
+
+    with pytest.raises(ConfigurationError, match="in groups needs the CPU") as caught:
+        check_scheme(select_scheme("int8", 128), WithoutBlocks(np))
+    assert caught.value.field == "quantization_group_size"
+    check_scheme(select_scheme("int8", 128), ReferenceOps(np))
 
 
 @pytest.mark.parametrize("name", QUANTIZATIONS)
@@ -246,7 +303,9 @@ def test_schemes_by_name() -> None:
     for size in GROUP_SIZES:
         scheme = select_scheme("int4", size)
         assert scheme is not None and scheme.linear.group_size == size
-    for other in (None, "int8"):
-        with pytest.raises(ConfigurationError, match="quantization_group_size is for quantization 'int4'") as caught:
+        scheme = select_scheme("int8", size)
+        assert scheme == Scheme("int8", QuantSpec("int8_groups", size), QuantSpec("int8_groups", size))
+    for other in (None, "int8_w8a8"):
+        with pytest.raises(ConfigurationError, match="is for quantization 'int4' and 'int8'") as caught:
             select_scheme(other, 64)
         assert caught.value.field == "quantization_group_size"

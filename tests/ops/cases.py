@@ -89,9 +89,12 @@ class Rows:
         return np.concatenate(parts)
 
 
-def assert_bytes_tell_blocks_apart(ops: Ops) -> None:
+PLAIN_STORAGES = ((16, "float32"), (8, "float16"), (24, "bfloat16"))
+
+
+def assert_bytes_tell_blocks_apart(ops: Ops, storages: Any = PLAIN_STORAGES) -> None:
     """`block_bytes` of two sequences that are equal, written in different pieces, and then differ in one number."""
-    for block_size, storage in ((16, "float32"), (8, "float16"), (24, "bfloat16")):
+    for block_size, storage in storages:
         rows = Rows(ops, [2 * block_size] * 2, Heads(4, 2, 24), block_size, storage)
         rows.k[1][...], rows.v[1][...] = rows.k[0], rows.v[0]
         spec = AttentionSpec(0.25)

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from quire.ops.packed import ALIGNMENT, PackedHeader, PackedState
-from quire.ops.types import QuantizedFormat, QuantSpec, WeightDtype
+from quire.ops.types import FORMATS, HALF_SCALES, QuantizedFormat, QuantizedWeight, QuantSpec, WeightDtype
 
 DTYPES: dict[WeightDtype, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 QUANTIZED: list[tuple[QuantizedFormat, int | None]] = [
@@ -26,6 +26,9 @@ QUANTIZED: list[tuple[QuantizedFormat, int | None]] = [
     ("int4", 128),
     ("int4_w4a8", 64),
     ("fp8", None),
+    ("int8_groups", 64),
+    ("int4_min", 32),
+    ("int8_min", 16),
 ]
 OUT, INPUTS = 70, 173  # neither is a whole number of panels, of groups or of pairs of them
 
@@ -59,11 +62,22 @@ def packed_weights(ops: Any) -> Iterator[tuple[str, Any]]:
     for name, size in QUANTIZED:
         if name not in ops.formats:
             continue
-        quantized = ops.quantize(weight, QuantSpec(name, size))
+        quantized = ops.quantize(weight, QuantSpec(name, size)) if size is None else grouped(ops, weight, name, size)
         yield f"{name} {size} linear", ops.pack_linear(quantized, bias, "float32")
         yield f"{name} {size} gated", ops.pack_gated(quantized, bias, "float32")
-        if size is None:
+        if size is None or name in HALF_SCALES:
             yield f"{name} {size} embedding", ops.pack_embedding(quantized, "float32")
+
+
+def grouped(ops: Any, weight: Any, name: QuantizedFormat, size: int) -> QuantizedWeight:
+    """`weight` in groups, or numbers with minima that have nothing to do with it."""
+    if not FORMATS[name].has_minima:
+        rounded: QuantizedWeight = ops.quantize(weight, QuantSpec(name, size))
+        return rounded
+    rng, shape = np.random.default_rng(2), (OUT, -(-INPUTS // size))
+    values = rng.integers(FORMATS[name].low, FORMATS[name].high + 1, (OUT, INPUTS)).astype(np.int8)
+    scales, minima = (rng.standard_normal(shape).astype(np.float16 if size == 32 else np.float32) for _ in range(2))
+    return QuantizedWeight(name, values, scales, size, minima)
 
 
 def results(ops: Any, name: str, packed: Any) -> bytes:

@@ -13,9 +13,10 @@ pytest.importorskip("triton")
 from quire.ops.cuda import attention, gemm, rows, sampling
 from quire.ops.cuda.gemm import packed_linear
 from quire.ops.cuda.tiles import GemmShape, default_tiles, keeps_sums, picked, tiles_for
-from quire.ops.types import ACTIVATION_QMAX, AttentionBatch, AttentionSpec, SampleBatch
+from quire.ops.types import FORMATS, HALF_SCALES, AttentionBatch, AttentionSpec, SampleBatch
 
 COUNTS = (1, 2, 3, 15, 16, 17, 33, 64, 65, 128, 129, 257, 1000)
+KINDS = [kind for kind in FORMATS if kind not in HALF_SCALES]
 META = torch.device("meta")
 LAUNCHED = {
     attention: ("store_kernel", "attention_kernel", "merge_kernel"),
@@ -81,7 +82,7 @@ def test_one_kernel_for_all_numbers_of_rows(seen: dict[str, set[Any]]) -> None:
     assert variants == {name: 2 if name == "norm_kernel" else 1 for name in seen}, "two kinds of norms were asked for"
 
 
-@pytest.mark.parametrize("kind", ["plain", *ACTIVATION_QMAX])
+@pytest.mark.parametrize("kind", ["plain", *KINDS])
 def test_gemms_differ_in_what_lies_side_by_side_alone(kind: Any, seen: dict[str, set[Any]]) -> None:
     inputs = 4096
     if kind.startswith("int4"):
@@ -108,7 +109,7 @@ def test_gemms_differ_in_what_lies_side_by_side_alone(kind: Any, seen: dict[str,
 def test_every_pick_keeps_the_sums() -> None:
     """Those of the rule, for all numbers of rows; and of a table only such as do."""
     sizes = (1, 64, 96, 704, 4096, 11008, 128256)
-    for kind, outputs, inputs in itertools.product(("16 bits", "float32", *ACTIVATION_QMAX), sizes, sizes):
+    for kind, outputs, inputs in itertools.product(("16 bits", "float32", *KINDS), sizes, sizes):
         groups = (32, 64, 128) if kind.startswith("int4") else (inputs,)
         for shape in (GemmShape(kind, group, outputs, inputs) for group in groups):
             picks = tiles_for("a device that no table has", shape)

@@ -45,7 +45,7 @@ def test_positions_at_the_end_of_their_type(cpu: CpuOps, start: int) -> None:
 
 @pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("shape", [(2**58, 2), (2**30, 2), (2**59, 0)], ids=str)
-@pytest.mark.parametrize("quant", [None, (4, 32, 127)], ids=str)
+@pytest.mark.parametrize("quant", [None, (4, 32, 127, 4, False)], ids=str)
 def test_weights_of_impossible_size(cpu: CpuOps, storage: str, shape: tuple[int, int], quant: Any) -> None:
     """Tiles of 2^58 rows of two would take 2^64 bytes, and that is 0."""
     weight = repeated(shape[0], np.zeros(shape[1], np.float32 if storage == "float32" else np.uint16))
@@ -72,7 +72,7 @@ def test_integers_of_impossible_size(cpu: CpuOps) -> None:
     values, scales = repeated(2**57, np.zeros(32, np.int8)), repeated(2**57, zeros(1))
     for bits in (4, 8):
         with pytest.raises(ValueError, match="too large"):
-            cpu._native.pack_integers(values, scales, None, bits, 32, 127, False)
+            cpu._native.pack_integers(values, scales, None, None, (bits, 32, 127, 4, False), False)
     weight = repeated(2**55, zeros(32))
     with pytest.raises(ValueError, match="too large"):
         cpu._native.quantize(weight, "float32", False, 32, repeated(2**55, np.zeros(32, np.int8)), scales)
@@ -84,7 +84,7 @@ def test_rows_of_impossible_number(cpu: CpuOps) -> None:
     packed = [cpu.pack_linear(zeros(0, 32), None, "bfloat16")]
     for bits in (4, 8):
         integers = np.zeros((0, 32), np.int8), zeros(0, 1)
-        packed.append(cpu._native.pack_integers(*integers, None, bits, 32, 32639, False))
+        packed.append(cpu._native.pack_integers(*integers, None, None, (bits, 32, 32639, 4, False), False))
     for weight in packed:
         with pytest.raises(ValueError, match="too large"):
             cpu._native.linear(x, weight, none, 1.0, 0.0, False)
@@ -153,6 +153,36 @@ def out_of_range(kind: str, value: Any) -> QuantizedWeight:
     values[1, 33] = value
     groups = 2 if kind.startswith("int4") else 1
     return QuantizedWeight(kind, values, np.ones((3, groups), np.float32), 64 // groups)  # type: ignore[arg-type]
+
+
+def out_of_blocks(kind: str, **changes: Any) -> QuantizedWeight:
+    """A weight of a format with groups, with something in it that is no number of it."""
+    minima = np.zeros((3, 4), np.float16) if kind.endswith("_min") else None
+    parts = {"values": np.zeros((3, 64), np.int8), "scales": np.ones((3, 4), np.float16), "minima": minima}
+    for name, value in changes.items():
+        parts[name][1, 3] = value  # type: ignore[index]
+    return QuantizedWeight(kind, parts["values"], parts["scales"], 16, parts["minima"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("provider", ["reference", "cpu"])
+def test_blocks_with_what_is_no_number_are_refused(provider: str, cpu: CpuOps) -> None:
+    ops: Any = cpu if provider == "cpu" else ReferenceOps(np)
+    for kind in ("int8_groups", "int4_min", "int8_min"):
+        for wrong in ({"scales": np.nan}, {"scales": np.inf}, {"minima": np.nan}, {"minima": -np.inf}):
+            if "minima" in wrong and kind == "int8_groups":
+                continue
+            with pytest.raises(ValueError, match="not finite"):
+                ops.pack_linear(out_of_blocks(kind, **wrong), None, "float32")
+        ops.pack_linear(out_of_blocks(kind), None, "float32")
+    for value in (-1, 16):
+        with pytest.raises(ValueError, match=r"outside \[0, 15\]"):
+            ops.pack_linear(out_of_blocks("int4_min", values=value), None, "float32")
+    ops.pack_linear(out_of_blocks("int8_groups", values=-128), None, "float32")
+    for infinite in (np.float32(np.inf), np.float32(np.nan)):
+        weight = QuantizedWeight("int4", np.zeros((3, 64), np.int8), np.ones((3, 2), np.float32), 32)
+        weight.scales[2, 1] = infinite
+        with pytest.raises(ValueError, match="not finite"):
+            ops.pack_linear(weight, None, "float32")
 
 
 WRONG = [(kind, -128) for kind in ("int8", "int8_w8a8")] + [

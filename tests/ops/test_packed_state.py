@@ -139,6 +139,11 @@ WRONG: dict[str, tuple[Change, str]] = {
     "out_features of another type": (lambda h: replace(h, out_features=70.0), "out_features is"),  # type: ignore[arg-type]
     "gated of another type": (lambda h: replace(h, gated=0), "gated is"),  # type: ignore[arg-type]
     "format of another type": (lambda h: replace(h, format=[]), "format is"),  # type: ignore[arg-type]
+    "scale_dtype": (lambda h: replace(h, scale_dtype="bfloat16"), "scale_dtype is"),
+    "another scale_dtype": (
+        lambda h: replace(h, scale_dtype="float16" if h.scale_dtype == "float32" else "float32"),
+        "scale_dtype is|size of",
+    ),
     "has_bias": (lambda h: replace(h, has_bias=not h.has_bias), "number of buffers is"),
 }
 

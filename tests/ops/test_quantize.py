@@ -13,6 +13,7 @@ from quire.ops.types import QuantSpec
 from tests.ops.cases import normal
 
 QUANTS = [QuantSpec("int8", None), QuantSpec("int4", 32), QuantSpec("int4", 64), QuantSpec("int4", 128)]
+QUANTS += [QuantSpec("int8_groups", size) for size in (16, 32, 128)]
 SHAPES = [(1, 1), (3, 16), (5, 31), (17, 96), (33, 200), (40, 576), (0, 64), (4, 0)]
 
 
@@ -47,7 +48,7 @@ def test_weights_of_any_size(quant: QuantSpec, large: float) -> None:
     ours, expected = ops.quantize(weight, quant), quantize(weight, quant)
     assert np.array_equal(ours.values, expected.values) and np.array_equal(ours.scales, expected.scales)
     assert np.isfinite(ours.scales).all()
-    bound = 1.6 / 8.5 if quant.group_size else 0.5001 / 127  # the end without a +8 may be clipped
+    bound = 1.6 / 8.5 if quant.format == "int4" else 0.5001 / 127  # the end without a +8 may be clipped
     assert (np.abs(restored(ours) - weight) <= bound * np.abs(weight).max(axis=1, keepdims=True) + 1e-30).all()
 
 
@@ -59,6 +60,7 @@ def test_the_error_is_that_of_the_format() -> None:
         difference = restored(quantize(weight, quant)) - weight
         errors[quant.format, quant.group_size] = float(np.sqrt((difference**2).sum() / (weight**2).sum()))
     assert errors["int8", None] < 0.0078
+    assert errors["int8_groups", 128] < 0.0065 and errors["int8_groups", 32] < 0.0055
     assert errors["int4", 32] < 0.082
     assert errors["int4", 64] < 0.092
     assert errors["int4", 128] < 0.099
@@ -91,6 +93,12 @@ def test_fp8_uses_the_whole_range_of_e4m3() -> None:
 
 
 def test_quantisations_that_do_not_exist() -> None:
-    for arguments in (("int8", 64), ("int4", None), ("int4", 48), ("int3", 32)):
+    for arguments in (("int8", 64), ("int4", None), ("int4", 48), ("int3", 32), ("int8_groups", None)):
         with pytest.raises(ValueError, match="no quantisation"):
             QuantSpec(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="scales of 'int4' are float32"):
+        QuantSpec("int4", 32, half_scales=True)
+    for unmade in (QuantSpec("int4_min", 32), QuantSpec("int8_groups", 32, half_scales=True)):
+        for round_it in (quantize, CpuOps(1, instruction_sets()[-1]).quantize):
+            with pytest.raises(ValueError, match="weights are not rounded to"):
+                round_it(np.ones((2, 64), np.float32), unmade)

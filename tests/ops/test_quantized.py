@@ -8,21 +8,22 @@ import pytest
 from quire.ops.cpu import CpuOps
 from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
-from quire.ops.types import ACTIVATION_QMAX, QuantizedFormat, QuantizedWeight
+from quire.ops.types import ACTIVATION_QMAX, FORMATS, HALF_SCALES, QuantizedFormat, QuantizedWeight
 from tests.ops.cases import normal, relative_error
 
 REFERENCE = ReferenceOps(np)
-FORMATS: list[QuantizedFormat] = ["int8", "int8_w8a8", "int4", "int4_w4a8"]
+KINDS = CpuOps.formats
 
 
 def random_weight(rng: np.random.Generator, kind: QuantizedFormat, out: int, size: int, group: int) -> QuantizedWeight:
-    """All values of the range, scales of very different size."""
-    bits8 = kind.startswith("int8")
-    group = size if bits8 else group
-    low, high = (-127, 128) if bits8 else (-8, 8)
-    values = rng.integers(low, high, (out, size)).astype(np.int8)
-    scales = np.exp(normal(rng, out, -(-size // group) if size else 0))
-    return QuantizedWeight(kind, values, scales, group)
+    """All values of the range, scales of very different size; in float16 with groups of 64, where they may be."""
+    stated = FORMATS[kind]
+    group = group if stated.group_sizes else size
+    values = rng.integers(stated.low, stated.high + 1, (out, size)).astype(np.int8)
+    dtype, groups = np.float16 if kind in HALF_SCALES and group == 64 else np.float32, -(-size // group) if size else 0
+    scales = np.exp(normal(rng, out, groups)).astype(dtype)
+    minima = (scales.astype(np.float32) * normal(rng, out, groups) * 20).astype(dtype) if stated.has_minima else None
+    return QuantizedWeight(kind, values, scales, group, minima)
 
 
 def by_definition(x: Any, weight: QuantizedWeight) -> Any:
@@ -37,11 +38,13 @@ def by_definition(x: Any, weight: QuantizedWeight) -> Any:
             inside = slice(first, first + weight.group_size)
             sums = weight.values[:, inside].astype(np.int64) @ q[inside]
             y[t] += weight.scales[:, group].astype(np.float64) * sums
+            if weight.minima is not None:
+                y[t] += weight.minima[:, group].astype(np.float64) * q[inside].sum()
         y[t] *= float(absmax) / levels
     return y
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_the_reference_computes_the_formula(kind: QuantizedFormat, group: int) -> None:
     rng = np.random.default_rng(1)
@@ -49,7 +52,8 @@ def test_the_reference_computes_the_formula(kind: QuantizedFormat, group: int) -
     packed = REFERENCE.pack_linear(weight, None, "bfloat16")
     assert relative_error(REFERENCE.linear(x, packed), by_definition(x, weight)) < 2e-6
     rows = REFERENCE.embed(np.array([3, 0]), REFERENCE.pack_embedding(weight, "bfloat16"), 2.0)
-    first = weight.values[3, :32].astype(np.float32) * weight.scales[3, 0] * np.float32(2)
+    first = weight.values[3, :32].astype(np.float32) * weight.scales[3, 0].astype(np.float32)
+    first = (first if weight.minima is None else first + weight.minima[3, 0].astype(np.float32)) * np.float32(2)
     assert np.array_equal(rows[0, :32], first)
 
 
@@ -76,15 +80,46 @@ def test_wrong_weights_are_refused() -> None:
         lambda: QuantizedWeight("int4", values.astype(np.uint8), scales, 64),
         lambda: QuantizedWeight("int4", values[0], scales, 64),
         lambda: QuantizedWeight("int8", values, scales, 64),
+        lambda: QuantizedWeight("int8_groups", values, scales, 96),
+        lambda: QuantizedWeight("int8_groups", values, scales.astype(np.float64), 64),
+        lambda: QuantizedWeight("int8_groups", values, scales, 64, scales),
+        lambda: QuantizedWeight("int4", values, scales.astype(np.float16), 64),
+        lambda: QuantizedWeight("int4_min", values, scales, 64),
+        lambda: QuantizedWeight("int4_min", values, scales, 64, scales[:3]),
+        lambda: QuantizedWeight("int4_min", values, scales, 64, scales.astype(np.float16)),
     ):
         with pytest.raises(ValueError, match=r"\w"):
             wrong()
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8_groups", "int4_min", "int8_min"])
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_a_product_is_that_of_float64_with_the_weights_to_its_roundings(isa: str, kind: QuantizedFormat) -> None:
+    """A group's two terms are rounded once each with what came before: `(2 groups + 3) 2^-24` of their magnitudes."""
+    rng, ops = np.random.default_rng(11), CpuOps(2, isa)
+    for group in FORMATS[kind].group_sizes:
+        weight, x = random_weight(rng, kind, 37, 300, group), normal(rng, 9, 300)
+        scales, minima = (
+            np.zeros((37, 300)) if one is None else np.repeat(one, group, axis=1)[:, :300].astype(np.float64)
+            for one in (weight.scales, weight.minima)
+        )
+        step = np.abs(x).max(axis=1, keepdims=True) / np.float32(32639)
+        q = np.rint(x * (np.float32(32639) / np.abs(x).max(axis=1, keepdims=True))).astype(np.float64)
+        expected = q @ (weight.values * scales + minima).T * step
+        starts = range(0, 300, group)
+        terms = sum(
+            np.abs(q[:, i : i + group] @ part[:, i : i + group].T)
+            for part in (weight.values * scales, minima)
+            for i in starts
+        )
+        y = ops.linear(x, ops.pack_linear(weight, None, "float32"))
+        assert (np.abs(y - expected) <= (2 * len(starts) + 3) * 2.0**-24 * terms * step).all(), group
+
+
 SHAPES = [(1, 1, 32), (31, 15, 64), (33, 65, 32), (70, 200, 64), (64, 576, 64), (130, 600, 128), (70, 1231, 32)]
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_linear_embed_and_logits_equal_the_reference(
     cpu: CpuOps, kind: QuantizedFormat, shape: tuple[int, int, int]
@@ -105,7 +140,7 @@ def test_linear_embed_and_logits_equal_the_reference(
     assert np.array_equal(cpu.embed(ids, packed, 1.5), REFERENCE.embed(ids, expected, 1.5))
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(130, 600, 64), (33, 2900, 128), (70, 96, 32)])
 def test_a_row_has_the_same_bits_in_any_company(
     cpu: CpuOps, kind: QuantizedFormat, shape: tuple[int, int, int]
@@ -124,7 +159,7 @@ def test_a_row_has_the_same_bits_in_any_company(
 @pytest.mark.parametrize("isa", instruction_sets())
 def test_threads_do_not_change_bits(isa: str) -> None:
     rng = np.random.default_rng(5)
-    weights, x = [random_weight(rng, kind, 520, 320, 32) for kind in FORMATS], normal(rng, 70, 320)
+    weights, x = [random_weight(rng, kind, 520, 320, 32) for kind in KINDS], normal(rng, 70, 320)
     results: dict[tuple[str, int], list[Any]] = {}
     for threads in range(1, 9):
         ops = CpuOps(threads, isa)
@@ -140,14 +175,14 @@ def test_instruction_sets_agree_in_every_bit() -> None:
     rng = np.random.default_rng(6)
     providers = [CpuOps(2, isa) for isa in instruction_sets()]
     x = normal(rng, 40, 700) * np.exp(2 * normal(rng, 40, 700))
-    for kind in FORMATS:
+    for kind in KINDS:
         weight = random_weight(rng, kind, 70, 700, 64)
         results = [ops.linear(x, ops.pack_linear(weight, None, "bfloat16")) for ops in providers]
-        fused = results[1:] if kind.startswith("int4") else results
+        fused = results[1:] if FORMATS[kind].group_sizes else results
         assert all(np.array_equal(result, fused[0]) for result in fused)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_gated_product_has_the_bits_of_its_parts(cpu: CpuOps, kind: QuantizedFormat) -> None:
     rng = np.random.default_rng(7)
     for width in (8, 96, 37):
@@ -159,7 +194,7 @@ def test_a_gated_product_has_the_bits_of_its_parts(cpu: CpuOps, kind: QuantizedF
             assert np.array_equal(cpu.gated_linear(x, gated, "silu"), parts)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_broken_rows_are_nan_and_touch_no_other(cpu: CpuOps, kind: QuantizedFormat) -> None:
     rng = np.random.default_rng(8)
     packed, x = cpu.pack_linear(random_weight(rng, kind, 40, 70, 32), None, "bfloat16"), normal(rng, 40, 70)
@@ -174,12 +209,13 @@ def test_broken_rows_are_nan_and_touch_no_other(cpu: CpuOps, kind: QuantizedForm
     assert np.abs(cpu.linear(zeros, packed)).max() == 0
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_largest_sums_are_exact(cpu: CpuOps, kind: QuantizedFormat) -> None:
-    size = 40000
-    low = -127 if kind.startswith("int8") else -8
-    scales = np.ones((3, 1 if low == -127 else -(-size // 128)), np.float32)
-    weight = QuantizedWeight(kind, np.full((3, size), low, np.int8), scales, size if low == -127 else 128)
+    size, stated = 40000, FORMATS[kind]
+    low, group = stated.low or stated.high, 128 if stated.group_sizes else size
+    scales = np.ones((3, -(-size // group)), np.float32)
+    minima = np.zeros_like(scales) if stated.has_minima else None
+    weight = QuantizedWeight(kind, np.full((3, size), low, np.int8), scales, group, minima)
     x = np.ones((20, size), np.float32)
     levels = ACTIVATION_QMAX[kind]
     for rows in (1, 20):
@@ -222,7 +258,7 @@ def test_no_rows_and_no_inputs(cpu: CpuOps) -> None:
 
 def test_memory_next_to_the_result_is_not_written(cpu: CpuOps) -> None:
     rng = np.random.default_rng(10)
-    for kind in FORMATS:
+    for kind in KINDS:
         for out, rows in ((31, 1), (33, 17), (64, 40), (70, 16)):
             packed = cpu.pack_linear(random_weight(rng, kind, out, 40, 32), None, "bfloat16")
             memory = np.full((rows + 2, out), 7, np.float32)

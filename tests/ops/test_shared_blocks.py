@@ -17,7 +17,7 @@ import torch
 from quire.ops.cpu import CpuOps
 from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
-from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape, Ops, RopeTables, WeightDtype
+from quire.ops.types import AttentionBatch, AttentionSpec, CacheDtype, CacheShape, Ops, RopeTables
 from tests.ops.cases import Heads, normal
 
 
@@ -66,7 +66,7 @@ class SharedStep:
         self.texts.append(text)
         self.rows.append(Row(len(self.texts) - 1, start, stop, table))
 
-    def cache(self, ops: Ops, storage: WeightDtype) -> Any:
+    def cache(self, ops: Ops, storage: CacheDtype) -> Any:
         """Blocks full of NaN, but for those of row 0 before its start."""
         heads = self.heads
         shape = CacheShape(1, self.num_blocks, self.block_size, heads.kv_heads, heads.head_dim, storage)
@@ -98,7 +98,7 @@ class SharedStep:
         return [out[a:b] for a, b in itertools.pairwise(bounds)]
 
     def run(
-        self, ops: Ops, storage: WeightDtype, order: list[int], *, window: int | None, rope: bool, apart: bool
+        self, ops: Ops, storage: CacheDtype, order: list[int], *, window: int | None, rope: bool, apart: bool
     ) -> Any:
         """The results of the rows, in their own order: of one step with the rows in `order`, or one step for each."""
         cache = self.cache(ops, storage)
@@ -113,7 +113,7 @@ class SharedStep:
 
 
 def count_differences(
-    ops: Ops, storage: WeightDtype, heads: Heads, seeds: range, apart: Ops | None = None, max_length: int = 600
+    ops: Ops, storage: CacheDtype, heads: Heads, seeds: range, apart: Ops | None = None, max_length: int = 600
 ) -> tuple[int, int]:
     """Rows compared, and rows with other bits than in separate steps (computed by `apart`, or by the same provider)."""
     compared = different = 0
@@ -137,7 +137,7 @@ def count_differences(
     ("storage", "threads"), [("bfloat16", (1, 2, 8)), ("float16", (2, 3, 5)), ("float32", (4, 6, 7))], ids=str
 )
 @pytest.mark.parametrize("isa", instruction_sets())
-def test_native(isa: str, storage: WeightDtype, threads: tuple[int, ...]) -> None:
+def test_native(isa: str, storage: CacheDtype, threads: tuple[int, ...]) -> None:
     alone = CpuOps(1, isa)
     for number, count in enumerate(threads):
         heads = [Heads(6, 2, 16), Heads(9, 3, 64), Heads(4, 1, 40)][number]

@@ -11,6 +11,7 @@ import jsonschema_rs
 import pytest
 
 from quire import LLM, RequestOutput, SamplingParams
+from quire.errors import InvalidRequestError
 from quire.structured_params import StructuredOutputsParams
 from tests.structured.yaml_texts import read
 
@@ -76,11 +77,19 @@ def answers(llm: LLM, shape: Any, budgets: list[int], seed: int = 0) -> list[Req
 
 def least(llm: LLM, shape: Any) -> int:
     """What the refusal of a budget of one token says."""
-    (output,) = answers(llm, shape, [1])
-    assert output.outputs[0].finish_reason == "error" and not output.outputs[0].token_ids
-    found = re.search(r"needs (\d+) tokens .*; 1 are allowed", output.error or "")
-    assert found is not None, output.error
+    with pytest.raises(InvalidRequestError) as refused:
+        answers(llm, shape, [1])
+    found = re.search(r"needs (\d+) tokens .*; 1 are allowed", refused.value.message)
+    assert found is not None, refused.value.message
+    assert refused.value.param == "structured_outputs"
     return int(found[1])
+
+
+def test_of_a_list_those_that_fit_are_answered(llm: LLM) -> None:
+    refused, answered = answers(llm, StructuredOutputsParams(json=SCHEMAS["flat"]), [1, 200])
+    assert refused.outputs[0].finish_reason == "error" and not refused.outputs[0].token_ids
+    assert refused.error is not None and "1 are allowed" in refused.error
+    assert answered.outputs[0].finish_reason == "stop" and answered.error is None
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

@@ -199,7 +199,7 @@ def test_the_type_that_weights_are_unpacked_to_is_stated(pairs: dict[str, tuple[
         ("F32", "float32", "the file's own"),
         ("F16", "float16", "the file's own"),
         ("BF16", "bfloat16", "the file's own"),
-        ("Q8_0", "bfloat16", "Q8_0 are unpacked to it; float32 holds their values exactly"),
+        ("Q8_0", "bfloat16", "of what is not blocks, and of Q8_0 where they are unpacked, which float32 holds"),
     ):
         config = read_model_config(write_gguf(pairs["llama"][0], tmp_path / "x.gguf", "llama", plain(kind)))
         assert config.dtype == dtype and config.dtype_reason.startswith(reason)

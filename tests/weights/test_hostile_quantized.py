@@ -17,9 +17,10 @@ from quire.models.parameters import Concatenated
 from quire.ops.reference import ReferenceOps
 from quire.weights.formats.quantized.config import read_quantization
 from quire.weights.formats.quantized.patterns import ModulePatterns
-from quire.weights.formats.quantized.source import QuantizedWeights, Target
+from quire.weights.formats.quantized.source import QuantizedWeights
 from quire.weights.formats.safetensors import CheckpointWeights
 from quire.weights.load import load_model
+from quire.weights.source import Target
 from tests.weights.quantized_files import TOKEN_INT8, Awq, Compressed, Format, Fp8, Gptq, make_quantized
 
 DOWN = "model.layers.0.mlp.down_proj."

@@ -19,14 +19,15 @@ from quire.models.parameters import Concatenated
 from quire.ops.cpu import CpuOps
 from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
-from quire.ops.types import QuantizedWeight
+from quire.ops.types import HALF_SCALES, QuantizedWeight
 from quire.outputs import Decision
 from quire.quant.select import select_scheme
 from quire.weights.formats.quantized import layouts
 from quire.weights.formats.quantized.config import read_quantization
-from quire.weights.formats.quantized.source import QuantizedWeights, Target
+from quire.weights.formats.quantized.source import QuantizedWeights
 from quire.weights.formats.safetensors import CheckpointWeights
 from quire.weights.load import load_model, read_model_config
+from quire.weights.source import Target
 from tests.models.paged import PagedModel, Row
 from tests.weights.quantized_files import (
     STATIC_INT8,
@@ -70,11 +71,27 @@ FORMATS: dict[str, Format] = {
     "fp8 rows": Fp8("fbgemm_fp8", None),
     "fp8 modelopt": Fp8("modelopt", None),
 }
+
+
+class WithoutBlocks(ReferenceOps):
+    """What a device has that lacks the formats of blocks."""
+
+    formats = tuple(name for name in ReferenceOps.formats if name not in HALF_SCALES)
+
+
 KEPT = {
     "gptq": "int4",
     "gptq rows": "int4",
     "gptq 2 bits": "int4",
     "gptq 8 bits": "int8",
+    "gptq v2, asymmetric": "int4_min",
+    "gptq v1, asymmetric": "int4_min",
+    "gptq 8 bits in groups": "int8_min",
+    "gptq 3 bits": "int4_min",
+    "awq": "int4_min",
+    "W4A16 asymmetric": "int4_min",
+    "W4A16 rows": "int4_min",
+    "W8A8 asymmetric": "int8_min",
     "awq symmetric": "int4",
     "W4A16": "int4",
     "W8A16": "int8",
@@ -136,8 +153,11 @@ def test_what_a_format_holds_exactly_stays_and_all_else_is_unpacked(name: str, t
             expected = unpacked.read(array)
             if name in KEPT:
                 assert isinstance(found, QuantizedWeight) and found.format == KEPT[name]
-                spread = np.repeat(found.scales, found.group_size, axis=1)[:, : expected.shape[1]]
-                assert np.array_equal(found.values.astype(np.float32) * spread, expected)
+                scales, minima = (
+                    0 if one is None else np.repeat(one, found.group_size, axis=1)[:, : expected.shape[1]]
+                    for one in (found.scales, found.minima)
+                )
+                assert np.array_equal(found.values.astype(np.float32) * scales + minima, expected)
             else:
                 assert np.array_equal(found.astype(np.float32), expected.astype(found.dtype).astype(np.float32))
 
@@ -163,8 +183,33 @@ def test_what_stays_is_small_and_said(tmp_path: Path) -> None:
 
 
 def test_what_is_unpacked_is_said_with_its_reason(tmp_path: Path) -> None:
-    _, said = decisions_of(make_quantized("llama", FORMATS["awq"], tmp_path)[0], CpuOps(2, instruction_sets()[-1]))
+    _, said = decisions_of(make_quantized("llama", FORMATS["awq"], tmp_path)[0], WithoutBlocks(np))
     assert "of 21 matrices 21 are unpacked to bfloat16 (zero points: 21)" in said["checkpoint"].reason
+
+
+def test_zero_points_stay_in_memory_of_their_size(tmp_path: Path) -> None:
+    """4 bits a weight, and a scale and a minimum in float32 for each 32."""
+    quantized, plain = make_quantized("llama", FORMATS["awq"], tmp_path)
+    ops = CpuOps(2, instruction_sets()[-1])
+    model, said = decisions_of(quantized, ops)
+    elements = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 96)
+    assert load_model(plain, ops, "bfloat16").weight_bytes - model.weight_bytes == 2 * elements - elements * 6 // 8
+    assert "21 stay int4_min exactly" in said["checkpoint"].reason
+
+
+def test_a_minimum_that_float32_does_not_hold_unpacks_its_matrix(tmp_path: Path) -> None:
+    """A scale of 24 bits times a zero point of 3 takes 27."""
+
+    def fine(config: Any, tensors: Any) -> None:
+        name = "model.layers.1.self_attn.k_proj.weight_scale"
+        tensors[name] = tensors[name].to(torch.float32)
+        tensors[name][3, 1] = 1.0000001
+        zeros = tensors[name.replace("scale", "zero_point")]
+        zeros[...] = 0x77777777  # 7 in every number: the minimum is -7 times the scale
+
+    _, said = decisions_of(make_quantized("llama", FORMATS["W4A16 asymmetric"], tmp_path, fine)[0], ReferenceOps(np))
+    assert "18 stay int4_min exactly" in said["checkpoint"].reason
+    assert "a zero point times a scale that float32 does not hold: 3" in said["checkpoint"].reason
 
 
 @pytest.mark.parametrize(
@@ -181,11 +226,16 @@ def test_how_activations_are_taken_is_said(name: str, value: str, reason: str, t
     assert said["activations"].value == value and reason in said["activations"].reason
 
 
-def test_a_row_with_the_number_that_int8_lacks_is_unpacked(tmp_path: Path) -> None:
+def test_a_row_with_the_number_that_int8_lacks_is_kept_in_groups(tmp_path: Path) -> None:
+    """Or unpacked, where there are none."""
+
     def lowest(config: Any, tensors: Any) -> None:
         tensors["model.layers.1.self_attn.k_proj.weight"][5, 7] = -128
 
-    _, said = decisions_of(make_quantized("llama", INT8, tmp_path, lowest)[0], ReferenceOps(np))
+    quantized, _ = make_quantized("llama", INT8, tmp_path, lowest)
+    _, said = decisions_of(quantized, ReferenceOps(np))
+    assert "of 21 matrices 18 stay int8 exactly, 3 stay int8_groups exactly" in said["checkpoint"].reason
+    _, said = decisions_of(quantized, WithoutBlocks(np))
     assert "18 stay int8 exactly, 3 are unpacked to bfloat16 (a number of -128: 3)" in said["checkpoint"].reason
 
 
@@ -207,8 +257,10 @@ def test_kept_weights_compute_what_their_values_do(tmp_path: Path) -> None:
     assert np.abs(found - expected).max() < 2e-3 * np.ptp(expected)
 
 
-def test_a_head_in_groups_is_unpacked_and_unties(tmp_path: Path) -> None:
-    """A table that is quantised is one of its own, whatever `tie_word_embeddings` says."""
+@pytest.mark.parametrize("has_blocks", [False, True])
+def test_a_head_in_groups_unties(has_blocks: bool, tmp_path: Path) -> None:
+    """A table that is quantised is one of its own, whatever `tie_word_embeddings` says; it stays so where tables may
+    have groups."""
     rng = np.random.default_rng(1)
     parts, weight = Gptq().write((320, 64), rng, 0.3)
 
@@ -217,9 +269,11 @@ def test_a_head_in_groups_is_unpacked_and_unties(tmp_path: Path) -> None:
         tensors.pop("lm_head.weight", None)
         tensors.update({f"lm_head.{name}": part for name, part in parts.items()})
 
-    model, said = decisions_of(make_quantized("llama", Gptq(), tmp_path, add)[0], ReferenceOps(np))
+    ops = ReferenceOps(np) if has_blocks else WithoutBlocks(np)
+    model, said = decisions_of(make_quantized("llama", Gptq(), tmp_path, add)[0], ops)
     assert not model.spec.tied_head
-    assert "1 are unpacked to bfloat16 (a table has no groups: 1)" in said["checkpoint"].reason
+    words = "of 22 matrices 22 stay int4 exactly" if has_blocks else "bfloat16 (a table has no groups: 1)"
+    assert words in said["checkpoint"].reason
     hidden = np.ones((1, 64), np.float32)
     assert np.allclose(model.logits(hidden)[0], weight.sum(axis=1), rtol=0.02, atol=0.02)
 
@@ -290,7 +344,7 @@ def test_scales_for_a_quantised_cache_are_passed_over_and_that_is_said(tmp_path:
             tensors[f"model.layers.0.self_attn.{name}"] = torch.tensor([0.1])
 
     _, said = decisions_of(make_quantized("llama", Compressed(), tmp_path, with_cache)[0], ReferenceOps(np))
-    assert said["cache_dtype"].value == "bfloat16" and "scales for a quantised cache" in said["cache_dtype"].reason
+    assert said["kv_cache_scheme"].value == "not used" and "kv_cache_dtype" in said["kv_cache_scheme"].reason
 
 
 def test_the_parts_of_a_matrix_may_lie_in_several_files(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from quire.models.parameters import Concatenated
 from quire.ops.reference import ReferenceOps
 from quire.ops.types import QuantizedWeight
 from quire.weights.formats.quantized.config import read_quantization
-from quire.weights.formats.quantized.source import QuantizedWeights, Target
+from quire.weights.formats.quantized.source import QuantizedWeights
 from quire.weights.formats.safetensors import CheckpointWeights
+from quire.weights.source import Target
 from tests.weights.quantized_files import make_quantized
 from tests.weights.test_quantized_checkpoints import FORMATS, TOKENS, logits_of
 

@@ -2,13 +2,15 @@
 //
 // A head block of the cache (one block for one head) is
 //
-//   | keys: tiles of 16 positions, each [head_dim][16] | values: [slots][value_dim] |
+//   | keys: tiles of 16 positions, each [head_dim][16] | values: [slots][value_dim] | scales of keys, of values: [slots] |
 //
+// (scales where they are 8 bits: a key is its numbers times its scale, and so is a value; the sums are of the numbers)
 // Keys lie transposed so that one vector holds one dimension of several positions and scores need no sum across lanes.
 #pragma once
 
 #include "attention/vector/softmax.h"
 #include "elementwise/rotate.h"
+#include "gemm/integers.h"
 
 namespace quire::QUIRE_ISA {
 
@@ -20,51 +22,91 @@ struct NaturalExponential {
     static Floats of(Floats x) { return exp(x); }
 };
 
+// x [dims] into numbers `stride` apart; where they are 8 bits, by x's own largest magnitude (`quantize_activations` in
+// src/quire/ops/reference.py). An infinity or NaN makes the scale NaN.
+template <class T>
+void write_vector(const float* x, int64_t dims, T* numbers, int64_t stride, float*) {
+    for (int64_t d = 0; d < dims; ++d) round_to(x[d], numbers + d * stride);
+}
+
+template <class T>
+void write_numbers(const float* x, int64_t dims, int32_t qmax, float unit, T* numbers, int64_t stride, float* scale) {
+    const QuantizedRow row = measure_row(x, dims, qmax);
+    *scale = row.scale * unit;
+    for (int64_t d = 0; d < dims; ++d) round_to(row.inverse == 0.0f ? 0.0f : x[d] * row.inverse, numbers + d * stride);
+}
+
+inline void write_vector(const float* x, int64_t dims, int8_t* numbers, int64_t stride, float* scale) {
+    write_numbers(x, dims, 127, 1.0f, numbers, stride, scale);
+}
+
+// `load` gives such a number over 2^8.
+inline void write_vector(const float* x, int64_t dims, E4M3* numbers, int64_t stride, float* scale) {
+    write_numbers(x, dims, 448, 0x1p8f, numbers, stride, scale);
+}
+
+// Where a head block's scales of keys begin; those of values follow.
+inline float* scales_of(const CacheLayout& cache, uint8_t* head_block) {
+    return reinterpret_cast<float*>(head_block + cache.slots() * (cache.head_dim + cache.value_dim()) * bytes_of(cache.storage));
+}
+
 template <class T>
 void write_token(const AttentionArgs& args, int64_t row, int64_t token, int64_t head, float* room) {
     const CacheLayout& cache = args.cache;
     const int64_t position = args.starts[row] + token - args.query_starts[row];
     const int64_t block = args.tables[row * args.table_stride + position / cache.block_size];
     const int64_t slot = position % cache.block_size;
-    T* keys = reinterpret_cast<T*>(cache.head_block(args.layer, block, head));
+    uint8_t* const head_block = cache.head_block(args.layer, block, head);
+    float* const scales = scales_of(cache, head_block) + slot;
+    T* keys = reinterpret_cast<T*>(head_block);
     T* values = keys + cache.slots() * cache.head_dim + slot * cache.value_dim();
     keys += slot / kTile * kTile * cache.head_dim + slot % kTile;
     const float* k = args.k + token * args.k_stride + head * cache.head_dim;
     const float* v = args.v + token * args.v_stride + head * cache.head_dim;
     k = rotated(args.rope, position, k, cache.head_dim, room);
-    for (int64_t d = 0; d < cache.head_dim; ++d) round_to(k[d], keys + d * kTile);
-    for (int64_t d = 0; d < cache.head_dim; ++d) round_to(v[d], values + d);
+    write_vector(k, cache.head_dim, keys, kTile, scales);
+    write_vector(v, cache.head_dim, values, 1, scales + cache.slots());
     for (int64_t d = cache.head_dim; d < cache.value_dim(); ++d) round_to(0.0f, values + d);
 }
 
 // The 16 positions from `position` on (a multiple of 16), of which those before `end` exist. Where blocks are whole
-// tiles they lie in one block; otherwise they are gathered into `room` [16 * (head_dim + value_dim)].
+// tiles they lie in one block; otherwise they are gathered into `room` [16 * (head_dim + value_dim)] and, with 8 bits, 32
+// floats for scales.
 template <class T>
-void find_tile(const AttentionArgs& args, const WorkItem& item, int64_t position, int64_t end, T* room, const T** keys,
-               const T** values) {
+void find_tile(const AttentionArgs& args, const WorkItem& item, int64_t position, int64_t end, T* room, int64_t tile,
+               Chunk<T>& chunk) {
     const CacheLayout& cache = args.cache;
     const int32_t* table = args.tables + item.row * args.table_stride;
     const int64_t size = cache.block_size;
     const int64_t key_items = cache.slots() * cache.head_dim;
+    const bool scaled = has_scales(cache.storage);
     if (size % kTile == 0) {
-        const T* block =
-            reinterpret_cast<const T*>(cache.head_block(args.layer, table[position / size], item.head));
-        *keys = block + position % size * cache.head_dim;
-        *values = block + key_items + position % size * cache.value_dim();
+        uint8_t* const head_block = cache.head_block(args.layer, table[position / size], item.head);
+        const T* block = reinterpret_cast<const T*>(head_block);
+        chunk.keys[tile] = block + position % size * cache.head_dim;
+        chunk.values[tile] = block + key_items + position % size * cache.value_dim();
+        chunk.key_scales[tile] = scaled ? scales_of(cache, head_block) + position % size : nullptr;
+        chunk.value_scales[tile] = scaled ? chunk.key_scales[tile] + cache.slots() : nullptr;
         return;
     }
-    T* room_values = room + kTile * cache.head_dim;
+    T* const room_values = room + kTile * cache.head_dim;
+    float* const room_scales = scaled ? reinterpret_cast<float*>(room_values + kTile * cache.value_dim()) : nullptr;
     for (int64_t j = 0; j < smaller(kTile, end - position); ++j) {
         const int64_t slot = (position + j) % size;
-        const T* block =
-            reinterpret_cast<const T*>(cache.head_block(args.layer, table[(position + j) / size], item.head));
+        uint8_t* const head_block = cache.head_block(args.layer, table[(position + j) / size], item.head);
+        const T* block = reinterpret_cast<const T*>(head_block);
         const T* from = block + slot / kTile * kTile * cache.head_dim + slot % kTile;
         for (int64_t d = 0; d < cache.head_dim; ++d) room[d * kTile + j] = from[d * kTile];
         __builtin_memcpy(room_values + j * cache.value_dim(), block + key_items + slot * cache.value_dim(),
                          cache.value_dim() * sizeof(T));
+        if (!scaled) continue;
+        room_scales[j] = scales_of(cache, head_block)[slot];
+        room_scales[kTile + j] = scales_of(cache, head_block)[cache.slots() + slot];
     }
-    *keys = room;
-    *values = room_values;
+    chunk.keys[tile] = room;
+    chunk.values[tile] = room_values;
+    chunk.key_scales[tile] = room_scales;
+    chunk.value_scales[tile] = scaled ? room_scales + kTile : nullptr;
 }
 
 // A worker's memory for one item.
@@ -73,7 +115,7 @@ struct Scratch {
     SoftmaxState* merged;  // [queries]: of the splits before
     const float** queries;  // [queries]: as they are, or rotated
     float* converted;
-    void* gathered;
+    float* gathered;
 
     static size_t bytes(const AttentionArgs& args, int64_t queries) {
         const int64_t chunk = kChunk * (args.cache.head_dim + args.cache.value_dim());
@@ -123,14 +165,16 @@ Chunk<float> convert_chunk(const AttentionArgs& args, const Chunk<T>& chunk, flo
         result.values[tile] = room;
         for (int64_t i = 0; i < value_items; i += kLanes) store(room + i, load(chunk.values[tile] + i));
         room += value_items;
+        result.key_scales[tile] = chunk.key_scales[tile];
+        result.value_scales[tile] = chunk.value_scales[tile];
     }
     return result;
 }
 
 // All queries of the item, in groups of up to four, against the chunk whose first position is `base`.
 template <class T>
-void attend_queries(const AttentionArgs& args, const WorkItem& item, const Chunk<T>& chunk, int64_t base,
-                    const Scratch& scratch) {
+void attend_queries(const AttentionArgs& args, const WorkItem& item, const Chunk<T>& chunk, const Chunk<T>& next,
+                    int64_t base, const Scratch& scratch) {
     const int64_t group = group_of(args);
     const int64_t queries = item.tokens * group;
     const float* vectors[kQueries];
@@ -148,29 +192,38 @@ void attend_queries(const AttentionArgs& args, const WorkItem& item, const Chunk
         if (count < kQueries && i + 1 < queries) continue;
         switch (count) {
             case 0: break;
-            case 1: attend_chunk<1, T>(args, vectors, chunk, low, high, running); break;
-            case 2: attend_chunk<2, T>(args, vectors, chunk, low, high, running); break;
-            case 3: attend_chunk<3, T>(args, vectors, chunk, low, high, running); break;
-            default: attend_chunk<4, T>(args, vectors, chunk, low, high, running); break;
+            case 1: attend_chunk<1, T>(args, vectors, chunk, next, low, high, running); break;
+            case 2: attend_chunk<2, T>(args, vectors, chunk, next, low, high, running); break;
+            case 3: attend_chunk<3, T>(args, vectors, chunk, next, low, high, running); break;
+            default: attend_chunk<4, T>(args, vectors, chunk, next, low, high, running); break;
         }
         count = 0;
     }
 }
 
-// Prefetches the tiles of the chunk after the one at `base`.
+// The chunk whose first position is `base`; a tile past the end is the last one again, whose scores are never looked at.
 template <class T>
-void prefetch_next(const AttentionArgs& args, const WorkItem& item, int64_t base, int64_t stop) {
+Chunk<T> find_chunk(const AttentionArgs& args, const WorkItem& item, int64_t base, int64_t end, float* gathered) {
     const CacheLayout& cache = args.cache;
-    if (cache.block_size % kTile != 0) return;
-    const int64_t tile_bytes = kTile * (cache.head_dim + cache.value_dim()) * int64_t(sizeof(T));
-    for (int64_t position = base + kChunk; position < smaller(stop, base + 2 * kChunk); position += kTile) {
-        const T *keys, *values;
-        find_tile<T>(args, item, position, stop, nullptr, &keys, &values);
-        const char* key_bytes = reinterpret_cast<const char*>(keys);
-        const char* value_bytes = reinterpret_cast<const char*>(values);
-        for (int64_t at = 0; at < tile_bytes / 2; at += 64) {
-            __builtin_prefetch(key_bytes + at, 0, 2);
-            __builtin_prefetch(value_bytes + at, 0, 2);
+    Chunk<T> chunk;
+    for (int64_t tile = 0; tile < kTiles; ++tile) {
+        const int64_t position = smaller(base + tile * kTile, (end - 1) / kTile * kTile);
+        // (as large as of floats: there is room for scales)
+        float* const room = gathered + tile * kTile * (cache.head_dim + cache.value_dim());
+        find_tile(args, item, position, end, reinterpret_cast<T*>(room), tile, chunk);
+    }
+    return chunk;
+}
+
+// Prefetches all of a chunk at once, before it is converted.
+template <class T>
+void prefetch(const CacheLayout& cache, const Chunk<T>& chunk) {
+    for (int64_t tile = 0; tile < kTiles; ++tile) {
+        for (int64_t i = 0; i < kTile * cache.head_dim; i += 64 / int64_t(sizeof(T))) {
+            __builtin_prefetch(chunk.keys[tile] + i, 0, 2);
+        }
+        for (int64_t i = 0; i < kTile * cache.value_dim(); i += 64 / int64_t(sizeof(T))) {
+            __builtin_prefetch(chunk.values[tile] + i, 0, 2);
         }
     }
 }
@@ -188,18 +241,15 @@ void attend_split(const AttentionArgs& args, const WorkItem& item, int64_t split
     }
     const int64_t stop = smaller(end, (split + 1) * kKvSplit);
     for (int64_t base = larger(split * kKvSplit, begin / kChunk * kChunk); base < stop; base += kChunk) {
-        prefetch_next<T>(args, item, base, stop);
-        Chunk<T> chunk;
-        for (int64_t tile = 0; tile < kTiles; ++tile) {
-            // A tile past the end is the last one again; its scores are never looked at.
-            const int64_t position = smaller(base + tile * kTile, (end - 1) / kTile * kTile);
-            T* room = static_cast<T*>(scratch.gathered) + tile * kTile * (cache.head_dim + cache.value_dim());
-            find_tile(args, item, position, end, room, &chunk.keys[tile], &chunk.values[tile]);
-        }
+        const Chunk<T> chunk = find_chunk<T>(args, item, base, end, scratch.gathered);
+        const bool last = base + kChunk >= stop || cache.block_size % kTile != 0;
+        const Chunk<T> next = last ? chunk : find_chunk<T>(args, item, base + kChunk, end, scratch.gathered);
         if (queries < kConvertQueries) {
-            attend_queries(args, item, chunk, base, scratch);
+            attend_queries(args, item, chunk, next, base, scratch);
         } else {
-            attend_queries(args, item, convert_chunk(args, chunk, scratch.converted), base, scratch);
+            if (!last) prefetch(cache, next);
+            const Chunk<float> converted = convert_chunk(args, chunk, scratch.converted);
+            attend_queries(args, item, converted, converted, base, scratch);
         }
     }
 }

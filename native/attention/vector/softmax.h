@@ -12,16 +12,33 @@ constexpr int64_t kChunk = 64;   // positions for which the running softmax is u
 constexpr int kQueries = 4;      // query vectors that share each load of a key or value
 constexpr int64_t kTiles = kChunk / kTile;
 
-// The keys and values of a chunk: four tiles of [head_dim][16] and of [16][value_dim].
+// The keys and values of a chunk: four tiles of [head_dim][16] and of [16][value_dim]. Where they are 8 bits, a key and a
+// value of position j are so many numbers times key_scales[j / 16][j % 16] and value_scales: null where they are not.
 template <class T>
 struct Chunk {
     const T* keys[kTiles];
     const T* values[kTiles];
+    const float* key_scales[kTiles];
+    const float* value_scales[kTiles];
 };
 
+// Each score or probability times the scale of its position. A position that a query does not see may have any scale.
+template <int Q>
+void scale_positions(const float* const* scales, float (*scores)[kChunk]) {
+    if (scales[0] == nullptr) return;
+    for (int64_t j = 0; j < kChunk; j += kLanes) {
+        const Floats scale = load(scales[j / kTile] + j % kTile);
+        for (int i = 0; i < Q; ++i) store(scores[i] + j, load(scores[i] + j) * scale);
+    }
+}
+
 // S = Q K^T: scores[i][j] = queries[i] . key j
+//
+// Meanwhile the keys of `next` are prefetched, a few lines with each dimension: all at once they would fill the buffers of
+// the loads that these scores wait for.
 template <int Q, class T>
-void score(const float* const* queries, const Chunk<T>& chunk, int64_t head_dim, float (*scores)[kChunk]) {
+void score(const float* const* queries, const Chunk<T>& chunk, const Chunk<T>& next, int64_t head_dim,
+           float (*scores)[kChunk]) {
 #if defined(__AVX512F__) || defined(__aarch64__)
     constexpr int V = 4;
 #else
@@ -35,6 +52,8 @@ void score(const float* const* queries, const Chunk<T>& chunk, int64_t head_dim,
         }
         Floats acc[Q][V] = {};
         for (int64_t d = 0; d < head_dim; ++d) {
+            const char* const lines = reinterpret_cast<const char*>(next.keys[d % kTiles]) + d / kTiles * int64_t(sizeof(T)) * 64;
+            for (int64_t i = 0; first == 0 && i < int64_t(sizeof(T)); ++i) __builtin_prefetch(lines + i * 64, 0, 2);
             Floats key[V];
             for (int v = 0; v < V; ++v) key[v] = load(keys[v] + d * kTile);
             for (int i = 0; i < Q; ++i) {
@@ -91,10 +110,10 @@ void softmax_chunk(const AttentionArgs& args, const int64_t* low, const int64_t*
     }
 }
 
-// acc[i] += P V: the sum over j in [low, high) of probabilities[i][j] * value j
+// acc[i] += P V: the sum over j in [low, high) of probabilities[i][j] * value j; meanwhile those of `next` are prefetched.
 template <int Q, class T>
-void accumulate_values(const float (*probabilities)[kChunk], const Chunk<T>& chunk, int64_t low, int64_t high,
-                       int64_t dims, SoftmaxState* const* states) {
+void accumulate_values(const float (*probabilities)[kChunk], const Chunk<T>& chunk, const Chunk<T>& next, int64_t low,
+                       int64_t high, int64_t dims, SoftmaxState* const* states) {
 #if defined(__AVX512F__) || defined(__aarch64__)
     constexpr int V = 4;
 #else
@@ -109,7 +128,10 @@ void accumulate_values(const float (*probabilities)[kChunk], const Chunk<T>& chu
             for (int v = 0; v < V; ++v) acc[i][v] = load(states[i]->acc + at[v]);
         }
         for (int64_t j = low; j < high; ++j) {
-            const T* row = chunk.values[j / kTile] + j % kTile * dims;
+            const int64_t at_row = j % kTile * dims;
+            const T* row = chunk.values[j / kTile] + at_row;
+            const char* const lines = reinterpret_cast<const char*>(next.values[j / kTile] + at_row + d);
+            for (int64_t i = 0; i < V * kLanes * int64_t(sizeof(T)); i += 64) __builtin_prefetch(lines + i, 0, 2);
             Floats value[V];
             for (int v = 0; v < V; ++v) value[v] = load(row + at[v]);
             for (int i = 0; i < Q; ++i) {
@@ -123,13 +145,16 @@ void accumulate_values(const float (*probabilities)[kChunk], const Chunk<T>& chu
     }
 }
 
-// One chunk for Q queries; query i sees positions [low[i], high[i]) of it, counted from the chunk's first.
+// One chunk for Q queries; query i sees positions [low[i], high[i]) of it, counted from the chunk's first. `next` comes after
+// it, or is it again.
 template <int Q, class T>
 void attend_chunk(const AttentionArgs& args, const float* const* queries, const Chunk<T>& chunk,
-                  const int64_t* low, const int64_t* high, SoftmaxState* const* states) {
+                  const Chunk<T>& next, const int64_t* low, const int64_t* high, SoftmaxState* const* states) {
     float scores[Q][kChunk];
-    score<Q, T>(queries, chunk, args.cache.head_dim, scores);
+    score<Q, T>(queries, chunk, next, args.cache.head_dim, scores);
+    scale_positions<Q>(chunk.key_scales, scores);
     softmax_chunk<Q>(args, low, high, scores, states);
+    scale_positions<Q>(chunk.value_scales, scores);
     int64_t shared_low = 0, shared_high = kChunk;
     for (int i = 0; i < Q; ++i) {
         shared_low = larger(shared_low, low[i]);
@@ -140,12 +165,12 @@ void attend_chunk(const AttentionArgs& args, const float* const* queries, const 
     const bool share = shared_low < shared_high;
     for (int i = 0; i < Q; ++i) {
         const int64_t end = share ? shared_low : high[i];
-        if (low[i] < end) accumulate_values<1, T>(&scores[i], chunk, low[i], end, dims, &states[i]);
+        if (low[i] < end) accumulate_values<1, T>(&scores[i], chunk, next, low[i], end, dims, &states[i]);
     }
     if (!share) return;
-    accumulate_values<Q, T>(scores, chunk, shared_low, shared_high, dims, states);
+    accumulate_values<Q, T>(scores, chunk, next, shared_low, shared_high, dims, states);
     for (int i = 0; i < Q; ++i) {
-        if (shared_high < high[i]) accumulate_values<1, T>(&scores[i], chunk, shared_high, high[i], dims, &states[i]);
+        if (shared_high < high[i]) accumulate_values<1, T>(&scores[i], chunk, next, shared_high, high[i], dims, &states[i]);
     }
 }
 

@@ -25,6 +25,7 @@ constexpr int64_t kBlockRows = 3;
 
 struct LaunchArgs : GemmLaunch {
     int64_t padded, groups;  // inputs of a row, with padding; groups of inputs
+    float* x_sums;           // [rows][groups]: of the inputs of each group, where weights have minima
 
     int16_t* row(int64_t index) const { return reinterpret_cast<int16_t*>(x) + index * padded; }
 };
@@ -72,6 +73,18 @@ struct FourBits {
         w[1] = both << 4 >> 12;
         w[2] = both << 8 >> 12;
         w[3] = both >> 12;
+    }
+};
+
+struct UnsignedFourBits {
+    static constexpr int64_t kPairBytes = kIntegerBytes, kStep = kVectorBytes;
+
+    static void load(const uint8_t* at, Shorts* w) {
+        const Shorts both = load_shorts(at), low = (Shorts)(Ints{} + 0x000f000f);
+        w[0] = both & low;
+        w[1] = both >> 8 & low;
+        w[2] = both >> 4 & low;
+        w[3] = both >> 12 & low;
     }
 };
 
@@ -135,7 +148,7 @@ struct RowState {
     int32_t high[kTilePanel], low[kTilePanel];
 };
 
-void absorb(const Ints* sums, const float* scales, bool first, bool last, RowState& state) {
+void absorb(const Panels& weight, const Ints* sums, const uint8_t* head, float x_sum, bool first, bool last, RowState& state) {
     Floats whole[kVectors];
     for (int64_t v = 0; v < kVectors; ++v) {
         if (first && last) {
@@ -150,7 +163,7 @@ void absorb(const Ints* sums, const float* scales, bool first, bool last, RowSta
         store(low, sum_low);
         if (last) whole[v] = join(sum_high, sum_low, 16);
     }
-    if (last) add_group(scales, whole, state.y);
+    if (last) add_group(weight, head, whole, x_sum, state.y);
 }
 
 // One panel for up to kItemRows rows.
@@ -164,8 +177,8 @@ void multiply_panel(const LaunchArgs& launch, int64_t panel, int64_t first_row, 
     const uint8_t* at = launch.panel(panel);
     const bool streamed = rows <= kBlockRows;
     for (int64_t group = 0; group < launch.groups; ++group) {
-        const float* const scales = reinterpret_cast<const float*>(at);
-        at += kScaleBytes;
+        const uint8_t* const head = at;
+        at += weight.head_bytes();
         for (int64_t k = 0; k < weight.group; k += kPiece) {
             const int64_t inputs = smaller(kPiece, weight.group - k);
             if (!streamed) widen<Source>(at, inputs, widened);
@@ -180,7 +193,9 @@ void multiply_panel(const LaunchArgs& launch, int64_t panel, int64_t first_row, 
                     }
                 });
                 for (int64_t i = 0; i < now; ++i) {
-                    absorb(sums[i], scales, k == 0, k + inputs == weight.group, states[r + i]);
+                    const int64_t sum = (first_row + r + i) * launch.groups + group;
+                    absorb(weight, sums[i], head, weight.minima ? launch.x_sums[sum] : 0.0f, k == 0,
+                           k + inputs == weight.group, states[r + i]);
                 }
             });
             at += inputs / (2 * kQuad) * Source::kPairBytes;
@@ -216,6 +231,17 @@ void quantize_activations(void* context, int64_t row, int) {
         const Narrow q = __builtin_convertvector(quantized.at(x, i, args.weight.in), Narrow);
         __builtin_memcpy(to + i, &q, sizeof q);
     }
+    if (!args.weight.minima) return;
+    for (int64_t group = 0; group < launch.groups; ++group) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < args.weight.group; ++i) sum += to[group * args.weight.group + i];
+        launch.x_sums[row * launch.groups + group] = static_cast<float>(sum);
+    }
+}
+
+Work work_of(const Panels& weight) {
+    if (weight.bits == 8) return work<EightBits>;
+    return weight.minima ? work<UnsignedFourBits> : work<FourBits>;
 }
 
 }  // namespace
@@ -224,10 +250,12 @@ void linear_int16(const LinearArgs& args, ThreadPool& pool) {
     LaunchArgs launch{};
     launch.groups = args.weight.groups();
     launch.padded = launch.groups * args.weight.group;
-    if (!launch.reserve(args, pool, args.rows * launch.padded * 2, kScratchBytes)) return;
+    const int64_t x_bytes = args.rows * launch.padded * 2, sums = args.weight.minima ? args.rows * launch.groups : 0;
+    if (!launch.reserve(args, pool, x_bytes + sums * 4, kScratchBytes)) return;
+    launch.x_sums = reinterpret_cast<float*>(launch.x + x_bytes);
     prepare_activations(launch, args.rows, quantize_activations);
     run_panels(launch, args.rows <= kBlockRows ? args.weight.panels() : 1, (args.rows + kItemRows - 1) / kItemRows,
-               args.weight.bits == 4 ? work<FourBits> : work<EightBits>);
+               work_of(args.weight));
 }
 
 }  // namespace quire::QUIRE_ISA

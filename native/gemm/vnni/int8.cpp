@@ -17,13 +17,17 @@ constexpr int64_t kItemRows = 96;  // of x that stay in the L2 beside a panel
 
 struct LaunchArgs : GemmLaunch {  // x [rows][planes][padded]
     int32_t* excess;              // [rows][groups][planes]: what the sums of a group are too large by
+    float* x_sums;                // [rows][groups]: of the inputs of each group, where weights have minima
     int64_t planes, padded, groups;
 
     int8_t* row(int64_t index) const { return reinterpret_cast<int8_t*>(x) + index * planes * padded; }
 };
 
-// What turns a weight into value + excess.
-constexpr int excess_bits(int64_t bits) { return bits == 4 ? 3 : 7; }
+// The sums of a row's inputs by their planes; `bits` of excess: what a weight lies there too large by, 2^bits; -1: nothing.
+inline void store_excess(__m512i high_sum, __m512i low_sum, int64_t planes, int bits, int32_t* excess) {
+    if (planes == 2) excess[0] = bits < 0 ? 0 : _mm512_reduce_add_epi32(_mm512_slli_epi32(high_sum, bits));
+    excess[planes - 1] = bits < 0 ? 0 : _mm512_reduce_add_epi32(_mm512_slli_epi32(low_sum, bits));
+}
 
 void quantize_activations(void* context, int64_t row, int) {
     const LaunchArgs& launch = *static_cast<const LaunchArgs*>(context);
@@ -32,6 +36,7 @@ void quantize_activations(void* context, int64_t row, int) {
     const QuantizedRow quantized = measure_row(x, weight.in, weight.qmax);
     launch.x_scales[row] = quantized.scale;
     int8_t* const to = launch.row(row);
+    const int excess_bits = weight.bits == 8 ? 7 : weight.minima ? -1 : 3;
     for (int64_t group = 0; group < launch.groups; ++group) {
         __m512i high_sum = _mm512_setzero_si512(), sum = _mm512_setzero_si512();
         for (int64_t i = group * weight.group; i < (group + 1) * weight.group; i += kLanes) {
@@ -40,11 +45,10 @@ void quantize_activations(void* context, int64_t row, int) {
             high_sum = _mm512_add_epi32(high_sum, (__m512i)((q + 128) >> 8));
             store_planes(q, launch.planes, to + i, launch.padded);
         }
+        const int64_t at = row * launch.groups + group;
+        if (weight.minima) launch.x_sums[at] = static_cast<float>(_mm512_reduce_add_epi32(sum));
         if (launch.planes == 2) sum = _mm512_sub_epi32(sum, _mm512_slli_epi32(high_sum, 8));
-        int32_t* const excess = launch.excess + (row * launch.groups + group) * launch.planes;
-        const int bits = excess_bits(weight.bits);
-        if (launch.planes == 2) excess[0] = _mm512_reduce_add_epi32(_mm512_slli_epi32(high_sum, bits));
-        excess[launch.planes - 1] = _mm512_reduce_add_epi32(_mm512_slli_epi32(sum, bits));
+        store_excess(high_sum, sum, launch.planes, excess_bits, launch.excess + at * launch.planes);
     }
 }
 
@@ -72,6 +76,7 @@ inline void load_quads(const uint8_t* weights, __m512i* first, __m512i* second) 
 }
 
 // sums[r][d][v] = one byte plane of the inputs of a group by the weights of a panel as they lie, value + excess
+// (4 bits with minima lie as they are)
 template <int Bits, int R, int Planes>
 void multiply_group(const LaunchArgs& launch, const int8_t* x, const uint8_t* weights, const uint8_t* end,
                     __m512i sums[][Planes][2]) {
@@ -108,19 +113,22 @@ void multiply_panel(const LaunchArgs& launch, int64_t panel, int64_t row, const 
     alignas(64) float y[R][kTilePanel] = {};
     const uint8_t* at = launch.panel(panel);
     const int8_t* const x = launch.row(row);
+    const int64_t head_bytes = weight.head_bytes();
+    const bool fits = Bits == 4 || weight.group <= 128;  // a group's sum, into 32 bits
     for (int64_t group = 0; group < launch.groups; ++group, at += weight.group_bytes()) {
         __m512i sums[R][Planes][2];
-        if (at + kPrefetchBytes < end) prefetch_lines(at + kPrefetchBytes, kScaleBytes);
-        multiply_group<Bits, R, Planes>(launch, x + group * weight.group, at + kScaleBytes, end, sums);
+        if (at + kPrefetchBytes < end) prefetch_lines(at + kPrefetchBytes, head_bytes);
+        multiply_group<Bits, R, Planes>(launch, x + group * weight.group, at + head_bytes, end, sums);
         for (int r = 0; r < R; ++r) {
-            const int32_t* const excess = launch.excess + ((row + r) * launch.groups + group) * Planes;
+            const int64_t index = (row + r) * launch.groups + group;
+            const int32_t* const excess = launch.excess + index * Planes;
             Floats whole[2];
             for (int v = 0; v < 2; ++v) {
                 const Ints high = (Ints)sums[r][0][v] - excess[0];
                 const Ints low = (Ints)sums[r][Planes - 1][v] - excess[Planes - 1];
-                whole[v] = Planes == 1 ? to_floats(high) : Bits == 8 ? join(high, low, 8) : to_floats((high << 8) + low);
+                whole[v] = Planes == 1 ? to_floats(high) : fits ? to_floats((high << 8) + low) : join(high, low, 8);
             }
-            add_group(reinterpret_cast<const float*>(at), whole, y[r]);
+            add_group(weight, at, whole, weight.minima ? launch.x_sums[index] : 0.0f, y[r]);
         }
     }
     for (int64_t r = 0; r < R; ++r) finish_quantized_row(launch, panel, row + r, y[r]);
@@ -157,8 +165,10 @@ void linear_int8_vnni(const LinearArgs& args, ThreadPool& pool) {
     launch.groups = weight.groups();
     launch.padded = launch.groups * weight.group;
     const int64_t x_bytes = args.rows * launch.planes * launch.padded;
-    if (!launch.reserve(args, pool, x_bytes + args.rows * launch.groups * launch.planes * 4, 0)) return;
+    const int64_t groups = args.rows * launch.groups;
+    if (!launch.reserve(args, pool, x_bytes + groups * (launch.planes + weight.minima) * 4, 0)) return;
     launch.excess = reinterpret_cast<int32_t*>(launch.x + x_bytes);
+    launch.x_sums = reinterpret_cast<float*>(launch.excess + groups * launch.planes);
     prepare_activations(launch, args.rows, quantize_activations);
     run_panels(launch, args.rows <= vnni_rows(weight) ? weight.panels() : 1, (args.rows + kItemRows - 1) / kItemRows,
                work_of(weight.bits, launch.planes));

@@ -36,16 +36,23 @@ def measure_roofline(probe: Callable[[str, Any], int], clock: Callable[[], float
         clock: seconds.
     """
 
-    def best(kind: str, data: Any) -> float:
-        rates = []
-        for _ in range(ROUNDS):
-            begun = clock()
-            rates.append(probe(kind, data) / (clock() - begun))
-        return max(rates)
-
     data = np.ones(READ_BYTES, np.uint8)
-    rates = {unit: max(best(name, data[:0]) for name in names) for unit, names in UNITS.items()}
+    return Roofline(_best(probe, clock, "read", data), measure_units(probe, clock))
+
+
+def measure_units(probe: Callable[[str, Any], int], clock: Callable[[], float]) -> Mapping[str, float]:
+    """`Roofline.operations_per_s`. Args as for `measure_roofline`."""
+    nothing = np.ones(0, np.uint8)
+    rates = {unit: max(_best(probe, clock, name, nothing) for name in names) for unit, names in UNITS.items()}
     rates = {unit: value for unit, value in rates.items() if value}
     if "int8" in rates:  # an activation of sixteen bits is two bytes
         rates["int8 twice"] = rates["int8"] / 2
-    return Roofline(best("read", data), rates)
+    return rates
+
+
+def _best(probe: Callable[[str, Any], int], clock: Callable[[], float], kind: str, data: Any) -> float:
+    rates = []
+    for _ in range(ROUNDS):
+        begun = clock()
+        rates.append(probe(kind, data) / (clock() - begun))
+    return max(rates)

@@ -17,6 +17,7 @@ from quire.config import (
     DEVICES,
     DTYPES,
     GROUP_SIZES,
+    KV_CACHE_DTYPES,
     LOGPROBS_MODES,
     POLICIES,
     QUANTIZATIONS,
@@ -31,9 +32,10 @@ EMBEDDED_NAME = "quire-demo"
 ENGINE_HELP = {
     "model": f"directory, GGUF file, hub id (or ID:FILE.gguf), smollm2; without it, the embedded one, {EMBEDDED_NAME}",
     "tokenizer": "a directory or hub id; the model's own",
-    "dtype": f"weights and cache: {', '.join(DTYPES)}; float32 computes exactly",
+    "dtype": f"weights, and the cache where it has no type of its own: {', '.join(DTYPES)}; float32 computes exactly",
     "quantization": f"round the weights while loading: {', '.join(QUANTIZATIONS)} (GPU); left out: not at all",
-    "quantization_group_size": f"weights that share a scale with int4: {', '.join(map(str, GROUP_SIZES))}; 64",
+    "quantization_group_size": f"weights that share a scale with int4, int8: {', '.join(map(str, GROUP_SIZES))}",
+    "kv_cache_dtype": f"keys and values: {', '.join(KV_CACHE_DTYPES)}; 8 bits take about half of 16 (CPU)",
     "max_model_len": "longest prompt plus output, in tokens (32k and 32K are understood); auto takes the model's",
     "max_num_seqs": "requests that run at once",
     "max_num_batched_tokens": "tokens computed in one step",
@@ -61,6 +63,7 @@ ENGINE_HELP = {
     "reasoning_parser": "how it writes reasoning, or none; seen from the chat template",
     "release_idle_memory": f"given back when idle, on a CPU: {', '.join(RELEASES)} (memory without content, "
     "the prefix cache too, nothing)",
+    "record": "a file for what the scheduler is asked and decides, without text or tokens (quire replay)",
     "verify_cached_blocks": "for debugging: when idle, compute cached blocks again and compare them bit for bit",
 }
 SAMPLING_HELP = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.bench import profile
-from quire.cli import banner, bench_core, bench_structured, engines, model_path
+from quire.cli import banner, bench_core, bench_serve, bench_structured, engines, model_path
 from quire.cli.arguments import Parser, add_engine, engine_values
 from quire.config import EngineArgs
 from quire.errors import ConfigurationError
@@ -22,6 +22,8 @@ EXAMPLES = """examples:
   quire bench throughput --model DIR --workload W2 --compare transformers --output-json result.json
   quire bench throughput --model DIR --workload W4 --profile
   quire bench core --rows 16 256 1024
+  quire bench serve --num-prompts 100 --request-rate 4
+  quire bench compare a.json b.json
   quire bench structured --model DIR --schemas FOLDER --vocabularies DIR1 DIR2 --rows 1 8 32
 
 workloads:
@@ -63,11 +65,18 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     core.add_argument("--steps", type=int, default=100, metavar="N", help="steps timed (default: 100)")
     bench_structured.add(kinds)
+    bench_serve.add(kinds)
 
 
 def run(options: argparse.Namespace) -> int:
     """The benchmark that was named."""
-    runs = {"core": bench_core.run, "structured": bench_structured.run, "throughput": _throughput}
+    runs = {
+        "core": bench_core.run,
+        "structured": bench_structured.run,
+        "throughput": _throughput,
+        "serve": bench_serve.run,
+        "compare": bench_serve.run_compare,
+    }
     return runs[options.kind](options)
 
 

@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
         rows,
         num_steps,
         "all us/step",
-        lambda count: _with_runner(count, num_steps),
+        lambda count: with_runner(count, num_steps),
     )
     return 0
 
@@ -63,7 +63,7 @@ def _with_fake(num_rows: int, num_steps: int) -> tuple[Any, Any]:
     return scheduler, executor
 
 
-def _with_runner(num_rows: int, num_steps: int) -> tuple[Any, Any]:
+def with_runner(num_rows: int, num_steps: int) -> tuple[Any, Any]:
     """The runner and the sampler of this machine's processor."""
     from quire.compose.core import sampling_features
     from quire.executor.local import LocalExecutor

@@ -1,51 +1,55 @@
 """`quire build`: from a model to an engine directory, which starts at once."""
 
 import argparse
-import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import quire
-from quire.cli import banner, engines, model_path
+from quire.cli import banner, calibration, engines, model_path, target
 from quire.cli.arguments import EMBEDDED_NAME, model_argument
 from quire.config import DTYPES, GROUP_SIZES, QUANTIZATIONS, EngineArgs
 from quire.errors import ConfigurationError, InvalidRequestError
 from quire.outputs import Decision
 
 if TYPE_CHECKING:
-    from quire.build.builder import Target
     from quire.llm import LLM
     from quire.weights.formats.engine_dir import Golden
 
 EXAMPLES = """examples:
   quire build DIR -o ENGINE --quantization int4
+  quire build DIR -o ENGINE --quantization int4 --calibrate --bits 5
   quire build HuggingFaceTB/SmolLM2-135M-Instruct -o smollm2-int8 --quantization int8
+  quire build smollm2 -o smollm2-engine
+  quire build ENGINE --repack --target cpu-avx2 -o ELSEWHERE
   quire serve ENGINE
 
 An engine directory holds the weights as this machine's instruction set reads them: they are mapped, not loaded, and two
 processes share them. Limits (--max-num-seqs, --max-model-len, the cache) stay arguments of the verbs that run it."""
 GOLDEN_TEXTS = ("The capital of France is", "def fibonacci(n):", "1 + 1 =", "引擎")
 GOLDEN_TOKENS = 16
+_MODEL = (
+    f"a directory of safetensors, a GGUF file, a hub id, smollm2 or {EMBEDDED_NAME}; with --repack an engine directory"
+)
 FALLBACK_PROMPT = 8
 """Token ids of the one golden prompt of a model without a tokenizer."""
-PREFIX = "cpu-"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("model", metavar="MODEL", help=f"a directory of safetensors, a hub id, or {EMBEDDED_NAME}")
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("-o", "--output", required=True, metavar="DIR", type=Path, help="where the engine will be")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="left out: the weights are not quantised")
-    text = f"weights that share a scale with int4: {', '.join(map(str, GROUP_SIZES))} (default: 64)"
+    text = f"weights that share a scale with int4 (64) or int8 (a row): {', '.join(map(str, GROUP_SIZES))}"
     parser.add_argument("--quantization-group-size", type=int, choices=GROUP_SIZES, metavar="N", help=text)
+    calibration.add(parser)
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of weights that are not quantised, and the cache"
     )
-    text = "auto (this machine's best), or cpu- and an instruction set that it runs: cpu-avx512, cpu-baseline ..."
-    parser.add_argument("--target", default="auto", metavar="NAME", help=text)
+    parser.add_argument("--target", default="auto", metavar="NAME", help=target.HELP)
+    text = "MODEL is an engine directory: its weights as they are, packed for another instruction set"
+    parser.add_argument("--repack", action="store_true", help=text)
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     engines.add_quiet(parser)
 
@@ -60,59 +64,49 @@ def run(options: argparse.Namespace) -> int:
     begun_s = time.perf_counter()
     name = model_argument(options.model)
     model_path.check(name)
+    _check_repack(options)
+    calibration.check(options)
     args = EngineArgs(model=name, quantization=options.quantization, revision=options.revision, dtype=options.dtype)
-    with _forced(options.target):
-        target = _target(options.target)
+    with target.building_for(options.target) as built_for:
         scheme = select_scheme(args.quantization, options.quantization_group_size)
-        check_scheme(scheme, target.ops)
+        check_scheme(scheme, built_for.ops)
+        directory = find_model(args)
         recipe = Recipe(
             model=options.model,
-            directory=find_model(args),
+            directory=directory,
             output=options.output,
             version=quire.__version__,
             dtype=args.dtype,
             quantization=args.quantization,
             scheme=scheme,
+            repack=options.repack,
+            treatment=calibration.treatment(options, args, directory),
         )
         with LoadingBar("Packing weights") as bar:
-            manifest = build_engine(recipe, target, golden_answers, bar.show)
+            manifest = build_engine(recipe, built_for, golden_answers, bar.show)
     if not options.quiet:
         size = sum(record.size for record in manifest.files.values()) / 2**20
         made = Decision("engine", f"{size:,.1f} MiB", f"in {time.perf_counter() - begun_s:.1f} s")
-        checked = Decision("golden", f"{len(manifest.golden)} prompts", "quire verify asks them again")
-        banner.show(options.output.name, [made, *target.decisions, checked], quiet=False)
+        sets = (
+            ", ".join(sorted({one.instruction_set for one in manifest.golden})) or "no instruction set of this machine"
+        )
+        checked = Decision("golden", f"{len(manifest.golden)} prompts", f"of {sets}; quire verify asks them again")
+        banner.show(options.output.name, [made, *built_for.decisions, checked], quiet=False)
     return 0
 
 
-@contextmanager
-def _forced(target: str) -> Iterator[None]:
-    """The instruction set that a target names is the one that everything here takes."""
-    before = os.environ.get("QUIRE_ISA")
-    if target.startswith(PREFIX):
-        os.environ["QUIRE_ISA"] = target.removeprefix(PREFIX)
-    try:
-        yield
-    finally:
-        os.environ.pop("QUIRE_ISA", None)
-        if before is not None:
-            os.environ["QUIRE_ISA"] = before
+def _check_repack(options: argparse.Namespace) -> None:
+    """What an engine was built with stays.
 
-
-def _target(name: str) -> "Target":
-    from quire.build.builder import Target
-    from quire.ops.select import instruction_sets, select_ops
-
-    known = [PREFIX + one for one in instruction_sets()]
-    if name not in ("auto", *known):
-        text = f"target must be auto or one that this machine runs ({', '.join(known)}), got {name[:40]!r}"
-        raise ConfigurationError(text, field="target")
-    ops, decisions = select_ops("cpu", None)
-    return Target(ops, instruction_set_of(decisions), decisions)
-
-
-def instruction_set_of(decisions: "Sequence[Decision]") -> str:
-    """The one that was chosen."""
-    return next(one.value for one in decisions if one.name == "instruction_set")
+    Raises:
+        ConfigurationError: a flag asks for something else.
+    """
+    flags = ("quantization", "quantization_group_size", "revision", "calibrate", "bits", "keep")
+    asked = [name for name in flags if getattr(options, name) not in (None, [])]
+    asked += [] if options.dtype == "auto" else ["dtype"]
+    if options.repack and asked:
+        text = f"{asked[0]} goes with a checkpoint: --repack keeps the weights of an engine as they were quantised"
+        raise ConfigurationError(text, field=asked[0])
 
 
 def golden_answers(directory: Path) -> "list[Golden]":
@@ -120,7 +114,7 @@ def golden_answers(directory: Path) -> "list[Golden]":
     from quire.weights.formats.engine_dir import Golden
 
     with open_engine(directory) as llm:
-        name = instruction_set_of(llm.decisions)
+        name = target.instruction_set_of(llm.decisions)
         return [Golden(name, prompt, answer(llm, prompt, GOLDEN_TOKENS)) for prompt in _golden_prompts(llm)]
 
 

@@ -16,6 +16,7 @@ from quire.weights.hub import PACKAGED
 
 if TYPE_CHECKING:
     from quire.cli.remote_server import Server
+    from quire.cli.startup_report import StartupReport
     from quire.llm import AsyncLLM
 
 EXAMPLES = """examples:
@@ -36,6 +37,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="*", metavar="[MODEL] PROMPT", help=text + "standard input if there is none")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--json", action="store_true", help="one JSON object for each prompt, when it is done")
+    text = "say on standard error where the time to the first token went"
+    parser.add_argument("--startup-report", action="store_true", help=text)
     engines.add_quiet(parser)
     remote.add(parser)
     shape.add(parser.add_argument_group("what the answer is held to"))
@@ -51,6 +54,7 @@ def run(options: argparse.Namespace) -> int:
     if not all(prompt.strip() for prompt in prompts):
         hint = "" if options.choice is None else ": --choice took the words after it; -- ends them"
         raise InvalidRequestError(f"the prompt is empty{hint}", param="prompt")
+    report = _report(options)
     server = remote.server_of(options)
     if server is not None:
         _ask_all(server, prompts, options)
@@ -60,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     import asyncio
 
     try:
-        asyncio.run(_answer_all(engine, prompts, values, options))
+        asyncio.run(_answer_all(engine, prompts, values, options, report))
     finally:
         engine.close()
     return 0
@@ -80,8 +84,27 @@ def _take_model(options: argparse.Namespace) -> None:
         options.model = words.pop(0)
 
 
+def _report(options: argparse.Namespace) -> "StartupReport | None":
+    """A report of this process.
+
+    Raises:
+        InvalidRequestError: another process computes.
+    """
+    if not options.startup_report:
+        return None
+    if options.url is not None or getattr(options, "core_process", False):
+        raise InvalidRequestError("startup_report is of an engine in this process", param="startup_report")
+    from quire.cli.startup_report import StartupReport
+
+    return StartupReport()
+
+
 async def _answer_all(
-    engine: "AsyncLLM", prompts: list[str], values: dict[str, Any], options: argparse.Namespace
+    engine: "AsyncLLM",
+    prompts: list[str],
+    values: dict[str, Any],
+    options: argparse.Namespace,
+    report: "StartupReport | None",
 ) -> None:
     """All prompts run at once; their texts are printed one after the other."""
     import asyncio
@@ -96,7 +119,7 @@ async def _answer_all(
     ]
     try:
         for prompt, queue in zip(prompts, queues, strict=True):
-            await _print_one(prompt, queue, options)
+            await _print_one(prompt, queue, options, report)
     finally:
         for task in tasks:
             task.cancel()
@@ -116,7 +139,7 @@ async def _pump(engine: "AsyncLLM", prompt: str, params: SamplingParams, queue: 
         queue.put_nowait(error)
 
 
-async def _print_one(prompt: str, queue: Any, options: argparse.Namespace) -> None:
+async def _print_one(prompt: str, queue: Any, options: argparse.Namespace, report: "StartupReport | None") -> None:
     finished = False
     while not finished:
         output = await queue.get()
@@ -125,6 +148,8 @@ async def _print_one(prompt: str, queue: Any, options: argparse.Namespace) -> No
         if output.error is not None:
             raise RequestFailedError(output.error)
         finished = output.finished
+        if report is not None:
+            report.first_token()
         if options.json:
             answers = (
                 (item.text, len(item.token_ids), item.finish_reason, item.stop_reason) for item in output.outputs

@@ -42,7 +42,6 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print what is there."""
     from quire.compose.served import find_model
-    from quire.weights.formats.engine_dir import is_engine, read_manifest
     from quire.weights.load import read_model_config
 
     name = model_argument(options.model)
@@ -57,8 +56,8 @@ def run(options: argparse.Namespace) -> int:
         "vocabulary": spec.vocab_size,
         "positions": spec.max_position_embeddings,
     }
-    if is_engine(directory):
-        facts |= _engine_facts(read_manifest(directory))
+    if config.manifest is not None:
+        facts |= _engine_facts(config.manifest)
     lines = list(_lines(directory, config))
     facts["weights"] = f"{sum(line.num_bytes for line in lines):,} bytes"
     if options.json:
@@ -107,4 +106,5 @@ def _lines(directory: Path, config: "ModelConfig") -> Iterator[Line]:
             else:
                 header = state.header
                 format = f"{header.format} {header.layout}" + (f" g{header.group_size}" if header.group_size else "")
+                format += f", was {' '.join(sorted({source.tensors[tensor].format for tensor in tensors}))}"
                 yield Line(name, shape, format, sum(len(buffer) for buffer in state.buffers), tensors)

@@ -7,12 +7,13 @@ from pathlib import Path
 from quire.errors import ModelFileError
 from quire.weights.formats.gguf_names import find_gguf, is_gguf
 
+_SIGNS = "config.json", "engine.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+\.gguf)?", re.ASCII)
 
 
 def is_model(path: str) -> bool:
     """Whether this is a directory with a model, or a GGUF file, whatever its name."""
-    if os.path.isfile(os.path.join(path, "config.json")):  # pathlib raises where a name is too long
+    if any(os.path.isfile(os.path.join(path, name)) for name in _SIGNS):  # pathlib raises where a name is too long
         return True
     if os.path.isdir(path):
         return any(name.endswith(".gguf") for name in os.listdir(path))

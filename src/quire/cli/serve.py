@@ -117,6 +117,7 @@ def run(options: argparse.Namespace) -> int:
     finish = begin(args)
     # While the core starts: what follows takes a third of a second to import.
     from quire.engine.async_engine import AsyncEngine
+    from quire.server.dashboard import VIEW
     from quire.server.doors.all import DOORS
     from quire.server.http.access import configure_logs
     from quire.server.http.app import Observability, create_app
@@ -146,6 +147,7 @@ def run(options: argparse.Namespace) -> int:
             limits=limits,
             share_prefix_cache=options.share_prefix_cache,
             cors=cors,
+            pages=VIEW,
         )
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{host}:{listener.getsockname()[1]}"

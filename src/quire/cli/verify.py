@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from quire.cli.build import answer, instruction_set_of, open_engine
+from quire.cli.build import answer, open_engine
+from quire.cli.target import instruction_set_of
 from quire.errors import ConfigurationError
 
 EXAMPLES = """example:
@@ -46,9 +47,8 @@ def run(options: argparse.Namespace) -> int:
     for golden in differing:
         print(f"differs   the answer to the golden prompt {golden.prompt_token_ids[:12]}")
     if not num_tried:
-        print(
-            f"not asked {len(manifest.golden)} golden prompts: recorded on {manifest.instruction_set}, this is {here}"
-        )
+        recorded = ", ".join(sorted({one.instruction_set for one in manifest.golden})) or "no machine yet"
+        print(f"not asked {len(manifest.golden)} golden prompts: recorded on {recorded}, this is {here}")
     elif not differing:
         print(f"as built  the answers to {num_tried} golden prompts ({here})")
     return 1 if differing else 0

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from importlib.util import find_spec
 from pathlib import Path
 
 from quire.compose.engine_dir import as_built
@@ -38,7 +39,7 @@ from quire.models.spec import DecoderSpec, LongRopeScaling
 from quire.ops.select import select_ops
 from quire.ops.types import Device, Provider
 from quire.outputs import Decision, Labels
-from quire.quant.select import check_scheme, select_scheme
+from quire.quant.select import check_scheme, select_cache_dtype, select_scheme
 from quire.quant.types import bits_per_weight
 from quire.runner.host_memory import free_memory_bytes
 from quire.runner.memory import StepShape, check_budget, make_budget
@@ -51,11 +52,14 @@ from quire.sampling.features.typical import Typical
 from quire.weights.formats.gguf_names import is_gguf, part_paths
 from quire.weights.load import load_model, read_model_config
 from quire.weights.loading_bar import LoadingBar
+from quire.weights.source import ModelConfig
 
 SMALL_MODEL_BYTES = 512 << 20
 """Of weights in 4 bits, some 900 million: below it they cost a model much."""
 
 logger = logging.getLogger("quire")
+startup = logging.getLogger("quire.startup")
+"""What has been done of a start, at DEBUG; `quire generate --startup-report` listens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,31 +79,38 @@ class CoreParts:
         return self.core_type(self.scheduler, executor or self.executor, time.monotonic, self.verifier)
 
 
-def compose_core(args: EngineArgs, path: Path) -> CoreParts:
+def compose_core(args: EngineArgs, path: Path, config: ModelConfig | None = None) -> CoreParts:
     """Load the model of a directory or a GGUF file, and size everything.
+
+    Args:
+        config: what `read_model_config` says, if it was read.
 
     Raises:
         ConfigurationError: naming the argument or the file at fault.
     """
-    args, built = as_built(args, path)
+    config = config or read_model_config(path)
+    args, built = as_built(args, config.manifest)
     ops, decisions = select_ops(args.device, args.threads, args.batch_invariant)
-    config = read_model_config(path)
+    startup.debug("operations: instruction set, threads")
     spec = config.spec
     model_len = resolve_model_len(args, spec.max_position_embeddings)
     fingerprint = _fingerprint(path)
     scheme = select_scheme(args.quantization, args.quantization_group_size)
     check_scheme(scheme, ops)
+    cache_dtype = select_cache_dtype(args.kv_cache_dtype, ops)
     loaded: list[Decision] = []
     with LoadingBar() as bar:
         try:
-            model = load_model(path, ops, args.dtype, model_len, bar.show, scheme, loaded.extend, config)
+            model = load_model(path, ops, args.dtype, model_len, bar.show, scheme, loaded.extend, config, cache_dtype)
         except MemoryError as error:
             raise ConfigurationError("the weights do not fit into memory", field="model") from error
+    startup.debug("weights, read and packed or mapped")
     sizes = resolve_cache(args, _sizes(args, model, ops, model_len))
     logger.info("memory: %s", sizes.memory)
     overlap, loop = _loop(args, ops)
     grammars = grammar_compiler(args, path, spec.vocab_size)
     runner = _runner(args, model, ops, sizes, sampling_features(ops, grammars))
+    startup.debug("cache, runner, sampler")
     in_use = check_budget(sizes.memory, ops)
     key = secrets.token_bytes(32)
     verifier = CachedBlockVerifier(key, runner.first_difference) if args.verify_cached_blocks else None
@@ -123,7 +134,7 @@ def _cache_config(args: EngineArgs, sizes: CachePlan) -> Labels:
     values = {
         "block_size": sizes.block_size,
         "num_gpu_blocks": sizes.num_blocks,
-        "cache_dtype": args.dtype,
+        "cache_dtype": args.kv_cache_dtype,
         "enable_prefix_caching": args.enable_prefix_caching,
         "gpu_memory_utilization": args.gpu_memory_utilization,
         "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
@@ -150,15 +161,23 @@ def _fingerprint(path: Path) -> str:
 def _model_decisions(
     args: EngineArgs, path: Path, model: Model, dtype_reason: str, built: list[Decision]
 ) -> list[Decision]:
-    shape = model.cache_shape(1, args.block_size)
     name = "embedded" if args.model is None else path.name
     return [
         Decision("model", name, f"{model.spec.num_layers} layers, {model.weight_bytes / 2**20:,.0f} MiB of weights"),
         *built,
-        Decision("dtype", shape.dtype, dtype_reason if args.dtype == "auto" else "as built" if built else "as asked"),
-        *_quantization_decisions(args, model.weight_bytes),
+        Decision("dtype", model.dtype, dtype_reason if args.dtype == "auto" else "as built" if built else "as asked"),
+        *_quantization_decisions(args, model.weight_bytes, built),
+        _cache_decision(args, model),
         *_rope_decisions(model),
     ]
+
+
+def _cache_decision(args: EngineArgs, model: Model) -> Decision:
+    shape = model.cache_shape(1, 1)
+    reason = "auto: the type of the weights" if args.kv_cache_dtype == "auto" else "as asked"
+    if shape.scale_bytes:
+        reason += "; a scale for each head and token"
+    return Decision("kv_cache_dtype", shape.dtype, f"{reason}; {shape.bytes_per_block:,} bytes a token")
 
 
 def _rope_decisions(model: Model) -> list[Decision]:
@@ -184,10 +203,14 @@ def _head_decisions(stated: DecoderSpec, model: Model) -> list[Decision]:
     return [Decision("head", "lm_head.weight", "it differs from the embedding, though tie_word_embeddings is true")]
 
 
-def _quantization_decisions(args: EngineArgs, weight_bytes: int) -> list[Decision]:
+def _quantization_decisions(args: EngineArgs, weight_bytes: int, built: list[Decision]) -> list[Decision]:
     scheme = select_scheme(args.quantization, args.quantization_group_size)
     if scheme is None:
         return []
+    bits = next((one.value for one in built if one.name == "bits"), None)
+    if bits is not None:
+        reason = f"layers {bits} bits a weight on average, as built; quire inspect says what each matrix has"
+        return [Decision("quantization", scheme.name, reason)]
     linear, embedding = (f"{bits_per_weight(one)} bits a weight" for one in (scheme.linear, scheme.embedding))
     size = scheme.linear.group_size
     reason = f"layers {linear}" + (f" in groups of {size}" if size else "") + f", embedding and head {embedding}"
@@ -245,7 +268,15 @@ def _scheduler(
         num_blocks=sizes.num_blocks,
         soft_block_limit=sizes.soft_block_limit,
     )
-    return Scheduler(config, make_policy(args.scheduling_policy), prefix_cache, rules)
+    policy = make_policy(args.scheduling_policy)
+    if args.record is None:
+        return Scheduler(config, policy, prefix_cache, rules)
+    if find_spec("quire.observe") is None:
+        raise ConfigurationError("record needs the package quire.observe, which is not installed", field="record")
+    # Not above: few are recorded, and an engine does without its format.
+    from quire.observe.recording import RecordedScheduler
+
+    return RecordedScheduler(args.record, config, policy, prefix_cache, rules, args.scheduling_policy)
 
 
 def _sizes(args: EngineArgs, model: Model, ops: Provider, model_len: int) -> ModelSizes:

@@ -1,26 +1,26 @@
 """What an engine directory fixes of the arguments."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from quire.config import EngineArgs
 from quire.errors import ConfigurationError
 from quire.outputs import Decision
-from quire.weights.formats.engine_dir import is_engine, read_manifest
+from quire.weights.formats.engine_dir import Manifest
+
+TREATED = ("bits", "calibration")
+"""Decisions of a build that are shown at the start, too."""
 
 
-def as_built(args: EngineArgs, directory: Path) -> tuple[EngineArgs, list[Decision]]:
-    """The arguments with what was decided when the engine in `directory` was built, and a line about it. Where there is
-    no engine, the arguments as they are.
+def as_built(args: EngineArgs, manifest: Manifest | None) -> tuple[EngineArgs, list[Decision]]:
+    """The arguments with what was decided when an engine was built, and a line about it. Where there is no engine, the
+    arguments as they are.
 
     Raises:
         ConfigurationError: an argument asks for something else than what was built.
-        ModelFileError: the engine is damaged.
     """
-    if not is_engine(directory):
+    if manifest is None:
         return args, []
-    manifest = read_manifest(directory)
     fixed: dict[str, Any] = {"quantization": manifest.quantization, "dtype": manifest.dtype}
     if manifest.quantization == "int4":
         fixed["quantization_group_size"] = manifest.quantization_group_size
@@ -30,4 +30,6 @@ def as_built(args: EngineArgs, directory: Path) -> tuple[EngineArgs, list[Decisi
             text = f"{name} is {asked}; this engine was built with {value}: build another one from {manifest.model}"
             raise ConfigurationError(text, field=name)
     reason = f"built by quire {manifest.quire_version} from {manifest.model}; its weights are mapped"
-    return replace(args, **fixed), [Decision("engine", f"{manifest.provider} {manifest.instruction_set}", reason)]
+    treated = [Decision(one.name, one.value, one.reason) for one in manifest.decisions if one.name in TREATED]
+    engine = Decision("engine", f"{manifest.provider} {manifest.instruction_set}", reason)
+    return replace(args, **fixed), [engine, *treated]

@@ -1,5 +1,6 @@
 """A whole engine from its arguments: text side and core, in one process or in two."""
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -88,9 +89,16 @@ def _start_core(args: EngineArgs, path: Path) -> "SupervisedChannel":
 def _compose_here(args: EngineArgs, path: Path) -> ServedEngine:
     # Not above: it brings numpy and the operations, which the side that knows text can do without.
     from quire.compose.core import compose_core
+    from quire.weights.load import read_model_config
 
-    parts = compose_core(args, path)
-    return _served(args, compose_text(args, path), LocalChannel(parts.core(), args.release_idle_memory), parts.info)
+    startup = logging.getLogger("quire.startup")
+    startup.debug("imports of the engine")
+    config = read_model_config(path)
+    startup.debug("configuration: config.json, header or manifest")
+    parts = compose_core(args, path, config)
+    text = compose_text(args, path, config.gguf)
+    startup.debug("tokenizer, template, defaults")
+    return _served(args, text, LocalChannel(parts.core(), args.release_idle_memory), parts.info)
 
 
 def _compose_apart(args: EngineArgs, path: Path, channel: "SupervisedChannel") -> ServedEngine:

@@ -143,3 +143,5 @@ class StepRecord:
     """Tokens looked up in the prefix cache by admissions of this step."""
     num_prefix_hits: int
     """Of those, tokens found."""
+    given_blocks: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """Requests that were given blocks, with them: all of its block table where one enters, else what is appended."""

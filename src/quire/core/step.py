@@ -29,6 +29,7 @@ class PlannedStep:
     """Blocks that can be found since this step was scheduled, each with the request that fills it."""
     void_rows: set[int] = field(default_factory=set)
     """Rows that failed in an earlier step: what they write in this one is forgotten already."""
+    given_blocks: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     failed: list[tuple[Request, str]] = field(default_factory=list)
     """Requests for which an admission rule raised, with the error of each."""
     num_prefix_queries: int = 0
@@ -40,6 +41,7 @@ class PlannedStep:
         if request.row is None:
             raise AssertionError(f"request {request.new.request_id} has no row")
         new = request.new
+        self.given_blocks.append((new.request_id, tuple(request.block_ids)))
         self.new.append(
             NewRow(
                 row=request.row,
@@ -64,6 +66,8 @@ class PlannedStep:
         self.scheduled.append(make(ScheduledRow, (row, start, num_tokens, new_block_ids, samples)))
         self.advanced.append(make(ScheduledRequest, (request.new.request_id, start, num_tokens)))
         self.owners[row] = request
+        if new_block_ids:
+            self.given_blocks.append((request.new.request_id, new_block_ids))
 
     def stall(self, request: Request, reason: str, by: str | None = None) -> None:
         """Note why a request does not advance."""
@@ -89,4 +93,5 @@ class PlannedStep:
             num_blocks=pool.num_blocks,
             num_prefix_queries=self.num_prefix_queries,
             num_prefix_hits=self.num_prefix_hits,
+            given_blocks=tuple(self.given_blocks),
         )

@@ -60,6 +60,18 @@ class Observer:
         """Where the time of a request went, by its public name; empty when it is not remembered."""
         return []
 
+    def live(self, since: int) -> Mapping[str, Any]:
+        """What a live view shows now, in plain values: see `quire.observe.live`.
+
+        Args:
+            since: the `version` of what was shown last; -1: nothing was.
+        """
+        return {}
+
+    def static_batches(self, max_model_len: int) -> Mapping[str, float] | None:
+        """Tokens a second of the last requests, in continuous and in static batches; None: not known. Takes a while."""
+        return None
+
     def trace_to(self, endpoint: str, model_name: str) -> None:
         """From now on send a trace of each request to an OpenTelemetry collector.
 

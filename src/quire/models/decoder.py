@@ -26,6 +26,7 @@ from quire.ops.types import (
     Array,
     AttentionBatch,
     AttentionSpec,
+    CacheDtype,
     CacheShape,
     Device,
     Opaque,
@@ -186,13 +187,15 @@ class Decoder:
         dtype: WeightDtype,
         max_model_len: int,
         weight_bytes: int,
+        cache_dtype: CacheDtype | None = None,
     ) -> None:
         """
         Args:
             weights: every parameter of `decoder_parameters(spec, ...)`, packed by `ops`.
-            dtype: of the weights that are not quantised, and of the cache.
+            dtype: of the weights that are not quantised.
             max_model_len: positions that the model must be able to compute.
             weight_bytes: of all weights as stored; for reports and for sizing the cache.
+            cache_dtype: of keys and values; None is `dtype`.
 
         Raises:
             KeyError: a parameter is not among `weights`.
@@ -201,7 +204,8 @@ class Decoder:
         self.max_model_len = max_model_len
         self.weight_bytes = weight_bytes
         self._ops = ops
-        self._dtype = dtype
+        self.dtype = dtype
+        self._cache_dtype: CacheDtype = cache_dtype or dtype
         self._embedding = weights["embedding"]
         self._positions = weights["positions"] if spec.learned_positions else None
         # What `pack_embedding` returns also serves `logits`, so a tied head costs nothing.
@@ -211,9 +215,9 @@ class Decoder:
         self._reach(min(max_model_len, FIRST_POSITIONS) if ops.memory() is None else max_model_len)
 
     def cache_shape(self, num_blocks: int, block_size: int) -> CacheShape:
-        """`Model.cache_shape`; keys and values have the type of the weights."""
+        """`Model.cache_shape`."""
         spec = self.spec
-        return CacheShape(spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, self._dtype)
+        return CacheShape(spec.num_layers, num_blocks, block_size, spec.num_kv_heads, spec.head_dim, self._cache_dtype)
 
     def forward(self, token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
         """`[tokens]` -> hidden states after the last norm `[outputs, hidden]`."""

@@ -3,7 +3,7 @@
 from typing import Protocol
 
 from quire.models.spec import DecoderSpec
-from quire.ops.types import Array, AttentionBatch, CacheShape, Opaque
+from quire.ops.types import Array, AttentionBatch, CacheShape, Opaque, WeightDtype
 
 
 class Model(Protocol):
@@ -16,6 +16,10 @@ class Model(Protocol):
     @property
     def max_model_len(self) -> int:
         """Positions that this instance can compute: all positions are below it."""
+
+    @property
+    def dtype(self) -> WeightDtype:
+        """Of weights that are not quantised."""
 
     @property
     def weight_bytes(self) -> int:

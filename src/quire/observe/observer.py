@@ -10,6 +10,7 @@ from quire.engine.inputs import ParsedRequest
 from quire.engine.observer import Observer
 from quire.engine.request_state import RequestState
 from quire.observe.explain import explain
+from quire.observe.live import LiveView
 from quire.observe.metrics import EngineMetrics, core_metrics
 from quire.observe.timelines import RequestTimelines, Timeline
 from quire.observe.traces import Tracer
@@ -25,6 +26,9 @@ class EngineObserver(Observer):
 
     def __init__(self, cache_config: Labels = ()) -> None:
         self.timelines = RequestTimelines()
+        labels = dict(cache_config)
+        remembers = labels.get("enable_prefix_caching", "True") == "True"
+        self._live = LiveView(int(labels.get("block_size", "16")), remembers=remembers)
         self._metrics = EngineMetrics(cache_config)
         self._tracer: Tracer | None = None
 
@@ -36,17 +40,20 @@ class EngineObserver(Observer):
     def on_add(self, new: NewRequest, parsed: ParsedRequest, sequence: int, now_s: float) -> None:
         """See `Observer.on_add`."""
         self.timelines.add(new, parsed.request_id, sequence, now_s)
+        self._live.add(new, parsed.request_id, sequence)
 
     def on_step(self, record: StepRecord) -> None:
         """See `Observer.on_step`."""
         self._metrics.observe_step(record)
         self.timelines.observe(record)
+        self._live.observe(record)
 
     def on_tokens(
         self, state: RequestState, delta: TokenDelta, now_s: float, *, is_first: bool, gap_s: float | None
     ) -> None:
         """See `Observer.on_tokens`."""
         count = len(delta.token_ids)
+        self._live.tokens(delta.request_id, count, now_s, state.metrics.arrival_s if is_first else None, gap_s)
         if is_first:
             self.timelines.first_token(delta.request_id, now_s)
             self._metrics.observe("time_to_first_token_seconds", now_s - state.metrics.arrival_s)
@@ -61,6 +68,7 @@ class EngineObserver(Observer):
             self._metrics.observe("request_max_num_generation_tokens", state.longest)
         num_tokens = state.num_tokens(request_id)
         self.timelines.end(request_id, reason, num_tokens, now_s)
+        self._live.end(request_id, reason, now_s)
         self._metrics.observe_finished(state.metrics, reason, state.num_prompt_tokens, num_tokens)
 
     def on_output(self, parsed: ParsedRequest, now_s: float) -> None:
@@ -70,6 +78,7 @@ class EngineObserver(Observer):
     def on_core_replaced(self) -> None:
         """See `Observer.on_core_replaced`."""
         self.timelines.core_replaced()
+        self._live.core_replaced()
 
     def on_sent(
         self, response_id: str, caller: str, received_s: float, sent_s: float, traceparent: bytes | None
@@ -88,6 +97,14 @@ class EngineObserver(Observer):
     def explain(self, request_id: str, now_s: float) -> list[Explanation]:
         """See `Observer.explain`."""
         return [explain(times, now_s, self.timelines.name_of) for times in self.timelines.find(request_id)]
+
+    def live(self, since: int) -> Mapping[str, Any]:
+        """See `Observer.live`."""
+        return self._live.frame(since)
+
+    def static_batches(self, max_model_len: int) -> Mapping[str, float] | None:
+        """See `Observer.static_batches`."""
+        return self._live.static_batches(max_model_len)
 
     def trace_to(self, endpoint: str, model_name: str) -> None:
         """See `Observer.trace_to`."""

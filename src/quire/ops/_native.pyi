@@ -25,8 +25,9 @@ class PackedLinear:
     def layout(self) -> str:
         """`panels`, `amx_bf16` or `integers`."""
     @property
-    def integers(self) -> tuple[int, int, int]:
-        """Bits (0: the weight is of floating point), inputs in a group, padded; the largest integer of an input."""
+    def integers(self) -> tuple[int, int, int, int, bool]:
+        """Bits (0: the weight is of floating point), inputs in a group, the largest integer of an input, bytes of a
+        scale, whether groups have minima."""
     @property
     def weights(self) -> PackedBytes: ...
     @property
@@ -74,11 +75,11 @@ class Runtime:
         bias: Any | None,
         dtype: str,
         gated: bool,
-        quant: tuple[int, int, int] | None,
+        quant: tuple[int, int, int, int, bool] | None,
         /,
     ) -> PackedLinear:
         """`weight [out, in]`: uint16 bits of bfloat16 or float16, or float32; or `(in, [(descriptor, offset in bytes,
-        rows), ...])` of files. `quant`: bits, group and qmax of `pack_integers`, to which it is rounded first.
+        rows), ...])` of files. `quant`: the integers of `pack_integers`, to which it is rounded first.
         ValueError also where a file ends early, and with `quant` where a weight is not finite."""
     def map_packed(
         self,
@@ -89,7 +90,7 @@ class Runtime:
         dtype: str,
         layout: str,
         gated: bool,
-        integers: tuple[int, int, int] | None,
+        integers: tuple[int, int, int, int, bool] | None,
         /,
     ) -> PackedLinear:
         """A weight over the bytes of another one's `weights` and `bias`, which are not copied and kept alive;
@@ -100,10 +101,17 @@ class Runtime:
     def quantize(self, weight: Any, dtype: str, four_bits: bool, group_size: int, values: Any, scales: Any, /) -> bool:
         """False where a weight is not finite."""
     def pack_integers(
-        self, values: Any, scales: Any, bias: Any | None, bits: int, group: int, qmax: int, gated: bool, /
+        self,
+        values: Any,
+        scales: Any,
+        minima: Any | None,
+        bias: Any | None,
+        integers: tuple[int, int, int, int, bool],
+        gated: bool,
+        /,
     ) -> PackedLinear:
-        """`values [out, in]` int8, `scales [out, ceil(in / group)]`, integers of 4 or 8 bits; inputs will be rounded to
-        integers up to `qmax`. See `QuantizedWeight`."""
+        """`values [out, in]` int8, `scales` and `minima [out, ceil(in / group)]` float32 or the bits of float16;
+        `integers` as `PackedLinear.integers`. See `QuantizedWeight`."""
     def linear(self, x: Any, packed: PackedLinear, y: Any, scale: float, softcap: float, add: bool, /) -> None:
         """`softcap` 0 is none; `add` adds to what y holds."""
     def greedy(

@@ -9,7 +9,7 @@ ValueError; it never reads outside an array.
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
@@ -20,12 +20,14 @@ from quire.ops.cpu_program import ACTIVATION, NO_WINDOW, CpuProgram
 from quire.ops.graph.fuse import fuse
 from quire.ops.graph.operations import trace
 from quire.ops.packed import Buffer, PackedHeader, PackedState
+from quire.ops.quantize_reference import require_rounding
 from quire.ops.types import (
-    ACTIVATION_QMAX,
+    FORMATS,
     Activation,
     Array,
     AttentionBatch,
     AttentionSpec,
+    CacheDtype,
     CacheShape,
     Forward,
     Logprobs,
@@ -49,7 +51,8 @@ class CpuOps(ComposedOps):
     processors of each thread (`quire.ops.select.core_processors`); empty leaves them to the system. All providers of a
     process share its threads: their operations run one after another, whichever thread calls."""
 
-    formats: tuple[QuantizedFormat, ...] = ("int8", "int8_w8a8", "int4", "int4_w4a8")
+    formats: tuple[QuantizedFormat, ...] = cpu_packed.HELD
+    cache_dtypes: tuple[CacheDtype, ...] = get_args(CacheDtype)
 
     def __init__(self, threads: int, isa: str, affinity: Sequence[Sequence[int]] = ()) -> None:
         self._native = _native.Runtime(threads, isa, affinity)
@@ -82,12 +85,13 @@ class CpuOps(ComposedOps):
 
     def quantize(self, weight: Any, quant: QuantSpec) -> QuantizedWeight | StoredWeight:
         """See `Ops.quantize`. ValueError where a weight is not finite."""
+        require_rounding(quant)
         if isinstance(weight, StoredWeight):
             return replace(weight, quant=quant)
         weight = np.ascontiguousarray(weight)
         out, inputs = weight.shape
         dtype = next(name for name, one in _DTYPES.items() if one == weight.dtype)
-        four_bits, size = quant.group_size is not None, quant.group_size or inputs
+        four_bits, size = FORMATS[quant.format].bits == 4, quant.group_size or inputs
         values = np.empty((out, inputs), np.int8)
         scales = np.empty((out, -(-inputs // size) if inputs else 0), _FLOAT32)
         items = weight if dtype == "float32" else weight.view(np.uint16)
@@ -120,23 +124,22 @@ class CpuOps(ComposedOps):
     def _pack_stored(self, weight: StoredWeight, bias: Any | None, gated: bool) -> Opaque:
         inputs, quant = weight.shape[1], None
         if weight.quant is not None:
-            name, size = weight.quant.format, weight.quant.group_size
-            quant = cpu_packed.BITS[name], size or inputs, ACTIVATION_QMAX[name]
+            quant = cpu_packed.native_integers(weight.quant.format, weight.quant.group_size or inputs, False)
         return self._native.pack((inputs, list(weight.files)), bias, weight.dtype, gated, quant)
 
     def _pack_integers(self, weight: QuantizedWeight, bias: Any | None, gated: bool) -> Opaque:
-        values, scales = weight.values, weight.scales
+        if not FORMATS[weight.format].group_sizes:
+            weight.require_range()  # the native side knows groups, all of whose integers are numbers
+        values, halves = weight.values, weight.scales.dtype == np.float16
         if values.strides[-1] != 1:
             values = np.ascontiguousarray(values)
-        return self._native.pack_integers(
-            values,
-            np.ascontiguousarray(scales),
-            bias,
-            cpu_packed.BITS[weight.format],
-            weight.group_size,
-            ACTIVATION_QMAX[weight.format],
-            gated,
+        # The buffer protocol's name for float16 is not C's.
+        scales, minima = (
+            None if one is None else np.ascontiguousarray(one).view(np.uint16 if halves else np.float32)
+            for one in (weight.scales, weight.minima)
         )
+        integers = cpu_packed.native_integers(weight.format, weight.group_size, halves)
+        return self._native.pack_integers(values, scales, minima, bias, integers, gated)
 
     def pack_embedding(self, table: Any, dtype: WeightDtype) -> Opaque:
         return self.pack_linear(table, None, dtype)

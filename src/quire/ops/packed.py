@@ -39,12 +39,16 @@ class PackedHeader:
     gated: bool
     """Packed by `pack_gated`: the outputs are those of gate, then those of up."""
     has_bias: bool
+    scale_dtype: str = "float32"
+    """Of scales and minima where the weight is quantised: `float32`, or `float16`."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value, kind = getattr(self, field.name), field.type if isinstance(field.type, type) else str
             if type(value) is not kind or (isinstance(value, int) and not 0 <= value < 2**31):
                 raise ValueError(f"packed weight: {field.name} is {value!r}, out of range or of another type")
+        if self.scale_dtype not in ("float32", "float16"):
+            raise ValueError(f"packed weight: scale_dtype is {self.scale_dtype!r}, not float32 or float16")
         if self.dtype not in DTYPES:
             raise ValueError(f"packed weight: dtype is {self.dtype!r}, not one of {', '.join(DTYPES)}")
 
@@ -88,8 +92,12 @@ def check_header(header: PackedHeader, provider: str, **expected: Any) -> None:
 
 def check_group_size(header: PackedHeader) -> None:
     """ValueError, which names the field, unless the format has groups of that size."""
-    is_float = header.format in DTYPES
-    sizes = (0,) if is_float else (32, 64, 128) if header.format.startswith("int4") else (header.in_features,)
+    from quire.ops.types import FORMATS  # which imports this module
+
+    sizes: tuple[int, ...] = (0,)
+    if header.format not in DTYPES:
+        stated = next((one for name, one in FORMATS.items() if name == header.format), None)
+        sizes = (header.in_features,) if stated is None or not stated.group_sizes else stated.group_sizes
     if header.group_size not in sizes:
         raise ValueError(f"packed weight: group_size is {header.group_size}, not one of {sizes}")
 

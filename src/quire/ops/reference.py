@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
@@ -24,10 +24,12 @@ from quire.ops import composed, quantize_reference, sampling_reference
 from quire.ops.packed import VERSION, Buffer, PackedHeader, PackedState, check_header, checked_buffers
 from quire.ops.types import (
     ACTIVATION_QMAX,
+    CACHE_QMAX,
     Activation,
     Array,
     AttentionBatch,
     AttentionSpec,
+    CacheDtype,
     CacheShape,
     Logprobs,
     QuantizedFormat,
@@ -60,6 +62,7 @@ class ReferenceOps(composed.ComposedOps):
     """`ReferenceOps(numpy)` or `ReferenceOps(torch)`; `device` as the library's `asarray` takes it."""
 
     formats = tuple(ACTIVATION_QMAX)
+    cache_dtypes: tuple[CacheDtype, ...] = get_args(CacheDtype)
 
     def __init__(self, namespace: Any, device: Any | None = None) -> None:
         self.xp = array_namespace(namespace.asarray([0.0]))
@@ -80,13 +83,14 @@ class ReferenceOps(composed.ComposedOps):
 
     def pack_linear(self, weight: Any, bias: Any | None, dtype: WeightDtype) -> ReferenceLinear:
         """Rounds to `dtype`, to nearest even; the bias stays float32. Exact. A `QuantizedWeight` becomes what it
-        stands for: its values times its scales, in float32."""
+        stands for: its values times its scales, then plus its minima, in float32."""
         kind = None
         if isinstance(weight, QuantizedWeight):
             kind = weight.format
             weight.require_range()
-            scales = np.repeat(weight.scales, weight.group_size, axis=1)[:, : weight.values.shape[1]]
-            rounded = weight.values.astype(np.float32) * scales
+            rounded = weight.values.astype(np.float32) * _spread(weight, weight.scales)
+            if weight.minima is not None:
+                rounded = rounded + _spread(weight, weight.minima)
         else:
             rounded = np.asarray(weight).astype(np.float32).astype(_numpy_dtype(dtype))
         return ReferenceLinear(
@@ -110,7 +114,7 @@ class ReferenceOps(composed.ComposedOps):
         """`PackedStore.map_packed`; with a namespace other than numpy's the memory is copied."""
         kind = header.format if header.format in ACTIVATION_QMAX else None
         expected = {"layout": "rows", "format": kind or "float32", "dtype": "float32", "group_size": 0, "gated": False}
-        check_header(header, "reference", **expected)
+        check_header(header, "reference", **expected, scale_dtype="float32")
         rows, inputs = header.out_features, header.in_features
         sizes = [4 * rows * inputs, 4 * rows] if header.has_bias else [4 * rows * inputs]
         arrays = [view.view(np.float32) for view in checked_buffers(buffers, sizes)]
@@ -212,14 +216,16 @@ class ReferenceOps(composed.ComposedOps):
         """For the query at position p of its row: `softmax_j(cap(scale q . k_j)) v_j` over the visible j (see
         `AttentionSpec`), with `cap(s) = softcap * tanh(s / softcap)` and the sink's logit, if any, in the
         denominator only. Keys and values are rounded to the cache's dtype when written and read back so,
-        also by the queries of the same step. Query head h reads key-value head `h // (heads // kv_heads)`.
+        also by the queries of the same step. With `int8` and `fp8` each of them, of one token and head and after its
+        rotation, is rounded as a row of `quantize_activations` with `CACHE_QMAX` and read as its numbers times its
+        scale: a NaN or an infinity makes all of it NaN. Query head h reads key-value head `h // (heads // kv_heads)`.
         Tolerance: rel 1e-5."""
         xp, size = self.xp, cache.shape.block_size
         if rope is not None:
             q, k = q + 0.0, k + 0.0
             self._rotate(q, batch.positions, rope.cos, rope.sin)
             self._rotate(k, batch.positions, rope.cos, rope.sin)
-        dtype = _namespace_dtype(xp, cache.shape.dtype)
+        k, v = (self._as_cached(x, cache.shape.dtype) for x in (k, v))
         keys, values = cache.data[0, layer, ...], cache.data[1, layer, ...]
         rows: list[tuple[int, int, int, Array]] = []
         bounds = [int(start) for start in batch.query_starts]
@@ -231,8 +237,8 @@ class ReferenceOps(composed.ComposedOps):
             table = xp.astype(batch.block_tables[row, : -(-stop // size)], xp.int64)
             positions = xp.arange(start, stop, device=self.device)
             blocks, slots = xp.take(table, positions // size), positions % size
-            keys[blocks, slots, ...] = xp.astype(xp.astype(k[first:last, ...], dtype), xp.float32)
-            values[blocks, slots, ...] = xp.astype(xp.astype(v[first:last, ...], dtype), xp.float32)
+            keys[blocks, slots, ...] = k[first:last, ...]
+            values[blocks, slots, ...] = v[first:last, ...]
             rows.append((first, last, start, table))
         out = []  # only now: a row may read what another one has just written
         for first, last, start, table in rows:
@@ -241,6 +247,14 @@ class ReferenceOps(composed.ComposedOps):
             row_values = xp.reshape(xp.take(values, table, axis=0), (-1, *v.shape[1:]))[:stop, ...]
             out.append(self._attend(q[first:last, ...], row_keys, row_values, start, spec))
         return xp.concat(out, axis=0) if out else xp.zeros((0, q.shape[1] * q.shape[2]), dtype=xp.float32)
+
+    def _as_cached(self, x: Array, dtype: CacheDtype) -> Array:
+        """`x [tokens, kv_heads, head_dim]` as a cache of `dtype` gives it back, float32."""
+        qmax = CACHE_QMAX.get(dtype)
+        if qmax is None:
+            return self.xp.astype(self.xp.astype(x, _namespace_dtype(self.xp, dtype)), self.xp.float32)
+        numbers, scales = self.quantize_activations(self.xp.reshape(x, (-1, x.shape[2])), qmax, dtype == "fp8")
+        return self.xp.reshape(numbers * scales, x.shape)
 
     def _attend(self, q: Array, k: Array, v: Array, start: int, spec: AttentionSpec) -> Array:
         """`q [tokens, heads, dim]` at positions from `start`; `k, v [stop, kv_heads, dim]`."""
@@ -339,11 +353,16 @@ class ReferenceOps(composed.ComposedOps):
         return xp.any(logits > -math.inf, axis=-1) & ~bad
 
 
+def _spread(weight: QuantizedWeight, table: Array) -> Array:
+    """A number of each group `[out, groups]` for each input `[out, in]`, float32."""
+    return np.repeat(table.astype(np.float32), weight.group_size, axis=1)[:, : weight.values.shape[1]]
+
+
 def _numpy_dtype(dtype: WeightDtype) -> Any:
     return {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}[dtype]
 
 
-def _namespace_dtype(xp: Any, dtype: WeightDtype) -> Any:
+def _namespace_dtype(xp: Any, dtype: CacheDtype) -> Any:
     # numpy itself has no bfloat16; ml_dtypes adds it.
     if dtype == "bfloat16" and xp.__name__.endswith("numpy"):
         return ml_dtypes.bfloat16

@@ -88,6 +88,13 @@ def instruction_sets() -> list[str]:
     return [name for name, runs, _ in _native.instruction_sets() if runs]
 
 
+def compiled_instruction_sets() -> list[str]:
+    """The names of all that this build has, whatever this processor runs."""
+    from quire.ops import _native
+
+    return [name for name, _, _ in _native.instruction_sets()]
+
+
 def select_instruction_set(forced: str | None) -> tuple[str, str, list[str]]:
     """The best one that runs here, no better than `forced`; why, and a word on each that was passed over.
 

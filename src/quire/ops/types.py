@@ -1,7 +1,7 @@
 """The contract between models and devices: what a model is written over (`Ops`) and where it runs (`Device`).
 
 An *array* is what the provider computes with: `numpy.ndarray` on the CPU, `torch.Tensor` on CUDA. On the CPU
-activations are float32; weights and cache are bfloat16, float16 or float32 inside packed objects that
+activations are float32; weights and cache are bfloat16, float16, float32 or 8 bits inside packed objects that
 only their provider looks into.
 
 **Row independence.** The result for one token (or one row of logits) does not depend on which others are
@@ -16,6 +16,7 @@ Two-dimensional and three-dimensional inputs may be views: the last dimension (t
 unless the operation says that it works in place.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -37,27 +38,58 @@ Opaque = Any
 """Something packed by a provider; only the same provider looks inside."""
 
 WeightDtype = Literal["bfloat16", "float16", "float32"]
+CacheDtype = Literal["bfloat16", "float16", "float32", "int8", "fp8"]
+CACHE_QMAX: dict[CacheDtype, int] = {"int8": 127, "fp8": 448}
+"""The largest number of a cache of 8 bits: its keys and values are numbers times scales (`ReferenceOps.attention`)."""
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-QuantizedFormat = Literal["int8", "int8_w8a8", "int4", "int4_w4a8", "fp8"]
-ACTIVATION_QMAX: dict[QuantizedFormat, int] = {
-    "int8": 32639,
-    "int8_w8a8": 127,
-    "int4": 32639,
-    "int4_w4a8": 127,
-    "fp8": 448,
+QuantizedFormat = Literal["int8", "int8_w8a8", "int4", "int4_w4a8", "fp8", "int8_groups", "int4_min", "int8_min"]
+
+
+@dataclass(frozen=True, slots=True)
+class NumberFormat:
+    """What a `QuantizedFormat` is."""
+
+    bits: int
+    activation_qmax: int
+    """The largest quantised activation: see `QuantizedWeight`. 32639 is 127 * 257, two signed bytes."""
+    low: int
+    high: int
+    """The least and the largest number of a weight."""
+    group_sizes: tuple[int, ...] = ()
+    """Inputs that may share a scale; none: a whole row does."""
+    has_minima: bool = False
+
+
+HALF_SCALES: frozenset[QuantizedFormat] = frozenset(("int8_groups", "int4_min", "int8_min"))
+"""Formats whose scales may be float16."""
+_BLOCKS = (16, 32, 64, 128)
+FORMATS: dict[QuantizedFormat, NumberFormat] = {
+    "int8": NumberFormat(8, 32639, -127, 127),
+    "int8_w8a8": NumberFormat(8, 127, -127, 127),
+    "int4": NumberFormat(4, 32639, -8, 7, (32, 64, 128)),
+    "int4_w4a8": NumberFormat(4, 127, -8, 7, (32, 64, 128)),
+    "fp8": NumberFormat(8, 448, -448, 448),
+    "int8_groups": NumberFormat(8, 32639, -128, 127, _BLOCKS),
+    "int4_min": NumberFormat(4, 32639, 0, 15, _BLOCKS, has_minima=True),
+    "int8_min": NumberFormat(8, 32639, -128, 127, _BLOCKS, has_minima=True),
 }
-"""The largest quantised activation: see `QuantizedWeight`. 32639 is 127 * 257, two signed bytes."""
+ACTIVATION_QMAX: dict[QuantizedFormat, int] = {name: one.activation_qmax for name, one in FORMATS.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """A weight in small numbers: `weight[o, i] = values[o, i] * scales[o, i // group_size]`.
+    """A weight in small numbers: `weight[o, i] = values[o, i] * scales[o, g] + minima[o, g]`, `g = i // group_size`;
+    where the format has no minima they are 0.
 
     Activations are quantised dynamically, per token: a row becomes `q = rint(x * (qmax / absmax))`, ties to even,
-    with its own largest magnitude `absmax` and the format's `qmax` (`ACTIVATION_QMAX`): 15 bits and a sign for `int8`
-    and `int4` (about as exact as bfloat16 for a row's small inputs, far more exact for its large ones), 7 bits and a
-    sign for `int8_w8a8` and `int4_w4a8`. A group's integer dot product is exact and becomes one float32; the result is
-    `absmax / qmax * sum_g scales[o, g] * float32(sum_(i in g) q[i] values[o, i])`.
+    with its own largest magnitude `absmax` and the format's `qmax` (`ACTIVATION_QMAX`): 7 bits and a sign for
+    `int8_w8a8` and `int4_w4a8`, 15 bits and a sign for the other integers (about as exact as bfloat16 for a row's small
+    inputs, far more exact for its large ones). A group's integer dot product `d[o, g] = sum_(i in g) q[i] values[o, i]`
+    and the sum of its inputs `s[g] = sum_(i in g) q[i]` are exact and become one float32 each; the result is
+    `absmax / qmax * sum_g (scales[o, g] * float32(d[o, g]) + minima[o, g] * float32(s[g]))`.
+
+    So a weight is multiplied before `values * scales + minima` is rounded to float32, which a table of embeddings does
+    (the product, then the sum, as ggml does): the two differ by half a unit in the last place of the weight.
 
     With `fp8` values and activations are e4m3 (arXiv 2209.05433: 4 bits of exponent, 3 of mantissa, at most 448),
     rounded to nearest, ties to even; sums are float32, whose order is the provider's.
@@ -67,31 +99,45 @@ class QuantizedWeight:
     """
 
     format: QuantizedFormat
-    values: Array  # [out, in] int8: [-127, 127], or [-8, 7] with 4 bits, one a byte; fp8: ml_dtypes.float8_e4m3fn
-    scales: Array  # [out, ceil(in / group_size)] float32
+    values: Array  # [out, in] int8 in the range of `FORMATS`, one a byte; fp8: ml_dtypes.float8_e4m3fn
+    scales: Array  # [out, ceil(in / group_size)] float32, or float16 where they are that in the provider's memory too
     group_size: int
-    """Inputs that share a scale: 32, 64 or 128 with 4 bits, all of them (`in`) with 8."""
+    """Inputs that share a scale: one of `FORMATS`, or all of them (`in`)."""
+    minima: Array | None = None
+    """As `scales`, where the format has them."""
 
     def __post_init__(self) -> None:
-        if self.format not in ACTIVATION_QMAX:
-            raise ValueError(f"format {self.format!r} is not one of {', '.join(ACTIVATION_QMAX)}")
+        if self.format not in FORMATS:
+            raise ValueError(f"format {self.format!r} is not one of {', '.join(FORMATS)}")
         kind = "float8_e4m3fn" if self.format == "fp8" else "int8"
         if self.values.ndim != 2 or str(self.values.dtype).removeprefix("torch.") != kind:
             raise ValueError(f"values are {self.values.dtype} {list(self.values.shape)}, not {kind} [out, in]")
         rows, inputs = self.values.shape
-        sizes = (32, 64, 128) if self.format.startswith("int4") else (inputs,)
+        stated = FORMATS[self.format]
+        sizes = stated.group_sizes or (inputs,)
         if self.group_size not in sizes:
             raise ValueError(f"group_size of {self.format} is {self.group_size}, not one of {sizes}")
         groups = -(-inputs // self.group_size) if inputs else 0
-        if tuple(self.scales.shape) != (rows, groups) or str(self.scales.dtype).removeprefix("torch.") != "float32":
-            shape = list(self.scales.shape)
-            raise ValueError(f"scales are {self.scales.dtype} {shape}, not float32 [{rows}, {groups}]")
+        if (self.minima is not None) != stated.has_minima:
+            raise ValueError(f"{self.format} {'has no' if self.minima is not None else 'has'} minima")
+        kinds = ("float32", "float16") if self.format in HALF_SCALES else ("float32",)
+        for name, array in (("scales", self.scales), ("minima", self.minima)):
+            if array is None:
+                continue
+            dtype = str(array.dtype).removeprefix("torch.")
+            if tuple(array.shape) != (rows, groups) or dtype not in kinds or array.dtype != self.scales.dtype:
+                shape = list(array.shape)
+                raise ValueError(f"{name} are {array.dtype} {shape}, not {' or '.join(kinds)} [{rows}, {groups}]")
 
     def require_range(self) -> None:
-        """ValueError where a value (of numpy's) is outside the format's range, or NaN: what packing begins with."""
-        low, high = {"int8": (-127, 127), "int4": (-8, 7)}.get(self.format[:4], (-448, 448))
+        """ValueError where a value (of numpy's) is outside the format's range, or a number is not finite: what packing
+        begins with."""
+        low, high = FORMATS[self.format].low, FORMATS[self.format].high
         if self.values.size and not (low <= self.values.min() and self.values.max() <= high):
             raise ValueError(f"a value of {self.format} is outside [{low}, {high}]")
+        for array in (self.scales, self.minima):
+            if array is not None and not (abs(array) < math.inf).all():
+                raise ValueError("a scale or minimum is not finite")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +146,15 @@ class QuantSpec:
 
     format: QuantizedFormat
     group_size: int | None
-    """Inputs that share a scale with 4 bits; None with 8: a whole row."""
+    """Inputs that share a scale; None: a whole row."""
+    half_scales: bool = False
+    """Scales and minima are float16: of weights that come so, and of formats in `HALF_SCALES`."""
 
     def __post_init__(self) -> None:
-        sizes = (32, 64, 128) if self.format.startswith("int4") else (None,)
-        if self.format not in ACTIVATION_QMAX or self.group_size not in sizes:
+        if self.format not in FORMATS or self.group_size not in (FORMATS[self.format].group_sizes or (None,)):
             raise ValueError(f"no quantisation {self.format!r} with group_size {self.group_size}")
+        if self.half_scales and self.format not in HALF_SCALES:
+            raise ValueError(f"scales of {self.format!r} are float32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +186,23 @@ class CacheShape:
     """Tokens in a block."""
     num_kv_heads: int
     head_dim: int
-    dtype: WeightDtype
+    dtype: CacheDtype
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one number of a key or value."""
+        return {"float32": 4, "int8": 1, "fp8": 1}.get(self.dtype, 2)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of the scale that a key, or a value, of one head has with 8 bits (float32)."""
+        return 4 if self.dtype in CACHE_QMAX else 0
 
     @property
     def bytes_per_block(self) -> int:
         """Bytes of one block over all layers, keys and values together."""
-        item = 4 if self.dtype == "float32" else 2
-        return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim * item
+        head_bytes = self.head_dim * self.item_bytes + self.scale_bytes
+        return 2 * self.num_layers * self.block_size * self.num_kv_heads * head_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +359,8 @@ class Ops(Protocol):
     name: str
     formats: tuple[QuantizedFormat, ...]
     """Quantised weights that it multiplies."""
+    cache_dtypes: tuple[CacheDtype, ...]
+    """Of the caches that `attention` writes and reads."""
 
     def compile(self, forward: Forward) -> Step:
         """`forward` with this provider, to the last bit. A provider may run it once over symbols, which have shapes

@@ -1,7 +1,8 @@
 """The schemes that there are, by the argument `quantization`. Each has dynamic activation scales, one for each token.
 
-`int8` is W8A16: symmetric eight-bit weights with a scale for each output channel, half of bfloat16's bytes; activations
-are 16-bit integers. `int8_w8a8` is W8A8: activations are 8-bit integers, which AMX and tensor cores multiply fastest.
+`int8` is W8A16: symmetric eight-bit weights with a scale for each output channel (or for each group of its inputs,
+which leaves a little less error), half of bfloat16's bytes; activations are 16-bit integers. `int8_w8a8` is W8A8:
+activations are 8-bit integers, which AMX and tensor cores multiply fastest.
 
 `int4` is W4A16: four-bit weights with a scale for each group of a row's inputs; activations are 16-bit integers.
 
@@ -21,6 +22,11 @@ INT8_W8A8 = Scheme("int8_w8a8", QuantSpec("int8_w8a8", None), QuantSpec("int8", 
 FP8 = Scheme("fp8", QuantSpec("fp8", None), QuantSpec("int8", None))
 DEFAULT_GROUP_SIZE = 64
 """32 has a tenth less error and an eighth more bytes, 128 a tenth more and a seventeenth fewer."""
+
+
+def int8(group_size: int) -> Scheme:
+    """`INT8` with groups of 32, 64 or 128 inputs, embedding and head too. Raises ValueError for another size."""
+    return Scheme("int8", QuantSpec("int8_groups", group_size), QuantSpec("int8_groups", group_size))
 
 
 def int4(group_size: int) -> Scheme:

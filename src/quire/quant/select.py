@@ -1,9 +1,9 @@
 """From the names of the engine's arguments to a scheme."""
 
-from quire.config import QUANTIZATIONS
+from quire.config import KV_CACHE_DTYPES, QUANTIZATIONS
 from quire.errors import ConfigurationError
-from quire.ops.types import Ops
-from quire.quant.formats import DEFAULT_GROUP_SIZE, FP8, INT8, INT8_W8A8, int4
+from quire.ops.types import CacheDtype, Ops
+from quire.quant.formats import DEFAULT_GROUP_SIZE, FP8, INT8, INT8_W8A8, int4, int8
 from quire.quant.types import Scheme
 
 
@@ -15,9 +15,12 @@ def select_scheme(name: str | None, group_size: int | None) -> Scheme | None:
     """
     if name == "int4":
         return int4(DEFAULT_GROUP_SIZE if group_size is None else group_size)
+    if name == "int8" and group_size is not None:
+        return int8(group_size)
     if group_size is not None:
         raise ConfigurationError(
-            f"quantization_group_size is for quantization 'int4'; here it is {name!r}", field="quantization_group_size"
+            f"quantization_group_size is for quantization 'int4' and 'int8'; here it is {name!r}",
+            field="quantization_group_size",
         )
     return None if name is None else {scheme.name: scheme for scheme in (INT8, INT8_W8A8, FP8)}[name]
 
@@ -28,9 +31,33 @@ def check_scheme(scheme: Scheme | None, ops: Ops) -> None:
     Raises:
         ConfigurationError: it names those that `ops` has.
     """
-    if scheme is not None and scheme.linear.format not in ops.formats:
+    if scheme is None or scheme.linear.format in ops.formats:
+        return
+    if scheme.linear.format == "int8_groups":
         raise ConfigurationError(
-            f"quantization {scheme.name!r} needs an NVIDIA GPU of compute capability 8.9 or newer; "
-            f"{ops.name} has {', '.join(name for name in QUANTIZATIONS if name in ops.formats)}",
-            field="quantization",
+            f"quantization 'int8' in groups needs the CPU; {ops.name} has it without them",
+            field="quantization_group_size",
         )
+    raise ConfigurationError(
+        f"quantization {scheme.name!r} needs an NVIDIA GPU of compute capability 8.9 or newer; "
+        f"{ops.name} has {', '.join(name for name in QUANTIZATIONS if name in ops.formats)}",
+        field="quantization",
+    )
+
+
+def select_cache_dtype(name: str, ops: Ops) -> CacheDtype | None:
+    """The type of keys and values by the argument `kv_cache_dtype`; None is that of the weights.
+
+    Raises:
+        ConfigurationError: `ops` has no attention over such a cache; it names those that there are.
+    """
+    asked = KV_CACHE_DTYPES[name]
+    if asked == "auto":
+        return None
+    for dtype in ops.cache_dtypes:
+        if dtype == asked:
+            return dtype
+    known = ", ".join(ops.cache_dtypes)
+    raise ConfigurationError(
+        f"kv_cache_dtype {name!r} needs device 'cpu'; {ops.name} has {known}", field="kv_cache_dtype"
+    )

@@ -8,6 +8,7 @@ import numpy as np
 from quire.config import MemoryBudget, mib
 from quire.errors import ConfigurationError
 from quire.models.model import Model
+from quire.models.spec import DecoderSpec
 from quire.ops.types import Array, AttentionBatch, Opaque, Provider, SampleBatch
 from quire.outputs import Decision
 from quire.runner.graphs import BYTES_PER_GRAPH, GraphBuckets
@@ -40,7 +41,7 @@ def make_budget(model: Model, ops: Provider, shape: StepShape) -> MemoryBudget:
         ConfigurationError: a step of that shape does not fit the device beside the weights.
     """
     if ops.memory() is None:
-        return _estimated(model, shape)
+        return estimated(model.spec, model.weight_bytes, shape)
     try:
         return _measured(model, ops, shape)
     except MemoryError as error:
@@ -51,15 +52,14 @@ def make_budget(model: Model, ops: Provider, shape: StepShape) -> MemoryBudget:
         ) from error
 
 
-def _estimated(model: Model, shape: StepShape) -> MemoryBudget:
+def estimated(spec: DecoderSpec, weight_bytes: int, shape: StepShape) -> MemoryBudget:
     """In the host's memory, float32: what a layer has for each token (what attention reads and writes shares
     nothing with the rest, see `quire.ops.graph.plan.plan_memory`), and two copies of the logits."""
-    spec = model.spec
     heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     floats = 3 * spec.hidden_size + heads + 2 * spec.intermediate_size
     return MemoryBudget(
         device=host_memory_bytes(),
-        weights=model.weight_bytes,
+        weights=weight_bytes,
         activations=4 * floats * shape.max_num_batched_tokens,
         sampler=2 * 4 * spec.vocab_size * shape.max_num_seqs,
     )

@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quire.errors import InvalidRequestError, ModelFileError
 from quire.sampling_params import SamplingParams
-from quire.weights.formats.gguf_names import is_gguf
+from quire.weights.formats.gguf_names import header_path
 from quire.weights.json_file import read_json_object
+
+if TYPE_CHECKING:
+    from quire.weights.formats.gguf_parts import GgufParts
 
 MAX_BYTES = 2**20
 
@@ -32,21 +35,25 @@ class GenerationDefaults:
     sampling: Mapping[str, int | float]
 
 
-def load_generation_defaults(path: Path) -> GenerationDefaults:
+def load_generation_defaults(path: Path, known: "GgufParts | None" = None) -> GenerationDefaults:
     """From `generation_config.json`, and `config.json` for what that one does not say; or from a GGUF header.
+
+    Args:
+        known: of a GGUF file, its headers, if they were read.
 
     Raises:
         ModelFileError: a file is damaged, or a value has a wrong type or is out of range.
     """
-    return _of_header(path) if is_gguf(path) else _of_directory(path)
+    header = header_path(path)
+    return _of_directory(path) if header is None else _of_header(header, known)
 
 
-def _of_header(path: Path) -> GenerationDefaults:
+def _of_header(path: Path, known: "GgufParts | None") -> GenerationDefaults:
     # Not above: it brings numpy, which the side that knows text can do without.
     from quire.weights.formats.gguf_generation import generation_settings, stop_token_ids
     from quire.weights.formats.gguf_parts import GgufParts
 
-    with GgufParts(path) as parts:
+    with GgufParts(path, known) as parts:
         ids = stop_token_ids(parts.name, parts.values)
         sampling = _sampling(generation_settings(parts.values), parts.name)
     return GenerationDefaults(tuple(ids), MappingProxyType(sampling))

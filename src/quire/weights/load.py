@@ -12,20 +12,19 @@ from quire.models.model import Model
 from quire.models.parameters import NameMap, Parameter, decoder_parameters
 from quire.models.registry import load_spec
 from quire.models.spec import DecoderSpec
-from quire.ops.types import ACTIVATION_QMAX, Provider, QuantSpec, WeightDtype
+from quire.ops.types import FORMATS, CacheDtype, Provider, QuantSpec, WeightDtype
 from quire.outputs import Decision
 from quire.quant.types import Scheme
 from quire.weights.formats.engine_dir import EngineWeights, is_engine, read_manifest
-from quire.weights.formats.gguf_names import is_gguf
+from quire.weights.formats.gguf_names import header_path, is_gguf
 from quire.weights.formats.quantized import KEYS, states_quantization
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights
 from quire.weights.json_file import printable, read_json_object
 from quire.weights.pack import WeightPacker
-from quire.weights.source import ModelConfig, TensorInfo, WeightSource
+from quire.weights.source import DecidedSource, ModelConfig, Target, TensorInfo, WeightSource
 
 if TYPE_CHECKING:
     from quire.weights.formats.gguf import GgufWeights
-    from quire.weights.formats.quantized.source import QuantizedWeights
 
 MAX_CONFIG_BYTES = 4 * 2**20
 
@@ -43,41 +42,59 @@ class WeightPlan:
     packer: WeightPacker
     source: WeightSource
     """What the parameters are read from: the one that was opened, or what unpacks it."""
-    quantized: "QuantizedWeights | None" = None
-    """The same, of a quantised checkpoint."""
+    quantized: DecidedSource | None = None
+    """The same, where each matrix has a format of its own: of a quantised checkpoint, a GGUF file, or a calibration."""
 
     @property
     def num_bytes(self) -> int:
-        """Of all parameters once packed. Matrices of a quantised checkpoint count as unpacked until they are read."""
-        return sum(self.packer.num_bytes(one, self._given(name, one)) for name, one in self.parameters.items())
+        """Of all parameters once packed. Matrices of a quantised checkpoint count as unpacked until they are read, a
+        GGUF file's do not."""
+        return sum(self._num_bytes(name, one) for name, one in self.parameters.items())
 
     @property
     def decisions(self) -> list[Decision]:
-        """What has been decided about a quantised checkpoint, once it has been read."""
+        """What has been decided about the matrices of `quantized`, once they have been read."""
         return [] if self.quantized is None else self.quantized.decisions()
+
+    @property
+    def given(self) -> Mapping[str, QuantSpec | None]:
+        """By parameter, what the source holds it as, as far as it says before it is read; None: values."""
+        return {name: self._given(name, one) for name, one in self.parameters.items()}
+
+    def _num_bytes(self, name: str, parameter: Parameter) -> int:
+        state = self.source.packed(name)
+        is_kept = state is not None and state.header.format in get_args(WeightDtype)
+        packer = replace(self.packer, scheme=None) if is_kept else self.packer
+        return packer.num_bytes(parameter, self._given(name, parameter))
 
     def _given(self, name: str, parameter: Parameter) -> QuantSpec | None:
         """What the source has quantised a matrix to, or its engine was packed with."""
         if self.quantized is not None:
             return self.quantized.quantized(parameter)
         state = self.source.packed(name)
-        if state is None or state.header.format not in ACTIVATION_QMAX or not state.header.group_size:
+        if state is None or not state.header.group_size:
             return None
-        size = state.header.group_size if state.header.format.startswith("int4") else None
-        return QuantSpec(state.header.format, size)
+        header = state.header
+        kind = next((kind for kind in FORMATS if kind == header.format), None)
+        if kind is None:
+            return None
+        return QuantSpec(
+            kind, header.group_size if FORMATS[kind].group_sizes else None, header.scale_dtype == "float16"
+        )
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """Read `config.json` of a directory, or the header of a GGUF file.
+    """Read `config.json` of a directory, or the header of a GGUF file; of an engine directory the manifest first.
 
     Raises:
         ModelFileError: it is missing or damaged.
         UnsupportedModelError: an architecture or a setting that Quire does not have, named.
     """
-    if is_gguf(path):
+    manifest = read_manifest(path) if is_engine(path) else None
+    if header := header_path(path):
         from quire.weights.formats.gguf_config import read_gguf_config  # not above: few models are GGUF files
 
-        return read_gguf_config(path)
+        return replace(read_gguf_config(header), manifest=manifest)
     config = read_json_object(path / "config.json", MAX_CONFIG_BYTES)
     spec, names = load_spec({key: value for key, value in config.items() if key not in KEYS})
     stated = config.get("dtype", config.get("torch_dtype"))
@@ -87,7 +104,8 @@ def read_model_config(path: Path) -> ModelConfig:
         from quire.weights.formats.quantized.config import read_quantization
 
         quantization = read_quantization(path, config)
-    return ModelConfig(spec, names, cast(WeightDtype, stated) if known else None, quantization=quantization)
+    dtype = cast(WeightDtype, stated) if known else None
+    return ModelConfig(spec, names, dtype, quantization=quantization, manifest=manifest)
 
 
 def load_model(
@@ -99,17 +117,19 @@ def load_model(
     scheme: Scheme | None = None,
     report: Report | None = None,
     config: ModelConfig | None = None,
+    cache_dtype: CacheDtype | None = None,
 ) -> Model:
     """Read, check and pack a model. Peak memory is what is packed and the largest tensor twice.
 
     Args:
         path: a directory, or a GGUF file.
-        dtype: of weights and cache. `auto` is the type that the config states, else the one that the tensors have; a
+        dtype: of weights. `auto` is the type that the config states, else the one that the tensors have; a
             float32 checkpoint stays float32.
         max_model_len: positions that the model must be able to compute; None is all that it has.
         scheme: how weights are quantised; None is not at all, or as the checkpoint's are.
-        report: takes what has been decided about a quantised checkpoint.
+        report: takes what has been decided about a quantised checkpoint or a GGUF file.
         config: what `read_model_config` says, if it was read: the header of a large vocabulary takes a while.
+        cache_dtype: of keys and values; None is the type of the weights.
 
     Raises:
         ModelFileError: a file is missing or damaged; a tensor is missing, left over or of a wrong shape.
@@ -129,7 +149,7 @@ def load_model(
         if report is not None:
             report(plan.decisions)
         longest = max_model_len or spec.max_position_embeddings
-        return Decoder(plan.spec, weights, ops, plan.packer.dtype, longest, plan.num_bytes)
+        return Decoder(plan.spec, weights, ops, plan.packer.dtype, longest, plan.num_bytes, cache_dtype)
 
 
 def open_source(path: Path, config: ModelConfig) -> "CheckpointWeights | EngineWeights | GgufWeights":
@@ -138,12 +158,12 @@ def open_source(path: Path, config: ModelConfig) -> "CheckpointWeights | EngineW
     Raises:
         ModelFileError: a file is missing or damaged.
     """
-    if is_engine(path):
-        return EngineWeights(path, read_manifest(path))
+    if config.manifest is not None:
+        return EngineWeights(path, config.manifest)
     if is_gguf(path):
         from quire.weights.formats.gguf import GgufWeights
 
-        return GgufWeights(path, config.rotated_heads)
+        return GgufWeights(path, config.rotated_heads, config.gguf)
     return CheckpointWeights(path)
 
 
@@ -158,13 +178,10 @@ def plan_weights(
     spec, names = config.spec, _fit_prefix(config.names, source.tensors)
     embedding, head = f"{names.prefix}{names.embedding}.weight", f"{names.head}.weight"
     weight_dtype = _weight_dtype(dtype, config.dtype, source.tensors.get(embedding))
-    quantized = None
-    if config.quantization is not None and isinstance(source, CheckpointWeights):
-        from quire.weights.formats.quantized.source import QuantizedWeights, Target
-
-        unpack = "dtype is float32" if dtype == "float32" else None if scheme is None else f"quantization {scheme.name}"
-        target = Target(weight_dtype, ops.formats, unpack, frozenset({embedding, head}), names.transposed)
-        source = quantized = QuantizedWeights(source, config.quantization, target)
+    unpack = "dtype is float32" if dtype == "float32" else None if scheme is None else f"quantization {scheme.name}"
+    target = Target(weight_dtype, ops.formats, unpack, frozenset({embedding, head}), names.transposed)
+    quantized = _quantized(source, config, target)
+    source = source if quantized is None else quantized
     # A tied head is saved a second time by some tools; one that differs is no tied head, whatever the config says.
     if spec.tied_head and source.differ(embedding, head):
         spec = replace(spec, tied_head=False)
@@ -173,6 +190,20 @@ def plan_weights(
     check_tensors(parameters, source.tensors, (*unused, head) if spec.tied_head else unused)
     packer = WeightPacker(ops, weight_dtype, scheme, spec.norm.weight_offset)
     return WeightPlan(spec, parameters, packer, source, quantized)
+
+
+def _quantized(source: WeightSource, config: ModelConfig, target: Target) -> DecidedSource | None:
+    """What keeps or unpacks the numbers of a source; None where it holds values, or packed weights."""
+    if config.quantization is not None and isinstance(source, CheckpointWeights):
+        from quire.weights.formats.quantized.source import QuantizedWeights
+
+        return QuantizedWeights(source, config.quantization, target)
+    if config.gguf is None:
+        return None
+    from quire.weights.formats.gguf import GgufWeights
+    from quire.weights.formats.gguf_packed import GgufBlocks
+
+    return GgufBlocks(source, target) if isinstance(source, GgufWeights) else None
 
 
 def load_weights(

@@ -59,7 +59,10 @@ class WeightPacker:
                 require_field("gated", header.gated, parameter.kind == "gated_linear")
             return self.ops.map_packed(header, state.buffers)
         except ValueError as error:
-            raise ModelFileError(f"{parameter.weight.tensors[0][0]} cannot be mapped: {error}") from error
+            text = f"{parameter.weight.tensors[0][0]} cannot be mapped: {error}"
+            if "layout is" in str(error):
+                text += "; quire build ENGINE --repack -o DIR makes an engine of it for this machine"
+            raise ModelFileError(text) from error
 
     def num_bytes(self, parameter: Parameter, given: QuantSpec | None = None) -> int:
         """Bytes of a parameter once packed: a matrix as stored, vectors in float32. Padding is not counted.
@@ -71,10 +74,14 @@ class WeightPacker:
         if len(parameter.weight.shape) == 1:
             return vectors
         rows, inputs = parameter.weight.shape
-        quant = given or self._quant(parameter) or (self.foreseen and self.foreseen(parameter))
+        quant = self.quant(parameter, given)
         if quant is None:
             return vectors + rows * inputs * (4 if self.dtype == "float32" else 2)
         return vectors + quantized_bytes(quant, rows, inputs)
+
+    def quant(self, parameter: Parameter, given: QuantSpec | None = None) -> QuantSpec | None:
+        """The format of a matrix once packed; None: a plain type. Args as for `num_bytes`."""
+        return given or self._quant(parameter) or (self.foreseen and self.foreseen(parameter)) or None
 
     def _quant(self, parameter: Parameter) -> QuantSpec | None:
         if self.scheme is None or parameter.kind == "positions":

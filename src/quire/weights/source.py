@@ -9,9 +9,19 @@ from numpy.typing import NDArray
 from quire.models.parameters import Concatenated, NameMap, Parameter
 from quire.models.spec import DecoderSpec
 from quire.ops.packed import PackedState
-from quire.ops.types import QuantizedWeight, StoredWeight, WeightDtype
+from quire.ops.types import (
+    HALF_SCALES,
+    QuantizedFormat,
+    QuantizedWeight,
+    QuantSpec,
+    StoredWeight,
+    WeightDtype,
+)
+from quire.outputs import Decision
 
 if TYPE_CHECKING:
+    from quire.weights.formats.engine_dir import Manifest
+    from quire.weights.formats.gguf_parts import GgufParts
     from quire.weights.formats.quantized.scheme import Quantization
 
 StoredMatrix = NDArray[Any] | StoredWeight | QuantizedWeight
@@ -42,6 +52,31 @@ class ModelConfig:
     """How the checkpoint's weights are quantised, if they are."""
     rotated_heads: Mapping[str, int] = field(default_factory=dict)
     """Of a GGUF file, as `GgufWeights` takes it."""
+    gguf: "GgufParts | None" = None
+    """Of a GGUF file, or an engine built of one: its headers, closed, for those who read them again."""
+    manifest: "Manifest | None" = None
+    """Of an engine directory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the engine makes of a quantised checkpoint or of a GGUF file's blocks."""
+
+    dtype: WeightDtype
+    """That matrices are unpacked to."""
+    formats: tuple[QuantizedFormat, ...]
+    """That the provider multiplies."""
+    unpack: str | None
+    """Why every matrix is unpacked; None: those that a format holds exactly stay as they are."""
+    tables: frozenset[str] = frozenset()
+    """Names of embedding and head."""
+    transposed: bool = False
+    """The model names linear weights as `[in, out]`."""
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the provider has the formats of blocks: one without looks up rows of tables with one scale alone."""
+        return not HALF_SCALES.isdisjoint(self.formats)
 
 
 class WeightSource(Protocol):
@@ -70,3 +105,13 @@ class WeightSource(Protocol):
 
     def close(self) -> None:
         """Release files and memory; what was read lazily and not packed is lost."""
+
+
+class DecidedSource(WeightSource, Protocol):
+    """A source that knows of each matrix what it is quantised to."""
+
+    def quantized(self, parameter: Parameter) -> QuantSpec | None:
+        """The format of the `QuantizedWeight` that a matrix was or will be; None where it is none, or not known yet."""
+
+    def decisions(self) -> list[Decision]:
+        """What became of the matrices, and why, once all have been read."""

@@ -47,7 +47,7 @@ def map_packed(
     """`PackedStore.map_packed`: tensors of the device are used as they are, memory of the host is copied to it.
     ValueError for a format that the device does not have."""
     kind = "plain" if header.format in _DTYPES else header.format
-    check_header(header, "cuda", layout="rows", gated=False)
+    check_header(header, "cuda", layout="rows", gated=False, scale_dtype="float32")
     if kind not in ("plain", *formats):
         raise ValueError(f"packed weight: format is {kind!r}; this device has {', '.join(formats)}")
     if header.dtype not in ((header.format,) if kind == "plain" else _DTYPES):

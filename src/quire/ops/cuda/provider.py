@@ -7,7 +7,7 @@ waits for the device, except `to_numpy`. Tested without a GPU under Triton's int
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import array_api_compat.torch
 import numpy as np
@@ -19,10 +19,12 @@ from quire.ops.cuda import attention, gemm, packed_weights, rows, sampling
 from quire.ops.cuda.kernel_cache import kernel_cache
 from quire.ops.packed import Buffer, PackedHeader, PackedState
 from quire.ops.types import (
-    ACTIVATION_QMAX,
+    FORMATS,
+    HALF_SCALES,
     Activation,
     AttentionBatch,
     AttentionSpec,
+    CacheDtype,
     CacheShape,
     DeviceMemory,
     Logprobs,
@@ -43,6 +45,8 @@ class CudaOps(ComposedOps):
     """`device` as torch names it: "cuda", "cuda:1"; "cpu" under the interpreter alone. Without `batch_invariant`
     weights that are not quantised are multiplied by torch's library, whose sums depend on the number of rows."""
 
+    cache_dtypes: tuple[CacheDtype, ...] = get_args(WeightDtype)  # no scales in its kernels
+
     def __init__(self, device: str, batch_invariant: bool = True) -> None:
         self.device = torch.device(device)
         self._batch_invariant = batch_invariant
@@ -50,7 +54,7 @@ class CudaOps(ComposedOps):
         self.xp: Any = array_api_compat.torch
         # Before compute capability 8.9 there is no GEMM of e4m3.
         with_fp8 = self.device.type == "cpu" or torch.cuda.get_device_capability(self.device) >= (8, 9)
-        self.formats = tuple(kind for kind in ACTIVATION_QMAX if with_fp8 or kind != "fp8")
+        self.formats = tuple(kind for kind in FORMATS if kind not in HALF_SCALES and (with_fp8 or kind != "fp8"))
         self._capture: tuple[Any, Any] | None = None
         """A stream to capture on, and the memory that all CUDA graphs share: they are replayed one after another."""
 

@@ -11,7 +11,7 @@ from quire.errors import ConfigurationError
 from quire.server.http import errors, probes
 from quire.server.http.access import Access
 from quire.server.http.body import Bodies
-from quire.server.http.context import Api, ServerContext
+from quire.server.http.context import Api, Pages, ServerContext
 from quire.server.http.cors import EXPOSED, Cors
 from quire.server.http.keys import KeyRequired, caller_name
 from quire.server.http.limits import Limits
@@ -41,6 +41,7 @@ class Observability:
 
 NO_OBSERVABILITY = Observability()
 NO_PAGES = Cors()
+NO_VIEW = Pages()
 
 
 def create_app(
@@ -56,6 +57,7 @@ def create_app(
     observability: Observability = NO_OBSERVABILITY,
     limits: Limits = DEFAULT_LIMITS,
     cors: Cors = NO_PAGES,
+    pages: Pages = NO_VIEW,
 ) -> Starlette:
     """An ASGI application. The caller keeps the engine and shuts it down.
 
@@ -72,6 +74,7 @@ def create_app(
         limits: of what is open and answered at one time, of bodies and of the fields in them.
         share_prefix_cache: requests with different keys may find each other's prefixes.
         cors: which pages in a browser may use it.
+        pages: its own ones.
 
     Raises:
         ConfigurationError: no name, or an empty key.
@@ -82,7 +85,8 @@ def create_app(
     api_keys = _weighted(api_key)
     if show_cached_tokens is None:
         show_cached_tokens = not (share_prefix_cache and len(api_keys) > 1)
-    app = Starlette(routes=[*(route for api in reversed(apis) for route in api.routes), *probes.ROUTES])
+    routes = [route for api in reversed(apis) for route in api.routes]
+    app = Starlette(routes=[*routes, *probes.ROUTES, *pages.routes])
     app.router.redirect_slashes = False
     app.state.context = ServerContext(
         engine=engine,
@@ -100,8 +104,9 @@ def create_app(
         shares_prefix_cache=share_prefix_cache,
     )
     engine.expect_callers(app.state.context.weights)
+    app.state.viewers = set()
     app.state.metrics_prefix = metrics_prefix
-    _surround(app, engine, names[0], list(api_keys), observability, cors)
+    _surround(app, engine, names[0], list(api_keys), observability, cors, pages)
     return app
 
 
@@ -120,12 +125,15 @@ def _surround(
     api_keys: Sequence[str],
     observability: Observability,
     cors: Cors,
+    pages: Pages,
 ) -> None:
     """Errors, the queue and keys, and around them what takes notes of every request."""
     admin_key = observability.admin_api_key
     if admin_key is not None and (not admin_key.strip() or admin_key in api_keys):
         raise ConfigurationError("admin_api_key must not be empty, nor a caller's key", field="admin_api_key")
-    open_paths = probes.OPEN_PATHS | {"/metrics"} if observability.opens_metrics else probes.OPEN_PATHS
+    open_paths = probes.OPEN_PATHS | pages.open_paths
+    if observability.opens_metrics:
+        open_paths |= {"/metrics"}
     errors.install(app)
     app.add_middleware(QueueGuard, context=app.state.context, open_paths=open_paths)
     keys = None

@@ -52,6 +52,15 @@ class Api:
     """Names that its clients send where they name no model: they stand for the first one."""
 
 
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Files for a browser, and the routes that they read from."""
+
+    routes: tuple[Route, ...] = ()
+    open_paths: frozenset[str] = frozenset()
+    """Of files that hold nothing: they need no key."""
+
+
 class Gate:
     """Knows the requests inside by name, and refuses when the server is stopping."""
 

@@ -5,6 +5,7 @@
     DIR/engine.json       the manifest: target, formats, where each weight lies, hashes, golden tokens; written last
         weights.quire     what the provider packed, each buffer at a multiple of 64 bytes
         config.json, tokenizer.json, ...   the model's own files, unchanged
+        model.header  of a GGUF file in their place: its header
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from quire.errors import ModelFileError
 from quire.models.parameters import Concatenated, Parameter
 from quire.ops.packed import ALIGNMENT, PackedHeader, PackedState
+from quire.weights.formats.gguf_names import HEADER
 from quire.weights.json_file import open_regular, printable
 from quire.weights.source import TensorInfo
 
@@ -127,6 +129,9 @@ def read_manifest(directory: Path) -> Manifest:
         _check_file(directory, name, record)
     if WEIGHTS not in manifest.files:
         raise ModelFileError(f"{MANIFEST}: files has no {WEIGHTS}")
+    for name in ("config.json", HEADER):  # what says which model it is
+        if os.path.lexists(directory / name) and name not in manifest.files:
+            raise ModelFileError(f"{MANIFEST}: files has no {name}, which lies in the directory")
     _check_spans(manifest)
     return manifest
 

@@ -178,7 +178,7 @@ def read_gguf_config(path: Path) -> ModelConfig:
             raise type(error)(text) from None
         dtype, reason = _dtype(parts)
         heads = {"attn_q": spec.num_heads, "attn_k": spec.num_kv_heads} if architecture.in_turns else {}
-        return ModelConfig(_held(spec), _names(names, parts), dtype, reason, rotated_heads=heads)
+        return ModelConfig(_held(spec), _names(names, parts), dtype, reason, rotated_heads=heads, gguf=parts)
 
 
 def _windowed(architecture: _Architecture, name: str, parts: GgufParts) -> _Architecture:
@@ -203,7 +203,7 @@ def _dtype(parts: GgufParts) -> tuple[WeightDtype, str]:
     blocks = sorted(formats - DTYPES_BY_FORMAT.keys())
     if blocks:
         shown = ", ".join(blocks)
-        return "bfloat16", f"{shown} are unpacked to it; float32 holds their values exactly, in twice the memory"
+        return "bfloat16", f"of what is not blocks, and of {shown} where they are unpacked, which float32 holds exactly"
     embedding = parts.tensors.get("token_embd.weight")
     return DTYPES_BY_FORMAT["F32" if embedding is None else embedding.format], "the file's own"
 

@@ -14,6 +14,7 @@ Data are read, not mapped: a file that shrinks later gives an error here, not a 
 """
 
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ MAX_KEY_BYTES = 2**16 - 1
 MAX_DIMENSIONS = 4
 MAX_VALUES = 2**48
 MAX_ALIGNMENT = 2**20
+HEADER_ONLY = "quire.header_only"
+"""The key of a file that names tensors whose data it does not hold."""
 _PIECE = 2**20
 
 _STRING, _ARRAY = 8, 9
@@ -86,22 +89,34 @@ class GgufTensor(TensorInfo):
 class GgufFile:
     """An open file with a checked header. Use as a context manager, or `close()`."""
 
-    def __init__(self, path: Path) -> None:
+    values: Mapping[str, Any]
+    """Numbers, strings, truth values and `GgufArray`s by key."""
+    tensors: Mapping[str, GgufTensor]
+
+    def __init__(self, path: Path, known: "GgufFile | None" = None) -> None:
         """
+        Args:
+            known: the file as it was read before, open or closed: its header is read again only if the file changed.
+
         Raises:
             ModelFileError: the file is missing, truncated or not GGUF; it names the file, and the key or tensor.
         """
         self.name = path.name
         self._file = open_regular(path)
         try:
-            reader = _Reader(self._file, self.name)
-            num_tensors, num_pairs = _counts(reader)
-            self.values: Mapping[str, Any] = _pairs(reader, num_pairs)
-            """Numbers, strings, truth values and `GgufArray`s by key."""
-            self.tensors: Mapping[str, GgufTensor] = _tensors(reader, num_tensors, _alignment(reader, self.values))
+            self._identity = _identity(self._file)
+            if known is not None and known._identity == self._identity:
+                self.values, self.tensors = known.values, known.tensors
+            else:
+                self.values, self.tensors = _header(_Reader(self._file, self.name))
         except BaseException:
             self._file.close()
             raise
+
+    @property
+    def has_data(self) -> bool:
+        """False: only its header and small vectors, of an engine directory."""
+        return self.values.get(HEADER_ONLY) is not True
 
     @property
     def descriptor(self) -> int:
@@ -199,6 +214,18 @@ class _Reader:
         return ModelFileError(f"{self._name}: {text}")
 
 
+def _identity(file: BufferedReader) -> tuple[int, ...]:
+    """The same as long as nothing writes the file."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _header(reader: _Reader) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
+    num_tensors, num_pairs = _counts(reader)
+    values = _pairs(reader, num_pairs)
+    return values, _tensors(reader, num_tensors, _alignment(reader, values), values.get(HEADER_ONLY) is not True)
+
+
 def _counts(reader: _Reader) -> tuple[int, int]:
     """Tensors and pairs, once magic and version are right."""
     reader.need(8, "the beginning")
@@ -250,7 +277,7 @@ def _alignment(reader: _Reader, values: Mapping[str, Any]) -> int:
     return value
 
 
-def _tensors(reader: _Reader, count: int, alignment: int) -> dict[str, GgufTensor]:
+def _tensors(reader: _Reader, count: int, alignment: int, has_data: bool) -> dict[str, GgufTensor]:
     found: dict[str, GgufTensor] = {}
     for number in range(count):
         name = reader.text(f"the name of tensor {number}", MAX_KEY_BYTES)
@@ -264,7 +291,7 @@ def _tensors(reader: _Reader, count: int, alignment: int) -> dict[str, GgufTenso
         if tensor.start < end:
             raise reader.error(f"{what} begins at {tensor.start:,} of the data, {before} ends at {end:,}")
         end, before = tensor.end, what
-        if data_start + end > reader.size:
+        if has_data and data_start + end > reader.size:
             text = f"truncated: {what} ends at {data_start + end:,}, the file at {reader.size:,}"
             raise reader.error(text)
     return {

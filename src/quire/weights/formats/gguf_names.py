@@ -8,6 +8,8 @@ from quire.errors import ModelFileError
 from quire.weights.json_file import open_regular, printable
 
 MAGIC = b"GGUF"
+HEADER = "model.header"
+"""In an engine directory: what the header of the GGUF file said that it was built from."""
 _PART = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 MAX_PARTS = 1000
 
@@ -18,6 +20,14 @@ def is_gguf(path: Path) -> bool:
         return False
     with open_regular(path) as file:
         return file.read(len(MAGIC)) == MAGIC
+
+
+def header_path(path: Path) -> Path | None:
+    """The file whose GGUF header says what a model is: a GGUF file itself, or that of an engine that was built of one;
+    None where `config.json` says it."""
+    if is_gguf(path):
+        return path
+    return path / HEADER if is_gguf(path / HEADER) else None
 
 
 def find_gguf(directory: Path) -> Path | None:

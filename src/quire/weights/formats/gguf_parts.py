@@ -1,6 +1,7 @@
 """The parts of one GGUF model: a file, or a set whose names end in `-00001-of-0000N.gguf`."""
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from quire.weights.json_file import printable
 class GgufParts:
     """All files of one model, open: the values of the first, the tensors of all. A context manager."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, known: "GgufParts | None" = None) -> None:
         """
         Args:
             path: any part.
+            known: the same model, read before and closed meanwhile: no header is read twice.
 
         Raises:
             ModelFileError: a part is missing or damaged, or the parts do not belong together.
@@ -24,8 +26,8 @@ class GgufParts:
         self.files: list[GgufFile] = []
         self.home: dict[str, GgufFile] = {}
         try:
-            for part in part_paths(path):
-                self._add(GgufFile(part))
+            for part, before in zip_longest(part_paths(path), () if known is None else known.files):
+                self._add(GgufFile(part, before))
             self._check_counts()
         except BaseException:
             self.close()

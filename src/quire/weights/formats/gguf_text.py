@@ -19,13 +19,16 @@ class GgufTokenizerValues:
     architecture: str
 
 
-def read_gguf_tokenizer_values(path: Path) -> GgufTokenizerValues:
+def read_gguf_tokenizer_values(path: Path, known: GgufParts | None = None) -> GgufTokenizerValues:
     """Read them.
+
+    Args:
+        known: the model's headers, if they were read.
 
     Raises:
         ModelFileError: a file is missing or damaged, or a string is not UTF-8.
     """
-    with GgufParts(path) as parts:
+    with GgufParts(path, known) as parts:
         found = {
             key: value.items if isinstance(value, GgufArray) else value
             for key, value in parts.values.items()

@@ -3,7 +3,6 @@ of the engine's formats holds them exactly."""
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -12,33 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.models.parameters import Concatenated, Parameter
-from quire.ops.types import QuantizedFormat, QuantizedWeight, QuantSpec, WeightDtype
+from quire.ops.types import FORMATS, QuantizedFormat, QuantizedWeight, QuantSpec, WeightDtype
 from quire.outputs import Decision
-from quire.quant.types import quantized_bytes
+from quire.quant.types import joined, quantized_bytes
 from quire.weights.formats.quantized.layouts import find_quantized
 from quire.weights.formats.quantized.scheme import AS_FLOAT, Quantization
 from quire.weights.formats.quantized.tensors import E4M3, Grid, QuantizedTensor, fitting
 from quire.weights.formats.safetensors import CheckpointWeights
-from quire.weights.source import StoredMatrix, TensorInfo
+from quire.weights.source import StoredMatrix, Target, TensorInfo
 
 _DTYPES: dict[WeightDtype, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 _CACHE_SCALES = (".k_scale", ".v_scale", ".kv_scale", ".k_proj.output_scale", ".v_proj.output_scale")
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What the engine makes of a checkpoint."""
-
-    dtype: WeightDtype
-    """That matrices are unpacked to."""
-    formats: tuple[QuantizedFormat, ...]
-    """That the provider multiplies."""
-    unpack: str | None
-    """Why every matrix is unpacked; None: those that a format holds exactly stay as they are."""
-    tables: frozenset[str] = frozenset()
-    """Names of embedding and head: a table is quantised by rows, not by groups."""
-    transposed: bool = False
-    """The model names linear weights as `[in, out]`."""
 
 
 class QuantizedWeights:
@@ -97,9 +80,11 @@ class QuantizedWeights:
         spec = self._spec(array, parts, grids)
         if isinstance(spec, QuantSpec):
             kept = self._exactly(array, parts, grids, spec)
-            if kept is not None:
+            if isinstance(kept, str) and spec.format == "int8" and "int8_groups" in self._target.formats:
+                kept = self._exactly(array, parts, grids, QuantSpec("int8_groups", 128))  # which has a -128
+            if isinstance(kept, QuantizedWeight):
                 return kept
-            spec = "a number of -128"
+            spec = kept
         return self._as_values(array, parts, grids, spec)
 
     def differ(self, one: str, other: str) -> bool:
@@ -131,7 +116,7 @@ class QuantizedWeights:
             found.append(Decision("activations", words if is_done else "finer than asked", why))
         if self._quantization.cache_is_quantized:
             found.append(
-                Decision("cache_dtype", target.dtype, "the checkpoint's scales for a quantised cache are not used")
+                Decision("kv_cache_scheme", "not used", "kv_cache_dtype says what the cache is, with scales of its own")
             )
         return found
 
@@ -161,34 +146,36 @@ class QuantizedWeights:
         reasons = [spec for spec in specs if isinstance(spec, str)]
         if reasons:
             return reasons[0]
-        formats = {spec.format for spec in specs if isinstance(spec, QuantSpec)}
-        if len(formats) > 1:
+        found = joined([spec for spec in specs if isinstance(spec, QuantSpec)])
+        if found is None or found.format not in self._target.formats:
             return "fused with a matrix of another format"
-        sizes = [spec.group_size for spec in specs if isinstance(spec, QuantSpec) and spec.group_size is not None]
-        if sizes and any(name in self._target.tables for name, _ in array.tensors):
+        is_table = any(name in self._target.tables for name, _ in array.tensors)
+        if found.group_size is not None and is_table and not self._target.has_blocks:
             return "a table has no groups"
-        return QuantSpec(formats.pop(), min(sizes) if sizes else None)
+        return found
 
     def _exactly(
         self, array: Concatenated, parts: list[QuantizedTensor | None], grids: list[Grid | None], spec: QuantSpec
-    ) -> QuantizedWeight | None:
+    ) -> QuantizedWeight | str:
         rows, inputs = array.shape
         values = np.empty((rows, inputs), E4M3 if spec.format == "fp8" else np.int8)
         size = spec.group_size or inputs
         scales = np.empty((rows, -(-inputs // size)), np.float32)
+        minima = np.empty_like(scales) if FORMATS[spec.format].has_minima else None
         first = 0
         for part, grid in zip(parts, grids, strict=True):
-            if part is None or grid is None:
-                return None
+            assert part is not None and grid is not None
             last = first + part.shape[0]
-            if not part.keep(grid, spec, values[first:last], scales[first:last]):
-                return None
+            of_part = None if minima is None else minima[first:last]
+            reason = part.keep(grid, spec, values[first:last], scales[first:last], of_part)
+            if reason is not None:
+                return reason
             first = last
         self._kept[array] = spec
         self._kept_as[spec.format] += len(parts)
         self._honoured += len(parts) if spec.format in ("int8_w8a8", "int4_w4a8", "fp8") else 0
         self._count(parts, quantized_bytes(spec, rows, inputs))
-        return QuantizedWeight(spec.format, values, scales, size)
+        return QuantizedWeight(spec.format, values, scales, size, minima)
 
     def _as_values(
         self, array: Concatenated, parts: list[QuantizedTensor | None], grids: list[Grid | None], reason: str
@@ -229,5 +216,6 @@ def foreseen(
             return None
         size = min(scheme.group_size or inputs, inputs)
         specs.append(fitting(scheme, size, inputs, not scheme.symmetric, formats))
-    found = specs[0]
-    return found if isinstance(found, QuantSpec) and all(spec == found for spec in specs) else None
+    kept = [spec for spec in specs if isinstance(spec, QuantSpec)]
+    found = joined(kept) if len(kept) == len(specs) else None
+    return found if found is not None and found.format in formats else None

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.errors import ModelFileError
-from quire.ops.types import QuantizedFormat, QuantSpec
+from quire.ops.types import FORMATS, QuantizedFormat, QuantSpec
 from quire.weights.formats.quantized.scheme import FP8_PER_TOKEN, INT8_PER_TOKEN, TensorScheme
 
 BLOCK_ELEMENTS = 2**20
@@ -93,24 +93,37 @@ class QuantizedTensor:
         has_zeros = grid.zeros is not None and bool(np.any(grid.zeros != self._middle()))
         return fitting(self.scheme, size, self.shape[1], has_zeros, formats)
 
-    def keep(self, grid: Grid, spec: QuantSpec, values: NDArray[Any], scales: NDArray[Any]) -> bool:
-        """The numbers into `values [out, in]` and their scales into `scales [out, groups]` of `spec`, without loss;
-        False where a number is outside the format.
+    def keep(
+        self,
+        grid: Grid,
+        spec: QuantSpec,
+        values: NDArray[Any],
+        scales: NDArray[Any],
+        minima: NDArray[Any] | None = None,
+    ) -> str | None:
+        """The numbers into `values [out, in]`, their scales into `scales [out, groups]` of `spec`, and its minima into
+        `minima` as these, without loss; where a number or a minimum is outside the format, in words which.
 
         Raises:
             ModelFileError: as `unpack`.
         """
-        low, high = (-8, 7) if spec.format.startswith("int4") else (-127, 127)
-        middle = self._middle()
+        low, high = FORMATS[spec.format].low, FORMATS[spec.format].high
+        above = -8 if spec.format == "int4_min" else 0  # what the format has as zero, where numbers have a sign
+        middle = self._middle() + above
         for outputs, inputs, numbers in self._checked():
             whole = numbers if spec.format == "fp8" else numbers.astype(np.int16) - np.int16(middle)
             if spec.format != "fp8" and whole.size and (whole.min() < low or whole.max() > high):
-                return False
+                return f"a number of {whole.min() if whole.min() < low else whole.max()}"
             values[outputs, inputs] = whole
         starts = np.arange(scales.shape[1]) * (spec.group_size or 1)
         rows = np.arange(self.shape[0]) // grid.rows_per_scale
         scales[...] = grid.scales[rows][:, grid.group_of[starts]]
-        return True
+        if minima is None:
+            return None
+        zeros = 0.0 if grid.zeros is None else grid.zeros[rows][:, grid.group_of[starts]]
+        exact = scales.astype(np.float64) * (middle - zeros)  # weight = (number - zero) * scale
+        minima[...] = exact
+        return None if np.array_equal(minima, exact) else "a zero point times a scale that float32 does not hold"
 
     def _middle(self) -> int:
         return 0 if self.scheme.layout == "plain" else 1 << (self.scheme.bits - 1)
@@ -145,12 +158,17 @@ def fitting(
         if scheme.activations != FP8_PER_TOKEN or "fp8" not in formats:
             return "fp8 is multiplied on GPUs of compute capability 8.9 on, with a scale for each token"
         return "blocks have a scale each" if size < inputs else QuantSpec("fp8", None)
+    if scheme.bits == 8 and size == inputs and not has_zeros:
+        return QuantSpec("int8_w8a8" if small else "int8", None)
+    kind: QuantizedFormat = "int4_w4a8" if small else "int4"
     if has_zeros:
-        return "zero points"
-    if scheme.bits == 8:
-        return QuantSpec("int8_w8a8" if small else "int8", None) if size == inputs else "8 bits in groups"
-    group = next((one for one in (128, 64, 32) if size % one == 0 or size == inputs), None)
-    return f"groups of {size}" if group is None else QuantSpec("int4_w4a8" if small else "int4", group)
+        kind = "int8_min" if scheme.bits == 8 else "int4_min"
+    elif scheme.bits == 8:
+        kind = "int8_groups"
+    if kind not in formats:
+        return "zero points" if has_zeros else "8 bits in groups"
+    group = next((one for one in FORMATS[kind].group_sizes[::-1] if size % one == 0 or size == inputs), None)
+    return f"groups of {size}" if group is None else QuantSpec(kind, group)
 
 
 def unpack_bits(words: NDArray[Any], bits: int) -> NDArray[Any]:
