@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from quire import sampling_params as sampling
+from quire.cli.tgi import NOT_READ, TABLE, Needless, Rule, Spoken, Taken, Within
 from quire.engine.chat import MAX_MESSAGES
 from quire.engine.inputs import MAX_PRIORITY, MAX_SALT_BYTES
 from quire.server.doors.anthropic import bodies as anthropic
@@ -20,6 +21,7 @@ from quire.server.doors.openai import bodies
 from quire.server.doors.openai.batches.routes import BATCH
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT, TOKENIZE_TEXT
 from quire.server.doors.openai.responses.bodies import CONVERSATION, CONVERSATION_ITEMS, CONVERSATION_UPDATE, RESPONSE
+from quire.server.doors.tgi.bodies import GENERATE, PARAMETERS, TOKENIZE
 from quire.server.http import limits
 from quire.server.http.limits import MAX_TIMEOUT_SECONDS, Limit, Limits
 from quire.server.http.schema import Refused, RequestSchema
@@ -48,6 +50,7 @@ PAGES: dict[str, Schemas] = {
         "pull": ollama.PULL,
         "options": ollama.OPTIONS_SCHEMA,
     },
+    "tgi.md": {"generate": GENERATE, "parameters": PARAMETERS, "tokenize": TOKENIZE},
 }
 """Page of the guide -> the bodies whose fields stand in it, by what it calls them."""
 ROW = "| {} |\n"
@@ -159,7 +162,30 @@ def api_page(name: str = "api.md") -> str:
     """The text of an API's page: what stands there, with its tables made anew."""
     text = (GUIDE / name).read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
-    return before + BEGIN + "".join(_tables(PAGES[name])) + END + rest.partition(END)[2]
+    parts = [*_tables(PAGES[name]), *(_launcher() if name == "tgi.md" else ())]
+    return before + BEGIN + "".join(parts) + END + rest.partition(END)[2]
+
+
+def _launcher() -> Iterator[str]:
+    yield "### The launcher's flags and variables\n\n| flag | variable | becomes |\n|---|---|---|\n"
+    for name, rule in TABLE.items():
+        variable = name[2:].replace("-", "_").upper()
+        yield _row(f"`{name}`", "not read" if variable in NOT_READ else f"`{variable}`", _becomes(rule))
+    yield "\n"
+
+
+def _becomes(rule: Rule) -> str:
+    if isinstance(rule, Taken):
+        return f"`{rule.flag}`" + (f" ({rule.shown})" if rule.shown else "")
+    if isinstance(rule, Spoken):
+        shown = {value: f"`{' '.join(words)}`" if words else "nothing" for value, words in rule.values.items()}
+        return "; ".join(f"`{value}`: {what}" for value, what in shown.items()) + f". {rule.shown}"
+    if isinstance(rule, Within):
+        return f"nothing, up to {rule.most}; above: refused"
+    if isinstance(rule, Needless):
+        return f"nothing, and that is said: {rule.why}"
+    neutral = ", ".join(f"`{value}`" for value in rule.neutral)
+    return f"refused: {rule.why}" + (f" ({neutral} passes)" if neutral else "")
 
 
 def _tables(schemas: Schemas) -> Iterator[str]:

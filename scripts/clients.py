@@ -1,9 +1,10 @@
-"""What other people's clients make of `quire serve`, each unchanged: structured output and tools, over three APIs.
+"""What other people's clients make of `quire serve`, each unchanged: structured output and tools, over four APIs.
 
     python scripts/clients.py [--quire PYTHON] [--node FOLDER] [--url URL] [--only WORD]
 
-Run it with a Python that has the clients (`pip install openai instructor 'pydantic-ai-slim[openai]' langchain-openai`);
-PYTHON is one that has Quire, and FOLDER one where `npm install ai @ai-sdk/openai-compatible zod
+Run it with a Python that has the clients (`pip install openai instructor 'pydantic-ai-slim[openai]' langchain-openai
+anthropic ollama huggingface_hub langchain-huggingface`; `text-generation` needs an older huggingface_hub, in an environment
+of its own); PYTHON is one that has Quire, and FOLDER one where `npm install ai @ai-sdk/openai-compatible zod
 ollama @anthropic-ai/sdk` was done. A client
 that is not there is left out, and said. The embedded model answers, whose words mean little: what is checked is that
 each answer arrives in the form that was asked for. Exit code: 1 where one did not.
@@ -232,6 +233,54 @@ const all = client.messages;
 const done = kind === 'stream' ? await all.stream(asked).finalMessage() : await all.create(asked);
 console.log(JSON.stringify(done.content[0].input));
 """
+
+
+def _hub(url: str) -> Any:
+    from huggingface_hub import InferenceClient
+
+    return InferenceClient(url.removesuffix("/v1"), token=KEY)
+
+
+def hub_generates(url: str) -> Any:
+    """`text_generation`, whole and as a stream, with details: both say the same."""
+    asked: Any = {"max_new_tokens": 16, "details": True, "return_full_text": False}
+    whole = _hub(url).text_generation("Hello", top_n_tokens=2, decoder_input_details=True, **asked)
+    *_, last = _hub(url).text_generation("Hello", stream=True, **asked)
+    assert last.generated_text == whole.generated_text
+    return whole.generated_text
+
+
+def hub_chats(url: str) -> Any:
+    """`chat_completion`, whole and as a stream, without the name of a model."""
+    assert list(_hub(url).chat_completion(_said(), max_tokens=8, stream=True))
+    return _hub(url).chat_completion(_said(), max_tokens=8).choices[0].message.content
+
+
+def text_generation_client(url: str) -> Any:
+    """TGI's own client: `generate`, `generate_stream`, and a refusal that it knows."""
+    from text_generation import Client
+    from text_generation.errors import ValidationError
+
+    client = Client(url.removesuffix("/v1"), timeout=CALL_S)
+    whole = client.generate("Hello", max_new_tokens=16)
+    *_, last = client.generate_stream("Hello", max_new_tokens=16)
+    assert last.generated_text == whole.generated_text
+    try:
+        list(client.generate_stream("Hello", max_new_tokens=10**6))
+    except ValidationError:
+        return whole.generated_text
+    raise AssertionError("a refusal was passed over")
+
+
+def langchain_endpoint(url: str) -> Any:
+    """`HuggingFaceEndpoint.invoke` and `stream`."""
+    from langchain_huggingface import HuggingFaceEndpoint
+
+    llm = HuggingFaceEndpoint(endpoint_url=url.removesuffix("/v1"), max_new_tokens=16, do_sample=False)
+    assert "".join(llm.stream("Hello"))
+    return llm.invoke("Hello")
+
+
 _NODE = """
 import { generateObject, streamObject, generateText, tool } from 'ai';
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible';
@@ -276,6 +325,10 @@ CASES: tuple[tuple[str, str, Callable[[str], Any]], ...] = (
     ("pydantic-ai-slim", "ToolOutput", lambda url: _pydantic_ai(url, "tool")),
     ("langchain-openai", "with_structured_output", langchain_structured),
     ("langchain-openai", "bind_tools", langchain_tools),
+    ("huggingface_hub", "text_generation", hub_generates),
+    ("huggingface_hub", "chat_completion", hub_chats),
+    ("text-generation", "generate, generate_stream", text_generation_client),
+    ("langchain-huggingface", "HuggingFaceEndpoint", langchain_endpoint),
     ("ai (npm)", "generateObject", lambda url: _node(url, "object")),
     ("ai (npm)", "streamObject", lambda url: _node(url, "stream")),
     ("ai (npm)", "generateText with tools", lambda url: _node(url, "tools")),

@@ -30,6 +30,7 @@ from quire.server.doors.ollama import bodies as ollama
 from quire.server.doors.openai.batches.routes import BATCH
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT
 from quire.server.doors.openai.responses.bodies import CONVERSATION, CONVERSATION_ITEMS, CONVERSATION_UPDATE, RESPONSE
+from quire.server.doors.tgi.bodies import GENERATE, PARAMETERS
 from quire.server.http.app import create_app
 from quire.server.http.limits import Limits
 from quire.server.http.listen import bind
@@ -47,6 +48,10 @@ ROUTES = {
     "/v1/completions": (COMPLETION, {"prompt": "a b", "max_tokens": 2}),
     "/v1/chat/completions": (CHAT, {"messages": HELLO, "max_tokens": 2}),
     "/tokenize": (TOKENIZE_CHAT, {"messages": HELLO}),
+    "/generate": (GENERATE, {"inputs": "a b", "parameters": {"max_new_tokens": 2}}),
+    "/generate_stream": (PARAMETERS, {"inputs": "a b", "parameters": {"max_new_tokens": 2}}),
+    "/": (PARAMETERS, {"inputs": "a b", "parameters": {"max_new_tokens": 2}}),
+    "/chat_tokenize": (CHAT, {"messages": HELLO}),
     "/detokenize": (DETOKENIZE, {"tokens": [1, 2, 3]}),
     "/v1/responses": (RESPONSE, {"input": [{"role": "user", "content": "hi"}], "max_output_tokens": 2}),
     "/v1/conversations": (CONVERSATION, {"items": [{"role": "user", "content": "hi"}]}),
@@ -162,8 +167,11 @@ def one_request(chance: random.Random) -> tuple[str, str, bytes, dict[str, str]]
     path = chance.choice(list(ROUTES))
     schema, base = ROUTES[path]
     body = dict(base)
+    held = body
+    if schema is PARAMETERS:  # whose fields stand in an object of the body
+        held = body["parameters"] = dict(body["parameters"])
     for name in chance.sample(schema.known(), min(chance.randint(1, 3), len(schema.known()))):
-        body[name] = chance.choice(ATOMS)
+        held[name] = chance.choice(ATOMS)
     if path in ("/api/chat", "/api/generate") and chance.random() < 0.5:
         body["options"] = {chance.choice(ollama.OPTIONS_SCHEMA.known()): chance.choice(ATOMS), "num_predict": 2}
     data = json.dumps(body).encode()

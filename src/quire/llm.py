@@ -12,6 +12,7 @@ from typing import Any, Self
 from quire.compose.served import compose
 from quire.config import EngineArgs
 from quire.engine.async_engine import AsyncEngine
+from quire.engine.beam import BeamSearch
 from quire.engine.chat import encode_chat
 from quire.engine.front import EngineFront
 from quire.engine.inputs import BYTES, ParsedRequest, Prompt
@@ -19,7 +20,7 @@ from quire.engine.queue import QueueBound, QueueConfig
 from quire.engine.tools import Asked, check_held, hold, read_tools
 from quire.errors import SHAPE, EngineDeadError, InvalidRequestError
 from quire.outputs import RequestOutput
-from quire.sampling_params import RequestOutputKind, SamplingParams
+from quire.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 MOST_OPEN = 2
 """Sequences of a call of `LLM` that run or wait at a time, for each row: the next ones are always there."""
@@ -140,6 +141,28 @@ class LLM(EngineFront):
         )
         given = [*prompts] if is_list else prompts
         return self._generate(given, sampling_params, None, use_tqdm=use_tqdm, asked=Asked(asked))
+
+    def beam_search(self, prompts: Prompt | Iterable[Prompt], params: BeamSearchParams) -> list[RequestOutput]:
+        """The `beam_width` most probable answers to every prompt, best first, each with its `cumulative_logprob`.
+
+        Args:
+            prompts: as for `generate`.
+
+        Raises:
+            InvalidRequestError: some prompt or parameter is refused.
+        """
+        given = [self._served.inputs.tokenize(prompt)[1] for prompt in _prompts_of(prompts)]
+        searches = [BeamSearch(params, self.max_model_len - len(ids), self.eos_token_ids) for ids in given]
+        while asked := [(ids, one) for ids, one in zip(given, searches, strict=True) if one.open]:
+            rows: list[Prompt] = [[*ids, *beam.token_ids] for ids, one in asked for beam in one.open]
+            outputs = iter(self.generate(rows, asked[0][1].step, use_tqdm=False))
+            for _, one in asked:
+                found = [next(outputs).outputs[0] for _ in one.open]
+                one.advance([(choice.logprobs or [{}])[0] for choice in found])
+        return [
+            one.output(str(number), ids, self._served.tokenizer)
+            for number, (ids, one) in enumerate(zip(given, searches, strict=True))
+        ]
 
     def _generate(
         self,

@@ -62,8 +62,8 @@ class SamplingParams:
     """Every field is honoured; a value out of range is refused with `InvalidRequestError` naming the field.
 
     The order in which they act on the logits of one position: `allowed_token_ids`, `logit_bias`,
-    `min_tokens` (stop tokens masked), `bad_words`, the three penalties, `temperature`, `min_p`, `top_k`,
-    `top_p`, sampling. `logprobs` are those of the model's own logits, before any of it
+    `min_tokens` (stop tokens masked), `bad_words`, the three penalties, `typical_p`, `temperature`, `min_p`,
+    `top_k`, `top_p`, sampling. `logprobs` are those of the model's own logits, before any of it
     (or these logits: `EngineArgs.logprobs_mode`).
     """
 
@@ -77,6 +77,8 @@ class SamplingParams:
     """Keep the k most probable tokens; 0 (or -1, as older clients send it) keeps all."""
     min_p: float = 0.0
     """Drop tokens less probable than this share of the best one's; in [0, 1]."""
+    typical_p: float = 1.0
+    """Keep the tokens whose surprise is nearest to the expected one, up to this mass; in (0, 1]."""
     seed: int | None = None
     """Makes sampling repeat itself. None: the engine's seed and the request's number decide."""
     presence_penalty: float = 0.0
@@ -218,12 +220,14 @@ def _whole(low: int, high: int, *, optional: bool = False) -> Range:
 
 
 BIAS = Range(-100.0, 100.0)
+LENGTH_PENALTY = Range(-10.0, 10.0)
 RANGES = {
     "n": _whole(1, MAX_N),
     "temperature": Range(0.0, 100.0),
     "top_p": Range(0.0, 1.0, is_above_low=True),
     "top_k": _whole(-1, 2**31 - 1),
     "min_p": Range(0.0, 1.0),
+    "typical_p": Range(0.0, 1.0, is_above_low=True),
     "seed": _whole(-(2**63), MAX_SEED, optional=True),
     "presence_penalty": Range(-2.0, 2.0),
     "frequency_penalty": Range(-2.0, 2.0),
@@ -297,3 +301,30 @@ def _bias(value: Any) -> dict[int, float] | None:
     if len(value) > MAX_TOKEN_LIST:
         raise _bad("logit_bias", f"may hold at most {MAX_TOKEN_LIST} tokens, got {len(value)}")
     return {_token_id("logit_bias", key): BIAS.check("logit_bias", item) for key, item in sorted(value.items())}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamSearchParams:
+    """How many beams, how long, and what length is worth: the names are vLLM's."""
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    """0: beams are the most probable continuations; none is sampled."""
+    length_penalty: float = 1.0
+    """A sequence is judged by its log-probability divided by its length to this power."""
+
+    def __post_init__(self) -> None:
+        """Check.
+
+        Raises:
+            InvalidRequestError: a value out of range, by its name.
+        """
+        for name, most in (("beam_width", MAX_LOGPROBS - 1), ("max_tokens", 2**31 - 1)):
+            _whole(1, most).check(name, getattr(self, name))
+        LENGTH_PENALTY.check("length_penalty", self.length_penalty)
+        if type(self.ignore_eos) is not bool:
+            raise _bad("ignore_eos", "must be true or false")
+        if self.temperature != 0:
+            raise _bad("temperature", "must be 0: beams are not sampled")

@@ -28,7 +28,7 @@ def cases() -> list[Case]:
     params = [
         replace(base, temperature=0.0),
         replace(base, temperature=1.0, seed=1),
-        replace(base, temperature=0.8, seed=2, top_p=0.9),
+        replace(base, temperature=0.8, seed=2, top_p=0.9, typical_p=0.95),
         replace(base, temperature=1.2, seed=3, top_k=20, min_p=0.02),
         replace(base, temperature=0.0, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.3),
         replace(base, temperature=1.0, seed=4, prompt_logprobs=2),

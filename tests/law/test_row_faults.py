@@ -26,7 +26,7 @@ SEED, MARK, SHARED = 666, 77, list(range(20, 60))
 VICTIM = SamplingParams(
     max_tokens=20, ignore_eos=True, seed=SEED, temperature=1.0, logprobs=7, prompt_logprobs=3, min_tokens=5,
     stop=["\0never"], logit_bias={5: 1.0}, allowed_token_ids=list(range(100)), bad_words=["hello world"],
-    presence_penalty=0.5,
+    presence_penalty=0.5, typical_p=0.95,
 )  # fmt: skip
 HELD = SamplingParams(
     max_tokens=20, seed=SEED, temperature=1.0, structured_outputs=StructuredOutputsParams(regex=r"[a-z ]*!")
@@ -139,6 +139,7 @@ POINTS: dict[str, Callable[[Victim], None]] = {
     "masks apply": lambda v: v.throw(feature(v, "LogitMasks"), "apply", in_rows(v)),
     "bad words": lambda v: v.throw(feature(v, "LogitMasks"), "on_token", in_row(v)),
     "penalties": lambda v: v.throw(feature(v, "Penalties"), "on_token", in_row(v)),
+    "typical": lambda v: v.throw(feature(v, "Typical"), "apply", in_rows(v)),
     "logprobs": lambda v: v.throw(logprobs_module, "token_logprobs", lambda *args: args[3] == 7),
     "prompt logprobs": lambda v: v.throw(model_runner, "token_logprobs", lambda *args: args[3] == 3),
     "grammar enter": lambda v: v.throw(feature(v, "GrammarMasks"), "add", of_victim),
@@ -233,7 +234,7 @@ def test_one_fault_fails_one_request(
         assert under_test._engine.queue.num_waiting == 0 and not under_test.observer.timelines._live
 
 
-CLEARED = ("LogitMasks", "Penalties")
+CLEARED = ("LogitMasks", "Penalties", "Typical")
 
 
 def clearing(victim: Victim, point: str) -> Any:

@@ -19,6 +19,7 @@ from quire.cli.main import main
 from quire.ops.cpu import CpuOps
 from quire.ops.select import instruction_sets
 from quire.runner.teacher_forcing import TeacherForcing
+from quire.sampling_params import BeamSearchParams
 from quire.weights.load import load_model
 from tests.real.conftest import missing_packages
 from tests.server.conftest import MODEL, start
@@ -110,6 +111,22 @@ def test_greedy_text_in_float32_is_that_of_transformers(
         assert answer == choices.tolist()
         assert output.outputs[0].text == tokenizer.decode(answer, skip_special_tokens=True)
         assert len(answer) == MAX_TOKENS or answer[-1] == tokenizer.eos_token_id
+
+
+def test_beams_in_float32_are_those_of_transformers(smollm2: Path, prompts: Any, exact: Any, tokenizer: Any) -> None:
+    params = BeamSearchParams(beam_width=3, max_tokens=8)
+    with LLM(model=str(smollm2), dtype="float32", max_num_seqs=8, max_model_len=512) as llm:
+        (output,) = llm.beam_search([prompts[-1]], params)
+    with torch.inference_mode():
+        expected = exact.generate(
+            torch.tensor([prompts[-1]]), attention_mask=torch.ones(1, len(prompts[-1])), do_sample=False, num_beams=3,
+            num_return_sequences=3, max_new_tokens=8, early_stopping=False, return_dict_in_generate=True,
+            output_scores=True, pad_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+    best = output.outputs[0]
+    assert best.token_ids == expected.sequences[0, len(prompts[-1]) :].tolist()[: len(best.token_ids)]
+    assert best.cumulative_logprob is not None
+    assert best.cumulative_logprob / len(best.token_ids) == pytest.approx(expected.sequences_scores[0].item(), abs=1e-3)
 
 
 def test_bfloat16_differs_at_near_ties_only(llm: LLM, prompts: Any, exact: Any) -> None:

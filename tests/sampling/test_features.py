@@ -61,7 +61,7 @@ class Ladder:
 
 
 def test_a_feature_keeps_nothing_of_a_row_that_left(ops: Ops) -> None:
-    spec = SamplingSpec(penalties=PenaltySpec(presence=1.0), logit_bias=((3, 1.0),))
+    spec = SamplingSpec(penalties=PenaltySpec(presence=1.0), logit_bias=((3, 1.0),), typical_p=0.5)
     for feature in sampling_features(ops):
         assert feature.uses(spec)
         feature.add(new_row(1, [1, 2], spec))
@@ -70,6 +70,9 @@ def test_a_feature_keeps_nothing_of_a_row_that_left(ops: Ops) -> None:
         feature.remove(1)
         with pytest.raises(KeyError):
             feature.on_token(1, 5)
+            feature.apply(
+                ops.array(normal_logits(1, 1, VOCABULARY), "float32"), [1], [0], [3]
+            )  # without a state by token
 
 
 def test_a_sampler_without_features_samples_the_raw_logits(ops: Ops) -> None:

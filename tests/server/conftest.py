@@ -12,7 +12,7 @@ import pytest
 from httpx._config import DEFAULT_TIMEOUT_CONFIG
 
 from quire.llm import AsyncLLM
-from quire.server.doors.openai.routes import OPENAI
+from quire.server.doors.all import DOORS
 from quire.server.http.app import create_app
 from quire.server.http.listen import bind
 from quire.server.http.serve import GracefulServer
@@ -45,7 +45,7 @@ class Running:
 
 
 def start(engine: Any, *, drain_s: float = 5.0, header_s: float = 30.0, **options: Any) -> Running:
-    options = {"apis": [OPENAI], **options}
+    options = {"apis": DOORS, **options}
     app = create_app(engine, served_model_name=MODEL, model_names=["directory-name"], **options)
     listener = bind("127.0.0.1", 0)
     ready = threading.Event()

@@ -5,7 +5,6 @@ is dead, `fail` fails after two, `die` kills the engine.
 """
 
 import asyncio
-import itertools
 import threading
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -28,6 +27,7 @@ class ByteTokenizer:
 
     bos_token_id = None
     tools_template = "{{ tools }}"
+    special_token_ids = frozenset((0,))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
@@ -52,10 +52,11 @@ class ByteOffsets:
     """Of tokens that are one character each."""
 
     def __init__(self, start: int) -> None:
-        self._places = itertools.count(start)
+        self.place = start
 
     def push(self, token_ids: list[int]) -> list[int]:
-        return [next(self._places) for _ in token_ids]
+        self.place += len(token_ids)
+        return list(range(self.place - len(token_ids), self.place))
 
 
 class FakeObserver(Observer):
@@ -111,8 +112,10 @@ class FakeEngine:
     def is_ready(self) -> bool:
         return self.is_healthy
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True, caller: Caller = ANYBODY) -> list[int]:
-        return list(text.encode())
+    async def encode(
+        self, text: str, *, add_special_tokens: bool = True, suffix: str = "", caller: Caller = ANYBODY
+    ) -> list[int]:
+        return list(f"{text}{'|' * bool(suffix)}{suffix}".encode())
 
     async def encode_bad_words(
         self, params: SamplingParams, *, caller: Caller = ANYBODY

@@ -96,7 +96,7 @@ def test_of_a_chat(trusting: httpx.Client, name: str) -> None:
         assert response.status_code == 200, response.text
 
 
-@pytest.mark.parametrize("name", [*(item for item in NAMES if item not in CHAT_ONLY), "suffix", "prompt_embeds"])
+@pytest.mark.parametrize("name", [*(item for item in NAMES if item not in CHAT_ONLY), "prompt_embeds"])
 def test_of_a_completion(trusting: httpx.Client, name: str) -> None:
     body = TOGETHER.get(name) or {name: ASKED.get(name, "x")}
     if name == "max_completion_tokens":

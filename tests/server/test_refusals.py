@@ -142,7 +142,7 @@ def test_bad_chat(http: httpx.Client, changes: dict[str, Any], param: str) -> No
         ({"prompt": {"prompt": "x"}}, "prompt"),
         ({"prompt": ["x"] * 129}, "prompt"),
         ({"prompt": ["x"] * 64, "n": 5}, "n"),
-        ({"suffix": "x"}, "suffix"),
+        ({"suffix": "x", "echo": True}, "suffix"),
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 21}, "logprobs"),
         ({"max_tokens": 0}, "max_tokens"),

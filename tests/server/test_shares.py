@@ -178,5 +178,5 @@ async def test_a_full_table_of_descriptors_is_said_once_a_second(monkeypatch: py
 def test_json_of_the_refusal_is_whole(narrow: Running) -> None:
     """What a crowded server says is in the shape of its API."""
     refusal = narrow.server._context.limits.connections.error()
-    head, _, body = refusal.plain(narrow.server._context.error_body("/", refusal)).partition(b"\r\n\r\n")
+    head, _, body = refusal.plain(narrow.server._context.error_body("", refusal)).partition(b"\r\n\r\n")
     assert b"Retry-After: 1" in head and json.loads(body)["error"]["code"] == "overloaded"

@@ -107,7 +107,9 @@ def content(commit: str, name: str) -> bytes:
 
 
 def etag(commit: str, name: str) -> str:
-    return hashlib.sha1(content(commit, name)).hexdigest()
+    """As the hub: git's hash of the file."""
+    data = content(commit, name)
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 @pytest.fixture

@@ -72,6 +72,7 @@ SAMPLING_HELP = {
     "top_p": "keep the most probable tokens up to this mass",
     "top_k": "keep this many tokens; 0 keeps all",
     "min_p": "drop tokens less probable than this share of the best one's",
+    "typical_p": "keep the tokens whose surprise is nearest to the expected one, up to this mass",
     "presence_penalty": "against tokens that occurred",
     "frequency_penalty": "against tokens, by how often they occurred",
     "repetition_penalty": "above 1 against tokens of prompt and answer",

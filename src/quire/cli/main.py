@@ -34,6 +34,10 @@ VERBS = {
     "build": "quantise and pack a model ahead of time, into an engine directory",
     "verify": "check an engine directory: every byte, then its golden prompts",
     "inspect": "say what is inside a model or an engine directory, without loading it",
+    "pull": "download a model of the hub, and check every file",
+    "list": "list the models of the hub on this machine",
+    "show": "say what of a model of the hub is on this machine",
+    "rm": "remove a model of the hub from this machine",
     "top": "show what a running server does, as it does it",
     "explain": "say where the time of a request to a running server went",
     "eval": "measure what formats of a model lose: perplexity, KL divergence, and a table with memory and speed",
@@ -49,10 +53,10 @@ ELSEWHERE = {
     "run": "did you mean quire chat?",
     "start": "did you mean quire serve?",
     "complete": "did you mean quire generate?",
-    "pull": "did you mean quire serve ORG/NAME? A model of the hub is downloaded when it is first used",
-    "list": "did you mean `hf cache ls`? Models of the hub stand in the hub's own cache",
-    "ls": "did you mean `hf cache ls`? Models of the hub stand in the hub's own cache",
-    "rm": "did you mean `hf cache rm`? Models of the hub stand in the hub's own cache",
+    "ls": "did you mean quire list?",
+    "remove": "did you mean quire rm?",
+    "delete": "did you mean quire rm?",
+    "download": "did you mean quire pull?",
     "ps": "did you mean quire explain, or GET /v1/models of a running server?",
 }
 """Other programs' verbs."""
@@ -114,6 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"quire {verb}: {hint}")
         return 2
     try:
+        if verb == "serve" and "--tgi" in given:
+            from quire.cli.tgi import translated
+
+            given = translated(given, os.environ, say)
         words = canonical(given, say)
         if verb == "serve" and not {"-h", "--help"} & set(words):
             words = _with_settings(words)

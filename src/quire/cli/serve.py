@@ -46,6 +46,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     flag("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     flag("--port", type=int, help="0 takes a free one (default: 8000; 11434 with --ollama)")
     flag("--ollama", action="store_true", help="listen where Ollama's clients look for it (its API is there anyhow)")
+    text = "take the flags and the environment of TGI's launcher too (MODEL_ID, PORT ...): docs/guide/tgi.md"
+    flag("--tgi", action="store_true", help=text)
     flag("--served-model-name", nargs="+", metavar="NAME", help="names for clients; the directory's name")
     text = "every route but the probes then needs it; may be repeated, and each key has a prefix cache of its own"
     flag("--api-key", action="append", default=[], metavar="KEY", help=text)

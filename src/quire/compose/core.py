@@ -49,6 +49,7 @@ from quire.sampling.features import SamplingFeature
 from quire.sampling.features.grammar import GrammarMasks, Grammars
 from quire.sampling.features.masks import LogitMasks
 from quire.sampling.features.penalties import Penalties
+from quire.sampling.features.typical import Typical
 from quire.weights.formats.gguf_names import is_gguf, part_paths
 from quire.weights.load import load_model, read_model_config
 from quire.weights.loading_bar import LoadingBar
@@ -230,7 +231,8 @@ def _captures(args: EngineArgs, device: Device) -> bool:
 
 def sampling_features(ops: Provider, grammars: Grammars | None = None) -> tuple[SamplingFeature, ...]:
     """All that may edit logits, in the order in which it does: masks and biases before penalties, as vLLM has it."""
-    return *(() if grammars is None else (GrammarMasks(ops, grammars),)), LogitMasks(ops), Penalties(ops)
+    held = () if grammars is None else (GrammarMasks(ops, grammars),)
+    return *held, LogitMasks(ops), Penalties(ops), Typical(ops)
 
 
 def _runner(

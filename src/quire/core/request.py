@@ -56,6 +56,7 @@ class SamplingSpec(NamedTuple):
     logprob_token_ids: tuple[int, ...] = ()
     """With `num_logprobs`: these tokens are reported, instead of the best."""
     grammar: GrammarSpec | None = None
+    typical_p: float = 1.0
 
     @property
     def needs_output_tokens(self) -> bool:

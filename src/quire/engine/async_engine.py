@@ -115,10 +115,12 @@ class AsyncEngine(EngineFront):
         self._post(run, done.set_exception)
         done.result()
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True, caller: Caller = ANYBODY) -> list[int]:
-        """Token ids of a text."""
-        encode = partial(self._served.inputs.encode, text, add_special_tokens=add_special_tokens)
-        return await self.beside(encode, len(text), caller)
+    async def encode(
+        self, text: str, *, add_special_tokens: bool = True, suffix: str = "", caller: Caller = ANYBODY
+    ) -> list[int]:
+        """Token ids of a text; with `suffix` of one that has a gap before it, for the answer to fill."""
+        encode = partial(self._served.inputs.encode, text, add_special_tokens=add_special_tokens, suffix=suffix)
+        return await self.beside(encode, len(text) + len(suffix), caller)
 
     async def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, caller: Caller = ANYBODY, **options: Any

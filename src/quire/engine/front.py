@@ -74,6 +74,11 @@ class EngineFront:
         return int(found["block_size"]) if found.get("enable_prefix_caching") == "True" else None
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a sequence."""
+        return self._served.limits.eos_token_ids
+
+    @property
     def decisions(self) -> list[Decision]:
         """What was decided at start, and why."""
         return self._served.decisions

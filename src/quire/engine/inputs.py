@@ -12,6 +12,7 @@ from quire.engine.queue import ANYBODY, Caller
 from quire.errors import InvalidRequestError, PromptTooLongError, context_length_message
 from quire.sampling_params import SamplingParams
 from quire.structured_params import StructuredOutputsParams
+from quire.text.fill_in import encode_gap
 from quire.text.tokenizer import Tokenizer
 
 MAX_PRIORITY = 2**31 - 1
@@ -182,16 +183,22 @@ class InputProcessor:
             hint = f"min_tokens may be at most {room} after this prompt (max_model_len is {most})."
         return PromptTooLongError(context_length_message(most, num_tokens, asked, hint), param=param)
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True, suffix: str = "") -> list[int]:
         """Token ids of a text, each below the width of the logits.
+
+        Args:
+            suffix: stands behind the gap that the answer fills.
 
         Raises:
             InvalidRequestError: no text of this model. PromptTooLongError: too many bytes.
         """
         if self._tokenizer is None:
             raise InvalidRequestError("this model has no tokenizer: send prompt_token_ids", param="prompt")
-        self.check_text_size(text)
-        token_ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        self.check_text_size(text + suffix)
+        if suffix:
+            token_ids = encode_gap(self._tokenizer, text, suffix, add_special_tokens=add_special_tokens)
+        else:
+            token_ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         self.check_encoded(token_ids, "prompt")
         return token_ids
 
@@ -256,6 +263,7 @@ class InputProcessor:
             num_prompt_logprobs=params.prompt_logprobs,
             logprob_token_ids=tuple(params.logprob_token_ids or ()),
             grammar=None if source is None else GrammarSpec(source, max_tokens),
+            typical_p=params.typical_p,
         )
 
     def grammar_source(self, params: SamplingParams) -> str | None:

@@ -183,6 +183,7 @@ def check_new(new: NewRequest, info: CoreInfo) -> None:
         top_p=spec.top_p,
         top_k=spec.top_k,
         min_p=spec.min_p,
+        typical_p=spec.typical_p,
         presence_penalty=spec.penalties.presence,
         frequency_penalty=spec.penalties.frequency,
         repetition_penalty=spec.penalties.repetition,

@@ -112,14 +112,15 @@ class TextOffsets:
 
     def __init__(self, tokenizer: "Tokenizer", start: int, **options: Any) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer, **options)
-        self._place = start
+        self.place = start
+        """Where the next one begins."""
 
     def push(self, token_ids: Sequence[int]) -> list[int]:
         """Of these tokens, which come next."""
         found = []
         for token_id in token_ids:
-            found.append(self._place)
-            self._place += len(self._detokenizer.push((token_id,)))
+            found.append(self.place)
+            self.place += len(self._detokenizer.push((token_id,)))
         return found
 
 

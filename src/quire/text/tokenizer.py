@@ -69,6 +69,10 @@ class Tokenizer:
         """The token that begins a text, where the tokenizer names one."""
         return self._named_token_id("bos_token")
 
+    def token_id(self, content: str) -> int | None:
+        """The token with this content; None where there is none."""
+        return self._backend.token_to_id(content)
+
     def _named_token_id(self, name: str) -> int | None:
         content = self._files.named_tokens.get(name)
         return None if content is None else self._backend.token_to_id(content)

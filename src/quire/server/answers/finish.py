@@ -16,3 +16,8 @@ def check_finish(output: RequestOutput, choice: CompletionOutput) -> str | None:
     if choice.finish_reason == "abort":
         raise EngineDeadError("the request was cut off")
     return choice.finish_reason
+
+
+def mean_logprob(choice: CompletionOutput) -> float:
+    """By which the best of several sequences is chosen; 0 where log-probabilities were not asked for."""
+    return (choice.cumulative_logprob or 0.0) / max(1, len(choice.token_ids))

@@ -7,6 +7,7 @@ what is not its own.
 from quire.server.doors.anthropic.routes import ANTHROPIC
 from quire.server.doors.ollama.routes import OLLAMA
 from quire.server.doors.openai.routes import OPENAI
+from quire.server.doors.tgi.routes import TGI
 from quire.server.http.context import Api
 
-DOORS: tuple[Api, ...] = (OPENAI, ANTHROPIC, OLLAMA)
+DOORS: tuple[Api, ...] = (OPENAI, ANTHROPIC, OLLAMA, TGI)

@@ -99,7 +99,7 @@ def create_app(
         engine=engine,
         apis=tuple(apis),
         served_names=names,
-        accepted_names=frozenset(names) | frozenset(model_names),
+        accepted_names=frozenset(names).union(model_names, *(api.stand_ins for api in apis)),
         places=Shares(limits.requests.value),
         show_cached_tokens=show_cached_tokens,
         limits=limits,

@@ -212,6 +212,6 @@ def bounded_protocol(
     error = context.limits.connections.error()
     crowd, crowded = (
         Crowd(context.limits.connections.value, time.monotonic),
-        error.plain(context.error_body("/", error)),
+        error.plain(context.error_body("", error)),
     )
     return partial(BoundedProtocol, Bounds(header_s, refusal, queued, crowd, crowded))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from starlette.requests import Request
@@ -14,6 +15,7 @@ from starlette.types import Scope
 
 from quire.engine.queue import Caller
 from quire.errors import InvalidRequestError, ModelNotFoundError, OverloadedError
+from quire.outputs import Metric
 from quire.server.http import limits
 from quire.server.http.body import Bodies
 from quire.server.http.errors import ApiError
@@ -50,6 +52,14 @@ class Api:
     """A header that its requests bear, in small letters: with it, an error has its shape on paths of others too."""
     name: str = ""
     """In metrics."""
+    paths: frozenset[str] = frozenset()
+    """Further paths whose errors have its shape."""
+    status_of: Callable[[ApiError], int] = attrgetter("status")
+    """The status that it gives an error."""
+    metrics: Mapping[str, Callable[[Sequence[Metric]], Sequence[Metric]]] = field(default_factory=dict)
+    """By a value of `--metrics-prefix`: the engine's metrics under its own names."""
+    stand_ins: frozenset[str] = frozenset()
+    """Names that its clients send where they name no model: they stand for the first one."""
 
 
 class MarkedRoute(Route):
@@ -213,8 +223,10 @@ class ServerContext:
         return Caller(name, self.weights.get(name, 1))
 
     def error_body(self, path: str, error: ApiError, headers: Sequence[tuple[bytes, bytes]] = ()) -> object:
-        """An error in the shape of the API that a request belongs to."""
-        return self.api_of(path, headers).error_body(error)
+        """An error in the shape of the API that a request belongs to, whose status it takes."""
+        api = self.api_of(path, headers)
+        error.status = api.status_of(error)
+        return api.error_body(error)
 
     def door_of(self, path: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> str:
         """The name of the API that a request was of; `server` for what is no route of one."""
@@ -226,7 +238,8 @@ class ServerContext:
         none."""
         names = {name for name, _ in headers}
         marked = [api for api in self.apis if api.marker.encode() in names]
-        fitting = marked or [api for api in self.apis if path.startswith(api.prefix)]
+        named = marked or [api for api in self.apis if path in api.paths]
+        fitting = named or [api for api in self.apis if path.startswith(api.prefix)]
         return max(fitting or self.apis[:1], key=lambda api: len(api.prefix))
 
     @property

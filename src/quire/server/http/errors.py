@@ -79,10 +79,15 @@ class ApiError(Exception):
         return "\r\n".join(lines).encode() + content
 
 
+ERRORS_AS = "quire.errors_as"
+"""The entry of an ASGI scope that holds another path, where a body says whose shape its errors have."""
+
+
 def error_response(scope: Scope, error: BaseException) -> Response:
     """The response to a request that an exception ended, in the shape of the API that its path belongs to."""
     found = as_api_error(error)
-    content = msgspec.json.encode(scope["app"].state.context.error_body(scope["path"], found, scope["headers"]))
+    context, path = scope["app"].state.context, scope.get(ERRORS_AS, scope["path"])
+    content = msgspec.json.encode(context.error_body(path, found, scope["headers"]))
     return Response(content, found.status, found.headers, media_type="application/json")
 
 
@@ -129,8 +134,16 @@ async def _answer_routing(request: Request, error: Exception) -> Response:
     text = {404: f"there is no route {path}", 405: f"{method} is not allowed on {path}"}.get(
         error.status_code, str(error.detail)
     )
-    code = _ROUTING_CODES.get(error.status_code)
-    return error_response(request.scope, ApiError(error.status_code, text, code=code, headers=error.headers))
+    code, headers = _ROUTING_CODES.get(error.status_code), dict(error.headers or {})
+    if error.status_code == 405:  # the router names the methods of one route of several
+        headers["Allow"] = ", ".join(_allowed(request.scope))
+    return error_response(request.scope, ApiError(error.status_code, text, code=code, headers=headers))
+
+
+def _allowed(scope: Scope) -> list[str]:
+    """Methods of all routes of a path."""
+    fitting = [route for route in scope["app"].routes if route.path_regex.match(scope["path"])]
+    return sorted({method for route in fitting for method in route.methods})
 
 
 def install(app: Starlette) -> None:

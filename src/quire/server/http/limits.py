@@ -71,6 +71,7 @@ class Limits:
         "chat_template (for --trust-request-chat-template)", 0, "characters", 400, "chat_template_not_trusted",
         "chat_template",
     )  # fmt: skip
+    prompt_tokens: Limit = Limit("a prompt", 2**31 - 1, "tokens", 400, "prompt_too_long")
     detokenized_tokens: Limit = Limit("tokens", 2**17, "token ids in one request", 400, "too_many_tokens", "tokens")
     input_items: Limit = Limit("input", 2048, "items, earlier turns included", 400, "too_many_items", "input")
     chained_responses: Limit = Limit(

@@ -19,12 +19,12 @@ def render_metrics(metrics: Iterable[Metric], model_name: str, prefix: str) -> b
 
     Args:
         metrics: those of one name stand together.
-        prefix: stands before the colon of each name.
+        prefix: stands before the colon of each name; empty: names stay as they are.
     """
     lines: list[str] = []
     last = ""
     for metric in metrics:
-        name = f"{prefix}:{metric.name.removeprefix(OWN_PREFIX)}"
+        name = f"{prefix}:{metric.name.removeprefix(OWN_PREFIX)}" if prefix else metric.name
         labels = {"model_name": model_name, "engine": "0", **dict(metric.labels)}
         if name != last:
             text = metric.help.replace("\\", r"\\").replace("\n", r"\n")

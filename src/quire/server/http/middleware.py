@@ -113,10 +113,11 @@ class EarlyRefusal:
         except OverloadedError as error:
             refusal = as_api_error(error)
             method, path, _ = lines[0].decode().split(" ")
+            body = self._context.error_body(path, refusal)
             self._context.counts.count(self._context.door_of(path), refusal.status)
             if self._logs:
                 log_request(method, path, refusal.status, time.monotonic() - begun_s)
-            return refusal.plain(self._context.error_body(path, refusal))
+            return refusal.plain(body)
         return None
 
     def _caller(self, keys: KeyRequired, lines: list[bytes]) -> str | None:

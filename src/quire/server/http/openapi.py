@@ -19,9 +19,10 @@ def document(apis: Sequence[Api], limits: Limits, *, needs_key: bool) -> dict[st
     schemas: dict[str, Schema] = {}
     for api in apis:
         described = api.describe(limits)
-        paths |= described[0]
+        for path, methods in described[0].items():
+            paths[path] = paths.get(path, {}) | methods
         schemas |= described[1]
-    paths |= {
+    own: dict[str, Any] = {
         "/v1/requests/{request_id}/explain": {
             "get": get("explain", EXPLAIN, ref("Explanations"), 403, 404, of="request_id")
         },
@@ -34,6 +35,7 @@ def document(apis: Sequence[Api], limits: Limits, *, needs_key: bool) -> dict[st
             for path in ("/livez", "/readyz", "/health")
         },
     }
+    paths |= {path: paths.get(path, {}) | methods for path, methods in own.items()}
     schemas |= {
         "Explanations": open_object({"object": {"const": "list"}, "data": array(ref("Explanation"))}),
         "Explanation": _explanation(),

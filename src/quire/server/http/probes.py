@@ -51,10 +51,11 @@ async def metrics(request: Request) -> Response:
     if context.needs_key and not context.opens_metrics and not is_admin(request):
         text = "/metrics answers to the admin key alone (--admin-api-key), or to everyone with --metrics-open"
         raise ApiError(403, text, code="admin_only")
-    found = [*context.engine.get_metrics(), *context.counts.metrics()]
-    return Response(
-        render_metrics(found, context.served_names[0], request.app.state.metrics_prefix), media_type=CONTENT_TYPE
-    )
+    found, prefix = context.engine.get_metrics(), request.app.state.metrics_prefix
+    own = next((api.metrics[prefix] for api in context.apis if prefix in api.metrics), None)
+    shown = [*found, *context.counts.metrics()] if own is None else own(found)
+    content = render_metrics(shown, context.served_names[0], prefix if own is None else "")
+    return Response(content, media_type=CONTENT_TYPE)
 
 
 async def version(request: Request) -> Response:

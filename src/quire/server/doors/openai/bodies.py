@@ -45,8 +45,6 @@ _REFUSED_MEDIA = Refused(_TEXT_ONLY, ({},))
 REFUSED = {
     "json_schema": Refused("use response_format or structured_outputs", aliases=_OTHER_SHAPES),
     "moderation": Refused(_NOT_MODERATED),
-    "use_beam_search": Refused("beam search is not supported in this version", (False,)),
-    "length_penalty": Refused("it belongs to beam search, which is not supported in this version", (1.0,)),
     "return_token_offsets": Refused("they belong to vLLM's route that renders prompts; see /tokenize", (False,)),
     "return_weight_versions": Refused("the weights of a server do not change", (False,)),
     "kv_transfer_params": Refused("caches are not moved between servers in this version"),
@@ -54,11 +52,12 @@ REFUSED = {
     "watermarking": Refused(_PLAIN),
 }
 REFUSED_COMPLETION = {
-    "suffix": Refused("filling in the middle is not supported in this version", ("",)),
     "prompt_embeds": Refused(_PLAIN),
     "return_prompt_text": Refused("echo gives the prompt", (False,)),
 }
 REFUSED_CHAT = {
+    "use_beam_search": Refused("beams are for completions", (False,)),
+    "length_penalty": Refused("it belongs to beam search, which is for completions", (1.0,)),
     "functions": Refused(_FUNCTIONS, ([],)),
     "function_call": Refused(_FUNCTIONS, ("none", "auto")),
     "modalities": Refused(_TEXT_ONLY, (["text"],)),
@@ -86,11 +85,16 @@ _BIAS = {
 }
 SAMPLING = {
     "n": _sampling("n", "sequences to sample for each prompt"),
-    "best_of": Field("the same as n, or 1: choose among the n answers yourself", schema=number(sampling.RANGES["n"])),
+    "best_of": Field(
+        "completions: sequences to sample, of which the n most probable by their mean are given; not with stream. "
+        "Chats: n, or 1",
+        schema=number(sampling.RANGES["n"]),
+    ),
     "temperature": _sampling("temperature", "0 takes the most probable token"),
     "top_p": _sampling("top_p", "keep the most probable tokens up to this mass"),
     "top_k": _sampling("top_k", "keep this many tokens; 0 and -1 keep all"),
     "min_p": _sampling("min_p", "drop tokens less probable than this share of the best one's"),
+    "typical_p": _sampling("typical_p", "keep tokens whose surprise is nearest to the expected, up to this mass"),
     "seed": _sampling("seed", "makes sampling repeat", "sampling_seed", "random_seed"),
     "presence_penalty": _sampling("presence_penalty", "against tokens that occurred in the answer"),
     "frequency_penalty": _sampling("frequency_penalty", "against tokens, by how often they occurred in the answer"),
@@ -269,7 +273,21 @@ class CompletionBody(msgspec.Struct, kw_only=True):
             schema=_prompts,
         ),
     ]
+    suffix: Annotated[
+        str,
+        Field("what stands behind the answer, for models whose tokenizer knows filling in the middle; not with echo"),
+    ] = ""
     echo: Annotated[bool, Field("the prompt before the answer; with max_tokens 0 the prompt alone")] = False
+    use_beam_search: Annotated[
+        bool, Field("the n most probable answers that n beams find, best first; with no other field of sampling")
+    ] = False
+    length_penalty: Annotated[
+        Annotated[float, Meta(ge=sampling.LENGTH_PENALTY.low, le=sampling.LENGTH_PENALTY.high)],
+        Field(
+            "with use_beam_search: answers are judged by their log-probability by their length to this power",
+            "be a number from -10 to 10",
+        ),
+    ] = 1.0
     add_special_tokens: SpecialTokens = True
     options: Annotated[ResponseOptions, Flattened()]
     sampling: Annotated[dict[str, Any], Flattened(COMPLETION_SAMPLING | REFUSED | REFUSED_COMPLETION)]

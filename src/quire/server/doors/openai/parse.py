@@ -8,13 +8,15 @@ from typing import Any
 from quire.engine.inputs import MAX_SALT_BYTES
 from quire.engine.tools import Asked
 from quire.errors import InvalidRequestError, PromptTooLongError, context_length_message
-from quire.sampling_params import FROM_MODEL, RequestOutputKind, SamplingParams
+from quire.sampling_params import FROM_MODEL, BeamSearchParams, RequestOutputKind, SamplingParams
+from quire.server.doors.openai.beams import beams_of
 from quire.server.doors.openai.bodies import (
     CHAT,
     COMPLETION,
     DETOKENIZE,
     TOKENIZE_CHAT,
     TOKENIZE_TEXT,
+    CompletionBody,
     DetokenizeBody,
     ResponseOptions,
     TokenizeChatBody,
@@ -63,6 +65,11 @@ class CompletionCall(Call):
     """Every prompt is sampled from with the same parameters."""
 
     prompts: list[Prompt]
+    suffix: str
+    beams: BeamSearchParams | None
+    """The search that takes the place of sampling."""
+    num_shown: int
+    """Sequences of each prompt that are given, the most probable of those that are sampled."""
     logprobs: int | None
     echo: bool
     add_special_tokens: bool
@@ -97,6 +104,10 @@ def parse_completion(raw: Mapping[str, Any], defaults: SamplingParams, limits: L
     prompt_only = body.echo and asked == 0 and type(asked) is int
     if prompt_only:
         overrides["max_tokens"] = 1
+    beams = beams_of(body, values)
+    num_shown = _take_best_of(values, body.options)
+    if num_shown is not None and logprobs is None:
+        overrides["logprobs"] = 0
     if body.echo and type(logprobs) is int:
         of_prompt = values.get("prompt_logprobs", 0)
         overrides["prompt_logprobs"] = max(logprobs, of_prompt) if type(of_prompt) is int else of_prompt
@@ -110,6 +121,9 @@ def parse_completion(raw: Mapping[str, Any], defaults: SamplingParams, limits: L
         asked_max_tokens=asked,
         wants_prompt_logprobs="prompt_logprobs" in values,
         prompts=prompts,
+        suffix=_checked_suffix(body, prompts),
+        beams=beams,
+        num_shown=num_shown or params.n,
         num_prompts=len(prompts),
         logprobs=logprobs,
         echo=body.echo,
@@ -251,6 +265,31 @@ def _make_params(
         text = f"best_of must be n ({params.n}) or 1, got {best_of!r:.32}: choose among the n answers yourself"
         raise InvalidRequestError(text, param="best_of")
     return params
+
+
+def _take_best_of(values: dict[str, Any], options: ResponseOptions) -> int | None:
+    """Make `n` what is sampled where `best_of` asks for more of it; how many of them are given, else None.
+
+    Raises:
+        InvalidRequestError: in a stream, whose tokens come before it is known which sequence is best.
+    """
+    best_of, shown = values.get("best_of", 1), values.get("n", 1)
+    if type(best_of) is not int or type(shown) is not int or not 1 <= shown < best_of:
+        return None
+    if options.stream:
+        raise InvalidRequestError("best_of above n needs stream: false", param="best_of")
+    values["n"] = best_of
+    return shown
+
+
+def _checked_suffix(body: CompletionBody, prompts: Sequence[Prompt]) -> str:
+    if body.suffix and body.echo:
+        raise InvalidRequestError(
+            "suffix excludes echo: the prompt is not what stands before the answer", param="suffix"
+        )
+    if body.suffix and not all(isinstance(prompt, str) for prompt in prompts):
+        raise InvalidRequestError("suffix needs prompts of text", param="suffix")
+    return body.suffix
 
 
 def _with_what_fits(values: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -14,8 +15,10 @@ from quire.engine.queue import Caller
 from quire.engine.tools import AnswerParser
 from quire.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 from quire.sampling_params import SamplingParams
+from quire.server.answers.finish import mean_logprob
 from quire.server.doors.openai import choice_parts
 from quire.server.doors.openai.answer_parts import AnswerParts
+from quire.server.doors.openai.beams import Start, search_beams
 from quire.server.doors.openai.conversation import Conversation, Message, MessageCall
 from quire.server.doors.openai.parse import (
     Call,
@@ -45,6 +48,8 @@ class Answer(ABC, Generic[C]):
     kind: ClassVar[str]
     """What it calls itself, whole."""
     event_kind: ClassVar[str]
+    field: ClassVar[str]
+    """Of the body: what the prompt is made of."""
 
     def __init__(self, context: ServerContext, call: C, request: RequestContext) -> None:
         self._context, self._engine, self._call, self._request = context, context.engine, call, request
@@ -75,11 +80,15 @@ class Answer(ABC, Generic[C]):
         choices = []
         for number, output in enumerate(outputs):
             self._usage.see(number, output)
-            for choice in output.outputs:
+            for choice in self._shown(output):
                 choices.append(msgspec.Raw(msgspec.json.encode(self._choice(number, output, choice))))
                 choice.logprobs = None  # many objects: freed one sequence after another, and not all at the end
         content = {**self._head, "choices": choices, "usage": self._usage.counts(), "timings": self._usage.timings()}
         return msgspec.json.encode({**content, **self._of_prompt(outputs[0])})
+
+    def _shown(self, output: RequestOutput) -> Sequence[CompletionOutput]:
+        """The sequences that are given, in their order."""
+        return output.outputs
 
     async def events(self) -> AsyncGenerator[Content, None]:
         """The answer in pieces; then usage."""
@@ -144,23 +153,33 @@ class Answer(ABC, Generic[C]):
         engine, caller = self._engine, self._request.caller
         bad_words = await engine.encode_bad_words(self._call.params, caller=caller)
         prompts = await self._prompts()
-        lengths = [len(token_ids) for _, token_ids in prompts]
+        lengths, most = [len(token_ids) for _, token_ids in prompts], self._context.limits.prompt_tokens
+        if max(lengths) > most.value:
+            raise most.error(f"{max(lengths):,}", self.field)
         params = bound_logprobs(self._call, lengths, engine.max_model_len, self._context.limits)
         params = await self._held(params, prompts[0][1])
-        return [
-            engine.generate(
-                {"prompt_token_ids": token_ids},
+
+        def start(ids: Sequence[int], params: SamplingParams, request_id: str, timeout_s: float | None) -> Outputs:
+            return engine.generate(
+                {"prompt_token_ids": ids},
                 params,
                 request_id=request_id,
                 priority=self._call.options.priority,
                 cache_salt=self._request.cache_salt,
                 caller=caller,
-                timeout_s=self._request.timeout_s,
+                timeout_s=timeout_s,
                 bad_words=bad_words,
                 is_background=self._request.is_background,
             )
-            for request_id, token_ids in prompts
-        ]
+
+        timeout_s = self._request.timeout_s
+        return [self._started(start, token_ids, params, request_id, timeout_s) for request_id, token_ids in prompts]
+
+    def _started(
+        self, start: Start, token_ids: Sequence[int], params: SamplingParams, request_id: str, timeout_s: float | None
+    ) -> Outputs:
+        """The outputs of one prompt."""
+        return start(token_ids, params, request_id, timeout_s)
 
     async def _held(self, params: SamplingParams, prompt_token_ids: Sequence[int]) -> SamplingParams:
         """The parameters that hold the answers to what is asked of their parts."""
@@ -174,7 +193,7 @@ class Answer(ABC, Generic[C]):
 class CompletionAnswer(Answer[CompletionCall]):
     """Of /v1/completions: the sequences of all prompts, numbered through."""
 
-    prefix, kind, event_kind = "cmpl", "text_completion", "text_completion"
+    prefix, kind, event_kind, field = "cmpl", "text_completion", "text_completion", "prompt"
 
     def __init__(self, context: ServerContext, call: CompletionCall, request: RequestContext) -> None:
         super().__init__(context, call, request)
@@ -193,19 +212,34 @@ class CompletionAnswer(Answer[CompletionCall]):
             token_ids: Sequence[int] = prompt if isinstance(prompt, list) else []
             if text is not None:
                 add_special_tokens, caller = self._call.add_special_tokens, self._request.caller
-                token_ids = await self._engine.encode(text, add_special_tokens=add_special_tokens, caller=caller)
+                token_ids = await self._engine.encode(
+                    text, add_special_tokens=add_special_tokens, suffix=self._call.suffix, caller=caller
+                )
                 await asyncio.sleep(0)  # a short text does not wait for a thread: so many must not stop the loop
             kept = truncate_prompt(token_ids, self._call, self._engine.max_model_len)
             self._texts.append(text if len(kept) == len(token_ids) else None)
             found.append((f"{self._id}/{number}", kept))
         return found
 
+    def _started(
+        self, start: Start, token_ids: Sequence[int], params: SamplingParams, request_id: str, timeout_s: float | None
+    ) -> Outputs:
+        if self._call.beams is None:
+            return super()._started(start, token_ids, params, request_id, timeout_s)
+        return search_beams(self._engine, self._call.beams, token_ids, request_id, timeout_s, start)
+
+    def _shown(self, output: RequestOutput) -> Sequence[CompletionOutput]:
+        if self._call.num_shown == self._call.params.n:
+            return output.outputs
+        ranked = sorted(output.outputs, key=mean_logprob, reverse=True)
+        return [replace(choice, index=place) for place, choice in enumerate(ranked[: self._call.num_shown])]
+
     def _pieces(self, number: int, output: RequestOutput, choice: CompletionOutput) -> list[Content]:
         return [self._choice(number, output, choice)]
 
     def _choice(self, number: int, output: RequestOutput, choice: CompletionOutput) -> Content:
         """What is new of one sequence; its first part has what belongs to the prompt too."""
-        call, index = self._call, number * self._call.params.n + choice.index
+        call, index = self._call, number * self._call.num_shown + choice.index
         finish_reason = choice_parts.check_finish(output, choice)
         is_first = index not in self._begun
         self._begun.add(index)
@@ -257,7 +291,7 @@ class CompletionAnswer(Answer[CompletionCall]):
 class ChatAnswer(Answer[ChatCall]):
     """Of /v1/chat/completions: as events, for each choice its role, what it says, why it ended."""
 
-    prefix, kind, event_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, kind, event_kind, field = "chatcmpl", "chat.completion", "chat.completion.chunk", "messages"
 
     def __init__(self, context: ServerContext, call: ChatCall, request: RequestContext) -> None:
         super().__init__(context, call, request)

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from quire.server.doors.openai import describe_stored
 from quire.server.doors.openai.batches import routes as batches
-from quire.server.doors.openai.bodies import TokenizeTextBody
+from quire.server.doors.openai.bodies import TokenizeChatBody, TokenizeTextBody
 from quire.server.doors.openai.describe import describe, error_body
 from quire.server.doors.openai.parse import parse_chat, parse_completion, parse_detokenize, parse_tokenize
 from quire.server.doors.openai.respond import Answer, C, ChatAnswer, CompletionAnswer, encode_conversation
@@ -59,7 +59,14 @@ async def _create(
 async def tokenize(request: Request) -> Response:
     """Tokens of a text or of a conversation."""
     context: ServerContext = request.app.state.context
-    body = await context.bodies.read(request, lambda body: parse_tokenize(body, context.limits))
+    return await answer_tokenize(
+        request, await context.bodies.read(request, lambda body: parse_tokenize(body, context.limits))
+    )
+
+
+async def answer_tokenize(request: Request, body: TokenizeTextBody | TokenizeChatBody) -> Response:
+    """The answer to a body that was read."""
+    context: ServerContext = request.app.state.context
     context.resolve_name(body.options.model)
     engine, caller = context.engine, context.caller(request.scope)
 
