@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from quire.core.admission import AdmissionRule
+from quire.core.limits import SchedulerConfig
 from quire.core.plan import StepPlan, StepResult, TokenDelta, TokenLogprobs
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.request import NewRequest, Request, SamplingSpec
-from quire.core.scheduler import Scheduler, SchedulerConfig
+from quire.core.scheduler import Scheduler
 from quire.executor.fake import FakeExecutor
 
 KEY = bytes(range(32))

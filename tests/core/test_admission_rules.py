@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from quire.core.limits import SchedulerConfig
 from quire.core.policy import Fcfs
 from quire.core.prefix_cache import NullPrefixCache
 from quire.core.request import Request, RequestStatus
-from quire.core.scheduler import Scheduler, SchedulerConfig
+from quire.core.scheduler import Scheduler
 from quire.executor.fake import FakeExecutor
 from tests.core.harness import VOCAB_SIZE, Harness, alone, new_request
 

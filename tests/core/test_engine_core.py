@@ -5,10 +5,11 @@ import pytest
 from quire.bench import core_clock
 from quire.bench.core_clock import time_core
 from quire.core.engine_core import EngineCore, Executor, OverlappingCore
+from quire.core.limits import SchedulerConfig
 from quire.core.plan import StepPlan, StepResult
 from quire.core.policy import Fcfs
 from quire.core.prefix_cache import PrefixCache
-from quire.core.scheduler import Scheduler, SchedulerConfig
+from quire.core.scheduler import Scheduler
 from quire.executor.fake import FakeExecutor
 from tests.core.harness import KEY, VOCAB_SIZE, alone, new_request
 

@@ -2,10 +2,11 @@
 
 import pytest
 
+from quire.core.limits import SchedulerConfig
 from quire.core.plan import RowResult, ScheduledRow, Stalled, StepResult, TokenDelta
 from quire.core.policy import Fcfs
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
-from quire.core.scheduler import Scheduler, SchedulerConfig
+from quire.core.scheduler import Scheduler
 from quire.errors import ConfigurationError, InvalidRequestError, PromptTooLongError
 from tests.core.harness import Harness, alone, new_request
 

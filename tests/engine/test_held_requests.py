@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from quire.core.engine_core import EngineCore
+from quire.core.limits import SchedulerConfig
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache
 from quire.core.request import Request
-from quire.core.scheduler import Scheduler, SchedulerConfig
+from quire.core.scheduler import Scheduler
 from quire.engine.channel import LocalChannel
 from quire.executor.fake import FakeExecutor
 from quire.isolation.core_server import AnnouncingExecutor

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from quire.core.engine_core import EngineCore, OverlappingCore
+from quire.core.limits import SchedulerConfig
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import PrefixCache
-from quire.core.scheduler import Scheduler, SchedulerConfig
+from quire.core.scheduler import Scheduler
 from quire.engine.channel import LocalChannel
 from quire.engine.idle import CHECK_SHARE, RELEASE_AFTER_SECONDS, IdleChores
 from quire.executor.fake import FakeExecutor

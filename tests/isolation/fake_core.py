@@ -12,10 +12,11 @@ import time
 from pathlib import Path
 
 from quire.core.engine_core import EngineCore
+from quire.core.limits import SchedulerConfig
 from quire.core.plan import StepPlan, StepResult
 from quire.core.policy import Fcfs
 from quire.core.prefix_cache import PrefixCache
-from quire.core.scheduler import Scheduler, SchedulerConfig
+from quire.core.scheduler import Scheduler
 from quire.engine.channel import CoreInfo
 from quire.executor.fake import FakeExecutor
 from quire.isolation.core_server import AnnouncingExecutor, CoreServer, die_with_parent

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from quire.core.engine_core import EngineCore
+from quire.core.limits import SchedulerConfig
 from quire.core.plan import NewRow, ScheduledRow, StepPlan, StepResult
 from quire.core.policy import Fcfs
 from quire.core.prefix_cache import PrefixCache
 from quire.core.request import SamplingSpec
-from quire.core.scheduler import Scheduler, SchedulerConfig
+from quire.core.scheduler import Scheduler
 from quire.engine.channel import CoreInfo, Gauges
 from quire.executor.fake import FakeExecutor
 from quire.isolation.core_server import AnnouncingExecutor, CoreServer

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from quire.cli.main import main
+from quire.core.limits import SchedulerConfig
 from quire.core.plan import ScheduledRow
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import PrefixCache
 from quire.core.request import NewRequest, SamplingSpec
-from quire.core.scheduler import SchedulerConfig
 from quire.errors import ConfigurationError
 from quire.observe import recording
 from quire.observe.arrivals import SHAREGPT, made_up

@@ -11,11 +11,12 @@ import pytest
 import quire.sampling.sampler as sampler_module
 from quire.compose.core import sampling_features
 from quire.core.engine_core import EngineCore
+from quire.core.limits import SchedulerConfig
 from quire.core.plan import NewRow, TokenDelta
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache
 from quire.core.request import NewRequest, PenaltySpec, SamplingSpec
-from quire.core.scheduler import Scheduler, SchedulerConfig
+from quire.core.scheduler import Scheduler
 from quire.executor.local import LocalExecutor
 from quire.ops.reference import ReferenceOps
 from quire.ops.types import Ops

@@ -87,10 +87,11 @@ def with_runner(num_rows: int, num_steps: int) -> tuple[Any, Any]:
 
 def _scheduler(num_rows: int, num_steps: int) -> "Scheduler":
     """With `num_rows` requests that all fit, half of them greedy."""
+    from quire.core.limits import SchedulerConfig
     from quire.core.policy import make_policy
     from quire.core.prefix_cache import PrefixCache
     from quire.core.request import NewRequest, SamplingSpec
-    from quire.core.scheduler import Scheduler, SchedulerConfig
+    from quire.core.scheduler import Scheduler
 
     length = PROMPT_TOKENS + num_steps + 8
     config = SchedulerConfig(

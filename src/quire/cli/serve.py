@@ -14,7 +14,11 @@ from quire.config import EngineArgs, bytes_of
 from quire.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from quire.engine.async_engine import AsyncEngine
     from quire.server.http.cors import Cors
+    from quire.server.http.limits import Limits
     from quire.server.http.stored import Store
 
 EXAMPLES = """examples:
@@ -149,15 +153,12 @@ def run(options: argparse.Namespace) -> int:
     finish = begin(args)
     # While the core starts: what follows takes a third of a second to import.
     from quire.engine.async_engine import AsyncEngine
-    from quire.server.dashboard import VIEW
-    from quire.server.doors.all import DOORS
+    from quire.server.doors.all import DOORS  # noqa: F401 -- imported while the core starts
     from quire.server.http.access import configure_logs
-    from quire.server.http.app import Observability, create_app
     from quire.server.http.keys import read_keys
     from quire.server.http.limits import TRUSTED_TEMPLATE_CHARACTERS, Limits
     from quire.server.http.serve import GracefulServer
 
-    store = _store(options)
     trusted = {"chat_template_characters": TRUSTED_TEMPLATE_CHARACTERS} if options.trust_request_chat_template else {}
     limits = Limits().for_queue(args.max_num_seqs + args.max_num_queued_reqs)
     limits = limits.with_values({**trusted, **_limit_values(options.limit)}).within(raise_descriptors())
@@ -166,23 +167,7 @@ def run(options: argparse.Namespace) -> int:
     engine, name = AsyncEngine(finish()), engines.model_name(args)
     banner.show(name, [*engine.decisions, *sampling.resolve({}, engine.stated_sampling)[1]], quiet=options.quiet)
     try:
-        app = create_app(
-            engine,
-            apis=DOORS,
-            served_model_name=options.served_model_name or name,
-            model_names=[] if options.served_model_name else [name, *([] if args.model is None else [args.model])],
-            api_key=keys,
-            observability=Observability(
-                options.admin_api_key, options.otlp_traces_endpoint, options.enable_log_requests, options.metrics_open
-            ),
-            metrics_prefix=options.metrics_prefix,
-            show_cached_tokens=options.enable_prompt_tokens_details,
-            limits=limits,
-            share_prefix_cache=options.share_prefix_cache,
-            cors=cors,
-            store=store,
-            pages=VIEW,
-        )
+        app = _application(options, args, engine, name, limits, keys, cors)
         host = f"[{options.host}]" if ":" in options.host else options.host
         address = f"http://{host}:{listener.getsockname()[1]}"
         if options.host not in LOOPBACK and not keys:
@@ -194,6 +179,39 @@ def run(options: argparse.Namespace) -> int:
         listener.close()
         engine.close()
     return 0
+
+
+def _application(
+    options: argparse.Namespace,
+    args: EngineArgs,
+    engine: "AsyncEngine",
+    name: str,
+    limits: "Limits",
+    keys: dict[str, int],
+    cors: "Cors",
+) -> "Starlette":
+    """All doors around an engine."""
+    from quire.server.dashboard import VIEW
+    from quire.server.doors.all import DOORS
+    from quire.server.http.app import Observability, create_app
+
+    return create_app(
+        engine,
+        apis=DOORS,
+        served_model_name=options.served_model_name or name,
+        model_names=[] if options.served_model_name else [name, *([] if args.model is None else [args.model])],
+        api_key=keys,
+        observability=Observability(
+            options.admin_api_key, options.otlp_traces_endpoint, options.enable_log_requests, options.metrics_open
+        ),
+        metrics_prefix=options.metrics_prefix,
+        show_cached_tokens=options.enable_prompt_tokens_details,
+        limits=limits,
+        share_prefix_cache=options.share_prefix_cache,
+        cors=cors,
+        store=_store(options),
+        pages=VIEW,
+    )
 
 
 def _limit_values(items: list[str]) -> dict[str, int]:

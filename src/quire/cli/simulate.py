@@ -129,7 +129,7 @@ def _given(options: argparse.Namespace) -> "tuple[list[Session], list[Asked], St
         requests = arrivals(sessions)
         cost, error = fit(sessions) if options.step_cost is None else (StepCost(*options.step_cost), None)
     else:
-        from quire.core.scheduler import SchedulerConfig
+        from quire.core.limits import SchedulerConfig
         from quire.observe.arrivals import NAMED, made_up
         from quire.observe.replay import Session
 

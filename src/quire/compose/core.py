@@ -26,9 +26,10 @@ from quire.config import (
 )
 from quire.core.admission import AdmissionRule
 from quire.core.engine_core import EngineCore, Executor, OverlappingCore
+from quire.core.limits import SchedulerConfig
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
-from quire.core.scheduler import Scheduler, SchedulerConfig
+from quire.core.scheduler import Scheduler
 from quire.engine.channel import CoreInfo
 from quire.engine.verify_blocks import CachedBlockVerifier
 from quire.errors import ConfigurationError

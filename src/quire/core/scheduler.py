@@ -30,12 +30,12 @@ import logging
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from itertools import pairwise
 
 from quire.core.admission import AdmissionRule, refusal
 from quire.core.block_pool import BlockPool, require
 from quire.core.fair_shares import MAX_WEIGHT, FairShares
+from quire.core.limits import SchedulerConfig
 from quire.core.plan import (
     RowResult,
     ScheduledRow,
@@ -48,39 +48,11 @@ from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.request import NewRequest, Request, RequestStatus
 from quire.core.step import PlannedStep, make
 from quire.errors import (
-    ConfigurationError,
     InvalidRequestError,
     PromptTooLongError,
     ShapeError,
     internal_fault_message,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """What a scheduler may hand out. Raises ConfigurationError when a longest request could never finish."""
-
-    max_num_seqs: int
-    """Rows: requests that run at one time."""
-    max_num_batched_tokens: int
-    """Budget: tokens computed in one step."""
-    max_model_len: int
-    block_size: int
-    num_blocks: int
-    soft_block_limit: int = 2**62
-    """Blocks that may have memory before the prefix cache evicts: see `quire.core.block_pool`."""
-
-    def __post_init__(self) -> None:
-        for limit in fields(self):
-            if getattr(self, limit.name) < 1:
-                raise ConfigurationError(f"{limit.name} must be at least 1", field=limit.name)
-        num_tokens = self.num_blocks * self.block_size
-        if num_tokens < self.max_model_len:
-            raise ConfigurationError(
-                f"the cache holds {num_tokens} tokens ({self.num_blocks} blocks of {self.block_size}), "
-                f"less than max_model_len {self.max_model_len}",
-                field="max_model_len",
-            )
 
 
 class Scheduler:
@@ -245,7 +217,7 @@ class Scheduler:
             if num_tokens > step.budget:
                 num_tokens = step.budget
             num_slots = len(request.block_ids) * self._pool.block_size
-            if self._yields(request):
+            if request.new.is_background and self._yields(request):
                 step.stall(request, "background")
             elif step.budget == 0:
                 step.stall_for_budget(request)
@@ -259,7 +231,7 @@ class Scheduler:
     def _yields(self, request: Request) -> bool:
         """What is in the background stands behind all others. While one of them runs it keeps its row and blocks, and
         gives them to one that lacks them: not in a step that computes it, but in the next."""
-        if not request.new.is_background or not self._running:
+        if not self._running:
             return False
         head = self._waiting.head() if self._lacks else None
         return not self._running[0].new.is_background or (head is not None and not head.new.is_background)
@@ -331,7 +303,7 @@ class Scheduler:
         while (request := self._waiting.head()) is not None:
             if step.victims:
                 return None if request in step.victims else step.stall(request, "no_blocks")
-            if self._yields(request):
+            if request.new.is_background and self._yields(request):
                 return step.stall_once(request, "background")
             if step.budget == 0:
                 return step.stall_for_budget(request)

@@ -219,15 +219,8 @@ class AsyncEngine(EngineFront):
         """
         sampling_params = await self._checked(sampling_params, caller)
         deadline_s = None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
-        options: dict[str, Any] = dict(
-            request_id=request_id,
-            priority=priority,
-            cache_salt=cache_salt,
-            arrival_s=self._engine.clock(),
-            caller=caller,
-            bad_words=bad_words,
-            is_background=is_background,
-        )
+        options: dict[str, Any] = dict(request_id=request_id, priority=priority, cache_salt=cache_salt, caller=caller)
+        options |= dict(arrival_s=self._engine.clock(), bad_words=bad_words, is_background=is_background)
         parse = partial(self._served.inputs.parse, prompt, sampling_params, **options)
         parsed = await self.beside(parse, _size_of_text(prompt, sampling_params, bad_words), caller)
         core_ids = tuple(new.request_id for new in parsed.sequences)

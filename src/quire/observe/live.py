@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from quire.core.limits import SchedulerConfig
 from quire.core.plan import ScheduledRow, StepRecord
 from quire.core.request import NewRequest
-from quire.core.scheduler import SchedulerConfig
 from quire.observe.replay import Asked, Session
 from quire.observe.reservations import simulate_reserved
 from quire.observe.simulate import simulate

@@ -28,11 +28,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from quire.core.admission import AdmissionRule
+from quire.core.limits import SchedulerConfig
 from quire.core.plan import StepPlan, StepResult, TokenDelta
 from quire.core.policy import Policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.request import NewRequest, Request
-from quire.core.scheduler import Scheduler, SchedulerConfig
+from quire.core.scheduler import Scheduler
 from quire.errors import ConfigurationError
 
 SCHEMA = 1

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from quire.core.limits import SchedulerConfig
 from quire.core.plan import RowResult, StepPlan, StepResult, TokenLogprobs
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.request import NewRequest, Request, ResumeState, SamplingSpec
-from quire.core.scheduler import Scheduler, SchedulerConfig
+from quire.core.scheduler import Scheduler
 from quire.errors import ConfigurationError, ShapeError
 from quire.observe.recording import GRAIN_BYTES, RAISED, SCHEMA, events_of
 

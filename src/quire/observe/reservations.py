@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quire.core.limits import SchedulerConfig
 from quire.core.plan import ScheduledRow
-from quire.core.scheduler import SchedulerConfig
 from quire.observe.replay import Asked
 from quire.observe.simulate import MemoryUse, Outcome, Times
 from quire.observe.step_cost import StepCost

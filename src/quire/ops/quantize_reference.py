@@ -41,6 +41,16 @@ def require_rounding(quant: QuantSpec) -> None:
         raise ValueError(f"weights are not rounded to {quant.format!r} with minima or scales of float16")
 
 
+def dequantized(weight: QuantizedWeight) -> NDArray[Any]:
+    """What it stands for, float32 `[out, in]`: its values times its scales, then plus its minima."""
+
+    def of_inputs(table: Array) -> Array:
+        return np.repeat(table.astype(np.float32), weight.group_size, axis=1)[:, : weight.values.shape[1]]
+
+    rounded: NDArray[Any] = weight.values.astype(np.float32) * of_inputs(weight.scales)
+    return rounded if weight.minima is None else rounded + of_inputs(weight.minima)
+
+
 def e4m3(x: Array) -> NDArray[Any]:
     """`x [...]` as e4m3 (arXiv 2209.05433), to nearest, ties to even; 448, the largest, past it."""
     nearest: NDArray[Any] = np.clip(x, -448, 448).astype(ml_dtypes.float8_e4m3fn)

@@ -88,9 +88,7 @@ class ReferenceOps(composed.ComposedOps):
         if isinstance(weight, QuantizedWeight):
             kind = weight.format
             weight.require_range()
-            rounded = weight.values.astype(np.float32) * _spread(weight, weight.scales)
-            if weight.minima is not None:
-                rounded = rounded + _spread(weight, weight.minima)
+            rounded = quantize_reference.dequantized(weight)
         else:
             rounded = np.asarray(weight).astype(np.float32).astype(_numpy_dtype(dtype))
         return ReferenceLinear(
@@ -351,11 +349,6 @@ class ReferenceOps(composed.ComposedOps):
         xp = self.xp
         bad = xp.any(xp.isnan(logits) | (logits == math.inf), axis=-1)
         return xp.any(logits > -math.inf, axis=-1) & ~bad
-
-
-def _spread(weight: QuantizedWeight, table: Array) -> Array:
-    """A number of each group `[out, groups]` for each input `[out, in]`, float32."""
-    return np.repeat(table.astype(np.float32), weight.group_size, axis=1)[:, : weight.values.shape[1]]
 
 
 def _numpy_dtype(dtype: WeightDtype) -> Any:

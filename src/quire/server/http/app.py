@@ -66,13 +66,11 @@ def create_app(
     """An ASGI application. The caller keeps the engine and shuts it down.
 
     Args:
-        apis: what it speaks; errors outside of all of them have the shape of the first. Where two have a route for one
-            path and method the last has it, and passes on what is not its own.
+        apis: what it speaks, as `quire.server.doors.all` orders them; errors outside of all are of the first.
         served_model_name: names shown by /v1/models; the first stands for requests that name none.
         model_names: further names that requests may use (the model's directory, its id on the hub).
         api_key: keys, or keys with weights; with one, every route but the probes needs it, as `Authorization:
-            Bearer KEY` or `x-api-key: KEY`.
-            Callers with different keys share the engine fairly, by weight (1 where none is given).
+            Bearer KEY` or `x-api-key: KEY`. Callers with different keys share the engine fairly, by weight (usually 1).
         metrics_prefix: stands before the colon of every metric's name.
         show_cached_tokens: usage tells how many prompt tokens the prefix cache supplied; None: unless callers with
             different keys share it: they could learn from it what others ask.
@@ -83,25 +81,19 @@ def create_app(
         store: keeps responses, conversations, files and batches; the server closes it. None: nothing is kept.
         pages: its own ones.
 
-    Raises:
-        ConfigurationError: no name, or an empty key.
+    Raises: ConfigurationError: no name, or an empty key.
     """
-    names = (served_model_name,) if isinstance(served_model_name, str) else tuple(served_model_name)
-    if not names or not all(names):
-        raise ConfigurationError("served_model_name must not be empty", field="served_model_name")
+    names = _names(served_model_name)
     api_keys = _weighted(api_key)
-    if show_cached_tokens is None:
-        show_cached_tokens = not (share_prefix_cache and len(api_keys) > 1)
-    doors = (route for api in reversed(apis) for route in api.routes)
-    app = Starlette(routes=[*doors, *probes.ROUTES, *pages.routes])
-    app.router.redirect_slashes = False
+    may_guess = share_prefix_cache and len(api_keys) > 1
+    app = _routed(apis, pages, metrics_prefix)
     app.state.context = ServerContext(
         engine=engine,
         apis=tuple(apis),
         served_names=names,
         accepted_names=frozenset(names).union(model_names, *(api.stand_ins for api in apis)),
         places=Shares(limits.requests.value),
-        show_cached_tokens=show_cached_tokens,
+        show_cached_tokens=not may_guess if show_cached_tokens is None else show_cached_tokens,
         limits=limits,
         bodies=Bodies(limits, engine),
         needs_key=bool(api_keys),
@@ -113,9 +105,23 @@ def create_app(
         jobs=Jobs(limits.batch_lines_at_once.value),
     )
     engine.expect_callers(app.state.context.weights)
-    app.state.viewers = set()
-    app.state.metrics_prefix = metrics_prefix
     _surround(app, engine, names[0], list(api_keys), observability, cors, pages)
+    return app
+
+
+def _names(served: str | Sequence[str]) -> tuple[str, ...]:
+    names = (served,) if isinstance(served, str) else tuple(served)
+    if not names or not all(names):
+        raise ConfigurationError("served_model_name must not be empty", field="served_model_name")
+    return names
+
+
+def _routed(apis: Sequence[Api], pages: Pages, metrics_prefix: str) -> Starlette:
+    """An application with all routes. Of two for one path the last has it."""
+    doors = (route for api in reversed(apis) for route in api.routes)
+    app = Starlette(routes=[*doors, *probes.ROUTES, *pages.routes])
+    app.router.redirect_slashes = False
+    app.state.viewers, app.state.metrics_prefix = set(), metrics_prefix
     return app
 
 
