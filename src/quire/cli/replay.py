@@ -5,11 +5,10 @@ import json
 import time
 
 EXAMPLES = """examples:
-  quire serve --record night.jsonl
   quire replay night.jsonl
 
-The scheduler of this installation is asked what the recorded one was asked, without a model, and its plans are compared
-with the recorded ones. Exit code 1: one differs."""
+A recording is what quire serve --record FILE leaves. The scheduler of this installation is asked what the recorded one
+was asked, without a model, and its plans are compared with the recorded ones. Exit code 1: one differs."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:

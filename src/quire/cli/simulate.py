@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from quire.observe.step_cost import StepCost
 
 EXAMPLES = """examples:
-  quire serve --record night.jsonl
   quire simulate night.jsonl --max-num-seqs 32
   quire simulate night.jsonl --speed 2 --ttft 0.5 --tpot 0.05
   quire simulate --requests 500 --rate 2 --all-memory
