@@ -19,7 +19,7 @@ from quire.server.http.errors import ApiError
 from quire.server.http.schema import Field, Refused, RequestSchema
 from quire.server.http.streams import Framing, deliver
 from scripts.house.tree import ROOT
-from tests.server.conftest import Running, start
+from tests.server.conftest import Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
 
 KEY = {"authorization": "Bearer k"}
@@ -164,13 +164,17 @@ def test_the_http_side_knows_no_api() -> None:
 
 
 def test_requests_are_counted_by_api_and_status(both: Running, http: httpx.Client) -> None:
-    before = both.server.config.app.state.context.counts.metrics()  # type: ignore[union-attr]
-    counted = {metric.labels: metric.value for metric in before}
+    def counts() -> dict[Any, float]:
+        found = both.server.config.app.state.context.counts.metrics()  # type: ignore[union-attr]
+        return {metric.labels: metric.value for metric in found}
+
+    counted = counts()
     for path, body in (("/toy/say", {"text": "x"}), ("/toy/say", {}), ("/v1/completions", {"prompt": "x"})):
         http.post(path, json=body)
     http.get("/livez")
-    shown = {metric.labels: metric.value for metric in both.server.config.app.state.context.counts.metrics()}  # type: ignore[union-attr]
-    grown = {labels: value - counted.get(labels, 0) for labels, value in shown.items()}
+    # A request is counted when its last byte has left, which may be after the client has read it.
+    assert wait_until(lambda: sum(counts().values()) == sum(counted.values()) + 4)
+    grown = {labels: value - counted.get(labels, 0) for labels, value in counts().items()}
     assert {tuple(dict(labels).values()): value for labels, value in grown.items() if value} == {
         ("toy", "200"): 1,
         ("toy", "400"): 1,
