@@ -15,7 +15,7 @@ QUESTIONS = [
     "My boss keeps talking about PagedAttention. What is it?",
     "How many bits does quantisation need?",
     "what does ttft stand for",
-    "How does continuous batching help?",
+    "What is continuous batching?",
     "What is the capital of France?",
 ]
 

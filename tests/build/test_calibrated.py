@@ -28,7 +28,8 @@ from quire.ops.cpu import CpuOps
 from quire.ops.select import instruction_sets
 from quire.quant.select import select_scheme
 from quire.text.tokenizer import Tokenizer
-from quire.weights.formats.engine_dir import MANIFEST, Manifest
+from quire.weights.formats.engine_dir import Manifest
+from quire.weights.formats.engine_names import MANIFEST
 from quire.weights.load import WeightPlan, load_model, load_weights, open_source, plan_weights, read_model_config
 from tests.conftest import PATIENCE_S
 from tests.models.paged import PagedModel

@@ -25,7 +25,8 @@ from quire.cli.main import main
 from quire.errors import ConfigurationError, ModelFileError
 from quire.ops.select import instruction_sets
 from quire.weights.formats import engine_dir
-from quire.weights.formats.engine_dir import MANIFEST, WEIGHTS, Manifest
+from quire.weights.formats.engine_dir import Manifest
+from quire.weights.formats.engine_names import MANIFEST, WEIGHTS
 from tests.conftest import PATIENCE_S
 from tests.tiny.checkpoints import make_tiny
 

@@ -20,7 +20,8 @@ from quire.ops.cpu import CpuOps
 from quire.ops.cpu_layouts import relayout
 from quire.ops.select import instruction_sets
 from quire.weights.formats import engine_dir, gguf_file
-from quire.weights.formats.engine_dir import MANIFEST, WEIGHTS, Manifest
+from quire.weights.formats.engine_dir import Manifest
+from quire.weights.formats.engine_names import MANIFEST, WEIGHTS
 from quire.weights.formats.gguf_names import HEADER
 from quire.weights.formats.gguf_parts import GgufParts
 from tests.build.test_engine_directory import answers, build, read

@@ -263,7 +263,7 @@ def test_a_start_that_will_not_fit_says_what_would(tmp_path: Path) -> None:
         (["--context", "99999999k"], "is not a whole number from 1 to 16,777,216"),
         (["--device", "h100", "--measure"], "measure runs on this machine"),
         (["--check-quantization", "int8"], "check_quantization goes with --check"),
-        (["--quantization", "int8", "--quantization-group-size", "32"], "quantization_group_size is for"),
+        (["--quantization", "fp8", "--quantization-group-size", "32"], "quantization_group_size is for"),
     ],
 )
 def test_bad_flags(llama: Path, capsys: pytest.CaptureFixture[str], flags: list[str], text: str) -> None:

@@ -25,20 +25,8 @@ from quire.ops.packed import ALIGNMENT, PackedState
 from quire.ops.types import Provider
 from quire.outputs import Decision
 from quire.quant.types import Scheme
-from quire.weights.formats.engine_dir import (
-    BUILDING,
-    MANIFEST,
-    SCHEMA,
-    WEIGHTS,
-    DecisionRecord,
-    FileRecord,
-    Golden,
-    Manifest,
-    Span,
-    StoredParameter,
-    digest_of,
-    is_engine,
-)
+from quire.weights.formats.engine_dir import SCHEMA, DecisionRecord, FileRecord, Golden, Manifest, Span, StoredParameter, digest_of
+from quire.weights.formats.engine_names import BUILDING, MANIFEST, WEIGHTS, is_engine
 from quire.weights.formats.gguf_header import write_header
 from quire.weights.formats.gguf_names import HEADER, part_paths
 from quire.weights.formats.gguf_parts import GgufParts

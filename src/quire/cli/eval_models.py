@@ -25,7 +25,8 @@ from quire.models.parameters import Parameter
 from quire.ops.select import select_ops
 from quire.runner.teacher_forcing import STEP_TOKENS
 from quire.text.tokenizer import Tokenizer
-from quire.weights.formats.engine_dir import is_engine, read_manifest
+from quire.weights.formats.engine_dir import read_manifest
+from quire.weights.formats.engine_names import is_engine
 from quire.weights.load import open_source, plan_weights, read_model_config
 from quire.weights.value_grid import grid_of
 

@@ -23,7 +23,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check; 1 where something differs."""
     from quire.build.verify import wrong_answers, wrong_files
-    from quire.weights.formats.engine_dir import Golden, is_engine, read_manifest
+    from quire.weights.formats.engine_dir import Golden, read_manifest
+    from quire.weights.formats.engine_names import is_engine
 
     directory: Path = options.engine
     if not is_engine(directory):

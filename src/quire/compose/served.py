@@ -20,7 +20,7 @@ from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.engine.observer import Observer
 from quire.engine.queue import QueueBound, QueueConfig
 from quire.errors import ConfigurationError
-from quire.weights.formats.engine_dir import is_engine
+from quire.weights.formats.engine_names import is_engine
 from quire.weights.formats.gguf_names import is_gguf, part_paths
 from quire.weights.hub import resolve_model_path
 

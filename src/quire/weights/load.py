@@ -15,7 +15,8 @@ from quire.models.spec import DecoderSpec
 from quire.ops.types import FORMATS, CacheDtype, Provider, QuantSpec, WeightDtype
 from quire.outputs import Decision
 from quire.quant.types import Scheme
-from quire.weights.formats.engine_dir import EngineWeights, is_engine, read_manifest
+from quire.weights.formats.engine_dir import EngineWeights, read_manifest
+from quire.weights.formats.engine_names import is_engine
 from quire.weights.formats.gguf_names import header_path, is_gguf
 from quire.weights.formats.quantized import KEYS, states_quantization
 from quire.weights.formats.safetensors import DTYPES_BY_FORMAT, CheckpointWeights

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from quire.errors import ModelFileError
 from quire.models.parameters import Concatenated, Parameter
 from quire.ops.packed import ALIGNMENT, PackedHeader, PackedState
+from quire.weights.formats.engine_names import BUILDING, MANIFEST, WEIGHTS
 from quire.weights.formats.gguf_names import HEADER
 from quire.weights.json_file import open_regular, printable
 from quire.weights.source import TensorInfo
 
-MANIFEST, WEIGHTS, BUILDING = "engine.json", "weights.quire", ".building"
 SCHEMA = 1
 MAX_MANIFEST_BYTES = 64 * 2**20
 Span = tuple[int, int]
@@ -93,11 +93,6 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 def digest_of(manifest: Manifest) -> str:
     """What `manifest.digest` must be."""
     return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(manifest, digest=""))).hexdigest()
-
-
-def is_engine(directory: Path) -> bool:
-    """Whether there is a manifest here, or the beginning of an engine that was never finished."""
-    return (directory / MANIFEST).exists() or (directory / BUILDING).exists()
 
 
 def read_manifest(directory: Path) -> Manifest:
