@@ -54,9 +54,9 @@ class Keeper:
         await self._store.write(AddParts(name + EVENTS, self._owner, parts))
 
     async def end(self, name: str, **fields: Any) -> None:
-        """One that ended without an answer, unless it was deleted."""
+        """One that ended without an answer; of one that is kept as it ended, or was deleted, nothing changes."""
         found = await self._store.get(RESPONSE, self._owner, name)
-        if found is not None:
+        if found is not None and found.is_open:
             await self._store.write(Put(closed(found, **fields)))
 
     def _put(self, response: dict[str, Any], *, is_open: bool) -> Put:
