@@ -114,3 +114,27 @@ def test_it_holds_no_more_than_a_response_reads(client: openai.OpenAI) -> None:
     for query in ({"limit": "0"}, {"limit": "101"}, {"order": "up"}):
         with pytest.raises(openai.BadRequestError):
             client.get(f"/conversations/{made.id}/items", cast_to=object, options={"params": query})
+
+
+def test_what_it_goes_on_from_is_read_up_to_a_size() -> None:
+    limits = Limits().with_values({"input_bytes": 600})
+    instance = start(FakeEngine(), store=memory(), limits=limits)
+    client = instance.client()
+    try:
+        made = client.conversations.create(items=[message("x" * 100)])
+        (item,) = client.conversations.items.list(made.id)
+        reference: Any = {"type": "item_reference", "id": item.id}
+        chained = client.responses.create(input=[reference, reference])
+        calls: list[Any] = [
+            lambda: client.responses.create(input=[reference] * 3),
+            lambda: client.responses.create(input="y", previous_response_id=chained.id),
+            lambda: client.conversations.items.create(made.id, items=[reference] * 3),
+        ]
+        client.responses.create(input="y", conversation=made.id)
+        client.conversations.items.create(made.id, items=[message("x" * 100), message("x" * 100)])
+        for call in [*calls, lambda: client.responses.create(input="y", conversation=made.id)]:
+            with pytest.raises(openai.APIStatusError, match="limited to 600 bytes") as caught:
+                call()
+            assert (caught.value.status_code, caught.value.code) == (413, "input_too_large")
+    finally:
+        instance.stop()
