@@ -1,5 +1,6 @@
 """OpenAI's client, unchanged, against /v1/conversations."""
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ from openai.types.conversations import Conversation, ConversationItem, Conversat
 from pydantic import TypeAdapter
 
 from quire.server.http.limits import Limits
-from tests.server.conftest import Running, start
+from tests.server.conftest import Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_responses_client import memory
 
@@ -70,6 +71,20 @@ def test_responses_go_on_with_it_and_add_to_it(client: openai.OpenAI, running: R
     client.responses.create(input=[reference, message("what?")])
     told = [item["messages"] for item in running.engine.calls if "messages" in item][-1]
     assert told[0] == {"role": "assistant", "content": "abc"}
+
+
+def test_a_response_adds_nothing_to_one_that_was_deleted_meanwhile(client: openai.OpenAI, running: Running) -> None:
+    made = client.conversations.create()
+    response = client.responses.create(input="held", conversation=made.id, background=True)
+    assert wait_until(lambda: running.engine.num_running == 1)
+    client.conversations.delete(made.id)
+    running.engine.released.set()
+    try:
+        assert wait_until(lambda: client.responses.retrieve(response.id).status == "completed")
+    finally:
+        running.engine.released.clear()
+    store = running.server._context.store
+    assert store is not None and asyncio.run(store.parts(made.id)) == []
 
 
 def test_others_do_not_see_it(client: openai.OpenAI, running: Running) -> None:

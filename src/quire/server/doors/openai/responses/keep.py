@@ -45,13 +45,13 @@ class Keeper:
             ]
         if self.conversation is not None:
             parts = [Part(None, msgspec.json.encode(item), item["id"]) for item in [*items, *output]]
-            changes.append(AddParts(self.conversation, self._owner, parts))
+            changes.append(AddParts(self.conversation, self._owner, parts, while_there=self.conversation))
         await self._store.write(*changes)
 
     async def keep_events(self, name: str, events: Sequence[bytes]) -> None:
         """The events of one that was streamed in the background."""
         parts = [Part(number, content) for number, content in enumerate(events)]
-        await self._store.write(AddParts(name + EVENTS, self._owner, parts))
+        await self._store.write(AddParts(name + EVENTS, self._owner, parts, while_there=name))
 
     async def end(self, name: str, **fields: Any) -> None:
         """One that ended without an answer; of one that is kept as it ended, or was deleted, nothing changes."""
