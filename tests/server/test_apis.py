@@ -169,11 +169,13 @@ def test_requests_are_counted_by_api_and_status(both: Running, http: httpx.Clien
     for path, body in (("/toy/say", {"text": "x"}), ("/toy/say", {}), ("/v1/completions", {"prompt": "x"})):
         http.post(path, json=body)
     http.get("/livez")
+    http.get("/v1/responses/resp_1")  # there is no store
     shown = {metric.labels: metric.value for metric in both.server.config.app.state.context.counts.metrics()}  # type: ignore[union-attr]
     grown = {labels: value - counted.get(labels, 0) for labels, value in shown.items()}
     assert {tuple(dict(labels).values()): value for labels, value in grown.items() if value} == {
         ("toy", "200"): 1,
         ("toy", "400"): 1,
         ("openai", "200"): 1,
+        ("openai", "503"): 1,
         ("server", "200"): 1,
     }
