@@ -159,7 +159,8 @@ def test_one_that_the_store_lets_not_end_can_be_cancelled(
     assert client.batches.retrieve(batch.id).status == "in_progress", "it has not ended"
     assert client.batches.cancel(batch.id).status == "cancelled"
     found = client.batches.retrieve(batch.id)
-    assert found.status == "cancelled" and [item["custom_id"] for item in results(client, found.output_file_id)] == ["one"]
+    assert found.status == "cancelled"
+    assert [item["custom_id"] for item in results(client, found.output_file_id)] == ["one"]
 
 
 def test_a_batch_waits_for_a_store_that_gives_nothing(

@@ -78,7 +78,8 @@ def row_scales(columns: Floats) -> Floats:
 
 
 def group_scales(group: Floats, importance: Floats) -> Floats:
-    """`group [size, out]`, of 4 bits -> the scale of each output `[out]` with the least error, weighted by `importance [size]`."""
+    """`group [size, out]` -> the scale of 4 bits of each output `[out]` with the least error, weighted by
+    `importance [size]`."""
     most, least = group.max(axis=0), group.min(axis=0)
     extreme = np.where(most > -least, most, least)
     none = np.abs(extreme) < SMALLEST

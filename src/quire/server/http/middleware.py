@@ -96,7 +96,8 @@ class ForeignPages:
         """Check, then pass on."""
         headers = dict(scope.get("headers", ()))
         is_foreign = headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
-        is_simple = scope.get("method") == "POST" and not headers.get(b"content-type", b"").startswith(b"application/json")
+        kind = headers.get(b"content-type", b"")
+        is_simple = scope.get("method") == "POST" and not kind.startswith(b"application/json")
         if not (is_foreign and is_simple and self._origins.isdisjoint((b"*", headers.get(b"origin", b"")))):
             await self._app(scope, receive, send)
             return
