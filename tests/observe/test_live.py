@@ -54,6 +54,9 @@ class Watched(Harness):
         pool = self.scheduler._pool
         shown = {item["name"]: item["blocks"] for item in frame["requests"] if item["blocks"]}
         assert shown == {item.new.request_id: item.block_ids for item in self.scheduler._running}
+        assert frame["num_running"] == self.scheduler.num_running
+        assert frame["num_waiting"] == self.scheduler.num_waiting
+        assert frame["tokens_per_s"] == 0 or self.scheduler.has_work
         known = {block for block, text in enumerate(pool._hash_of) if text is not None and not pool._num_holders[block]}
         assert known <= {*frame["cached"]} if frame["cached"] else not known
         # Of two equal blocks the pool remembers one; the view cannot know that.

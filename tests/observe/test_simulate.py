@@ -20,7 +20,7 @@ from quire.observe.recording import RecordedScheduler
 from quire.observe.replay import Session, read
 from quire.observe.reservations import reserved_tokens, simulate_reserved
 from quire.observe.simulate import arrivals, percentile, recorded, simulate
-from quire.observe.step_cost import StepCost, features, fit
+from quire.observe.step_cost import StepCost, features, fit, line_through
 from tests.core.harness import Harness
 
 COST = StepCost(fixed=0.004, token=0.0003, row=0.0001, context=2e-6)
@@ -155,6 +155,13 @@ def test_attention_looks_at_every_token_up_to_its_own() -> None:
     """Tokens 10 to 13 look at 11 to 14; a lone first token at itself."""
     assert features([ScheduledRow(0, 10, 4, (), True)]) == (1, 4, 1, 11 + 12 + 13 + 14)
     assert features([ScheduledRow(0, 0, 1, (), False)]) == (1, 1, 0, 1)
+
+
+def test_a_line_goes_through_a_step_that_should_take_nothing() -> None:
+    """Rows alone explain the others, and one has none."""
+    samples = [((1.0, 8.0, 1.0, 100.0), 1.0), ((1.0, 2.0, 4.0, 100.0), 9.0), ((1.0, 1.0, 0.0, 1.0), 9.0)]
+    cost = line_through(samples)
+    assert min(cost.fixed, cost.token, cost.row, cost.context) >= 0
 
 
 def test_reserved_lengths() -> None:

@@ -65,7 +65,11 @@ def test_numbers_are_those_of_the_papers_algorithm() -> None:
 
 
 @pytest.mark.parametrize("inputs", [64, 100, 256])
-@pytest.mark.parametrize("quant", [QuantSpec("int8", None), QuantSpec("int4", 32), QuantSpec("int4", 128)], ids=str)
+@pytest.mark.parametrize(
+    "quant",
+    [QuantSpec("int8", None), QuantSpec("int8_groups", 64), QuantSpec("int4", 32), QuantSpec("int4", 128)],
+    ids=str,
+)
 def test_outputs_lose_less_than_by_rounding_to_nearest(quant: QuantSpec, inputs: int) -> None:
     matrix, weight = hessian(inputs), np.random.default_rng(2).normal(size=(48, inputs)).astype(np.float32)
 

@@ -12,7 +12,10 @@ import openai
 import pytest
 from openai.types import Batch, FileObject
 
+from quire.server.doors.openai.batches.runner import _split
+from quire.server.http.errors import ApiError
 from quire.server.http.limits import Limits
+from quire.server.http.stored import Put
 from quire.server.store.database import SqliteStore
 from tests.server.conftest import Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
@@ -136,6 +139,56 @@ def test_cancel(client: openai.OpenAI, running: Running) -> None:
     with pytest.raises(openai.BadRequestError, match="cancelled"):
         client.batches.cancel(batch.id)
     assert client.files.delete(batch.input_file_id).deleted
+
+
+def test_one_that_the_store_lets_not_end_can_be_cancelled(
+    client: openai.OpenAI, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store: Any = running.server._context.store
+    write, refused = store.write, []
+
+    async def refusing(*changes: Any) -> None:
+        if any(isinstance(one, Put) and one.item.body.get("status") == "completed" for one in changes):
+            refused.append(changes)
+            raise ApiError(507, "full")
+        await write(*changes)
+
+    monkeypatch.setattr(store, "write", refusing)
+    batch = submit(client, [line("one")])
+    assert wait_until(lambda: bool(refused))
+    assert client.batches.retrieve(batch.id).status == "in_progress", "it has not ended"
+    assert client.batches.cancel(batch.id).status == "cancelled"
+    found = client.batches.retrieve(batch.id)
+    assert found.status == "cancelled"
+    assert [item["custom_id"] for item in results(client, found.output_file_id)] == ["one"]
+
+
+def test_a_batch_waits_for_a_store_that_gives_nothing(
+    client: openai.OpenAI, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store: Any = running.server._context.store
+    parts, asked = store.parts, []
+
+    async def refusing(*values: Any, **more: Any) -> Any:
+        asked.append(values)
+        if len(asked) < 2:
+            raise ApiError(503, "locked")
+        return await parts(*values, **more)
+
+    monkeypatch.setattr("quire.server.doors.openai.batches.runner.RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(store, "parts", refusing)
+    assert ended(client, submit(client, [line("one")]).id).status == "completed"
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_lines_are_the_same_in_pieces_of_any_size(size: int) -> None:
+    text = b"\none\n\n  \ntwo three\n\nfour"
+    rest, number, found = bytearray(), 0, []
+    for at in range(0, len(text), size):
+        lines, rest, count = _split(rest, text[at : at + size])
+        found += [(number + place, one) for place, one in lines]
+        number += count
+    assert (found, bytes(rest), number) == ([(1, b"one"), (4, b"two three")], b"four", 6)
 
 
 def test_files(client: openai.OpenAI) -> None:

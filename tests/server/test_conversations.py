@@ -1,5 +1,6 @@
 """OpenAI's client, unchanged, against /v1/conversations."""
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ from openai.types.conversations import Conversation, ConversationItem, Conversat
 from pydantic import TypeAdapter
 
 from quire.server.http.limits import Limits
-from tests.server.conftest import Running, start
+from tests.server.conftest import Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_responses_client import memory
 
@@ -72,6 +73,20 @@ def test_responses_go_on_with_it_and_add_to_it(client: openai.OpenAI, running: R
     assert told[0] == {"role": "assistant", "content": "abc"}
 
 
+def test_a_response_adds_nothing_to_one_that_was_deleted_meanwhile(client: openai.OpenAI, running: Running) -> None:
+    made = client.conversations.create()
+    response = client.responses.create(input="held", conversation=made.id, background=True)
+    assert wait_until(lambda: running.engine.num_running == 1)
+    client.conversations.delete(made.id)
+    running.engine.released.set()
+    try:
+        assert wait_until(lambda: client.responses.retrieve(response.id).status == "completed")
+    finally:
+        running.engine.released.clear()
+    store = running.server._context.store
+    assert store is not None and asyncio.run(store.parts(made.id)) == []
+
+
 def test_others_do_not_see_it(client: openai.OpenAI, running: Running) -> None:
     made = client.conversations.create(items=[message("one")])
     item = next(iter(client.conversations.items.list(made.id))).id
@@ -114,3 +129,27 @@ def test_it_holds_no_more_than_a_response_reads(client: openai.OpenAI) -> None:
     for query in ({"limit": "0"}, {"limit": "101"}, {"order": "up"}):
         with pytest.raises(openai.BadRequestError):
             client.get(f"/conversations/{made.id}/items", cast_to=object, options={"params": query})
+
+
+def test_what_it_goes_on_from_is_read_up_to_a_size() -> None:
+    limits = Limits().with_values({"input_bytes": 600})
+    instance = start(FakeEngine(), store=memory(), limits=limits)
+    client = instance.client()
+    try:
+        made = client.conversations.create(items=[message("x" * 100)])
+        (item,) = client.conversations.items.list(made.id)
+        reference: Any = {"type": "item_reference", "id": item.id}
+        chained = client.responses.create(input=[reference, reference])
+        calls: list[Any] = [
+            lambda: client.responses.create(input=[reference] * 3),
+            lambda: client.responses.create(input="y", previous_response_id=chained.id),
+            lambda: client.conversations.items.create(made.id, items=[reference] * 3),
+        ]
+        client.responses.create(input="y", conversation=made.id)
+        client.conversations.items.create(made.id, items=[message("x" * 100), message("x" * 100)])
+        for call in [*calls, lambda: client.responses.create(input="y", conversation=made.id)]:
+            with pytest.raises(openai.APIStatusError, match="limited to 600 bytes") as caught:
+                call()
+            assert (caught.value.status_code, caught.value.code) == (413, "input_too_large")
+    finally:
+        instance.stop()

@@ -14,6 +14,7 @@ from quire.server.http.app import create_app
 from quire.server.http.cors import Cors, listed
 from tests.server.conftest import MODEL, Running, start
 from tests.server.fake_engine import FakeEngine
+from tests.server.test_responses_client import memory
 
 PAGE = "https://app.example"
 KEY = {"authorization": "Bearer k"}
@@ -73,6 +74,23 @@ def test_a_page_can_read_why_its_request_was_refused(paged: Running) -> None:
 def test_without_the_flag_no_page_gets_anything(running: Running) -> None:
     assert browser_lets_through(f"{running.url}/v1/chat/completions", PAGE, {}, CHAT) is None
     assert "access-control-allow-origin" not in httpx.get(f"{running.url}/", headers={"origin": PAGE}).headers
+
+
+@pytest.mark.parametrize(
+    ("origins", "site", "status"),
+    [((), "cross-site", 403), ((), "same-site", 403), ((), "same-origin", 200), ((), None, 200),
+     (("*",), "cross-site", 200), ((PAGE,), "cross-site", 200), (("https://other.example",), "cross-site", 403)],
+)  # fmt: skip
+def test_a_form_is_taken_of_no_page_that_is_not_let_in(origins: tuple[str, ...], site: str | None, status: int) -> None:
+    """Browsers send forms to any server without asking it."""
+    app = create_app(FakeEngine(), apis=[OPENAI], served_model_name=MODEL, cors=Cors(origins=origins), store=memory())
+    headers = {"origin": PAGE, **({} if site is None else {"sec-fetch-site": site})}
+    client = TestClient(app, headers=headers)
+    found = client.post("/v1/files", files={"file": ("x", b"{}")}, data={"purpose": "batch"})
+    assert found.status_code == status
+    if status == 403:
+        assert found.json()["error"]["code"] == "foreign_page" and "--allowed-origins" in found.text
+        assert client.post("/v1/responses/resp_1/cancel").status_code == 403
 
 
 def test_every_origin_may_be_let_in() -> None:

@@ -11,7 +11,9 @@ from openai.types.responses import Response, ResponseItemList, ResponseStreamEve
 from pydantic import BaseModel, TypeAdapter
 
 from quire.llm import AsyncLLM
+from quire.server.http.errors import ApiError
 from quire.server.http.limits import Limits
+from quire.server.http.stored import AddParts, Put
 from quire.server.store.database import SqliteStore
 from quire.text.parsers.choose import choose
 from tests.server.conftest import Running, start, wait_until
@@ -223,6 +225,28 @@ def test_a_background_stream_is_followed_from_any_event(client: openai.OpenAI, r
     assert wait_until(lambda: client.responses.retrieve(name).status == "completed")
     again = read(client.responses.retrieve(name, stream=True))
     assert [event.to_dict() for event in again] == [event.to_dict() for event in [*seen, *rest]]
+
+
+@pytest.mark.parametrize(("refused", "status"), [("the end", "failed"), ("the events", "completed")])
+def test_one_in_the_background_that_the_store_does_not_take(
+    client: openai.OpenAI, running: Running, monkeypatch: pytest.MonkeyPatch, refused: str, status: str
+) -> None:
+    store: Any = running.server._context.store
+    write = store.write
+
+    async def refusing(*changes: Any) -> None:
+        ends = any(isinstance(one, Put) and one.item.body["status"] == "completed" for one in changes)
+        events = any(isinstance(one, AddParts) and one.place.endswith("/events") for one in changes)
+        if ends if refused == "the end" else events:
+            raise ApiError(507, "full")
+        await write(*changes)
+
+    monkeypatch.setattr(store, "write", refusing)
+    events = read(client.responses.create(input="ab", background=True, stream=True))
+    name = events[0].response.id
+    assert wait_until(lambda: client.responses.retrieve(name).status == status)
+    found = client.responses.retrieve(name)
+    assert (found.output_text == "") is (status == "failed") and (found.error is None) is (status == "completed")
 
 
 def test_cancel(client: openai.OpenAI, running: Running) -> None:

@@ -52,6 +52,18 @@ def test_changes_are_made_together_or_not_at_all(store: SqliteStore) -> None:
     asyncio.run(work())
 
 
+def test_nothing_is_kept_for_what_is_forgotten(store: SqliteStore) -> None:
+    async def work() -> None:
+        await store.write(*thing("one"), Remove("one"))
+        parts = [Part(None, b"x", "late"), Part(None, b"y")]
+        await store.write(Put(Stored("two", "response", "a", {})), AddParts("one", "a", parts, while_there="one"))
+        assert await store.parts("one") == [] and await store.find_part("a", "late") is None
+        await store.write(AddParts("two", "a", parts, while_there="two"))
+        assert [(part.number, part.content) for part in await store.parts("two")] == [(0, b"x"), (1, b"y")]
+
+    asyncio.run(work())
+
+
 def test_the_oldest_responses_of_who_holds_most_make_room(store: SqliteStore) -> None:
     async def work() -> None:
         await store.write(*thing("small", owner="b"))

@@ -199,6 +199,8 @@ class LiveView:
         """
         with self._lock:
             record, self._watched_s = self._record, self._now_s
+            # Not the record's counts: after the last request's end no step comes that would say so.
+            num_running = sum(one.state in ("prefill", "decode") for one in self._requests.values())
             return {
                 "version": self._version,
                 "now_s": self._now_s,
@@ -207,13 +209,13 @@ class LiveView:
                 "num_blocks": 0 if record is None else record.num_blocks,
                 "num_free_blocks": 0 if record is None else record.num_blocks - len(self._holders),
                 "num_cached_blocks": len(self._cached),
-                "num_running": 0 if record is None else record.num_running,
-                "num_waiting": 0 if record is None else record.num_waiting,
+                "num_running": num_running,
+                "num_waiting": len(self._requests) - num_running,
                 "requests": [request.shown(since) for request in self._requests.values()],
                 "ended": [request.shown(since) for request in self._ended],
                 "cached": [*self._cached] if self._cached_version > since or since < 0 else None,
                 "steps": [step for version, step in self._steps if version > since],
-                "tokens_per_s": sum(count for _, count in self._tokens) / RATE_S,
+                "tokens_per_s": sum(count for _, count in self._tokens) / RATE_S if self._requests else 0.0,
                 "ttft_s": _percentiles(self._ttft_s),
                 "itl_s": _percentiles(self._tpot_s),
                 "prefix_queries": self._hits[0],

@@ -20,6 +20,7 @@ LEAST_STEPS = 8
 Sample = tuple[tuple[float, ...], float]
 """Features of a step, and its seconds."""
 _SOFTENING = 1e-9
+LEAST_SHARE = 1e-6
 ROUNDS = 4
 
 
@@ -110,12 +111,15 @@ def _samples(session: Session) -> list[Sample]:
 
 def _least_squares(samples: Sequence[Sample]) -> list[float]:
     """Coefficients that are not negative. Each step counts by the inverse of what it should take: the sum of all is
-    then right, whatever delays some."""
+    then right, whatever delays some. One that should take nothing at all counts by a small part of what it took."""
     coefficients = [0.0] * 4
     weights = [seconds for _, seconds in samples]
     for _ in range(ROUNDS):
         coefficients = _weighted(samples, weights)
-        weights = [sum(c * x for c, x in zip(coefficients, parts, strict=True)) for parts, _ in samples]
+        weights = [
+            max(sum(c * x for c, x in zip(coefficients, parts, strict=True)), LEAST_SHARE * seconds)
+            for parts, seconds in samples
+        ]
     return coefficients
 
 

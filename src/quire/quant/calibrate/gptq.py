@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.ops.types import QuantizedWeight, QuantSpec
+from quire.ops.types import FORMATS, QuantizedWeight, QuantSpec
 from quire.quant.calibrate.cholesky import BLOCK, Gemm, upper_factor
 
 DAMPING = 0.1
@@ -36,7 +36,8 @@ def gptq(weight: Any, hessian: NDArray[np.float64], quant: QuantSpec, gemm: Gemm
     out, inputs = weight.shape
     if not (np.isfinite(weight).all() and np.isfinite(hessian).all()):
         raise ValueError("a weight or an input of the calibration is not finite")
-    size = quant.group_size or inputs
+    size, bits = quant.group_size or inputs, FORMATS[quant.format].bits
+    low, high = LARGEST[bits]
     factor = upper_factor(damped(hessian), gemm)
     diagonal = np.diagonal(factor)
     ratios, importance = (factor / diagonal).astype(np.float32), np.square(diagonal).astype(np.float32)
@@ -44,7 +45,7 @@ def gptq(weight: Any, hessian: NDArray[np.float64], quant: QuantSpec, gemm: Gemm
     columns = np.ascontiguousarray(weight.T, np.float32)
     values, scales = np.empty((inputs, out), np.int8), np.empty((-(-inputs // size), out), np.float32)
     if quant.group_size is None:
-        scales[0] = np.abs(columns).max(axis=0) / np.float32(LARGEST[8][1])
+        scales[0] = row_scales(columns)
     carried = np.zeros((inputs, out), np.float32)
     for first in range(0, inputs, BLOCK):
         last = min(first + BLOCK, inputs)
@@ -52,8 +53,8 @@ def gptq(weight: Any, hessian: NDArray[np.float64], quant: QuantSpec, gemm: Gemm
         for k in range(first, last):
             if quant.group_size is not None and k % size == 0:
                 group = slice(k, min(k + size, inputs))
-                scales[k // size] = group_scales(columns[group] + carried[group], importance[group])
-            low, high = LARGEST[8 if quant.group_size is None else 4]
+                now = columns[group] + carried[group]
+                scales[k // size] = row_scales(now) if bits == 8 else group_scales(now, importance[group])
             rounded = np.clip(np.rint((columns[k] + carried[k]) * _inverse(scales[k // size])), low, high)
             values[k] = rounded
             error = errors[k - first] = columns[k] - rounded * scales[k // size]
@@ -70,8 +71,15 @@ def damped(hessian: NDArray[np.float64]) -> NDArray[np.float64]:
     return found
 
 
+def row_scales(columns: Floats) -> Floats:
+    """`columns [size, out]` -> the scale of 8 bits of each output `[out]`: no number is cut off."""
+    scales: Floats = np.abs(columns).max(axis=0) / np.float32(LARGEST[8][1])
+    return scales
+
+
 def group_scales(group: Floats, importance: Floats) -> Floats:
-    """`group [size, out]` -> the scale of each output `[out]` with the least error, weighted by `importance [size]`."""
+    """`group [size, out]` -> the scale of 4 bits of each output `[out]` with the least error, weighted by
+    `importance [size]`."""
     most, least = group.max(axis=0), group.min(axis=0)
     extreme = np.where(most > -least, most, least)
     none = np.abs(extreme) < SMALLEST

@@ -17,7 +17,7 @@ from quire.server.http.cors import EXPOSED, Cors
 from quire.server.http.jobs import Jobs
 from quire.server.http.keys import KeyRequired, caller_name
 from quire.server.http.limits import Limits
-from quire.server.http.middleware import EarlyRefusal, QueueGuard, RejectAmbiguousFraming
+from quire.server.http.middleware import EarlyRefusal, ForeignPages, QueueGuard, RejectAmbiguousFraming
 from quire.server.http.shares import Shares
 from quire.server.http.stored import Store
 
@@ -155,6 +155,7 @@ def _surround(
     if api_keys or admin_key is not None:
         keys = KeyRequired(app, api_keys=api_keys, open_paths=open_paths, admin_key=admin_key)
         app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=open_paths, admin_key=admin_key)
+    app.add_middleware(ForeignPages, origins=cors.origins)
     if cors.origins:  # around the keys: a preflight carries none, and a page may read why its request was refused
         app.add_middleware(
             CORSMiddleware,

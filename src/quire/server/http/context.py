@@ -231,7 +231,7 @@ class ServerContext:
     def door_of(self, path: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> str:
         """The name of the API that a request was of; `server` for what is no route of one."""
         api = self.api_of(path, headers)
-        return api.name if any(route.path == path for route in api.routes) else "server"
+        return api.name if any(route.path_regex.match(path) for route in api.routes) else "server"
 
     def api_of(self, path: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> Api:
         """The API whose marker is among the headers, or that a path belongs to; the first one has what belongs to

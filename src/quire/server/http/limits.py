@@ -74,6 +74,9 @@ class Limits:
     prompt_tokens: Limit = Limit("a prompt", 2**31 - 1, "tokens", 400, "prompt_too_long")
     detokenized_tokens: Limit = Limit("tokens", 2**17, "token ids in one request", 400, "too_many_tokens", "tokens")
     input_items: Limit = Limit("input", 2048, "items, earlier turns included", 400, "too_many_items", "input")
+    input_bytes: Limit = Limit(
+        "what an input goes on from, and what it refers to,", 2**25, "bytes", 413, "input_too_large", "input"
+    )
     chained_responses: Limit = Limit(
         "previous_response_id", 256, "responses before this one", 400, "chain_too_long", "previous_response_id"
     )

@@ -1,10 +1,11 @@
-"""Refusals before a route is found: two framings in one request, and what there is no place for.
+"""Refusals before a route is found: two framings in one request, pages of others, and what there is no place for.
 
 A request that waits in the queue is checked against it up to three times: from its first bytes, unparsed, where one
 opens a connection; when its head is parsed, before any work; and by the engine, which knows its prompt.
 """
 
 import time
+from collections.abc import Sequence
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -78,6 +79,30 @@ class RejectAmbiguousFraming:
         text = "a request has a Content-Length or a Transfer-Encoding, not both"
         refusal = ApiError(400, text, code="malformed_request", headers={"Connection": "close"})
         await error_response(scope, refusal)(scope, receive, send)
+
+
+class ForeignPages:
+    """Refuses what a page of an origin that is not allowed sends without asking first, as browsers let it: forms, and
+    requests without a body. Before JSON they ask, and get no answer.
+
+    Args:
+        origins: of pages that may; `*`: all.
+    """
+
+    def __init__(self, app: ASGIApp, *, origins: Sequence[str]) -> None:
+        self._app, self._origins = app, {origin.encode() for origin in origins}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Check, then pass on."""
+        headers = dict(scope.get("headers", ()))
+        is_foreign = headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
+        kind = headers.get(b"content-type", b"")
+        is_simple = scope.get("method") == "POST" and not kind.startswith(b"application/json")
+        if not (is_foreign and is_simple and self._origins.isdisjoint((b"*", headers.get(b"origin", b"")))):
+            await self._app(scope, receive, send)
+            return
+        text = "pages of other origins may not use this server (--allowed-origins)"
+        await error_response(scope, ApiError(403, text, code="foreign_page"))(scope, receive, send)
 
 
 class EarlyRefusal:

@@ -51,6 +51,8 @@ class AddParts:
     place: str
     owner: str
     parts: Sequence[Part] = field(default_factory=tuple)
+    while_there: str | None = None
+    """An object: where it is forgotten by now, so are they."""
 
 
 @dataclass(frozen=True, slots=True)

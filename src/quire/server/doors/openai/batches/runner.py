@@ -12,17 +12,17 @@ not. Both files are parts under an id that is no file's yet, until the batch end
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from quire.engine.queue import Caller
 from quire.errors import EngineDeadError, OverloadedError
-from quire.server.doors.openai.batches.files import BATCH_OUTPUT, file_object, pieces_of
+from quire.server.doors.openai.batches.files import BATCH_OUTPUT, PARTS_READ, file_object
 from quire.server.doors.openai.batches.lines import LineReader, Result, refusal_of
 from quire.server.http.context import ServerContext
 from quire.server.http.errors import ApiError, as_api_error
@@ -32,12 +32,14 @@ from quire.server.http.stored import AddParts, Change, Part, Put, Stored, store_
 KIND = "batch"
 OUTPUT, ERRORS = "output", "error"
 RETRY_SECONDS = 2.0
-"""After which a result that the store did not take is written again."""
+"""After which the store is asked again for what it did not take, or did not give."""
 COUNTED_SECONDS = 1.0
 """How often the counts of a batch are written."""
 _EXPIRED = ApiError(408, "the batch ended before this line was asked", code="batch_expired")
 
 logger = logging.getLogger("quire.server")
+
+T = TypeVar("T")
 
 
 def job_name(batch: Stored) -> str:
@@ -54,6 +56,7 @@ class Runner:
         self._reader = LineReader(context, caller, batch.body["endpoint"], error_body)
         self._done: dict[str, dict[int, int]] = {OUTPUT: {}, ERRORS: {}}
         """Sizes of the lines of both files, by number."""
+        self._knows_done = False
         self._counted_s = 0.0
 
     @property
@@ -63,24 +66,19 @@ class Runner:
 
     async def work(self) -> None:
         """Run it."""
-        for place, sizes in self._done.items():
-            sizes.update(await self._store.sizes(self._file(place)))
-        if self._batch.body["status"] == "cancelling":
-            return await self.finish("cancelled")
-        total = await self._validate()
-        if total is None:
-            return None
-        await self._write(
-            self._changed(status="in_progress", in_progress_at=self._batch.body["in_progress_at"] or _now())
-        )
         with suppress(EngineDeadError, OverloadedError):  # the server stops: it goes on after the next start
+            await self._find_done()
+            if await self._validate() is None:
+                return
+            begun = self._batch.body["in_progress_at"] or _now()
+            await self._write(self._changed(status="in_progress", in_progress_at=begun))
             await self._run_lines()
             is_late = _now() >= self._batch.body["expires_at"]
             await self.finish("expired" if is_late else "completed")
-        return None
 
     async def finish(self, status: str) -> None:
-        """End it: its files are there from now on."""
+        """End it: its files are there from now on. Until the store has that, it has not ended."""
+        await self._find_done()
         stamp = {f"{status}_at": _now(), "status": status}
         changes: list[Change] = []
         for place, sizes in self._done.items():
@@ -88,8 +86,16 @@ class Runner:
                 filename, size = f"{self._batch.id}_{place}.jsonl", sum(sizes.values())
                 changes.append(Put(file_object(self._batch.owner, self._file(place), filename, BATCH_OUTPUT, size)))
                 stamp[f"{place}_file_id"] = self._file(place)
-        self._batch = replace(self._batch, body={**self._counts(), **stamp}, is_open=False)
-        await self._write(*changes, Put(self._batch))
+        ended = replace(self._batch, body={**self._counts(), **stamp}, is_open=False)
+        await self._write(*changes, Put(ended))
+        self._batch = ended
+
+    async def _find_done(self) -> None:
+        """What was answered before the server last stopped."""
+        if not self._knows_done:
+            for place, sizes in self._done.items():
+                sizes.update(await self._patiently(partial(self._store.sizes, self._file(place))))
+            self._knows_done = True
 
     def _file(self, place: str) -> str:
         return f"file-{self._batch.id.removeprefix('batch_')}-{place}"
@@ -169,13 +175,17 @@ class Runner:
 
     async def _write(self, *changes: Change) -> None:
         """Make the changes, when the store takes them again."""
+        await self._patiently(partial(self._store.write, *changes))
+
+    async def _patiently(self, work: Callable[[], Awaitable[T]]) -> T:
+        """What the store gives, when it can be used again."""
         while True:
             try:
-                return await self._store.write(*changes)
+                return await work()
             except ApiError as error:
                 if not self._context.gate.is_open:
                     raise OverloadedError("the server is stopping", retry_after_s=1) from error
-                logger.warning("the results of a batch wait: %s", error.message)
+                logger.warning("a batch waits for the store: %s", error.message)
                 await asyncio.sleep(RETRY_SECONDS)
 
     def _counts(self) -> dict[str, Any]:
@@ -189,15 +199,31 @@ class Runner:
 
     async def _lines(self) -> AsyncGenerator[tuple[int, bytes], None]:
         """Lines that are not empty, numbered from 0, all of them counted."""
-        rest, number = b"", 0
-        async for piece in pieces_of(self._store, self._batch.body["input_file_id"]):
-            *lines, rest = (rest + piece).split(b"\n")
-            for line in lines:
-                if line.strip():
-                    yield number, line
-                number += 1
+        rest, number, start, name = bytearray(), 0, 0, self._batch.body["input_file_id"]
+        while parts := await self._patiently(partial(self._store.parts, name, start=start, limit=PARTS_READ)):
+            for part in parts:
+                split = partial(_split, rest, part.content)
+                found, rest, count = await self._context.engine.beside(split, len(part.content))
+                for place, line in found:
+                    yield number + place, line
+                number += count
+            start += len(parts)
         if rest.strip():
-            yield number, rest
+            yield number, bytes(rest)
+
+
+def _split(rest: bytearray, piece: bytes) -> tuple[list[tuple[int, bytes]], bytearray, int]:
+    """The lines that end in a piece, with their places among them, but for empty ones; what begins in it; how many.
+
+    Args:
+        rest: of the pieces before, which is added to: a line of many pieces is not copied with each.
+    """
+    head, *lines = piece.split(b"\n")
+    rest += head
+    if not lines:
+        return [], rest, 0
+    whole = [bytes(rest), *lines[:-1]]
+    return [(place, line) for place, line in enumerate(whole) if line.strip()], bytearray(lines[-1]), len(whole)
 
 
 def _now() -> int:

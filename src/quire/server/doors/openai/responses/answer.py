@@ -90,6 +90,8 @@ class ResponseAnswer(ChatAnswer):
                     async for _, output in outputs:
                         self._usage.see(0, output)
                         size = self._size(output, 0 if has_begun else len(output.prompt_token_ids))
+                        if output.finished:  # then it counts the tokens of all that was thought
+                            size += sum(map(len, writer.reasoning))
                         make = partial(self._events_of, output, begins=not has_begun)
                         made = await self._engine.beside(make, size, self._request.caller, first=True)
                         has_begun = True

@@ -1,6 +1,7 @@
 """Responses that are worked on without a connection. Any number of clients may follow one, from any of its events."""
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -13,6 +14,9 @@ from quire.server.http.errors import as_api_error
 from quire.server.http.stored import Put
 
 STOPPED = {"code": "server_error", "message": "the server stopped before the response was complete"}
+NOT_KEPT = {"code": "server_error", "message": "the response could not be stored"}
+
+logger = logging.getLogger("quire.server")
 
 
 def job_name(owner: str, name: str) -> str:
@@ -30,20 +34,26 @@ class Run:
         self._changed = asyncio.Event()
 
     async def work(self) -> None:
-        """Compute it, and keep it."""
+        """Compute it, and keep it. Whatever happens, it is not left open: retrieving it says what went wrong."""
+        failure = NOT_KEPT
         try:
-            async for event in self._answer.events():
-                if self.keeps_events:
-                    self._events.append(msgspec.json.encode(event))
-                    self._notify()
-            if self.keeps_events:
-                await self._keeper.keep_events(self._answer.id, self._events)
-        except Exception as error:  # noqa: BLE001 -- retrieving it says what went wrong
-            failure = {"code": "server_error", "message": as_api_error(error).message}
+            try:
+                await self._compute()
+            except Exception as error:  # noqa: BLE001 -- see above
+                failure = {"code": "server_error", "message": as_api_error(error).message}
+                logger.warning("a response in the background: %s", failure["message"])
             await self._keeper.end(self._answer.id, status="failed", error=failure)
         finally:
             self._is_done = True
             self._notify()
+
+    async def _compute(self) -> None:
+        async for event in self._answer.events():
+            if self.keeps_events:
+                self._events.append(msgspec.json.encode(event))
+                self._notify()
+        if self.keeps_events:
+            await self._keeper.keep_events(self._answer.id, self._events)
 
     def _notify(self) -> None:
         self._changed.set()

@@ -45,18 +45,18 @@ class Keeper:
             ]
         if self.conversation is not None:
             parts = [Part(None, msgspec.json.encode(item), item["id"]) for item in [*items, *output]]
-            changes.append(AddParts(self.conversation, self._owner, parts))
+            changes.append(AddParts(self.conversation, self._owner, parts, while_there=self.conversation))
         await self._store.write(*changes)
 
     async def keep_events(self, name: str, events: Sequence[bytes]) -> None:
         """The events of one that was streamed in the background."""
         parts = [Part(number, content) for number, content in enumerate(events)]
-        await self._store.write(AddParts(name + EVENTS, self._owner, parts))
+        await self._store.write(AddParts(name + EVENTS, self._owner, parts, while_there=name))
 
     async def end(self, name: str, **fields: Any) -> None:
-        """One that ended without an answer, unless it was deleted."""
+        """One that ended without an answer; of one that is kept as it ended, or was deleted, nothing changes."""
         found = await self._store.get(RESPONSE, self._owner, name)
-        if found is not None:
+        if found is not None and found.is_open:
             await self._store.write(Put(closed(found, **fields)))
 
     def _put(self, response: dict[str, Any], *, is_open: bool) -> Put:
@@ -99,9 +99,10 @@ async def items_before(context: ServerContext, owner: str, body: ResponseBody, k
     """
     limits = context.limits
     if keeper is not None and keeper.conversation is not None:
+        await _check_bytes(context, 0, keeper.conversation)
         return await _items_at(context, keeper.conversation)
     found: list[Item] = []
-    name, turns = body.previous_response_id, 0
+    name, turns, num_bytes = body.previous_response_id, 0, 0
     while name is not None:
         if (turns := turns + 1) > limits.chained_responses.value:
             raise limits.chained_responses.error()
@@ -114,6 +115,7 @@ async def items_before(context: ServerContext, owner: str, body: ResponseBody, k
         if response.is_open:
             text = f"previous_response_id names a response that is still worked on: {name[:128]!r}"
             raise InvalidRequestError(text, param="previous_response_id")
+        num_bytes = await _check_bytes(context, num_bytes, name, name + OUTPUT)
         found = [*await _items_at(context, name), *await _items_at(context, name + OUTPUT), *found]
         if len(found) > limits.input_items.value:
             raise limits.input_items.error(f"{len(found):,}")
@@ -130,17 +132,30 @@ async def with_references(
 
     Raises:
         InvalidRequestError: one is not stored here.
+        ApiError: they are too large together.
     """
-    found = []
+    found, num_bytes, limit = [], 0, context.limits.input_bytes
     for number, item in enumerate(items):
         if item["type"] == "item_reference":
             part = await store_of(context.store).find_part(owner, item["id"])
             if part is None:
                 where = f"{place}[{number}].id"
                 raise InvalidRequestError(f"{where}: no item {item['id'][:128]!r} is stored here", param=where)
+            num_bytes += len(part.content)
+            if num_bytes > limit.value:
+                raise limit.error()
             item = msgspec.json.decode(part.content)
         found.append(item)
     return found
+
+
+async def _check_bytes(context: ServerContext, num_bytes: int, *places: str) -> int:
+    """So many and those of the parts at these places, before they are read."""
+    for place in places:
+        num_bytes += sum((await store_of(context.store).sizes(place)).values())
+    if num_bytes > context.limits.input_bytes.value:
+        raise context.limits.input_bytes.error(f"{num_bytes:,}")
+    return num_bytes
 
 
 async def _items_at(context: ServerContext, place: str) -> list[Item]:
