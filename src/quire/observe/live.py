@@ -199,6 +199,8 @@ class LiveView:
         """
         with self._lock:
             record, self._watched_s = self._record, self._now_s
+            states = [request.state for request in self._requests.values()]
+            num_waiting = sum(state in ("waiting", "preempted") for state in states)
             return {
                 "version": self._version,
                 "now_s": self._now_s,
@@ -207,8 +209,8 @@ class LiveView:
                 "num_blocks": 0 if record is None else record.num_blocks,
                 "num_free_blocks": 0 if record is None else record.num_blocks - len(self._holders),
                 "num_cached_blocks": len(self._cached),
-                "num_running": 0 if record is None else record.num_running,
-                "num_waiting": 0 if record is None else record.num_waiting,
+                "num_running": len(states) - num_waiting,
+                "num_waiting": num_waiting,
                 "requests": [request.shown(since) for request in self._requests.values()],
                 "ended": [request.shown(since) for request in self._ended],
                 "cached": [*self._cached] if self._cached_version > since or since < 0 else None,
