@@ -71,8 +71,8 @@ def add(kinds: Any) -> None:
     compare = kinds.add_parser(
         "compare", help="two results of bench serve, with intervals of their ratios", allow_abbrev=False
     )
-    compare.add_argument("first", metavar="A.json")
-    compare.add_argument("second", metavar="B.json")
+    compare.add_argument("first", metavar="A.json", help="of --save-result --save-detailed")
+    compare.add_argument("second", metavar="B.json", help="another, which is divided by A")
     compare.add_argument("--json", action="store_true", help="print one object")
 
 
