@@ -20,7 +20,6 @@ from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.engine.observer import Observer
 from quire.engine.queue import QueueBound, QueueConfig
 from quire.errors import ConfigurationError
-from quire.weights.formats.engine_dir import is_engine
 from quire.weights.formats.gguf_names import is_gguf, part_paths
 from quire.weights.hub import resolve_model_path
 
@@ -139,6 +138,8 @@ def _served(args: EngineArgs, path: Path, text: TextParts, channel: CoreChannel,
 def _files(path: Path, fingerprint: str) -> ModelFiles:
     found = part_paths(path) if is_gguf(path) else [item for item in path.iterdir() if item.is_file()]
     stats = [item.stat() for item in found]
+    from quire.weights.formats.engine_dir import is_engine  # which imports numpy
+
     kind = "gguf" if is_gguf(path) else "engine" if is_engine(path) else "safetensors"
     modified_s = max((item.st_mtime for item in stats), default=0.0)
     return ModelFiles(kind, sum(item.st_size for item in stats), modified_s, fingerprint[:64])
