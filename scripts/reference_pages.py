@@ -40,6 +40,7 @@ def python_page() -> str:
         "LLM",
         "AsyncLLM",
         "SamplingParams",
+        "BeamSearchParams",
         "StructuredOutputsParams",
         "RequestOutputKind",
         "RepetitionDetectionParams",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from quire.llm import LLM, AsyncLLM
     from quire.outputs import CompletionOutput, Logprob, RequestOutput
     from quire.programs.program import program
-    from quire.sampling_params import RequestOutputKind, SamplingParams
+    from quire.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
     from quire.structured_params import StructuredOutputsParams
 
 _HOME = {
@@ -21,6 +21,7 @@ _HOME = {
     "AsyncLLM": "quire.llm",
     "EngineArgs": "quire.config",
     "SamplingParams": "quire.sampling_params",
+    "BeamSearchParams": "quire.sampling_params",
     "RequestOutputKind": "quire.sampling_params",
     "StructuredOutputsParams": "quire.structured_params",
     "RequestOutput": "quire.outputs",
@@ -32,6 +33,7 @@ _HOME = {
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",
     "Logprob",

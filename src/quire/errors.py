@@ -147,9 +147,13 @@ def context_length_message(most: int, prompt: int, completion: int, hint: str) -
 
 
 def unknown_name_message(kind: str, name: str, known: Iterable[str]) -> str:
-    """`unknown sampling parameter 'top_kk'; did you mean 'top_k'?` Of names with dots, the last parts are compared."""
+    """`unknown sampling parameter 'top_kk'; did you mean 'top_k'?` A name with all its words goes before one that is
+    spelt alike. Of names with dots, the last parts are compared."""
     places = {place.rpartition(".")[2]: place for place in sorted(known)}
-    nearest = [places[item] for item in difflib.get_close_matches(name.rpartition(".")[2], places, n=1, cutoff=0.6)]
+    last = name.rpartition(".")[2]
+    words = set(last.split("_"))
+    longer = [item for item in places if len(words) > 1 and words <= set(item.split("_"))]
+    nearest = [places[item] for item in longer[:1] or difflib.get_close_matches(last, places, n=1, cutoff=0.6)]
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
     return f"unknown {kind} {name!r}{hint}"
 

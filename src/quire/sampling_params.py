@@ -308,8 +308,11 @@ class BeamSearchParams:
     """How many beams, how long, and what length is worth: the names are vLLM's."""
 
     beam_width: int
+    """Sequences that are kept at each step, and answers that are given: 1 to 19."""
     max_tokens: int
+    """Of each answer."""
     ignore_eos: bool = False
+    """Go on after the model's end-of-sequence token."""
     temperature: float = 0.0
     """0: beams are the most probable continuations; none is sampled."""
     length_penalty: float = 1.0

@@ -70,6 +70,11 @@ def test_what_is_not_honoured_is_refused_by_its_name(words: list[str], environme
         options(words, environment)
 
 
+def test_the_type_of_the_cache_under_either_name() -> None:
+    assert options(["--kv-cache-dtype", "int8"])[0].kv_cache_dtype == "int8"
+    assert options(["--kv-cache-dtype", "fp8_e4m3fn"])[0].kv_cache_dtype == "fp8"
+
+
 def test_what_changes_nothing_is_said() -> None:
     _, said = options(["--validation-workers", "4"], {"WAITING_SERVED_RATIO": "1.2", "MAX_TOP_N_TOKENS": "5"})
     assert [line.split()[1] for line in said] == ["--validation-workers", "WAITING_SERVED_RATIO"]

@@ -197,7 +197,7 @@ def test_offline_the_cached_commit_is_used(hub: Hub, tmp_path: Path, monkeypatch
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert resolve_model_path("owner/model", endpoint=hub.endpoint, cache_dir=tmp_path) == online
     assert len(hub.files_asked_for) == asked
-    with pytest.raises(ModelFileError, match=r"^owner/other: .*HF_HUB_OFFLINE is set$"):
+    with pytest.raises(ModelFileError, match=r"^owner/other: .*HF_HUB_OFFLINE is set: unset it to download$"):
         resolve_model_path("owner/other", endpoint=hub.endpoint, cache_dir=tmp_path)
 
 

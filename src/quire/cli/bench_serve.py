@@ -21,7 +21,8 @@ EXAMPLES = """examples:
   quire bench compare a.json b.json
 
 Flags and the names of the figures are those of `vllm bench serve`. Without --request-rate all requests are sent at
-once; with it they come at random (--burstiness)."""
+once; with it they come at random (--burstiness). The intervals of compare are of the requests within two runs: what
+else the machine did in one of them is not chance, and makes two runs of one server differ too."""
 ENDPOINTS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 MOST_PROMPTS = 100_000
 MOST_OPEN = 1024
@@ -71,8 +72,8 @@ def add(kinds: Any) -> None:
     compare = kinds.add_parser(
         "compare", help="two results of bench serve, with intervals of their ratios", allow_abbrev=False
     )
-    compare.add_argument("first", metavar="A.json")
-    compare.add_argument("second", metavar="B.json")
+    compare.add_argument("first", metavar="A.json", help="of --save-result --save-detailed")
+    compare.add_argument("second", metavar="B.json", help="another, which is divided by A")
     compare.add_argument("--json", action="store_true", help="print one object")
 
 

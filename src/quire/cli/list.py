@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import time
 
 EXAMPLES = """examples:
@@ -24,6 +25,8 @@ def run(options: argparse.Namespace) -> int:
         keys = ("id", "commit", "revisions", "size_bytes", "modified_s")
         print(json.dumps([{key: getattr(one, key) for key in keys} for one in found]))
         return 0
+    if not found:
+        print("none: quire pull NAME downloads one (smollm2 and quire-demo are not of the hub)", file=sys.stderr)
     rows = [HEAD]
     for one in found:
         changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(one.modified_s))

@@ -28,7 +28,7 @@ EXAMPLES = """examples:
 VERBS = {
     "generate": "answer prompts and print the text as it comes",
     "chat": "talk with the model",
-    "serve": "serve the OpenAI API over HTTP",
+    "serve": "serve the APIs of OpenAI, Anthropic, Ollama and TGI over HTTP",
     "grammar": "check a shape that answers are held to, and try texts",
     "plan": "say what a model will take and how fast it can be, before it is loaded",
     "build": "quantise and pack a model ahead of time, into an engine directory",

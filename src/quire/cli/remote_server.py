@@ -100,7 +100,8 @@ class Server:
             connection.request(method, self._base + route, data, self._headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
-            raise QuireError(f"no answer from {self._place}: {_reason(error)}") from error
+            hint = "; is quire serve running there?" if isinstance(error, ConnectionRefusedError) else ""
+            raise QuireError(f"no answer from {self._place}: {_reason(error)}{hint}") from error
         if response.status != 200:
             raise _refusal(response)
         return response

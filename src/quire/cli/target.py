@@ -63,6 +63,9 @@ def _target(wanted: str | None, here: list[str]) -> "Target":
     chosen = instruction_set_of(decisions)
     name = wanted or chosen
     if name in here:
+        if wanted is not None:
+            asked = Decision("instruction_set", name, "as asked")
+            decisions = [asked if one.name == asked.name else one for one in decisions]
         return Target(ops, name, decisions, bfloat16_layout(name))
     reason = f"as asked; this machine has {chosen}: the golden prompts were not asked"
     kept = [one for one in decisions if one.name == "operations"]

@@ -111,6 +111,11 @@ _QUANTIZE = {
     **dict.fromkeys(("bitsandbytes-nf4", "bitsandbytes-fp4"), ("--quantization", "int4")),
     **{name: ("--quantization", name) for name in ("fp8", "int8", "int4", "int8-w8a8")},
 }
+_CACHE = {
+    "auto": _NOTHING,
+    "fp8_e4m3fn": ("--kv-cache-dtype", "fp8"),
+    **{name: ("--kv-cache-dtype", name) for name in ("fp8", "int8")},
+}
 _ONE_PROCESS = "one process computes in this version"
 _ROPE = "the model's own config.json says how positions are scaled"
 _SCHEDULED = "requests join and leave a batch at each step"
@@ -143,7 +148,7 @@ TABLE: dict[str, Rule] = {
     "--num-shard": Taken("--tensor-parallel-size"),
     "--sharded": Refused(_ONE_PROCESS, ("false",)),
     "--speculate": Refused("drafts are not in this version", ("0",)),
-    "--kv-cache-dtype": Refused("the cache has the type of the model in this version"),
+    "--kv-cache-dtype": Spoken(_CACHE, "8 bits have a scale for each head and token"),
     "--trust-remote-code": Refused("no code of a model's repository is run", ("false",), is_switch=True),
     "--rope-scaling": Refused(_ROPE),
     "--rope-factor": Refused(_ROPE),

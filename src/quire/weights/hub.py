@@ -164,7 +164,7 @@ def _download(
         reason = "there is no such directory, and the hub has no such model (or it is private)"
     except errors.LocalEntryNotFoundError:
         if huggingface_hub.is_offline_mode():
-            reason = "it is not in the local cache, and HF_HUB_OFFLINE is set"
+            reason = "it is not in the local cache, and HF_HUB_OFFLINE is set: unset it to download"
         else:
             reason = "the hub cannot be reached, and it is not in the local cache"
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from quire.errors import ModelFileError
-from quire.weights.hub import resolve_model_path
+from quire.weights.hub import PACKAGED, resolve_model_path
 from quire.weights.short_names import full_name
 
 CHUNK_BYTES = 2**20
@@ -78,6 +78,8 @@ class LocalModels:
         found = [one for one in self.all() if one.id.lower() == model.partition(":")[0].lower()]
         if revision is not None:
             found = [one for one in found if revision in one.revisions or one.commit.startswith(revision)]
+        if not found and name in PACKAGED:
+            raise ModelFileError(f"{name} is a package, and not of the hub: quire inspect {name} says what is in it")
         if not found:
             raise ModelFileError(f"{name} is not on this machine: quire list shows what is, quire pull gets it")
         return found

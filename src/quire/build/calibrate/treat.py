@@ -79,17 +79,27 @@ def _kept(plan: WeightPlan, patterns: Sequence[str]) -> dict[str, str]:
     """The matrices that patterns name, by their tensors or modules, with the pattern."""
     found: dict[str, str] = {}
     for pattern in patterns:
-        names = [name for name, one in plan.parameters.items() if len(one.weight.shape) == 2 and _matches(one, pattern)]
+        names = [name for name, one in plan.parameters.items() if _is_matrix(one) and _matches(one, pattern)]
         if not names:
-            raise ConfigurationError(f"keep: no matrix of the model matches {pattern[:80]!r}", field="keep")
+            matrices = filter(_is_matrix, plan.parameters.values())
+            some = sorted({module.rpartition(".")[2] for one in matrices for module in _modules(one)})
+            text = f"keep: no matrix of the model matches {pattern[:80]!r}; its matrices end in {', '.join(some)}"
+            raise ConfigurationError(text, field="keep")
         found |= {name: pattern for name in names if name not in found}
     return found
 
 
 def _matches(parameter: Parameter, pattern: str) -> bool:
     tensors = [tensor for tensor, _ in parameter.weight.tensors]
-    modules = [tensor.removesuffix(".weight") for tensor in tensors]
-    return any(fnmatch.fnmatchcase(name, pattern) for name in (*tensors, *modules))
+    return any(fnmatch.fnmatchcase(name, pattern) for name in (*tensors, *_modules(parameter)))
+
+
+def _is_matrix(parameter: Parameter) -> bool:
+    return len(parameter.weight.shape) == 2
+
+
+def _modules(parameter: Parameter) -> list[str]:
+    return [tensor.removesuffix(".weight") for tensor, _ in parameter.weight.tensors]
 
 
 def _share_bits(chosen: ChosenWeights, provider: Provider, treatment: Treatment, base: QuantSpec) -> None:

@@ -44,7 +44,8 @@ class Bodies:
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json" or "content-encoding" in request.headers:
-            raise ApiError(415, "the body must be JSON, sent plain as application/json", code="unsupported_media_type")
+            text = "the body must be JSON, sent plain with the header Content-Type: application/json"
+            raise ApiError(415, text, code="unsupported_media_type")
         return await self.read_bytes(request, lambda data: parse(self.object_in(data)), self._limits.body_bytes)
 
     async def read_bytes(self, request: Request, parse: Callable[[bytearray], T], most: Limit) -> T:
