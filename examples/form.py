@@ -1,7 +1,7 @@
 """A form that is filled field by field: the program writes the keys, the model the values, each held to a shape.
 
-The embedded model has learned what these terms are. What they are about, and in which language that is said, it has not:
-those fields are only well formed.
+The embedded model has learned what these terms are. What they are about, and in which language that is said, it has
+not: those fields are only well formed.
 """
 
 import json

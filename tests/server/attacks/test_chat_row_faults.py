@@ -18,7 +18,7 @@ VICTIM = {
     "request_id": "victim", "messages": [{"role": "user", "content": SHARED + chr(MARK) * 9}], "max_tokens": 20,
     "ignore_eos": True, "seed": SEED, "temperature": 1.0, "logprobs": True, "top_logprobs": 7,
     "min_tokens": 5, "stop": ["\0never"], "logit_bias": {"5": 1.0}, "allowed_token_ids": list(range(100)),
-    "bad_words": ["hello world"], "presence_penalty": 0.5,
+    "bad_words": ["hello world"], "presence_penalty": 0.5, "typical_p": 0.95,
 }  # fmt: skip
 CANARIES: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": SHARED}], "temperature": 0},
