@@ -27,12 +27,10 @@ from quire.server.doors.openai.batches.lines import LineReader, Result, refusal_
 from quire.server.http.context import ServerContext
 from quire.server.http.errors import ApiError, as_api_error
 from quire.server.http.jobs import RESUMABLE
-from quire.server.http.stored import AddParts, Change, Part, Put, Stored, store_of
+from quire.server.http.stored import RETRY_SECONDS, AddParts, Change, Part, Put, Stored, store_of, when_usable
 
 KIND = "batch"
 OUTPUT, ERRORS = "output", "error"
-RETRY_SECONDS = 2.0
-"""After which a result that the store did not take is written again."""
 COUNTED_SECONDS = 1.0
 """How often the counts of a batch are written."""
 _EXPIRED = ApiError(408, "the batch ended before this line was asked", code="batch_expired")
@@ -51,7 +49,7 @@ class Runner:
     def __init__(self, context: ServerContext, batch: Stored, error_body: Callable[[ApiError], object]) -> None:
         self._context, self._store, self._batch = context, store_of(context.store), batch
         caller = Caller(batch.owner, context.weights.get(batch.owner, 1))
-        self._reader = LineReader(context, caller, batch.body["endpoint"], error_body)
+        self._make_reader = partial(LineReader, context, caller, batch.body["endpoint"], error_body)
         self._done: dict[str, dict[int, int]] = {OUTPUT: {}, ERRORS: {}}
         """Sizes of the lines of both files, by number."""
         self._counted_s = 0.0
@@ -62,7 +60,11 @@ class Runner:
         return replace(self._batch, body=self._counts())
 
     async def work(self) -> None:
-        """Run it."""
+        """Run it. What the store does not give is asked for again: lines without a result are then read anew."""
+        await when_usable(self._work)
+
+    async def _work(self) -> None:
+        self._reader = self._make_reader()
         for place, sizes in self._done.items():
             sizes.update(await self._store.sizes(self._file(place)))
         if self._batch.body["status"] == "cancelling":

@@ -6,13 +6,14 @@ from typing import Any
 
 import msgspec
 
-from quire.server.doors.openai.responses.answer import ResponseAnswer
+from quire.server.doors.openai.responses.answer import LAST, ResponseAnswer
 from quire.server.doors.openai.responses.keep import RESPONSE, Keeper, closed
 from quire.server.http.context import ServerContext
 from quire.server.http.errors import as_api_error
-from quire.server.http.stored import Put
+from quire.server.http.stored import Put, when_usable
 
 STOPPED = {"code": "server_error", "message": "the server stopped before the response was complete"}
+NOT_KEPT = {"code": "server_error", "message": "the response could not be kept"}
 
 
 def job_name(owner: str, name: str) -> str:
@@ -31,8 +32,11 @@ class Run:
 
     async def work(self) -> None:
         """Compute it, and keep it."""
+        failure: dict[str, str] | None = None
         try:
             async for event in self._answer.events():
+                if event["type"] in LAST and not event["response"]["store"]:
+                    failure = NOT_KEPT
                 if self.keeps_events:
                     self._events.append(msgspec.json.encode(event))
                     self._notify()
@@ -40,10 +44,12 @@ class Run:
                 await self._keeper.keep_events(self._answer.id, self._events)
         except Exception as error:  # noqa: BLE001 -- retrieving it says what went wrong
             failure = {"code": "server_error", "message": as_api_error(error).message}
-            await self._keeper.end(self._answer.id, status="failed", error=failure)
         finally:
             self._is_done = True
             self._notify()
+        if failure is not None:
+            fields = {"status": "failed", "error": failure}
+            await when_usable(lambda: self._keeper.end(self._answer.id, **fields))
 
     def _notify(self) -> None:
         self._changed.set()
@@ -86,5 +92,6 @@ async def end_what_was_open(context: ServerContext) -> None:
     """Say of responses that were worked on when the server stopped that they failed."""
     if context.store is None:
         return
-    for found in await context.store.list_open(RESPONSE):
+    found_open, jobs = await context.store.list_open(RESPONSE), context.jobs
+    for found in [item for item in found_open if job_name(item.owner, item.id) not in jobs]:
         await context.store.write(Put(closed(found, status="failed", error=STOPPED)))
