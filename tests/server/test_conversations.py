@@ -1,5 +1,6 @@
 """OpenAI's client, unchanged, against /v1/conversations."""
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from openai.types.conversations import Conversation, ConversationItem, ConversationItemList
 from pydantic import TypeAdapter
 
+from quire.server.doors.openai.responses.keep import Keeper
 from quire.server.http.limits import Limits
 from tests.server.conftest import Running, start
 from tests.server.fake_engine import FakeEngine
@@ -114,3 +116,11 @@ def test_it_holds_no_more_than_a_response_reads(client: openai.OpenAI) -> None:
     for query in ({"limit": "0"}, {"limit": "101"}, {"order": "up"}):
         with pytest.raises(openai.BadRequestError):
             client.get(f"/conversations/{made.id}/items", cast_to=object, options={"params": query})
+
+
+def test_what_is_said_after_it_was_deleted_is_not_kept() -> None:
+    store = memory()
+    keeper = Keeper(store, "a", "conv_1", keeps_response=False)
+    asyncio.run(keeper.finish({"id": "resp_1", "output": [{"id": "msg_2"}]}, [{"id": "msg_1"}]))
+    assert asyncio.run(store.find_part("a", "msg_1")) is None and asyncio.run(store.sizes("conv_1")) == {}
+    asyncio.run(store.close())

@@ -59,6 +59,8 @@ class AddParts:
     place: str
     owner: str
     parts: Sequence[Part] = field(default_factory=tuple)
+    while_there: bool = False
+    """Nothing is stored where the object `place` was removed meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -226,11 +226,14 @@ class SqliteStore:
                 created_s = item.created_s or int(self._clock())
                 query += "kind = excluded.kind, body = excluded.body, is_open = excluded.is_open"
                 connection.execute(query, (*values, created_s, item.is_open))
-            case AddParts(place, owner, parts):
+            case AddParts(place, owner, parts, while_there):
                 query = (
                     "INSERT OR IGNORE INTO parts (place, number, owner, name, content) VALUES (?1, coalesce(?2, "
                     "(SELECT coalesce(max(number), -1) + 1 FROM parts WHERE place = ?1)), ?3, ?4, ?5)"
                 )
+                found = "SELECT 1 FROM objects WHERE id = ?"
+                if while_there and connection.execute(found, (place,)).fetchone() is None:
+                    return
                 rows = ((place, part.number, owner, part.name, part.content) for part in parts)
                 connection.executemany(query, rows)
             case Remove(name):

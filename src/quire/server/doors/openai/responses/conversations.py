@@ -80,7 +80,7 @@ async def create_items(request: Request) -> Response:
     if len(await store.sizes(found.id)) + len(items) > limit.value:
         raise limit.error(place="items")
     await store.check_room(owner, sum(len(part.content) for part in items))
-    await store.write(AddParts(found.id, owner, items))
+    await store.write(AddParts(found.id, owner, items, while_there=True))
     return _listed(items, len(items))
 
 

@@ -45,7 +45,7 @@ class Keeper:
             ]
         if self.conversation is not None:
             parts = [Part(None, msgspec.json.encode(item), item["id"]) for item in [*items, *output]]
-            changes.append(AddParts(self.conversation, self._owner, parts))
+            changes.append(AddParts(self.conversation, self._owner, parts, while_there=True))
         await self._store.write(*changes)
 
     async def keep_events(self, name: str, events: Sequence[bytes]) -> None:
