@@ -174,9 +174,9 @@ ADD = (
         ("[]\n", "line 1"),
         ("7\n", "line 1"),
         (START.format(blocks=2**40), "limits of its scheduler"),
-        (START.format(blocks='"x"'), "Expected `int`"),
+        (START.format(blocks="64.5"), "num_blocks is no whole number"),
         (START.format(blocks=64) + ADD.format(prompt=2**63 - 1), "line 2: a request of 9,"),
-        (START.format(blocks=64) + ADD.format(prompt="null"), "Expected `int`"),
+        (START.format(blocks=64) + ADD.format(prompt="null"), "prompt is no whole number"),
     ],
 )
 def test_what_is_no_recording_is_refused_with_its_line(tmp_path: Path, text: str, said: str) -> None:
