@@ -145,3 +145,12 @@ def test_a_server_is_measured(
 def test_bad_words_are_named(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "serve", *words]) != 0
     assert said in capsys.readouterr().err
+
+
+def test_a_file_of_requests_that_is_no_text_is_named(
+    served: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "requests.jsonl").write_bytes(b"\xff\n")
+    words = ["bench", "serve", "--base-url", served.url, "--api-key", "key", "--dataset-name", "custom"]
+    assert main([*words, "--dataset-path", str(tmp_path / "requests.jsonl")]) == 2
+    assert "requests.jsonl is not UTF-8 text" in capsys.readouterr().err

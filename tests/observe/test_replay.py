@@ -152,6 +152,16 @@ def test_what_was_cut_off_is_left_out(tmp_path: Path) -> None:
     assert found.first_difference is None and found.num_plans > 10
 
 
+START = (
+    '["start",{{"schema":1,"policy":"fcfs","prefix_caching":true,"num_rules":0,"time_s":0.0,"config":'
+    '{{"max_num_seqs":4,"max_num_batched_tokens":64,"max_model_len":64,"block_size":16,"num_blocks":{blocks}}}}}]\n'
+)
+ADD = (
+    '["add",0,{{"prompt":{prompt},"given":0,"max_tokens":1,"priority":0,"arrival_s":0.0,"caller":"","weight":1,'
+    '"waits":false,"prompt_logprobs":false,"logprobs_sent":0,"cached":0}},[]]\n'
+)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -163,6 +173,10 @@ def test_what_was_cut_off_is_left_out(tmp_path: Path) -> None:
         ('["what",1]\n', "an event 'what'"),
         ("[]\n", "line 1"),
         ("7\n", "line 1"),
+        (START.format(blocks=2**40), "limits of its scheduler"),
+        (START.format(blocks="64.5"), "num_blocks is no whole number"),
+        (START.format(blocks=64) + ADD.format(prompt=2**63 - 1), "line 2: a request of 9,"),
+        (START.format(blocks=64) + ADD.format(prompt="null"), "prompt is no whole number"),
     ],
 )
 def test_what_is_no_recording_is_refused_with_its_line(tmp_path: Path, text: str, said: str) -> None:

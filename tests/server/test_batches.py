@@ -317,3 +317,70 @@ def test_what_was_worked_on_in_the_background_failed_with_the_server(tmp_path: P
         assert wait_until(lambda: second.client().responses.retrieve(made.id).status == "failed")
     finally:
         second.stop()
+
+
+def test_what_was_open_is_gone_on_with_when_a_locked_store_is_free_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quire.server.store.database.BUSY_SECONDS", 0.05)
+    monkeypatch.setattr("quire.server.http.stored.RETRY_SECONDS", 0.05)
+    first = start(Stops(Counter(), 0), store=open_store(tmp_path), drain_s=0.1)
+    response = first.client().responses.create(input="held", background=True)
+    batch = submit(first.client(), [line("a"), line("b")])
+    assert wait_until(lambda: first.client().batches.retrieve(batch.id).status == "in_progress")
+    first.stop()
+    holder = sqlite3.connect(tmp_path / "store.sqlite", isolation_level=None)
+    holder.execute("PRAGMA locking_mode = EXCLUSIVE")
+    holder.execute("BEGIN EXCLUSIVE")
+    second = start(Stops(Counter(), 10**6), store=open_store(tmp_path))
+    try:
+        client = second.client()
+        with pytest.raises(openai.APIStatusError, match="locked"):
+            client.batches.retrieve(batch.id)
+        holder.close()
+        assert ended(client, batch.id).status == "completed"
+        assert wait_until(lambda: client.responses.retrieve(response.id).status == "failed")
+    finally:
+        second.stop()
+
+
+def test_a_batch_whose_lines_cannot_be_read_for_a_while_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire.server.http.stored.RETRY_SECONDS", 0.05)
+    store, broken = memory(), [True] * 3
+
+    async def read(*arguments: Any, **options: Any) -> Any:
+        if broken:
+            broken.pop()
+            raise ApiError(503, "the store is not readable", code="store_unreadable")
+        return await SqliteStore.parts(store, *arguments, **options)
+
+    monkeypatch.setattr(store, "parts", read)
+    instance = start(FakeEngine(), store=store)
+    try:
+        batch = ended(instance.client(), submit(instance.client(), [line("a"), line("b")]).id)
+        assert (batch.status, batch.error_file_id, broken) == ("completed", None, [])
+    finally:
+        instance.stop()
+
+
+def test_a_response_in_the_background_that_cannot_be_kept_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quire.server.http.stored.RETRY_SECONDS", 0.05)
+    store = memory()
+    written: list[int] = []
+
+    async def write(*changes: Any) -> None:
+        written.append(len(changes))
+        if 1 < len(written) < 5:
+            raise ApiError(507, "the store has no room", code="store_full")
+        await SqliteStore.write(store, *changes)
+
+    monkeypatch.setattr(store, "write", write)
+    instance = start(FakeEngine(), store=store)
+    try:
+        client = instance.client()
+        made = client.responses.create(input="x", background=True, max_output_tokens=2)
+        assert wait_until(lambda: client.responses.retrieve(made.id).status == "failed")
+        error = client.responses.retrieve(made.id).error
+        assert error is not None and error.message == "the response could not be stored"
+    finally:
+        instance.stop()

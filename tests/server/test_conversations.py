@@ -9,6 +9,7 @@ import pytest
 from openai.types.conversations import Conversation, ConversationItem, ConversationItemList
 from pydantic import TypeAdapter
 
+from quire.server.doors.openai.responses.keep import Keeper
 from quire.server.http.limits import Limits
 from tests.server.conftest import Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
@@ -153,3 +154,11 @@ def test_what_it_goes_on_from_is_read_up_to_a_size() -> None:
             assert (caught.value.status_code, caught.value.code) == (413, "input_too_large")
     finally:
         instance.stop()
+
+
+def test_what_is_said_after_it_was_deleted_is_not_kept() -> None:
+    store = memory()
+    keeper = Keeper(store, "a", "conv_1", keeps_response=False)
+    asyncio.run(keeper.finish({"id": "resp_1", "output": [{"id": "msg_2"}]}, [{"id": "msg_1"}]))
+    assert asyncio.run(store.find_part("a", "msg_1")) is None and asyncio.run(store.sizes("conv_1")) == {}
+    asyncio.run(store.close())

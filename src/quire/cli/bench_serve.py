@@ -210,6 +210,8 @@ def _custom(path: Path, options: argparse.Namespace) -> "list[Load]":
                 found.append(Load(prompt, len(prompt.split()), count))
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be read ({error.strerror})", field="dataset_path") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path.name} is not UTF-8 text", field="dataset_path") from error
     if not found:
         raise ConfigurationError(f"{path.name} has no line", field="dataset_path")
     return found

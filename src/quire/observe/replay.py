@@ -6,9 +6,9 @@ plan. A tool for faults ("what did it do that night?") and for changes of the sc
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from quire.core.limits import SchedulerConfig
 from quire.core.plan import RowResult, StepPlan, StepResult, TokenLogprobs
@@ -19,8 +19,13 @@ from quire.core.scheduler import Scheduler
 from quire.errors import ConfigurationError, ShapeError
 from quire.observe.recording import GRAIN_BYTES, RAISED, SCHEMA, events_of
 
+LINE_BYTES = 2**26
+"""Of the longest line."""
+MOST_TOKENS = 2**26
+"""Of one sequence, and blocks of a cache: a file may not make a replay hold more than it says itself."""
 STOP = 2**32 - 1
 """The token that ends an answer."""
+T = TypeVar("T", SchedulerConfig, "Asked")
 _NOTHING_KNOWN = TokenLogprobs((), (), ())
 _FIELDS = {"start": 2, "add": 4, "abort": 2, "plan": 7, "result": 5, "end": 5, "clear": 1, "give_back": 2}
 
@@ -146,7 +151,7 @@ def read(path: str) -> list[Session]:
     sessions: list[Session] = []
     try:
         with Path(path).open("rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(LINE_BYTES), b""), 1):
                 if not line.endswith(b"\n"):
                     break
                 try:
@@ -169,7 +174,9 @@ def _take(sessions: list[Session], event: Any) -> None:
         start = event[1]
         if start["schema"] != SCHEMA:
             raise ValueError(f"schema is {start['schema']!r}; this version reads {SCHEMA}")
-        config = SchedulerConfig(**start["config"])
+        config = _whole(SchedulerConfig(**start["config"]))
+        if max(config.max_model_len, config.num_blocks, config.max_num_seqs) > MOST_TOKENS:
+            raise ValueError(f"the limits of its scheduler are above {MOST_TOKENS:,}")
         make_policy(start["policy"])
         sessions.append(Session(config, start["policy"], start["prefix_caching"], start["num_rules"], start["time_s"]))
         return
@@ -180,12 +187,22 @@ def _take(sessions: list[Session], event: Any) -> None:
         _, number, asked, grains = event
         if any(len(grain) != 2 * GRAIN_BYTES for grain in grains) or number in session.requests:
             raise ValueError("a grain or a number is not one")
-        session.requests[number] = Asked(number, grains=grains, **asked)
+        request = _whole(Asked(number, grains=grains, **asked))
+        if request.prompt < 1 or request.given < 0 or request.prompt + request.given > session.config.max_model_len:
+            raise ValueError(f"a request of {request.prompt:,} and {request.given:,} tokens")
+        session.requests[number] = request
     elif kind == "end":
         _, number, reason, num_output, grains = event
         request = session.requests[number]
         request.reason, request.num_output, request.grains = reason, num_output, grains
     session.events.append(event)
+
+
+def _whole(made: T) -> T:
+    for item in fields(made):
+        if item.type is int and type(getattr(made, item.name)) is not int:
+            raise ValueError(f"{item.name} is no whole number")
+    return made
 
 
 def replay(path: str) -> Replayed:

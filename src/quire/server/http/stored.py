@@ -1,8 +1,10 @@
 """What is kept between requests: the values, and what a door asks of a store. `quire.server.store` has one."""
 
-from collections.abc import Sequence
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from starlette.requests import Request
 
@@ -11,6 +13,12 @@ from quire.server.http.errors import ApiError
 
 MOST_LISTED = 100
 """Of one page."""
+RETRY_SECONDS = 2.0
+"""After which work without a connection asks a store again that could not be used."""
+
+logger = logging.getLogger("quire.server")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +124,16 @@ class Store(Protocol):
 
     async def close(self) -> None:
         """Write what is to be written, and let go of the file."""
+
+
+async def when_usable(work: Callable[[], Awaitable[T]]) -> T:
+    """What `work` gives, begun anew until the store can be used: for work without a caller who would ask again."""
+    while True:
+        try:
+            return await work()
+        except ApiError as error:
+            logger.warning("work in the background waits: %s", error.message)
+            await asyncio.sleep(RETRY_SECONDS)
 
 
 def page_of(request: Request, *, descending: bool, most: int = MOST_LISTED) -> Page:

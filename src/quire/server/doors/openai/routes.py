@@ -23,6 +23,7 @@ from quire.server.doors.openai.shapes import deprecation_note
 from quire.server.http.context import Api, ServerContext, new_id
 from quire.server.http.limits import Limits
 from quire.server.http.schema import Schema
+from quire.server.http.stored import when_usable
 from quire.server.http.streams import Framing, WholeAnswer, deliver, naming_param
 
 
@@ -138,8 +139,8 @@ def _describe(limits: Limits) -> tuple[dict[str, Any], dict[str, Schema]]:
 
 
 async def _begin(context: ServerContext) -> None:
-    await end_what_was_open(context)
-    await batches.begin_again(context)
+    await when_usable(lambda: end_what_was_open(context))
+    await when_usable(lambda: batches.begin_again(context))
 
 
 OPENAI = Api(

@@ -108,7 +108,8 @@ async def begin_again(context: ServerContext) -> None:
     """Go on with the batches that were worked on when the server stopped."""
     if context.store is not None:
         for batch in await context.store.list_open(KIND):
-            _run(context, batch)
+            if job_name(batch) not in context.jobs:
+                _run(context, batch)
 
 
 def _run(context: ServerContext, batch: Stored) -> None:

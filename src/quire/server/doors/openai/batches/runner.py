@@ -27,12 +27,10 @@ from quire.server.doors.openai.batches.lines import LineReader, Result, refusal_
 from quire.server.http.context import ServerContext
 from quire.server.http.errors import ApiError, as_api_error
 from quire.server.http.jobs import RESUMABLE
-from quire.server.http.stored import AddParts, Change, Part, Put, Stored, store_of
+from quire.server.http.stored import RETRY_SECONDS, AddParts, Change, Part, Put, Stored, store_of
 
 KIND = "batch"
 OUTPUT, ERRORS = "output", "error"
-RETRY_SECONDS = 2.0
-"""After which the store is asked again for what it did not take, or did not give."""
 COUNTED_SECONDS = 1.0
 """How often the counts of a batch are written."""
 _EXPIRED = ApiError(408, "the batch ended before this line was asked", code="batch_expired")

@@ -26,7 +26,7 @@ from quire.server.http.streams import merged
 
 logger = logging.getLogger("quire.server")
 _STATUS = {"length": "incomplete"}
-_LAST = ("response.completed", "response.incomplete", "response.failed")
+LAST = ("response.completed", "response.incomplete", "response.failed")
 
 
 class ResponseAnswer(ChatAnswer):
@@ -146,7 +146,7 @@ class ResponseAnswer(ChatAnswer):
 
     async def _kept(self, event: ResponseEvent) -> ResponseEvent:
         """An event on its way; the last one says whether the response was kept."""
-        if self._keeper is None or event["type"] not in _LAST:
+        if self._keeper is None or event["type"] not in LAST:
             return event
         try:
             await self._keeper.finish(event["response"], self._items)

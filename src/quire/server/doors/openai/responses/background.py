@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -10,8 +11,8 @@ import msgspec
 from quire.server.doors.openai.responses.answer import ResponseAnswer
 from quire.server.doors.openai.responses.keep import RESPONSE, Keeper, closed
 from quire.server.http.context import ServerContext
-from quire.server.http.errors import as_api_error
-from quire.server.http.stored import Put
+from quire.server.http.errors import ApiError, as_api_error
+from quire.server.http.stored import Put, when_usable
 
 STOPPED = {"code": "server_error", "message": "the server stopped before the response was complete"}
 NOT_KEPT = {"code": "server_error", "message": "the response could not be stored"}
@@ -37,15 +38,25 @@ class Run:
         """Compute it, and keep it. Whatever happens, it is not left open: retrieving it says what went wrong."""
         failure = NOT_KEPT
         try:
-            try:
-                await self._compute()
-            except Exception as error:  # noqa: BLE001 -- see above
-                failure = {"code": "server_error", "message": as_api_error(error).message}
-                logger.warning("a response in the background: %s", failure["message"])
-            await self._keeper.end(self._answer.id, status="failed", error=failure)
+            await self._compute()
+        except Exception as error:  # noqa: BLE001 -- see above
+            failure = {"code": "server_error", "message": as_api_error(error).message}
+            logger.warning("a response in the background: %s", failure["message"])
+        try:
+            await self._close(failure)
+        except ApiError:
+            asyncio.get_running_loop().call_soon(self._end)  # those who read its events do not wait for the store
+            await when_usable(partial(self._close, failure))
         finally:
-            self._is_done = True
-            self._notify()
+            self._end()
+
+    async def _close(self, failure: dict[str, str]) -> None:
+        """Nothing, where it was kept as it ended."""
+        await self._keeper.end(self._answer.id, status="failed", error=failure)
+
+    def _end(self) -> None:
+        self._is_done = True
+        self._notify()
 
     async def _compute(self) -> None:
         async for event in self._answer.events():
@@ -96,5 +107,6 @@ async def end_what_was_open(context: ServerContext) -> None:
     """Say of responses that were worked on when the server stopped that they failed."""
     if context.store is None:
         return
-    for found in await context.store.list_open(RESPONSE):
+    found_open, jobs = await context.store.list_open(RESPONSE), context.jobs
+    for found in [item for item in found_open if job_name(item.owner, item.id) not in jobs]:
         await context.store.write(Put(closed(found, status="failed", error=STOPPED)))
