@@ -42,7 +42,7 @@ def found(shell: str, path: Path, words: list[str]) -> set[str]:
 CASES: list[tuple[list[str], set[str]]] = [
     ([""], set(VERBS)),
     (["se"], {"serve"}),
-    (["serve", "--allowed"], {"--allowed-origins", "--allowed-methods", "--allowed-headers"}),
+    (["serve", "--allowed"], {"--allowed-origins", "--allowed-methods", "--allowed-headers", "--allowed-hosts"}),
     (["serve", "--log-format", ""], {"text", "json"}),
     (["bench", ""], {"throughput", "core", "structured", "serve", "compare"}),
     (["bench", "throughput", "--comp"], {"--compare"}),

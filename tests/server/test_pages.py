@@ -93,6 +93,22 @@ def test_a_form_is_taken_of_no_page_that_is_not_let_in(origins: tuple[str, ...],
         assert client.post("/v1/responses/resp_1/cancel").status_code == 403
 
 
+@pytest.mark.parametrize(
+    ("host", "hosts", "status"),
+    [("localhost:8000", (), 200), ("127.0.0.1", (), 200), ("[::1]:8000", (), 200), ("app.localhost", (), 200),
+     ("evil.example", (), 403), ("evil.example:8000", ("quire.example",), 403),
+     ("QUIRE.example:8000", ("quire.example",), 200),
+     ("127.0.0.1.evil.example", (), 403), ("localhost.evil.example", (), 403), ("evil.example", ("*",), 200)],
+)  # fmt: skip
+def test_a_name_that_points_here_is_not_this_servers(host: str, hosts: tuple[str, ...], status: int) -> None:
+    """A page of evil.example may let its name point to 127.0.0.1: it is then of the server's own origin."""
+    app = create_app(FakeEngine(), apis=[OPENAI], served_model_name=MODEL, cors=Cors(hosts=hosts))
+    found = TestClient(app, base_url="http://testserver", headers={"host": host}).get("/v1/models")
+    assert found.status_code == status
+    if status == 403:
+        assert found.json()["error"]["code"] == "unknown_host" and "--allowed-hosts" in found.text
+
+
 def test_every_origin_may_be_let_in() -> None:
     instance = start(FakeEngine(), cors=Cors(origins=("*",)))
     try:

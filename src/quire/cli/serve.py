@@ -105,17 +105,28 @@ def _add_cors(flag: Callable[..., Any]) -> None:
     flag("--allowed-origins", nargs="+", default=[], metavar="ORIGIN", help=text)
     flag("--allowed-methods", nargs="+", default=["*"], metavar="NAME", help="methods that they may use (default: *)")
     flag("--allowed-headers", nargs="+", default=["*"], metavar="NAME", help="headers that they may send (default: *)")
+    text = "names that clients know the server by, besides addresses and localhost ('*': any); left out: any, but for "
+    flag(
+        "--allowed-hosts",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=text + "a server of this machine alone without keys",
+    )
     flag("--allow-credentials", action="store_true", help="they may send cookies and the like, for a proxy in front")
 
 
 def _cors(options: argparse.Namespace) -> "Cors":
     from quire.server.http.cors import Cors, listed
 
+    is_private = options.host in LOOPBACK and not (options.api_key or options.api_key_file)
+
     return Cors(
         listed(options.allowed_origins, "allowed_origins"),
         listed(options.allowed_methods, "allowed_methods"),
         listed(options.allowed_headers, "allowed_headers"),
         options.allow_credentials,
+        tuple(options.allowed_hosts) if options.allowed_hosts or is_private else ("*",),
     )
 
 

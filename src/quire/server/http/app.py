@@ -155,7 +155,7 @@ def _surround(
     if api_keys or admin_key is not None:
         keys = KeyRequired(app, api_keys=api_keys, open_paths=open_paths, admin_key=admin_key)
         app.add_middleware(KeyRequired, api_keys=api_keys, open_paths=open_paths, admin_key=admin_key)
-    app.add_middleware(ForeignPages, origins=cors.origins)
+    app.add_middleware(ForeignPages, origins=cors.origins, hosts=cors.hosts)
     if cors.origins:  # around the keys: a preflight carries none, and a page may read why its request was refused
         app.add_middleware(
             CORSMiddleware,

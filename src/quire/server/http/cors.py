@@ -26,6 +26,8 @@ class Cors:
     methods: tuple[str, ...] = ANY
     headers: tuple[str, ...] = ANY
     credentials: bool = False
+    hosts: tuple[str, ...] = ANY
+    """Names under which the server is known, besides addresses and localhost."""
 
     def __post_init__(self) -> None:
         for name, values, form in (

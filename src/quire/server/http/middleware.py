@@ -4,6 +4,7 @@ A request that waits in the queue is checked against it up to three times: from 
 opens a connection; when its head is parsed, before any work; and by the engine, which knows its prompt.
 """
 
+import ipaddress
 import time
 from collections.abc import Sequence
 
@@ -87,14 +88,21 @@ class ForeignPages:
 
     Args:
         origins: of pages that may; `*`: all.
+        hosts: names under which this server is known, besides addresses and localhost; `*`: any. A page elsewhere can
+            let its own name point here (DNS rebinding), and is then of this server's origin.
     """
 
-    def __init__(self, app: ASGIApp, *, origins: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, *, origins: Sequence[str], hosts: Sequence[str] = ("*",)) -> None:
         self._app, self._origins = app, {origin.encode() for origin in origins}
+        self._hosts = frozenset(host.lower() for host in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check, then pass on."""
         headers = dict(scope.get("headers", ()))
+        if "*" not in self._hosts and not self._is_known(headers.get(b"host", b"").decode("latin-1")):
+            text = "this server is not known under that name (--allowed-hosts)"
+            await error_response(scope, ApiError(403, text, code="unknown_host"))(scope, receive, send)
+            return
         is_foreign = headers.get(b"sec-fetch-site") in (b"cross-site", b"same-site")
         kind = headers.get(b"content-type", b"")
         is_simple = scope.get("method") == "POST" and not kind.startswith(b"application/json")
@@ -103,6 +111,16 @@ class ForeignPages:
             return
         text = "pages of other origins may not use this server (--allowed-origins)"
         await error_response(scope, ApiError(403, text, code="foreign_page"))(scope, receive, send)
+
+    def _is_known(self, host: str) -> bool:
+        name = host[1:].partition("]")[0] if host.startswith("[") else host.rpartition(":")[0] or host
+        name = name.lower()
+        if not name or name == "localhost" or name.endswith(".localhost") or name in self._hosts:
+            return True
+        try:
+            return bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
 
 
 class EarlyRefusal:
