@@ -44,6 +44,9 @@ def test_a_pulled_model_is_listed_found_and_removed(models: LocalModels, hub: Hu
     assert models.pull("owner/model").commit == OLD
     assert [one.commit for one in models.all()] == [OLD, NEW]
     assert [one.revision for one in models.find("Owner/Model")] == ["main", "v2"]
+    assert [one.commit for one in models.find(f"owner/model:{NEW[:7]}")] == [NEW]
+    with pytest.raises(ModelFileError, match="not on this machine"):
+        models.find(f"owner/model:{NEW[:6]}")
     assert models.find(f"owner/model:{NEW[:7]}") == [pulled]
     assert models.remove("owner/model:v2") >= 0
     assert [one.commit for one in models.all()] == [OLD] and not pulled.directory.exists()

@@ -313,12 +313,12 @@ def run_compare(options: argparse.Namespace) -> int:
             )
         )
         return 0
-    print(f"{'':16} {'A':>10} {'B':>10} {'B / A':>7}  95 % of what chance makes of it")
+    print(f"{'':16} {'A':>10} {'B':>10} {'B / A':>7}  of other requests of these two runs, 95 %")
     if all(isinstance(rate, int | float) and rate > 0 for rate in rates):
         first, second = (float(rate) for rate in rates if rate is not None)
         print(f"{'tokens out a s':16} {first:>10.2f} {second:>10.2f} {second / first:>7.3f}  (one number a run)")
     for one in found:
-        verdict = "differs" if one.is_certain else "may be chance"
+        verdict = "beyond the spread within a run" if one.is_certain else "may be chance"
         interval = f"{one.low:.3f} to {one.high:.3f}, {verdict}"
         print(f"{one.name:16} {one.first:>10.2f} {one.second:>10.2f} {one.ratio:>7.3f}  {interval}")
     return 0

@@ -34,6 +34,10 @@ def check(options: argparse.Namespace) -> None:
     for name in ("calibrate", "bits", "keep"):
         if getattr(options, name) not in (None, []) and options.quantization is None:
             raise ConfigurationError(f"{name} is for weights that are quantised: say --quantization too", field=name)
+    if options.calibrate is not None and options.quantization == "fp8":
+        raise ConfigurationError(
+            "calibrate is for int8, int8_w8a8 and int4; fp8 is rounded as it is", field="calibrate"
+        )
     bits = options.bits
     if bits is None:
         return

@@ -77,7 +77,8 @@ class LocalModels:
         model, revision = split_name(name)
         found = [one for one in self.all() if one.id.lower() == model.partition(":")[0].lower()]
         if revision is not None:
-            found = [one for one in found if revision in one.revisions or one.commit.startswith(revision)]
+            begins = revision if len(revision) > 6 else "more digits"  # since `rm` removes what they stand for
+            found = [one for one in found if revision in one.revisions or one.commit.startswith(begins)]
         if not found and name in PACKAGED:
             raise ModelFileError(f"{name} is a package, and not of the hub: quire inspect {name} says what is in it")
         if not found:

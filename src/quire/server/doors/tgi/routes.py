@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 import quire
 from quire.errors import QuireError
-from quire.sampling_params import MAX_STOP_STRINGS
+from quire.sampling_params import MAX_N, MAX_STOP_STRINGS
 from quire.server.doors.openai.parse import parse_chat, parse_tokenize
 from quire.server.doors.openai.respond import encode_conversation
 from quire.server.doors.openai.routes import answer_tokenize
@@ -154,7 +154,7 @@ async def info(request: Request) -> Response:
             "model_sha": None,
             "model_pipeline_tag": "text-generation",
             "max_concurrent_requests": limits.requests.value,
-            "max_best_of": limits.sequences.value,
+            "max_best_of": min(limits.sequences.value, MAX_N),
             "max_stop_sequences": MAX_STOP_STRINGS,
             "max_input_tokens": min(most - 1, limits.prompt_tokens.value),
             "max_total_tokens": most,
