@@ -26,6 +26,7 @@ from quire.errors import ConfigurationError, ModelFileError
 from quire.ops.select import instruction_sets
 from quire.weights.formats import engine_dir
 from quire.weights.formats.engine_dir import Manifest
+from quire.weights.formats.engine_names import is_engine
 from quire.weights.formats.engine_names import MANIFEST, WEIGHTS
 from tests.conftest import PATIENCE_S
 from tests.tiny.checkpoints import make_tiny
@@ -403,4 +404,4 @@ def test_inspect_says_what_is_inside(tiny: Path, built: Path, capsys: pytest.Cap
 def test_what_is_no_engine(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tiny)]) == 2
     assert "it has no engine.json" in capsys.readouterr().err
-    assert not engine_dir.is_engine(tiny)
+    assert not is_engine(tiny)
