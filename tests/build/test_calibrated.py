@@ -1,4 +1,5 @@
-"""Calibrated engines: what is lost, what is folded, the budget, the same bits again, and all that is wrong with a text."""
+"""Calibrated engines: what is lost, what is folded, the budget, the same bits again, and all that is wrong with a
+text."""
 
 import math
 import shutil
@@ -6,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outliers(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its inputs have channels that are 50 times the rest, after the norms and in the values; in float32 it is one model."""
+    """Its inputs have channels that are 50 times the rest, after the norms and in the values; in float32 it is one
+    model."""
     directory = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("outliers") / "model"))
     tensors = load_file(directory / "model.safetensors")
     for name, tensor in tensors.items():
@@ -113,7 +114,8 @@ def computed(plan: WeightPlan, tokens: list[int]) -> Any:
 
 
 LINKED = {"llama": 4, "qwen3": 4, "gemma2": 4, "gpt2": 3, "olmo2": 2, "starcoder2": 3}
-"""Linear layers of a layer whose inputs' channels can be scaled: not after a norm of the residual alone, nor after GELU."""
+"""Linear layers of a layer whose inputs' channels can be scaled: not after a norm of the residual alone, nor after
+GELU."""
 
 
 @pytest.mark.parametrize("family", LINKED)
@@ -134,7 +136,9 @@ def test_folding_leaves_the_float_function_as_it_is(family: str, tmp_path: Path)
         if link.outputs is None:
             scales = chosen.norm_scales[link.source] = np.exp2(generator.integers(-5, 6, inputs)).astype(np.float32)
         else:
-            outputs = np.exp2(generator.integers(-5, 6, plan.parameters[link.source].weight.shape[0])).astype(np.float32)
+            outputs = np.exp2(generator.integers(-5, 6, plan.parameters[link.source].weight.shape[0])).astype(
+                np.float32
+            )
             scales = outputs[link.outputs]
             own = np.ones_like(outputs)
             own[link.outputs] = scales
@@ -160,7 +164,9 @@ def test_the_budget_is_kept_and_spent_where_it_helps(tiny: Path, tmp_path: Path,
         used += groups * (size / 2 + 4) if header.format == "int4" else number + 4 * header.out_features
         weights += number
     assert bits - 0.4 < 8 * used / weights <= bits
-    assert float(next(one.value for one in manifest.decisions if one.name == "bits")) == pytest.approx(8 * used / weights, abs=1e-3)
+    assert float(next(one.value for one in manifest.decisions if one.name == "bits")) == pytest.approx(
+        8 * used / weights, abs=1e-3
+    )
     assert "KL of" in next(one.reason for one in manifest.decisions if one.name == "2.down")
     assert main(["verify", str(engine)]) == 0
 
@@ -187,7 +193,9 @@ def test_the_bits_are_the_same_again_whatever_the_threads(outliers: Path, tmp_pa
         treated = treated_plan(plan, ops, treatment, tmp_path / str(threads))
         matrices: dict[str, Any] = {}
         for name, one in treated.parameters.items():
-            weight = treated.source.vector(one.weight) if len(one.weight.shape) == 1 else treated.source.matrix(one.weight)
+            weight = (
+                treated.source.vector(one.weight) if len(one.weight.shape) == 1 else treated.source.matrix(one.weight)
+            )
             parts = (weight.values, weight.scales) if hasattr(weight, "scales") else (np.asarray(weight),)
             matrices[name] = [part.tobytes() for part in parts]
         found.append({**matrices, "decisions": treated.decisions})
@@ -196,7 +204,15 @@ def test_the_bits_are_the_same_again_whatever_the_threads(outliers: Path, tmp_pa
 
 def test_what_is_kept_stays_and_is_as_the_checkpoint_has_it(tiny: Path, tmp_path: Path) -> None:
     for number, more in enumerate(([], ["--calibrate"])):
-        flags = ["--quantization", "int4", "--dtype", "bfloat16", "--keep", "*.o_proj", "model.layers.1.mlp.up_proj.weight"]
+        flags = [
+            "--quantization",
+            "int4",
+            "--dtype",
+            "bfloat16",
+            "--keep",
+            "*.o_proj",
+            "model.layers.1.mlp.up_proj.weight",
+        ]
         engine = build(tiny, tmp_path / str(number), *flags, *more)
         manifest = manifest_of(engine)
         formats = {name: one.header.format for name, one in manifest.parameters.items() if one.header}
@@ -258,18 +274,14 @@ def test_a_text_that_cannot_be_used_is_refused_by_name(
     assert not (tmp_path / "engine").exists() and not (tmp_path / ".engine.building").exists()
 
 
-def test_a_model_without_a_tokenizer(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_without_a_tokenizer(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = Path(shutil.copytree(tiny, tmp_path / "bare"))
     (bare / "tokenizer.json").unlink()
     assert main(["build", str(bare), "-o", str(tmp_path / "engine"), "--quantization", "int4", "--calibrate"]) == 2
     assert "calibrate: the model has no tokenizer to read a text with" in capsys.readouterr().err
 
 
-def test_a_weight_that_is_not_finite_is_named(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_weight_that_is_not_finite_is_named(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = Path(shutil.copytree(tiny, tmp_path / "model"))
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = np.inf

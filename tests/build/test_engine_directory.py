@@ -24,10 +24,8 @@ from quire.build import builder
 from quire.cli.main import main
 from quire.errors import ConfigurationError, ModelFileError
 from quire.ops.select import instruction_sets
-from quire.weights.formats import engine_dir
 from quire.weights.formats.engine_dir import Manifest
-from quire.weights.formats.engine_names import is_engine
-from quire.weights.formats.engine_names import MANIFEST, WEIGHTS
+from quire.weights.formats.engine_names import MANIFEST, WEIGHTS, is_engine
 from tests.conftest import PATIENCE_S
 from tests.tiny.checkpoints import make_tiny
 

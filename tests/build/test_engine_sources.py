@@ -48,7 +48,9 @@ def of_file(file: Path) -> Path:
     return build(file, file.parent / "of-file")
 
 
-@pytest.mark.parametrize(("family", "kind"), [("llama-3.1", "F32"), ("gemma2", "F16"), ("phi3", "Q4_0"), ("gpt2", "F32")])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama-3.1", "F32"), ("gemma2", "F16"), ("phi3", "Q4_0"), ("gpt2", "F32")]
+)
 def test_an_engine_gives_the_bits_of_its_gguf_file(tmp_path: Path, family: str, kind: str) -> None:
     """Factors of positions (which the header's configuration reads), rows in turns, windows, norms with their 1."""
     model = make_tiny(family, tmp_path / "model")
@@ -69,7 +71,10 @@ def test_tokenizer_template_and_defaults_are_the_files(file: Path, of_file: Path
     def said(model: Path) -> Any:
         with LLM(str(model), max_num_seqs=1, max_model_len=96) as llm:
             params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-            (chat,), (text,) = llm.chat([CHAT], params, use_tqdm=False), llm.generate(["分頁 is"], params, use_tqdm=False)
+            (chat,), (text,) = (
+                llm.chat([CHAT], params, use_tqdm=False),
+                llm.generate(["分頁 is"], params, use_tqdm=False),
+            )
             defaults = llm.get_default_sampling_params()
             tokens = [one.prompt_token_ids for one in (chat, text)] + [one.outputs[0].text for one in (chat, text)]
             return tokens, defaults.temperature, defaults.top_k, defaults.repetition_penalty
@@ -95,7 +100,8 @@ def test_it_is_verified_and_inspected(of_file: Path, tmp_path: Path, capsys: pyt
 
 
 def test_another_reader_reads_the_header(file: Path, of_file: Path) -> None:
-    """ggml's own package: the same keys, values, names, shapes and types; data are where the file says, and not there."""
+    """ggml's own package: the same keys, values, names, shapes and types; data are where the file says, and not
+    there."""
     padded = of_file.parent / "padded.gguf"
     with GgufParts(of_file / HEADER) as parts:
         size = max(tensor.end for tensor in parts.tensors.values())
@@ -122,7 +128,7 @@ def test_the_values_of_a_set_of_files_go_into_one_header(file: Path, tmp_path: P
 def test_a_stray_header_decides_nothing(tiny: Path, of_file: Path, tmp_path: Path) -> None:
     engine = build(tiny, tmp_path / "engine")
     shutil.copy(of_file / HEADER, engine / HEADER)
-    with pytest.raises(ModelFileError, match="files has no model.header, which lies in the directory"):
+    with pytest.raises(ModelFileError, match=r"files has no model\.header, which lies in the directory"):
         LLM(str(engine), max_num_seqs=1, max_model_len=64)
 
 
@@ -163,8 +169,8 @@ def test_a_header_that_changed_meanwhile_is_read_again(file: Path, tmp_path: Pat
 
 
 def tiled(weight: Any, gated: bool) -> tuple[Any, list[int]]:
-    """`[ceil(out / 32)][ceil(in / 32)][2 tiles][16 pairs of inputs][16 outputs][2 inputs]`, value by value, as the drawing
-    in native/kernels.h has it; and the row in each column."""
+    """`[ceil(out / 32)][ceil(in / 32)][2 tiles][16 pairs of inputs][16 outputs][2 inputs]`, value by value, as the
+    drawing in native/kernels.h has it; and the row in each column."""
     out, inputs = weight.shape
     width, outputs = (16, out // 2) if gated else (32, out)
     panels, chunks = -(-outputs // width), -(-inputs // 32)
@@ -194,7 +200,9 @@ def test_a_weight_moves_between_the_layouts(out: int, inputs: int, gated: bool) 
     if "amx" in instruction_sets():
         own = CpuOps(1, "amx")
         packed = own.packed_state((own.pack_gated if gated else own.pack_linear)(weight, bias, "bfloat16"))
-        assert bytes(packed.buffers[0]) == bytes(moved.buffers[0]) and bytes(packed.buffers[1]) == bytes(moved.buffers[1])
+        assert bytes(packed.buffers[0]) == bytes(moved.buffers[0]) and bytes(packed.buffers[1]) == bytes(
+            moved.buffers[1]
+        )
     back = relayout(aligned(moved), "panels")
     assert back.header == state.header
     assert all(bytes(one) == bytes(other) for one, other in zip(back.buffers, state.buffers, strict=True))
@@ -244,7 +252,9 @@ def test_an_engine_of_another_machine_is_refused_then_repacked(
     assert answers(model=str(here)) == answers(model=str(tiny))
     assert (here / WEIGHTS).read_bytes() == (build(tiny, tmp_path / "direct") / WEIGHTS).read_bytes()
     moved = read(here)
-    assert moved.instruction_set == instruction_sets()[-1] and len(moved.golden) == 4 and moved.source == manifest.source
+    assert (
+        moved.instruction_set == instruction_sets()[-1] and len(moved.golden) == 4 and moved.source == manifest.source
+    )
     assert {one.name: one.value for one in moved.decisions}["repacked"] == "cpu amx"
     capsys.readouterr()
     assert main(["verify", str(here)]) == 0 and "4 golden prompts" in capsys.readouterr().out

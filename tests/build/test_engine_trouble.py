@@ -70,14 +70,16 @@ def test_a_disk_that_fills_up_leaves_nothing(tiny: Path, tmp_path: Path, limit: 
     def bounded() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    done = subprocess.run(  # noqa: PLW1509
+    done = subprocess.run(
         command(tiny, tmp_path / "engine"), preexec_fn=bounded, capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert done.returncode == 2 and "output: the engine cannot be written: file too large" in done.stderr
     assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
-def test_a_place_that_cannot_be_written_is_one_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_place_that_cannot_be_written_is_one_line(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert main(["build", str(tiny), "-o", str(tmp_path / "file" / "engine")]) == 2
     assert "output: the engine cannot be written: " in capsys.readouterr().err

@@ -25,7 +25,16 @@ from quire.ops.packed import ALIGNMENT, PackedState
 from quire.ops.types import Provider
 from quire.outputs import Decision
 from quire.quant.types import Scheme
-from quire.weights.formats.engine_dir import SCHEMA, DecisionRecord, FileRecord, Golden, Manifest, Span, StoredParameter, digest_of
+from quire.weights.formats.engine_dir import (
+    SCHEMA,
+    DecisionRecord,
+    FileRecord,
+    Golden,
+    Manifest,
+    Span,
+    StoredParameter,
+    digest_of,
+)
 from quire.weights.formats.engine_names import BUILDING, MANIFEST, WEIGHTS, is_engine
 from quire.weights.formats.gguf_header import write_header
 from quire.weights.formats.gguf_names import HEADER, part_paths
@@ -86,8 +95,8 @@ def build_engine(
     """Build an engine. Peak memory is the largest parameter three times: read, quantised, packed.
 
     Args:
-        golden: runs the engine in a directory, as its users will, and says what it answered; not called for a target that
-            this machine does not run.
+        golden: runs the engine in a directory, as its users will, and says what it answered; not called for a target
+            that this machine does not run.
         progress: bytes of the source that are done, and all of them.
 
     Raises:
@@ -97,7 +106,9 @@ def build_engine(
     if is_engine(recipe.directory) is not recipe.repack:
         raise ConfigurationError(_NO_ENGINE if recipe.repack else _ENGINE, field="repack" if recipe.repack else "model")
     if os.path.lexists(recipe.output):
-        raise ConfigurationError(f"output: {recipe.output.name} is there already: remove it, or name another place", field="output")
+        raise ConfigurationError(
+            f"output: {recipe.output.name} is there already: remove it, or name another place", field="output"
+        )
     try:
         with _workplace(recipe.output) as place:
             manifest = _written(recipe, target, place, progress)
@@ -116,8 +127,8 @@ def build_engine(
 
 
 _ENGINE = (
-    "model is an engine already: --repack packs it for another instruction set; for anything else build from what it was "
-    "made of"
+    "model is an engine already: --repack packs it for another instruction set; for anything else build from what it "
+    "was made of"
 )
 _NO_ENGINE = "repack is for an engine directory; this is none"
 

@@ -24,4 +24,3 @@ def wrong_answers(
     """Golden prompts that this machine answers otherwise, and how many were tried: those of its instruction set."""
     tried = [golden for golden in manifest.golden if golden.instruction_set == instruction_set]
     return [golden for golden in tried if answer(golden) != golden.token_ids], len(tried)
-

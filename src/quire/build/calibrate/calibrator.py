@@ -20,8 +20,8 @@ CHUNK, PANEL = 2048, 256
 SAMPLE = 512
 """Tokens on which candidates are compared."""
 WORTH = 0.5
-"""Scales of channels are taken where they leave at most this much of the error: what they gain beyond that, GPTQ gains too, and
-more (docs/howto/quantize.md)."""
+"""Scales of channels are taken where they leave at most this much of the error: what they gain beyond that, GPTQ
+gains too, and more (docs/howto/quantize.md)."""
 
 Floats = NDArray[np.float32]
 
@@ -76,7 +76,8 @@ class Calibrator:
         return x, self._quantized(name, x, weight, quant)
 
     def _scale_channels(self, name: str, x: Floats, weight: Floats, quant: QuantSpec) -> Floats | None:
-        """The scales of the inputs that leave the least error, noted where they come from and where they go; None without."""
+        """The scales of the inputs that leave the least error, noted where they come from and where they go; None
+        without."""
         link = input_link(self._plan.spec, name)
         if link is None:
             return None
@@ -131,7 +132,9 @@ class Calibrator:
         return full
 
     def _product(self, x: Floats, weight: Any) -> Floats:
-        product: Floats = self._provider.linear(np.ascontiguousarray(x), self._provider.pack_linear(weight, None, "float32"))
+        product: Floats = self._provider.linear(
+            np.ascontiguousarray(x), self._provider.pack_linear(weight, None, "float32")
+        )
         return product
 
     @staticmethod

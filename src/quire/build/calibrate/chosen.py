@@ -33,8 +33,8 @@ class MatrixPlan:
 
 @dataclass(slots=True)
 class ChosenWeights:
-    """The checkpoint of `plan` with a treatment of each matrix. What calibration made lies in `folder` until it is read, so that
-    memory holds one matrix. Closing it is the checkpoint's."""
+    """The checkpoint of `plan` with a treatment of each matrix. What calibration made lies in `folder` until it is
+    read, so that memory holds one matrix. Closing it is the checkpoint's."""
 
     plan: WeightPlan
     provider: Provider
@@ -76,7 +76,9 @@ class ChosenWeights:
             return self.plan.source.matrix(array)
         quant, inputs, outputs = treatment.quant, treatment.input_scales, treatment.output_scales
         if treatment.is_calibrated and quant is not None:
-            values, scales = (np.load(self.folder / f"{name}.{part}.npy", allow_pickle=False) for part in ("values", "scales"))
+            values, scales = (
+                np.load(self.folder / f"{name}.{part}.npy", allow_pickle=False) for part in ("values", "scales")
+            )
             scales = scales if outputs is None else scales / outputs[:, None]
             return QuantizedWeight(quant.format, values, scales, quant.group_size or values.shape[1])
         weight: Any = self.plan.source.matrix(array)

@@ -1,5 +1,5 @@
-"""Where the inputs of a linear layer come from, if a factor of each channel can be moved there: by the decoder's description,
-whatever family filled it in."""
+"""Where the inputs of a linear layer come from, if a factor of each channel can be moved there: by the decoder's
+description, whatever family filled it in."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,11 @@ class Link:
     """What gives a layer its inputs."""
 
     source: str
-    """A norm, or a linear layer some of whose outputs they are but for factors that their own channel does not change."""
+    """A norm, or a linear layer some of whose outputs they are but for factors that their own channel does not
+    change."""
     outputs: NDArray[np.int64] | None = None
-    """Of a linear layer: for each input of the reader the output that it comes from. None: a norm, channel by channel."""
+    """Of a linear layer: for each input of the reader the output that it comes from. None: a norm, channel by
+    channel."""
 
 
 def input_link(spec: DecoderSpec, name: str) -> Link | None:

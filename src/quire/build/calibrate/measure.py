@@ -1,7 +1,7 @@
 """What rounding one matrix costs the whole model: the KL divergence of the next token with that matrix alone quantised.
 
-One walk measures many: the batch holds the same contexts again and again, and in the v-th copy the v-th matrix is quantised. Until
-the walk comes to it a copy equals the first one and is not computed.
+One walk measures many: the batch holds the same contexts again and again, and in the v-th copy the v-th matrix is
+quantised. Until the walk comes to it a copy equals the first one and is not computed.
 """
 
 from collections.abc import Sequence
@@ -35,8 +35,8 @@ def measured_choices(
     """For each of `names` what each of `formats` takes and loses; staying as it is loses nothing.
 
     Args:
-        base: the format whose loss is measured through the whole model. That of another is in proportion to the squared error of
-            the matrix's own outputs.
+        base: the format whose loss is measured through the whole model. That of another is in proportion to the
+            squared error of the matrix's own outputs.
         progress: matrices that the walks have met, and all of them.
     """
     step = max(1, len(contexts) // NUM_CONTEXTS)
@@ -109,7 +109,9 @@ class _Copies:
         if name in self._names:
             quantized = {quant: provider.quantize(weight, quant) for quant in self._formats}
             y[last : last + size] = product(x[last : last + size], quantized[self._base])
-            self.errors[name] = {quant: _error(exact[:size], product(x[:size], one)) for quant, one in quantized.items()}
+            self.errors[name] = {
+                quant: _error(exact[:size], product(x[:size], one)) for quant, one in quantized.items()
+            }
             self._met.append(name)
         self._progress(len(self._met), len(self._names))
         return y

@@ -47,7 +47,9 @@ def read_contexts(path: Path, encode: Callable[[str], list[int]], longest: int) 
         raise ConfigurationError(f"calibrate: {error.message}", field="calibrate") from None
     except UnicodeDecodeError as error:
         if len(data) <= MAX_TEXT_BYTES:
-            raise ConfigurationError(f"calibrate: {name} is not UTF-8 at byte {error.start:,}", field="calibrate") from None
+            raise ConfigurationError(
+                f"calibrate: {name} is not UTF-8 at byte {error.start:,}", field="calibrate"
+            ) from None
     if len(data) > MAX_TEXT_BYTES:
         raise ConfigurationError(f"calibrate: {name} has more than {MAX_TEXT_BYTES:,} bytes", field="calibrate")
     tokens, length = encode(text), min(CONTEXT, longest)

@@ -1,4 +1,5 @@
-"""From what was asked of a build to a plan in which each matrix has its format: rounded, calibrated, or left as it is."""
+"""From what was asked of a build to a plan in which each matrix has its format: rounded, calibrated, or left as it
+is."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -51,9 +52,13 @@ def treated_plan(plan: WeightPlan, provider: Provider, treatment: Treatment, fol
     """
     scheme = plan.packer.scheme
     if scheme is None:
-        raise ConfigurationError("keep, calibrate and bits are for a model that is quantised: quantization is not set", field="keep")
+        raise ConfigurationError(
+            "keep, calibrate and bits are for a model that is quantised: quantization is not set", field="keep"
+        )
     if treatment.contexts is not None and plan.quantized is not None:
-        raise ConfigurationError("calibrate: this checkpoint is quantised already: calibrate the one it was made of", field="calibrate")
+        raise ConfigurationError(
+            "calibrate: this checkpoint is quantised already: calibrate the one it was made of", field="calibrate"
+        )
     kept = _kept(plan, treatment.keep)
     matrices = {}
     for name, parameter in plan.parameters.items():
@@ -125,5 +130,9 @@ def _remarks(chosen: ChosenWeights, treatment: Treatment) -> list[Decision]:
     asked = "" if treatment.bits is None else f"; {treatment.bits:g} asked for, shared by measured loss"
     found = [Decision("bits", f"{bits:.3f}", f"a weight of the linear layers, scales included{asked}")]
     if treatment.contexts is not None:
-        found.append(Decision("calibration", f"{treatment.contexts.num_tokens:,} tokens", f"of {treatment.contexts.name}, by GPTQ"))
+        found.append(
+            Decision(
+                "calibration", f"{treatment.contexts.num_tokens:,} tokens", f"of {treatment.contexts.name}, by GPTQ"
+            )
+        )
     return found

@@ -1,8 +1,8 @@
-"""One walk of the decoder over whole contexts, in which weights are names: a function says what each is when the walk meets
-it. So one layer's weights are in memory at a time, and the decoder is the one that serves.
+"""One walk of the decoder over whole contexts, in which weights are names: a function says what each is when the walk
+meets it. So one layer's weights are in memory at a time, and the decoder is the one that serves.
 
-The walk is the decoder's own `forward` with `WalkOps` for operations; a cache of one layer is all that it needs, since each
-context is computed in one step.
+The walk is the decoder's own `forward` with `WalkOps` for operations; a cache of one layer is all that it needs,
+since each context is computed in one step.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 
 from quire.models.decoder import Decoder
 from quire.ops.composed import ComposedOps
-from quire.ops.types import Activation, Array, AttentionBatch, AttentionSpec, Forward, Opaque, Provider, RopeTables, Step
+from quire.ops.types import (
+    Activation,
+    Array,
+    AttentionBatch,
+    AttentionSpec,
+    Forward,
+    Opaque,
+    Provider,
+    RopeTables,
+    Step,
+)
 from quire.weights.load import WeightPlan
 
 BLOCK_SIZE = 16
