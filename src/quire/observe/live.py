@@ -11,15 +11,15 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quire.core.limits import SchedulerConfig
 from quire.core.plan import ScheduledRow, StepRecord
 from quire.core.request import NewRequest
-from quire.observe.replay import Asked, Session
-from quire.observe.reservations import simulate_reserved
-from quire.observe.simulate import simulate
-from quire.observe.step_cost import LEAST_STEPS, Sample, features, line_through
+
+if TYPE_CHECKING:  # what a simulation takes is imported where there is a viewer: every server starts with this module
+    from quire.observe.replay import Asked
+    from quire.observe.step_cost import Sample
 
 KEPT_STEPS = 400
 """That a viewer sees when it comes."""
@@ -126,6 +126,8 @@ class LiveView:
                 self._samples.append((self._shape, record.now_s - before.now_s))
             self._shape = None
             if record.scheduled and record.now_s - self._watched_s < WATCHED_S:
+                from quire.observe.step_cost import features
+
                 known = self._requests
                 self._shape = features(
                     ScheduledRow(0, start, num, (), start + num >= known[name].num_prompt)
@@ -228,6 +230,11 @@ class LiveView:
 
         Takes some tenths of a second: for a thread of its own.
         """
+        from quire.observe.replay import Session
+        from quire.observe.reservations import simulate_reserved
+        from quire.observe.simulate import simulate
+        from quire.observe.step_cost import LEAST_STEPS, line_through
+
         with self._lock:
             samples, record = list(self._samples), self._record
             ended = [one for one in self._ended if one.num_output and one.state in ("stop", "length")][-COMPARED:]
@@ -286,8 +293,10 @@ class LiveView:
             request.state = "waiting"
 
 
-def _asked(one: LiveRequest) -> Asked:
+def _asked(one: LiveRequest) -> "Asked":
     """As a simulation takes it."""
+    from quire.observe.replay import Asked
+
     return Asked(
         number=one.index,
         prompt=one.num_prompt,
