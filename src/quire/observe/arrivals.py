@@ -36,25 +36,7 @@ def made_up(lengths: Lengths, count: int, rate: float, max_model_len: int, seed:
         now_s += rng.expovariate(rate) if math.isfinite(rate) else 0.0
         prompt = min(_length(rng, lengths.prompt, lengths.prompt_spread), max_model_len - 1)
         output = min(_length(rng, lengths.output, lengths.output_spread), max_model_len - prompt)
-        found.append(
-            Asked(
-                number=number,
-                prompt=prompt,
-                given=0,
-                max_tokens=output,
-                priority=0,
-                arrival_s=now_s,
-                caller="",
-                weight=1,
-                waits=False,
-                prompt_logprobs=False,
-                logprobs_sent=0,
-                cached=0,
-                grains=[],
-                reason="length",
-                num_output=output,
-            )
-        )
+        found.append(Asked(number, prompt, output, now_s, reason="length", num_output=output))
     return found
 
 

@@ -297,23 +297,7 @@ def _asked(one: LiveRequest) -> "Asked":
     """As a simulation takes it."""
     from quire.observe.replay import Asked
 
-    return Asked(
-        number=one.index,
-        prompt=one.num_prompt,
-        given=0,
-        max_tokens=one.max_tokens,
-        priority=0,
-        arrival_s=one.arrival_s,
-        caller="",
-        weight=1,
-        waits=False,
-        prompt_logprobs=False,
-        logprobs_sent=0,
-        cached=0,
-        grains=[],
-        reason="stop",
-        num_output=one.num_output,
-    )
+    return Asked(one.index, one.num_prompt, one.max_tokens, one.arrival_s, reason="stop", num_output=one.num_output)
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float]:

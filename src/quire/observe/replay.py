@@ -37,17 +37,17 @@ class Asked:
     number: int
     prompt: int
     """Tokens; so are `given` (by a core that died, of the answer) and `max_tokens`."""
-    given: int
     max_tokens: int
-    priority: int
     arrival_s: float
-    caller: str
-    weight: int
-    waits: bool
-    prompt_logprobs: bool
-    logprobs_sent: int
-    cached: int
-    grains: list[str]
+    given: int = 0
+    priority: int = 0
+    caller: str = ""
+    weight: int = 1
+    waits: bool = False
+    prompt_logprobs: bool = False
+    logprobs_sent: int = 0
+    cached: int = 0
+    grains: list[str] = field(default_factory=list)
     reason: str | None = None
     """Why it ended; None: it had not, when the recording did."""
     num_output: int = 0

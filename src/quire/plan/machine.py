@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from quire.ops.types import QuantizedFormat, WeightDtype
 from quire.plan.devices import PlannedDevice
 from quire.plan.estimate import ModelCost
 
@@ -15,7 +16,9 @@ Points = tuple[tuple[int, float], ...]
 """A rate at numbers of rows, or of bytes, in ascending order."""
 CALLS_PER_LAYER = 7
 """Two norms, four GEMMs (of q, k and v; of o; of gate and up; of down) and attention."""
-FORMATS = ("bfloat16", "float16", "float32", "int8", "int8_w8a8", "int4")
+FLOATS: tuple[WeightDtype, ...] = ("bfloat16", "float16", "float32")
+QUANTIZED: tuple[QuantizedFormat, ...] = ("int8", "int8_w8a8", "int4")
+FORMATS = (*FLOATS, *QUANTIZED)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,13 @@
 """Measure this machine's kernels for two seconds: `MachineRates`."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from quire.ops.types import AttentionBatch, AttentionSpec, CacheShape, Provider, QuantSpec
-from quire.plan.machine import FORMATS, Points
+from quire.ops.types import AttentionBatch, AttentionSpec, CacheDtype, CacheShape, Provider, QuantSpec
+from quire.plan.machine import FLOATS, QUANTIZED, Points
 
 SIDE = 1024
 """Outputs and inputs of the weight that is multiplied."""
@@ -43,15 +44,14 @@ def probe_linear(ops: Provider, clock: Callable[[], float]) -> Mapping[str, Poin
     weight = dice.standard_normal((SIDE, SIDE), np.float32)
     inputs = dice.standard_normal((ROWS[-1], SIDE), np.float32)
     found: dict[str, Points] = {}
-    for name in FORMATS:
-        if name in ("bfloat16", "float16", "float32"):
-            packed = ops.pack_linear(weight, None, name)  # type: ignore[arg-type]
-        else:
-            quant = QuantSpec(name, 64 if name == "int4" else None)  # type: ignore[arg-type]
-            packed = ops.pack_linear(ops.quantize(weight, quant), None, "bfloat16")
+    weights: dict[str, Any] = {name: ops.pack_linear(weight, None, name) for name in FLOATS}
+    for kind in QUANTIZED:
+        quantized = ops.quantize(weight, QuantSpec(kind, 64 if kind == "int4" else None))
+        weights[kind] = ops.pack_linear(quantized, None, "bfloat16")
+    for name, packed in weights.items():
         points = []
         for rows in ROWS:
-            seconds = _least(lambda x=inputs[:rows], packed=packed: ops.linear(x, packed), clock)  # type: ignore[misc]
+            seconds = _least(partial(ops.linear, inputs[:rows], packed), clock)
             points.append((rows, 2 * SIDE * SIDE * rows / seconds))
         found[name] = tuple(points)
     return found
@@ -64,10 +64,10 @@ def probe_call(ops: Provider, clock: Callable[[], float]) -> float:
     return _least(lambda: ops.linear(x, packed), clock)
 
 
-def probe_attention(ops: Provider, dtype: str, clock: Callable[[], float]) -> tuple[float, float]:
+def probe_attention(ops: Provider, dtype: CacheDtype, clock: Callable[[], float]) -> tuple[float, float]:
     """Seconds of a key, for each head and number of it: in a step of single tokens, and in a prompt."""
     blocks = KEYS // BLOCK
-    shape = CacheShape(1, blocks, BLOCK, KV_HEADS, HEAD_DIM, dtype)  # type: ignore[arg-type]
+    shape = CacheShape(1, blocks, BLOCK, KV_HEADS, HEAD_DIM, dtype)
     cache, spec = ops.make_cache(shape), AttentionSpec(HEAD_DIM**-0.5)
     found = []
     for tokens in (1, QUERIES):
@@ -79,7 +79,7 @@ def probe_attention(ops: Provider, dtype: str, clock: Callable[[], float]) -> tu
             block_tables=np.arange(blocks, dtype=np.int32)[None],
         )
         q, kv = (np.ones((tokens, heads, HEAD_DIM), np.float32) for heads in (HEADS, KV_HEADS))
-        seconds = _least(lambda q=q, kv=kv, batch=batch: ops.attention(q, kv, kv, cache, 0, batch, spec), clock)  # type: ignore[misc]
+        seconds = _least(partial(ops.attention, q, kv, kv, cache, 0, batch, spec), clock)
         keys = sum(range(start + 1, KEYS + 1))
         found.append(seconds / (HEADS * HEAD_DIM * keys))
     return found[0], found[1]

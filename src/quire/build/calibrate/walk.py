@@ -54,6 +54,7 @@ class WalkOps(ComposedOps):
         """Operation by operation."""
 
         def step(token_ids: Array, batch: AttentionBatch, cache: Opaque) -> Array:
+            # `WalkOps` has the operations of a forward pass, and none of sampling.
             return forward(self, token_ids, batch, cache)  # type: ignore[arg-type]
 
         return step
@@ -103,6 +104,7 @@ def walk(plan: WeightPlan, weights: dict[str, Any], ops: WalkOps, contexts: Sequ
         starts=ops.array(np.zeros(len(lengths)), "int32"),
         block_tables=ops.array(tables, "int32"),
     )
+    # Names stand for weights, and `ops` has what a forward pass asks for.
     decoder = Decoder(plan.spec, weights, ops, plan.packer.dtype, max(lengths), 0)  # type: ignore[arg-type]
     shape = replace(decoder.cache_shape(int(first[-1]), BLOCK_SIZE), num_layers=1, dtype="float32")
     cache = ops._provider.make_cache(shape)

@@ -5,7 +5,7 @@ from typing import Any
 from quire.server.doors.ollama.bodies import CHAT, GENERATE, PULL, SHOW
 from quire.server.http.limits import Limits
 from quire.server.http.openapi import INTEGER, get, open_object, post, ref
-from quire.server.http.schema import STRING, Schema, array
+from quire.server.http.schema import STRING, RequestSchema, Schema, array
 
 ERROR = "OllamaError"
 EVENTS = "Lines of JSON: each holds a part of the answer, the last has done: true."
@@ -14,7 +14,12 @@ NDJSON = "application/x-ndjson"
 
 def describe(limits: Limits) -> tuple[dict[str, Any], dict[str, Schema]]:
     """The paths of this API that are honoured, and the schemas they name."""
-    bodies = {"OllamaChat": CHAT, "OllamaGenerate": GENERATE, "OllamaShow": SHOW, "OllamaPull": PULL}
+    bodies: dict[str, RequestSchema[Any]] = {
+        "OllamaChat": CHAT,
+        "OllamaGenerate": GENERATE,
+        "OllamaShow": SHOW,
+        "OllamaPull": PULL,
+    }
     paths = {
         "/api/chat": {"post": _post("OllamaChat", "Go on with a conversation.", EVENTS)},
         "/api/generate": {"post": _post("OllamaGenerate", "Answer a prompt.", EVENTS)},
@@ -26,7 +31,7 @@ def describe(limits: Limits) -> tuple[dict[str, Any], dict[str, Schema]]:
     }
     schemas: dict[str, Schema] = {}
     for name, body in bodies.items():
-        schemas[f"{name}Request"], below = body.json_schema(limits)  # type: ignore[attr-defined]
+        schemas[f"{name}Request"], below = body.json_schema(limits)
         schemas |= below
     return paths, {**schemas, **_answers()}
 
