@@ -34,7 +34,7 @@ CHAT = [{"role": "user", "content": "What is TTFT?"}]
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny("llama", tmp_path_factory.mktemp("model"), dtype="bfloat16", tokenizer=True)
+    return make_tiny("llama", tmp_path_factory.mktemp("sources") / "model", dtype="bfloat16", tokenizer=True)
 
 
 @pytest.fixture(scope="module")
