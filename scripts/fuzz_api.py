@@ -29,7 +29,13 @@ from quire.server.doors.anthropic import bodies as anthropic
 from quire.server.doors.ollama import bodies as ollama
 from quire.server.doors.openai.batches.routes import BATCH
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT
-from quire.server.doors.openai.responses.bodies import CONVERSATION, CONVERSATION_ITEMS, CONVERSATION_UPDATE, RESPONSE
+from quire.server.doors.openai.responses.bodies import (
+    CONVERSATION,
+    CONVERSATION_ITEMS,
+    CONVERSATION_UPDATE,
+    INPUT_TOKENS,
+    RESPONSE,
+)
 from quire.server.doors.tgi.bodies import GENERATE, PARAMETERS
 from quire.server.http.app import create_app
 from quire.server.http.limits import Limits
@@ -54,6 +60,7 @@ ROUTES = {
     "/chat_tokenize": (CHAT, {"messages": HELLO}),
     "/detokenize": (DETOKENIZE, {"tokens": [1, 2, 3]}),
     "/v1/responses": (RESPONSE, {"input": [{"role": "user", "content": "hi"}], "max_output_tokens": 2}),
+    "/v1/responses/input_tokens": (INPUT_TOKENS, {"input": [{"role": "user", "content": "hi"}], "model": MODEL}),
     "/v1/conversations": (CONVERSATION, {"items": [{"role": "user", "content": "hi"}]}),
     "/v1/conversations/conv_2": (CONVERSATION_UPDATE, {"metadata": {"a": "2"}}),
     "/v1/conversations/conv_2/items": (CONVERSATION_ITEMS, {"items": [{"role": "user", "content": "hi"}]}),

@@ -22,7 +22,7 @@ from quire.server.doors.openai.responses.keep import (
     load_response,
     with_references,
 )
-from quire.server.doors.openai.responses.parse import chat_of, in_our_words, parse_response
+from quire.server.doors.openai.responses.parse import chat_of, in_our_words, parse_input, parse_response
 from quire.server.http.context import RequestContext, ServerContext
 from quire.server.http.errors import ApiError
 from quire.server.http.keys import caller_of
@@ -83,6 +83,18 @@ async def create_response(request: Request) -> Response:
             assert keeper is not None
             return await _begin(context, request, answer, keeper, streams=body.options.stream)
         return await deliver(request, answer, FRAMING if body.options.stream else None)
+
+
+async def count_input_tokens(request: Request) -> Response:
+    """The tokens of what a response would be an answer to."""
+    context: ServerContext = request.app.state.context
+    body, items = await context.bodies.read(request, lambda raw: parse_input(raw, context.limits))
+    with in_our_words(), naming_param("prompt", "input"):
+        requested = context.request_context(request, "", None)
+        keeper = await keeper_of(context, requested.caller.name, body)
+        answer = await answer_to(context, requested, requested.caller.name, body, items, keeper)
+        count = await answer.num_input_tokens()
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
 
 
 async def _begin(
@@ -162,6 +174,7 @@ async def list_input_items(request: Request) -> Response:
 
 ROUTES = (
     Route("/v1/responses", create_response, methods=["POST"]),
+    Route("/v1/responses/input_tokens", count_input_tokens, methods=["POST"]),
     Route("/v1/responses/{id}", retrieve_response, methods=["GET"]),
     Route("/v1/responses/{id}", delete_response, methods=["DELETE"]),
     Route("/v1/responses/{id}/cancel", cancel_response, methods=["POST"]),
