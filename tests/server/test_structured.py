@@ -32,6 +32,7 @@ def client(tiny_model: Path) -> Any:
     running.stop()
 
 
+@pytest.mark.client("openai", "chat.completions.parse(response_format)", "chat.completions.stream(response_format)")
 def test_pydantic_models_are_parsed_whole_and_streamed(client: openai.OpenAI) -> None:
     for seed in range(4):
         asked: Any = dict(
