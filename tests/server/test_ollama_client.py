@@ -14,7 +14,7 @@ from quire.llm import AsyncLLM
 from quire.server.doors.all import DOORS
 from quire.text.parsers.choose import choose
 from tests.conftest import PATIENCE_S
-from tests.server.conftest import MODEL, Running, start, wait_until
+from tests.server.conftest import MODEL, Running, start
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_tool_answers import ANSWERS
 from tests.server.tool_models import THINKING, make_caller
@@ -299,16 +299,6 @@ def test_errors_of_the_http_side_and_of_streams_have_its_shape(http: httpx.Clien
     assert json.loads(lines[-1]) == {"error": "the row broke"} and json.loads(lines[0])["done"] is False
     with pytest.raises(ollama.ResponseError, match="the row broke"):
         list(connect(telling).chat(MODEL, failing, stream=True))
-
-
-def test_a_client_that_leaves_ends_its_work(http: httpx.Client, telling: Running) -> None:
-    engine = telling.engine
-    before = engine.num_aborted
-    engine.released.clear()
-    body = {**BASE, "messages": [{"role": "user", "content": "held"}], "options": {"num_predict": 50}}
-    with http.stream("POST", "/api/chat", json=body) as response:
-        next(response.iter_lines())
-    assert wait_until(lambda: engine.num_aborted == before + 1 and engine.num_running == 0)
 
 
 def test_a_key_is_needed() -> None:
