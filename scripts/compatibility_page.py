@@ -131,8 +131,8 @@ def _outside() -> str:
     run: dict[str, str] = json.loads(OUTSIDE.read_text(encoding="utf-8"))
     rows: dict[tuple[str, str], list[str]] = {}
     for client, does, _ in CASES:
-        ended = {name.removesuffix(f": {does}"): outcome for name, outcome in run.items()
-                 if name.startswith(f"{client} ") and name.endswith(f": {does}")}  # fmt: skip
+        line = re.compile(rf"({re.escape(client)} \S+): {re.escape(does)}")
+        ended = {found[1]: outcome for name, outcome in run.items() if (found := line.fullmatch(name))}
         for name, outcome in (ended or {client: "not run"}).items():
             rows.setdefault((name.replace(client, f"`{client}`"), outcome), []).append(f"`{does}`")
     lines = [f"| {client} | {', '.join(does)} | {outcome} |\n" for (client, outcome), does in sorted(rows.items())]
