@@ -29,8 +29,10 @@ HEAD = """# What works with which client
 
 Every client is the official one, unchanged, of the version that the tests run with. **passes**: a test makes this
 call, with these arguments, and checks the answer. **refused**: the answer is an error that names the call or the
-argument. **absent**: the server has no route for it; the answer is 404 or 405. A cell links to its tests. Each fails
-when what stands here is not what it does, or when it is skipped: CI would fail before this page said more than is true.
+argument. **absent**: no test asks it, and the server has no route for it: the answer is 404 or 405. (The hub's other
+tasks all send their input to `POST /`, where text is generated: their answers are of no use.) A cell links to its
+tests. Each fails when what stands here is not what it does, or when it is skipped: CI would fail before this page said
+more than is true.
 
 | client | calls | pass | are refused | absent |
 |---|---|---|---|---|

@@ -22,6 +22,7 @@ from scripts import compatibility_page as page
 from scripts.client_calls import CLIENTS, calls_of, method_of
 from scripts.compatibility_marks import Asked, _of_file, asked_of, marks
 from tests.server.client_calls import watched
+from tests.server.conftest import pytest_runtest_makereport
 
 BODIES: dict[tuple[str, str], RequestSchema[Any]] = {
     ("POST", "/v1/chat/completions"): CHAT,
@@ -103,7 +104,7 @@ def test_every_argument_is_known_and_each_that_is_refused_has_a_mark(client: str
         if schema is None or call.name.endswith("parse"):  # which is what create is, with a type
             continue
         given = {*inspect.signature(call.function).parameters} - OF_THE_CLIENT
-        assert given - HEADERS <= {*schema.known()} | {"multi_agent"}, call.name
+        assert given - HEADERS <= {*schema.known()}, call.name
         refused = (given & {*schema.refused}) - HEADERS
         num_refused += len(refused)
         if not call.name.startswith("beta."):
@@ -137,6 +138,16 @@ class Marked:
 
     def iter_markers(self, name: str) -> list[Any]:
         return [self._mark] if name == self._mark.name else []
+
+
+@pytest.mark.parametrize(("mark", "outcome"), [("client", "failed"), ("other", "skipped")])
+def test_a_test_with_a_mark_may_not_be_skipped(mark: str, outcome: str) -> None:
+    item: Any = SimpleNamespace(nodeid="t", get_closest_marker=lambda name: True if name == mark else None)
+    reports: Any = pytest_runtest_makereport(item, SimpleNamespace())
+    next(reports)
+    with pytest.raises(StopIteration) as done:
+        reports.send(SimpleNamespace(skipped=True, outcome="skipped", longrepr=None))
+    assert done.value.value.outcome == outcome
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,8 @@ def calls_of_clients(request: pytest.FixtureRequest) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
     """A test that says what works with a client may not be skipped."""
     report = yield
-    if report.skipped and item.get_closest_marker("client") is not None:
+    marks = (item.get_closest_marker(name) for name in ("client", "client_refused"))
+    if report.skipped and any(mark is not None for mark in marks):
         report.outcome, report.longrepr = "failed", f"{item.nodeid} says what works with a client, and was skipped"
     return report
 
