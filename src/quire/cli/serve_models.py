@@ -68,9 +68,9 @@ def plan_of(options: argparse.Namespace) -> Plan | None:
     if hasattr(options, "model"):
         raise _bad("model", "and several words that name models exclude each other")
     names, shared = options.served_model_name or [], engine_values(options)
-    for name in (*OF_ONE, *(["served_model_name"] if names and entries else [])):
-        if name in shared or name == "served_model_name":
-            raise _bad(name, f"is of one model: it stands in an entry of `models` ({GUIDE})")
+    of_one = [name for name in OF_ONE if name in shared] + (["served_model_name"] if names and entries else [])
+    if of_one:
+        raise _bad(of_one[0], f"is of one model: it stands in an entry of `models` ({GUIDE})")
     if names and len(names) != len(words):
         raise _bad("served_model_name", f"must be one name for each of {len(words)} models, got {len(names)}")
     if not entries:
