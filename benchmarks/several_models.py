@@ -1,6 +1,6 @@
 """Seconds from `quire serve` to the first answer of each model: one server of all, and a server of each alone, in turn.
 
-    python benchmarks/several_models.py [--runs N] MODEL MODEL ...
+python benchmarks/several_models.py [--runs N] MODEL MODEL ...
 """
 
 import argparse
@@ -66,7 +66,8 @@ def main() -> None:
                 seconds.setdefault((model, "beside others" if len(models) > 1 else "alone"), []).append(taken_s)
     for (model, how), found in sorted(seconds.items()):
         kept = found[1:]  # the first run warms the files
-        print(f"{model} {how}: {statistics.median(kept):.2f} s (from {min(kept):.2f} to {max(kept):.2f}, {len(kept)} runs)")
+        spread = f"from {min(kept):.2f} to {max(kept):.2f}, {len(kept)} runs"
+        print(f"{model} {how}: {statistics.median(kept):.2f} s ({spread})")
 
 
 if __name__ == "__main__":

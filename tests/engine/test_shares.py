@@ -69,7 +69,9 @@ def test_all_shares_together_are_no_more_than_the_whole(
 def test_cores(num_cores: int, asked: Any, total: int | None, expected: list[tuple[int, list[int]]]) -> None:
     cores = [[core] for core in range(num_cores)]
     places = range(len(asked))
-    found = [cores_part(share(place, needs=(0,) * len(asked), threads=asked, total_threads=total), cores) for place in places]
+    found = [
+        cores_part(share(place, needs=(0,) * len(asked), threads=asked, total_threads=total), cores) for place in places
+    ]
     assert found == expected
     assert cores_part(share(1), [[0, 4], [1, 5]]) == (1, [1, 5]), "both processors of a core"
 

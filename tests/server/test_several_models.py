@@ -1,4 +1,4 @@
-"""Several models in one server: every door's own client chooses by the model's name, and one model's trouble is its own."""
+"""Several models in one server: every door's own client chooses by the model's name, and one's trouble is its own."""
 
 import json
 from collections.abc import Iterator
@@ -65,6 +65,21 @@ def test_the_client_of_openai_chooses(zoo: Running) -> None:
     assert said == {"cat": "miaow", "dog": "wuff", "hound": "wuff"}
     unnamed = httpx.post(f"{zoo.url}/v1/completions", json={"prompt": "x"}).json()
     assert (unnamed["model"], unnamed["choices"][0]["text"]) == ("cat", "miaow"), "the first stands for no name"
+
+
+def test_what_is_left_out_is_the_chosen_models_own_default(zoo: Running, table: Models) -> None:
+    dog = [*table][1].engine
+    assert isinstance(dog, FakeEngine)
+    dog.stated_temperature = 0.25
+    bodies: dict[str, Any] = {"/v1/completions": {"prompt": "x"}, "/v1/chat/completions": {"messages": HELLO}}
+    bodies |= {"/v1/responses": {"input": "x"}, "/v1/messages": {"messages": HELLO, "max_tokens": 9}}
+    bodies |= {"/api/generate": {"prompt": "x", "stream": False}}
+    try:
+        for path, body in bodies.items():
+            assert httpx.post(zoo.url + path, json={"model": "hound", **body}).status_code == 200, path
+            assert dog.calls[-1]["params"].temperature == 0.25, path
+    finally:
+        dog.stated_temperature = 0.5
 
 
 def test_models_are_listed_with_what_they_can(zoo: Running) -> None:

@@ -130,7 +130,9 @@ def test_a_killed_core_is_one_models_own_and_no_stream_sees_it(server: Server) -
         assert logprobs == whole[name][0]["logprobs"]["token_logprobs"], name
     assert large in server.cores and small not in server.cores
     text = httpx.get(f"{server.url}/metrics").text
-    died = dict(re.findall(r'quire:engine_core_restarts_total{engine="0",model_name="(\w+)",reason="died"} (\S+)', text))
+    died = dict(
+        re.findall(r'quire:engine_core_restarts_total{engine="0",model_name="(\w+)",reason="died"} (\S+)', text)
+    )
     assert died == {"small": "1.0", "large": "0.0"}, text
     assert wait_until(lambda: any("model 'small': the engine's core exited (signal 9)" in line for line in server.said))
     assert any(" model=large " in line for line in server.said), "the log of requests names it"

@@ -33,8 +33,8 @@ EXAMPLES = """examples:
     -H 'Content-Type: application/json' -d '{"prompt": "Hello", "max_tokens": 9}'
 
 Every flag may stand in a file (--config, or QUIRE_CONFIG) or in the environment: --port is QUIRE_PORT. The command line
-goes before the environment, that before the file. Of several models each computes in a process of its own, and a request
-chooses by `model`; in the file they are entries of `models:`, with settings of their own (docs/guide/several.md).
+goes before the environment, that before the file. Of several models each computes in a process of its own, and requests
+choose by `model`; in the file they are entries of `models:`, with settings of their own (docs/guide/several.md).
 
 SIGTERM or Ctrl-C: running requests finish first (--shutdown-timeout); a second one leaves at once."""
 OLLAMA_PORT = 11434

@@ -46,7 +46,7 @@ async def is_ready(request: Request) -> Response:
 
 
 def _asked(request: Request) -> ServerContext:
-    """The whole, or the part of the model that is asked for. These routes need no key: with keys, no names are told."""
+    """The whole, or the part of the model that is asked for. These routes need no key: with keys, they name none."""
     context: ServerContext = request.app.state.context
     name = request.query_params.get("model")
     if name is None:
