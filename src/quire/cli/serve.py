@@ -249,7 +249,7 @@ def _serve_several(
         if is_any:
             _say(f"ready on {address}/v1")
         else:
-            server.should_exit = True
+            server.should_exit = True  # nothing can be served
 
     loading = serve_models.Loading(models, halves, quiet=options.quiet, say=_say, settled=settled)
 
@@ -263,7 +263,7 @@ def _serve_several(
     finally:
         for engine in models.engines:
             engine.close()
-    return 0 if models.engines else 1
+    return 1 if all(model.failure for model in models) else 0
 
 
 def _application(

@@ -167,7 +167,8 @@ class Loading:
         try:
             engine = AsyncEngine(half())
             decisions = [*engine.decisions, *sampling.resolve({}, engine.stated_sampling)[1]]
-            banner.show(model.name, decisions, quiet=self._quiet)
+            with self._lock:
+                banner.show(model.name, decisions, quiet=self._quiet)
             app.state.welcome(model, engine)
         except Exception as error:  # noqa: BLE001 -- whatever it is, the others go on
             text = str(error) if isinstance(error, QuireError) else f"{type(error).__name__}: {error}"
