@@ -43,7 +43,9 @@ def as_text(subject: Subject, turns: Sequence[Turn], started: Sequence[Started])
         best = max(one.output_rate.median for one in rows.values())
         for engine, one in rows.items():
             ours = rows.get(OURS)
-            ratio = "" if ours is None or engine == OURS else f"  {ours.output_rate.median / one.output_rate.median:.2f}x"
+            ratio = (
+                "" if ours is None or engine == OURS else f"  {ours.output_rate.median / one.output_rate.median:.2f}x"
+            )
             mark = " *" if one.output_rate.median == best else ""
             lines.append(
                 f"{engine:<{width}} {one.runs:>4} {_spread(one.output_rate, 1):>26} {one.total_rate.median:>10.1f} "
@@ -88,7 +90,9 @@ def as_svg(subject: Subject, turns: Sequence[Turn], started: Sequence[Started]) 
     for workload, text in subject.workloads.items():
         rows = {engine: one for (name, engine), one in found.items() if name == workload}
         if rows:
-            tables.append(Bars(f"{subject.model}, {workload}", text, list(rows), _columns(list(rows.values()), subject)))
+            tables.append(
+                Bars(f"{subject.model}, {workload}", text, list(rows), _columns(list(rows.values()), subject))
+            )
     foot = [f"{point}: {kept}" for point, kept in _points(subject, started, found)]
     return draw_bars(tables, [*foot, "; ".join(f"{name}: {value}" for name, value in subject.facts.items())])
 

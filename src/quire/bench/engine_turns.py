@@ -147,7 +147,9 @@ def figures(turns: Sequence[Turn], started: Sequence[Started]) -> dict[tuple[str
     first = started[0].name if started else ""
     right = {(turn.measured.workload, turn.measured.repetition): turn.ran.token_ids
              for turn in turns if turn.measured.engine == first}  # fmt: skip
-    return {key: _figures(group, accounts.get(key[1]), {} if key[1] == first else right) for key, group in groups.items()}
+    return {
+        key: _figures(group, accounts.get(key[1]), {} if key[1] == first else right) for key, group in groups.items()
+    }
 
 
 def _figures(

@@ -1,4 +1,4 @@
-"""Engines in processes of their own, each driven by `drivers/drive.py`: start, run, stop while another is timed, end."""
+"""Engines in processes of their own, driven by `drivers/drive.py`: start, run, stop while another is timed, end."""
 
 import json
 import os
@@ -76,7 +76,7 @@ class Peer:
         self.facts = Facts({}, {}, None)
         self._settings = spec.settings
         self._rest = b""
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the process
         environment = {"PYTHONUNBUFFERED": "1", **os.environ, **spec.environment}
         command = [spec.python, str(DRIVERS / "drive.py"), spec.driver]
         try:
@@ -139,7 +139,7 @@ class Peer:
                 Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")
 
     def peak_bytes(self) -> int | None:
-        """The most memory that its processes held, pages that they share counted for each; None where it is not known."""
+        """The most memory that its processes held, shared pages counted for each; None where it is not known."""
         return sum(kilobytes * 1024 for pid in self._members() for kilobytes in _high_water(pid)) or None
 
     def _members(self) -> list[int]:
@@ -175,7 +175,9 @@ class Peer:
             if not isinstance(answer, dict):
                 raise TypeError
         except (ValueError, KeyError, TypeError) as error:
-            text = f"its driver said {line[:100]!r} where {kind} was due" if line else f"its process ended{self._said()}"
+            text = (
+                f"its driver said {line[:100]!r} where {kind} was due" if line else f"its process ended{self._said()}"
+            )
             raise PeerError(text) from error
         return answer
 

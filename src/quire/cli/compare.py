@@ -29,8 +29,8 @@ EXAMPLES = """examples:
       --files llama.cpp=model-bf16.gguf --env vllm:LD_PRELOAD=/usr/lib/libtcmalloc_minimal.so.4
   quire compare DIR --url other=http://127.0.0.1:9000 --json --svg table.svg
 
-Each engine runs in a process of its own, under its own interpreter where one is named; while one is timed the others are
-stopped. One that is not installed, or fails, is listed with its reason. For llama.cpp --python names its llama-server.
+Each engine runs in a process of its own, under its own interpreter where one is named; while one is timed, the others
+are stopped. One that is not installed, or fails, is listed with its reason. --python names llama.cpp's llama-server.
 The workloads are those of `quire bench throughput`: all requests come at once, every output has its whole length."""
 TEXTS = {
     "W1": "one stream, 128 tokens in, 128 out",
@@ -38,6 +38,23 @@ TEXTS = {
     "W3": "requests with a common prefix of 1,024 tokens, 32 own, 32 out",
     "W4": "one prompt of 4,096 tokens, 1 out",
 }
+FAIRNESS = (
+    ("weights", "{model}, {dtype}; the same files but where an engine names others"),
+    ("device", "{device}, {threads} threads each; while one engine runs, the others are stopped"),
+    ("KV cache", "{kv_mib:,.0f} MiB for each, at {kv_bytes_per_token:,} bytes a token"),
+    ("peak", "of an engine's processes during its turns; over weights: interpreter, libraries, KV cache, activations"),
+    (
+        "requests",
+        "the same token ids in the same order, all at once; other ids in each repetition, so no cache is warm",
+    ),
+    ("outputs", "greedy, end of sequence ignored; every output had exactly the length that was asked for"),
+    (
+        "turns",
+        "{reps} each: one after the other in a repetition, in every second one the other way round; a warm-up first",
+    ),
+    ("TTFT", "from the moment when all requests came to a request's first token"),
+)
+"""The checklist: point, and how it is kept."""
 MOST = {"reps": 1000, "num_prompts": 32, "batch_size": 1024, "max_num_seqs": 4096, "threads": 1024}
 
 
@@ -48,7 +65,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     flag = parser.add_argument
     flag("model", nargs="?", metavar="MODEL", help=f"a directory, a GGUF file, a hub id; left out: {EMBEDDED_NAME}")
     flag(
-        "--engines", nargs="+", metavar="NAME", choices=[*KNOWN], help=f"(default: all but quire-server) {', '.join(KNOWN)}"
+        "--engines",
+        nargs="+",
+        metavar="NAME",
+        choices=[*KNOWN],
+        help=f"(default: all but quire-server) {', '.join(KNOWN)}",
     )
     parser.set_defaults(default_engines=DEFAULT)
     flag("--workload", nargs="+", choices=[*TEXTS], default=["W1", "W2"], help="(default: W1 W2)")
@@ -84,9 +105,11 @@ def run(options: argparse.Namespace) -> int:
     load = os.getloadavg()[0]
     cost, settings, workloads = _prepared(options, name)
     total = len(workloads) * options.reps * len(names)
-    with _progress(total, quiet=options.quiet) as say:
-        with Comparison(say, options.start_timeout, options.run_timeout) as comparison:
-            _compare(comparison, names, settings, given, workloads, options.reps)
+    with (
+        _progress(total, quiet=options.quiet) as say,
+        Comparison(say, options.start_timeout, options.run_timeout) as comparison,
+    ):
+        _compare(comparison, names, settings, given, workloads, options.reps)
     subject = _subject(options, cost, settings, workloads, load)
     turns, started = comparison.turns, comparison.started
     if not turns:
@@ -207,18 +230,8 @@ def _subject(
     from quire.bench.engine_report import Subject
 
     texts = {name: f"{len(items[0])} x {TEXTS[name]}" for name, items in workloads.items()}
-    kv = settings["kv_bytes"] / 2**20
-    fairness = [
-        ("weights", f"{settings['model']}, {settings['dtype']}, the same files but where an engine names others"),
-        ("device", f"{settings['device']}, {settings['threads']} threads; while one engine runs, the others are stopped"),
-        ("memory", f"{kv:,.0f} MiB of KV cache for each, {cost.kv_bytes_per_token:,} bytes a token; peak: of the engine's "
-         "processes during its turns"),
-        ("requests", "the same token ids in the same order, all at once; others in each repetition, so no cache is warm"),
-        ("outputs", "greedy, end of sequence ignored; every output had exactly the length that was asked for"),
-        ("turns", f"{options.reps} for each engine, within each repetition one after the other, every second time the "
-         "other way round; a warm-up of 8 tokens before"),
-        ("TTFT", "from the moment when all requests came to a request's first token"),
-    ]  # fmt: skip
+    values = {**settings, "kv_mib": settings["kv_bytes"] / 2**20, "reps": options.reps}
+    fairness = [(point, text.format(**values)) for point, text in FAIRNESS]
     facts = {**machine.describe(), "load": f"{load:.1f} runnable before, {os.getloadavg()[0]:.1f} after"}
     model = options.model or EMBEDDED_NAME
     return Subject(Path(model).name, settings["dtype"], cost.weight_bytes, texts, facts, fairness)

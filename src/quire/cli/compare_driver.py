@@ -1,4 +1,4 @@
-"""Quire as one of the engines that `quire compare` drives (`quire.bench.drivers.drive`): an `LLM` in its own process."""
+"""Quire as one of the engines that `quire compare` drives (`bench/drivers/drive.py`): an `LLM` in its own process."""
 
 import time
 from typing import Any

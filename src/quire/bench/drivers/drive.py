@@ -3,10 +3,10 @@
     in   {"model": ..., "dtype": ..., "threads": ..., ...}        once: the settings
     out  {"ready": {"versions": {...}, "settings": {...}, "kv_bytes": ...}}
     in   {"run": [{"prompt_token_ids": [...], "num_output": ...}, ...]}
-    out  {"ran": {"elapsed_s": ..., "ttfts_s": [...], "output_lens": [...], "token_ids": [[...]], "kv_bytes": ...}}
+    out  {"ran": {"elapsed_s": ..., "ttfts_s": [...], "output_lens": [...], "token_ids": [...], ...}}
 
-and so on until the input ends. What goes wrong is `{"error": text, "missing": true}`, where missing says that the engine
-is not installed. This runs under the interpreter of the engine, where Quire need not be: a driver does not import it.
+and so on until the input ends. What goes wrong is `{"error": text, "missing": true}`, where missing says that the
+engine is not installed. This runs under the interpreter of the engine, where Quire need not be: no driver imports it.
 """
 
 import ctypes

@@ -31,7 +31,7 @@ class Server:
         if (module := settings.get("module")) and importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(f"No module named {module!r}")
         self._process: subprocess.Popen[bytes] | None = None
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the server
         url = settings.get("url") or f"http://127.0.0.1:{_free_port()}"
         parts = urlsplit(url)
         self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -59,12 +59,12 @@ class Server:
         while True:
             if self._process is not None and self._process.poll() is not None:
                 raise RuntimeError(f"the server ended with {self._process.returncode}: {self._last_words()}")
-            with suppress(OSError, http.client.HTTPException, ValueError, LookupError, TypeError):
-                with closing(self._kind(self._place, timeout=5)) as connection:
-                    connection.request("GET", self._base + "/v1/models")
-                    response = connection.getresponse()
-                    if response.status == 200:
-                        return str(json.loads(response.read())["data"][0]["id"])
+            connection = self._kind(self._place, timeout=5)
+            with suppress(OSError, http.client.HTTPException, ValueError, LookupError, TypeError), closing(connection):
+                connection.request("GET", self._base + "/v1/models")
+                response = connection.getresponse()
+                if response.status == 200:
+                    return str(json.loads(response.read())["data"][0]["id"])
             if time.monotonic() > until or self._process is None:
                 raise TimeoutError(f"no answer from {self._place}")
             time.sleep(0.1)

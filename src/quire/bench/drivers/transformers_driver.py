@@ -9,6 +9,8 @@ from typing import Any
 
 PAGE = 256
 """Tokens in a page of the continuous cache: its default."""
+STEP = 2048
+"""Tokens in a step of it; its own choice, all that the memory would hold, takes gigabytes for a mask."""
 
 
 class _FirstToken:
@@ -93,15 +95,17 @@ class Continuous:
 
         self._model, versions = _load(settings)
         page_bytes = PAGE * settings["kv_bytes_per_token"]
-        config = ContinuousBatchingConfig(page_size=PAGE, num_blocks=max(1, settings["kv_bytes"] // page_bytes))
+        blocks = max(1, settings["kv_bytes"] // page_bytes)
+        config = ContinuousBatchingConfig(page_size=PAGE, num_blocks=blocks, max_batch_tokens=STEP)
         self._manager = self._model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
             continuous_batching_config=config,
         )
         self._manager.start()
         self._count = 0
-        flags = {"attention": self._model.config._attn_implementation, "page": PAGE, "prefix caching": "on"}
-        self.facts = {"versions": versions, "settings": flags, "kv_bytes": config.num_blocks * page_bytes}
+        flags = {"attention": self._model.config._attn_implementation, "page": PAGE, "step": STEP}
+        flags["prefix caching"] = "on"
+        self.facts = {"versions": versions, "settings": flags, "kv_bytes": blocks * page_bytes}
 
     def run(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """All at once, each with its own length."""

@@ -13,7 +13,11 @@ class Engine:
     def __init__(self, settings: dict[str, Any]) -> None:
         on_cpu = settings["device"] == "cpu"
         gib = max(1, settings["kv_bytes"] // GIB)
-        environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+        environment = {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
         if on_cpu:
             cores = sorted(os.sched_getaffinity(0))[: settings["threads"]]
             environment |= {
