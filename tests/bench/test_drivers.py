@@ -13,7 +13,7 @@ from quire.llm import AsyncLLM
 from tests.server.conftest import Running, start
 from tests.tiny.checkpoints import make_tiny
 
-ITEMS = [
+ITEMS: list[dict[str, Any]] = [
     {"prompt_token_ids": [5, 6, 7, 8, 9], "num_output": 4},
     {"prompt_token_ids": [11, 12], "num_output": 7},
     {"prompt_token_ids": [20, 21, 22], "num_output": 1},
@@ -61,7 +61,7 @@ def test_transformers_answers_as_it_does_alone(tiny: Path, alone: list[list[int]
         assert first == second < third, "the third is of the second batch"
         config = LLM(str(tiny), dtype="float32").decisions
         per_token = next(one.reason for one in config if one.name == "kv_cache_dtype").split("; ")[1]
-        positions = 2 * (5 + 7 - 1)  # two rows, padded to the longest prompt, until the longest output; the last is not kept
+        positions = 2 * (5 + 7 - 1)  # two rows, padded to the longest prompt; the last token of an output is not kept
         assert ran["kv_bytes"] == positions * int(per_token.split()[0].replace(",", ""))
 
 
@@ -90,7 +90,7 @@ def test_a_server_that_is_not_there_is_missing(tiny: Path) -> None:
         start_server(settings(tiny, command=["/bin/true"], module="no_such_engine"))
     with pytest.raises(RuntimeError, match="the server ended with 7: out of memory"):
         start_server(settings(tiny, command=["/bin/sh", "-c", "echo out of memory; exit 7"]))
-    with pytest.raises(TimeoutError, match="no answer from 127.0.0.1:9"):
+    with pytest.raises(TimeoutError, match=r"no answer from 127\.0\.0\.1:9"):
         start_server(settings(tiny, url="http://127.0.0.1:9"))
 
 
@@ -100,8 +100,9 @@ def test_quires_own_driver_answers_as_an_llm_does(tiny: Path) -> None:
     engine = compare_driver.start(settings(tiny, max_model_len=64, max_num_seqs=4))
     ran = engine.run(ITEMS)
     engine.close()
+    prompts: list[Any] = [{"prompt_token_ids": item["prompt_token_ids"]} for item in ITEMS]
+    params = [SamplingParams(temperature=0, max_tokens=item["num_output"], ignore_eos=True) for item in ITEMS]
     with LLM(str(tiny), dtype="float32") as llm:
-        params = [SamplingParams(temperature=0, max_tokens=int(str(item["num_output"])), ignore_eos=True) for item in ITEMS]
-        outputs = llm.generate([{"prompt_token_ids": item["prompt_token_ids"]} for item in ITEMS], params, use_tqdm=False)
+        outputs = llm.generate(prompts, params, use_tqdm=False)
     assert ran["token_ids"] == [output.outputs[0].token_ids for output in outputs]
     assert all(0 < wait <= ran["elapsed_s"] for wait in ran["ttfts_s"])

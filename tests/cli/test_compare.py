@@ -99,7 +99,9 @@ def test_bench_latency_has_vllms_figures(tiny: Path, tmp_path: Path, capsys: pyt
     assert found.keys() == {"avg_latency", "std_latency", "latencies", "percentiles"}
     assert len(found["latencies"]) == 4 and 0 < sum(found["latencies"]) < time.perf_counter() - begun
     assert "average latency" in capsys.readouterr().out
-    assert main([*words, "--n", "2", "--use-beam-search", "--num-iters-warmup", "0", "--num-iters", "1", "--quiet"]) == 0
+    assert (
+        main([*words, "--n", "2", "--use-beam-search", "--num-iters-warmup", "0", "--num-iters", "1", "--quiet"]) == 0
+    )
     assert main([*words, "--input-len", "100000"]) == 2
     assert "a request needs 100005 tokens" in capsys.readouterr().err
 
@@ -153,7 +155,7 @@ def test_bench_startup_has_vllms_figures(tiny: Path, tmp_path: Path, capsys: pyt
 
 
 def test_a_start_that_fails_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(Exception, match="the engine did not start: .*max_num_seqs"):
+    with pytest.raises(Exception, match=r"the engine did not start: .*max_num_seqs"):
         bench_startup.start({"max_num_seqs": 0}, {})
 
 
