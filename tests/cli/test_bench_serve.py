@@ -21,9 +21,9 @@ date backend label model_id tokenizer_id num_prompts request_rate burstiness max
 completed failed total_input_tokens total_output_tokens request_throughput request_goodput output_throughput
 total_token_throughput input_lens output_lens ttfts itls generated_texts errors mean_ttft_ms median_ttft_ms
 std_ttft_ms p99_ttft_ms mean_tpot_ms median_tpot_ms std_tpot_ms p99_tpot_ms mean_itl_ms median_itl_ms
-std_itl_ms p99_itl_ms
+std_itl_ms p99_itl_ms latencies start_times max_output_tokens_per_s max_concurrent_requests
 """.split()
-"""Of a result of `vllm bench serve --save-result --save-detailed`, version 0.15."""
+"""Of a result of `vllm bench serve --save-result --save-detailed`, version 0.32."""
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,15 @@ def test_the_figures_are_those_of_numpy() -> None:
     assert found["request_goodput"] == pytest.approx((ttft <= 0.04).sum() / 7.0)
     assert found["output_throughput"] == pytest.approx(sum(len(one.chunks_s) for one in runs) / 7.0)
     assert found["errors"][-1] == "OverloadedError: full" and found["ttfts"][-1] == 0.0
+    assert found["latencies"] == pytest.approx([*e2el, 0.0])
+    begun = min(one.sent_s for one in runs)
+    assert found["start_times"][:-1] == [one.sent_s for one in runs]
+    chunks = np.concatenate([one.chunks_s for one in runs]) - begun
+    assert found["max_output_tokens_per_s"] == np.bincount(chunks.astype(int)).max()
+    spans = [(int(one.sent_s - begun), int(one.chunks_s[-1] - begun)) for one in runs]
+    assert found["max_concurrent_requests"] == max(
+        sum(first <= second <= last for first, last in spans) for second in range(10)
+    )
 
 
 @pytest.mark.parametrize(("burstiness", "spread"), [(1.0, 1.0), (0.25, 2.0), (4.0, 0.5)])

@@ -16,7 +16,7 @@ import pytest
 from quire.cli import bench_startup
 from quire.cli.bench_offline import latency_result
 from quire.cli.main import main
-from tests.bench.test_peers import is_gone
+from tests.bench.test_peers import GOOD, is_gone
 
 PATIENCE_S = 60.0
 
@@ -46,6 +46,24 @@ def test_quire_beside_its_server(tiny: Path, tmp_path: Path, capsys: pytest.Capt
     assert ET.parse(picture).getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
+def test_a_driver_of_ones_own(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also: an engine that only Quire reads is left out for the others, by name."""
+    path = tmp_path / "mine.py"
+    path.write_text(GOOD.replace("TROUBLE", "pass").replace("BEGIN", "pass"))
+    engine = tmp_path / "engine"
+    assert main(["build", str(tiny), "-o", str(engine), "--quiet"]) == 0
+    capsys.readouterr()
+    words = ["compare", str(engine), "--engines", "transformers", "--driver", f"mine={path}", "--workload", "W1"]
+    assert main([*words, "--reps", "1", "--quiet", "--threads", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    states = {one["name"]: one["reason"] for one in found["engines"]}
+    assert states == {
+        "transformers": "it does not read engine, an engine of quire build: name the checkpoint",
+        "mine": "",
+    }
+    assert found["runs"][0]["elapsed_time"] == 0.5 and found["engines"][1]["facts"]["settings"] == {"threads": 1}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
 def test_ctrl_c_leaves_no_process(tiny: Path) -> None:
     words = ["compare", str(tiny), "--engines", "quire", "quire-server", "--workload", "W1", "--reps", "1000"]
@@ -71,7 +89,8 @@ def test_ctrl_c_leaves_no_process(tiny: Path) -> None:
         (["--run-timeout", "0"], "run_timeout must be above 0"),
         (["--python", "vllm"], "python must be NAME=VALUE with a NAME of quire, "),
         (["--python", "vlm=x"], "got 'vlm=x'"),
-        (["--url", "vllm=http://127.0.0.1:1"], "vllm is an engine's own name"),
+        (["--url", "vllm=http://127.0.0.1:1"], "vllm is taken"),
+        (["--url", "x=http://127.0.0.1:1", "--driver", "x=x.py"], "x is taken"),
         (["--env", "vllm:A"], "env must be NAME=VALUE"),
         (["--env", "other:A=1"], "env must be NAME:VARIABLE=VALUE"),
         (["--kv-cache-memory-bytes", "much"], "kv_cache_memory_bytes"),

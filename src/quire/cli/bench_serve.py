@@ -259,7 +259,7 @@ def _bar(count: int, *, show: bool) -> "Iterator[Callable[[Seen], None]]":
 
 
 def _save(found: dict[str, Any], options: argparse.Namespace) -> None:
-    each = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors")
+    each = (*"input_lens output_lens ttfts itls latencies start_times generated_texts errors".split(),)
     kept = found if options.save_detailed else {name: value for name, value in found.items() if name not in each}
     name = options.result_filename or f"{options.backend}-{found['num_prompts']}-{found['date']}.json"
     path = Path(options.result_dir or ".") / name

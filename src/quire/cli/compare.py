@@ -78,6 +78,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     flag("--python", action="append", default=[], metavar="NAME=PATH", help="interpreter of an engine; may be repeated")
     flag("--files", action="append", default=[], metavar="NAME=PATH", help="the same weights as an engine reads them")
     flag("--url", action="append", default=[], metavar="NAME=URL", help="a server that runs already, of OpenAI's kind")
+    flag("--driver", action="append", default=[], metavar="NAME=FILE", help="another engine, by a driver of your own")
     flag("--env", action="append", default=[], metavar="NAME:VARIABLE=VALUE", help="environment of an engine")
     flag("--dtype", default="auto", choices=DTYPES, help="of weights and cache (default: the model's own)")
     flag("--device", default="cpu", choices=("cpu", "cuda"), help="(default: cpu)")
@@ -139,20 +140,21 @@ def _given(options: argparse.Namespace) -> "tuple[Given, list[str]]":
     """What was said of single engines, and which engines take part."""
     from quire.cli.compare_engines import KNOWN, Given, pairs
 
-    url = pairs(options.url, "url", None)
-    if taken := sorted(url.keys() & KNOWN.keys()):
-        raise ConfigurationError(f"url: {taken[0]} is an engine's own name; give the server another", field="url")
-    names = list(dict.fromkeys([*(options.engines or options.default_engines), *url]))
+    url, driver = (pairs(getattr(options, flag), flag, None) for flag in ("url", "driver"))
+    if taken := sorted((url.keys() | driver.keys()) & KNOWN.keys() | url.keys() & driver.keys()):
+        raise ConfigurationError(f"url and driver: {taken[0]} is taken; give another name", field="url")
+    known = [*KNOWN, *driver]
+    names = list(dict.fromkeys([*(options.engines or options.default_engines), *url, *driver]))
     environment: dict[str, dict[str, str]] = {}
     for item in options.env:
         engine, colon, rest = item.partition(":")
         if not colon or engine not in names:
             raise ConfigurationError(f"env must be NAME:VARIABLE=VALUE, got {item[:80]!r}", field="env")
         environment.setdefault(engine, {}).update(pairs([rest], "env", None))
-    python = {name: shutil.which(path) or path for name, path in pairs(options.python, "python", [*KNOWN]).items()}
+    python = {name: shutil.which(path) or path for name, path in pairs(options.python, "python", known).items()}
     if "llama.cpp" in names and (server := shutil.which("llama-server")):
         python.setdefault("llama.cpp", server)
-    return Given(python, pairs(options.files, "files", [*KNOWN]), url, environment), names
+    return Given(python, pairs(options.files, "files", known), url, driver, environment), names
 
 
 def _prepared(

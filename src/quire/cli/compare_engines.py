@@ -26,6 +26,8 @@ class Known:
     """Further settings for its driver, from the interpreter that runs it and what is common to all."""
     reads_gguf: bool = False
     reads_checkpoint: bool = True
+    reads_engine: bool = False
+    """What `quire build` makes."""
     devices: tuple[str, ...] = ("cpu", "cuda")
 
 
@@ -74,8 +76,8 @@ def _llama_cpp(binary: str, settings: Settings) -> dict[str, Any]:
 
 
 KNOWN = {
-    "quire": Known("its own process, LLM", OURS, reads_gguf=True),
-    "quire-server": Known("quire serve, over HTTP", SERVER, _quire_server, reads_gguf=True),
+    "quire": Known("its own process, LLM", OURS, reads_gguf=True, reads_engine=True),
+    "quire-server": Known("quire serve, over HTTP", SERVER, _quire_server, reads_gguf=True, reads_engine=True),
     "transformers": Known("generate, static batches", IN_TRANSFORMERS, lambda *_: {"mode": "static"}),
     "transformers-continuous": Known(
         "its continuous batching (generate_batch)", IN_TRANSFORMERS, lambda *_: {"mode": "continuous"}
@@ -98,20 +100,25 @@ class Given:
     """The same weights in a form that an engine reads."""
     url: Mapping[str, str] = field(default_factory=dict)
     """Servers that run already, by names of the user's own."""
+    driver: Mapping[str, str] = field(default_factory=dict)
+    """Drivers' files for further engines, by names of the user's own."""
     environment: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def unfit(name: str, settings: Settings, given: Given) -> str | None:
     """Why an engine cannot be compared on this model and device, as far as it is known before it starts."""
-    if name in given.url:
+    if name not in KNOWN:
         return None
-    known, is_gguf = KNOWN[name], Path(settings["model"]).is_file()
+    known, model = KNOWN[name], Path(settings["model"])
+    is_gguf = model.is_file()
     if settings["device"] not in known.devices:
         return f"it runs on {' and '.join(known.devices)}, this is {settings['device']}"
     if name in given.files:
         return None
     if is_gguf and not known.reads_gguf:
-        return f"it does not read {Path(settings['model']).name}, a GGUF file, as it is: name a checkpoint directory"
+        return f"it does not read {model.name}, a GGUF file, as it is: name a checkpoint directory"
+    if (model / "engine.json").is_file() and not known.reads_engine:
+        return f"it does not read {model.name}, an engine of quire build: name the checkpoint"
     if not is_gguf and not known.reads_checkpoint:
         return "it reads GGUF alone: --files llama.cpp=FILE.gguf names the same weights"
     return None
@@ -122,6 +129,9 @@ def spec(name: str, settings: Settings, given: Given) -> Spec:
     own = {**settings, "name": name, "files": given.files.get(name)}
     if name in given.url:
         return Spec(name, SERVER, sys.executable, {**own, "url": given.url[name]}, given.environment.get(name, {}))
+    if name in given.driver:
+        program = given.python.get(name) or sys.executable
+        return Spec(name, given.driver[name], program, own, given.environment.get(name, {}))
     known = KNOWN[name]
     program = given.python.get(name) or ("llama-server" if name == "llama.cpp" else sys.executable)
     driven_by = sys.executable if name == "llama.cpp" else program
