@@ -78,6 +78,7 @@ def test_a_driver_speaks_lines(make: Make) -> None:
     ("trouble", "begin", "kind", "said"),
     [
         ("items[1]['num_output'] = 9", "pass", PeerError, "an output has 9 tokens where 3 were asked for"),
+        ("items[1]['num_output'] = 1", "pass", PeerError, "an output has 1 tokens where 3 were asked for"),
         ("items.pop()", "pass", PeerError, "not as the protocol has it"),
         ("return {'elapsed_s': 0, 'ttfts_s': [0, 0], 'output_lens': [2, 3]}", "pass", PeerError, "lacks times"),
         ("return {'elapsed_s': 1}", "pass", PeerError, "not as the protocol has it"),
@@ -85,6 +86,13 @@ def test_a_driver_speaks_lines(make: Make) -> None:
         ("print('the last word', file=sys.stderr, flush=True); os._exit(3)", "pass", PeerError, "ended: the last word"),
         ("pass", "import no_such_engine", PeerMissing, "No module named 'no_such_engine'"),
         ("pass", "raise RuntimeError('no device')", PeerError, "RuntimeError: no device"),
+        ("pass", "del settings['threads']", PeerError, "KeyError: 'threads'"),
+        (
+            "pass",
+            "Engine.run, Engine.__init__ = None, lambda self, _: setattr(self, 'facts', {'kv': 1})",
+            PeerError,
+            "facts",
+        ),
     ],
 )
 def test_what_goes_wrong_is_told(make: Make, trouble: str, begin: str, kind: type[PeerError], said: str) -> None:

@@ -40,7 +40,8 @@ def test_quire_beside_its_server(tiny: Path, tmp_path: Path, capsys: pytest.Capt
     for one in found["figures"]:
         assert one["output_rate"]["median"] == pytest.approx(np.median(rates[one["engine"]]))
         assert one["runs"] == 2 and one["over_weights_bytes"] == one["peak_bytes"] - found["weight_bytes"]
-    quire = next(one for one in found["engines"] if one["name"] == "quire")
+    quire, server = (next(one for one in found["engines"] if one["name"] == name) for name in ("quire", "quire-server"))
+    assert server["facts"]["is_client"] and not quire["facts"]["is_client"]
     assert quire["facts"]["kv_bytes"] == 8 << 20 and quire["facts"]["settings"]["max_num_seqs"] == 4
     assert {"weights", "outputs", "KV cache", "requests", "quire"} <= {one["point"] for one in found["fairness"]}
     assert ET.parse(picture).getroot().tag == "{http://www.w3.org/2000/svg}svg"
@@ -61,7 +62,8 @@ def test_a_driver_of_ones_own(tiny: Path, tmp_path: Path, capsys: pytest.Capture
         "transformers": "it does not read engine, an engine of quire build: name the checkpoint",
         "mine": "",
     }
-    assert found["runs"][0]["elapsed_time"] == 0.5 and found["engines"][1]["facts"]["settings"] == {"threads": 1}
+    assert found["runs"][0]["elapsed_time"] == 0.5 and found["runs"][0]["peak_bytes"] > 2**20
+    assert found["runs"][0]["ttfts_s"] == [0.1] and found["engines"][1]["facts"]["settings"] == {"threads": 1}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")

@@ -36,6 +36,8 @@ class Facts:
     settings: Mapping[str, Any]
     kv_bytes: int | None
     """Of its KV cache, by its own account; None where it has none that stays."""
+    is_client: bool = False
+    """The driver's process is a client of the engine, and no part of it: its memory does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,10 @@ class Peer:
         """
         self._send(self._settings)
         ready = self._receive("ready", timeout_s)
-        self.facts = Facts(ready.get("versions") or {}, ready.get("settings") or {}, ready.get("kv_bytes"))
+        try:
+            self.facts = Facts(**{"kv_bytes": None, **ready})
+        except TypeError as error:
+            raise PeerError(f"its driver's facts are not as the protocol has them ({error})") from error
 
     def run(self, items: Sequence[Item], timeout_s: float) -> Ran:
         """Seconds for the whole workload, and what was seen of each request.
@@ -140,7 +145,8 @@ class Peer:
 
     def peak_bytes(self) -> int | None:
         """The most memory that its processes held, shared pages counted for each; None where it is not known."""
-        return sum(kilobytes * 1024 for pid in self._members() for kilobytes in _high_water(pid)) or None
+        members = [pid for pid in self._members() if not (self.facts.is_client and pid == self._process.pid)]
+        return sum(kilobytes * 1024 for pid in members for kilobytes in _high_water(pid)) or None
 
     def _members(self) -> list[int]:
         """Processes of its group."""

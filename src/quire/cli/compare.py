@@ -33,10 +33,10 @@ Each engine runs in a process of its own, under its own interpreter where one is
 are stopped. One that is not installed, or fails, is listed with its reason. --python names llama.cpp's llama-server.
 The workloads are those of `quire bench throughput`: all requests come at once, every output has its whole length."""
 TEXTS = {
-    "W1": "one stream, 128 tokens in, 128 out",
-    "W2": "requests of 32 to 512 tokens in and 16 to 256 out",
-    "W3": "requests with a common prefix of 1,024 tokens, 32 own, 32 out",
-    "W4": "one prompt of 4,096 tokens, 1 out",
+    "W1": "128 tokens in, 128 out",
+    "W2": "32 to 512 tokens in, 16 to 256 out",
+    "W3": "a common prefix of 1,024 tokens, 32 own, 32 out",
+    "W4": "4,096 tokens in, 1 out",
 }
 FAIRNESS = (
     ("weights", "{model}, {dtype}; the same files but where an engine names others"),
@@ -231,12 +231,16 @@ def _subject(
     from quire.bench import machine
     from quire.bench.engine_report import Subject
 
-    texts = {name: f"{len(items[0])} x {TEXTS[name]}" for name, items in workloads.items()}
+    texts = {name: f"{_count(len(items[0]))}: {TEXTS[name]}" for name, items in workloads.items()}
     values = {**settings, "kv_mib": settings["kv_bytes"] / 2**20, "reps": options.reps}
     fairness = [(point, text.format(**values)) for point, text in FAIRNESS]
     facts = {**machine.describe(), "load": f"{load:.1f} runnable before, {os.getloadavg()[0]:.1f} after"}
     model = options.model or EMBEDDED_NAME
     return Subject(Path(model).name, settings["dtype"], cost.weight_bytes, texts, facts, fairness)
+
+
+def _count(requests: int) -> str:
+    return "1 request" if requests == 1 else f"{requests} requests at once"
 
 
 @contextmanager

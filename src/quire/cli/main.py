@@ -20,7 +20,8 @@ EXAMPLES = """examples:
   quire generate "What is PagedAttention?"
   quire chat
   quire serve --model DIR --port 8000
-  quire bench throughput --model DIR --workload W1 W2 --compare transformers
+  quire compare DIR
+  quire bench throughput --model DIR --workload W1 W2
 
 `quire VERB --help` tells the rest. Without a model, the small embedded one is used."""
 

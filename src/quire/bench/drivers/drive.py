@@ -1,7 +1,7 @@
 """One engine in a process of its own, driven by lines of JSON: `python drive.py DRIVER.py`.
 
     in   {"model": ..., "dtype": ..., "threads": ..., ...}        once: the settings
-    out  {"ready": {"versions": {...}, "settings": {...}, "kv_bytes": ...}}
+    out  {"ready": {"versions": {...}, "settings": {...}, "kv_bytes": ..., "is_client": false}}
     in   {"run": [{"prompt_token_ids": [...], "num_output": ...}, ...]}
     out  {"ran": {"elapsed_s": ..., "ttfts_s": [...], "output_lens": [...], "token_ids": [...], ...}}
 

@@ -51,6 +51,7 @@ class Server:
             "versions": dict(item for item in [self._version(settings)] if item),
             "settings": flags | {"over": "HTTP, token ids in, text out"},
             "kv_bytes": self._kv_bytes(settings.get("kv_pattern")),
+            "is_client": True,
         }
 
     def _await_model(self, timeout_s: float) -> str:
