@@ -57,7 +57,12 @@ def as_text(subject: Subject, turns: Sequence[Turn], started: Sequence[Started])
         lines += [f"Medians (least to most). 1.50x: {OURS} gives 1.50 times its output. * the most output.", ""]
     lost = [one for one in started if one.state != "ran"]
     if lost:
-        lines += ["Not in the table:", *(f"  {one.name}: {STATES[one.state]}: {one.reason}" for one in lost), ""]
+        lines += ["Not in the table:", *(f"  {one.name}: {STATES[one.state]}: {one.reason}" for one in lost)]
+        if any(one.state == "missing" for one in lost):
+            lines.append(
+                "  (--python NAME=PATH names the interpreter of one that has its own; of llama.cpp its llama-server)"
+            )
+        lines.append("")
     lines += ["How it was kept fair:", *(f"  {point}: {text}" for point, text in _points(subject, started, found)), ""]
     return "\n".join([*lines, *(f"{name}: {value}" for name, value in subject.facts.items())])
 

@@ -232,11 +232,14 @@ def _subject(
     from quire.bench.engine_report import Subject
 
     texts = {name: f"{_count(len(items[0]))}: {TEXTS[name]}" for name, items in workloads.items()}
-    values = {**settings, "kv_mib": settings["kv_bytes"] / 2**20, "reps": options.reps}
+    files, dtype = Path(settings["model"]), str(settings["dtype"])
+    if files.is_file() or (files / "engine.json").is_file():
+        dtype = f"formats as they are stored, else {dtype}"
+    values = {**settings, "dtype": dtype, "kv_mib": settings["kv_bytes"] / 2**20, "reps": options.reps}
     fairness = [(point, text.format(**values)) for point, text in FAIRNESS]
     facts = {**machine.describe(), "load": f"{load:.1f} runnable before, {os.getloadavg()[0]:.1f} after"}
     model = options.model or EMBEDDED_NAME
-    return Subject(Path(model).name, settings["dtype"], cost.weight_bytes, texts, facts, fairness)
+    return Subject(Path(model).name, dtype, cost.weight_bytes, texts, facts, fairness)
 
 
 def _count(requests: int) -> str:

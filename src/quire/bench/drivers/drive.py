@@ -71,8 +71,9 @@ def main() -> None:
         for line in sys.stdin:
             say(ran=driver.run(json.loads(line)["run"]))
     except Exception as error:  # noqa: BLE001 -- sent to the one that drives, which shows it
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        say(error=text[:500], missing=isinstance(error, ModuleNotFoundError))
+        missing = isinstance(error, ModuleNotFoundError)
+        text = " ".join((str(error) if missing else f"{type(error).__name__}: {error}").split())
+        say(error=text[:500], missing=missing)
     finally:
         if driver is not None:
             driver.close()

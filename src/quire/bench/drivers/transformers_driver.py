@@ -134,7 +134,7 @@ class Continuous:
         return {
             "elapsed_s": elapsed_s,
             "ttfts_s": [output.timestamps[0] - begun for output in outputs],
-            "token_ids": [list(output.generated_tokens) for output in finished.values()],
+            "token_ids": [list(output.generated_tokens) for output in outputs],
             "output_lens": [len(output.generated_tokens) for output in outputs],
         }
 
