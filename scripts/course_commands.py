@@ -4,12 +4,12 @@
     python -m scripts.course_commands 1.1 2.1          # some
     python -m scripts.course_commands --show 2.1       # print what the commands print
 
-A fenced block `console` holds commands and their output, as a terminal shows them: `$ quire plan ...`, a line that ends in
-a backslash goes on in the next. In the output `...` stands for any text of a line, and alone on a line for any lines; spaces
-count as one. In a block `console measured` every number stands for any number, and a bar of `#` for any bar: the page shows
-what one run printed. The commands of a section run in their order, in a folder of their own with the repository's `docs` and
-`examples`; one that ends in `&` runs beside the others until the section ends, and its output is not compared. Port 8000 is
-replaced by a free one. Blocks with the word `quick` are also run by the tests.
+A fenced block `console` holds commands and their output, as a terminal shows them: `$ quire plan ...`; a line that
+ends in a backslash goes on in the next. In the output `...` stands for any text of a line, and alone on a line for
+any lines; spaces count as one. In a block `console measured` every number stands for any number, and a bar of `#` for
+any bar: the page shows what one run printed. The commands of a section run in their order, in a folder of their own
+with the repository's `docs` and `examples`. One that ends in `&` runs beside the others until the section ends; its
+output is not compared. Port 8000 is replaced by a free one. Blocks with the word `quick` are also run by the tests.
 """
 
 import argparse
