@@ -78,6 +78,7 @@ def test_an_output_is_held_against_what_a_page_shows() -> None:
     assert run("a 1\n", "...", "a 1") is None
     assert run("a 1 since Monday\n", "a ... Monday") is None
     assert run("a 1 since Sunday\n", "a ... Monday") is not None
+    assert run("a 1\nb 2\n", "a ... 2") is not None
     assert run("a 1.5\n", "a 12,000") is not None
     assert run("", "a") is not None
     assert run("") is None
