@@ -1,6 +1,7 @@
 """Two managers of cache blocks: one that takes from the front of a list, as teaching code does, and Quire's pool."""
 
 import time
+from collections.abc import Callable
 
 from quire.core.block_pool import BlockPool
 
@@ -25,7 +26,9 @@ class ListManager:
         self.free_blocks.extend(blocks)
 
 
-def nanoseconds_a_block(take, give_back, rounds: int = 200, number: int = 32) -> float:  # type: ignore[no-untyped-def]
+def nanoseconds_a_block(
+    take: Callable[[int], list[int]], give_back: Callable[[list[int]], None], rounds: int = 200, number: int = 32
+) -> float:
     """Of taking `number` blocks and giving them back, the fastest of five tries."""
     best = float("inf")
     for _ in range(5):
