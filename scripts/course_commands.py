@@ -99,12 +99,18 @@ def _part(text: str, measured: bool) -> str:
     return r"[ \t]+" if text.isspace() else re.escape(text)
 
 
+def _free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 @dataclass(slots=True)
 class Session:
     """A folder in which the commands of a section run, and what runs beside them."""
 
     folder: Path
-    port: str = field(default_factory=lambda: _free_port())
+    port: str = field(default_factory=_free_port)
     beside: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def run(self, command: Command, timeout_s: float) -> Ran:
@@ -148,12 +154,6 @@ class Session:
             except ProcessLookupError:
                 process.wait()
                 return
-
-
-def _free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def run_commands(wanted: list[Command], timeout_s: float) -> Iterator[Ran]:
