@@ -186,6 +186,35 @@ def test_what_is_absent_is_told_in_the_clients_own_shape(kept: Running) -> None:
         assert len(absent) > 2
 
 
+@pytest.mark.client_refused("openai", "responses.retrieve(include, include_obfuscation)",
+                            "responses.input_items.list(include)", "conversations.items.list(include)",
+                            "conversations.items.retrieve(include)", "conversations.items.create(include)")  # fmt: skip
+@pytest.mark.client("openai", "responses.retrieve(include)", "conversations.items.list(include)")
+@pytest.mark.client("anthropic", "models.list(lifecycle)")
+def test_what_a_query_asks_for_is_there_or_refused(clients: dict[str, Any]) -> None:
+    client, listed = clients["openai"], clients["anthropic"].models.list
+    made = client.responses.create(input="hello", max_output_tokens=2)
+    item: Any = {"type": "message", "role": "user", "content": "a"}
+    name = client.conversations.create(items=[item]).id
+    items = client.conversations.items
+    (kept_item,) = items.list(name, include=["message.output_text.logprobs"])
+    assert client.responses.retrieve(made.id, include=["reasoning.encrypted_content"]).to_dict() == made.to_dict()
+    sources: Any = {"include": ["web_search_call.action.sources"]}
+    for refused in (
+        lambda: client.responses.retrieve(made.id, **sources),
+        lambda: client.responses.input_items.list(made.id, **sources),
+        lambda: items.list(name, **sources),
+        lambda: items.retrieve(kept_item.id, conversation_id=name, **sources),
+        lambda: items.create(name, items=[item], **sources),
+        lambda: client.responses.retrieve(made.id, include_obfuscation=True),
+    ):
+        with pytest.raises(openai.BadRequestError, match=r"include must be|include_obfuscation is not supported"):
+            refused()
+    assert [len(listed(lifecycle=stages).data) for stages in (["active", "retired"], ["retired"])] == [1, 0]
+    with pytest.raises(anthropic.BadRequestError, match="lifecycle"):
+        listed(lifecycle=["new"])
+
+
 # What passes.
 
 

@@ -21,7 +21,7 @@ _Role = Literal["user", "system", "developer", "assistant"]
 _Status = Literal["in_progress", "completed", "incomplete"]
 _Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _Verbosity = Literal["low", "medium", "high"]
-_Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
+Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
 _Ignored = Annotated[Any, Field("a label that answers carry: sent back, it changes nothing")]
 _Name = Annotated[str, Meta(pattern=TOOL_NAME)]
 _NAME = "be 1 to 64 letters, digits and any of _ . -"
@@ -204,7 +204,7 @@ class ResponseBody(InputBody, kw_only=True):
     """POST /v1/responses."""
 
     include: Annotated[
-        list[_Included] | None,
+        list[Included] | None,
         Field(
             "message.output_text.logprobs: the log-probabilities of the text; reasoning.encrypted_content asks for "
             "nothing more: reasoning is in the answer, and can be sent back",

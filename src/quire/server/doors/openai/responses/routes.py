@@ -23,6 +23,7 @@ from quire.server.doors.openai.responses.keep import (
     with_references,
 )
 from quire.server.doors.openai.responses.parse import chat_of, in_our_words, parse_input, parse_response
+from quire.server.doors.openai.responses.query import check_query
 from quire.server.http.context import RequestContext, ServerContext
 from quire.server.http.errors import ApiError
 from quire.server.http.keys import caller_of
@@ -114,6 +115,7 @@ async def _begin(
 
 async def retrieve_response(request: Request) -> Response:
     """A response that is stored; with `stream` its events from `starting_after` on."""
+    check_query(request)
     context: ServerContext = request.app.state.context
     owner, name = caller_of(request.scope), request.path_params["id"]
     found, response = await load_response(context, owner, name)
@@ -165,6 +167,7 @@ async def delete_response(request: Request) -> Response:
 
 async def list_input_items(request: Request) -> Response:
     """The items of a response's own input."""
+    check_query(request)
     context: ServerContext = request.app.state.context
     page, name = page_of(request, descending=True), request.path_params["id"]
     await load_response(context, caller_of(request.scope), name)
