@@ -80,7 +80,8 @@ class Peer:
     """An engine in a process of its own."""
 
     def __init__(self, python: str, engine: str, options: argparse.Namespace) -> None:
-        command = [python, __file__, options.model, "--as", engine, "--rows", str(max(options.rows))]
+        # -P: this folder has modules whose names other packages have.
+        command = [python, "-P", __file__, options.model, "--as", engine, "--rows", str(max(options.rows))]
         environment = {**os.environ, **ENVIRONMENT}
         if engine == "vllm" and options.preload:
             environment["LD_PRELOAD"] = options.preload
