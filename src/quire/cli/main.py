@@ -44,6 +44,7 @@ VERBS = {
     "replay": "play a recording of the scheduler again, and compare its plans",
     "simulate": "say what other settings, or other memory, would have made of a recording",
     "bench": "measure speed",
+    "course": "begin and check the exercises of the course",
     "doctor": "say what this machine and installation offer",
     "completion": "print what a shell completes: bash, zsh or fish",
 }
