@@ -19,6 +19,7 @@ from quire.course import worker
 from quire.course.checking import Failed, title
 from quire.course.checks import sampler
 from quire.course.exercises import EXERCISES, Exercise
+from scripts.house.tree import ROOT
 from tests.conftest import PATIENCE_S
 
 HERE = Path(__file__).parent
@@ -178,6 +179,18 @@ def test_a_skeleton_says_what_is_missing(capfd: pytest.CaptureFixture[str]) -> N
         lines = capfd.readouterr().out.splitlines()
         assert len(lines) == len(checks_of(exercise))
         assert all(line.startswith("FAIL") and "it is not written yet (line " in line for line in lines)
+
+
+def test_the_guide_shows_what_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = solution(EXERCISES["2.1"])
+    for old, new in (("self.plain.pop()", "self.plain.pop(0)"), ("in reversed(block_ids)", "in block_ids")):
+        text = text.replace(old, new)
+    (tmp_path / "answer.py").write_text(text, encoding="utf-8")
+    assert main(["course", "check", "2.1", str(tmp_path / "answer.py")]) == 1
+    guide = (ROOT / "docs/guide/exercises.md").read_text(encoding="utf-8")
+    shown = f"$ quire course check 2.1\n{capfd.readouterr().out}```"
+    steps = re.compile(r"\d+,\d+")  # a line more or less, from one Python to the next
+    assert steps.sub("#", shown) in steps.sub("#", guide)
 
 
 def test_the_list_names_each_section(capsys: pytest.CaptureFixture[str]) -> None:
