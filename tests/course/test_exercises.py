@@ -14,9 +14,10 @@ import pytest
 import torch
 import transformers
 
+from quire import LLM, SamplingParams
 from quire.cli.main import main
 from quire.course import worker
-from quire.course.checking import Failed, title
+from quire.course.checking import Failed, said, title
 from quire.course.checks import sampler
 from quire.course.exercises import EXERCISES, Exercise
 from scripts.house.tree import ROOT
@@ -173,12 +174,28 @@ def test_start_writes_what_check_finds(
     assert "unknown exercise '9.9'" in capsys.readouterr().err
 
 
-def test_a_skeleton_says_what_is_missing(capfd: pytest.CaptureFixture[str]) -> None:
-    for section, exercise in EXERCISES.items():
-        assert main(["course", "check", section, str(exercise.skeleton)]) == 1
-        lines = capfd.readouterr().out.splitlines()
-        assert len(lines) == len(checks_of(exercise))
-        assert all(line.startswith("FAIL") and "it is not written yet (line " in line for line in lines)
+@pytest.mark.parametrize("section", EXERCISES)
+def test_a_skeleton_says_what_is_missing(section: str, load: Any) -> None:
+    module = load(EXERCISES[section].skeleton.read_text(encoding="utf-8"))
+    for check in checks_of(EXERCISES[section]).values():
+        with pytest.raises((Failed, NotImplementedError)) as failed:
+            check(module)
+        text = said(failed.value, str(module.__file__))
+        assert re.search(r"it is not written yet \(line \d+\)", text), text
+
+
+def test_a_recording_is_played_to_a_scheduler(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recording, answer = tmp_path / "run.jsonl", str(HERE / "solutions/scheduler.py")
+    params = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0)
+    with LLM(max_num_seqs=4, max_model_len=64, record=str(recording)) as llm:
+        llm.generate([f"What is {name}?" for name in "abcdefghi"], params, use_tqdm=False)
+    assert main(["course", "check", "2.2", answer, "--recording", str(recording)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert "ok    arrivals of the recording, beside static batches and Quire's own scheduler: 9 requests" in lines
+    assert [line.split()[0] for line in lines[-3:]] == ["static", "yours", "Quire"]
+    assert main(["course", "check", "2.2", answer, "--recording", answer]) == 2
+    assert main(["course", "check", "3.2", str(HERE / "solutions/sampler.py"), "--recording", str(recording)]) == 2
+    assert re.search(r"no recording.*line 1.*\n.*recording is for exercise 2\.2, not for 3\.2", capfd.readouterr().err)
 
 
 def test_the_guide_shows_what_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

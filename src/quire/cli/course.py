@@ -35,6 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     check.add_argument(
         "--timeout", type=float, default=20.0, metavar="S", help="seconds that a check may take (default: 20)"
     )
+    check.add_argument("--recording", metavar="FILE", help="2.2: of quire serve --record; its requests are tried, too")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -54,13 +55,23 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigurationError(f"there is no file {path}{advice}", field="file")
     if not 0 < options.timeout <= 3600:
         raise ConfigurationError(f"timeout must be above 0 and at most 3600, got {options.timeout:g}", field="timeout")
+    if options.recording is not None:
+        _require_recording(options.recording, exercise.section)
     from quire.course.process import CheckedFile
 
-    checked = CheckedFile(exercise, path, options.timeout)
+    checked = CheckedFile(exercise, path, options.timeout, options.recording and Path(options.recording))
     failed = sum(_tell(verdict) for verdict in checked.verdicts())
     if checked.printed:
         print("the file printed:", *checked.printed, sep="\n  ")
     return 1 if failed else 0
+
+
+def _require_recording(path: str, section: str) -> None:
+    if section != "2.2":
+        raise ConfigurationError(f"recording is for exercise 2.2, not for {section}", field="recording")
+    from quire.course.checks.scheduler import recorded
+
+    recorded(path)  # it says what is wrong with the file
 
 
 def _start(skeleton: Path, path: Path, section: str) -> int:

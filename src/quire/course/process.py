@@ -38,10 +38,12 @@ class CheckedFile:
 
     Args:
         timeout_s: of each check, and of loading the file.
+        recording: of a server, for an exercise that has a check with one.
     """
 
-    def __init__(self, exercise: Exercise, path: Path, timeout_s: float) -> None:
+    def __init__(self, exercise: Exercise, path: Path, timeout_s: float, recording: Path | None = None) -> None:
         self._exercise, self._path, self._timeout_s = exercise, path.resolve(), timeout_s
+        self._recordings = [] if recording is None else [str(recording.resolve())]
         self.printed: list[str] = []
         """The last lines that the file printed; known when all verdicts are."""
 
@@ -52,7 +54,7 @@ class CheckedFile:
             # -P and an empty folder: no module beside the file, nor in the current folder, is taken for another one.
             command = [sys.executable, "-P", "-B", "-m", "quire.course.worker", self._exercise.section]
             process = subprocess.Popen(
-                [*command, str(self._path), str(writer)],
+                [*command, str(self._path), str(writer), *self._recordings],
                 cwd=folder,
                 env={**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")},
                 stdin=subprocess.DEVNULL,

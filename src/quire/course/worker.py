@@ -1,4 +1,4 @@
-"""`python -m quire.course.worker SECTION FILE DESCRIPTOR`: the process that runs a learner's file, and nothing else.
+"""`python -m quire.course.worker SECTION FILE DESCRIPTOR [RECORDING]`: the process that runs a file, and nothing else.
 
 It says lines of JSON on the descriptor: `{"begun": true}` when all but the file is loaded; `{"checks": [titles]}` when
 the file is, or `{"failed": text}` where it cannot be; then for each check `{"passed": remark}` or `{"failed": text}`.
@@ -58,13 +58,14 @@ def limit_process() -> None:
 
 def main() -> None:
     """Load, check, tell."""
-    section, path, descriptor = sys.argv[1:]
+    section, path, descriptor, *recorded = sys.argv[1:]
     exercise, told = find(section), int(descriptor)
 
     def tell(**words: Any) -> None:
         os.write(told, (json.dumps(words) + "\n").encode())
 
-    checks: tuple[Check, ...] = import_module(f"quire.course.checks.{exercise.name}").CHECKS
+    known = import_module(f"quire.course.checks.{exercise.name}")
+    checks: list[Check] = [*known.CHECKS, *(known.recorded(one) for one in recorded)]
     limit_process()
     tell(begun=True)
     try:

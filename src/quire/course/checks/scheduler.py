@@ -14,10 +14,10 @@ from quire.core.limits import SchedulerConfig
 from quire.core.plan import ScheduledRow
 from quire.course.checking import Check, Failed, said, shown, smallest
 from quire.observe.arrivals import SHAREGPT, made_up
-from quire.observe.replay import Asked, Session
+from quire.observe.replay import Asked, Session, read
 from quire.observe.reservations import simulate_reserved
-from quire.observe.simulate import Outcome, Times, simulate
-from quire.observe.step_cost import StepCost
+from quire.observe.simulate import Outcome, Times, arrivals, simulate
+from quire.observe.step_cost import StepCost, fit
 
 NUM_CASES = 100
 RULES = ("plan", "order", "decode", "full", "ends")
@@ -255,34 +255,63 @@ def leaving(module: ModuleType) -> str:
 COST = StepCost(0.0165, 0.00017, 0.0, 5.3e-7)
 """OPT-13B on an A100, as in `quire simulate`."""
 ROWS, BUDGET, LONGEST, BLOCK = 32, 512, 1024, 16
-REQUESTS = (80, 4.0)
+REQUESTS = (60, 4.0)
 """How many, and how many a second."""
+MOST_RECORDED = 1000
+"""Requests of a recording."""
+LEAST = 0.95
+"""Of the tokens a second of Quire's scheduler."""
 
 
 def simulated(module: ModuleType) -> str:
     """made-up arrivals like those of ShareGPT, beside static batches and Quire's own scheduler"""
-    requests = made_up(SHAREGPT, *REQUESTS, LONGEST)
     config = SchedulerConfig(ROWS, BUDGET, LONGEST, BLOCK, ROWS * LONGEST // BLOCK)
-    found = {
-        "static batches": simulate_reserved(config, requests, COST, "reserve-oracle", "static"),
-        "yours": _simulate(module, requests),
-        "Quire": simulate(Session(config, "fcfs", False, 0, 0.0), requests, COST),
-    }
-    numbers = {name: outcome.numbers() for name, outcome in found.items()}
-    lines = [f"{'':16}{'tok/s':>8}{'TTFT p50 s':>12}{'TPOT p99 ms':>13}{'rows in use':>13}"]
-    for name, one in numbers.items():
-        in_use = one["mean_running"] / ROWS
-        first, later = one["ttft_p50_s"], one["tpot_p99_s"] * 1e3
-        lines.append(f"{name:16}{one['output_tokens_per_s']:8.1f}{first:12.2f}{later:13.1f}{in_use:13.0%}")
-    table = "\n".join(lines)
-    if numbers["yours"]["output_tokens_per_s"] < 0.95 * numbers["Quire"]["output_tokens_per_s"]:
+    session = Session(config, "fcfs", False, 0, 0.0)
+    rates, table = _beside(module, session, made_up(SHAREGPT, *REQUESTS, LONGEST), COST)
+    if rates["yours"] < LEAST * rates["Quire"]:
         raise Failed(f"it gives fewer tokens a second than Quire's own scheduler\n{table}")
     return f"{REQUESTS[0]} requests\n{table}"
 
 
-def _simulate(module: ModuleType, requests: list[Asked]) -> Outcome:
-    """As `quire.observe.simulate`, with the learner's scheduler."""
-    watched = _Watched(module, ROWS, BUDGET, ("plan", "ends"))
+def recorded(path: str) -> Check:
+    """A check with the arrivals, the settings and the time of steps of a recording (`quire serve --record`).
+
+    Raises:
+        ConfigurationError: it is none, or has too few steps.
+    """
+    sessions = read(path)
+    requests, (cost, _) = arrivals(sessions)[:MOST_RECORDED], fit(sessions)
+
+    def played(module: ModuleType) -> str:
+        """arrivals of the recording, beside static batches and Quire's own scheduler"""
+        return f"{len(requests)} requests\n{_beside(module, sessions[0], requests, cost)[1]}"
+
+    return played
+
+
+def _beside(
+    module: ModuleType, session: Session, requests: list[Asked], cost: StepCost
+) -> tuple[dict[str, float], str]:
+    """Tokens a second of each, and a table."""
+    config = session.config
+    found = {
+        "static batches": simulate_reserved(config, requests, cost, "reserve-oracle", "static"),
+        "yours": _simulate(module, config, requests, cost),
+        "Quire": simulate(session, requests, cost),
+    }
+    numbers = {name: outcome.numbers() for name, outcome in found.items()}
+    lines = [f"{'':16}{'tok/s':>8}{'TTFT p50 s':>12}{'TPOT p99 ms':>13}{'rows in use':>13}"]
+    for name, one in numbers.items():
+        in_use = one["mean_running"] / config.max_num_seqs
+        first, later = one["ttft_p50_s"], one["tpot_p99_s"] * 1e3
+        lines.append(f"{name:16}{one['output_tokens_per_s']:8.1f}{first:12.2f}{later:13.1f}{in_use:13.0%}")
+    return {name: one["output_tokens_per_s"] for name, one in numbers.items()}, "\n".join(lines)
+
+
+def _simulate(module: ModuleType, config: SchedulerConfig, requests: list[Asked], cost: StepCost) -> Outcome:
+    """As `quire.observe.simulate`, with the learner's scheduler, whose memory has no end."""
+    rows = config.max_num_seqs
+    watched = _Watched(module, rows, max(rows, config.max_num_batched_tokens), ("plan", "ends"))
     outcome, coming = Outcome(), deque(requests)
     now_s = start_s = requests[0].arrival_s
     while coming or watched.open:
@@ -292,8 +321,8 @@ def _simulate(module: ModuleType, requests: list[Asked]) -> Outcome:
             one = coming.popleft()
             outcome.times[one.number] = Times(one.arrival_s)
             watched.add(str(one.number), one.prompt, one.num_output)
-        rows, sampled, ended = watched.step()
-        seconds = COST.seconds(rows)
+        computed, sampled, ended = watched.step()
+        seconds = cost.seconds(computed)
         outcome.row_seconds += (len(watched.begun) + len(ended)) * seconds
         outcome.num_steps += 1
         now_s += seconds
