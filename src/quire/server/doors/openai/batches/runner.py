@@ -119,7 +119,7 @@ class Runner:
         return total
 
     async def _run_lines(self) -> None:
-        tasks, slots = set[asyncio.Task[None]](), self._context.jobs.slots
+        tasks, slots = set[asyncio.Task[None]](), self._context.jobs.slots(self._batch.owner)
         try:
             async for number, line in self._lines():
                 is_done = number in self._done[OUTPUT] or number in self._done[ERRORS]

@@ -88,11 +88,8 @@ async def create_response(request: Request) -> Response:
 async def _begin(
     context: ServerContext, request: Request, answer: ResponseAnswer, keeper: Keeper, *, streams: bool
 ) -> Response:
-    owner, limit = caller_of(request.scope), context.limits.background_responses
-    if context.jobs.num_of(job_name(owner, "")) >= limit.value:
-        raise limit.error()
-    response = answer.queued()
-    await keeper.open(response, answer.items)
+    owner, response = caller_of(request.scope), answer.queued()
+    await keeper.open(response, answer.items, context.limits.background_responses)
     run = Run(answer, keeper, keeps_events=streams)
     context.jobs.start(job_name(owner, answer.id), run.work(), run)
     if streams:
