@@ -25,6 +25,19 @@ from tests.conftest import PATIENCE_S
 
 HERE = Path(__file__).parent
 WRONG = tomllib.loads((HERE / "wrong.toml").read_text(encoding="utf-8"))["answer"]
+OUR_ROUNDING = """
+from quire.ops import quantize_reference as ours
+from quire.ops.types import QuantizedWeight, QuantSpec
+
+
+def quantize(weight, bits, group_size):
+    found = ours.quantize(weight, QuantSpec("int8_groups" if bits == 8 else "int4", group_size))
+    return found.values, found.scales
+
+
+def dequantize(values, scales, group_size):
+    return ours.dequantized(QuantizedWeight("int4", values, scales, group_size))
+"""
 OURS = "from quire.core.block_pool import BlockPool as BlockManager\n"
 
 
@@ -78,6 +91,12 @@ def test_every_check_has_a_wrong_answer() -> None:
 def test_our_own_block_pool_passes(load: Any) -> None:
     module = load(OURS)
     assert all(check(module) for check in checks_of(EXERCISES["2.1"]).values())
+
+
+def test_our_own_rounding_passes(load: Any) -> None:
+    module = load(OUR_ROUNDING)
+    told = {name: check(module) for name, check in checks_of(EXERCISES["3.3"]).items()}
+    assert all(line.split()[-3] == line.split()[-2] for line in told["loss"].splitlines()[2:])
 
 
 def test_the_course_s_block_manager_is_slow(load: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.course.checking import Check, Failed
+from quire.course.checking import Check, Failed, shown
 from quire.ops.quantize_reference import dequantized
 from quire.ops.quantize_reference import quantize as ours
 from quire.ops.types import QuantSpec
@@ -46,34 +46,44 @@ def _rounded(module: ModuleType, weight: NDArray[np.float32], bits: int, size: i
     return back
 
 
-def _bounded(module: ModuleType, bits: int) -> str:
+def _weights() -> tuple[NDArray[np.float32], ...]:
+    """Normal ones, tiny ones, of one magnitude, and all above zero."""
+    return _normal(), _normal(1, 64) * np.float32(1e-4), np.sign(_normal(2, 128)), np.exp(_normal(4, 128) * 100)
+
+
+def eight(module: ModuleType) -> str:
+    """8 bits: no error above half a step of its group"""
     worst = 0.0
-    for weight in (_normal(), _normal(1, 64) * 1e-4, np.sign(_normal(2, 128)), np.exp(_normal(4, 128) * 100)):
+    for weight in _weights():
         for size in (32, 64):
-            back = _rounded(module, weight, bits, size)
-            groups = weight.reshape(-1, size)
-            extreme = np.abs(groups).max(axis=1, keepdims=True)
-            errors = np.abs(back.reshape(-1, size) - groups)
-            shares = errors / (extreme / STEPS[bits] / 2)
-            if not bool((errors <= extreme * (0.5 / STEPS[bits] + ROUNDING)).all()):  # NaN is not within, either
-                row, column = np.unravel_index(int(np.argmax(np.where(np.isnan(shares), np.inf, shares))), shares.shape)
-                came, most = back.reshape(-1, size)[row, column], extreme[row, 0]
+            groups, back = weight.reshape(-1, size), _rounded(module, weight, 8, size).reshape(-1, size)
+            most = np.abs(groups).max(axis=1, keepdims=True)
+            errors = np.abs(back - groups)
+            shares = errors / (most / STEPS[8] / 2)
+            if not bool((errors <= most * (0.5 / STEPS[8] + ROUNDING)).all()):  # NaN is not within, either
+                at = np.unravel_index(int(np.argmax(np.where(np.isnan(shares), np.inf, shares))), shares.shape)
+                largest = most[at[0], 0]
                 raise Failed(
-                    f"{bits} bits, groups of {size}: {groups[row, column]:.6g} became {came:.6g}, in a group up to "
-                    f"{most:.6g}: an error of {errors[row, column]:.3g}; expected {most / STEPS[bits] / 2:.3g} at most"
+                    f"8 bits, groups of {size}: {groups[at]:.6g} became {back[at]:.6g}, in a group to {largest:.6g}: "
+                    f"an error of {errors[at]:.3g}; expected {largest / STEPS[8] / 2:.3g} at most"
                 )
             worst = max(worst, float(shares.max()))
     return f"the largest error is {worst:.0%} of the bound"
 
 
-def eight(module: ModuleType) -> str:
-    """8 bits: no error above half a step of its group"""
-    return _bounded(module, 8)
-
-
-def four(module: ModuleType) -> str:
-    """4 bits: no error above half a step of its group"""
-    return _bounded(module, 4)
+def four(module: ModuleType) -> None:
+    """4 bits: no group loses more than by the simple way"""
+    for weight in _weights():
+        for size in (32, 64):
+            groups, back = weight.reshape(-1, size), _rounded(module, weight, 4, size).reshape(-1, size)
+            for group, found, simple in zip(groups, back, _simple(groups, 4), strict=True):
+                mine, theirs = _error(found, group), _error(simple, group)
+                if not mine <= theirs + 10 * ROUNDING:
+                    was, came = shown(group[:4].tolist()), shown(found[:4].tolist())
+                    raise Failed(
+                        f"4 bits: the group of {size} weights {was} and so on became {came}, an error of {mine:.2%} of "
+                        f"its size; the simple way has {theirs:.2%}"
+                    )
 
 
 def zeros(module: ModuleType) -> None:
@@ -124,15 +134,20 @@ def loss(module: ModuleType) -> str:
     for bits, size in ((8, 64), (4, 64), (4, 32)):
         mine = _error(_rounded(module, weight, bits, size), weight)
         theirs = _error(dequantized(ours(weight, QuantSpec("int8_groups" if bits == 8 else "int4", size))), weight)
-        groups = weight.reshape(-1, size)
-        scale = np.abs(groups).max(axis=1, keepdims=True) / STEPS[bits]
-        simple = _error((np.round(groups / scale) * scale).reshape(weight.shape), weight)
+        simple = _error(_simple(weight.reshape(-1, size), bits).reshape(weight.shape), weight)
         name = f"{bits} bits, groups {size}"
         lines.append(f"{name:18}{mine:>9.2%}{theirs:>9.2%}{simple:>16.2%}")
         if not mine <= 1.01 * simple:
             raise Failed(f"{name}: an error of {mine:.2%} of the weights' size; the simple way has {simple:.2%}")
     table = "\n".join(lines)
     return f"error over the size of the weights (root of mean squares)\n{table}"
+
+
+def _simple(groups: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """Rounded to multiples of the largest magnitude over 127, or over 7; `groups [groups, size]`, none of zeros."""
+    scale = np.abs(groups).max(axis=1, keepdims=True) / np.float32(STEPS[bits])
+    rounded: NDArray[np.float32] = np.round(groups / scale) * scale
+    return rounded
 
 
 def _error(found: Any, weight: NDArray[np.float32]) -> float:
