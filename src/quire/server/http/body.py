@@ -11,7 +11,6 @@ from starlette.requests import Request
 
 from quire.engine.queue import Caller
 from quire.server.http.errors import ApiError, ClientGoneError
-from quire.server.http.keys import caller_of
 from quire.server.http.limits import INLINE_BODY_BYTES, Limit, Limits
 from quire.server.http.shares import Shares, sharer_of
 
@@ -89,7 +88,7 @@ class Bodies:
         by turns, and callers would not share them."""
         if self._models is None:
             return await asyncio.to_thread(work)
-        return await self._models.beside(work, size, Caller(caller_of(request.scope)))
+        return await self._models.beside(work, size, Caller(sharer_of(request.scope)))
 
     def _check_size(self, data: bytearray) -> None:
         """Refuse what would keep the parser, which no other thread can interrupt, for long."""

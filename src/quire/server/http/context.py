@@ -25,7 +25,7 @@ from quire.server.http.keys import cache_namespace, caller_of
 from quire.server.http.limits import Limits
 from quire.server.http.metrics import RequestCounts
 from quire.server.http.models import Model, Models
-from quire.server.http.shares import Shares
+from quire.server.http.shares import Shares, network_of
 from quire.server.http.stored import Store
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ class ServerContext:
     def caller(self, scope: Scope) -> Caller:
         """The caller of a request, with its weight."""
         name = caller_of(scope)
-        return Caller(name, self.weights.get(name, 1))
+        return Caller(name, self.weights.get(name, 1), network_of(scope.get("client")))
 
     def error_body(self, path: str, error: ApiError, headers: Sequence[tuple[bytes, bytes]] = ()) -> object:
         """An error in the shape of the API that a request belongs to, whose status it takes."""
