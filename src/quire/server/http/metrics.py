@@ -58,8 +58,8 @@ def metrics_of(models: Models, own: Callable[[Sequence[Metric]], Sequence[Metric
 
 
 class RequestCounts:
-    """Requests that were answered: by the API that they were of, by status, and by model where they chose one; and lines
-    of batches."""
+    """Requests that were answered: by the API that they were of, by status, and by model where they chose one; and
+    lines of batches."""
 
     def __init__(self) -> None:
         self._found: Counter[tuple[str, str, str]] = Counter()
