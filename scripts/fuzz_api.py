@@ -71,6 +71,7 @@ ROUTES = {
     "/api/generate": (ollama.GENERATE, {"model": MODEL, "prompt": "a b", "options": {"num_predict": 2}}),
     "/api/show": (ollama.SHOW, {"model": MODEL}),
     "/api/pull": (ollama.PULL, {"model": MODEL}),
+    "/api/copy": (ollama.COPY, {"source": MODEL, "destination": "2"}),
 }
 FORM = (b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--b\r\nContent-Disposition: '
         b'form-data; name="file"; filename="2"\r\n\r\n{"custom_id": "2"}\r\n--b--\r\n')  # fmt: skip

@@ -37,6 +37,8 @@ BODIES: dict[tuple[str, str], RequestSchema[Any]] = {
     ("POST", "/api/generate"): ollama.GENERATE,
     ("POST", "/api/show"): ollama.SHOW,
     ("POST", "/api/pull"): ollama.PULL,
+    ("POST", "/api/copy"): ollama.COPY,
+    ("DELETE", "/api/delete"): ollama.DELETE,
 }
 OF_THE_CLIENT = {"self", "extra_headers", "extra_query", "extra_body", "timeout", "betas", "output_format"}
 """Arguments that never stand in a body under their names."""

@@ -135,14 +135,6 @@ def test_calls_of_ollama_that_are_refused(clients: dict[str, Any], tmp_path: Pat
             refused()
 
 
-@pytest.mark.client_refused("ollama", "copy", "delete")
-def test_models_of_ollama_stay_as_they_are(clients: dict[str, Any]) -> None:
-    client = clients["ollama"]
-    for refused in (lambda: client.copy(MODEL, "other"), lambda: client.delete(MODEL)):
-        with pytest.raises(ollama.ResponseError, match="not supported"):
-            refused()
-
-
 @pytest.mark.client_refused(
     "anthropic",
     "files.upload",
