@@ -7,12 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quire.compose.core import compose_core
 from quire.compose.shares import cores_part, free_part, memory_part, on_own_cores, shares_of
 from quire.config import EngineArgs, ModelShare
 from quire.errors import ConfigurationError
 from quire.runner.host_memory import host_memory_bytes
 
 GIB = 2**30
+BYTES_PER_BLOCK = 16 * 3 * 2 * 2 * 16 * 2
+"""Tokens, layers, keys and values, heads, numbers of a head, bytes: of the tiny model."""
 
 
 def share(place: int = 0, **changes: Any) -> ModelShare:
@@ -85,6 +88,24 @@ def test_a_core_keeps_to_its_own_processors(monkeypatch: pytest.MonkeyPatch) -> 
     assert on_own_cores(args, share(1)) == args and kept == [(0, [2, 6, 3, 7])]
     crowded = share(1, threads=(4, None))
     assert on_own_cores(args, crowded).threads == 1 and len(kept) == 1, "there is no core left for it alone"
+
+
+def test_a_core_sizes_its_cache_by_its_share(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_setaffinity", lambda process, own: None)
+    args = EngineArgs(model=str(tiny_model), max_model_len=64, device="cpu")
+
+    def blocks(**changes: Any) -> tuple[int, str, str]:
+        own = share(1, needs=(0, 0), **changes)
+        found = {one.name: one for one in compose_core(args, tiny_model, share=own).info.decisions}
+        return int(found["num_blocks"].value.split()[0]), found["num_blocks"].reason, found["share"].value
+
+    alone, reason, part = blocks()
+    assert alone == 4 * 256 and "max_num_seqs" in reason and part == "0.45 of memory"
+    little = 2 * 100 * BYTES_PER_BLOCK
+    assert blocks(free_bytes=2 * little)[0] == 100, "half of an even part of what is free"
+    tight = (0.9, 8 * 2**20 / host_memory_bytes())
+    by_share, reason, _ = blocks(stated=tight)
+    assert 0 < by_share < alone and "gpu_memory_utilization" in reason
 
 
 def folder(path: Path, size: int) -> Path:
