@@ -34,6 +34,22 @@ inline void prefetch_ahead(const T* w) {
     prefetch_lines(reinterpret_cast<const char*>(w) + kPrefetchBytes, kPanel * int64_t(sizeof(T)));
 }
 
+// Two vectors; of e4m3 half of what widens them is done for both.
+template <class T>
+inline void load_two(const T* w, Floats* weights) {
+    weights[0] = load(w);
+    weights[1] = load(w + kLanes);
+}
+
+#if defined(__AVX512F__)
+inline void load_two(const E4M3* w, Floats* weights) {
+    const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)));
+    const __m512i halves = _mm512_and_si512(_mm512_slli_epi16(wide, 7), _mm512_set1_epi16(int16_t(0xbfff)));
+    weights[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+    weights[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+}
+#endif
+
 // sums[r][0..63] (+)= x[r][0..depth) . panel[0..depth)[0..63]
 template <int R, class T>
 void accumulate(const float* x, int64_t x_stride, const T* panel, int64_t depth, float* sums, bool fresh) {
@@ -49,7 +65,7 @@ void accumulate(const float* x, int64_t x_stride, const T* panel, int64_t depth,
         for (int64_t k = 0; k < depth; ++k, w += kPanel) {
             prefetch_ahead(w);
             Floats weights[V];
-            for (int v = 0; v < V; ++v) weights[v] = load(w + v * kLanes);
+            for (int v = 0; v < V; v += 2) load_two(w + v * kLanes, weights + v);
             for (int r = 0; r < R; ++r) {
                 const Floats input = splat(x[r * x_stride + k]);
                 for (int v = 0; v < V; ++v) acc[r][v] = fma(input, weights[v], acc[r][v]);
@@ -75,7 +91,12 @@ template <class T>
 void convert(const T* from, int64_t depth, float* to) {
     for (int64_t k = 0; k < depth; ++k, from += kPanel, to += kPanel) {
         prefetch_ahead(from);
-        for (int64_t i = 0; i < kPanel; i += kLanes) store(to + i, load(from + i));
+        for (int64_t i = 0; i < kPanel; i += 2 * kLanes) {
+            Floats values[2];
+            load_two(from + i, values);
+            store(to + i, values[0]);
+            store(to + i + kLanes, values[1]);
+        }
     }
 }
 
