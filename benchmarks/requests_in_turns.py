@@ -23,7 +23,9 @@ Lengths = list[tuple[int, int]]
 def lengths(workload: str, part: int) -> Lengths:
     """Of all requests; a `part` of them, but 4 at least."""
     chosen = random.Random(0)
-    whole = [(128, 128)] if workload == "W1" else [(chosen.randint(32, 512), chosen.randint(16, 256)) for _ in range(32)]
+    whole = (
+        [(128, 128)] if workload == "W1" else [(chosen.randint(32, 512), chosen.randint(16, 256)) for _ in range(32)]
+    )
     return [(max(4, given // part), max(4, out // part)) for given, out in whole]
 
 

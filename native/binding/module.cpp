@@ -76,7 +76,9 @@ public:
     bool quantize(nb::handle weight_, const std::string& storage_name, bool four_bits, bool e4m3, int64_t group_size,
                   nb::handle values_, nb::handle scales_) {
         const Storage storage = storage_or_raise(storage_name);
-        if (storage == Storage::float32) return quantize_items<float>(weight_, storage, four_bits, e4m3, group_size, values_, scales_);
+        if (storage == Storage::float32) {
+            return quantize_items<float>(weight_, storage, four_bits, e4m3, group_size, values_, scales_);
+        }
         return quantize_items<uint16_t>(weight_, storage, four_bits, e4m3, group_size, values_, scales_);
     }
 

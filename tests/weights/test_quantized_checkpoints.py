@@ -203,7 +203,7 @@ def test_what_is_unpacked_is_said_with_its_reason(tmp_path: Path) -> None:
     ],
 )
 def test_fp8_stays_fp8_on_the_cpu(name: str, group: int, tmp_path: Path) -> None:
-    """A byte a weight, and a scale in float32 for each group of its inputs; what `quire plan` foresees is what comes."""
+    """A byte a weight and a float32 scale for each group of its inputs; `quire plan` foresees it."""
     quantized, plain = make_quantized("llama", FORMATS[name], tmp_path)
     ops = CpuOps(2, instruction_sets()[-1])
     model, said = decisions_of(quantized, ops)

@@ -100,8 +100,8 @@ class QuantizedWeight:
     (the product, then the sum, as ggml does): the two differ by half a unit in the last place of the weight.
 
     With `fp8` values and activations are e4m3 (arXiv 2209.05433: 4 bits of exponent, 3 of mantissa, at most 448),
-    rounded to nearest, ties to even; sums are float32, whose order is the provider's. With `fp8_groups` values are e4m3 and
-    activations stay as they are: `sum_g scales[o, g] * d[o, g]`, each `d` a float32 sum over its group.
+    rounded to nearest, ties to even; sums are float32, whose order is the provider's. With `fp8_groups` values
+    are e4m3 and activations stay as they are: `sum_g scales[o, g] * d[o, g]`, each `d` a float32 sum over its group.
 
     Raises:
         ValueError: shapes or dtypes are not as stated. (Values outside their range are refused when packed.)
