@@ -50,7 +50,7 @@ class Server:
         self.facts = {
             "versions": dict(item for item in [self._version(settings)] if item),
             "settings": flags | {"over": "HTTP, token ids in, text out"},
-            "kv_bytes": self._kv_bytes(settings.get("kv_pattern")),
+            "kv_bytes": settings.get("kv_told") or self._kv_bytes(settings.get("kv_pattern")),
             "is_client": True,
         }
 
