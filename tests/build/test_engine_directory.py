@@ -247,7 +247,7 @@ def test_another_layout_is_refused_and_a_shared_one_runs(
 BAD = [
     (["--target", "cpu-z80"], "target must be auto or one of cpu-baseline"),
     (["--quantization-group-size", "32"], "quantization_group_size is for quantization 'int4'"),
-    (["--quantization", "fp8"], "fp8"),
+    (["--quantization", "fp8", "--quantization-group-size", "32"], "quantization_group_size is for"),
 ]
 
 
