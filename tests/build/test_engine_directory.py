@@ -60,7 +60,7 @@ def engine(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "engine"))
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int8_w8a8", "int4"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int8_w8a8", "int4", "fp8"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "olmo2"])
 def test_an_engine_gives_the_bits_of_its_checkpoint(tmp_path: Path, family: str, quantization: str | None) -> None:
     """Norms with an offset, learned positions, biases, tied and own heads among them."""
