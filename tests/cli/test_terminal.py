@@ -270,7 +270,8 @@ def test_commands_work_where_a_person_types(server: Any, tmp_path: Path, form: s
 
 TEXTS = [
     "".join(ANSWER[:2]).replace("\x1b]0;evil\x07", "") + ANSWER[2],
-    "1. one\n\n2. two\n\n   more of two\n\n3. three\n\nThe end.\n\n9. nine\n\n10. ten\n\nOut.\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nlast",
+    "1. one\n\n2. two\n\n   more of two\n\n3. three\n\nThe end.\n\n9. nine\n\n10. ten\n\nOut.\n\n"
+    "| a | b |\n|---|---|\n| 1 | 2 |\n\nlast",
     "Look:\n```python\ndef f():\n\n    return 1\n\nx = 2\n```\nand\n\n~~~\n```\n\nstill code\n~~~\n\nthen\n",
     "> a quote\n\nTitle\n===\n\n- a\n  - b\n\n    inside\n- c\n\nout\n\n```\nnever closed\n\nby it",
 ]

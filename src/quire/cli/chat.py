@@ -24,7 +24,8 @@ EXAMPLES = """examples:
   quire chat --json-schema answer.json
   printf 'What is TTFT?\\nAnd TPOT?\\n' | quire chat --quiet
 
-/help says what can be typed; Ctrl-C stops an answer, Ctrl-D or /exit leaves. pip install 'quire[chat]' renders Markdown."""
+/help says what can be typed; Ctrl-C stops an answer, Ctrl-D or /exit leaves.
+pip install 'quire[chat]' brings an editor and renders Markdown."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -19,14 +19,15 @@ Say = Callable[[str, int], None]
 Answer = Callable[[list[Message], Mapping[str, Any], Say, bool], None]
 """Answers a conversation under sampling parameters, saying each piece as it comes; the last: tokens must be counted."""
 SETTINGS = (
-    "temperature top_p top_k min_p typical_p seed presence_penalty frequency_penalty repetition_penalty stop max_tokens "
-    "min_tokens ignore_eos"
+    "temperature top_p top_k min_p typical_p seed presence_penalty frequency_penalty repetition_penalty stop "
+    "max_tokens min_tokens ignore_eos"
 ).split()
 """Sampling parameters that `/set` takes."""
 COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?\s*", re.DOTALL)
 ALIASES = {"reset": "clear", "quit": "exit", "bye": "exit"}
-KEYS = """A line that ends in \\ goes on in the next; so does what is between lines of \"\"\". A paste of lines is one message.
-The arrow keys bring back what was typed. A space before the / makes it a message. Ctrl-C stops the answer, Ctrl-D leaves."""
+KEYS = """A line that ends in \\ goes on in the next; so does what is between lines of \"\"\".
+Pasted lines are one message. The arrow keys bring back what was typed. A space before the / makes it a message.
+Ctrl-C stops the answer, Ctrl-D leaves."""
 
 
 class Terminal(Protocol):

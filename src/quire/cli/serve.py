@@ -49,6 +49,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     flag("--config", metavar="FILE", help=text)
     flag("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     flag("--port", type=int, help="0 takes a free one (default: 8000; 11434 with --ollama)")
+    flag("--ui-port", type=int, metavar="PORT", help="where alone the live view answers (/ui); left out: at --port")
     flag("--ollama", action="store_true", help="listen where Ollama's clients look for it (its API is there anyhow)")
     text = "take the flags and the environment of TGI's launcher too (MODEL_ID, PORT ...): docs/guide/tgi.md"
     flag("--tgi", action="store_true", help=text)
@@ -151,14 +152,13 @@ def run(options: argparse.Namespace) -> int:
     from quire.server.http.listen import bind, raise_descriptors
 
     port = options.port if options.port is not None else OLLAMA_PORT if options.ollama else 8000
-    if not 0 <= port < 65536:
-        raise ConfigurationError(f"port must be between 0 and 65535, got {port}", field="port")
+    _check_ports(port, options.ui_port)
     if not 0 <= options.shutdown_timeout < 86400:
         raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
     args = EngineArgs.from_mapping({"core_process": True, **engine_values(options)})
     cors = _cors(options)
     sys.setswitchinterval(SWITCH_SECONDS)
-    listener = bind(options.host, port)
+    listeners = [bind(options.host, one) for one in (port, options.ui_port) if one is not None]
     model_path.check(args.model)
     sys.set_int_max_str_digits(MAX_DIGITS)
     finish = begin(args)
@@ -178,18 +178,29 @@ def run(options: argparse.Namespace) -> int:
     engine, name = AsyncEngine(finish()), engines.model_name(args)
     banner.show(name, [*engine.decisions, *sampling.resolve({}, engine.stated_sampling)[1]], quiet=options.quiet)
     try:
-        app = _application(options, args, engine, name, limits, keys, cors)
+        ports = [one.getsockname()[1] for one in listeners]
+        app = _application(options, args, engine, name, limits, keys, cors, *ports[1:])
         host = f"[{options.host}]" if ":" in options.host else options.host
-        address = f"http://{host}:{listener.getsockname()[1]}"
+        address, *views = (f"http://{host}:{one}" for one in ports)
         if options.host not in LOOPBACK and not keys:
             _say(f"warning: every client that reaches {address} may use it; --api-key asks for a key")
-        server = GracefulServer(app, drain_s=options.shutdown_timeout, on_ready=lambda: _say(f"ready on {address}/v1"))
+        ready = "; ".join([f"ready on {address}/v1", *(f"live view on {one}/ui" for one in views)])
+        server = GracefulServer(app, drain_s=options.shutdown_timeout, on_ready=lambda: _say(ready))
         gc.freeze()  # a full collection, which stops the loop, then walks over none of what a start makes
-        server.run([listener])
+        server.run([*listeners])
     finally:
-        listener.close()
+        for one in listeners:
+            one.close()
         engine.close()
     return 0
+
+
+def _check_ports(port: int, ui_port: int | None) -> None:
+    for name, one in (("port", port), ("ui_port", ui_port or 0)):
+        if not 0 <= one < 65536:
+            raise ConfigurationError(f"{name} must be between 0 and 65535, got {one}", field=name)
+    if ui_port and ui_port == port:
+        raise ConfigurationError(f"ui_port must be another port than {port}, where the server is", field="ui_port")
 
 
 def _application(
@@ -200,9 +211,11 @@ def _application(
     limits: "Limits",
     keys: dict[str, int],
     cors: "Cors",
+    ui_port: int | None = None,
 ) -> "Starlette":
     """All doors around an engine."""
-    from quire.server.dashboard import VIEW
+    from quire.cli.machine_rates import kept_read_rates
+    from quire.server.dashboard import view
     from quire.server.doors.all import DOORS
     from quire.server.http.app import Observability, create_app
 
@@ -221,7 +234,7 @@ def _application(
         share_prefix_cache=options.share_prefix_cache,
         cors=cors,
         store=_store(options),
-        pages=VIEW,
+        pages=view(kept_read_rates, ui_port),
     )
 
 

@@ -7,9 +7,10 @@ records are true.
 """
 
 import math
+import statistics
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from quire.core.request import NewRequest
 
 if TYPE_CHECKING:  # what a simulation takes is imported where there is a viewer: every server starts with this module
     from quire.observe.replay import Asked
+    from quire.observe.simulate import Times
     from quire.observe.step_cost import Sample
 
 KEPT_STEPS = 400
@@ -78,9 +80,13 @@ class LiveView:
     Args:
         block_size: tokens in a block.
         remembers: whether there is a prefix cache.
+        weight_bytes: that a step reads; 0: not known.
+        token_bytes: of a token's keys and values.
     """
 
-    def __init__(self, block_size: int = 16, *, remembers: bool = True) -> None:
+    def __init__(
+        self, block_size: int = 16, *, remembers: bool = True, weight_bytes: int = 0, token_bytes: int = 0
+    ) -> None:
         self._lock = threading.Lock()
         self._requests: dict[str, LiveRequest] = {}
         self._ended: deque[LiveRequest] = deque(maxlen=MOST_ENDED)
@@ -94,6 +100,7 @@ class LiveView:
         self._num_seen = 0
         self._block_size = block_size
         self._remembers = remembers
+        self._weight_bytes, self._token_bytes = weight_bytes, token_bytes
         self._tokens: deque[tuple[float, int]] = deque()
         self._ttft_s: deque[float] = deque(maxlen=WINDOW)
         self._tpot_s: deque[float] = deque(maxlen=WINDOW)
@@ -101,7 +108,7 @@ class LiveView:
         self._watched_s = -math.inf
         """When a viewer was last sent a frame: what only a viewer wants is not computed without one."""
         self._samples: deque[Sample] = deque(maxlen=WINDOW)
-        self._shape: tuple[float, ...] | None = None
+        self._shape: tuple[float, float, float, float] | None = None
         """Of the last step."""
         self._hits = [0, 0]
         """Prompt tokens that were looked up in the prefix cache, and those that were there."""
@@ -222,11 +229,23 @@ class LiveView:
                 "itl_s": _percentiles(self._tpot_s),
                 "prefix_queries": self._hits[0],
                 "prefix_hits": self._hits[1],
+                "weight_bytes": self._weight_bytes,
+                "read_bytes_per_s": self._read_rate(),
             }
 
-    def static_batches(self, max_model_len: int) -> dict[str, float] | None:
+    def _read_rate(self) -> float:
+        """Bytes that a step which only decodes reads in a second: the weights, and the keys and values of each row."""
+        rates = [
+            (self._weight_bytes + self._token_bytes * pairs) / seconds
+            for (_, tokens, rows, pairs), seconds in self._samples
+            if tokens == rows
+        ]
+        return statistics.median(rates) if rates and self._weight_bytes else 0.0
+
+    def static_batches(self, max_model_len: int) -> dict[str, Any] | None:
         """Tokens a second of the last requests that ended, in `continuous` and in `static` batches: simulated alike,
-        over steps that take what steps took here. None: too few have ended, or too few steps were seen.
+        over steps that take what steps took here; and `spans`, of each request in both the seconds of its arrival, its
+        first token and its last. None: too few have ended, or too few steps were seen.
 
         Takes some tenths of a second: for a thread of its own.
         """
@@ -248,7 +267,8 @@ class LiveView:
             "continuous": simulate(session, requests, cost),
             "static": simulate_reserved(config, requests, cost, "reserve-max", "static"),
         }
-        return {name: outcome.numbers()["output_tokens_per_s"] for name, outcome in found.items()}
+        spans = {name: _spans(outcome.times.values()) for name, outcome in found.items()}
+        return {**{name: one.numbers()["output_tokens_per_s"] for name, one in found.items()}, "spans": spans}
 
     def _give(self, request_id: str, block_ids: Sequence[int]) -> None:
         request = self._requests.get(request_id)
@@ -298,6 +318,12 @@ def _asked(one: LiveRequest) -> "Asked":
     from quire.observe.replay import Asked
 
     return Asked(one.index, one.num_prompt, one.max_tokens, one.arrival_s, reason="stop", num_output=one.num_output)
+
+
+def _spans(times: "Iterable[Times]") -> list[tuple[float, ...]]:
+    found = [(one.arrival_s, one.first_s or one.arrival_s, one.last_s or one.arrival_s) for one in times]
+    start_s = min((arrival for arrival, _, _ in found), default=0.0)
+    return [tuple(at - start_s for at in one) for one in found]
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float]:
