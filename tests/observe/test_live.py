@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from quire.core.plan import StepRecord
 from quire.core.request import NewRequest, SamplingSpec
-from quire.observe.live import MOST_ENDED, LiveView
+from quire.observe.live import FEW_SAMPLES, MOST_ENDED, LiveView
 from tests.core.harness import Harness
 
 
@@ -105,6 +106,39 @@ def test_states_reasons_and_steps() -> None:
     assert first[0][1:] == (6, False) and second[0][1:] == (1, True)
     assert waits, "one waits, and the step says why"
     assert [step[0] for step in watched.view.frame(first_version)["steps"]] == [1]
+
+
+def test_rows_that_stay_are_sent_once_and_whole_to_who_comes_later() -> None:
+    watched = Watched(num_blocks=16, block_size=4, max_model_len=16)
+    new = NewRequest("a", (1, 2, 3), 6, SamplingSpec())
+    watched.scheduler.add(new)
+    watched.view.add(new, "a", 0)
+    versions = []
+    for _ in range(4):
+        watched.watch()
+        versions.append(watched.view.frame(-1)["version"])
+    rows = [step[2] for step in watched.view.frame(-1)["steps"]]
+    assert rows == [[(0, 3, False)], [(0, 1, True)], None, None]
+    assert [step[2] for step in watched.view.frame(versions[1])["steps"]] == [[(0, 1, True)], None]
+
+
+def test_times_of_steps_are_noted_for_a_viewer_and_not_of_every_step() -> None:
+    view = LiveView(16, weight_bytes=1000, token_bytes=10)
+    view.add(NewRequest("a", (1, 2), 400, SamplingSpec()), "a", 0)
+
+    def step(number: int) -> None:
+        view.observe(StepRecord(number, number * 0.01, (("a", 2 + number, 1),), (), 1, 0, 9, 0, 9, 0, 0))
+
+    step(0)
+    step(1)
+    assert view.frame(-1)["read_bytes_per_s"] == 0.0, "no viewer has come"
+    for number in range(2, 12):
+        step(number)
+    # Each step of 10 ms reads the weights and the row's 2 + n tokens, and itself.
+    assert view.frame(-1)["read_bytes_per_s"] == pytest.approx((1000 + 10 * (3 + 6)) / 0.01, rel=0.02)
+    for number in range(12, 200):
+        step(number)
+    assert FEW_SAMPLES < len(view._samples) < 100
 
 
 def test_ended_requests_are_bounded_and_keep_no_blocks() -> None:

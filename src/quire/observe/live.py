@@ -34,6 +34,8 @@ RATE_S = 2.0
 COMPARED = 40
 """Requests of the comparison with static batches, which takes time that grows with them."""
 WATCHED_S = 60.0
+NOTED_S, FEW_SAMPLES = 0.05, 32
+"""Between two steps whose time is noted, once there are so many: with hundreds of rows it takes a fifth of a ms."""
 LONGEST_STEP_S = 30.0
 MOST_ROWS = 256
 
@@ -108,6 +110,7 @@ class LiveView:
         self._watched_s = -math.inf
         """When a viewer was last sent a frame: what only a viewer wants is not computed without one."""
         self._samples: deque[Sample] = deque(maxlen=WINDOW)
+        self._noted_s = -math.inf
         self._shape: tuple[float, float, float, float] | None = None
         """Of the last step."""
         self._hits = [0, 0]
@@ -132,7 +135,9 @@ class LiveView:
             if before is not None and self._shape is not None and 0 < record.now_s - before.now_s < LONGEST_STEP_S:
                 self._samples.append((self._shape, record.now_s - before.now_s))
             self._shape = None
-            if record.scheduled and record.now_s - self._watched_s < WATCHED_S:
+            due = len(self._samples) < FEW_SAMPLES or record.now_s - self._noted_s >= NOTED_S
+            if record.scheduled and due and record.now_s - self._watched_s < WATCHED_S:
+                self._noted_s = record.now_s
                 from quire.observe.step_cost import features
 
                 known = self._requests
@@ -160,6 +165,8 @@ class LiveView:
                 if (request := self._requests.get(stalled.request_id)) is not None
             ]
             shown = [row for row in rows if row is not None]
+            if self._steps and self._steps[-1][1][2] == shown:
+                shown = self._steps[-1][1][2]  # as in most steps that only decode
             self._steps.append((self._version, (record.step_id, record.now_s, shown, waits)))
 
     def tokens(self, request_id: str, count: int, now_s: float, arrival_s: float | None, gap_s: float | None) -> None:
@@ -223,7 +230,7 @@ class LiveView:
                 "requests": [request.shown(since) for request in self._requests.values()],
                 "ended": [request.shown(since) for request in self._ended],
                 "cached": [*self._cached] if self._cached_version > since or since < 0 else None,
-                "steps": [step for version, step in self._steps if version > since],
+                "steps": self._steps_after(since),
                 "tokens_per_s": sum(count for _, count in self._tokens) / RATE_S if self._requests else 0.0,
                 "ttft_s": _percentiles(self._ttft_s),
                 "itl_s": _percentiles(self._tpot_s),
@@ -232,6 +239,15 @@ class LiveView:
                 "weight_bytes": self._weight_bytes,
                 "read_bytes_per_s": self._read_rate(),
             }
+
+    def _steps_after(self, since: int) -> list[tuple[Any, ...]]:
+        """Id, time, rows and waits of each; None for rows that are those of the step before."""
+        found, before = list[tuple[Any, ...]](), None
+        for version, (step_id, now_s, rows, waits) in self._steps:
+            if version > since:
+                found.append((step_id, now_s, None if rows is before else rows, waits))
+                before = rows
+        return found
 
     def _read_rate(self) -> float:
         """Bytes that a step which only decodes reads in a second: the weights, and the keys and values of each row."""

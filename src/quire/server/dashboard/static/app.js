@@ -29,6 +29,7 @@ function take(frame) {
   }
   state.requests = next;
   state.cached = frame.cached ?? state.cached;
+  for (const [at, step] of frame.steps.entries()) step[2] ??= frame.steps[at - 1][2];  // the rows of the step before
   state.steps = [...state.steps, ...frame.steps].slice(-KEPT_STEPS);
   state.rates = [...state.rates, frame.tokens_per_s].slice(-300);
   for (const name of ["num_blocks", "block_size", "max_model_len", "ended", "step"]) state[name] = frame[name];
@@ -63,7 +64,7 @@ function paint() {
   const grid = cells(state);
   if (view === "blocks") {
     state.places = { grid, ...drawBlocks(byId("blocks-canvas"), state, grid, state.flashes, state.picked) };
-    const found = counts(grid), held = memory(state, grid), percent = (share) => `${(share * 100).toFixed(1)} %`;
+    const found = counts(grid), held = memory(state, grid), percent = (share) => `${(share * 100).toFixed(1)}\u00a0%`;
     state.figures = { ...found, ...held };
     byId("blocks-summary").textContent = `${word("own")} ${found.own}, ${word("shared")} ${found.shared}, ${word("cached")} ${found.cached}, ${word("free")} ${found.free}; ${word("waste")} ${percent(held.waste)}; ${word("fragmentation")} ${percent(held.fragmentation)}`;
     showMemory(byId("memory"), held);

@@ -58,7 +58,7 @@ export function openPlayground(byId, headers, events, said) {
         if (chunk.error) throw new Error(chunk.error.message);
         answered += choice?.delta?.content ?? "";
         for (const token of choice?.logprobs?.content ?? []) {
-          place.append(shownToken(token));
+          if (choice.delta?.content || !choice.finish_reason) place.append(shownToken(token));  // not what ends it
           if (!said.has(chunk.id)) said.set(chunk.id, []);
           said.get(chunk.id).push(token);
         }
