@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from quire.core.plan import StepRecord
@@ -169,10 +170,13 @@ def test_rates_and_percentiles() -> None:
     view.tokens("r", 1, 10.0, 9.0, None)
     for step in range(1, 21):
         view.tokens("r", 2, 10.0 + step, None, 0.2)
+    view.tokens("r", 1, 31.0, 26.0, None)
     frame = view.frame(-1)
-    assert frame["ttft_s"]["p50"] == 1.0 and frame["itl_s"]["p99"] == pytest.approx(0.1)
-    assert frame["tokens_per_s"] == pytest.approx(6 / 2.0)  # three events are within two seconds
-    assert frame["requests"][0]["num_output"] == 41
+    assert frame["ttft_s"] == {f"p{p}": pytest.approx(np.percentile([1.0, 5.0], p)) for p in (50, 90, 99)} and frame[
+        "itl_s"
+    ]["p99"] == pytest.approx(0.1)
+    assert frame["tokens_per_s"] == pytest.approx(5 / 2.0)  # three events are within two seconds
+    assert frame["requests"][0]["num_output"] == 42
 
 
 def test_another_core_begins_without_blocks() -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from quire.core.limits import SchedulerConfig
 from quire.core.plan import ScheduledRow, StepRecord
 from quire.core.request import NewRequest
+from quire.engine.percentiles import percentile
 
 if TYPE_CHECKING:  # what a simulation takes is imported where there is a viewer: every server starts with this module
     from quire.observe.replay import Asked
@@ -343,7 +344,4 @@ def _spans(times: "Iterable[Times]") -> list[tuple[float, ...]]:
 
 
 def _percentiles(values: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    if not ordered:
-        return {}
-    return {f"p{p}": ordered[min(len(ordered) - 1, p * len(ordered) // 100)] for p in (50, 90, 99)}
+    return {f"p{percent}": percentile(values, percent) for percent in (50, 90, 99)} if values else {}
