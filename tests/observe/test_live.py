@@ -127,12 +127,17 @@ def test_times_of_steps_are_noted_for_a_viewer_and_not_of_every_step() -> None:
     view = LiveView(16, weight_bytes=1000, token_bytes=10)
     view.add(NewRequest("a", (1, 2), 400, SamplingSpec()), "a", 0)
 
-    def step(number: int) -> None:
-        view.observe(StepRecord(number, number * 0.01, (("a", 2 + number, 1),), (), 1, 0, 9, 0, 9, 0, 0))
+    def step(number: int, tokens: int = 1) -> None:
+        view.observe(StepRecord(number, number * 0.01, (("a", 2 + number, tokens),), (), 1, 0, 9, 0, 9, 0, 0))
 
     step(0)
     step(1)
     assert view.frame(-1)["read_bytes_per_s"] == 0.0, "no viewer has come"
+    for number in range(1, 40):
+        view.observe(StepRecord(number - 40, number * 0.01 - 1, (("a", 0, 1),), (), 1, 0, 9, 0, 9, 0, 0))
+    assert view.frame(-1)["read_bytes_per_s"] == 0.0, "these are a prompt's"
+    view._samples.clear()
+    step(1)
     for number in range(2, 12):
         step(number)
     # Each step of 10 ms reads the weights and the row's 2 + n tokens, and itself.
