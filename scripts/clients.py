@@ -244,16 +244,18 @@ def _hub(url: str) -> Any:
 def hub_generates(url: str) -> Any:
     """`text_generation`, whole and as a stream, with details: both say the same."""
     asked: Any = {"max_new_tokens": 16, "details": True, "return_full_text": False}
-    whole = _hub(url).text_generation("Hello", top_n_tokens=2, decoder_input_details=True, **asked)
-    *_, last = _hub(url).text_generation("Hello", stream=True, **asked)
+    client = _hub(url)  # one that is forgotten closes its streams
+    whole = client.text_generation("Hello", top_n_tokens=2, decoder_input_details=True, **asked)
+    *_, last = client.text_generation("Hello", stream=True, **asked)
     assert last.generated_text == whole.generated_text
     return whole.generated_text
 
 
 def hub_chats(url: str) -> Any:
     """`chat_completion`, whole and as a stream, without the name of a model."""
-    assert list(_hub(url).chat_completion(_said(), max_tokens=8, stream=True))
-    return _hub(url).chat_completion(_said(), max_tokens=8).choices[0].message.content
+    client = _hub(url)
+    assert list(client.chat_completion(_said(), max_tokens=8, stream=True))
+    return client.chat_completion(_said(), max_tokens=8).choices[0].message.content
 
 
 def text_generation_client(url: str) -> Any:

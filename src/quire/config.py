@@ -229,6 +229,26 @@ def _count(name: str, value: Any, *, optional: bool) -> None:
         raise _bad(name, f"must be a whole number between {smallest} and {largest}, got {value!r}")
 
 
+@dataclass(frozen=True, slots=True)
+class ModelShare:
+    """What one of several models in a server may have of the machine, for `quire.compose.shares` to work out."""
+
+    place: int
+    """Of this model among them."""
+    needs: tuple[int, ...]
+    """Bytes that each takes for certain: its files, and a cache that is asked for by size."""
+    stated: tuple[float | None, ...]
+    """The share of memory that each states for itself."""
+    total: float
+    """The share of memory that all may take."""
+    free_bytes: int
+    """Of this machine, before any is loaded."""
+    threads: tuple[int | None, ...]
+    """That each asks for."""
+    total_threads: int | None = None
+    """Of all; None: the machine's cores."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBudget:
     """Where memory goes, in bytes. `quire.runner.memory` fills it in, all but `cache`, by measuring on a GPU and by

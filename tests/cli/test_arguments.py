@@ -105,7 +105,7 @@ def test_words_after_two_hyphens_are_left_alone() -> None:
     [
         (["generate", "--temprature", "1", "x"], "unknown flag '--temprature'; did you mean '--temperature'?"),
         (["serve", "--trust-remote-code"], "unknown flag '--trust-remote-code'"),
-        (["serve", "a", "b"], "unexpected argument 'b'"),
+        (["chat", "a", "b"], "unexpected argument 'b'"),
         (["serve", "--max-num-seqs", "many"], "'many' is not a whole number"),
         (["serve", "--max-num-seqs", "1.5"], "'1.5' is not a whole number"),
         (["serve", "--max-num-seqs", "0.0015k"], "'0.0015k' is not a whole number"),

@@ -11,6 +11,7 @@ import pytest
 from quire.bench import serving
 from quire.bench.compare import compare
 from quire.bench.serving import Chunk, Load, Seen
+from quire.cli.bench_serve import ENDPOINTS
 from quire.cli.main import main
 from quire.errors import ConfigurationError
 from quire.llm import AsyncLLM
@@ -21,9 +22,9 @@ date backend label model_id tokenizer_id num_prompts request_rate burstiness max
 completed failed total_input_tokens total_output_tokens request_throughput request_goodput output_throughput
 total_token_throughput input_lens output_lens ttfts itls generated_texts errors mean_ttft_ms median_ttft_ms
 std_ttft_ms p99_ttft_ms mean_tpot_ms median_tpot_ms std_tpot_ms p99_tpot_ms mean_itl_ms median_itl_ms
-std_itl_ms p99_itl_ms
+std_itl_ms p99_itl_ms latencies start_times max_output_tokens_per_s max_concurrent_requests
 """.split()
-"""Of a result of `vllm bench serve --save-result --save-detailed`, version 0.15."""
+"""Of a result of `vllm bench serve --save-result --save-detailed`, version 0.32."""
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,15 @@ def test_the_figures_are_those_of_numpy() -> None:
     assert found["request_goodput"] == pytest.approx((ttft <= 0.04).sum() / 7.0)
     assert found["output_throughput"] == pytest.approx(sum(len(one.chunks_s) for one in runs) / 7.0)
     assert found["errors"][-1] == "OverloadedError: full" and found["ttfts"][-1] == 0.0
+    assert found["latencies"] == pytest.approx([*e2el, 0.0])
+    begun = min(one.sent_s for one in runs)
+    assert found["start_times"][:-1] == [one.sent_s for one in runs]
+    chunks = np.concatenate([one.chunks_s for one in runs]) - begun
+    assert found["max_output_tokens_per_s"] == np.bincount(chunks.astype(int)).max()
+    spans = [(int(one.sent_s - begun), int(one.chunks_s[-1] - begun)) for one in runs]
+    assert found["max_concurrent_requests"] == max(
+        sum(first <= second <= last for first, last in spans) for second in range(10)
+    )
 
 
 @pytest.mark.parametrize(("burstiness", "spread"), [(1.0, 1.0), (0.25, 2.0), (4.0, 0.5)])
@@ -109,6 +119,11 @@ def test_two_results_are_told_apart_where_they_differ() -> None:
         compare(first, {"output_throughput": 1.0})
 
 
+def ended(served: Running) -> float:
+    metrics = served.engine.get_metrics()
+    return sum(one.value for one in metrics if one.name == "quire:request_success_total")
+
+
 @pytest.mark.parametrize("backend", ["openai", "openai-chat"])
 def test_a_server_is_measured(
     served: Running, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -117,11 +132,14 @@ def test_a_server_is_measured(
     lines.write_text("".join(json.dumps({"prompt": f"hello {i}", "output_tokens": 3 + i}) + "\n" for i in range(6)))
     words = ["bench", "serve", "--base-url", served.url, "--api-key", "key", "--backend", backend, "--disable-tqdm"]
     words += ["--dataset-name", "custom", "--dataset-path", str(lines), "--save-result", "--save-detailed"]
+    words += ["--label", "a try", "--num-warmups", "2", "--endpoint", ENDPOINTS[backend]]
     paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    before = ended(served)
     for path in paths:
         assert main([*words, "--result-filename", path]) == 0, capsys.readouterr()
+    assert ended(served) - before == 2 * (2 + 6)
     found = json.loads(Path(paths[0]).read_text())
-    assert {*VLLM_NAMES} <= found.keys()
+    assert {*VLLM_NAMES} <= found.keys() and found["label"] == "a try"
     assert found["output_lens"] == [3 + i for i in range(6)] and found["errors"] == [""] * 6
     assert all(len(gaps) < count for gaps, count in zip(found["itls"], found["output_lens"], strict=True))
     assert main(["bench", "compare", *paths, "--json"]) == 0
@@ -132,6 +150,8 @@ def test_a_server_is_measured(
     ("words", "said"),
     [
         (["--num-prompts", "0"], "num_prompts must be between 1 and"),
+        (["--num-warmups", "-1"], "num_warmups must be between 0 and"),
+        (["--endpoint", "v1"], "endpoint must begin with /"),
         (["--request-rate", "0"], "request_rate must be above 0"),
         (["--goodput", "ttft"], "goodput must be ttft:MS"),
         (["--goodput", "itl:3"], "goodput must be ttft:MS"),

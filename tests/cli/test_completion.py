@@ -44,7 +44,7 @@ CASES: list[tuple[list[str], set[str]]] = [
     (["se"], {"serve"}),
     (["serve", "--allowed"], {"--allowed-origins", "--allowed-methods", "--allowed-headers", "--allowed-hosts"}),
     (["serve", "--log-format", ""], {"text", "json"}),
-    (["bench", ""], {"throughput", "core", "structured", "serve", "compare"}),
+    (["bench", ""], {"throughput", "latency", "startup", "core", "structured", "serve", "compare"}),
     (["bench", "throughput", "--comp"], {"--compare"}),
     (["bench", "throughput", "--compare", ""], {"transformers"}),
     (["completion", ""], set(SHELLS)),

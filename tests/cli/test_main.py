@@ -163,7 +163,8 @@ def began(monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, Any]:
         raise Began
 
     monkeypatch.setattr("quire.compose.served.begin", begin)
-    monkeypatch.setattr("quire.server.http.listen.bind", lambda host, port: SimpleNamespace(close=lambda: None))
+    listener = SimpleNamespace(close=lambda: None, getsockname=lambda: ("127.0.0.1", 1))
+    monkeypatch.setattr("quire.server.http.listen.bind", lambda host, port: listener)
     monkeypatch.setattr("quire.engine.async_engine.AsyncEngine", Engine)
     monkeypatch.setattr("quire.server.http.app.create_app", create_app)
     monkeypatch.setattr("quire.server.http.access.configure_logs", lambda *args, **options: found.update(options))

@@ -149,4 +149,4 @@ def test_what_is_read_is_what_yaml_reads(tmp_path: Path, text: str) -> None:
         return str(value).lower() if isinstance(value, bool) else str(value)
 
     expected = {key: plain(value) for key, value in yaml.safe_load(text).items() if value not in (None, [])}
-    assert {key: value for key, (value, _) in read_config(str(path)).items()} == expected
+    assert {key: value for key, (value, _) in read_config(str(path)).values.items()} == expected

@@ -57,6 +57,21 @@ async def test_callers_take_turns(work: TextWork) -> None:
     assert done == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
 
 
+async def test_without_keys_networks_take_turns(work: TextWork) -> None:
+    (long, first), (short, second) = await hold(work, LONG), await hold(work, 1)
+    done: list[str] = []
+    tasks = [
+        asyncio.ensure_future(work.run(partial(done.append, name), 1, Caller(network=f"10.0.0.{name[0]}")))
+        for name in ("1a", "1b", "1c", "2a")
+    ]
+    await asyncio.sleep(0)
+    short.released.set()
+    await asyncio.gather(*tasks)
+    long.released.set()
+    await asyncio.gather(first, second)
+    assert done == ["1a", "2a", "1b", "1c"]
+
+
 async def test_what_ends_a_request_goes_before_what_begins_one(work: TextWork) -> None:
     """Of one caller: what was tokenised is held until its answer is written. It does not jump the turn of others."""
     (long, first), (short, second) = await hold(work, LONG), await hold(work, 1)

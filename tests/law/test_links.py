@@ -25,7 +25,8 @@ def test_every_link_leads_to_a_file() -> None:
 def test_the_index_lists_every_page() -> None:
     index = ROOT / "docs/index.md"
     listed = {(index.parent / link).resolve() for link in links(index)}
-    written = [page for page in PAGES if page.is_relative_to(ROOT / "docs") and page.parent.name != "reference"]
+    apart = ("reference", "en", "zh-TW")  # generated pages; the course has contents of its own (test_course.py)
+    written = [page for page in PAGES if page.is_relative_to(ROOT / "docs") and page.parent.name not in apart]
     assert [page for page in written if page not in {*listed, index}] == []
 
 

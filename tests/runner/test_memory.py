@@ -75,6 +75,12 @@ def test_a_device_is_measured_by_its_largest_steps(tiny_model: Path) -> None:
     assert (wide.activations, wide.sampler) == (80 * MIB, 8 * MIB), "64 rows at a time report them"
 
 
+def test_what_the_models_beside_it_take_is_no_part_of_a_share(tiny_model: Path) -> None:
+    ops = SmallDevice()
+    budget = make_budget(model_on(tiny_model, ops), ops, LIMITS, is_shared=True)
+    assert (budget.used_by_others, budget.weights, budget.activations) == (0, 8 * MIB, 40 * MIB)
+
+
 def test_the_host_is_estimated(tiny_model: Path) -> None:
     ops = ReferenceOps(np)
     model = model_on(tiny_model, ops)

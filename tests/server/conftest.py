@@ -15,6 +15,7 @@ from quire.llm import AsyncLLM
 from quire.server.doors.all import DOORS
 from quire.server.http.app import create_app
 from quire.server.http.listen import bind
+from quire.server.http.models import Models
 from quire.server.http.serve import GracefulServer
 from tests.conftest import PATIENCE_S
 from tests.server.fake_engine import FakeEngine
@@ -46,7 +47,8 @@ class Running:
 
 def start(engine: Any, *, drain_s: float = 5.0, header_s: float = 30.0, **options: Any) -> Running:
     options = {"apis": DOORS, **options}
-    app = create_app(engine, served_model_name=MODEL, model_names=["directory-name"], **options)
+    names = {} if isinstance(engine, Models) else {"served_model_name": MODEL, "model_names": ["directory-name"]}
+    app = create_app(engine, **{**names, **options})
     listener = bind("127.0.0.1", 0)
     ready = threading.Event()
     server = GracefulServer(app, drain_s=drain_s, header_s=header_s, on_ready=ready.set)

@@ -74,6 +74,7 @@ class FakeEngine:
     """What the server uses of `AsyncEngine`."""
 
     is_full = False
+    stated_temperature = 0.5
 
     max_model_len = MAX_MODEL_LEN
     vocab_size = VOCAB_SIZE
@@ -97,7 +98,7 @@ class FakeEngine:
         return ByteTokenizer()
 
     def get_default_sampling_params(self) -> SamplingParams:
-        return SamplingParams(temperature=0.5)
+        return SamplingParams(temperature=self.stated_temperature)
 
     def get_metrics(self) -> list[Metric]:
         ended = (("finished_reason", "stop"),)

@@ -1,5 +1,6 @@
 """OpenAI's client, unchanged, against /v1/files and /v1/batches; a restart in the middle."""
 
+import asyncio
 import json
 import sqlite3
 from collections import Counter
@@ -14,9 +15,11 @@ from openai.types import Batch, FileObject
 
 from quire.server.doors.openai.batches.runner import _split
 from quire.server.http.errors import ApiError
+from quire.server.http.jobs import Jobs
 from quire.server.http.limits import Limits
 from quire.server.http.stored import Put
 from quire.server.store.database import SqliteStore
+from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_responses_client import memory
@@ -384,3 +387,15 @@ def test_a_response_in_the_background_that_cannot_be_kept_has_failed(monkeypatch
         assert error is not None and error.message == "the response could not be stored"
     finally:
         instance.stop()
+
+
+def test_a_key_with_many_batches_has_no_more_lines_at_one_time_than_another() -> None:
+    async def work() -> None:
+        jobs = Jobs(2)
+        first, other = jobs.slots("a"), jobs.slots("b")
+        await first.acquire()
+        await jobs.slots("a").acquire()
+        assert jobs.slots("a").locked(), "all batches of a key share its slots"
+        await asyncio.wait_for(other.acquire(), PATIENCE_S)
+
+    asyncio.run(work())

@@ -175,7 +175,7 @@ async def test_a_response_is_complete_when_its_last_part_was_sent(caplog: pytest
     async def send(message: Any) -> None: ...
 
     engine = FakeEngine()
-    access = Access(answer, observer=engine.observer, logs=True, count=lambda *_: None)  # type: ignore[arg-type]
+    access = Access(answer, model_of=lambda _: ("", engine.observer), logs=True, count=lambda *_: None)  # type: ignore[arg-type]
     with caplog.at_level(logging.INFO, "quire.access"):
         for path in ("/whole", "/cut"):
             with suppress(ConnectionError):

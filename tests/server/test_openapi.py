@@ -11,7 +11,13 @@ from quire.errors import InvalidRequestError
 from quire.sampling_params import SamplingParams
 from quire.server.doors.openai.batches.routes import BATCH
 from quire.server.doors.openai.bodies import MAX_TOKENS
-from quire.server.doors.openai.parse import parse_chat, parse_completion, parse_detokenize, parse_tokenize
+from quire.server.doors.openai.parse import (
+    check_token_ids,
+    parse_chat,
+    parse_completion,
+    parse_detokenize,
+    parse_tokenize,
+)
 from quire.server.doors.openai.responses.bodies import CONVERSATION, CONVERSATION_ITEMS, CONVERSATION_UPDATE
 from quire.server.doors.openai.responses.parse import chat_of, parse_response
 from quire.server.doors.openai.routes import OPENAI
@@ -46,7 +52,7 @@ BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
         lambda body: BATCH.read(body, LIMITS),
         {"input_file_id": "x", "endpoint": "/v1/completions", "completion_window": "24h"},
     ),
-    "DetokenizeRequest": (lambda body: parse_detokenize(body, LIMITS, 2**31), {"tokens": [1]}),
+    "DetokenizeRequest": (lambda body: check_token_ids(parse_detokenize(body, LIMITS), 2**31), {"tokens": [1]}),
 }
 VALUES: list[Any] = [
     *(None, True, False, "", "x", "1", "left", "auto", "x" * 600, "x" * 1025),

@@ -4,6 +4,7 @@ import asyncio
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from quire.errors import ConfigurationError
 from quire.server.http.errors import ApiError
+from quire.server.http.limits import Limits
 from quire.server.http.stored import AddParts, Page, Part, Put, Remove, Stored
 from quire.server.store import schema
 from quire.server.store.database import DAY_SECONDS, SWEEP_SECONDS, SqliteStore
@@ -64,6 +66,65 @@ def test_nothing_is_kept_for_what_is_forgotten(store: SqliteStore) -> None:
     asyncio.run(work())
 
 
+def test_what_is_bounded_is_counted_where_it_is_written(store: SqliteStore) -> None:
+    """By those who ask at one time, too."""
+    limits = Limits().with_values({"files": 3, "input_items": 2})
+
+    async def made(number: int, *, is_open: bool) -> bool:
+        try:
+            await store.write(Put(Stored(f"{is_open}{number}", "file", "a", {}, is_open=is_open), limits.files))
+        except ApiError as error:
+            assert (error.status, error.code) == (429, "too_many_files")
+            return False
+        return True
+
+    async def work() -> None:
+        assert sum(await asyncio.gather(*(made(number, is_open=True) for number in range(8)))) == 3
+        await store.write(Remove("True0"))
+        assert await made(9, is_open=True) and not await made(10, is_open=True)
+        assert not await made(11, is_open=False), "open ones are there, too"
+        await store.write(AddParts("True9", "a", [Part(None, b"x")] * 2, limit=limits.input_items))
+        with pytest.raises(ApiError):
+            await store.write(AddParts("True9", "a", [Part(None, b"x")], limit=limits.input_items))
+        assert len(await store.parts("True9")) == 2
+
+    asyncio.run(work())
+
+
+def test_what_was_forgotten_meanwhile_does_not_come_back(store: SqliteStore) -> None:
+    async def work() -> None:
+        item = Stored("one", "conversation", "a", {"metadata": {}})
+        changed = Put(replace(item, body={"metadata": {"x": "y"}}), while_there=True)
+        await store.write(changed)
+        assert await store.get("conversation", "a", "one") is None
+        await store.write(Put(item), changed)
+        found = await store.get("conversation", "a", "one")
+        assert found is not None and found.body == {"metadata": {"x": "y"}}
+
+    asyncio.run(work())
+
+
+def test_a_file_that_was_moved_away_is_said_once_and_made_anew(tmp_path: Path) -> None:
+    async def work() -> None:
+        store = opened(tmp_path)
+        await store.write(*thing("one"))
+        for name in os.listdir(tmp_path):
+            if name != "store.lock":
+                os.rename(tmp_path / name, tmp_path / f"{name}.old")
+        with pytest.raises(ApiError, match="moved away or replaced") as caught:
+            await store.write(*thing("two"))
+        assert (caught.value.status, caught.value.code) == (503, "store_unreadable")
+        assert await store.get("response", "a", "one") is None
+        await store.write(*thing("three"))
+        await store.close()
+        again = opened(tmp_path)
+        assert await again.get("response", "a", "three") is not None
+        await again.close()
+
+    asyncio.run(work())
+    assert (tmp_path / "store.sqlite").stat().st_mode & 0o077 == 0, "nobody else reads it"
+
+
 def test_the_oldest_responses_of_who_holds_most_make_room(store: SqliteStore) -> None:
     async def work() -> None:
         await store.write(*thing("small", owner="b"))
@@ -103,13 +164,15 @@ def test_what_is_old_goes_unless_it_is_worked_on() -> None:
     async def work() -> None:
         nonlocal now_s
         store = SqliteStore(None, most_bytes=2**20, days=2, clock=lambda: now_s)
-        await store.write(*thing("old"), *thing("open", kind="batch", is_open=True))
+        await store.write(*thing("old"), *thing("open", kind="batch", is_open=True), *thing("input", kind="file"))
+        await store.write(Put(Stored("reads", "batch", "a", {"input_file_id": "input"}, is_open=True)))
         now_s += 3 * DAY_SECONDS
         await store.write(*thing("new"))
         now_s += SWEEP_SECONDS + 1
         assert await store.get("response", "a", "old") is None and await store.parts("old") == []
         assert await store.get("response", "a", "new") is not None
-        assert [item.id for item in await store.list_open("batch")] == ["open"]
+        assert [item.id for item in await store.list_open("batch")] == ["open", "reads"]
+        assert await store.get("file", "a", "input") is not None, "a batch still reads it"
         await store.close()
 
     asyncio.run(work())

@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +15,9 @@ import pytest
 from quire.llm import LLM, AsyncLLM
 from quire.sampling_params import SamplingParams
 from quire.server.doors.openai.shapes import take_shape
-from tests.server.conftest import MODEL, start
+from quire.structured.checker import ShapeChecker
+from quire.structured_params import StructuredOutputsParams
+from tests.server.conftest import MODEL, PATIENCE_S, start, wait_until
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -161,6 +165,45 @@ def test_names_of_the_past_are_noted_in_a_header_and_once_in_the_log(
         running.stop()
     noted = [record.getMessage() for record in caplog.records if "deprecated" in record.getMessage()]
     assert len(noted) == 1 and "guided_regex" in noted[0]
+
+
+def test_without_keys_shapes_of_one_network_do_not_keep_those_of_others(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sends many that take long makes others wait for one or two of them, not for all."""
+    checked, gate, source = list[str | None](), threading.Event(), ShapeChecker.source
+
+    def held(self: ShapeChecker, params: StructuredOutputsParams) -> str:
+        if not self.knows(params):
+            checked.append(params.regex)
+            gate.wait(PATIENCE_S)
+        return source(self, params)
+
+    monkeypatch.setattr(ShapeChecker, "source", held)
+    engine = AsyncLLM(str(tiny_model), max_model_len=512, max_num_seqs=8)
+    running = start(engine)
+
+    def ask(regex: str, address: str) -> int:
+        with httpx.Client(transport=httpx.HTTPTransport(local_address=address), timeout=PATIENCE_S) as client:
+            body = {"prompt": "x", "max_tokens": 5, "structured_outputs": {"regex": regex}}
+            return client.post(f"{running.url}/v1/completions", json=body).status_code
+
+    def num_waiting() -> int:
+        work = engine._shape_work
+        return 0 if work is None or not checked else sum(map(len, work._short._waiting.values()))
+
+    try:
+        with ThreadPoolExecutor() as pool:
+            answers = [pool.submit(ask, f"a{number}", "127.0.0.1") for number in range(5)]
+            assert wait_until(lambda: num_waiting() == 4)
+            answers.append(pool.submit(ask, "b", "127.0.0.2"))
+            assert wait_until(lambda: num_waiting() == 5)
+            gate.set()
+            assert {one.result() for one in answers} == {200}
+    finally:
+        gate.set()
+        running.stop()
+    assert len(checked) == 6 and checked.index("b") <= 2
 
 
 def test_a_text_format_asks_for_nothing() -> None:

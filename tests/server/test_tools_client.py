@@ -15,6 +15,7 @@ import pytest
 from quire.llm import AsyncLLM
 from tests.server.conftest import MODEL, Running, start
 from tests.server.tool_models import THINKING, make_caller, make_tool_model
+from tests.structured.yaml_texts import read
 
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
@@ -175,6 +176,16 @@ def test_reasoning_has_a_budget_and_shapes_begin_after_it(thinking: Running, bud
         assert json.loads(choice.message.content) in ("yes", "no")
         reasoning = getattr(choice.message, "reasoning", "") or ""
         assert len(reasoning.encode()) <= budget  # of this tokenizer a token is a byte
+
+
+def test_yaml_begins_after_the_reasoning_and_stands_beside_tools(thinking: Running) -> None:
+    schema = {"type": "object", "additionalProperties": {"type": "boolean"}, "minProperties": 1}
+    for seed in range(4):
+        asked: Any = dict(seed=seed, max_tokens=200, extra_body={"structured_outputs": {"yaml": schema}})
+        choice = ask(thinking, tools=TOOLS if seed % 2 else [], temperature=1.5, **asked).choices[0]
+        assert choice.finish_reason in ("stop", "tool_calls")
+        names = check_calls(choice.message)
+        assert names or jsonschema_rs.is_valid(schema, read(choice.message.content))
 
 
 def test_no_thinking_by_the_template(thinking: Running) -> None:

@@ -20,8 +20,10 @@ from quire.structured.source import source_of, validate
 from quire.structured_params import StructuredOutputsParams
 from quire.text.parsers.events import Asked, CallArguments, CallEnd, CallStart, Content, Event, Reasoning, Tool, joined
 from quire.text.parsers.reader import whole
+from tests.structured.yaml_texts import read
 from tests.text.parsers.samples import ANSWERS, SPECIAL, made
 
+TEXT = {"type": "string"}
 PLACE: dict[str, Any] = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}
 TOOLS = (
     Tool(
@@ -172,6 +174,57 @@ def test_an_answer_is_calls_or_what_it_is_held_to(name: str) -> None:
         if not num_calls and name != "openai":
             jsonschema_rs.validate(PLACE, read_json(content))
     assert kinds == {True, False}
+
+
+@pytest.mark.parametrize("name", ["hermes", "llama4_pythonic"])
+def test_yaml_stands_behind_reasoning_and_beside_tools(name: str) -> None:
+    """With budgets from the least upwards; both readers of YAML read the same, which is valid. Schemas that name some
+    keys, and none: the grammar alone keeps keys apart."""
+    fmt, num_read, num_calls = made(name, "qwen3"), 0, 0
+    inner = {"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 2}
+    named = {"type": "object", "properties": {"no": TEXT, "in": {"items": inner, "type": "array"}}, "required": ["no"]}
+    for seed in range(12):
+        schema = (named, inner, {"type": "array", "items": TEXT, "minItems": 1})[seed % 3]
+        then = {"type": "json_schema", "json_schema": schema, "style": "yaml"}
+        asked = Asked(TOOLS if seed % 2 else (), in_reasoning=seed % 4 < 2, may_reason=True, then=then)
+        tag = fmt.structural_tag(asked)
+        assert tag is not None
+        shortest = COMPILER.shortest(source_of(StructuredOutputsParams(structural_tag=tag)))
+        assert shortest is not None
+        room = len(shortest) + 1 + (60 if asked.tools else seed**2)
+        _, text = walked(begun(tag, room), room, seed, busy=0.5 if asked.tools else 0.1)
+        events = joined(whole(fmt.parser(asked), text))
+        content = "".join(one.text for one in events if isinstance(one, Content))
+        num_calls += judge(events)
+        assert asked.tools or content, text
+        if content:
+            jsonschema_rs.validate(schema, read(content))
+            num_read += 1
+    assert num_read > 5 and num_calls, (num_read, num_calls)
+
+
+def test_yaml_may_stand_between_markers() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
+    inner = {"type": "json_schema", "json_schema": schema, "style": "yaml"}
+    tag = {"type": "tag", "begin": "```yaml\n", "content": inner, "end": "\n```"}
+    for seed in range(4):
+        _, text = walked(begun({"type": "structural_tag", "format": tag}, 40), 40, seed)
+        assert text.startswith("```yaml\n") and text.endswith("\n```"), text
+        jsonschema_rs.validate(schema, read(text[8:-4]))
+
+
+@pytest.mark.parametrize(
+    ("schema", "text"),
+    [
+        ({"items": {"not": {}}}, "the keyword 'not' at #/format/json_schema/items cannot be held"),
+        ({"properties": {"a": {"$id": "x"}, "b": {"$ref": "#"}}}, r"'\$id' at #/format/json_schema/properties/a"),
+        ({"type": "object", "minProperties": 2, "maxProperties": 10**6}, "'maxProperties' at #/format/json_schema is"),
+    ],
+)
+def test_what_yaml_cannot_hold_in_a_tag_is_refused_with_its_place(schema: Any, text: str) -> None:
+    tag = {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": schema, "style": "yaml"}}
+    with pytest.raises(InvalidRequestError, match=text):
+        begun(tag)
 
 
 @pytest.mark.parametrize("must_call", [True, False])

@@ -161,7 +161,7 @@ def test_special_tokens_are_no_text() -> None:
         ({"format": triggered(triggers=["<f", "<f>", "<g>"])}, "exactly one of the triggers at #/format/tags/0/begin"),
         ({"format": triggered(at_least_one=1)}, "must be true or false at #/format/at_least_one"),
         ({"format": tag(ANY, {"type": "token", "token": -1})}, "must be text, or a token by its id at #/format/begin"),
-        ({"format": {**NUMBER, "style": "toml"}}, "must be one of json, qwen_xml, .*at #/format/style"),
+        ({"format": {**NUMBER, "style": "toml"}}, "must be one of json, yaml, qwen_xml, .*at #/format/style"),
         ({"format": {**NUMBER, "json_schema": {"not": {}}}}, "keyword 'not' at #/format/json_schema cannot be held"),
         ({"format": {**NUMBER, "json_schema": {"const": 2**60}}}, "'const' at #/format/json_schema cannot be held"),
         ({"format": {**NUMBER, "json_schema": 3}}, "a schema is an object, true or false, not int"),

@@ -1,16 +1,13 @@
-"""One run of a workload through an `LLM`, and through plain transformers in a process beside it."""
+"""One run of a workload through an `LLM`."""
 
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import IO, Any, Protocol, Self
+from typing import Any, Protocol
 
 from quire.bench.workloads import Item
-from quire.errors import ConfigurationError, RequestFailedError
+from quire.errors import RequestFailedError
 from quire.outputs import RequestOutput
 from quire.sampling_params import SamplingParams
 
@@ -85,50 +82,3 @@ def run_quire(llm: Generates, items: Sequence[Item]) -> tuple[float, float | Non
         if one.metrics is not None and one.metrics.first_token_s is not None
     ]
     return elapsed_s, statistics.median(waits) if len(waits) == len(outputs) else None
-
-
-class TransformersPeer:
-    """`transformers` in a process of its own: same model, bf16, as many threads; idle while Quire is timed.
-
-    Raises:
-        ConfigurationError: it could not start, with its own reason.
-    """
-
-    def __init__(self, model: str, *, threads: int, batch_size: int = 8) -> None:
-        command = [sys.executable, "-m", "quire.bench.transformers_peer", model, str(threads), str(batch_size)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self.versions: dict[str, str] = self._receive()["versions"]
-
-    def run(self, items: Sequence[Item]) -> tuple[float, float | None]:
-        """Seconds for the whole workload, and the time to the first token of a single stream."""
-        _pipe(self._process.stdin).write(json.dumps([asdict(item) for item in items]) + "\n")
-        _pipe(self._process.stdin).flush()
-        answer = self._receive()
-        return answer["elapsed_s"], answer["first_token_s"]
-
-    def _receive(self) -> dict[str, Any]:
-        line = _pipe(self._process.stdout).readline()
-        answer: dict[str, Any] = json.loads(line) if line else {"error": "its process ended"}
-        if "error" in answer:
-            raise ConfigurationError(f"transformers cannot be compared with: {answer['error']}", field="compare")
-        return answer
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _pipe(self._process.stdin).close()
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        _pipe(self._process.stdout).close()
-
-
-def _pipe(stream: IO[str] | None) -> IO[str]:
-    if stream is None:
-        raise ConfigurationError("the process has no pipe")
-    return stream

@@ -10,6 +10,7 @@ import random
 import statistics
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -221,10 +222,13 @@ def result(
         "request_goodput": sum(_is_good(one, goodput_ms) for one in done) / duration_s if goodput_ms else None,
         "output_throughput": sum(one.num_output for one in done) / duration_s,
         "total_token_throughput": sum(one.num_prompt + one.num_output for one in done) / duration_s,
+        **_most(done),
         "input_lens": [one.num_prompt for one in seen],
         "output_lens": [one.num_output for one in seen],
         "ttfts": [one.ttft_s if one.error is None else 0.0 for one in seen],
         "itls": [one.itl_s for one in seen],
+        "latencies": [one.e2el_s if one.error is None else 0.0 for one in seen],
+        "start_times": [one.sent_s for one in seen],
         "generated_texts": [one.text for one in seen],
         "errors": [one.error or "" for one in seen],
     }
@@ -241,6 +245,19 @@ def result(
         found[f"std_{name}_ms"] = statistics.pstdev(milliseconds) if milliseconds else 0.0
         found |= {f"p{percent:g}_{name}_ms": percentile(milliseconds, percent) for percent in percents}
     return found
+
+
+def _most(done: Sequence[Seen]) -> dict[str, float]:
+    """Of any second since the first request was sent: chunks that came in it, and requests that were open in it."""
+    first_s = min((one.sent_s for one in done), default=0.0)
+    tokens = Counter(int(at_s - first_s) for one in done for at_s in one.chunks_s)
+    is_open = Counter(
+        second for one in done for second in range(int(one.sent_s - first_s), int(one.chunks_s[-1] - first_s) + 1)
+    )
+    return {
+        "max_output_tokens_per_s": float(max(tokens.values(), default=0)),
+        "max_concurrent_requests": max(is_open.values(), default=0),
+    }
 
 
 def _is_good(one: Seen, bounds_ms: dict[str, float]) -> bool:

@@ -181,12 +181,21 @@ def _is_number(text: str) -> bool:
 
 
 def add_engine(
-    parser: argparse.ArgumentParser, *, positional_model: bool = False, names: Iterable[str] = ENGINE_HELP
+    parser: argparse.ArgumentParser,
+    *,
+    positional_model: bool = False,
+    several: bool = False,
+    names: Iterable[str] = ENGINE_HELP,
 ) -> None:
-    """Every field of `EngineArgs` as a flag, or those of `names`. Left out, a flag is absent from the namespace."""
+    """Every field of `EngineArgs` as a flag, or those of `names`. Left out, a flag is absent from the namespace.
+
+    Args:
+        several: more than one model may be named.
+    """
     group = parser.add_argument_group("engine")
     if positional_model:
-        parser.add_argument("positional_model", nargs="?", metavar="MODEL", help=ENGINE_HELP["model"])
+        many = "*" if several else "?"
+        parser.add_argument("positional_model", nargs=many, metavar="MODEL", help=ENGINE_HELP["model"])
     _add_fields(group, EngineArgs, {name: ENGINE_HELP[name] for name in names})
 
 
@@ -260,6 +269,8 @@ def engine_values(options: argparse.Namespace) -> dict[str, Any]:
     """The engine arguments that were given."""
     values = {name: getattr(options, name) for name in ENGINE_HELP if hasattr(options, name)}
     positional = getattr(options, "positional_model", None)
+    if isinstance(positional, list):  # of several, each has arguments of its own: `quire.cli.serve_models`
+        positional = positional[0] if len(positional) == 1 else None
     if positional is not None and values.setdefault("model", positional) != positional:
         text = f"two models are named: {positional[:200]} and --model {values['model'][:200]}"
         raise ConfigurationError(text, field="model")

@@ -43,6 +43,7 @@ def add(kinds: Any) -> None:
     flag("--host", default="127.0.0.1", help="(default: 127.0.0.1)")
     flag("--port", type=int, default=8000, help="(default: 8000)")
     flag("--backend", choices=[*ENDPOINTS], default="openai", help="completions, or chat completions (default: openai)")
+    flag("--endpoint", metavar="PATH", help="where it takes requests (default: the backend's own path)")
     flag("--model", metavar="NAME", help="which of its models; left out: its first")
     flag("--api-key", metavar="KEY", help="the server's key, if it has one")
     flag(
@@ -63,7 +64,9 @@ def add(kinds: Any) -> None:
     flag("--percentile-metrics", default="ttft,tpot,itl", metavar="NAMES", help="of ttft, tpot, itl, e2el")
     flag("--metric-percentiles", default="99", metavar="NUMBERS", help="which percentiles (default: 99)")
     flag("--goodput", nargs="+", default=[], metavar="NAME:MS", help="what a good request keeps: ttft:500 tpot:50")
+    flag("--num-warmups", type=int, default=1, metavar="N", help="requests before, which are not counted (default: 1)")
     flag("--seed", type=int, default=0, help="(default: 0)")
+    flag("--label", metavar="TEXT", help="kept in the result")
     flag("--save-result", action="store_true", help="write the figures as JSON")
     flag("--save-detailed", action="store_true", help="and what was seen of each request")
     flag("--result-dir", metavar="DIR", help="where to (default: here)")
@@ -91,13 +94,14 @@ def run(options: argparse.Namespace) -> int:
     rate, count = options.request_rate, len(loads)
     arrivals = serving.arrival_times(count, rate, options.burstiness, options.seed)
     ask = _ask(server, options)
-    list(ask(loads[0]))  # a first request, which is not counted, also says whether the server takes such
+    for place in range(options.num_warmups):  # the first also says whether the server takes such
+        list(ask(loads[place % count]))
     open_at_once = min(options.max_concurrency or MOST_OPEN, MOST_OPEN)
     with _bar(count, show=not options.disable_tqdm) as advance:
         seen, duration_s = serving.run(loads, arrivals, ask, open_at_once, advance)
     facts = {
         "backend": options.backend,
-        "label": None,
+        "label": options.label,
         "model_id": server.model_name,
         "tokenizer_id": server.model_name,
         "num_prompts": count,
@@ -120,11 +124,14 @@ def _check(options: argparse.Namespace) -> None:
         "random_prefix_len": (0, 2**20),
         "max_model_len": (16, 2**24),
         "max_concurrency": (1, MOST_OPEN),
+        "num_warmups": (0, MOST_PROMPTS),
     }
     for name, (low, high) in whole.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             raise ConfigurationError(f"{name} must be between {low} and {high}, got {value}", field=name)
+    if options.endpoint is not None and not options.endpoint.startswith("/"):
+        raise ConfigurationError(f"endpoint must begin with /, got {options.endpoint[:80]!r}", field="endpoint")
     for name in ("request_rate", "burstiness"):
         if not getattr(options, name) > 0:
             raise ConfigurationError(f"{name} must be above 0, got {getattr(options, name)}", field=name)
@@ -221,7 +228,7 @@ def _ask(server: Any, options: argparse.Namespace) -> "Ask":
     """How a request is sent, and what its events say."""
     from quire.bench.serving import Chunk
 
-    is_chat = options.backend == "openai-chat"
+    is_chat, path = options.backend == "openai-chat", options.endpoint or ENDPOINTS[options.backend]
 
     def ask(load: "Load") -> "Iterator[Chunk]":
         body: dict[str, Any] = {
@@ -232,7 +239,7 @@ def _ask(server: Any, options: argparse.Namespace) -> "Ask":
         if options.ignore_eos:
             body["ignore_eos"] = True
         body |= {"messages": [{"role": "user", "content": load.prompt}]} if is_chat else {"prompt": load.prompt}
-        for event in server.stream(ENDPOINTS[options.backend], body):
+        for event in server.stream(path, body):
             usage = event.get("usage") or {}
             for choice in event.get("choices") or ():
                 delta = choice.get("delta") or {} if is_chat else choice
@@ -259,7 +266,7 @@ def _bar(count: int, *, show: bool) -> "Iterator[Callable[[Seen], None]]":
 
 
 def _save(found: dict[str, Any], options: argparse.Namespace) -> None:
-    each = ("input_lens", "output_lens", "ttfts", "itls", "generated_texts", "errors")
+    each = (*"input_lens output_lens ttfts itls latencies start_times generated_texts errors".split(),)
     kept = found if options.save_detailed else {name: value for name, value in found.items() if name not in each}
     name = options.result_filename or f"{options.backend}-{found['num_prompts']}-{found['date']}.json"
     path = Path(options.result_dir or ".") / name

@@ -20,7 +20,8 @@ EXAMPLES = """examples:
   quire generate "What is PagedAttention?"
   quire chat
   quire serve --model DIR --port 8000
-  quire bench throughput --model DIR --workload W1 W2 --compare transformers
+  quire compare DIR
+  quire bench throughput --model DIR --workload W1 W2
 
 `quire VERB --help` tells the rest. Without a model, the small embedded one is used."""
 
@@ -43,6 +44,7 @@ VERBS = {
     "eval": "measure what formats of a model lose: perplexity, KL divergence, and a table with memory and speed",
     "replay": "play a recording of the scheduler again, and compare its plans",
     "simulate": "say what other settings, or other memory, would have made of a recording",
+    "compare": "put throughput, time to first token and memory beside those of other engines",
     "bench": "measure speed",
     "doctor": "say what this machine and installation offer",
     "completion": "print what a shell completes: bash, zsh or fish",

@@ -3,12 +3,13 @@
 import argparse
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quire.cli import banner, engines, model_path, sampling
+from quire.cli import banner, engines, model_path, sampling, serve_models
 from quire.cli.arguments import add_engine, engine_values
 from quire.config import EngineArgs, bytes_of
 from quire.errors import ConfigurationError
@@ -17,18 +18,23 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from quire.engine.async_engine import AsyncEngine
+    from quire.engine.front import ServedEngine
     from quire.server.http.cors import Cors
     from quire.server.http.limits import Limits
+    from quire.server.http.listen import Listener
+    from quire.server.http.models import Models
     from quire.server.http.stored import Store
 
 EXAMPLES = """examples:
   quire serve
   quire serve DIR --port 8000 --served-model-name mine --api-key SECRET
+  quire serve SMALL LARGE --served-model-name small large
   curl http://127.0.0.1:8000/v1/completions \\
     -H 'Content-Type: application/json' -d '{"prompt": "Hello", "max_tokens": 9}'
 
 Every flag may stand in a file (--config, or QUIRE_CONFIG) or in the environment: --port is QUIRE_PORT. The command line
-goes before the environment, that before the file.
+goes before the environment, that before the file. Of several models each computes in a process of its own, and requests
+choose by `model`; in the file they are entries of `models:`, with settings of their own (docs/guide/several.md).
 
 SIGTERM or Ctrl-C: running requests finish first (--shutdown-timeout); a second one leaves at once."""
 OLLAMA_PORT = 11434
@@ -45,7 +51,9 @@ again, and threads that tokenise or render would make it wait Python's 5 ms each
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
     flag = parser.add_argument_group("server").add_argument
-    text = "flags from a file: `port: 8000` on a line; each is QUIRE_PORT and so on in the environment too"
+    text = (
+        "flags from a file: `port: 8000` on a line, and `models:`; each is QUIRE_PORT and so on in the environment too"
+    )
     flag("--config", metavar="FILE", help=text)
     flag("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     flag("--port", type=int, help="0 takes a free one (default: 8000; 11434 with --ollama)")
@@ -53,7 +61,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     flag("--ollama", action="store_true", help="listen where Ollama's clients look for it (its API is there anyhow)")
     text = "take the flags and the environment of TGI's launcher too (MODEL_ID, PORT ...): docs/guide/tgi.md"
     flag("--tgi", action="store_true", help=text)
-    flag("--served-model-name", nargs="+", metavar="NAME", help="names for clients; the directory's name")
+    flag(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="names for clients; the directory's name; of several models one for each",
+    )
     text = "every route but the probes then needs it; may be repeated, and each key has a prefix cache of its own"
     flag("--api-key", action="append", default=[], metavar="KEY", help=text)
     text = "a limit on requests, such as body_bytes=16MiB; docs/guide/limits.md lists them"
@@ -72,7 +85,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     _add_cors(parser.add_argument_group("pages in a browser (CORS)").add_argument)
     _add_observability(parser.add_argument_group("observability").add_argument)
     engines.add_quiet(parser)
-    add_engine(parser, positional_model=True)
+    add_engine(parser, positional_model=True, several=True)
 
 
 def _add_store(flag: Callable[..., Any]) -> None:
@@ -155,42 +168,67 @@ def run(options: argparse.Namespace) -> int:
     _check_ports(port, options.ui_port)
     if not 0 <= options.shutdown_timeout < 86400:
         raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
+    several = serve_models.plan_of(options)
     args = EngineArgs.from_mapping({"core_process": True, **engine_values(options)})
     cors = _cors(options)
     sys.setswitchinterval(SWITCH_SECONDS)
     listeners = [bind(options.host, one) for one in (port, options.ui_port) if one is not None]
-    model_path.check(args.model)
+    if several is None:
+        model_path.check(args.model)
     sys.set_int_max_str_digits(MAX_DIGITS)
-    finish = begin(args)
+    halves = [begin(args)] if several is None else serve_models.begin_all(several)
     # While the core starts: what follows takes a third of a second to import.
-    from quire.engine.async_engine import AsyncEngine
     from quire.server.doors.all import DOORS  # noqa: F401 -- imported while the core starts
     from quire.server.http.access import configure_logs
     from quire.server.http.keys import read_keys
     from quire.server.http.limits import TRUSTED_TEMPLATE_CHARACTERS, Limits
-    from quire.server.http.serve import GracefulServer
 
     trusted = {"chat_template_characters": TRUSTED_TEMPLATE_CHARACTERS} if options.trust_request_chat_template else {}
-    limits = Limits().for_queue(args.max_num_seqs + args.max_num_queued_reqs)
+    all_args = [args] if several is None else [one.args for one in several.models]
+    limits = Limits().for_queue(sum(one.max_num_seqs + one.max_num_queued_reqs for one in all_args))
     limits = limits.with_values({**trusted, **_limit_values(options.limit)}).within(raise_descriptors())
     keys = ({} if options.api_key_file is None else read_keys(options.api_key_file)) | dict.fromkeys(options.api_key, 1)
     configure_logs(options.log_format, requests=options.enable_log_requests)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    ports = [one.getsockname()[1] for one in listeners]
+    address, *views = (f"http://{host}:{one}" for one in ports)
+    ready = "; ".join([f"ready on {address}/v1", *(f"live view on {one}/ui" for one in views)])
+    make = partial(_application, options, limits=limits, keys=keys, cors=cors, view_ports=ports[1:])
+    if options.host not in LOOPBACK and not keys:
+        _say(f"warning: every client that reaches {address} may use it; --api-key asks for a key")
+    try:
+        if several is None:
+            return _serve_one(options, args, halves[0], make, listeners, ready)
+        return _serve_several(options, several, halves, make, listeners, ready)
+    finally:
+        for one in listeners:
+            one.close()
+
+
+def _serve_one(
+    options: argparse.Namespace,
+    args: EngineArgs,
+    finish: "Callable[[], ServedEngine]",
+    make: "Callable[..., Starlette]",
+    listeners: "Sequence[Listener]",
+    ready: str,
+) -> int:
+    """Listen once the model is there."""
+    from quire.engine.async_engine import AsyncEngine
+    from quire.server.http.serve import GracefulServer
+
     engine, name = AsyncEngine(finish()), engines.model_name(args)
     banner.show(name, [*engine.decisions, *sampling.resolve({}, engine.stated_sampling)[1]], quiet=options.quiet)
     try:
-        ports = [one.getsockname()[1] for one in listeners]
-        app = _application(options, args, engine, name, limits, keys, cors, *ports[1:])
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        address, *views = (f"http://{host}:{one}" for one in ports)
-        if options.host not in LOOPBACK and not keys:
-            _say(f"warning: every client that reaches {address} may use it; --api-key asks for a key")
-        ready = "; ".join([f"ready on {address}/v1", *(f"live view on {one}/ui" for one in views)])
+        app = make(
+            engine,
+            served_model_name=options.served_model_name or name,
+            model_names=[] if options.served_model_name else [name, *([] if args.model is None else [args.model])],
+        )
         server = GracefulServer(app, drain_s=options.shutdown_timeout, on_ready=lambda: _say(ready))
         gc.freeze()  # a full collection, which stops the loop, then walks over none of what a start makes
         server.run([*listeners])
     finally:
-        for one in listeners:
-            one.close()
         engine.close()
     return 0
 
@@ -203,17 +241,53 @@ def _check_ports(port: int, ui_port: int | None) -> None:
         raise ConfigurationError(f"ui_port must be another port than {port}, where the server is", field="ui_port")
 
 
+def _serve_several(
+    options: argparse.Namespace,
+    plan: serve_models.Plan,
+    halves: "Sequence[Callable[[], ServedEngine]]",
+    make: "Callable[..., Starlette]",
+    listeners: "Sequence[Listener]",
+    ready: str,
+) -> int:
+    """Listen at once: each model answers when it is there."""
+    from quire.server.http.models import Model, Models
+    from quire.server.http.serve import GracefulServer
+
+    models = Models([Model(one.names, one.accepted) for one in plan.models])
+    app = make(models)
+
+    def settled(is_any: bool) -> None:
+        if is_any:
+            _say(ready)
+        else:
+            server.should_exit = True  # nothing can be served
+
+    loading = serve_models.Loading(models, halves, quiet=options.quiet, say=_say, settled=settled)
+
+    def listens() -> None:
+        _say(f"{ready.replace('ready', 'listening', 1)}; loading {plan.shown_names}")
+        loading.begin(app)
+
+    server = GracefulServer(app, drain_s=options.shutdown_timeout, on_ready=listens)
+    try:
+        server.run([*listeners])
+    finally:
+        for engine in models.engines:
+            engine.close()
+    return 1 if all(model.failure for model in models) else 0
+
+
 def _application(
     options: argparse.Namespace,
-    args: EngineArgs,
-    engine: "AsyncEngine",
-    name: str,
+    engine: "AsyncEngine | Models",
+    *,
     limits: "Limits",
     keys: dict[str, int],
     cors: "Cors",
-    ui_port: int | None = None,
+    view_ports: "Sequence[int]",
+    **names: Any,
 ) -> "Starlette":
-    """All doors around an engine."""
+    """All doors around an engine, or several."""
     from quire.cli.machine_rates import kept_read_rates
     from quire.server.dashboard import view
     from quire.server.doors.all import DOORS
@@ -222,8 +296,7 @@ def _application(
     return create_app(
         engine,
         apis=DOORS,
-        served_model_name=options.served_model_name or name,
-        model_names=[] if options.served_model_name else [name, *([] if args.model is None else [args.model])],
+        **names,
         api_key=keys,
         observability=Observability(
             options.admin_api_key, options.otlp_traces_endpoint, options.enable_log_requests, options.metrics_open
@@ -234,7 +307,7 @@ def _application(
         share_prefix_cache=options.share_prefix_cache,
         cors=cors,
         store=_store(options),
-        pages=view(kept_read_rates, ui_port),
+        pages=view(kept_read_rates, *view_ports),
     )
 
 

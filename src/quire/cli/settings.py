@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quire.cli.arguments import ALIASES, NO_EFFECT, canonical
-from quire.cli.config_file import Value, read_config, read_list
+from quire.cli.arguments import ALIASES, NO_EFFECT, Parser, add_engine, canonical
+from quire.cli.config_file import MODELS, Value, Values, read_config, read_list
 from quire.errors import ConfigurationError, unknown_name_message
 
 PREFIX = "QUIRE_"
@@ -78,16 +78,40 @@ def completed(
     names = {flag: one for one in parser._actions for flag in one.option_strings}
     given = {names[word].dest for item in own if (word := item.partition("=")[0]) in names}
     found = {one.action.dest: one for one in _of_environment(actions, environment, say)}
-    typed, named = parser.parse_args(own), found.pop("config", None)
+    added, typed, named = list[str](), parser.parse_args(own), found.pop("config", None)
     path: str | None = typed.config or (None if named is None else str(named.value))
     if path is not None:
-        for key, (value, line) in read_config(path).items():
-            one = _Setting(_action(actions, key, f"line {line} of {path}"), value, f"{key} (line {line} of {path})")
+        for one in _of_values(read_config(path).values, actions, path):
             found.setdefault(one.action.dest, one)
-    if typed.positional_model is not None:
+        added = [] if typed.config else [f"--config={path}"]  # for `model_entries`
+    if typed.positional_model:
         given.add("model")
-    added = [word for dest, one in found.items() if dest not in given for word in one.words()]
+    added += [word for dest, one in found.items() if dest not in given for word in one.words()]
     return [*own, *added, *words[len(own) :]]
+
+
+def model_entries(path: str) -> list[argparse.Namespace]:
+    """The entries of `models:` in a file: each has flags of the engine, and `served_model_name`.
+
+    Raises:
+        ConfigurationError: an unknown key, a value that cannot be, or an entry without a model, with its line.
+    """
+    parser = Parser(prog=MODELS, allow_abbrev=False, add_help=False)
+    add_engine(parser)
+    parser.add_argument("--served-model-name", nargs="+", default=[])
+    actions = {one.option_strings[0]: one for one in parser._actions}
+    found = []
+    for number, entry in enumerate(read_config(path).models, 1):
+        words = [word for one in _of_values(entry, actions, path) for word in one.words()]
+        found.append(parser.parse_args(words))
+        if not hasattr(found[-1], "model"):
+            raise ConfigurationError(f"entry {number} of {MODELS} in {path} needs `model`", field="model")
+    return found
+
+
+def _of_values(values: Values, actions: Mapping[str, argparse.Action], path: str) -> Iterator[_Setting]:
+    for key, (value, line) in values.items():
+        yield _Setting(_action(actions, key, f"line {line} of {path}"), value, f"{key} (line {line} of {path})")
 
 
 def _of_environment(

@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from typing import Any
+from urllib.parse import quote
 
 from quire.errors import ConfigurationError
 
@@ -22,6 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000", help="(default: http://127.0.0.1:8000)")
     parser.add_argument("--admin-api-key", metavar="KEY", help="the server's admin key, if it has one")
     parser.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between two looks (default: 1)")
+    parser.add_argument("--model", metavar="NAME", help="of a server of several models; the first")
     parser.add_argument("--once", action="store_true", help="look once")
 
 
@@ -32,9 +34,9 @@ def run(options: argparse.Namespace) -> int:
     if not 0.1 <= options.every <= 3600:
         raise ConfigurationError("every must be between 0.1 and 3600 seconds", field="every")
     server, blocks = Server(options.url, options.admin_api_key), dict[int, list[int]]()
-    since = -1
+    since, chosen = -1, "" if options.model is None else f"&model={quote(options.model, safe='')}"
     while True:
-        frame = server.look_up(f"/ui/frame?since={since}")
+        frame = server.look_up(f"/ui/frame?since={since}{chosen}")
         since = frame["version"]
         for request in frame["requests"]:
             request["blocks"] = request["blocks"] if request["blocks"] is not None else blocks.get(request["index"], [])

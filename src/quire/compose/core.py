@@ -9,16 +9,18 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from importlib.util import find_spec
 from pathlib import Path
 
 from quire.compose.engine_dir import as_built
+from quire.compose.shares import free_part, memory_part, on_own_cores, share_decision
 from quire.compose.structured import grammar_compiler
 from quire.config import (
     CachePlan,
     EngineArgs,
+    ModelShare,
     ModelSizes,
     resolve_batched_tokens,
     resolve_cache,
@@ -42,7 +44,7 @@ from quire.ops.types import Device, Provider
 from quire.outputs import Decision, Labels
 from quire.quant.select import check_scheme, select_cache_dtype, select_scheme
 from quire.quant.types import bits_per_weight
-from quire.runner.host_memory import free_memory_bytes
+from quire.runner.host_memory import free_memory_bytes, host_memory_bytes
 from quire.runner.memory import StepShape, check_budget, make_budget
 from quire.runner.model_runner import ModelRunner
 from quire.runner.teacher_forcing import TeacherForcing
@@ -83,18 +85,24 @@ class CoreParts:
         return self.core_type(self.scheduler, executor or self.executor, time.monotonic, self.verifier)
 
 
-def compose_core(args: EngineArgs, path: Path, config: ModelConfig | None = None) -> CoreParts:
+def compose_core(
+    args: EngineArgs, path: Path, config: ModelConfig | None = None, share: ModelShare | None = None
+) -> CoreParts:
     """Load the model of a directory or a GGUF file, and size everything.
 
     Args:
         config: what `read_model_config` says, if it was read.
+        share: of the machine, where other models have theirs.
 
     Raises:
         ConfigurationError: naming the argument or the file at fault.
     """
     config = config or read_model_config(path)
     args, built = as_built(args, config.manifest)
+    args = args if share is None else on_own_cores(args, share)
     ops, decisions = select_ops(args.device, args.threads, args.batch_invariant)
+    if share is not None:
+        args, decisions = _with_share(args, share, ops, decisions)
     startup.debug("operations: instruction set, threads")
     spec = config.spec
     model_len = resolve_model_len(args, spec.max_position_embeddings)
@@ -109,7 +117,7 @@ def compose_core(args: EngineArgs, path: Path, config: ModelConfig | None = None
         except MemoryError as error:
             raise ConfigurationError("the weights do not fit into memory", field="model") from error
     startup.debug("weights, read and packed or mapped")
-    sizes = resolve_cache(args, _sizes(args, model, ops, model_len))
+    sizes = resolve_cache(args, _sizes(args, model, ops, model_len, share))
     logger.info("memory: %s", sizes.memory)
     overlap, loop = _loop(args, ops)
     grammars = grammar_compiler(args, path, spec.vocab_size)
@@ -134,6 +142,14 @@ def compose_core(args: EngineArgs, path: Path, config: ModelConfig | None = None
         verifier,
         TeacherForcing(model, ops, args.block_size),
     )
+
+
+def _with_share(
+    args: EngineArgs, share: ModelShare, ops: Device, decisions: list[Decision]
+) -> tuple[EngineArgs, list[Decision]]:
+    memory = ops.memory()
+    part = memory_part(share, host_memory_bytes() if memory is None else memory.total)
+    return replace(args, gpu_memory_utilization=part), [*decisions, share_decision(share, part)]
 
 
 def _cache_config(args: EngineArgs, sizes: CachePlan, model: Model) -> Labels:
@@ -291,12 +307,13 @@ def _scheduler(
     return RecordedScheduler(args.record, config, policy, prefix_cache, rules, args.scheduling_policy)
 
 
-def _sizes(args: EngineArgs, model: Model, ops: Provider, model_len: int) -> ModelSizes:
+def _sizes(args: EngineArgs, model: Model, ops: Provider, model_len: int, share: ModelShare | None) -> ModelSizes:
+    free = None if ops.memory() is not None else free_memory_bytes() if share is None else free_part(share)
     shape = StepShape(args.max_num_seqs, resolve_batched_tokens(args), model_len, args.block_size, _captures(args, ops))
     return ModelSizes(
         max_position_embeddings=model.spec.max_position_embeddings,
         bytes_per_block=model.cache_shape(1, args.block_size).bytes_per_block,
         device="cpu" if ops.memory() is None else "cuda",
-        memory=make_budget(model, ops, shape),
-        free=free_memory_bytes() if ops.memory() is None else None,
+        memory=make_budget(model, ops, shape, is_shared=share is not None),
+        free=free,
     )

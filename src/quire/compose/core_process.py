@@ -32,7 +32,7 @@ def main() -> None:
     if start.args.verify_cached_blocks:
         logging.basicConfig(level=logging.INFO, format="%(process)d %(message)s")
     try:
-        parts = compose_core(start.args, Path(start.model_path))
+        parts = compose_core(start.args, Path(start.model_path), share=start.share)
     except ConfigurationError as error:
         _say(connection, StartFailed(type(error).__name__, error.message, error.field))
         return

@@ -7,12 +7,12 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from quire.compose.answers import answer_decisions, answer_format
 from quire.compose.structured import shape_checker
 from quire.compose.text import TextParts, compose_text
-from quire.config import EngineArgs
+from quire.config import EngineArgs, ModelShare
 from quire.engine.channel import CoreChannel, CoreInfo, LocalChannel
 from quire.engine.engine import Engine
 from quire.engine.front import ModelFiles, ServedEngine
@@ -30,6 +30,16 @@ if TYPE_CHECKING:
 DEFAULT_QUEUED_TOKENS = 2**20
 
 
+class ModelPlace(NamedTuple):
+    """Of one of several models in a server."""
+
+    name: str
+    """For the log."""
+    path: Path
+    """Where its files are."""
+    share: ModelShare
+
+
 def compose(args: EngineArgs) -> ServedEngine:
     """Build an engine.
 
@@ -39,16 +49,19 @@ def compose(args: EngineArgs) -> ServedEngine:
     return begin(args)()
 
 
-def begin(args: EngineArgs) -> Callable[[], ServedEngine]:
+def begin(args: EngineArgs, place: ModelPlace | None = None) -> Callable[[], ServedEngine]:
     """The first half of `compose`; calling what is returned is the second. A core in its own process starts with the
     first half, so what is done between the two costs no time.
+
+    Args:
+        place: of the model among several in one server, each in a process of its own.
 
     Raises:
         ConfigurationError: naming the argument or the file at fault. So does the second half.
     """
-    path = find_model(args)
+    path = find_model(args) if place is None else place.path
     if args.core_process:
-        return partial(_compose_apart, args, path, _start_core(args, path))
+        return partial(_compose_apart, args, path, _start_core(args, path, place))
     if args.hang_timeout is not None:
         raise ConfigurationError("hang_timeout requires core_process=True", field="hang_timeout")
     return partial(_compose_here, args, path)
@@ -69,7 +82,7 @@ def find_model(args: EngineArgs) -> Path:
     return Path(model_path())
 
 
-def _start_core(args: EngineArgs, path: Path) -> "SupervisedChannel":
+def _start_core(args: EngineArgs, path: Path, place: ModelPlace | None) -> "SupervisedChannel":
     if find_spec("quire.isolation") is None:
         text = "core_process=True needs the package quire.isolation, which this installation lacks"
         raise ConfigurationError(text, field="core_process")
@@ -82,10 +95,12 @@ def _start_core(args: EngineArgs, path: Path) -> "SupervisedChannel":
     def spawn(first: CoreInfo | None) -> CoreProcess:
         """Those after the first get its length: less may be free by then, and open requests are that long."""
         longest = args.max_model_len if first is None else first.max_model_len
-        start = Start(replace(args, core_process=False, max_model_len=longest), str(path.absolute()))
+        share = None if place is None else place.share
+        start = Start(replace(args, core_process=False, max_model_len=longest), str(path.absolute()), share)
         return CoreProcess(start, niceness=args.core_niceness)
 
-    return SupervisedChannel(spawn, args.hang_timeout or LEAST_SECONDS)
+    label = "" if place is None else f"model {place.name!r}: "
+    return SupervisedChannel(spawn, args.hang_timeout or LEAST_SECONDS, label=label)
 
 
 def _compose_here(args: EngineArgs, path: Path) -> ServedEngine:

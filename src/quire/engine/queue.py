@@ -29,6 +29,8 @@ class Caller(NamedTuple):
 
     name: str = ""
     weight: int = 1
+    network: str = ""
+    """Where it comes from: where there are no keys, work beside the event loop is done in turns by it."""
 
 
 ANYBODY = Caller()

@@ -88,7 +88,7 @@ class TextWork:
             if self._is_closed:
                 raise EngineDeadError("the engine has stopped")
             lane = self._long if size > LONG_CHARACTERS else self._short
-            lane.put(caller.name, _Job(function, future), first=first)
+            lane.put(caller.name or caller.network, _Job(function, future), first=first)
             self._changed.notify_all()
         return await asyncio.wrap_future(future)
 

@@ -171,19 +171,22 @@ def _as_format(shape: StructuredOutputsParams) -> dict[str, Any]:
         return {"type": "regex", "pattern": shape.regex}
     if shape.grammar is not None:
         return {"type": "grammar", "grammar": shape.grammar}
-    if shape.json is None and not shape.json_object:
+    schema = shape.json if shape.yaml is None else shape.yaml
+    if schema is None and not shape.json_object:
         text = f"{FIELD}.{shape.kind} cannot be held beside tools or behind reasoning"
         raise InvalidRequestError(text, param=FIELD)
-    schema = {"type": "object"} if shape.json is None else _json(str(shape.json))
-    options = {"disable_additional_properties": True} if shape.disable_additional_properties else {}
-    return {"type": "json_schema", "json_schema": schema, **options}
+    options: dict[str, Any] = {} if shape.yaml is None else {"style": "yaml"}
+    if shape.disable_additional_properties:
+        options["disable_additional_properties"] = True
+    held = {"type": "object"} if schema is None else _json(str(schema), shape.kind)
+    return {"type": "json_schema", "json_schema": held, **options}
 
 
-def _json(text: str) -> Any:
+def _json(text: str, kind: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"{FIELD}.json: is no JSON: {str(error)[:200]}", param=FIELD) from None
+        raise InvalidRequestError(f"{FIELD}.{kind}: is no JSON: {str(error)[:200]}", param=FIELD) from None
 
 
 def _bad(place: str, text: str) -> InvalidRequestError:

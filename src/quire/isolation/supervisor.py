@@ -59,6 +59,7 @@ class SupervisedChannel:
         spawn: starts a core, given what the first one said; None for the first.
         timeout_s: how long a core that has work may be silent until it says how long its step may take.
         clock: seconds, monotonic.
+        label: before what is logged: the model's name, where there are several.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class SupervisedChannel:
         spawn: Callable[[CoreInfo | None], CoreProcess],
         timeout_s: float = LEAST_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        label: str = "",
     ) -> None:
-        self._spawn = spawn
+        self._spawn, self._label = spawn, label
         self._clock = clock
         self._journal = Journal()
         self._breaker = Breaker()
@@ -236,7 +238,7 @@ class SupervisedChannel:
         try:
             self._start()
         except OSError as error:
-            logger.error("the engine's core could not be started (%s)", error)
+            logger.error("%sthe engine's core could not be started (%s)", self._label, error)
             now_s = self._clock()
             self._breaker.record_failure(now_s, now_s, by_itself=False)
             self._note_pause(now_s)
@@ -244,7 +246,8 @@ class SupervisedChannel:
     def _note_pause(self, now_s: float) -> None:
         """Say that no core is started for now, if so."""
         if not self._breaker.may_start(now_s):
-            logger.error("the engine's core died again and again: no new one for %.0f s", self._pause_s(now_s))
+            text = "%sthe engine's core died again and again: no new one for %.0f s"
+            logger.error(text, self._label, self._pause_s(now_s))
             self._must_refuse = not self._breaker.lets_wait
 
     def _take(self, report: Any, outputs: list[CoreOutputs]) -> None:
@@ -296,8 +299,8 @@ class SupervisedChannel:
         elif not death.is_narrowed:
             self._breaker.record_failure(self._started_s, now_s, by_itself=by_itself)
         logger.error(
-            "the engine's core exited (%s); %d requests go on in the next, %d fail",
-            reason, death.num_kept, len(death.failed),
+            "%sthe engine's core exited (%s); %d requests go on in the next, %d fail",
+            self._label, reason, death.num_kept, len(death.failed),
         )  # fmt: skip
         if death.failed:
             deltas = tuple(TokenDelta(name, (), finish_reason="error", error=FAILED_AGAIN) for name in death.failed)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from quire.config import EngineArgs
+from quire.config import EngineArgs, ModelShare
 from quire.core.request import NewRequest
 from quire.engine.channel import CoreInfo, CoreOutputs
 
@@ -35,6 +35,8 @@ class Start(msgspec.Struct, frozen=True, array_like=True, tag="start"):
     args: EngineArgs
     model_path: str
     """The directory of the model's files, or its GGUF file."""
+    share: ModelShare | None = None
+    """Of the machine, in a server of several models."""
 
 
 class Add(msgspec.Struct, frozen=True, array_like=True, tag="add"):

@@ -1,6 +1,6 @@
 """Where memory goes, before the cache is given the rest: measured on a GPU, estimated on a CPU."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -33,9 +33,12 @@ class StepShape:
     """Whether decode steps are captured as CUDA graphs."""
 
 
-def make_budget(model: Model, ops: Provider, shape: StepShape) -> MemoryBudget:
+def make_budget(model: Model, ops: Provider, shape: StepShape, *, is_shared: bool = False) -> MemoryBudget:
     """All entries but the cache. On a device the largest steps are computed once, on a cache of one block, which also
     compiles and loads the kernels.
+
+    Args:
+        is_shared: others have their own share of the device: what they take does not count here.
 
     Raises:
         ConfigurationError: a step of that shape does not fit the device beside the weights.
@@ -43,7 +46,8 @@ def make_budget(model: Model, ops: Provider, shape: StepShape) -> MemoryBudget:
     if ops.memory() is None:
         return estimated(model.spec, model.weight_bytes, shape)
     try:
-        return _measured(model, ops, shape)
+        found = _measured(model, ops, shape)
+        return replace(found, used_by_others=0) if is_shared else found
     except MemoryError as error:
         raise ConfigurationError(
             f"max_num_batched_tokens is {shape.max_num_batched_tokens} and max_num_seqs {shape.max_num_seqs}: "

@@ -54,7 +54,7 @@ def source_of(params: StructuredOutputsParams) -> str:
         white = {"whitespace_flexible": True, "whitespace_pattern": params.whitespace_pattern or WHITESPACE}
         return _json(_schema(params), white)
     if params.yaml is not None:
-        return LLMatcher.grammar_from_lark(_yaml(params))
+        return LLMatcher.grammar_from_lark(yaml_grammar(_schema(params), params))
     if params.regex is not None:
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(params.regex, 'd')}/")
     if params.choice is not None:
@@ -121,15 +121,19 @@ def _schema(params: StructuredOutputsParams) -> Any:
             schema = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise refusal(params.kind, f"is no JSON: {str(error)[:200]}") from None
-    return checked_schema(schema, params.kind, is_closed=params.disable_additional_properties)
+    is_yaml = params.yaml is not None
+    return checked_schema(schema, params.kind, is_closed=params.disable_additional_properties, is_yaml=is_yaml)
 
 
-def checked_schema(schema: Any, field: str, *, is_closed: bool, root: str = "#") -> Mapping[str, Any]:
+def checked_schema(
+    schema: Any, field: str, *, is_closed: bool, is_yaml: bool = False, root: str = "#"
+) -> Mapping[str, Any]:
     """A schema as it is compiled.
 
     Args:
         field: of `structured_outputs` in which it stands, and `root` the place there.
         is_closed: whether its objects hold the named properties alone.
+        is_yaml: whether the answer is YAML, where no key comes twice.
 
     Raises:
         InvalidRequestError: it is none, or says what cannot be held.
@@ -145,8 +149,8 @@ def checked_schema(schema: Any, field: str, *, is_closed: bool, root: str = "#")
         if "x-guidance" in keywords:
             raise refusal(field, f"the keyword 'x-guidance' at {place} is not honoured: use the fields of {FIELD}")
         for keyword in _not_held_exactly(keywords):
-            if (field, keyword) == ("yaml", "minProperties"):
-                continue  # there no key comes twice
+            if is_yaml and keyword == "minProperties":
+                continue
             raise refusal(field, f"the keyword {keyword!r} at {place} cannot be held with this value")
     held: Mapping[str, Any] = _map_schemas(schema, _without_unknown_format)
     return _map_schemas(held, _closed) if is_closed else held
@@ -159,26 +163,30 @@ def _json(schema: Any, white: Mapping[str, Any] | None = None) -> str:
     return LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=options)
 
 
-def _yaml(params: StructuredOutputsParams) -> str:
-    """What is refused of JSON is refused of YAML: the same schemas are held, if not all that they allow."""
+def yaml_grammar(schema: Mapping[str, Any], params: StructuredOutputsParams, root: str = "#") -> str:
+    """A grammar of Lark's of a checked schema, which is the whole of `params` or stands at `root` in it. What is refused of
+    JSON is refused of YAML: the same schemas are held, if not all that they allow.
+
+    Raises:
+        InvalidRequestError: a keyword that cannot be held, with its place.
+    """
     from quire.structured.merging import Unheld
     from quire.structured.yaml import grammar  # imported where shapes are checked, not where an engine starts
 
-    schema = _schema(params)
     validate(_json(schema), params)
-    schemas = dict(_schemas(schema, "#"))
+    field, schemas = params.kind, dict(_schemas(schema, root))
     if any("$ref" in one for one in schemas.values()):
         for place, one in schemas.items():
-            if place != "#" and "$id" in one:
-                raise refusal("yaml", f"the keyword '$id' at {place} cannot be held beside '$ref'")
+            if place != root and "$id" in one:
+                raise refusal(field, f"the keyword '$id' at {place} cannot be held beside '$ref'")
     try:
-        text = grammar(schema, _matches)
+        text = grammar(schema, _matches, is_whole=field == "yaml")
     except Unheld as error:
         places = [place for place, one in schemas.items() if error.keyword in one]
-        place = places[0] if places else "#"
-        raise refusal("yaml", f"the keyword {error.keyword!r} at {place} {error.why}") from None
+        place = places[0] if places else root
+        raise refusal(field, f"the keyword {error.keyword!r} at {place} {error.why}") from None
     if text is None:
-        raise refusal("yaml", "no text satisfies it")
+        raise refusal(field, "no text satisfies it")
     return text
 
 

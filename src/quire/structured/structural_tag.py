@@ -2,7 +2,7 @@
 
 XGrammar's forms (https://xgrammar.mlc.ai, "Structural Tag"), the older one of `structures` and `triggers` among them.
 What is ours: tokens (by id, as in its form `token`) in `triggers`; of `json_schema` `disable_additional_properties` and
-the styles `python` and `gemma` (with `escape`); beside `format` the keys `definitions`, formats by name to which the
+the styles `python`, `gemma` (with `escape`) and `yaml`; beside `format` the keys `definitions`, formats by name to which the
 form `ref` refers, and `reasoning`, a bound on the tokens between two markers at the beginning of the answer.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from quire.structured.parameters import STYLES, parameters_of
 from quire.structured.samples import EXTRAS
-from quire.structured.source import ESCAPES, WHITESPACE, checked_schema, lark_of, refusal
+from quire.structured.source import ESCAPES, WHITESPACE, checked_schema, lark_of, refusal, yaml_grammar
 from quire.structured.yaml_scalars import lark
 from quire.structured_params import MAX_NESTING, StructuredOutputsParams
 
@@ -58,7 +58,7 @@ def source_of_tag(params: StructuredOutputsParams) -> str:
         raise _bad("", f"must be an object, not {type(value).__name__}")
     if not isinstance(value.get("definitions", {}), Mapping):
         raise _bad("/definitions", "must be an object of formats")
-    writer = _Writer(value.get("definitions", {}))
+    writer = _Writer(params, value.get("definitions", {}))
     start = writer.expression(_format_of(value), "/format", is_last=True)
     extras = {"may_be_cut": writer.has_free_end, "ends": [*{**writer.ends, **writer.begins}]}
     if value.get("reasoning") is not None:
@@ -130,6 +130,7 @@ def _mark(value: Any, place: str) -> str | int:
 class _Writer:
     """Writes the rules of one grammar."""
 
+    params: StructuredOutputsParams
     definitions: Mapping[str, Any]
     rules: list[str] = field(default_factory=list)
     grammars: list[dict[str, str]] = field(default_factory=list)
@@ -310,16 +311,22 @@ class _Writer:
         return f"/{regex_to_lark(value['pattern'], 'd')}/" if value["pattern"] else '""'
 
     def _grammar(self, value: Mapping[str, Any], place: str) -> str:
+        return self._other(lark_of(value["grammar"], "structural_tag"))
+
+    def _other(self, text: str) -> str:
+        """A grammar of its own."""
         name = f"g{len(self.grammars)}"
-        self.grammars.append({"name": name, "lark_grammar": lark_of(value["grammar"], "structural_tag")})
+        self.grammars.append({"name": name, "lark_grammar": text})
         return f"@{name}"
 
     def _json_schema(self, value: Mapping[str, Any], place: str) -> str:
         style = value.get("style", "json")
         if style == "json":
             return self.json(self._schema(value, place))
+        if style == "yaml":
+            return self._other(yaml_grammar(self._schema(value, place), self.params, f"#{place}/json_schema"))
         if style not in STYLES:
-            raise _bad(f"{place}/style", f"must be one of json, {', '.join(STYLES)}")
+            raise _bad(f"{place}/style", f"must be one of json, yaml, {', '.join(STYLES)}")
         found = STYLES[style]
         if "escape" in value:
             escape = _mark(value["escape"], f"{place}/escape")
@@ -337,7 +344,8 @@ class _Writer:
     @staticmethod
     def _schema(value: Mapping[str, Any], place: str) -> Any:
         is_closed = value.get("disable_additional_properties", False)
-        return checked_schema(value["json_schema"], "structural_tag", is_closed=is_closed, root=f"#{place}/json_schema")
+        is_yaml, root = value.get("style") == "yaml", f"#{place}/json_schema"
+        return checked_schema(value["json_schema"], "structural_tag", is_closed=is_closed, is_yaml=is_yaml, root=root)
 
 
 def _all_tags(tags: Sequence[Any], place: str) -> Sequence[Any]:

@@ -8,8 +8,8 @@ Indentation makes what may follow depend on the depth, so there is a rule for ea
 - `flow`: a value in flow style.
 
 Keys must differ (section 3.2.1.3 of YAML 1.2), which no grammar can say of keys that it does not know: `unique.py` sees
-to it, where every key can become a longer one. Where a pattern may leave no other key, there is at most one for each
-first character, in their order.
+to it, where every key can become a longer one. Where a pattern may leave no other key, and where the document is a part
+of an answer, there is at most one for each first character, in their order.
 """
 
 import json
@@ -64,11 +64,12 @@ class _TooLarge(Exception):
     """Needs more rules than there may be."""
 
 
-def grammar(document: Any, matches: Callable[[str, str | None], bool]) -> str | None:
+def grammar(document: Any, matches: Callable[[str, str | None], bool], *, is_whole: bool = True) -> str | None:
     """The grammar of a schema that `source.py` has looked through.
 
     Args:
         matches: whether a grammar in Lark's notation matches a text; with None, whether it matches any.
+        is_whole: whether it is followed from the beginning of the answer to its end, by `unique.py`.
 
     Returns:
         None if no text satisfies the schema.
@@ -79,7 +80,7 @@ def grammar(document: Any, matches: Callable[[str, str | None], bool]) -> str | 
     tried = lru_cache(None)(matches)
     for depth in _DEPTHS:
         with suppress(_TooLarge):
-            text = _Compiler(document, depth, tried).text()
+            text = _Compiler(document, depth, tried, is_whole).text()
             if text is None or len(text) <= MAX_TEXT:
                 return text
     raise Unheld("properties", f"needs more than {MAX_RULES} rules, or {MAX_TEXT} characters of them")
@@ -88,8 +89,11 @@ def grammar(document: Any, matches: Callable[[str, str | None], bool]) -> str | 
 class _Compiler:
     """One grammar, with block style for as many levels as `max_depth`."""
 
-    def __init__(self, document: Any, max_depth: int, matches: Callable[[str, str | None], bool]) -> None:
+    def __init__(
+        self, document: Any, max_depth: int, matches: Callable[[str, str | None], bool], is_whole: bool
+    ) -> None:
         self._matches = matches
+        self._is_whole = is_whole
         self._plain = Plain(document)
         self._document = document
         self._max_depth = max_depth
@@ -300,8 +304,8 @@ class _Compiler:
                 raise Unheld("patternProperties", f"cannot be held with the pattern {pattern[:80]!r}")
             groups.append((inside, schema))
         patterns = plain.get("patternProperties", {}).items()
-        are_endless = all(is_endless(pattern) and self._plain.branches(schema) for pattern, schema in patterns)
-        for start in (None,) if are_endless else KEY_STARTS:
+        are_free = self._is_whole and all(is_endless(pattern) and self._plain.branches(schema) for pattern, schema in patterns)
+        for start in (None,) if are_free else KEY_STARTS:
             pairs: list[tuple[Symbol, Any]] = []
             for inside, schema in groups:
                 outside = [other for other, _ in groups if other is not None and other != inside]

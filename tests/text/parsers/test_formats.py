@@ -50,6 +50,17 @@ def test_the_events_do_not_depend_on_the_cuts(name: str) -> None:
         assert joined([*found, *parser.end()]) == expected
 
 
+@pytest.mark.parametrize("name", [name for name in ANSWERS if name != "openai"])
+def test_calls_inside_of_content_that_is_held_are_none(name: str) -> None:
+    """An answer that is calls or a document is a document where it does not begin with a call; wherever it is cut."""
+    asked = Asked(TOOLS, then={"type": "regex", "pattern": ".*"})
+    text, calls = "note: " + ANSWERS[name], ANSWERS[name].removeprefix(SEPARATE)
+    for cut in range(0, len(text) + 1, 3):
+        parser = made(name).parser(asked)
+        assert joined([*parser.push(text[:cut]), *parser.push(text[cut:]), *parser.end()]) == [Content(text)]
+    assert [one for one in read(name, calls, asked) if isinstance(one, CallEnd)] == [CallEnd(0), CallEnd(1)]
+
+
 @pytest.mark.parametrize("name", ANSWERS)
 def test_an_answer_that_is_cut_off_gives_what_is_there(name: str) -> None:
     text = ANSWERS[name]

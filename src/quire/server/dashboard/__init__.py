@@ -2,7 +2,7 @@
 
 The pages are plain files, open to all who reach the server; what they show comes from /ui/frame and /ui/frames, which
 answer as `explain` does: to this machine alone where there are no keys, to the admin key otherwise. A viewer that reads
-slowly gets fewer frames; the engine waits for none.
+slowly gets fewer frames; the engine waits for none. Of several models it shows the first, or that of `?model=NAME`.
 """
 
 import asyncio
@@ -66,6 +66,7 @@ async def frame(request: Request) -> Response:
     """One frame: what is new since that of version `since`."""
     require_admin(request)
     context: ServerContext = request.app.state.context
+    context = context.of_model(request.query_params.get("model"))
     since = int(_number(request, "since", -1, -1, 2**53))
     return Response(msgspec.json.encode(_frame(context, since)), media_type="application/json")
 
@@ -74,6 +75,7 @@ async def frames(request: Request) -> Response:
     """Frames as server-sent events, one in `every` seconds, until the viewer goes."""
     require_admin(request)
     context: ServerContext = request.app.state.context
+    context = context.of_model(request.query_params.get("model"))
     every_s = _number(request, "every", FRAME_S, FASTEST_S, SLOWEST_S)
     viewers: set[object] = request.app.state.viewers
     if len(viewers) >= MOST_VIEWERS:
@@ -87,6 +89,7 @@ async def static_batches(request: Request) -> Response:
     """How fast the last requests would have been in static batches."""
     require_admin(request)
     context: ServerContext = request.app.state.context
+    context = context.of_model(request.query_params.get("model"))
     observer, longest = context.engine.observer, context.engine.max_model_len
     found = await asyncio.to_thread(observer.static_batches, longest)  # None: too few have ended
     return Response(msgspec.json.encode(found), media_type="application/json")

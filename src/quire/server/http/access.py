@@ -21,17 +21,22 @@ class Access:
     """ASGI middleware, outside of all others.
 
     Args:
-        observer: of the engine: it is given the times of each response, and it knows what to log of it.
+        model_of: the name to log of the model that a request chose, empty where there is no choice, and the observer of
+            its engine: it is given the times of each response, and it knows what to log of it.
         logs: writes a record for each request (`--enable-log-requests`): sizes and times, no text and no key.
         count: called with each request and its status.
     """
 
     def __init__(
-        self, app: ASGIApp, *, observer: Observer, logs: bool, count: Callable[[Scope, int | None], None]
+        self,
+        app: ASGIApp,
+        *,
+        model_of: Callable[[Scope], tuple[str, Observer | None]],
+        logs: bool,
+        count: Callable[[Scope, int | None], None],
     ) -> None:
-        self._app = app
+        self._app, self._model_of = app, model_of
         self._count = count
-        self._observer = observer
         self._logs = logs
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,10 +58,11 @@ class Access:
     def _finish(self, scope: Scope, response: "_Response", received_s: float) -> None:
         sent_s = time.monotonic()
         self._count(scope, response.status)
-        found: Mapping[str, Any] = {}
-        if response.request_id is not None:
+        name, observer = self._model_of(scope)
+        found: Mapping[str, Any] = {"model": name} if name else {}
+        if response.request_id is not None and observer is not None:
             parent = dict(scope["headers"]).get(b"traceparent")
-            found = self._observer.on_sent(response.request_id, caller_of(scope), received_s, sent_s, parent)
+            found = {**found, **observer.on_sent(response.request_id, caller_of(scope), received_s, sent_s, parent)}
         if self._logs:
             log_request(
                 scope["method"],

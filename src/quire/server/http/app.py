@@ -1,23 +1,26 @@
-"""The server's application: APIs, errors and the key, put together around an engine."""
+"""The server's application: APIs, errors and the key, put together around an engine, or one for each model."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Scope
 
+from quire.engine.observer import Observer
 from quire.errors import ConfigurationError
 from quire.server.http import errors, probes
 from quire.server.http.access import Access
 from quire.server.http.body import Bodies
-from quire.server.http.context import Api, Pages, ServerContext
+from quire.server.http.context import MODEL, Api, Pages, ServerContext
 from quire.server.http.cors import EXPOSED, Cors
 from quire.server.http.jobs import Jobs
 from quire.server.http.keys import KeyRequired, caller_name
 from quire.server.http.limits import Limits
 from quire.server.http.middleware import EarlyRefusal, ForeignPages, QueueGuard, RejectAmbiguousFraming
+from quire.server.http.models import Model, Models
 from quire.server.http.shares import Shares
 from quire.server.http.stored import Store
 
@@ -48,10 +51,10 @@ NO_VIEW = Pages()
 
 
 def create_app(
-    engine: "AsyncEngine",
+    engine: "AsyncEngine | Models",
     *,
     apis: Sequence[Api],
-    served_model_name: str | Sequence[str],
+    served_model_name: str | Sequence[str] = (),
     model_names: Sequence[str] = (),
     api_key: str | Sequence[str] | Mapping[str, int] = (),
     metrics_prefix: str = "quire",
@@ -66,6 +69,7 @@ def create_app(
     """An ASGI application. The caller keeps the engine and shuts it down.
 
     Args:
+        engine: or several models, with their names: they may still be loading (see `welcome`).
         apis: what it speaks, as `quire.server.doors.all` orders them; errors outside of all are of the first.
         served_model_name: names shown by /v1/models; the first stands for requests that name none.
         model_names: further names that requests may use (the model's directory, its id on the hub).
@@ -83,19 +87,22 @@ def create_app(
 
     Raises: ConfigurationError: no name, or an empty key.
     """
-    names = _names(served_model_name)
+    stand_ins = frozenset[str]().union(*(api.stand_ins for api in apis))
+    models = engine if isinstance(engine, Models) else Models([_model(engine, served_model_name, model_names)])
+    names = tuple(name for model in models for name in model.names)
     api_keys = _weighted(api_key)
     may_guess = share_prefix_cache and len(api_keys) > 1
     app = _routed(apis, pages, metrics_prefix)
-    app.state.context = ServerContext(
-        engine=engine,
+    context = ServerContext(
+        models=models,
+        model=models.only,
         apis=tuple(apis),
         served_names=names,
-        accepted_names=frozenset(names).union(model_names, *(api.stand_ins for api in apis)),
+        accepted_names=stand_ins.union(*(model.accepted for model in models)),
         places=Shares(limits.requests.value),
         show_cached_tokens=not may_guess if show_cached_tokens is None else show_cached_tokens,
         limits=limits,
-        bodies=Bodies(limits, engine),
+        bodies=Bodies(limits, models),
         needs_key=bool(api_keys),
         has_admin_key=observability.admin_api_key is not None,
         opens_metrics=observability.opens_metrics,
@@ -104,16 +111,26 @@ def create_app(
         store=store,
         jobs=Jobs(limits.batch_lines_at_once.value),
     )
-    engine.expect_callers(app.state.context.weights)
-    _surround(app, engine, names[0], list(api_keys), observability, cors, pages)
+    app.state.context = context.with_parts(stand_ins)
+    app.state.welcome = partial(_welcome, context, observability)
+    _surround(app, list(api_keys), observability, cors, pages)
+    for model in models:
+        if model.engine is not None:
+            app.state.welcome(model, model.engine)
     return app
 
 
-def _names(served: str | Sequence[str]) -> tuple[str, ...]:
+def _model(engine: "AsyncEngine", served: str | Sequence[str], others: Sequence[str]) -> Model:
     names = (served,) if isinstance(served, str) else tuple(served)
-    if not names or not all(names):
-        raise ConfigurationError("served_model_name must not be empty", field="served_model_name")
-    return names
+    return Model(names, frozenset((*names, *others)), engine)
+
+
+def _welcome(context: ServerContext, observability: Observability, model: Model, engine: "AsyncEngine") -> None:
+    """Let requests choose a model whose engine has come."""
+    engine.expect_callers(context.weights)
+    if observability.otlp_traces_endpoint is not None:
+        engine.observer.trace_to(observability.otlp_traces_endpoint, model.name)
+    model.engine = engine
 
 
 def _routed(apis: Sequence[Api], pages: Pages, metrics_prefix: str) -> Starlette:
@@ -135,8 +152,6 @@ def _weighted(api_key: str | Sequence[str] | Mapping[str, int]) -> dict[str, int
 
 def _surround(
     app: Starlette,
-    engine: "AsyncEngine",
-    name: str,
     api_keys: Sequence[str],
     observability: Observability,
     cors: Cors,
@@ -166,14 +181,20 @@ def _surround(
             expose_headers=EXPOSED,
         )
     app.add_middleware(RejectAmbiguousFraming)
-    if observability.otlp_traces_endpoint is not None:
-        engine.observer.trace_to(observability.otlp_traces_endpoint, name)
     context: ServerContext = app.state.context
 
     def count(scope: Scope, status: int | None) -> None:
-        context.counts.count(context.door_of(scope["path"], scope["headers"]), status)
+        context.counts.count(
+            context.door_of(scope["path"], scope["headers"]), status, None if context.model else scope.get(MODEL)
+        )
 
-    app.add_middleware(Access, observer=engine.observer, logs=observability.log_requests, count=count)
+    def model_of(scope: Scope) -> tuple[str, Observer | None]:
+        model = scope.get(MODEL, context.model)
+        if model is None or model.engine is None:
+            return "", None
+        return "" if context.model is model else model.name, model.engine.observer
+
+    app.add_middleware(Access, model_of=model_of, logs=observability.log_requests, count=count)
     app.state.early_refusal = EarlyRefusal(
         app.state.context, keys, logs=observability.log_requests, leaves_pages=bool(cors.origins)
     )

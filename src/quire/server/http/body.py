@@ -11,12 +11,11 @@ from starlette.requests import Request
 
 from quire.engine.queue import Caller
 from quire.server.http.errors import ApiError, ClientGoneError
-from quire.server.http.keys import caller_of
 from quire.server.http.limits import INLINE_BODY_BYTES, Limit, Limits
 from quire.server.http.shares import Shares, sharer_of
 
 if TYPE_CHECKING:
-    from quire.engine.async_engine import AsyncEngine
+    from quire.server.http.models import Models
 
 T = TypeVar("T")
 COUNT_BYTES = 2**16
@@ -28,11 +27,11 @@ class Bodies:
     """Reads the bodies of one server's requests. What it holds of them is shared by their callers.
 
     Args:
-        engine: parses large ones beside the event loop; None: a thread does.
+        models: their threads parse large ones beside the event loop; None: a thread does.
     """
 
-    def __init__(self, limits: Limits, engine: "AsyncEngine | None" = None) -> None:
-        self._limits, self._engine = limits, engine
+    def __init__(self, limits: Limits, models: "Models | None" = None) -> None:
+        self._limits, self._models = limits, models
         self.shares = Shares(limits.all_bodies_bytes.value)
 
     async def read(self, request: Request, parse: Callable[[dict[str, Any]], T]) -> T:
@@ -87,9 +86,9 @@ class Bodies:
     async def _beside(self, work: Callable[[], T], size: int, request: Request) -> T:
         """In the engine's threads for texts: with threads of their own, bodies would take the interpreter from the loop
         by turns, and callers would not share them."""
-        if self._engine is None:
+        if self._models is None:
             return await asyncio.to_thread(work)
-        return await self._engine.beside(work, size, Caller(caller_of(request.scope)))
+        return await self._models.beside(work, size, Caller(sharer_of(request.scope)))
 
     def _check_size(self, data: bytearray) -> None:
         """Refuse what would keep the parser, which no other thread can interrupt, for long."""

@@ -1,11 +1,11 @@
-"""What every route works with: the engine, its names, the APIs, and the gate that requests come through."""
+"""What every route works with: the models and their names, the APIs, and the gate that requests come through."""
 
 import logging
 import secrets
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,7 @@ from starlette.types import Scope
 from quire.engine.queue import Caller
 from quire.errors import InvalidRequestError, ModelNotFoundError, OverloadedError
 from quire.outputs import Metric
+from quire.sampling_params import SamplingParams
 from quire.server.http import limits
 from quire.server.http.body import Bodies
 from quire.server.http.errors import ApiError
@@ -23,7 +24,8 @@ from quire.server.http.jobs import Jobs
 from quire.server.http.keys import cache_namespace, caller_of
 from quire.server.http.limits import Limits
 from quire.server.http.metrics import RequestCounts
-from quire.server.http.shares import Shares
+from quire.server.http.models import Model, Models
+from quire.server.http.shares import Shares, network_of
 from quire.server.http.stored import Store
 
 if TYPE_CHECKING:
@@ -86,6 +88,10 @@ class Pages:
     routes: tuple[Route, ...] = ()
     open_paths: frozenset[str] = frozenset()
     """Of files that hold nothing: they need no key."""
+
+
+MODEL = "quire.model"
+"""The entry of an ASGI scope that holds the model that a request chose."""
 
 
 class Gate:
@@ -154,13 +160,15 @@ class RequestContext(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ServerContext:
-    """One server."""
+    """One server; or, of one with several models, the part that serves one of them (`of_model`)."""
 
-    engine: "AsyncEngine"
+    models: Models
+    model: Model | None
+    """The one that is worked with; None: a request has still to choose."""
     served_names: tuple[str, ...]
     """Names shown by /v1/models; the first stands for a request that names none."""
     accepted_names: frozenset[str]
-    """Names that requests may use: the served ones and the model's own."""
+    """Names that requests may use: the served ones and the models' own."""
     places: Shares
     """Requests that are read or answered."""
     show_cached_tokens: bool
@@ -186,6 +194,59 @@ class ServerContext:
     counts: RequestCounts = field(default_factory=RequestCounts)
     logged: set[str] = field(default_factory=set)
     """Deprecated fields that the log has named."""
+    parts: dict[str, "ServerContext"] = field(default_factory=dict)
+    """Of a server of several models: any of their names -> the part that serves it."""
+
+    @property
+    def engine(self) -> "AsyncEngine":
+        """Of the model that is worked with."""
+        assert self.model is not None, "a request has chosen its model"
+        return self.model.found()
+
+    def of_model(self, name: str | None, scope: Scope | None = None) -> "ServerContext":
+        """What serves a request that names this model. The one constructor of requests is given this.
+
+        Args:
+            scope: of the request; its model is noted there, for metrics and logs.
+
+        Raises:
+            ModelNotFoundError: it is not served here; the text lists what is.
+            OverloadedError: it is being loaded.
+        """
+        found = self
+        if self.parts:
+            found = self.parts[self.resolve_name(name)]
+            found.engine  # noqa: B018 -- refused while it is not there
+        elif name is not None:
+            self.resolve_name(name)
+        if scope is not None:
+            scope[MODEL] = found.model
+        return found
+
+    def defaults_of(self, body: Mapping[str, Any]) -> SamplingParams:
+        """Sampling parameters of the model that a body names, which is not checked yet.
+
+        Raises:
+            ModelNotFoundError, OverloadedError: see `of_model`.
+        """
+        found = self
+        if self.parts:
+            name = body.get("model")
+            found = self.of_model(name if isinstance(name, str) else None)
+        return found.engine.get_default_sampling_params()
+
+    def shown(self) -> list[tuple[str, "ServerContext"]]:
+        """Each name that is shown, and what serves it: of the models that are there."""
+        found = [(name, self.parts.get(name, self)) for name in self.served_names]
+        return [(name, part) for name, part in found if part.model is not None and part.model.engine is not None]
+
+    def with_parts(self, stand_ins: frozenset[str]) -> "ServerContext":
+        """The same, with a part for each of several models. `stand_ins` are further names of the first."""
+        for number, model in enumerate(self.models if len(self.models) > 1 else ()):
+            names = model.accepted | (frozenset() if number else stand_ins)
+            part = replace(self, model=model, served_names=model.names, accepted_names=names, parts={})
+            self.parts.update(dict.fromkeys(names, part))
+        return self
 
     def resolve_name(self, name: str | None) -> str:
         """The name to answer under.
@@ -214,13 +275,15 @@ class ServerContext:
             InvalidRequestError: the header is no number of seconds.
         """
         caller = self.caller(request.scope)
+        if len(self.models) > 1:
+            self.engine.check_room(caller)  # the whole server was asked before: this model's queue may be full
         timeout_s = min(filter(None, (timeout_s, _timeout(request.headers.get(TIMEOUT_HEADER)))), default=None)
         return RequestContext(caller, cache_namespace("" if self.shares_prefix_cache else caller.name, salt), timeout_s)
 
     def caller(self, scope: Scope) -> Caller:
         """The caller of a request, with its weight."""
         name = caller_of(scope)
-        return Caller(name, self.weights.get(name, 1))
+        return Caller(name, self.weights.get(name, 1), network_of(scope.get("client")))
 
     def error_body(self, path: str, error: ApiError, headers: Sequence[tuple[bytes, bytes]] = ()) -> object:
         """An error in the shape of the API that a request belongs to, whose status it takes."""
@@ -250,7 +313,9 @@ class ServerContext:
     @property
     def is_ready(self) -> bool:
         """True while new requests are taken."""
-        return self.gate.is_open and self.engine.is_ready
+        if self.model is not None:
+            return self.gate.is_open and self.model.state == "ready"
+        return self.gate.is_open and self.models.is_ready
 
 
 def new_id(prefix: str, asked: str | None = None) -> str:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from typing import Any
+from weakref import WeakValueDictionary
 
 from quire.server.http.errors import as_api_error
 
@@ -17,11 +18,12 @@ class Jobs:
     """Tasks by name, held until they end.
 
     Args:
-        num_slots: pieces of all of them that are worked on at one time.
+        num_slots: pieces of all jobs of one owner that are worked on at one time.
     """
 
     def __init__(self, num_slots: int = 1) -> None:
-        self.slots = asyncio.Semaphore(num_slots)
+        self._num_slots = num_slots
+        self._slots = WeakValueDictionary[str, asyncio.Semaphore]()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._subjects: dict[str, object] = {}
 
@@ -38,16 +40,16 @@ class Jobs:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("work in the background ended: %s", as_api_error(error).message)
 
+    def slots(self, owner: str) -> asyncio.Semaphore:
+        """For the pieces of an owner's jobs. Others have their own: among those the scheduler is fair."""
+        return self._slots.setdefault(owner, asyncio.Semaphore(self._num_slots))
+
     def __contains__(self, name: str) -> bool:
         return name in self._tasks
 
     def subject(self, name: str) -> object:
         """What one works on; None once it has ended."""
         return self._subjects.get(name)
-
-    def num_of(self, prefix: str) -> int:
-        """How many there are whose names begin so."""
-        return sum(name.startswith(prefix) for name in self._tasks)
 
     async def cancel(self, name: str) -> None:
         """End one, and wait until it has. One that is unknown has ended."""

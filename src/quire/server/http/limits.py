@@ -88,7 +88,9 @@ class Limits:
     files: Limit = Limit("what is stored of one key", 1000, "files", 429, "too_many_files", "file")
     batch_lines: Limit = Limit("a batch", 50_000, "lines", 400, "too_many_lines", "input_file_id")
     batches: Limit = Limit("what runs of one key", 100, "batches", 429, "too_many_batches", "input_file_id")
-    batch_lines_at_once: Limit = Limit("what runs of all batches", 32, "lines at one time", 503, "overloaded")
+    batch_lines_at_once: Limit = Limit(
+        "what runs of the batches of one key", 32, "lines at one time", 503, "overloaded"
+    )
 
     def for_queue(self, most: int) -> "Limits":
         """These limits, with room for so many requests of each of several callers that run and wait."""

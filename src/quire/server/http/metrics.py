@@ -4,9 +4,10 @@ https://github.com/prometheus/docs/blob/main/docs/instrumenting/exposition_forma
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from quire.outputs import Metric
+from quire.server.http.models import Model, Models
 
 CONTENT_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 OWN_PREFIX = "quire:"
@@ -40,27 +41,43 @@ def render_metrics(metrics: Iterable[Metric], model_name: str, prefix: str) -> b
     return "".join(f"{line}\n" for line in lines).encode()
 
 
+def metrics_of(models: Models, own: Callable[[Sequence[Metric]], Sequence[Metric]] | None) -> list[Metric]:
+    """Those of all engines that are there, each labelled with its model where there are several; those of one name
+    together.
+
+    Args:
+        own: puts those of one engine under other names.
+    """
+    families: dict[str, list[Metric]] = {}
+    for model in models:
+        found = [] if model.engine is None else model.engine.get_metrics()
+        for metric in found if own is None else own(found):
+            labels = metric.labels if len(models) == 1 else (("model_name", model.name), *metric.labels)
+            families.setdefault(metric.name, []).append(metric._replace(labels=labels))
+    return [metric for family in families.values() for metric in family]
+
+
 class RequestCounts:
-    """Requests that were answered: by the API that they were of, and by status."""
+    """Requests that were answered: by the API that they were of, by status, and by model where they chose one."""
 
     def __init__(self) -> None:
-        self._found: Counter[tuple[str, str]] = Counter()
+        self._found: Counter[tuple[str, str, str]] = Counter()
 
-    def count(self, door: str, status: int | None) -> None:
+    def count(self, door: str, status: int | None, model: Model | None = None) -> None:
         """One more; without a status its client left before the answer."""
-        self._found[door, str(status or 499)] += 1
+        self._found[door, str(status or 499), "" if model is None else model.name] += 1
 
     def metrics(self) -> list[Metric]:
         """So far."""
         text = "Requests answered, by API and status."
         return [
-            Metric(f"{OWN_PREFIX}http_requests_total", "counter", count, help=text, labels=_labels(door, status))
-            for (door, status), count in sorted(self._found.items())
+            Metric(f"{OWN_PREFIX}http_requests_total", "counter", count, help=text, labels=_labels(*key))
+            for key, count in sorted(self._found.items())
         ]
 
 
-def _labels(door: str, status: str) -> tuple[tuple[str, str], ...]:
-    return (("door", door), ("status", status))
+def _labels(door: str, status: str, model: str) -> tuple[tuple[str, str], ...]:
+    return (("door", door), ("status", status), *((("model_name", model),) if model else ()))
 
 
 def _sample(name: str, labels: Mapping[str, str], value: float) -> str:

@@ -40,7 +40,7 @@ class QueueGuard:
         places, sharer = self._context.places, sharer_of(scope)
         try:
             if scope["path"] in self._paths and scope["method"] == "POST":
-                self._context.engine.check_room(self._context.caller(scope))
+                self._context.models.check_room(self._context.caller(scope))
             if not places.take(sharer):
                 raise self._context.limits.requests.error()
         except (OverloadedError, ApiError) as error:
@@ -152,7 +152,7 @@ class EarlyRefusal:
         if name is None:
             return None
         try:
-            self._context.engine.check_room(Caller(name, self._context.weights.get(name, 1)))
+            self._context.models.check_room(Caller(name, self._context.weights.get(name, 1)))
         except OverloadedError as error:
             refusal = as_api_error(error)
             method, path, _ = lines[0].decode().split(" ")

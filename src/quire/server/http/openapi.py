@@ -10,6 +10,8 @@ from quire.server.http.schema import STRING, Schema, array
 
 INTEGER: Schema = {"type": "integer"}
 NUMBER: Schema = {"type": "number"}
+CHOSEN: dict[str, Any] = {"name": "model", "in": "query", "required": False, "schema": STRING}
+"""Which of several models, on routes whose bodies name none."""
 EXPLAIN = "Where the time of a request went, for operators: one entry for each prompt of it."
 
 
@@ -39,7 +41,7 @@ def document(apis: Sequence[Api], limits: Limits, *, needs_key: bool) -> dict[st
     schemas |= {
         "Explanations": open_object({"object": {"const": "list"}, "data": array(ref("Explanation"))}),
         "Explanation": _explanation(),
-        "Status": open_object({"status": STRING}),
+        "Status": open_object({"status": STRING, "models": {"type": "object"}}, optional=("models",)),
     }
     found: dict[str, Any] = {
         "openapi": "3.1.0",
@@ -134,7 +136,8 @@ def get(
     if of is not None:
         found["parameters"] = [{"name": of, "in": "path", "required": True, "schema": STRING}]
     if probe:
-        found["security"] = []
+        found["security"], found["parameters"] = [], [CHOSEN]
+        responses |= errors(404)
         responses["503"] = {"description": "Not so.", "content": _content(schema)}
     else:
         responses |= errors(401, *more, error=error)
@@ -159,5 +162,7 @@ def _explanation() -> Schema:
             "finish_reason": or_null(STRING),
             "total_s": NUMBER,
             "time_to_first_token_s": or_null(NUMBER),
-        }
+            "model": STRING,
+        },
+        optional=("model",),
     )

@@ -4,6 +4,8 @@
 /readyz   200 while new requests are computed at once; 503 when stopping or dead, and while a core is being replaced
 /health   the same as /readyz, under vLLM's name
 
+Of several models all must be ready, and one must be alive; `?model=NAME` asks for one of them.
+
 /v1/requests/{id}/explain is apart from the routes of callers: it answers to the admin key alone, and where there is
 none, to requests from this machine's own loopback, provided that callers need no key either. /metrics counts what all
 callers do: where they need keys it answers to the admin key alone, or to everyone (`--metrics-open`).
@@ -18,10 +20,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 import quire
+from quire.errors import ModelNotFoundError
 from quire.server.http.context import ServerContext
 from quire.server.http.errors import ApiError
 from quire.server.http.keys import is_admin
-from quire.server.http.metrics import CONTENT_TYPE, render_metrics
+from quire.server.http.metrics import CONTENT_TYPE, metrics_of, render_metrics
 from quire.server.http.openapi import document
 from quire.server.http.root import index
 
@@ -31,18 +34,32 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
 
 async def is_alive(request: Request) -> Response:
     """For the supervisor."""
-    context: ServerContext = request.app.state.context
-    return _answer(context.engine.is_healthy, "alive", "the engine has stopped")
+    context = _asked(request)
+    alive = context.models.is_healthy if context.model is None else context.model.state != "dead"
+    return _answer(context, alive, "alive", "the engine has stopped")
 
 
 async def is_ready(request: Request) -> Response:
     """For the load balancer."""
+    context = _asked(request)
+    return _answer(context, context.is_ready, "ready", "not ready")
+
+
+def _asked(request: Request) -> ServerContext:
+    """The whole, or the part of the model that is asked for. These routes need no key: with keys, they name none."""
     context: ServerContext = request.app.state.context
-    return _answer(context.is_ready, "ready", "not ready")
+    name = request.query_params.get("model")
+    if name is None:
+        return context
+    if name not in context.accepted_names and context.needs_key:
+        raise ModelNotFoundError("this model is not served here", param="model")
+    return context.parts.get(context.resolve_name(name), context)
 
 
-def _answer(good: bool, yes: str, no: str) -> Response:
-    return JSONResponse({"status": yes if good else no}, 200 if good else 503)
+def _answer(context: ServerContext, good: bool, yes: str, no: str) -> Response:
+    states = {model.name: model.state for model in context.models}
+    named = {"models": states} if context.model is None and not context.needs_key else {}
+    return JSONResponse({"status": yes if good else no, **named}, 200 if good else 503)
 
 
 async def metrics(request: Request) -> Response:
@@ -51,10 +68,11 @@ async def metrics(request: Request) -> Response:
     if context.needs_key and not context.opens_metrics and not is_admin(request):
         text = "/metrics answers to the admin key alone (--admin-api-key), or to everyone with --metrics-open"
         raise ApiError(403, text, code="admin_only")
-    found, prefix = context.engine.get_metrics(), request.app.state.metrics_prefix
+    prefix = request.app.state.metrics_prefix
     own = next((api.metrics[prefix] for api in context.apis if prefix in api.metrics), None)
-    shown = [*found, *context.counts.metrics()] if own is None else own(found)
-    content = render_metrics(shown, context.served_names[0], prefix if own is None else "")
+    shown = metrics_of(context.models, own) + (context.counts.metrics() if own is None else [])
+    name = "" if context.model is None else context.served_names[0]
+    content = render_metrics(shown, name, prefix if own is None else "")
     return Response(content, media_type=CONTENT_TYPE)
 
 
@@ -98,10 +116,14 @@ async def explain_request(request: Request) -> Response:
     require_admin(request)
     context: ServerContext = request.app.state.context
     request_id = request.path_params["request_id"][:128]
-    found = context.engine.explain(request_id)
-    if not found:
+    data = [
+        {**dataclasses.asdict(item), **({} if context.model is model else {"model": model.name})}
+        for model in context.models
+        if model.engine is not None
+        for item in model.engine.explain(request_id)
+    ]
+    if not data:
         raise ApiError(404, f"no request {request_id!r} is remembered", code="request_not_found")
-    data = [dataclasses.asdict(item) for item in found]
     content = {"object": "list", "data": data}
     return Response(msgspec.json.encode(content), media_type="application/json")
 

@@ -93,7 +93,7 @@ class GracefulServer(uvicorn.Server):
             if self._context.gate.num_inside == 0:
                 self.should_exit = True
             elif time.monotonic() > self._deadline_s:
-                await self._context.engine.shutdown()
+                await self._context.models.shutdown()
                 await asyncio.sleep(0)
                 self.should_exit = True
         return await super().on_tick(counter)

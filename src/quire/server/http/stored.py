@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from quire.errors import InvalidRequestError
 from quire.server.http.errors import ApiError
+from quire.server.http.limits import Limit
 
 MOST_LISTED = 100
 """Of one page."""
@@ -50,6 +51,10 @@ class Put:
     """Store an object, or its new state."""
 
     item: Stored
+    limit: Limit | None = None
+    """Of a new object: how many of its kind its owner may have; of those that are open, where it is."""
+    while_there: bool = False
+    """Only as the new state of one that is there still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,8 @@ class AddParts:
     parts: Sequence[Part] = field(default_factory=tuple)
     while_there: str | None = None
     """An object: where it is forgotten by now, so are they."""
+    limit: Limit | None = None
+    """How many may be there then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ class Store(Protocol):
     """Keeps objects. Every method raises `ApiError`: 507 where there is no room, 503 where the store cannot be used."""
 
     async def write(self, *changes: Change) -> None:
-        """Make all of these changes, or none."""
+        """Make all of these changes, or none. Past a `limit` of theirs its error is raised."""
 
     async def check_room(self, owner: str, num_bytes: int) -> None:
         """Refuse what there is no room for."""
@@ -107,7 +114,7 @@ class Store(Protocol):
     async def list_open(self, kind: str) -> list[Stored]:
         """Those of all owners that are worked on."""
 
-    async def count(self, kind: str, owner: str, *, open_only: bool = False) -> int:
+    async def count(self, kind: str, owner: str) -> int:
         """How many an owner has."""
 
     async def parts(self, place: str, *, start: int = 0, limit: int = 2**31 - 1) -> list[Part]:
@@ -116,8 +123,8 @@ class Store(Protocol):
     async def part_page(self, place: str, page: Page) -> list[Part]:
         """As `objects`, of parts by their names."""
 
-    async def find_part(self, owner: str, name: str) -> Part | None:
-        """A part by its name, wherever it stands."""
+    async def find_part(self, owner: str, name: str, place: str | None = None) -> Part | None:
+        """A part by its name, wherever it stands; or where it has to."""
 
     async def sizes(self, place: str) -> dict[int, int]:
         """Which parts there are, and how many bytes each has."""

@@ -37,6 +37,7 @@ MARGIN_BYTES = 16 * PAGE_BYTES
 SWEEP_SECONDS = 600
 DAY_SECONDS = 86400
 _COLUMNS = "id, kind, owner, body, created_s, is_open"
+_MOVED = "it was moved away or replaced"
 _RESPONSES = "kind = 'response' AND NOT is_open"
 
 logger = logging.getLogger("quire.server")
@@ -64,6 +65,8 @@ class SqliteStore:
         self._lock_file = -1 if directory is None else _take(directory)
         self._path = ":memory:" if directory is None else str(directory / "store.sqlite")
         self._connection: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
+        """Which file that is open."""
         self._swept_s = 0.0
         self._thread = ThreadPoolExecutor(1, "quire-store")
         try:
@@ -106,11 +109,9 @@ class SqliteStore:
         query = f"SELECT {_COLUMNS} FROM objects WHERE kind = ? AND is_open ORDER BY number"
         return await self._found_objects(query, kind)
 
-    async def count(self, kind: str, owner: str, *, open_only: bool = False) -> int:
+    async def count(self, kind: str, owner: str) -> int:
         """How many an owner has."""
-        query = "SELECT count(*) FROM objects WHERE kind = ? AND owner = ?" + " AND is_open" * open_only
-        rows = await self._run(lambda connection: connection.execute(query, (kind, owner)).fetchall())
-        return int(rows[0][0])
+        return await self._run(lambda connection: _count(connection, kind, owner))
 
     async def parts(self, place: str, *, start: int = 0, limit: int = 2**31 - 1) -> list[Part]:
         """Parts from number `start` on, in their order."""
@@ -126,10 +127,11 @@ class SqliteStore:
             values += [place, page.after]
         return await self._found_parts(f"{query} ORDER BY number {order} LIMIT {page.limit + 1}", *values)
 
-    async def find_part(self, owner: str, name: str) -> Part | None:
-        """A part by its name, wherever it stands."""
-        query = "SELECT number, content, name FROM parts WHERE owner = ? AND name = ? AND name != '' LIMIT 1"
-        return next(iter(await self._found_parts(query, owner, name)), None)
+    async def find_part(self, owner: str, name: str, place: str | None = None) -> Part | None:
+        """A part by its name, wherever it stands; or where it has to."""
+        query = "SELECT number, content, name FROM parts WHERE owner = ?1 AND name = ?2 AND name != ''"
+        query += " AND place = coalesce(?3, place) LIMIT 1"
+        return next(iter(await self._found_parts(query, owner, name, place)), None)
 
     async def sizes(self, place: str) -> dict[int, int]:
         """Which parts there are, and how many bytes each has."""
@@ -167,7 +169,13 @@ class SqliteStore:
             raise self._refusal(error) from error
 
     def _opened(self) -> sqlite3.Connection:
+        if self._connection is not None and self._found_file() != self._file:
+            # What is written now would be in a file that no later start reads.
+            raise sqlite3.OperationalError(_MOVED)
         if self._connection is None:
+            if self._path != ":memory:":
+                with suppress(OSError):  # SQLite says what is wrong
+                    os.close(os.open(self._path, os.O_CREAT | os.O_CLOEXEC, 0o600))  # others may not read it
             connection = sqlite3.connect(self._path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
             try:
                 connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
@@ -178,8 +186,16 @@ class SqliteStore:
             except BaseException:
                 connection.close()
                 raise
-            self._connection = connection
+            self._connection, self._file = connection, self._found_file()
         return self._connection
+
+    def _found_file(self) -> tuple[int, int] | None:
+        if self._path == ":memory:":
+            return None
+        with suppress(OSError):
+            found = os.stat(self._path)
+            return found.st_dev, found.st_ino
+        return None
 
     def _check_room(self, connection: sqlite3.Connection, owner: str, num_bytes: int) -> None:
         query = "SELECT coalesce(sum(num_bytes), 0) FROM held WHERE owner = ?"
@@ -220,13 +236,18 @@ class SqliteStore:
 
     def _apply(self, connection: sqlite3.Connection, change: Change) -> None:
         match change:
-            case Put(item):
+            case Put(item, _, while_there=True):
+                query = "UPDATE objects SET body = ?, is_open = ? WHERE id = ?"
+                connection.execute(query, (msgspec.json.encode(item.body), item.is_open, item.id))
+            case Put(item, limit):
+                if limit is not None and _count(connection, item.kind, item.owner, item.is_open) >= limit.value:
+                    raise limit.error()
                 query = f"INSERT INTO objects ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
                 values = (item.id, item.kind, item.owner, msgspec.json.encode(item.body))
                 created_s = item.created_s or int(self._clock())
                 query += "kind = excluded.kind, body = excluded.body, is_open = excluded.is_open"
                 connection.execute(query, (*values, created_s, item.is_open))
-            case AddParts(place, owner, parts, whose):
+            case AddParts(place, owner, parts, whose, limit):
                 query = (
                     "INSERT OR IGNORE INTO parts (place, number, owner, name, content) SELECT ?1, coalesce(?2, "
                     "(SELECT coalesce(max(number), -1) + 1 FROM parts WHERE place = ?1)), ?3, ?4, ?5 "
@@ -234,6 +255,9 @@ class SqliteStore:
                 )
                 rows = ((place, part.number, owner, part.name, part.content, whose) for part in parts)
                 connection.executemany(query, rows)
+                count = "SELECT count(*) FROM parts WHERE place = ?"
+                if limit is not None and connection.execute(count, (place,)).fetchone()[0] > limit.value:
+                    raise limit.error(place="items")
             case Remove(name):
                 connection.execute("DELETE FROM objects WHERE id = ?", (name,))
             case RemovePart(place, number):
@@ -254,7 +278,11 @@ class SqliteStore:
         return connection.execute(f"DELETE FROM objects WHERE number IN ({query})", (owner,)).rowcount > 0
 
     def _sweep(self, connection: sqlite3.Connection, now_s: float) -> None:
-        connection.execute("DELETE FROM objects WHERE NOT is_open AND created_s < ?", (int(now_s - self._age_s),))
+        """Forget what is too old, but for files that an open batch still reads."""
+        read = "coalesce(json_extract(CAST(body AS TEXT), '$.input_file_id'), '')"
+        read = f"SELECT {read} FROM objects WHERE kind = 'batch' AND is_open"
+        query = f"DELETE FROM objects WHERE NOT is_open AND created_s < ? AND id NOT IN ({read})"
+        connection.execute(query, (int(now_s - self._age_s),))
 
     def _free_bytes(self, connection: sqlite3.Connection) -> int:
         pages, free = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
@@ -273,6 +301,8 @@ class SqliteStore:
                 self._connection.close()
             self._connection = None
         reason = "damaged" if isinstance(error, sqlite3.DatabaseError) and not _is_io(error) else "not readable"
+        if str(error) == _MOVED:
+            reason = f"not the file that was open: {_MOVED}"
         text = f"the store is {reason}; what is not stored is served (store: false)"
         return ApiError(503, text, code="store_damaged" if reason == "damaged" else "store_unreadable", headers=headers)
 
@@ -290,7 +320,6 @@ def _take(directory: Path) -> int:
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.open(directory / "store.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        os.close(os.open(directory / "store.sqlite", os.O_CREAT | os.O_CLOEXEC, 0o600))  # others may not read it
     except OSError as error:
         reason = (error.strerror or "not usable").lower()
         raise ConfigurationError(f"state_dir cannot be used: {reason}", field="state_dir") from error
@@ -300,6 +329,11 @@ def _take(directory: Path) -> int:
         os.close(lock)
         raise ConfigurationError("state_dir is used by another server", field="state_dir") from error
     return lock
+
+
+def _count(connection: sqlite3.Connection, kind: str, owner: str, open_only: bool = False) -> int:
+    query = "SELECT count(*) FROM objects WHERE kind = ? AND owner = ?" + " AND is_open" * open_only
+    return int(connection.execute(query, (kind, owner)).fetchone()[0])
 
 
 def _direction(page: Page) -> tuple[str, str]:

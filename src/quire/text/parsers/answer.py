@@ -126,7 +126,8 @@ class AnswerFormat:
 
     def parser(self, asked: Asked) -> AnswerParser:
         """For one answer."""
-        reader = Reader(tool.name for tool in asked.tools)
+        is_either = asked.then is not None and not self.tools.is_whole
+        reader = Reader((tool.name for tool in asked.tools), is_either=is_either)
         kept = self.special_tokens
         extra = () if self.reasoning is None else self.reasoning.dropped
         dropped = [*(one for one in self.special if one not in kept), *extra] if kept else extra

@@ -27,10 +27,13 @@ class Reader:
 
     Args:
         names: of the tools that may be called.
+        is_either: whether the answer is calls or content: what looks like a call inside of content is none.
     """
 
-    def __init__(self, names: Iterable[str] = ()) -> None:
+    def __init__(self, names: Iterable[str] = (), *, is_either: bool = False) -> None:
         self.names = frozenset(names)
+        self._is_either = is_either
+        self._is_content = False
         self.text = ""
         """What is not read yet, and what may be read again."""
         self.at = 0
@@ -51,6 +54,7 @@ class Reader:
         self._space = text[len(bare) :]
         if bare:
             self._after_part = False
+            self._is_content |= self._is_either and kind is Content
             self.events.append(kind(bare))
 
     def part_ends(self) -> None:
@@ -100,11 +104,11 @@ class Reader:
         find = re.compile("|".join(map(re.escape, markers)) if markers else r"(?!)")
         while True:
             self.forget()
-            found = find.search(self.text)
+            found = None if self._is_content else find.search(self.text)
             end = found.start() if found else len(self.text) - (0 if self.ended else partial(self.text, markers))
             if end:
                 self.say(self.text[:end], kind)
-            if found:
+            if found and not self._is_content:
                 self.at = found.end()
                 return found[0]
             self.at = end

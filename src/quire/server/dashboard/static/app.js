@@ -240,7 +240,7 @@ function showRequest(request) {
 
 async function compareStatic() {
   if (byId("schedule").hidden) return;
-  const answer = await fetch("/ui/static", { headers: headers() });
+  const answer = await fetch(`/ui/static${location.search}`, { headers: headers() });
   const body = byId("static").tBodies[0];
   body.replaceChildren();
   const found = answer.ok ? await answer.json() : null;
@@ -265,7 +265,7 @@ async function connect() {
   const status = byId("status");
   while (!mine.signal.aborted) {
     try {
-      const answer = await fetch("/ui/frames", { headers: headers(), signal: mine.signal });
+      const answer = await fetch(`/ui/frames${location.search}`, { headers: headers(), signal: mine.signal });
       if (!answer.ok) throw new Error(`${word("refused")}: ${(await answer.json()).error?.message ?? answer.status}`);
       status.className = "";
       status.textContent = word("connected");

@@ -17,9 +17,10 @@ _PAGING = ("limit", "after_id", "before_id")
 
 
 async def list_models(request: Request) -> Response:
-    """What is served, a page of it."""
+    """The models that are there, a page of them."""
     context: ServerContext = request.app.state.context
-    names = list(context.served_names)
+    there = dict(context.shown())
+    names = list(there)
     limit, after, before = (request.query_params.get(name) for name in _PAGING)
     count = USUAL_PAGE if limit is None else _count(limit)
     if after is not None and before is not None:
@@ -31,7 +32,7 @@ async def list_models(request: Request) -> Response:
         rest = names if after is None else names[_place(names, after, "after_id") + 1 :]
         page = rest[:count]
     first, last = (page[0], page[-1]) if page else (None, None)
-    cards = [_card(context, name) for name in page]
+    cards = [_card(there[name], name) for name in page]
     content = {"data": cards, "has_more": len(page) < len(rest), "first_id": first, "last_id": last}
     return _answer(content)
 
@@ -39,7 +40,8 @@ async def list_models(request: Request) -> Response:
 async def retrieve_model(request: Request) -> Response:
     """One model."""
     context: ServerContext = request.app.state.context
-    return _answer(_card(context, context.resolve_name(request.path_params["name"])))
+    name = context.resolve_name(request.path_params["name"])
+    return _answer(_card(context.of_model(name), name))
 
 
 def _answer(content: dict[str, Any]) -> Response:

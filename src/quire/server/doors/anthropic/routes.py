@@ -58,8 +58,9 @@ async def create_message(request: Request) -> Response:
     """Go on with a conversation."""
     check_version(request)
     context: ServerContext = request.app.state.context
-    defaults = context.engine.get_default_sampling_params()
-    call = await context.bodies.read(request, lambda body: parse_messages(body, defaults, context.limits))
+    parse = parse_messages
+    call = await context.bodies.read(request, lambda body: parse(body, context.defaults_of(body), context.limits))
+    context = context.of_model(call.model, request.scope)
     requested = context.request_context(request, "", None)
     with in_own_names():
         return await deliver(request, MessageAnswer(context, call, requested), FRAMING if call.stream else None)
@@ -69,9 +70,9 @@ async def count_tokens(request: Request) -> Response:
     """The tokens of a conversation under the model's template."""
     check_version(request)
     context: ServerContext = request.app.state.context
-    defaults = context.engine.get_default_sampling_params()
-    name, chat = await context.bodies.read(request, lambda body: parse_count(body, defaults, context.limits))
-    context.resolve_name(name)
+    parse = parse_count
+    name, chat = await context.bodies.read(request, lambda body: parse(body, context.defaults_of(body), context.limits))
+    context = context.of_model(name, request.scope)
     with in_own_names(), context.gate.inside(new_id("count")):
         token_ids = await chat.encode(context, context.caller(request.scope))
     return JSONResponse({"input_tokens": len(token_ids)}, headers={"request-id": f"req_{secrets.token_hex(12)}"})

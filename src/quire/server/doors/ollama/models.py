@@ -10,8 +10,9 @@ from starlette.responses import JSONResponse, Response
 
 import quire
 from quire.errors import ModelNotFoundError
+from quire.server.answers.capabilities import capabilities_of
 from quire.server.doors.ollama.bodies import PULL, SHOW
-from quire.server.doors.ollama.respond import resolve
+from quire.server.doors.ollama.respond import resolve, serving
 from quire.server.http.context import ServerContext, new_id
 from quire.server.http.errors import ApiError
 from quire.server.http.streams import Framing, deliver
@@ -32,16 +33,19 @@ REFUSED = {
 
 
 async def list_models(request: Request) -> Response:
-    """What is served, under each of its names."""
+    """The models that are there, under each of their names."""
     context: ServerContext = request.app.state.context
-    return JSONResponse({"models": [_card(context, name) for name in context.served_names]})
+    return JSONResponse({"models": [_card(part, name) for name, part in context.shown()]})
 
 
 async def list_running(request: Request) -> Response:
     """The same: what is served is loaded."""
     context: ServerContext = request.app.state.context
-    more = {"expires_at": FOR_EVER, "size_vram": 0, "context_length": context.engine.max_model_len}
-    return JSONResponse({"models": [{**_card(context, name), **more} for name in context.served_names]})
+    found = [
+        {**_card(part, name), "expires_at": FOR_EVER, "size_vram": 0, "context_length": part.engine.max_model_len}
+        for name, part in context.shown()
+    ]
+    return JSONResponse({"models": found})
 
 
 async def version(request: Request) -> Response:
@@ -53,11 +57,10 @@ async def show(request: Request) -> Response:
     """One model."""
     context: ServerContext = request.app.state.context
     body = await context.bodies.read(request, lambda raw: SHOW.read(raw, context.limits))
-    name, engine = resolve(context, body.model), context.engine
+    name, context = body.model, serving(context, body.model, request.scope)
+    engine = context.engine
     template, card = engine.get_tokenizer().tools_template or "", _card(context, name)
     stated = "\n".join(f"{name} {value}" for name, value in engine.stated_sampling.items())
-    answers = engine.answer_format
-    reasons = answers is not None and answers.reasoning is not None
     content = {
         "modelfile": f"FROM {name}\n",
         "parameters": stated,
@@ -65,7 +68,7 @@ async def show(request: Request) -> Response:
         "license": "",
         "details": card["details"],
         "model_info": {"general.architecture": "quire", "quire.context_length": engine.max_model_len},
-        "capabilities": ["completion", *(["tools"] if template else []), *(["thinking"] if reasons else [])],
+        "capabilities": capabilities_of(engine),
         "modified_at": card["modified_at"],
     }
     return JSONResponse(content)

@@ -6,9 +6,12 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from starlette.types import Scope
+
 from quire.engine.tools import CallArguments, CallEnd, CallStart, Content, Event, Reasoning
 from quire.errors import InvalidRequestError, PromptTooLongError
 from quire.outputs import RequestOutput
+from quire.sampling_params import SamplingParams
 from quire.server.answers.single import Prompt, SingleAnswer
 from quire.server.doors.ollama.parse import Call
 from quire.server.http.context import RequestContext, ServerContext, new_id
@@ -28,8 +31,23 @@ def resolve(context: ServerContext, name: str) -> str:
     Raises:
         ModelNotFoundError: it is not served here.
     """
-    context.resolve_name(name if name in context.accepted_names else name.removesuffix(":latest"))
+    context.resolve_name(_ours(context, name))
     return name
+
+
+def _ours(context: ServerContext, name: str) -> str:
+    return name if name in context.accepted_names else name.removesuffix(":latest")
+
+
+def serving(context: ServerContext, name: str, scope: Scope) -> ServerContext:
+    """What serves the model of a request: see `ServerContext.of_model`."""
+    return context.of_model(_ours(context, name), scope)
+
+
+def defaults_of(context: ServerContext, body: Body) -> SamplingParams:
+    """See `ServerContext.defaults_of`."""
+    name = body.get("model")
+    return context.defaults_of({"model": _ours(context, name)} if isinstance(name, str) else {})
 
 
 class OllamaAnswer(SingleAnswer):

@@ -11,7 +11,7 @@ from quire.sampling_params import SamplingParams
 from quire.server.doors.ollama import models
 from quire.server.doors.ollama.describe import describe
 from quire.server.doors.ollama.parse import Call, in_own_names, parse_chat, parse_generate
-from quire.server.doors.ollama.respond import OllamaAnswer, OllamaChatAnswer, nothing_asked
+from quire.server.doors.ollama.respond import OllamaAnswer, OllamaChatAnswer, defaults_of, nothing_asked, serving
 from quire.server.http.context import Api, ServerContext
 from quire.server.http.errors import ApiError
 from quire.server.http.limits import Limits
@@ -41,8 +41,8 @@ async def generate(request: Request) -> Response:
 
 async def _create(request: Request, parse: Parse, answer: type[OllamaAnswer]) -> Response:
     context: ServerContext = request.app.state.context
-    defaults = context.engine.get_default_sampling_params()
-    call = await context.bodies.read(request, lambda body: parse(body, defaults, context.limits))
+    call = await context.bodies.read(request, lambda body: parse(body, defaults_of(context, body), context.limits))
+    context = serving(context, call.model, request.scope)
     if call.chat is None and call.raw is None:
         return JSONResponse(nothing_asked(context, call, is_chat=answer.is_chat))
     requested = context.request_context(request, "", None)

@@ -64,6 +64,7 @@ def _answers() -> dict[str, Schema]:
 
     card: dict[str, Schema] = {"id": STRING, "object": {"const": "model"}, "created": INTEGER, "owned_by": STRING}
     parsers = {name: or_null(STRING) for name in ("tool_call_parser", "reasoning_parser")}
+    states = {"status": STRING, "tasks": array(STRING), "capabilities": array(STRING)}
     error = {"message": STRING, "type": STRING, "param": {"type": ["string", "null"]}}
     return {
         "ChatCompletionResponse": answer("chat.completion", chat),
@@ -82,7 +83,7 @@ def _answers() -> dict[str, Schema]:
             {"count": INTEGER, "max_model_len": INTEGER, "tokens": IDS, "token_strs": or_null(array(STRING))}
         ),
         "DetokenizeResponse": open_object({"prompt": STRING}),
-        "Model": open_object({**card, "max_model_len": INTEGER, **parsers}),
+        "Model": open_object({**card, "max_model_len": or_null(INTEGER), **parsers, **states}),
         "ModelList": open_object({"object": {"const": "list"}, "data": array(ref("Model"))}),
         "Error": open_object({"error": open_object({**error, "code": {"type": ["string", "null"]}})}),
     }

@@ -186,17 +186,24 @@ def parse_tokenize(raw: Mapping[str, Any], limits: Limits) -> TokenizeTextBody |
     return body
 
 
-def parse_detokenize(raw: Mapping[str, Any], limits: Limits, vocab_size: int) -> DetokenizeBody:
-    """Check a body, whose ids are all below `vocab_size`.
+def parse_detokenize(raw: Mapping[str, Any], limits: Limits) -> DetokenizeBody:
+    """Check a body, but for the ids in it.
 
     Raises:
         InvalidRequestError: naming the field.
         ApiError: too many tokens.
     """
-    body = DETOKENIZE.read(raw, limits)
+    return DETOKENIZE.read(raw, limits)
+
+
+def check_token_ids(body: DetokenizeBody, vocab_size: int) -> None:
+    """Refuse ids that the model does not have.
+
+    Raises:
+        InvalidRequestError: not all are below `vocab_size`.
+    """
     if not all(0 <= item < vocab_size for item in body.tokens):
         raise InvalidRequestError(f"tokens must hold token ids from 0 to {vocab_size - 1}", param="tokens")
-    return body
 
 
 def text_of(content: str | list[str | TextPart] | None) -> str:

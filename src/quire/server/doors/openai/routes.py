@@ -10,11 +10,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from quire.server.answers.capabilities import capabilities_of
 from quire.server.doors.openai import describe_stored
 from quire.server.doors.openai.batches import routes as batches
 from quire.server.doors.openai.bodies import TokenizeChatBody, TokenizeTextBody
 from quire.server.doors.openai.describe import describe, error_body
-from quire.server.doors.openai.parse import parse_chat, parse_completion, parse_detokenize, parse_tokenize
+from quire.server.doors.openai.parse import (
+    check_token_ids,
+    parse_chat,
+    parse_completion,
+    parse_detokenize,
+    parse_tokenize,
+)
 from quire.server.doors.openai.respond import Answer, C, ChatAnswer, CompletionAnswer, encode_conversation
 from quire.server.doors.openai.responses import conversations
 from quire.server.doors.openai.responses import routes as responses
@@ -49,9 +56,9 @@ async def _create(
     request: Request, parse: Callable[..., C], answer: type[Answer[C]], naming: AbstractContextManager[None]
 ) -> Response:
     context: ServerContext = request.app.state.context
-    defaults = context.engine.get_default_sampling_params()
-    call = await context.bodies.read(request, lambda body: parse(body, defaults, context.limits))
+    call = await context.bodies.read(request, lambda body: parse(body, context.defaults_of(body), context.limits))
     context.log_deprecated(call.deprecated, deprecation_note)
+    context = context.of_model(call.options.model, request.scope)
     requested = context.request_context(request, call.options.cache_salt, call.options.timeout)
     with naming:
         return await deliver(request, answer(context, call, requested), FRAMING if call.options.stream else None)
@@ -67,8 +74,8 @@ async def tokenize(request: Request) -> Response:
 
 async def answer_tokenize(request: Request, body: TokenizeTextBody | TokenizeChatBody) -> Response:
     """The answer to a body that was read."""
-    context: ServerContext = request.app.state.context
-    context.resolve_name(body.options.model)
+    whole: ServerContext = request.app.state.context
+    context = whole.of_model(body.options.model, request.scope)
     engine, caller = context.engine, context.caller(request.scope)
 
     def written(token_ids: list[int]) -> bytes:
@@ -90,9 +97,9 @@ async def answer_tokenize(request: Request, body: TokenizeTextBody | TokenizeCha
 async def detokenize(request: Request) -> Response:
     """The text of tokens, special ones included."""
     context: ServerContext = request.app.state.context
-    vocab_size = context.engine.vocab_size
-    body = await context.bodies.read(request, lambda body: parse_detokenize(body, context.limits, vocab_size))
-    context.resolve_name(body.model)
+    body = await context.bodies.read(request, lambda body: parse_detokenize(body, context.limits))
+    context = context.of_model(body.model, request.scope)
+    check_token_ids(body, context.engine.vocab_size)
     engine, caller = context.engine, context.caller(request.scope)
 
     def written() -> bytes:
@@ -104,20 +111,27 @@ async def detokenize(request: Request) -> Response:
 
 
 def _card(context: ServerContext, name: str) -> dict[str, Any]:
-    answers = context.engine.answer_format
+    """What is known of a model, under one of its names. One that is not there yet has a name and a status."""
+    model = (context.parts.get(name) or context).model
+    assert model is not None, "a part has its model"
+    engine = model.engine
+    answers = None if engine is None else engine.answer_format
     return {
         "id": name,
         "object": "model",
         "created": context.started_s,
         "owned_by": "quire",
-        "max_model_len": context.engine.max_model_len,
+        "max_model_len": None if engine is None else engine.max_model_len,
         "tool_call_parser": None if answers is None else answers.name,
         "reasoning_parser": None if answers is None else answers.reasoning_name,
+        "status": model.state,
+        "tasks": ["generate"],
+        "capabilities": [] if engine is None else capabilities_of(engine),
     }
 
 
 async def list_models(request: Request) -> Response:
-    """What is served."""
+    """What is served, whether or not it is there yet."""
     context: ServerContext = request.app.state.context
     return JSONResponse({"object": "list", "data": [_card(context, name) for name in context.served_names]})
 
@@ -125,7 +139,8 @@ async def list_models(request: Request) -> Response:
 async def retrieve_model(request: Request) -> Response:
     """One model."""
     context: ServerContext = request.app.state.context
-    return JSONResponse(_card(context, context.resolve_name(request.path_params["name"])))
+    name = context.resolve_name(request.path_params["name"])
+    return JSONResponse(_card(context, name))
 
 
 def _describe(limits: Limits) -> tuple[dict[str, Any], dict[str, Schema]]:

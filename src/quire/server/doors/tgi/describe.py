@@ -4,7 +4,7 @@ from typing import Any
 
 from quire.server.doors.tgi.bodies import request_bodies
 from quire.server.http.limits import Limits
-from quire.server.http.openapi import INTEGER, NUMBER, get, open_object, or_null, post, ref
+from quire.server.http.openapi import CHOSEN, INTEGER, NUMBER, get, open_object, or_null, post, ref
 from quire.server.http.schema import STRING, Schema, array
 
 EVENTS = "Server-sent events: each holds a token as JSON, the last one the text too. An error is an event."
@@ -17,10 +17,13 @@ def describe(limits: Limits) -> tuple[dict[str, Any], dict[str, Schema]]:
         "/generate_stream": {"post": _post("GenerateStream", "Continue a prompt, token by token.", None)},
         "/": {"post": _post("GenerateEither", "Either, as stream says.", array(ref("GenerateResponse")), events=True)},
         "/chat_tokenize": {"post": _post("ChatTokenize", "A conversation as text and tokens.", ref("ChatTokens"))},
-        "/info": {"get": get("info", "The model, and what the server is bound by.", _info())},
+        "/info": {"get": get("info", "The model, and what the server is bound by.", _info(), 404)},
     }
     paths["/chat_tokenize"]["post"]["requestBody"]["content"] = _json(ref("ChatCompletionRequest"))
     paths["/tokenize"] = {"post": _tokenize()}
+    for methods in paths.values():
+        for operation in methods.values():
+            operation["parameters"] = [CHOSEN]
     return paths, {**request_bodies(limits), **_answers()}
 
 
@@ -37,7 +40,7 @@ def _post(name: str, summary: str, schema: Schema | None, *, events: bool = Fals
         event = {"type": "object", "properties": {"data": STRING}, "required": ["data"], "description": EVENTS}
         content |= _json(event, "text/event-stream")
     error = {"description": "`error` says why.", "content": _json(ref("TgiError"))}
-    statuses = (401, 405, 408, 413, 415, 422, 424, 429, 500)
+    statuses = (401, 404, 405, 408, 413, 415, 422, 424, 429, 500)
     found["responses"] = {"200": {"description": "Done.", "content": content}, **{str(one): error for one in statuses}}
     return found
 

@@ -4,6 +4,7 @@
 /tokenize         one route with vLLM's: a body with `inputs` is TGI's, which has the texts and places of tokens
 /chat_tokenize    a conversation as the template writes it, and its tokens
 /info             the model and what the server is bound by
+                  of several models the query says which (`?model=NAME`): TGI's bodies name none; else the first
 /health, /metrics are the server's own (`http/probes.py`): TGI's clients read the status of the one, and
                   --metrics-prefix tgi gives the other its names
 """
@@ -72,16 +73,22 @@ async def generate_either(request: Request) -> Response:
     return await _generate(request, stream=None)
 
 
-async def _generate(request: Request, *, stream: bool | None) -> Response:
+def _chosen(request: Request) -> ServerContext:
+    """What serves the model that the query names, or the first."""
     context: ServerContext = request.app.state.context
-    streams = stream is True
+    return context.of_model(request.query_params.get("model"), request.scope)
+
+
+async def _generate(request: Request, *, stream: bool | None) -> Response:
+    streams, limits = stream is True, request.app.state.context.limits
 
     def parse(raw: dict[str, Any]) -> Any:
         nonlocal streams
         streams = streams or (stream is None and raw.get("stream") is True)
-        return parse_generate(raw, context.limits, stream=stream, shows_prompt=stream is None)
+        return parse_generate(raw, limits, stream=stream, shows_prompt=stream is None)
 
     try:
+        context = _chosen(request)
         call = await context.bodies.read(request, parse)
         requested = context.request_context(request, "", None)
         answer = GenerateAnswer(context, call, requested, in_list=stream is None)
@@ -109,6 +116,7 @@ async def tokenize(request: Request) -> Response:
     body = await context.bodies.read(request, parse)
     if not isinstance(body, TokenizeBody):
         return await answer_tokenize(request, body)
+    context = _chosen(request)
     engine, caller = context.engine, context.caller(request.scope)
     with context.gate.inside(new_id("tokenize")), naming_param("prompt", "inputs"):
         token_ids = await engine.encode(body.inputs, caller=caller)
@@ -118,10 +126,13 @@ async def tokenize(request: Request) -> Response:
 
 
 async def chat_tokenize(request: Request) -> Response:
-    """A conversation as the template writes it, and its tokens."""
+    """A conversation as the template writes it, and its tokens; the body names a model, or the query does."""
+    asked = request.query_params.get("model")
     context: ServerContext = request.app.state.context
-    defaults = context.engine.get_default_sampling_params()
-    call = await context.bodies.read(request, lambda raw: parse_chat(raw, defaults, context.limits))
+    call = await context.bodies.read(
+        request, lambda raw: parse_chat(raw, context.defaults_of({"model": asked, **raw}), context.limits)
+    )
+    context = context.of_model(asked if call.options.model is None else call.options.model, request.scope)
     engine, caller = context.engine, context.caller(request.scope)
 
     def written(token_ids: list[int]) -> dict[str, Any]:
@@ -146,7 +157,7 @@ def _placed(tokenizer: Any, text: str, token_ids: list[int]) -> list[dict[str, A
 
 async def info(request: Request) -> Response:
     """The model, and what the server is bound by."""
-    context: ServerContext = request.app.state.context
+    context = _chosen(request)
     limits, most = context.limits, context.engine.max_model_len
     return JSONResponse(
         {

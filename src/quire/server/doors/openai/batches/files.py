@@ -56,7 +56,7 @@ async def create_file(request: Request) -> Response:
     made = file_object(owner, new_file_id(), form.filename, BATCH, len(form.content))
     pieces = range(0, len(form.content), PIECE_BYTES)
     parts = [Part(number, form.content[at : at + PIECE_BYTES]) for number, at in enumerate(pieces)]
-    await store.write(Put(made), AddParts(made.id, owner, parts))
+    await store.write(Put(made, limits.files), AddParts(made.id, owner, parts))
     return JSONResponse(made.body)
 
 

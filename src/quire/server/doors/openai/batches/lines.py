@@ -44,13 +44,15 @@ def _requested(context: ServerContext, caller: Caller, salt: str, timeout_s: flo
 
 
 async def _chat(context: ServerContext, caller: Caller, raw: Raw) -> Deliverable:
-    call = parse_chat(raw, context.engine.get_default_sampling_params(), context.limits)
+    call = parse_chat(raw, context.defaults_of(raw), context.limits)
+    context = context.of_model(call.options.model)
     requested = _requested(context, caller, call.options.cache_salt, call.options.timeout)
     return ChatAnswer(context, call, requested)
 
 
 async def _completion(context: ServerContext, caller: Caller, raw: Raw) -> Deliverable:
-    call = parse_completion(raw, context.engine.get_default_sampling_params(), context.limits)
+    call = parse_completion(raw, context.defaults_of(raw), context.limits)
+    context = context.of_model(call.options.model)
     requested = _requested(context, caller, call.options.cache_salt, call.options.timeout)
     return CompletionAnswer(context, call, requested)
 

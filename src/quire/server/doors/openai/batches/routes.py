@@ -42,8 +42,6 @@ async def create_batch(request: Request) -> Response:
     context: ServerContext = request.app.state.context
     body = await context.bodies.read(request, lambda raw: BATCH.read(raw, context.limits))
     owner, store = caller_of(request.scope), store_of(context.store)
-    if await store.count(KIND, owner, open_only=True) >= context.limits.batches.value:
-        raise context.limits.batches.error()
     file = await store.get(files.KIND, owner, body.input_file_id)
     if file is None or file.body["purpose"] != files.BATCH:
         error = not_found("file of purpose batch", body.input_file_id)
@@ -52,7 +50,7 @@ async def create_batch(request: Request) -> Response:
     await store.check_room(owner, file.body["bytes"])
     made = Stored(f"batch_{secrets.token_hex(16)}", KIND, owner, {}, int(time.time()), is_open=True)
     made.body.update(_begun(made, body))
-    await store.write(Put(made))
+    await store.write(Put(made, context.limits.batches))
     _run(context, made)
     return JSONResponse(made.body)
 

@@ -119,11 +119,11 @@ class Runner:
         return total
 
     async def _run_lines(self) -> None:
-        tasks, slots = set[asyncio.Task[None]](), self._context.jobs.slots
+        tasks, slots = set[asyncio.Task[None]](), self._context.jobs.slots(self._batch.owner)
         try:
             async for number, line in self._lines():
                 is_done = number in self._done[OUTPUT] or number in self._done[ERRORS]
-                found = await self._context.engine.beside(partial(self._read, line), len(line))
+                found = await self._context.models.beside(partial(self._read, line), len(line))
                 if is_done:
                     continue
                 await slots.acquire()
@@ -201,7 +201,7 @@ class Runner:
         while parts := await self._patiently(partial(self._store.parts, name, start=start, limit=PARTS_READ)):
             for part in parts:
                 split = partial(_split, rest, part.content)
-                found, rest, count = await self._context.engine.beside(split, len(part.content))
+                found, rest, count = await self._context.models.beside(split, len(part.content))
                 for place, line in found:
                     yield number + place, line
                 number += count

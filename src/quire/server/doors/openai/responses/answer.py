@@ -163,15 +163,14 @@ class ResponseAnswer(ChatAnswer):
 
     async def _truncated(self) -> list[tuple[str, Sequence[int]]]:
         """With as many of the newest items as fit, found by halving; the last one always stays."""
-        items, engine = [*self._before, *self._items], self._engine
-        defaults, limits = engine.get_default_sampling_params(), self._context.limits
+        items = [*self._before, *self._items]
         least, most, first, found = 0, len(items) - 1, 0, None
         while least < most:
             fitting = await self._fitting(items[first:])
             found, least, most = (found, first + 1, most) if fitting is None else (fitting, least, first)
             first = (least + most) // 2
         if found is None:
-            self._call = chat_of(self._body, items[most:], defaults, limits)
+            await self._ask(items[most:])
             found = await super()._prompts()
         return found
 
@@ -179,13 +178,17 @@ class ResponseAnswer(ChatAnswer):
         """The prompt of these items; None: it is too long."""
         while len(items) > 1 and items[0]["type"] == "function_call_output":  # the call that it answers is gone
             items = items[1:]
-        defaults = self._engine.get_default_sampling_params()
-        self._call = chat_of(self._body, items, defaults, self._context.limits)
+        await self._ask(items)
         try:
             found = await super()._prompts()
         except PromptTooLongError:
             return None
         return found if len(found[0][1]) < self._engine.max_model_len else None
+
+    async def _ask(self, items: Sequence[Item]) -> None:
+        """Go on with these items alone."""
+        make = partial(chat_of, self._body, items, self._engine.get_default_sampling_params(), self._context.limits)
+        self._call = await self._engine.beside(make, sum(len(str(item)) for item in items), self._request.caller)
 
     def _response_head(self) -> dict[str, Any]:
         """What the answer says of the request."""

@@ -60,7 +60,7 @@ async def update_conversation(request: Request) -> Response:
     context, _ = _asked(request)
     found = await _found(request)
     changed = Stored(found.id, KIND, found.owner, {**found.body, "metadata": body.metadata}, found.created_s)
-    await store_of(context.store).write(Put(changed))
+    await store_of(context.store).write(Put(changed, while_there=True))
     return JSONResponse(changed.body)
 
 
@@ -77,10 +77,8 @@ async def create_items(request: Request) -> Response:
     (context, owner), found = _asked(request), await _found(request)
     store, limit = store_of(context.store), context.limits.input_items
     items = await _new_items(context, owner, body.items)
-    if len(await store.sizes(found.id)) + len(items) > limit.value:
-        raise limit.error(place="items")
     await store.check_room(owner, sum(len(part.content) for part in items))
-    await store.write(AddParts(found.id, owner, items, while_there=found.id))
+    await store.write(AddParts(found.id, owner, items, while_there=found.id, limit=limit))
     return _listed(items, len(items))
 
 
@@ -128,9 +126,8 @@ async def _found(request: Request) -> Stored:
 
 
 async def _found_item(request: Request) -> tuple[Stored, Part]:
-    found, name = await _found(request), request.path_params["item"]
-    parts = await store_of(_asked(request)[0].store).parts(found.id)
-    part = next((part for part in parts if part.name == name), None)
+    (context, owner), found, name = _asked(request), await _found(request), request.path_params["item"]
+    part = await store_of(context.store).find_part(owner, name, found.id)
     if part is None:
         raise not_found("item", name)
     return found, part

@@ -9,6 +9,7 @@ from quire.errors import InvalidRequestError
 from quire.server.doors.openai.responses.bodies import ResponseBody
 from quire.server.doors.openai.responses.items import Item
 from quire.server.http.context import ServerContext
+from quire.server.http.limits import Limit
 from quire.server.http.stored import AddParts, Change, Part, Put, Store, Stored, not_found, store_of
 
 RESPONSE, CONVERSATION = "response", "conversation"
@@ -29,9 +30,9 @@ class Keeper:
         self._store, self._owner = store, owner
         self.conversation, self.keeps_response = conversation, keeps_response
 
-    async def open(self, response: dict[str, Any], items: Sequence[Item]) -> None:
-        """One that is worked on in the background."""
-        await self._store.write(self._put(response, is_open=True), self._items(response["id"], items))
+    async def open(self, response: dict[str, Any], items: Sequence[Item], most: Limit) -> None:
+        """One that is worked on in the background; its owner has so many at most."""
+        await self._store.write(self._put(response, most), self._items(response["id"], items))
 
     async def finish(self, response: dict[str, Any], items: Sequence[Item]) -> None:
         """One that has ended, with what was said."""
@@ -39,7 +40,7 @@ class Keeper:
         changes: list[Change] = []
         if self.keeps_response:
             changes += [
-                self._put(response, is_open=False),
+                self._put(response),
                 self._items(name, items),
                 self._items(name + OUTPUT, output),
             ]
@@ -59,9 +60,11 @@ class Keeper:
         if found is not None and found.is_open:
             await self._store.write(Put(closed(found, **fields)))
 
-    def _put(self, response: dict[str, Any], *, is_open: bool) -> Put:
+    def _put(self, response: dict[str, Any], most_open: Limit | None = None) -> Put:
+        """With a limit: as one that is worked on."""
         body = {name: value for name, value in response.items() if name != "output"}
-        return Put(Stored(response["id"], RESPONSE, self._owner, body, response["created_at"], is_open))
+        is_open = most_open is not None
+        return Put(Stored(response["id"], RESPONSE, self._owner, body, response["created_at"], is_open), most_open)
 
     def _items(self, place: str, items: Sequence[Item]) -> AddParts:
         parts = [Part(number, msgspec.json.encode(item), item["id"]) for number, item in enumerate(items)]

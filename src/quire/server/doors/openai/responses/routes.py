@@ -64,6 +64,7 @@ async def answer_to(
         InvalidRequestError: naming the field.
         ApiError: what it goes on from is not stored here.
     """
+    context = context.of_model(body.options.model)
     before = await items_before(context, owner, body, keeper)
     items = await with_references(context, owner, items)
     make = partial(chat_of, body, [*before, *items], context.engine.get_default_sampling_params(), context.limits)
@@ -75,6 +76,7 @@ async def create_response(request: Request) -> Response:
     """Answer items with items."""
     context: ServerContext = request.app.state.context
     body, items = await context.bodies.read(request, lambda raw: parse_response(raw, context.limits))
+    context = context.of_model(body.options.model, request.scope)
     with in_our_words(), naming_param("prompt", "input"):
         requested = context.request_context(request, body.options.cache_salt, body.options.timeout)
         keeper = await keeper_of(context, requested.caller.name, body)
@@ -88,11 +90,8 @@ async def create_response(request: Request) -> Response:
 async def _begin(
     context: ServerContext, request: Request, answer: ResponseAnswer, keeper: Keeper, *, streams: bool
 ) -> Response:
-    owner, limit = caller_of(request.scope), context.limits.background_responses
-    if context.jobs.num_of(job_name(owner, "")) >= limit.value:
-        raise limit.error()
-    response = answer.queued()
-    await keeper.open(response, answer.items)
+    owner, response = caller_of(request.scope), answer.queued()
+    await keeper.open(response, answer.items, context.limits.background_responses)
     run = Run(answer, keeper, keeps_events=streams)
     context.jobs.start(job_name(owner, answer.id), run.work(), run)
     if streams:

@@ -1,0 +1,108 @@
+"""The drivers of other engines: transformers' against its own `generate`, the server's against Quire's own server."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quire import LLM, SamplingParams
+from quire.bench.drivers.drive import starter
+from quire.bench.peers import DRIVERS
+from quire.llm import AsyncLLM
+from tests.server.conftest import Running, start
+from tests.tiny.checkpoints import make_tiny
+
+ITEMS: list[dict[str, Any]] = [
+    {"prompt_token_ids": [5, 6, 7, 8, 9], "num_output": 4},
+    {"prompt_token_ids": [11, 12], "num_output": 7},
+    {"prompt_token_ids": [20, 21, 22], "num_output": 1},
+]
+KV_BYTES_PER_TOKEN = 1024
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llama", tmp_path_factory.mktemp("drivers"), tokenizer=True)
+
+
+def settings(tiny: Path, **more: Any) -> dict[str, Any]:
+    common = {"model": str(tiny), "dtype": "float32", "device": "cpu", "threads": 1, "batch_size": 2, "name": "x"}
+    return {**common, "kv_bytes": 2**22, "kv_bytes_per_token": KV_BYTES_PER_TOKEN, "start_timeout_s": 30.0, **more}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path) -> list[list[int]]:
+    """transformers' greedy answers, each request alone and without padding."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
+    found = []
+    for item in ITEMS:
+        ids = torch.tensor([item["prompt_token_ids"]])
+        output = model.generate(ids, max_new_tokens=item["num_output"], attention_mask=torch.ones_like(ids))
+        found.append(output[0, ids.shape[1] :].tolist())
+    return found
+
+
+@pytest.mark.parametrize("mode", ["static", "continuous"])
+def test_transformers_answers_as_it_does_alone(tiny: Path, alone: list[list[int]], mode: str) -> None:
+    engine = starter(str(DRIVERS / "transformers_driver.py"))(settings(tiny, mode=mode))
+    try:
+        for _ in range(2):
+            ran = engine.run(ITEMS)
+            assert ran["token_ids"] == alone
+            assert ran["output_lens"] == [item["num_output"] for item in ITEMS]
+            assert all(0 < wait <= ran["elapsed_s"] for wait in ran["ttfts_s"])
+    finally:
+        engine.close()
+    if mode == "static":
+        first, second, third = ran["ttfts_s"]
+        assert first == second < third, "the third is of the second batch"
+        config = LLM(str(tiny), dtype="float32").decisions
+        per_token = next(one.reason for one in config if one.name == "kv_cache_dtype").split("; ")[1]
+        positions = 2 * (5 + 7 - 1)  # two rows, padded to the longest prompt; the last token of an output is not kept
+        assert ran["kv_bytes"] == positions * int(per_token.split()[0].replace(",", ""))
+
+
+@pytest.fixture(scope="module")
+def served(tiny: Path) -> Iterator[Running]:
+    instance = start(AsyncLLM(str(tiny), dtype="float32", max_num_seqs=8))
+    yield instance
+    instance.stop()
+    instance.engine.close()
+
+
+def test_a_server_that_runs_is_asked(served: Running, tiny: Path) -> None:
+    engine = starter(str(DRIVERS / "server_driver.py"))(settings(tiny, url=served.url))
+    ran = engine.run(ITEMS)
+    assert ran["output_lens"] == [item["num_output"] for item in ITEMS]
+    assert all(0 < wait <= ran["elapsed_s"] for wait in ran["ttfts_s"])
+    with pytest.raises(RuntimeError, match="the server answered 400"):
+        engine.run([{"prompt_token_ids": [1], "num_output": 10**6}])
+
+
+def test_a_server_that_is_not_there_is_missing(tiny: Path) -> None:
+    start_server = starter(str(DRIVERS / "server_driver.py"))
+    with pytest.raises(ModuleNotFoundError, match="there is no /no/such/llama-server"):
+        start_server(settings(tiny, command=["/no/such/llama-server"]))
+    with pytest.raises(ModuleNotFoundError, match="no_such_engine"):
+        start_server(settings(tiny, command=["/bin/true"], module="no_such_engine"))
+    with pytest.raises(RuntimeError, match="the server ended with 7: out of memory"):
+        start_server(settings(tiny, command=["/bin/sh", "-c", "echo out of memory; exit 7"]))
+    with pytest.raises(TimeoutError, match=r"no answer from 127\.0\.0\.1:9"):
+        start_server(settings(tiny, url="http://127.0.0.1:9"))
+
+
+def test_quires_own_driver_answers_as_an_llm_does(tiny: Path) -> None:
+    from quire.cli import compare_driver
+
+    engine = compare_driver.start(settings(tiny, max_model_len=64, max_num_seqs=4))
+    ran = engine.run(ITEMS)
+    engine.close()
+    prompts: list[Any] = [{"prompt_token_ids": item["prompt_token_ids"]} for item in ITEMS]
+    params = [SamplingParams(temperature=0, max_tokens=item["num_output"], ignore_eos=True) for item in ITEMS]
+    with LLM(str(tiny), dtype="float32") as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert ran["token_ids"] == [output.outputs[0].token_ids for output in outputs]
+    assert all(0 < wait <= ran["elapsed_s"] for wait in ran["ttfts_s"])
