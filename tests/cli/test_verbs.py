@@ -101,8 +101,8 @@ def test_generate_imports_nothing_of_the_server(tiny: Path) -> None:
 
 
 def test_what_few_models_need_is_imported_for_them_alone(tiny: Path) -> None:
-    """The readers of GGUF, of quantised checkpoints and of YAML; numpy is the core's, not of the text's side, and all of
-    numpy (f2py, its tests) is for none."""
+    """The readers of GGUF, of quantised checkpoints and of YAML; numpy is the core's, not of the text's side, and all
+    of numpy (f2py, its tests) is for none."""
     program = (
         "import sys\nimport quire.llm\nprint('numpy' in sys.modules)\nfrom quire.cli.main import main\n"
         f"main(['generate', '--quiet', '--model', {str(tiny)!r}, '--max-tokens', '2', 'x'])\n"
