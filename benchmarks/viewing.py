@@ -4,8 +4,8 @@
 
 First, without a server, a view of `--requests` that decode at `--steps` a second is asked for frames as the stream asks
 it: the share of one core that these take, by the clock of this process, and what noting a step takes more of it than
-where there is no viewer. Then W2 (32 requests at once, over HTTP) runs by itself and beside a viewer that takes a frame in
-`--every` seconds, round after round in turns: medians, the smallest and the largest of each, and their quotient.
+where there is no viewer. Then W2 (32 requests at once, over HTTP) runs by itself and beside a viewer that takes a frame
+in `--every` seconds, round after round in turns: medians, the smallest and the largest of each, and their quotient.
 """
 
 import argparse
