@@ -1,5 +1,6 @@
 """Answers held to a JSON schema, by Quire and by vLLM's CPU build (its grammars are xgrammar's), on the same model and
-requests, in turns: milliseconds for each token of the longest answer.
+requests, in turns: milliseconds for each token of the longest answer, of the clock and of the processors, which other
+programs disturb less.
 
     python benchmarks/structured_peers.py MODEL --vllm PYTHON [--rows 1 8 32] [--turns 3] [--eager]
 
@@ -65,15 +66,16 @@ def answer_requests(engine: str, model: str, rows: int, is_eager: bool) -> None:
             shape = sampling.StructuredOutputsParams(json=schema, disable_any_whitespace=True)
             params = {"max_tokens": 600, "structured_outputs": shape}
         prompts = [f"Request {row}. Tell the story of a ship that was lost, as JSON:\n" for row in range(asked["rows"])]
-        begun = time.perf_counter()
+        begun, used = time.perf_counter(), time.process_time()
         found = llm.generate(prompts, package.SamplingParams(temperature=0.0, **params), use_tqdm=False)
-        seconds = time.perf_counter() - begun
+        seconds, used = time.perf_counter() - begun, time.process_time() - used
         if schema is not None:
             for output in found:
                 if json.loads(output.outputs[0].text).keys() != schema["properties"].keys():
                     raise SystemExit("an answer has other keys than were asked for")
         longest = max(len(output.outputs[0].token_ids) for output in found)
-        print(json.dumps({"ms": 1000 * seconds / longest, "tokens": longest}), file=answers, flush=True)
+        figures = {"ms": 1000 * seconds / longest, "cpu_ms": 1000 * used / longest, "tokens": longest}
+        print(json.dumps(figures), file=answers, flush=True)
 
 
 class Peer:
@@ -149,10 +151,12 @@ def compare(peers: dict[str, Peer], rows: int, turns: int) -> None:
     medians = {key: statistics.median(one["ms"] for one in found) for key, found in runs.items()}
     for (mode, name), found in runs.items():
         times = [one["ms"] for one in found]
+        spread, load = f"({min(times):.2f} to {max(times):.2f})", os.getloadavg()[0]
         of_free = medians[mode, name] / medians["free", name]
+        used = statistics.median(one["cpu_ms"] for one in found)
         print(
-            f"rows {rows:2}  {mode:7} {name:6} {medians[mode, name]:8.2f} ms/token ({min(times):.2f} to {max(times):.2f})"
-            f"  {of_free:5.2f} of free  {found[0]['tokens']:4} tokens  load {os.getloadavg()[0]:.1f}",
+            f"rows {rows:2}  {mode:7} {name:6} {medians[mode, name]:8.2f} ms/token {spread}  {of_free:5.2f} of free"
+            f"  {used:8.2f} of processors  {found[0]['tokens']:4} tokens  load {load:.1f}",
             flush=True,
         )
 

@@ -48,6 +48,8 @@ PAGES: dict[str, Schemas] = {
         "generate": ollama.GENERATE,
         "show": ollama.SHOW,
         "pull": ollama.PULL,
+        "delete": ollama.DELETE,
+        "copy": ollama.COPY,
         "options": ollama.OPTIONS_SCHEMA,
     },
     "tgi.md": {"generate": GENERATE, "parameters": PARAMETERS, "tokenize": TOKENIZE},

@@ -4,10 +4,11 @@
 
 Run it with a Python that has the clients (`pip install openai instructor 'pydantic-ai-slim[openai]' langchain-openai
 anthropic ollama huggingface_hub langchain-huggingface`; `text-generation` needs an older huggingface_hub, in an
-environment of its own); PYTHON is one that has Quire, and FOLDER one where `npm install ai @ai-sdk/openai-compatible
-zod ollama @anthropic-ai/sdk` was done. A client
-that is not there is left out, and said. The embedded model answers, whose words mean little: what is checked is that
-each answer arrives in the form that was asked for. Exit code: 1 where one did not.
+environment of its own, and so do the newest of openai, pydantic-ai and langchain: together pip takes older ones);
+PYTHON is one that has Quire, and FOLDER one where `npm install ai @ai-sdk/openai-compatible zod ollama
+@anthropic-ai/sdk` was done. A client that is not there is left out, and said. The embedded model answers, whose words
+mean little: what is checked is that each answer arrives in the form that was asked for. Exit code: 1 where one did
+not.
 """
 
 import argparse

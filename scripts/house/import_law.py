@@ -55,6 +55,7 @@ LAW: dict[str, Room] = {
     "server": _room("engine", "anyio msgspec starlette uvicorn"),
     "server.http": _room("engine", "anyio msgspec starlette uvicorn"),
     "bench": _room("engine", "msgspec numpy tqdm"),
+    "course": _room("core observe ops", "array_api_compat numpy"),
     "demo": _room(),
     "programs": _room("engine"),
     "cli.chat_rich": _room("cli.chat_session cli.chat_terminal cli.history", "prompt_toolkit rich"),

@@ -22,6 +22,7 @@ OPTIONAL = {
     "server": None,
     "structured": None,
     "cli": None,
+    "course": None,
     "programs": None,
 }
 """Folder -> what cannot be had without it, and the argument that is named."""
@@ -64,7 +65,12 @@ def run(tree: TreeCopy, *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     "folders",
-    [("isolation",), ("observe",), ("structured",), ("bench", "build", "cli", "demo", "plan", "programs", "server")],
+    [
+        ("isolation",),
+        ("observe",),
+        ("structured",),
+        ("bench", "build", "cli", "course", "demo", "plan", "programs", "server"),
+    ],
     ids="-".join,
 )
 def test_the_smallest_engine_needs_no_optional_folder(tree: TreeCopy, folders: tuple[str, ...]) -> None:

@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 from openai.types import Batch, FileObject
+from prometheus_client.parser import text_string_to_metric_families
 
 from quire.server.doors.openai.batches.runner import _split
 from quire.server.http.errors import ApiError
@@ -303,6 +304,16 @@ def test_a_restart_in_the_middle_loses_and_doubles_nothing(tmp_path: Path) -> No
             assert item["response"]["body"]["choices"][0]["text"] == letters[seed : seed + 3]
         assert len(results(client, done.error_file_id)) == 1
         assert set(answered) == {*names[:7], *names[8:]} and set(answered.values()) == {1}, "none was asked again"
+        shown = {
+            (item.name, item.labels.get("status", item.labels.get("kind"))): item.value
+            for family in text_string_to_metric_families(httpx.get(f"{second.url}/metrics").text)
+            for item in family.samples
+        }
+        assert shown["quire:batch_lines_total", "failed"] == 0, "that was before this start"
+        assert 0 < shown["quire:batch_lines_total", "completed"] <= NUM_LINES - 120
+        assert shown["quire:background_jobs", "batch"] == 0
+        held = (tmp_path / "store.sqlite").stat().st_size + (tmp_path / "store.sqlite-wal").stat().st_size
+        assert 2**15 < shown["quire:store_bytes", None] <= held
     finally:
         second.stop()
 

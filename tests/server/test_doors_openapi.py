@@ -30,6 +30,8 @@ BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "OllamaGenerateRequest": (lambda body: parse_generate(body, DEFAULTS, LIMITS), {"model": MODEL, "prompt": "x"}),
     "OllamaShowRequest": (lambda body: ollama.SHOW.read(body, LIMITS), {"model": MODEL}),
     "OllamaPullRequest": (lambda body: ollama.PULL.read(body, LIMITS), {"model": MODEL}),
+    "OllamaDeleteRequest": (lambda body: ollama.DELETE.read(body, LIMITS), {"model": MODEL}),
+    "OllamaCopyRequest": (lambda body: ollama.COPY.read(body, LIMITS), {"source": MODEL, "destination": "x"}),
 }
 MORE: list[Any] = [
     *({"type": "auto"}, {"type": "disabled"}, {"type": "adaptive"}, {"type": "enabled", "budget_tokens": 2}),
@@ -97,7 +99,7 @@ def test_answers_are_as_described() -> None:
                 for asked, status in (
                     (schema, 200),
                     ({**schema, "nonsense": 1}, 400),
-                    ({**schema, "model": "no"}, 404),
+                    ({**schema, "model": "no"}, 400 if route == "/api/pull" else 404),
                 ):
                     response = http.post(route, json=asked)
                     assert response.status_code == status, response.text

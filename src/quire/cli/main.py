@@ -46,6 +46,7 @@ VERBS = {
     "simulate": "say what other settings, or other memory, would have made of a recording",
     "compare": "put throughput, time to first token and memory beside those of other engines",
     "bench": "measure speed",
+    "course": "begin and check the exercises of the course",
     "doctor": "say what this machine and installation offer",
     "completion": "print what a shell completes: bash, zsh or fish",
 }

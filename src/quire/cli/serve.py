@@ -292,6 +292,7 @@ def _application(
     from quire.server.dashboard import view
     from quire.server.doors.all import DOORS
     from quire.server.http.app import Observability, create_app
+    from quire.weights.local_models import LocalModels
 
     return create_app(
         engine,
@@ -307,6 +308,7 @@ def _application(
         share_prefix_cache=options.share_prefix_cache,
         cors=cors,
         store=_store(options),
+        local_models=LocalModels(),
         pages=view(kept_read_rates, *view_ports),
     )
 

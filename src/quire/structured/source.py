@@ -164,8 +164,8 @@ def _json(schema: Any, white: Mapping[str, Any] | None = None) -> str:
 
 
 def yaml_grammar(schema: Mapping[str, Any], params: StructuredOutputsParams, root: str = "#") -> str:
-    """A grammar of Lark's of a checked schema, which is the whole of `params` or stands at `root` in it. What is refused of
-    JSON is refused of YAML: the same schemas are held, if not all that they allow.
+    """A grammar of Lark's of a checked schema, which is the whole of `params` or stands at `root` in it. What is
+    refused of JSON is refused of YAML: the same schemas are held, if not all that they allow.
 
     Raises:
         InvalidRequestError: a keyword that cannot be held, with its place.

@@ -2,8 +2,8 @@
 
 XGrammar's forms (https://xgrammar.mlc.ai, "Structural Tag"), the older one of `structures` and `triggers` among them.
 What is ours: tokens (by id, as in its form `token`) in `triggers`; of `json_schema` `disable_additional_properties` and
-the styles `python`, `gemma` (with `escape`) and `yaml`; beside `format` the keys `definitions`, formats by name to which the
-form `ref` refers, and `reasoning`, a bound on the tokens between two markers at the beginning of the answer.
+the styles `python`, `gemma` (with `escape`) and `yaml`; beside `format` the keys `definitions`, formats by name to
+which the form `ref` refers, and `reasoning`, a bound on the tokens between two markers at the beginning of the answer.
 """
 
 import json

@@ -304,7 +304,9 @@ class _Compiler:
                 raise Unheld("patternProperties", f"cannot be held with the pattern {pattern[:80]!r}")
             groups.append((inside, schema))
         patterns = plain.get("patternProperties", {}).items()
-        are_free = self._is_whole and all(is_endless(pattern) and self._plain.branches(schema) for pattern, schema in patterns)
+        are_free = self._is_whole and all(
+            is_endless(pattern) and self._plain.branches(schema) for pattern, schema in patterns
+        )
         for start in (None,) if are_free else KEY_STARTS:
             pairs: list[tuple[Symbol, Any]] = []
             for inside, schema in groups:

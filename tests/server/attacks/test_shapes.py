@@ -1,5 +1,5 @@
-"""A09: shapes that are dear to compile or to follow. Each ends in an answer or in a 400 that names it, within the limits;
-the request beside them is bit for bit what it is alone."""
+"""A09: shapes that are dear to compile or to follow. Each ends in an answer or in a 400 that names it, within the
+limits; the request beside them is bit for bit what it is alone."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from quire.llm import AsyncLLM
 from tests.server.conftest import PATIENCE_S, start
-
 
 BOMBS: dict[str, dict[str, Any]] = {
     "backtracking": {"regex": "(a+)+b"},

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.middleware.cors import CORSMiddleware
@@ -18,6 +18,7 @@ from quire.server.http.context import MODEL, Api, Pages, ServerContext
 from quire.server.http.cors import EXPOSED, Cors
 from quire.server.http.jobs import Jobs
 from quire.server.http.keys import KeyRequired, caller_name
+from quire.server.http.library import Library, LocalModels
 from quire.server.http.limits import Limits
 from quire.server.http.middleware import EarlyRefusal, ForeignPages, QueueGuard, RejectAmbiguousFraming
 from quire.server.http.models import Model, Models
@@ -64,6 +65,7 @@ def create_app(
     limits: Limits = DEFAULT_LIMITS,
     cors: Cors = NO_PAGES,
     store: Store | None = None,
+    local_models: LocalModels | None = None,
     pages: Pages = NO_VIEW,
 ) -> Starlette:
     """An ASGI application. The caller keeps the engine and shuts it down.
@@ -83,41 +85,60 @@ def create_app(
         share_prefix_cache: requests with different keys may find each other's prefixes.
         cors: which pages in a browser may use it.
         store: keeps responses, conversations, files and batches; the server closes it. None: nothing is kept.
+        local_models: which an operator may fetch and remove; None: nothing is.
         pages: its own ones.
 
     Raises: ConfigurationError: no name, or an empty key.
     """
-    stand_ins = frozenset[str]().union(*(api.stand_ins for api in apis))
     models = engine if isinstance(engine, Models) else Models([_model(engine, served_model_name, model_names)])
-    names = tuple(name for model in models for name in model.names)
     api_keys = _weighted(api_key)
     may_guess = share_prefix_cache and len(api_keys) > 1
     app = _routed(apis, pages, metrics_prefix)
-    context = ServerContext(
-        models=models,
-        model=models.only,
-        apis=tuple(apis),
-        served_names=names,
-        accepted_names=stand_ins.union(*(model.accepted for model in models)),
-        places=Shares(limits.requests.value),
+    app.state.context = context = _context(
+        models,
+        apis,
+        limits,
+        observability,
+        api_keys,
         show_cached_tokens=not may_guess if show_cached_tokens is None else show_cached_tokens,
-        limits=limits,
-        bodies=Bodies(limits, models),
-        needs_key=bool(api_keys),
-        has_admin_key=observability.admin_api_key is not None,
-        opens_metrics=observability.opens_metrics,
-        weights={caller_name(key): weight for key, weight in api_keys.items()},
         shares_prefix_cache=share_prefix_cache,
         store=store,
-        jobs=Jobs(limits.batch_lines_at_once.value),
+        library=Library(local_models),
     )
-    app.state.context = context.with_parts(stand_ins)
     app.state.welcome = partial(_welcome, context, observability)
     _surround(app, list(api_keys), observability, cors, pages)
     for model in models:
         if model.engine is not None:
             app.state.welcome(model, model.engine)
     return app
+
+
+def _context(
+    models: Models,
+    apis: Sequence[Api],
+    limits: Limits,
+    observability: Observability,
+    api_keys: Mapping[str, int],
+    **settings: Any,
+) -> ServerContext:
+    stand_ins = frozenset[str]().union(*(api.stand_ins for api in apis))
+    context = ServerContext(
+        models=models,
+        model=models.only,
+        apis=tuple(apis),
+        served_names=tuple(name for model in models for name in model.names),
+        accepted_names=stand_ins.union(*(model.accepted for model in models)),
+        places=Shares(limits.requests.value),
+        limits=limits,
+        bodies=Bodies(limits, models),
+        needs_key=bool(api_keys),
+        has_admin_key=observability.admin_api_key is not None,
+        opens_metrics=observability.opens_metrics,
+        weights={caller_name(key): weight for key, weight in api_keys.items()},
+        jobs=Jobs(limits.batch_lines_at_once.value),
+        **settings,
+    )
+    return context.with_parts(stand_ins)
 
 
 def _model(engine: "AsyncEngine", served: str | Sequence[str], others: Sequence[str]) -> Model:

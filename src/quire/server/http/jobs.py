@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Coroutine
 from typing import Any
 from weakref import WeakValueDictionary
@@ -50,6 +51,11 @@ class Jobs:
     def subject(self, name: str) -> object:
         """What one works on; None once it has ended."""
         return self._subjects.get(name)
+
+    def kinds(self) -> dict[str, int]:
+        """How many there are of each kind: the first word of their names."""
+        found = Counter(name.removeprefix(RESUMABLE).partition(" ")[0] for name in self._tasks)
+        return {"batch": 0, "response": 0, **found}
 
     async def cancel(self, name: str) -> None:
         """End one, and wait until it has. One that is unknown has ended."""

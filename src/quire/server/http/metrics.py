@@ -58,22 +58,50 @@ def metrics_of(models: Models, own: Callable[[Sequence[Metric]], Sequence[Metric
 
 
 class RequestCounts:
-    """Requests that were answered: by the API that they were of, by status, and by model where they chose one."""
+    """Requests that were answered: by the API that they were of, by status, and by model where they chose one; and
+    lines of batches."""
 
     def __init__(self) -> None:
         self._found: Counter[tuple[str, str, str]] = Counter()
+        self._lines = {"completed": 0, "failed": 0}
 
     def count(self, door: str, status: int | None, model: Model | None = None) -> None:
         """One more; without a status its client left before the answer."""
         self._found[door, str(status or 499), "" if model is None else model.name] += 1
 
+    def count_line(self, *, is_good: bool) -> None:
+        """One more line of a batch has its result."""
+        self._lines["completed" if is_good else "failed"] += 1
+
     def metrics(self) -> list[Metric]:
         """So far."""
         text = "Requests answered, by API and status."
-        return [
+        requests = [
             Metric(f"{OWN_PREFIX}http_requests_total", "counter", count, help=text, labels=_labels(*key))
             for key, count in sorted(self._found.items())
         ]
+        text = "Lines of batches that have their results."
+        return requests + [
+            Metric(f"{OWN_PREFIX}batch_lines_total", "counter", count, help=text, labels=(("status", status),))
+            for status, count in self._lines.items()
+        ]
+
+
+def stored_metrics(kinds: Mapping[str, int], num_bytes: int | None) -> list[Metric]:
+    """Of what goes on without a connection, and of what is kept.
+
+    Args:
+        kinds: how many jobs there are of each kind.
+        num_bytes: that the store holds; None: there is none.
+    """
+    text = "Batches and responses in the background that are worked on."
+    found = [
+        Metric(f"{OWN_PREFIX}background_jobs", "gauge", count, help=text, labels=(("kind", kind),))
+        for kind, count in sorted(kinds.items())
+    ]
+    if num_bytes is not None:
+        found.append(Metric(f"{OWN_PREFIX}store_bytes", "gauge", num_bytes, help="Bytes that the store holds."))
+    return found
 
 
 def _labels(door: str, status: str, model: str) -> tuple[tuple[str, str], ...]:

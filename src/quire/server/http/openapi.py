@@ -101,10 +101,15 @@ def errors(*statuses: int, error: str = "Error") -> dict[str, Any]:
 
 
 def post(
-    name: str, summary: str, *, events: str = "", media: str = "text/event-stream", error: str = "Error"
+    name: str,
+    summary: str,
+    *more: int,
+    events: str = "",
+    media: str = "text/event-stream",
+    error: str = "Error",
 ) -> dict[str, Any]:
     """A route that reads a body `NAMERequest` and answers with a `NAMEResponse`, or with a stream of events, which
-    `events` tells of."""
+    `events` tells of. `more` are statuses that others do not have."""
     content = _content(ref(f"{name}Response"))
     if events:
         event = {"type": "object", "properties": {"data": STRING}, "required": ["data"], "description": events}
@@ -115,7 +120,7 @@ def post(
         "requestBody": {"required": True, "content": _content(ref(f"{name}Request"))},
         "responses": {
             "200": {"description": "Done.", "content": content},
-            **errors(*sorted(_ERRORS.keys() - {403, 507}), error=error),
+            **errors(*sorted({*(_ERRORS.keys() - {403, 507}), *more}), error=error),
         },
     }
 

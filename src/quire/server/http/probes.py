@@ -24,7 +24,7 @@ from quire.errors import ModelNotFoundError
 from quire.server.http.context import ServerContext
 from quire.server.http.errors import ApiError
 from quire.server.http.keys import is_admin
-from quire.server.http.metrics import CONTENT_TYPE, metrics_of, render_metrics
+from quire.server.http.metrics import CONTENT_TYPE, metrics_of, render_metrics, stored_metrics
 from quire.server.http.openapi import document
 from quire.server.http.root import index
 
@@ -70,7 +70,10 @@ async def metrics(request: Request) -> Response:
         raise ApiError(403, text, code="admin_only")
     prefix = request.app.state.metrics_prefix
     own = next((api.metrics[prefix] for api in context.apis if prefix in api.metrics), None)
-    shown = metrics_of(context.models, own) + (context.counts.metrics() if own is None else [])
+    shown = metrics_of(context.models, own)
+    if own is None:
+        stored = None if context.store is None else context.store.num_bytes
+        shown += context.counts.metrics() + stored_metrics(context.jobs.kinds(), stored)
     name = "" if context.model is None else context.served_names[0]
     content = render_metrics(shown, name, prefix if own is None else "")
     return Response(content, media_type=CONTENT_TYPE)

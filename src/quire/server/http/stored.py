@@ -99,6 +99,10 @@ class Page(NamedTuple):
 class Store(Protocol):
     """Keeps objects. Every method raises `ApiError`: 507 where there is no room, 503 where the store cannot be used."""
 
+    @property
+    def num_bytes(self) -> int:
+        """That it holds, when it was last written."""
+
     async def write(self, *changes: Change) -> None:
         """Make all of these changes, or none. Past a `limit` of theirs its error is raised."""
 

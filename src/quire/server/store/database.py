@@ -67,7 +67,7 @@ class SqliteStore:
         self._connection: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None
         """Which file that is open."""
-        self._swept_s = 0.0
+        self._swept_s, self._num_bytes = 0.0, 0
         self._thread = ThreadPoolExecutor(1, "quire-store")
         try:
             with suppress(ApiError):  # one that is damaged is said where it is asked for
@@ -77,6 +77,11 @@ class SqliteStore:
             raise
 
     # What doors call.
+
+    @property
+    def num_bytes(self) -> int:
+        """That it holds, when it was last written."""
+        return self._num_bytes
 
     async def write(self, *changes: Change) -> None:
         """Make all of these changes, or none."""
@@ -187,6 +192,7 @@ class SqliteStore:
                 connection.close()
                 raise
             self._connection, self._file = connection, self._found_file()
+            self._num_bytes = self._held_bytes(connection)
         return self._connection
 
     def _found_file(self) -> tuple[int, int] | None:
@@ -226,6 +232,7 @@ class SqliteStore:
                 for change in changes:
                     self._apply(connection, change)
                 connection.execute("COMMIT")
+                self._num_bytes = self._held_bytes(connection)
                 return
             except BaseException as error:
                 with suppress(sqlite3.Error):  # SQLite may have done so itself
@@ -287,6 +294,9 @@ class SqliteStore:
     def _free_bytes(self, connection: sqlite3.Connection) -> int:
         pages, free = (connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("page_count", "freelist_count"))
         return int((self._most_pages - pages + free) * PAGE_BYTES)
+
+    def _held_bytes(self, connection: sqlite3.Connection) -> int:
+        return self._most_pages * PAGE_BYTES - self._free_bytes(connection)
 
     def _refusal(self, error: sqlite3.Error) -> ApiError:
         logger.error("the store: %s", ascii(str(error))[:200])

@@ -194,12 +194,29 @@ class OllamaShowBody(msgspec.Struct, kw_only=True):
 class OllamaPullBody(msgspec.Struct, kw_only=True):
     """POST /api/pull."""
 
-    model: Annotated[str, Field("a served name: there is nothing to do; others are refused")]
+    model: Annotated[
+        str, Field("a served name: there is nothing to do; or `ID[:revision]` of the hub, which an operator may fetch")
+    ]
     stream: Annotated[bool, Field("in lines")] = True
-    refused: Annotated[dict[str, Any], Flattened({"insecure": Refused("nothing is fetched", (False,))})]
+    refused: Annotated[dict[str, Any], Flattened({"insecure": Refused("the hub's certificate is checked", (False,))})]
+
+
+class OllamaDeleteBody(msgspec.Struct, kw_only=True):
+    """DELETE /api/delete."""
+
+    model: Annotated[str, Field("one that is not served, or a name that was copied")]
+
+
+class OllamaCopyBody(msgspec.Struct, kw_only=True):
+    """POST /api/copy."""
+
+    source: Annotated[str, Field("a served name")]
+    destination: Annotated[str, Field("a further name for it, until the server stops")]
 
 
 CHAT = RequestSchema(OllamaChatBody)
 GENERATE = RequestSchema(OllamaGenerateBody)
 SHOW = RequestSchema(OllamaShowBody)
 PULL = RequestSchema(OllamaPullBody)
+DELETE = RequestSchema(OllamaDeleteBody)
+COPY = RequestSchema(OllamaCopyBody)

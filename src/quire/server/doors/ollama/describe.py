@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from quire.server.doors.ollama.bodies import CHAT, GENERATE, PULL, SHOW
+from quire.server.doors.ollama.bodies import CHAT, COPY, DELETE, GENERATE, PULL, SHOW
 from quire.server.http.limits import Limits
 from quire.server.http.openapi import INTEGER, get, open_object, post, ref
 from quire.server.http.schema import STRING, RequestSchema, Schema, array
@@ -19,12 +19,16 @@ def describe(limits: Limits) -> tuple[dict[str, Any], dict[str, Schema]]:
         "OllamaGenerate": GENERATE,
         "OllamaShow": SHOW,
         "OllamaPull": PULL,
+        "OllamaDelete": DELETE,
+        "OllamaCopy": COPY,
     }
     paths = {
         "/api/chat": {"post": _post("OllamaChat", "Go on with a conversation.", EVENTS)},
         "/api/generate": {"post": _post("OllamaGenerate", "Answer a prompt.", EVENTS)},
         "/api/show": {"post": _post("OllamaShow", "One model.")},
-        "/api/pull": {"post": _post("OllamaPull", "Nothing is to be done for what is served.", "Lines of JSON.")},
+        "/api/pull": {"post": _post("OllamaPull", "Fetch a model to the server's machine.", "Lines of JSON.", 403)},
+        "/api/delete": {"delete": _empty("OllamaDelete", "Remove a model that is not served, or a copied name.")},
+        "/api/copy": {"post": _empty("OllamaCopy", "Give a served model a further name.")},
         "/api/tags": {"get": get("listOllamaModels", "What is served.", ref("OllamaModels"), error=ERROR)},
         "/api/ps": {"get": get("listOllamaRunning", "What is loaded.", ref("OllamaModels"), error=ERROR)},
         "/api/version": {"get": get("ollamaVersion", "Quire's.", open_object({"version": STRING}), error=ERROR)},
@@ -36,8 +40,14 @@ def describe(limits: Limits) -> tuple[dict[str, Any], dict[str, Schema]]:
     return paths, {**schemas, **_answers()}
 
 
-def _post(name: str, summary: str, events: str = "") -> dict[str, Any]:
-    return post(name, summary, events=events, media=NDJSON, error=ERROR)
+def _post(name: str, summary: str, events: str = "", *more: int) -> dict[str, Any]:
+    return post(name, summary, *more, events=events, media=NDJSON, error=ERROR)
+
+
+def _empty(name: str, summary: str) -> dict[str, Any]:
+    found = _post(name, summary, "", 403)
+    found["responses"]["200"] = {"description": "Done."}
+    return found
 
 
 def _answers() -> dict[str, Schema]:

@@ -1,21 +1,17 @@
-"""What Ollama's API tells of the model that is served, and why it does nothing about others."""
+"""What Ollama's API tells of the models that are served, and what it does nothing about."""
 
-from collections.abc import AsyncGenerator
 from datetime import UTC, datetime
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import quire
-from quire.errors import ModelNotFoundError
 from quire.server.answers.capabilities import capabilities_of
-from quire.server.doors.ollama.bodies import PULL, SHOW
-from quire.server.doors.ollama.respond import resolve, serving
-from quire.server.http.context import ServerContext, new_id
+from quire.server.doors.ollama.bodies import SHOW
+from quire.server.doors.ollama.respond import serving
+from quire.server.http.context import ServerContext
 from quire.server.http.errors import ApiError
-from quire.server.http.streams import Framing, deliver
 
 Body = dict[str, Any]
 FOR_EVER = "9999-12-31T23:59:59Z"
@@ -23,8 +19,6 @@ FOR_EVER = "9999-12-31T23:59:59Z"
 REFUSED = {
     "/api/create": "models are made by `quire build`, not by a server",
     "/api/push": "models are not sent anywhere",
-    "/api/copy": "names are given when the server starts, by --served-model-name",
-    "/api/delete": "the model of a running server stays",
     "/api/embed": "this version makes no vectors",
     "/api/embeddings": "this version makes no vectors",
     "/api/blobs/{digest}": "models are made by `quire build`, not by a server",
@@ -35,7 +29,7 @@ REFUSED = {
 async def list_models(request: Request) -> Response:
     """The models that are there, under each of their names."""
     context: ServerContext = request.app.state.context
-    return JSONResponse({"models": [_card(part, name) for name, part in context.shown()]})
+    return JSONResponse({"models": [_card(part, name) for name, part in _shown(context)]})
 
 
 async def list_running(request: Request) -> Response:
@@ -43,7 +37,7 @@ async def list_running(request: Request) -> Response:
     context: ServerContext = request.app.state.context
     found = [
         {**_card(part, name), "expires_at": FOR_EVER, "size_vram": 0, "context_length": part.engine.max_model_len}
-        for name, part in context.shown()
+        for name, part in _shown(context)
     ]
     return JSONResponse({"models": found})
 
@@ -74,32 +68,6 @@ async def show(request: Request) -> Response:
     return JSONResponse(content)
 
 
-class _Pulled:
-    """Of a model that is there."""
-
-    headers = staticmethod(dict[str, str])
-
-    async def whole(self) -> bytes:
-        return msgspec.json.encode({"status": "success"})
-
-    async def events(self) -> AsyncGenerator[Body, None]:
-        yield {"status": "pulling manifest"}
-        yield {"status": "success"}
-
-
-async def pull(request: Request, framing: Framing) -> Response:
-    """Nothing is to be done for what is served; a server fetches nothing else."""
-    context: ServerContext = request.app.state.context
-    body = await context.bodies.read(request, lambda raw: PULL.read(raw, context.limits))
-    with context.gate.inside(new_id("pull")):
-        try:
-            resolve(context, body.model)
-        except ModelNotFoundError as error:
-            text = f"{error.message}; a server fetches no models: start another with `quire serve`"
-            raise ModelNotFoundError(text, param="model") from error
-        return await deliver(request, _Pulled(), framing if body.stream else None)
-
-
 async def refuse(request: Request) -> Response:
     """A route that is known and not honoured.
 
@@ -109,6 +77,13 @@ async def refuse(request: Request) -> Response:
     path = request.scope["path"]
     reason = REFUSED[path if path in REFUSED else "/api/blobs/{digest}"]
     raise ApiError(400, f"{path[:64]} is not supported: {reason}", code="unsupported_route")
+
+
+def _shown(context: ServerContext) -> list[tuple[str, ServerContext]]:
+    """With names that were copied."""
+    found = context.shown()
+    copied = [(name, part) for name, of in context.library.aliases.items() for known, part in found if known == of]
+    return [*found, *copied]
 
 
 def _card(context: ServerContext, name: str) -> Body:

@@ -31,23 +31,27 @@ def resolve(context: ServerContext, name: str) -> str:
     Raises:
         ModelNotFoundError: it is not served here.
     """
-    context.resolve_name(_ours(context, name))
+    context.resolve_name(ours(context, name))
     return name
 
 
-def _ours(context: ServerContext, name: str) -> str:
-    return name if name in context.accepted_names else name.removesuffix(":latest")
+def ours(context: ServerContext, name: str) -> str:
+    """A name without Ollama's tag, and the one that it was copied from."""
+    if name in context.accepted_names:
+        return name
+    bare = name.removesuffix(":latest")
+    return context.library.aliases.get(bare, bare)
 
 
 def serving(context: ServerContext, name: str, scope: Scope) -> ServerContext:
     """What serves the model of a request: see `ServerContext.of_model`."""
-    return context.of_model(_ours(context, name), scope)
+    return context.of_model(ours(context, name), scope)
 
 
 def defaults_of(context: ServerContext, body: Body) -> SamplingParams:
     """See `ServerContext.defaults_of`."""
     name = body.get("model")
-    return context.defaults_of({"model": _ours(context, name)} if isinstance(name, str) else {})
+    return context.defaults_of({"model": ours(context, name)} if isinstance(name, str) else {})
 
 
 class OllamaAnswer(SingleAnswer):

@@ -170,6 +170,7 @@ class Runner:
             changes.append(self._changed())
         await self._write(*changes)
         self._done[place][number] = len(result.content)
+        self._context.counts.count_line(is_good=result.is_good)
 
     async def _write(self, *changes: Change) -> None:
         """Make the changes, when the store takes them again."""
