@@ -299,11 +299,13 @@ def test_a_step_can_be_read_with_the_keyboard_and_batches_beside_it(served: Runn
         "import('/ui/views.js').then((v) => v.batchEnds([[0, 1, 2], [0, 1, 5], [0, 6, 7], [0, 6.5, 6.6]]))"
     )
     assert ends == [5, 5, 7, 7]
-    assert "no row" in page.inner_text("#schedule-summary"), "four rows, and eight requests"
 
 
-def test_preemptions_are_drawn_apart(page: Any) -> None:
+def test_reasons_are_counted_and_preemptions_drawn_apart(page: Any) -> None:
     page.click("#tab-schedule")
+    page.evaluate("window.quire.steps = [[7, 0, [], [[2, 'no_row'], [3, 'preempted']]], [8, 0, [], [[2, 'no_row']]]]")
+    page.evaluate("dispatchEvent(new Event('resize'))")
+    page.wait_for_function("document.getElementById('schedule-summary').textContent.includes('no row 2, preempted 1')")
     page.evaluate("""import('/ui/views.js').then((views) => { window.drawn = views.drawSchedule(document.getElementById(
         'schedule-canvas'), {steps: [[7, 0, [[1, 5, false]], [[2, 'preempted'], [3, 'no_blocks']]]]}, null) })""")
     assert page.evaluate("window.drawn.preempted") == 1
