@@ -8,7 +8,7 @@
 
 namespace quire {
 
-// int8 and e4m3 are those of a cache alone: a number for each item, a scale for each position.
+// int8 is of a cache alone, a number for each item and a scale for each position; e4m3 of a cache, or of panels.
 enum class Storage { bfloat16, float16, float32, int8, e4m3 };
 enum class Activation { silu, gelu, gelu_tanh, relu };
 
@@ -24,7 +24,8 @@ constexpr int64_t kTile = 16;   // positions in a tile of keys
 
 // The order in which `linear` reads a weight [out, in]. Padding, in both directions, is zero.
 //
-//   panels  [ceil(out / 64)][in][64 outputs]
+//   panels  [ceil(out / 64)][in][64 outputs]; of e4m3 [ceil(out / 64)][groups of inputs] of [64 scales][inputs][64 outputs], with
+//           scales of float32
 //   tiles   [ceil(out / 32)][ceil(in / 32)][2 tiles][16 pairs of inputs][16 outputs][2 inputs], bfloat16 only:
 //           a tile is 1 KB, the right-hand side of one AMX instruction
 //   integers  [ceil(out / 32)][groups of inputs] of [32 scales][32 minima][quads of inputs][32 outputs][4 inputs, in the
@@ -46,7 +47,7 @@ struct Panels {
     bool gated;
     // of integers
     int64_t bits = 0;    // 8 or 4
-    int64_t group = 0;   // inputs in a group
+    int64_t group = 0;   // inputs in a group, of e4m3 too
     int32_t qmax = 0;  // the largest integer of an input
     bool half_scales = false;  // scales and minima are float16
     bool minima = false;       // groups have them
@@ -78,7 +79,7 @@ struct Panels {
     int64_t bytes_each() const {
         if (layout == Layout::integers) return panel_bytes();
         const int64_t depth = layout == Layout::tiles ? (in + kTileDepth - 1) / kTileDepth * kTileDepth : in;
-        return width() * depth * bytes_of(storage);
+        return width() * (depth * bytes_of(storage) + (storage == Storage::e4m3 ? groups() * int64_t{sizeof(float)} : 0));
     }
 };
 
@@ -242,7 +243,7 @@ struct QuantizeArgs {
     int64_t in;
     Storage storage;  // of the weight
     int64_t group_size;  // inputs that share a scale; `in` or more is a whole row
-    bool four_bits;
+    bool four_bits, e4m3;
 
     int64_t groups() const { return in == 0 ? 0 : (in + group_size - 1) / group_size; }
     bool whole() const { return !four_bits && group_size >= in; }

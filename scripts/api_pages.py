@@ -20,7 +20,13 @@ from quire.server.doors.ollama import bodies as ollama
 from quire.server.doors.openai import bodies
 from quire.server.doors.openai.batches.routes import BATCH
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT, TOKENIZE_TEXT
-from quire.server.doors.openai.responses.bodies import CONVERSATION, CONVERSATION_ITEMS, CONVERSATION_UPDATE, RESPONSE
+from quire.server.doors.openai.responses.bodies import (
+    CONVERSATION,
+    CONVERSATION_ITEMS,
+    CONVERSATION_UPDATE,
+    INPUT_TOKENS,
+    RESPONSE,
+)
 from quire.server.doors.tgi.bodies import GENERATE, PARAMETERS, TOKENIZE
 from quire.server.http import limits
 from quire.server.http.limits import MAX_TIMEOUT_SECONDS, Limit, Limits
@@ -37,6 +43,7 @@ PAGES: dict[str, Schemas] = {
         "tokenize ": TOKENIZE_CHAT,
         "detokenize": DETOKENIZE,
         "responses": RESPONSE,
+        "input_tokens": INPUT_TOKENS,
         "conversations": CONVERSATION,
         "conversations ": CONVERSATION_UPDATE,
         "conversations' items": CONVERSATION_ITEMS,

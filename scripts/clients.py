@@ -1,6 +1,6 @@
 """What other people's clients make of `quire serve`, each unchanged: structured output and tools, over four APIs.
 
-    python scripts/clients.py [--quire PYTHON] [--node FOLDER] [--url URL] [--only WORD]
+    python scripts/clients.py [--quire PYTHON] [--node FOLDER] [--url URL] [--only WORD] [--json FILE]
 
 Run it with a Python that has the clients (`pip install openai instructor 'pydantic-ai-slim[openai]' langchain-openai
 anthropic ollama huggingface_hub langchain-huggingface`; `text-generation` needs an older huggingface_hub, in an
@@ -8,7 +8,8 @@ environment of its own, and so do the newest of openai, pydantic-ai and langchai
 PYTHON is one that has Quire, and FOLDER one where `npm install ai @ai-sdk/openai-compatible zod ollama
 @anthropic-ai/sdk` was done. A client that is not there is left out, and said. The embedded model answers, whose words
 mean little: what is checked is that each answer arrives in the form that was asked for. Exit code: 1 where one did
-not.
+not. FILE (`scripts/clients.json`, from which docs/guide/compatibility.md is made) takes the outcome of each that was
+run, and keeps those of others.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -408,10 +410,12 @@ def main() -> int:
     parser.add_argument("--node", metavar="FOLDER", type=Path)
     parser.add_argument("--url", help="of a server that runs, with /v1")
     parser.add_argument("--only", metavar="WORD", default="", help="cases whose line holds it")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="note outcomes there")
     options = parser.parse_args()
     if options.node is not None:
         os.environ["QUIRE_CLIENTS_NODE"] = str(options.node.resolve())
     failed = 0
+    outcomes = json.loads(options.json.read_text("utf-8")) if options.json and options.json.exists() else {}
     with contextmanager(lambda: iter([options.url]))() if options.url else server(options.quire) as url:
         for package, function, call in CASES:
             if options.only not in f"{package} {function}":
@@ -422,7 +426,11 @@ def main() -> int:
                 continue
             works, shown = attempt(call, url)
             failed += not works
+            ended = "passes" if works else "fails"
+            outcomes[f"{package} {known}: {function}"] = f"{ended}, {datetime.now(UTC):%Y-%m-%d}"
             print(f"{'works ' if works else 'FAILED'}  {package} {known}: {function}  {shown}", flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(outcomes, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return 1 if failed else 0
 
 

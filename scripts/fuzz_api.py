@@ -4,7 +4,7 @@ python -m scripts.fuzz_api [--seconds 60] [--requests 2000] [--seed 0]
 
 First schemathesis, in all its phases and modes, against the server's own description, for so many seconds; then so many
 requests of a corpus of our own: every field with values that parsers get wrong, bodies cut and flipped, odd methods,
-paths and headers. Prints the requests counted by status. Exit 1 when something was found.
+paths and headers, every route of every door. Prints the requests counted by status. Exit 1 when something was found.
 """
 
 import argparse
@@ -29,7 +29,13 @@ from quire.server.doors.anthropic import bodies as anthropic
 from quire.server.doors.ollama import bodies as ollama
 from quire.server.doors.openai.batches.routes import BATCH
 from quire.server.doors.openai.bodies import CHAT, COMPLETION, DETOKENIZE, TOKENIZE_CHAT
-from quire.server.doors.openai.responses.bodies import CONVERSATION, CONVERSATION_ITEMS, CONVERSATION_UPDATE, RESPONSE
+from quire.server.doors.openai.responses.bodies import (
+    CONVERSATION,
+    CONVERSATION_ITEMS,
+    CONVERSATION_UPDATE,
+    INPUT_TOKENS,
+    RESPONSE,
+)
 from quire.server.doors.tgi.bodies import GENERATE, PARAMETERS
 from quire.server.http.app import create_app
 from quire.server.http.limits import Limits
@@ -54,6 +60,7 @@ ROUTES = {
     "/chat_tokenize": (CHAT, {"messages": HELLO}),
     "/detokenize": (DETOKENIZE, {"tokens": [1, 2, 3]}),
     "/v1/responses": (RESPONSE, {"input": [{"role": "user", "content": "hi"}], "max_output_tokens": 2}),
+    "/v1/responses/input_tokens": (INPUT_TOKENS, {"input": [{"role": "user", "content": "hi"}], "model": MODEL}),
     "/v1/conversations": (CONVERSATION, {"items": [{"role": "user", "content": "hi"}]}),
     "/v1/conversations/conv_2": (CONVERSATION_UPDATE, {"metadata": {"a": "2"}}),
     "/v1/conversations/conv_2/items": (CONVERSATION_ITEMS, {"items": [{"role": "user", "content": "hi"}]}),
@@ -64,15 +71,16 @@ ROUTES = {
     "/api/generate": (ollama.GENERATE, {"model": MODEL, "prompt": "a b", "options": {"num_predict": 2}}),
     "/api/show": (ollama.SHOW, {"model": MODEL}),
     "/api/pull": (ollama.PULL, {"model": MODEL}),
+    "/api/copy": (ollama.COPY, {"source": MODEL, "destination": "2"}),
 }
 FORM = (b'--b\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n--b\r\nContent-Disposition: '
         b'form-data; name="file"; filename="2"\r\n\r\n{"custom_id": "2"}\r\n--b--\r\n')  # fmt: skip
 QUERIES = ("", "?limit=2", "?limit=-1", "?order=up", "?after=x", "?stream=true", "?stream=2", "?starting_after=9")
-KEPT = (
-    *("responses/resp_2", "responses/resp_2/input_items", "conversations/conv_2/items"),
-    *("conversations/conv_2/items/2", "files", "files/file-2", "files/file-2/content"),
-    *("batches", "batches/batch_2", "batches/batch_2/cancel"),
+NAMES = (
+    *("resp_2", "conv_2", "file-2", "batch_2", MODEL, "2", "x" * 300, "%00", "%2e%2e", "..%2f..", "%E2%80%AE", "%FF"),
+    *("sha256:" + "2" * 64, "a%20b", "{id}"),
 )
+"""In the place of what a path names."""
 ATOMS: tuple[Any, ...] = (
     *(None, True, False, "", "x", "1", "\0", "\r\nx: y", "\u202e", "e\u0301" * 300, "<|im_end|>" * 20, " " * 5000),
     *(-(2**63) - 1, -(2**31), -100, -1, -0.0, 0, 1e-300, 0.5, 1, 2, 3, 20, 21, 101, 129, 2**31, 2**53 + 1, 2**63),
@@ -163,7 +171,7 @@ def schemathesis(port: int, seconds: int, seed: int) -> int:
 def one_request(chance: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
     """Method, path, body and headers of the next request."""
     if chance.random() < 0.2:
-        return _of_what_is_kept(chance)
+        return _of_any_route(chance)
     path = chance.choice(list(ROUTES))
     schema, base = ROUTES[path]
     body = dict(base)
@@ -195,15 +203,23 @@ def one_request(chance: random.Random) -> tuple[str, str, bytes, dict[str, str]]
     return method, path, data, headers
 
 
-def _of_what_is_kept(chance: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
-    """A file, whole or not; or what asks for, changes or deletes something that is not there."""
+def _of_any_route(chance: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
+    """A file, whole or not; or any route of any door by its own methods, mostly of something that is not there."""
     headers = {"Authorization": f"Bearer {KEY}"}
     if chance.random() < 0.5:
         place = chance.randrange(len(FORM))
         data = FORM[:place] + chance.randbytes(chance.randint(0, 3)) + FORM[place + chance.randint(0, 9) :]
         return "POST", "/v1/files", data, headers | {"Content-Type": "multipart/form-data; boundary=b"}
-    path = f"/v1/{chance.choice(KEPT)}{chance.choice(QUERIES)}"
-    return chance.choice(["GET", "GET", "DELETE", "POST"]), path, b"", headers
+    door = chance.choice(DOORS)
+    route = chance.choice(door.routes)
+    path = re.sub(r"\{\w+(:path)?\}", lambda _: chance.choice(NAMES), route.path) + chance.choice(QUERIES)
+    method = chance.choice(sorted(route.methods or ()))
+    if door.marker and chance.random() < 0.7:
+        headers[door.marker] = "2023-06-01"
+    if method in ("GET", "HEAD") or chance.random() < 0.3:
+        return method, path, b"", headers
+    body = {chance.choice(("model", "name", "source", "x")): chance.choice(ATOMS)}
+    return method, path, json.dumps(body).encode(), headers | {"Content-Type": "application/json"}
 
 
 def corpus(port: int, count: int, seed: int, findings: list[str]) -> None:

@@ -73,11 +73,13 @@ public:
     }
 
     // The integers and scales of a weight; false where a weight is not finite.
-    bool quantize(nb::handle weight_, const std::string& storage_name, bool four_bits, int64_t group_size,
+    bool quantize(nb::handle weight_, const std::string& storage_name, bool four_bits, bool e4m3, int64_t group_size,
                   nb::handle values_, nb::handle scales_) {
         const Storage storage = storage_or_raise(storage_name);
-        if (storage == Storage::float32) return quantize_items<float>(weight_, storage, four_bits, group_size, values_, scales_);
-        return quantize_items<uint16_t>(weight_, storage, four_bits, group_size, values_, scales_);
+        if (storage == Storage::float32) {
+            return quantize_items<float>(weight_, storage, four_bits, e4m3, group_size, values_, scales_);
+        }
+        return quantize_items<uint16_t>(weight_, storage, four_bits, e4m3, group_size, values_, scales_);
     }
 
     // `values` [out, in] int8, `scales` and `minima` (or None) [out, ceil(in / group)].
@@ -94,6 +96,7 @@ public:
         if (integers.minima) minima.emplace(minima_, "minima", out, groups, integers.half_scales);
         const Bias bias(bias_, out);
         if (integers.bits == 4) require_four_bits(values, integers.minima ? 0 : 8);
+        if (integers.qmax == 0) require_no_nan(values);
         const IntegerWeight weight{values.data(), values.stride(), scales.data, scales.stride,
                                    minima ? minima->data : nullptr, minima ? minima->stride : 0};
         nb::gil_scoped_release unlocked;
@@ -108,12 +111,12 @@ public:
         require(out >= 0 && out < INT32_MAX && in >= 0 && in < INT32_MAX, 
                 "packed weight: out_features or in_features is out of range");
         require(!gated || out % 2 == 0, "packed weight: gated is true, and out_features is odd");
-        const Storage storage = integers_ ? Storage::float32 : storage_or_raise(storage_name);
-        const Layout layout = integers_ ? Layout::integers : layout_of(storage);
-        require_field(layout_name == name_of(layout), "layout", layout_name,
-                      std::string(name_of(layout)) + ", which " + kernels_->name + " reads");
         Integers integers;
         if (integers_) integers = checked_integers(*integers_, in);
+        const Storage storage = integers_ ? integers.storage() : storage_or_raise(storage_name);
+        const Layout layout = integers_ ? integers.layout() : layout_of(storage);
+        require_field(layout_name == name_of(layout), "layout", layout_name,
+                      std::string(name_of(layout)) + ", which " + kernels_->name + " reads");
         const Panels shape = PackedLinear(out, in, storage, layout, integers, gated, {}, {}).panels();
         const Arena::Piece weights = borrowed(weights_, "weights");
         const Arena::Piece bias = bias_.is_none() ? Arena::Piece{} : borrowed(bias_, "bias");
@@ -366,15 +369,15 @@ private:
     }
 
     template <class Item>
-    bool quantize_items(nb::handle weight_, Storage storage, bool four_bits, int64_t group_size, nb::handle values_,
-                        nb::handle scales_) {
+    bool quantize_items(nb::handle weight_, Storage storage, bool four_bits, bool e4m3, int64_t group_size,
+                        nb::handle values_, nb::handle scales_) {
         Array<Item, 2> weight(weight_, "weight");
         Array<int8_t, 2> values(values_, "values", true);
         Floats2 scales(scales_, "scales", true);
         const int64_t out = weight.size(0), in = weight.size(1);
         require(group_size == 32 || group_size == 64 || group_size == 128 || (!four_bits && (group_size == in || group_size == 16)),
                 "quantize: group_size is not one of 32, 64, 128, and of 8 bits 16 or all inputs");
-        const QuantizeArgs args{in, storage, group_size, four_bits};
+        const QuantizeArgs args{in, storage, group_size, four_bits, e4m3};
         require(values.size(0) == out && values.size(1) == in, "quantize: values has the wrong shape");
         require(scales.size(0) == out && scales.size(1) == args.groups(), "quantize: scales has the wrong shape");
         QuantizeJob job{args, kernels_, &pool_, out, weight.data(), weight.stride() * int64_t{sizeof(Item)},
@@ -442,7 +445,9 @@ NB_MODULE(_native, module) {
         .def_prop_ro("reads_amx_bf16", &PackedLinear::reads_amx_bf16, "whether its inputs may have the layout amx_bf16")
         .def_prop_ro("bytes", &PackedLinear::bytes)
         .def_ro("gated", &PackedLinear::gated)
-        .def_prop_ro("dtype", [](const PackedLinear& packed) { return name_of(packed.storage); })
+        .def_prop_ro("dtype", [](const PackedLinear& packed) {
+            return name_of(packed.integers.bits == 0 ? packed.storage : Storage::float32);
+        })
         .def_prop_ro("layout", [](const PackedLinear& packed) { return name_of(packed.layout); })
         .def_prop_ro("integers", [](const PackedLinear& packed) {
             const Integers& of = packed.integers;

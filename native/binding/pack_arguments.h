@@ -109,14 +109,27 @@ inline void require_four_bits(const Array<int8_t, 2>& values, int zero) {
 // (bits, inputs in a group, the largest integer of an input, bytes of a scale, whether there are minima)
 using IntegersTuple = std::tuple<int, int64_t, int, int, bool>;
 
+inline void require_no_nan(const Array<int8_t, 2>& e4m3) {
+    bool any = false;
+    for (int64_t row = 0; row < e4m3.size(0); ++row) {
+        const int8_t* const at = e4m3.data() + row * e4m3.stride();
+        for (int64_t i = 0; i < e4m3.size(1); ++i) any |= (at[i] & 0x7f) == 0x7f;
+    }
+    require(!any, "pack: a number of e4m3 is NaN");
+}
+
 inline bool is_block(int64_t group) { return group == 16 || group == 32 || group == 64 || group == 128; }
 
 inline Integers checked_integers(const IntegersTuple& stated, int64_t in) {
     const auto& [bits, group, qmax, scale_bytes, minima] = stated;
     require(bits == 4 || bits == 8, "pack: integers have 4 or 8 bits");
     const bool whole = bits == 8 && group == in;
+    if (qmax == 0) {
+        require(bits == 8 && is_block(group) && scale_bytes == 4 && !minima, "pack: no such weights of e4m3");
+        return {bits, group, qmax, false, false};
+    }
     require(is_block(group) || (whole && !minima), "pack: no such size of groups");
-    require(qmax == 127 || qmax == 32639, "pack: the qmax of inputs is 127 or 32639");
+    require(qmax == 127 || qmax == 32639, "pack: the qmax of inputs is 127 or 32639, or 0 for e4m3");
     require(qmax == 32639 || (!minima && (bits == 4 || whole)), "pack: such groups take inputs of 16 bits");
     require(scale_bytes == 2 || scale_bytes == 4, "pack: scales have 2 or 4 bytes");
     require(in < kMaxIntegerInputs, "pack: more inputs than a sum of 32 bits can hold");

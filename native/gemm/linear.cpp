@@ -14,6 +14,20 @@ void embed_panels(void* context, int64_t item, int) {
     for (int64_t i = 0; i < in; ++i) args.y[item * in + i] = to_float(row[i * kPanel]) * args.scale;
 }
 
+void embed_e4m3(void* context, int64_t item, int) {
+    const EmbedArgs& args = *static_cast<const EmbedArgs*>(context);
+    const Panels& table = args.table;
+    const int64_t id = args.ids[item], column = id % kPanel;
+    const uint8_t* at = static_cast<const uint8_t*>(table.data) + id / kPanel * table.bytes_each();
+    for (int64_t first = 0; first < table.in; first += table.group) {
+        const float scale = reinterpret_cast<const float*>(at)[column];
+        at += kPanel * sizeof(float);
+        for (int64_t i = first; i < smaller(first + table.group, table.in); ++i, at += kPanel) {
+            args.y[item * table.in + i] = to_float(E4M3{at[column]}) * scale * args.scale;
+        }
+    }
+}
+
 void embed_tiles(void* context, int64_t item, int) {
     const EmbedArgs& args = *static_cast<const EmbedArgs*>(context);
     constexpr int64_t tile_items = kTileSide * kTileDepth, chunk_items = kTilePanel * kTileDepth;
@@ -51,6 +65,7 @@ void embed_integers(void* context, int64_t item, int) {
 Work embed_of(const Panels& table) {
     if (table.layout == Layout::integers) return embed_integers;
     if (table.layout == Layout::tiles) return embed_tiles;
+    if (table.storage == Storage::e4m3) return embed_e4m3;
     return table.storage == Storage::bfloat16  ? embed_panels<BFloat16>
            : table.storage == Storage::float16 ? embed_panels<Float16>
                                                : embed_panels<float>;

@@ -154,7 +154,22 @@ struct IntegerRow {
     const char *scales, *minima;
 };
 
+void fill_e4m3(const IntegerRow* rows, const Panels& shape, uint8_t* to) {
+    const char* at[kPanel];
+    for (int64_t group = 0; group < shape.groups(); ++group) {
+        const int64_t first = group * shape.group, inputs = std::min(shape.group, shape.in - first);
+        for (int64_t column = 0; column < kPanel; ++column) {
+            const IntegerRow& row = rows[column];
+            at[column] = row.values == nullptr ? nullptr : reinterpret_cast<const char*>(row.values) + first;
+            if (row.values != nullptr) std::memcpy(to + column * 4, row.scales + group * 4, 4);
+        }
+        fill_panel<uint8_t>(at, inputs, to + kPanel * 4);
+        to += kPanel * (4 + inputs);
+    }
+}
+
 void fill_integers(const IntegerRow* rows, const Panels& shape, uint8_t* to) {
+    if (shape.storage == Storage::e4m3) return fill_e4m3(rows, shape, to);
     const int8_t* at[kTilePanel];
     const int64_t bytes = shape.scale_bytes();
     for (int64_t group = 0; group < shape.groups(); ++group, to += shape.group_bytes()) {
@@ -175,9 +190,9 @@ void fill_integers(const IntegerRow* rows, const Panels& shape, uint8_t* to) {
 struct Workspace {
     Workspace(const WeightRows& weight, const Panels& shape, const QuantizeArgs& rounding)
         : rows_bytes(weight.memory == nullptr ? whole_lines(shape.width() * weight.row_bytes()) : 0) {
-        if (shape.layout != Layout::integers) return;
-        values_bytes = whole_lines(kTilePanel * weight.in);
-        scales_bytes = whole_lines(kTilePanel * rounding.groups() * int64_t{sizeof(float)});
+        if (shape.bits == 0) return;
+        values_bytes = whole_lines(shape.width() * weight.in);
+        scales_bytes = whole_lines(shape.width() * rounding.groups() * int64_t{sizeof(float)});
         rounding_bytes = static_cast<int64_t>(rounding.scratch_bytes());
     }
     static int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -205,15 +220,15 @@ Packed pack_panel(const Job& job, int64_t panel, char* memory) {
     void* const to = job.data + panel * shape.bytes_each();
     if (shape.layout == Layout::tiles) {
         fill_tiles(rows, shape.in, to);
-    } else if (shape.layout == Layout::panels) {
+    } else if (shape.bits == 0) {
         (bytes_of(shape.storage) == 2 ? fill_panel<uint16_t> : fill_panel<uint32_t>)(rows, shape.in, to);
     } else {
         char* const behind = memory + job.workspace.rows_bytes;
         int8_t* const integers = reinterpret_cast<int8_t*>(behind);
         float* const factors = reinterpret_cast<float*>(behind + job.workspace.values_bytes);
         void* const scratch = behind + job.workspace.values_bytes + job.workspace.scales_bytes;
-        IntegerRow rounded[kTilePanel] = {};
-        for (int64_t column = 0; column < kTilePanel; ++column) {
+        IntegerRow rounded[kPanel] = {};
+        for (int64_t column = 0; column < shape.width(); ++column) {
             if (rows[column] == nullptr) continue;
             int8_t* const value = integers + column * shape.in;
             float* const scale = factors + column * job.rounding.groups();
@@ -244,20 +259,20 @@ struct IntegerJob {
 void pack_integer_panel(void* context, int64_t panel, int) {
     const IntegerJob& job = *static_cast<const IntegerJob*>(context);
     const IntegerWeight& weight = job.weight;
-    IntegerRow rows[kTilePanel] = {};
-    for (int64_t column = 0; column < kTilePanel; ++column) {
+    IntegerRow rows[kPanel] = {};
+    for (int64_t column = 0; column < job.shape.width(); ++column) {
         const int64_t row = job.shape.source(panel, column);
         if (row < 0) continue;
         rows[column] = {weight.values + row * weight.stride, weight.scales + row * weight.scales_stride,
                         weight.minima == nullptr ? nullptr : weight.minima + row * weight.minima_stride};
     }
-    fill_integers(rows, job.shape, job.data + panel * job.shape.panel_bytes());
+    fill_integers(rows, job.shape, job.data + panel * job.shape.bytes_each());
 }
 
 }  // namespace
 
 Packed pack_rows(const WeightRows& weight, const Panels& shape, void* data, const Kernels& kernels, ThreadPool& pool) {
-    const QuantizeArgs rounding{weight.in, weight.storage, shape.group, shape.bits == 4};
+    const QuantizeArgs rounding{weight.in, weight.storage, shape.group, shape.bits == 4, shape.storage == Storage::e4m3};
     const int64_t step = panels_per_item(shape, pool.threads());
     Job job{weight, shape, static_cast<char*>(data), kernels, pool, rounding, {weight, shape, rounding}, step};
     if (shape.panels() > 0) pool.reserve(job.workspace.bytes());

@@ -40,13 +40,13 @@ PackedLinear::PackedLinear(const WeightRows& weight, const float* bias, Layout l
 
 PackedLinear::PackedLinear(const WeightRows& weight, const float* bias, const Integers& integers, bool gated,
                            const Kernels& kernels, ThreadPool& pool, Arena& arena)
-    : PackedLinear(weight.out, weight.in, Storage::float32, Layout::integers, integers, gated, bias, arena) {
+    : PackedLinear(weight.out, weight.in, integers.storage(), integers.layout(), integers, gated, bias, arena) {
     fill(weight, kernels, pool);
 }
 
 PackedLinear::PackedLinear(const IntegerWeight& weight, int64_t out, int64_t in, const float* bias,
                            const Integers& integers, bool gated, ThreadPool& pool, Arena& arena)
-    : PackedLinear(out, in, Storage::float32, Layout::integers, integers, gated, bias, arena) {
+    : PackedLinear(out, in, integers.storage(), integers.layout(), integers, gated, bias, arena) {
     pack_integers(weight, panels(), weights_.data, pool);
 }
 

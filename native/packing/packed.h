@@ -12,7 +12,7 @@
 namespace quire {
 
 inline const char* name_of(Storage storage) {
-    static const char* const names[] = {"bfloat16", "float16", "float32"};
+    static const char* const names[] = {"bfloat16", "float16", "float32", "int8", "fp8"};
     return names[static_cast<int>(storage)];
 }
 
@@ -35,11 +35,14 @@ inline std::optional<Storage> cache_storage_named(const std::string& name) {
     return storage_named(name);
 }
 
-// How a weight of integers is made; bits 0: it is none.
+// How a weight of small numbers is made; bits 0: it is none.
 struct Integers {
     int64_t bits = 0, group = 0;
-    int32_t qmax = 0;  // the largest integer of an input
+    int32_t qmax = 0;  // the largest integer of an input; 0: inputs stay as they are, and weights are e4m3
     bool half_scales = false, minima = false;
+
+    Storage storage() const { return qmax == 0 ? Storage::e4m3 : Storage::float32; }
+    Layout layout() const { return qmax == 0 ? Layout::panels : Layout::integers; }
 };
 
 class PackedLinear {
@@ -57,7 +60,7 @@ public:
     PackedLinear(int64_t out, int64_t in, Storage storage, Layout layout, const Integers& integers, bool gated,
                  Arena::Piece weights, Arena::Piece bias);
 
-    // QuantizedWeight of src/quire/ops/types.py.
+    // QuantizedWeight of src/quire/ops/types.py; values of e4m3 as their bits.
     PackedLinear(const IntegerWeight& weight, int64_t out, int64_t in, const float* bias, const Integers& integers,
                  bool gated, ThreadPool& pool, Arena& arena);
 
@@ -96,7 +99,7 @@ private:
     void fill(const WeightRows& weight, const Kernels& kernels, ThreadPool& pool);
     // A group of 8 bits that is a whole row is padded.
     int64_t padded_group() const {
-        if (integers.bits != 8 || integers.group != in) return integers.group;
+        if (layout != Layout::integers || integers.bits != 8 || integers.group != in) return integers.group;
         return in == 0 ? 64 : (in + 63) / 64 * 64;
     }
 

@@ -74,14 +74,20 @@ Range range_of(const float* x, int64_t padded) {
     return {fold<Max>(most), -fold<Max>(-least), finite};
 }
 
-void eight_bits(const float* x, int64_t padded, const Range& range, int8_t* values, float* scale) {
-    const float largest = range.most > -range.least ? range.most : -range.least;
+void eight_bits(const float* x, int64_t padded, bool e4m3, const Range& range, int8_t* values, float* scale) {
+    const float largest = range.most > -range.least ? range.most : -range.least, qmax = e4m3 ? 448.0f : 127.0f;
     const bool none = largest < kSmallest;
-    *scale = none ? 0.0f : largest / 127.0f;
+    *scale = none ? 0.0f : largest / qmax;
     const Wide inverse = wide(none ? 0.0f : 1.0f / *scale);
-    const Wide limit = wide(127.0f);
+    const Wide limit = wide(qmax);
     for (int64_t i = 0; i < padded; i += kWide) {
-        store_bytes(at_most(at_least(rounded(load_wide(x + i) * inverse), -limit), limit), values + i);
+        const Wide v = load_wide(x + i) * inverse, within = at_most(at_least(e4m3 ? v : rounded(v), -limit), limit);
+        if (!e4m3) {
+            store_bytes(within, values + i);
+            continue;
+        }
+        E4M3* const numbers = reinterpret_cast<E4M3*>(values + i);
+        for (int lane = 0; lane < kWide; ++lane) round_to(within[lane], numbers + lane);
     }
 }
 
@@ -144,11 +150,11 @@ bool quantize_row(const QuantizeArgs& args, const void* weight, int8_t* values, 
     const Range range = range_of(x, padded);
     if (!range.finite) return false;
     if (args.whole()) {
-        eight_bits(x, padded, range, bytes, scales);
+        eight_bits(x, padded, args.e4m3, range, bytes, scales);
     } else if (!args.four_bits) {
         for (int64_t first = 0; first < padded; first += args.group_size) {
             const Range of_group = range_of(x + first, args.group_size);
-            eight_bits(x + first, args.group_size, of_group, bytes + first, scales + first / args.group_size);
+            eight_bits(x + first, args.group_size, args.e4m3, of_group, bytes + first, scales + first / args.group_size);
         }
     } else {
         const auto round_group = args.group_size == 32 ? group<2> : args.group_size == 64 ? group<4> : group<8>;

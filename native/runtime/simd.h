@@ -155,6 +155,10 @@ static inline float to_float(Float16 x) {
     return y;
 }
 
+static inline float to_float(E4M3 x) {
+    return to_float(Float16{static_cast<uint16_t>((x.bits & 0x80u) << 8 | (x.bits & 0x7fu) << 7)}) * 0x1p8f;
+}
+
 static inline void round_to(float x, float* y) { *y = x; }
 
 // to nearest, ties to even; a NaN stays a NaN

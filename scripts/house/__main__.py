@@ -17,7 +17,7 @@ from scripts.house.size import check_size
 from scripts.house.tree import ROOT, Report
 from scripts.house.words import check_words
 
-GENERATED = ("api_pages", "reference_pages")
+GENERATED = ("api_pages", "compatibility_page", "reference_pages")
 """Modules of scripts that write pages of docs/ from the code."""
 LINTED = [name for name in ("src", "tests", "scripts", "examples", "benchmarks") if (ROOT / name).is_dir()]
 

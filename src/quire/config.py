@@ -48,7 +48,7 @@ class EngineArgs:
     """Storage of weights, and of the cache unless `kv_cache_dtype` says otherwise: auto (the model's own; bfloat16 of
     GGUF's blocks), bfloat16, float16, float32 (computes exactly)."""
     quantization: str | None = None
-    """Quantise the weights while they are loaded: int8 (W8A16), int8_w8a8, int4 (W4A16), fp8 (W8A8; CUDA only).
+    """Quantise the weights while they are loaded: int8 (W8A16), int8_w8a8, int4 (W4A16), fp8 (CUDA: W8A8; CPU: W8A16).
     `dtype` is then that of the cache and of weights which are not quantised."""
     quantization_group_size: int | None = None
     """Weights of a row that share a scale with int4, or on the CPU int8: 32, 64 or 128; None is 64, and the row."""

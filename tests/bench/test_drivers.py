@@ -1,5 +1,6 @@
 """The drivers of other engines: transformers' against its own `generate`, the server's against Quire's own server."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,9 @@ import pytest
 
 from quire import LLM, SamplingParams
 from quire.bench.drivers.drive import starter
-from quire.bench.peers import DRIVERS
+from quire.bench.peers import DRIVERS, Peer, PeerError
+from quire.bench.workloads import Item
+from quire.cli.compare_engines import Given, spec, unfit
 from quire.llm import AsyncLLM
 from tests.server.conftest import Running, start
 from tests.tiny.checkpoints import make_tiny
@@ -106,3 +109,60 @@ def test_quires_own_driver_answers_as_an_llm_does(tiny: Path) -> None:
         outputs = llm.generate(prompts, params, use_tqdm=False)
     assert ran["token_ids"] == [output.outputs[0].token_ids for output in outputs]
     assert all(0 < wait <= ran["elapsed_s"] for wait in ran["ttfts_s"])
+
+
+LLAMA_SERVER = """#!{python}
+import json, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if "--version" in sys.argv:
+    sys.exit(print("version: 1234 (0c1e570)", file=sys.stderr))
+print("llama_kv_cache:        CPU KV buffer size =    12.50 MiB", file=sys.stderr, flush=True)
+print("flags", json.dumps(flags), file=sys.stderr, flush=True)
+begun, bad = time.monotonic(), {bad!r}
+class Answers(BaseHTTPRequestHandler):
+    def log_message(self, *words): pass
+    def do_GET(self): self.answer(200, {{"data": [{{"id": "m"}}]}})
+    def answer(self, status, body):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if time.monotonic() - begun < 0.5:
+            return self.answer(503, {{"error": {{"message": "Loading model"}}}})
+        count = body["max_tokens"] - bad * (body["max_tokens"] > 1)
+        self.send_response(200)
+        self.end_headers()
+        for _ in range(count):
+            self.wfile.write(b'data: {{"choices": [{{"text": "a"}}]}}\\n\\n')
+        usage = json.dumps({{"choices": [], "usage": {{"completion_tokens": count}}}})
+        self.wfile.write(f"data: {{usage}}\\n\\ndata: [DONE]\\n\\n".encode())
+ThreadingHTTPServer(("127.0.0.1", int(flags["--port"])), Answers).serve_forever()
+"""
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_llama_cpp_is_started_and_asked(tmp_path: Path, bad: int) -> None:
+    """A script in llama-server's place, which loads for half a second; a real one writes the same line of its cache."""
+    binary = tmp_path / "llama-server"
+    binary.write_text(LLAMA_SERVER.format(python=sys.executable, bad=bad))
+    binary.chmod(0o755)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    given = Given(python={"llama.cpp": str(binary)}, files={"llama.cpp": str(tmp_path / "m.gguf")})
+    common = settings(tmp_path, max_model_len=512, max_num_seqs=64, most_requests=32)
+    assert unfit("llama.cpp", common, given) is None
+    with Peer(spec("llama.cpp", common, given)) as peer:
+        peer.start(30.0)
+        command = str(peer.facts.settings["command"])
+        assert f"{binary} -m {tmp_path}/m.gguf -t 1 -tb 1 -np 8 -c 4096 --port " in command, (
+            "8 of 512 tokens fit in 4 MiB"
+        )
+        assert peer.facts.versions == {"llama.cpp": "version: 1234 (0c1e570)"}
+        assert peer.facts.kv_bytes == int(12.5 * 2**20)
+        items = [Item([1, 2], 3), Item([4], 5)]
+        if bad:
+            with pytest.raises(PeerError, match="an output has 2 tokens where 3 were asked for"):
+                peer.run(items, 30.0)
+        else:
+            assert peer.run(items, 30.0).output_lens == [3, 5]

@@ -60,7 +60,7 @@ def engine(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "engine"))
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int8_w8a8", "int4"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int8_w8a8", "int4", "fp8"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "olmo2"])
 def test_an_engine_gives_the_bits_of_its_checkpoint(tmp_path: Path, family: str, quantization: str | None) -> None:
     """Norms with an offset, learned positions, biases, tied and own heads among them."""
@@ -247,7 +247,7 @@ def test_another_layout_is_refused_and_a_shared_one_runs(
 BAD = [
     (["--target", "cpu-z80"], "target must be auto or one of cpu-baseline"),
     (["--quantization-group-size", "32"], "quantization_group_size is for quantization 'int4'"),
-    (["--quantization", "fp8"], "fp8"),
+    (["--quantization", "fp8", "--quantization-group-size", "32"], "quantization_group_size is for"),
 ]
 
 

@@ -42,6 +42,7 @@ def test_quire_beside_its_server(tiny: Path, tmp_path: Path, capsys: pytest.Capt
         assert one["runs"] == 2 and one["over_weights_bytes"] == one["peak_bytes"] - found["weight_bytes"]
     quire, server = (next(one for one in found["engines"] if one["name"] == name) for name in ("quire", "quire-server"))
     assert server["facts"]["is_client"] and not quire["facts"]["is_client"]
+    assert server["facts"]["kv_bytes"] == 8 << 20 and server["facts"]["versions"]["quire-server"].startswith("quire ")
     assert quire["facts"]["kv_bytes"] == 8 << 20 and quire["facts"]["settings"]["max_num_seqs"] == 4
     assert {"weights", "outputs", "KV cache", "requests", "quire"} <= {one["point"] for one in found["fairness"]}
     assert ET.parse(picture).getroot().tag == "{http://www.w3.org/2000/svg}svg"

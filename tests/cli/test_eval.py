@@ -148,7 +148,7 @@ def test_a_text_with_bos_has_it_before_every_context(tiny: Path, text: Path, tmp
         (["--quantization", "int8_w8a8:64"], "quantization_group_size is for"),
         (["--quantization", "int8,dtpe=float32"], "did you mean 'dtype'"),
         (["--quantization", "int8,core_process=true"], "'core_process'"),
-        (["--quantization", "fp8"], "needs an NVIDIA GPU"),
+        (["--quantization", "fp8:32"], "quantization_group_size is for"),
         (["--context", "513"], "context is 513; the model has 512 positions"),
         (["--context", "64", "--stride", "65"], "stride must be from 1 to 64"),
         (["--tokens", "99"], "too short: 98 tokens would be predicted, and 100 are the least"),

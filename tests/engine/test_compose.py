@@ -223,8 +223,8 @@ def test_a_core_in_its_own_process_ends_where_the_text_side_cannot_be_built(
     held: list[SupervisedChannel] = []  # so that it is closed, and not collected, if it ends
 
     class Held(SupervisedChannel):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, *arguments: Any, **named: Any) -> None:
+            super().__init__(*arguments, **named)
             held.append(self)
 
     monkeypatch.setattr(supervisor, "SupervisedChannel", Held)
@@ -243,12 +243,12 @@ def test_a_core_that_follows_has_room_for_what_the_first_allowed(
     started: list[Any] = []
 
     class Channel:
-        def __init__(self, spawn: Any, timeout_s: float) -> None:
+        def __init__(self, spawn: Any, timeout_s: float, label: str) -> None:
             spawn(None)
             spawn(CoreInfo(40, 100, (), ""))
 
     monkeypatch.setattr(supervisor, "SupervisedChannel", Channel)
     monkeypatch.setattr(core_process, "CoreProcess", lambda start, niceness: started.append(start))
-    _start_core(EngineArgs(model=str(tiny_model), core_process=True), tiny_model)
+    _start_core(EngineArgs(model=str(tiny_model), core_process=True), tiny_model, None)
     assert [start.args.max_model_len for start in started] == [None, 40]
     assert [start.args.core_process for start in started] == [False, False]

@@ -199,7 +199,7 @@ def test_restart_without_a_seed_gives_the_same(tiny_model: Path) -> None:
     assert run(tiny_model, items, seed=1) != first
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int8_w8a8", "int4"])
+@pytest.mark.parametrize("quantization", ["int8", "int8_w8a8", "int4", "fp8"])
 def test_quantised_weights_obey_the_same_law(tiny_model: Path, quantization: str) -> None:
     items = cases()[::2]
     alone = [run(tiny_model, [item], quantization=quantization)[0] for item in items]

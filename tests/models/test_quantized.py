@@ -18,8 +18,8 @@ from quire.ops.cpu import CpuOps
 from quire.ops.quantize_reference import quantize
 from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
-from quire.ops.types import HALF_SCALES, Ops, QuantizedFormat, QuantizedWeight, QuantSpec
-from quire.quant.select import check_scheme, select_scheme
+from quire.ops.types import BLOCK_FORMATS, E4M3_FORMATS, Ops, QuantizedFormat, QuantizedWeight, QuantSpec
+from quire.quant.select import scheme_for, select_scheme
 from quire.quant.types import Scheme, bits_per_weight, joined, quantized_bytes
 from quire.text.tokenizer import Tokenizer
 from quire.weights.load import load_model
@@ -33,14 +33,14 @@ LARGEST_KL = {
     "gpt2": {"int8": 1.5e-3, "int8_w8a8": 3e-3, "int4": 0.22},
     "olmo2": {"int8": 7e-4, "int8_w8a8": 1.2e-3, "int4": 0.15},
 }
-ON_CPU = [name for name in QUANTIZATIONS if name in CpuOps.formats]
-ROUNDED: tuple[QuantizedFormat, ...] = ("int4", "int8_groups")
+ON_CPU = {name: scheme_for(select_scheme(name, None), CpuOps(1, instruction_sets()[0])) for name in QUANTIZATIONS}
+ROUNDED: tuple[QuantizedFormat, ...] = ("int4", "int8_groups", "fp8_groups")
 QUANTS = [
     QuantSpec("int8", None),
     QuantSpec("int8_w8a8", None),
     *(QuantSpec(name, size) for name in ROUNDED for size in GROUP_SIZES),
 ]
-EMBEDDED_KL = {"int8": 1e-4, "int8_w8a8": 5e-4, "int4": 6e-3}
+EMBEDDED_KL = {"int8": 1e-4, "int8_w8a8": 5e-4, "int4": 6e-3, "fp8": 6e-3}
 
 
 def mean_kl(reference: Any, other: Any) -> float:
@@ -69,7 +69,7 @@ def test_the_divergence_from_the_model_is_that_of_the_format(family: str, ops: O
     directory = tiny(family)
     tokens = np.random.default_rng(0).integers(0, 320, 100).tolist()
     exact = logits(directory, ops, None, tokens, [100])
-    found = {name: mean_kl(exact, logits(directory, ops, select_scheme(name, None), tokens, [100])) for name in ON_CPU}
+    found = {name: mean_kl(exact, logits(directory, ops, one, tokens, [100])) for name, one in ON_CPU.items()}
     assert {name for name, bound in LARGEST_KL[family].items() if not 0 < found[name] <= bound} == set()
     assert found["int8"] < found["int8_w8a8"] < found["int4"]
 
@@ -91,7 +91,7 @@ def test_the_embedded_model_is_hardly_changed(ops: Ops) -> None:
                               for exact, tokens in zip(expected, answers, strict=True)]))  # fmt: skip
 
     expected = [logits(directory, ops, None, tokens, [len(tokens)]) for tokens in answers]
-    found = {name: divergence(select_scheme(name, None)) for name in ON_CPU}
+    found = {name: divergence(scheme) for name, scheme in ON_CPU.items()}
     assert {name for name, bound in EMBEDDED_KL.items() if not 0 < found[name] <= bound} == set(), found
     assert divergence(select_scheme("int4", 32)) < divergence(select_scheme("int4", 128))
 
@@ -101,10 +101,10 @@ def test_the_embedded_model_is_hardly_changed(ops: Ops) -> None:
 def test_every_provider_computes_the_same_model(name: str, family: str, tiny: Tiny) -> None:
     """Roundings near a tie may fall otherwise where sums run in another order; so may what follows, a little."""
     tokens = np.random.default_rng(1).integers(0, 320, 40).tolist()
-    expected = logits(tiny(family), ReferenceOps(np), select_scheme(name, None), tokens, [40])
+    expected = logits(tiny(family), ReferenceOps(np), ON_CPU[name], tokens, [40])
     tolerance = 2e-2 if name == "int8_w8a8" else 5e-4
     for isa in instruction_sets():
-        ours = logits(tiny(family), CpuOps(2, isa), select_scheme(name, None), tokens, [40])
+        ours = logits(tiny(family), CpuOps(2, isa), ON_CPU[name], tokens, [40])
         assert np.abs(ours - expected).max() <= tolerance * np.abs(expected).max()
 
 
@@ -112,7 +112,7 @@ def test_every_provider_computes_the_same_model(name: str, family: str, tiny: Ti
 @pytest.mark.parametrize("family", ["llama-3.1", "gemma2"])
 def test_chunks_and_threads_change_nothing(name: str, family: str, ops: Ops, tiny: Tiny) -> None:
     tokens = np.random.default_rng(2).integers(0, 320, 90).tolist()
-    scheme = select_scheme(name, None)
+    scheme = ON_CPU[name]
     whole = logits(tiny(family), ops, scheme, tokens, [90])
     assert np.array_equal(logits(tiny(family), ops, scheme, tokens, [1, 40, 7, 16, 1, 25]), whole)
     assert np.array_equal(logits(tiny(family), CpuOps(5, instruction_sets()[-1]), scheme, tokens, [64, 26]), whole)
@@ -145,7 +145,7 @@ def test_weight_bytes_are_what_is_packed(
             packed.append(result.bytes)
             return result
 
-    model = load_model(directory, Counting(1, instruction_sets()[-1]), scheme=select_scheme(name, None))
+    model = load_model(directory, Counting(1, instruction_sets()[-1]), scheme=ON_CPU[name])
     assert sum(packed) + 4 * vectors == model.weight_bytes
 
 
@@ -199,14 +199,25 @@ def test_channels_of_large_inputs_harm_inputs_of_eight_bits_and_not_those_of_six
     assert divergence("int8_w8a8", ops) > 4 * divergence("int8", ops)
 
 
-def test_fp8_is_as_near_to_the_model_as_its_three_bits_and_the_cpu_refuses_it(ops: Ops, tiny: Tiny) -> None:
+def test_fp8_is_as_near_to_the_model_as_its_three_bits_and_its_inputs_allow(ops: Ops, tiny: Tiny) -> None:
+    """Where inputs are not e4m3 too, as on the CPU, nearer."""
     tokens, reference = np.random.default_rng(3).integers(0, 320, 60).tolist(), ReferenceOps(np)
     exact = logits(tiny("qwen3"), reference, None, tokens, [60])
     found = mean_kl(exact, logits(tiny("qwen3"), reference, select_scheme("fp8", None), tokens, [60]))
     assert 0 < found < 2 * LARGEST_KL["qwen3"]["int4"]
-    check_scheme(select_scheme("fp8", None), reference)
-    with pytest.raises(ConfigurationError, match=r"'fp8' needs .* cpu .* has int8, int8_w8a8, int4$"):
-        check_scheme(select_scheme("fp8", None), ops)
+    assert 0 < mean_kl(exact, logits(tiny("qwen3"), ops, ON_CPU["fp8"], tokens, [60])) < found
+
+
+def test_the_scheme_is_the_one_that_the_device_multiplies() -> None:
+    class WithoutFp8(ReferenceOps):
+        formats = tuple(name for name in ReferenceOps.formats if name not in E4M3_FORMATS)
+
+    fp8 = select_scheme("fp8", None)
+    assert scheme_for(fp8, ReferenceOps(np)) == fp8 and scheme_for(None, WithoutFp8(np)) is None
+    assert ON_CPU["fp8"] == Scheme("fp8", QuantSpec("fp8_groups", 128), QuantSpec("int8", None))
+    assert all(ON_CPU[name] == select_scheme(name, None) for name in ("int8", "int8_w8a8", "int4"))
+    with pytest.raises(ConfigurationError, match=r"'fp8' needs .* reference .* has int8, int8_w8a8, int4$"):
+        scheme_for(fp8, WithoutFp8(np))
 
 
 @pytest.mark.parametrize("inputs", [64, 96, 100, 1])
@@ -215,12 +226,13 @@ def test_bytes_of_a_rounded_weight_are_those_of_its_numbers_and_scales(quant: Qu
     """The last group of a row has its scale too, and room for all of its numbers."""
     weight = quantize(np.ones((5, inputs), np.float32), quant)
     bits = 4 if quant.format == "int4" else 8
-    numbers = 5 * inputs if quant.group_size is None else weight.scales.size * quant.group_size * bits // 8
+    is_padded = quant.group_size is not None and quant.format != "fp8_groups"
+    numbers = weight.scales.size * (quant.group_size or 0) * bits // 8 if is_padded else 5 * inputs
     assert quantized_bytes(quant, 5, inputs) == numbers + weight.scales.nbytes
 
 
 def test_bits_of_a_weight_count_the_scales_of_groups() -> None:
-    assert [bits_per_weight(one) for one in QUANTS] == ["8", "8", "5", "4.5", "4.25", "9", "8.5", "8.25"]
+    assert [bits_per_weight(one) for one in QUANTS] == ["8", "8", "5", "4.5", "4.25", *["9", "8.5", "8.25"] * 2]
     assert bits_per_weight(QuantSpec("int4_min", 32, half_scales=True)) == "5"
     assert bits_per_weight(QuantSpec("int8_min", 16)) == "12"
     assert quantized_bytes(QuantSpec("int8_min", 16), 3, 20) == 3 * 2 * (16 + 8)
@@ -266,12 +278,12 @@ def test_groups_of_eight_bits_survive_large_channels() -> None:
 
 def test_groups_of_eight_bits_are_refused_by_name_where_there_are_none() -> None:
     class WithoutBlocks(ReferenceOps):
-        formats = tuple(name for name in ReferenceOps.formats if name not in HALF_SCALES)
+        formats = tuple(name for name in ReferenceOps.formats if name not in BLOCK_FORMATS)
 
     with pytest.raises(ConfigurationError, match="in groups needs the CPU") as caught:
-        check_scheme(select_scheme("int8", 128), WithoutBlocks(np))
+        scheme_for(select_scheme("int8", 128), WithoutBlocks(np))
     assert caught.value.field == "quantization_group_size"
-    check_scheme(select_scheme("int8", 128), ReferenceOps(np))
+    scheme_for(select_scheme("int8", 128), ReferenceOps(np))
 
 
 @pytest.mark.parametrize("name", QUANTIZATIONS)

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from quire.ops.packed import ALIGNMENT, PackedHeader, PackedState
-from quire.ops.types import FORMATS, HALF_SCALES, QuantizedFormat, QuantizedWeight, QuantSpec, WeightDtype
+from quire.ops.types import BLOCK_FORMATS, FORMATS, QuantizedFormat, QuantizedWeight, QuantSpec, WeightDtype
 
 DTYPES: dict[WeightDtype, Any] = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 QUANTIZED: list[tuple[QuantizedFormat, int | None]] = [
@@ -29,6 +29,7 @@ QUANTIZED: list[tuple[QuantizedFormat, int | None]] = [
     ("int8_groups", 64),
     ("int4_min", 32),
     ("int8_min", 16),
+    ("fp8_groups", 64),
 ]
 OUT, INPUTS = 70, 173  # neither is a whole number of panels, of groups or of pairs of them
 
@@ -65,7 +66,7 @@ def packed_weights(ops: Any) -> Iterator[tuple[str, Any]]:
         quantized = ops.quantize(weight, QuantSpec(name, size)) if size is None else grouped(ops, weight, name, size)
         yield f"{name} {size} linear", ops.pack_linear(quantized, bias, "float32")
         yield f"{name} {size} gated", ops.pack_gated(quantized, bias, "float32")
-        if size is None or name in HALF_SCALES:
+        if size is None or name in BLOCK_FORMATS:
             yield f"{name} {size} embedding", ops.pack_embedding(quantized, "float32")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from quire.ops.reference import ReferenceOps
 from quire.ops.types import (
-    HALF_SCALES,
+    BLOCK_FORMATS,
     AttentionSpec,
     PenaltyBatch,
     QuantizedFormat,
@@ -152,7 +152,7 @@ def test_gemms_by_the_library_where_rows_need_not_be_independent() -> None:
     assert np.array_equal(numpy(ops.linear(*on_device(x), rounded)), numpy(CUDA.linear(*on_device(x), rounded)))
 
 
-@pytest.mark.parametrize("kind", sorted(HALF_SCALES))
+@pytest.mark.parametrize("kind", sorted(BLOCK_FORMATS))
 def test_formats_of_blocks_are_refused_by_name(kind: QuantizedFormat) -> None:
     """So they are unpacked where they come from a file: `tests/weights/test_gguf_packed.py`."""
     assert kind not in CUDA.formats
@@ -160,7 +160,7 @@ def test_formats_of_blocks_are_refused_by_name(kind: QuantizedFormat) -> None:
         CUDA.pack_linear(random_weight(np.random.default_rng(0), kind, 4, 64, 32), None, "float32")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in HALF_SCALES])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in BLOCK_FORMATS])
 def test_gemms_of_integers(kind: QuantizedFormat) -> None:
     rng = np.random.default_rng(2)
     for group, inputs in ((32, 130), (64, 130), (64, 128), (32, 96)):

@@ -13,10 +13,10 @@ pytest.importorskip("triton")
 from quire.ops.cuda import attention, gemm, rows, sampling
 from quire.ops.cuda.gemm import packed_linear
 from quire.ops.cuda.tiles import GemmShape, default_tiles, keeps_sums, picked, tiles_for
-from quire.ops.types import FORMATS, HALF_SCALES, AttentionBatch, AttentionSpec, SampleBatch
+from quire.ops.types import BLOCK_FORMATS, FORMATS, AttentionBatch, AttentionSpec, SampleBatch
 
 COUNTS = (1, 2, 3, 15, 16, 17, 33, 64, 65, 128, 129, 257, 1000)
-KINDS = [kind for kind in FORMATS if kind not in HALF_SCALES]
+KINDS = [kind for kind in FORMATS if kind not in BLOCK_FORMATS]
 META = torch.device("meta")
 LAUNCHED = {
     attention: ("store_kernel", "attention_kernel", "merge_kernel"),

@@ -75,7 +75,7 @@ def test_integers_of_impossible_size(cpu: CpuOps) -> None:
             cpu._native.pack_integers(values, scales, None, None, (bits, 32, 127, 4, False), False)
     weight = repeated(2**55, zeros(32))
     with pytest.raises(ValueError, match="too large"):
-        cpu._native.quantize(weight, "float32", False, 32, repeated(2**55, np.zeros(32, np.int8)), scales)
+        cpu._native.quantize(weight, "float32", False, False, 32, repeated(2**55, np.zeros(32, np.int8)), scales)
 
 
 def test_rows_of_impossible_number(cpu: CpuOps) -> None:
@@ -90,11 +90,11 @@ def test_rows_of_impossible_number(cpu: CpuOps) -> None:
             cpu._native.linear(x, weight, none, 1.0, 0.0, False)
 
 
-@pytest.mark.parametrize("four_bits", [False, True])
-def test_rows_without_inputs_have_no_scales(cpu: CpuOps, four_bits: bool) -> None:
+@pytest.mark.parametrize("numbers", [(False, False), (True, False), (False, True)])
+def test_rows_without_inputs_have_no_scales(cpu: CpuOps, numbers: tuple[bool, bool]) -> None:
     memory = np.full(6, 7, np.float32)
     scales = memory[2:2].reshape(3, 0)
-    assert cpu._native.quantize(zeros(3, 0), "float32", four_bits, 32, np.zeros((3, 0), np.int8), scales)
+    assert cpu._native.quantize(zeros(3, 0), "float32", *numbers, 32, np.zeros((3, 0), np.int8), scales)
     assert (memory == 7).all()
 
 

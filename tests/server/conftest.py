@@ -18,6 +18,7 @@ from quire.server.http.listen import bind
 from quire.server.http.models import Models
 from quire.server.http.serve import GracefulServer
 from tests.conftest import PATIENCE_S
+from tests.server.client_calls import watched
 from tests.server.fake_engine import FakeEngine
 from tests.tiny.checkpoints import make_tiny
 
@@ -67,6 +68,26 @@ def wait_until(condition: Any) -> bool:
             return True
         time.sleep(0.01)
     return bool(condition())
+
+
+@pytest.fixture(autouse=True)
+def calls_of_clients(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Hold what a test says that it asks of a client against what it asks."""
+    if not any(request.node.iter_markers(name) for name in ("client", "client_refused")):
+        yield
+        return
+    with watched(request.node):
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """A test that says what works with a client may not be skipped."""
+    report = yield
+    marks = (item.get_closest_marker(name) for name in ("client", "client_refused"))
+    if report.skipped and any(mark is not None for mark in marks):
+        report.outcome, report.longrepr = "failed", f"{item.nodeid} says what works with a client, and was skipped"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 """Anthropic's API over an engine that says what a test wants: blocks, conversations as templates get them, refusals,
-keys, a client that leaves."""
+keys."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import pytest
 
 from quire.server.doors.all import DOORS
 from quire.text.parsers.choose import choose
-from tests.server.conftest import MODEL, Running, start, wait_until
+from tests.server.conftest import MODEL, Running, start
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_anthropic_client import connect, without_ids
 from tests.server.test_tool_answers import ANSWERS
@@ -225,16 +225,6 @@ def test_an_error_in_a_stream_is_an_event(telling: Running) -> None:
     with pytest.raises(anthropic.APIStatusError, match="the row broke") as caught:
         list(connect(telling).messages.create(**{**BASE, "system": "fail", "stream": True}))
     assert caught.value.type == "api_error"
-
-
-def test_a_client_that_leaves_ends_its_work(telling: Running) -> None:
-    engine = telling.engine
-    engine.says, before = None, engine.num_aborted
-    engine.released.clear()
-    stream = connect(telling).messages.create(**{**BASE, "max_tokens": 50, "system": "held", "stream": True})
-    next(iter(stream))
-    stream.close()
-    assert wait_until(lambda: engine.num_aborted == before + 1 and engine.num_running == 0)
 
 
 def test_a_key_comes_in_either_header() -> None:

@@ -88,6 +88,7 @@ def without_ids(message: Any) -> Any:
     return found
 
 
+@pytest.mark.client("anthropic", "messages.create")
 def test_a_text(hermes: Running) -> None:
     answer = ask(hermes, temperature=0, max_tokens=5)
     assert (answer.type, answer.role, answer.model) == ("message", "assistant", MODEL)
@@ -98,6 +99,7 @@ def test_a_text(hermes: Running) -> None:
     assert answer.usage.output_tokens == 5 and answer.usage.service_tier == "standard"
 
 
+@pytest.mark.client("anthropic", "messages.create(stream, tools)", "messages.stream(tools)")
 def test_a_stream_equals_the_whole_answer_event_by_event(caller: Running) -> None:
     """The client's own reader puts the stream together; calls in the middle of text among them."""
     kinds: set[str] = set()
@@ -142,6 +144,7 @@ def _check_order(events: list[RawMessageStreamEvent]) -> None:
     assert not kind
 
 
+@pytest.mark.client("anthropic", "messages.create(tools, tool_choice)")
 def test_choices_of_tools(hermes: Running) -> None:
     for seed in range(3):
         some = ask(hermes, seed=seed, tools=TOOLS, tool_choice={"type": "any"}, max_tokens=400)
@@ -168,6 +171,7 @@ def test_a_loop_of_two_turns(hermes: Running) -> None:
     assert again.stop_reason == "max_tokens"
 
 
+@pytest.mark.client("anthropic", "beta.messages.tool_runner(tools, tool_choice)")
 def test_its_runner_of_tools(hermes: Running) -> None:
     cities: list[str] = []
 
@@ -195,11 +199,13 @@ class Person(pydantic.BaseModel):
     mood: Literal["good", "bad"]
 
 
+@pytest.mark.client("anthropic", "messages.parse(output_format)")
 def test_an_answer_is_parsed_into_a_model(hermes: Running) -> None:
     parsed = connect(hermes).messages.parse(model=MODEL, messages=HELLO, max_tokens=400, output_format=Person)
     assert isinstance(parsed.parsed_output, Person)
 
 
+@pytest.mark.client("anthropic", "messages.create(stop_sequences)")
 def test_stop_sequences(real: Running, hermes: Running) -> None:
     text = ask(hermes, temperature=0, max_tokens=20).content[0].text
     stop = text[4:6]
@@ -223,6 +229,7 @@ def test_the_window_ends_an_answer(real: Running, hermes: Running) -> None:
     assert last.stop_reason == "end_turn" or total + used.output_tokens == hermes.engine.max_model_len
 
 
+@pytest.mark.client("anthropic", "messages.create(system)", "messages.count_tokens(system)")
 def test_usage_says_what_the_cache_wrote_and_read(hermes: Running) -> None:
     client, block = connect(hermes), hermes.engine.prefix_block_size
     system: Any = [{"type": "text", "text": "Be brief. " * 20, "cache_control": {"type": "ephemeral", "ttl": "1h"}}]
@@ -237,6 +244,7 @@ def test_usage_says_what_the_cache_wrote_and_read(hermes: Running) -> None:
     assert second.input_tokens + (second.cache_creation_input_tokens or 0) + read == count
 
 
+@pytest.mark.client("anthropic", "messages.count_tokens", "messages.count_tokens(system, tools)")
 def test_tokens_are_counted(hermes: Running) -> None:
     client = connect(hermes)
     few = client.messages.count_tokens(model=MODEL, messages=HELLO)
@@ -247,6 +255,7 @@ def test_tokens_are_counted(hermes: Running) -> None:
     assert more.input_tokens > few.input_tokens + len("Be brief.")
 
 
+@pytest.mark.client("anthropic", "models.list", "models.retrieve")
 def test_models(hermes: Running) -> None:
     client = connect(hermes)
     page = client.models.list()
@@ -264,6 +273,7 @@ def test_models(hermes: Running) -> None:
     assert plain["object"] == "list", "without the header it is OpenAI's"
 
 
+@pytest.mark.client("anthropic", "models.list(limit, before_id)")
 def test_a_page_of_models() -> None:
     from tests.server.fake_engine import FakeEngine
 

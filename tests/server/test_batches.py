@@ -71,6 +71,7 @@ def keyed(running: Running, key: str) -> openai.OpenAI:
 
 
 @pytest.mark.parametrize("endpoint", [CHAT, TEXT, RESPONSES])
+@pytest.mark.client("openai", "batches.create", "batches.retrieve", "batches.list", "files.content")
 def test_a_batch(client: openai.OpenAI, running: Running, endpoint: str) -> None:
     lengths = {"max_output_tokens" if endpoint == RESPONSES else "max_tokens": 3}
     batch = submit(client, [line(f"l{number}", endpoint, seed=number, **lengths) for number in range(5)], endpoint)
@@ -131,6 +132,7 @@ def test_a_file_that_is_no_batch_fails_it(client: openai.OpenAI, lines: list[str
     assert batch.errors.data[0].code == code
 
 
+@pytest.mark.client("openai", "batches.cancel")
 def test_cancel(client: openai.OpenAI, running: Running) -> None:
     batch = submit(client, [line("quick"), *(line(f"held {number}") for number in range(3))])
     assert wait_until(lambda: client.batches.retrieve(batch.id).request_counts.completed == 1)  # type: ignore[union-attr]
@@ -195,6 +197,7 @@ def test_lines_are_the_same_in_pieces_of_any_size(size: int) -> None:
     assert (found, bytes(rest), number) == ([(1, b"one"), (4, b"two three")], b"four", 6)
 
 
+@pytest.mark.client("openai", "files.create", "files.retrieve", "files.list(purpose, limit)", "files.content")
 def test_files(client: openai.OpenAI) -> None:
     content = b"a\r\n--b\r\n" * 70_000
     made = client.files.create(file=("x y.jsonl", content), purpose="batch")

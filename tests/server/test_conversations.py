@@ -37,6 +37,18 @@ def texts(items: Any) -> list[str]:
     return [item.content[0].text for item in items]
 
 
+@pytest.mark.client(
+    "openai",
+    "conversations.create(items, metadata)",
+    "conversations.retrieve",
+    "conversations.update(metadata)",
+    "conversations.delete",
+    "conversations.items.create(items)",
+    "conversations.items.list(limit)",
+    "conversations.items.list(order, after)",
+    "conversations.items.retrieve",
+    "conversations.items.delete",
+)
 def test_a_conversation(client: openai.OpenAI) -> None:
     made = client.conversations.create(items=[message("one")], metadata={"a": "b"})
     Conversation.model_validate(made.to_dict(), strict=True)
@@ -60,6 +72,7 @@ def test_a_conversation(client: openai.OpenAI) -> None:
             call(made.id)
 
 
+@pytest.mark.client("openai", "responses.create(conversation)", "responses.create(conversation, store)")
 def test_responses_go_on_with_it_and_add_to_it(client: openai.OpenAI, running: Running) -> None:
     made = client.conversations.create(items=[message("one")])
     first = client.responses.create(input="two", conversation=made.id, max_output_tokens=3)

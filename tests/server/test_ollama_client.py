@@ -14,7 +14,7 @@ from quire.llm import AsyncLLM
 from quire.server.doors.all import DOORS
 from quire.text.parsers.choose import choose
 from tests.conftest import PATIENCE_S
-from tests.server.conftest import MODEL, Running, start, wait_until
+from tests.server.conftest import MODEL, Running, start
 from tests.server.fake_engine import FakeEngine
 from tests.server.test_tool_answers import ANSWERS
 from tests.server.tool_models import THINKING, make_caller
@@ -82,6 +82,7 @@ def plain(answer: ollama.ChatResponse) -> Any:
     return answer.model_dump(exclude={*TIMES}) | {"message": {**message, "tool_calls": calls or None}}
 
 
+@pytest.mark.client("ollama", "chat(tools, options)", "chat(tools, options, stream)")
 def test_a_stream_equals_the_whole_answer(caller: Running) -> None:
     client, names = connect(caller), []
     for seed in range(4):
@@ -105,6 +106,7 @@ def test_durations_are_those_of_the_engine(caller: Running) -> None:
     assert prompt > 1000 and rest > 1000 and prompt + rest <= total < PATIENCE_S * 1e9
 
 
+@pytest.mark.client("ollama", "chat(format)", "generate(format)")
 def test_an_answer_is_held_to_a_schema(caller: Running) -> None:
     answer = connect(caller).chat(MODEL, HELLO, format=PLACE, options={"num_predict": 400, "seed": 1})
     jsonschema_rs.validator_for(PLACE).validate(json.loads(answer.message.content or ""))
@@ -113,6 +115,7 @@ def test_an_answer_is_held_to_a_schema(caller: Running) -> None:
         assert isinstance(json.loads(some.response or ""), dict)
 
 
+@pytest.mark.client("ollama", "generate(system, options)", "generate(context)", "generate(raw)", "generate(stream)")
 def test_generate_goes_on_from_a_context(caller: Running) -> None:
     """The tokens of both turns: what a chat of them would be, but for the end of the answer between."""
     client, options = connect(caller), {"num_predict": 3, "temperature": 0}
@@ -130,6 +133,7 @@ def test_generate_goes_on_from_a_context(caller: Running) -> None:
     assert parts[-1].context == first.context
 
 
+@pytest.mark.client("ollama", "list", "ps", "show", "pull", "pull(stream)")
 def test_what_is_served(caller: Running) -> None:
     client = connect(caller)
     (card,) = client.list().models
@@ -157,6 +161,7 @@ def test_what_is_served(caller: Running) -> None:
 
 @pytest.mark.parametrize("says", ANSWERS.values(), ids=ANSWERS)
 @pytest.mark.parametrize("think", [None, True, False, "low"])
+@pytest.mark.client("ollama", "chat", "chat(tools, stream)")
 def test_parts_of_answers(telling: Running, says: str, think: Any) -> None:
     telling.engine.says = says
     tools = [*TOOLS, {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]
@@ -172,6 +177,7 @@ def test_parts_of_answers(telling: Running, says: str, think: Any) -> None:
     assert told == ({} if think is None else {"enable_thinking": bool(think), **effort})
 
 
+@pytest.mark.client("ollama", "chat(keep_alive, options)")
 def test_a_conversation_and_its_options(telling: Running) -> None:
     telling.engine.says = None
     call = {"function": {"name": "get_weather", "arguments": {"city": "Oslo"}}}
@@ -292,16 +298,6 @@ def test_errors_of_the_http_side_and_of_streams_have_its_shape(http: httpx.Clien
     assert json.loads(lines[-1]) == {"error": "the row broke"} and json.loads(lines[0])["done"] is False
     with pytest.raises(ollama.ResponseError, match="the row broke"):
         list(connect(telling).chat(MODEL, failing, stream=True))
-
-
-def test_a_client_that_leaves_ends_its_work(http: httpx.Client, telling: Running) -> None:
-    engine = telling.engine
-    before = engine.num_aborted
-    engine.released.clear()
-    body = {**BASE, "messages": [{"role": "user", "content": "held"}], "options": {"num_predict": 50}}
-    with http.stream("POST", "/api/chat", json=body) as response:
-        next(response.iter_lines())
-    assert wait_until(lambda: engine.num_aborted == before + 1 and engine.num_running == 0)
 
 
 def test_a_key_is_needed() -> None:

@@ -38,6 +38,7 @@ def connect(running: Running, **headers: str) -> ollama.Client:
     return ollama.Client(running.url, timeout=PATIENCE_S, headers=headers)
 
 
+@pytest.mark.client("ollama", "pull", "pull(stream)", "delete")
 def test_a_model_is_pulled_and_deleted(running: Running, models: LocalModels) -> None:
     client = connect(running)
     parts = list(client.pull("owner/model:v2", stream=True))
@@ -73,6 +74,7 @@ def test_what_is_served_stays(models: LocalModels) -> None:
     assert directory.exists()
 
 
+@pytest.mark.client("ollama", "copy")
 def test_a_copy_is_a_further_name(running: Running) -> None:
     client = connect(running)
     client.copy(MODEL, "mine:latest")

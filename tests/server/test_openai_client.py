@@ -10,6 +10,7 @@ from tests.server.fake_engine import FakeEngine
 HELLO = [{"role": "user", "content": "hello"}]
 
 
+@pytest.mark.client("openai", "completions.create(max_tokens, seed)")
 def test_completion(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=MODEL, prompt="abc", max_tokens=5, seed=2)
     assert answer.object == "text_completion"
@@ -25,6 +26,7 @@ def test_completion_default_is_sixteen_tokens(client: openai.OpenAI) -> None:
     assert len(client.completions.create(model=MODEL, prompt="abc").choices[0].text) == 16
 
 
+@pytest.mark.client("openai", "completions.create(stream)")
 def test_completion_streamed_is_the_same(client: openai.OpenAI) -> None:
     chunks = list(client.completions.create(model=MODEL, prompt="abc", max_tokens=5, stream=True))
     assert "".join(chunk.choices[0].text for chunk in chunks) == "abcde"
@@ -33,6 +35,7 @@ def test_completion_streamed_is_the_same(client: openai.OpenAI) -> None:
     assert all(chunk.usage is None for chunk in chunks)
 
 
+@pytest.mark.client("openai", "completions.create(n)")
 def test_completion_of_many_prompts_with_n(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=MODEL, prompt=["abc", "xy"], n=2, max_tokens=3)
     assert [(choice.index, choice.text) for choice in answer.choices] == [
@@ -45,6 +48,7 @@ def test_completion_of_many_prompts_with_n(client: openai.OpenAI) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 12)
 
 
+@pytest.mark.client("openai", "completions.create(stream, n, stream_options)")
 def test_completion_of_many_prompts_streamed(client: openai.OpenAI) -> None:
     texts: dict[int, str] = {}
     usage = None
@@ -65,6 +69,7 @@ def test_completion_of_token_ids(client: openai.OpenAI, prompt: list[int]) -> No
     assert answer.choices[0].text == "hiab"
 
 
+@pytest.mark.client("openai", "completions.create(echo, logprobs)")
 def test_completion_echo_and_logprobs(client: openai.OpenAI) -> None:
     answer = client.completions.create(model=MODEL, prompt="xyz", max_tokens=2, echo=True, logprobs=2)
     found = answer.choices[0].logprobs
@@ -98,6 +103,7 @@ def test_completion_streamed_offsets_go_on(client: openai.OpenAI) -> None:
     assert offsets == [0, 1, 2, 3, 4, 5]
 
 
+@pytest.mark.client("openai", "completions.create(stop, logit_bias, top_k, min_p)")
 def test_stop_and_vllm_extras_reach_the_parameters(client: openai.OpenAI, running: Running) -> None:
     extras = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2, "ignore_eos": True, "min_tokens": 1}
     more = {"stop_token_ids": [3], "bad_words": ["no"], "allowed_token_ids": [1, 2], "priority": 4, "cache_salt": "s"}
@@ -120,6 +126,7 @@ def test_temperature_comes_from_the_model_unless_given(client: openai.OpenAI, ru
     assert running.engine.calls[-1]["params"].temperature == 0.9
 
 
+@pytest.mark.client("openai", "chat.completions.create", "chat.completions.create(n)")
 def test_chat(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=HELLO, n=2, max_completion_tokens=3)
     assert answer.object == "chat.completion"
@@ -134,6 +141,7 @@ def test_chat_without_max_tokens_has_no_bound_of_its_own(client: openai.OpenAI, 
     assert running.engine.calls[-1]["params"].max_tokens is None
 
 
+@pytest.mark.client("openai", "chat.completions.create(stream, stream_options)")
 def test_chat_streamed(client: openai.OpenAI) -> None:
     chunks = list(
         client.chat.completions.create(
@@ -150,6 +158,11 @@ def test_chat_streamed(client: openai.OpenAI) -> None:
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+@pytest.mark.client(
+    "openai",
+    "chat.completions.create(logprobs, top_logprobs)",
+    "chat.completions.create(stream, logprobs)",
+)
 def test_chat_logprobs(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2, logprobs=True, top_logprobs=2)
     found = answer.choices[0].logprobs
@@ -193,6 +206,13 @@ def test_prompt_logprobs(client: openai.OpenAI) -> None:
     ]
 
 
+@pytest.mark.client(
+    "openai async",
+    "completions.create(stream)",
+    "chat.completions.create(stream)",
+    "models.list",
+    "models.retrieve",
+)
 async def test_async_client(running: Running) -> None:
     async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
         answer = await client.completions.create(model=MODEL, prompt="abc", max_tokens=3)
@@ -207,6 +227,7 @@ async def test_async_client(running: Running) -> None:
         assert (await client.models.retrieve(MODEL)).id == MODEL
 
 
+@pytest.mark.client("openai", "models.list", "models.retrieve")
 def test_models(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.owned_by, model.object) == (MODEL, "quire", "model")

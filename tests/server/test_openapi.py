@@ -19,7 +19,7 @@ from quire.server.doors.openai.parse import (
     parse_tokenize,
 )
 from quire.server.doors.openai.responses.bodies import CONVERSATION, CONVERSATION_ITEMS, CONVERSATION_UPDATE
-from quire.server.doors.openai.responses.parse import chat_of, parse_response
+from quire.server.doors.openai.responses.parse import chat_of, parse_input, parse_response
 from quire.server.doors.openai.routes import OPENAI
 from quire.server.http.errors import ApiError
 from quire.server.http.limits import Limits
@@ -40,11 +40,17 @@ def _parse_response(body: dict[str, Any]) -> None:
     chat_of(parsed, items, DEFAULTS, LIMITS)
 
 
+def _parse_input(body: dict[str, Any]) -> None:
+    parsed, items = parse_input(body, LIMITS)
+    chat_of(parsed, items, DEFAULTS, LIMITS)
+
+
 BODIES: dict[str, tuple[Any, dict[str, Any]]] = {
     "CompletionRequest": (lambda body: parse_completion(body, DEFAULTS, LIMITS), {"prompt": "x"}),
     "ChatCompletionRequest": (lambda body: parse_chat(body, DEFAULTS, LIMITS), {"messages": MESSAGES}),
     "TokenizeRequest": (lambda body: parse_tokenize(body, LIMITS), {"prompt": "x"}),
     "ResponseRequest": (lambda body: _parse_response(body), {"input": "x"}),
+    "InputTokensRequest": (lambda body: _parse_input(body), {"input": "x"}),
     "ConversationRequest": (lambda body: CONVERSATION.read(body, LIMITS), {}),
     "ConversationUpdateRequest": (lambda body: CONVERSATION_UPDATE.read(body, LIMITS), {"metadata": {}}),
     "ConversationItemsRequest": (lambda body: CONVERSATION_ITEMS.read(body, LIMITS), {"items": [ITEM]}),
@@ -124,7 +130,7 @@ def test_every_route_is_described(http: httpx.Client, running: Running) -> None:
     described = {path.replace("{name}", "{name:path}") for path in found.json()["paths"]}
     assert described <= set(_paths(running.server.config.app))
     posted = {path for path in described if path not in ("/", "/livez", "/readyz", "/health", "/metrics", "/version")}
-    assert len(posted) == 37
+    assert len(posted) == 38
     assert "security" not in found.json()
 
 

@@ -75,6 +75,7 @@ def kinds(events: list[Any]) -> list[str]:
     return [name for number, name in enumerate(names) if not number or name != names[number - 1]]
 
 
+@pytest.mark.client("openai", "responses.create(input, instructions, max_output_tokens)")
 def test_text(client: openai.OpenAI, running: Running) -> None:
     response = valid(client.responses.create(input="hello", instructions="be short", max_output_tokens=5))
     assert response.id.startswith("resp_") and response.output_text == "abcde"
@@ -91,6 +92,7 @@ def test_text(client: openai.OpenAI, running: Running) -> None:
     assert (whole.status, whole.incomplete_details, whole.output[0].type) == ("completed", None, "message")
 
 
+@pytest.mark.client("openai", "responses.create(stream)", "responses.stream")
 def test_events_of_text(client: openai.OpenAI) -> None:
     events = read(client.responses.create(input="hello", stream=True))
     assert kinds(events) == TEXT_EVENTS
@@ -101,6 +103,7 @@ def test_events_of_text(client: openai.OpenAI) -> None:
         assert stream.get_final_response().output_text == text
 
 
+@pytest.mark.client("openai", "responses.create(tools, stream)", "responses.stream(tools)")
 def test_events_of_reasoning_and_calls(client: openai.OpenAI, engine: FakeEngine) -> None:
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Taipei"}}\n</tool_call>'
     engine.says = f"<think>\nwhere?\n</think>\n\nLet me see.\n{call}\n{call}"
@@ -130,6 +133,7 @@ def test_events_of_reasoning_and_calls(client: openai.OpenAI, engine: FakeEngine
     assert parsed.output[2].parsed_arguments == {"city": "Taipei"}  # type: ignore[union-attr]
 
 
+@pytest.mark.client("openai", "responses.create(previous_response_id, tools)")
 def test_the_result_of_a_call_goes_on_from_it(client: openai.OpenAI, engine: FakeEngine) -> None:
     engine.says = (
         '<think>\nhm\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Taipei"}}\n</tool_call>'
@@ -161,6 +165,7 @@ def test_each_turn_stands_after_those_before_it(client: openai.OpenAI, running: 
     assert [message["content"] for message in told] == ["one", "ab", "two", "ab", "three"]
 
 
+@pytest.mark.client("openai", "responses.parse(text_format)")
 def test_parse(client: openai.OpenAI, engine: FakeEngine) -> None:
     class Place(BaseModel):
         city: str
@@ -172,6 +177,14 @@ def test_parse(client: openai.OpenAI, engine: FakeEngine) -> None:
     assert held is not None and "city" in str(held)
 
 
+@pytest.mark.client(
+    "openai",
+    "responses.retrieve",
+    "responses.input_items.list(limit)",
+    "responses.input_items.list(order, after)",
+    "responses.delete",
+    "responses.create(metadata, include)",
+)
 def test_retrieve_input_items_and_delete(client: openai.OpenAI) -> None:
     items: Any = [{"role": "user", "content": f"m{number}"} for number in range(5)]
     made = client.responses.create(
@@ -201,6 +214,7 @@ def test_what_is_not_stored_is_not_found(client: openai.OpenAI) -> None:
         client.responses.retrieve(made.id)
 
 
+@pytest.mark.client("openai", "responses.create(background)")
 def test_background(client: openai.OpenAI, running: Running) -> None:
     made = valid(client.responses.create(input="held", background=True))
     assert made.status == "queued" and made.output == []
@@ -211,6 +225,7 @@ def test_background(client: openai.OpenAI, running: Running) -> None:
     assert valid(client.responses.retrieve(made.id)).output_text == "abcdefghijklmnopqrst"
 
 
+@pytest.mark.client("openai", "responses.create(background, stream)", "responses.retrieve(stream, starting_after)")
 def test_a_background_stream_is_followed_from_any_event(client: openai.OpenAI, running: Running) -> None:
     stream = client.responses.create(input="held", background=True, stream=True)
     seen = [next(stream) for _ in range(5)]
@@ -249,6 +264,7 @@ def test_one_in_the_background_that_the_store_does_not_take(
     assert (found.output_text == "") is (status == "failed") and (found.error is None) is (status == "completed")
 
 
+@pytest.mark.client("openai", "responses.cancel")
 def test_cancel(client: openai.OpenAI, running: Running) -> None:
     made = client.responses.create(input="held", background=True)
     assert wait_until(lambda: running.engine.num_running == 1)
@@ -270,14 +286,7 @@ def test_a_failure_is_said_in_each_way(client: openai.OpenAI) -> None:
     assert wait_until(lambda: client.responses.retrieve(made.id).status == "failed")
 
 
-def test_a_client_that_goes_away_cancels_its_work(client: openai.OpenAI, running: Running) -> None:
-    stream = client.responses.create(input="held", stream=True)
-    next(stream)
-    assert running.engine.num_running == 1
-    stream.close()
-    assert wait_until(lambda: running.engine.num_running == 0)
-
-
+@pytest.mark.client("openai", "responses.create(truncation)")
 def test_truncation_leaves_out_the_oldest(client: openai.OpenAI, running: Running) -> None:
     items: Any = [{"role": "user", "content": letter * 90} for letter in "abcdefgh"]
     with pytest.raises(openai.BadRequestError) as caught:

@@ -99,6 +99,7 @@ def test_an_unknown_model_is_404_with_what_is_served(zoo: Running) -> None:
         ("/v1/completions", {"prompt": "x"}),
         ("/v1/chat/completions", {"messages": HELLO}),
         ("/v1/responses", {"input": "x"}),
+        ("/v1/responses/input_tokens", {"input": "x"}),
         ("/v1/messages", {"messages": HELLO, "max_tokens": 3}),
         ("/v1/messages/count_tokens", {"messages": HELLO}),
         ("/api/chat", {"messages": HELLO}),

@@ -36,6 +36,7 @@ def client(tiny_model: Path) -> Any:
     running.stop()
 
 
+@pytest.mark.client("openai", "chat.completions.parse(response_format)", "chat.completions.stream(response_format)")
 def test_pydantic_models_are_parsed_whole_and_streamed(client: openai.OpenAI) -> None:
     for seed in range(4):
         asked: Any = dict(
@@ -62,6 +63,7 @@ def test_every_name_of_a_shape_holds(client: openai.OpenAI, tiny_model: Path) ->
         ({"response_format": named}, {"json": schema}),
         ({"response_format": {"type": "json_object"}}, {"json_object": True}),
         ({"response_format": {"type": "json_object", "schema": schema}}, {"json": schema}),
+        ({"response_format": {"type": "json_object", "value": schema}}, {"json": schema}),
         ({"structured_outputs": {"json": json.dumps(schema)}}, {"json": schema}),
         ({"structured_outputs": {"yaml": schema}}, {"yaml": schema}),
         ({"guided_json": schema}, {"json": schema}),
@@ -91,6 +93,8 @@ def as_format(**values: Any) -> dict[str, Any]:
         (as_format(type="xml"), "response_format", "text, json_object or json_schema"),
         (as_format(type="json_object", json_schema={}), "response_format", "json_object has no field 'json_schema'"),
         (as_format(type="json_object", schema=7), "response_format", "response_format.schema"),
+        (as_format(type="json_object", value=7), "response_format", "response_format.value"),
+        (as_format(type="json_object", value={}, schema={}), "response_format", "send one"),
         (as_format(type=["text"]), "response_format", "text, json_object or json_schema"),
         (as_format(type="json_schema", json_schema={"schema": {}, "strict": 1}), "response_format", "true or false"),
         (as_format(type="json_schema", json_schema={"schema": {}, "name": 3}), "response_format", "64 characters"),

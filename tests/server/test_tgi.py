@@ -21,7 +21,7 @@ from quire.llm import AsyncLLM
 from quire.server.doors.tgi.parse import parse_generate
 from quire.server.http.errors import ApiError
 from quire.server.http.limits import Limits
-from tests.server.conftest import Running, start, wait_until
+from tests.server.conftest import Running, start
 from tests.server.fake_engine import FakeEngine
 from tests.tiny.checkpoints import make_tiny
 
@@ -54,6 +54,12 @@ def events_of(text: str) -> list[dict[str, Any]]:
 # The client, unchanged.
 
 
+@pytest.mark.client(
+    "huggingface_hub",
+    "text_generation",
+    "text_generation(stream)",
+    "text_generation(return_full_text)",
+)
 def test_the_client_generates(hub: InferenceClient) -> None:
     assert hub.text_generation("say", max_new_tokens=4, return_full_text=False) == "abcd"
     assert hub.text_generation("say", max_new_tokens=4, return_full_text=True) == "sayabcd"
@@ -61,6 +67,11 @@ def test_the_client_generates(hub: InferenceClient) -> None:
     assert said == ["a", "b", "c", "d"]
 
 
+@pytest.mark.client(
+    "huggingface_hub",
+    "text_generation(details, decoder_input_details, top_n_tokens)",
+    "text_generation(details, stream)",
+)
 def test_the_client_reads_details(hub: InferenceClient) -> None:
     found = hub.text_generation(
         "say", max_new_tokens=3, details=True, decoder_input_details=True, top_n_tokens=2, return_full_text=False
@@ -96,6 +107,7 @@ def test_the_client_knows_a_full_server(hub: InferenceClient, running: Running) 
         running.engine.is_full = False
 
 
+@pytest.mark.client("huggingface_hub", "chat_completion", "chat_completion(stream)")
 def test_the_client_chats(hub: InferenceClient) -> None:
     """It names no model, where it has an address: then it sends one of its own."""
     messages = [{"role": "user", "content": "x"}]
@@ -143,6 +155,7 @@ def test_the_tokens_are_those_of_the_other_door(real: Running) -> None:
     assert mine["generated_text"] == other["text"] and mine["details"]["seed"] == 5
 
 
+@pytest.mark.client("huggingface_hub", "text_generation(best_of, do_sample, details)", "text_generation(seed)")
 def test_the_best_of_several_is_the_most_probable(real_hub: InferenceClient) -> None:
     found = real_hub.text_generation("Hello", best_of=4, do_sample=True, details=True, max_new_tokens=6)
     assert found.details is not None and found.details.best_of_sequences is not None
@@ -354,15 +367,6 @@ def test_the_death_of_the_engine_ends_a_stream() -> None:
         assert len(tokens) == 2 and last["error_type"] == "incomplete_generation"
     finally:
         instance.stop()
-
-
-@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
-def test_a_client_that_leaves_ends_its_work(running: Running, path: str) -> None:
-    engine = running.engine
-    before = engine.num_aborted
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{running.url}{path}", json={"inputs": "held"}, timeout=httpx.Timeout(30, read=0.3))
-    assert wait_until(lambda: engine.num_aborted == before + 1 and engine.num_running == 0)
 
 
 # The death of the core.

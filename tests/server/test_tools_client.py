@@ -76,6 +76,11 @@ def check_calls(message: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.client(
+    "openai",
+    "chat.completions.create(tools, tool_choice)",
+    "chat.completions.stream(tools, tool_choice)",
+)
 def test_required_calls_are_valid_whole_and_streamed(hermes: Running, seed: int) -> None:
     choice = ask(hermes, tool_choice="required", seed=seed).choices[0]
     assert choice.finish_reason == "tool_calls" and check_calls(choice.message) and choice.message.content is None
@@ -91,6 +96,7 @@ def test_required_calls_are_valid_whole_and_streamed(hermes: Running, seed: int)
     assert done == [call.function.arguments for call in choice.message.tool_calls]
 
 
+@pytest.mark.client("openai", "chat.completions.parse(tools, tool_choice)")
 def test_arguments_are_parsed_into_pydantic_models(hermes: Running) -> None:
     asked: Any = dict(model=MODEL, messages=HELLO, tools=TOOLS, max_tokens=400, temperature=1.0, seed=3)
     named: Any = {"type": "function", "function": {"name": "get_weather"}}
@@ -99,6 +105,7 @@ def test_arguments_are_parsed_into_pydantic_models(hermes: Running) -> None:
     assert isinstance(call.function.parsed_arguments, GetWeather)
 
 
+@pytest.mark.client("openai", "chat.completions.create(tools, tool_choice, parallel_tool_calls)")
 def test_choices_of_tools(hermes: Running) -> None:
     reference = {"type": "function", "function": {"name": "Now"}}
     for mode in ("auto", "required"):
@@ -116,6 +123,7 @@ def test_choices_of_tools(hermes: Running) -> None:
         assert check_calls(named.message) == ["Now"]
 
 
+@pytest.mark.client("openai", "chat.completions.create(tools, stream)")
 def test_auto_holds_the_calls_that_a_model_opens(caller: Running) -> None:
     """In the middle of free text, whole and streamed."""
     names: list[str] = []
@@ -154,6 +162,7 @@ def test_a_loop_of_two_turns(hermes: Running) -> None:
     check_calls(second.choices[0].message)
 
 
+@pytest.mark.client("openai", "chat.completions.create(tools, response_format)")
 def test_content_is_held_to_its_shape_and_calls_to_their_tools(hermes: Running) -> None:
     shape = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"enum": ["yes", "no"]}}}
     found = set()

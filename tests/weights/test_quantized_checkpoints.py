@@ -15,16 +15,17 @@ from quire.cli.main import main
 from quire.compose.core import compose_core
 from quire.config import EngineArgs
 from quire.errors import ModelFileError
-from quire.models.parameters import Concatenated
+from quire.models.parameters import Concatenated, decoder_parameters
 from quire.ops.cpu import CpuOps
 from quire.ops.reference import ReferenceOps
 from quire.ops.select import instruction_sets
-from quire.ops.types import HALF_SCALES, QuantizedWeight
+from quire.ops.types import BLOCK_FORMATS, QuantizedWeight
 from quire.outputs import Decision
 from quire.quant.select import select_scheme
+from quire.quant.types import quantized_bytes
 from quire.weights.formats.quantized import layouts
 from quire.weights.formats.quantized.config import read_quantization
-from quire.weights.formats.quantized.source import QuantizedWeights
+from quire.weights.formats.quantized.source import QuantizedWeights, foreseen
 from quire.weights.formats.safetensors import CheckpointWeights
 from quire.weights.load import load_model, read_model_config
 from quire.weights.source import Target
@@ -76,7 +77,7 @@ FORMATS: dict[str, Format] = {
 class WithoutBlocks(ReferenceOps):
     """What a device has that lacks the formats of blocks."""
 
-    formats = tuple(name for name in ReferenceOps.formats if name not in HALF_SCALES)
+    formats = tuple(name for name in ReferenceOps.formats if name not in BLOCK_FORMATS)
 
 
 KEPT = {
@@ -100,6 +101,10 @@ KEPT = {
     "naive 4 bits": "int4",
     "fp8 compressed": "fp8",
     "fp8 rows": "fp8",
+    "fp8 compressed blocks": "fp8_groups",
+    "fp8 blocks": "fp8_groups",
+    "fp8 static": "fp8_groups",
+    "fp8 modelopt": "fp8_groups",
 }
 """The format of the engine that holds them exactly. All others are unpacked."""
 
@@ -185,6 +190,37 @@ def test_what_stays_is_small_and_said(tmp_path: Path) -> None:
 def test_what_is_unpacked_is_said_with_its_reason(tmp_path: Path) -> None:
     _, said = decisions_of(make_quantized("llama", FORMATS["awq"], tmp_path)[0], WithoutBlocks(np))
     assert "of 21 matrices 21 are unpacked to bfloat16 (zero points: 21)" in said["checkpoint"].reason
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("fp8 compressed", 128),
+        ("fp8 compressed blocks", 64),
+        ("fp8 blocks", 32),
+        ("fp8 static", 128),
+        ("fp8 rows", 128),
+    ],
+)
+def test_fp8_stays_fp8_on_the_cpu(name: str, group: int, tmp_path: Path) -> None:
+    """A byte a weight and a float32 scale for each group of its inputs; `quire plan` foresees it."""
+    quantized, plain = make_quantized("llama", FORMATS[name], tmp_path)
+    ops = CpuOps(2, instruction_sets()[-1])
+    model, said = decisions_of(quantized, ops)
+    groups = {64: -(-64 // group), 96: -(-96 // group)}
+    weights = [(64, 64)] * 2 + [(32, 64)] * 2 + [(96, 64)] * 2 + [(64, 96)]
+    taken = 3 * sum(out * (inputs + 4 * groups[inputs]) for out, inputs in weights)
+    elements = 3 * sum(out * inputs for out, inputs in weights)
+    assert load_model(plain, ops, "bfloat16").weight_bytes - model.weight_bytes == 2 * elements - taken
+    assert "of 21 matrices 21 stay fp8_groups exactly" in said["checkpoint"].reason
+    stated = read_model_config(quantized)
+    assert stated.quantization is not None
+    seen = 0
+    for one in decoder_parameters(stated.spec, stated.names).values():
+        spec = foreseen(stated.quantization, ops.formats, one)
+        seen += 0 if spec is None else quantized_bytes(spec, *one.weight.shape)
+    assert seen == taken
+    assert np.abs(logits_of(quantized, ops, "auto") - logits_of(plain, ops)).max() < 1e-3
 
 
 def test_zero_points_stay_in_memory_of_their_size(tmp_path: Path) -> None:
@@ -379,7 +415,8 @@ def test_quire_plan_foresees_the_bytes(name: str, tmp_path: Path, capsys: pytest
     quantized, _ = make_quantized("llama", FORMATS[name], tmp_path)
     assert main(["plan", str(quantized), "--device", "h100", "--context", "64", "--json"]) == 0
     said = float(json.loads(capsys.readouterr().out)["weights"].split(" GB")[0])
-    found = load_model(quantized, CpuOps(2, instruction_sets()[-1])).weight_bytes / 1e9
+    ops = WithoutBlocks(np) if name == "fp8 blocks" else CpuOps(2, instruction_sets()[-1])
+    found = load_model(quantized, ops).weight_bytes / 1e9
     assert said == pytest.approx(found, abs=0.00051)
 
 

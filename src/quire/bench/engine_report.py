@@ -128,7 +128,8 @@ def _points(
             continue
         versions = ", ".join(f"{name} {version}" for name, version in one.facts.versions.items()) or "version not told"
         flags = ", ".join(f"{name}={value}" for name, value in one.facts.settings.items())
-        kv = f"{_mib(one.facts.kv_bytes)} MiB" if one.facts.kv_bytes else "grows with a batch"
+        kv = "not told" if one.facts.is_client else "as large as a batch"
+        kv = f"{_mib(one.facts.kv_bytes)} MiB" if one.facts.kv_bytes else kv
         agree = [figure.agreeing for (_, engine), figure in found.items() if engine == one.name and figure.agreeing]
         text = f"{versions}; {flags}; KV cache {kv}; start and warm-up {one.start_s:.1f} s"
         if agree:

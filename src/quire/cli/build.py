@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     """Build; say what was built and how long it took."""
     from quire.build.builder import Recipe, build_engine
     from quire.compose.served import find_model
-    from quire.quant.select import check_scheme, select_scheme
+    from quire.quant.select import scheme_for, select_scheme
     from quire.weights.loading_bar import LoadingBar
 
     begun_s = time.perf_counter()
@@ -68,8 +68,7 @@ def run(options: argparse.Namespace) -> int:
     calibration.check(options)
     args = EngineArgs(model=name, quantization=options.quantization, revision=options.revision, dtype=options.dtype)
     with target.building_for(options.target) as built_for:
-        scheme = select_scheme(args.quantization, options.quantization_group_size)
-        check_scheme(scheme, built_for.ops)
+        scheme = scheme_for(select_scheme(args.quantization, options.quantization_group_size), built_for.ops)
         directory = find_model(args)
         recipe = Recipe(
             model=options.model,

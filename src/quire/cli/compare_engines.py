@@ -42,7 +42,8 @@ def _quire_server(python: str, settings: Settings) -> dict[str, Any]:
         "--kv-cache-memory-bytes": settings["kv_bytes"],
     }
     command = [python, "-m", "quire", "serve", settings["model"], *(word for pair in flags.items() for word in pair)]
-    return {"command": command, "version_command": [python, "-m", "quire", "--version"]}
+    version = [python, "-m", "quire", "--version"]
+    return {"command": command, "version_command": version, "kv_told": settings["kv_bytes"]}
 
 
 def _sglang(python: str, settings: Settings) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def _sglang(python: str, settings: Settings) -> dict[str, Any]:
     return {
         "command": [python, "-m", "sglang.launch_server", *(word for pair in flags.items() for word in pair)],
         "module": "sglang",
+        "kv_told": settings["kv_bytes"],
         "version_command": [python, "-c", "import sglang; print(sglang.__version__)"],
     }
 

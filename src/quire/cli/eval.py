@@ -114,13 +114,13 @@ def _asked(options: argparse.Namespace) -> "Options":
 def _runnable(shared: Mapping[str, Any]) -> list[str]:
     """The quantisations that the device has."""
     from quire.ops.select import select_ops
-    from quire.quant.select import check_scheme, select_scheme
+    from quire.quant.select import scheme_for, select_scheme
 
     ops, _ = select_ops(shared.get("device", "auto"), shared.get("threads"))
     found = []
     for name in QUANTIZATIONS:
         try:
-            check_scheme(select_scheme(name, None), ops)
+            scheme_for(select_scheme(name, None), ops)
         except ConfigurationError:
             continue
         found.append(name)

@@ -153,7 +153,7 @@ def cost_of(options: argparse.Namespace, name: str | None, quantization: str | N
     from quire.ops.select import select_ops
     from quire.ops.types import CACHE_QMAX
     from quire.plan.estimate import ModelCost
-    from quire.quant.select import select_cache_dtype, select_scheme
+    from quire.quant.select import scheme_for, select_cache_dtype, select_scheme
     from quire.weights.formats.quantized.source import foreseen
     from quire.weights.load import open_source, plan_weights, read_model_config
     from quire.weights.pack import WeightPacker
@@ -171,6 +171,11 @@ def cost_of(options: argparse.Namespace, name: str | None, quantization: str | N
     args, _ = as_built(args, config.manifest)
     ops, _ = select_ops("cpu", 1)
     scheme = select_scheme(args.quantization, args.quantization_group_size)
+    formats = ops.formats
+    if options.device is None:
+        scheme = scheme_for(scheme, ops)
+    else:
+        formats = tuple(name for name in formats if name != "fp8_groups")
     cache_dtype = select_cache_dtype(options.kv_cache_dtype, ops)
     if options.device is not None and cache_dtype in CACHE_QMAX:
         raise ConfigurationError("kv_cache_dtype of 8 bits runs on a CPU: leave out device", field="kv_cache_dtype")
@@ -180,7 +185,7 @@ def cost_of(options: argparse.Namespace, name: str | None, quantization: str | N
             return ModelCost(plan.spec, plan.parameters, plan.packer, plan.given, kv_cache_dtype=cache_dtype)
     dtype: Any = config.dtype or "bfloat16" if args.dtype == "auto" else args.dtype
     stated = config.quantization if scheme is None and args.dtype != "float32" else None
-    stays = None if stated is None else partial(foreseen, stated, ops.formats)
+    stays = None if stated is None else partial(foreseen, stated, formats)
     packer = WeightPacker(ops, dtype, scheme, config.spec.norm.weight_offset, stays)
     parameters = decoder_parameters(config.spec, config.names)
     return ModelCost(config.spec, parameters, packer, kv_cache_dtype=cache_dtype)

@@ -42,8 +42,8 @@ from quire.models.spec import DecoderSpec, LongRopeScaling
 from quire.ops.select import select_ops
 from quire.ops.types import Device, Provider
 from quire.outputs import Decision, Labels
-from quire.quant.select import check_scheme, select_cache_dtype, select_scheme
-from quire.quant.types import bits_per_weight
+from quire.quant.select import scheme_for, select_cache_dtype, select_scheme
+from quire.quant.types import Scheme, bits_per_weight
 from quire.runner.host_memory import free_memory_bytes, host_memory_bytes
 from quire.runner.memory import StepShape, check_budget, make_budget
 from quire.runner.model_runner import ModelRunner
@@ -107,8 +107,7 @@ def compose_core(
     spec = config.spec
     model_len = resolve_model_len(args, spec.max_position_embeddings)
     fingerprint = _fingerprint(path)
-    scheme = select_scheme(args.quantization, args.quantization_group_size)
-    check_scheme(scheme, ops)
+    scheme = scheme_for(select_scheme(args.quantization, args.quantization_group_size), ops)
     cache_dtype = select_cache_dtype(args.kv_cache_dtype, ops)
     loaded: list[Decision] = []
     with LoadingBar() as bar:
@@ -126,7 +125,7 @@ def compose_core(
     in_use = check_budget(sizes.memory, ops)
     key = secrets.token_bytes(32)
     verifier = CachedBlockVerifier(key, runner.first_difference) if args.verify_cached_blocks else None
-    model_decisions = _model_decisions(args, path, model, config.dtype_reason, built)
+    model_decisions = _model_decisions(args, path, model, config.dtype_reason, built, scheme)
     model_decisions += [*loaded, *_head_decisions(spec, model)]
     decisions = [*model_decisions, *decisions, *sizes.decisions, *ops.decisions(), loop]
     decisions += [] if in_use is None else [in_use]
@@ -187,14 +186,14 @@ def _fingerprint(path: Path) -> str:
 
 
 def _model_decisions(
-    args: EngineArgs, path: Path, model: Model, dtype_reason: str, built: list[Decision]
+    args: EngineArgs, path: Path, model: Model, dtype_reason: str, built: list[Decision], scheme: Scheme | None
 ) -> list[Decision]:
     name = "embedded" if args.model is None else path.name
     return [
         Decision("model", name, f"{model.spec.num_layers} layers, {model.weight_bytes / 2**20:,.0f} MiB of weights"),
         *built,
         Decision("dtype", model.dtype, dtype_reason if args.dtype == "auto" else "as built" if built else "as asked"),
-        *_quantization_decisions(args, model.weight_bytes, built),
+        *_quantization_decisions(scheme, model.weight_bytes, built),
         _cache_decision(args, model),
         *_rope_decisions(model),
     ]
@@ -231,8 +230,7 @@ def _head_decisions(stated: DecoderSpec, model: Model) -> list[Decision]:
     return [Decision("head", "lm_head.weight", "it differs from the embedding, though tie_word_embeddings is true")]
 
 
-def _quantization_decisions(args: EngineArgs, weight_bytes: int, built: list[Decision]) -> list[Decision]:
-    scheme = select_scheme(args.quantization, args.quantization_group_size)
+def _quantization_decisions(scheme: Scheme | None, weight_bytes: int, built: list[Decision]) -> list[Decision]:
     if scheme is None:
         return []
     bits = next((one.value for one in built if one.name == "bits"), None)

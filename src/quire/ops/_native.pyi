@@ -98,7 +98,17 @@ class Runtime:
     def probe(self, kind: str, data: Any, /) -> int:
         """`kind` is read (of `data`), float32, bfloat16 or int8: bytes, or operations; 0 where there are no such
         instructions."""
-    def quantize(self, weight: Any, dtype: str, four_bits: bool, group_size: int, values: Any, scales: Any, /) -> bool:
+    def quantize(
+        self,
+        weight: Any,
+        dtype: str,
+        four_bits: bool,
+        e4m3: bool,
+        group_size: int,
+        values: Any,
+        scales: Any,
+        /,
+    ) -> bool:
         """False where a weight is not finite."""
     def pack_integers(
         self,

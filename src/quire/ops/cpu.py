@@ -22,6 +22,7 @@ from quire.ops.graph.operations import trace
 from quire.ops.packed import Buffer, PackedHeader, PackedState
 from quire.ops.quantize_reference import require_rounding
 from quire.ops.types import (
+    E4M3_FORMATS,
     FORMATS,
     Activation,
     Array,
@@ -92,12 +93,14 @@ class CpuOps(ComposedOps):
         out, inputs = weight.shape
         dtype = next(name for name, one in _DTYPES.items() if one == weight.dtype)
         four_bits, size = FORMATS[quant.format].bits == 4, quant.group_size or inputs
+        is_e4m3 = quant.format in E4M3_FORMATS
         values = np.empty((out, inputs), np.int8)
         scales = np.empty((out, -(-inputs // size) if inputs else 0), _FLOAT32)
         items = weight if dtype == "float32" else weight.view(np.uint16)
-        if not self._native.quantize(items, dtype, four_bits, size, values, scales):
+        if not self._native.quantize(items, dtype, four_bits, is_e4m3, size, values, scales):
             raise ValueError("a weight is not finite")
-        return QuantizedWeight(quant.format, values, scales, size)
+        whole = values.view(ml_dtypes.float8_e4m3fn) if is_e4m3 else values
+        return QuantizedWeight(quant.format, whole, scales, size)
 
     def pack_linear(self, weight: Any, bias: Any | None, dtype: WeightDtype) -> Opaque:
         return self._pack(weight, bias, dtype, gated=False)
@@ -133,6 +136,7 @@ class CpuOps(ComposedOps):
         values, halves = weight.values, weight.scales.dtype == np.float16
         if values.strides[-1] != 1:
             values = np.ascontiguousarray(values)
+        values = values.view(np.int8)  # e4m3 as its bits
         # The buffer protocol's name for float16 is not C's.
         scales, minima = (
             None if one is None else np.ascontiguousarray(one).view(np.uint16 if halves else np.float32)

@@ -8,9 +8,10 @@ from quire.ops.packed import VERSION, Buffer, PackedHeader, PackedState, byte_vi
 from quire.ops.types import FORMATS, HALF_SCALES, QuantizedFormat
 
 HELD: tuple[QuantizedFormat, ...] = tuple(name for name in FORMATS if name != "fp8")
-"""Formats that the kernels multiply."""
+"""Formats that the kernels multiply. (`fp8`, whose inputs are e4m3 too, is for tensor cores.)"""
 Integers = tuple[int, int, int, int, bool]
-"""Bits, inputs in a group, the largest integer of an input, bytes of a scale, whether groups have minima."""
+"""Bits, inputs in a group, the largest integer of an input (0: inputs stay as they are, weights are e4m3), bytes of a
+scale, whether groups have minima."""
 
 
 def native_integers(format: QuantizedFormat, group_size: int, half_scales: bool) -> Integers:

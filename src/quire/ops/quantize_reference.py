@@ -1,7 +1,7 @@
 """Round to nearest: a weight as small numbers and scales. The definition; providers give the same bits.
 
-With 8 bits a row (a group of it, with `int8_groups`) has one scale, its largest magnitude over 127, or over 448 with
-`fp8` (e4m3). Formats with minima are read from files and not made here.
+With 8 bits a row (a group of it, with `int8_groups` and `fp8_groups`) has one scale, its largest magnitude over 127, or
+over 448 with e4m3. Formats with minima are read from files and not made here.
 With 4 bits each group of a row has one: the weight of largest magnitude becomes about -8 (there is no +8), for a few
 divisors in turn; each gives integers and, by least squares, the scale that fits them best; the smallest error wins. On
 normal weights that leaves 15 % less error than dividing by 7 does (docs/howto/quantize.md).
@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.ops.types import FORMATS, Array, QuantizedWeight, QuantSpec
+from quire.ops.types import E4M3_FORMATS, FORMATS, Array, QuantizedWeight, QuantSpec
 
 DIVISORS = (6.5, 7.0, 7.5, 8.0, 8.5)
 SMALLEST = 1e-30
@@ -32,7 +32,7 @@ def quantize(weight: Any, quant: QuantSpec) -> QuantizedWeight:
 
     x = np.asarray(weight).astype(np.float32)
     values, scales = rounded(xp, x, quant)
-    whole = e4m3(values) if quant.format == "fp8" else np.ascontiguousarray(values.astype(np.int8))
+    whole = e4m3(values) if quant.format in E4M3_FORMATS else np.ascontiguousarray(values.astype(np.int8))
     return QuantizedWeight(quant.format, whole, scales, quant.group_size or x.shape[1])
 
 
@@ -60,7 +60,7 @@ def e4m3(x: Array) -> NDArray[Any]:
 
 def rounded(xp: Any, x: Array, quant: QuantSpec) -> tuple[Array, Array]:
     """`x [out, in]` float32 of the namespace `xp` -> its values of small numbers, still in float32, and their scales
-    `[out, groups]`. With `fp8` the values are within its range, and the conversion to e4m3 is what rounds them. Rows do
+    `[out, groups]`. With e4m3 the values are within its range, and the conversion is what rounds them. Rows do
     not depend on each other. ValueError as `quantize`."""
     require_rounding(quant)
     if not bool(xp.all(xp.isfinite(x))):
@@ -68,17 +68,18 @@ def rounded(xp: Any, x: Array, quant: QuantSpec) -> tuple[Array, Array]:
     out, inputs = x.shape
     if inputs == 0:
         return x, x
+    is_e4m3 = quant.format in E4M3_FORMATS
+    qmax = 448.0 if is_e4m3 else 127.0
     if quant.group_size is None:
-        qmax = 448.0 if quant.format == "fp8" else 127.0
         within, scales = _rows(xp, x, qmax)
-        return within if quant.format == "fp8" else xp.round(within), scales
+        return within if is_e4m3 else xp.round(within), scales
     size = quant.group_size
     groups = -(-inputs // size)
     missing = xp.zeros((out, groups * size - inputs), dtype=x.dtype, device=x.device)
     grouped = xp.reshape(xp.concat([x, missing], axis=1), (-1, size))
     if FORMATS[quant.format].bits == 8:
-        within, scales = _rows(xp, grouped, 127.0)
-        values = xp.round(within)
+        within, scales = _rows(xp, grouped, qmax)
+        values = within if is_e4m3 else xp.round(within)
     else:
         values, scales = _groups(xp, grouped)
     return xp.reshape(values, (out, groups * size))[:, :inputs], xp.reshape(scales, (out, groups))

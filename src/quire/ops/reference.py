@@ -128,10 +128,10 @@ class ReferenceOps(composed.ComposedOps):
         Tolerance: rel 2e-5 (order of sums) for the x it multiplies; so, of rounding to bfloat16, within
         `2^-8 sum_i |x[t, i] w[o, i]|` of this line.
 
-        With a `QuantizedWeight` x first goes through `quantize_activations`. Tolerance: rel 2e-5 (order of sums); with
-        `fp8` 1e-3, as the sums of a device's unit may be shorter."""
+        With a `QuantizedWeight` x first goes through `quantize_activations`, but not with `fp8_groups`. Tolerance: rel
+        2e-5 (order of sums); with `fp8` 1e-3, as the sums of a device's unit may be shorter."""
         y_scale = None
-        if packed.format is not None:
+        if packed.format is not None and ACTIVATION_QMAX[packed.format]:
             x, y_scale = self.quantize_activations(x, ACTIVATION_QMAX[packed.format], packed.format == "fp8")
         y = x @ self.xp.permute_dims(packed.weight, (1, 0))
         if y_scale is not None:

@@ -42,7 +42,9 @@ CacheDtype = Literal["bfloat16", "float16", "float32", "int8", "fp8"]
 CACHE_QMAX: dict[CacheDtype, int] = {"int8": 127, "fp8": 448}
 """The largest number of a cache of 8 bits: its keys and values are numbers times scales (`ReferenceOps.attention`)."""
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
-QuantizedFormat = Literal["int8", "int8_w8a8", "int4", "int4_w4a8", "fp8", "int8_groups", "int4_min", "int8_min"]
+QuantizedFormat = Literal[
+    "int8", "int8_w8a8", "int4", "int4_w4a8", "fp8", "int8_groups", "int4_min", "int8_min", "fp8_groups"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ class NumberFormat:
 
     bits: int
     activation_qmax: int
-    """The largest quantised activation: see `QuantizedWeight`. 32639 is 127 * 257, two signed bytes."""
+    """The largest quantised activation: see `QuantizedWeight`. 32639 is 127 * 257, two signed bytes; 0: activations are
+    not quantised."""
     low: int
     high: int
     """The least and the largest number of a weight."""
@@ -62,6 +65,10 @@ class NumberFormat:
 
 HALF_SCALES: frozenset[QuantizedFormat] = frozenset(("int8_groups", "int4_min", "int8_min"))
 """Formats whose scales may be float16."""
+BLOCK_FORMATS = HALF_SCALES | {"fp8_groups"}
+"""Formats with groups of 8 bits, or with minima: the CPU alone multiplies them."""
+E4M3_FORMATS: frozenset[QuantizedFormat] = frozenset(("fp8", "fp8_groups"))
+"""Formats whose values are e4m3 (arXiv 2209.05433)."""
 _BLOCKS = (16, 32, 64, 128)
 FORMATS: dict[QuantizedFormat, NumberFormat] = {
     "int8": NumberFormat(8, 32639, -127, 127),
@@ -72,6 +79,7 @@ FORMATS: dict[QuantizedFormat, NumberFormat] = {
     "int8_groups": NumberFormat(8, 32639, -128, 127, _BLOCKS),
     "int4_min": NumberFormat(4, 32639, 0, 15, _BLOCKS, has_minima=True),
     "int8_min": NumberFormat(8, 32639, -128, 127, _BLOCKS, has_minima=True),
+    "fp8_groups": NumberFormat(8, 0, -448, 448, _BLOCKS),
 }
 ACTIVATION_QMAX: dict[QuantizedFormat, int] = {name: one.activation_qmax for name, one in FORMATS.items()}
 
@@ -92,14 +100,15 @@ class QuantizedWeight:
     (the product, then the sum, as ggml does): the two differ by half a unit in the last place of the weight.
 
     With `fp8` values and activations are e4m3 (arXiv 2209.05433: 4 bits of exponent, 3 of mantissa, at most 448),
-    rounded to nearest, ties to even; sums are float32, whose order is the provider's.
+    rounded to nearest, ties to even; sums are float32, whose order is the provider's. With `fp8_groups` values
+    are e4m3 and activations stay as they are: `sum_g scales[o, g] * d[o, g]`, each `d` a float32 sum over its group.
 
     Raises:
         ValueError: shapes or dtypes are not as stated. (Values outside their range are refused when packed.)
     """
 
     format: QuantizedFormat
-    values: Array  # [out, in] int8 in the range of `FORMATS`, one a byte; fp8: ml_dtypes.float8_e4m3fn
+    values: Array  # [out, in] int8 in the range of `FORMATS`, one a byte; `E4M3_FORMATS`: ml_dtypes.float8_e4m3fn
     scales: Array  # [out, ceil(in / group_size)] float32, or float16 where they are that in the provider's memory too
     group_size: int
     """Inputs that share a scale: one of `FORMATS`, or all of them (`in`)."""
@@ -109,7 +118,7 @@ class QuantizedWeight:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"format {self.format!r} is not one of {', '.join(FORMATS)}")
-        kind = "float8_e4m3fn" if self.format == "fp8" else "int8"
+        kind = "float8_e4m3fn" if self.format in E4M3_FORMATS else "int8"
         if self.values.ndim != 2 or str(self.values.dtype).removeprefix("torch.") != kind:
             raise ValueError(f"values are {self.values.dtype} {list(self.values.shape)}, not {kind} [out, in]")
         rows, inputs = self.values.shape

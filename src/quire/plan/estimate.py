@@ -21,6 +21,7 @@ UNITS = {
     "int4_w4a8": ("int8", "bfloat16", "float32"),
     "int8": ("int8 twice", "bfloat16", "float32"),
     "int4": ("int8 twice", "bfloat16", "float32"),
+    "fp8_groups": ("float32", "bfloat16"),
     "fp8": ("fp8", "bfloat16", "float32"),
 }
 """By the format of most weights (the first that its name begins with; None: no quantised one): the unit that

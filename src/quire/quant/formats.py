@@ -7,7 +7,7 @@ activations are 8-bit integers, which AMX and tensor cores multiply fastest.
 `int4` is W4A16: four-bit weights with a scale for each group of a row's inputs; activations are 16-bit integers.
 
 `fp8` is W8A8 in e4m3 (arXiv 2209.05433), a scale for each output channel: the tensor cores of NVIDIA GPUs from compute
-capability 8.9 on multiply them at twice bfloat16's rate.
+capability 8.9 on multiply them at twice bfloat16's rate. The CPU has e4m3 for weights alone, in groups of 128.
 
 Embedding and head are `int8` in all of them. Their error is not averaged over layers but goes into the logits as it is,
 and one GEMM of many is not where the time goes: with four bits there the divergence from the model is larger than that
@@ -20,6 +20,7 @@ from quire.quant.types import Scheme
 INT8 = Scheme("int8", QuantSpec("int8", None), QuantSpec("int8", None))
 INT8_W8A8 = Scheme("int8_w8a8", QuantSpec("int8_w8a8", None), QuantSpec("int8", None))
 FP8 = Scheme("fp8", QuantSpec("fp8", None), QuantSpec("int8", None))
+FP8_WEIGHTS = Scheme("fp8", QuantSpec("fp8_groups", 128), QuantSpec("int8", None))
 DEFAULT_GROUP_SIZE = 64
 """32 has a tenth less error and an eighth more bytes, 128 a tenth more and a seventeenth fewer."""
 

@@ -3,7 +3,7 @@
 from quire.config import KV_CACHE_DTYPES, QUANTIZATIONS
 from quire.errors import ConfigurationError
 from quire.ops.types import CacheDtype, Ops
-from quire.quant.formats import DEFAULT_GROUP_SIZE, FP8, INT8, INT8_W8A8, int4, int8
+from quire.quant.formats import DEFAULT_GROUP_SIZE, FP8, FP8_WEIGHTS, INT8, INT8_W8A8, int4, int8
 from quire.quant.types import Scheme
 
 
@@ -25,14 +25,17 @@ def select_scheme(name: str | None, group_size: int | None) -> Scheme | None:
     return None if name is None else {scheme.name: scheme for scheme in (INT8, INT8_W8A8, FP8)}[name]
 
 
-def check_scheme(scheme: Scheme | None, ops: Ops) -> None:
-    """Refuse, before anything is loaded, a scheme whose GEMMs `ops` lacks.
+def scheme_for(scheme: Scheme | None, ops: Ops) -> Scheme | None:
+    """The scheme as `ops` multiplies it: `fp8` with inputs of its own where it has no GEMM of two e4m3. Refuses, before
+    anything is loaded, one whose GEMMs it lacks.
 
     Raises:
         ConfigurationError: it names those that `ops` has.
     """
     if scheme is None or scheme.linear.format in ops.formats:
-        return
+        return scheme
+    if scheme == FP8 and FP8_WEIGHTS.linear.format in ops.formats:
+        return FP8_WEIGHTS
     if scheme.linear.format == "int8_groups":
         raise ConfigurationError(
             f"quantization 'int8' in groups needs the CPU; {ops.name} has it without them",

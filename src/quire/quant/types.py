@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quire.ops.types import FORMATS, QuantizedFormat, QuantSpec
+from quire.ops.types import E4M3_FORMATS, FORMATS, QuantizedFormat, QuantSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +21,13 @@ class Scheme:
 
 
 def quantized_bytes(quant: QuantSpec, out: int, inputs: int) -> int:
-    """Bytes of a quantised weight `[out, inputs]`: its values, its scales and its minima, without padding of rows."""
+    """Bytes of a quantised weight `[out, inputs]`: its values, its scales and its minima, without padding of rows.
+    Groups of integers are all as long."""
     if quant.group_size is None:
         return out * (inputs + 4)
     groups = -(-inputs // quant.group_size)
+    if quant.format in E4M3_FORMATS:
+        return out * (inputs + groups * _group_bytes(quant))
     return out * groups * (quant.group_size * FORMATS[quant.format].bits // 8 + _group_bytes(quant))
 
 

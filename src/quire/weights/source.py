@@ -10,7 +10,7 @@ from quire.models.parameters import Concatenated, NameMap, Parameter
 from quire.models.spec import DecoderSpec
 from quire.ops.packed import PackedState
 from quire.ops.types import (
-    HALF_SCALES,
+    BLOCK_FORMATS,
     QuantizedFormat,
     QuantizedWeight,
     QuantSpec,
@@ -76,7 +76,7 @@ class Target:
     @property
     def has_blocks(self) -> bool:
         """Whether the provider has the formats of blocks: one without looks up rows of tables with one scale alone."""
-        return not HALF_SCALES.isdisjoint(self.formats)
+        return not BLOCK_FORMATS.isdisjoint(self.formats)
 
 
 class WeightSource(Protocol):

@@ -15,10 +15,12 @@ from typing import Any
 import httpx
 import pytest
 
+from quire.server.doors.all import DOORS
 from quire.server.doors.openai.bodies import COMPLETION, request_bodies
 from quire.server.http import keys
 from quire.server.http.limits import Limits
-from scripts.fuzz_api import KEY, PRIVATE, corpus
+from quire.server.http.openapi import document
+from scripts.fuzz_api import KEY, PRIVATE, ROUTES, corpus
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start
 from tests.server.fake_engine import FakeEngine
@@ -87,6 +89,16 @@ def test_numbers_that_are_none(http: httpx.Client) -> None:
             response = http.post("/v1/completions", content=data, headers=JSON)
             assert response.status_code == 400, (name, literal, response.text)
             assert not PRIVATE.search(response.content)
+
+
+def test_every_body_that_is_described_is_in_the_corpus() -> None:
+    described = document(DOORS, Limits(), needs_key=False)["paths"]
+    bodies = {
+        path.replace("{id}", "conv_2")
+        for path, methods in described.items()
+        if "application/json" in methods.get("post", {}).get("requestBody", {}).get("content", ())
+    }
+    assert bodies == {*ROUTES}
 
 
 def test_every_field_survives_the_corpus(locked: Running) -> None:

@@ -42,7 +42,7 @@ class Server:
                 command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, preexec_fn=_end_with_parent
             )
         try:
-            self._model = settings.get("served_name") or self._await_model(settings["start_timeout_s"])
+            self._model = self._await_model(settings["start_timeout_s"])
         except BaseException:
             self.close()
             raise
@@ -50,13 +50,14 @@ class Server:
         self.facts = {
             "versions": dict(item for item in [self._version(settings)] if item),
             "settings": flags | {"over": "HTTP, token ids in, text out"},
-            "kv_bytes": self._kv_bytes(settings.get("kv_pattern")),
+            "kv_bytes": settings.get("kv_told") or self._kv_bytes(settings.get("kv_pattern")),
             "is_client": True,
         }
 
     def _await_model(self, timeout_s: float) -> str:
-        """The name of its model, when it answers."""
+        """The name of its model, when it answers a request: llama-server names it while it loads it."""
         until = time.monotonic() + timeout_s
+        question = {"prompt_token_ids": [1], "num_output": 1}
         while True:
             if self._process is not None and self._process.poll() is not None:
                 raise RuntimeError(f"the server ended with {self._process.returncode}: {self._last_words()}")
@@ -65,7 +66,9 @@ class Server:
                 connection.request("GET", self._base + "/v1/models")
                 response = connection.getresponse()
                 if response.status == 200:
-                    return str(json.loads(response.read())["data"][0]["id"])
+                    self._model = str(json.loads(response.read())["data"][0]["id"])
+                    self._ask(question, time.perf_counter(), {})
+                    return self._model
             if time.monotonic() > until or self._process is None:
                 raise TimeoutError(f"no answer from {self._place}")
             time.sleep(0.1)
@@ -110,6 +113,8 @@ class Server:
             headers = {"Content-Type": "application/json"}
             connection.request("POST", self._base + "/v1/completions", json.dumps(body), headers)
             response = connection.getresponse()
+            if response.status == 503:
+                raise ConnectionError("the server answered 503: it is not ready")
             if response.status != 200:
                 text = response.read(500).decode(errors="replace")
                 raise RuntimeError(f"the server answered {response.status}: {text}")

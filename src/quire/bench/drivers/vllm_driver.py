@@ -21,6 +21,7 @@ class Engine:
         if on_cpu:
             cores = sorted(os.sched_getaffinity(0))[: settings["threads"]]
             environment |= {
+                "OMP_NUM_THREADS": str(settings["threads"]),  # else two threads spin on one core where one is bound
                 "VLLM_CPU_KVCACHE_SPACE": str(gib),
                 "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
             }
@@ -44,7 +45,8 @@ class Engine:
         self._count = 0
         self.facts = {
             "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
-            "settings": arguments | {name: os.environ[name] for name in environment if "CPU" in name},
+            "settings": arguments
+            | {name: os.environ[name] for name in environment if "VLLM_CPU" in name or "OMP" in name},
             "kv_bytes": tokens * settings["kv_bytes_per_token"] or None,
         }
 

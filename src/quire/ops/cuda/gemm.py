@@ -15,7 +15,7 @@ import triton
 
 from quire.ops.cuda.gemm_kernels import linear_kernel, quantize_rows_kernel
 from quire.ops.cuda.tiles import GemmShape, Tiles, picked, tiles_for
-from quire.ops.types import ACTIVATION_QMAX, HALF_SCALES, QuantizedFormat, QuantizedWeight
+from quire.ops.types import ACTIVATION_QMAX, BLOCK_FORMATS, QuantizedFormat, QuantizedWeight
 
 ACTIVATION_DTYPES: dict[QuantizedFormat, torch.dtype] = {
     "int8_w8a8": torch.int8,
@@ -108,7 +108,7 @@ def pack(weight: Any, bias: Any | None, dtype: torch.dtype, device: torch.device
         tensor = to_tensor(np.ascontiguousarray(weight)).to(device, copy=True).to(dtype)
         return packed_linear(tensor, None, device_bias, "plain", 0, tensor.shape[1], dtype)
     inputs, size = weight.values.shape[1], weight.group_size
-    if weight.format in HALF_SCALES:
+    if weight.format in BLOCK_FORMATS:
         raise ValueError(f"CUDA has no GEMM of {weight.format}")
     if not torch.is_tensor(weight.values):  # tensors are what `quantize` made
         weight.require_range()

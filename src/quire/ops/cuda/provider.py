@@ -19,8 +19,8 @@ from quire.ops.cuda import attention, gemm, packed_weights, rows, sampling
 from quire.ops.cuda.kernel_cache import kernel_cache
 from quire.ops.packed import Buffer, PackedHeader, PackedState
 from quire.ops.types import (
+    BLOCK_FORMATS,
     FORMATS,
-    HALF_SCALES,
     Activation,
     AttentionBatch,
     AttentionSpec,
@@ -54,7 +54,7 @@ class CudaOps(ComposedOps):
         self.xp: Any = array_api_compat.torch
         # Before compute capability 8.9 there is no GEMM of e4m3.
         with_fp8 = self.device.type == "cpu" or torch.cuda.get_device_capability(self.device) >= (8, 9)
-        self.formats = tuple(kind for kind in FORMATS if kind not in HALF_SCALES and (with_fp8 or kind != "fp8"))
+        self.formats = tuple(kind for kind in FORMATS if kind not in BLOCK_FORMATS and (with_fp8 or kind != "fp8"))
         self._capture: tuple[Any, Any] | None = None
         """A stream to capture on, and the memory that all CUDA graphs share: they are replayed one after another."""
 

@@ -72,8 +72,8 @@ class MarkedRoute(Route):
         marker: the header's name, in small letters.
     """
 
-    def __init__(self, *route: Any, marker: str) -> None:
-        super().__init__(*route)
+    def __init__(self, *route: Any, marker: str, methods: Sequence[str] = ("GET",)) -> None:
+        super().__init__(*route, methods=list(methods))
         self._marker = marker.encode()
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:

@@ -30,7 +30,7 @@ def document(apis: Sequence[Api], limits: Limits, *, needs_key: bool) -> dict[st
         },
         "/": {"get": get("index", "What this is, and links on; a page where Accept asks for HTML.", _index())},
         "/version": {"get": get("version", "The version of Quire.", open_object({"version": STRING}))},
-        "/metrics": {"get": get("metrics", "Prometheus metrics.", STRING, media="text/plain")},
+        "/metrics": {"get": get("metrics", "Prometheus metrics.", STRING, 403, media="text/plain")},
         "/openapi.json": {"get": get("openapi", "This document.", {"type": "object"})},
         **{
             path: {"get": get(path[1:], "Probe.", ref("Status"), probe=True)}

@@ -191,9 +191,12 @@ class Conversation(msgspec.Struct, kw_only=True):
 
 
 REFUSED = {
+    "billing_policy": Refused("nothing is billed here"),
+    "compaction": Refused("edit the messages yourself"),
     "container": Refused(_THEIRS),
     "context_management": Refused("edit the messages yourself", ({"edits": []},)),
     "diagnostics": Refused("usage says what the cache supplied"),
+    "fallback_credit_token": Refused("nothing is billed here"),
     "fallbacks": Refused("name one model"),
     "inference_geo": Refused(_THEIRS),
     "mcp_servers": Refused("this server runs no tools", ([],)),

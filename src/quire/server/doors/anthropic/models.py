@@ -14,13 +14,14 @@ MOST_IN_A_PAGE, USUAL_PAGE = 1000, 20
 _EFFORTS = ("low", "medium", "high", "xhigh", "max")
 _SERVER_TOOLS = ("code_execution", "web_search")
 _PAGING = ("limit", "after_id", "before_id")
+_STAGES = ("active", "deprecated", "retired")
 
 
 async def list_models(request: Request) -> Response:
     """The models that are there, a page of them."""
     context: ServerContext = request.app.state.context
     there = dict(context.shown())
-    names = list(there)
+    names = list(there) if _wants_active(request) else []
     limit, after, before = (request.query_params.get(name) for name in _PAGING)
     count = USUAL_PAGE if limit is None else _count(limit)
     if after is not None and before is not None:
@@ -52,6 +53,15 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 4 and 1 <= int(text) <= MOST_IN_A_PAGE):
         raise InvalidRequestError(f"limit must be a whole number from 1 to {MOST_IN_A_PAGE}", param="limit")
     return int(text)
+
+
+def _wants_active(request: Request) -> bool:
+    """Whether models that are served are asked for: all of them are active."""
+    query = request.query_params
+    given = ",".join([*query.getlist("lifecycle"), *query.getlist("lifecycle[]")])
+    if any(stage not in _STAGES for stage in given.split(",") if given):
+        raise InvalidRequestError(f"lifecycle must be one of {', '.join(_STAGES)}", param="lifecycle")
+    return not given or "active" in given.split(",")
 
 
 def _place(names: list[str], name: str, param: str) -> int:

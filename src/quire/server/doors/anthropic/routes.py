@@ -78,6 +78,16 @@ async def count_tokens(request: Request) -> Response:
     return JSONResponse({"input_tokens": len(token_ids)}, headers={"request-id": f"req_{secrets.token_hex(12)}"})
 
 
+async def refuse_files(request: Request) -> Response:
+    """A route that is known and not honoured; without the header of this API it is OpenAI's.
+
+    Raises:
+        ApiError: always.
+    """
+    text = "files are not supported by this API here: write texts into messages, as blocks of type text"
+    raise ApiError(400, text, code="unsupported_route")
+
+
 def check_version(request: Request) -> None:
     """Refuse a version that is not known; none at all is taken for the newest.
 
@@ -97,6 +107,8 @@ ANTHROPIC = Api(
         Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
         MarkedRoute("/v1/models", list_models, marker=MARKER),
         MarkedRoute("/v1/models/{name:path}", retrieve_model, marker=MARKER),
+        MarkedRoute("/v1/files", refuse_files, methods=["GET", "POST"], marker=MARKER),
+        MarkedRoute("/v1/files/{name:path}", refuse_files, methods=["GET", "DELETE"], marker=MARKER),
     ),
     queued_paths=frozenset({"/v1/messages"}),
     error_body=error_body,

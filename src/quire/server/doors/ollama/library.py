@@ -1,4 +1,4 @@
-"""Ollama's routes for models on the server's machine: pull, delete, copy. They are for whom explanations are for."""
+"""Ollama's routes for models on the server's machine: pull, delete, copy. They are the operator's."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -111,7 +111,7 @@ class _Pulled:
 
 
 class _Gone(Exception):
-    """Whoever asked has left: what has come stays, and the next pull goes on with it."""
+    """The client has left: what has come stays, and the next pull goes on with it."""
 
 
 class _Pulling(_Pulled):
@@ -160,4 +160,4 @@ class _Pulling(_Pulled):
 def _ended(library: Library, task: "asyncio.Task[object]") -> None:
     library.pulling = ""
     if not task.cancelled():
-        task.exception()  # nobody waits for it where its client has left
+        task.exception()  # so that asyncio does not say that it was never looked at: the client may have left

@@ -7,6 +7,7 @@ from quire.server.doors.openai.responses.bodies import (
     CONVERSATION,
     CONVERSATION_ITEMS,
     CONVERSATION_UPDATE,
+    INPUT_TOKENS,
     RESPONSE,
 )
 from quire.server.http.limits import Limits
@@ -16,6 +17,7 @@ from quire.server.http.schema import STRING, RequestSchema, Schema, array
 EVENTS = "Server-sent events, each named by its type and numbered; the last says how the response ended."
 _BODIES = {
     "ResponseRequest": RESPONSE,
+    "InputTokensRequest": INPUT_TOKENS,
     "ConversationRequest": CONVERSATION,
     "ConversationUpdateRequest": CONVERSATION_UPDATE,
     "ConversationItemsRequest": CONVERSATION_ITEMS,
@@ -52,6 +54,7 @@ def paths() -> dict[str, Any]:
     response, conversation = "/v1/responses/{id}", "/v1/conversations/{id}"
     return {
         "/v1/responses": {"post": _kept(post("Response", "Answer items with items.", events=EVENTS))},
+        "/v1/responses/input_tokens": {"post": post("InputTokens", "The tokens of what a response would answer.")},
         response: {
             "get": _one("retrieveResponse", "A response that is kept; or its events.", "ResponseResponse", _FOLLOW),
             "delete": _one("deleteResponse", "Forget a response.", "Deleted"),
@@ -110,6 +113,7 @@ def answers() -> dict[str, Schema]:
         "Page": open_object({**page, **ends}),
         "Deleted": open_object({"id": STRING, "object": STRING, "deleted": {"const": True}}),
         "ResponseResponse": open_object({**response, "store": {"type": "boolean"}}),
+        "InputTokensResponse": open_object({"object": STRING, "input_tokens": INTEGER}),
         "ConversationResponse": open_object(named),
         "ConversationUpdateResponse": ref("ConversationResponse"),
         "ConversationItemsResponse": ref("Page"),

@@ -40,11 +40,13 @@ _FORMAT: Schema = {
     "anyOf": [
         _object("type", type={"const": "text"}),
         _object("type", type={"const": "json_object"}, schema=_JSON_SCHEMA),
+        _object("type", "value", type={"const": "json_object"}, value=_JSON_SCHEMA),
         _object("type", "json_schema", type={"const": "json_schema"}, json_schema=_NAMED),
     ]
 }
-_OF_FORMAT = {"text": None, "json_object": "schema", "json_schema": "json_schema"}
-"""Type of a `response_format` -> the field beside it; a schema beside json_object is llama.cpp's and others'."""
+_OF_FORMAT = {"text": (), "json_object": ("schema", "value"), "json_schema": ("json_schema",)}
+"""Type of a `response_format` -> one field beside it; with json_object it is a schema: `schema` is llama.cpp's and
+others' name of it, `value` is TGI's, which the hub's client sends where it was given a json_schema."""
 _OLD = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 _OLD_PATTERN, _OLD_BACKEND = "guided_whitespace_pattern", "guided_decoding_backend"
 _OLDER = "vLLM's older name for structured_outputs."
@@ -132,15 +134,18 @@ def _of_response_format(value: Any) -> StructuredOutputsParams | None:
     kind = value.get("type") if isinstance(value, Mapping) else None
     kind = kind if isinstance(kind, str) else ""
     for name in value if kind in _OF_FORMAT else ():
-        if name not in ("type", _OF_FORMAT[kind]):
+        if name != "type" and name not in _OF_FORMAT[kind]:
             raise refused(f" of type {kind} has no field {str(name)[:64]!r}")
     if kind == "text":
         return None
-    if kind == "json_object" and value.get("schema") is None:
+    given = [name for name in _OF_FORMAT["json_object"] if kind == "json_object" and value.get(name) is not None]
+    if len(given) > 1:
+        raise refused(" holds schema and value, which are one field: send one")
+    if kind == "json_object" and not given:
         return StructuredOutputsParams(json_object=True)
     if kind not in _OF_FORMAT:
         raise refused(" must be an object whose type is text, json_object or json_schema (others: structured_outputs)")
-    named = value.get("json_schema") if kind == "json_schema" else {"schema": value["schema"]}
+    named = value.get("json_schema") if kind == "json_schema" else {"schema": value[given[0]]}
     if not isinstance(named, Mapping) or "schema" not in named:
         raise refused(".json_schema must be an object with a schema")
     for name in named:
@@ -154,5 +159,5 @@ def _of_response_format(value: Any) -> StructuredOutputsParams | None:
         closed = named.get("strict") is True  # OpenAI takes no other schema then
         return StructuredOutputsParams(json=named["schema"], disable_additional_properties=closed)
     except InvalidRequestError as error:
-        place = ".json_schema.schema" if kind == "json_schema" else ".schema"
+        place = f".{given[0]}" if given else ".json_schema.schema"
         raise refused(place + error.message.removeprefix("structured_outputs.json")) from error

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.models.parameters import Concatenated, Parameter
-from quire.ops.types import FORMATS, QuantizedFormat, QuantizedWeight, QuantSpec, WeightDtype
+from quire.ops.types import E4M3_FORMATS, FORMATS, QuantizedFormat, QuantizedWeight, QuantSpec, WeightDtype
 from quire.outputs import Decision
 from quire.quant.types import joined, quantized_bytes
 from quire.weights.formats.quantized.layouts import find_quantized
@@ -158,7 +158,7 @@ class QuantizedWeights:
         self, array: Concatenated, parts: list[QuantizedTensor | None], grids: list[Grid | None], spec: QuantSpec
     ) -> QuantizedWeight | str:
         rows, inputs = array.shape
-        values = np.empty((rows, inputs), E4M3 if spec.format == "fp8" else np.int8)
+        values = np.empty((rows, inputs), E4M3 if spec.format in E4M3_FORMATS else np.int8)
         size = spec.group_size or inputs
         scales = np.empty((rows, -(-inputs // size)), np.float32)
         minima = np.empty_like(scales) if FORMATS[spec.format].has_minima else None
@@ -212,9 +212,9 @@ def foreseen(
     inputs, specs = parameter.weight.shape[1], []
     for name, _ in parameter.weight.tensors:
         scheme = quantization.scheme_of(name.removesuffix(".weight"))
-        if scheme is None or scheme.strategy == "block":
+        if scheme is None:
             return None
-        size = min(scheme.group_size or inputs, inputs)
+        size = min(scheme.block[1] if scheme.block else scheme.group_size or inputs, inputs)
         specs.append(fitting(scheme, size, inputs, not scheme.symmetric, formats))
     kept = [spec for spec in specs if isinstance(spec, QuantSpec)]
     found = joined(kept) if len(kept) == len(specs) else None

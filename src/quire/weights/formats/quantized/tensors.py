@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from quire.errors import ModelFileError
-from quire.ops.types import FORMATS, QuantizedFormat, QuantSpec
+from quire.ops.types import E4M3_FORMATS, FORMATS, QuantizedFormat, QuantSpec
 from quire.weights.formats.quantized.scheme import FP8_PER_TOKEN, INT8_PER_TOKEN, TensorScheme
 
 BLOCK_ELEMENTS = 2**20
@@ -88,8 +88,6 @@ class QuantizedTensor:
         size = grid.group_size()
         if size is None:
             return "inputs of a group are not side by side (act-order)"
-        if grid.rows_per_scale > 1 and grid.scales.shape[0] > 1:
-            return "blocks have a scale each"
         has_zeros = grid.zeros is not None and bool(np.any(grid.zeros != self._middle()))
         return fitting(self.scheme, size, self.shape[1], has_zeros, formats)
 
@@ -111,8 +109,9 @@ class QuantizedTensor:
         above = -8 if spec.format == "int4_min" else 0  # what the format has as zero, where numbers have a sign
         middle = self._middle() + above
         for outputs, inputs, numbers in self._checked():
-            whole = numbers if spec.format == "fp8" else numbers.astype(np.int16) - np.int16(middle)
-            if spec.format != "fp8" and whole.size and (whole.min() < low or whole.max() > high):
+            is_e4m3 = spec.format in E4M3_FORMATS
+            whole = numbers if is_e4m3 else numbers.astype(np.int16) - np.int16(middle)
+            if not is_e4m3 and whole.size and (whole.min() < low or whole.max() > high):
                 return f"a number of {whole.min() if whole.min() < low else whole.max()}"
             values[outputs, inputs] = whole
         starts = np.arange(scales.shape[1]) * (spec.group_size or 1)
@@ -155,9 +154,13 @@ def fitting(
     """
     small = scheme.activations == INT8_PER_TOKEN
     if scheme.kind == "float":
-        if scheme.activations != FP8_PER_TOKEN or "fp8" not in formats:
-            return "fp8 is multiplied on GPUs of compute capability 8.9 on, with a scale for each token"
-        return "blocks have a scale each" if size < inputs else QuantSpec("fp8", None)
+        whole_rows = scheme.activations == FP8_PER_TOKEN and "fp8" in formats
+        if whole_rows and size == inputs:
+            return QuantSpec("fp8", None)
+        if "fp8_groups" not in formats:
+            is_slow = "fp8 is multiplied on GPUs of compute capability 8.9 on, with a scale for each token"
+            return "blocks have a scale each" if whole_rows else is_slow
+        return _in_groups("fp8_groups", size, inputs)
     if scheme.bits == 8 and size == inputs and not has_zeros:
         return QuantSpec("int8_w8a8" if small else "int8", None)
     kind: QuantizedFormat = "int4_w4a8" if small else "int4"
@@ -167,6 +170,10 @@ def fitting(
         kind = "int8_groups"
     if kind not in formats:
         return "zero points" if has_zeros else "8 bits in groups"
+    return _in_groups(kind, size, inputs)
+
+
+def _in_groups(kind: QuantizedFormat, size: int, inputs: int) -> QuantSpec | str:
     group = next((one for one in FORMATS[kind].group_sizes[::-1] if size % one == 0 or size == inputs), None)
     return f"groups of {size}" if group is None else QuantSpec(kind, group)
 

@@ -72,6 +72,12 @@ class ResponseAnswer(ChatAnswer):
         """The response before anything is computed."""
         return self._writer.response("queued")
 
+    async def num_input_tokens(self) -> int:
+        """How many tokens the model would read."""
+        with self._context.gate.inside(self._name):
+            ((_, token_ids),) = await self._prompts()
+        return len(token_ids)
+
     async def whole(self) -> bytes:
         """The answer in one piece, as JSON."""
         async with aclosing(self.events()) as events:

@@ -21,7 +21,7 @@ _Role = Literal["user", "system", "developer", "assistant"]
 _Status = Literal["in_progress", "completed", "incomplete"]
 _Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 _Verbosity = Literal["low", "medium", "high"]
-_Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
+Included = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
 _Ignored = Annotated[Any, Field("a label that answers carry: sent back, it changes nothing")]
 _Name = Annotated[str, Meta(pattern=TOOL_NAME)]
 _NAME = "be 1 to 64 letters, digits and any of _ . -"
@@ -151,6 +151,7 @@ RESPONSE_SAMPLING: dict[str, Field | Refused] = {
     "context_management": Refused("nothing is compacted here", ([],)),
     "access_programs": Refused("there are none"),
     "image": Refused("this server reads and writes text only"),
+    "multi_agent": Refused("one model answers"),
     "background_options": Refused("background work begins at once"),
     "max_tool_calls": Refused("it bounds tools that a server runs: this one runs none"),
 }
@@ -159,8 +160,8 @@ RESPONSE_SAMPLING: dict[str, Field | Refused] = {
 _Metadata = Annotated[Metadata | None, Field("labels that are kept with it", METADATA)]
 
 
-class ResponseBody(msgspec.Struct, kw_only=True):
-    """POST /v1/responses."""
+class InputBody(msgspec.Struct, kw_only=True):
+    """What a response is an answer to."""
 
     input: Annotated[
         str | list[InputItem] | None,
@@ -193,17 +194,22 @@ class ResponseBody(msgspec.Struct, kw_only=True):
     parallel_tool_calls: Annotated[bool, Field("an answer may hold several calls")] = True
     text: Annotated[TextOptions | None, Field("format: what the text is held to; verbosity", "be an object")] = None
     reasoning: Annotated[ReasoningOptions | None, Field("effort; summary", "be an object")] = None
+    truncation: Annotated[
+        Literal["auto", "disabled"] | None,
+        Field("auto: the oldest items are left out where the input is too long", "be auto or disabled"),
+    ] = None
+
+
+class ResponseBody(InputBody, kw_only=True):
+    """POST /v1/responses."""
+
     include: Annotated[
-        list[_Included] | None,
+        list[Included] | None,
         Field(
             "message.output_text.logprobs: the log-probabilities of the text; reasoning.encrypted_content asks for "
             "nothing more: reasoning is in the answer, and can be sent back",
             "be a list of message.output_text.logprobs and reasoning.encrypted_content",
         ),
-    ] = None
-    truncation: Annotated[
-        Literal["auto", "disabled"] | None,
-        Field("auto: the oldest items are left out where the input is too long", "be auto or disabled"),
     ] = None
     store: Annotated[bool, Field("keep the response for a while; false: nothing of it is kept")] = True
     background: Annotated[bool, Field("answer at once, and work on: retrieve it later; needs store")] = False
@@ -216,6 +222,13 @@ class ResponseBody(msgspec.Struct, kw_only=True):
     ] = None
     options: Annotated[AnswerOptions, Flattened()]
     sampling: Annotated[dict[str, Any], Flattened(RESPONSE_SAMPLING)]
+
+
+class InputTokensBody(InputBody, kw_only=True):
+    """POST /v1/responses/input_tokens."""
+
+    model: Annotated[str | None, Field("one of the served names; left out: the first")] = None
+    personality: Annotated[Any, Refused("templates have none: say it in instructions")] = None
 
 
 class ConversationBody(msgspec.Struct, kw_only=True):
@@ -243,6 +256,7 @@ class ConversationItemsBody(msgspec.Struct, kw_only=True):
 
 
 RESPONSE = RequestSchema(ResponseBody)
+INPUT_TOKENS = RequestSchema(InputTokensBody)
 CONVERSATION = RequestSchema(ConversationBody)
 CONVERSATION_UPDATE = RequestSchema(ConversationUpdateBody)
 CONVERSATION_ITEMS = RequestSchema(ConversationItemsBody)

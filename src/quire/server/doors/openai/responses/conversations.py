@@ -18,6 +18,7 @@ from quire.server.doors.openai.responses.bodies import (
 from quire.server.doors.openai.responses.items import checked_items, with_types
 from quire.server.doors.openai.responses.keep import CONVERSATION as KIND
 from quire.server.doors.openai.responses.keep import with_references
+from quire.server.doors.openai.responses.query import check_query
 from quire.server.http.context import ServerContext
 from quire.server.http.keys import caller_of
 from quire.server.http.schema import RequestSchema
@@ -117,6 +118,7 @@ async def _read(request: Request, schema: RequestSchema[Any]) -> Any:
 
 
 async def _found(request: Request) -> Stored:
+    check_query(request)
     context, owner = _asked(request)
     name = request.path_params["id"]
     found = await store_of(context.store).get(KIND, owner, name)

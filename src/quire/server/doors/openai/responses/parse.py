@@ -14,7 +14,13 @@ import msgspec
 from quire.errors import InvalidRequestError
 from quire.sampling_params import SamplingParams
 from quire.server.doors.openai.parse import ChatCall, parse_chat
-from quire.server.doors.openai.responses.bodies import RESPONSE, InputItem, ResponseBody, ResponseToolChoice
+from quire.server.doors.openai.responses.bodies import (
+    INPUT_TOKENS,
+    RESPONSE,
+    InputItem,
+    ResponseBody,
+    ResponseToolChoice,
+)
 from quire.server.doors.openai.responses.items import Item, checked_items, messages_of, with_types
 from quire.server.http.errors import ApiError
 from quire.server.http.limits import Limits
@@ -60,7 +66,7 @@ def parse_response(raw: Mapping[str, Any], limits: Limits) -> tuple[ResponseBody
         InvalidRequestError: naming the field.
         ApiError: a count past its limit.
     """
-    body = RESPONSE.read({**raw, "input": with_types(raw["input"])} if "input" in raw else raw, limits)
+    body = RESPONSE.read(_typed(raw), limits)
     given = [InputItem(role="user", content=body.input)] if isinstance(body.input, str) else body.input or []
     items = checked_items(given, "input")
     if not items and body.previous_response_id is None and body.conversation is None:
@@ -80,6 +86,22 @@ def parse_response(raw: Mapping[str, Any], limits: Limits) -> tuple[ResponseBody
             raise InvalidRequestError(f"top_logprobs needs {_LOGPROBS} in include", param="top_logprobs")
         del body.sampling["top_logprobs"]
     return body, items
+
+
+def parse_input(raw: Mapping[str, Any], limits: Limits) -> tuple[ResponseBody, list[Item]]:
+    """The same of a body that asks for the tokens of its input alone: a response that is not made.
+
+    Raises:
+        InvalidRequestError: naming the field.
+        ApiError: a count past its limit.
+    """
+    INPUT_TOKENS.read(_typed(raw), limits)
+    known = {name: value for name, value in raw.items() if name != "personality"}
+    return parse_response({**known, "store": False}, limits)
+
+
+def _typed(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {**raw, "input": with_types(raw["input"])} if "input" in raw else raw
 
 
 def chat_of(body: ResponseBody, items: Sequence[Item], defaults: SamplingParams, limits: Limits) -> ChatCall:

@@ -22,7 +22,8 @@ from quire.server.doors.openai.responses.keep import (
     load_response,
     with_references,
 )
-from quire.server.doors.openai.responses.parse import chat_of, in_our_words, parse_response
+from quire.server.doors.openai.responses.parse import chat_of, in_our_words, parse_input, parse_response
+from quire.server.doors.openai.responses.query import check_query
 from quire.server.http.context import RequestContext, ServerContext
 from quire.server.http.errors import ApiError
 from quire.server.http.keys import caller_of
@@ -87,6 +88,19 @@ async def create_response(request: Request) -> Response:
         return await deliver(request, answer, FRAMING if body.options.stream else None)
 
 
+async def count_input_tokens(request: Request) -> Response:
+    """The tokens of what a response would be an answer to."""
+    context: ServerContext = request.app.state.context
+    body, items = await context.bodies.read(request, lambda raw: parse_input(raw, context.limits))
+    context = context.of_model(body.options.model, request.scope)
+    with in_our_words(), naming_param("prompt", "input"):
+        requested = context.request_context(request, "", None)
+        keeper = await keeper_of(context, requested.caller.name, body)
+        answer = await answer_to(context, requested, requested.caller.name, body, items, keeper)
+        count = await answer.num_input_tokens()
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": count})
+
+
 async def _begin(
     context: ServerContext, request: Request, answer: ResponseAnswer, keeper: Keeper, *, streams: bool
 ) -> Response:
@@ -101,6 +115,7 @@ async def _begin(
 
 async def retrieve_response(request: Request) -> Response:
     """A response that is stored; with `stream` its events from `starting_after` on."""
+    check_query(request)
     context: ServerContext = request.app.state.context
     owner, name = caller_of(request.scope), request.path_params["id"]
     found, response = await load_response(context, owner, name)
@@ -152,6 +167,7 @@ async def delete_response(request: Request) -> Response:
 
 async def list_input_items(request: Request) -> Response:
     """The items of a response's own input."""
+    check_query(request)
     context: ServerContext = request.app.state.context
     page, name = page_of(request, descending=True), request.path_params["id"]
     await load_response(context, caller_of(request.scope), name)
@@ -161,6 +177,7 @@ async def list_input_items(request: Request) -> Response:
 
 ROUTES = (
     Route("/v1/responses", create_response, methods=["POST"]),
+    Route("/v1/responses/input_tokens", count_input_tokens, methods=["POST"]),
     Route("/v1/responses/{id}", retrieve_response, methods=["GET"]),
     Route("/v1/responses/{id}", delete_response, methods=["DELETE"]),
     Route("/v1/responses/{id}/cancel", cancel_response, methods=["POST"]),
