@@ -22,9 +22,9 @@ EXAMPLES = """examples:
   quire bench serve --save-result --save-detailed --result-filename a.json
   quire bench compare a.json b.json
 
-The flags listed here are vLLM's, and so are the names of the figures. Without --request-rate all requests are sent at
-once; with it they come at random (--burstiness). The intervals of compare are of the requests within two runs: what
-else the machine did in one of them is not chance, and makes two runs of one server differ too."""
+The flags listed here are vLLM's (but --max-model-len), and so are the names of the figures. Without --request-rate all
+requests are sent at once; with it they come at random (--burstiness). The intervals of compare are of the requests
+within two runs: what else the machine did in one of them is not chance, and makes two runs of one server differ too."""
 ENDPOINTS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 MOST_PROMPTS = 100_000
 MOST_OPEN = 1024
