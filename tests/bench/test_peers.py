@@ -134,7 +134,8 @@ def test_a_driver_ends_with_us_even_when_we_are_killed(make: Make, tmp_path: Pat
     spec = make()
     code = (
         "import os, signal, sys\nfrom quire.bench.peers import EngineProcess, Spec\n"
-        f"peer = EngineProcess(Spec('fake', {spec.driver!r}, sys.executable, {{'threads': 2}}))\npeer.start(60)\npeer.pause()\n"
+        f"peer = EngineProcess(Spec('fake', {spec.driver!r}, sys.executable, {{'threads': 2}}))\n"
+        "peer.start(60)\npeer.pause()\n"
         "print(peer._process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -86,7 +86,7 @@ def test_a_driver_of_ones_own(tiny: Path, tmp_path: Path, capsys: pytest.Capture
     kept = {one["point"]: one["kept"] for one in found["fairness"]}
     if on:
         assert len(on) == 1, "one thread, one processor"
-        assert f"1 threads each, its process on processors {on[0]};" in kept["device"]
+        assert f"1 threads each, what is started here on processors {on[0]};" in kept["device"]
     assert kept["KV cache"].startswith("2,048 MiB asked of each") and "KV cache 0 MiB" in kept["mine"]
     assert found["runs"][0]["ttfts_s"] == [0.1] and found["engines"][1]["facts"]["settings"] == {"threads": 1}
 

@@ -85,7 +85,7 @@ class Comparison:
         self._stack = ExitStack()
 
     def start(self, spec: Spec, warm_ups: Sequence[Sequence[Item]]) -> bool:
-        """Start an engine and let it answer each of `warm_ups`; False where it cannot, which is kept with its reason."""
+        """Start an engine and let it answer each of `warm_ups`; False where it cannot, kept with its reason."""
         self._say(f"{spec.name}: starting")
         begun_s = time.monotonic()
         try:

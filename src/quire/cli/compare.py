@@ -163,7 +163,7 @@ def _given(options: argparse.Namespace) -> "tuple[Given, list[str]]":
 def _prepared(
     options: argparse.Namespace, name: str | None
 ) -> "tuple[ModelCost, dict[str, Any], dict[str, list[list[Item]]]]":
-    """What the model costs, the settings that all share, and the requests of each workload: its repetitions, its warm-up."""
+    """What the model costs, the settings that all share, and each workload's requests: repetitions, then warm-up."""
     from quire.bench.workloads import WORKLOADS, longest
     from quire.cli.compare_engines import processors, shape
     from quire.cli.plan import cost_of
@@ -241,7 +241,7 @@ def _subject(
     if files.is_file() or (files / "engine.json").is_file():
         dtype = f"formats as they are stored, else {dtype}"
     bound = ", ".join(map(str, settings["processors"]))
-    where = f"its process on processors {bound}" if bound else "on the processors that the system gives"
+    where = f"what is started here on processors {bound}" if bound else "on the processors that the system gives"
     values = {**settings, "dtype": dtype, "where": where, "kv_mib": settings["kv_bytes"] / 2**20, "reps": options.reps}
     fairness = [(point, text.format(**values)) for point, text in FAIRNESS]
     facts = {**machine.describe(), "load": f"{load:.1f} runnable before, {os.getloadavg()[0]:.1f} after"}
