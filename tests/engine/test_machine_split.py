@@ -85,7 +85,8 @@ def test_cores(num_cores: int, asked: Any, total: int | None, expected: list[tup
 
 def test_a_core_keeps_to_its_own_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
-    monkeypatch.setattr("quire.ops.select.core_processors", lambda: [[0, 4], [1, 5], [2, 6], [3, 7]])
+    for module in ("quire.ops.select", "quire.compose.machine_split"):
+        monkeypatch.setattr(f"{module}.core_processors", lambda: [[0, 4], [1, 5], [2, 6], [3, 7]])
     monkeypatch.setattr("quire.ops.select._cgroup_quota", lambda: None)
     monkeypatch.setattr("os.sched_setaffinity", lambda process, own: kept.append((process, own)))
     args = EngineArgs()

@@ -121,8 +121,8 @@ def begin_all(plan: Plan) -> "list[Callable[[], ServedEngine]]":
     Raises:
         ConfigurationError: a model is not there, or its share of the machine does not suffice; nothing has begun.
     """
-    from quire.compose.served import ModelPlace, begin, find_model
     from quire.compose.machine_split import shares_of
+    from quire.compose.served import ModelPlace, begin, find_model
 
     for one in plan.models:
         model_path.check(one.args.model)
