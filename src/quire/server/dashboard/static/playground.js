@@ -4,7 +4,10 @@ import { word } from "/ui/words.js";
 const FIELDS = { temperature: 0.7, topP: 1, maxTokens: 200, seed: "" };
 const NAMES = { temperature: "temperature", topP: "top_p", maxTokens: "max_tokens", seed: "seed" };
 
-export function openPlayground(byId, headers, events) {
+const KEPT_ANSWERS = 40;
+
+// `said`: the tokens of each answer by its name, for whom picks that request.
+export function openPlayground(byId, headers, events, said) {
   const columns = [column("a"), column("b")];
   byId("columns").append(...columns.map((one) => one.place));
   let running = new AbortController();
@@ -42,7 +45,7 @@ export function openPlayground(byId, headers, events) {
     one.messages.push({ role: "user", content: text });
     line(one.log, "user", text);
     const place = line(one.log, "assistant", "");
-    let said = "";
+    let answered = "";
     try {
       const body = { ...bodyOf(one, one.messages), stream: true, logprobs: true, top_logprobs: 3 };
       const answer = await fetch("/v1/chat/completions", {
@@ -53,19 +56,24 @@ export function openPlayground(byId, headers, events) {
         if (data === "[DONE]") break;
         const chunk = JSON.parse(data), choice = chunk.choices?.[0];
         if (chunk.error) throw new Error(chunk.error.message);
-        said += choice?.delta?.content ?? "";
-        for (const token of choice?.logprobs?.content ?? []) place.append(shownToken(token));
+        answered += choice?.delta?.content ?? "";
+        for (const token of choice?.logprobs?.content ?? []) {
+          if (choice.delta?.content || !choice.finish_reason) place.append(shownToken(token));  // not what ends it
+          if (!said.has(chunk.id)) said.set(chunk.id, []);
+          said.get(chunk.id).push(token);
+        }
+        if (said.size > KEPT_ANSWERS) said.delete(said.keys().next().value);
         if (choice?.delta?.content && !choice.logprobs?.content?.length) place.append(choice.delta.content);
         one.log.scrollTop = one.log.scrollHeight;
       }
     } catch (error) {
       if (error.name !== "AbortError") line(one.log, "error", error.message);
     }
-    one.messages.push({ role: "assistant", content: said });
+    one.messages.push({ role: "assistant", content: answered });
   }
 }
 
-function shownToken(token) {
+export function shownToken(token) {
   const span = document.createElement("span");
   span.className = "token";
   span.textContent = token.token;
@@ -111,7 +119,8 @@ function column(name) {
 
 function bodyOf(one, messages) {
   const system = one.inputs.system.value.trim(), schema = one.inputs.schema.value.trim();
-  const body = { messages: system ? [{ role: "system", content: system }, ...messages] : [...messages] };
+  const model = new URLSearchParams(location.search).get("model");  // that the page is of, where there are several
+  const body = { ...(model && { model }), messages: system ? [{ role: "system", content: system }, ...messages] : [...messages] };
   for (const [field, name] of Object.entries(NAMES)) if (one.inputs[field].value !== "") body[name] = Number(one.inputs[field].value);
   if (schema) body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: JSON.parse(schema) } };
   return body;
@@ -134,9 +143,9 @@ function literal(value) {
 }
 
 function python(body) {
-  const { response_format: shape, ...rest } = body;
+  const { response_format: shape, model, ...rest } = body;
   const lines = Object.entries(rest).map(([name, value]) => `    ${name}=${literal(value)},`);
   if (shape) lines.push(`    response_format=${literal(shape)},`);
   return ["from openai import OpenAI", "", `client = OpenAI(base_url="${location.origin}/v1", api_key="none")`,
-    "answer = client.chat.completions.create(", "    model=client.models.list().data[0].id,", ...lines, ")", "print(answer.choices[0].message.content)"].join("\n");
+    "answer = client.chat.completions.create(", `    model=${model ? literal(model) : "client.models.list().data[0].id"},`, ...lines, ")", "print(answer.choices[0].message.content)"].join("\n");
 }
