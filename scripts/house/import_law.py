@@ -58,6 +58,7 @@ LAW: dict[str, Room] = {
     "course": _room("core observe ops", "array_api_compat numpy"),
     "demo": _room(),
     "programs": _room("engine"),
+    "cli.chat_rich": _room("cli.chat_session cli.chat_terminal cli.history", "prompt_toolkit rich"),
 }
 """By folder; `ops.cuda` is a room inside a room, and the longest name wins."""
 

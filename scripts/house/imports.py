@@ -100,10 +100,8 @@ def _room_of(module: str) -> str | None:
     """The room of an own module (`ops.cuda` before `ops`), a composer's name, or None: no row in the law."""
     inner = module.removeprefix(PACKAGE).lstrip(".")
     top = inner.split(".")[0]
-    if top in COMPOSERS:
-        return top
     rooms = [room for room in LAW if _within(inner, [room])]
-    return max(rooms, key=len, default=None)
+    return max(rooms, key=len, default=top if top in COMPOSERS else None)
 
 
 def _fault(item: Import, room_name: str) -> str | None:

@@ -3,10 +3,12 @@
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
+from quire.core.plan import StepRecord
 from quire.core.request import NewRequest, SamplingSpec
-from quire.observe.live import MOST_ENDED, LiveView
+from quire.observe.live import FEW_SAMPLES, MOST_ENDED, LiveView
 from tests.core.harness import Harness
 
 
@@ -107,6 +109,44 @@ def test_states_reasons_and_steps() -> None:
     assert [step[0] for step in watched.view.frame(first_version)["steps"]] == [1]
 
 
+def test_rows_that_stay_are_sent_once_and_whole_to_who_comes_later() -> None:
+    watched = Watched(num_blocks=16, block_size=4, max_model_len=16)
+    new = NewRequest("a", (1, 2, 3), 6, SamplingSpec())
+    watched.scheduler.add(new)
+    watched.view.add(new, "a", 0)
+    versions = []
+    for _ in range(4):
+        watched.watch()
+        versions.append(watched.view.frame(-1)["version"])
+    rows = [step[2] for step in watched.view.frame(-1)["steps"]]
+    assert rows == [[(0, 3, False)], [(0, 1, True)], None, None]
+    assert [step[2] for step in watched.view.frame(versions[1])["steps"]] == [[(0, 1, True)], None]
+
+
+def test_times_of_steps_are_noted_for_a_viewer_and_not_of_every_step() -> None:
+    view = LiveView(16, weight_bytes=1000, token_bytes=10)
+    view.add(NewRequest("a", (1, 2), 400, SamplingSpec()), "a", 0)
+
+    def step(number: int, tokens: int = 1) -> None:
+        view.observe(StepRecord(number, number * 0.01, (("a", 2 + number, tokens),), (), 1, 0, 9, 0, 9, 0, 0))
+
+    step(0)
+    step(1)
+    assert view.frame(-1)["read_bytes_per_s"] == 0.0, "no viewer has come"
+    for number in range(1, 40):
+        view.observe(StepRecord(number - 40, number * 0.01 - 1, (("a", 0, 1),), (), 1, 0, 9, 0, 9, 0, 0))
+    assert view.frame(-1)["read_bytes_per_s"] == 0.0, "these are a prompt's"
+    view._samples.clear()
+    step(1)
+    for number in range(2, 12):
+        step(number)
+    # Each step of 10 ms reads the weights and the row's 2 + n tokens, and itself.
+    assert view.frame(-1)["read_bytes_per_s"] == pytest.approx((1000 + 10 * (3 + 6)) / 0.01, rel=0.02)
+    for number in range(12, 200):
+        step(number)
+    assert FEW_SAMPLES < len(view._samples) < 100
+
+
 def test_ended_requests_are_bounded_and_keep_no_blocks() -> None:
     watched = Watched(num_blocks=16, block_size=4, max_model_len=16)
     for number in range(MOST_ENDED + 20):
@@ -135,10 +175,13 @@ def test_rates_and_percentiles() -> None:
     view.tokens("r", 1, 10.0, 9.0, None)
     for step in range(1, 21):
         view.tokens("r", 2, 10.0 + step, None, 0.2)
+    view.tokens("r", 1, 31.0, 26.0, None)
     frame = view.frame(-1)
-    assert frame["ttft_s"]["p50"] == 1.0 and frame["itl_s"]["p99"] == pytest.approx(0.1)
-    assert frame["tokens_per_s"] == pytest.approx(6 / 2.0)  # three events are within two seconds
-    assert frame["requests"][0]["num_output"] == 41
+    assert frame["ttft_s"] == {f"p{p}": pytest.approx(np.percentile([1.0, 5.0], p)) for p in (50, 90, 99)} and frame[
+        "itl_s"
+    ]["p99"] == pytest.approx(0.1)
+    assert frame["tokens_per_s"] == pytest.approx(5 / 2.0)  # three events are within two seconds
+    assert frame["requests"][0]["num_output"] == 42
 
 
 def test_another_core_begins_without_blocks() -> None:

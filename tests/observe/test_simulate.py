@@ -19,7 +19,7 @@ from quire.observe.arrivals import SHAREGPT, made_up
 from quire.observe.recording import RecordedScheduler
 from quire.observe.replay import Session, read
 from quire.observe.reservations import reserved_tokens, simulate_reserved
-from quire.observe.simulate import arrivals, percentile, recorded, simulate
+from quire.observe.simulate import arrivals, recorded, simulate
 from quire.observe.step_cost import StepCost, features, fit, line_through
 from tests.core.harness import Harness
 
@@ -169,11 +169,6 @@ def test_reserved_lengths() -> None:
     one.prompt, one.num_output = 100, 25
     found = [reserved_tokens(one, scheme, 2048) for scheme in ("reserve-max", "reserve-pow2", "reserve-oracle")]
     assert found == [2048, 132, 125]
-
-
-def test_percentiles_are_nearest_ranks() -> None:
-    assert [percentile([1.0, 2.0, 3.0, 4.0], p) for p in (1, 25, 50, 51, 99)] == [1.0, 1.0, 2.0, 3.0, 4.0]
-    assert percentile([], 50) == 0.0
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: str) -> Any:

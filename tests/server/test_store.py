@@ -14,7 +14,7 @@ import pytest
 from quire.errors import ConfigurationError
 from quire.server.http.errors import ApiError
 from quire.server.http.limits import Limits
-from quire.server.http.stored import AddParts, Page, Part, Put, Remove, Stored
+from quire.server.http.stored import AddParts, Page, Part, Put, Remove, Stored, Update
 from quire.server.store import schema
 from quire.server.store.database import DAY_SECONDS, SWEEP_SECONDS, SqliteStore
 from tests.server.conftest import Running, start
@@ -94,7 +94,7 @@ def test_what_is_bounded_is_counted_where_it_is_written(store: SqliteStore) -> N
 def test_what_was_forgotten_meanwhile_does_not_come_back(store: SqliteStore) -> None:
     async def work() -> None:
         item = Stored("one", "conversation", "a", {"metadata": {}})
-        changed = Put(replace(item, body={"metadata": {"x": "y"}}), while_there=True)
+        changed = Update(replace(item, body={"metadata": {"x": "y"}}))
         await store.write(changed)
         assert await store.get("conversation", "a", "one") is None
         await store.write(Put(item), changed)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quire.bench.serving import percentile
+from quire.engine.percentiles import percentile
 from quire.errors import ConfigurationError
 
 DRAWS = 2000

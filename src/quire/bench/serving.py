@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from quire.engine.percentiles import percentile as percentile
+
 LOWEST_ID, HIGHEST_ID = 300, 3000
 """Ordinary tokens of any vocabulary."""
 SHAREGPT = (161, 1.3, 338, 0.9)
@@ -191,16 +193,6 @@ def _receive(item: Seen, ask: Ask, begun_s: float) -> None:
     item.num_prompt = item.num_prompt or item.load.num_prompt
     if not item.chunks_s:
         raise ValueError("the stream had no token")
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Of numbers in any order, with straight lines between them, as numpy has it; 0 of none."""
-    ordered = sorted(values)
-    if not ordered:
-        return 0.0
-    place = percent / 100 * (len(ordered) - 1)
-    low = math.floor(place)
-    return ordered[low] + (place - low) * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
 
 
 def result(

@@ -16,32 +16,33 @@ def path() -> Path:
 
 
 class History:
-    """Lines of a terminal with readline. A file that cannot be had is done without."""
+    """The lines of a person. A file that cannot be had is done without.
+
+    Args:
+        saves: read and write the file; else nothing is kept.
+    """
 
     def __init__(self, *, saves: bool) -> None:
-        import readline
-
         self._saves = saves
-        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste of several lines is one line to `input`
-        if saves:
-            with suppress(OSError):
-                for line in self._load():
-                    readline.add_history(line)
+
+    def lines(self) -> list[str]:
+        """What is kept, the oldest first. A file that has grown long is cut."""
+        lines: list[str] = []
+        if not self._saves:
+            return lines
+        with suppress(OSError, UnicodeDecodeError):
+            for item in path().read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):
+                    lines.append(str(json.loads(item)))
+            if len(lines) > 2 * MOST:
+                self._write(lines[-MOST:], os.O_TRUNC)
+        return lines[-MOST:]
 
     def save(self, line: str) -> None:
-        """Keep what was typed for later conversations; in this one readline has it."""
-        if self._saves:
+        """Keep what was typed for later conversations."""
+        if self._saves and line.strip():
             with suppress(OSError):
                 self._write([line], os.O_APPEND)
-
-    def _load(self) -> list[str]:
-        lines: list[str] = []
-        for item in path().read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
-                lines.append(str(json.loads(item)))
-        if len(lines) > 2 * MOST:
-            self._write(lines[-MOST:], os.O_TRUNC)
-        return lines[-MOST:]
 
     def _write(self, lines: list[str], mode: int) -> None:
         place = path()

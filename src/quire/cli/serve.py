@@ -57,6 +57,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     flag("--config", metavar="FILE", help=text)
     flag("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     flag("--port", type=int, help="0 takes a free one (default: 8000; 11434 with --ollama)")
+    flag("--ui-port", type=int, metavar="PORT", help="where alone the live view answers (/ui); left out: at --port")
     flag("--ollama", action="store_true", help="listen where Ollama's clients look for it (its API is there anyhow)")
     text = "take the flags and the environment of TGI's launcher too (MODEL_ID, PORT ...): docs/guide/tgi.md"
     flag("--tgi", action="store_true", help=text)
@@ -164,15 +165,14 @@ def run(options: argparse.Namespace) -> int:
     from quire.server.http.listen import bind, raise_descriptors
 
     port = options.port if options.port is not None else OLLAMA_PORT if options.ollama else 8000
-    if not 0 <= port < 65536:
-        raise ConfigurationError(f"port must be between 0 and 65535, got {port}", field="port")
+    _check_ports(port, options.ui_port)
     if not 0 <= options.shutdown_timeout < 86400:
         raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
     several = serve_models.plan_of(options)
     args = EngineArgs.from_mapping({"core_process": True, **engine_values(options)})
     cors = _cors(options)
     sys.setswitchinterval(SWITCH_SECONDS)
-    listener = bind(options.host, port)
+    listeners = [bind(options.host, one) for one in (port, options.ui_port) if one is not None]
     if several is None:
         model_path.check(args.model)
     sys.set_int_max_str_digits(MAX_DIGITS)
@@ -190,16 +190,19 @@ def run(options: argparse.Namespace) -> int:
     keys = ({} if options.api_key_file is None else read_keys(options.api_key_file)) | dict.fromkeys(options.api_key, 1)
     configure_logs(options.log_format, requests=options.enable_log_requests)
     host = f"[{options.host}]" if ":" in options.host else options.host
-    address = f"http://{host}:{listener.getsockname()[1]}"
-    make = partial(_application, options, limits=limits, keys=keys, cors=cors)
+    ports = [one.getsockname()[1] for one in listeners]
+    address, *views = (f"http://{host}:{one}" for one in ports)
+    ready = "; ".join([f"ready on {address}/v1", *(f"live view on {one}/ui" for one in views)])
+    make = partial(_application, options, limits=limits, keys=keys, cors=cors, view_ports=ports[1:])
     if options.host not in LOOPBACK and not keys:
         _say(f"warning: every client that reaches {address} may use it; --api-key asks for a key")
     try:
         if several is None:
-            return _serve_one(options, args, halves[0], make, listener, address)
-        return _serve_several(options, several, halves, make, listener, address)
+            return _serve_one(options, args, halves[0], make, listeners, ready)
+        return _serve_several(options, several, halves, make, listeners, ready)
     finally:
-        listener.close()
+        for one in listeners:
+            one.close()
 
 
 def _serve_one(
@@ -207,8 +210,8 @@ def _serve_one(
     args: EngineArgs,
     finish: "Callable[[], ServedEngine]",
     make: "Callable[..., Starlette]",
-    listener: "Listener",
-    address: str,
+    listeners: "Sequence[Listener]",
+    ready: str,
 ) -> int:
     """Listen once the model is there."""
     from quire.engine.async_engine import AsyncEngine
@@ -222,12 +225,20 @@ def _serve_one(
             served_model_name=options.served_model_name or name,
             model_names=[] if options.served_model_name else [name, *([] if args.model is None else [args.model])],
         )
-        server = GracefulServer(app, drain_s=options.shutdown_timeout, on_ready=lambda: _say(f"ready on {address}/v1"))
+        server = GracefulServer(app, drain_s=options.shutdown_timeout, on_ready=lambda: _say(ready))
         gc.freeze()  # a full collection, which stops the loop, then walks over none of what a start makes
-        server.run([listener])
+        server.run([*listeners])
     finally:
         engine.close()
     return 0
+
+
+def _check_ports(port: int, ui_port: int | None) -> None:
+    for name, one in (("port", port), ("ui_port", ui_port or 0)):
+        if not 0 <= one < 65536:
+            raise ConfigurationError(f"{name} must be between 0 and 65535, got {one}", field=name)
+    if ui_port and ui_port == port:
+        raise ConfigurationError(f"ui_port must be another port than {port}, where the server is", field="ui_port")
 
 
 def _serve_several(
@@ -235,8 +246,8 @@ def _serve_several(
     plan: serve_models.Plan,
     halves: "Sequence[Callable[[], ServedEngine]]",
     make: "Callable[..., Starlette]",
-    listener: "Listener",
-    address: str,
+    listeners: "Sequence[Listener]",
+    ready: str,
 ) -> int:
     """Listen at once: each model answers when it is there."""
     from quire.server.http.models import Model, Models
@@ -247,19 +258,19 @@ def _serve_several(
 
     def settled(is_any: bool) -> None:
         if is_any:
-            _say(f"ready on {address}/v1")
+            _say(ready)
         else:
             server.should_exit = True  # nothing can be served
 
     loading = serve_models.Loading(models, halves, quiet=options.quiet, say=_say, settled=settled)
 
     def listens() -> None:
-        _say(f"listening on {address}/v1; loading {plan.shown_names}")
+        _say(f"{ready.replace('ready', 'listening', 1)}; loading {plan.shown_names}")
         loading.begin(app)
 
     server = GracefulServer(app, drain_s=options.shutdown_timeout, on_ready=listens)
     try:
-        server.run([listener])
+        server.run([*listeners])
     finally:
         for engine in models.engines:
             engine.close()
@@ -273,10 +284,12 @@ def _application(
     limits: "Limits",
     keys: dict[str, int],
     cors: "Cors",
+    view_ports: "Sequence[int]",
     **names: Any,
 ) -> "Starlette":
     """All doors around an engine, or several."""
-    from quire.server.dashboard import VIEW
+    from quire.cli.machine_rates import kept_read_rates
+    from quire.server.dashboard import view
     from quire.server.doors.all import DOORS
     from quire.server.http.app import Observability, create_app
     from quire.weights.local_models import LocalModels
@@ -296,7 +309,7 @@ def _application(
         cors=cors,
         store=_store(options),
         local_models=LocalModels(),
-        pages=VIEW,
+        pages=view(kept_read_rates, *view_ports),
     )
 
 

@@ -133,7 +133,9 @@ def compose_core(
     return CoreParts(
         _scheduler(args, sizes, prefix_cache, [] if grammars is None else [grammars]),
         LocalExecutor(runner, overlap),
-        CoreInfo(sizes.max_model_len, spec.vocab_size, tuple(decisions), fingerprint, _cache_config(args, sizes)),
+        CoreInfo(
+            sizes.max_model_len, spec.vocab_size, tuple(decisions), fingerprint, _cache_config(args, sizes, model)
+        ),
         model.weight_bytes if ops.memory() is None else None,
         OverlappingCore if overlap else EngineCore,
         verifier,
@@ -149,8 +151,11 @@ def _with_share(
     return replace(args, gpu_memory_utilization=part), [*decisions, share_decision(share, part)]
 
 
-def _cache_config(args: EngineArgs, sizes: CachePlan) -> Labels:
-    """As vLLM labels `cache_config_info`."""
+def _cache_config(args: EngineArgs, sizes: CachePlan, model: Model) -> Labels:
+    """As vLLM labels `cache_config_info`, and the bytes that decoding reads: of weights, and of a token's cache."""
+    spec = model.spec
+    # Of an embedding that is no head only the rows of a step's tokens are read.
+    table = 0 if spec.tied_head else spec.vocab_size * spec.hidden_size * (4 if model.dtype == "float32" else 2)
     values = {
         "block_size": sizes.block_size,
         "num_gpu_blocks": sizes.num_blocks,
@@ -159,6 +164,8 @@ def _cache_config(args: EngineArgs, sizes: CachePlan) -> Labels:
         "gpu_memory_utilization": args.gpu_memory_utilization,
         "kv_cache_memory_bytes": args.kv_cache_memory_bytes,
         "num_gpu_blocks_override": args.num_gpu_blocks_override,
+        "read_weight_bytes": model.weight_bytes - table,
+        "token_bytes": model.cache_shape(1, 1).bytes_per_block,
     }
     return tuple((name, str(value)) for name, value in values.items())
 

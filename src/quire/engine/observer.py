@@ -68,8 +68,8 @@ class Observer:
         """
         return {}
 
-    def static_batches(self, max_model_len: int) -> Mapping[str, float] | None:
-        """Tokens a second of the last requests, in continuous and in static batches; None: not known. Takes a while."""
+    def static_batches(self, max_model_len: int) -> Mapping[str, Any] | None:
+        """The last requests, in continuous and in static batches; None: not known. Takes a while."""
         return None
 
     def trace_to(self, endpoint: str, model_name: str) -> None:

@@ -7,18 +7,21 @@ records are true.
 """
 
 import math
+import statistics
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from quire.core.limits import SchedulerConfig
 from quire.core.plan import ScheduledRow, StepRecord
 from quire.core.request import NewRequest
+from quire.engine.percentiles import percentile
 
 if TYPE_CHECKING:  # what a simulation takes is imported where there is a viewer: every server starts with this module
     from quire.observe.replay import Asked
+    from quire.observe.simulate import Times
     from quire.observe.step_cost import Sample
 
 KEPT_STEPS = 400
@@ -32,6 +35,8 @@ RATE_S = 2.0
 COMPARED = 40
 """Requests of the comparison with static batches, which takes time that grows with them."""
 WATCHED_S = 60.0
+NOTED_S, FEW_SAMPLES = 0.05, 32
+"""Between two steps whose time is noted, once there are so many: with hundreds of rows it takes a fifth of a ms."""
 LONGEST_STEP_S = 30.0
 MOST_ROWS = 256
 
@@ -78,9 +83,13 @@ class LiveView:
     Args:
         block_size: tokens in a block.
         remembers: whether there is a prefix cache.
+        weight_bytes: that a step reads; 0: not known.
+        token_bytes: of a token's keys and values.
     """
 
-    def __init__(self, block_size: int = 16, *, remembers: bool = True) -> None:
+    def __init__(
+        self, block_size: int = 16, *, remembers: bool = True, weight_bytes: int = 0, token_bytes: int = 0
+    ) -> None:
         self._lock = threading.Lock()
         self._requests: dict[str, LiveRequest] = {}
         self._ended: deque[LiveRequest] = deque(maxlen=MOST_ENDED)
@@ -94,6 +103,7 @@ class LiveView:
         self._num_seen = 0
         self._block_size = block_size
         self._remembers = remembers
+        self._weight_bytes, self._token_bytes = weight_bytes, token_bytes
         self._tokens: deque[tuple[float, int]] = deque()
         self._ttft_s: deque[float] = deque(maxlen=WINDOW)
         self._tpot_s: deque[float] = deque(maxlen=WINDOW)
@@ -101,7 +111,8 @@ class LiveView:
         self._watched_s = -math.inf
         """When a viewer was last sent a frame: what only a viewer wants is not computed without one."""
         self._samples: deque[Sample] = deque(maxlen=WINDOW)
-        self._shape: tuple[float, ...] | None = None
+        self._noted_s = -math.inf
+        self._shape: tuple[float, float, float, float] | None = None
         """Of the last step."""
         self._hits = [0, 0]
         """Prompt tokens that were looked up in the prefix cache, and those that were there."""
@@ -125,7 +136,9 @@ class LiveView:
             if before is not None and self._shape is not None and 0 < record.now_s - before.now_s < LONGEST_STEP_S:
                 self._samples.append((self._shape, record.now_s - before.now_s))
             self._shape = None
-            if record.scheduled and record.now_s - self._watched_s < WATCHED_S:
+            due = len(self._samples) < FEW_SAMPLES or record.now_s - self._noted_s >= NOTED_S
+            if record.scheduled and due and record.now_s - self._watched_s < WATCHED_S:
+                self._noted_s = record.now_s
                 from quire.observe.step_cost import features
 
                 known = self._requests
@@ -153,6 +166,8 @@ class LiveView:
                 if (request := self._requests.get(stalled.request_id)) is not None
             ]
             shown = [row for row in rows if row is not None]
+            if self._steps and self._steps[-1][1][2] == shown:
+                shown = self._steps[-1][1][2]  # as in most steps that only decode
             self._steps.append((self._version, (record.step_id, record.now_s, shown, waits)))
 
     def tokens(self, request_id: str, count: int, now_s: float, arrival_s: float | None, gap_s: float | None) -> None:
@@ -216,17 +231,38 @@ class LiveView:
                 "requests": [request.shown(since) for request in self._requests.values()],
                 "ended": [request.shown(since) for request in self._ended],
                 "cached": [*self._cached] if self._cached_version > since or since < 0 else None,
-                "steps": [step for version, step in self._steps if version > since],
+                "steps": self._steps_after(since),
                 "tokens_per_s": sum(count for _, count in self._tokens) / RATE_S if self._requests else 0.0,
                 "ttft_s": _percentiles(self._ttft_s),
                 "itl_s": _percentiles(self._tpot_s),
                 "prefix_queries": self._hits[0],
                 "prefix_hits": self._hits[1],
+                "weight_bytes": self._weight_bytes,
+                "read_bytes_per_s": self._read_rate(),
             }
 
-    def static_batches(self, max_model_len: int) -> dict[str, float] | None:
+    def _steps_after(self, since: int) -> list[tuple[Any, ...]]:
+        """Id, time, rows and waits of each; None for rows that are those of the step before."""
+        found, before = list[tuple[Any, ...]](), None
+        for version, (step_id, now_s, rows, waits) in self._steps:
+            if version > since:
+                found.append((step_id, now_s, None if rows is before else rows, waits))
+                before = rows
+        return found
+
+    def _read_rate(self) -> float:
+        """Bytes that a step which only decodes reads in a second: the weights, and the keys and values of each row."""
+        rates = [
+            (self._weight_bytes + self._token_bytes * pairs) / seconds
+            for (_, tokens, rows, pairs), seconds in self._samples
+            if tokens == rows
+        ]
+        return statistics.median(rates) if rates and self._weight_bytes else 0.0
+
+    def static_batches(self, max_model_len: int) -> dict[str, Any] | None:
         """Tokens a second of the last requests that ended, in `continuous` and in `static` batches: simulated alike,
-        over steps that take what steps took here. None: too few have ended, or too few steps were seen.
+        over steps that take what steps took here; and `spans`, of each request in both the seconds of its arrival, its
+        first token and its last. None: too few have ended, or too few steps were seen.
 
         Takes some tenths of a second: for a thread of its own.
         """
@@ -248,7 +284,8 @@ class LiveView:
             "continuous": simulate(session, requests, cost),
             "static": simulate_reserved(config, requests, cost, "reserve-max", "static"),
         }
-        return {name: outcome.numbers()["output_tokens_per_s"] for name, outcome in found.items()}
+        spans = {name: _spans(outcome.times.values()) for name, outcome in found.items()}
+        return {**{name: one.numbers()["output_tokens_per_s"] for name, one in found.items()}, "spans": spans}
 
     def _give(self, request_id: str, block_ids: Sequence[int]) -> None:
         request = self._requests.get(request_id)
@@ -300,8 +337,11 @@ def _asked(one: LiveRequest) -> "Asked":
     return Asked(one.index, one.num_prompt, one.max_tokens, one.arrival_s, reason="stop", num_output=one.num_output)
 
 
+def _spans(times: "Iterable[Times]") -> list[tuple[float, ...]]:
+    found = [(one.arrival_s, one.first_s or one.arrival_s, one.last_s or one.arrival_s) for one in times]
+    start_s = min((arrival for arrival, _, _ in found), default=0.0)
+    return [tuple(at - start_s for at in one) for one in found]
+
+
 def _percentiles(values: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    if not ordered:
-        return {}
-    return {f"p{p}": ordered[min(len(ordered) - 1, p * len(ordered) // 100)] for p in (50, 90, 99)}
+    return {f"p{percent}": percentile(values, percent) for percent in (50, 90, 99)} if values else {}

@@ -28,7 +28,12 @@ class EngineObserver(Observer):
         self.timelines = RequestTimelines()
         labels = dict(cache_config)
         remembers = labels.get("enable_prefix_caching", "True") == "True"
-        self._live = LiveView(int(labels.get("block_size", "16")), remembers=remembers)
+        self._live = LiveView(
+            int(labels.get("block_size", "16")),
+            remembers=remembers,
+            weight_bytes=int(labels.get("read_weight_bytes", "0")),
+            token_bytes=int(labels.get("token_bytes", "0")),
+        )
         self._metrics = EngineMetrics(cache_config)
         self._tracer: Tracer | None = None
 
@@ -102,7 +107,7 @@ class EngineObserver(Observer):
         """See `Observer.live`."""
         return self._live.frame(since)
 
-    def static_batches(self, max_model_len: int) -> Mapping[str, float] | None:
+    def static_batches(self, max_model_len: int) -> Mapping[str, Any] | None:
         """See `Observer.static_batches`."""
         return self._live.static_batches(max_model_len)
 

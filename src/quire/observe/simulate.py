@@ -12,6 +12,7 @@ from typing import Any
 
 from quire.core.plan import ScheduledRow
 from quire.core.scheduler import Scheduler
+from quire.engine.percentiles import percentile
 from quire.errors import InvalidRequestError
 from quire.observe.replay import Asked, Player, Session
 from quire.observe.step_cost import StepCost
@@ -75,8 +76,8 @@ class Outcome:
     def numbers(self, ttft_s: float | None = None, tpot_s: float | None = None) -> dict[str, float]:
         """The figures. With bounds, also `goodput`: answered requests a second that keep them."""
         done = [one for one in self.times.values() if one.first_s is not None and one.last_s is not None]
-        ttft = sorted((one.first_s or 0.0) - one.arrival_s for one in done)
-        tpot = sorted(_tpot(one) for one in done if one.num_output > 1)
+        ttft = [(one.first_s or 0.0) - one.arrival_s for one in done]
+        tpot = [_tpot(one) for one in done if one.num_output > 1]
         seconds = max(self.duration_s, 1e-9)
         found = {
             "requests": len(done),
@@ -100,11 +101,6 @@ class Outcome:
 
 def _tpot(one: Times) -> float:
     return ((one.last_s or 0.0) - (one.first_s or 0.0)) / max(one.num_output - 1, 1)
-
-
-def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Of numbers in order, by nearest rank; 0 of none."""
-    return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)] if ordered else 0.0
 
 
 def recorded(sessions: Iterable[Session]) -> Outcome:

@@ -17,7 +17,8 @@ from quire.observe.replay import Session
 
 LEAST_STEPS = 8
 """To fit a line to."""
-Sample = tuple[tuple[float, ...], float]
+Features = tuple[float, float, float, float]
+Sample = tuple[Features, float]
 """Features of a step, and its seconds."""
 _SOFTENING = 1e-9
 LEAST_SHARE = 1e-6
@@ -39,7 +40,7 @@ class StepCost:
         return sum(c * x for c, x in zip((self.fixed, self.token, self.row, self.context), parts, strict=True))
 
 
-def features(scheduled: Iterable[ScheduledRow]) -> tuple[float, float, float, float]:
+def features(scheduled: Iterable[ScheduledRow]) -> Features:
     """One, tokens, rows that sample, and pairs of tokens for attention."""
     tokens = rows = pairs = 0.0
     for _, start, num, _, samples in scheduled:
@@ -80,9 +81,9 @@ def _usual(samples: Sequence[Sample]) -> list[Sample]:
 
 def _samples(session: Session) -> list[Sample]:
     """Of each step, its features and the seconds until the next one could begin."""
-    found: list[tuple[tuple[float, ...], float]] = []
-    begun: dict[int, tuple[float, tuple[float, ...]]] = {}
-    waits: tuple[tuple[float, ...], float, float] | None = None
+    found = list[Sample]()
+    begun: dict[int, tuple[float, Features]] = {}
+    waits: tuple[Features, float, float] | None = None
     """A step whose result is there: features, when it began, when it ended."""
     num_open = 0
     for event in session.events:

@@ -9,7 +9,6 @@ normal weights that leaves 15 % less error than dividing by 7 does (docs/howto/q
 
 from typing import Any
 
-import array_api_compat.numpy
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +28,10 @@ def quantize(weight: Any, quant: QuantSpec) -> QuantizedWeight:
     Raises:
         ValueError: a weight is NaN or infinite; the format has minima, or scales of float16.
     """
+    from array_api_compat import numpy as xp  # it imports all of numpy, f2py too: not at every start
+
     x = np.asarray(weight).astype(np.float32)
-    values, scales = rounded(array_api_compat.numpy, x, quant)
+    values, scales = rounded(xp, x, quant)
     whole = e4m3(values) if quant.format in E4M3_FORMATS else np.ascontiguousarray(values.astype(np.int8))
     return QuantizedWeight(quant.format, whole, scales, quant.group_size or x.shape[1])
 

@@ -6,7 +6,7 @@ slowly gets fewer frames; the engine waits for none. Of several models it shows 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -121,11 +121,48 @@ def _frame(context: ServerContext, since: int) -> dict[str, Any]:
     }
 
 
-ROUTES = (
-    *(Route(path, page) for path in PAGES),
-    Route("/ui/", to_page),
-    Route("/ui/frame", frame),
-    Route("/ui/frames", frames),
-    Route("/ui/static", static_batches),
-)
-VIEW = Pages(ROUTES, OPEN_PATHS)
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def _at_port(endpoint: Endpoint, port: int | None) -> Endpoint:
+    """What answers at that port alone; None: at every one."""
+    if port is None:
+        return endpoint
+
+    async def answer(request: Request) -> Response:
+        if request.scope["server"][1] != port:
+            raise ApiError(404, f"the live view is at port {port}", code="not_found")
+        return await endpoint(request)
+
+    return answer
+
+
+def view(
+    read_rates: Callable[[], Sequence[tuple[float, float]] | None] = lambda: None, port: int | None = None
+) -> Pages:
+    """The pages and what they read.
+
+    Args:
+        read_rates: bytes a second that this machine's memory gives, by the bytes that are read over and over; None: not
+            measured. Reads a file.
+        port: where alone the view answers.
+    """
+
+    async def machine(request: Request) -> Response:
+        require_admin(request)
+        found = {"read": await asyncio.to_thread(read_rates)}
+        return Response(msgspec.json.encode(found), media_type="application/json")
+
+    routes: dict[str, Endpoint] = {
+        **dict.fromkeys(PAGES, page),
+        "/ui/": to_page,
+        "/ui/frame": frame,
+        "/ui/frames": frames,
+        "/ui/static": static_batches,
+        "/ui/machine": machine,
+    }
+    return Pages(tuple(Route(path, _at_port(one, port)) for path, one in routes.items()), OPEN_PATHS)
+
+
+VIEW = view()
+"""At every port, of a machine that was not measured."""

@@ -53,8 +53,13 @@ class Put:
     item: Stored
     limit: Limit | None = None
     """Of a new object: how many of its kind its owner may have; of those that are open, where it is."""
-    while_there: bool = False
-    """Only as the new state of one that is there still."""
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Store the new state of an object. One that is forgotten by now stays so."""
+
+    item: Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,7 @@ class RemovePart:
     number: int
 
 
-Change = Put | AddParts | Remove | RemovePart
+Change = Put | Update | AddParts | Remove | RemovePart
 
 
 class Page(NamedTuple):

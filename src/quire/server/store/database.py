@@ -23,7 +23,7 @@ import msgspec
 from quire.errors import ConfigurationError
 from quire.server.http.errors import ApiError
 from quire.server.http.limits import RETRY_AFTER_SECONDS
-from quire.server.http.stored import AddParts, Change, Page, Part, Put, Remove, RemovePart, Stored
+from quire.server.http.stored import AddParts, Change, Page, Part, Put, Remove, RemovePart, Stored, Update
 from quire.server.store.schema import prepare
 
 PAGE_BYTES = 4096
@@ -37,12 +37,15 @@ MARGIN_BYTES = 16 * PAGE_BYTES
 SWEEP_SECONDS = 600
 DAY_SECONDS = 86400
 _COLUMNS = "id, kind, owner, body, created_s, is_open"
-_MOVED = "it was moved away or replaced"
 _RESPONSES = "kind = 'response' AND NOT is_open"
 
 logger = logging.getLogger("quire.server")
 
 T = TypeVar("T")
+
+
+class _MovedError(sqlite3.OperationalError):
+    """The file is not the one that is open."""
 
 
 class SqliteStore:
@@ -176,7 +179,7 @@ class SqliteStore:
     def _opened(self) -> sqlite3.Connection:
         if self._connection is not None and self._found_file() != self._file:
             # What is written now would be in a file that no later start reads.
-            raise sqlite3.OperationalError(_MOVED)
+            raise _MovedError("the file was moved away or replaced")
         if self._connection is None:
             if self._path != ":memory:":
                 with suppress(OSError):  # SQLite says what is wrong
@@ -243,7 +246,7 @@ class SqliteStore:
 
     def _apply(self, connection: sqlite3.Connection, change: Change) -> None:
         match change:
-            case Put(item, _, while_there=True):
+            case Update(item):
                 query = "UPDATE objects SET body = ?, is_open = ? WHERE id = ?"
                 connection.execute(query, (msgspec.json.encode(item.body), item.is_open, item.id))
             case Put(item, limit):
@@ -311,8 +314,8 @@ class SqliteStore:
                 self._connection.close()
             self._connection = None
         reason = "damaged" if isinstance(error, sqlite3.DatabaseError) and not _is_io(error) else "not readable"
-        if str(error) == _MOVED:
-            reason = f"not the file that was open: {_MOVED}"
+        if isinstance(error, _MovedError):
+            reason = "not the file that was open, which was moved away or replaced"
         text = f"the store is {reason}; what is not stored is served (store: false)"
         return ApiError(503, text, code="store_damaged" if reason == "damaged" else "store_unreadable", headers=headers)
 

@@ -4,7 +4,10 @@ import { word } from "/ui/words.js";
 const FIELDS = { temperature: 0.7, topP: 1, maxTokens: 200, seed: "" };
 const NAMES = { temperature: "temperature", topP: "top_p", maxTokens: "max_tokens", seed: "seed" };
 
-export function openPlayground(byId, headers, events) {
+const KEPT_ANSWERS = 40;
+
+// `said`: the tokens of each answer by its name, for whom picks that request.
+export function openPlayground(byId, headers, events, said) {
   const columns = [column("a"), column("b")];
   byId("columns").append(...columns.map((one) => one.place));
   let running = new AbortController();
@@ -42,7 +45,7 @@ export function openPlayground(byId, headers, events) {
     one.messages.push({ role: "user", content: text });
     line(one.log, "user", text);
     const place = line(one.log, "assistant", "");
-    let said = "";
+    let answered = "";
     try {
       const body = { ...bodyOf(one, one.messages), stream: true, logprobs: true, top_logprobs: 3 };
       const answer = await fetch("/v1/chat/completions", {
@@ -53,19 +56,24 @@ export function openPlayground(byId, headers, events) {
         if (data === "[DONE]") break;
         const chunk = JSON.parse(data), choice = chunk.choices?.[0];
         if (chunk.error) throw new Error(chunk.error.message);
-        said += choice?.delta?.content ?? "";
-        for (const token of choice?.logprobs?.content ?? []) place.append(shownToken(token));
+        answered += choice?.delta?.content ?? "";
+        for (const token of choice?.logprobs?.content ?? []) {
+          if (choice.delta?.content || !choice.finish_reason) place.append(shownToken(token));  // not what ends it
+          if (!said.has(chunk.id)) said.set(chunk.id, []);
+          said.get(chunk.id).push(token);
+        }
+        if (said.size > KEPT_ANSWERS) said.delete(said.keys().next().value);
         if (choice?.delta?.content && !choice.logprobs?.content?.length) place.append(choice.delta.content);
         one.log.scrollTop = one.log.scrollHeight;
       }
     } catch (error) {
       if (error.name !== "AbortError") line(one.log, "error", error.message);
     }
-    one.messages.push({ role: "assistant", content: said });
+    one.messages.push({ role: "assistant", content: answered });
   }
 }
 
-function shownToken(token) {
+export function shownToken(token) {
   const span = document.createElement("span");
   span.className = "token";
   span.textContent = token.token;

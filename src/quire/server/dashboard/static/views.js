@@ -1,6 +1,8 @@
 // What is drawn of a state: it is computed first (cells, bars) and painted then, so that tests can compare the two.
 import { word } from "/ui/words.js";
 
+export const SHOWN_STEPS = 200;
+
 export const hue = (index) => (index * 137.508) % 360;
 const colour = (index, light) => `hsl(${hue(index)} 60% ${light}%)`;
 const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -61,42 +63,67 @@ export function drawBlocks(canvas, state, grid, flashes, picked) {
     }
   });
   pen.globalAlpha = 1;
-  return { side, perLine };
+  return { side: side + 1, perLine };
 }
 
-// Tokens that each way of keeping memory sets aside for the requests that hold blocks.
+// Share of the free blocks outside the longest run of them: what one piece of memory could not have.
+export function fragmentation(grid) {
+  let free = 0, run = 0, longest = 0;
+  for (const cell of grid) {
+    run = cell.holders.length ? 0 : run + 1;
+    free += cell.holders.length ? 0 : 1;
+    longest = Math.max(longest, run);
+  }
+  return free ? 1 - longest / free : 0;
+}
+
+const powerOfTwo = (n) => (n <= 1 ? 1 : 2 ** Math.ceil(Math.log2(n)));
+
+// Tokens that each way of keeping memory sets aside: `now` for the requests that hold blocks, `then` for those that have ended.
 export function memory(state, grid) {
+  const longest = state.max_model_len, size = state.block_size;
   const held = [...state.requests.values()].filter((request) => request.blocks.length);
-  const sum = (of) => held.reduce((total, request) => total + of(request), 0);
-  const powerOfTwo = (n) => (n <= 1 ? 1 : 2 ** Math.ceil(Math.log2(n)));
-  const taken = grid.filter((cell) => cell.holders.length).length * state.block_size;
-  const empty = sum((request) => Math.max(0, request.blocks.length * state.block_size - request.num_computed));
+  const ended = state.ended.filter((request) => request.num_output && ["stop", "length"].includes(request.state));
+  const sum = (requests, of) => requests.reduce((total, request) => total + of(request), 0);
+  const length = (request) => request.num_prompt + request.num_output;
+  const ways = (requests) => ({
+    asked: sum(requests, (request) => Math.min(request.num_prompt + request.max_tokens, longest)),
+    pow2: sum(requests, (request) => Math.min(request.num_prompt + powerOfTwo(request.num_output), longest)),
+    longest: requests.length * longest,
+  });
+  const taken = grid.filter((cell) => cell.holders.length).length * size;
+  const empty = sum(held, (request) => Math.max(0, request.blocks.length * size - request.num_computed));
+  const lengths = sum(ended, length);
   return {
-    used: Math.max(0, taken - empty),
-    paged: taken,
-    asked: sum((request) => Math.min(request.num_prompt + request.max_tokens, state.max_model_len)),
-    pow2: sum((request) => Math.min(request.num_prompt + powerOfTwo(request.num_output), state.max_model_len)),
-    longest: held.length * state.max_model_len,
-    capacity: state.num_blocks * state.block_size,
+    now: { used: Math.max(0, taken - empty), paged: taken, ...ways(held), capacity: state.num_blocks * size },
+    then: { used: lengths, paged: sum(ended, (request) => Math.ceil(length(request) / size) * size), oracle: lengths, ...ways(ended) },
+    ended: ended.length,
     waste: taken ? Math.max(0, Math.min(1, empty / taken)) : 0,
+    fragmentation: fragmentation(grid),
   };
 }
 
-export function showMemory(body, found) {
-  const names = ["used", "paged", "asked", "pow2", "longest", "capacity"];
-  const most = Math.max(1, ...names.map((name) => found[name]));
-  body.replaceChildren(...names.map((name) => {
+const NAMES = ["used", "paged", "oracle", "asked", "pow2", "longest", "capacity"];
+
+export function showMemory(table, found) {
+  const most = { now: Math.max(1, ...Object.values(found.now)), then: Math.max(1, ...Object.values(found.then)) };
+  const heads = ["", word("now"), word("wasted"), `${word("then")} (${found.ended})`, word("wasted")];
+  table.tHead.rows[0].replaceChildren(...heads.map((text) => Object.assign(document.createElement("th"), { scope: "col", textContent: text })));
+  table.tBodies[0].replaceChildren(...NAMES.map((name) => {
     const row = document.createElement("tr"), head = document.createElement("th");
-    const cell = document.createElement("td"), bar = document.createElement("meter"), number = document.createElement("td");
     head.scope = "row";
     head.textContent = word(name);
-    Object.assign(bar, { min: 0, max: most, value: found[name] });
-    number.className = "number";
-    number.textContent = found[name].toLocaleString();
+    row.append(head);
     row.dataset.name = name;
-    row.dataset.value = found[name];
-    cell.append(bar);
-    row.append(head, cell, number);
+    for (const when of ["now", "then"]) {
+      const value = found[when][name], bar = document.createElement("meter"), cell = row.insertCell(), wasted = row.insertCell();
+      row.dataset[when] = value ?? "";
+      wasted.className = "number";
+      if (value === undefined) continue;
+      Object.assign(bar, { min: 0, max: most[when], value, ariaLabel: `${word(name)}, ${word(when)}` });
+      cell.append(bar, ` ${value.toLocaleString()}`);
+      if (name !== "used" && name !== "capacity") wasted.textContent = value ? `${(100 * Math.max(0, 1 - found[when].used / value)).toFixed(1)} %` : "-";
+    }
     return row;
   }));
 }
@@ -110,9 +137,10 @@ export function lanes(state, most) {
 
 export function drawSchedule(canvas, state, picked) {
   const { pen, width, height } = prepared(canvas);
-  const { steps, order } = lanes(state, 200);
+  const { steps, order } = lanes(state, SHOWN_STEPS);
   const step = width / Math.max(steps.length, 40), lane = Math.min(18, height / Math.max(order.size, 1));
-  const bad = style("--bad");
+  const bad = style("--bad"), out = style("--out");
+  let preempted = 0;
   steps.forEach(([, , rows, waits], at) => {
     for (const [index, count, isDecode] of rows) {
       pen.globalAlpha = picked === null || picked === index ? 1 : 0.3;
@@ -121,10 +149,51 @@ export function drawSchedule(canvas, state, picked) {
       pen.fillRect(at * step, order.get(index) * lane, Math.max(1, step - 0.5), Math.max(1, tall));
     }
     pen.globalAlpha = 1;
-    pen.fillStyle = bad;
-    for (const [index] of waits) pen.fillRect(at * step, order.get(index) * lane + lane * 0.35, Math.max(1, step - 0.5), Math.max(1, lane * 0.2));
+    for (const [index, reason] of waits) {
+      const isOut = reason === "preempted";
+      preempted += isOut ? 1 : 0;
+      pen.fillStyle = isOut ? out : bad;
+      const tall = isOut ? lane * 0.9 : lane * 0.2;
+      pen.fillRect(at * step, order.get(index) * lane + (isOut ? 0 : lane * 0.35), Math.max(1, step - 0.5), Math.max(1, tall));
+    }
   });
-  return { steps: steps.length, lanes: order.size };
+  return { steps: steps.length, lanes: order.size, preempted, step, lane };
+}
+
+// The same requests under two batchings: waiting is faint, running is full, and what is computed for nothing is grey.
+export function drawSpans(canvas, found) {
+  const { pen, width, height } = prepared(canvas);
+  const modes = ["continuous", "static"], end = Math.max(1e-9, ...modes.flatMap((name) => found.spans[name].map(([, , last]) => last)));
+  const x = (seconds) => (seconds / end) * width, line = (height - 12) / modes.reduce((total, name) => total + found.spans[name].length, 0);
+  let y = 0, padded = 0;
+  for (const name of modes) {
+    const spans = found.spans[name], until = name === "static" ? batchEnds(spans) : spans.map(([, , last]) => last);
+    spans.forEach(([arrival, first, last], at) => {
+      pen.fillStyle = style("--line");
+      pen.fillRect(x(arrival), y + line * 0.4, x(first - arrival), Math.max(1, line * 0.2));
+      pen.fillStyle = colour(at, 50);
+      pen.fillRect(x(first), y, Math.max(1, x(last - first)), Math.max(1, line - 1));
+      pen.fillStyle = style("--faint");
+      pen.fillRect(x(last), y + line * 0.25, x(until[at] - last), Math.max(1, line * 0.5));
+      padded += until[at] - last;
+      y += line;
+    });
+    y += 12;
+  }
+  return { spans: found.spans.static.length, padded_s: padded };
+}
+
+// Of each request: when the longest of its batch has ended. The next batch begins after that.
+export function batchEnds(spans) {
+  const order = spans.map((_, at) => at).sort((a, b) => spans[a][1] - spans[b][1]), ends = [];
+  let batch = [], until = -1;
+  for (const at of order) {
+    if (spans[at][1] > until) batch = [];
+    until = batch.length ? Math.max(until, spans[at][2]) : spans[at][2];
+    batch.push(at);
+    for (const one of batch) ends[one] = until;
+  }
+  return ends;
 }
 
 export function drawRate(canvas, rates) {

@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from quire.errors import InvalidRequestError, ModelFileError, ModelNotFoundError
+from quire.errors import InvalidRequestError, ModelFileError, ModelNotFoundError, OverloadedError
 from quire.server.doors.ollama.bodies import COPY, DELETE, PULL
 from quire.server.doors.ollama.respond import ours, resolve
 from quire.server.http.context import ServerContext, new_id
@@ -30,14 +30,13 @@ async def pull(request: Request, framing: Framing) -> Response:
     """Fetch a model to this machine, for a later start. Nothing is to be done for one that is served."""
     context: ServerContext = request.app.state.context
     body = await context.bodies.read(request, lambda raw: PULL.read(raw, context.limits))
-    with context.gate.inside(new_id("pull")):
-        found: Deliverable
-        try:
-            resolve(context, body.model)
-            found = _Pulled()
-        except ModelNotFoundError:
-            found = _Pulling(context.library, _local(request), body.model)
-        return await deliver(request, found, framing if body.stream else None)
+    found: Deliverable
+    try:
+        resolve(context, body.model)
+        found = _Pulled()
+    except ModelNotFoundError:
+        found = _Pulling(context, _local(request), body.model)
+    return await deliver(request, found, framing if body.stream else None)
 
 
 async def delete(request: Request) -> Response:
@@ -117,8 +116,8 @@ class _Gone(Exception):
 class _Pulling(_Pulled):
     """Of one that is fetched meanwhile."""
 
-    def __init__(self, library: Library, models: LocalModels, name: str) -> None:
-        self._library, self._models, self._name = library, models, name
+    def __init__(self, context: ServerContext, models: LocalModels, name: str) -> None:
+        self._gate, self._library, self._models, self._name = context.gate, context.library, models, name
         self._seen, self._is_wanted = (0, 0), True
 
     async def whole(self) -> bytes:
@@ -131,25 +130,33 @@ class _Pulling(_Pulled):
             text = f"{self._library.pulling} is being pulled, and one model is at a time"
             headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
             raise ApiError(503, text, code="overloaded", headers=headers)
-        self._library.pulling = self._name
-        task = asyncio.create_task(asyncio.to_thread(self._models.pull, self._name, self._show))
-        task.add_done_callback(partial(_ended, self._library))
-        shown = (0, 0)
-        try:
-            yield {"status": "pulling manifest"}
-            while not task.done():
-                await asyncio.wait({task}, timeout=SHOWN_SECONDS)
-                if self._seen != shown:
-                    shown = self._seen
-                    yield {"status": f"pulling {self._name}", "completed": shown[0], "total": shown[1]}
+        with self._gate.inside(new_id("pull")):
+            self._library.pulling = self._name
+            task = asyncio.create_task(asyncio.to_thread(self._models.pull, self._name, self._show))
+            task.add_done_callback(partial(_ended, self._library))
             try:
+                yield {"status": "pulling manifest"}
+                async for event in self._progress(task):
+                    yield event
                 task.result()
             except ModelFileError as error:
                 raise ApiError(400, str(error), code="pull_failed", param="model") from error
-            yield {"status": "verifying sha256 digest"}
+            finally:
+                self._is_wanted = False
             yield {"status": "success"}
-        finally:
-            self._is_wanted = False
+
+    async def _progress(self, task: "asyncio.Task[object]") -> AsyncGenerator[Body, None]:
+        """Until it has ended. Files are checked once all of them are there."""
+        shown = (0, 0)
+        while not task.done():
+            await asyncio.wait({task}, timeout=SHOWN_SECONDS)
+            if not self._gate.is_open:
+                raise OverloadedError("the server is stopping", retry_after_s=RETRY_AFTER_SECONDS)
+            if self._seen != shown:
+                shown = self._seen
+                yield {"status": f"pulling {self._name}", "completed": shown[0], "total": shown[1]}
+                if shown[0] == shown[1]:
+                    yield {"status": "verifying sha256 digest"}
 
     def _show(self, done_bytes: int, total_bytes: int) -> None:
         if not self._is_wanted:

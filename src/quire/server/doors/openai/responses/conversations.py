@@ -29,6 +29,7 @@ from quire.server.http.stored import (
     Remove,
     RemovePart,
     Stored,
+    Update,
     listing,
     not_found,
     page_of,
@@ -61,7 +62,7 @@ async def update_conversation(request: Request) -> Response:
     context, _ = _asked(request)
     found = await _found(request)
     changed = Stored(found.id, KIND, found.owner, {**found.body, "metadata": body.metadata}, found.created_s)
-    await store_of(context.store).write(Put(changed, while_there=True))
+    await store_of(context.store).write(Update(changed))
     return JSONResponse(changed.body)
 
 
