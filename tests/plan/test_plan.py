@@ -60,7 +60,9 @@ def test_the_courses_example_and_what_it_gets_wrong(llama: Path, capsys: pytest.
     assert one["floor_ms"] == pytest.approx((2 * MATRICES + vectors + 2**30) / 1555e9 * 1e3)
     assert sixteen["floor_ms"] == pytest.approx((2 * MATRICES + vectors + 16 * 2**30) / 1555e9 * 1e3)
     assert one["binds"] == sixteen["binds"] == "memory" and one["tpot_ms"] == pytest.approx(one["floor_ms"] / 0.8)
-    assert found["sequences"].startswith(f"{int((0.9 * 40 * 2**30 - 2 * (MATRICES + 32000 * 4096) - vectors) // 2**30)} of 2,048")
+    assert found["sequences"].startswith(
+        f"{int((0.9 * 40 * 2**30 - 2 * (MATRICES + 32000 * 4096) - vectors) // 2**30)} of 2,048"
+    )
     operations = 2048 * (2 * (MATRICES - 32000 * 4096) + 4 * 4096 * 1024.5 * 32) + 2 * 32000 * 4096
     floor_ms = operations / 312e12 * 1e3
     text = f"{floor_ms:,.1f} ms at best, {floor_ms / 0.8:,.1f} ms at 80% of the floor's rate, for a prompt of 2,048"

@@ -123,7 +123,9 @@ def run(options: argparse.Namespace) -> int:
     width = max(map(len, facts))
     for key, value in facts.items():
         print(f"{key:<{width}}  {value}")
-    print(f"\n{'context':>8} {'batch':>6} {'floor, ms':>10} {'binds':>11} {'TPOT, ms':>9} {'tok/s':>8}   ({planned.by})")
+    print(
+        f"\n{'context':>8} {'batch':>6} {'floor, ms':>10} {'binds':>11} {'TPOT, ms':>9} {'tok/s':>8}   ({planned.by})"
+    )
     for step in steps:
         tokens = f"{step['tpot_ms']:9.2f} {step['tokens_per_s']:8.0f}"
         print(f"{step['context']:8,} {step['batch']:6} {step['floor_ms']:10.2f} {step['binds']:>11} {tokens}")
