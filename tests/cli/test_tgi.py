@@ -41,7 +41,7 @@ def test_flags_go_before_variables_and_ours_stand_beside_them() -> None:
     environment = {"PORT": "80", "MODEL_ID": "a/b"}
     found, _ = options(["--model-id=c/d", "--port", "9", "--enforce-eager", "--num_shard", "1"], environment)
     assert (found.port, found.model, found.enforce_eager) == (9, "c/d", True)
-    assert options(["-p", "7", "dir"])[0].port == 7 and options(["-p", "7", "dir"])[0].positional_model == "dir"
+    assert options(["-p", "7", "dir"])[0].port == 7 and options(["-p", "7", "dir"])[0].positional_model == ["dir"]
 
 
 def test_what_nothing_is_said_of() -> None:

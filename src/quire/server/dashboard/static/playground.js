@@ -119,7 +119,8 @@ function column(name) {
 
 function bodyOf(one, messages) {
   const system = one.inputs.system.value.trim(), schema = one.inputs.schema.value.trim();
-  const body = { messages: system ? [{ role: "system", content: system }, ...messages] : [...messages] };
+  const model = new URLSearchParams(location.search).get("model");  // that the page is of, where there are several
+  const body = { ...(model && { model }), messages: system ? [{ role: "system", content: system }, ...messages] : [...messages] };
   for (const [field, name] of Object.entries(NAMES)) if (one.inputs[field].value !== "") body[name] = Number(one.inputs[field].value);
   if (schema) body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: JSON.parse(schema) } };
   return body;
@@ -142,9 +143,9 @@ function literal(value) {
 }
 
 function python(body) {
-  const { response_format: shape, ...rest } = body;
+  const { response_format: shape, model, ...rest } = body;
   const lines = Object.entries(rest).map(([name, value]) => `    ${name}=${literal(value)},`);
   if (shape) lines.push(`    response_format=${literal(shape)},`);
   return ["from openai import OpenAI", "", `client = OpenAI(base_url="${location.origin}/v1", api_key="none")`,
-    "answer = client.chat.completions.create(", "    model=client.models.list().data[0].id,", ...lines, ")", "print(answer.choices[0].message.content)"].join("\n");
+    "answer = client.chat.completions.create(", `    model=${model ? literal(model) : "client.models.list().data[0].id"},`, ...lines, ")", "print(answer.choices[0].message.content)"].join("\n");
 }
