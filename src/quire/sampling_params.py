@@ -203,7 +203,8 @@ class Range:
         if value is None and self.is_optional:
             return None
         if isinstance(value, bool) or not isinstance(value, int if self.is_whole else int | float):
-            raise _bad(name, f"must be a {'whole ' * self.is_whole}number, got {type(value).__name__}")
+            found = value if isinstance(value, float) else type(value).__name__
+            raise _bad(name, f"must be a {'whole ' * self.is_whole}number, got {found}")
         inside = self.low < value <= self.high if self.is_above_low else self.low <= value <= self.high
         if self.is_whole:
             if not inside:

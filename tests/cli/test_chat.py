@@ -11,6 +11,7 @@ import pytest
 from quire.cli.chat_file import MAX_FILE_BYTES
 from quire.cli.chat_session import COMMANDS, Conversation, Timing
 from quire.cli.chat_terminal import Pipe
+from quire.cli.main import main
 from quire.errors import InvalidRequestError, OverloadedError, QuireError, RequestFailedError
 
 SYSTEM = {"role": "system", "content": "be short"}
@@ -136,7 +137,7 @@ def test_settings_hold_from_the_next_answer_on(monkeypatch: pytest.MonkeyPatch) 
     ("typed", "text"),
     [
         ("temperature 100.5", "temperature must be in [0, 100], got 100.5"),
-        ("top_k 1.5", "top_k must be a whole number, got float"),
+        ("top_k 1.5", "top_k must be a whole number, got 1.5"),
         ("top_p 0", "top_p must be in (0, 1], got 0"),
         ("seed x", "seed must be a value as in JSON, got 'x'"),
         ("max_tokens 0", "max_tokens must be between 1 and 2147483647, got 0"),
@@ -160,8 +161,20 @@ def test_a_setting_out_of_range_is_named_with_its_limit_and_changes_nothing(
 def test_set_shows_what_applies(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     converse(monkeypatch, "/set top_k 3\n/set\n/set top_k\n", temperature=0.7)
     lines = capsys.readouterr().err.splitlines()
-    assert {"temperature = 0.7", "top_k = 3", "seed = the server's or the model's own", "stats = off"} <= {*lines}
+    assert {"temperature = 0.7", "top_k = 3", "stats = off"} <= {*lines}
+    (rest,) = (line for line in lines if line.startswith("the server's own: "))
+    assert "seed" in rest.split() and "top_k" not in rest.split()
     assert lines[-1] == "top_k = 3; /set top_k VALUE, or none for what it was"
+
+
+def test_set_shows_the_defaults_that_apply_in_this_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("/set\n/set seed\n"))
+    assert main(["chat", "--quiet", "--top-k", "7"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert {"top_p = 1.0", "top_k = 7", "seed = none", "stop = none", "max_tokens = none"} <= {*lines}
+    assert not any("server" in line for line in lines)
 
 
 def test_retry_asks_the_last_question_again(

@@ -116,6 +116,7 @@ def test_chat_keeps_the_conversation(
         (["--api-key", "k"], 2, "--api-key needs --url"),
         (["--model-name", "m"], 2, "--model-name needs --url"),
         (["--url", "http://x", "--api-key", "k\n"], 2, "printable"),
+        (["--url", "http://x", "--model", "m"], 2, "its model; --model-name says which of its models is asked"),
         (["--url", "http://x", "--max-num-seqs", "3"], 2, "--max-num-seqs does not go with --url"),
         (["--url", "http://x", "--seed", "1", "--dtype", "float32"], 2, "--dtype does not go"),
         (["--url", "http://127.0.0.1:1"], 1, "no answer from 127.0.0.1:1: "),

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Mapping
 from contextlib import aclosing, closing
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from quire.cli import engines, remote, shape
@@ -56,6 +57,7 @@ def run(options: argparse.Namespace) -> int:
             options,
             lambda history, values, say, counts: _answer_remotely(server, values, history, say, counts=counts),
             remote.sampling_fields(options),
+            None,
         )
         return 0
     engine, args, values = engines.start(options, num_seqs=1)
@@ -65,15 +67,23 @@ def run(options: argparse.Namespace) -> int:
         if not engines.has_chat_template(engine):
             raise InvalidRequestError(f"{engines.model_name(args)} has no chat template; quire generate continues text")
         with asyncio.Runner() as runner:
-            _converse(options, lambda history, given, say, _: runner.run(_answer(engine, given, history, say)), values)
+            defaults = asdict(SamplingParams(max_tokens=None))
+            _converse(
+                options,
+                lambda history, given, say, _: runner.run(_answer(engine, given, history, say)),
+                values,
+                defaults,
+            )
     finally:
         engine.close()
     return 0
 
 
-def _converse(options: argparse.Namespace, answer: Answer, values: Mapping[str, Any]) -> None:
+def _converse(
+    options: argparse.Namespace, answer: Answer, values: Mapping[str, Any], defaults: Mapping[str, Any] | None
+) -> None:
     terminal = choose(saves=options.history, plain=options.plain)
-    Conversation(answer, terminal, options.system_prompt, values, stats=options.stats).run()
+    Conversation(answer, terminal, options.system_prompt, values, defaults=defaults, stats=options.stats).run()
 
 
 async def _answer(engine: "AsyncLLM", values: Mapping[str, Any], history: list[Message], say: Say) -> None:

@@ -23,6 +23,7 @@ SETTINGS = (
     "max_tokens min_tokens ignore_eos"
 ).split()
 """Sampling parameters that `/set` takes."""
+UNKNOWN = "the server's own"
 COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?\s*", re.DOTALL)
 ALIASES = {"reset": "clear", "quit": "exit", "bye": "exit"}
 KEYS = """A line that ends in \\ goes on in the next; so does what is between lines of \"\"\".
@@ -79,6 +80,7 @@ class Conversation:
 
     Args:
         values: sampling parameters that apply where `/set` has not said otherwise.
+        defaults: what applies where neither says; a server's are not known here.
         stats: say after each answer how fast it was.
     """
 
@@ -89,13 +91,14 @@ class Conversation:
         system: str | None,
         values: Mapping[str, Any],
         *,
+        defaults: Mapping[str, Any] | None = None,
         stats: bool = False,
     ) -> None:
         self._answer, self._terminal = answer, terminal
         self._system, self._messages = system, list[Message]()
         self._failed: tuple[list[Message], str] | None = None
         """A question that was refused, and what was said before it: for `/retry`."""
-        self._values, self._given = dict(values), dict[str, Any]()
+        self._values, self._given, self._defaults = dict(values), dict[str, Any](), dict(defaults or {})
         self._shows = {"stats": stats, "markdown": terminal.renders}
 
     def run(self) -> None:
@@ -176,7 +179,9 @@ class Conversation:
         else:
             shown = {name: self._of(name) for name in SETTINGS}
             shown |= {name: "on" if one else "off" for name, one in self._shows.items()}
-            self._terminal.tell("\n".join(f"{name} = {one}" for name, one in shown.items()))
+            lines = [f"{name} = {one}" for name, one in shown.items() if one != UNKNOWN]
+            unknown = " ".join(name for name, one in shown.items() if one == UNKNOWN)
+            self._terminal.tell("\n".join([*lines, f"{UNKNOWN}: {unknown}"] if unknown else lines))
 
     def _switch(self, name: str, value: str) -> None:
         if value not in ("on", "off"):
@@ -186,8 +191,8 @@ class Conversation:
         self._shows[name] = value == "on"
 
     def _of(self, name: str) -> str:
-        values = {**self._values, **self._given}
-        return f"{values[name]}" if name in values else "the server's or the model's own"
+        values = {**self._defaults, **self._values, **self._given}
+        return UNKNOWN if name not in values else "none" if values[name] in (None, []) else f"{values[name]}"
 
     def _checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """What applies of it, if it is in range; InvalidRequestError names the field and the limit."""

@@ -34,7 +34,8 @@ def server_of(options: argparse.Namespace) -> "Server | None":
     given = [name for name in ENGINE_HELP if name in engine_values(options) and name != "seed"]
     if given:
         flag = "--" + given[0].replace("_", "-")
-        raise ConfigurationError(f"{flag} does not go with --url: the server has its model", field=given[0])
+        hint = "; --model-name says which of its models is asked" if "model" in given else ""
+        raise ConfigurationError(f"{flag} does not go with --url: the server has its model{hint}", field=given[0])
     from quire.cli.remote_server import Server  # its HTTP client is slow to import
 
     server = Server(options.url, options.api_key)
