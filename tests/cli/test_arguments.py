@@ -103,6 +103,12 @@ def test_words_after_two_hyphens_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
+        (["generate", "--schema", "x"], "unknown flag '--schema'; did you mean '--json-schema' or '--yaml-schema'?"),
+        (
+            ["generate", "--quiet", "--json-schema", '{"type": "objekt"}', "x"],
+            "quire: --json-schema: Invalid type: objekt",
+        ),
+        (["generate", "--quiet", "--regex", "(", "x"], "quire: --regex: "),
         (["generate", "--temprature", "1", "x"], "unknown flag '--temprature'; did you mean '--temperature'?"),
         (["serve", "--trust-remote-code"], "unknown flag '--trust-remote-code'"),
         (["chat", "a", "b"], "unexpected argument 'b'"),

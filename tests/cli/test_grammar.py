@@ -37,7 +37,7 @@ def test_yaml_is_checked_too(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert [item["accepted"] for item in found] == [False, False, True] and "not allowed" in found[1]["reason"]
     assert main(["grammar", "check", "--yaml-schema", '{"uniqueItems": true}', "a"]) == 2
     assert main([*given, "--whitespace-pattern", " ", "a: 1"]) == 2
-    assert "whitespace_pattern belongs to json" in capsys.readouterr().err
+    assert "--whitespace-pattern belongs to json" in capsys.readouterr().err
 
 
 def test_other_shapes(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: Path) -> None:

@@ -143,8 +143,10 @@ class Parser(argparse.ArgumentParser):
             return f"unexpected argument {given!r}"
         name = given.partition("=")[0]
         known = [flag for action in self._actions for flag in action.option_strings]
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-        return f"unknown flag {name!r}" + (f"; did you mean {nearest[0]!r}?" if nearest else "")
+        nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+        likeness = [difflib.SequenceMatcher(None, one, name).ratio() for one in nearest]
+        best = sorted(repr(one) for one, like in zip(nearest, likeness, strict=True) if like == likeness[0])
+        return f"unknown flag {name!r}" + (f"; did you mean {' or '.join(best)}?" if best else "")
 
 
 def canonical(arguments: Sequence[str], say: Callable[[str], None]) -> list[str]:

@@ -83,7 +83,9 @@ def _converse(
     options: argparse.Namespace, answer: Answer, values: Mapping[str, Any], defaults: Mapping[str, Any] | None
 ) -> None:
     terminal = choose(saves=options.history, plain=options.plain)
-    Conversation(answer, terminal, options.system_prompt, values, defaults=defaults, stats=options.stats).run()
+    Conversation(
+        shape.named()(answer), terminal, options.system_prompt, values, defaults=defaults, stats=options.stats
+    ).run()
 
 
 async def _answer(engine: "AsyncLLM", values: Mapping[str, Any], history: list[Message], say: Say) -> None:

@@ -57,14 +57,16 @@ def run(options: argparse.Namespace) -> int:
     report = _report(options)
     server = remote.server_of(options)
     if server is not None:
-        _ask_all(server, prompts, options)
+        with shape.named():
+            _ask_all(server, prompts, options)
         return 0
     num_seqs = min(len(prompts) * getattr(options, "n", 1), EngineArgs().max_num_seqs)
     engine, _, values = engines.start(options, num_seqs=max(1, num_seqs))
     import asyncio
 
     try:
-        asyncio.run(_answer_all(engine, prompts, values, options, report))
+        with shape.named():
+            asyncio.run(_answer_all(engine, prompts, values, options, report))
     finally:
         engine.close()
     return 0

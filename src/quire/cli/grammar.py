@@ -106,7 +106,8 @@ def _compiled(options: argparse.Namespace) -> "tuple[GrammarCompiler, Tokenizer,
     if checker is None or grammars is None or tokenizer is None:
         raise InvalidRequestError("quire.structured, or a tokenizer, is missing")
     try:
-        return grammars, tokenizer, GrammarSpec(checker.source(params), 2**31 - 1)
+        with shape.named():
+            return grammars, tokenizer, GrammarSpec(checker.source(params), 2**31 - 1)
     finally:
         checker.close()
 

@@ -1,14 +1,19 @@
 """The flags that hold answers to a shape."""
 
 import argparse
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from quire.errors import InvalidRequestError
-from quire.structured_params import StructuredOutputsParams
+from quire.structured_params import FIELD, StructuredOutputsParams
 
 KINDS = {"json_schema": "json", "yaml_schema": "yaml", "regex": "regex", "grammar": "grammar", "choice": "choice"}
 """Flag -> the field of `StructuredOutputsParams`."""
+_FLAGS = {field: flag for flag, field in KINDS.items()}
+_FIELD = re.compile(rf"\b{FIELD}\.(\w+)")
 
 
 def add(parser: Any, *, required: bool = False) -> None:
@@ -53,12 +58,25 @@ def read(options: argparse.Namespace) -> StructuredOutputsParams | None:
     value = getattr(options, given)
     if given in ("json_schema", "yaml_schema", "grammar"):
         value = value if given != "grammar" and value.lstrip().startswith("{") else text_of(value)
-    return StructuredOutputsParams(
-        **{KINDS[given]: value},
-        disable_any_whitespace=options.disable_any_whitespace,
-        disable_additional_properties=options.disable_additional_properties,
-        whitespace_pattern=options.whitespace_pattern,
-    )
+    with named():
+        return StructuredOutputsParams(
+            **{KINDS[given]: value},
+            disable_any_whitespace=options.disable_any_whitespace,
+            disable_additional_properties=options.disable_additional_properties,
+            whitespace_pattern=options.whitespace_pattern,
+        )
+
+
+@contextmanager
+def named() -> Iterator[None]:
+    """A refusal of a shape names the flag, and not the sampling parameter that was made of it."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        text = _FIELD.sub(lambda found: "--" + _FLAGS.get(found[1], found[1]).replace("_", "-"), error.message)
+        if text == error.message:
+            raise
+        raise InvalidRequestError(text, param=error.param) from error
 
 
 def text_of(path: str) -> str:
