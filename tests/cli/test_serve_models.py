@@ -137,6 +137,13 @@ def test_a_wrong_file_is_refused_by_key_and_line(file: Any, text: str, problem: 
         (["a", "b", "--served-model-name", "x"], "served_model_name must be one name for each of 2 models, got 1"),
         (["a", "b", "--served-model-name", "x", "x"], "'x' would be that of models 1 and 2"),
         (["a", "a"], "'a' would be that of models 1 and 2"),
+        (
+            ["a", "b", "--served-model-name", "x", "y\ud800"],
+            r"must be printable and have at most 256 characters, got 'y\ud800'",
+        ),
+        (["quire-demo", "--served-model-name", "x\n"], r"served_model_name must be printable and have at most 256"),
+        (["quire-demo", "--served-model-name", "x" * 257], "served_model_name must be printable and have at most 256"),
+        (["quire-demo", "--served-model-name", "x", ""], "served_model_name must not be empty"),
         (["a", "b", "--tokenizer", "c"], "tokenizer is of one model"),
         (["a", "b", "--record", "c"], "record is of one model"),
         (["a", "b", "--model", "c"], "model and several words"),

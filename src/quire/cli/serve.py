@@ -163,6 +163,7 @@ def run(options: argparse.Namespace) -> int:
     """Serve until a signal comes."""
     from quire.compose.served import begin
     from quire.server.http.listen import bind, raise_descriptors
+    from quire.server.http.models import check_names
 
     port = options.port if options.port is not None else OLLAMA_PORT if options.ollama else 8000
     _check_ports(port, options.ui_port)
@@ -170,6 +171,8 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigurationError("shutdown_timeout must be between 0 and 86400 seconds", field="shutdown_timeout")
     several = serve_models.plan_of(options)
     args = EngineArgs.from_mapping({"core_process": True, **engine_values(options)})
+    if several is None:
+        check_names(options.served_model_name or [engines.model_name(args)])
     cors = _cors(options)
     sys.setswitchinterval(SWITCH_SECONDS)
     listeners = [bind(options.host, one) for one in (port, options.ui_port) if one is not None]

@@ -100,13 +100,16 @@ def _planned(number: int, entry: argparse.Namespace, shared: dict[str, Any]) -> 
 
 
 def _check(models: Sequence[PlannedModel]) -> None:
-    """Refuse what two of them have in common."""
+    """Refuse what two of them have in common, and names that cannot be shown."""
+    from quire.server.http.models import check_names
+
     seen: dict[str, int] = {}
     for number, one in enumerate(models, 1):
         for name in sorted(one.accepted) if all(one.names) else [""]:
             if not name or seen.setdefault(name, number) != number:
                 where = f"models {seen[name]} and {number}" if name else f"model {number}"
                 raise _bad("served_model_name", f"{name!r} would be that of {where}: give each a name of its own")
+        check_names(one.names)
         if one.args.record is not None and seen.setdefault(f"record {one.args.record}", number) != number:
             raise _bad("record", "names one file for two models")
 

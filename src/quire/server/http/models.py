@@ -21,7 +21,22 @@ T = TypeVar("T")
 
 GONE = ("failed", "dead")
 """States of a model that answers no more until the server starts anew."""
+MAX_NAME_CHARACTERS = 256
 STATES = ("ready", "loading", "starting", *GONE)
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse names of a model that answers, headers, metrics or logs could not show.
+
+    Raises:
+        ConfigurationError: none, an empty one, one with signs that cannot be printed, or too long a one.
+    """
+    if not names or not all(names):
+        raise ConfigurationError("served_model_name must not be empty", field="served_model_name")
+    for name in names:
+        if len(name) > MAX_NAME_CHARACTERS or not name.isprintable():
+            text = f"must be printable and have at most {MAX_NAME_CHARACTERS} characters, got {name[:80]!r}"
+            raise ConfigurationError(f"served_model_name {text}", field="served_model_name")
 
 
 @dataclass(slots=True, eq=False)
@@ -69,14 +84,13 @@ class ServedModels:
     """All of them.
 
     Raises:
-        ConfigurationError: two have a name in common, or one has none.
+        ConfigurationError: two have a name in common, or one has none, or one that `check_names` refuses.
     """
 
     def __init__(self, models: Sequence[ServedModel]) -> None:
         self._all = tuple(models)
         for place, model in enumerate(self._all):
-            if not model.names or not all(model.names):
-                raise ConfigurationError("served_model_name must not be empty", field="served_model_name")
+            check_names(model.names)
             for other in self._all[:place]:
                 if common := sorted(model.accepted & other.accepted):
                     text = f"served_model_name {common[0]!r} would be that of two models; give each a name of its own"
