@@ -12,7 +12,7 @@ with LLM(max_num_seqs=32) as llm:
     print(alone.text)
     print("alone and among others the same:", alone.token_ids == batch[-1].outputs[0].token_ids)
 
-    greedy = SamplingParams(temperature=0, max_tokens=60, logprobs=0)
+    greedy = SamplingParams(temperature=0, max_tokens=60)
     for output in llm.chat(OTHERS, greedy, use_tqdm=False):
         answer = output.outputs[0]
         print(f"{len(output.prompt_token_ids)} in, {len(answer.token_ids)} out, {answer.finish_reason}: {answer.text}")

@@ -9,6 +9,7 @@ import httpx
 import ollama
 import pytest
 
+from quire.engine.front import ModelFiles
 from quire.server.doors.all import DOORS
 from quire.server.http.app import Observability
 from quire.weights.local_models import LocalModels
@@ -52,16 +53,20 @@ def test_a_model_is_pulled_and_deleted(running: Running, models: LocalModels) ->
         with pytest.raises(ollama.ResponseError, match="is not on this machine") as caught:
             call()
         assert caught.value.status_code == 404
-    with pytest.raises(ollama.ResponseError, match="owner/none"):
-        client.pull("owner/none")
+    for name in ("owner/none", "a" * 6000):
+        with pytest.raises(ollama.ResponseError, match=r"owner/none|at most 256 characters") as caught:
+            client.pull(name)
+        assert caught.value.status_code == 400
     with pytest.raises(ollama.ResponseError, match="owner/none"):
         list(client.pull("owner/none", stream=True))
 
 
 def test_what_is_served_stays(models: LocalModels) -> None:
     directory = models.pull("owner/model").directory
-    for names in (["Owner/Model"], ["mine", str(directory)]):
-        instance = start(FakeEngine(), apis=DOORS, local_models=models, served_model_name=names)
+    for names, where in ((["Owner/Model"], "/x"), (["mine", str(directory)], "/x"), (["pet"], str(directory))):
+        engine = FakeEngine()
+        engine.model_files = ModelFiles("safetensors", 1, 0.0, "", where)
+        instance = start(engine, apis=DOORS, local_models=models, served_model_name=names)
         try:
             client = connect(instance)
             for name in (names[0], "owner/model", "owner/model:main"):

@@ -83,6 +83,11 @@ class Planned:
     measured: "Measured | None"
     """Of this machine."""
 
+    @property
+    def by(self) -> str:
+        """What predictions rest on."""
+        return f"at {REACHED:.0%} of the floor's rate" if self.measured is None else "by this machine's kernels"
+
     def decode_s(self, cost: "ModelCost", batch: int, context: int) -> float:
         """Predicted time of a token of each sequence."""
         if self.measured is not None:
@@ -118,8 +123,9 @@ def run(options: argparse.Namespace) -> int:
     width = max(map(len, facts))
     for key, value in facts.items():
         print(f"{key:<{width}}  {value}")
-    by = f"at {REACHED:.0%} of the floor" if planned.measured is None else "by this machine's kernels"
-    print(f"\n{'context':>8} {'batch':>6} {'floor, ms':>10} {'binds':>11} {'TPOT, ms':>9} {'tok/s':>8}   ({by})")
+    print(
+        f"\n{'context':>8} {'batch':>6} {'floor, ms':>10} {'binds':>11} {'TPOT, ms':>9} {'tok/s':>8}   ({planned.by})"
+    )
     for step in steps:
         tokens = f"{step['tpot_ms']:9.2f} {step['tokens_per_s']:8.0f}"
         print(f"{step['context']:8,} {step['batch']:6} {step['floor_ms']:10.2f} {step['binds']:>11} {tokens}")
@@ -197,7 +203,7 @@ def _facts(cost: "ModelCost", planned: Planned, options: argparse.Namespace) -> 
     age = "" if planned.measured is None else f", {planned.measured.age(time.time())}"
     yield (
         "device",
-        f"{device.name}: {device.memory_bytes / 1e9:,.0f} GB, {device.read_bytes_per_s / 1e9:,.0f} GB/s{age}",
+        f"{device.name}: {device.memory_bytes / 2**30:,.1f} GiB, {device.read_bytes_per_s / 1e9:,.0f} GB/s{age}",
     )
     yield "operations", f"{rates} TOP/s; {cost.unit(device)} multiplies"
     yield "parameters", f"{cost.num_parameters:,}"
@@ -206,11 +212,15 @@ def _facts(cost: "ModelCost", planned: Planned, options: argparse.Namespace) -> 
     yield "operations a token", f"{cost.operations(1, 0, 1) / 1e9:,.2f} GFLOP, and attention"
     left = int(device.memory_bytes * SHARE) - cost.weight_bytes
     yield "sequences", "; ".join(_sequences(cost, left, context) for context in contexts)
-    times = [(context, cost.prefill(device, context)) for context in contexts]
-    texts = [f"{planned.prefill_s(cost, one) * 1e3:,.1f} ms for a prompt of {one:,} tokens" for one, _ in times]
-    yield "TTFT", f"{', '.join(texts)}, alone ({' and '.join(dict.fromkeys(one.binds for _, one in times))} binds)"
+    yield "TTFT", "; ".join(_first_token(cost, planned, context) for context in contexts)
     turn = cost.turning_batch(device, contexts[0])
     yield "turns", f"arithmetic binds from {turn:,} sequences on" if turn else "memory binds in a batch of any size"
+
+
+def _first_token(cost: "ModelCost", planned: Planned, prompt: int) -> str:
+    floor, predicted_s = cost.prefill(planned.device, prompt), planned.prefill_s(cost, prompt)
+    times = f"{floor.seconds * 1e3:,.1f} ms at best, {predicted_s * 1e3:,.1f} ms {planned.by}"
+    return f"{times}, for a prompt of {prompt:,} tokens alone ({floor.binds} binds)"
 
 
 def _sequences(cost: "ModelCost", left: int, context: int) -> str:

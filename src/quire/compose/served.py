@@ -1,6 +1,7 @@
 """A whole engine from its arguments: text side and core, in one process or in two."""
 
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -156,7 +157,8 @@ def _files(path: Path, fingerprint: str) -> ModelFiles:
     stats = [item.stat() for item in found]
     kind = "gguf" if is_gguf(path) else "engine" if is_engine(path) else "safetensors"
     modified_s = max((item.st_mtime for item in stats), default=0.0)
-    return ModelFiles(kind, sum(item.st_size for item in stats), modified_s, fingerprint[:64])
+    directory = os.path.realpath(path.parent if is_gguf(path) else path)
+    return ModelFiles(kind, sum(item.st_size for item in stats), modified_s, fingerprint[:64], directory)
 
 
 def _limits(args: EngineArgs, text: TextParts, core: CoreInfo) -> RequestLimits:

@@ -24,6 +24,8 @@ class ModelFiles:
     """Seconds since 1970."""
     fingerprint: str
     """64 hexadecimal digits that change when names, sizes or times of the files do."""
+    directory: str
+    """Where they are, without links."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """Where a model's files are: as given, in an installed package, or in the local cache of the hub."""
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
@@ -50,10 +51,11 @@ def resolve_model_path(
     if is_gguf(path) or (model in PACKAGED and not path.is_dir()):
         _refuse_revision(revision)
         return path if is_gguf(path) else packaged_model(model)
-    if not path.exists():
+    is_there = os.path.exists(path)  # pathlib raises where a name is too long
+    if not is_there:
         model = full_name(model)
     repo_id, _, file = model.partition(":")
-    if file and not path.exists():
+    if file and not is_there:
         if not _HUB_ID.fullmatch(repo_id) or not file.endswith(".gguf") or Path(file).name != file:
             raise ModelFileError(f"no file {path.name!r}, and it is not owner/name:FILE.gguf, a file of the hub")
         found = _resolve(repo_id, revision, tuple(part_names(file)), endpoint, cache_dir, show) / file
@@ -96,7 +98,7 @@ def _resolve(
     cache_dir: Path | None,
     show: Callable[[int, int], None] | None = None,
 ) -> Path:
-    if name and Path(name).is_dir():
+    if name and os.path.isdir(name):
         _refuse_revision(revision)
         return Path(name)
     if not _HUB_ID.fullmatch(name):

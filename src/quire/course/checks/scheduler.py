@@ -1,4 +1,4 @@
-"""Checks of exercise 2.2: random requests, step by step, against what must hold; then a day of requests, simulated.
+"""Checks of exercise 2.2: random requests, step by step, against what must hold; then sixty requests, simulated.
 
 The same invariants hold for `quire.core.scheduler` (tests/core/harness.py).
 """

@@ -3,7 +3,9 @@
 Memory for keys and values is `num_blocks` blocks of `block_size` tokens, numbered from 0. A block has as many holders
 as sequences use it; without any it is free. A full block can be remembered by a hash of its text, so that a later
 sequence with the same beginning shares it instead of computing it again. These are the names of Quire's own
-`quire.core.block_pool.BlockPool`, which passes the same checks.
+`quire.core.block_pool.BlockPool`, which passes the same checks. vLLM's `BlockPool` (`vllm/v1/core/block_pool.py`) calls
+`take` `get_new_blocks`, `release` `free_blocks`, `share` `touch`, `remember` `cache_full_blocks` and `find`
+`get_cached_block`.
 
 Write `take` and `release` first: the first two checks need no more.
 """

@@ -19,7 +19,7 @@ class Jobs:
     """Tasks by name, held until they end.
 
     Args:
-        num_slots: pieces of all jobs of one owner that are worked on at one time.
+        num_slots: pieces of all jobs of one owner, for one model, that are worked on at one time.
     """
 
     def __init__(self, num_slots: int = 1) -> None:
@@ -41,9 +41,9 @@ class Jobs:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("work in the background ended: %s", as_api_error(error).message)
 
-    def slots(self, owner: str) -> asyncio.Semaphore:
-        """For the pieces of an owner's jobs. Others have their own: among those the scheduler is fair."""
-        return self._slots.setdefault(owner, asyncio.Semaphore(self._num_slots))
+    def slots(self, name: str) -> asyncio.Semaphore:
+        """For the pieces of an owner's jobs for one model. Others have their own: among those the scheduler is fair."""
+        return self._slots.setdefault(name, asyncio.Semaphore(self._num_slots))
 
     def __contains__(self, name: str) -> bool:
         return name in self._tasks

@@ -9,6 +9,9 @@ from typing import Protocol
 
 MOST_ALIASES = 64
 NAME_CHARACTERS = 128
+"""Of an alias."""
+MODEL_CHARACTERS = 256
+"""Of what is fetched."""
 
 
 class LocalModel(Protocol):

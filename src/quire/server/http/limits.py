@@ -89,7 +89,7 @@ class Limits:
     batch_lines: Limit = Limit("a batch", 50_000, "lines", 400, "too_many_lines", "input_file_id")
     batches: Limit = Limit("what runs of one key", 100, "batches", 429, "too_many_batches", "input_file_id")
     batch_lines_at_once: Limit = Limit(
-        "what runs of the batches of one key", 32, "lines at one time", 503, "overloaded"
+        "what runs of the batches of one key for one model", 32, "lines at one time", 503, "overloaded"
     )
 
     def for_queue(self, most: int) -> "Limits":

@@ -178,7 +178,7 @@ class SqliteStore:
 
     def _opened(self) -> sqlite3.Connection:
         if self._connection is not None and self._found_file() != self._file:
-            # What is written now would be in a file that no later start reads.
+            # What is written now would be in a file that no later start reads; and another server may have the new one.
             raise _MovedError("the file was moved away or replaced")
         if self._connection is None:
             if self._path != ":memory:":
@@ -309,13 +309,14 @@ class SqliteStore:
         if "locked" in str(error) or "busy" in str(error):
             text = "the store is locked by another program; what is not stored is served (store: false)"
             return ApiError(503, text, code="store_locked", headers=headers)
+        if isinstance(error, _MovedError):
+            text = "the store's file was moved away or replaced: put it back, or start the server anew; what is not "
+            return ApiError(503, f"{text}stored is served (store: false)", code="store_unreadable", headers=headers)
         if self._connection is not None and self._path != ":memory:":  # the next request opens it anew
             with suppress(sqlite3.Error):
                 self._connection.close()
             self._connection = None
         reason = "damaged" if isinstance(error, sqlite3.DatabaseError) and not _is_io(error) else "not readable"
-        if isinstance(error, _MovedError):
-            reason = "not the file that was open, which was moved away or replaced"
         text = f"the store is {reason}; what is not stored is served (store: false)"
         return ApiError(503, text, code="store_damaged" if reason == "damaged" else "store_unreadable", headers=headers)
 

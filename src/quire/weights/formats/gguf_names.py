@@ -1,5 +1,6 @@
 """The files of GGUF models by their names and first bytes: known without reading a header, and without numpy."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ MAX_PARTS = 1000
 
 def is_gguf(path: Path) -> bool:
     """Whether this is a file that begins as GGUF does, whatever its name: Ollama calls them `sha256-...`."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # pathlib raises where a name is too long
         return False
     with open_regular(path) as file:
         return file.read(len(MAGIC)) == MAGIC

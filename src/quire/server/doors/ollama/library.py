@@ -1,6 +1,7 @@
 """Ollama's routes for models on the server's machine: pull, delete, copy. They are the operator's."""
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from functools import partial
@@ -15,7 +16,7 @@ from quire.server.doors.ollama.bodies import COPY, DELETE, PULL
 from quire.server.doors.ollama.respond import ours, resolve
 from quire.server.http.context import ServerContext, new_id
 from quire.server.http.errors import ApiError
-from quire.server.http.library import MOST_ALIASES, NAME_CHARACTERS, Library, LocalModels
+from quire.server.http.library import MODEL_CHARACTERS, MOST_ALIASES, NAME_CHARACTERS, Library, LocalModels
 from quire.server.http.limits import RETRY_AFTER_SECONDS
 from quire.server.http.probes import require_admin
 from quire.server.http.streams import Deliverable, Framing, deliver
@@ -35,6 +36,9 @@ async def pull(request: Request, framing: Framing) -> Response:
         resolve(context, body.model)
         found = _Pulled()
     except ModelNotFoundError:
+        if len(body.model) > MODEL_CHARACTERS:
+            text = f"model must have at most {MODEL_CHARACTERS} characters, got {len(body.model):,}"
+            raise InvalidRequestError(text, param="model") from None
         found = _Pulling(context, _local(request), body.model)
     return await deliver(request, found, framing if body.stream else None)
 
@@ -50,7 +54,7 @@ async def delete(request: Request) -> Response:
         raise InvalidRequestError("the model of a running server stays", param="model")
     models = _local(request)
     try:
-        await asyncio.to_thread(_remove, models, body.model, context.accepted_names)
+        await asyncio.to_thread(_remove, models, body.model, context.accepted_names, _directories(context))
     except ModelFileError as error:
         raise ApiError(404, str(error), code="model_not_found", param="model") from error
     return Response()
@@ -86,13 +90,20 @@ def _local(request: Request) -> LocalModels:
     return context.library.models
 
 
-def _remove(models: LocalModels, name: str, served: frozenset[str]) -> None:
+def _directories(context: ServerContext) -> set[str]:
+    """Where the files of served models are: a core that dies is started anew from them."""
+    return {engine.model_files.directory for engine in context.models.engines if engine.model_files is not None}
+
+
+def _remove(models: LocalModels, name: str, names: frozenset[str], directories: set[str]) -> None:
     """Raises ModelFileError where there is none, InvalidRequestError where a served one has its files."""
-    found = {one.directory for one in models.find(name)}
-    for other in served:
-        with suppress(ModelFileError):  # a path, or a name of one's own
-            if other in map(str, found) or found & {one.directory for one in models.find(other)}:
-                raise InvalidRequestError("the model of a running server stays", param="model")
+    found = {os.path.realpath(one.directory) for one in models.find(name)}
+    kept = directories | names  # a name may be a path
+    for other in names:  # of those that are being loaded, too
+        with suppress(ModelFileError):
+            kept |= {os.path.realpath(one.directory) for one in models.find(other)}
+    if found & kept:
+        raise InvalidRequestError("the model of a running server stays", param="model")
     models.remove(name)
 
 

@@ -119,16 +119,17 @@ class Runner:
         return total
 
     async def _run_lines(self) -> None:
-        tasks, slots = set[asyncio.Task[None]](), self._context.jobs.slots(self._batch.owner)
+        tasks = set[asyncio.Task[None]]()
         try:
             async for number, line in self._lines():
                 is_done = number in self._done[OUTPUT] or number in self._done[ERRORS]
                 found = await self._context.models.beside(partial(self._read, line), len(line))
                 if is_done:
                     continue
+                slots = self._slots(found)
                 await slots.acquire()
                 task = asyncio.create_task(self._answer(number, found))
-                task.add_done_callback(lambda _: slots.release())
+                task.add_done_callback(partial(_release, slots))
                 tasks.add(task)
                 ended = {task for task in tasks if task.done()}
                 tasks -= ended
@@ -139,6 +140,12 @@ class Runner:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _slots(self, line: Any) -> asyncio.Semaphore:
+        """Of the batches of its owner that ask the same model: one that is not there holds up no other."""
+        name = "" if isinstance(line, Result) else line.body.get("model")
+        is_known = isinstance(name, str) and name in self._context.accepted_names
+        return self._context.jobs.slots(f"{self._batch.owner}/{name if is_known else ''}")
 
     def _read(self, line: bytes) -> Any:
         """What a line asks, or the result that refuses it. Lines that are done are read too, for their names."""
@@ -209,6 +216,10 @@ class Runner:
             start += len(parts)
         if rest.strip():
             yield number, bytes(rest)
+
+
+def _release(slots: asyncio.Semaphore, task: "asyncio.Task[None]") -> None:
+    slots.release()
 
 
 def _split(rest: bytearray, piece: bytes) -> tuple[list[tuple[int, bytes]], bytearray, int]:
