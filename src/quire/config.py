@@ -231,12 +231,12 @@ def _count(name: str, value: Any, *, optional: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ModelShare:
-    """What one of several models in a server may have of the machine, for `quire.compose.shares` to work out."""
+    """What one of several models in a server may have of the machine, for `quire.compose.machine_split` to work out."""
 
     place: int
     """Of this model among them."""
     needs: tuple[int, ...]
-    """Bytes that each takes for certain: its files, and a cache that is asked for by size."""
+    """Bytes that each takes for certain: its weights once packed, and a cache that is asked for by size."""
     stated: tuple[float | None, ...]
     """The share of memory that each states for itself."""
     total: float

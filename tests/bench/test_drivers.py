@@ -9,9 +9,9 @@ import pytest
 
 from quire import LLM, SamplingParams
 from quire.bench.drivers.drive import starter
-from quire.bench.peers import DRIVERS, Peer, PeerError
+from quire.bench.peers import DRIVERS, EngineProcess, PeerError
 from quire.bench.workloads import Item
-from quire.cli.compare_engines import Given, spec, unfit
+from quire.cli.compare_engines import Given, processors, spec, unfit
 from quire.llm import AsyncLLM
 from tests.server.conftest import Running, start
 from tests.tiny.checkpoints import make_tiny
@@ -102,7 +102,19 @@ def test_quires_own_driver_answers_as_an_llm_does(tiny: Path) -> None:
 
     engine = compare_driver.start(settings(tiny, max_model_len=64, max_num_seqs=4))
     ran = engine.run(ITEMS)
+    generate = engine._llm.generate
+
+    def late(*words: Any, **more: Any) -> Any:
+        """As if each request had come long after all were given."""
+        outputs = generate(*words, **more)
+        for one in outputs:
+            one.metrics.arrival_s += 1000.0
+        return outputs
+
+    engine._llm.generate = late  # type: ignore[method-assign]
+    waits = engine.run(ITEMS)["ttfts_s"]
     engine.close()
+    assert all(0 < wait < 1000 for wait in waits), "from the moment when all requests came"
     prompts: list[Any] = [{"prompt_token_ids": item["prompt_token_ids"]} for item in ITEMS]
     params = [SamplingParams(temperature=0, max_tokens=item["num_output"], ignore_eos=True) for item in ITEMS]
     with LLM(str(tiny), dtype="float32") as llm:
@@ -152,7 +164,7 @@ def test_llama_cpp_is_started_and_asked(tmp_path: Path, bad: int) -> None:
     given = Given(python={"llama.cpp": str(binary)}, files={"llama.cpp": str(tmp_path / "m.gguf")})
     common = settings(tmp_path, max_model_len=512, max_num_seqs=64, most_requests=32)
     assert unfit("llama.cpp", common, given) is None
-    with Peer(spec("llama.cpp", common, given)) as peer:
+    with EngineProcess(spec("llama.cpp", common, given)) as peer:
         peer.start(30.0)
         command = str(peer.facts.settings["command"])
         assert f"{binary} -m {tmp_path}/m.gguf -t 1 -tb 1 -np 8 -c 4096 --port " in command, (
@@ -166,3 +178,56 @@ def test_llama_cpp_is_started_and_asked(tmp_path: Path, bad: int) -> None:
                 peer.run(items, 30.0)
         else:
             assert peer.run(items, 30.0).output_lens == [3, 5]
+
+
+CORES = [[0, 4], [1, 5], [2, 6], [3, 7]]
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "found"),
+    [
+        (2, CORES, [0, 1]),
+        (2, [[0, 1], [2, 3]], [0, 2]),
+        (3, [[0, 1], [2, 3]], [0, 2, 1]),
+        (3, [[0, 1], [2]], [0, 2, 1]),
+        (8, CORES, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (9, CORES, []),
+    ],
+)
+def test_threads_get_a_core_each_before_they_share_one(threads: int, cores: list[list[int]], found: list[int]) -> None:
+    assert processors(threads, cores) == found
+
+
+VLLM = """
+from types import SimpleNamespace
+cache = SimpleNamespace(num_gpu_blocks=8, block_size=16)
+def LLM(model, **arguments):
+    return SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache)))
+__version__ = "0"
+"""
+
+
+@pytest.mark.parametrize(("bound", "said"), [([0, 2], "0,2"), ([], "nobind")])
+def test_vllm_is_given_the_processors_that_quire_has(tmp_path: Path, bound: list[int], said: str) -> None:
+    """A module in its place."""
+    (tmp_path / "vllm.py").write_text(VLLM)
+    (tmp_path / "torch.py").write_text("__version__ = '2'")
+    common = settings(tmp_path, max_model_len=64, max_num_seqs=4, processors=bound, kv_bytes=2**31)
+    with EngineProcess(spec("vllm", common, Given(environment={"vllm": {"PYTHONPATH": str(tmp_path)}}))) as peer:
+        peer.start(30.0)
+        assert peer.facts.settings["VLLM_CPU_OMP_THREADS_BIND"] == said
+        assert peer.facts.settings["VLLM_CPU_KVCACHE_SPACE"] == "2"
+        assert peer.facts.kv_bytes == 8 * 16 * KV_BYTES_PER_TOKEN, "its own account"
+
+
+def test_a_cache_of_whole_gib_is_asked_for_as_such(tmp_path: Path) -> None:
+    given = Given(files={"openvino": str(tmp_path)})
+    for name, device, kv_bytes, why in (
+        ("vllm", "cpu", 3 * 2**29, "its KV cache is of whole GiB, this is 1,536.0 MiB"),
+        ("openvino", "cpu", 2**29, "its KV cache is of whole GiB, this is 512.0 MiB"),
+        ("vllm", "cuda", 3 * 2**29, None),
+        ("vllm", "cpu", 2**30, None),
+        ("openvino", "cpu", 2**31, None),
+    ):
+        found = unfit(name, settings(tmp_path, device=device, kv_bytes=kv_bytes), given)
+        assert found is None if why is None else (found or "").startswith(why)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ import pytest
 
 from quire.bench import engine_turns
 from quire.bench.engine_report import Subject, as_json, as_svg, as_text
-from quire.bench.engine_turns import Comparison, Started, Turn, figures
+from quire.bench.engine_turns import Comparison, Started, Turn, figures, yardstick
 from quire.bench.offline import measure
-from quire.bench.peers import Facts, Peer, PeerError, PeerMissing, Ran, Spec
+from quire.bench.peers import EngineInfo, EngineProcess, PeerError, PeerMissing, RunResult, Spec
 from quire.bench.workloads import Item
 
 PATIENCE_S = 30.0
@@ -41,6 +42,7 @@ def start(settings):
     return Engine(settings)
 """
 Make = Callable[..., Spec]
+SUBJECT = Subject("m", "bfloat16", 1 << 20, {"W1": "two"}, {"machine": "here"}, [("outputs", "as long as asked")])
 
 
 @pytest.fixture
@@ -67,9 +69,9 @@ def is_gone(pid: int) -> bool:
 
 
 def test_a_driver_speaks_lines(make: Make) -> None:
-    with Peer(make()) as peer:
+    with EngineProcess(make()) as peer:
         peer.start(PATIENCE_S)
-        assert peer.facts == Facts({"fake": "1.5"}, {"threads": 2}, 4096)
+        assert peer.facts == EngineInfo({"fake": "1.5"}, {"threads": 2}, 4096)
         ran = peer.run(ITEMS, PATIENCE_S)
         assert (ran.elapsed_s, ran.output_lens, ran.token_ids) == (0.5, [2, 3], [[7, 7], [7, 7, 7]])
 
@@ -96,14 +98,14 @@ def test_a_driver_speaks_lines(make: Make) -> None:
     ],
 )
 def test_what_goes_wrong_is_told(make: Make, trouble: str, begin: str, kind: type[PeerError], said: str) -> None:
-    with Peer(make(trouble=trouble, begin=begin)) as peer, pytest.raises(PeerError) as raised:
+    with EngineProcess(make(trouble=trouble, begin=begin)) as peer, pytest.raises(PeerError) as raised:
         peer.start(PATIENCE_S)
         peer.run(ITEMS, PATIENCE_S)
     assert said in str(raised.value) and type(raised.value) is kind
 
 
 def test_silence_has_an_end(make: Make) -> None:
-    with Peer(make(trouble="time.sleep(1000)")) as peer:
+    with EngineProcess(make(trouble="time.sleep(1000)")) as peer:
         peer.start(PATIENCE_S)
         with pytest.raises(PeerError, match=r"no answer within 0.2 s"):
             peer.run(ITEMS, 0.2)
@@ -112,13 +114,13 @@ def test_silence_has_an_end(make: Make) -> None:
 
 def test_an_interpreter_that_is_not_there_is_missing(make: Make) -> None:
     with pytest.raises(PeerMissing, match="/no/such/python cannot be run"):
-        Peer(make(python="/no/such/python"))
+        EngineProcess(make(python="/no/such/python"))
 
 
 def test_an_interrupt_leaves_no_process(make: Make, tmp_path: Path) -> None:
     child = tmp_path / "child"
     begin = f"open({str(child)!r}, 'w').write(str(subprocess.Popen(['sleep', '1000']).pid))"
-    with pytest.raises(KeyboardInterrupt), Peer(make(begin=begin)) as peer:
+    with pytest.raises(KeyboardInterrupt), EngineProcess(make(begin=begin)) as peer:
         peer.start(PATIENCE_S)
         members = [peer._process.pid, int(child.read_text())]
         assert all(psutil.pid_exists(pid) for pid in members)
@@ -131,8 +133,9 @@ def test_an_interrupt_leaves_no_process(make: Make, tmp_path: Path) -> None:
 def test_a_driver_ends_with_us_even_when_we_are_killed(make: Make, tmp_path: Path) -> None:
     spec = make()
     code = (
-        "import os, signal, sys\nfrom quire.bench.peers import Peer, Spec\n"
-        f"peer = Peer(Spec('fake', {spec.driver!r}, sys.executable, {{'threads': 2}}))\npeer.start(60)\npeer.pause()\n"
+        "import os, signal, sys\nfrom quire.bench.peers import EngineProcess, Spec\n"
+        f"peer = EngineProcess(Spec('fake', {spec.driver!r}, sys.executable, {{'threads': 2}}))\n"
+        "peer.start(60)\npeer.pause()\n"
         "print(peer._process.pid, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -143,7 +146,7 @@ def test_a_driver_ends_with_us_even_when_we_are_killed(make: Make, tmp_path: Pat
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_an_engine_that_waits_is_stopped_and_its_peak_begins_anew(make: Make) -> None:
     grow = "big = bytearray(b'x') * (96 << 20 if len(items) == 2 else 1); del big"
-    with Peer(make(trouble=grow)) as peer:
+    with EngineProcess(make(trouble=grow)) as peer:
         peer.start(PATIENCE_S)
         process = psutil.Process(peer._process.pid)
         peer.run(ITEMS, PATIENCE_S)
@@ -159,7 +162,7 @@ def test_an_engine_that_waits_is_stopped_and_its_peak_begins_anew(make: Make) ->
 
 
 def turn(engine: str, repetition: int, elapsed_s: float, ttfts_s: list[float], ids: list[list[int]] | None) -> Turn:
-    ran = Ran(elapsed_s, ttfts_s, [2, 3], ids)
+    ran = RunResult(elapsed_s, ttfts_s, [2, 3], ids)
     return Turn(measure(engine, "W1", repetition, ITEMS, elapsed_s, None), ran, 300 << 20)
 
 
@@ -168,7 +171,7 @@ def test_figures_are_those_of_numpy() -> None:
     times = [rng.random(2).tolist() for _ in range(3)]
     ours = [turn("quire", place, 0.5 + place, times[place], [[7, 7], [7, 7, 8]]) for place in range(3)]
     theirs = [turn("other", place, 1.0, [0.5, 0.5], [[7, 7], [7, 9, 8]]) for place in range(3)]
-    started = [Started(name, "ran", facts=Facts({}, {}, 1024)) for name in ("quire", "other")]
+    started = [Started(name, "ran", facts=EngineInfo({}, {}, 1024)) for name in ("quire", "other")]
     found = figures([*ours, *theirs], started)
     one = found["W1", "quire"]
     rates = 5 / np.array([0.5, 1.5, 2.5])
@@ -187,10 +190,10 @@ def test_engines_take_turns_and_who_fails_is_lost(make: Make, tmp_path: Path) ->
     log = "open({!r}, 'a').write({!r} + ' ')"
     with Comparison(said.append, PATIENCE_S, PATIENCE_S) as comparison:
         for name in ("first", "second"):
-            assert comparison.start(make(name, trouble=log.format(str(order), name)), ITEMS[:1])
+            assert comparison.start(make(name, trouble=log.format(str(order), name)), [ITEMS[:1]])
         broken = "if len(items) > 1: raise ValueError('too long')"
-        assert comparison.start(make("third", trouble=broken), ITEMS[:1])
-        assert not comparison.start(make("fourth", begin="import no_such_engine"), ITEMS[:1])
+        assert comparison.start(make("third", trouble=broken), [ITEMS[:1]])
+        assert not comparison.start(make("fourth", begin="import no_such_engine"), [ITEMS[:1]])
         for repetition in range(2):
             comparison.run("W1", repetition, ITEMS)
         members = [peer._process.pid for peer in comparison._peers.values()]
@@ -199,19 +202,60 @@ def test_engines_take_turns_and_who_fails_is_lost(make: Make, tmp_path: Path) ->
     states = {one.name: (one.state, one.reason) for one in comparison.started}
     assert states["third"] == ("failed", "ValueError: too long")
     assert states["fourth"][0] == "missing"
-    subject = Subject("m", "bfloat16", 1 << 20, {"W1": "two"}, {"machine": "here"}, [("outputs", "as long as asked")])
-    text = as_text(subject, comparison.turns, comparison.started)
+    text = as_text(SUBJECT, comparison.turns, comparison.started)
     assert "fourth: not installed: No module named" in text and "third: failed: ValueError: too long" in text
     assert "first 16 tokens as first's in 4 of 4 outputs" in text
-    assert len(as_json(subject, comparison.turns, comparison.started)["runs"]) == 4
-    assert as_svg(subject, comparison.turns, comparison.started).count("<rect") == 1 + 2 * 3
+    assert len(as_json(SUBJECT, comparison.turns, comparison.started)["runs"]) == 4
+    assert as_svg(SUBJECT, comparison.turns, comparison.started).count("<rect") == 1 + 2 * 3
     assert engine_turns.STATES.keys() >= {"missing", "failed", "unfit"}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process")
+def test_an_engine_keeps_to_its_processors(make: Make) -> None:
+    usable = os.sched_getaffinity(0)
+    one = make(trouble="items[0]['num_output'] = len(os.sched_getaffinity(0))")
+    with EngineProcess(replace(one, settings={"threads": 2, "processors": [max(usable)]})) as peer:
+        peer.start(PATIENCE_S)
+        assert psutil.Process(peer._process.pid).cpu_affinity() == [max(usable)]
+        assert peer.run([Item([1], 1)], PATIENCE_S).output_lens == [1]
+    assert os.sched_getaffinity(0) == usable
+
+
+def test_outputs_are_held_against_the_first_that_ran_and_told_them() -> None:
+    ids = [[7, 7], [7, 7, 8]]
+    turns = [turn("server", 0, 1.0, [0.5, 0.5], None), turn("one", 0, 1.0, [0.5, 0.5], ids)]
+    turns += [turn("other", 0, 2.0, [0.5, 0.5], ids), turn("broken", 0, 2.0, [0.5, 0.5], ids)]
+    started = [Started("absent", "missing", "no"), Started("odd", "unfit", "no"), Started("broken", "failed", "no")]
+    started += [Started("server", "ran"), Started("one", "ran"), Started("other", "ran")]
+    assert yardstick(turns, started) == "one" and yardstick(turns[:1], started) is None
+    found = figures(turns, started)
+    assert found["W1", "other"].agreeing == (2, 2)
+    assert found["W1", "one"].agreeing is None and found["W1", "server"].agreeing is None
+    assert "first 16 tokens as one's in 2 of 2 outputs" in as_text(SUBJECT, turns, started)
+    assert as_json(SUBJECT, turns, started)["agreement_with"] == "one"
+
+
+def test_the_table_says_what_divides_what_and_what_a_cache_is() -> None:
+    turns = [turn("quire", 0, 1.0, [0.5, 0.5], None), turn("static", 0, 3.0, [0.5, 0.5], None)]
+    turns[1] = replace(turns[1], ran=replace(turns[1].ran, kv_bytes=3 << 20))
+    info = EngineInfo({}, {}, 512 << 20)
+    started = [Started("quire", "ran", facts=info), Started("static", "ran"), Started("lost", "failed", "no")]
+    text = as_text(SUBJECT, turns, started)
+    head, ours, theirs = (line for line in text.splitlines() if line.startswith(("engine", "quire", "static")))
+    assert head.endswith("quire / engine") and theirs.endswith("3.00x") and len(head) == len(theirs)
+    assert ours.endswith("512 *"), "our own ratio is no news"
+    assert "KV: reserved, not touched" in text and "1.50x: quire gives 1.50 times its output" in text
+    kept = dict(one.split(": ", 1) for one in text.splitlines() if one.startswith("  "))
+    assert "KV cache 512 MiB" in kept["  quire"]
+    assert "KV cache without a bound, at most 3 MiB were filled" in kept["  static"]
+    alone = as_text(SUBJECT, turns[1:], started[1:])
+    assert "quire" not in alone.split("How it was kept fair")[0]
 
 
 def test_the_environment_of_an_engine_is_its_own(make: Make) -> None:
     spec = make(trouble="items[0]['num_output'] = 1 if os.environ.get('FAKE_ONE') == '1' else 5")
     for environment, fine in (({"FAKE_ONE": "1"}, True), ({}, False)):
-        with Peer(Spec(spec.name, spec.driver, spec.python, spec.settings, environment)) as peer:
+        with EngineProcess(Spec(spec.name, spec.driver, spec.python, spec.settings, environment)) as peer:
             peer.start(PATIENCE_S)
             if fine:
                 peer.run([Item([1], 1)], PATIENCE_S)

@@ -11,10 +11,12 @@ import pytest
 from quire.bench import serving
 from quire.bench.compare import compare
 from quire.bench.serving import Chunk, Load, Seen
+from quire.cli.bench_dataset import sharegpt_loads
 from quire.cli.bench_serve import ENDPOINTS
-from quire.cli.main import main
+from quire.cli.main import main, make_parser
 from quire.errors import ConfigurationError
 from quire.llm import AsyncLLM
+from quire.observe.arrivals import SHAREGPT, made_up
 from tests.server.conftest import Running, start
 
 VLLM_NAMES = """
@@ -103,9 +105,22 @@ def test_lengths() -> None:
     assert {len(one.prompt) for one in loads} <= set(range(87, 128)) and len({len(one.prompt) for one in loads}) > 20
     assert all(one.prompt[:7] == loads[0].prompt[:7] for one in loads)
     assert all(40 <= one.num_output <= 60 for one in loads)
-    shaped = serving.sharegpt_loads(2000, 2048, 0, as_text=False)
+    shaped = sharegpt_loads(2000, 2048, 0, as_text=False)
     assert all(one.num_prompt + one.num_output <= 2048 for one in shaped)
     assert np.mean([one.num_prompt for one in shaped]) == pytest.approx(161, rel=0.25)
+    simulated = made_up(SHAREGPT, 2000, math.inf, 2048, 0)
+    assert [(one.num_prompt, one.num_output) for one in shaped] == [(one.prompt, one.num_output) for one in simulated]
+    assert {len(one.prompt.split()) - one.num_prompt for one in sharegpt_loads(9, 64, 1, as_text=True)} == {0}
+
+
+def test_the_defaults_are_vllms() -> None:
+    """Of `vllm bench serve` and `vllm bench throughput`, version 0.32."""
+    for kind in ("serve", "throughput"):
+        options = make_parser(["bench", kind]).parse_args(["bench", kind])
+        assert options.num_prompts == 1000
+    options = make_parser(["bench", "serve"]).parse_args(["bench", "serve"])
+    assert (options.random_input_len, options.random_output_len, options.random_range_ratio) == (1024, 128, 0.0)
+    assert (options.dataset_name, options.request_rate, options.burstiness) == ("random", math.inf, 1.0)
 
 
 def test_two_results_are_told_apart_where_they_differ() -> None:
@@ -140,6 +155,7 @@ def test_a_server_is_measured(
     assert ended(served) - before == 2 * (2 + 6)
     found = json.loads(Path(paths[0]).read_text())
     assert {*VLLM_NAMES} <= found.keys() and found["label"] == "a try"
+    assert (found["dataset_name"], found["dataset_path"], found["seed"]) == ("custom", str(lines), 0)
     assert found["output_lens"] == [3 + i for i in range(6)] and found["errors"] == [""] * 6
     assert all(len(gaps) < count for gaps, count in zip(found["itls"], found["output_lens"], strict=True))
     assert main(["bench", "compare", *paths, "--json"]) == 0
@@ -158,6 +174,7 @@ def test_a_server_is_measured(
         (["--metric-percentiles", "99,x"], "metric_percentiles must be numbers"),
         (["--percentile-metrics", "ttfx"], "percentile_metrics must be of"),
         (["--dataset-name", "custom"], "dataset_path goes with"),
+        (["--dataset-name", "sharegpt"], "the texts of sharegpt are not here; sharegpt-lengths: random"),
         (["--random-range-ratio", "1"], "random_range_ratio"),
         (["--base-url", "http://127.0.0.1:9"], "no answer from 127.0.0.1:9"),
     ],

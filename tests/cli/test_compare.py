@@ -1,6 +1,7 @@
 """`quire compare` and the benchmarks with vLLM's flags. numpy and psutil are the judges."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -23,16 +24,28 @@ PATIENCE_S = 60.0
 
 def test_quire_beside_its_server(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "table.svg"
-    words = ["compare", str(tiny), "--engines", "quire", "quire-server", "vllm", "llama.cpp", "--workload", "W1", "W4"]
-    words += ["--python", "vllm=/no/such/python", "--reps", "2", "--kv-cache-memory-bytes", "8MiB", "--json"]
+    words = ["compare", str(tiny), "--engines", "quire", "quire-server", "vllm", "sglang", "llama.cpp"]
+    words += [
+        "--workload",
+        "W1",
+        "W4",
+        "--python",
+        "sglang=/no/such/python",
+        "--reps",
+        "2",
+        "--kv-cache-memory-bytes",
+        "8MiB",
+        "--json",
+    ]
     assert main([*words, "--max-num-seqs", "4", "--svg", str(picture)]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     states = {one["name"]: (one["state"], one["reason"]) for one in found["engines"]}
     assert states["quire"] == states["quire-server"] == ("ran", "")
-    assert states["vllm"] == ("missing", "/no/such/python cannot be run (No such file or directory)")
+    assert states["vllm"][0] == "unfit" and "its KV cache is of whole GiB, this is 8.0 MiB" in states["vllm"][1]
+    assert states["sglang"] == ("missing", "/no/such/python cannot be run (No such file or directory)")
     assert states["llama.cpp"][0] == "unfit" and "--files llama.cpp=FILE.gguf" in states["llama.cpp"][1]
-    assert "W4 is left out" in err and "vllm: not installed" in err
+    assert "W4 is left out" in err and "sglang: not installed" in err and found["agreement_with"] == "quire"
     rates = {
         name: [run["output_tokens_per_second"] for run in found["runs"] if run["engine"] == name]
         for name in ("quire", "quire-server")
@@ -51,7 +64,9 @@ def test_quire_beside_its_server(tiny: Path, tmp_path: Path, capsys: pytest.Capt
 def test_a_driver_of_ones_own(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also: an engine that only Quire reads is left out for the others, by name."""
     path = tmp_path / "mine.py"
-    path.write_text(GOOD.replace("TROUBLE", "pass").replace("BEGIN", "pass"))
+    log, came = tmp_path / "log", "import json; open({!r}, 'a').write(json.dumps([items, {}]) + '\\n')"
+    bound = "sorted(os.sched_getaffinity(0))" if hasattr(os, "sched_getaffinity") else "[]"
+    path.write_text(GOOD.replace("TROUBLE", came.format(str(log), bound)).replace("BEGIN", "pass"))
     engine = tmp_path / "engine"
     assert main(["build", str(tiny), "-o", str(engine), "--quiet"]) == 0
     capsys.readouterr()
@@ -64,6 +79,15 @@ def test_a_driver_of_ones_own(tiny: Path, tmp_path: Path, capsys: pytest.Capture
         "mine": "",
     }
     assert found["runs"][0]["elapsed_time"] == 0.5 and found["runs"][0]["peak_bytes"] > 2**20
+    (warm_up, on), (first, _) = map(json.loads, log.read_text().splitlines())
+    assert [(len(one["prompt_token_ids"]), one["num_output"]) for one in warm_up] == [(128, 128)]
+    assert warm_up[0]["num_output"] == first[0]["num_output"]
+    assert warm_up[0]["prompt_token_ids"][:16] != first[0]["prompt_token_ids"][:16], "no cache is warm"
+    kept = {one["point"]: one["kept"] for one in found["fairness"]}
+    if on:
+        assert len(on) == 1, "one thread, one processor"
+        assert f"1 threads each, what is started here on processors {on[0]};" in kept["device"]
+    assert kept["KV cache"].startswith("2,048 MiB asked of each") and "KV cache 0 MiB" in kept["mine"]
     assert found["runs"][0]["ttfts_s"] == [0.1] and found["engines"][1]["facts"]["settings"] == {"threads": 1}
 
 
@@ -141,7 +165,7 @@ def test_latencies_are_counted_as_numpy_does() -> None:
     [
         (["random", "--input-len", "20", "--output-len", "4"], 6 * 24),
         (["random", "--random-input-len", "20", "--output-len", "4", "--n", "2", "--prefix-len", "5"], 6 * 33),
-        (["sharegpt", "--output-len", "2"], None),
+        (["sharegpt-lengths", "--output-len", "2"], None),
     ],
 )
 def test_bench_throughput_of_a_dataset_has_vllms_figures(
@@ -157,7 +181,9 @@ def test_bench_throughput_of_a_dataset_has_vllms_figures(
         "total_num_tokens",
         "requests_per_second",
         "tokens_per_second",
+        "dataset_name",
     }
+    assert found["dataset_name"] == more[0]
     assert found["num_requests"] == 6 and found["total_num_tokens"] == (tokens or found["total_num_tokens"]) > 6
     assert found["tokens_per_second"] == pytest.approx(found["total_num_tokens"] / found["elapsed_time"])
 
@@ -188,7 +214,8 @@ def test_a_start_that_fails_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         (["latency", "--output-json", "/no/such/folder/x.json"], "there is no folder /no/such/folder"),
         (["startup", "--num-iters-warm", "0"], "num_iters_warm must be between 1 and"),
         (["throughput", "--input-len", "5"], "go with --dataset-name"),
-        (["throughput", "--dataset-name", "sharegpt", "--input-len", "5"], "go with --dataset-name random"),
+        (["throughput", "--dataset-name", "sharegpt-lengths", "--input-len", "5"], "go with --dataset-name random"),
+        (["throughput", "--dataset-name", "sharegpt"], "the texts of sharegpt are not here; sharegpt-lengths: random"),
         (["throughput", "--dataset-name", "random", "--profile"], "go with --workload"),
         (["throughput", "--dataset-name", "random", "--num-prompts", "0"], "num_prompts must be between 1 and"),
         (["throughput", "--dataset-name", "random", "--random-range-ratio", "1"], "random_range_ratio"),

@@ -15,7 +15,7 @@ from quire.llm import AsyncLLM
 from quire.server.doors.all import DOORS
 from quire.server.http.app import create_app
 from quire.server.http.listen import bind
-from quire.server.http.models import Models
+from quire.server.http.models import ServedModels
 from quire.server.http.serve import GracefulServer
 from tests.conftest import PATIENCE_S
 from tests.server.client_calls import watched
@@ -48,7 +48,7 @@ class Running:
 
 def start(engine: Any, *, drain_s: float = 5.0, header_s: float = 30.0, **options: Any) -> Running:
     options = {"apis": DOORS, **options}
-    names = {} if isinstance(engine, Models) else {"served_model_name": MODEL, "model_names": ["directory-name"]}
+    names = {} if isinstance(engine, ServedModels) else {"served_model_name": MODEL, "model_names": ["directory-name"]}
     app = create_app(engine, **{**names, **options})
     listener = bind("127.0.0.1", 0)
     ready = threading.Event()

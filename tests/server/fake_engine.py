@@ -84,6 +84,7 @@ class FakeEngine:
 
     def __init__(self) -> None:
         self.is_healthy = True
+        self.is_replaced = False
         self.num_running = 0
         self.num_aborted = 0
         self.num_bad_words_encoded = 0
@@ -111,7 +112,7 @@ class FakeEngine:
 
     @property
     def is_ready(self) -> bool:
-        return self.is_healthy
+        return self.is_healthy and not self.is_replaced
 
     async def encode(
         self, text: str, *, add_special_tokens: bool = True, suffix: str = "", caller: Caller = ANYBODY

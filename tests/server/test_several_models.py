@@ -13,7 +13,9 @@ import pytest
 from huggingface_hub import InferenceClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from quire.server.http.models import Model, Models
+from quire.engine.queue import ANYBODY
+from quire.errors import OverloadedError
+from quire.server.http.models import ServedModel, ServedModels
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import Running, start, wait_until
 from tests.server.fake_engine import FakeEngine
@@ -22,17 +24,17 @@ from tests.server.test_responses_client import memory
 HELLO: Any = [{"role": "user", "content": "hello"}]
 
 
-def model(*names: str, says: str | None = None, **changes: Any) -> Model:
+def model(*names: str, says: str | None = None, **changes: Any) -> ServedModel:
     engine = None
     if says is not None:
         engine = FakeEngine()
         engine.says = says
-    return Model(names, frozenset(names), engine, **changes)  # type: ignore[arg-type]
+    return ServedModel(names, frozenset(names), engine, **changes)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def table() -> Models:
-    return Models([
+def table() -> ServedModels:
+    return ServedModels([
         model("cat", says="miaow"),
         model("dog", "hound", says="wuff"),
         model("whale"),
@@ -41,7 +43,7 @@ def table() -> Models:
 
 
 @pytest.fixture(scope="module")
-def zoo(table: Models) -> Iterator[Running]:
+def zoo(table: ServedModels) -> Iterator[Running]:
     running = start(table, store=memory())
     yield running
     running.stop()
@@ -67,7 +69,7 @@ def test_the_client_of_openai_chooses(zoo: Running) -> None:
     assert (unnamed["model"], unnamed["choices"][0]["text"]) == ("cat", "miaow"), "the first stands for no name"
 
 
-def test_what_is_left_out_is_the_chosen_models_own_default(zoo: Running, table: Models) -> None:
+def test_what_is_left_out_is_the_chosen_models_own_default(zoo: Running, table: ServedModels) -> None:
     dog = [*table][1].engine
     assert isinstance(dog, FakeEngine)
     dog.stated_temperature = 0.25
@@ -180,17 +182,57 @@ def test_metrics_name_the_model(zoo: Running) -> None:
     assert asked >= {"", "dog"} and asked <= {"", "cat", "dog"}
 
 
-def test_the_whole_is_ready_when_each_is(zoo: Running) -> None:
+def test_the_whole_is_not_ready_while_one_is_loaded(zoo: Running) -> None:
     states = {"cat": "ready", "dog": "ready", "whale": "loading", "dodo": "failed"}
     for path in ("/health", "/readyz"):
         assert status_of(zoo, path) == (503, {"status": "not ready", "models": states})
         for name, state in states.items():
             assert status_of(zoo, f"{path}?model={name}")[0] == (200 if state == "ready" else 503)
-    assert status_of(zoo, "/livez")[0] == 200
+    assert status_of(zoo, "/livez") == (200, {"status": "alive", "models": states})
+    assert [status_of(zoo, f"/livez?model={name}")[0] for name in states] == [200, 200, 200, 503]
+    families = {family.name: family for family in text_string_to_metric_families(httpx.get(f"{zoo.url}/metrics").text)}
+    found = families["quire:model_state"].samples
+    assert {item.labels["model_name"]: item.labels["state"] for item in found if item.value} == states
+    assert len(found) == 5 * len(states)
+
+
+def test_those_that_serve_are_ready_whatever_befalls_the_others() -> None:
+    table = ServedModels([model("cat", says="miaow"), model("dog", says="wuff"), model("dodo", failure="lost")])
+    cat, dog = (one.engine for one in [*table][:2])
+    assert isinstance(cat, FakeEngine) and isinstance(dog, FakeEngine)
+    running = start(table)
+
+    def probes() -> tuple[int, int, list[str]]:
+        ready, states = status_of(running, "/readyz")
+        return ready, status_of(running, "/livez")[0], [*states["models"].values()]
+
+    try:
+        assert probes() == (200, 200, ["ready", "ready", "failed"])
+        cat.is_replaced = True
+        assert probes() == (200, 200, ["starting", "ready", "failed"])
+        dog.is_healthy = False
+        assert probes() == (503, 200, ["starting", "dead", "failed"]), "the next core of the cat is on its way"
+        cat.is_healthy = False
+        assert probes() == (503, 503, ["dead", "dead", "failed"])
+    finally:
+        running.stop()
+
+
+@pytest.mark.parametrize("other", [{}, {"failure": "lost"}, {"says": "wuff"}], ids=["loading", "failed", "dead"])
+def test_what_cannot_be_asked_has_no_place_for_a_request(other: Any) -> None:
+    table = ServedModels([model("cat", says="miaow"), model("other", **other)])
+    cat, gone = (one.engine for one in table)
+    if isinstance(gone, FakeEngine):
+        gone.is_healthy = False
+    assert isinstance(cat, FakeEngine)
+    table.check_room(ANYBODY)
+    cat.is_full = True
+    with pytest.raises(OverloadedError, match="no room"):
+        table.check_room(ANYBODY)
 
 
 def test_what_befalls_one_is_not_the_others() -> None:
-    table = Models([model("cat", says="miaow"), model("dog", says="wuff")])
+    table = ServedModels([model("cat", says="miaow"), model("dog", says="wuff")])
     cat, dog = (one.engine for one in table)
     assert isinstance(cat, FakeEngine) and isinstance(dog, FakeEngine)
     running = start(table, api_key={"a": 2, "b": 1})
@@ -213,7 +255,7 @@ def test_what_befalls_one_is_not_the_others() -> None:
         cat.is_full = False
         assert (ask("cat").status_code, ask("dog").status_code) == (500, 200)
         paths = ("/readyz", "/readyz?model=cat", "/readyz?model=dog", "/livez", "/livez?model=cat", "/livez?model=dog")
-        assert [status_of(running, path)[0] for path in paths] == [503, 503, 200, 200, 503, 200]
+        assert [status_of(running, path)[0] for path in paths] == [200, 503, 200, 200, 503, 200]
         dog.is_healthy = False
         assert status_of(running, "/livez")[0] == 503, "nothing can be served any more"
     finally:
@@ -221,7 +263,7 @@ def test_what_befalls_one_is_not_the_others() -> None:
 
 
 def test_one_that_comes_later_answers_from_then_on() -> None:
-    table = Models([model("cat", says="miaow"), model("dog")])
+    table = ServedModels([model("cat", says="miaow"), model("dog")])
     running = start(table)
     try:
         with pytest.raises(openai.InternalServerError, match="being loaded"):

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from quire.bench.bars_svg import Bars, Column, draw_bars
-from quire.bench.engine_turns import AGREED, STATES, Figures, Spread, Started, Turn, figures
+from quire.bench.engine_turns import AGREED, STATES, Figures, Spread, Started, Turn, figures, yardstick
 
 MIB = 2**20
 OURS = "quire"
@@ -35,26 +35,13 @@ def as_text(subject: Subject, turns: Sequence[Turn], started: Sequence[Started])
         rows = {engine: one for (name, engine), one in found.items() if name == workload}
         if not rows:
             continue
-        lines.append(f"{workload}: {text}")
-        lines.append(
-            f"{'engine':<{width}} {'runs':>4} {'out tok/s':>26} {'all tok/s':>10} {'TTFT p50 ms':>26} "
-            f"{'TTFT p99 ms':>12} {'peak MiB':>9} {'over weights':>12} {'KV MiB':>8}"
-        )
-        best = max(one.output_rate.median for one in rows.values())
-        for engine, one in rows.items():
-            ours = rows.get(OURS)
-            ratio = (
-                "" if ours is None or engine == OURS else f"  {ours.output_rate.median / one.output_rate.median:.2f}x"
-            )
-            mark = " *" if one.output_rate.median == best else ""
-            lines.append(
-                f"{engine:<{width}} {one.runs:>4} {_spread(one.output_rate, 1):>26} {one.total_rate.median:>10.1f} "
-                f"{_spread(one.ttft_s, 1e3):>26} {one.ttft_p99_s.median * 1e3:>12.1f} {_mib(one.peak_bytes):>9} "
-                f"{_mib(over_weights(one, subject)):>12} {_mib(one.kv_bytes):>8}{ratio}{mark}"
-            )
-        lines.append("")
-    if any(one.name == OURS and one.state == "ran" for one in started):
-        lines += [f"Medians (least to most). 1.50x: {OURS} gives 1.50 times its output. * the most output.", ""]
+        lines += [f"{workload}: {text}", *_table(rows, subject, width), ""]
+    legend = (
+        "Medians (least to most). * the most output. KV: reserved, not touched (of static batches: what one filled)."
+    )
+    if any(engine == OURS for _, engine in found):
+        legend += f" 1.50x: {OURS} gives 1.50 times its output."
+    lines += [legend, ""]
     lost = [one for one in started if one.state != "ran"]
     if lost:
         lines += ["Not in the table:", *(f"  {one.name}: {STATES[one.state]}: {one.reason}" for one in lost)]
@@ -63,8 +50,29 @@ def as_text(subject: Subject, turns: Sequence[Turn], started: Sequence[Started])
                 "  (--python NAME=PATH names the interpreter of one that has its own; of llama.cpp its llama-server)"
             )
         lines.append("")
-    lines += ["How it was kept fair:", *(f"  {point}: {text}" for point, text in _points(subject, started, found)), ""]
+    lines += ["How it was kept fair:", *(f"  {point}: {text}" for point, text in _points(subject, turns, started)), ""]
     return "\n".join([*lines, *(f"{name}: {value}" for name, value in subject.facts.items())])
+
+
+def _table(rows: Mapping[str, Figures], subject: Subject, width: int) -> list[str]:
+    """Head and a line for each engine; without ours there is no ratio."""
+    ours = rows.get(OURS)
+    head = (
+        f"{'engine':<{width}} {'runs':>4} {'out tok/s':>26} {'all tok/s':>10} {'TTFT p50 ms':>26} "
+        f"{'TTFT p99 ms':>12} {'peak MiB':>9} {'over weights':>12} {'KV MiB':>8}"
+    )
+    lines = [head if ours is None else f"{head} {f'{OURS} / engine':>14}"]
+    best = max(one.output_rate.median for one in rows.values())
+    for engine, one in rows.items():
+        ratio = "" if ours is None or one is ours else f"{ours.output_rate.median / one.output_rate.median:.2f}x"
+        mark = " *" if one.output_rate.median == best else ""
+        line = (
+            f"{engine:<{width}} {one.runs:>4} {_spread(one.output_rate, 1):>26} {one.total_rate.median:>10.1f} "
+            f"{_spread(one.ttft_s, 1e3):>26} {one.ttft_p99_s.median * 1e3:>12.1f} {_mib(one.peak_bytes):>9} "
+            f"{_mib(over_weights(one, subject)):>12} {_mib(one.kv_bytes):>8}"
+        )
+        lines.append((line if ours is None else f"{line} {ratio:>14}").rstrip() + mark)
+    return lines
 
 
 def as_json(subject: Subject, turns: Sequence[Turn], started: Sequence[Started]) -> dict[str, Any]:
@@ -77,7 +85,8 @@ def as_json(subject: Subject, turns: Sequence[Turn], started: Sequence[Started])
         "machine": dict(subject.facts),
         "workloads": dict(subject.workloads),
         "engines": [asdict(one) for one in started],
-        "fairness": [{"point": point, "kept": text} for point, text in _points(subject, started, found)],
+        "fairness": [{"point": point, "kept": text} for point, text in _points(subject, turns, started)],
+        "agreement_with": yardstick(turns, started),
         "figures": [
             {"workload": key[0], "engine": key[1], **asdict(one), "over_weights_bytes": over_weights(one, subject)}
             for key, one in found.items()
@@ -98,7 +107,7 @@ def as_svg(subject: Subject, turns: Sequence[Turn], started: Sequence[Started]) 
             tables.append(
                 Bars(f"{subject.model}, {workload}", text, list(rows), _columns(list(rows.values()), subject))
             )
-    foot = [f"{point}: {kept}" for point, kept in _points(subject, started, found)]
+    foot = [f"{point}: {kept}" for point, kept in _points(subject, turns, started)]
     return draw_bars(tables, [*foot, "; ".join(f"{name}: {value}" for name, value in subject.facts.items())])
 
 
@@ -118,23 +127,22 @@ def _columns(rows: Sequence[Figures], subject: Subject) -> list[Column]:
     ]
 
 
-def _points(
-    subject: Subject, started: Sequence[Started], found: Mapping[tuple[str, str], Figures]
-) -> list[tuple[str, str]]:
+def _points(subject: Subject, turns: Sequence[Turn], started: Sequence[Started]) -> list[tuple[str, str]]:
     """The checklist: what is common, then each engine's own."""
-    points = list(subject.fairness)
+    points, found, first = list(subject.fairness), figures(turns, started), yardstick(turns, started)
     for one in started:
         if one.state != "ran":
             continue
         versions = ", ".join(f"{name} {version}" for name, version in one.facts.versions.items()) or "version not told"
         flags = ", ".join(f"{name}={value}" for name, value in one.facts.settings.items())
-        kv = "not told" if one.facts.is_client else "as large as a batch"
+        filled = [figure.kv_bytes for (_, engine), figure in found.items() if engine == one.name and figure.kv_bytes]
+        kv = f"without a bound, at most {_mib(max(filled))} MiB were filled" if filled else "not told"
         kv = f"{_mib(one.facts.kv_bytes)} MiB" if one.facts.kv_bytes else kv
         agree = [figure.agreeing for (_, engine), figure in found.items() if engine == one.name and figure.agreeing]
         text = f"{versions}; {flags}; KV cache {kv}; start and warm-up {one.start_s:.1f} s"
         if agree:
             same, of = sum(pair[0] for pair in agree), sum(pair[1] for pair in agree)
-            text += f"; first {AGREED} tokens as {started[0].name}'s in {same} of {of} outputs"
+            text += f"; first {AGREED} tokens as {first}'s in {same} of {of} outputs"
         points.append((one.name, text))
     return points
 

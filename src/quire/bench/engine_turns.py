@@ -7,12 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from quire.bench.offline import Measurement, measure
-from quire.bench.peers import Facts, Peer, PeerError, PeerMissing, Ran, Spec
+from quire.bench.peers import EngineInfo, EngineProcess, PeerError, PeerMissing, RunResult, Spec
 from quire.bench.serving import percentile
 from quire.bench.workloads import Item
 
 AGREED = 16
-"""First tokens of an output that are held against the first engine's."""
+"""First tokens of an output that are held against those of the engine that `yardstick` names."""
 
 STATES = {"missing": "not installed", "unfit": "left out", "failed": "failed"}
 """Why an engine is not in the table, and how that is said."""
@@ -26,7 +26,7 @@ class Started:
     state: str
     """ran, or one of `STATES`."""
     reason: str = ""
-    facts: Facts = field(default_factory=lambda: Facts({}, {}, None))
+    facts: EngineInfo = field(default_factory=lambda: EngineInfo({}, {}, None))
     start_s: float = 0.0
     """From the start of its process to the end of the warm-up."""
 
@@ -36,7 +36,7 @@ class Turn:
     """One engine, one workload, once."""
 
     measured: Measurement
-    ran: Ran
+    ran: RunResult
     peak_bytes: int | None
 
 
@@ -65,7 +65,7 @@ class Figures:
     """The most in any run."""
     kv_bytes: int | None
     agreeing: tuple[int, int] | None
-    """Requests whose first tokens are the first engine's, of how many."""
+    """Requests whose first tokens are those of the engine that `yardstick` names, of how many."""
 
 
 class Comparison:
@@ -81,17 +81,18 @@ class Comparison:
         self.turns: list[Turn] = []
         self._say = say
         self._start_timeout_s, self._run_timeout_s = start_timeout_s, run_timeout_s
-        self._peers: dict[str, Peer] = {}
+        self._peers: dict[str, EngineProcess] = {}
         self._stack = ExitStack()
 
-    def start(self, spec: Spec, warm_up: Sequence[Item]) -> bool:
-        """Start an engine and let it answer `warm_up`; False where it cannot, which is kept with its reason."""
+    def start(self, spec: Spec, warm_ups: Sequence[Sequence[Item]]) -> bool:
+        """Start an engine and let it answer each of `warm_ups`; False where it cannot, kept with its reason."""
         self._say(f"{spec.name}: starting")
         begun_s = time.monotonic()
         try:
-            peer = self._stack.enter_context(Peer(spec))
+            peer = self._stack.enter_context(EngineProcess(spec))
             peer.start(self._start_timeout_s)
-            peer.run(warm_up, self._run_timeout_s)
+            for items in warm_ups:
+                peer.run(items, self._run_timeout_s)
         except PeerError as error:
             self._lose(spec.name, error)
             return False
@@ -138,13 +139,19 @@ class Comparison:
         self._stack.__exit__(*details)  # type: ignore[arg-type]
 
 
+def yardstick(turns: Sequence[Turn], started: Sequence[Started]) -> str | None:
+    """The first engine that ran and gave token ids: with its outputs the others' are compared."""
+    told = {turn.measured.engine for turn in turns if turn.ran.token_ids}
+    return next((one.name for one in started if one.state == "ran" and one.name in told), None)
+
+
 def figures(turns: Sequence[Turn], started: Sequence[Started]) -> dict[tuple[str, str], Figures]:
     """(workload, engine) -> its figures, in the order of the first turns."""
     groups: dict[tuple[str, str], list[Turn]] = {}
     for turn in turns:
         groups.setdefault((turn.measured.workload, turn.measured.engine), []).append(turn)
     accounts = {one.name: one.facts.kv_bytes for one in started}
-    first = started[0].name if started else ""
+    first = yardstick(turns, started)
     right = {(turn.measured.workload, turn.measured.repetition): turn.ran.token_ids
              for turn in turns if turn.measured.engine == first}  # fmt: skip
     return {

@@ -29,7 +29,7 @@ class PeerMissing(PeerError):
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class EngineInfo:
     """What an engine says of itself when it is ready."""
 
     versions: Mapping[str, str]
@@ -41,7 +41,7 @@ class Facts:
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class RunResult:
     """One workload. Lists are in the order of the requests."""
 
     elapsed_s: float
@@ -66,7 +66,7 @@ class Spec:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-class Peer:
+class EngineProcess:
     """One engine. Its processes are a group of their own, and none outlives this object's `with`.
 
     Raises:
@@ -75,7 +75,7 @@ class Peer:
 
     def __init__(self, spec: Spec) -> None:
         self.name = spec.name
-        self.facts = Facts({}, {}, None)
+        self.facts = EngineInfo({}, {}, None)
         self._settings = spec.settings
         self._rest = b""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the process
@@ -103,11 +103,11 @@ class Peer:
         self._send(self._settings)
         ready = self._receive("ready", timeout_s)
         try:
-            self.facts = Facts(**{"kv_bytes": None, **ready})
+            self.facts = EngineInfo(**{"kv_bytes": None, **ready})
         except TypeError as error:
             raise PeerError(f"its driver's facts are not as the protocol has them ({error})") from error
 
-    def run(self, items: Sequence[Item], timeout_s: float) -> Ran:
+    def run(self, items: Sequence[Item], timeout_s: float) -> RunResult:
         """Seconds for the whole workload, and what was seen of each request.
 
         Raises:
@@ -116,7 +116,7 @@ class Peer:
         self._send({"run": [asdict(item) for item in items]})
         answer = self._receive("ran", timeout_s)
         try:
-            ran = Ran(**answer)
+            ran = RunResult(**answer)
             wrong = [
                 f"{count} tokens where {item.num_output} were asked for"
                 for item, count in zip(items, ran.output_lens, strict=True)

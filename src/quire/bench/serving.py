@@ -21,8 +21,6 @@ from quire.engine.percentiles import percentile as percentile
 
 LOWEST_ID, HIGHEST_ID = 300, 3000
 """Ordinary tokens of any vocabulary."""
-SHAREGPT = (161, 1.3, 338, 0.9)
-"""Mean of prompts and spread of its logarithm, the same of answers: the means are those of ShareGPT (2309.06180)."""
 WORDS = "time year people way day thing life child world school state family student group country problem".split()
 METRICS = ("ttft", "tpot", "itl", "e2el")
 
@@ -104,20 +102,10 @@ def random_loads(
     return [_load(rng, prefix, length(num_input), length(num_output), as_text=as_text) for _ in range(count)]
 
 
-def sharegpt_loads(count: int, longest: int, seed: int, *, as_text: bool) -> list[Load]:
-    """Lengths like those of ShareGPT, without its texts: log-normal, cut where both together exceed `longest`."""
+def loads_of(lengths: Sequence[tuple[int, int]], seed: int, *, as_text: bool) -> list[Load]:
+    """Random tokens, or words, for prompts and answers of these lengths."""
     rng = random.Random(seed)
-    mean_in, spread_in, mean_out, spread_out = SHAREGPT
-
-    def length(mean: float, spread: float) -> int:
-        return max(4, round(rng.lognormvariate(math.log(mean) - spread**2 / 2, spread)))
-
-    found = []
-    for _ in range(count):
-        num_input = min(length(mean_in, spread_in), longest - 4)
-        num_output = min(length(mean_out, spread_out), longest - num_input)
-        found.append(_load(rng, [], num_input, num_output, as_text=as_text))
-    return found
+    return [_load(rng, [], num_input, num_output, as_text=as_text) for num_input, num_output in lengths]
 
 
 def _prompt(rng: random.Random, length: int) -> list[int]:

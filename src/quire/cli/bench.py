@@ -24,7 +24,7 @@ from quire.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from quire.bench.offline import Measurement
-    from quire.bench.peers import Peer
+    from quire.bench.peers import EngineProcess
     from quire.bench.workloads import Item
     from quire.llm import LLM
 
@@ -133,9 +133,9 @@ def _throughput(options: argparse.Namespace) -> int:
     return 0
 
 
-def _peer(args: EngineArgs, stack: Any) -> "Peer":
+def _peer(args: EngineArgs, stack: Any) -> "EngineProcess":
     """Plain transformers in a process of its own: same model, bf16, as many threads; idle while Quire is timed."""
-    from quire.bench.peers import DRIVERS, Peer, PeerError, Spec
+    from quire.bench.peers import DRIVERS, EngineProcess, PeerError, Spec
     from quire.compose.served import find_model
 
     settings = {
@@ -148,7 +148,7 @@ def _peer(args: EngineArgs, stack: Any) -> "Peer":
     }
     try:
         driver = str(DRIVERS / "transformers_driver.py")
-        peer: Peer = stack.enter_context(Peer(Spec("transformers", driver, sys.executable, settings)))
+        peer: EngineProcess = stack.enter_context(EngineProcess(Spec("transformers", driver, sys.executable, settings)))
         peer.start(PEER_S)
     except PeerError as error:
         text = f"transformers cannot be compared with: {error} (pip install 'quire[test]')"
@@ -162,7 +162,7 @@ def _threads(args: EngineArgs) -> int:
     return args.threads if args.threads is not None else available_cores()[0]
 
 
-def _runs(llm: "LLM", peer: "Peer | None", options: argparse.Namespace) -> "list[Measurement]":
+def _runs(llm: "LLM", peer: "EngineProcess | None", options: argparse.Namespace) -> "list[Measurement]":
     """All repetitions of all workloads that fit; within each the engines take turns, first one, then the other."""
     from quire.bench.offline import Measurement, run_quire
     from quire.bench.turns import take_turns
@@ -193,7 +193,7 @@ def _runs(llm: "LLM", peer: "Peer | None", options: argparse.Namespace) -> "list
     return runs
 
 
-def _timed(peer: "Peer", items: "list[Item]") -> tuple[float, float | None]:
+def _timed(peer: "EngineProcess", items: "list[Item]") -> tuple[float, float | None]:
     """As `quire.bench.offline.run_quire`."""
     ran = peer.run(items, PEER_S)
     return ran.elapsed_s, statistics.median(ran.ttfts_s)

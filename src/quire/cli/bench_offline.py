@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.cli import banner, engines, model_path
 from quire.cli.arguments import add_engine, engine_values
+from quire.cli.bench_dataset import LENGTHS, NUM_PROMPTS, RANDOM, RANDOM_LENGTHS, named, sharegpt_loads
 from quire.config import EngineArgs
 from quire.errors import ConfigurationError
 from quire.outputs import RequestOutput
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 PERCENTS = (10, 25, 50, 75, 90, 99)
 MOST = 2**20
-RANDOM_LENGTHS = 1024, 128
-"""Tokens of a prompt and of an answer of --dataset-name random: vLLM's."""
 EXAMPLES = """examples:
   quire bench latency --model DIR --input-len 32 --output-len 128 --batch-size 8
   quire bench latency --num-iters-warmup 2 --num-iters 10 --output-json latency.json
@@ -60,8 +59,9 @@ def add_dataset(parser: argparse.ArgumentParser) -> None:
     """Flags of `bench throughput` that are vLLM's."""
     group = parser.add_argument_group("requests as in `vllm bench throughput`, instead of --workload")
     flag = group.add_argument
-    flag("--dataset-name", choices=("random", "sharegpt"), help="sharegpt: lengths like its, made here")
-    flag("--num-prompts", type=int, default=100, metavar="N", help="requests (default: 100)")
+    text = "sharegpt-lengths: random tokens, lengths like those of ShareGPT"
+    flag("--dataset-name", type=named, choices=(RANDOM, LENGTHS), help=text)
+    flag("--num-prompts", type=int, default=NUM_PROMPTS, metavar="N", help="requests (default: 1000)")
     flag("--input-len", "--random-input-len", type=int, metavar="N", help="tokens of a prompt (random: 1024)")
     flag("--output-len", "--random-output-len", type=int, metavar="N", help="tokens of an answer (random: 128)")
     flag("--random-range-ratio", type=float, default=0.0, metavar="R", help="lengths within this share of these")
@@ -151,7 +151,7 @@ def run_dataset(options: argparse.Namespace) -> int:
     within(options, 0, "prefix_len")
     if not 0 <= options.random_range_ratio < 1:
         raise ConfigurationError("random_range_ratio must be in [0, 1)", field="random_range_ratio")
-    if options.dataset_name == "sharegpt" and (options.input_len is not None or options.prefix_len):
+    if options.dataset_name == LENGTHS and (options.input_len is not None or options.prefix_len):
         raise ConfigurationError("input_len and prefix_len go with --dataset-name random", field="input_len")
     if options.compare or options.profile:
         raise ConfigurationError("compare and profile go with --workload", field="dataset_name")
@@ -175,7 +175,7 @@ def run_dataset(options: argparse.Namespace) -> int:
         begun = time.perf_counter()
         outputs = llm.generate(_prompts(loads, llm.vocab_size), params, use_tqdm=not options.quiet)
         elapsed_s = time.perf_counter() - begun
-    found = throughput_result(outputs, elapsed_s)
+    found = throughput_result(outputs, elapsed_s) | {"dataset_name": options.dataset_name}
     num_output = sum(len(one.token_ids) for output in outputs for one in output.outputs)
     print(
         f"Throughput: {found['requests_per_second']:.2f} requests/s, {found['tokens_per_second']:.2f} total tokens/s, "
@@ -201,10 +201,10 @@ def throughput_result(outputs: list[RequestOutput], elapsed_s: float) -> dict[st
 def _loads(options: argparse.Namespace, max_model_len: int) -> "list[Load]":
     from dataclasses import replace
 
-    from quire.bench.serving import random_loads, sharegpt_loads
+    from quire.bench.serving import random_loads
 
     seed = getattr(options, "seed", 0) or 0
-    if options.dataset_name == "sharegpt":
+    if options.dataset_name == LENGTHS:
         loads = sharegpt_loads(options.num_prompts, min(2048, max_model_len), seed, as_text=False)
         return [replace(load, num_output=options.output_len or load.num_output) for load in loads]
     lengths = options.input_len or RANDOM_LENGTHS[0], options.output_len or RANDOM_LENGTHS[1]

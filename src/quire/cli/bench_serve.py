@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quire.cli.bench_dataset import CUSTOM, LENGTHS, NUM_PROMPTS, RANDOM, RANDOM_LENGTHS, named, sharegpt_loads
 from quire.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -16,13 +17,14 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   quire bench serve --num-prompts 100 --request-rate 4
-  quire bench serve --base-url http://host:8000 --dataset-name sharegpt --max-concurrency 16 --goodput ttft:500 tpot:50
+  quire bench serve --base-url http://host:8000 --dataset-name sharegpt-lengths --max-concurrency 16 \\
+      --goodput ttft:500 tpot:50
   quire bench serve --save-result --save-detailed --result-filename a.json
   quire bench compare a.json b.json
 
-Flags and the names of the figures are those of `vllm bench serve`. Without --request-rate all requests are sent at
-once; with it they come at random (--burstiness). The intervals of compare are of the requests within two runs: what
-else the machine did in one of them is not chance, and makes two runs of one server differ too."""
+The flags listed here are vLLM's (but --max-model-len), and so are the names of the figures. Without --request-rate all
+requests are sent at once; with it they come at random (--burstiness). The intervals of compare are of the requests
+within two runs: what else the machine did in one of them is not chance, and makes two runs of one server differ too."""
 ENDPOINTS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
 MOST_PROMPTS = 100_000
 MOST_OPEN = 1024
@@ -47,15 +49,26 @@ def add(kinds: Any) -> None:
     flag("--model", metavar="NAME", help="which of its models; left out: its first")
     flag("--api-key", metavar="KEY", help="the server's key, if it has one")
     flag(
-        "--dataset-name", choices=("random", "sharegpt", "custom"), default="random", help="sharegpt: lengths like its"
+        "--dataset-name",
+        type=named,
+        choices=(RANDOM, LENGTHS, CUSTOM),
+        default=RANDOM,
+        help="(default: random) sharegpt-lengths: random tokens, lengths like those of ShareGPT",
     )
     flag("--dataset-path", metavar="FILE", help="for custom: a line of JSON for each request, prompt and output_tokens")
-    flag("--num-prompts", type=int, default=100, metavar="N", help="requests (default: 100)")
-    flag("--random-input-len", type=int, default=256, metavar="N", help="tokens of a prompt (default: 256)")
-    flag("--random-output-len", type=int, default=64, metavar="N", help="tokens of an answer (default: 64)")
+    flag("--num-prompts", type=int, default=NUM_PROMPTS, metavar="N", help="requests (default: 1000)")
+    num_in, num_out = RANDOM_LENGTHS
+    flag("--random-input-len", type=int, default=num_in, metavar="N", help=f"tokens of a prompt (default: {num_in})")
+    flag("--random-output-len", type=int, default=num_out, metavar="N", help=f"of an answer (default: {num_out})")
     flag("--random-range-ratio", type=float, default=0.0, metavar="R", help="lengths within this share of these")
     flag("--random-prefix-len", type=int, default=0, metavar="N", help="tokens that all prompts begin with")
-    flag("--max-model-len", type=int, default=2048, metavar="N", help="sharegpt: longest prompt and answer (2048)")
+    flag(
+        "--max-model-len",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="sharegpt-lengths: longest prompt and answer (2048)",
+    )
     flag("--request-rate", type=float, default=math.inf, metavar="R", help="requests a second; left out: all at once")
     flag("--burstiness", type=float, default=1.0, metavar="B", help="1: at random; below: in bursts; above: evenly")
     flag("--max-concurrency", type=int, metavar="N", help="requests open at a time")
@@ -105,6 +118,9 @@ def run(options: argparse.Namespace) -> int:
         "model_id": server.model_name,
         "tokenizer_id": server.model_name,
         "num_prompts": count,
+        "dataset_name": options.dataset_name,
+        "dataset_path": options.dataset_path,
+        "seed": options.seed,
         "request_rate": "inf" if math.isinf(rate) else rate,
         "burstiness": options.burstiness,
         "max_concurrency": options.max_concurrency,
@@ -137,7 +153,7 @@ def _check(options: argparse.Namespace) -> None:
             raise ConfigurationError(f"{name} must be above 0, got {getattr(options, name)}", field=name)
     if not 0 <= options.random_range_ratio < 1:
         raise ConfigurationError("random_range_ratio must be in [0, 1)", field="random_range_ratio")
-    if (options.dataset_name == "custom") != (options.dataset_path is not None):
+    if (options.dataset_name == CUSTOM) != (options.dataset_path is not None):
         raise ConfigurationError("dataset_path goes with --dataset-name custom", field="dataset_path")
 
 
@@ -177,12 +193,12 @@ def _goodput(items: list[str]) -> dict[str, float]:
 
 
 def _loads(options: argparse.Namespace) -> "list[Load]":
-    from quire.bench.serving import random_loads, sharegpt_loads
+    from quire.bench.serving import random_loads
 
     as_text = options.backend == "openai-chat"
-    if options.dataset_name == "sharegpt":
+    if options.dataset_name == LENGTHS:
         return sharegpt_loads(options.num_prompts, options.max_model_len, options.seed, as_text=as_text)
-    if options.dataset_name == "random":
+    if options.dataset_name == RANDOM:
         return random_loads(
             options.num_prompts,
             options.random_input_len,

@@ -40,8 +40,8 @@ TEXTS = {
 }
 FAIRNESS = (
     ("weights", "{model}, {dtype}; the same files but where an engine names others"),
-    ("device", "{device}, {threads} threads each; while one engine runs, the others are stopped"),
-    ("KV cache", "{kv_mib:,.0f} MiB for each, at {kv_bytes_per_token:,} bytes a token"),
+    ("device", "{device}, {threads} threads each, {where}; while one engine runs, the others are stopped"),
+    ("KV cache", "{kv_mib:,.0f} MiB asked of each, at {kv_bytes_per_token:,} bytes a token; what it has: its own line"),
     ("peak", "of an engine's processes during its turns; over weights: interpreter, libraries, KV cache, activations"),
     (
         "requests",
@@ -50,11 +50,14 @@ FAIRNESS = (
     ("outputs", "greedy, end of sequence ignored; every output had exactly the length that was asked for"),
     (
         "turns",
-        "{reps} each: one after the other in a repetition, in every second one the other way round; a warm-up first",
+        "{reps} each: one after the other in a repetition, in every second one the other way round; before the first, "
+        "each workload once under other token ids",
     ),
     ("TTFT", "from the moment when all requests came to a request's first token"),
 )
 """The checklist: point, and how it is kept."""
+WARM_UP = 100_000
+"""A repetition that no turn has: its token ids are of the warm-up alone."""
 MOST = {"reps": 1000, "num_prompts": 32, "batch_size": 1024, "max_num_seqs": 4096, "threads": 1024}
 
 
@@ -160,12 +163,12 @@ def _given(options: argparse.Namespace) -> "tuple[Given, list[str]]":
 def _prepared(
     options: argparse.Namespace, name: str | None
 ) -> "tuple[ModelCost, dict[str, Any], dict[str, list[list[Item]]]]":
-    """What the model costs, the settings that all engines share, and the requests of each workload and repetition."""
+    """What the model costs, the settings that all share, and each workload's requests: repetitions, then warm-up."""
     from quire.bench.workloads import WORKLOADS, longest
-    from quire.cli.compare_engines import shape
+    from quire.cli.compare_engines import processors, shape
     from quire.cli.plan import cost_of
     from quire.compose.served import find_model
-    from quire.ops.select import available_cores
+    from quire.ops.select import available_cores, core_processors
 
     asked = argparse.Namespace(
         revision=options.revision, dtype=options.dtype, quantization=None, quantization_group_size=None,
@@ -174,7 +177,8 @@ def _prepared(
     cost = cost_of(asked, name, None)
     workloads = {}
     for workload in dict.fromkeys(options.workload):
-        items = [WORKLOADS[workload](rep, cost.spec.vocab_size)[: options.num_prompts] for rep in range(options.reps)]
+        seeds = [*range(options.reps), WARM_UP]
+        items = [WORKLOADS[workload](seed, cost.spec.vocab_size)[: options.num_prompts] for seed in seeds]
         if longest(items[0]) <= cost.spec.max_position_embeddings:
             workloads[workload] = items
         else:
@@ -183,11 +187,13 @@ def _prepared(
     if not workloads:
         raise ConfigurationError("no workload fits this model", field="workload")
     tokens, most_requests = shape({workload: items[0] for workload, items in workloads.items()})
+    threads = options.threads or available_cores()[0]
     settings = {
         "model": str(find_model(EngineArgs(model=name, revision=options.revision))),
         "dtype": cost.packer.dtype,
         "device": options.device,
-        "threads": options.threads or available_cores()[0],
+        "threads": threads,
+        "processors": processors(threads, core_processors()) if options.device == "cpu" else [],
         "max_model_len": min(tokens, cost.spec.max_position_embeddings),
         "max_num_seqs": options.max_num_seqs,
         "most_requests": most_requests,
@@ -207,15 +213,14 @@ def _compare(
     workloads: "dict[str, list[list[Item]]]",
     reps: int,
 ) -> None:
-    from quire.bench.workloads import Item
     from quire.cli.compare_engines import spec, unfit
 
-    prompt = next(iter(workloads.values()))[0][0].prompt_token_ids
+    warm_ups = [items[-1] for items in workloads.values()]
     for name in names:
         if why := unfit(name, settings, given):
             comparison.leave_out(name, why)
         else:
-            comparison.start(spec(name, settings, given), [Item(prompt[::-1], 8)])
+            comparison.start(spec(name, settings, given), warm_ups)
     for workload, repetitions in workloads.items():
         for rep in range(reps):
             comparison.run(workload, rep, repetitions[rep])
@@ -235,7 +240,9 @@ def _subject(
     files, dtype = Path(settings["model"]), str(settings["dtype"])
     if files.is_file() or (files / "engine.json").is_file():
         dtype = f"formats as they are stored, else {dtype}"
-    values = {**settings, "dtype": dtype, "kv_mib": settings["kv_bytes"] / 2**20, "reps": options.reps}
+    bound = ", ".join(map(str, settings["processors"]))
+    where = f"what is started here on processors {bound}" if bound else "on the processors that the system gives"
+    values = {**settings, "dtype": dtype, "where": where, "kv_mib": settings["kv_bytes"] / 2**20, "reps": options.reps}
     fairness = [(point, text.format(**values)) for point, text in FAIRNESS]
     facts = {**machine.describe(), "load": f"{load:.1f} runnable before, {os.getloadavg()[0]:.1f} after"}
     model = options.model or EMBEDDED_NAME

@@ -11,6 +11,7 @@ from quire.bench.workloads import longest
 from quire.errors import ConfigurationError
 
 Settings = Mapping[str, Any]
+GIB = 2**30
 OURS = str(Path(__file__).parent / "compare_driver.py")
 SERVER = str(DRIVERS / "server_driver.py")
 IN_TRANSFORMERS = str(DRIVERS / "transformers_driver.py")
@@ -29,6 +30,8 @@ class Known:
     reads_engine: bool = False
     """What `quire build` makes."""
     devices: tuple[str, ...] = ("cpu", "cuda")
+    whole_gib_on: tuple[str, ...] = ()
+    """Devices on which its KV cache can only be of whole GiB."""
 
 
 def _quire_server(python: str, settings: Settings) -> dict[str, Any]:
@@ -84,10 +87,12 @@ KNOWN = {
     "transformers-continuous": Known(
         "its continuous batching (generate_batch)", IN_TRANSFORMERS, lambda *_: {"mode": "continuous"}
     ),
-    "vllm": Known("in its process, LLMEngine", str(DRIVERS / "vllm_driver.py")),
+    "vllm": Known("in its process, LLMEngine", str(DRIVERS / "vllm_driver.py"), whole_gib_on=("cpu",)),
     "sglang": Known("its server, over HTTP", SERVER, _sglang),
     "llama.cpp": Known("llama-server, over HTTP", SERVER, _llama_cpp, reads_gguf=True, reads_checkpoint=False),
-    "openvino": Known("GenAI's continuous batching", str(DRIVERS / "openvino_driver.py"), devices=("cpu",)),
+    "openvino": Known(
+        "GenAI's continuous batching", str(DRIVERS / "openvino_driver.py"), devices=("cpu",), whole_gib_on=("cpu",)
+    ),
 }
 DEFAULT = [name for name in KNOWN if name != "quire-server"]
 
@@ -115,6 +120,9 @@ def unfit(name: str, settings: Settings, given: Given) -> str | None:
     is_gguf = model.is_file()
     if settings["device"] not in known.devices:
         return f"it runs on {' and '.join(known.devices)}, this is {settings['device']}"
+    if settings["device"] in known.whole_gib_on and settings["kv_bytes"] % GIB:
+        mib = settings["kv_bytes"] / 2**20
+        return f"its KV cache is of whole GiB, this is {mib:,.1f} MiB: name such with --kv-cache-memory-bytes"
     if name in given.files:
         return None
     if is_gguf and not known.reads_gguf:
@@ -130,7 +138,8 @@ def spec(name: str, settings: Settings, given: Given) -> Spec:
     """How an engine is started with the settings that all share."""
     own = {**settings, "name": name, "files": given.files.get(name)}
     if name in given.url:
-        return Spec(name, SERVER, sys.executable, {**own, "url": given.url[name]}, given.environment.get(name, {}))
+        own |= {"url": given.url[name], "processors": []}
+        return Spec(name, SERVER, sys.executable, own, given.environment.get(name, {}))
     if name in given.driver:
         program = given.python.get(name) or sys.executable
         return Spec(name, given.driver[name], program, own, given.environment.get(name, {}))
@@ -138,6 +147,12 @@ def spec(name: str, settings: Settings, given: Given) -> Spec:
     program = given.python.get(name) or ("llama-server" if name == "llama.cpp" else sys.executable)
     driven_by = sys.executable if name == "llama.cpp" else program
     return Spec(name, known.driver, driven_by, own | known.extra(program, own), given.environment.get(name, {}))
+
+
+def processors(threads: int, cores: Sequence[Sequence[int]]) -> list[int]:
+    """One for each thread: first one of each physical core, then their siblings; none where there are too few."""
+    order = [core[place] for place in range(max(map(len, cores))) for core in cores if place < len(core)]
+    return order[:threads] if threads <= len(order) else []
 
 
 def pairs(items: Sequence[str], flag: str, known: Sequence[str] | None) -> dict[str, str]:

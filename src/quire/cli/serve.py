@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from quire.server.http.cors import Cors
     from quire.server.http.limits import Limits
     from quire.server.http.listen import Listener
-    from quire.server.http.models import Models
+    from quire.server.http.models import ServedModels
     from quire.server.http.stored import Store
 
 EXAMPLES = """examples:
@@ -250,10 +250,10 @@ def _serve_several(
     ready: str,
 ) -> int:
     """Listen at once: each model answers when it is there."""
-    from quire.server.http.models import Model, Models
+    from quire.server.http.models import ServedModel, ServedModels
     from quire.server.http.serve import GracefulServer
 
-    models = Models([Model(one.names, one.accepted) for one in plan.models])
+    models = ServedModels([ServedModel(one.names, one.accepted) for one in plan.models])
     app = make(models)
 
     def settled(is_any: bool) -> None:
@@ -279,7 +279,7 @@ def _serve_several(
 
 def _application(
     options: argparse.Namespace,
-    engine: "AsyncEngine | Models",
+    engine: "AsyncEngine | ServedModels",
     *,
     limits: "Limits",
     keys: dict[str, int],

@@ -1,7 +1,7 @@
 """`quire serve A B ...`, and `models:` in its file: several models in one server, each with a core of its own.
 
 What stands for all (flags, the environment, the file's own keys) holds for each model that does not say otherwise in
-its entry. Of memory and threads it is the whole, which the models share: `quire.compose.shares`.
+its entry. Of memory and threads it is the whole, which the models share: `quire.compose.machine_split`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
     from quire.engine.front import ServedEngine
-    from quire.server.http.models import Model, Models
+    from quire.server.http.models import ServedModel, ServedModels
 
 OF_ONE = ("tokenizer", "revision", "record")
 """What no two models can have in common."""
@@ -121,8 +121,8 @@ def begin_all(plan: Plan) -> "list[Callable[[], ServedEngine]]":
     Raises:
         ConfigurationError: a model is not there, or its share of the machine does not suffice; nothing has begun.
     """
+    from quire.compose.machine_split import shares_of
     from quire.compose.served import ModelPlace, begin, find_model
-    from quire.compose.shares import shares_of
 
     for one in plan.models:
         model_path.check(one.args.model)
@@ -145,7 +145,7 @@ class Loading:
 
     def __init__(
         self,
-        models: "Models",
+        models: "ServedModels",
         halves: "Sequence[Callable[[], ServedEngine]]",
         *,
         quiet: bool,
@@ -161,7 +161,7 @@ class Loading:
         for model, half in zip(self._models, self._halves, strict=True):
             threading.Thread(target=self._load, args=(app, model, half), name="quire-load", daemon=True).start()
 
-    def _load(self, app: "Starlette", model: "Model", half: "Callable[[], ServedEngine]") -> None:
+    def _load(self, app: "Starlette", model: "ServedModel", half: "Callable[[], ServedEngine]") -> None:
         from quire.engine.async_engine import AsyncEngine
 
         try:

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from quire.compose.engine_dir import as_built
-from quire.compose.shares import free_part, memory_part, on_own_cores, share_decision
+from quire.compose.machine_split import free_part, memory_part, on_own_cores, share_decision
 from quire.compose.structured import grammar_compiler
 from quire.config import (
     CachePlan,

@@ -38,7 +38,8 @@ def make_budget(model: Model, ops: Provider, shape: StepShape, *, is_shared: boo
     compiles and loads the kernels.
 
     Args:
-        is_shared: others have their own share of the device: what they take does not count here.
+        is_shared: others have their own share of the device: what they take does not count here. Untested on a
+            device: what programs other than this server's hold there is forgotten, too.
 
     Raises:
         ConfigurationError: a step of that shape does not fit the device beside the weights.

@@ -41,6 +41,12 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
 
 
+def keep_to(processors: list[int]) -> None:
+    """Let this process and all that it starts run on these alone (where the system can); none: wherever they may."""
+    if processors and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, processors)
+
+
 def starter(path: str) -> Callable[[dict[str, Any]], Driver]:
     """`start` of a driver's file, which is found by its path: its folder is no place to import from."""
     spec = importlib.util.spec_from_file_location("driver", path)
@@ -66,7 +72,9 @@ def main() -> None:
 
     driver: Driver | None = None
     try:
-        driver = starter(sys.argv[1])(json.loads(sys.stdin.readline()))
+        settings = json.loads(sys.stdin.readline())
+        keep_to(settings.get("processors", []))
+        driver = starter(sys.argv[1])(settings)
         say(ready=driver.facts)
         for line in sys.stdin:
             say(ran=driver.run(json.loads(line)["run"]))

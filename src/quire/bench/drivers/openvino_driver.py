@@ -18,7 +18,7 @@ class Pipeline:
         self._openvino: Any = openvino
         self._genai: Any = openvino_genai
         scheduler = self._genai.SchedulerConfig()
-        scheduler.cache_size = max(1, settings["kv_bytes"] // GIB)
+        scheduler.cache_size = settings["kv_bytes"] // GIB  # whole ones: `quire compare` leaves it out otherwise
         scheduler.max_num_seqs = settings["max_num_seqs"]
         scheduler.enable_prefix_caching = True
         hint = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}[settings["dtype"]]

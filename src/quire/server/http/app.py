@@ -21,7 +21,7 @@ from quire.server.http.keys import KeyRequired, caller_name
 from quire.server.http.library import Library, LocalModels
 from quire.server.http.limits import Limits
 from quire.server.http.middleware import EarlyRefusal, ForeignPages, QueueGuard, RejectAmbiguousFraming
-from quire.server.http.models import Model, Models
+from quire.server.http.models import ServedModel, ServedModels
 from quire.server.http.shares import Shares
 from quire.server.http.stored import Store
 
@@ -52,7 +52,7 @@ NO_VIEW = Pages()
 
 
 def create_app(
-    engine: "AsyncEngine | Models",
+    engine: "AsyncEngine | ServedModels",
     *,
     apis: Sequence[Api],
     served_model_name: str | Sequence[str] = (),
@@ -90,7 +90,9 @@ def create_app(
 
     Raises: ConfigurationError: no name, or an empty key.
     """
-    models = engine if isinstance(engine, Models) else Models([_model(engine, served_model_name, model_names)])
+    models = (
+        engine if isinstance(engine, ServedModels) else ServedModels([_model(engine, served_model_name, model_names)])
+    )
     api_keys = _weighted(api_key)
     may_guess = share_prefix_cache and len(api_keys) > 1
     app = _routed(apis, pages, metrics_prefix)
@@ -114,7 +116,7 @@ def create_app(
 
 
 def _context(
-    models: Models,
+    models: ServedModels,
     apis: Sequence[Api],
     limits: Limits,
     observability: Observability,
@@ -141,12 +143,12 @@ def _context(
     return context.with_parts(stand_ins)
 
 
-def _model(engine: "AsyncEngine", served: str | Sequence[str], others: Sequence[str]) -> Model:
+def _model(engine: "AsyncEngine", served: str | Sequence[str], others: Sequence[str]) -> ServedModel:
     names = (served,) if isinstance(served, str) else tuple(served)
-    return Model(names, frozenset((*names, *others)), engine)
+    return ServedModel(names, frozenset((*names, *others)), engine)
 
 
-def _welcome(context: ServerContext, observability: Observability, model: Model, engine: "AsyncEngine") -> None:
+def _welcome(context: ServerContext, observability: Observability, model: ServedModel, engine: "AsyncEngine") -> None:
     """Let requests choose a model whose engine has come."""
     engine.expect_callers(context.weights)
     if observability.otlp_traces_endpoint is not None:

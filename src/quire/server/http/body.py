@@ -15,7 +15,7 @@ from quire.server.http.limits import INLINE_BODY_BYTES, Limit, Limits
 from quire.server.http.shares import Shares, sharer_of
 
 if TYPE_CHECKING:
-    from quire.server.http.models import Models
+    from quire.server.http.models import ServedModels
 
 T = TypeVar("T")
 COUNT_BYTES = 2**16
@@ -30,7 +30,7 @@ class Bodies:
         models: their threads parse large ones beside the event loop; None: a thread does.
     """
 
-    def __init__(self, limits: Limits, models: "Models | None" = None) -> None:
+    def __init__(self, limits: Limits, models: "ServedModels | None" = None) -> None:
         self._limits, self._models = limits, models
         self.shares = Shares(limits.all_bodies_bytes.value)
 

@@ -25,7 +25,7 @@ from quire.server.http.keys import cache_namespace, caller_of
 from quire.server.http.library import Library
 from quire.server.http.limits import Limits
 from quire.server.http.metrics import RequestCounts
-from quire.server.http.models import Model, Models
+from quire.server.http.models import ServedModel, ServedModels
 from quire.server.http.shares import Shares, network_of
 from quire.server.http.stored import Store
 
@@ -163,8 +163,8 @@ class RequestContext(NamedTuple):
 class ServerContext:
     """One server; or, of one with several models, the part that serves one of them (`of_model`)."""
 
-    models: Models
-    model: Model | None
+    models: ServedModels
+    model: ServedModel | None
     """The one that is worked with; None: a request has still to choose."""
     served_names: tuple[str, ...]
     """Names shown by /v1/models; the first stands for a request that names none."""
@@ -196,14 +196,22 @@ class ServerContext:
     counts: RequestCounts = field(default_factory=RequestCounts)
     logged: set[str] = field(default_factory=set)
     """Deprecated fields that the log has named."""
-    parts: dict[str, "ServerContext"] = field(default_factory=dict)
+    parts: Mapping[str, "ServerContext"] = field(default_factory=dict)
     """Of a server of several models: any of their names -> the part that serves it."""
 
     @property
     def engine(self) -> "AsyncEngine":
-        """Of the model that is worked with."""
+        """Of the model that is worked with. Raises as `require_engine` does."""
+        return self.require_engine()
+
+    def require_engine(self) -> "AsyncEngine":
+        """The engine of the model that is worked with.
+
+        Raises:
+            OverloadedError, ApiError: see `ServedModel.require_engine`.
+        """
         assert self.model is not None, "a request has chosen its model"
-        return self.model.found()
+        return self.model.require_engine()
 
     def of_model(self, name: str | None, scope: Scope | None = None) -> "ServerContext":
         """What serves a request that names this model. The one constructor of requests is given this.
@@ -214,11 +222,12 @@ class ServerContext:
         Raises:
             ModelNotFoundError: it is not served here; the text lists what is.
             OverloadedError: it is being loaded.
+            ApiError: 503 `model_failed`, it could not be loaded.
         """
         found = self
         if self.parts:
             found = self.parts[self.resolve_name(name)]
-            found.engine  # noqa: B018 -- refused while it is not there
+            found.require_engine()
         elif name is not None:
             self.resolve_name(name)
         if scope is not None:
@@ -229,7 +238,7 @@ class ServerContext:
         """Sampling parameters of the model that a body names, which is not checked yet.
 
         Raises:
-            ModelNotFoundError, OverloadedError: see `of_model`.
+            ModelNotFoundError, OverloadedError, ApiError: see `of_model`.
         """
         found = self
         if self.parts:
@@ -243,12 +252,13 @@ class ServerContext:
         return [(name, part) for name, part in found if part.model is not None and part.model.engine is not None]
 
     def with_parts(self, stand_ins: frozenset[str]) -> "ServerContext":
-        """The same, with a part for each of several models. `stand_ins` are further names of the first."""
+        """Another one like this, with a part for each of several models. `stand_ins` are further names of the first."""
+        parts: dict[str, ServerContext] = {}
         for number, model in enumerate(self.models if len(self.models) > 1 else ()):
             names = model.accepted | (frozenset() if number else stand_ins)
-            part = replace(self, model=model, served_names=model.names, accepted_names=names, parts={})
-            self.parts.update(dict.fromkeys(names, part))
-        return self
+            part = replace(self, model=model, served_names=model.names, accepted_names=names)
+            parts.update(dict.fromkeys(names, part))
+        return replace(self, parts=parts)
 
     def resolve_name(self, name: str | None) -> str:
         """The name to answer under.

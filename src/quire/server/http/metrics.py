@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from quire.outputs import Metric
-from quire.server.http.models import Model, Models
+from quire.server.http.models import STATES, ServedModel, ServedModels
 
 CONTENT_TYPE = "text/plain; version=1.0.0; charset=utf-8"
 OWN_PREFIX = "quire:"
@@ -41,7 +41,7 @@ def render_metrics(metrics: Iterable[Metric], model_name: str, prefix: str) -> b
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def metrics_of(models: Models, own: Callable[[Sequence[Metric]], Sequence[Metric]] | None) -> list[Metric]:
+def metrics_of(models: ServedModels, own: Callable[[Sequence[Metric]], Sequence[Metric]] | None) -> list[Metric]:
     """Those of all engines that are there, each labelled with its model where there are several; those of one name
     together.
 
@@ -57,6 +57,19 @@ def metrics_of(models: Models, own: Callable[[Sequence[Metric]], Sequence[Metric
     return [metric for family in families.values() for metric in family]
 
 
+def state_metrics(models: ServedModels) -> list[Metric]:
+    """Of each model, whether it is there or not."""
+    text = "1 for what state the model is in."
+    return [
+        Metric(
+            f"{OWN_PREFIX}model_state", "gauge", float(model.state == state), help=text,
+            labels=(("model_name", model.name), ("state", state)),
+        )
+        for model in models
+        for state in STATES
+    ]  # fmt: skip
+
+
 class RequestCounts:
     """Requests that were answered: by the API that they were of, by status, and by model where they chose one; and
     lines of batches."""
@@ -65,7 +78,7 @@ class RequestCounts:
         self._found: Counter[tuple[str, str, str]] = Counter()
         self._lines = {"completed": 0, "failed": 0}
 
-    def count(self, door: str, status: int | None, model: Model | None = None) -> None:
+    def count(self, door: str, status: int | None, model: ServedModel | None = None) -> None:
         """One more; without a status its client left before the answer."""
         self._found[door, str(status or 499), "" if model is None else model.name] += 1
 

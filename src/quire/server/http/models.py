@@ -19,9 +19,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+GONE = ("failed", "dead")
+"""States of a model that answers no more until the server starts anew."""
+STATES = ("ready", "loading", "starting", *GONE)
+
 
 @dataclass(slots=True, eq=False)
-class Model:
+class ServedModel:
     """One of them."""
 
     names: tuple[str, ...]
@@ -46,7 +50,7 @@ class Model:
             return "dead"
         return "ready" if self.engine.is_ready else "starting"
 
-    def found(self) -> "AsyncEngine":
+    def require_engine(self) -> "AsyncEngine":
         """Its engine.
 
         Raises:
@@ -61,14 +65,14 @@ class Model:
         raise OverloadedError(f"the model {self.name!r} is being loaded", retry_after_s=limits.RETRY_AFTER_SECONDS)
 
 
-class Models:
+class ServedModels:
     """All of them.
 
     Raises:
         ConfigurationError: two have a name in common, or one has none.
     """
 
-    def __init__(self, models: Sequence[Model]) -> None:
+    def __init__(self, models: Sequence[ServedModel]) -> None:
         self._all = tuple(models)
         for place, model in enumerate(self._all):
             if not model.names or not all(model.names):
@@ -78,14 +82,14 @@ class Models:
                     text = f"served_model_name {common[0]!r} would be that of two models; give each a name of its own"
                     raise ConfigurationError(text, field="served_model_name")
 
-    def __iter__(self) -> Iterator[Model]:
+    def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._all)
 
     def __len__(self) -> int:
         return len(self._all)
 
     @property
-    def only(self) -> Model | None:
+    def only(self) -> ServedModel | None:
         """The model of a server that has one; None: requests choose."""
         return self._all[0] if len(self._all) == 1 else None
 
@@ -96,13 +100,15 @@ class Models:
 
     @property
     def is_healthy(self) -> bool:
-        """False once every engine has stopped for good: this process can serve nothing any more."""
-        return any(model.engine is None or model.engine.is_healthy for model in self._all)
+        """False once none is left that answers or will: this process can serve nothing any more."""
+        return any(model.state not in GONE for model in self._all)
 
     @property
     def is_ready(self) -> bool:
-        """True while each of them answers at once."""
-        return all(model.engine is not None and model.engine.is_ready for model in self._all)
+        """True once each is there or has failed, while at least one answers at once: one that is gone, or whose core
+        is being replaced, takes nothing from the others."""
+        states = {model.state for model in self._all}
+        return "ready" in states and "loading" not in states
 
     def check_room(self, caller: Caller) -> None:
         """Refuse what no model has a place for, before the body is read that would choose one.
@@ -112,8 +118,8 @@ class Models:
         """
         full: OverloadedError | None = None
         for model in self._all:
-            if model.engine is None:
-                return
+            if model.engine is None or model.state == "dead":
+                continue  # it has no queue
             try:
                 model.engine.check_room(caller)
             except OverloadedError as error:

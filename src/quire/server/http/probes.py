@@ -4,7 +4,9 @@
 /readyz   200 while new requests are computed at once; 503 when stopping or dead, and while a core is being replaced
 /health   the same as /readyz, under vLLM's name
 
-Of several models all must be ready, and one must be alive; `?model=NAME` asks for one of them.
+Several models are ready once none is being loaded, while one of them is ready: else one that failed, or whose core is
+being replaced, would take those that serve from their callers. They are alive while one answers or will. The body has
+the state of each; `?model=NAME` asks for one of them.
 
 /v1/requests/{id}/explain is apart from the routes of callers: it answers to the admin key alone, and where there is
 none, to requests from this machine's own loopback, provided that callers need no key either. /metrics counts what all
@@ -24,7 +26,8 @@ from quire.errors import ModelNotFoundError
 from quire.server.http.context import ServerContext
 from quire.server.http.errors import ApiError
 from quire.server.http.keys import is_admin
-from quire.server.http.metrics import CONTENT_TYPE, metrics_of, render_metrics, stored_metrics
+from quire.server.http.metrics import CONTENT_TYPE, metrics_of, render_metrics, state_metrics, stored_metrics
+from quire.server.http.models import GONE
 from quire.server.http.openapi import document
 from quire.server.http.root import index
 
@@ -35,8 +38,8 @@ OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
 async def is_alive(request: Request) -> Response:
     """For the supervisor."""
     context = _asked(request)
-    alive = context.models.is_healthy if context.model is None else context.model.state != "dead"
-    return _answer(context, alive, "alive", "the engine has stopped")
+    alive = context.models.is_healthy if context.model is None else context.model.state not in GONE
+    return _answer(context, alive, "alive", "nothing can be served")
 
 
 async def is_ready(request: Request) -> Response:
@@ -73,7 +76,7 @@ async def metrics(request: Request) -> Response:
     shown = metrics_of(context.models, own)
     if own is None:
         stored = None if context.store is None else context.store.num_bytes
-        shown += context.counts.metrics() + stored_metrics(context.jobs.kinds(), stored)
+        shown += state_metrics(context.models) + context.counts.metrics() + stored_metrics(context.jobs.kinds(), stored)
     name = "" if context.model is None else context.served_names[0]
     content = render_metrics(shown, name, prefix if own is None else "")
     return Response(content, media_type=CONTENT_TYPE)

@@ -1,17 +1,21 @@
 """How several models share a machine: memory, free memory and cores."""
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from quire.compose.core import compose_core
-from quire.compose.shares import cores_part, free_part, memory_part, on_own_cores, shares_of
+from quire.compose.machine_split import cores_part, free_part, memory_part, on_own_cores, shares_of
+from quire.compose.weight_size import weight_bytes
 from quire.config import EngineArgs, ModelShare
 from quire.errors import ConfigurationError
 from quire.runner.host_memory import host_memory_bytes
+from tests.tiny.checkpoints import make_tiny
 
 GIB = 2**30
 BYTES_PER_BLOCK = 16 * 3 * 2 * 2 * 16 * 2
@@ -81,7 +85,8 @@ def test_cores(num_cores: int, asked: Any, total: int | None, expected: list[tup
 
 def test_a_core_keeps_to_its_own_processors(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Any] = []
-    monkeypatch.setattr("quire.ops.select.core_processors", lambda: [[0, 4], [1, 5], [2, 6], [3, 7]])
+    for module in ("quire.ops.select", "quire.compose.machine_split"):
+        monkeypatch.setattr(f"{module}.core_processors", lambda: [[0, 4], [1, 5], [2, 6], [3, 7]])
     monkeypatch.setattr("quire.ops.select._cgroup_quota", lambda: None)
     monkeypatch.setattr("os.sched_setaffinity", lambda process, own: kept.append((process, own)))
     args = EngineArgs()
@@ -108,29 +113,50 @@ def test_a_core_sizes_its_cache_by_its_share(tiny_model: Path, monkeypatch: pyte
     assert 0 < by_share < alone and "gpu_memory_utilization" in reason
 
 
-def folder(path: Path, size: int) -> Path:
-    path.mkdir()
-    with (path / "model.safetensors").open("wb") as file:
-        file.truncate(size)
-    return path
+def size_by_its_header(path: Path) -> int:
+    """Matrices in 16 bits and vectors in 32, as a packed model has them."""
+    with safe_open(path / "model.safetensors", "np") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 -- it is no mapping
+    return sum(math.prod(shape) * (4 if len(shape) == 1 else 2) for shape in shapes)
 
 
-def test_what_cannot_fit_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    small, large = folder(tmp_path / "small", 2**20), folder(tmp_path / "large", int(host_memory_bytes() * 0.8))
+def test_a_model_needs_what_the_loader_packs_of_its_files(tiny_model: Path, tmp_path: Path) -> None:
+    wide = make_tiny("llama", tmp_path / "wide", dtype="float32", tokenizer=True)
+    size = size_by_its_header(tiny_model)
+    for name in ("consolidated.safetensors", "pytorch_model.bin"):
+        (wide / name).write_bytes(bytes(3 * size))
+    found = weight_bytes(EngineArgs(device="cpu", dtype="bfloat16"), wide)
+    assert weight_bytes(EngineArgs(device="cpu"), tiny_model) == found == size
+    for changes in ({}, {"dtype": "bfloat16"}, {"quantization": "int4"}, {"quantization": "int8"}):
+        args = EngineArgs(model=str(wide), max_model_len=64, device="cpu", **changes)  # type: ignore[arg-type]
+        assert weight_bytes(args, wide) == compose_core(args, wide).host_weight_bytes, changes
+
+
+def test_a_model_that_cannot_be_loaded_takes_nothing_from_the_others(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    assert weight_bytes(EngineArgs(device="cpu"), tmp_path) == 0
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = {"small": 2**20, "large": int(host_memory_bytes() * 0.8)}
+    monkeypatch.setattr("quire.compose.machine_split.weight_bytes", lambda args, path: sizes[path.name])
 
     def shares(stated: list[float | None], total: float = 0.9, **changes: Any) -> list[ModelShare]:
-        cpu = {"device": "cpu"}
-        models = [(EngineArgs(model=str(small), **cpu), small), (EngineArgs(model=str(large), **cpu, **changes), large)]
+        models = [
+            (EngineArgs(model="small", device="cpu"), Path("small")),
+            (EngineArgs(model="large", device="cpu", **changes), Path("large")),
+        ]
         return shares_of(models, stated, total, None)
 
     found = shares([None, None])
-    assert [one.place for one in found] == [0, 1] and found[0].needs == (2**20, int(host_memory_bytes() * 0.8))
-    assert shares([None, None], 0.5, quantization="int4")[0].needs[1] < found[0].needs[1] / 3
+    assert [one.place for one in found] == [0, 1] and found[0].needs == tuple(sizes.values())
     for stated, total, text in (
         ([0.6, 0.5], 0.9, "is 1.1 together; it may be 1 at most"),
         ([0.9, None], 0.9, "would have nothing of 0.9"),
-        ([None, None], 0.5, "gives .*small 0.00 of"),
-        ([None, 0.3], 0.9, f"gives {large} 0.30 of .* MiB; its files and the cache that it asks for are"),
+        ([None, None], 0.5, "gives small 0.00 of"),
+        ([None, 0.3], 0.9, "gives large 0.30 of .* MiB; its weights and the cache that it asks for are"),
     ):
         with pytest.raises(ConfigurationError, match=text) as caught:
             shares(stated, total)  # type: ignore[arg-type]

@@ -5,8 +5,8 @@
     memory      weights of a | weights of b | spare: evenly, for the caches and steps of those that state no share
     processors  cores of a   | cores of b   | those that no model asked for by number: evenly, each at least one
 
-The listener knows what is asked and the sizes of the files (`ModelShare`); each core knows the machine, and takes its
-part before anything is loaded. Both are the same whenever a core starts anew.
+The listener knows what is asked and how large the weights become (`ModelShare`); each core knows the machine, and takes
+its part before anything is loaded. Both are the same whenever a core starts anew.
 """
 
 import os
@@ -14,14 +14,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from quire.compose.weight_size import computes_on_host, weight_bytes
 from quire.config import EngineArgs, ModelShare, mib
 from quire.errors import ConfigurationError
+from quire.ops.select import available_cores, core_processors
 from quire.outputs import Decision
 from quire.runner.host_memory import free_memory_bytes, host_memory_bytes
-from quire.weights.formats.gguf_names import is_gguf, part_paths
-
-_OF_16_BITS = {"int8": 0.5, "int8_w8a8": 0.5, "fp8": 0.5, "int4": 0.3}
-"""What quantisation while loading leaves of a file's bytes."""
 
 
 def shares_of(
@@ -39,35 +37,28 @@ def shares_of(
         threads: of all together; None: the machine's cores.
 
     Raises:
-        ConfigurationError: the shares are more than the machine, or the files more than their share.
+        ConfigurationError: the shares are more than the machine, or the weights more than their share.
     """
     taken = sum(share for share in stated if share is not None)
     if taken > 1 or (taken >= total and None in stated):
         text = f"gpu_memory_utilization of the models is {taken:g} together; "
         text += "it may be 1 at most" if taken > 1 else f"those that state none would have nothing of {total:g}"
         raise ConfigurationError(text, field="gpu_memory_utilization")
-    needs = tuple(_need(args, path) for args, path in models)
+    needs = tuple(weight_bytes(args, path) + (args.kv_cache_memory_bytes or 0) for args, path in models)
     names = tuple(args.model or "the embedded model" for args, _ in models)
     asked = tuple(args.threads for args, _ in models)
     free = free_memory_bytes()
     shares = [ModelShare(place, needs, tuple(stated), total, free, asked, threads) for place in range(len(models))]
-    if all(args.device == "cpu" or not Path("/dev/nvidia0").exists() for args, _ in models):
+    if all(computes_on_host(args) for args, _ in models):
         for share, name in zip(shares, names, strict=True):
             _check(share, name, host_memory_bytes())
     return shares
 
 
-def _need(args: EngineArgs, path: Path) -> int:
-    """Bytes that a model takes for certain: its files, and the cache that it asks for by size."""
-    found = part_paths(path) if is_gguf(path) else [item for item in path.iterdir() if item.is_file()]
-    size = sum(item.stat().st_size for item in found)
-    return int(size * _OF_16_BITS.get(args.quantization or "", 1.0)) + (args.kv_cache_memory_bytes or 0)
-
-
 def _check(share: ModelShare, name: str, device_bytes: int) -> None:
     need, part = share.needs[share.place], memory_part(share, device_bytes)
     if need > part * device_bytes:
-        text = f"gpu_memory_utilization gives {name} {max(0.0, part):.2f} of {mib(device_bytes)}; its files and "
+        text = f"gpu_memory_utilization gives {name} {max(0.0, part):.2f} of {mib(device_bytes)}; its weights and "
         text += f"the cache that it asks for are {mib(need)}, those of all models {mib(sum(share.needs))}"
         raise ConfigurationError(text, field="gpu_memory_utilization")
 
@@ -114,9 +105,6 @@ def _counts(asked: Sequence[int | None], num_cores: int) -> Iterator[int]:
 
 def on_own_cores(args: EngineArgs, share: ModelShare) -> EngineArgs:
     """The arguments for this core's part of the processors, which this process keeps to from now on."""
-    # Not above: it brings numpy, which the listener does without.
-    from quire.ops.select import available_cores, core_processors
-
     threads, processors = cores_part(share, core_processors()[: available_cores()[0]])
     if not processors:
         return replace(args, threads=threads)
@@ -131,6 +119,6 @@ def share_decision(share: ModelShare, part: float) -> Decision:
     reason = (
         "as stated"
         if share.stated[share.place] is not None
-        else "the size of its files, and an even part of what is spare"
+        else "the size of its weights, and an even part of what is spare"
     )
     return Decision("share", f"{part:.3g} of memory", f"model {share.place + 1} of {len(share.needs)}: {reason}")
