@@ -91,14 +91,18 @@ class CheckedFile:
 
     def _next(self, process: "subprocess.Popen[bytes]", lines: "_Lines") -> dict[str, Any]:
         """What the process says next, or how it ended instead."""
+        deadline_s = time.monotonic() + self._timeout_s
         line = lines.next(self._timeout_s)
-        if line is None:
-            _kill(process)
-            return {"failed": f"it did not end within {self._timeout_s:g} s", "last": True}
         if line:
             found: dict[str, Any] = json.loads(line)
             return found
-        code = process.wait()
+        code = None
+        if line is not None:  # a file can close the pipe and go on
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(max(0.0, deadline_s - time.monotonic()))
+        if code is None:
+            _kill(process)
+            return {"failed": f"it did not end within {self._timeout_s:g} s", "last": True}
         how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return {"failed": f"it ended the process: {how}", "last": True}
 
