@@ -1,6 +1,9 @@
 """The exercises of the course: each check passes a right answer, sees a wrong one, and every ending is one line."""
 
+import os
 import re
+import select
+import signal
 import subprocess
 import sys
 import tomllib
@@ -20,6 +23,7 @@ from quire.course import worker
 from quire.course.checking import Failed, said, title
 from quire.course.checks import sampler
 from quire.course.exercises import EXERCISES, Exercise
+from quire.course.process import CheckedFile
 from scripts.house.tree import ROOT
 from tests.conftest import PATIENCE_S
 
@@ -162,6 +166,31 @@ def test_a_loop_in_a_check_ends_it_and_what_follows_is_not_run(
     (tmp_path / "answer.py").write_text("print('begun')\n" + text, encoding="utf-8")
     assert main(["course", "check", "1.2", str(tmp_path / "answer.py"), "--timeout", "2"]) == 1
     assert [line[:4].strip() for line in capfd.readouterr().out.splitlines()] == ["ok", "ok", "FAIL", "-", "the", "be"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_no_loop_outlives_the_command(number: int, tmp_path: Path) -> None:
+    """The file holds the pipe open, whose end comes when its process ends."""
+    os.mkfifo(tmp_path / "alive")
+    text = f"import os\nheld = os.open({str(tmp_path / 'alive')!r}, os.O_WRONLY)\nwhile True: pass"
+    (tmp_path / "answer.py").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "quire", "course", "check", "1.2", str(tmp_path / "answer.py"), "--timeout", "3600"]
+    with subprocess.Popen(command) as process, (tmp_path / "alive").open("rb") as alive:
+        process.send_signal(number)
+        assert process.wait(PATIENCE_S) == -number
+        assert select.select([alive], [], [], PATIENCE_S)[0] and not alive.read()
+
+
+def test_the_processor_is_taken_for_so_long_and_no_longer(tmp_path: Path) -> None:
+    """Where the system does not end the process, and nobody waits for it."""
+    found = "import resource; print(resource.getrlimit(resource.RLIMIT_CPU), flush=True)\n"
+    (tmp_path / "answer.py").write_text(found, encoding="utf-8")
+    checked = CheckedFile(EXERCISES["1.2"], tmp_path / "answer.py", 9)
+    assert [one.passed for one in checked.verdicts()] == [False]
+    least = (1 + len(checks_of(EXERCISES["1.2"]))) * 9
+    soft, hard = (int(number) for number in checked.printed[0].strip("()").split(", "))
+    assert least < soft == hard < least + 120
 
 
 def test_nothing_but_the_file_is_run(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class CheckedFile:
             # -P and an empty folder: no module beside the file, nor in the current folder, is taken for another one.
             command = [sys.executable, "-P", "-B", "-m", "quire.course.worker", self._exercise.section]
             process = subprocess.Popen(
-                [*command, str(self._path), str(writer), *self._recordings],
+                [*command, str(self._path), str(writer), str(self._timeout_s), *self._recordings],
                 cwd=folder,
                 env={**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")},
                 stdin=subprocess.DEVNULL,
