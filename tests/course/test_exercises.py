@@ -135,10 +135,21 @@ def test_what_a_sampler_should_give_is_what_transformers_gives() -> None:
 
 TOLD_ON = "import os, sys\ntold = int(sys.argv[3])\n"
 """How a file finds the pipe."""
+WROTE = "FAIL  the file is loaded: it wrote where the checks tell what they found"
+NOT_SAID = (
+    *(b"not json\n", b"\xff\n", b"[" * 5000 + b"\n", b"[1]\n", b"{}\n", b'{"checks": 1}\n', b'{"failed": null}\n'),
+    *(b'{"passed": ""}\n', b'{"checks": [], "last": 1}\n', b"no end"),
+)
 ENDINGS = {
     "def take(:": "FAIL  the file is loaded: it raised SyntaxError: .* \\(line 1\\)",
     "while True:\n    pass": "FAIL  the file is loaded: it did not end within 0.7 s",
     f"{TOLD_ON}os.close(told)\nwhile True:\n    pass": "FAIL  the file is loaded: it did not end within 0.7 s",
+    f"{TOLD_ON}os.close(told)": "FAIL  the file is loaded: it ended the process: exit code 1",
+    **{f"{TOLD_ON}os.write(told, {line!r})": WROTE for line in NOT_SAID},
+    f"{TOLD_ON}while True:\n    os.write(told, b'x' * 4096)": WROTE,
+    "class E(Exception):\n    __str__ = lambda self: 1 / 0\nraise E": "FAIL  the file is loaded: it raised E \\(line 3\\)",
+    "raise SyntaxError(5)": "FAIL  the file is loaded: it raised SyntaxError: 5 \\(line 1\\)",
+    "import os\nos.kill(os.getpid(), 40)": "FAIL  the file is loaded: it ended the process: signal 40",
     "x = 1": "FAIL  the file is loaded: it does not define bytes_per_token, blocks_for, sequences_that_fit",
     "import os\nos._exit(0)": "FAIL  the file is loaded: it ended the process: exit code 0",
     "import os\nos.abort()": "FAIL  the file is loaded: it ended the process: signal SIGABRT",
@@ -150,7 +161,7 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("text", ENDINGS)
+@pytest.mark.parametrize("text", ENDINGS, ids=range(len(ENDINGS)))
 def test_every_ending_is_one_line(text: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "answer.py").write_text(text, encoding="utf-8")
     timeout = "0.7" if "True:\n    pass" in text else "10" if "print" in text else str(PATIENCE_S)
@@ -175,7 +186,7 @@ def test_no_loop_outlives_the_command(number: int, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "alive")
     text = f"import os\nheld = os.open({str(tmp_path / 'alive')!r}, os.O_WRONLY)\nwhile True: pass"
     (tmp_path / "answer.py").write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "quire", "course", "check", "1.2", str(tmp_path / "answer.py"), "--timeout", "3600"]
+    command = [sys.executable, "-m", "quire", "course", "check", "1.2", str(tmp_path / "answer.py"), "--timeout", "100"]
     with subprocess.Popen(command) as process, (tmp_path / "alive").open("rb") as alive:
         process.send_signal(number)
         assert process.wait(PATIENCE_S) == -number

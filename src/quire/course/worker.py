@@ -80,7 +80,10 @@ def main() -> None:
     exercise, told = find(section), int(descriptor)
 
     def tell(**words: Any) -> None:
-        os.write(told, (json.dumps(words) + "\n").encode())
+        try:
+            os.write(told, (json.dumps(words) + "\n").encode())
+        except OSError:  # the file closed it, or nobody reads
+            _leave(1)
 
     known = import_module(f"quire.course.checks.{exercise.name}")
     checks: list[Check] = [*known.CHECKS, *(known.recorded(one) for one in recorded)]
@@ -103,11 +106,11 @@ def main() -> None:
     _leave()
 
 
-def _leave() -> None:
+def _leave(code: int = 0) -> None:
     """At once, whatever threads the file has started."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 if __name__ == "__main__":
