@@ -1,4 +1,4 @@
-"""`python -m quire.course.worker SECTION FILE DESCRIPTOR TIMEOUT [RECORDING]`: the process that runs a file, and nothing else.
+"""`python -m quire.course.worker SECTION FILE DESCRIPTOR TIMEOUT [RECORDING]`: the process that runs a file, no more.
 
 It says lines of JSON on the descriptor: `{"begun": true}` when all but the file is loaded; `{"checks": [titles]}` when
 the file is, or `{"failed": text}` where it cannot be; then for each check `{"passed": remark}` or `{"failed": text}`.
@@ -58,7 +58,7 @@ def limit_process(cpu_s: int) -> None:
     """Bound what the process may take. Where the system does not count address space, memory has no bound.
 
     Args:
-        cpu_s: seconds from here on, for when nobody is left who looks at the clock.
+        cpu_s: seconds from here on, for when no `check` is left that looks at the clock.
     """
     used = 0
     with contextlib.suppress(OSError):
@@ -82,7 +82,7 @@ def main() -> None:
     def tell(**words: Any) -> None:
         try:
             os.write(told, (json.dumps(words) + "\n").encode())
-        except OSError:  # the file closed it, or nobody reads
+        except OSError:  # the file closed it, or the reader is gone
             _leave(1)
 
     known = import_module(f"quire.course.checks.{exercise.name}")
