@@ -147,7 +147,7 @@ ENDINGS = {
     f"{TOLD_ON}os.close(told)": "FAIL  the file is loaded: it ended the process: exit code 1",
     **{f"{TOLD_ON}os.write(told, {line!r})": WROTE for line in NOT_SAID},
     f"{TOLD_ON}while True:\n    os.write(told, b'x' * 4096)": WROTE,
-    "class E(Exception):\n    __str__ = lambda self: 1 / 0\nraise E": "FAIL  the file is loaded: it raised E \\(line 3\\)",
+    "class E(Exception):\n    __str__ = 1\nraise E": "FAIL  the file is loaded: it raised E \\(line 3\\)",
     "raise SyntaxError(5)": "FAIL  the file is loaded: it raised SyntaxError: 5 \\(line 1\\)",
     "import os\nos.kill(os.getpid(), 40)": "FAIL  the file is loaded: it ended the process: signal 40",
     "x = 1": "FAIL  the file is loaded: it does not define bytes_per_token, blocks_for, sequences_that_fit",
@@ -177,6 +177,17 @@ def test_a_loop_in_a_check_ends_it_and_what_follows_is_not_run(
     (tmp_path / "answer.py").write_text("print('begun')\n" + text, encoding="utf-8")
     assert main(["course", "check", "1.2", str(tmp_path / "answer.py"), "--timeout", "2"]) == 1
     assert [line[:4].strip() for line in capfd.readouterr().out.splitlines()] == ["ok", "ok", "FAIL", "-", "the", "be"]
+
+
+def test_nothing_of_a_file_commands_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = r"print('\x1b[2J\x9b2Ja\tb\x07\x00', flush=True); raise ValueError('\x1b]0;title\x07 \x9b31m \ud800 é')"
+    (tmp_path / "answer.py").write_text(text, encoding="utf-8")
+    assert main(["course", "check", "1.2", str(tmp_path / "answer.py")]) == 1
+    printed = "the file printed:\n  [2J2Ja\tb\n"
+    assert capfd.readouterr() == (
+        f"FAIL  the file is loaded: it raised ValueError: ]0;title 31m ? é (line 1)\n{printed}",
+        "",
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
