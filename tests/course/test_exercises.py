@@ -245,7 +245,7 @@ def test_start_writes_what_check_finds(
         ["check", "1.2", "x", "--timeout", "0"],
     ):
         assert main(["course", *words]) == 2
-    assert "unknown exercise '9.9'" in capsys.readouterr().err
+    assert "section 9.9 has no exercise; there are: 1.2, 2.1, 2.2, 3.2, 3.3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("section", EXERCISES)
