@@ -13,45 +13,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from quire.bench.peer_answers import EngineInfo, PeerError, PeerMissing, RunResult, read
 from quire.bench.workloads import Item
-from quire.errors import QuireError
 
 DRIVERS = Path(__file__).parent / "drivers"
 GRACE_S = 10.0
-
-
-class PeerError(QuireError):
-    """An engine did not start, or failed; its own reason."""
-
-
-class PeerMissing(PeerError):
-    """An engine is not installed."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
-    """What an engine says of itself when it is ready."""
-
-    versions: Mapping[str, str]
-    settings: Mapping[str, Any]
-    kv_bytes: int | None
-    """Of its KV cache, by its own account; None where it has none that stays."""
-    is_client: bool = False
-    """The driver's process is a client of the engine, and no part of it: its memory does not count."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """One workload. Lists are in the order of the requests."""
-
-    elapsed_s: float
-    ttfts_s: Sequence[float]
-    """From the moment when all requests came."""
-    output_lens: Sequence[int]
-    token_ids: Sequence[Sequence[int]] | None = None
-    """Of the outputs; None where an engine gives text alone."""
-    kv_bytes: int | None = None
-    """The most that its KV cache was at a time, where it grows with the requests."""
+MOST_LINE_BYTES = 64 << 20
+"""Of one answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +43,7 @@ class EngineProcess:
 
     def __init__(self, spec: Spec) -> None:
         self.name = spec.name
-        self.facts = EngineInfo({}, {}, None)
+        self.facts = EngineInfo({}, {})
         self._settings = spec.settings
         self._rest = b""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the process
@@ -101,11 +69,7 @@ class EngineProcess:
             PeerError: it failed, with its own reason, or took longer than `timeout_s`.
         """
         self._send(self._settings)
-        ready = self._receive("ready", timeout_s)
-        try:
-            self.facts = EngineInfo(**{"kv_bytes": None, **ready})
-        except TypeError as error:
-            raise PeerError(f"its driver's facts are not as the protocol has them ({error})") from error
+        self.facts = read(self._line("ready", timeout_s), "ready", EngineInfo)
 
     def run(self, items: Sequence[Item], timeout_s: float) -> RunResult:
         """Seconds for the whole workload, and what was seen of each request.
@@ -114,19 +78,13 @@ class EngineProcess:
             PeerError: it failed, took longer than `timeout_s`, or an output has not the length that was asked for.
         """
         self._send({"run": [asdict(item) for item in items]})
-        answer = self._receive("ran", timeout_s)
-        try:
-            ran = RunResult(**answer)
-            wrong = [
-                f"{count} tokens where {item.num_output} were asked for"
-                for item, count in zip(items, ran.output_lens, strict=True)
-                if count != item.num_output
-            ]
-            sound = ran.elapsed_s > 0 and len(ran.ttfts_s) == len(items)
-        except (TypeError, ValueError) as error:
-            raise PeerError(f"its driver's answer is not as the protocol has it ({error})") from error
-        if wrong or not sound:
-            raise PeerError(f"an output has {wrong[0]}" if wrong else "its driver's answer lacks times")
+        ran = read(self._line("ran", timeout_s), "ran", RunResult)
+        lists = (ran.output_lens, ran.ttfts_s, ran.output_lens if ran.token_ids is None else ran.token_ids)
+        if any(len(one) != len(items) for one in lists):
+            raise PeerError(f"its driver's answer is not as the protocol has it (lists of {len(items)} were due)")
+        for item, count in zip(items, ran.output_lens, strict=True):
+            if count != item.num_output:
+                raise PeerError(f"an output has {count} tokens where {item.num_output} were asked for")
         return ran
 
     def pause(self) -> None:
@@ -171,35 +129,21 @@ class EngineProcess:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
 
-    def _receive(self, kind: str, timeout_s: float) -> dict[str, Any]:
-        line = self._line(time.monotonic() + timeout_s, timeout_s)
-        try:
-            message = json.loads(line)
-            if "error" in message:
-                raise (PeerMissing if message.get("missing") else PeerError)(str(message["error"]))
-            answer = message[kind]
-            if not isinstance(answer, dict):
-                raise TypeError
-        except (ValueError, KeyError, TypeError) as error:
-            text = (
-                f"its driver said {line[:100]!r} where {kind} was due" if line else f"its process ended{self._said()}"
-            )
-            raise PeerError(text) from error
-        return answer
-
-    def _line(self, until_s: float, timeout_s: float) -> bytes:
-        """The next line, or nothing at the end."""
+    def _line(self, kind: str, timeout_s: float) -> bytes:
+        """The next line."""
         assert self._process.stdout is not None
-        output = self._process.stdout.fileno()
-        while b"\n" not in self._rest:
+        until_s, output = time.monotonic() + timeout_s, self._process.stdout.fileno()
+        parts = [self._rest]
+        while b"\n" not in parts[-1]:
             left_s = until_s - time.monotonic()
             if left_s <= 0 or not select.select([output], [], [], left_s)[0]:
                 raise PeerError(f"no answer within {timeout_s:g} s")
-            part = os.read(output, 2**20)
-            if not part:
-                return b""
-            self._rest += part
-        line, _, self._rest = self._rest.partition(b"\n")
+            parts.append(os.read(output, 2**20))
+            if not parts[-1]:
+                raise PeerError(f"its process ended{self._said()}")
+            if sum(map(len, parts)) > MOST_LINE_BYTES:
+                raise PeerError(f"its driver said more than {MOST_LINE_BYTES >> 20} MiB where {kind} was due")
+        line, _, self._rest = b"".join(parts).partition(b"\n")
         return line
 
     def _said(self) -> str:
