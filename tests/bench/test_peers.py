@@ -171,6 +171,18 @@ def test_silence_has_an_end(make: Make) -> None:
         peer.close(0.0)
 
 
+def test_who_does_not_read_has_an_end_too(make: Make) -> None:
+    """A pipe holds 64 KiB: a longer request waits for its reader."""
+    with EngineProcess(make()) as peer:
+        peer.start(PATIENCE_S)
+        long = [Item([7] * 300_000, 2)]
+        assert peer.run(long, PATIENCE_S).output_lens == [2]
+        peer.pause()
+        with pytest.raises(PeerError, match=r"no answer within 0.5 s"):
+            peer.run(long, 0.5)
+        peer.close(0.0)
+
+
 def test_an_interpreter_that_is_not_there_is_missing(make: Make) -> None:
     with pytest.raises(PeerMissing, match="/no/such/python cannot be run"):
         EngineProcess(make(python="/no/such/python"))

@@ -60,6 +60,8 @@ class EngineProcess:
             )
         except OSError as error:
             raise PeerMissing(f"{spec.python} cannot be run ({error.strerror})") from error
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
 
     def start(self, timeout_s: float) -> None:
         """Wait until it is ready.
@@ -68,8 +70,7 @@ class EngineProcess:
             PeerMissing: it is not installed.
             PeerError: it failed, with its own reason, or took longer than `timeout_s`.
         """
-        self._send(self._settings)
-        self.facts = read(self._line("ready", timeout_s), "ready", EngineInfo)
+        self.facts = read(self._ask(self._settings, "ready", timeout_s), "ready", EngineInfo)
 
     def run(self, items: Sequence[Item], timeout_s: float) -> RunResult:
         """Seconds for the whole workload, and what was seen of each request.
@@ -77,8 +78,7 @@ class EngineProcess:
         Raises:
             PeerError: it failed, took longer than `timeout_s`, or an output has not the length that was asked for.
         """
-        self._send({"run": [asdict(item) for item in items]})
-        ran = read(self._line("ran", timeout_s), "ran", RunResult)
+        ran = read(self._ask({"run": [asdict(item) for item in items]}, "ran", timeout_s), "ran", RunResult)
         lists = (ran.output_lens, ran.ttfts_s, ran.output_lens if ran.token_ids is None else ran.token_ids)
         if any(len(one) != len(items) for one in lists):
             raise PeerError(f"its driver's answer is not as the protocol has it (lists of {len(items)} were due)")
@@ -123,21 +123,30 @@ class EngineProcess:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._group, number)
 
-    def _send(self, message: Mapping[str, Any]) -> None:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended: what it said last is read next
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
+    def _ask(self, message: Mapping[str, Any], kind: str, timeout_s: float) -> bytes:
+        """Say a line, and the line that comes back, both before the time is over."""
+        until_s = time.monotonic() + timeout_s
+        try:
+            with suppress(BrokenPipeError):  # it has ended: what it said last is read next
+                self._send(json.dumps(message).encode() + b"\n", until_s)
+            return self._line(kind, until_s)
+        except TimeoutError as error:
+            raise PeerError(f"no answer within {timeout_s:g} s") from error
 
-    def _line(self, kind: str, timeout_s: float) -> bytes:
+    def _send(self, line: bytes, until_s: float) -> None:
+        """Write as it reads: a pipe that is full takes no more, and this waits no longer than until then."""
+        assert self._process.stdin is not None
+        pipe = self._process.stdin.fileno()
+        while line:
+            _await([], [pipe], until_s)
+            line = line[os.write(pipe, line) :]
+
+    def _line(self, kind: str, until_s: float) -> bytes:
         """The next line."""
         assert self._process.stdout is not None
-        until_s, output = time.monotonic() + timeout_s, self._process.stdout.fileno()
-        parts = [self._rest]
+        output, parts = self._process.stdout.fileno(), [self._rest]
         while b"\n" not in parts[-1]:
-            left_s = until_s - time.monotonic()
-            if left_s <= 0 or not select.select([output], [], [], left_s)[0]:
-                raise PeerError(f"no answer within {timeout_s:g} s")
+            _await([output], [], until_s)
             parts.append(os.read(output, 2**20))
             if not parts[-1]:
                 raise PeerError(f"its process ended{self._said()}")
@@ -172,6 +181,13 @@ class EngineProcess:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.close(GRACE_S if kind is None else 0.0)
+
+
+def _await(readable: Sequence[int], writable: Sequence[int], until_s: float) -> None:
+    """Until one of them can be read or written; TimeoutError where that takes too long."""
+    left_s = until_s - time.monotonic()
+    if left_s <= 0 or not any(select.select(readable, writable, [], left_s)):
+        raise TimeoutError
 
 
 def _high_water(pid: int) -> list[int]:
