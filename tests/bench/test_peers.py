@@ -183,6 +183,18 @@ def test_who_does_not_read_has_an_end_too(make: Make) -> None:
         peer.close(0.0)
 
 
+def test_of_many_words_the_last_are_kept(make: Make) -> None:
+    """None of them on the disk: it would fill."""
+    flood = "sys.stderr.write('words ' * 1_000_000 + '\\nthe last word\\n'); sys.stderr.flush(); os._exit(3)"
+    with EngineProcess(make(trouble=flood)) as peer:
+        peer.start(PATIENCE_S)
+        if sys.platform == "linux":
+            assert os.readlink(f"/proc/{peer._process.pid}/fd/2").startswith("pipe:")
+        with pytest.raises(PeerError, match="ended: the last word"):
+            peer.run(ITEMS, PATIENCE_S)
+        assert len(peer._tail) == peers.KEPT_BYTES
+
+
 def test_an_interpreter_that_is_not_there_is_missing(make: Make) -> None:
     with pytest.raises(PeerMissing, match="/no/such/python cannot be run"):
         EngineProcess(make(python="/no/such/python"))

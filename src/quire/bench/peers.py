@@ -5,7 +5,7 @@ import os
 import select
 import signal
 import subprocess
-import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +20,8 @@ DRIVERS = Path(__file__).parent / "drivers"
 GRACE_S = 10.0
 MOST_LINE_BYTES = 64 << 20
 """Of one answer."""
+KEPT_BYTES = 64 << 10
+"""Of what an engine writes to its standard error, the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class EngineProcess:
         self.facts = EngineInfo({}, {})
         self._settings = spec.settings
         self._rest = b""
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the process
+        self._tail = b""
         environment = {"PYTHONUNBUFFERED": "1", **os.environ, **spec.environment}
         command = [spec.python, str(DRIVERS / "drive.py"), spec.driver]
         try:
@@ -54,7 +56,7 @@ class EngineProcess:
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=self._log,
+                stderr=subprocess.PIPE,
                 env=environment,
                 start_new_session=True,
             )
@@ -62,6 +64,8 @@ class EngineProcess:
             raise PeerMissing(f"{spec.python} cannot be run ({error.strerror})") from error
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def start(self, timeout_s: float) -> None:
         """Wait until it is ready.
@@ -155,10 +159,17 @@ class EngineProcess:
         line, _, self._rest = b"".join(parts).partition(b"\n")
         return line
 
+    def _listen(self) -> None:
+        """Keep the end of its standard error."""
+        assert self._process.stderr is not None
+        with self._process.stderr as pipe:
+            while part := os.read(pipe.fileno(), KEPT_BYTES):
+                self._tail = (self._tail + part)[-KEPT_BYTES:]
+
     def _said(self) -> str:
         """The last line of its standard error."""
-        size = os.fstat(self._log.fileno()).st_size
-        text = os.pread(self._log.fileno(), 2**14, max(0, size - 2**14)).decode(errors="replace")
+        self._listener.join(1.0)  # no longer: what left its group may hold the pipe open
+        text = self._tail.decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return f": {lines[-1][:300]}" if lines else ""
 
@@ -174,7 +185,7 @@ class EngineProcess:
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
-        self._log.close()
+        self._listener.join(1.0)
 
     def __enter__(self) -> Self:
         return self
