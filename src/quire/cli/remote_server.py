@@ -35,7 +35,9 @@ class Server:
         except ValueError as error:
             raise ConfigurationError(f"--url is not an address: {error}", field="url") from error
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
-            raise ConfigurationError(f"--url must be http://HOST:PORT, https://HOST:PORT or HOST:PORT, got {url!r}", field="url")
+            raise ConfigurationError(
+                f"--url must be http://HOST:PORT, https://HOST:PORT or HOST:PORT, got {url!r}", field="url"
+            )
         self._host, self._is_secure = parts.hostname, parts.scheme == "https"
         self._base = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}
