@@ -1,4 +1,4 @@
-"""What a driver (`drivers/drive.py`) may say, read from its lines: a driver is another's program, so nothing is trusted."""
+"""What a driver (`drivers/drive.py`) may say, read from its lines: it is another's program, so all is checked."""
 
 import json
 from collections.abc import Mapping, Sequence
