@@ -162,6 +162,7 @@ def test_serve_answers_and_stops_with_code_0(tiny: Path) -> None:
                 lines.append(process.stderr.readline())
                 assert lines[-1], lines
             url = lines[-1].split()[-1]
+            assert process.stderr.readline() == f"live view: {url.removesuffix('/v1')}/ui\n"
             assert httpx.get(f"{url}/models", timeout=PATIENCE_S).status_code == 401
             headers = {"authorization": "Bearer k"}
             assert httpx.get(f"{url}/models", headers=headers, timeout=PATIENCE_S).json()["data"][0]["id"] == tiny.name

@@ -59,6 +59,7 @@ def test_the_pages_are_small_and_load_nothing_from_elsewhere(served: Running) ->
         total += len(answer.content)
     assert total < 300_000
     assert httpx.get(served.url + "/ui/").headers["location"] == "/ui"
+    assert httpx.get(served.url).json()["links"]["live view"] == "/ui"
     assert {path.name for path in STATIC.iterdir()} == {name for name, _ in dashboard.PAGES.values()}
 
 
@@ -180,6 +181,7 @@ def test_the_view_may_have_a_port_of_its_own(tiny_model: Path) -> None:
     finally:
         process.terminate()
         assert process.wait(PATIENCE_S) == 0
+        assert "live view:" not in process.stderr.read()
         process.stderr.close()
 
 

@@ -47,6 +47,7 @@ TOGETHER: dict[str, Any] = {
     "messages": lambda value: True,
     "format": lambda value: isinstance(value, dict),
     "output_config": lambda value: True,
+    "name": lambda value: isinstance(value, str),
 }
 
 

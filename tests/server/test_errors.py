@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+import openai
 import pytest
 
 from quire.errors import (
@@ -19,6 +20,7 @@ from quire.errors import (
 )
 from quire.server.doors.openai.routes import error_body
 from quire.server.http.errors import MAX_TEXT, ApiError, as_api_error
+from tests.server.conftest import Running
 
 SERVER, CALLER = "server_error", "invalid_request_error"
 
@@ -79,3 +81,11 @@ def test_a_plain_answer_is_a_whole_response_that_ends_the_connection() -> None:
         "content-length": str(len(content)),
     }  # fmt: skip
     assert json.loads(content) == error_body(error)
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/models/x", "/nothing"])
+def test_a_base_url_without_its_v1_is_told(running: Running, path: str) -> None:
+    client = running.client().with_options(base_url=running.url)
+    with pytest.raises(openai.NotFoundError, match=f"there is no route {path}") as caught:
+        client.post(path, cast_to=object)
+    assert (f"did you mean /v1{path}?" in caught.value.message) is (path != "/nothing")

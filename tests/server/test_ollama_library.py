@@ -106,6 +106,30 @@ def test_a_copy_is_a_further_name(running: Running) -> None:
     assert caught.value.status_code == 429
 
 
+def test_bodies_of_the_go_client_with_the_older_name(running: Running, models: LocalModels) -> None:
+    """`api/types.go`: ShowRequest, PullRequest and DeleteRequest write `name`, and their empty fields, always."""
+    empty: dict[str, dict[str, Any]] = {"show": {"system": "", "template": "", "verbose": False, "options": None},
+             "pull": {"insecure": False, "username": "", "password": "", "stream": False}}  # fmt: skip
+    with httpx.Client(base_url=running.url, timeout=PATIENCE_S) as http:
+        for names in ({"name": MODEL}, {"model": MODEL, "name": MODEL}):
+            assert http.post("/api/show", json={**names, **empty["show"]}).json()["modelfile"] == f"FROM {MODEL}\n"
+            assert http.post("/api/pull", json={**names, **empty["pull"]}).json() == {"status": "success"}
+        assert http.post("/api/show", json={"name": MODEL, "options": {}}).status_code == 200
+        assert http.post("/api/pull", json={"name": "owner/model", **empty["pull"]}).status_code == 200
+        assert http.request("DELETE", "/api/delete", json={"name": "owner/model"}).status_code == 200
+        assert models.all() == []
+        for path, body, text in (
+            ("show", {"model": MODEL, "name": "x"}, "name and model are one field and differ"),
+            ("show", {"model": MODEL, "template": "x"}, "template is not supported"),
+            ("show", {"model": MODEL, "system": "x"}, "system is not supported"),
+            ("show", {"model": MODEL, "options": {"seed": 1}}, "options is not supported"),
+            ("pull", {"model": MODEL, "username": "x"}, "username is not supported"),
+            ("pull", {"model": MODEL, "password": "x"}, "password is not supported"),
+        ):
+            refused = http.post(f"/api/{path}", json=body)
+            assert refused.status_code == 400 and text in refused.json()["error"]
+
+
 def test_they_are_for_the_operator_alone(models: LocalModels) -> None:
     options: dict[str, Any] = {"api_key": "k", "observability": Observability(admin_api_key="a")}
     instance = start(FakeEngine(), apis=DOORS, local_models=models, **options)

@@ -196,6 +196,8 @@ def run(options: argparse.Namespace) -> int:
     ports = [one.getsockname()[1] for one in listeners]
     address, *views = (f"http://{host}:{one}" for one in ports)
     ready = "; ".join([f"ready on {address}/v1", *(f"live view on {one}/ui" for one in views)])
+    if not views and not options.quiet:
+        ready += f"\nlive view: {address}/ui"
     make = partial(_application, options, limits=limits, keys=keys, cors=cors, view_ports=ports[1:])
     if options.host not in LOOPBACK and not keys:
         _say(f"warning: every client that reaches {address} may use it; --api-key asks for a key")
@@ -268,7 +270,7 @@ def _serve_several(
     loading = serve_models.Loading(models, halves, quiet=options.quiet, say=_say, settled=settled)
 
     def listens() -> None:
-        _say(f"{ready.replace('ready', 'listening', 1)}; loading {plan.shown_names}")
+        _say(f"{ready.splitlines()[0].replace('ready', 'listening', 1)}; loading {plan.shown_names}")
         loading.begin(app)
 
     server = GracefulServer(app, drain_s=options.shutdown_timeout, on_ready=listens)

@@ -134,15 +134,17 @@ async def _answer_routing(request: Request, error: Exception) -> Response:
     text = {404: f"there is no route {path}", 405: f"{method} is not allowed on {path}"}.get(
         error.status_code, str(error.detail)
     )
+    if error.status_code == 404 and _allowed(request.scope, "/v1"):
+        text += f": did you mean /v1{path}? A base URL of OpenAI's clients ends with /v1"
     code, headers = _ROUTING_CODES.get(error.status_code), dict(error.headers or {})
     if error.status_code == 405:  # the router names the methods of one route of several
         headers["Allow"] = ", ".join(_allowed(request.scope))
     return error_response(request.scope, ApiError(error.status_code, text, code=code, headers=headers))
 
 
-def _allowed(scope: Scope) -> list[str]:
-    """Methods of all routes of a path."""
-    fitting = [route for route in scope["app"].routes if route.path_regex.match(scope["path"])]
+def _allowed(scope: Scope, before: str = "") -> list[str]:
+    """Methods of all routes of a path, or of the one with something before it."""
+    fitting = [route for route in scope["app"].routes if route.path_regex.match(before + scope["path"])]
     return sorted({method for route in fitting for method in route.methods})
 
 

@@ -16,6 +16,7 @@ LINKS = {
     "version": "/version",
     "ready": "/readyz",
 }
+VIEW = {"live view": "/ui"}
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Quire</title>
 <body style="font: 16px/1.5 sans-serif; max-width: 40em; margin: 3em auto">
@@ -31,17 +32,18 @@ take this address alone.</p>
 async def index(request: Request) -> Response:
     """For a person, or a program that looks around."""
     context: ServerContext = request.app.state.context
+    links = LINKS | (VIEW if any(route.path == VIEW["live view"] for route in request.app.routes) else {})
     content: dict[str, Any] = {
         "name": "quire",
         "version": quire.__version__,
         "models": list(context.served_names),
         "base_path": "/v1",
-        "links": LINKS,
+        "links": links,
     }
     if "text/html" not in request.headers.get("accept", ""):
         return JSONResponse(content, headers={"Vary": "Accept"})
-    links = "".join(f'<li><a href="{path}">{name}</a></li>' for name, path in LINKS.items())
+    items = "".join(f'<li><a href="{path}">{name}</a></li>' for name, path in links.items())
     models = ", ".join(f"<b>{escape(name)}</b>" for name in context.served_names)
-    page = _PAGE.format(version=quire.__version__, models=models, links=links)
+    page = _PAGE.format(version=quire.__version__, models=models, links=items)
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return HTMLResponse(page, headers={"Vary": "Accept", "Content-Security-Policy": policy})

@@ -203,7 +203,7 @@ class RequestSchema(Generic[B]):
                 continue
             own = spec.schema(limits) if callable(spec.schema) else spec.schema
             schema = _describe(dict(own if own is not None else schemas[field.name]), spec, limits)
-            if field.required:
+            if field.required and not spec.aliases:
                 required.append(name)
             elif {"type": "null"} not in schema.get("anyOf", ()):
                 if field.default not in (None, msgspec.NODEFAULT):
@@ -212,6 +212,11 @@ class RequestSchema(Generic[B]):
                 schema = {"anyOf": [schema, {"type": "null"}], **noted}
             properties[name] = schema
         found: Schema = {"type": "object", "properties": properties, "additionalProperties": False}
+        for field in self.fields.values():
+            if field.required and field.spec.aliases:  # under one of its names, and not null there
+                given = ({"required": [name], "properties": {name: schemas[field.name]}}
+                         for name in (field.name, *field.spec.aliases))  # fmt: skip
+                found["anyOf"] = [*given]
         return {**found, "required": required} if required else found, components
 
 

@@ -184,27 +184,43 @@ class OllamaGenerateBody(msgspec.Struct, kw_only=True):
     refused: Annotated[dict[str, Any], Flattened(_REFUSED)]
 
 
+_OLDER_NAME = ("name",)
+"""Of `model`: the Go client sends both."""
+
+
 class OllamaShowBody(msgspec.Struct, kw_only=True):
     """POST /api/show."""
 
-    model: Annotated[str, Field("one of the served names, with or without :latest")]
+    model: Annotated[str, Field("one of the served names, with or without :latest", aliases=_OLDER_NAME)]
     verbose: Annotated[bool, Field("nothing more is known")] = False
+    refused: Annotated[dict[str, Any], Flattened({
+        "system": Refused("nothing is made of it: send it to /api/chat or /api/generate", ("",)),
+        "template": Refused("the model's own is shown", ("",)),
+        "options": Refused("the model's own are shown", ({},)),
+    })]  # fmt: skip
 
 
 class OllamaPullBody(msgspec.Struct, kw_only=True):
     """POST /api/pull."""
 
     model: Annotated[
-        str, Field("a served name: there is nothing to do; or `ID[:revision]` of the hub, which an operator may fetch")
+        str,
+        Field(
+            "a served name: there is nothing to do; or `ID[:revision]` of the hub, which an operator may fetch",
+            aliases=_OLDER_NAME,
+        ),
     ]
     stream: Annotated[bool, Field("in lines")] = True
-    refused: Annotated[dict[str, Any], Flattened({"insecure": Refused("the hub's certificate is checked", (False,))})]
+    refused: Annotated[dict[str, Any], Flattened({
+        "insecure": Refused("the hub's certificate is checked", (False,)),
+        **{name: Refused("the hub knows the server by its HF_TOKEN", ("",)) for name in ("username", "password")},
+    })]  # fmt: skip
 
 
 class OllamaDeleteBody(msgspec.Struct, kw_only=True):
     """DELETE /api/delete."""
 
-    model: Annotated[str, Field("one that is not served, or a name that was copied")]
+    model: Annotated[str, Field("one that is not served, or a name that was copied", aliases=_OLDER_NAME)]
 
 
 class OllamaCopyBody(msgspec.Struct, kw_only=True):
