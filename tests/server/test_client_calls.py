@@ -3,6 +3,8 @@
 The page of what works with which client is made from the marks (`scripts/compatibility_page.py`).
 """
 
+import inspect
+import warnings
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
@@ -87,6 +89,9 @@ VALUES: dict[str, Any] = {
 }
 
 
+FILES = ("file", "image", "recording")
+
+
 @pytest.mark.client_refused(
     "openai",
     "chat.completions.create(audio, function_call, functions, modalities, moderation, prediction, web_search_options)",
@@ -133,6 +138,50 @@ def test_calls_of_ollama_that_are_refused(clients: dict[str, Any], tmp_path: Pat
     ):
         with pytest.raises(ollama.ResponseError, match="not supported"):
             refused()
+
+
+@pytest.mark.client_refused(
+    "openai",
+    "audio.speech.create",
+    "audio.transcriptions.create",
+    "audio.translations.create",
+    "audio.voice_consents.create",
+    "audio.voice_consents.delete",
+    "audio.voice_consents.list",
+    "audio.voice_consents.retrieve",
+    "audio.voice_consents.update",
+    "audio.voices.create",
+    "audio.voices.delete",
+    "embeddings.create",
+    "fine_tuning.alpha.graders.run",
+    "fine_tuning.alpha.graders.validate",
+    "fine_tuning.checkpoints.permissions.create",
+    "fine_tuning.checkpoints.permissions.delete",
+    "fine_tuning.checkpoints.permissions.list",
+    "fine_tuning.checkpoints.permissions.retrieve",
+    "fine_tuning.jobs.cancel",
+    "fine_tuning.jobs.checkpoints.list",
+    "fine_tuning.jobs.create",
+    "fine_tuning.jobs.list",
+    "fine_tuning.jobs.list_events",
+    "fine_tuning.jobs.pause",
+    "fine_tuning.jobs.resume",
+    "fine_tuning.jobs.retrieve",
+    "images.create_variation",
+    "images.edit",
+    "images.generate",
+    "moderations.create",
+)
+def test_calls_of_openai_that_are_refused(request: pytest.FixtureRequest, clients: dict[str, Any]) -> None:
+    for asked in asked_of(next(request.node.iter_markers("client_refused")).args):
+        call = attrgetter(asked.call)(clients["openai"])
+        needed = [name for name, one in inspect.signature(call).parameters.items() if one.default is one.empty]
+        needed += ["prompt", "type"] if asked.call == "audio.voices.create" else []
+        given: dict[str, Any] = {name: b"x" if name in FILES else "x" for name in needed}
+        with warnings.catch_warnings(), pytest.raises(openai.BadRequestError, match="not supported: ") as caught:
+            warnings.simplefilter("ignore", DeprecationWarning)
+            call(**given)
+        assert caught.value.code == "unsupported_route", asked.call
 
 
 @pytest.mark.client_refused(

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from quire.server.answers.capabilities import capabilities_of
-from quire.server.doors.openai import describe_stored
+from quire.server.doors.openai import describe_stored, unsupported
 from quire.server.doors.openai.batches import routes as batches
 from quire.server.doors.openai.bodies import TokenizeChatBody, TokenizeTextBody
 from quire.server.doors.openai.describe import describe, error_body
@@ -170,6 +170,7 @@ OPENAI = Api(
         *responses.ROUTES,
         *conversations.ROUTES,
         *batches.ROUTES,
+        *unsupported.ROUTES,
     ),
     queued_paths=frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses"}),
     error_body=error_body,
