@@ -16,11 +16,12 @@ import numpy as np
 import psutil
 import pytest
 
-from quire.bench import engine_turns
+from quire.bench import engine_turns, peers
 from quire.bench.engine_report import Subject, as_json, as_svg, as_text
 from quire.bench.engine_turns import Comparison, Started, Turn, figures, yardstick
 from quire.bench.offline import measure
-from quire.bench.peers import EngineInfo, EngineProcess, PeerError, PeerMissing, RunResult, Spec
+from quire.bench.peer_answers import EngineInfo, PeerError, PeerMissing, RunResult, read
+from quire.bench.peers import EngineProcess, Spec
 from quire.bench.workloads import Item
 
 PATIENCE_S = 30.0
@@ -82,7 +83,7 @@ def test_a_driver_speaks_lines(make: Make) -> None:
         ("items[1]['num_output'] = 9", "pass", PeerError, "an output has 9 tokens where 3 were asked for"),
         ("items[1]['num_output'] = 1", "pass", PeerError, "an output has 1 tokens where 3 were asked for"),
         ("items.pop()", "pass", PeerError, "not as the protocol has it"),
-        ("return {'elapsed_s': 0, 'ttfts_s': [0, 0], 'output_lens': [2, 3]}", "pass", PeerError, "lacks times"),
+        ("return {'elapsed_s': 0, 'ttfts_s': [0, 0], 'output_lens': [2, 3]}", "pass", PeerError, "$.elapsed_s"),
         ("return {'elapsed_s': 1}", "pass", PeerError, "not as the protocol has it"),
         ("raise ValueError('no such block')", "pass", PeerError, "ValueError: no such block"),
         ("print('the last word', file=sys.stderr, flush=True); os._exit(3)", "pass", PeerError, "ended: the last word"),
@@ -93,7 +94,7 @@ def test_a_driver_speaks_lines(make: Make) -> None:
             "pass",
             "Engine.run, Engine.__init__ = None, lambda self, _: setattr(self, 'facts', {'kv': 1})",
             PeerError,
-            "facts",
+            "versions",
         ),
     ],
 )
@@ -104,12 +105,94 @@ def test_what_goes_wrong_is_told(make: Make, trouble: str, begin: str, kind: typ
     assert said in str(raised.value) and type(raised.value) is kind
 
 
+LYING = [
+    ("ttfts_s=['x', 1]", "$.ttfts_s[0]"),
+    ("ttfts_s=[float('nan')] * 2", "$.ttfts_s[0]"),
+    ("ttfts_s=[0.1]", "lists of 2 were due"),
+    ("elapsed_s=float('inf')", "$.elapsed_s"),
+    ("elapsed_s=1e-320", "$.elapsed_s"),
+    ("elapsed_s=True", "$.elapsed_s"),
+    ("token_ids=5", "$.token_ids"),
+    ("token_ids=[None] * 2", "$.token_ids[0]"),
+    ("kv_bytes='lots'", "$.kv_bytes"),
+    ("kv_bytes=-1", "$.kv_bytes"),
+    ("speed=9", "there is no field speed"),
+]
+AS_DUE = "dict(elapsed_s=1.0, ttfts_s=[0.1, 0.2], output_lens=[2, 3])"
+LYING_AT_ONCE = [
+    ('{"ready": {"versions": null, "settings": {}}}', "$.versions"),
+    ('{"ready": {"versions": {}, "settings": {"a": {"b": 1}}}}', "$.settings"),
+    ('{"ready": 5}', "not as the protocol has it"),
+    ('"error"', "where ready was due"),
+    ("[" * 100000, "where ready was due"),
+    ('{"error": "\\u001b[31mred\\n\\nfake row \\ud800", "missing": 1}', "?[31mred fake row ?"),
+]
+
+
+@pytest.mark.parametrize(("lie", "said"), LYING)
+def test_a_lying_driver_is_lost_alone(make: Make, lie: str, said: str) -> None:
+    with Comparison(lambda text: None, PATIENCE_S, PATIENCE_S) as comparison:
+        assert comparison.start(make("sound"), [])
+        assert comparison.start(make("liar", trouble=f"return dict({AS_DUE}, **dict({lie}))"), [])
+        comparison.run("W1", 0, ITEMS)
+    assert [(one.name, one.state) for one in comparison.started] == [("sound", "ran"), ("liar", "failed")]
+    reason = comparison.started[1].reason
+    assert reason.startswith("its driver's answer is not as the protocol has it (") and said in reason
+    text = as_text(SUBJECT, comparison.turns, comparison.started)
+    assert f"liar: failed: {reason}" in text and "sound" in text.split("Not in the table")[0]
+
+
+@pytest.mark.parametrize(("line", "said"), LYING_AT_ONCE)
+def test_what_a_line_says_instead_is_told(line: str, said: str) -> None:
+    with pytest.raises(PeerError) as raised:
+        read(line.encode(), "ready", EngineInfo)
+    text = str(raised.value)
+    assert said in text and type(raised.value) is PeerError
+    assert text.isprintable() and text.encode() and len(text) <= 500
+
+
+def test_what_an_engine_says_of_itself_commands_no_terminal() -> None:
+    line = b'{"ready": {"versions": {"v\\u001b": "1\\n2"}, "settings": {"a": ["\\u009b", 1, 0.5, true, null]}}}'
+    assert read(line, "ready", EngineInfo) == EngineInfo({"v?": "1 2"}, {"a": ["?", 1, 0.5, True, None]})
+
+
+def test_an_answer_without_an_end_is_told(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "MOST_LINE_BYTES", 3 << 20)
+    begin = "[os.write(fd, b'x' * 9999999) for fd in range(3, 9) if os.path.exists(f'/dev/fd/{fd}')]"
+    with EngineProcess(make(begin=begin)) as peer, pytest.raises(PeerError, match="more than 3 MiB where ready"):
+        peer.start(PATIENCE_S)
+
+
 def test_silence_has_an_end(make: Make) -> None:
     with EngineProcess(make(trouble="time.sleep(1000)")) as peer:
         peer.start(PATIENCE_S)
         with pytest.raises(PeerError, match=r"no answer within 0.2 s"):
             peer.run(ITEMS, 0.2)
         peer.close(0.0)
+
+
+def test_who_does_not_read_has_an_end_too(make: Make) -> None:
+    """A pipe holds 64 KiB: a longer request waits for its reader."""
+    with EngineProcess(make()) as peer:
+        peer.start(PATIENCE_S)
+        long = [Item([7] * 300_000, 2)]
+        assert peer.run(long, PATIENCE_S).output_lens == [2]
+        peer.pause()
+        with pytest.raises(PeerError, match=r"no answer within 0.5 s"):
+            peer.run(long, 0.5)
+        peer.close(0.0)
+
+
+def test_of_many_words_the_last_are_kept(make: Make) -> None:
+    """None of them on the disk: it would fill."""
+    flood = "sys.stderr.write('words ' * 1_000_000 + '\\nthe last word\\n'); sys.stderr.flush(); os._exit(3)"
+    with EngineProcess(make(trouble=flood)) as peer:
+        peer.start(PATIENCE_S)
+        if sys.platform == "linux":
+            assert os.readlink(f"/proc/{peer._process.pid}/fd/2").startswith("pipe:")
+        with pytest.raises(PeerError, match="ended: the last word"):
+            peer.run(ITEMS, PATIENCE_S)
+        assert len(peer._tail) == peers.KEPT_BYTES
 
 
 def test_an_interpreter_that_is_not_there_is_missing(make: Make) -> None:

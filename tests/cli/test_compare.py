@@ -14,10 +14,10 @@ import numpy as np
 import psutil
 import pytest
 
-from quire.cli import bench_startup
+from quire.cli import bench_startup, compare
 from quire.cli.bench_offline import latency_result
 from quire.cli.main import main
-from tests.bench.test_peers import GOOD, is_gone
+from tests.bench.test_peers import GOOD, comes, is_gone
 
 PATIENCE_S = 60.0
 
@@ -105,6 +105,34 @@ def test_ctrl_c_leaves_no_process(tiny: Path) -> None:
     assert process.wait(PATIENCE_S) == 130
     assert process.stderr.read().splitlines()[-1] == "quire: interrupted"
     assert all(is_gone(pid) for pid in members)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_no_process(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Not what a driver has forked either, which ignores all that can be ignored."""
+    path, child = tmp_path / "mine.py", tmp_path / "child"
+    fork = "[signal.signal(one, signal.SIG_IGN) for one in (1, 2, 15)]; child = os.fork()"
+    new = f"{child}.new"
+    write = f"child and (open({new!r}, 'w').write(str(child)), os.rename({new!r}, {str(child)!r}))"
+    begin = f"import signal; {fork}; {write}; time.sleep(1000)"
+    path.write_text(GOOD.replace("TROUBLE", "pass").replace("BEGIN", begin))
+    words = ["compare", str(tiny), "--engines", "vllm", "--driver", f"mine={path}", "--workload", "W1"]
+    command = [sys.executable, "-m", "quire", *words, "--kv-cache-memory-bytes", "8MiB", "--quiet"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert comes(lambda: child.exists() or process.poll() is not None)
+    members = [one.pid for one in psutil.Process(process.pid).children(recursive=True)]
+    assert int(child.read_text()) in members and len(members) >= 2
+    process.send_signal(number)
+    assert process.wait(PATIENCE_S) == 128 + number
+    assert all(is_gone(pid) for pid in members)
+
+
+def test_a_comparison_leaves_the_signals_as_they_were() -> None:
+    before = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)]
+    with compare._ended_by_signals():
+        assert all(signal.getsignal(one) not in before for one in (signal.SIGTERM, signal.SIGHUP))
+    assert [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)] == before
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,8 @@ def test_chat_keeps_the_conversation(
         (["--url", "ftp://x"], 2, "--url must be"),
         (["--url", "http://x:99999"], 2, "not an address"),
         (["--url", "http://user@x"], 2, "--url must be"),
+        (["--url", ""], 2, "--url must be"),
+        (["--url", "127.0.0.1:1"], 1, "no answer from 127.0.0.1:1: "),
         (["--api-key", "k"], 2, "--api-key needs --url"),
         (["--model-name", "m"], 2, "--model-name needs --url"),
         (["--url", "http://x", "--api-key", "k\n"], 2, "printable"),

@@ -74,7 +74,6 @@ def test_entries_of_a_file_have_settings_of_their_own(file: Any) -> None:
         "models:\n  - model: 'a: b'\n    served_model_name: [c, \"d\"]\n  - model: e\n    seed: null\n",
         "a:\n- b\nmodels:\n - model: c\nd: [e]\n",
         '{"models": [{"model": "a", "names": ["b"]}], "c": 1}',
-        "models: []\na: b\n",
     ],
 )
 def test_what_is_read_is_what_yaml_reads(tmp_path: Path, text: str) -> None:
@@ -106,7 +105,13 @@ def test_what_is_read_is_what_yaml_reads(tmp_path: Path, text: str) -> None:
         ("models:\n  - model: a\n    model: b", "line 3 of .*: model stands there twice"),
         ("models:\n  - model: a\n     threads: 1", "line 3 of .*: the keys of an entry"),
         ("models:\n  - model: a\n    served_model_name:\n      - b", "served_model_name has no value on its line"),
-        ("models:\n  - a", "line 2 of .*: expected `- key: value`"),
+        ("models:\n  - quire-demo", "line 2 of .*: an entry of models is `- model: quire-demo`, not `- quire-demo`"),
+        ("models:\n  - [a]", "line 2 of .*: expected `- key: value`"),
+        ("models:\nport: 1", "models in .* has no entry below it"),
+        ("models: []", "models in .* has no entry"),
+        ("models: null", "models in .* must be entries"),
+        ('{"models": []}', "models has no entry"),
+        ('{"models": null}', "models has no entry"),
         ("models:\n    model: a", "line 2 of .*: the keys of an entry"),
         ("models: [a, b]", "models in .* must be entries"),
         ("models:\n  - model: a\nmodels:\n  - model: b", "line 3 of .*: models stands there twice"),

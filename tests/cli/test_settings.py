@@ -119,6 +119,7 @@ def test_variables_that_are_no_flags_are_said() -> None:
         ("config: other", "unknown flag 'config'"),
         ('{"port": {"a": 1}}', "is not flat JSON"),
         ('{"port": ', "is not flat JSON"),
+        ('{"port": ' + "[" * 100_000, "is not flat JSON: it is nested too deeply"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_line(tmp_path: Path, text: str, problem: str) -> None:
@@ -126,6 +127,14 @@ def test_a_wrong_file_is_refused_with_the_line(tmp_path: Path, text: str, proble
     path.write_text(text)
     with pytest.raises(ConfigurationError, match=problem):
         options(["--config", str(path)], {})
+
+
+def test_a_file_that_is_not_there_or_is_no_text_is_called_that(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"nofile\.yaml: no such file or directory"):
+        options(["--config", str(tmp_path / "nofile.yaml")], {})
+    (tmp_path / "x.yaml").write_bytes(b"\xff")
+    with pytest.raises(ConfigurationError, match="it is not UTF-8"):
+        options(["--config", str(tmp_path / "x.yaml")], {})
 
 
 SAME: list[str] = [

@@ -1,6 +1,9 @@
 """The exercises of the course: each check passes a right answer, sees a wrong one, and every ending is one line."""
 
+import os
 import re
+import select
+import signal
 import subprocess
 import sys
 import tomllib
@@ -20,6 +23,7 @@ from quire.course import worker
 from quire.course.checking import Failed, said, title
 from quire.course.checks import sampler
 from quire.course.exercises import EXERCISES, Exercise
+from quire.course.process import CheckedFile
 from scripts.house.tree import ROOT
 from tests.conftest import PATIENCE_S
 
@@ -66,7 +70,8 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_right_answer_passes(section: str, capfd: pytest.CaptureFixture[str]) -> None:
     """As a learner runs it."""
     exercise = EXERCISES[section]
-    assert main(["course", "check", section, str(HERE / "solutions" / exercise.file_name)]) == 0
+    answer = str(HERE / "solutions" / exercise.file_name)
+    assert main(["course", "check", section, answer, "--timeout", str(PATIENCE_S)]) == 0
     lines = [line for line in capfd.readouterr().out.splitlines() if line[:1] != " "]
     titles = [title(check) for check in checks_of(exercise).values()]
     assert [line.partition(": ")[0] for line in lines] == [f"ok    {one}".partition(": ")[0] for one in titles]
@@ -129,9 +134,23 @@ def test_what_a_sampler_should_give_is_what_transformers_gives() -> None:
         assert np.allclose(sampler._expected(logits, temperature, top_k, top_p, min_p), wanted, atol=1e-6)
 
 
+TOLD_ON = "import os, sys\ntold = int(sys.argv[3])\n"
+"""How a file finds the pipe."""
+WROTE = "FAIL  the file is loaded: it wrote where the checks tell what they found"
+NOT_SAID = (
+    *(b"not json\n", b"\xff\n", b"[" * 5000 + b"\n", b"[1]\n", b"{}\n", b'{"checks": 1}\n', b'{"failed": null}\n'),
+    *(b'{"passed": ""}\n', b'{"checks": [], "last": 1}\n', b"no end"),
+)
 ENDINGS = {
     "def take(:": "FAIL  the file is loaded: it raised SyntaxError: .* \\(line 1\\)",
     "while True:\n    pass": "FAIL  the file is loaded: it did not end within 0.7 s",
+    f"{TOLD_ON}os.close(told)\nwhile True:\n    pass": "FAIL  the file is loaded: it did not end within 0.7 s",
+    f"{TOLD_ON}os.close(told)": "FAIL  the file is loaded: it ended the process: exit code 1",
+    **{f"{TOLD_ON}os.write(told, {line!r})": WROTE for line in NOT_SAID},
+    f"{TOLD_ON}while True:\n    os.write(told, b'x' * 4096)": WROTE,
+    "class E(Exception):\n    __str__ = 1\nraise E": "FAIL  the file is loaded: it raised E \\(line 3\\)",
+    "raise SyntaxError(5)": "FAIL  the file is loaded: it raised SyntaxError: 5 \\(line 1\\)",
+    "import os\nos.kill(os.getpid(), 40)": "FAIL  the file is loaded: it ended the process: signal 40",
     "x = 1": "FAIL  the file is loaded: it does not define bytes_per_token, blocks_for, sequences_that_fit",
     "import os\nos._exit(0)": "FAIL  the file is loaded: it ended the process: exit code 0",
     "import os\nos.abort()": "FAIL  the file is loaded: it ended the process: signal SIGABRT",
@@ -143,7 +162,7 @@ ENDINGS = {
 }
 
 
-@pytest.mark.parametrize("text", ENDINGS)
+@pytest.mark.parametrize("text", ENDINGS, ids=range(len(ENDINGS)))
 def test_every_ending_is_one_line(text: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "answer.py").write_text(text, encoding="utf-8")
     timeout = "0.7" if "True:\n    pass" in text else "10" if "print" in text else str(PATIENCE_S)
@@ -159,6 +178,42 @@ def test_a_loop_in_a_check_ends_it_and_what_follows_is_not_run(
     (tmp_path / "answer.py").write_text("print('begun')\n" + text, encoding="utf-8")
     assert main(["course", "check", "1.2", str(tmp_path / "answer.py"), "--timeout", "2"]) == 1
     assert [line[:4].strip() for line in capfd.readouterr().out.splitlines()] == ["ok", "ok", "FAIL", "-", "the", "be"]
+
+
+def test_nothing_of_a_file_commands_the_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    text = r"print('\x1b[2J\x9b2Ja\tb\x07\x00', flush=True); raise ValueError('\x1b]0;title\x07 \x9b31m \ud800 é')"
+    (tmp_path / "answer.py").write_text(text, encoding="utf-8")
+    assert main(["course", "check", "1.2", str(tmp_path / "answer.py")]) == 1
+    printed = "the file printed:\n  [2J2Ja\tb\n"
+    assert capfd.readouterr() == (
+        f"FAIL  the file is loaded: it raised ValueError: ]0;title 31m ? é (line 1)\n{printed}",
+        "",
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_no_loop_outlives_the_command(number: int, tmp_path: Path) -> None:
+    """The file holds the pipe open, whose end comes when its process ends."""
+    os.mkfifo(tmp_path / "alive")
+    text = f"import os\nheld = os.open({str(tmp_path / 'alive')!r}, os.O_WRONLY)\nwhile True: pass"
+    (tmp_path / "answer.py").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "quire", "course", "check", "1.2", str(tmp_path / "answer.py"), "--timeout", "100"]
+    with subprocess.Popen(command) as process, (tmp_path / "alive").open("rb") as alive:
+        process.send_signal(number)
+        assert process.wait(PATIENCE_S) == -number
+        assert select.select([alive], [], [], PATIENCE_S)[0] and not alive.read()
+
+
+def test_the_processor_is_taken_for_so_long_and_no_longer(tmp_path: Path) -> None:
+    """Where the system does not end the process, and nobody waits for it."""
+    found = "import resource; print(resource.getrlimit(resource.RLIMIT_CPU), flush=True)\n"
+    (tmp_path / "answer.py").write_text(found, encoding="utf-8")
+    checked = CheckedFile(EXERCISES["1.2"], tmp_path / "answer.py", 9)
+    assert [one.passed for one in checked.verdicts()] == [False]
+    least = (1 + len(checks_of(EXERCISES["1.2"]))) * 9
+    soft, hard = (int(number) for number in checked.printed[0].strip("()").split(", "))
+    assert least < soft == hard < least + 120
 
 
 def test_nothing_but_the_file_is_run(tmp_path: Path) -> None:
@@ -190,7 +245,7 @@ def test_start_writes_what_check_finds(
         ["check", "1.2", "x", "--timeout", "0"],
     ):
         assert main(["course", *words]) == 2
-    assert "unknown exercise '9.9'" in capsys.readouterr().err
+    assert "section 9.9 has no exercise; there are: 1.2, 2.1, 2.2, 3.2, 3.3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("section", EXERCISES)

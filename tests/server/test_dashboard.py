@@ -363,8 +363,23 @@ def test_top_shows_the_same_in_text(served: Running, capsys: pytest.CaptureFixtu
     assert main(["top", served.url, "--once"]) == 0
     shown = capsys.readouterr().out
     assert "0 of 64 held" in shown and "16 tokens each" in shown
+    assert main(["top", "--url", served.url.removeprefix("http://"), "--once"]) == 0
+    assert "0 of 64 held" in capsys.readouterr().out
     assert main(["top", served.url, "--every", "0"]) == 2
     assert "every must be between" in capsys.readouterr().err
+    assert main(["top", served.url, "--url", served.url]) == 2
+    assert "twice" in capsys.readouterr().err
+
+
+def test_the_interrupt_key_ends_top_well(
+    served: Running, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quire.cli.top.time.sleep", interrupt)
+    assert main(["top", served.url]) == 0
+    assert "interrupted" not in capsys.readouterr().err
 
 
 def test_top_fits_its_window(served: Running) -> None:

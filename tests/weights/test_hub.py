@@ -219,8 +219,13 @@ def test_what_the_hub_does_not_give_is_said_in_one_line(
 
 def test_a_hub_that_cannot_be_reached_is_said_in_one_line(hub: Hub, tmp_path: Path) -> None:
     # Port 9 of this machine: nothing listens there.
-    with pytest.raises(ModelFileError, match=r"^owner/model: the hub cannot be reached, and it is not in the local"):
+    with pytest.raises(
+        ModelFileError, match=r"^owner/model: the hub cannot be reached, and it is not in the local"
+    ) as caught:
         resolve_model_path("owner/model", endpoint="http://127.0.0.1:9", cache_dir=tmp_path)
+    assert str(caught.value).endswith("; there is no such directory here")
+    with pytest.raises(ModelFileError, match=r"no such directory here \(ids of models on the hub are OWNER/NAME\)$"):
+        resolve_model_path("nosuch", endpoint="http://127.0.0.1:9", cache_dir=tmp_path)
 
 
 def test_a_directory_is_itself(tmp_path: Path) -> None:

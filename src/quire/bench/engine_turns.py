@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from quire.bench.offline import Measurement, measure
-from quire.bench.peers import EngineInfo, EngineProcess, PeerError, PeerMissing, RunResult, Spec
+from quire.bench.peer_answers import EngineInfo, PeerError, PeerMissing, RunResult
+from quire.bench.peers import EngineProcess, Spec
 from quire.bench.serving import percentile
 from quire.bench.workloads import Item
 
@@ -26,7 +27,7 @@ class Started:
     state: str
     """ran, or one of `STATES`."""
     reason: str = ""
-    facts: EngineInfo = field(default_factory=lambda: EngineInfo({}, {}, None))
+    facts: EngineInfo = field(default_factory=lambda: EngineInfo({}, {}))
     start_s: float = 0.0
     """From the start of its process to the end of the warm-up."""
 

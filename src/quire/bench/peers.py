@@ -5,7 +5,7 @@ import os
 import select
 import signal
 import subprocess
-import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,45 +13,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from quire.bench.peer_answers import EngineInfo, PeerError, PeerMissing, RunResult, read
 from quire.bench.workloads import Item
-from quire.errors import QuireError
 
 DRIVERS = Path(__file__).parent / "drivers"
 GRACE_S = 10.0
-
-
-class PeerError(QuireError):
-    """An engine did not start, or failed; its own reason."""
-
-
-class PeerMissing(PeerError):
-    """An engine is not installed."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
-    """What an engine says of itself when it is ready."""
-
-    versions: Mapping[str, str]
-    settings: Mapping[str, Any]
-    kv_bytes: int | None
-    """Of its KV cache, by its own account; None where it has none that stays."""
-    is_client: bool = False
-    """The driver's process is a client of the engine, and no part of it: its memory does not count."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """One workload. Lists are in the order of the requests."""
-
-    elapsed_s: float
-    ttfts_s: Sequence[float]
-    """From the moment when all requests came."""
-    output_lens: Sequence[int]
-    token_ids: Sequence[Sequence[int]] | None = None
-    """Of the outputs; None where an engine gives text alone."""
-    kv_bytes: int | None = None
-    """The most that its KV cache was at a time, where it grows with the requests."""
+MOST_LINE_BYTES = 64 << 20
+"""Of one answer."""
+KEPT_BYTES = 64 << 10
+"""Of what an engine writes to its standard error, the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +45,10 @@ class EngineProcess:
 
     def __init__(self, spec: Spec) -> None:
         self.name = spec.name
-        self.facts = EngineInfo({}, {}, None)
+        self.facts = EngineInfo({}, {})
         self._settings = spec.settings
         self._rest = b""
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the process
+        self._tail = b""
         environment = {"PYTHONUNBUFFERED": "1", **os.environ, **spec.environment}
         command = [spec.python, str(DRIVERS / "drive.py"), spec.driver]
         try:
@@ -86,12 +56,16 @@ class EngineProcess:
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=self._log,
+                stderr=subprocess.PIPE,
                 env=environment,
                 start_new_session=True,
             )
         except OSError as error:
             raise PeerMissing(f"{spec.python} cannot be run ({error.strerror})") from error
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def start(self, timeout_s: float) -> None:
         """Wait until it is ready.
@@ -100,12 +74,7 @@ class EngineProcess:
             PeerMissing: it is not installed.
             PeerError: it failed, with its own reason, or took longer than `timeout_s`.
         """
-        self._send(self._settings)
-        ready = self._receive("ready", timeout_s)
-        try:
-            self.facts = EngineInfo(**{"kv_bytes": None, **ready})
-        except TypeError as error:
-            raise PeerError(f"its driver's facts are not as the protocol has them ({error})") from error
+        self.facts = read(self._ask(self._settings, "ready", timeout_s), "ready", EngineInfo)
 
     def run(self, items: Sequence[Item], timeout_s: float) -> RunResult:
         """Seconds for the whole workload, and what was seen of each request.
@@ -113,20 +82,13 @@ class EngineProcess:
         Raises:
             PeerError: it failed, took longer than `timeout_s`, or an output has not the length that was asked for.
         """
-        self._send({"run": [asdict(item) for item in items]})
-        answer = self._receive("ran", timeout_s)
-        try:
-            ran = RunResult(**answer)
-            wrong = [
-                f"{count} tokens where {item.num_output} were asked for"
-                for item, count in zip(items, ran.output_lens, strict=True)
-                if count != item.num_output
-            ]
-            sound = ran.elapsed_s > 0 and len(ran.ttfts_s) == len(items)
-        except (TypeError, ValueError) as error:
-            raise PeerError(f"its driver's answer is not as the protocol has it ({error})") from error
-        if wrong or not sound:
-            raise PeerError(f"an output has {wrong[0]}" if wrong else "its driver's answer lacks times")
+        ran = read(self._ask({"run": [asdict(item) for item in items]}, "ran", timeout_s), "ran", RunResult)
+        lists = (ran.output_lens, ran.ttfts_s, ran.output_lens if ran.token_ids is None else ran.token_ids)
+        if any(len(one) != len(items) for one in lists):
+            raise PeerError(f"its driver's answer is not as the protocol has it (lists of {len(items)} were due)")
+        for item, count in zip(items, ran.output_lens, strict=True):
+            if count != item.num_output:
+                raise PeerError(f"an output has {count} tokens where {item.num_output} were asked for")
         return ran
 
     def pause(self) -> None:
@@ -165,47 +127,49 @@ class EngineProcess:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._group, number)
 
-    def _send(self, message: Mapping[str, Any]) -> None:
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended: what it said last is read next
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
-
-    def _receive(self, kind: str, timeout_s: float) -> dict[str, Any]:
-        line = self._line(time.monotonic() + timeout_s, timeout_s)
+    def _ask(self, message: Mapping[str, Any], kind: str, timeout_s: float) -> bytes:
+        """Say a line, and the line that comes back, both before the time is over."""
+        until_s = time.monotonic() + timeout_s
         try:
-            message = json.loads(line)
-            if "error" in message:
-                raise (PeerMissing if message.get("missing") else PeerError)(str(message["error"]))
-            answer = message[kind]
-            if not isinstance(answer, dict):
-                raise TypeError
-        except (ValueError, KeyError, TypeError) as error:
-            text = (
-                f"its driver said {line[:100]!r} where {kind} was due" if line else f"its process ended{self._said()}"
-            )
-            raise PeerError(text) from error
-        return answer
+            with suppress(BrokenPipeError):  # it has ended: what it said last is read next
+                self._send(json.dumps(message).encode() + b"\n", until_s)
+            return self._line(kind, until_s)
+        except TimeoutError as error:
+            raise PeerError(f"no answer within {timeout_s:g} s") from error
 
-    def _line(self, until_s: float, timeout_s: float) -> bytes:
-        """The next line, or nothing at the end."""
+    def _send(self, line: bytes, until_s: float) -> None:
+        """Write as it reads: a pipe that is full takes no more, and this waits no longer than until then."""
+        assert self._process.stdin is not None
+        pipe = self._process.stdin.fileno()
+        while line:
+            _await([], [pipe], until_s)
+            line = line[os.write(pipe, line) :]
+
+    def _line(self, kind: str, until_s: float) -> bytes:
+        """The next line."""
         assert self._process.stdout is not None
-        output = self._process.stdout.fileno()
-        while b"\n" not in self._rest:
-            left_s = until_s - time.monotonic()
-            if left_s <= 0 or not select.select([output], [], [], left_s)[0]:
-                raise PeerError(f"no answer within {timeout_s:g} s")
-            part = os.read(output, 2**20)
-            if not part:
-                return b""
-            self._rest += part
-        line, _, self._rest = self._rest.partition(b"\n")
+        output, parts = self._process.stdout.fileno(), [self._rest]
+        while b"\n" not in parts[-1]:
+            _await([output], [], until_s)
+            parts.append(os.read(output, 2**20))
+            if not parts[-1]:
+                raise PeerError(f"its process ended{self._said()}")
+            if sum(map(len, parts)) > MOST_LINE_BYTES:
+                raise PeerError(f"its driver said more than {MOST_LINE_BYTES >> 20} MiB where {kind} was due")
+        line, _, self._rest = b"".join(parts).partition(b"\n")
         return line
+
+    def _listen(self) -> None:
+        """Keep the end of its standard error."""
+        assert self._process.stderr is not None
+        with self._process.stderr as pipe:
+            while part := os.read(pipe.fileno(), KEPT_BYTES):
+                self._tail = (self._tail + part)[-KEPT_BYTES:]
 
     def _said(self) -> str:
         """The last line of its standard error."""
-        size = os.fstat(self._log.fileno()).st_size
-        text = os.pread(self._log.fileno(), 2**14, max(0, size - 2**14)).decode(errors="replace")
+        self._listener.join(1.0)  # no longer: what left its group may hold the pipe open
+        text = self._tail.decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         return f": {lines[-1][:300]}" if lines else ""
 
@@ -221,13 +185,20 @@ class EngineProcess:
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
-        self._log.close()
+        self._listener.join(1.0)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.close(GRACE_S if kind is None else 0.0)
+
+
+def _await(readable: Sequence[int], writable: Sequence[int], until_s: float) -> None:
+    """Until one of them can be read or written; TimeoutError where that takes too long."""
+    left_s = until_s - time.monotonic()
+    if left_s <= 0 or not any(select.select(readable, writable, [], left_s)):
+        raise TimeoutError
 
 
 def _high_water(pid: int) -> list[int]:

@@ -135,7 +135,8 @@ def _throughput(options: argparse.Namespace) -> int:
 
 def _peer(args: EngineArgs, stack: Any) -> "EngineProcess":
     """Plain transformers in a process of its own: same model, bf16, as many threads; idle while Quire is timed."""
-    from quire.bench.peers import DRIVERS, EngineProcess, PeerError, Spec
+    from quire.bench.peer_answers import PeerError
+    from quire.bench.peers import DRIVERS, EngineProcess, Spec
     from quire.compose.served import find_model
 
     settings = {

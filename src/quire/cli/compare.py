@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,6 +112,7 @@ def run(options: argparse.Namespace) -> int:
     cost, settings, workloads = _prepared(options, name)
     total = len(workloads) * options.reps * len(names)
     with (
+        _ended_by_signals(),
         _progress(total, quiet=options.quiet) as say,
         Comparison(say, options.start_timeout, options.run_timeout) as comparison,
     ):
@@ -251,6 +254,27 @@ def _subject(
 
 def _count(requests: int) -> str:
     return "1 request" if requests == 1 else f"{requests} requests at once"
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP leave as Ctrl-C does, through every `with`: what the engines have started must not stay."""
+
+    def leave(number: int, frame: object) -> None:
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)  # a second one must not stop the first one's work
+        sys.exit(128 + number)
+
+    ending = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {one: signal.getsignal(one) for one in ending if is_main and signal.getsignal(one) != signal.SIG_IGN}
+    try:
+        for one in before:
+            signal.signal(one, leave)
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 @contextmanager

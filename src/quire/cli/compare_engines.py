@@ -138,7 +138,8 @@ def spec(name: str, settings: Settings, given: Given) -> Spec:
     """How an engine is started with the settings that all share."""
     own = {**settings, "name": name, "files": given.files.get(name)}
     if name in given.url:
-        own |= {"url": given.url[name], "processors": []}
+        url = given.url[name]
+        own |= {"url": url if "://" in url else f"http://{url}", "processors": []}
         return Spec(name, SERVER, sys.executable, own, given.environment.get(name, {}))
     if name in given.driver:
         program = given.python.get(name) or sys.executable

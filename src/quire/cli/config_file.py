@@ -44,7 +44,8 @@ def read_config(path: str) -> Config:
         data = Path(path).read_bytes()
         text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"the file of --config cannot be read as text: {path}", field="config") from error
+        why = (getattr(error, "strerror", None) or "").lower() or "it is not UTF-8"
+        raise ConfigurationError(f"the file of --config cannot be read: {path}: {why}", field="config") from error
     if len(data) > MAX_BYTES:
         raise ConfigurationError(f"the file of --config is larger than {MAX_BYTES:,} bytes", field="config")
     return _of_json(text, path) if text.lstrip().startswith("{") else _Lines(path).read(text)
@@ -56,7 +57,7 @@ def read_list(text: str) -> Value:
         return text
     try:
         items = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return [_json_scalar(item) for item in items]
 
@@ -80,8 +81,11 @@ class _Lines:
                 self._line(bare, number)
             except ValueError as error:
                 raise ConfigurationError(f"line {number} of {self._path}: {error}", field="config") from error
-        if self._found.pop(MODELS, ([], 0))[0]:
+        value, _ = self._found.pop(MODELS, (None, 0))
+        if value:
             raise ConfigurationError(f"{MODELS} in {self._path} must be entries of their own lines", field="config")
+        if value is not None and not self._models:
+            raise ConfigurationError(f"{MODELS} in {self._path} has no entry below it", field="config")
         return Config(_given(self._found), [_given(entry) for entry in self._models])
 
     def _line(self, line: str, number: int) -> None:
@@ -103,9 +107,11 @@ class _Lines:
         self._found[key] = (_value(rest) if rest else [], number)
 
     def _entry_line(self, line: str, number: int) -> None:
-        found = _IN_ENTRY.fullmatch(line)
+        found, item = _IN_ENTRY.fullmatch(line), _ITEM.fullmatch(line)
         pair = None if found is None else _PAIR.fullmatch(found[2])
         if found is None or pair is None:
+            if item is not None and _SCALAR.fullmatch(item[1]):
+                raise ValueError(f"an entry of {MODELS} is `- model: {item[1][:80]}`, not `- {item[1][:80]}`")
             raise ValueError(f"expected `- key: value` or `key: value` in an entry of {MODELS}; a list is [a, b]")
         if "-" in found[1]:
             self._models.append({})
@@ -152,10 +158,15 @@ def _scalar(text: str) -> str:
 def _of_json(text: str, path: str) -> Config:
     try:
         content: dict[str, Any] = json.loads(text)
+        has_models = MODELS in content
         models = content.pop(MODELS, [])
+        if has_models and not models:
+            raise ValueError(f"{MODELS} has no entry")
         if not isinstance(models, list) or not all(isinstance(entry, dict) for entry in models):
             raise ValueError(f"{MODELS} must be a list of objects")
         return Config(_of_object(content), [_of_object(entry) for entry in models])
+    except RecursionError as error:
+        raise ConfigurationError(f"{path} is not flat JSON: it is nested too deeply", field="config") from error
     except ValueError as error:
         raise ConfigurationError(f"{path} is not flat JSON: {error}", field="config") from error
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.cli.arguments import Parser
+from quire.cli.chat_terminal import CONTROL
 from quire.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
     checked = CheckedFile(exercise, path, options.timeout, options.recording and Path(options.recording))
     failed = sum(_tell(verdict) for verdict in checked.verdicts())
     if checked.printed:
-        print("the file printed:", *checked.printed, sep="\n  ")
+        print("the file printed:", *map(_harmless, checked.printed), sep="\n  ")
     return 1 if failed else 0
 
 
@@ -87,10 +88,15 @@ def _start(skeleton: Path, path: Path, section: str) -> int:
     return 0
 
 
+def _harmless(text: str) -> str:
+    """Text of a learner's file, without what would command the terminal or cannot be written."""
+    return text.translate(CONTROL).encode(errors="replace").decode()
+
+
 def _tell(verdict: "Verdict") -> bool:
     """Print it; whether the check did not pass."""
-    first, *rest = verdict.text.splitlines() or [""]
-    print(f"{MARKS[verdict.passed]}  {verdict.title}{f': {first}' if first else ''}", flush=True)
+    first, *rest = _harmless(verdict.text).splitlines() or [""]
+    print(f"{MARKS[verdict.passed]}  {_harmless(verdict.title)}{f': {first}' if first else ''}", flush=True)
     for line in rest:
         print(f"        {line}")
     return not verdict.passed

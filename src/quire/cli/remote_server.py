@@ -21,18 +21,23 @@ MAX_ERROR_BYTES = 2**16
 class Server:
     """One server.
 
+    Args:
+        url: HOST:PORT will do, for http.
+
     Raises:
         ConfigurationError: the address is not one.
     """
 
     def __init__(self, url: str, api_key: str | None) -> None:
         try:
-            parts = urlsplit(url)
+            parts = urlsplit(url if "://" in url else f"http://{url}")
             self._port, self._place = parts.port, parts.netloc.rpartition("@")[2]
         except ValueError as error:
             raise ConfigurationError(f"--url is not an address: {error}", field="url") from error
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
-            raise ConfigurationError(f"--url must be http://HOST:PORT or https://HOST:PORT, got {url!r}", field="url")
+            raise ConfigurationError(
+                f"--url must be http://HOST:PORT, https://HOST:PORT or HOST:PORT, got {url!r}", field="url"
+            )
         self._host, self._is_secure = parts.hostname, parts.scheme == "https"
         self._base = parts.path.rstrip("/").removesuffix("/v1")
         self._headers = {"Content-Type": "application/json"}

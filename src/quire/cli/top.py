@@ -4,23 +4,29 @@ import argparse
 import shutil
 import sys
 import time
-from typing import Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from quire.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from quire.cli.remote_server import Server
+
 EXAMPLES = """examples:
   quire top
-  quire top http://host:8000 --admin-api-key SECRET
+  quire top host:8000 --admin-api-key SECRET
   quire top --once
 
 A row is a request: its bar is the blocks that it holds. Ctrl-C ends it."""
+HERE = "http://127.0.0.1:8000"
 HOME_AND_CLEAR = "\x1b[H\x1b[J"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    parser.add_argument("url", nargs="?", default="http://127.0.0.1:8000", help="(default: http://127.0.0.1:8000)")
+    parser.add_argument("place", metavar="URL", nargs="?", help=f"as --url (default: {HERE})")
+    parser.add_argument("--url", metavar="URL", help="the server, such as 127.0.0.1:8000")
     parser.add_argument("--admin-api-key", metavar="KEY", help="the server's admin key, if it has one")
     parser.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between two looks (default: 1)")
     parser.add_argument("--model", metavar="NAME", help="of a server of several models; the first")
@@ -29,11 +35,21 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Look again and again."""
-    from quire.cli.remote_server import Server
+    from quire.cli.remote_server import Server  # its HTTP client is slow to import
 
     if not 0.1 <= options.every <= 3600:
         raise ConfigurationError("every must be between 0.1 and 3600 seconds", field="every")
-    server, blocks = Server(options.url, options.admin_api_key), dict[int, list[int]]()
+    given = [url for url in (options.place, options.url) if url is not None]
+    if len(given) > 1:
+        raise ConfigurationError("url stands there twice, as a word and as --url", field="url")
+    server = Server(given[0] if given else HERE, options.admin_api_key)
+    with suppress(KeyboardInterrupt):
+        _look(server, options)
+    return 0
+
+
+def _look(server: "Server", options: argparse.Namespace) -> None:
+    blocks = dict[int, list[int]]()
     since, chosen = -1, "" if options.model is None else f"&model={quote(options.model, safe='')}"
     while True:
         frame = server.look_up(f"/ui/frame?since={since}{chosen}")
@@ -48,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
         else:
             print(HOME_AND_CLEAR + shown, end="", flush=True)
         if options.once:
-            return 0
+            return
         time.sleep(options.every)
 
 

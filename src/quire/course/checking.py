@@ -44,7 +44,10 @@ def said(error: BaseException, path: str) -> str:
     where = f" (line {lines[-1]})" if lines else ""
     if isinstance(error, NotImplementedError):
         return f"it is not written yet{where}"
-    text = " ".join((error.msg if isinstance(error, SyntaxError) else str(error)).split())
+    try:
+        text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+    except BaseException:  # noqa: BLE001 - `__str__` may be the learner's
+        text = ""
     text = text if len(text) <= 3 * MOST_CHARACTERS else f"{text[: 3 * MOST_CHARACTERS]}..."
     if isinstance(error, MemoryError):
         text = text or "more memory than a check may take"

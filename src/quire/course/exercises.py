@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from quire.errors import ConfigurationError, unknown_name_message
+from quire.errors import ConfigurationError
 
 SKELETONS = Path(__file__).with_name("skeletons")
 
@@ -44,5 +44,6 @@ EXERCISES = {one.section: one for one in _TABLE}
 def find(section: str) -> Exercise:
     """The exercise of a section. Raises ConfigurationError where there is none."""
     if section not in EXERCISES:
-        raise ConfigurationError(unknown_name_message("exercise", section, EXERCISES), field="section")
+        text = f"section {section[:40]} has no exercise; there are: {', '.join(EXERCISES)}"
+        raise ConfigurationError(text, field="section")
     return EXERCISES[section]

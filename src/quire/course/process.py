@@ -21,6 +21,10 @@ START_S = 120.0
 SHOWN_LINES = 20
 """Of what a file printed, the last."""
 LOADING = "the file is loaded"
+MOST_LINE_BYTES = 2**20
+"""Of what the process says at once."""
+KINDS = {"checks": list, "passed": str, "failed": str}
+"""Of what it says, by its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +58,7 @@ class CheckedFile:
             # -P and an empty folder: no module beside the file, nor in the current folder, is taken for another one.
             command = [sys.executable, "-P", "-B", "-m", "quire.course.worker", self._exercise.section]
             process = subprocess.Popen(
-                [*command, str(self._path), str(writer), *self._recordings],
+                [*command, str(self._path), str(writer), str(self._timeout_s), *self._recordings],
                 cwd=folder,
                 env={**os.environ, **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")},
                 stdin=subprocess.DEVNULL,
@@ -77,29 +81,36 @@ class CheckedFile:
         if lines.next(START_S) is None:
             yield Verdict("the process begins", False, f"it did not within {START_S:g} s")
             return
-        first = self._next(process, lines)
+        first = self._next(process, lines, ("checks", "failed"))
         if "failed" in first:
             yield Verdict(LOADING, False, first["failed"])
             return
-        titles = first["checks"]
+        titles = [str(one) for one in first["checks"]]
         for place, title in enumerate(titles):
-            found = self._next(process, lines)
+            found = self._next(process, lines, ("passed", "failed"))
             yield Verdict(title, "passed" in found, found.get("passed", found.get("failed", "")))
             if "last" in found:
                 yield from (Verdict(one, None, "not run") for one in titles[place + 1 :])
                 return
 
-    def _next(self, process: "subprocess.Popen[bytes]", lines: "_Lines") -> dict[str, Any]:
-        """What the process says next, or how it ended instead."""
+    def _next(self, process: "subprocess.Popen[bytes]", lines: "_Lines", names: tuple[str, ...]) -> dict[str, Any]:
+        """What the process says next, under one of the names, or how it ended instead."""
+        deadline_s = time.monotonic() + self._timeout_s
         line = lines.next(self._timeout_s)
-        if line is None:
+        if line:
+            if (found := _understood(line, names)) is not None:
+                return found
+            _kill(process)
+            return {"failed": "it wrote where the checks tell what they found", "last": True}
+        code = None
+        if line is not None:  # a file can close the pipe and go on
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = process.wait(max(0.0, deadline_s - time.monotonic()))
+        if code is None:
             _kill(process)
             return {"failed": f"it did not end within {self._timeout_s:g} s", "last": True}
-        if line:
-            found: dict[str, Any] = json.loads(line)
-            return found
-        code = process.wait()
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        signals = {one.value: one.name for one in signal.Signals}
+        how = f"signal {signals.get(-code, -code)}" if code < 0 else f"exit code {code}"
         return {"failed": f"it ended the process: {how}", "last": True}
 
 
@@ -110,11 +121,11 @@ class _Lines:
         self._reader, self._read = reader, b""
 
     def next(self, timeout_s: float) -> bytes | None:
-        """The next line; empty at the end; None when the time is over."""
+        """The next line, or what is longer than one may be; empty at the end; None when the time is over."""
         deadline_s = time.monotonic() + timeout_s
         with selectors.DefaultSelector() as selector:
             selector.register(self._reader, selectors.EVENT_READ)
-            while b"\n" not in self._read:
+            while b"\n" not in self._read and len(self._read) <= MOST_LINE_BYTES:
                 if not selector.select(max(0.0, deadline_s - time.monotonic())):
                     return None
                 more = os.read(self._reader, 65536)
@@ -123,6 +134,18 @@ class _Lines:
                 self._read += more
         line, _, self._read = self._read.partition(b"\n")
         return line
+
+
+def _understood(line: bytes, names: tuple[str, ...]) -> dict[str, Any] | None:
+    """What a line says; None where the worker would not say it so: the file wrote it."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or len(found) != 1:
+        return None
+    ((name, value),) = found.items()
+    return found if name in names and isinstance(value, KINDS[name]) else None
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:

@@ -133,6 +133,10 @@ def _reporting(show: Callable[[int, int], None]) -> dict[str, Any]:
     return {"tqdm_class": Report}
 
 
+def _hint(repo_id: str) -> str:
+    return "" if "/" in repo_id else " (ids of models on the hub are OWNER/NAME)"
+
+
 def _download(
     repo_id: str,
     revision: str | None,
@@ -163,12 +167,13 @@ def _download(
     except errors.RevisionNotFoundError:
         reason = "the hub has no such revision"
     except errors.RepositoryNotFoundError:
-        reason = "there is no such directory, and the hub has no such model (or it is private)"
+        reason = f"there is no such directory, and the hub has no such model (or it is private){_hint(repo_id)}"
     except errors.LocalEntryNotFoundError:
+        here = f"there is no such directory here{_hint(repo_id)}"
         if huggingface_hub.is_offline_mode():
-            reason = "it is not in the local cache, and HF_HUB_OFFLINE is set: unset it to download"
+            reason = f"it is not in the local cache, {here}, and HF_HUB_OFFLINE is set: unset it to download"
         else:
-            reason = "the hub cannot be reached, and it is not in the local cache"
+            reason = f"the hub cannot be reached, and it is not in the local cache; {here}"
     except (errors.HfHubHTTPError, errors.HFValidationError) as error:
         reason = f"the hub answered with an error ({type(error).__name__})"
     except OSError as error:

@@ -90,9 +90,7 @@ def create_app(
 
     Raises: ConfigurationError: no name, or an empty key.
     """
-    models = (
-        engine if isinstance(engine, ServedModels) else ServedModels([_model(engine, served_model_name, model_names)])
-    )
+    models = _models(engine, served_model_name, model_names)
     api_keys = _weighted(api_key)
     may_guess = share_prefix_cache and len(api_keys) > 1
     app = _routed(apis, pages, metrics_prefix)
@@ -143,9 +141,11 @@ def _context(
     return context.with_parts(stand_ins)
 
 
-def _model(engine: "AsyncEngine", served: str | Sequence[str], others: Sequence[str]) -> ServedModel:
+def _models(engine: "AsyncEngine | ServedModels", served: str | Sequence[str], others: Sequence[str]) -> ServedModels:
+    if isinstance(engine, ServedModels):
+        return engine
     names = (served,) if isinstance(served, str) else tuple(served)
-    return ServedModel(names, frozenset((*names, *others)), engine)
+    return ServedModels([ServedModel(names, frozenset((*names, *others)), engine)])
 
 
 def _welcome(context: ServerContext, observability: Observability, model: ServedModel, engine: "AsyncEngine") -> None:
