@@ -17,7 +17,7 @@ from quire.errors import ConfigurationError
 def test_ollama_has_a_port_of_its_own(flags: list[str], port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
-    def bind(host: str, port: int) -> None:
+    def bind(host: str, port: int, flag: str) -> None:
         asked.append(port)
         raise ConfigurationError("enough", field="port")
 

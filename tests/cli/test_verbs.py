@@ -177,10 +177,13 @@ def test_serve_answers_and_stops_with_code_0(tiny: Path) -> None:
 
 def test_busy_port_is_found_before_the_model_is_read() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = quire("serve", "/nonexistent/model", "--port", taken.getsockname()[1])
-    assert done.returncode == 2
-    assert "address already in use" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+        port = taken.getsockname()[1]
+        for flags in (("--port",), ("--port", 0, "--ui-port")):
+            done = quire("serve", "/nonexistent/model", *flags, port)
+            assert done.returncode == 2
+            advice = f"({flags[-1]} N, or {flags[-1]} 0 for a free one)"
+            assert f"cannot listen on 127.0.0.1:{port}: address already in use {advice}" in done.stderr
+            assert len(done.stderr.splitlines()) == 1
 
 
 def test_bench_throughput_with_json(tiny: Path, tmp_path: Path) -> None:

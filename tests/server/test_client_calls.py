@@ -309,10 +309,16 @@ def test_a_file_is_processed_at_once(clients: dict[str, Any]) -> None:
     assert files.delete(made.id).deleted
 
 
-@pytest.mark.client("openai", "completions.create(suffix)", "completions.create(best_of, n)")
-def test_what_else_completions_take(clients: dict[str, Any], kept: Running) -> None:
+@pytest.mark.client("openai", "completions.create(suffix)")
+def test_a_suffix_where_the_tokenizer_has_the_tokens(clients: dict[str, Any]) -> None:
+    """Else it is refused: `test_gap_and_best.py`."""
+    answer = clients["openai"].completions.create(model=MODEL, prompt="a", suffix="b", max_tokens=2)
+    assert answer.usage.prompt_tokens == 3
+
+
+@pytest.mark.client("openai", "completions.create(best_of, n)")
+def test_the_best_of_several_completions(clients: dict[str, Any]) -> None:
     create = clients["openai"].completions.create
-    assert create(model=MODEL, prompt="a", suffix="b", max_tokens=2).usage.prompt_tokens == 3
     assert len(create(model=MODEL, prompt="a", best_of=3, n=2, max_tokens=2).choices) == 2
 
 

@@ -100,7 +100,7 @@ def test_key_guards_every_route_but_the_probes() -> None:
         with httpx.Client(base_url=locked.url) as http:
             assert {path for path in paths if http.get(path).status_code != 401} == OPEN_PATHS
             assert {"/v1/completions", "/v1/chat/completions", "/metrics", "/version"} <= set(paths)
-            assert len(paths) == 63
+            assert len(paths) == 68
             bad = ["secret", "Bearer", "Bearer secre", "Bearer secretx", "Basic secret", "bearer\tsecret"]
             for value in bad:
                 assert http.get("/version", headers={"authorization": value}).status_code == 401, value

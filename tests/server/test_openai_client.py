@@ -22,6 +22,15 @@ def test_completion(client: openai.OpenAI) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (3, 5, 8)
 
 
+@pytest.mark.client("openai", "chat.completions.create(temperature, max_tokens, stop, seed, top_p)")
+def test_chat_is_sampled_as_asked(running: Running, client: openai.OpenAI) -> None:
+    asked = {"temperature": 0.5, "max_tokens": 7, "stop": ["zz"], "seed": 3, "top_p": 0.25}
+    answer = client.chat.completions.create(model=MODEL, messages=HELLO, **asked)  # type: ignore[call-overload]
+    assert answer.usage.completion_tokens == 7
+    params = running.engine.calls[-1]["params"]
+    assert {name: getattr(params, name) for name in asked} == asked
+
+
 def test_completion_default_is_sixteen_tokens(client: openai.OpenAI) -> None:
     assert len(client.completions.create(model=MODEL, prompt="abc").choices[0].text) == 16
 

@@ -175,7 +175,8 @@ def run(options: argparse.Namespace) -> int:
         check_names(options.served_model_name or [engines.model_name(args)])
     cors = _cors(options)
     sys.setswitchinterval(SWITCH_SECONDS)
-    listeners = [bind(options.host, one) for one in (port, options.ui_port) if one is not None]
+    wanted = {"--port": port, "--ui-port": options.ui_port}
+    listeners = [bind(options.host, one, flag) for flag, one in wanted.items() if one is not None]
     if several is None:
         model_path.check(args.model)
     sys.set_int_max_str_digits(MAX_DIGITS)

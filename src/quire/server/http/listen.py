@@ -57,8 +57,8 @@ def raise_descriptors() -> int:
     return max(soft // 4, soft - RESERVED_DESCRIPTORS)
 
 
-def bind(host: str, port: int) -> Listener:
-    """A bound socket: a busy port is found before a model is loaded.
+def bind(host: str, port: int, flag: str = "--port") -> Listener:
+    """A bound socket: a busy port is found before a model is loaded, and the flag that chooses it is named.
 
     Raises:
         ConfigurationError: the address cannot be had.
@@ -72,5 +72,8 @@ def bind(host: str, port: int) -> Listener:
     except (OSError, OverflowError) as error:
         listener.close()
         reason = getattr(error, "strerror", None) or "not an address of this machine"
-        raise ConfigurationError(f"cannot listen on {host}:{port}: {reason.lower()}", field="port") from error
+        text = f"cannot listen on {host}:{port}: {reason.lower()}"
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            text += f" ({flag} N, or {flag} 0 for a free one)"
+        raise ConfigurationError(text, field=flag.strip("-").replace("-", "_")) from error
     return listener
