@@ -1,6 +1,7 @@
 """Settings shared by all tests: no network, and hypothesis without wall-clock deadlines."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,11 @@ from hypothesis import HealthCheck, settings
 if not os.path.exists("/dev/nvidia0"):
     # Triton reads it when it is first imported, which may be by torch.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# What a shell runs in its background ignores these, and so would all that tests start and send them to.
+for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 # Before any test imports huggingface_hub, which reads it once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
