@@ -164,7 +164,7 @@ def began(monkeypatch: pytest.MonkeyPatch, *words: str) -> dict[str, Any]:
 
     monkeypatch.setattr("quire.compose.served.begin", begin)
     listener = SimpleNamespace(close=lambda: None, getsockname=lambda: ("127.0.0.1", 1))
-    monkeypatch.setattr("quire.server.http.listen.bind", lambda host, port: listener)
+    monkeypatch.setattr("quire.server.http.listen.bind", lambda host, port, flag: listener)
     monkeypatch.setattr("quire.engine.async_engine.AsyncEngine", Engine)
     monkeypatch.setattr("quire.server.http.app.create_app", create_app)
     monkeypatch.setattr("quire.server.http.access.configure_logs", lambda *args, **options: found.update(options))
