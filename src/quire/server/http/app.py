@@ -18,8 +18,8 @@ from quire.server.http.context import MODEL, Api, Pages, ServerContext
 from quire.server.http.cors import EXPOSED, Cors
 from quire.server.http.jobs import Jobs
 from quire.server.http.keys import KeyRequired, caller_name
-from quire.server.http.library import Library, LocalModels
 from quire.server.http.limits import Limits
+from quire.server.http.local_models import LocalModels, LocalState
 from quire.server.http.middleware import EarlyRefusal, ForeignPages, QueueGuard, RejectAmbiguousFraming
 from quire.server.http.models import ServedModel, ServedModels
 from quire.server.http.shares import Shares
@@ -103,7 +103,7 @@ def create_app(
         show_cached_tokens=not may_guess if show_cached_tokens is None else show_cached_tokens,
         shares_prefix_cache=share_prefix_cache,
         store=store,
-        library=Library(local_models),
+        local=LocalState(local_models),
     )
     app.state.welcome = partial(_welcome, context, observability)
     _surround(app, list(api_keys), observability, cors, pages)

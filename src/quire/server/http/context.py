@@ -22,8 +22,8 @@ from quire.server.http.body import Bodies
 from quire.server.http.errors import ApiError
 from quire.server.http.jobs import Jobs
 from quire.server.http.keys import cache_namespace, caller_of
-from quire.server.http.library import Library
 from quire.server.http.limits import Limits
+from quire.server.http.local_models import LocalState
 from quire.server.http.metrics import RequestCounts
 from quire.server.http.models import ServedModel, ServedModels
 from quire.server.http.shares import Shares, network_of
@@ -189,7 +189,7 @@ class ServerContext:
     """Whether requests with different API keys may find each other's prefixes."""
     store: Store | None = None
     """Keeps things between requests; None: nothing is kept."""
-    library: Library = field(default_factory=Library)
+    local: LocalState = field(default_factory=LocalState)
     jobs: Jobs = field(default_factory=Jobs)
     gate: Gate = field(default_factory=Gate)
     started_s: int = field(default_factory=lambda: int(time.time()))

@@ -82,7 +82,7 @@ async def refuse(request: Request) -> Response:
 def _shown(context: ServerContext) -> list[tuple[str, ServerContext]]:
     """With names that were copied."""
     found = context.shown()
-    copied = [(name, part) for name, of in context.library.aliases.items() for known, part in found if known == of]
+    copied = [(name, part) for name, of in context.local.aliases.items() for known, part in found if known == of]
     return [*found, *copied]
 
 

@@ -40,7 +40,7 @@ def ours(context: ServerContext, name: str) -> str:
     if name in context.accepted_names:
         return name
     bare = name.removesuffix(":latest")
-    return context.library.aliases.get(bare, bare)
+    return context.local.aliases.get(bare, bare)
 
 
 def serving(context: ServerContext, name: str, scope: Scope) -> ServerContext:

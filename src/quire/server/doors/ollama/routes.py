@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from quire.sampling_params import SamplingParams
-from quire.server.doors.ollama import library, models
+from quire.server.doors.ollama import local_models, models
 from quire.server.doors.ollama.describe import describe
 from quire.server.doors.ollama.parse import Call, in_own_names, parse_chat, parse_generate
 from quire.server.doors.ollama.respond import OllamaAnswer, OllamaChatAnswer, defaults_of, nothing_asked, serving
@@ -52,7 +52,7 @@ async def _create(request: Request, parse: Parse, answer: type[OllamaAnswer]) ->
 
 async def pull(request: Request) -> Response:
     """Fetch a model to this machine."""
-    return await library.pull(request, FRAMING)
+    return await local_models.pull(request, FRAMING)
 
 
 _METHODS = {"/api/blobs/{digest}": ["POST", "HEAD"]}
@@ -67,8 +67,8 @@ OLLAMA = Api(
         Route("/api/version", models.version),
         Route("/api/show", models.show, methods=["POST"]),
         Route("/api/pull", pull, methods=["POST"]),
-        Route("/api/delete", library.delete, methods=["DELETE"]),
-        Route("/api/copy", library.copy, methods=["POST"]),
+        Route("/api/delete", local_models.delete, methods=["DELETE"]),
+        Route("/api/copy", local_models.copy, methods=["POST"]),
         *(Route(path, models.refuse, methods=_METHODS.get(path, ["POST"])) for path in models.REFUSED),
     ),
     queued_paths=frozenset({"/api/chat", "/api/generate"}),

@@ -16,8 +16,8 @@ from quire.server.doors.ollama.bodies import COPY, DELETE, PULL
 from quire.server.doors.ollama.respond import ours, resolve
 from quire.server.http.context import ServerContext, new_id
 from quire.server.http.errors import ApiError
-from quire.server.http.library import MODEL_CHARACTERS, MOST_ALIASES, NAME_CHARACTERS, Library, LocalModels
 from quire.server.http.limits import RETRY_AFTER_SECONDS
+from quire.server.http.local_models import MODEL_CHARACTERS, MOST_ALIASES, NAME_CHARACTERS, LocalModels, LocalState
 from quire.server.http.probes import require_admin
 from quire.server.http.streams import Deliverable, Framing, deliver
 
@@ -48,7 +48,7 @@ async def delete(request: Request) -> Response:
     context: ServerContext = request.app.state.context
     body = await context.bodies.read(request, lambda raw: DELETE.read(raw, context.limits))
     require_admin(request)
-    if context.library.aliases.pop(_bare(body.model), None) is not None:
+    if context.local.aliases.pop(_bare(body.model), None) is not None:
         return Response()
     if ours(context, body.model) in context.accepted_names:
         raise InvalidRequestError("the model of a running server stays", param="model")
@@ -66,7 +66,7 @@ async def copy(request: Request) -> Response:
     body = await context.bodies.read(request, lambda raw: COPY.read(raw, context.limits))
     require_admin(request)
     resolve(context, body.source)
-    name, aliases = _bare(body.destination), context.library.aliases
+    name, aliases = _bare(body.destination), context.local.aliases
     if not 0 < len(name) <= NAME_CHARACTERS or not name.isprintable():
         raise InvalidRequestError(f"destination must have 1 to {NAME_CHARACTERS} characters", param="destination")
     if name in context.accepted_names:
@@ -85,9 +85,9 @@ def _local(request: Request) -> LocalModels:
     """What an operator may fetch to and remove from."""
     require_admin(request)
     context: ServerContext = request.app.state.context
-    if context.library.models is None:
+    if context.local.models is None:
         raise ApiError(400, "this server fetches and removes no models", code="unsupported_route", param="model")
-    return context.library.models
+    return context.local.models
 
 
 def _directories(context: ServerContext) -> set[str]:
@@ -128,7 +128,7 @@ class _Pulling(_Pulled):
     """Of one that is fetched meanwhile."""
 
     def __init__(self, context: ServerContext, models: LocalModels, name: str) -> None:
-        self._gate, self._library, self._models, self._name = context.gate, context.library, models, name
+        self._gate, self._local, self._models, self._name = context.gate, context.local, models, name
         self._seen, self._is_wanted = (0, 0), True
 
     async def whole(self) -> bytes:
@@ -137,14 +137,14 @@ class _Pulling(_Pulled):
         return msgspec.json.encode(last)
 
     async def events(self) -> AsyncGenerator[Body, None]:
-        if self._library.pulling:
-            text = f"{self._library.pulling} is being pulled, and one model is at a time"
+        if self._local.pulling:
+            text = f"{self._local.pulling} is being pulled, and one model is at a time"
             headers = {"Retry-After": str(RETRY_AFTER_SECONDS)}
             raise ApiError(503, text, code="overloaded", headers=headers)
         with self._gate.inside(new_id("pull")):
-            self._library.pulling = self._name
+            self._local.pulling = self._name
             task = asyncio.create_task(asyncio.to_thread(self._models.pull, self._name, self._show))
-            task.add_done_callback(partial(_ended, self._library))
+            task.add_done_callback(partial(_ended, self._local))
             try:
                 yield {"status": "pulling manifest"}
                 async for event in self._progress(task):
@@ -175,7 +175,7 @@ class _Pulling(_Pulled):
         self._seen = done_bytes, total_bytes
 
 
-def _ended(library: Library, task: "asyncio.Task[object]") -> None:
-    library.pulling = ""
+def _ended(local: LocalState, task: "asyncio.Task[object]") -> None:
+    local.pulling = ""
     if not task.cancelled():
         task.exception()  # so that asyncio does not say that it was never looked at: the client may have left

@@ -37,8 +37,8 @@ class LocalModels(Protocol):
 
 
 @dataclass(slots=True)
-class Library:
-    """Of one server."""
+class LocalState:
+    """What one server knows of them."""
 
     models: LocalModels | None = None
     """None: nothing is fetched or removed."""
