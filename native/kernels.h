@@ -238,15 +238,17 @@ struct FiniteArgs {
     bool* finite;  // [rows]
 };
 
-// Round to nearest, ops/quantize_reference.py: the integers of rows of a weight.
+enum class Rounding { int8, int4, e4m3 };
+
+// Round to nearest, ops/quantize_reference.py: the numbers of rows of a weight.
 struct QuantizeArgs {
     int64_t in;
     Storage storage;  // of the weight
     int64_t group_size;  // inputs that share a scale; `in` or more is a whole row
-    bool four_bits, e4m3;
+    Rounding rounding;
 
     int64_t groups() const { return in == 0 ? 0 : (in + group_size - 1) / group_size; }
-    bool whole() const { return !four_bits && group_size >= in; }
+    bool whole() const { return rounding != Rounding::int4 && group_size >= in; }
     int64_t padded() const { return whole() ? (in + 15) / 16 * 16 : groups() * group_size; }
     size_t scratch_bytes() const { return static_cast<size_t>(padded()) * 5; }
 };

@@ -73,13 +73,11 @@ public:
     }
 
     // The integers and scales of a weight; false where a weight is not finite.
-    bool quantize(nb::handle weight_, const std::string& storage_name, bool four_bits, bool e4m3, int64_t group_size,
-                  nb::handle values_, nb::handle scales_) {
-        const Storage storage = storage_or_raise(storage_name);
-        if (storage == Storage::float32) {
-            return quantize_items<float>(weight_, storage, four_bits, e4m3, group_size, values_, scales_);
-        }
-        return quantize_items<uint16_t>(weight_, storage, four_bits, e4m3, group_size, values_, scales_);
+    bool quantize(nb::handle weight_, const std::string& storage_name, const std::string& rounding_name,
+                  int64_t group_size, nb::handle values_, nb::handle scales_) {
+        const QuantizeArgs args{0, storage_or_raise(storage_name), group_size, rounding_or_raise(rounding_name)};
+        if (args.storage == Storage::float32) return quantize_items<float>(weight_, args, values_, scales_);
+        return quantize_items<uint16_t>(weight_, args, values_, scales_);
     }
 
     // `values` [out, in] int8, `scales` and `minima` (or None) [out, ceil(in / group)].
@@ -369,15 +367,14 @@ private:
     }
 
     template <class Item>
-    bool quantize_items(nb::handle weight_, Storage storage, bool four_bits, bool e4m3, int64_t group_size,
-                        nb::handle values_, nb::handle scales_) {
+    bool quantize_items(nb::handle weight_, QuantizeArgs args, nb::handle values_, nb::handle scales_) {
         Array<Item, 2> weight(weight_, "weight");
         Array<int8_t, 2> values(values_, "values", true);
         Floats2 scales(scales_, "scales", true);
-        const int64_t out = weight.size(0), in = weight.size(1);
-        require(group_size == 32 || group_size == 64 || group_size == 128 || (!four_bits && (group_size == in || group_size == 16)),
+        const int64_t out = weight.size(0), in = args.in = weight.size(1), size = args.group_size;
+        const bool has_eight_bits = args.rounding != Rounding::int4;
+        require(size == 32 || size == 64 || size == 128 || (has_eight_bits && (size == in || size == 16)),
                 "quantize: group_size is not one of 32, 64, 128, and of 8 bits 16 or all inputs");
-        const QuantizeArgs args{in, storage, group_size, four_bits, e4m3};
         require(values.size(0) == out && values.size(1) == in, "quantize: values has the wrong shape");
         require(scales.size(0) == out && scales.size(1) == args.groups(), "quantize: scales has the wrong shape");
         QuantizeJob job{args, kernels_, &pool_, out, weight.data(), weight.stride() * int64_t{sizeof(Item)},

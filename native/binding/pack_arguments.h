@@ -24,6 +24,12 @@ inline Storage storage_or_raise(const std::string& name) {
     return *storage;
 }
 
+inline Rounding rounding_or_raise(const std::string& name) {
+    const auto rounding = rounding_named(name);
+    require(rounding.has_value(), "quantize: rounding is not one of int8, int4, fp8");
+    return *rounding;
+}
+
 using Bytes = Array<uint8_t, 1>;
 
 // An argument [out] that may be None.

@@ -272,7 +272,8 @@ void pack_integer_panel(void* context, int64_t panel, int) {
 }  // namespace
 
 Packed pack_rows(const WeightRows& weight, const Panels& shape, void* data, const Kernels& kernels, ThreadPool& pool) {
-    const QuantizeArgs rounding{weight.in, weight.storage, shape.group, shape.bits == 4, shape.storage == Storage::e4m3};
+    const Rounding to = shape.storage == Storage::e4m3 ? Rounding::e4m3 : shape.bits == 4 ? Rounding::int4 : Rounding::int8;
+    const QuantizeArgs rounding{weight.in, weight.storage, shape.group, to};
     const int64_t step = panels_per_item(shape, pool.threads());
     Job job{weight, shape, static_cast<char*>(data), kernels, pool, rounding, {weight, shape, rounding}, step};
     if (shape.panels() > 0) pool.reserve(job.workspace.bytes());

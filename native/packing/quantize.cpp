@@ -149,12 +149,13 @@ bool quantize_row(const QuantizeArgs& args, const void* weight, int8_t* values, 
     for (int64_t i = in; i < padded; ++i) x[i] = 0.0f;
     const Range range = range_of(x, padded);
     if (!range.finite) return false;
+    const bool is_e4m3 = args.rounding == Rounding::e4m3;
     if (args.whole()) {
-        eight_bits(x, padded, args.e4m3, range, bytes, scales);
-    } else if (!args.four_bits) {
+        eight_bits(x, padded, is_e4m3, range, bytes, scales);
+    } else if (args.rounding != Rounding::int4) {
         for (int64_t first = 0; first < padded; first += args.group_size) {
             const Range of_group = range_of(x + first, args.group_size);
-            eight_bits(x + first, args.group_size, args.e4m3, of_group, bytes + first, scales + first / args.group_size);
+            eight_bits(x + first, args.group_size, is_e4m3, of_group, bytes + first, scales + first / args.group_size);
         }
     } else {
         const auto round_group = args.group_size == 32 ? group<2> : args.group_size == 64 ? group<4> : group<8>;

@@ -75,7 +75,7 @@ def test_integers_of_impossible_size(cpu: CpuOps) -> None:
             cpu._native.pack_integers(values, scales, None, None, (bits, 32, 127, 4, False), False)
     weight = repeated(2**55, zeros(32))
     with pytest.raises(ValueError, match="too large"):
-        cpu._native.quantize(weight, "float32", False, False, 32, repeated(2**55, np.zeros(32, np.int8)), scales)
+        cpu._native.quantize(weight, "float32", "int8", 32, repeated(2**55, np.zeros(32, np.int8)), scales)
 
 
 def test_rows_of_impossible_number(cpu: CpuOps) -> None:
@@ -90,11 +90,16 @@ def test_rows_of_impossible_number(cpu: CpuOps) -> None:
             cpu._native.linear(x, weight, none, 1.0, 0.0, False)
 
 
-@pytest.mark.parametrize("numbers", [(False, False), (True, False), (False, True)])
-def test_rows_without_inputs_have_no_scales(cpu: CpuOps, numbers: tuple[bool, bool]) -> None:
+def test_a_rounding_that_is_none_is_refused(cpu: CpuOps) -> None:
+    with pytest.raises(ValueError, match="rounding is not one of int8, int4, fp8"):
+        cpu._native.quantize(zeros(1, 32), "float32", "int2", 32, np.zeros((1, 32), np.int8), zeros(1, 1))
+
+
+@pytest.mark.parametrize("rounding", ["int8", "int4", "fp8"])
+def test_rows_without_inputs_have_no_scales(cpu: CpuOps, rounding: str) -> None:
     memory = np.full(6, 7, np.float32)
     scales = memory[2:2].reshape(3, 0)
-    assert cpu._native.quantize(zeros(3, 0), "float32", *numbers, 32, np.zeros((3, 0), np.int8), scales)
+    assert cpu._native.quantize(zeros(3, 0), "float32", rounding, 32, np.zeros((3, 0), np.int8), scales)
     assert (memory == 7).all()
 
 

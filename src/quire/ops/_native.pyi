@@ -102,14 +102,13 @@ class Runtime:
         self,
         weight: Any,
         dtype: str,
-        four_bits: bool,
-        e4m3: bool,
+        rounding: str,
         group_size: int,
         values: Any,
         scales: Any,
         /,
     ) -> bool:
-        """False where a weight is not finite."""
+        """`rounding` is int8, int4 or fp8. False where a weight is not finite."""
     def pack_integers(
         self,
         values: Any,

@@ -92,12 +92,12 @@ class CpuOps(ComposedOps):
         weight = np.ascontiguousarray(weight)
         out, inputs = weight.shape
         dtype = next(name for name, one in _DTYPES.items() if one == weight.dtype)
-        four_bits, size = FORMATS[quant.format].bits == 4, quant.group_size or inputs
-        is_e4m3 = quant.format in E4M3_FORMATS
+        size, is_e4m3 = quant.group_size or inputs, quant.format in E4M3_FORMATS
+        rounding = "fp8" if is_e4m3 else f"int{FORMATS[quant.format].bits}"
         values = np.empty((out, inputs), np.int8)
         scales = np.empty((out, -(-inputs // size) if inputs else 0), _FLOAT32)
         items = weight if dtype == "float32" else weight.view(np.uint16)
-        if not self._native.quantize(items, dtype, four_bits, is_e4m3, size, values, scales):
+        if not self._native.quantize(items, dtype, rounding, size, values, scales):
             raise ValueError("a weight is not finite")
         whole = values.view(ml_dtypes.float8_e4m3fn) if is_e4m3 else values
         return QuantizedWeight(quant.format, whole, scales, size)
