@@ -372,8 +372,7 @@ private:
         Array<int8_t, 2> values(values_, "values", true);
         Floats2 scales(scales_, "scales", true);
         const int64_t out = weight.size(0), in = args.in = weight.size(1), size = args.group_size;
-        const bool has_eight_bits = args.rounding != Rounding::int4;
-        require(size == 32 || size == 64 || size == 128 || (has_eight_bits && (size == in || size == 16)),
+        require(size == 32 || size == 64 || size == 128 || (args.rounding != Rounding::int4 && (size == in || size == 16)),
                 "quantize: group_size is not one of 32, 64, 128, and of 8 bits 16 or all inputs");
         require(values.size(0) == out && values.size(1) == in, "quantize: values has the wrong shape");
         require(scales.size(0) == out && scales.size(1) == args.groups(), "quantize: scales has the wrong shape");

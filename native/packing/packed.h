@@ -35,13 +35,6 @@ inline std::optional<Storage> cache_storage_named(const std::string& name) {
     return storage_named(name);
 }
 
-inline std::optional<Rounding> rounding_named(const std::string& name) {
-    if (name == "int8") return Rounding::int8;
-    if (name == "int4") return Rounding::int4;
-    if (name == "fp8") return Rounding::e4m3;
-    return std::nullopt;
-}
-
 // How a weight of small numbers is made; bits 0: it is none.
 struct Integers {
     int64_t bits = 0, group = 0;

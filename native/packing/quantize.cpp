@@ -147,15 +147,12 @@ bool quantize_row(const QuantizeArgs& args, const void* weight, int8_t* values, 
                                                             : to_floats<float>;
     convert(weight, in, x);
     for (int64_t i = in; i < padded; ++i) x[i] = 0.0f;
-    const Range range = range_of(x, padded);
-    if (!range.finite) return false;
-    const bool is_e4m3 = args.rounding == Rounding::e4m3;
-    if (args.whole()) {
-        eight_bits(x, padded, is_e4m3, range, bytes, scales);
-    } else if (args.rounding != Rounding::int4) {
-        for (int64_t first = 0; first < padded; first += args.group_size) {
-            const Range of_group = range_of(x + first, args.group_size);
-            eight_bits(x + first, args.group_size, is_e4m3, of_group, bytes + first, scales + first / args.group_size);
+    if (!range_of(x, padded).finite) return false;
+    if (args.rounding != Rounding::int4) {
+        const int64_t size = args.whole() ? padded : args.group_size;
+        for (int64_t first = 0; first < padded; first += size) {
+            const Range range = range_of(x + first, size);
+            eight_bits(x + first, size, args.rounding == Rounding::e4m3, range, bytes + first, scales + first / size);
         }
     } else {
         const auto round_group = args.group_size == 32 ? group<2> : args.group_size == 64 ? group<4> : group<8>;
