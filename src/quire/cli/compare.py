@@ -285,7 +285,7 @@ def _progress(total: int, *, quiet: bool) -> Iterator[Callable[[str], None]]:
     elif not sys.stderr.isatty():
         yield lambda text: print(f"  {text}", file=sys.stderr, flush=True)
     else:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+        from tqdm.auto import tqdm
 
         with tqdm(total=total, desc="turns", dynamic_ncols=True) as bar:
 
