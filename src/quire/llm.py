@@ -350,7 +350,7 @@ def progress_bar(num_prompts: int | None, *, show: bool) -> Iterator[Callable[[R
     if not show:
         yield lambda output: None
         return
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from tqdm.auto import tqdm
 
     start_s, num_in, num_out = time.monotonic(), 0, 0
 

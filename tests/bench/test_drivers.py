@@ -93,6 +93,11 @@ def test_a_server_that_is_not_there_is_missing(tiny: Path) -> None:
         start_server(settings(tiny, command=["/bin/true"], module="no_such_engine"))
     with pytest.raises(RuntimeError, match="the server ended with 7: out of memory"):
         start_server(settings(tiny, command=["/bin/sh", "-c", "echo out of memory; exit 7"]))
+    chatty = "yes out of words | head -c 2990000; echo at last; exit 7"
+    with pytest.raises(RuntimeError, match="the server ended with 7: at last") as ended:
+        start_server(settings(tiny, command=["/bin/sh", "-c", chatty]))
+    (log,) = (len(entry.frame.f_locals["self"]._log) for entry in ended.traceback if entry.name == "_await_model")
+    assert log == 2**18, "no more of what a server writes is kept"
     with pytest.raises(TimeoutError, match=r"no answer from 127\.0\.0\.1:9"):
         start_server(settings(tiny, url="http://127.0.0.1:9"))
 

@@ -1,6 +1,7 @@
 """The exercises of the course: each check passes a right answer, sees a wrong one, and every ending is one line."""
 
 import os
+import py_compile
 import re
 import select
 import signal
@@ -109,6 +110,10 @@ def test_the_course_s_block_manager_is_slow(load: Any) -> None:
     text = solution(EXERCISES["2.1"]).replace("self.plain.pop()", "self.plain.pop(0)")
     with pytest.raises(Failed, match=r"of 32 blocks and [\d,]+ of 1,024; most of them in list\.pop\(0\)"):
         checks_of(EXERCISES["2.1"])["cheap"](load(text))
+    again = load(text.replace("list(range(num_blocks))", "[*range(num_blocks)]"))
+    py_compile.compile(str(again.__file__))
+    with pytest.raises(Failed, match=r"most of them in list\.pop\(0\)"):  # whatever byte code lies beside the file
+        checks_of(EXERCISES["2.1"])["cheap"](again)
     quick = "from collections import deque\n" + text.replace("self.plain = list(range", "self.plain = deque(range")
     checks_of(EXERCISES["2.1"])["cheap"](load(quick.replace("pop(0)", "popleft()")))
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from types import TracebackType
 
 from quire.bench.offline import Measurement, measure
 from quire.bench.peer_answers import EngineInfo, PeerError, PeerMissing, RunResult
@@ -136,8 +137,10 @@ class Comparison:
         self._stack.__enter__()
         return self
 
-    def __exit__(self, *details: object) -> None:
-        self._stack.__exit__(*details)  # type: ignore[arg-type]
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
 
 
 def yardstick(turns: Sequence[Turn], started: Sequence[Started]) -> str | None:

@@ -12,7 +12,6 @@ from quire.errors import QuireError
 Seconds = Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 Scalar = str | int | Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)] | bool | None
-T = TypeVar("T")
 
 
 class PeerError(QuireError):
@@ -52,6 +51,9 @@ class RunResult:
     """The most that its KV cache was at a time, where it grows with the requests."""
 
 
+T = TypeVar("T", EngineInfo, RunResult)
+
+
 def plain(text: str) -> str:
     """One line of at most 500 characters, none of which commands a terminal or cannot be encoded."""
     line = " ".join(text[:5000].split())[:500]
@@ -87,7 +89,7 @@ def convert(answer: Any, form: type[T]) -> T:
         found = msgspec.convert(answer, form)
     except (msgspec.ValidationError, RecursionError) as error:
         raise PeerError(f"{what} ({error})") from error
-    if unknown := sorted(answer.keys() - {one.name for one in fields(form)}):  # type: ignore[arg-type]
+    if unknown := sorted(answer.keys() - {one.name for one in fields(form)}):
         raise PeerError(f"{what} (there is no field {unknown[0]})")
     return found
 

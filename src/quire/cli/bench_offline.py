@@ -89,7 +89,7 @@ def run_latency(options: argparse.Namespace) -> int:
 
     within(options, 1, "input_len", "output_len", "batch_size", "n", "num_iters")
     within(options, 0, "num_iters_warmup")
-    _check_folder(options.output_json)
+    check_folder(options.output_json)
     values = {"enable_prefix_caching": False, **engine_values(options)}
     args = EngineArgs.from_mapping(values)
     model_path.check(args.model)
@@ -100,14 +100,14 @@ def run_latency(options: argparse.Namespace) -> int:
             options.batch_size, options.input_len, options.output_len, 0.0, 0, options.seed_prompts, as_text=False
         )
         once = _batch(llm, _prompts(loads, llm.vocab_size), options)
-        for _ in _bar(range(options.num_iters_warmup), "warm-up", options):
+        for _ in counted(options.num_iters_warmup, "warm-up", options):
             once()
-        latencies = [_timed(once) for _ in _bar(range(options.num_iters), "batches", options)]
+        latencies = [_timed(once) for _ in counted(options.num_iters, "batches", options)]
     found = latency_result(latencies)
     print(f"average latency: {found['avg_latency']:.4f} s\nspread (std): {found['std_latency']:.4f} s")
     for percent, value in found["percentiles"].items():
         print(f"{percent}% percentile: {value:.4f} s")
-    _write(options.output_json, found)
+    write(options.output_json, found)
     return 0
 
 
@@ -155,7 +155,7 @@ def run_dataset(options: argparse.Namespace) -> int:
         raise ConfigurationError("input_len and prefix_len go with --dataset-name random", field="input_len")
     if options.compare or options.profile:
         raise ConfigurationError("compare and profile go with --workload", field="dataset_name")
-    _check_folder(options.output_json)
+    check_folder(options.output_json)
     args = EngineArgs.from_mapping(engine_values(options))
     model_path.check(args.model)
     with LLM(**engine_values(options)) as llm:
@@ -182,7 +182,7 @@ def run_dataset(options: argparse.Namespace) -> int:
         f"{num_output / elapsed_s:.2f} output tokens/s"
     )
     print(f"prompt tokens: {found['total_num_tokens'] - num_output}\noutput tokens: {num_output}")
-    _write(options.output_json, found)
+    write(options.output_json, found)
     return 0
 
 
@@ -224,18 +224,21 @@ def _check_length(llm: "LLM", needed: int) -> None:
         raise ConfigurationError(text, field="max_model_len")
 
 
-def _bar(items: Iterable[int], name: str, options: argparse.Namespace) -> Iterable[int]:
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+def counted(count: int, name: str, options: argparse.Namespace) -> Iterable[int]:
+    """So many rounds, with a bar unless --quiet."""
+    from tqdm.auto import tqdm
 
-    bar: Iterable[int] = tqdm(items, desc=name, dynamic_ncols=True, disable=options.quiet)
+    bar: Iterable[int] = tqdm(range(count), desc=name, dynamic_ncols=True, disable=options.quiet)
     return bar
 
 
-def _check_folder(path: Path | None) -> None:
+def check_folder(path: Path | None) -> None:
+    """Raise ConfigurationError where there is none for `--output-json`."""
     if path is not None and not path.parent.is_dir():
         raise ConfigurationError(f"output_json: there is no folder {path.parent}", field="output_json")
 
 
-def _write(path: Path | None, found: dict[str, Any]) -> None:
+def write(path: Path | None, found: dict[str, Any]) -> None:
+    """The figures as JSON, where `--output-json` names a file."""
     if path is not None:
         path.write_text(json.dumps(found, indent=4) + "\n", encoding="utf-8")

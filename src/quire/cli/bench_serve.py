@@ -4,8 +4,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from quire.cli.bench_dataset import CUSTOM, LENGTHS, NUM_PROMPTS, RANDOM, RANDOM
 from quire.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from quire.bench.serving import Ask, Chunk, Load, Seen
+    from quire.bench.serving import Ask, Chunk, Load
 
 EXAMPLES = """examples:
   quire bench serve --num-prompts 100 --request-rate 4
@@ -95,6 +94,8 @@ def add(kinds: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Load, print, write."""
+    from tqdm.auto import tqdm
+
     from quire.bench import serving
     from quire.cli.remote_server import Server
 
@@ -110,8 +111,8 @@ def run(options: argparse.Namespace) -> int:
     for place in range(options.num_warmups):  # the first also says whether the server takes such
         list(ask(loads[place % count]))
     open_at_once = min(options.max_concurrency or MOST_OPEN, MOST_OPEN)
-    with _bar(count, show=not options.disable_tqdm) as advance:
-        seen, duration_s = serving.run(loads, arrivals, ask, open_at_once, advance)
+    with tqdm(total=count, desc="requests", dynamic_ncols=True, disable=options.disable_tqdm) as bar:
+        seen, duration_s = serving.run(loads, arrivals, ask, open_at_once, lambda one: bar.update())
     facts = {
         "backend": options.backend,
         "label": options.label,
@@ -268,17 +269,6 @@ def _ask(server: Any, options: argparse.Namespace) -> "Ask":
                 yield Chunk("", usage.get("prompt_tokens"), usage.get("completion_tokens"))
 
     return ask
-
-
-@contextmanager
-def _bar(count: int, *, show: bool) -> "Iterator[Callable[[Seen], None]]":
-    if not show:
-        yield lambda seen: None
-        return
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    with tqdm(total=count, desc="requests", dynamic_ncols=True) as bar:
-        yield lambda seen: bar.update(1)
 
 
 def _save(found: dict[str, Any], options: argparse.Namespace) -> None:

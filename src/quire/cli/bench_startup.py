@@ -15,9 +15,9 @@ from typing import Any
 
 from quire.cli import engines, model_path
 from quire.cli.arguments import add_engine, engine_values
-from quire.cli.bench_offline import PERCENTS, within
+from quire.cli.bench_offline import PERCENTS, check_folder, counted, within, write
 from quire.config import EngineArgs
-from quire.errors import ConfigurationError, QuireError
+from quire.errors import QuireError
 
 EXAMPLES = """examples:
   quire bench startup --model DIR
@@ -63,29 +63,27 @@ def run(options: argparse.Namespace) -> int:
 
     within(options, 1, "num_iters_cold", "num_iters_warm")
     within(options, 0, "num_iters_warmup")
-    if options.output_json is not None and not options.output_json.parent.is_dir():
-        raise ConfigurationError(f"output_json: there is no folder {options.output_json.parent}", field="output_json")
+    check_folder(options.output_json)
     values = engine_values(options)
     args = EngineArgs.from_mapping(values)
     model_path.check(args.model)
     files = find_model(args)
     phases: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
-    for _ in _bar(options.num_iters_cold, "cold", options):
+    for _ in counted(options.num_iters_cold, "cold", options):
         forget(files)
         with tempfile.TemporaryDirectory(prefix="quire-cold-") as folder:
             fresh = {"PYTHONPYCACHEPREFIX": f"{folder}/bytecode", "TRITON_CACHE_DIR": f"{folder}/triton"}
             phases["cold"].append(start(values, fresh))
-    for _ in _bar(options.num_iters_warmup, "warm-up", options):
+    for _ in counted(options.num_iters_warmup, "warm-up", options):
         start(values, {})
-    phases["warm"] = [start(values, {}) for _ in _bar(options.num_iters_warm, "warm", options)]
+    phases["warm"] = [start(values, {}) for _ in counted(options.num_iters_warm, "warm", options)]
     found = result(phases)
     for phase in phases:
         for kind, text in (("startup", "LLM(...)"), ("first_token", "process to first token")):
             times = found[f"{phase}_{kind}_times"]
             shown = f"{statistics.median(times):.3f} s, median ({min(times):.3f} to {max(times):.3f})"
             print(f"{phase}, {text}: {shown}")
-    if options.output_json is not None:
-        options.output_json.write_text(json.dumps(found, indent=4) + "\n", encoding="utf-8")
+    write(options.output_json, found)
     return 0
 
 
@@ -129,10 +127,3 @@ def result(phases: Mapping[str, Iterable[Mapping[str, float]]]) -> dict[str, Any
             found[f"{phase}_{kind}_times"] = times
             found[f"{phase}_{kind}_percentiles"] = {str(percent): percentile(times, percent) for percent in PERCENTS}
     return found
-
-
-def _bar(count: int, name: str, options: argparse.Namespace) -> Iterable[int]:
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
-
-    bar: Iterable[int] = tqdm(range(count), desc=name, dynamic_ncols=True, disable=options.quiet)
-    return bar

@@ -65,7 +65,7 @@ MOST = {"reps": 1000, "num_prompts": 32, "batch_size": 1024, "max_num_seqs": 409
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of the verb."""
-    from quire.cli.compare_engines import DEFAULT, KNOWN
+    from quire.cli.compare_engines import KNOWN
 
     flag = parser.add_argument
     flag("model", nargs="?", metavar="MODEL", help=f"a directory, a GGUF file, a hub id; left out: {EMBEDDED_NAME}")
@@ -76,7 +76,6 @@ def add(parser: argparse.ArgumentParser) -> None:
         choices=[*KNOWN],
         help=f"(default: all but quire-server) {', '.join(KNOWN)}",
     )
-    parser.set_defaults(default_engines=DEFAULT)
     flag("--workload", nargs="+", choices=[*TEXTS], default=["W1", "W2"], help="(default: W1 W2)")
     flag("--reps", type=int, default=3, metavar="N", help="turns of each engine (default: 3)")
     flag("--num-prompts", type=int, metavar="N", help="the first N requests of a workload alone")
@@ -144,13 +143,13 @@ def _check(options: argparse.Namespace) -> None:
 
 def _given(options: argparse.Namespace) -> "tuple[Given, list[str]]":
     """What was said of single engines, and which engines take part."""
-    from quire.cli.compare_engines import KNOWN, Given, pairs
+    from quire.cli.compare_engines import DEFAULT, KNOWN, Given, pairs
 
     url, driver = (pairs(getattr(options, flag), flag, None) for flag in ("url", "driver"))
     if taken := sorted((url.keys() | driver.keys()) & KNOWN.keys() | url.keys() & driver.keys()):
         raise ConfigurationError(f"url and driver: {taken[0]} is taken; give another name", field="url")
     known = [*KNOWN, *driver]
-    names = list(dict.fromkeys([*(options.engines or options.default_engines), *url, *driver]))
+    names = list(dict.fromkeys([*(options.engines or DEFAULT), *url, *driver]))
     environment: dict[str, dict[str, str]] = {}
     for item in options.env:
         engine, colon, rest = item.partition(":")
@@ -285,7 +284,7 @@ def _progress(total: int, *, quiet: bool) -> Iterator[Callable[[str], None]]:
     elif not sys.stderr.isatty():
         yield lambda text: print(f"  {text}", file=sys.stderr, flush=True)
     else:
-        from tqdm.auto import tqdm  # type: ignore[import-untyped]
+        from tqdm.auto import tqdm
 
         with tqdm(total=total, desc="turns", dynamic_ncols=True) as bar:
 

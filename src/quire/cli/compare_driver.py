@@ -5,6 +5,7 @@ from typing import Any
 
 import quire
 from quire.llm import LLM
+from quire.outputs import RequestOutput
 from quire.sampling_params import SamplingParams
 
 SHOWN = ("operations", "instruction_set", "threads", "dtype", "kv_cache_dtype", "max_num_batched_tokens")
@@ -33,10 +34,9 @@ class Engine:
         begun = time.monotonic()  # the clock of the metrics
         outputs = self._llm.generate(prompts, params, use_tqdm=False)
         elapsed_s = time.monotonic() - begun
-        waits = [one.metrics.first_token_s - begun for one in outputs]  # type: ignore[union-attr, operator]
         return {
             "elapsed_s": elapsed_s,
-            "ttfts_s": waits,
+            "ttfts_s": [_first_token_s(one) - begun for one in outputs],
             "token_ids": [list(one.outputs[0].token_ids) for one in outputs],
             "output_lens": [len(one.outputs[0].token_ids) for one in outputs],
         }
@@ -44,6 +44,11 @@ class Engine:
     def close(self) -> None:
         """End the engine."""
         self._llm.close()
+
+
+def _first_token_s(output: RequestOutput) -> float:
+    assert output.metrics is not None and output.metrics.first_token_s is not None
+    return output.metrics.first_token_s
 
 
 def start(settings: dict[str, Any]) -> Engine:

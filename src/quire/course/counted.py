@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.machinery import SourceFileLoader
-from types import FrameType, ModuleType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 from quire.course.checking import Failed
@@ -78,19 +78,20 @@ class _Loader(SourceFileLoader):
         super().__init__("learner", path)
         self._work = work
 
-    def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> Any:  # type: ignore[override]
-        tree = ast.fix_missing_locations(_Wrapped().visit(ast.parse(data, path)))
-        return super().source_to_code(tree, path)
+    def get_code(self, fullname: str) -> CodeType:
+        """Of the source, never what a byte code file keeps: its lists do not count."""
+        tree = ast.parse(self.get_data(self.path), self.path)
+        return self.source_to_code(ast.fix_missing_locations(_Wrapped().visit(tree)), self.path)
 
     def exec_module(self, module: ModuleType) -> None:
         counted = _list_of(self._work)
         module.__dict__.update({"list": counted, _COUNTED: counted, **_readers(self._work)})
         before = collections.deque
-        collections.deque = _deque_of(self._work)  # type: ignore[misc]
+        vars(collections)["deque"] = _deque_of(self._work)
         try:
             super().exec_module(module)
         finally:
-            collections.deque = before  # type: ignore[misc]
+            vars(collections)["deque"] = before
 
 
 def load_counted(module: ModuleType, work: Work) -> ModuleType:

@@ -113,7 +113,7 @@ def _refuse_revision(revision: str | None) -> None:
 
 def _reporting(show: Callable[[int, int], None]) -> dict[str, Any]:
     """What makes the library report instead of drawing bars."""
-    from tqdm import tqdm  # type: ignore[import-untyped]
+    from tqdm import tqdm
 
     class Report(tqdm):  # type: ignore[misc]
         """A bar that is not shown."""

@@ -21,7 +21,7 @@ class LoadingBar:
         if not self._is_terminal or time.monotonic() - self._start_s < DELAY_S:
             return
         if self._bar is None:
-            from tqdm import tqdm  # type: ignore[import-untyped]
+            from tqdm import tqdm
 
             self._bar = tqdm(desc=self._text, total=total_bytes, unit="B", unit_scale=True, leave=False)
         self._bar.update(done_bytes - self._bar.n)

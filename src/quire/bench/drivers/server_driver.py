@@ -13,15 +13,16 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import closing, suppress
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 ANSWER_S = 1800
 """Silence after which a server is given up."""
+KEPT_BYTES = 2**18
+"""Of its log, the last: what it says of its cache while it starts is among them."""
 
 
 class Server:
@@ -31,7 +32,7 @@ class Server:
         if (module := settings.get("module")) and importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(f"No module named {module!r}")
         self._process: subprocess.Popen[bytes] | None = None
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 -- lives as long as the server
+        self._log = b""
         url = settings.get("url") or f"http://127.0.0.1:{_free_port()}"
         parts = urlsplit(url)
         self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -39,8 +40,14 @@ class Server:
         command = [str(word).replace("{port}", str(parts.port)) for word in settings.get("command") or ()]
         if command:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, preexec_fn=_end_with_parent
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_end_with_parent,
             )
+            self._listener = threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True)
+            self._listener.start()
         try:
             self._model = self._await_model(settings["start_timeout_s"])
         except BaseException:
@@ -138,17 +145,20 @@ class Server:
         lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         return (settings["name"], lines[0][:80]) if lines else None
 
-    def _written(self) -> str:
-        size = os.fstat(self._log.fileno()).st_size
-        return os.pread(self._log.fileno(), min(size, 2**22), max(0, size - 2**22)).decode(errors="replace")
+    def _listen(self, pipe: IO[bytes]) -> None:
+        """Keep the end of its log."""
+        with pipe:
+            while part := os.read(pipe.fileno(), KEPT_BYTES):
+                self._log = (self._log + part)[-KEPT_BYTES:]
 
     def _kv_bytes(self, pattern: str | None) -> int | None:
         """As its log says, in MiB."""
-        found = re.findall(pattern, self._written()) if pattern else []
+        found = re.findall(pattern, self._log.decode(errors="replace")) if pattern else []
         return int(sum(map(float, found)) * 2**20) or None
 
     def _last_words(self) -> str:
-        lines = [line for line in self._written().splitlines() if line.strip()]
+        self._listener.join(1.0)  # no longer: what it started may hold the pipe open
+        lines = [line for line in self._log.decode(errors="replace").splitlines() if line.strip()]
         return lines[-1][:300] if lines else "it said nothing"
 
     def close(self) -> None:
