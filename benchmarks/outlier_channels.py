@@ -4,7 +4,7 @@
 
 Four channels after both norms of each layer are multiplied by a factor, and the columns of the weights that read them
 are divided by it: in float32 it is one model. Mean KL divergence of the next token from float32 over 400 positions, and
-how often the most probable token is the same (docs/howto/quantize.md).
+how often the most probable token is the same (docs/design/formats.md).
 """
 
 import argparse
