@@ -140,6 +140,8 @@ def _as_text(name: str, value: Any) -> str:
 def _check_text(name: str, value: Any, at_most: int) -> None:
     if value is None:
         return
+    if name in ("json", "yaml") and not isinstance(value, str):
+        raise _bad(name, f"must be a schema: an object, true or false, or its text, not {type(value).__name__}")
     if not isinstance(value, str) or not value:
         raise _bad(name, "must be text that is not empty")
     try:

@@ -106,7 +106,7 @@ def test_words_after_two_hyphens_are_left_alone() -> None:
         (["generate", "--schema", "x"], "unknown flag '--schema'; did you mean '--json-schema' or '--yaml-schema'?"),
         (
             ["generate", "--quiet", "--json-schema", '{"type": "objekt"}', "x"],
-            "quire: --json-schema: Invalid type: objekt",
+            "quire: --json-schema: the keyword 'type' at # names no type: Invalid type: objekt",
         ),
         (["generate", "--quiet", "--regex", "(", "x"], "quire: --regex: "),
         (["generate", "--temprature", "1", "x"], "unknown flag '--temprature'; did you mean '--temperature'?"),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,12 @@ def test_other_shapes(capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny: 
     grammar = tmp_path / "sum.gbnf"
     grammar.write_text('root ::= [0-9]+ ("+" [0-9]+)*')
     assert main(["grammar", "check", "--grammar", str(grammar), "--tokenizer", str(tiny), "1+22", "7"]) == 0
+    assert "held: grammar in GBNF" in capsys.readouterr().out
+    reader, writer = os.pipe()  # what a shell gives for <(...): it can be read once
+    os.write(writer, grammar.read_bytes())
+    os.close(writer)
+    assert main(["grammar", "check", "--grammar", f"/dev/fd/{reader}", "7"]) == 0
+    os.close(reader)
     assert "held: grammar in GBNF" in capsys.readouterr().out
     assert main(["grammar", "check", "--regex", "[0-9]{3}", "123"]) == 0
     assert main(["grammar", "check", "--choice", "yes", "no", "--json", "--", "maybe"]) == 1

@@ -1,6 +1,8 @@
 """The process that compiles first: bounded, kept, and no one else's fault."""
 
 import os
+import re
+import resource
 import signal
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,20 @@ def test_a_job_beyond_its_processor_time_is_refused(checker: ShapeChecker) -> No
         except InvalidRequestError as error:
             assert error.param == "structured_outputs"
     assert checker.source(StructuredOutputsParams(choice=["still", "here"]))
+
+
+@pytest.mark.parametrize("room", [2**22, 2**25])
+def test_a_job_that_is_refused_memory_says_so(checker: ShapeChecker, room: int) -> None:
+    """Where Python asks for it, and where the library does."""
+    checker.source(StructuredOutputsParams(regex="a"))
+    assert checker._worker is not None
+    pid = checker._worker.pid
+    used = int(re.findall(r"VmData:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0]) * 1024
+    resource.prlimit(pid, resource.RLIMIT_DATA, (used + room, used + room))
+    many = {"properties": {f"a{number}": {"type": "string", "minLength": number} for number in range(4500)}}
+    with pytest.raises(InvalidRequestError, match="takes more than 1 GiB of memory to compile"):
+        checker.source(StructuredOutputsParams(json=many))
+    assert checker.source(StructuredOutputsParams(regex="b"))
 
 
 def test_a_stuck_worker_is_ended(checker: ShapeChecker, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,7 +81,7 @@ def test_grammars_in_both_notations() -> None:
     [
         ({"regex": "(a"}, "(?s)structured_outputs.regex: .*unclosed group"),
         ({"regex": "(?=a)b"}, "look-around"),
-        ({"grammar": "start: foo"}, 'structured_outputs.grammar: .*unknown name: "foo"'),
+        ({"grammar": "start: foo"}, r'structured_outputs.grammar: is taken for Lark \(no .*unknown name: "foo"'),
         ({"grammar": "root ::= foo"}, "structured_outputs.grammar: is taken for GBNF .*foo"),
         ({"grammar": "root ::= " + "(" * 9999}, "structured_outputs.grammar"),
         ({"json": "[1]"}, "a schema is an object, true or false, not list"),
@@ -90,7 +90,21 @@ def test_grammars_in_both_notations() -> None:
         ({"json": {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}}, "no text satisfies"),
         ({"json": {"allOf": [{"type": "string"}, {"type": "integer"}]}}, "Unsatisfiable"),
         ({"json": {"$ref": "#/$defs/b"}}, "/\\$defs/b"),
-        ({"json": {"$ref": "http://127.0.0.1:9/x"}}, "does not fetch"),
+        ({"json": {"$ref": "http://127.0.0.1:9/x"}}, "the keyword '\\$ref' at # cannot be held: .*does not fetch"),
+        ({"json": {"items": {"$ref": "#/$defs/b"}}}, "the keyword '\\$ref' at #/items refers to nothing"),
+        ({"json": {"items": {"type": ["null", "foo"]}}}, "the keyword 'type' at #/items names no type: .*foo"),
+        (
+            {"json": {"properties": {"a": {"pattern": "(?=b)c"}, "d": {"pattern": "e"}}}},
+            "(?s)the keyword 'pattern' at #/properties/a cannot be held: .*look-around",
+        ),
+        (
+            {"yaml": {"properties": {"a": {"patternProperties": {"(?=b)": True}}}}},
+            "(?s)the keyword 'patternProperties' at #/properties/a cannot be held: .*look-around",
+        ),
+        (
+            {"json": {"items": {"oneOf": [{"type": "string"}, {"minLength": 2}]}}},
+            "the keyword 'oneOf' at #/items cannot be held: its schemas may overlap$",
+        ),
         ({"json": {"properties": {"a/b": {"not": {}}}}}, "the keyword 'not' at #/properties/a~1b cannot be held"),
         ({"json": {"items": {"uniqueItems": True}}}, "the keyword 'uniqueItems' at #/items cannot be held"),
         (

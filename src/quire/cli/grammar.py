@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from quire.cli import shape
 from quire.cli.arguments import Parser
 from quire.errors import InvalidRequestError, ShapeError
+from quire.structured_params import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from quire.core.request import GrammarSpec
@@ -44,13 +45,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Compile, then try every instance."""
     try:
-        grammars, tokenizer, grammar = _compiled(options)
+        params = shape.read(options)
+        assert params is not None, "argparse asks for one"
+        grammars, tokenizer, grammar = _compiled(options, params)
         shortest = grammars.shortest(grammar.source)
     except (InvalidRequestError, ShapeError) as error:
         print(f"refused: {error}", file=sys.stderr)
         return 2
     if not options.json:
-        print(*_description(options, tokenizer, shortest), sep="\n")
+        print(*_description(params, tokenizer, shortest), sep="\n")
     is_all_right = True
     for instance in _instances(options.instances):
         reason = rejection(grammars, tokenizer, grammars.matcher("check", grammar), instance)
@@ -87,15 +90,15 @@ def rejection(grammars: "GrammarCompiler", tokenizer: "Tokenizer", matcher: "Mat
     return None if matcher.is_complete else f"it ends at byte {before}, where the answer is not complete"
 
 
-def _compiled(options: argparse.Namespace) -> "tuple[GrammarCompiler, Tokenizer, GrammarSpec]":
+def _compiled(
+    options: argparse.Namespace, params: StructuredOutputsParams
+) -> "tuple[GrammarCompiler, Tokenizer, GrammarSpec]":
     from quire.compose.served import find_model
     from quire.compose.structured import grammar_compiler, shape_checker
     from quire.compose.text import compose_text
     from quire.config import EngineArgs
     from quire.core.request import GrammarSpec
 
-    params = shape.read(options)
-    assert params is not None, "argparse asks for one"
     args = EngineArgs(model=options.tokenizer)
     path = find_model(args)
     tokenizer = compose_text(args, path).tokenizer
@@ -112,12 +115,14 @@ def _compiled(options: argparse.Namespace) -> "tuple[GrammarCompiler, Tokenizer,
         checker.close()
 
 
-def _description(options: argparse.Namespace, tokenizer: "Tokenizer", shortest: Sequence[int] | None) -> Iterator[str]:
-    given = next(name for name in shape.KINDS if getattr(options, name) is not None)
-    if given == "grammar":
+def _description(
+    params: StructuredOutputsParams, tokenizer: "Tokenizer", shortest: Sequence[int] | None
+) -> Iterator[str]:
+    given = next(name for name, kind in shape.KINDS.items() if kind == params.kind)
+    if params.grammar is not None:
         from quire.structured.source import is_gbnf
 
-        given = f"grammar in {'GBNF' if is_gbnf(shape.text_of(options.grammar)) else 'Lark'}"
+        given = f"grammar in {'GBNF' if is_gbnf(params.grammar) else 'Lark'}"
     yield f"held: {given.replace('_', ' ')}"
     if shortest is None:
         yield "shortest answer: none was found; answers may be cut off by max_tokens"

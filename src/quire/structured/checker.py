@@ -18,7 +18,7 @@ from typing import Any
 
 from quire.errors import InvalidRequestError
 from quire.structured.source import refusal
-from quire.structured.worker import JOB_CPU_S
+from quire.structured.worker import JOB_CPU_S, TOO_MUCH_MEMORY
 from quire.structured_params import FIELD, StructuredOutputsParams
 
 PACKAGE = str(Path(__file__).parents[2])
@@ -104,6 +104,8 @@ class ShapeChecker:
             watch.cancel()
             if not line:
                 code = self._stop()
+        if not line and code == -signal.SIGABRT:  # so ends what is refused memory
+            return refusal(params.kind, TOO_MUCH_MEMORY)
         if not line and code != -signal.SIGPROF:
             return refusal(params.kind, "could not be compiled: the compiler ended, or was stuck")
         if not line:

@@ -76,6 +76,9 @@ class Matcher:
         """Whether the answer may end here."""
         return bool(self.inner.is_accepting())
 
+    def _error(self) -> str:
+        return str(self.inner.get_error()).removesuffix("<non-verbose/>").strip()[:500]
+
     def check(self) -> None:
         """After a mask: see that it could be computed. One that could not allows the end alone.
 
@@ -83,7 +86,7 @@ class Matcher:
             ShapeError: it takes too much.
         """
         if self.inner.is_error():
-            raise ShapeError(f"cannot be followed here: {self.inner.get_error()[:500]}")
+            raise ShapeError(f"cannot be followed here: {self._error()}")
 
     def decide(self, token_id: int) -> int:
         """`token_id`, which the grammar allows, or what must be taken in its place so that the answer can end.
@@ -113,7 +116,7 @@ class Matcher:
                 self._plan = self._planned(token_id)
             self._tried = None
             if (is_end and not self.is_complete) or not self.inner.consume_token(token_id):
-                raise ShapeError(f"cannot be followed here: {self.inner.get_error()[:500] or 'it is not complete'}")
+                raise ShapeError(f"cannot be followed here: {self._error() or 'it is not complete'}")
             self._num_left -= 1
             if self._reasoning is not None:
                 self._reasoning.consume(token_id)

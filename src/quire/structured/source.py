@@ -6,7 +6,7 @@ GBNF becomes Lark. What cannot be held is refused, by name and place: no keyword
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from quire.errors import InvalidRequestError
@@ -21,6 +21,15 @@ LARGEST_EXACT = 2**53
 _GBNF_RULE = re.compile(r"^\s*[A-Za-z][\w-]*\s*::=", re.MULTILINE)
 _UNHELD = re.compile(r"Unimplemented keys: (\[.*\])")
 _UNKNOWN_FORMAT = re.compile(r"Unknown format: (.*)")
+_KEYWORD_OF = (
+    (re.compile("oneOf constraints are not supported()"), "oneOf", "cannot be held: its schemas may overlap"),
+    (re.compile("Resource '(.*)' is not present"), "$ref", "cannot be held: it refers to another document"),
+    (re.compile("Pointer '(.*)' does not exist"), "$ref", "refers to nothing"),
+    (re.compile("Invalid type: (.*)"), "type", "names no type"),
+    (re.compile(r"regex parse error:\n +(.*)\n"), "pattern", "cannot be held"),
+    (re.compile(r"regex parse error:\n +(.*)\n"), "patternProperties", "cannot be held"),
+)
+"""What llguidance says without a place, the keyword whose value holds what it says, and what that means."""
 FORMATS = frozenset(
     (
         "date-time date time duration email idn-email hostname idn-hostname ipv4 ipv6 uri uri-reference iri "
@@ -306,7 +315,28 @@ def _explained(text: str, params: StructuredOutputsParams) -> str:
         schemas = _schemas(json.loads(tag) if isinstance(tag, str) else _schema(params), "#")
         places = [at for at, schema in schemas if (word in schema if unheld else schema.get("format") == word)]
         return f"the {kind} {word!r} at {places[0] if places else '#'} cannot be held"
-    return text.removesuffix("<non-verbose/>").strip()[:1000]
+    said = text.removesuffix("<non-verbose/>").strip()[:1000]
+    if params.kind == "grammar" and not is_gbnf(params.grammar or ""):
+        return f"is taken for Lark (no '::='): {said}"
+    if params.kind in ("json", "yaml"):
+        return next(_placed(said, _schema(params)), said)
+    return said
+
+
+def _placed(said: str, schema: Any) -> Iterator[str]:
+    for pattern, keyword, meaning in _KEYWORD_OF:
+        found = pattern.search(said)
+        if found is None:
+            continue
+        held = [(at, one[keyword]) for at, one in _schemas(schema, "#") if keyword in one]
+        places = [at for at, value in held if any(found[1] in str(item) for item in _items(value))]
+        if places:
+            detail = "" if keyword == "oneOf" else f": {said}"
+            yield f"the keyword {keyword!r} at {' or '.join(places[:4])} {meaning}{detail}"
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value if isinstance(value, Mapping | list) else (value,)
 
 
 def lark_of(grammar: str, field: str) -> str:

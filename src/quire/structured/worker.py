@@ -17,6 +17,7 @@ from quire.structured_params import StructuredOutputsParams
 JOB_CPU_S = 2.0
 """Processor time, not time: a loaded machine refuses no schema that an idle one takes."""
 MEMORY_BYTES = 2**30
+TOO_MUCH_MEMORY = f"takes more than {MEMORY_BYTES >> 30} GiB of memory to compile"
 STACK_BYTES = 2**26
 """llguidance goes from rule to rule of a long grammar."""
 
@@ -43,6 +44,8 @@ def _answer(line: bytes) -> dict[str, str]:
         validate(source, params)
     except InvalidRequestError as error:
         return {"error": error.message}
+    except MemoryError:
+        return {"error": refusal(params.kind, TOO_MUCH_MEMORY).message}
     except (AttributeError, LookupError, TypeError, ValueError) as error:  # "required": 5, "properties": null
         return {"error": refusal(params.kind, f"a keyword has a value of a wrong type: {str(error)[:200]}").message}
     return {"source": source}
