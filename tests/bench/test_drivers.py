@@ -175,6 +175,7 @@ def test_llama_cpp_is_started_and_asked(tmp_path: Path, bad: int) -> None:
         assert f"{binary} -m {tmp_path}/m.gguf -t 1 -tb 1 -np 8 -c 4096 --port " in command, (
             "8 of 512 tokens fit in 4 MiB"
         )
+        assert command.endswith(" -lv 4"), "without it a real one (0.5.0-dev) says nothing of its cache"
         assert peer.facts.versions == {"llama.cpp": "version: 1234 (0c1e570)"}
         assert peer.facts.kv_bytes == int(12.5 * 2**20)
         items = [Item([1, 2], 3), Item([4], 5)]

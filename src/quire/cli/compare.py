@@ -33,7 +33,8 @@ EXAMPLES = """examples:
 
 Each engine runs in a process of its own, under its own interpreter where one is named; while one is timed, the others
 are stopped. One that is not installed, or fails, is listed with its reason. --python names llama.cpp's llama-server.
-The workloads are those of `quire bench throughput`: all requests come at once, every output has its whole length."""
+The workloads are those of `quire bench throughput`: all requests come at once, every output has its whole length.
+Two results of `quire bench serve` are compared by `quire bench compare`."""
 TEXTS = {
     "W1": "128 tokens in, 128 out",
     "W2": "32 to 512 tokens in, 16 to 256 out",
