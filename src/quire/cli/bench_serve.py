@@ -85,7 +85,9 @@ def add(kinds: Any) -> None:
     flag("--result-filename", metavar="FILE", help="its name")
     flag("--disable-tqdm", action="store_true", help="show no bar")
     compare = kinds.add_parser(
-        "compare", help="two results of bench serve, with intervals of their ratios (engines beside each other: quire compare)", allow_abbrev=False
+        "compare",
+        help="two results of bench serve, with intervals of their ratios (engines beside each other: quire compare)",
+        allow_abbrev=False,
     )
     compare.add_argument("first", metavar="A.json", help="of --save-result --save-detailed")
     compare.add_argument("second", metavar="B.json", help="another, which is divided by A")
