@@ -187,6 +187,21 @@ def test_reasoning_has_a_budget_and_shapes_begin_after_it(thinking: Running, bud
         assert len(reasoning.encode()) <= budget  # of this tokenizer a token is a byte
 
 
+@pytest.mark.parametrize("tools", [TOOLS, openai.omit])
+def test_white_space_is_as_asked_behind_reasoning_and_beside_tools(thinking: Running, tools: Any) -> None:
+    schema = {"type": "array", "items": {"type": "integer", "maximum": 9, "minimum": 0}, "minItems": 3, "maxItems": 5}
+    texts = {"disable_any_whitespace": "", "whitespace_pattern": "\n"}
+    for name, between in texts.items():
+        shape = {"json": schema, name: between or True}
+        extra: Any = {"structured_outputs": shape, "thinking_token_budget": 8}
+        for seed in range(4):
+            message = ask(thinking, tools=tools, seed=seed, extra_body=extra).choices[0].message
+            if message.content:
+                numbers = json.loads(message.content)
+                assert message.content == f"[{between}" + f"{between},{between}".join(map(str, numbers)) + f"{between}]"
+            assert message.content or message.tool_calls
+
+
 def test_yaml_begins_after_the_reasoning_and_stands_beside_tools(thinking: Running) -> None:
     schema = {"type": "object", "additionalProperties": {"type": "boolean"}, "minProperties": 1}
     for seed in range(4):
@@ -252,7 +267,9 @@ NAMED = {"type": "function", "function": {"name": "absent"}}
         ({"function_call": {"name": "f"}}, "function_call", "send tools and tool_choice"),
         ({"extra_body": {"thinking_token_budget": 5}}, "thinking_token_budget", "no reasoning"),
         ({"extra_body": {"thinking_token_budget": -1}}, "thinking_token_budget", "at least 0"),
-        ({"extra_body": {"structured_outputs": {"json": {}, "whitespace_pattern": " "}}}, "structured_outputs", "whitespace_pattern cannot be held beside tools"),
+        ({"extra_body": {"structured_outputs": {"json": {}, "whitespace_pattern": "("}}}, "structured_outputs", "structured_outputs.whitespace_pattern: is no regular expression"),
+        ({"extra_body": {"structured_outputs": {"grammar": "start: foo"}}}, "structured_outputs", "structured_outputs.grammar: is taken for Lark"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"properties": {"a": {"not": {}}}}}}}, "response_format", "response_format.json_schema.schema: the keyword 'not' at #/properties/a"),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content", "is required"),
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "a"}]}, "messages[0].tool_call_id", "belongs to the role tool"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{"}}]}]}, "messages", "messages[0].tool_calls[0].function.arguments is no JSON"),
