@@ -76,8 +76,8 @@ class StructuredOutputsParams:
         _check_text("whitespace_pattern", self.whitespace_pattern, MAX_PATTERN_BYTES)
         kind = given[0]
         for name in ("disable_any_whitespace", "whitespace_pattern", "disable_additional_properties"):
-            of = ("json", "json_object", "structural_tag")
-            of = (*of, "yaml") if name == "disable_additional_properties" else of
+            of = ["json", "json_object", "structural_tag"]
+            of += ["yaml"] if name == "disable_additional_properties" else []
             if getattr(self, name) and kind not in of:
                 raise _bad(name, f"belongs to {', '.join(of)}, not to {kind}")
         if self.whitespace_pattern is not None and self.disable_any_whitespace:

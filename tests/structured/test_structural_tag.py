@@ -155,7 +155,7 @@ def test_json_in_named_parameters_is_written_as_the_whole_says() -> None:
     form = {"type": "json_schema", "style": "python", "json_schema": {"properties": {"a": {}}}}
     tight = compiled({"format": form}, disable_any_whitespace=True)
     assert accepts(tight, 'a={"x":1}') and not accepts(tight, 'a={"x": 1}')
-    with pytest.raises(InvalidRequestError, match="structured_outputs.whitespace_pattern: is no regular expression"):
+    with pytest.raises(InvalidRequestError, match=r"structured_outputs\.whitespace_pattern: is no regular expression"):
         compiled({"format": form}, whitespace_pattern="(")
 
 

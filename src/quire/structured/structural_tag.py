@@ -14,7 +14,15 @@ from typing import Any
 
 from quire.structured.parameters import STYLES, parameters_of
 from quire.structured.samples import EXTRAS
-from quire.structured.source import checked_schema, is_expression, json_options, lark_of, options_of, refusal, yaml_grammar
+from quire.structured.source import (
+    checked_schema,
+    is_expression,
+    json_options,
+    lark_of,
+    options_of,
+    refusal,
+    yaml_grammar,
+)
 from quire.structured.yaml_scalars import lark
 from quire.structured_params import MAX_NESTING, MAX_PATTERN_BYTES, StructuredOutputsParams
 
