@@ -2,8 +2,9 @@
 
 XGrammar's forms (https://xgrammar.mlc.ai, "Structural Tag"), the older one of `structures` and `triggers` among them.
 What is ours: tokens (by id, as in its form `token`) in `triggers`; of `json_schema` `disable_additional_properties`,
-`disable_any_whitespace`, `whitespace_pattern` (those of the whole shape where it says nothing) and the styles `python`, `gemma` (with `escape`) and `yaml`; beside `format` the keys `definitions`, formats by name to
-which the form `ref` refers, and `reasoning`, a bound on the tokens between two markers at the beginning of the answer.
+`disable_any_whitespace`, `whitespace_pattern` (those of the whole shape where it says nothing) and the styles
+`python`, `gemma` (with `escape`) and `yaml`; beside `format` the keys `definitions`, formats by name to which the
+form `ref` refers, and `reasoning`, a bound on the tokens between two markers at the beginning of the answer.
 """
 
 import json
