@@ -48,11 +48,11 @@ class StructuredOutputsParams:
     json_object: bool | None = None
     """Any JSON object."""
     disable_any_whitespace: bool = False
-    """JSON without white space between its tokens."""
+    """JSON without white space between its tokens, in a structural tag too."""
     disable_additional_properties: bool = False
     """Objects hold the named properties alone, where a schema says nothing of others."""
     whitespace_pattern: str | None = None
-    """A regular expression for the white space between tokens of JSON."""
+    """A regular expression for the white space between tokens of JSON, in a structural tag too."""
 
     def __post_init__(self) -> None:
         self.json, self.yaml = _schema_text("json", self.json), _schema_text("yaml", self.yaml)
@@ -76,9 +76,10 @@ class StructuredOutputsParams:
         _check_text("whitespace_pattern", self.whitespace_pattern, MAX_PATTERN_BYTES)
         kind = given[0]
         for name in ("disable_any_whitespace", "whitespace_pattern", "disable_additional_properties"):
-            of = ("json", "json_object", "yaml") if name == "disable_additional_properties" else ("json", "json_object")
+            of = ["json", "json_object", "structural_tag"]
+            of += ["yaml"] if name == "disable_additional_properties" else []
             if getattr(self, name) and kind not in of:
-                raise _bad(name, f"belongs to {' and '.join(of)}, not to {kind}")
+                raise _bad(name, f"belongs to {', '.join(of)}, not to {kind}")
         if self.whitespace_pattern is not None and self.disable_any_whitespace:
             raise _bad("whitespace_pattern", "says what disable_any_whitespace excludes")
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import psutil
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -17,16 +18,19 @@ from quire.compose.served import DEFAULT_QUEUED_TOKENS, _limits, _queue, _start_
 from quire.compose.text import compose_text
 from quire.config import EngineArgs
 from quire.core.engine_core import EngineCore, OverlappingCore
-from quire.engine.channel import CoreInfo
+from quire.engine.channel import CoreInfo, ModelDescription
 from quire.engine.queue import ANYBODY
 from quire.errors import ConfigurationError, InvalidRequestError, ModelFileError
 from quire.isolation import core_process, supervisor
 from quire.isolation.supervisor import SupervisedChannel
 from quire.ops.cpu import CpuOps
+from quire.weights.formats.gguf_config import FILE_TYPES
 from quire.weights.load import load_model
 from tests.core.harness import new_request
 from tests.tiny.checkpoints import make_tiny
+from tests.tiny.gguf_files import plain, write_gguf
 
+Q8_0: dict[str, Any] = {"general.file_type": gguf.LlamaFileType.MOSTLY_Q8_0.value}
 SIZES: dict[str, Any] = {"max_num_seqs": 2, "max_model_len": 64, "num_gpu_blocks_override": 16, "threads": 1}
 
 
@@ -64,6 +68,22 @@ def test_sizes_and_labels_are_the_arguments(tiny_model: Path) -> None:
     labels = dict(parts.info.cache_config)
     assert labels["block_size"] == "8" and labels["num_gpu_blocks"] == "16"
     assert labels["enable_prefix_caching"] == "True" and labels["gpu_memory_utilization"] == "0.5"
+
+
+def test_what_a_model_is_is_told_as_it_is_kept(tiny_model: Path, tmp_path: Path) -> None:
+    written = load_file(tiny_model / "model.safetensors")
+    size = sum(one.size for one in written.values())
+    assert core_of(tiny_model).info.model == ModelDescription("llama", size, "bfloat16")
+    assert core_of(tiny_model, quantization="int8").info.model.weight_format == "int8"
+    made = write_gguf(tiny_model, tmp_path / "model.gguf", "llama", plain("Q8_0"), **Q8_0)
+    assert core_of(made).info.model == ModelDescription("llama", size, "Q8_0")
+    unsaid = write_gguf(tiny_model, tmp_path / "unsaid.gguf", "llama", plain("Q8_0"))
+    assert core_of(unsaid).info.model.weight_format == "bfloat16"
+
+
+def test_the_formats_of_gguf_files_have_their_names() -> None:
+    for number, name in FILE_TYPES.items():
+        assert gguf.LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_") == name
 
 
 def test_a_model_is_loaded_for_the_length_that_is_asked(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

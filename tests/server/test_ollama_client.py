@@ -12,6 +12,7 @@ import pytest
 
 from quire.llm import AsyncLLM
 from quire.server.doors.all import DOORS
+from quire.server.doors.ollama.models import in_short
 from quire.text.parsers.choose import choose
 from tests.conftest import PATIENCE_S
 from tests.server.conftest import MODEL, Running, start
@@ -133,18 +134,41 @@ def test_generate_goes_on_from_a_context(caller: Running) -> None:
     assert parts[-1].context == first.context
 
 
+@pytest.mark.parametrize(
+    ("number", "short"),
+    [
+        (0, ""),
+        (512, "512"),
+        (73_728, "73.73K"),
+        (134_515_008, "134.52M"),
+        (1_235_814_400, "1.2B"),
+        (70_553_706_496, "70.6B"),
+    ],
+)
+def test_parameters_are_counted_as_ollama_does(number: int, short: str) -> None:
+    assert in_short(number) == short
+
+
 @pytest.mark.client("ollama", "list", "ps", "show", "pull", "pull(stream)")
 def test_what_is_served(caller: Running) -> None:
     client = connect(caller)
     (card,) = client.list().models
     files = caller.engine.model_files
     assert (card.model, card.size, card.digest) == (MODEL, files.num_bytes, files.fingerprint)
-    assert card.details is not None and card.details.format == "safetensors"
+    details = card.details
+    assert details is not None and (details.format, details.family, details.families) == (
+        "safetensors",
+        "llama",
+        ["llama"],
+    )
+    assert details.parameter_size == in_short(files.model.num_parameters) and details.quantization_level == "BF16"
     (loaded,) = client.ps().models
     assert loaded.context_length == caller.engine.max_model_len and loaded.expires_at is not None
     shown = client.show(MODEL)
     assert {"completion", "tools"} == {*(shown.capabilities or ())} and shown.template
-    assert (shown.modelinfo or {})["quire.context_length"] == caller.engine.max_model_len
+    about = shown.modelinfo or {}
+    assert about[f"{about['general.architecture']}.context_length"] == caller.engine.max_model_len
+    assert about["general.parameter_count"] == files.model.num_parameters > 0
     assert [part.status for part in client.pull(MODEL, stream=True)][-1] == "success"
     assert client.pull(MODEL).status == "success"
     for refused in (

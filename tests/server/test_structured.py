@@ -108,7 +108,7 @@ def as_format(**values: Any) -> dict[str, Any]:
         ({"guided_choice": []}, "guided_choice", "guided_choice must be a list"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "send one"),
         ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern", "needs guided_json"),
-        ({"guided_json": {"type": "string", "minLength": 40}}, "structured_outputs", "43 tokens"),
+        ({"guided_json": {"type": "string", "minLength": 40}}, "guided_json", "43 tokens"),
         ({"guided_json": {}, "ignore_eos": True}, "ignore_eos", "nothing may follow"),
         ({"guided_regex": "ab", "allowed_token_ids": [5]}, None, "no token is left"),
     ],

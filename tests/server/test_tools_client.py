@@ -187,6 +187,21 @@ def test_reasoning_has_a_budget_and_shapes_begin_after_it(thinking: Running, bud
         assert len(reasoning.encode()) <= budget  # of this tokenizer a token is a byte
 
 
+@pytest.mark.parametrize("tools", [TOOLS, openai.omit])
+def test_white_space_is_as_asked_behind_reasoning_and_beside_tools(thinking: Running, tools: Any) -> None:
+    schema = {"type": "array", "items": {"type": "integer", "maximum": 9, "minimum": 0}, "minItems": 3, "maxItems": 5}
+    for option, allowed in (({"disable_any_whitespace": True}, set()), ({"whitespace_pattern": "\n"}, {"\n"})):
+        extra: Any = {"structured_outputs": {"json": schema, **option}, "thinking_token_budget": 8}
+        written = ""
+        for seed in range(6):
+            message = ask(thinking, tools=tools, seed=seed, extra_body=extra).choices[0].message
+            assert message.content or message.tool_calls
+            if message.content:
+                jsonschema_rs.validate(schema, json.loads(message.content))
+                written += message.content
+        assert written and {one for one in written if one.isspace()} == allowed
+
+
 def test_yaml_begins_after_the_reasoning_and_stands_beside_tools(thinking: Running) -> None:
     schema = {"type": "object", "additionalProperties": {"type": "boolean"}, "minProperties": 1}
     for seed in range(4):
@@ -252,7 +267,9 @@ NAMED = {"type": "function", "function": {"name": "absent"}}
         ({"function_call": {"name": "f"}}, "function_call", "send tools and tool_choice"),
         ({"extra_body": {"thinking_token_budget": 5}}, "thinking_token_budget", "no reasoning"),
         ({"extra_body": {"thinking_token_budget": -1}}, "thinking_token_budget", "at least 0"),
-        ({"extra_body": {"structured_outputs": {"json": {}, "whitespace_pattern": " "}}}, "structured_outputs", "whitespace_pattern cannot be held beside tools"),
+        ({"extra_body": {"structured_outputs": {"json": {}, "whitespace_pattern": "("}}}, "structured_outputs", "structured_outputs.whitespace_pattern: is no regular expression"),
+        ({"extra_body": {"structured_outputs": {"grammar": "start: foo"}}}, "structured_outputs", "structured_outputs.grammar: is taken for Lark"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"properties": {"a": {"not": {}}}}}}}, "response_format", "response_format.json_schema.schema: the keyword 'not' at #/properties/a"),
         ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content", "is required"),
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "a"}]}, "messages[0].tool_call_id", "belongs to the role tool"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{"}}]}]}, "messages", "messages[0].tool_calls[0].function.arguments is no JSON"),

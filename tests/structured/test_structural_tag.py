@@ -55,8 +55,8 @@ def const(value: str) -> dict[str, Any]:
 ANY = {"type": "any_text"}
 
 
-def compiled(value: Any) -> LLMatcher:
-    params = StructuredOutputsParams(structural_tag=value)
+def compiled(value: Any, **options: Any) -> LLMatcher:
+    params = StructuredOutputsParams(structural_tag=value, **options)
     source = source_of(params)
     validate(source, params)
     return LLMatcher(LLTokenizer("byte"), without_token_ids(source), log_level=0, limits=limits())
@@ -130,6 +130,35 @@ def test_a_definition_may_be_used_several_times() -> None:
     assert accepts(matcher, "1-x") and not accepts(matcher, "1-") and not accepts(matcher, "11-x")
 
 
+@pytest.mark.parametrize(
+    ("options", "own", "held"),
+    [
+        ({}, {}, [True, True, False, True]),
+        ({"disable_any_whitespace": True}, {}, [True, False, False, True]),
+        ({"whitespace_pattern": r"\n?"}, {}, [True, False, True, True]),
+        ({"disable_additional_properties": True}, {}, [True, True, False, False]),
+        ({}, {"disable_any_whitespace": True}, [True, False, False, True]),
+        ({"disable_any_whitespace": True}, {"whitespace_pattern": r"\n?"}, [True, False, True, True]),
+        ({"whitespace_pattern": r"\n?"}, {"disable_any_whitespace": False}, [True, True, False, True]),
+        ({"disable_additional_properties": True}, {"disable_additional_properties": False}, [True, True, False, True]),
+    ],
+)
+def test_how_json_is_written_is_said_by_its_format_or_the_whole(options: Any, own: Any, held: list[bool]) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    form = tag({"type": "json_schema", "json_schema": schema, **own})
+    matcher = compiled({"format": form}, **options)
+    texts = ('{"a":1}', '{"a": 1}', '{"a":\n1}', '{"a":1,"b":2}')
+    assert [accepts(matcher, f"<a>{text}</a>") for text in texts] == held
+
+
+def test_json_in_named_parameters_is_written_as_the_whole_says() -> None:
+    form = {"type": "json_schema", "style": "python", "json_schema": {"properties": {"a": {}}}}
+    tight = compiled({"format": form}, disable_any_whitespace=True)
+    assert accepts(tight, 'a={"x":1}') and not accepts(tight, 'a={"x": 1}')
+    with pytest.raises(InvalidRequestError, match=r"structured_outputs\.whitespace_pattern: is no regular expression"):
+        compiled({"format": form}, whitespace_pattern="(")
+
+
 def test_special_tokens_are_no_text() -> None:
     """Token 256 + 5 % 5 opens, 256 + 6 % 5 closes: only they do, and the text between may not be they."""
     mark = {"type": "token", "token": 5}
@@ -165,6 +194,13 @@ def test_special_tokens_are_no_text() -> None:
         ({"format": {**NUMBER, "json_schema": {"not": {}}}}, "keyword 'not' at #/format/json_schema cannot be held"),
         ({"format": {**NUMBER, "json_schema": {"const": 2**60}}}, "'const' at #/format/json_schema cannot be held"),
         ({"format": {**NUMBER, "json_schema": 3}}, "a schema is an object, true or false, not int"),
+        ({"format": {**NUMBER, "whitespace_pattern": "("}}, "no regular expression .*at #/format/whitespace_pattern"),
+        ({"format": {**NUMBER, "whitespace_pattern": ""}}, "1 to 256 bytes at #/format/whitespace_pattern"),
+        ({"format": {**NUMBER, "whitespace_pattern": " " * 257}}, "1 to 256 bytes at #/format/whitespace_pattern"),
+        ({"format": {**NUMBER, "whitespace_pattern": " ", "disable_any_whitespace": True}},
+         "disable_any_whitespace excludes at #/format/whitespace_pattern"),
+        ({"format": {**NUMBER, "style": "yaml", "disable_any_whitespace": True}},
+         "belongs to the style json, not to yaml at #/format/disable_any_whitespace"),
         ({"format": {"type": "grammar", "grammar": "start: foo"}}, "structural_tag: .*foo"),
         ({"format": {"type": "regex", "pattern": "("}}, "structural_tag: "),
         ({"format": {"type": "ref", "name": "a"}}, "the definition 'a' is missing at #/format/name"),

@@ -32,11 +32,12 @@ from quire.core.limits import SchedulerConfig
 from quire.core.policy import make_policy
 from quire.core.prefix_cache import NullPrefixCache, PrefixCache
 from quire.core.scheduler import Scheduler
-from quire.engine.channel import CoreInfo
+from quire.engine.channel import CoreInfo, ModelDescription
 from quire.engine.verify_blocks import CachedBlockVerifier
 from quire.errors import ConfigurationError
 from quire.executor.local import LocalExecutor
 from quire.models.model import Model
+from quire.models.parameters import decoder_parameters
 from quire.models.rope import takes_long_factors
 from quire.models.spec import DecoderSpec, LongRopeScaling
 from quire.ops.select import select_ops
@@ -130,12 +131,11 @@ def compose_core(
     decisions = [*model_decisions, *decisions, *sizes.decisions, *ops.decisions(), loop]
     decisions += [] if in_use is None else [in_use]
     prefix_cache = verifier or (PrefixCache(key) if args.enable_prefix_caching else NullPrefixCache())
+    cache_config, description = _cache_config(args, sizes, model), _description(config, model, scheme)
     return CoreParts(
         _scheduler(args, sizes, prefix_cache, [] if grammars is None else [grammars]),
         LocalExecutor(runner, overlap),
-        CoreInfo(
-            sizes.max_model_len, spec.vocab_size, tuple(decisions), fingerprint, _cache_config(args, sizes, model)
-        ),
+        CoreInfo(sizes.max_model_len, spec.vocab_size, tuple(decisions), fingerprint, cache_config, description),
         model.weight_bytes if ops.memory() is None else None,
         OverlappingCore if overlap else EngineCore,
         verifier,
@@ -149,6 +149,12 @@ def _with_share(
     memory = ops.memory()
     part = memory_part(share, host_memory_bytes() if memory is None else memory.total)
     return replace(args, gpu_memory_utilization=part), [*decisions, share_decision(share, part)]
+
+
+def _description(config: ModelConfig, model: Model, scheme: Scheme | None) -> ModelDescription:
+    weight_format = scheme.name if scheme is not None else config.stored_as or model.dtype
+    parameters = decoder_parameters(model.spec, config.names).values()
+    return ModelDescription(config.family, sum(one.size for one in parameters), weight_format)
 
 
 def _cache_config(args: EngineArgs, sizes: CachePlan, model: Model) -> Labels:

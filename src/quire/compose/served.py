@@ -148,17 +148,18 @@ def _served(args: EngineArgs, path: Path, text: TextParts, channel: CoreChannel,
         default_params=text.default_params,
         close=close,
         cache_config=core.cache_config,
-        files=_files(path, core.model_fingerprint),
+        files=_files(path, core),
     )
 
 
-def _files(path: Path, fingerprint: str) -> ModelFiles:
+def _files(path: Path, core: CoreInfo) -> ModelFiles:
     found = part_paths(path) if is_gguf(path) else [item for item in path.iterdir() if item.is_file()]
     stats = [item.stat() for item in found]
     kind = "gguf" if is_gguf(path) else "engine" if is_engine(path) else "safetensors"
     modified_s = max((item.st_mtime for item in stats), default=0.0)
     directory = os.path.realpath(path.parent if is_gguf(path) else path)
-    return ModelFiles(kind, sum(item.st_size for item in stats), modified_s, fingerprint[:64], directory)
+    num_bytes, fingerprint = sum(item.st_size for item in stats), core.model_fingerprint[:64]
+    return ModelFiles(kind, num_bytes, modified_s, fingerprint, directory, core.model)
 
 
 def _limits(args: EngineArgs, text: TextParts, core: CoreInfo) -> RequestLimits:

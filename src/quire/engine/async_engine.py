@@ -154,7 +154,7 @@ class AsyncEngine(EngineFront):
         make = partial(hold, tokenizer, answers, asked, prompt_token_ids, params)
         held = await self.beside(make, len(prompt_token_ids), caller, first=True)  # the prompt tells of every tool
         inputs = self._served.inputs
-        if asked.tools and not is_known_good(inputs, held.params):
+        if (asked.tools or held.shape) and not is_known_good(inputs, held.params):
             await self._beside_shapes(partial(check_held, inputs, answers, held, names), caller)
         return held
 

@@ -23,6 +23,21 @@ HELD_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What a model is, as catalogues tell it."""
+
+    family: str = ""
+    """`model_type` of its configuration; empty where it is not known."""
+    num_parameters: int = 0
+    weight_format: str = ""
+    """A dtype, a scheme of `quantization`, or a checkpoint's own format."""
+
+
+UNKNOWN_MODEL = ModelDescription()
+"""Where nothing is known."""
+
+
+@dataclass(frozen=True, slots=True)
 class CoreInfo:
     """What the text side must know of a core."""
 
@@ -34,6 +49,7 @@ class CoreInfo:
     """Changes when the model's files do: a request must not be resumed under other weights."""
     cache_config: Labels = ()
     """Of the cache, under vLLM's names: labels of a metric."""
+    model: ModelDescription = UNKNOWN_MODEL
 
     def can_follow(self, first: "CoreInfo") -> bool:
         """Whether a core like this can resume every request that one like `first` accepted."""

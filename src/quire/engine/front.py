@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quire.engine.channel import UNKNOWN_MODEL, ModelDescription
 from quire.engine.engine import Engine
 from quire.engine.inputs import InputProcessor, RequestLimits
 from quire.errors import InvalidRequestError
@@ -26,6 +27,7 @@ class ModelFiles:
     """64 hexadecimal digits that change when names, sizes or times of the files do."""
     directory: str
     """Where they are, without links."""
+    model: ModelDescription = UNKNOWN_MODEL
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,6 +46,8 @@ class HeldAnswer:
     asked: Asked
     make_parser: Callable[[], AnswerParser] | None = None
     """Reads the text of one answer; None: there are neither calls nor reasoning, and the text is the answer."""
+    shape: StructuredOutputsParams | None = None
+    """Of the content, where other parts are held beside it."""
 
 
 def read_tools(given: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], tuple[Tool, ...]]:
@@ -107,7 +109,7 @@ def hold(
     held = replace(params, structured_outputs=shape if tag is None else _as_shape(tag))
     if answers.special_tokens:  # markers are; the parser takes all others out
         held = replace(held, skip_special_tokens=False, spaces_between_special_tokens=False)
-    return HeldAnswer(held, asked, partial(answers.parser, asked))
+    return HeldAnswer(held, asked, partial(answers.parser, asked), shape)
 
 
 def is_known_good(inputs: InputProcessor, params: SamplingParams) -> bool:
@@ -128,11 +130,14 @@ def check_held(inputs: InputProcessor, answers: AnswerFormat, held: HeldAnswer, 
         names: of all tools, in the order of the request.
 
     Raises:
-        InvalidRequestError: it does not compile; where the parameters of a tool are at fault, it names them.
+        InvalidRequestError: it does not compile; where the shape or the parameters of a tool are at fault, it names
+            them.
     """
     try:
         inputs.grammar_source(held.params)
     except InvalidRequestError:
+        if held.shape is not None:
+            inputs.grammar_source(replace(held.params, structured_outputs=held.shape))
         for place, tool in enumerate(map(held.asked.tool, names)):
             if tool is None:
                 continue
@@ -160,10 +165,6 @@ def _as_shape(tag: dict[str, Any]) -> StructuredOutputsParams:
 
 def _as_format(shape: StructuredOutputsParams) -> dict[str, Any]:
     """A shape as a structural tag holds content to it."""
-    for name in ("whitespace_pattern", "disable_any_whitespace"):
-        if getattr(shape, name):
-            text = f"{FIELD}.{name} cannot be held beside tools or behind reasoning"
-            raise InvalidRequestError(text, param=FIELD)
     if shape.choice is not None:
         choices = cast(Sequence[str], shape.choice)
         return {"type": "or", "elements": [{"type": "const_string", "value": one} for one in choices]}
@@ -176,8 +177,9 @@ def _as_format(shape: StructuredOutputsParams) -> dict[str, Any]:
         text = f"{FIELD}.{shape.kind} cannot be held beside tools or behind reasoning"
         raise InvalidRequestError(text, param=FIELD)
     options: dict[str, Any] = {} if shape.yaml is None else {"style": "yaml"}
-    if shape.disable_additional_properties:
-        options["disable_additional_properties"] = True
+    for name in ("disable_additional_properties", "disable_any_whitespace", "whitespace_pattern"):
+        if getattr(shape, name):
+            options[name] = getattr(shape, name)
     held = {"type": "object"} if schema is None else _json(str(schema), shape.kind)
     return {"type": "json_schema", "json_schema": held, **options}
 

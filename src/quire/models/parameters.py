@@ -4,6 +4,7 @@ A *parameter* is what the decoder computes with as one: `3.qkv` is one matrix wi
 or more *tensors* of the checkpoint (`model.layers.3.self_attn.q_proj.weight`, ...), concatenated along their outputs.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +78,11 @@ class Parameter:
     def arrays(self) -> tuple[Concatenated, ...]:
         """The weight, and the bias where there is one."""
         return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return sum(math.prod(array.shape) for array in self.arrays)
 
 
 def decoder_parameters(spec: DecoderSpec, names: NameMap) -> dict[str, Parameter]:

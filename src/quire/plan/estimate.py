@@ -5,7 +5,6 @@ decoding is bound by memory until a batch is large, and a prompt by arithmetic. 
 addition.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -75,7 +74,7 @@ class ModelCost:
     @property
     def num_parameters(self) -> int:
         """All of them; a tied head counts once."""
-        return sum(map(_size, self.parameters.values()))
+        return sum(one.size for one in self.parameters.values())
 
     @property
     def num_multiplied(self) -> int:
@@ -195,7 +194,3 @@ class ModelCost:
 def _matrix(parameter: Parameter) -> int:
     rows, inputs = parameter.weight.shape
     return rows * inputs
-
-
-def _size(parameter: Parameter) -> int:
-    return sum(math.prod(array.shape) for array in parameter.arrays)

@@ -58,10 +58,7 @@ def source_of(params: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher, regex_to_lark
 
     if params.json is not None or params.json_object:
-        if params.disable_any_whitespace:
-            return _json(_schema(params))
-        white = {"whitespace_flexible": True, "whitespace_pattern": params.whitespace_pattern or WHITESPACE}
-        return _json(_schema(params), white)
+        return _json(_schema(params), options_of(params))
     if params.yaml is not None:
         return LLMatcher.grammar_from_lark(yaml_grammar(_schema(params), params))
     if params.regex is not None:
@@ -165,10 +162,33 @@ def checked_schema(
     return _map_schemas(held, _closed) if is_closed else held
 
 
-def _json(schema: Any, white: Mapping[str, Any] | None = None) -> str:
+def options_of(params: StructuredOutputsParams) -> dict[str, Any]:
+    """How JSON is written under `params`.
+
+    Raises:
+        InvalidRequestError: `whitespace_pattern` is no expression.
+    """
+    if not is_expression(params.whitespace_pattern):
+        raise refusal("whitespace_pattern", "is no regular expression that can be held")
+    return json_options(params.whitespace_pattern, is_tight=params.disable_any_whitespace)
+
+
+def is_expression(pattern: str | None) -> bool:
+    """Whether a regular expression can be held, which None can."""
+    from llguidance import regex_to_lark
+
+    return pattern is None or _matches(f"start: /{regex_to_lark(pattern, 'd')}/", None)
+
+
+def json_options(whitespace_pattern: str | None, *, is_tight: bool) -> dict[str, Any]:
+    """How JSON is written, as llguidance reads it: `is_tight` without white space between its tokens."""
+    white = {} if is_tight else {"whitespace_pattern": whitespace_pattern or WHITESPACE}
+    return {"json_allowed_escapes": ESCAPES, "whitespace_flexible": not is_tight, **white}
+
+
+def _json(schema: Any, options: Any) -> str:
     from llguidance import LLMatcher
 
-    options: Any = {"json_allowed_escapes": ESCAPES, "whitespace_flexible": False, **(white or {})}
     return LLMatcher.grammar_from_json_schema(json.dumps(schema, ensure_ascii=False), overrides=options)
 
 
@@ -182,7 +202,7 @@ def yaml_grammar(schema: Mapping[str, Any], params: StructuredOutputsParams, roo
     from quire.structured.merging import Unheld
     from quire.structured.yaml import grammar  # imported where shapes are checked, not where an engine starts
 
-    validate(_json(schema), params)
+    validate(_json(schema, json_options(None, is_tight=True)), params)
     field, schemas = params.kind, dict(_schemas(schema, root))
     if any("$ref" in one for one in schemas.values()):
         for place, one in schemas.items():

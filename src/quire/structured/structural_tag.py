@@ -1,9 +1,10 @@
 """Structural tags become one grammar: text, and between markers in it what a schema, an expression or a grammar holds.
 
 XGrammar's forms (https://xgrammar.mlc.ai, "Structural Tag"), the older one of `structures` and `triggers` among them.
-What is ours: tokens (by id, as in its form `token`) in `triggers`; of `json_schema` `disable_additional_properties` and
-the styles `python`, `gemma` (with `escape`) and `yaml`; beside `format` the keys `definitions`, formats by name to
-which the form `ref` refers, and `reasoning`, a bound on the tokens between two markers at the beginning of the answer.
+What is ours: tokens (by id, as in its form `token`) in `triggers`; of `json_schema` `disable_additional_properties`,
+`disable_any_whitespace`, `whitespace_pattern` (those of the whole shape where it says nothing) and the styles
+`python`, `gemma` (with `escape`) and `yaml`; beside `format` the keys `definitions`, formats by name to which the
+form `ref` refers, and `reasoning`, a bound on the tokens between two markers at the beginning of the answer.
 """
 
 import json
@@ -14,20 +15,29 @@ from typing import Any
 
 from quire.structured.parameters import STYLES, parameters_of
 from quire.structured.samples import EXTRAS
-from quire.structured.source import ESCAPES, WHITESPACE, checked_schema, lark_of, refusal, yaml_grammar
+from quire.structured.source import (
+    checked_schema,
+    is_expression,
+    json_options,
+    lark_of,
+    options_of,
+    refusal,
+    yaml_grammar,
+)
 from quire.structured.yaml_scalars import lark
-from quire.structured_params import MAX_NESTING, StructuredOutputsParams
+from quire.structured_params import MAX_NESTING, MAX_PATTERN_BYTES, StructuredOutputsParams
 
 MAX_TOKEN_ID = 2**24
 MAX_REASONING_TOKENS = 2**24
 _TOKEN = re.compile(r"<\[(\d+)\]>")
 _ANY = "/(?s:.*)/"
+_WHITE = ("disable_any_whitespace", "whitespace_pattern")
 _KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "const_string": (("value",), ()),
     "token": (("token",), ()),
     "ref": (("name",), ()),
     "any_text": ((), ("excludes",)),
-    "json_schema": (("json_schema",), ("style", "escape", "disable_additional_properties")),
+    "json_schema": (("json_schema",), ("style", "escape", "disable_additional_properties", *_WHITE)),
     "qwen_xml_parameter": (("json_schema",), ("disable_additional_properties",)),
     "regex": (("pattern",), ()),
     "grammar": (("grammar",), ()),
@@ -39,8 +49,8 @@ _KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Type -> the keys that it must have, and may have."""
 _LISTS = ("elements", "tags", "triggers", "excludes")
-_FLAGS = ("at_least_one", "stop_after_first", "disable_additional_properties")
-_STRINGS = ("name", "value", "pattern", "grammar", "separator")
+_FLAGS = ("at_least_one", "stop_after_first", "disable_additional_properties", "disable_any_whitespace")
+_STRINGS = ("name", "value", "pattern", "grammar", "separator", "whitespace_pattern")
 
 
 def source_of_tag(params: StructuredOutputsParams) -> str:
@@ -322,7 +332,10 @@ class _Writer:
     def _json_schema(self, value: Mapping[str, Any], place: str) -> str:
         style = value.get("style", "json")
         if style == "json":
-            return self.json(self._schema(value, place))
+            return self.json(self._schema(value, place), _white(value, place))
+        for name in _WHITE:
+            if name in value:
+                raise _bad(f"{place}/{name}", f"belongs to the style json, not to {style}")
         if style == "yaml":
             return self._other(yaml_grammar(self._schema(value, place), self.params, f"#{place}/json_schema"))
         if style not in STYLES:
@@ -333,19 +346,32 @@ class _Writer:
             found = replace(found, raw=(escape, escape))
         return parameters_of(self, found, self._schema(value, place), _bad, f"{place}/json_schema")
 
-    def json(self, schema: Any) -> str:
-        """JSON that a checked schema holds."""
-        options = {"json_allowed_escapes": ESCAPES, "whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
+    def json(self, schema: Any, options: Mapping[str, Any] | None = None) -> str:
+        """JSON that a checked schema holds; `options` as `json_options` gives them, None for those of the shape."""
+        if options is None:
+            options = options_of(self.params)
         return f"%json {json.dumps({**schema, 'x-guidance': options})}"
 
     def _qwen_xml_parameter(self, value: Mapping[str, Any], place: str) -> str:
         return self._json_schema({**value, "style": "qwen_xml"}, place)
 
-    @staticmethod
-    def _schema(value: Mapping[str, Any], place: str) -> Any:
-        is_closed = value.get("disable_additional_properties", False)
+    def _schema(self, value: Mapping[str, Any], place: str) -> Any:
+        is_closed = value.get("disable_additional_properties", self.params.disable_additional_properties)
         is_yaml, root = value.get("style") == "yaml", f"#{place}/json_schema"
         return checked_schema(value["json_schema"], "structural_tag", is_closed=is_closed, is_yaml=is_yaml, root=root)
+
+
+def _white(value: Mapping[str, Any], place: str) -> dict[str, Any] | None:
+    """What a format says of its white space; None if nothing."""
+    if not any(name in value for name in _WHITE):
+        return None
+    is_tight, pattern = value.get("disable_any_whitespace", False), value.get("whitespace_pattern")
+    if pattern is not None and (is_tight or not 0 < len(pattern.encode()) <= MAX_PATTERN_BYTES):
+        why = "says what disable_any_whitespace excludes" if is_tight else f"may have 1 to {MAX_PATTERN_BYTES} bytes"
+        raise _bad(f"{place}/whitespace_pattern", why)
+    if not is_expression(pattern):
+        raise _bad(f"{place}/whitespace_pattern", "is no regular expression that can be held")
+    return json_options(pattern, is_tight=is_tight)
 
 
 def _all_tags(tags: Sequence[Any], place: str) -> Sequence[Any]:

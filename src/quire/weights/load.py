@@ -106,7 +106,10 @@ def read_model_config(path: Path) -> ModelConfig:
 
         quantization = read_quantization(path, config)
     dtype = cast(WeightDtype, stated) if known else None
-    return ModelConfig(spec, names, dtype, quantization=quantization, manifest=manifest)
+    family, stored_as = str(config.get("model_type", "")), "" if quantization is None else quantization.method
+    return ModelConfig(
+        spec, names, dtype, quantization=quantization, manifest=manifest, family=family, stored_as=stored_as
+    )
 
 
 def load_model(

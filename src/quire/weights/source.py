@@ -56,6 +56,10 @@ class ModelConfig:
     """Of a GGUF file, or an engine built of one: its headers, closed, for those who read them again."""
     manifest: "Manifest | None" = None
     """Of an engine directory."""
+    family: str = ""
+    """The model's `model_type`, or its architecture as a GGUF header has it."""
+    stored_as: str = ""
+    """Most weights, in the words of their tools: `awq`, `Q4_K_M`; empty where nothing says it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from quire.engine.stream import joined_choice
-from quire.errors import InvalidRequestError
+from quire.errors import SHAPE, InvalidRequestError, ShapeError
 from quire.outputs import CompletionOutput, RequestOutput
 from quire.server.http.errors import ApiError, ClientGoneError, as_api_error
 
@@ -261,3 +261,12 @@ def naming_param(engine_name: str, field: str) -> Iterator[None]:
         if error.param == engine_name:
             error.param = field
         raise
+
+
+@contextmanager
+def naming_unfit(field: str) -> Iterator[None]:
+    """Let a shape that has no answer as short as asked for be a refusal of this field."""
+    try:
+        yield
+    except ShapeError as error:
+        raise InvalidRequestError(field + str(error).removeprefix(SHAPE.strip()), param=field) from error

@@ -154,6 +154,14 @@ ARCHITECTURES: Mapping[str, _Architecture] = {
 }
 
 
+FILE_TYPES = {
+    **{0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S"},
+    **{12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 21: "Q2_K_S"},
+    **{25: "IQ4_NL", 30: "IQ4_XS", 32: "BF16", 38: "MXFP4_MOE"},
+}
+"""What `general.file_type` says of most tensors, by llama.cpp's numbers (`LLAMA_FTYPE`)."""
+
+
 def read_gguf_config(path: Path) -> ModelConfig:
     """Read the header of a model.
 
@@ -178,7 +186,9 @@ def read_gguf_config(path: Path) -> ModelConfig:
             raise type(error)(text) from None
         dtype, reason = _dtype(parts)
         heads = {"attn_q": spec.num_heads, "attn_k": spec.num_kv_heads} if architecture.in_turns else {}
-        return ModelConfig(_held(spec), _names(names, parts), dtype, reason, rotated_heads=heads, gguf=parts)
+        found = ModelConfig(_held(spec), _names(names, parts), dtype, reason, rotated_heads=heads, gguf=parts)
+        stated = parts.values.get("general.file_type")
+        return replace(found, family=name, stored_as=FILE_TYPES.get(stated, "") if type(stated) is int else "")
 
 
 def _windowed(architecture: _Architecture, name: str, parts: GgufParts) -> _Architecture:

@@ -18,7 +18,7 @@ from quire.server.doors.anthropic.parse import in_own_names, parse_count, parse_
 from quire.server.doors.anthropic.respond import MessageAnswer
 from quire.server.http.context import Api, MarkedRoute, ServerContext, new_id
 from quire.server.http.errors import ApiError
-from quire.server.http.streams import Framing, deliver
+from quire.server.http.streams import Framing, deliver, naming_unfit
 
 VERSIONS = ("2023-06-01", "2026-10-21")
 MARKER = "anthropic-version"
@@ -62,7 +62,7 @@ async def create_message(request: Request) -> Response:
     call = await context.bodies.read(request, lambda body: parse(body, context.defaults_of(body), context.limits))
     context = context.of_model(call.model, request.scope)
     requested = context.request_context(request, "", None)
-    with in_own_names():
+    with naming_unfit("output_config.format" if call.chat.params.structured_outputs else "tools"), in_own_names():
         return await deliver(request, MessageAnswer(context, call, requested), FRAMING if call.stream else None)
 
 

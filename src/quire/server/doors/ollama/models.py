@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 import quire
+from quire.engine.channel import UNKNOWN_MODEL, ModelDescription
 from quire.server.answers.capabilities import capabilities_of
 from quire.server.doors.ollama.bodies import SHOW
 from quire.server.doors.ollama.respond import serving
@@ -16,6 +17,8 @@ from quire.server.http.errors import ApiError
 Body = dict[str, Any]
 FOR_EVER = "9999-12-31T23:59:59Z"
 """A model stays for as long as the server runs."""
+LEVELS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""Ollama's words for how weights are kept, where they are not ours in capitals."""
 REFUSED = {
     "/api/create": "models are made by `quire build`, not by a server",
     "/api/push": "models are not sent anywhere",
@@ -53,7 +56,8 @@ async def show(request: Request) -> Response:
     body = await context.bodies.read(request, lambda raw: SHOW.read(raw, context.limits))
     name, context = body.model, serving(context, body.model, request.scope)
     engine = context.engine
-    template, card = engine.get_tokenizer().tools_template or "", _card(context, name)
+    template, card, described = engine.get_tokenizer().tools_template or "", _card(context, name), _described(context)
+    family = described.family or "quire"
     stated = "\n".join(f"{name} {value}" for name, value in engine.stated_sampling.items())
     content = {
         "modelfile": f"FROM {name}\n",
@@ -61,7 +65,11 @@ async def show(request: Request) -> Response:
         "template": template,
         "license": "",
         "details": card["details"],
-        "model_info": {"general.architecture": "quire", "quire.context_length": engine.max_model_len},
+        "model_info": {
+            "general.architecture": family,
+            "general.parameter_count": described.num_parameters,
+            f"{family}.context_length": engine.max_model_len,
+        },
         "capabilities": capabilities_of(engine),
         "modified_at": card["modified_at"],
     }
@@ -87,14 +95,34 @@ def _shown(context: ServerContext) -> list[tuple[str, ServerContext]]:
 
 
 def _card(context: ServerContext, name: str) -> Body:
-    files = context.engine.model_files
+    files, described = context.engine.model_files, _described(context)
     modified = datetime.fromtimestamp(context.started_s if files is None else files.modified_s, UTC)
-    details = {"parent_model": "", "format": "" if files is None else files.format, "family": "", "families": []}
+    details = {
+        "parent_model": "",
+        "format": "" if files is None else files.format,
+        "family": described.family,
+        "families": [described.family] if described.family else [],
+        "parameter_size": in_short(described.num_parameters),
+        "quantization_level": LEVELS.get(described.weight_format, described.weight_format.upper()),
+    }
     return {
         "name": name,
         "model": name,
         "modified_at": modified.isoformat().replace("+00:00", "Z"),
         "size": 0 if files is None else files.num_bytes,
         "digest": "" if files is None else files.fingerprint,
-        "details": {**details, "parameter_size": "", "quantization_level": ""},
+        "details": details,
     }
+
+
+def _described(context: ServerContext) -> ModelDescription:
+    files = context.engine.model_files
+    return UNKNOWN_MODEL if files is None else files.model
+
+
+def in_short(number: int) -> str:
+    """A number of parameters as Ollama writes it: `134.52M`, `1.2B`; empty for none."""
+    for size, unit, digits in ((10**9, "B", 1), (10**6, "M", 2), (10**3, "K", 2)):
+        if number >= size:
+            return f"{number / size:.{digits}f}{unit}"
+    return str(number or "")

@@ -15,7 +15,7 @@ from quire.server.doors.ollama.respond import OllamaAnswer, OllamaChatAnswer, de
 from quire.server.http.context import Api, ServerContext
 from quire.server.http.errors import ApiError
 from quire.server.http.limits import Limits
-from quire.server.http.streams import Framing, deliver, naming_param
+from quire.server.http.streams import Framing, deliver, naming_param, naming_unfit
 
 Parse = Callable[[dict[str, Any], SamplingParams, Limits], Call]
 
@@ -46,7 +46,7 @@ async def _create(request: Request, parse: Parse, answer: type[OllamaAnswer]) ->
     if call.chat is None and call.raw is None:
         return JSONResponse(nothing_asked(context, call, is_chat=answer.is_chat))
     requested = context.request_context(request, "", None)
-    with in_own_names():
+    with naming_unfit("format" if call.params.structured_outputs else "tools"), in_own_names():
         return await deliver(request, answer(context, call, requested), FRAMING if call.stream else None)
 
 

@@ -23,7 +23,7 @@ from quire.server.doors.openai.bodies import (
     TokenizeTextBody,
 )
 from quire.server.doors.openai.conversation import ARGUMENT_NAME, Conversation, Message, TextPart
-from quire.server.doors.openai.shapes import deprecated_in, take_shape
+from quire.server.doors.openai.shapes import deprecated_in, place_of_shape, take_shape
 from quire.server.doors.openai.tools import asked_of, check_tools
 from quire.server.http.limits import Limits
 from quire.server.http.schema import check_length
@@ -47,6 +47,8 @@ class Call:
     """`max_tokens: 0` with `echo`: the prompt is scored and nothing is shown of the token after it."""
     deprecated: tuple[str, ...] = ()
     """Fields that were sent under names of the past."""
+    shape_place: str = ""
+    """What the client calls `structured_outputs`, where it has another name."""
 
     @property
     def named_of_answer(self) -> int:
@@ -130,6 +132,7 @@ def parse_completion(raw: Mapping[str, Any], defaults: SamplingParams, limits: L
         add_special_tokens=body.add_special_tokens,
         prompt_only=prompt_only,
         deprecated=deprecated_in(values),
+        shape_place=place_of_shape(values),
     )
 
 
@@ -165,6 +168,7 @@ def parse_chat(raw: Mapping[str, Any], defaults: SamplingParams, limits: Limits)
         top_logprobs=top_logprobs,
         logprobs_field="top_logprobs",
         deprecated=deprecated_in(values),
+        shape_place=place_of_shape(values),
         wants_prompt_text=body.return_prompt_text,
         asked=asked_of(body),
         shows_reasoning=body.include_reasoning,

@@ -28,7 +28,7 @@ from quire.server.doors.openai.parse import (
     text_of,
     truncate_prompt,
 )
-from quire.server.doors.openai.shapes import deprecation_headers
+from quire.server.doors.openai.shapes import deprecation_headers, naming_shape
 from quire.server.doors.openai.tools import tools_of
 from quire.server.doors.openai.usage import Usage
 from quire.server.http.context import RequestContext, ServerContext, new_id
@@ -71,7 +71,7 @@ class Answer(ABC, Generic[C]):
 
     async def whole(self) -> bytes:
         """The answer in one piece, as JSON."""
-        with self._context.gate.inside(self._name):
+        with self._context.gate.inside(self._name), naming_shape(self._call.shape_place):
             outputs = await last_outputs(await self._start())
             size = sum(self._size(output, len(output.prompt_token_ids)) for output in outputs)
             return await self._engine.beside(partial(self._written, outputs), size, self._request.caller, first=True)
@@ -93,7 +93,7 @@ class Answer(ABC, Generic[C]):
     async def events(self) -> AsyncGenerator[Content, None]:
         """The answer in pieces; then usage."""
         options, usage, begun = self._call.options, self._usage, set[int]()
-        with self._context.gate.inside(self._name):
+        with self._context.gate.inside(self._name), naming_shape(self._call.shape_place):
             streams = [coalesce(stream, options.stream_interval) for stream in await self._start()]
             async with aclosing(merged(streams)) as outputs:
                 async for number, output in outputs:

@@ -1,12 +1,15 @@
 """Fields that hold an answer to a shape: OpenAI's `response_format`, vLLM's `structured_outputs` and its older
 `guided_*`, which are deprecated. They become one `StructuredOutputsParams`, which checks what they say."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 from quire import structured_params as shapes
-from quire.errors import InvalidRequestError
+from quire.errors import InvalidRequestError, ShapeError
+from quire.server.http.errors import ApiError
 from quire.server.http.schema import STRING, Field, Schema, array
 from quire.structured_params import StructuredOutputsParams
 
@@ -92,6 +95,32 @@ def deprecation_headers(names: Sequence[str]) -> dict[str, str]:
     """Since when, and what to send instead (RFC 9745; `Link` as of RFC 8288); nothing where `names` is empty."""
     link = f'</openapi.json>; rel="deprecation"; type="application/json"; title="{deprecation_note(names)}"'
     return {"deprecation": f"@{_SINCE}", "link": link} if names else {}
+
+
+def place_of_shape(values: Mapping[str, Any]) -> str:
+    """Where a body's fields hold a shape, unless that is `structured_outputs` or nowhere."""
+    older = [name for name in _OLD if values.get(name) is not None]
+    form = values.get("response_format")
+    if values.get(shapes.FIELD) is not None or older or not isinstance(form, Mapping):
+        return older[0] if older else ""
+    inner = "json_schema.schema" if form.get("type") == "json_schema" else None
+    inner = inner or next((name for name in _OF_FORMAT["json_object"] if form.get(name) is not None), None)
+    return f"response_format.{inner}" if inner else "response_format"
+
+
+@contextmanager
+def naming_shape(place: str) -> Iterator[None]:
+    """Let the engine's refusal of a shape name the place in the body that `place_of_shape` found."""
+    try:
+        yield
+    except (InvalidRequestError, ShapeError) as error:
+        if not place or (isinstance(error, InvalidRequestError) and error.param != shapes.FIELD):
+            raise
+        place = _OLD_PATTERN if ".whitespace_pattern" in str(error).partition(" ")[0] else place
+        text, param = re.sub(rf"^{shapes.FIELD}(\.\w+)?", place, str(error)), place.partition(".")[0]
+        if isinstance(error, ShapeError):
+            raise ApiError(400, text, param=param, code="invalid_shape") from error
+        raise InvalidRequestError(text, param=param) from error
 
 
 def take_shape(values: dict[str, Any]) -> None:

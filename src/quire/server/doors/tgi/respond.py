@@ -15,7 +15,7 @@ from quire.server.doors.tgi.bodies import MOST_NEW_TOKENS
 from quire.server.doors.tgi.parse import GenerateCall, renamed
 from quire.server.doors.tgi.tokens import AnswerTokens, Content, prefill_tokens
 from quire.server.http.context import RequestContext, ServerContext, new_id
-from quire.server.http.streams import Outputs, last_outputs
+from quire.server.http.streams import Outputs, last_outputs, naming_unfit
 
 _REASONS = {"length": "length", "repetition": "length"}
 
@@ -40,7 +40,7 @@ class GenerateAnswer:
 
     async def whole(self) -> bytes:
         """The answer in one piece, as JSON."""
-        with self._context.gate.inside(self._id):
+        with self._context.gate.inside(self._id), naming_unfit("grammar"):
             (output,) = await last_outputs([await self._start()])
             num_tokens = len(output.prompt_token_ids) + sum(len(choice.token_ids) for choice in output.outputs)
             size = num_tokens * (1 + self._call.top_n_tokens)
@@ -49,7 +49,7 @@ class GenerateAnswer:
     async def events(self) -> AsyncGenerator[Content, None]:
         """An event a token; the last one has the text and the details."""
         said, count = "", 0
-        with self._context.gate.inside(self._id):
+        with self._context.gate.inside(self._id), naming_unfit("grammar"):
             async with aclosing(await self._start()) as outputs:
                 async for output in outputs:
                     (choice,) = output.outputs

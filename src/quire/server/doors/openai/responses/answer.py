@@ -20,6 +20,7 @@ from quire.server.doors.openai.responses.items import Item
 from quire.server.doors.openai.responses.keep import Keeper
 from quire.server.doors.openai.responses.parse import chat_of, in_our_words
 from quire.server.doors.openai.responses.writer import ResponseEvent, Writer
+from quire.server.doors.openai.shapes import naming_shape
 from quire.server.http.context import RequestContext, ServerContext
 from quire.server.http.errors import ApiError, as_api_error
 from quire.server.http.streams import merged
@@ -90,7 +91,7 @@ class ResponseAnswer(ChatAnswer):
     async def events(self) -> AsyncGenerator[ResponseEvent, None]:
         """The answer in pieces. What goes wrong after the first of them is one of them."""
         writer, has_begun = self._writer, False
-        with self._context.gate.inside(self._name):
+        with self._context.gate.inside(self._name), in_our_words(), naming_shape(self._call.shape_place):
             try:
                 async with aclosing(merged(await self._start())) as outputs:
                     async for _, output in outputs:
