@@ -3,6 +3,7 @@
 # ruff: noqa: E501 - one refusal a line
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -200,6 +201,43 @@ def test_white_space_is_as_asked_behind_reasoning_and_beside_tools(thinking: Run
                 jsonschema_rs.validate(schema, json.loads(message.content))
                 written += message.content
         assert written and {one for one in written if one.isspace()} == allowed
+
+
+TAG = {"begin": "<n>", "content": {"type": "regex", "pattern": "[0-9 ]{1,4}"}, "end": "</n>"}
+DIGITS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "minItems": 4, "maxItems": 4}
+OLDER = {"begin": "<n>", "schema": {"type": "array", "items": {"type": "null"}, "maxItems": 2}, "end": "</n>"}
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [
+        ({"format": {"type": "tag", **TAG}}, r"<n>[0-9 ]{1,4}</n>"),
+        ({"format": {"type": "json_schema", "json_schema": DIGITS}}, r"\[[0-9](,[0-9]){3}\]"),
+        (
+            {"format": {"type": "triggered_tags", "triggers": ["<n>"], "tags": [TAG], "at_least_one": True}},
+            r"<n>[0-9 ]{1,4}</n>.*",
+        ),
+        ({"structures": [OLDER], "triggers": ["<n>"]}, r"((?!<n>).)*(<n>\[(null(,null)?)?\]</n>((?!<n>).)*)*"),
+    ],
+)
+def test_structural_tags_begin_after_the_reasoning(thinking: Running, form: Any, pattern: str) -> None:
+    shape = {"structural_tag": json.dumps({"type": "structural_tag", **form}), "disable_any_whitespace": True}
+    extra: Any = {"structured_outputs": shape, "thinking_token_budget": 8}
+    extra |= {"continue_final_message": True, "add_generation_prompt": False}
+    begun = [*HELLO, {"role": "assistant", "content": "<think>\n"}]
+    reasoned = 0
+    for seed in range(6):
+        choice = ask(thinking, tools=[], messages=begun, seed=seed, max_tokens=120, extra_body=extra).choices[0]
+        reasoned += bool(getattr(choice.message, "reasoning", ""))
+        assert re.fullmatch(pattern, choice.message.content, re.DOTALL), choice
+    assert reasoned
+
+
+def test_a_tag_that_bounds_the_reasoning_itself_is_all_of_the_answer(thinking: Running) -> None:
+    bound = {"begin": "", "end": "</think>", "max_tokens": 4}
+    tag = {"type": "structural_tag", "format": {"type": "tag", **TAG}, "reasoning": bound}
+    choice = ask(thinking, tools=[], extra_body={"structured_outputs": {"structural_tag": tag}}).choices[0]
+    assert re.fullmatch(r"<n>[0-9 ]{1,4}</n>", choice.message.content)
 
 
 def test_yaml_begins_after_the_reasoning_and_stands_beside_tools(thinking: Running) -> None:

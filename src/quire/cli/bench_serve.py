@@ -61,13 +61,8 @@ def add(kinds: Any) -> None:
     flag("--random-output-len", type=int, default=num_out, metavar="N", help=f"of an answer (default: {num_out})")
     flag("--random-range-ratio", type=float, default=0.0, metavar="R", help="lengths within this share of these")
     flag("--random-prefix-len", type=int, default=0, metavar="N", help="tokens that all prompts begin with")
-    flag(
-        "--max-model-len",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="sharegpt-lengths: longest prompt and answer (2048)",
-    )
+    text = "sharegpt-lengths: longest prompt and answer (2048)"
+    flag("--max-model-len", type=int, default=2048, metavar="N", help=text)
     flag("--request-rate", type=float, default=math.inf, metavar="R", help="requests a second; left out: all at once")
     flag("--burstiness", type=float, default=1.0, metavar="B", help="1: at random; below: in bursts; above: evenly")
     flag("--max-concurrency", type=int, metavar="N", help="requests open at a time")

@@ -102,11 +102,12 @@ def hold(
     if shape is not None and shape.structural_tag is not None:
         if asked.tools:
             raise InvalidRequestError(f"{FIELD}.structural_tag and tools both hold calls: send one", param=FIELD)
-        return HeldAnswer(params, asked)
+        if not _is_plain_tag(shape.structural_tag):
+            return HeldAnswer(params, asked)
     then = None if shape is None else _as_format(shape)
     asked = replace(asked, in_reasoning=in_reasoning, may_reason=may_reason, then=then)
     tag = answers.structural_tag(asked)
-    held = replace(params, structured_outputs=shape if tag is None else _as_shape(tag))
+    held = replace(params, structured_outputs=shape if tag is None else _as_shape(tag, shape))
     if answers.special_tokens:  # markers are; the parser takes all others out
         held = replace(held, skip_special_tokens=False, spaces_between_special_tokens=False)
     return HeldAnswer(held, asked, partial(answers.parser, asked), shape)
@@ -156,9 +157,20 @@ def _check_tool(inputs: InputProcessor, params: SamplingParams, place: str) -> N
         raise _bad(place, f"cannot be held: {text}") from error
 
 
-def _as_shape(tag: dict[str, Any]) -> StructuredOutputsParams:
+def _is_plain_tag(tag: str | Mapping[str, Any]) -> bool:
+    """Whether it can be a part of another: one with names or a bound of its own says all of the answer."""
     try:
-        return StructuredOutputsParams(structural_tag=tag)
+        value = json.loads(tag) if isinstance(tag, str) else tag
+    except (ValueError, RecursionError):  # it is refused where it is compiled
+        return False
+    return isinstance(value, Mapping) and not value.keys() & {"definitions", "reasoning"}
+
+
+def _as_shape(tag: dict[str, Any], then: StructuredOutputsParams | None) -> StructuredOutputsParams:
+    """The tag of all, with what was said of white space beside a tag in it."""
+    options = _options(then) if then is not None and then.structural_tag is not None else {}
+    try:
+        return StructuredOutputsParams(structural_tag=tag, **options)
     except InvalidRequestError as error:
         raise InvalidRequestError(f"tools and shape together are too large: {error.message}", param="tools") from error
 
@@ -172,16 +184,17 @@ def _as_format(shape: StructuredOutputsParams) -> dict[str, Any]:
         return {"type": "regex", "pattern": shape.regex}
     if shape.grammar is not None:
         return {"type": "grammar", "grammar": shape.grammar}
+    if shape.structural_tag is not None:
+        return {**_json(str(shape.structural_tag), shape.kind), "type": "structural_tag"}
     schema = shape.json if shape.yaml is None else shape.yaml
-    if schema is None and not shape.json_object:
-        text = f"{FIELD}.{shape.kind} cannot be held beside tools or behind reasoning"
-        raise InvalidRequestError(text, param=FIELD)
-    options: dict[str, Any] = {} if shape.yaml is None else {"style": "yaml"}
-    for name in ("disable_additional_properties", "disable_any_whitespace", "whitespace_pattern"):
-        if getattr(shape, name):
-            options[name] = getattr(shape, name)
+    options = _options(shape) | ({} if shape.yaml is None else {"style": "yaml"})
     held = {"type": "object"} if schema is None else _json(str(schema), shape.kind)
     return {"type": "json_schema", "json_schema": held, **options}
+
+
+def _options(shape: StructuredOutputsParams) -> dict[str, Any]:
+    names = ("disable_additional_properties", "disable_any_whitespace", "whitespace_pattern")
+    return {name: getattr(shape, name) for name in names if getattr(shape, name)}
 
 
 def _json(text: str, kind: str) -> Any:

@@ -3,8 +3,9 @@
 XGrammar's forms (https://xgrammar.mlc.ai, "Structural Tag"), the older one of `structures` and `triggers` among them.
 What is ours: tokens (by id, as in its form `token`) in `triggers`; of `json_schema` `disable_additional_properties`,
 `disable_any_whitespace`, `whitespace_pattern` (those of the whole shape where it says nothing) and the styles
-`python`, `gemma` (with `escape`) and `yaml`; beside `format` the keys `definitions`, formats by name to which the
-form `ref` refers, and `reasoning`, a bound on the tokens between two markers at the beginning of the answer.
+`python`, `gemma` (with `escape`) and `yaml`; a whole tag as a format of another; beside `format` the keys
+`definitions`, formats by name to which the form `ref` refers, and `reasoning`, a bound on the tokens between two
+markers at the beginning of the answer.
 """
 
 import json
@@ -37,6 +38,7 @@ _KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "token": (("token",), ()),
     "ref": (("name",), ()),
     "any_text": ((), ("excludes",)),
+    "structural_tag": ((), ("format", "structures", "triggers")),
     "json_schema": (("json_schema",), ("style", "escape", "disable_additional_properties", *_WHITE)),
     "qwen_xml_parameter": (("json_schema",), ("disable_additional_properties",)),
     "regex": (("pattern",), ()),
@@ -48,6 +50,8 @@ _KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "tags_with_separator": (("tags", "separator"), ("at_least_one", "stop_after_first")),
 }
 """Type -> the keys that it must have, and may have."""
+_TAKE_ENDS = ("any_text", "triggered_tags", "structural_tag")
+"""Types that contain the markers which follow them: where they stand decides what the text before them may be."""
 _LISTS = ("elements", "tags", "triggers", "excludes")
 _FLAGS = ("at_least_one", "stop_after_first", "disable_additional_properties", "disable_any_whitespace")
 _STRINGS = ("name", "value", "pattern", "grammar", "separator", "whitespace_pattern")
@@ -183,13 +187,13 @@ class _Writer:
         if self._depth > MAX_NESTING:
             raise _bad("", f"may be nested at most {MAX_NESTING} deep")
         kind = _checked(value, place)
-        if kind in ("any_text", "triggered_tags"):
+        if kind in _TAKE_ENDS:
             found = getattr(self, f"_{kind}")(value, place, is_last, end)
         elif kind in ("sequence", "or", "tag", "tags_with_separator", "ref"):
             found = getattr(self, f"_{kind}")(value, place, is_last)
         else:
             found = getattr(self, f"_{kind}")(value, place)
-        if end and kind not in ("any_text", "triggered_tags"):
+        if end and kind not in _TAKE_ENDS:
             found = f"{self.rule(found)} {self.either(end)}"
         self._depth -= 1
         return self.rule(found)
@@ -234,6 +238,9 @@ class _Writer:
             raise _bad(place, "may be followed by nothing but the end of its tag: any_text")
         self.has_free_end = True
         return self.free_text(excludes)
+
+    def _structural_tag(self, value: Mapping[str, Any], place: str, is_last: bool, end: Sequence[str | int]) -> str:
+        return self.expression(_format_of(value), f"{place}/format", is_last=is_last, end=end)
 
     def _triggered_tags(self, value: Mapping[str, Any], place: str, is_last: bool, end: Sequence[str | int]) -> str:
         excludes = value.get("excludes", [])
