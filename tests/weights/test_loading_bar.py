@@ -2,6 +2,7 @@
 
 import io
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -57,3 +58,19 @@ def test_nothing_is_shown_where_no_terminal_is_or_where_loading_is_short(
     with LoadingBar() as bar:
         bar.show(10, 100)
     assert not bars
+
+
+@pytest.mark.parametrize(("lines", "is_terminal"), [(True, False), (False, False), (True, True)])
+def test_a_log_gets_a_line_at_a_bounded_rate_where_that_was_asked_for(
+    lines: bool, is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch(monkeypatch, is_terminal=is_terminal, patience_s=0.0)
+    now_s = [100.0]
+    monkeypatch.setattr(loading_bar, "time", SimpleNamespace(monotonic=lambda: now_s[0]))
+    with LoadingBar("Calibrating", lines=lines) as bar:
+        for second in range(1, 31):
+            now_s[0] = 100.0 + second
+            bar.show(second, 40)
+    expected = ["25% after 10 s, about 30 s left", "50% after 20 s, about 20 s left", "75% after 30 s, about 10 s left"]
+    written = sys.stderr.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert written == ([f"Calibrating: {line}" for line in expected] if lines and not is_terminal else [])
