@@ -248,6 +248,8 @@ BAD = [
     (["--target", "cpu-z80"], "target must be auto or one of cpu-baseline"),
     (["--quantization-group-size", "32"], "quantization_group_size is for quantization 'int4'"),
     (["--quantization", "fp8", "--quantization-group-size", "32"], "quantization_group_size is for"),
+    (["--kv-cache-dtype", "int8"], "kv_cache_dtype is no part of an engine: quire serve"),
+    (["--tensor-parallel-size", "2"], "tensor_parallel_size must be 1 in this version, got 2"),
 ]
 
 

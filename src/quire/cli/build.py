@@ -47,6 +47,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of weights that are not quantised, and the cache"
     )
+    text = "refused: the cache is not built, the verbs that run an engine take it"
+    parser.add_argument("--kv-cache-dtype", metavar="NAME", help=text)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="must be 1 in this version")
     parser.add_argument("--target", default="auto", metavar="NAME", help=target.HELP)
     text = "MODEL is an engine directory: its weights as they are, packed for another instruction set"
     parser.add_argument("--repack", action="store_true", help=text)
@@ -65,8 +68,17 @@ def run(options: argparse.Namespace) -> int:
     name = model_argument(options.model)
     model_path.check(name)
     _check_repack(options)
+    if options.kv_cache_dtype is not None:
+        text = f"kv_cache_dtype is no part of an engine: quire serve {options.output} --kv-cache-dtype chooses it"
+        raise ConfigurationError(text, field="kv_cache_dtype")
     calibration.check(options)
-    args = EngineArgs(model=name, quantization=options.quantization, revision=options.revision, dtype=options.dtype)
+    args = EngineArgs(
+        model=name,
+        quantization=options.quantization,
+        revision=options.revision,
+        dtype=options.dtype,
+        tensor_parallel_size=options.tensor_parallel_size,
+    )
     with target.building_for(options.target) as built_for:
         scheme = scheme_for(select_scheme(args.quantization, options.quantization_group_size), built_for.ops)
         directory = find_model(args)
