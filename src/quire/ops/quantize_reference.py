@@ -4,7 +4,7 @@ With 8 bits a row (a group of it, with `int8_groups` and `fp8_groups`) has one s
 over 448 with e4m3. Formats with minima are read from files and not made here.
 With 4 bits each group of a row has one: the weight of largest magnitude becomes about -8 (there is no +8), for a few
 divisors in turn; each gives integers and, by least squares, the scale that fits them best; the smallest error wins. On
-normal weights that leaves 15 % less error than dividing by 7 does (docs/howto/quantize.md).
+normal weights that leaves 15 % less error than dividing by 7 does (docs/design/formats.md).
 """
 
 from typing import Any

@@ -11,7 +11,7 @@ capability 8.9 on multiply them at twice bfloat16's rate. The CPU has e4m3 for w
 
 Embedding and head are `int8` in all of them. Their error is not averaged over layers but goes into the logits as it is,
 and one GEMM of many is not where the time goes: with four bits there the divergence from the model is larger than that
-of all the layers together (docs/howto/quantize.md has the figures).
+of all the layers together (docs/design/formats.md has the figures).
 """
 
 from quire.ops.types import QuantSpec

@@ -21,7 +21,7 @@ SAMPLE = 512
 """Tokens on which candidates are compared."""
 WORTH = 0.5
 """Scales of channels are taken where they leave at most this much of the error: what they gain beyond that, GPTQ
-gains too, and more (docs/howto/quantize.md)."""
+gains too, and more (docs/design/formats.md)."""
 
 Floats = NDArray[np.float32]
 

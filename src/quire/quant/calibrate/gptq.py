@@ -15,7 +15,7 @@ from quire.quant.calibrate.cholesky import BLOCK, Gemm, upper_factor
 
 DAMPING = 0.1
 """Of the Hessian's mean diagonal, added to it. 0.01, the paper's, fits 8,192 tokens of SmolLM2 better and others worse:
-8 % more error on another text (docs/howto/quantize.md)."""
+8 % more error on another text (docs/design/formats.md)."""
 DIVISORS = (6.0, 6.5, 7.0, 7.25, 7.5, 7.75, 8.0, 8.5, 9.0)
 """Of a group's largest weight, tried in turn: as in `ops/quantize_reference.py`, and finer."""
 SMALLEST = 1e-30
