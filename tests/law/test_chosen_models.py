@@ -41,7 +41,8 @@ NEEDS_NAME = ("/api/chat", "/api/generate", "/api/show", "/v1/messages", "/v1/me
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    models = [ServedModel((name,), frozenset((name,)), FakeEngine()) for name in ("cat", "dog")]  # type: ignore[arg-type]
+    engines: dict[str, Any] = {"cat": FakeEngine(), "dog": FakeEngine()}
+    models = [ServedModel((name,), frozenset((name,)), engine) for name, engine in engines.items()]
     running = start(ServedModels(models), store=memory(), pages=view(lambda: None))
     yield running
     running.stop()

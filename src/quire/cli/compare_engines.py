@@ -73,11 +73,10 @@ def _llama_cpp(binary: str, settings: Settings) -> dict[str, Any]:
     slots = max(1, min(settings["max_num_seqs"], settings["most_requests"], fitting))
     flags = {"-m": settings["files"] or settings["model"], "-t": settings["threads"], "-tb": settings["threads"]}
     flags |= {"-np": slots, "-c": slots * slot, "--port": "{port}"}
-    flags["-lv"] = 4  # from here on its log names the bytes of its cache
     return {
         "command": [binary, *(word for pair in flags.items() for word in pair)],
         "version_command": [binary, "--version"],
-        "kv_pattern": r"KV buffer size *= *([\d.]+) MiB",
+        "kv_told": slots * slot * settings["kv_bytes_per_token"],
     }
 
 

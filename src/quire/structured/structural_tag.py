@@ -72,7 +72,7 @@ def source_of_tag(params: StructuredOutputsParams) -> str:
         raise _bad("", f"must be an object, not {type(value).__name__}")
     if not isinstance(value.get("definitions", {}), Mapping):
         raise _bad("/definitions", "must be an object of formats")
-    writer = _Writer(params, value.get("definitions", {}))
+    writer = _Writer(params, value.get("definitions", {}), options_of(params))
     start = writer.expression(_format_of(value), "/format", is_last=True)
     extras = {"may_be_cut": writer.has_free_end, "ends": [*{**writer.ends, **writer.begins}]}
     if value.get("reasoning") is not None:
@@ -146,6 +146,8 @@ class _Writer:
 
     params: StructuredOutputsParams
     definitions: Mapping[str, Any]
+    options: Mapping[str, Any]
+    """How JSON is written where a format does not say it."""
     rules: list[str] = field(default_factory=list)
     grammars: list[dict[str, str]] = field(default_factory=list)
     ends: dict[str | int, None] = field(default_factory=dict)
@@ -355,9 +357,7 @@ class _Writer:
 
     def json(self, schema: Any, options: Mapping[str, Any] | None = None) -> str:
         """JSON that a checked schema holds; `options` as `json_options` gives them, None for those of the shape."""
-        if options is None:
-            options = options_of(self.params)
-        return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+        return f"%json {json.dumps({**schema, 'x-guidance': self.options if options is None else options})}"
 
     def _qwen_xml_parameter(self, value: Mapping[str, Any], place: str) -> str:
         return self._json_schema({**value, "style": "qwen_xml"}, place)

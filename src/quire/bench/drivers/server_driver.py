@@ -8,7 +8,6 @@ import http.client
 import importlib.util
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -22,7 +21,7 @@ from urllib.parse import urlsplit
 ANSWER_S = 1800
 """Silence after which a server is given up."""
 KEPT_BYTES = 2**18
-"""Of its log, the last: what it says of its cache while it starts is among them."""
+"""Of its log, the last: why it ended is among them."""
 
 
 class Server:
@@ -57,7 +56,7 @@ class Server:
         self.facts = {
             "versions": dict(item for item in [self._version(settings)] if item),
             "settings": flags | {"over": "HTTP, token ids in, text out"},
-            "kv_bytes": settings.get("kv_told") or self._kv_bytes(settings.get("kv_pattern")),
+            "kv_bytes": settings.get("kv_told"),
             "is_client": True,
         }
 
@@ -150,11 +149,6 @@ class Server:
         with pipe:
             while part := os.read(pipe.fileno(), KEPT_BYTES):
                 self._log = (self._log + part)[-KEPT_BYTES:]
-
-    def _kv_bytes(self, pattern: str | None) -> int | None:
-        """As its log says, in MiB."""
-        found = re.findall(pattern, self._log.decode(errors="replace")) if pattern else []
-        return int(sum(map(float, found)) * 2**20) or None
 
     def _last_words(self) -> str:
         self._listener.join(1.0)  # no longer: what it started may hold the pipe open
