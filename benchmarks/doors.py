@@ -4,9 +4,9 @@
 
 Prompts are chats of 32 to 512 characters; an answer has `--tokens` tokens where the model does not end it before, at
 temperature 0. `LLM` answers all at once, with its core in another process as under the server. Doors and `LLM` take
-turns, round after round, so that what else the machine does falls on all, and from the second round on the prefix cache
-has every prompt. A line is the median over the rounds, the smallest and the largest, and what it is of `LLM` and of
-OpenAI's door.
+turns, round after round, so that what else the machine does falls on all. There is no prefix cache: a core gives its
+blocks back after half a minute of rest, and `LLM` rests for as long as six doors take. A line is the median over the
+rounds, the smallest and the largest, and what it is of `LLM` and of OpenAI's door.
 """
 
 import argparse
@@ -115,10 +115,10 @@ def main() -> int:
     model, asked = [] if options.model is None else [options.model], chats(options.requests)
     rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        seats = str(options.clients)
-        server = Server([*model, "--served-model-name", NAME, "--max-num-seqs", seats], Path(folder) / "log")
+        flags = ["--max-num-seqs", str(options.clients), "--no-enable-prefix-caching"]
+        server = Server([*model, "--served-model-name", NAME, *flags], Path(folder) / "log")
         stack.callback(server.end)
-        llm = LLM(*model, core_process=True, max_num_seqs=options.clients)
+        llm = LLM(*model, core_process=True, max_num_seqs=options.clients, enable_prefix_caching=False)
         stack.callback(llm.close)
         url = server.url.removesuffix("/v1")
         for number in range(options.rounds + 1):  # the first warms up
