@@ -168,6 +168,7 @@ struct Program::Operations {
 void Program::bind(nb::class_<Program>& program) {
     const auto any = nb::arg();
     const auto none = nb::arg().none();
+    program.attr("token_tile") = nb::make_tuple(Program::kMinTokenTile, Program::kMaxTokenTile, Program::kTokenTileWeights);
     program.def("embed", &Operations::embed)
         .def("linear", &Operations::linear)
         .def("norm", &Operations::norm, any, none, any, none, any, any, any)

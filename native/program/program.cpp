@@ -7,10 +7,7 @@ namespace quire {
 
 namespace {
 
-// Tokens that one thread takes through a segment, and the bytes of a segment's weights up to which they are taken so: each token
-// tile reads them again, from a cache that all processors share if they are few.
-constexpr int64_t kMinTokenTile = 128, kMaxTokenTile = 256, kTokenTileStep = 32;
-constexpr int64_t kTokenTileWeights = int64_t{32} << 20;
+constexpr int64_t kTokenTileStep = 32;
 
 void require_outputs(const Ints1& outputs, const Ints1& query_starts, bool selects) {
     require(selects, "program: this one gives all of its tokens");

@@ -97,6 +97,10 @@ private:
     const PackedLinear& keep_packed(nb::handle object);
     const float* keep_floats(nb::handle object, int64_t size, const char* name);
     RopeTables keep_tables(nb::handle cos, nb::handle sin, int64_t head_dim);
+    // Tokens that one thread takes through a segment, and the bytes of a segment's weights up to which they are taken so: each
+    // token tile reads them again, from a cache that all processors share if they are few.
+    static constexpr int64_t kMinTokenTile = 128, kMaxTokenTile = 256, kTokenTileWeights = int64_t{32} << 20;
+
     static int64_t padded(int64_t tokens) { return (tokens + 15) / 16 * 16; }
 
     const Kernels& kernels_;

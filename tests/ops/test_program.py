@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from quire.ops.graph.fuse import fuse
 from quire.ops.graph.operations import Activate, Add, Attention, Embed, Linear, Norm, trace
 from quire.ops.graph.plan import plan_memory
 from quire.ops.graph.program import Program, View
@@ -38,13 +39,16 @@ def small(ops: Any, token_ids: Any, batch: Any, cache: Any) -> Any:
     return ops.layer_norm(residual, WEIGHT, None, 1e-5)
 
 
-def two_layers(ops: Any, token_ids: Any, batch: Any, cache: Any) -> Any:
-    residual = ops.embed(token_ids, TABLE, 2.0)
-    for layer in range(2):
-        heads = ops.linear(ops.rms_norm(residual, WEIGHT, 1e-5), packed(16, 8)).reshape((-1, 4, 4))
-        x = ops.attention(heads[:, :2], heads[:, 2:3], heads[:, 3:], cache, layer, batch, SPEC, ROPE)
-        residual += ops.linear(x, packed(8, 8))
-    return ops.layer_norm(residual, WEIGHT, None, 1e-5)
+def layers(count: int) -> Any:
+    def forward(ops: Any, token_ids: Any, batch: Any, cache: Any) -> Any:
+        residual = ops.embed(token_ids, TABLE, 2.0)
+        for layer in range(count):
+            heads = ops.linear(ops.rms_norm(residual, WEIGHT, 1e-5), packed(16, 8)).reshape((-1, 4, 4))
+            x = ops.attention(heads[:, :2], heads[:, 2:3], heads[:, 3:], cache, layer, batch, SPEC, ROPE)
+            residual += ops.linear(x, packed(8, 8))
+        return ops.layer_norm(residual, WEIGHT, None, 1e-5)
+
+    return forward
 
 
 def test_a_program_says_what_the_function_computes() -> None:
@@ -111,8 +115,14 @@ def test_buffers_share_memory_only_when_they_are_not_alive_together() -> None:
     )
 
 
+def test_buffers_that_fusing_leaves_unused_take_no_memory() -> None:
+    """Each layer's result is added to the residual by the GEMM: many layers take no more than three."""
+    few, many = (plan_memory(fuse(trace(layers(count)))) for count in (3, 30))
+    assert (many.persistent_floats, many.local_floats) == (few.persistent_floats, few.local_floats)
+
+
 def test_what_a_segment_hands_on_is_persistent() -> None:
-    program = trace(two_layers)
+    program = trace(layers(2))
     plan = plan_memory(program)
     segment = 0
     segments_of: dict[int, set[int]] = {}

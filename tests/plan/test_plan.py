@@ -150,7 +150,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 POINTS = ((1, 1e9), (8, 4e9), (64, 8e9))
 RATES = MachineRates(
     read=((2**20, 4e10), (2**28, 1e10)), units={"float32": 1e11}, linear=dict.fromkeys(FORMATS, POINTS),
-    decode_key_s=1e-9, prompt_key_s=2e-9, call_s=1e-6, step_s=1e-4, row_s=1e-5, memory_bytes=2**34,
+    decode_key_s=1e-9, prompt_key_s=2e-9, call_s=1e-6, cold_s=1e-3, step_s=1e-4, row_s=1e-5, memory_bytes=2**34,
 )  # fmt: skip
 
 
@@ -222,6 +222,7 @@ def test_the_probes_measure_something(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [rows for rows, _ in linear["int4"]] == list(probe.ROWS)
     assert [size for size, _ in probe.probe_reads(ops.probe, clock)] == [2**22, 2**23]
     assert min(probe.probe_call(ops, clock), *probe.probe_attention(ops, "bfloat16", clock)) > 0
+    assert probe.probe_cold(ops, 1e12, clock) > probe.probe_cold(ops, 1.0, clock) == 0
 
 
 def test_what_was_planned_is_checked(

@@ -47,8 +47,14 @@ class CoreTimes:
         return self.schedule_us + self.update_us
 
 
-def time_core(make: Callable[[int], tuple[Steps, Carrier]], num_rows: int, *, num_steps: int = 200) -> CoreTimes:
-    """Time `num_steps` steps of `num_rows` decoding rows.
+def time_core(
+    make: Callable[[int], tuple[Steps, Carrier]],
+    num_rows: int,
+    *,
+    num_steps: int = 200,
+    between: Callable[[], object] | None = None,
+) -> CoreTimes:
+    """Time `num_steps` steps of `num_rows` decoding rows; `between` two steps runs what is not timed.
 
     `make(num_rows)` gives a scheduler with that many requests added (all of which fit at once and last for
     more than `num_steps` tokens) and its executor. Steps until all rows decode are not counted.
@@ -56,6 +62,8 @@ def time_core(make: Callable[[int], tuple[Steps, Carrier]], num_rows: int, *, nu
     scheduler, executor = make(num_rows)
     times: list[tuple[float, float, float]] = []
     while len(times) < num_steps:
+        if between is not None:
+            between()
         begun = time.perf_counter()
         plan = scheduler.schedule(begun)
         planned = time.perf_counter()

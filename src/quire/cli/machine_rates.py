@@ -17,6 +17,8 @@ MAX_BYTES = 2**20
 STEPS = 64
 """Of the control plane, for each of its two timings."""
 ROWS = (1, 16)
+WEIGHT_BYTES = 2**25
+"""Read between them, as a step reads its weights: what Python needs is in no cache then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,27 +115,37 @@ def _write(found: Measured) -> None:
 
 
 def _measure(ops: object) -> "MachineRates":
+    from functools import partial
+
+    import numpy as np
+
     from quire.bench.core_clock import time_core
     from quire.bench.roofline import measure_units
     from quire.cli.bench_core import with_runner
     from quire.ops.cpu import CpuOps
     from quire.plan.machine import MachineRates
-    from quire.plan.probe import probe_attention, probe_call, probe_linear, probe_reads
+    from quire.plan.probe import probe_attention, probe_call, probe_cold, probe_linear, probe_reads
     from quire.runner.host_memory import host_memory_bytes
 
     assert isinstance(ops, CpuOps)
     clock = time.perf_counter
     decode_s, prompt_s = probe_attention(ops, "bfloat16", clock)
-    steps = [time_core(lambda count: with_runner(count, STEPS), rows, num_steps=STEPS) for rows in ROWS]
+    weights = np.ones(WEIGHT_BYTES, np.uint8)
+    between = partial(ops.probe, "read", weights)
+    steps = [
+        time_core(lambda count: with_runner(count, STEPS), rows, num_steps=STEPS, between=between) for rows in ROWS
+    ]
+    read = probe_reads(ops.probe, clock)
     first_s, last_s = ((one.core_us + one.executor_us) * 1e-6 for one in steps)
     row_s = max(0.0, (last_s - first_s) / (ROWS[1] - ROWS[0]))
     return MachineRates(
-        read=probe_reads(ops.probe, clock),
+        read=read,
         units=measure_units(ops.probe, clock),
         linear=probe_linear(ops, clock),
         decode_key_s=decode_s,
         prompt_key_s=prompt_s,
         call_s=probe_call(ops, clock),
+        cold_s=probe_cold(ops, read[-1][1], clock),
         step_s=max(0.0, first_s - row_s),
         row_s=row_s,
         memory_bytes=host_memory_bytes(),

@@ -33,6 +33,10 @@ SHARE = 0.9
 """Of the device's memory, as `gpu_memory_utilization` has it."""
 CHUNK = 2048
 """Tokens of a prompt in a step, as `max_num_batched_tokens` has it."""
+BLOCK = 16
+"""Tokens of a block of the cache."""
+START_BYTES = 6 * 2**20
+"""What a start takes besides: its objects, the tables of positions, the buffers of threads (measured)."""
 NONE = "none"
 MOST = 2**24
 _UNITS = {"": 1, "k": 2**10, "m": 2**20}
@@ -123,11 +127,10 @@ def run(options: argparse.Namespace) -> int:
     width = max(map(len, facts))
     for key, value in facts.items():
         print(f"{key:<{width}}  {value}")
-    print(
-        f"\n{'context':>8} {'batch':>6} {'floor, ms':>10} {'binds':>11} {'TPOT, ms':>9} {'tok/s':>8}   ({planned.by})"
-    )
+    head = f"{'context':>8} {'batch':>6} {'floor, ms':>10} {'binds':>11} {'TPOT, ms':>9} {'tok/s':>8} {'MiB':>9}"
+    print(f"\n{head}   ({planned.by})")
     for step in steps:
-        tokens = f"{step['tpot_ms']:9.2f} {step['tokens_per_s']:8.0f}"
+        tokens = f"{step['tpot_ms']:9.2f} {step['tokens_per_s']:8.0f} {step['memory_mib']:9,.0f}"
         print(f"{step['context']:8,} {step['batch']:6} {step['floor_ms']:10.2f} {step['binds']:>11} {tokens}")
     if checked:
         from quire.cli.plan_check import show
@@ -241,4 +244,16 @@ def _steps(cost: "ModelCost", planned: Planned, options: argparse.Namespace) -> 
                 "binds": floor.binds,
                 "tpot_ms": predicted_s * 1e3,
                 "tokens_per_s": batch / predicted_s,
+                "memory_mib": memory_mib(cost, batch, context),
             }
+
+
+def memory_mib(cost: "ModelCost", batch: int, context: int) -> float:
+    """Weights, the largest step, and the blocks of `batch` sequences of `context` tokens; of the host, where a device's
+    own step takes no more."""
+    from quire.runner.memory import StepShape, estimated
+
+    tokens = min(CHUNK, batch * context)
+    budget = estimated(cost.spec, cost.weight_bytes, StepShape(batch, tokens, context, BLOCK))
+    blocks = batch * -(-context // BLOCK)
+    return float(budget.used + blocks * BLOCK * cost.kv_bytes_per_token + START_BYTES) / 2**20

@@ -4,13 +4,14 @@ import argparse
 import gc
 import statistics
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quire.cli.plan import CHUNK, NONE, Planned, cost_of
-from quire.config import BLOCK_SIZES
+from quire.cli.plan import BLOCK, CHUNK, NONE, Planned, cost_of, memory_mib
 from quire.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -22,13 +23,13 @@ TOKENS = 32
 """Of each answer: as many steps are timed, half of them before the context is reached."""
 RUNS = 2
 """Of each cell; the fastest counts, for other processes make one slower and none faster."""
-BLOCK = min(one for one in BLOCK_SIZES if one >= 16)
 STARTED = ("quire.compose.core", "quire.compose.served", "quire.compose.text", "quire.text.tokenizer")
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def check(options: argparse.Namespace, name: str | None, planned: Planned) -> dict[str, Any]:
-    """Every quantisation, context and batch in this process: prediction, measurement and the median error.
+    """Every context and batch: prediction, measurement and the median error. Each quantisation runs in a process of its
+    own, whose memory nothing has used before.
 
     Raises:
         ConfigurationError: the model is shorter than a context.
@@ -38,8 +39,8 @@ def check(options: argparse.Namespace, name: str | None, planned: Planned) -> di
     memories: list[dict[str, Any]] = []
     for one in asked:
         quantization = None if one == NONE else one
-        cost = cost_of(options, name, quantization)
-        found, memory = _run(options, name, quantization, cost, planned)
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            found, memory = process.submit(_run, options, name, quantization, planned).result()
         times += found
         memories += [memory] if memory else []
     errors = {"median_time_error": _median([line["error"] for line in times])}
@@ -64,10 +65,11 @@ def show(checked: dict[str, Any]) -> None:
 
 
 def _run(
-    options: argparse.Namespace, name: str | None, quantization: str | None, cost: "ModelCost", planned: Planned
+    options: argparse.Namespace, name: str | None, quantization: str | None, planned: Planned
 ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
     from quire.llm import LLM
 
+    cost = cost_of(options, name, quantization)
     args = {name: getattr(options, name) for name in ("dtype", "kv_cache_dtype", "revision")}
     args["quantization"] = quantization
     if quantization == "int4" and options.quantization == "int4":
@@ -95,7 +97,7 @@ def _run(
         peak = _memory_mib("VmHWM")
     if before is None or peak is None:
         return found, None
-    predicted, measured = _predicted_mib(cost, options, longest), peak - before
+    predicted, measured = memory_mib(cost, max(options.batch), longest), peak - before
     error = predicted / measured - 1
     memory = {"predicted_mib": predicted, "measured_mib": measured, "error": error}
     return found, {"quantization": quantization or NONE, **memory}
@@ -139,17 +141,6 @@ def _steps_before(batch: int, length: int) -> int:
     """Tokens that the first sequence has when the last one gets its first: prompts come in chunks of so many tokens."""
     first, last = -(-length // CHUNK), -(-batch * length // CHUNK)
     return last - first
-
-
-def _predicted_mib(cost: "ModelCost", options: argparse.Namespace, longest: int) -> float:
-    """Weights, the largest step, and the blocks that the largest cell writes."""
-    from quire.runner.memory import StepShape, estimated
-
-    batch = max(options.batch)
-    tokens = min(CHUNK, batch * longest)
-    budget = estimated(cost.spec, cost.weight_bytes, StepShape(batch, tokens, longest, BLOCK))
-    blocks = batch * -(-longest // BLOCK)
-    return float(budget.used + blocks * BLOCK * cost.kv_bytes_per_token) / 2**20
 
 
 def _memory_mib(name: str) -> float | None:

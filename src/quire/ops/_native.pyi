@@ -2,7 +2,7 @@
 shape, type, layout or index before it computes anything."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 class PackedLinear:
     @property
@@ -47,6 +47,9 @@ class Cache:
 class Program:
     """Instructions are appended, by the operation's name, in the order in which they will run. What each takes are the
     fields of its class in `quire.ops.graph.operations`, in their order (`quire.ops.cpu_program.native_arguments`)."""
+
+    token_tile: ClassVar[tuple[int, int, int]]
+    """The least and the most tokens that a thread takes through a segment, and the most bytes of its weights."""
 
     def __getattr__(self, operation: str, /) -> Callable[..., None]: ...
     def run(

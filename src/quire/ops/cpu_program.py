@@ -43,6 +43,17 @@ class CpuProgram:
         return out
 
 
+def tokens_in_work(num_tokens: int, threads: int, segment_bytes: int) -> int:
+    """Tokens of a step whose local buffers are there at once (`Program::token_tile_size` in `native/program`).
+
+    Args:
+        segment_bytes: of the largest segment's weights.
+    """
+    least, most, most_bytes = _native.Program.token_tile
+    is_tiled = num_tokens >= threads * least and segment_bytes <= most_bytes
+    return min(num_tokens, threads * most) if is_tiled else num_tokens
+
+
 def native_arguments(instruction: Instruction) -> list[Any]:
     """The fields of an instruction as native code takes them: in order, each by its declared type."""
     found: list[Any] = []

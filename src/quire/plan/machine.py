@@ -37,6 +37,8 @@ class MachineRates:
     """The same in a prompt."""
     call_s: float
     """The least that an operation takes, whatever its size."""
+    cold_s: float
+    """What a GEMM takes beyond the reading of its weight from memory."""
     step_s: float
     """Of a step's planning, gathering and sampling."""
     row_s: float
@@ -67,7 +69,7 @@ class MachineRates:
         for one in cost.matrices():
             count = sampled if one.is_head else tokens
             operations_s = 2 * one.weights * count / _at(self.linear[rate_format(one.format)], count)
-            linear_s += max(one.num_bytes / read_rate, operations_s)
+            linear_s += max(one.num_bytes / read_rate + self.cold_s, operations_s)
         heads = spec.num_heads * spec.head_dim
         kv_bytes = cost.kv_bytes_per_token // spec.num_layers * keys
         # A prompt's tokens share the keys that they read.

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from quire.ops.cpu import CpuOps
 from quire.ops.types import AttentionBatch, AttentionSpec, CacheDtype, CacheShape, Provider, QuantSpec
 from quire.plan.machine import FLOATS, QUANTIZED, Points
 
 SIDE = 1024
 """Outputs and inputs of the weight that is multiplied."""
-ROWS = (1, 4, 16, 64, 128)
+ROWS = (1, 4, 16, 64, 128, 512)
 READ_BYTES = (2**24, 2**26, 2**28)
 SLICE_BYTES = 2**22
 READ_ALL = 2**29
@@ -62,6 +63,23 @@ def probe_call(ops: Provider, clock: Callable[[], float]) -> float:
     packed = ops.pack_linear(np.ones((64, 64), np.float32), None, "float32")
     x = np.ones((1, 64), np.float32)
     return _least(lambda: ops.linear(x, packed), clock)
+
+
+def probe_cold(ops: CpuOps, read_bytes_per_s: float, clock: Callable[[], float]) -> float:
+    """Seconds that a GEMM of one row takes beyond the reading of its weight, where that lies in memory: until the first
+    bytes are there, and until the last thread has ended."""
+    state = ops.packed_state(ops.pack_linear(np.ones((SIDE // 2, SIDE), np.float32), None, "bfloat16"))
+    (one,) = state.buffers
+    memory = np.ones(READ_BYTES[-1], np.uint8)
+    begin, size = -memory.ctypes.data % 64, -(-len(one) // 64) * 64
+    places = range(begin, len(memory) - size, size)
+    weights = [ops.map_packed(state.header, [memory[place : place + len(one)].data.toreadonly()]) for place in places]
+    x, times = np.ones((1, SIDE), np.float32), []
+    for packed in weights:
+        begun = clock()
+        ops.linear(x, packed)
+        times.append(clock() - begun)
+    return max(0.0, sorted(times)[len(times) // 4] - size / read_bytes_per_s)
 
 
 def probe_attention(ops: Provider, dtype: CacheDtype, clock: Callable[[], float]) -> tuple[float, float]:

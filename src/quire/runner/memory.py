@@ -13,6 +13,7 @@ from quire.ops.types import Array, AttentionBatch, Opaque, Provider, SampleBatch
 from quire.outputs import Decision
 from quire.runner.graphs import BYTES_PER_GRAPH, GraphBuckets
 from quire.runner.host_memory import host_memory_bytes
+from quire.runner.host_step import host_step_bytes
 from quire.sampling_params import MAX_LOGPROBS
 
 PROMPT_LOGPROB_ROWS = 64
@@ -58,14 +59,11 @@ def make_budget(model: Model, ops: Provider, shape: StepShape, *, is_shared: boo
 
 
 def estimated(spec: DecoderSpec, weight_bytes: int, shape: StepShape) -> MemoryBudget:
-    """In the host's memory, float32: what a layer has for each token (what attention reads and writes shares
-    nothing with the rest, see `quire.ops.graph.plan.plan_memory`), and two copies of the logits."""
-    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    floats = 3 * spec.hidden_size + heads + 2 * spec.intermediate_size
+    """In the host's memory: the buffers of a step, and two copies of the logits, float32."""
     return MemoryBudget(
         device=host_memory_bytes(),
         weights=weight_bytes,
-        activations=4 * floats * shape.max_num_batched_tokens,
+        activations=host_step_bytes(spec, weight_bytes, shape.max_num_batched_tokens),
         sampler=2 * 4 * spec.vocab_size * shape.max_num_seqs,
     )
 

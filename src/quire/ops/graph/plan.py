@@ -35,11 +35,11 @@ def plan_memory(program: Program) -> BufferPlan:
                 first[view.buffer] = segment, index
             last[view.buffer] = segment, index
         segment += instruction.ends_segment
-    del first[program.result.buffer]
-    is_local = [number in first and first[number][0] == last[number][0] for number in last]
+    used = {number for number in first if first[number] != (0, 0)} - {program.result.buffer}  # fusing left some unused
+    is_local = [number != program.result.buffer and first[number][0] == last[number][0] for number in last]
     offsets = [0] * len(is_local)
     floats = [
-        _pack(program, {one: (first[one][which], last[one][which]) for one in first if is_local[one] == which}, offsets)
+        _pack(program, {one: (first[one][which], last[one][which]) for one in used if is_local[one] == which}, offsets)
         for which in (False, True)
     ]
     return BufferPlan(tuple(offsets), tuple(is_local), *floats)

@@ -1,0 +1,75 @@
+"""What a step takes of the host's memory, from the architecture alone: its program, traced without weights."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+
+from quire.models.decoder import Decoder
+from quire.models.parameters import NameMap, Parameter, decoder_parameters
+from quire.models.spec import DecoderSpec
+from quire.ops.cpu_program import tokens_in_work
+from quire.ops.graph.fuse import fuse
+from quire.ops.graph.operations import trace
+from quire.ops.graph.plan import BufferPlan, plan_memory
+from quire.ops.select import available_cores, select_instruction_set
+
+FLOAT_BYTES, ROUNDED_BYTES = 4, 2
+"""Of what operations hand on, and of a GEMM's activations as its kernel reads them (bfloat16; integers are smaller)."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """Stands for a packed weight."""
+
+    out_features: int
+    in_features: int
+    out_width: int
+    reads_amx_bf16: bool
+
+
+def host_step_bytes(spec: DecoderSpec, weight_bytes: int, num_tokens: int) -> int:
+    """Buffers of a step of so many tokens, with a thread for each core; its logits are not among them.
+
+    Args:
+        weight_bytes: of all weights; those of a layer take their share.
+    """
+    parameters = decoder_parameters(spec, NameMap())
+    of_layer = sum(one.size for name, one in parameters.items() if name.startswith("0."))
+    num_weights = sum(one.size for one in parameters.values())
+    layer_bytes = weight_bytes * of_layer // num_weights
+    # Of 16 bits each, which AMX multiplies: then nothing but what attention gives is rounded on its way into a GEMM.
+    is_amx_bf16 = select_instruction_set(os.environ.get("QUIRE_ISA"))[0] == "amx" and weight_bytes // num_weights == 2
+    plan, rounded = _plan(spec, is_amx_bf16), [spec.num_heads * spec.head_dim]
+    if not is_amx_bf16:
+        rounded += spec.hidden_size, spec.intermediate_size
+    local = FLOAT_BYTES * plan.local_floats + ROUNDED_BYTES * max(rounded)
+    in_work = tokens_in_work(num_tokens, available_cores()[0], layer_bytes)
+    return FLOAT_BYTES * plan.persistent_floats * num_tokens + local * in_work
+
+
+@cache
+def _plan(spec: DecoderSpec, reads_amx_bf16: bool) -> BufferPlan:
+    """Of the whole step, as it is compiled for the CPU."""
+    weights = {name: _stand_in(one, reads_amx_bf16) for name, one in decoder_parameters(spec, NameMap()).items()}
+    plans: list[BufferPlan] = []
+    ops = SimpleNamespace(
+        memory=lambda: None,
+        array=lambda values, dtype: np.asarray(values, dtype),
+        compile=lambda forward: plans.append(plan_memory(fuse(trace(forward)))),
+    )
+    Decoder(spec, cast(Mapping[str, Any], weights), cast(Any, ops), "float32", 1, 0)
+    return plans[-1]
+
+
+def _stand_in(parameter: Parameter, reads_amx_bf16: bool) -> Any:
+    shape = parameter.weight.shape
+    if len(shape) == 1:
+        vector = np.zeros(shape, np.float32)
+        return vector, vector
+    out, inputs = shape
+    return _Shape(out, inputs, out // 2 if parameter.kind == "gated_linear" else out, reads_amx_bf16)
