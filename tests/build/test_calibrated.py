@@ -87,7 +87,9 @@ def logits(directory: Path, quantization: str | None = None) -> Any:
     return PagedModel(model, OPS, num_blocks=40, block_size=16).all_logits(tokens, [400])
 
 
-@pytest.mark.parametrize(("quantization", "most"), [("int4", 0.6), ("int8", 0.6), ("int8_w8a8", 0.1)])
+@pytest.mark.parametrize(
+    ("quantization", "most"), [("int4", 0.6), ("int4_min", 0.6), ("int8", 0.6), ("int8_w8a8", 0.1)]
+)
 def test_calibrated_loses_less_than_rounding_to_nearest(
     outliers: Path, tmp_path: Path, quantization: str, most: float
 ) -> None:

@@ -6,7 +6,8 @@ import pytest
 
 from quire.cli import serve
 from quire.cli.arguments import Parser, canonical, engine_values
-from quire.cli.tgi import DEFAULTS, TABLE, Taken, translated
+from quire.cli.tgi import DEFAULTS, TABLE, Spoken, Taken, translated
+from quire.config import EngineArgs
 from quire.errors import ConfigurationError
 
 
@@ -86,3 +87,11 @@ def test_every_flag_that_is_taken_is_one_of_ours() -> None:
     known = {flag for action in parser._actions for flag in action.option_strings}
     assert {rule.flag for rule in TABLE.values() if isinstance(rule, Taken)} <= known
     assert len(TABLE) > 40
+
+
+@pytest.mark.parametrize("flag", ["--quantize", "--kv-cache-dtype"])
+def test_every_value_that_is_spoken_is_one_that_the_engine_takes(flag: str) -> None:
+    rule = TABLE[flag]
+    assert isinstance(rule, Spoken)
+    for value in rule.values:
+        EngineArgs(**engine_values(options([flag, value])[0]))

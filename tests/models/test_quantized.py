@@ -27,11 +27,11 @@ from tests.models.paged import PagedModel
 
 Tiny = Callable[..., Path]
 LARGEST_KL = {
-    "llama-3.1": {"int8": 8e-3, "int8_w8a8": 1.5e-2, "int4": 1.0},
-    "qwen3": {"int8": 1.5e-3, "int8_w8a8": 3e-3, "int4": 0.25},
-    "gemma2": {"int8": 1.5e-4, "int8_w8a8": 3e-4, "int4": 2e-2},
-    "gpt2": {"int8": 1.5e-3, "int8_w8a8": 3e-3, "int4": 0.22},
-    "olmo2": {"int8": 7e-4, "int8_w8a8": 1.2e-3, "int4": 0.15},
+    "llama-3.1": {"int8": 8e-3, "int8_w8a8": 1.5e-2, "int4": 1.0, "int4_min": 1.0},
+    "qwen3": {"int8": 1.5e-3, "int8_w8a8": 3e-3, "int4": 0.25, "int4_min": 0.25},
+    "gemma2": {"int8": 1.5e-4, "int8_w8a8": 3e-4, "int4": 2e-2, "int4_min": 2e-2},
+    "gpt2": {"int8": 1.5e-3, "int8_w8a8": 3e-3, "int4": 0.22, "int4_min": 0.22},
+    "olmo2": {"int8": 7e-4, "int8_w8a8": 1.2e-3, "int4": 0.15, "int4_min": 0.15},
 }
 ON_CPU = {name: scheme_for(select_scheme(name, None), CpuOps(1, instruction_sets()[0])) for name in QUANTIZATIONS}
 ROUNDED: tuple[QuantizedFormat, ...] = ("int4", "int8_groups", "fp8_groups")
@@ -39,8 +39,9 @@ QUANTS = [
     QuantSpec("int8", None),
     QuantSpec("int8_w8a8", None),
     *(QuantSpec(name, size) for name in ROUNDED for size in GROUP_SIZES),
+    *(QuantSpec("int4_min", size, half_scales=True) for size in GROUP_SIZES),
 ]
-EMBEDDED_KL = {"int8": 1e-4, "int8_w8a8": 5e-4, "int4": 6e-3, "fp8": 6e-3}
+EMBEDDED_KL = {"int8": 1e-4, "int8_w8a8": 5e-4, "int4": 6e-3, "int4_min": 6e-3, "fp8": 6e-3}
 
 
 def mean_kl(reference: Any, other: Any) -> float:
@@ -215,8 +216,8 @@ def test_the_scheme_is_the_one_that_the_device_multiplies() -> None:
     fp8 = select_scheme("fp8", None)
     assert scheme_for(fp8, ReferenceOps(np)) == fp8 and scheme_for(None, WithoutFp8(np)) is None
     assert ON_CPU["fp8"] == Scheme("fp8", QuantSpec("fp8_groups", 128), QuantSpec("int8", None))
-    assert all(ON_CPU[name] == select_scheme(name, None) for name in ("int8", "int8_w8a8", "int4"))
-    with pytest.raises(ConfigurationError, match=r"'fp8' needs .* reference .* has int8, int8_w8a8, int4$"):
+    assert all(ON_CPU[name] == select_scheme(name, None) for name in ("int8", "int8_w8a8", "int4", "int4_min"))
+    with pytest.raises(ConfigurationError, match=r"'fp8' needs .* reference .* has int8, int8_w8a8, int4, int4_min$"):
         scheme_for(fp8, WithoutFp8(np))
 
 
@@ -225,15 +226,16 @@ def test_the_scheme_is_the_one_that_the_device_multiplies() -> None:
 def test_bytes_of_a_rounded_weight_are_those_of_its_numbers_and_scales(quant: QuantSpec, inputs: int) -> None:
     """The last group of a row has its scale too, and room for all of its numbers."""
     weight = quantize(np.ones((5, inputs), np.float32), quant)
-    bits = 4 if quant.format == "int4" else 8
+    bits = 4 if quant.format.startswith("int4") else 8
     is_padded = quant.group_size is not None and quant.format != "fp8_groups"
     numbers = weight.scales.size * (quant.group_size or 0) * bits // 8 if is_padded else 5 * inputs
-    assert quantized_bytes(quant, 5, inputs) == numbers + weight.scales.nbytes
+    minima = 0 if weight.minima is None else weight.minima.nbytes
+    assert quantized_bytes(quant, 5, inputs) == numbers + weight.scales.nbytes + minima
 
 
 def test_bits_of_a_weight_count_the_scales_of_groups() -> None:
-    assert [bits_per_weight(one) for one in QUANTS] == ["8", "8", "5", "4.5", "4.25", *["9", "8.5", "8.25"] * 2]
-    assert bits_per_weight(QuantSpec("int4_min", 32, half_scales=True)) == "5"
+    groups = ["5", "4.5", "4.25"]
+    assert [bits_per_weight(one) for one in QUANTS] == ["8", "8", *groups, *["9", "8.5", "8.25"] * 2, *groups]
     assert bits_per_weight(QuantSpec("int8_min", 16)) == "12"
     assert quantized_bytes(QuantSpec("int8_min", 16), 3, 20) == 3 * 2 * (16 + 8)
 
@@ -291,7 +293,8 @@ def test_embedding_and_head_keep_the_error_of_eight_bits(name: str) -> None:
     """Their inputs are not rounded to eight bits, nor they to four: see `docs/howto/quantize.md`."""
     scheme = select_scheme(name, None)
     assert scheme is not None and scheme.embedding == QuantSpec("int8", None)
-    assert scheme.linear == QuantSpec(name, 64 if name == "int4" else None)  # type: ignore[arg-type]
+    size = 64 if name.startswith("int4") else None
+    assert scheme.linear == QuantSpec(name, size, half_scales=name == "int4_min")  # type: ignore[arg-type]
 
 
 def test_learned_positions_are_not_rounded(ops: Ops, tiny: Tiny) -> None:
@@ -313,11 +316,12 @@ def test_schemes_by_name() -> None:
         scheme = select_scheme(name, None)
         assert scheme is not None and scheme.name == name and scheme.linear.format == name
     for size in GROUP_SIZES:
-        scheme = select_scheme("int4", size)
-        assert scheme is not None and scheme.linear.group_size == size
+        for name in ("int4", "int4_min"):
+            scheme = select_scheme(name, size)
+            assert scheme is not None and (scheme.linear.format, scheme.linear.group_size) == (name, size)
         scheme = select_scheme("int8", size)
         assert scheme == Scheme("int8", QuantSpec("int8_groups", size), QuantSpec("int8_groups", size))
     for other in (None, "int8_w8a8"):
-        with pytest.raises(ConfigurationError, match="is for quantization 'int4' and 'int8'") as caught:
+        with pytest.raises(ConfigurationError, match="is for quantization 'int4', 'int4_min' and 'int8'") as caught:
             select_scheme(other, 64)
         assert caught.value.field == "quantization_group_size"

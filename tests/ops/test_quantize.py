@@ -6,8 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from quire.ops import quantize_reference
 from quire.ops.cpu import CpuOps
-from quire.ops.quantize_reference import e4m3, quantize
+from quire.ops.quantize_reference import dequantized, e4m3, quantize, quantize_by_rows
 from quire.ops.select import instruction_sets
 from quire.ops.types import QuantSpec
 from tests.ops.cases import normal
@@ -15,17 +16,17 @@ from tests.ops.cases import normal
 QUANTS = [QuantSpec("int8", None), QuantSpec("int4", 32), QuantSpec("int4", 64), QuantSpec("int4", 128)]
 QUANTS += [QuantSpec("int8_groups", size) for size in (16, 32, 128)]
 QUANTS += [QuantSpec("fp8_groups", size) for size in (16, 128)]
+WITH_MINIMA = [QuantSpec("int4_min", size, half_scales=True) for size in (32, 64, 128)]
 SHAPES = [(1, 1), (3, 16), (5, 31), (17, 96), (33, 200), (40, 576), (0, 64), (4, 0)]
 
 
 def restored(weight: Any) -> Any:
     """What the numbers stand for."""
-    scales = np.repeat(weight.scales, weight.group_size, axis=1) if weight.group_size else weight.scales
-    return weight.values.astype(np.float32) * scales[:, : weight.values.shape[1]]
+    return dequantized(weight) if weight.values.size else weight.values.astype(np.float32)
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
-@pytest.mark.parametrize("quant", QUANTS, ids=lambda one: f"{one.format}-{one.group_size}")
+@pytest.mark.parametrize("quant", QUANTS + WITH_MINIMA, ids=lambda one: f"{one.format}-{one.group_size}")
 def test_every_instruction_set_gives_the_bits_of_the_definition(quant: QuantSpec, isa: str) -> None:
     rng, ops = np.random.default_rng(3), CpuOps(3, isa)
     for shape in SHAPES:
@@ -36,6 +37,8 @@ def test_every_instruction_set_gives_the_bits_of_the_definition(quant: QuantSpec
             ours, expected = ops.quantize(stored, quant), quantize(stored, quant)
             assert ours.values.dtype == expected.values.dtype and ours.values.tobytes() == expected.values.tobytes()
             assert np.array_equal(ours.scales, expected.scales)
+            assert (ours.minima is None) == (expected.minima is None) == (quant.format != "int4_min")
+            assert ours.minima is None or np.array_equal(ours.minima, expected.minima)
             assert (ours.format, ours.group_size) == (expected.format, expected.group_size)
 
 
@@ -58,7 +61,7 @@ def test_the_error_is_that_of_the_format() -> None:
     """Root mean square error over that of the weights, normal ones: stated in the documentation."""
     weight = normal(np.random.default_rng(0), 256, 512)
     errors = {}
-    for quant in QUANTS:
+    for quant in QUANTS + WITH_MINIMA:
         difference = restored(quantize(weight, quant)) - weight
         errors[quant.format, quant.group_size] = float(np.sqrt((difference**2).sum() / (weight**2).sum()))
     assert errors["int8", None] < 0.0078
@@ -67,6 +70,7 @@ def test_the_error_is_that_of_the_format() -> None:
     assert errors["int4", 32] < 0.082
     assert errors["int4", 64] < 0.092
     assert errors["int4", 128] < 0.099
+    assert errors["int4_min", 32] < 0.0735 and errors["int4_min", 64] < 0.085 and errors["int4_min", 128] < 0.094
     plain = np.abs(weight.reshape(-1, 64)).max(axis=1, keepdims=True) / 7
     difference = np.rint(weight.reshape(-1, 64) / plain) * plain - weight.reshape(-1, 64)
     assert errors["int4", 64] < 0.86 * float(np.sqrt((difference**2).sum() / (weight**2).sum()))
@@ -101,7 +105,40 @@ def test_quantisations_that_do_not_exist() -> None:
             QuantSpec(*arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="scales of 'int4' are float32"):
         QuantSpec("int4", 32, half_scales=True)
-    for unmade in (QuantSpec("int4_min", 32), QuantSpec("int8_groups", 32, half_scales=True)):
+    for unmade in (QuantSpec("int8_min", 32), QuantSpec("int8_groups", 32, half_scales=True)):
         for round_it in (quantize, CpuOps(1, instruction_sets()[-1]).quantize):
             with pytest.raises(ValueError, match="weights are not rounded to"):
                 round_it(np.ones((2, 64), np.float32), unmade)
+
+
+@pytest.mark.parametrize("quant", WITH_MINIMA, ids=lambda one: f"{one.group_size}")
+def test_minima_keep_what_lies_on_a_grid_and_far_from_zero(quant: QuantSpec) -> None:
+    """Groups that use both ends of 16 even steps from a minimum lose nothing but the rounding to float16; one that is
+    all alike loses nothing else either."""
+    rng, size = np.random.default_rng(4), quant.group_size or 0
+    numbers = rng.integers(0, 16, (6, 3, size))
+    numbers[..., 0], numbers[..., -1] = 0, 15
+    scales, minima = (rng.uniform(*span, (6, 3, 1)).astype(np.float16) for span in ((0.01, 0.02), (0.5, 1.0)))
+    weight = (numbers * scales.astype(np.float32) + minima.astype(np.float32)).reshape(6, -1).astype(np.float32)
+    weight[5] = 0.75
+    found = quantize(weight, quant)
+    assert np.abs(dequantized(found) - weight).max() < 1e-3
+    assert np.array_equal(found.values[:5].reshape(5, 3, -1), numbers[:5])
+    assert np.array_equal(dequantized(quantize(weight, QuantSpec("int4_min", size)))[5], weight[5])
+
+
+def test_minima_that_float16_cannot_be_are_refused() -> None:
+    weight = np.full((2, 64), 1e5, np.float32)
+    with pytest.raises(ValueError, match="larger than a scale or minimum of float16 can be"):
+        quantize(weight, WITH_MINIMA[1])
+    assert dequantized(quantize(weight, QuantSpec("int4_min", 64))).min() == np.float32(1e5)
+
+
+def test_many_rows_are_quantised_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = normal(np.random.default_rng(5), 37, 96)
+    whole = quantize(weight, WITH_MINIMA[0])
+    monkeypatch.setattr(quantize_reference, "ROWS_VALUES", 300)
+    parts = quantize_by_rows(weight, WITH_MINIMA[0])
+    for name in ("values", "scales", "minima"):
+        assert np.array_equal(getattr(parts, name), getattr(whole, name))
+    assert quantize_by_rows(weight[:0], WITH_MINIMA[0]).values.shape == (0, 96)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from quire.errors import ConfigurationError
-from quire.ops.quantize_reference import quantize
+from quire.ops.quantize_reference import dequantized, quantize
 from quire.ops.types import QuantizedWeight, QuantSpec
 from quire.quant.calibrate.budget import Choice, format_bytes, within_budget
 from quire.quant.calibrate.cholesky import upper_factor
@@ -25,11 +25,6 @@ def hessian(inputs: int, seed: int = 0) -> Any:
     generator = np.random.default_rng(seed)
     x = generator.normal(size=(4 * inputs, inputs)) @ generator.normal(size=(inputs, inputs)) / np.sqrt(inputs)
     return x.T @ x / len(x)
-
-
-def dequantized(weight: QuantizedWeight) -> Any:
-    scales = np.repeat(weight.scales, weight.group_size, axis=1)[:, : weight.values.shape[1]]
-    return weight.values.astype(np.float64) * scales
 
 
 @pytest.mark.parametrize("size", [1, 5, 64, 65, 200])
@@ -67,7 +62,13 @@ def test_numbers_are_those_of_the_papers_algorithm() -> None:
 @pytest.mark.parametrize("inputs", [64, 100, 256])
 @pytest.mark.parametrize(
     "quant",
-    [QuantSpec("int8", None), QuantSpec("int8_groups", 64), QuantSpec("int4", 32), QuantSpec("int4", 128)],
+    [
+        QuantSpec("int8", None),
+        QuantSpec("int8_groups", 64),
+        QuantSpec("int4", 32),
+        QuantSpec("int4", 128),
+        QuantSpec("int4_min", 64, half_scales=True),
+    ],
     ids=str,
 )
 def test_outputs_lose_less_than_by_rounding_to_nearest(quant: QuantSpec, inputs: int) -> None:
@@ -86,7 +87,7 @@ def test_rows_and_inputs_that_are_zero() -> None:
     matrix, weight = hessian(64), np.random.default_rng(3).normal(size=(8, 64)).astype(np.float32)
     weight[2] = 0
     matrix[5], matrix[:, 5] = 0, 0
-    for quant in (QuantSpec("int8", None), QuantSpec("int4", 64)):
+    for quant in (QuantSpec("int8", None), QuantSpec("int4", 64), QuantSpec("int4_min", 64, half_scales=True)):
         found = dequantized(gptq(weight, matrix, quant, gemm))
         assert not found[2].any() and np.isfinite(found).all() and np.abs(found[:, 5] - weight[:, 5]).max() < 1
         assert np.isfinite(dequantized(gptq(weight, matrix * 0, quant, gemm))).all()

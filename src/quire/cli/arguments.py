@@ -34,7 +34,7 @@ ENGINE_HELP = {
     "tokenizer": "a directory or hub id; the model's own",
     "dtype": f"weights, and the cache where it has no type of its own: {', '.join(DTYPES)}; float32 computes exactly",
     "quantization": f"round the weights while loading: {', '.join(QUANTIZATIONS)}; left out: not at all",
-    "quantization_group_size": f"weights that share a scale with int4, int8: {', '.join(map(str, GROUP_SIZES))}",
+    "quantization_group_size": f"weights that share a scale (int4, int4_min, int8): {', '.join(map(str, GROUP_SIZES))}",
     "kv_cache_dtype": f"keys and values: {', '.join(KV_CACHE_DTYPES)}; 8 bits take about half of 16 (CPU)",
     "max_model_len": "longest prompt plus output, in tokens (32k and 32K are understood); auto takes the model's",
     "max_num_seqs": "requests that run at once",

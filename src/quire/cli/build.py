@@ -41,7 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("-o", "--output", required=True, metavar="DIR", type=Path, help="where the engine will be")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="left out: the weights are not quantised")
-    text = f"weights that share a scale with int4 (64) or int8 (a row): {', '.join(map(str, GROUP_SIZES))}"
+    text = f"weights that share a scale with int4, int4_min (64) or int8 (a row): {', '.join(map(str, GROUP_SIZES))}"
     parser.add_argument("--quantization-group-size", type=int, choices=GROUP_SIZES, metavar="N", help=text)
     calibration.add(parser)
     parser.add_argument(

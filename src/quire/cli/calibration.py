@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 PACKAGED = ""
 """`--calibrate` without a file."""
 MAX_BITS = 16.0
+FOUR_BITS = ("int4", "int4_min")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """The flags."""
     text = "quantise by GPTQ on the inputs that a text gives each matrix: FILE, UTF-8, or the packaged text without one"
     parser.add_argument("--calibrate", nargs="?", const=PACKAGED, metavar="FILE", help=text)
-    text = "with --calibrate and int4: bits of a weight of the linear layers, on average, shared by measured loss"
+    text = "with --calibrate and int4 or int4_min: average bits of a weight in linear layers, shared by measured loss"
     parser.add_argument("--bits", type=float, metavar="B", help=text)
     text = "tensors or modules that stay in --dtype: names in which * stands for anything ('*.o_proj', lm_head)"
     parser.add_argument("--keep", nargs="+", default=[], metavar="PATTERN", help=text)
@@ -36,16 +37,16 @@ def check(options: argparse.Namespace) -> None:
             raise ConfigurationError(f"{name} is for weights that are quantised: say --quantization too", field=name)
     if options.calibrate is not None and options.quantization == "fp8":
         raise ConfigurationError(
-            "calibrate is for int8, int8_w8a8 and int4; fp8 is rounded as it is", field="calibrate"
+            "calibrate is for int8, int8_w8a8, int4 and int4_min; fp8 is rounded as it is", field="calibrate"
         )
     bits = options.bits
     if bits is None:
         return
     if not 0 < bits <= MAX_BITS:
         raise ConfigurationError(f"bits must be above 0 and at most {MAX_BITS:g}, got {bits:g}", field="bits")
-    if options.calibrate is None or options.quantization != "int4":
+    if options.calibrate is None or options.quantization not in FOUR_BITS:
         raise ConfigurationError(
-            "bits are shared by measured loss: say --quantization int4 --calibrate too", field="bits"
+            "bits are shared by measured loss: say --quantization int4 or int4_min, and --calibrate, too", field="bits"
         )
 
 

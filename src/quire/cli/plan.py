@@ -50,7 +50,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="a device by name (left out: this machine, which is measured)")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, help="left out: the weights are not quantised")
     parser.add_argument(
-        "--quantization-group-size", type=int, choices=GROUP_SIZES, metavar="N", help="with int4 and int8"
+        "--quantization-group-size", type=int, choices=GROUP_SIZES, metavar="N", help="with int4, int4_min and int8"
     )
     parser.add_argument(
         "--dtype", default="auto", choices=DTYPES, help="of weights that are not quantised, and the cache"

@@ -72,7 +72,7 @@ def _run(
     cost = cost_of(options, name, quantization)
     args = {name: getattr(options, name) for name in ("dtype", "kv_cache_dtype", "revision")}
     args["quantization"] = quantization
-    if quantization == "int4" and options.quantization == "int4":
+    if quantization == options.quantization:
         args["quantization_group_size"] = options.quantization_group_size
     longest = max(options.context) + TOKENS
     limit = cost.spec.max_position_embeddings

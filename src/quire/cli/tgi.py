@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from itertools import takewhile
 
+from quire.config import QUANTIZATIONS
 from quire.errors import ConfigurationError
 from quire.sampling_params import MAX_LOGPROBS, MAX_STOP_STRINGS
 
@@ -109,7 +110,7 @@ _QUANTIZE = {
     **dict.fromkeys(("awq", "gptq", "marlin", "compressed-tensors"), _NOTHING),
     **dict.fromkeys(("bitsandbytes", "eetq"), ("--quantization", "int8")),
     **dict.fromkeys(("bitsandbytes-nf4", "bitsandbytes-fp4"), ("--quantization", "int4")),
-    **{name: ("--quantization", name) for name in ("fp8", "int8", "int4", "int8-w8a8")},
+    **{name: ("--quantization", name) for name in QUANTIZATIONS},
 }
 _CACHE = {
     "auto": _NOTHING,

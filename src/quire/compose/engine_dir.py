@@ -22,7 +22,7 @@ def as_built(args: EngineArgs, manifest: Manifest | None) -> tuple[EngineArgs, l
     if manifest is None:
         return args, []
     fixed: dict[str, Any] = {"quantization": manifest.quantization, "dtype": manifest.dtype}
-    if manifest.quantization == "int4":
+    if manifest.quantization in ("int4", "int4_min"):
         fixed["quantization_group_size"] = manifest.quantization_group_size
     for name, value in fixed.items():
         asked = getattr(args, name)

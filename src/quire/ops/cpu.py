@@ -20,7 +20,7 @@ from quire.ops.cpu_program import ACTIVATION, NO_WINDOW, CpuProgram
 from quire.ops.graph.fuse import fuse
 from quire.ops.graph.operations import trace
 from quire.ops.packed import Buffer, PackedHeader, PackedState
-from quire.ops.quantize_reference import require_rounding
+from quire.ops.quantize_reference import quantize_by_rows, require_rounding
 from quire.ops.types import (
     E4M3_FORMATS,
     FORMATS,
@@ -87,6 +87,8 @@ class CpuOps(ComposedOps):
     def quantize(self, weight: Any, quant: QuantSpec) -> QuantizedWeight | StoredWeight:
         """See `Ops.quantize`. ValueError where a weight is not finite."""
         require_rounding(quant)
+        if quant.format == "int4_min":
+            return quantize_by_rows(weight, quant)
         if isinstance(weight, StoredWeight):
             return replace(weight, quant=quant)
         weight = np.ascontiguousarray(weight)

@@ -6,6 +6,9 @@ activations are 8-bit integers, which AMX and tensor cores multiply fastest.
 
 `int4` is W4A16: four-bit weights with a scale for each group of a row's inputs; activations are 16-bit integers.
 
+`int4_min` is `int4` with a minimum for each group; scale and minimum are float16, so it takes as many bits (the kind of
+GGUF's Q4_1, and of AWQ's and GPTQ's asymmetric groups).
+
 `fp8` is W8A8 in e4m3 (arXiv 2209.05433), a scale for each output channel: the tensor cores of NVIDIA GPUs from compute
 capability 8.9 on multiply them at twice bfloat16's rate. The CPU has e4m3 for weights alone, in groups of 128.
 
@@ -28,6 +31,11 @@ DEFAULT_GROUP_SIZE = 64
 def int8(group_size: int) -> Scheme:
     """`INT8` with groups of 32, 64 or 128 inputs, embedding and head too. Raises ValueError for another size."""
     return Scheme("int8", QuantSpec("int8_groups", group_size), QuantSpec("int8_groups", group_size))
+
+
+def int4_min(group_size: int) -> Scheme:
+    """The scheme with a minimum for each group of 32, 64 or 128 inputs. Raises ValueError for another size."""
+    return Scheme("int4_min", QuantSpec("int4_min", group_size, half_scales=True), QuantSpec("int8", None))
 
 
 def int4(group_size: int) -> Scheme:

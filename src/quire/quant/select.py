@@ -3,7 +3,7 @@
 from quire.config import KV_CACHE_DTYPES, QUANTIZATIONS
 from quire.errors import ConfigurationError
 from quire.ops.types import CacheDtype, Ops
-from quire.quant.formats import DEFAULT_GROUP_SIZE, FP8, FP8_WEIGHTS, INT8, INT8_W8A8, int4, int8
+from quire.quant.formats import DEFAULT_GROUP_SIZE, FP8, FP8_WEIGHTS, INT8, INT8_W8A8, int4, int4_min, int8
 from quire.quant.types import Scheme
 
 
@@ -13,13 +13,13 @@ def select_scheme(name: str | None, group_size: int | None) -> Scheme | None:
     Raises:
         ConfigurationError: a group size for a scheme that has none.
     """
-    if name == "int4":
-        return int4(DEFAULT_GROUP_SIZE if group_size is None else group_size)
+    if name in ("int4", "int4_min"):
+        return (int4 if name == "int4" else int4_min)(DEFAULT_GROUP_SIZE if group_size is None else group_size)
     if name == "int8" and group_size is not None:
         return int8(group_size)
     if group_size is not None:
         raise ConfigurationError(
-            f"quantization_group_size is for quantization 'int4' and 'int8'; here it is {name!r}",
+            f"quantization_group_size is for quantization 'int4', 'int4_min' and 'int8'; here it is {name!r}",
             field="quantization_group_size",
         )
     return None if name is None else {scheme.name: scheme for scheme in (INT8, INT8_W8A8, FP8)}[name]
@@ -41,6 +41,9 @@ def scheme_for(scheme: Scheme | None, ops: Ops) -> Scheme | None:
             f"quantization 'int8' in groups needs the CPU; {ops.name} has it without them",
             field="quantization_group_size",
         )
+    if scheme.linear.format == "int4_min":
+        text = f"quantization 'int4_min' needs the CPU; {ops.name} has int4, without minima"
+        raise ConfigurationError(text, field="quantization")
     raise ConfigurationError(
         f"quantization {scheme.name!r} needs an NVIDIA GPU of compute capability 8.9 or newer; "
         f"{ops.name} has {', '.join(name for name in QUANTIZATIONS if name in ops.formats)}",

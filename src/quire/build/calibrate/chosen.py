@@ -15,6 +15,8 @@ from quire.weights.load import WeightPlan
 from quire.weights.source import StoredMatrix, TensorInfo
 
 Floats = NDArray[np.float32]
+PARTS = ("values", "scales", "minima")
+"""Of a `QuantizedWeight`; the last where its format has it."""
 
 
 @dataclass(slots=True)
@@ -64,8 +66,10 @@ class ChosenWeights:
 
     def keep(self, name: str, weight: QuantizedWeight) -> None:
         """Put what calibration made of a matrix into the folder."""
-        np.save(self.folder / f"{name}.values.npy", weight.values, allow_pickle=False)
-        np.save(self.folder / f"{name}.scales.npy", weight.scales, allow_pickle=False)
+        for part in PARTS:
+            array = getattr(weight, part)
+            if array is not None:
+                np.save(self.folder / f"{name}.{part}.npy", array, allow_pickle=False)
         self.matrices[name].is_calibrated = True
 
     def matrix(self, array: Concatenated) -> StoredMatrix:
@@ -76,17 +80,21 @@ class ChosenWeights:
             return self.plan.source.matrix(array)
         quant, inputs, outputs = treatment.quant, treatment.input_scales, treatment.output_scales
         if treatment.is_calibrated and quant is not None:
-            values, scales = (
-                np.load(self.folder / f"{name}.{part}.npy", allow_pickle=False) for part in ("values", "scales")
-            )
-            scales = scales if outputs is None else scales / outputs[:, None]
-            return QuantizedWeight(quant.format, values, scales, quant.group_size or values.shape[1])
+            kept = {part: self._kept(name, part) for part in PARTS if part != "minima" or quant.format == "int4_min"}
+            values = kept.pop("values")
+            if outputs is not None:
+                kept = {part: (one / outputs[:, None]).astype(one.dtype) for part, one in kept.items()}
+            return QuantizedWeight(quant.format, values, group_size=quant.group_size or values.shape[1], **kept)
         weight: Any = self.plan.source.matrix(array)
         if inputs is not None or outputs is not None:
             weight = np.asarray(weight)
             scaled = weight.astype(np.float32) if inputs is None else weight.astype(np.float32) * inputs
             weight = (scaled if outputs is None else scaled / outputs[:, None]).astype(weight.dtype)
         return weight if quant is None else self.provider.quantize(weight, quant)
+
+    def _kept(self, name: str, part: str) -> NDArray[Any]:
+        array: NDArray[Any] = np.load(self.folder / f"{name}.{part}.npy", allow_pickle=False)
+        return array
 
     def vector(self, array: Concatenated) -> NDArray[Any]:
         """`WeightSource.vector`: a norm or a bias, divided by what went into the weights that read it."""

@@ -114,7 +114,7 @@ def _share_bits(chosen: ChosenWeights, provider: Provider, treatment: Treatment,
     free = [name for name in linear if chosen.matrices[name].quant is not None]
     kept_bytes = sum(format_bytes(None, *shape) for name, shape in linear.items() if name not in free)
     sizes = GROUP_SIZES if treatment.group_size is None else (treatment.group_size,)
-    formats = [*(QuantSpec(base.format, size) for size in sizes), INT8]
+    formats = [*(replace(base, group_size=size) for size in sizes), INT8]
     assert treatment.contexts is not None and treatment.bits is not None
     with LoadingBar("Measuring what each matrix costs", lines=True) as bar:
         choices = measured_choices(plan, provider, treatment.contexts.token_ids, free, base, formats, bar.show)

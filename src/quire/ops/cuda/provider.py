@@ -145,7 +145,7 @@ class CudaOps(ComposedOps):
         with _room():
             for first in range(0, max(1, len(host)), count):
                 rows = gemm.to_tensor(np.ascontiguousarray(host[first : first + count])).to(self.device)
-                some, some_scales = quantize_reference.rounded(self.xp, rows.to(torch.float32), quant)
+                some, some_scales, _ = quantize_reference.rounded(self.xp, rows.to(torch.float32), quant)
                 values.append(some.to(kind))
                 scales.append(some_scales)
             size = quant.group_size or inputs

@@ -18,6 +18,8 @@ DAMPING = 0.1
 8 % more error on another text (docs/design/formats.md)."""
 DIVISORS = (6.0, 6.5, 7.0, 7.25, 7.5, 7.75, 8.0, 8.5, 9.0)
 """Of a group's largest weight, tried in turn: as in `ops/quantize_reference.py`, and finer."""
+SHARES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+"""Of a group's range, the same where it has a minimum."""
 SMALLEST = 1e-30
 LARGEST = {4: (-8.0, 7.0), 8: (-127.0, 127.0)}
 
@@ -36,14 +38,16 @@ def gptq(weight: Any, hessian: NDArray[np.float64], quant: QuantSpec, gemm: Gemm
     out, inputs = weight.shape
     if not (np.isfinite(weight).all() and np.isfinite(hessian).all()):
         raise ValueError("a weight or an input of the calibration is not finite")
-    size, bits = quant.group_size or inputs, FORMATS[quant.format].bits
-    low, high = LARGEST[bits]
+    size, stated = quant.group_size or inputs, FORMATS[quant.format]
+    low, high = (0.0, 15.0) if stated.has_minima else LARGEST[stated.bits]
+    dtype = np.float16 if quant.half_scales else np.float32
     factor = upper_factor(damped(hessian), gemm)
     diagonal = np.diagonal(factor)
     ratios, importance = (factor / diagonal).astype(np.float32), np.square(diagonal).astype(np.float32)
     # Inputs first: a step works on one of them, for all outputs.
     columns = np.ascontiguousarray(weight.T, np.float32)
     values, scales = np.empty((inputs, out), np.int8), np.empty((-(-inputs // size), out), np.float32)
+    minima = np.zeros_like(scales)
     if quant.group_size is None:
         scales[0] = row_scales(columns)
     carried = np.zeros((inputs, out), np.float32)
@@ -54,14 +58,20 @@ def gptq(weight: Any, hessian: NDArray[np.float64], quant: QuantSpec, gemm: Gemm
             if quant.group_size is not None and k % size == 0:
                 group = slice(k, min(k + size, inputs))
                 now = columns[group] + carried[group]
-                scales[k // size] = row_scales(now) if bits == 8 else group_scales(now, importance[group])
-            rounded = np.clip(np.rint((columns[k] + carried[k]) * _inverse(scales[k // size])), low, high)
+                if stated.has_minima:
+                    scales[k // size], minima[k // size] = group_ranges(now, importance[group], dtype)
+                else:
+                    scales[k // size] = row_scales(now) if stated.bits == 8 else group_scales(now, importance[group])
+            scale, minimum = scales[k // size], minima[k // size]
+            rounded = np.clip(np.rint((columns[k] + carried[k] - minimum) * _inverse(scale)), low, high)
             values[k] = rounded
-            error = errors[k - first] = columns[k] - rounded * scales[k // size]
+            error = errors[k - first] = columns[k] - (rounded * scale + minimum)
             carried[k + 1 : last] += ratios[k, k + 1 : last, None] * error
         if last < inputs:
             carried[last:] += gemm(np.ascontiguousarray(ratios[first:last, last:].T), np.ascontiguousarray(errors.T))
-    return QuantizedWeight(quant.format, np.ascontiguousarray(values.T), np.ascontiguousarray(scales.T), size)
+    tables = [np.ascontiguousarray(one.T, dtype) for one in (scales, minima)]
+    found = None if not stated.has_minima else tables[1]
+    return QuantizedWeight(quant.format, np.ascontiguousarray(values.T), tables[0], size, found)
 
 
 def damped(hessian: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -94,6 +104,35 @@ def group_scales(group: Floats, importance: Floats) -> Floats:
         better = cross * ratio > best_gain
         best_gain, best = np.where(better, cross * ratio, best_gain), np.where(better, ratio * extreme, best)
     return np.where(none, np.float32(0), best)
+
+
+def group_ranges(group: Floats, importance: Floats, dtype: Any) -> tuple[Floats, Floats]:
+    """`group [size, out]` -> the scale and the minimum of 4 bits of each output `[out]` with the least error, weighted
+    by `importance [size]`, as `dtype` has them.
+
+    Raises:
+        ValueError: one is larger than `dtype` can be.
+    """
+    most, least = group.max(axis=0), group.min(axis=0)
+    weights = importance[:, None] / importance.sum()
+    mean = (weights * group).sum(axis=0)
+    best_gain, best_scale, best_minimum = np.zeros_like(most), np.zeros_like(most), mean
+    for share in SHARES:
+        span = (most - least) * np.float32(share)
+        start = (most + least - span) * np.float32(0.5)
+        q = np.clip(np.rint((group - start) * _inverse(span / np.float32(15))), 0, 15)
+        weighted = weights * q
+        of_q = weighted.sum(axis=0)
+        cross, spread = (weighted * (group - mean)).sum(axis=0), (weighted * (q - of_q)).sum(axis=0)
+        scale = cross * _inverse(spread)
+        better = cross * scale > best_gain
+        best_gain, best_scale = np.where(better, cross * scale, best_gain), np.where(better, scale, best_scale)
+        best_minimum = np.where(better, mean - scale * of_q, best_minimum)
+    with np.errstate(over="ignore"):
+        found = [one.astype(dtype).astype(np.float32) for one in (best_scale, best_minimum)]
+    if not all(np.isfinite(one).all() for one in found):
+        raise ValueError("a weight is larger than a scale or minimum of float16 can be")
+    return found[0], found[1]
 
 
 def _inverse(x: Floats) -> Floats:
