@@ -43,7 +43,7 @@ def main() -> None:
     """Print a line for each workload and format."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--formats", nargs="+", default=["none", "int8", "int8_w8a8", "int4", "fp8"])
+    parser.add_argument("--formats", nargs="+", default=["none", "int8", "int8_w8a8", "int4", "int4_min", "fp8"])
     parser.add_argument("--workload", nargs="+", default=["W1", "W2"], choices=["W1", "W2"])
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--part", type=int, default=1)

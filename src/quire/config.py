@@ -24,6 +24,9 @@ KV_CACHE_DTYPES = {
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 POLICIES = ("fcfs", "priority")
 DEVICES = ("auto", "cpu", "cuda")
+FOUR_BITS = ("int4", "int4_min")
+GROUPED = (*FOUR_BITS, "int8")
+"""Of `QUANTIZATIONS`, those whose groups have a size to choose."""
 QUANTIZATIONS = ("int8", "int8_w8a8", "int4", "int4_min", "fp8")
 GROUP_SIZES = (32, 64, 128)
 RELEASES = ("unused", "all", "no")
@@ -48,10 +51,12 @@ class EngineArgs:
     """Storage of weights, and of the cache unless `kv_cache_dtype` says otherwise: auto (the model's own; bfloat16 of
     GGUF's blocks), bfloat16, float16, float32 (computes exactly)."""
     quantization: str | None = None
-    """Quantise the weights while they are loaded: int8 (W8A16), int8_w8a8, int4 (W4A16), fp8 (CUDA: W8A8; CPU: W8A16).
-    `dtype` is then that of the cache and of weights which are not quantised."""
+    """Quantise the weights while they are loaded: int8 (W8A16), int8_w8a8, int4 (W4A16), int4_min (the same with a
+    minimum for each group; CPU), fp8 (CUDA: W8A8; CPU: W8A16). `dtype` is then that of the cache and of weights
+    which are not quantised."""
     quantization_group_size: int | None = None
-    """Weights of a row that share a scale with int4, or on the CPU int8: 32, 64 or 128; None is 64, and the row."""
+    """Weights of a row that share a scale with int4 or int4_min, or on the CPU int8: 32, 64 or 128; None is 64, and the
+    row."""
     kv_cache_dtype: str = "auto"
     """Storage of keys and values: auto (that of the weights), bfloat16, float16, float32, int8 or fp8 (e4m3; also
     `fp8_e4m3`). The last two have a scale for each head and token, take about half of 16 bits, and need the CPU."""

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from quire import LLM, SamplingParams
 from quire.build import builder
 from quire.cli.main import main
+from quire.config import QUANTIZATIONS
 from quire.errors import ConfigurationError, ModelFileError
 from quire.ops.select import instruction_sets
 from quire.weights.formats.engine_dir import Manifest
@@ -60,7 +61,7 @@ def engine(built: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(built, tmp_path / "engine"))
 
 
-@pytest.mark.parametrize("quantization", [None, "int8", "int8_w8a8", "int4", "fp8"])
+@pytest.mark.parametrize("quantization", [None, *QUANTIZATIONS])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "olmo2"])
 def test_an_engine_gives_the_bits_of_its_checkpoint(tmp_path: Path, family: str, quantization: str | None) -> None:
     """Norms with an offset, learned positions, biases, tied and own heads among them."""

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from quire import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
+from quire.config import QUANTIZATIONS
 from quire.structured_params import StructuredOutputsParams
 
 Case = tuple[list[int], SamplingParams]
@@ -199,7 +200,7 @@ def test_restart_without_a_seed_gives_the_same(tiny_model: Path) -> None:
     assert run(tiny_model, items, seed=1) != first
 
 
-@pytest.mark.parametrize("quantization", ["int8", "int8_w8a8", "int4", "fp8"])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_quantised_weights_obey_the_same_law(tiny_model: Path, quantization: str) -> None:
     items = cases()[::2]
     alone = [run(tiny_model, [item], quantization=quantization)[0] for item in items]

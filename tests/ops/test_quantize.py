@@ -127,18 +127,39 @@ def test_minima_keep_what_lies_on_a_grid_and_far_from_zero(quant: QuantSpec) -> 
     assert np.array_equal(dequantized(quantize(weight, QuantSpec("int4_min", size)))[5], weight[5])
 
 
+@pytest.mark.parametrize("inputs", [33, 40, 63])
+@pytest.mark.parametrize("middle", [0.0, 0.75, -1000.0])
+def test_what_fills_up_a_last_group_is_no_part_of_it(inputs: int, middle: float) -> None:
+    """Few weights in a group are fitted the better; far from zero sums do not cancel."""
+    weight = np.float32(middle) + normal(np.random.default_rng(6), 64, inputs) * np.float32(0.01)
+    difference = dequantized(quantize(weight, QuantSpec("int4_min", 32))) - weight
+    whole, rest = (float(np.sqrt((part**2).mean())) / 0.01 for part in (difference[:, :32], difference[:, 32:]))
+    assert rest < 1.1 * whole and whole < 0.08 + 1e-6 * abs(middle) / 0.01
+
+
 def test_minima_that_float16_cannot_be_are_refused() -> None:
     weight = np.full((2, 64), 1e5, np.float32)
-    with pytest.raises(ValueError, match="larger than a scale or minimum of float16 can be"):
+    with pytest.raises(ValueError, match=r"larger than a scale or minimum of .*float16.* can be"):
         quantize(weight, WITH_MINIMA[1])
     assert dequantized(quantize(weight, QuantSpec("int4_min", 64))).min() == np.float32(1e5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_weights_too_small_and_too_large_for_float16() -> None:
+    """Where a scale would be zero the group is its mean, which is no worse than zeros; and no sum overflows."""
+    weight = normal(np.random.default_rng(7), 16, 256) * np.float32(1e-7)
+    for quant in WITH_MINIMA:
+        difference = dequantized(quantize(weight, quant)) - weight
+        assert (difference**2).sum() < (weight**2).sum()
+        with pytest.raises(ValueError, match=r"larger than 1e\+17"):
+            quantize(weight * np.float32(1e30), quant)
 
 
 def test_many_rows_are_quantised_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = normal(np.random.default_rng(5), 37, 96)
     whole = quantize(weight, WITH_MINIMA[0])
     monkeypatch.setattr(quantize_reference, "ROWS_VALUES", 300)
-    parts = quantize_by_rows(weight, WITH_MINIMA[0])
+    parts = quantize_by_rows(weight, WITH_MINIMA[0], 3)
     for name in ("values", "scales", "minima"):
         assert np.array_equal(getattr(parts, name), getattr(whole, name))
-    assert quantize_by_rows(weight[:0], WITH_MINIMA[0]).values.shape == (0, 96)
+    assert quantize_by_rows(weight[:0], WITH_MINIMA[0], 3).values.shape == (0, 96)

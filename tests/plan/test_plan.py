@@ -3,17 +3,19 @@
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from quire import LLM
-from quire.cli import machine_rates
+from quire.cli import machine_rates, plan_check
 from quire.cli.main import main
 from quire.config import what_would_fit
-from quire.errors import ConfigurationError
+from quire.errors import ConfigurationError, QuireError
 from quire.models.parameters import decoder_parameters
 from quire.ops.cpu import CpuOps
 from quire.ops.reference import ReferenceOps
@@ -173,6 +175,19 @@ def test_a_step_is_its_parts(llama: Path) -> None:
     assert RATES.prefill_s(cost, 64, 32) > prompt, "a head and calls for each chunk"
 
 
+def test_the_memory_of_a_line_is_what_its_process_takes(home: Path, llama: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Weights, blocks of all sequences, a step, two copies of the logits, and a start; of this machine alone."""
+    monkeypatch.setattr(machine_rates, "_measure", lambda ops: RATES)
+    found = plan(capsys, llama, "--context", 100, "--batch", 1, 3, "--quantization", "int4_min")
+    one, three = found["steps"]
+    more = 2 * 7 * 16 * 524288 + 2 * 2 * 4 * 32000  # blocks of 16 tokens, and logits
+    step = three["memory_mib"] - one["memory_mib"] - more / 2**20
+    assert 0 < step < 200 * 4 * (32000 + 40 * 4096) / 2**20, "a step of 300 tokens in place of 100"
+    weights = float(found["weights"].split()[0]) * 1e9
+    assert one["memory_mib"] > (weights + 7 * 16 * 524288 + 6 * 2**20) / 2**20
+    assert "memory_mib" not in plan(capsys, llama, "--device", "h100", "--context", 100, "--batch", 1)["steps"][0]
+
+
 def test_keys_of_windows_are_counted(tmp_path: Path) -> None:
     config = read_model_config(make_tiny("gemma2", tmp_path))
     packer = WeightPacker(ReferenceOps(np), "float32", None, 0.0)
@@ -222,7 +237,7 @@ def test_the_probes_measure_something(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [rows for rows, _ in linear["int4"]] == list(probe.ROWS)
     assert [size for size, _ in probe.probe_reads(ops.probe, clock)] == [2**22, 2**23]
     assert min(probe.probe_call(ops, clock), *probe.probe_attention(ops, "bfloat16", clock)) > 0
-    assert probe.probe_cold(ops, 1e12, clock) > probe.probe_cold(ops, 1.0, clock) == 0
+    assert probe.probe_cold(ops, 1e12, 0.0, clock) > 0 == probe.probe_cold(ops, 1.0, 0.0, clock)
 
 
 def test_what_was_planned_is_checked(
@@ -262,6 +277,7 @@ def test_a_start_that_will_not_fit_says_what_would(tmp_path: Path) -> None:
     ("flags", "text"),
     [
         (["--device", "abacus"], "device must be one of a100-40, "),
+        (["--device", "h100", "--quantization", "int4_min"], "'int4_min' in groups, or with minima, runs on a CPU"),
         (["--device", "h100", "--check"], "check runs on this machine"),
         (["--batch", "0"], "'0' is not a whole number from 1"),
         (["--context", "4q"], "'4q' is not a whole number from 1"),
@@ -285,3 +301,34 @@ def test_sizes_in_k(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_model_that_does_not_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(tmp_path / "none")]) != 0
     assert "there is no" in capsys.readouterr().err
+
+
+def test_a_run_that_is_killed_or_ends_early_is_said(
+    llama: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Killed:
+        def __init__(self, *_: object) -> None: ...
+        def __enter__(self) -> "Killed":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def submit(self, *_: object) -> "Killed":
+            return self
+
+        def result(self) -> None:
+            raise BrokenProcessPool("abruptly")
+
+    monkeypatch.setattr(machine_rates, "_measure", lambda ops: RATES)
+    monkeypatch.setattr(plan_check, "ProcessPoolExecutor", Killed)
+    assert main(["plan", str(llama), "--check", "--check-quantization", "int8"]) == 1
+    assert "the process that ran int8 was killed" in capsys.readouterr().err
+
+    class Ended:
+        vocab_size = 100
+
+        def generate(self, prompts: list[Any], *_: object, **__: object) -> list[Any]:
+            one = SimpleNamespace(token_ids=[5], stop_reason="logits that are not finite", finish_reason="error")
+            return [SimpleNamespace(outputs=[one])] * len(prompts)
+
+    with pytest.raises(QuireError, match="of 64 tokens ended after 1 of 32: logits that are not finite"):
+        plan_check._timed(cast(Any, Ended()), 2, 64)

@@ -86,7 +86,7 @@ def test_the_host_is_estimated(tiny_model: Path) -> None:
     model = model_on(tiny_model, ops)
     small, large = (make_budget(model, ops, replace(LIMITS, max_num_batched_tokens=tokens)) for tokens in (40, 400))
     assert (small.device, small.used_by_others, small.weights) == (host_memory_bytes(), 0, model.weight_bytes)
-    assert large.activations == 10 * small.activations > 0
+    assert large.activations > small.activations > 0
     assert small.sampler == 2 * 3 * model.spec.vocab_size * 4
 
 

@@ -93,7 +93,7 @@ def run(options: argparse.Namespace) -> int:
             repack=options.repack,
             treatment=calibration.treatment(options, args, directory),
         )
-        with LoadingBar("Packing weights", lines=True) as bar:
+        with LoadingBar("Packing weights", lines=True, is_quiet=options.quiet) as bar:
             manifest = build_engine(recipe, built_for, golden_answers, bar.show)
     if not options.quiet:
         size = sum(record.size for record in manifest.files.values()) / 2**20

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quire.config import EngineArgs
+from quire.config import FOUR_BITS, EngineArgs
 from quire.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 PACKAGED = ""
 """`--calibrate` without a file."""
 MAX_BITS = 16.0
-FOUR_BITS = ("int4", "int4_min")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -73,4 +72,4 @@ def treatment(options: argparse.Namespace, args: EngineArgs, path: Path) -> "Tre
             raise ConfigurationError("calibrate: the model has no tokenizer to read a text with", field="calibrate")
         file = FILE if options.calibrate == PACKAGED else Path(options.calibrate)
         contexts = read_contexts(file, tokenizer.encode, longest)
-    return Treatment(contexts, options.bits, options.keep, options.quantization_group_size)
+    return Treatment(contexts, options.bits, options.keep, options.quantization_group_size, options.quiet)

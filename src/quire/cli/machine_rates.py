@@ -41,7 +41,7 @@ class Measured:
 
 
 def machine_rates(again: bool = False) -> Measured:
-    """Those of the cache, if they are of this machine and version; else measure, which takes about two seconds.
+    """Those of the cache, if they are of this machine and version; else measure, which takes some seconds.
 
     Args:
         again: measure whatever is known.
@@ -135,7 +135,7 @@ def _measure(ops: object) -> "MachineRates":
     steps = [
         time_core(lambda count: with_runner(count, STEPS), rows, num_steps=STEPS, between=between) for rows in ROWS
     ]
-    read = probe_reads(ops.probe, clock)
+    read, call_s = probe_reads(ops.probe, clock), probe_call(ops, clock)
     first_s, last_s = ((one.core_us + one.executor_us) * 1e-6 for one in steps)
     row_s = max(0.0, (last_s - first_s) / (ROWS[1] - ROWS[0]))
     return MachineRates(
@@ -144,8 +144,8 @@ def _measure(ops: object) -> "MachineRates":
         linear=probe_linear(ops, clock),
         decode_key_s=decode_s,
         prompt_key_s=prompt_s,
-        call_s=probe_call(ops, clock),
-        cold_s=probe_cold(ops, read[-1][1], clock),
+        call_s=call_s,
+        cold_s=probe_cold(ops, read[-1][1], call_s, clock),
         step_s=max(0.0, first_s - row_s),
         row_s=row_s,
         memory_bytes=host_memory_bytes(),

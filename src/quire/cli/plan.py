@@ -127,10 +127,12 @@ def run(options: argparse.Namespace) -> int:
     width = max(map(len, facts))
     for key, value in facts.items():
         print(f"{key:<{width}}  {value}")
-    head = f"{'context':>8} {'batch':>6} {'floor, ms':>10} {'binds':>11} {'TPOT, ms':>9} {'tok/s':>8} {'MiB':>9}"
+    head = f"{'context':>8} {'batch':>6} {'floor, ms':>10} {'binds':>11} {'TPOT, ms':>9} {'tok/s':>8}"
+    head += f" {'MiB':>9}" if options.device is None else ""
     print(f"\n{head}   ({planned.by})")
     for step in steps:
-        tokens = f"{step['tpot_ms']:9.2f} {step['tokens_per_s']:8.0f} {step['memory_mib']:9,.0f}"
+        tokens = f"{step['tpot_ms']:9.2f} {step['tokens_per_s']:8.0f}"
+        tokens += f" {step['memory_mib']:9,.0f}" if options.device is None else ""
         print(f"{step['context']:8,} {step['batch']:6} {step['floor_ms']:10.2f} {step['binds']:>11} {tokens}")
     if checked:
         from quire.cli.plan_check import show
@@ -160,7 +162,7 @@ def cost_of(options: argparse.Namespace, name: str | None, quantization: str | N
     from quire.compose.served import find_model
     from quire.models.parameters import decoder_parameters
     from quire.ops.select import select_ops
-    from quire.ops.types import CACHE_QMAX
+    from quire.ops.types import BLOCK_FORMATS, CACHE_QMAX
     from quire.plan.estimate import ModelCost
     from quire.quant.select import scheme_for, select_cache_dtype, select_scheme
     from quire.weights.formats.quantized.source import foreseen
@@ -184,6 +186,9 @@ def cost_of(options: argparse.Namespace, name: str | None, quantization: str | N
     if options.device is None:
         scheme = scheme_for(scheme, ops)
     else:
+        if scheme is not None and scheme.linear.format in BLOCK_FORMATS:
+            text = f"quantization {scheme.name!r} in groups, or with minima, runs on a CPU: leave out device"
+            raise ConfigurationError(text, field="quantization")
         formats = tuple(name for name in formats if name != "fp8_groups")
     cache_dtype = select_cache_dtype(options.kv_cache_dtype, ops)
     if options.device is not None and cache_dtype in CACHE_QMAX:
@@ -244,16 +249,19 @@ def _steps(cost: "ModelCost", planned: Planned, options: argparse.Namespace) -> 
                 "binds": floor.binds,
                 "tpot_ms": predicted_s * 1e3,
                 "tokens_per_s": batch / predicted_s,
-                "memory_mib": memory_mib(cost, batch, context),
+                **({"memory_mib": memory_mib(cost, batch, context)} if options.device is None else {}),
             }
 
 
 def memory_mib(cost: "ModelCost", batch: int, context: int) -> float:
-    """Weights, the largest step, and the blocks of `batch` sequences of `context` tokens; of the host, where a device's
-    own step takes no more."""
+    """Of a process on this CPU with a thread for each core: weights, the largest step, and the blocks of `batch`
+    sequences of `context` tokens."""
+    from quire.ops.select import available_cores
+    from quire.runner.host_step import Host
     from quire.runner.memory import StepShape, estimated
 
     tokens = min(CHUNK, batch * context)
-    budget = estimated(cost.spec, cost.weight_bytes, StepShape(batch, tokens, context, BLOCK))
+    shape, host = StepShape(batch, tokens, context, BLOCK), Host.of(cost.packer.ops, available_cores()[0])
+    budget = estimated(cost.spec, cost.weight_bytes, cost.packer.dtype, shape, host)
     blocks = batch * -(-context // BLOCK)
     return float(budget.used + blocks * BLOCK * cost.kv_bytes_per_token + START_BYTES) / 2**20

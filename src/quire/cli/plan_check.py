@@ -5,6 +5,7 @@ import gc
 import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from importlib import import_module
 from multiprocessing import get_context
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.cli.plan import BLOCK, CHUNK, NONE, Planned, cost_of, memory_mib
-from quire.errors import ConfigurationError
+from quire.config import EngineArgs
+from quire.errors import ConfigurationError, QuireError
 
 if TYPE_CHECKING:
     from quire.llm import LLM
@@ -33,6 +35,7 @@ def check(options: argparse.Namespace, name: str | None, planned: Planned) -> di
 
     Raises:
         ConfigurationError: the model is shorter than a context.
+        QuireError: a run was killed, or ended early.
     """
     asked = options.check_quantization or [options.quantization or NONE]
     times: list[dict[str, Any]] = []
@@ -40,7 +43,11 @@ def check(options: argparse.Namespace, name: str | None, planned: Planned) -> di
     for one in asked:
         quantization = None if one == NONE else one
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
-            found, memory = process.submit(_run, options, name, quantization, planned).result()
+            try:
+                found, memory = process.submit(_run, options, name, quantization, planned).result()
+            except BrokenProcessPool as error:
+                text = f"the process that ran {one} was killed: the system does that where memory runs out"
+                raise QuireError(text) from error
         times += found
         memories += [memory] if memory else []
     errors = {"median_time_error": _median([line["error"] for line in times])}
@@ -82,6 +89,7 @@ def _run(
         raise ConfigurationError(text, field="context")
     for module in STARTED:  # what a start imports is no part of what the model takes
         import_module(module)
+    _read_tokenizer(name, options)
     gc.collect()
     before = _memory_mib("VmRSS")
     with suppress(OSError):
@@ -101,6 +109,15 @@ def _run(
     error = predicted / measured - 1
     memory = {"predicted_mib": predicted, "measured_mib": measured, "error": error}
     return found, {"quantization": quantization or NONE, **memory}
+
+
+def _read_tokenizer(name: str | None, options: argparse.Namespace) -> None:
+    """Its memory is not counted: the model's own copy lies where this one was."""
+    from quire.compose.served import find_model
+    from quire.compose.text import compose_text
+
+    args = EngineArgs(model=name, revision=options.revision)
+    compose_text(args, find_model(args))
 
 
 def _cell(llm: "LLM", cost: "ModelCost", planned: Planned, batch: int, context: int) -> Iterator[dict[str, Any]]:
@@ -130,7 +147,12 @@ def _timed(llm: "LLM", batch: int, context: int) -> tuple[float, float]:
         for row in range(batch)
     ]
     params = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-    found = [_metrics(one) for one in llm.generate(prompts, params, use_tqdm=False)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    short = next((one.outputs[0] for one in outputs if len(one.outputs[0].token_ids) < TOKENS), None)
+    if short is not None:
+        text = f"a request of {context} tokens ended after {len(short.token_ids)} of {TOKENS}"
+        raise QuireError(f"{text}: {short.stop_reason or short.finish_reason}")
+    found = [_metrics(one) for one in outputs]
     # The last to begin decodes beside all the others, until the first of them ends.
     begun, ended = max(one.first_token_s or 0.0 for one in found), min(one.last_token_s or 0.0 for one in found)
     steps = TOKENS - 1 - _steps_before(batch, length)

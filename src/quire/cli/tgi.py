@@ -123,7 +123,7 @@ _SCHEDULED = "requests join and leave a batch at each step"
 TABLE: dict[str, Rule] = {
     "--model-id": Taken("--model"),
     "--revision": Taken("--revision"),
-    "--quantize": Spoken(_QUANTIZE, "a checkpoint's own format is seen; others become ours (int8, int4, fp8)"),
+    "--quantize": Spoken(_QUANTIZE, "a checkpoint's own format is seen; others become one of ours"),
     "--dtype": Taken("--dtype"),
     "--max-input-tokens": _limit("prompt_tokens", "of every door"),
     "--max-input-length": _limit("prompt_tokens", "the older name"),

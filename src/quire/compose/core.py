@@ -18,6 +18,7 @@ from quire.compose.engine_dir import as_built
 from quire.compose.machine_split import free_part, memory_part, on_own_cores, share_decision
 from quire.compose.structured import grammar_compiler
 from quire.config import (
+    FOUR_BITS,
     CachePlan,
     EngineArgs,
     ModelShare,
@@ -246,7 +247,7 @@ def _quantization_decisions(scheme: Scheme | None, weight_bytes: int, built: lis
     linear, embedding = (f"{bits_per_weight(one)} bits a weight" for one in (scheme.linear, scheme.embedding))
     size = scheme.linear.group_size
     reason = f"layers {linear}" + (f" in groups of {size}" if size else "") + f", embedding and head {embedding}"
-    if scheme.name.startswith("int4") and weight_bytes < SMALL_MODEL_BYTES:
+    if scheme.name in FOUR_BITS and weight_bytes < SMALL_MODEL_BYTES:
         reason += "; so small a model may lose much by 4 bits (docs/howto/quantize.md)"
         logger.warning("quantization %s: %s", scheme.name, reason)
     return [Decision("quantization", scheme.name, reason)]

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from quire.config import EngineArgs
+from quire.config import GROUPED, EngineArgs
 from quire.errors import ConfigurationError
 from quire.outputs import Decision
 from quire.weights.formats.engine_dir import Manifest
@@ -22,7 +22,7 @@ def as_built(args: EngineArgs, manifest: Manifest | None) -> tuple[EngineArgs, l
     if manifest is None:
         return args, []
     fixed: dict[str, Any] = {"quantization": manifest.quantization, "dtype": manifest.dtype}
-    if manifest.quantization in ("int4", "int4_min"):
+    if manifest.quantization in GROUPED:
         fixed["quantization_group_size"] = manifest.quantization_group_size
     for name, value in fixed.items():
         asked = getattr(args, name)

@@ -57,6 +57,7 @@ class CpuOps(ComposedOps):
 
     def __init__(self, threads: int, isa: str, affinity: Sequence[Sequence[int]] = ()) -> None:
         self._native = _native.Runtime(threads, isa, affinity)
+        self.threads, self.isa = threads, isa
         self.name = f"cpu ({isa}, {threads} threads)"
 
     @cached_property
@@ -85,10 +86,10 @@ class CpuOps(ComposedOps):
         return self._native.probe(kind, data)
 
     def quantize(self, weight: Any, quant: QuantSpec) -> QuantizedWeight | StoredWeight:
-        """See `Ops.quantize`. ValueError where a weight is not finite."""
+        """See `Ops.quantize`. ValueError as there."""
         require_rounding(quant)
         if quant.format == "int4_min":
-            return quantize_by_rows(weight, quant)
+            return quantize_by_rows(weight, quant, self.threads)
         if isinstance(weight, StoredWeight):
             return replace(weight, quant=quant)
         weight = np.ascontiguousarray(weight)

@@ -6,8 +6,8 @@ With 4 bits each group of a row has one: the weight of largest magnitude becomes
 divisors in turn; each gives integers and, by least squares, the scale that fits them best; the smallest error wins. On
 normal weights that leaves 15 % less error than dividing by 7 does (docs/design/formats.md).
 With `int4_min` a group has a minimum too: its range, and shares of it, in 15 steps in turn; each gives numbers and, by
-least squares, the scale and the minimum that fit them best. The best of those are rounded to what the format stores,
-and the numbers are chosen anew.
+least squares, the scale and the minimum that fit them best. The best minimum is rounded to what the format stores, the
+scale fitted to it and rounded, and the numbers are chosen anew. Far from zero a minimum of float16 is coarse: 11 bits.
 """
 
 from typing import Any
@@ -22,6 +22,7 @@ DIVISORS = (6.5, 7.0, 7.5, 8.0, 8.5)
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
 SMALLEST = 1e-30
 """A row or group with no larger weight is taken for zero: its scale would have no reciprocal in float32."""
+LARGEST = 1e17
 LANES = 16
 ROWS_VALUES = 2**18
 """Of the rows that a thread takes at once."""
@@ -43,16 +44,24 @@ def quantize(weight: Any, quant: QuantSpec) -> QuantizedWeight:
     return QuantizedWeight(quant.format, whole, scales, quant.group_size or x.shape[1], minima)
 
 
-def quantize_by_rows(weight: Any, quant: QuantSpec) -> QuantizedWeight:
-    """`quantize`, some rows at a time on all processors, so that it takes little memory beside the weight."""
+def quantize_by_rows(weight: Any, quant: QuantSpec, threads: int) -> QuantizedWeight:
+    """`quantize` of a format with minima, some rows at a time: so it takes little memory beside the weight."""
     from concurrent.futures import ThreadPoolExecutor
 
-    weight = np.asarray(weight)
-    rows = max(1, ROWS_VALUES // max(1, weight.shape[1]))
-    with ThreadPoolExecutor() as pool:
-        parts = list(pool.map(lambda at: quantize(weight[at : at + rows], quant), range(0, max(1, len(weight)), rows)))
-    joined = [np.concatenate([getattr(one, name) for one in parts]) for name in ("values", "scales", "minima")]
-    return QuantizedWeight(quant.format, joined[0], joined[1], parts[0].group_size, joined[2])
+    weight, size = np.asarray(weight), quant.group_size or 1
+    out, inputs = weight.shape
+    rows, tables = max(1, ROWS_VALUES // max(1, inputs)), (out, -(-inputs // size))
+    kind = np.float16 if quant.half_scales else np.float32
+    values, scales, minima = np.empty((out, inputs), np.int8), np.empty(tables, kind), np.empty(tables, kind)
+
+    def fill(first: int) -> None:
+        found = quantize(weight[first : first + rows], quant)
+        for whole, part in ((values, found.values), (scales, found.scales), (minima, found.minima)):
+            whole[first : first + rows] = part
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill, range(0, out, rows)))
+    return QuantizedWeight(quant.format, values, scales, size, minima)
 
 
 def require_rounding(quant: QuantSpec) -> None:
@@ -93,19 +102,17 @@ def rounded(xp: Any, x: Array, quant: QuantSpec) -> tuple[Array, Array, Array | 
         within, scales = _rows(xp, x, qmax)
         return within if is_e4m3 else xp.round(within), scales, None
     size = quant.group_size
+    if quant.format == "int4_min":
+        return _groups_with_minima(xp, x, size, xp.float16 if quant.half_scales else xp.float32)
     groups = -(-inputs // size)
     missing = xp.zeros((out, groups * size - inputs), dtype=x.dtype, device=x.device)
     grouped = xp.reshape(xp.concat([x, missing], axis=1), (-1, size))
-    minima = None
-    if quant.format == "int4_min":
-        values, scales, minima = _groups_with_minima(xp, grouped, xp.float16 if quant.half_scales else xp.float32)
-        minima = xp.reshape(minima, (out, groups))
-    elif FORMATS[quant.format].bits == 8:
+    if FORMATS[quant.format].bits == 8:
         within, scales = _rows(xp, grouped, qmax)
         values = within if is_e4m3 else xp.round(within)
     else:
         values, scales = _groups(xp, grouped)
-    return xp.reshape(values, (out, groups * size))[:, :inputs], xp.reshape(scales, (out, groups)), minima
+    return xp.reshape(values, (out, groups * size))[:, :inputs], xp.reshape(scales, (out, groups)), None
 
 
 def _rows(xp: Any, x: Array, qmax: float) -> tuple[Array, Array]:
@@ -139,39 +146,71 @@ def _groups(xp: Any, x: Array) -> tuple[Array, Array]:
     return best, best_scale
 
 
-def _groups_with_minima(xp: Any, x: Array, dtype: Any) -> tuple[Array, Array, Array]:
-    """`x [groups, size]` -> values of its shape, scales and minima `[groups]` of `dtype`."""
-    size = x.shape[1]
-    most, least = xp.max(x, axis=1), xp.min(x, axis=1)
-    zero, one = xp.zeros_like(most), xp.ones_like(most)
-    flat = most - least < SMALLEST
-    total = _sum(xp, x)
-    best_gain, best_scale, best_minimum = zero - xp.inf, zero, total / (one * size)
+def _groups_with_minima(xp: Any, x: Array, size: int, dtype: Any) -> tuple[Array, Array, Array]:
+    """`x [out, in]` -> values of its shape, scales and minima `[out, groups]` of `dtype`. What fills up the last group
+    counts in nothing."""
+    out, inputs = x.shape
+    groups = -(-inputs // size)
+    last = xp.repeat(x[:, -1:], groups * size - inputs, axis=1)
+    grouped = xp.reshape(xp.concat([x, last], axis=1), (out * groups, size))
+    there = xp.reshape(xp.arange(groups * size, device=x.device) < inputs, (1, groups, size))
+    there = xp.reshape(xp.broadcast_to(there, (out, groups, size)), (out * groups, size))
+    values, scales, minima = _with_minima(xp, grouped, xp.astype(there, xp.float32), dtype)
+    values = xp.reshape(values, (out, groups * size))[:, :inputs]
+    return values, xp.reshape(scales, (out, groups)), xp.reshape(minima, (out, groups))
+
+
+def _with_minima(xp: Any, x: Array, there: Array, dtype: Any) -> tuple[Array, Array, Array]:
+    """`x [groups, size]` where `there` is 1 -> values of its shape, scales and minima `[groups]` of `dtype`. Sums are
+    over what a group has beyond its least weight: far from zero, those of the weights would cancel."""
+    require_squares(float(xp.max(xp.abs(x))) if x.shape[0] else 0.0)
+    least, span = xp.min(x, axis=1), xp.max(x, axis=1) - xp.min(x, axis=1)
+    beyond, count = (x - least[:, None]) * there, _sum(xp, there)
+    zero, one = xp.zeros_like(span), xp.ones_like(span)
+    flat = span < SMALLEST
+    total = _sum(xp, beyond)
+    best_gain, best_minimum, best_cross, best_of_q, best_square = zero, total / count, zero, zero, one
     for share in SHARES:
-        span = (most - least) * share
-        start = least + (most - least - span) * 0.5
-        q = _nearest(xp, x, xp.where(flat, zero, span / (one * 15.0)), start)
-        of_q, square, cross = _sum(xp, q), _sum(xp, q * q), _sum(xp, q * x)
-        spread = square * size - of_q * of_q
+        step = xp.where(flat, zero, span * share / (one * 15.0))
+        q = _nearest(xp, beyond, step, (span - span * share) * 0.5) * there
+        of_q, square, cross = _sum(xp, q), _sum(xp, q * q), _sum(xp, q * beyond)
+        spread = square * count - of_q * of_q
         none = spread < 0.5
-        scale = xp.where(none, zero, (cross * size - of_q * total) / xp.where(none, one, spread))
-        minimum = (total - scale * of_q) / (one * size)
-        gain = scale * cross + minimum * total
+        scale = xp.where(none, zero, (cross * count - of_q * total) / xp.where(none, one, spread))
+        gain = scale * (cross - of_q * total / count)
         better = gain > best_gain
         best_gain = xp.where(better, gain, best_gain)
-        best_scale = xp.where(better, scale, best_scale)
-        best_minimum = xp.where(better, minimum, best_minimum)
-    largest = float(xp.finfo(dtype).max)
-    if bool(xp.any(xp.maximum(xp.abs(best_scale), xp.abs(best_minimum)) > largest)):
-        raise ValueError("a weight is larger than a scale or minimum of float16 can be")
-    scales, minima = xp.astype(best_scale, dtype), xp.astype(best_minimum, dtype)
-    return _nearest(xp, x, xp.astype(scales, xp.float32), xp.astype(minima, xp.float32)), scales, minima
+        best_minimum = xp.where(better, (total - scale * of_q) / count, best_minimum)
+        best_cross = xp.where(better, cross, best_cross)
+        best_of_q = xp.where(better, of_q, best_of_q)
+        best_square = xp.where(better, square, best_square)
+    minima = _stored(xp, least + best_minimum, dtype)
+    found = xp.astype(minima, xp.float32)
+    # The scale that fits the minimum as it is stored; without one the minimum is all there is.
+    scales = _stored(xp, (best_cross - (found - least) * best_of_q) / xp.maximum(best_square, one), dtype)
+    minima = xp.where(scales == 0, _stored(xp, least + total / count, dtype), minima)
+    found = xp.astype(minima, xp.float32)
+    return _nearest(xp, x, xp.astype(scales, xp.float32), found), scales, minima
+
+
+def require_squares(largest: float) -> None:
+    """ValueError for a weight whose squares, summed over a group, float32 cannot hold."""
+    if largest > LARGEST:
+        raise ValueError(f"a weight is larger than {LARGEST:g}: groups with minima have none")
+
+
+def _stored(xp: Any, x: Array, dtype: Any) -> Array:
+    if bool(xp.any(xp.abs(x) > float(xp.finfo(dtype).max))):
+        name = "float16" if dtype == xp.float16 else "float32"
+        raise ValueError(f"a weight is larger than a scale or minimum of {name} can be")
+    return xp.astype(x, dtype)
 
 
 def _nearest(xp: Any, x: Array, scales: Array, minima: Array) -> Array:
     """The numbers from 0 to 15 of `x [groups, size]`."""
     none = xp.abs(scales) < SMALLEST
-    inverse = xp.where(none, xp.zeros_like(scales), 1.0 / xp.where(none, xp.ones_like(scales), scales))
+    one = xp.ones_like(scales)
+    inverse = xp.where(none, xp.zeros_like(scales), one / xp.where(none, one, scales))
     return xp.clip(xp.round((x - minima[:, None]) * inverse[:, None]), 0.0, 15.0)
 
 

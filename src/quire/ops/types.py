@@ -384,7 +384,8 @@ class Ops(Protocol):
         packed.
 
         Raises:
-            ValueError: a weight is not finite.
+            ValueError: a weight is not finite, or larger than the format's scales can be; weights are not rounded to
+                the format.
         """
 
     def pack_linear(self, weight: Any, bias: Any | None, dtype: WeightDtype) -> Opaque:

@@ -17,7 +17,7 @@ Points = tuple[tuple[int, float], ...]
 CALLS_PER_LAYER = 7
 """Two norms, four GEMMs (of q, k and v; of o; of gate and up; of down) and attention."""
 FLOATS: tuple[WeightDtype, ...] = ("bfloat16", "float16", "float32")
-QUANTIZED: tuple[QuantizedFormat, ...] = ("int8", "int8_w8a8", "int4")
+QUANTIZED: tuple[QuantizedFormat, ...] = ("int8", "int8_w8a8", "int4", "int4_min")
 FORMATS = (*FLOATS, *QUANTIZED)
 
 
@@ -64,14 +64,14 @@ class MachineRates:
 
     def _step_s(self, cost: ModelCost, tokens: int, sampled: int, keys: int, rows: int, key_s: float) -> float:
         spec = cost.spec
-        read_rate = _at(self.read, cost.read_bytes)
+        kv_bytes = cost.kv_bytes_per_token // spec.num_layers * keys
+        read_rate = _at(self.read, cost.read_bytes + kv_bytes)
         linear_s = 0.0
         for one in cost.matrices():
             count = sampled if one.is_head else tokens
             operations_s = 2 * one.weights * count / _at(self.linear[rate_format(one.format)], count)
             linear_s += max(one.num_bytes / read_rate + self.cold_s, operations_s)
         heads = spec.num_heads * spec.head_dim
-        kv_bytes = cost.kv_bytes_per_token // spec.num_layers * keys
         # A prompt's tokens share the keys that they read.
         attention_s = max(key_s * heads * keys, kv_bytes / read_rate if rows == tokens else 0.0)
         calls_s = self.call_s * (CALLS_PER_LAYER * spec.num_layers + 3)

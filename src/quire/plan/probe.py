@@ -47,7 +47,7 @@ def probe_linear(ops: Provider, clock: Callable[[], float]) -> Mapping[str, Poin
     found: dict[str, Points] = {}
     weights: dict[str, Any] = {name: ops.pack_linear(weight, None, name) for name in FLOATS}
     for kind in QUANTIZED:
-        quantized = ops.quantize(weight, QuantSpec(kind, 64 if kind == "int4" else None))
+        quantized = ops.quantize(weight, QuantSpec(kind, 64 if kind.startswith("int4") else None))
         weights[kind] = ops.pack_linear(quantized, None, "bfloat16")
     for name, packed in weights.items():
         points = []
@@ -65,9 +65,9 @@ def probe_call(ops: Provider, clock: Callable[[], float]) -> float:
     return _least(lambda: ops.linear(x, packed), clock)
 
 
-def probe_cold(ops: CpuOps, read_bytes_per_s: float, clock: Callable[[], float]) -> float:
-    """Seconds that a GEMM of one row takes beyond the reading of its weight, where that lies in memory: until the first
-    bytes are there, and until the last thread has ended."""
+def probe_cold(ops: CpuOps, read_bytes_per_s: float, call_s: float, clock: Callable[[], float]) -> float:
+    """Seconds that a GEMM of one row takes beyond the reading of its weight and what any call takes, where the weight
+    lies in memory: until the first bytes are there, and until the last thread has ended."""
     state = ops.packed_state(ops.pack_linear(np.ones((SIDE // 2, SIDE), np.float32), None, "bfloat16"))
     (one,) = state.buffers
     memory = np.ones(READ_BYTES[-1], np.uint8)
@@ -79,7 +79,7 @@ def probe_cold(ops: CpuOps, read_bytes_per_s: float, clock: Callable[[], float])
         begun = clock()
         ops.linear(x, packed)
         times.append(clock() - begun)
-    return max(0.0, sorted(times)[len(times) // 4] - size / read_bytes_per_s)
+    return max(0.0, sorted(times)[len(times) // 4] - size / read_bytes_per_s - call_s)
 
 
 def probe_attention(ops: Provider, dtype: CacheDtype, clock: Callable[[], float]) -> tuple[float, float]:

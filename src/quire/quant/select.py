@@ -1,6 +1,6 @@
 """From the names of the engine's arguments to a scheme."""
 
-from quire.config import KV_CACHE_DTYPES, QUANTIZATIONS
+from quire.config import FOUR_BITS, KV_CACHE_DTYPES, QUANTIZATIONS
 from quire.errors import ConfigurationError
 from quire.ops.types import CacheDtype, Ops
 from quire.quant.formats import DEFAULT_GROUP_SIZE, FP8, FP8_WEIGHTS, INT8, INT8_W8A8, int4, int4_min, int8
@@ -13,7 +13,7 @@ def select_scheme(name: str | None, group_size: int | None) -> Scheme | None:
     Raises:
         ConfigurationError: a group size for a scheme that has none.
     """
-    if name in ("int4", "int4_min"):
+    if name in FOUR_BITS:
         return (int4 if name == "int4" else int4_min)(DEFAULT_GROUP_SIZE if group_size is None else group_size)
     if name == "int8" and group_size is not None:
         return int8(group_size)

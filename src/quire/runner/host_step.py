@@ -1,22 +1,22 @@
 """What a step takes of the host's memory, from the architecture alone: its program, traced without weights."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from quire.models.decoder import Decoder
 from quire.models.parameters import NameMap, Parameter, decoder_parameters
 from quire.models.spec import DecoderSpec
+from quire.ops.cpu import CpuOps
 from quire.ops.cpu_program import tokens_in_work
 from quire.ops.graph.fuse import fuse
 from quire.ops.graph.operations import trace
 from quire.ops.graph.plan import BufferPlan, plan_memory
-from quire.ops.select import available_cores, select_instruction_set
+from quire.ops.types import WeightDtype
 
 FLOAT_BYTES, ROUNDED_BYTES = 4, 2
 """Of what operations hand on, and of a GEMM's activations as its kernel reads them (bfloat16; integers are smaller)."""
@@ -32,23 +32,37 @@ class _Shape:
     reads_amx_bf16: bool
 
 
-def host_step_bytes(spec: DecoderSpec, weight_bytes: int, num_tokens: int) -> int:
-    """Buffers of a step of so many tokens, with a thread for each core; its logits are not among them.
+class Host(NamedTuple):
+    """The processor that computes a step, as far as buffers depend on it."""
+
+    threads: int
+    isa: str
+    """An instruction set; empty where operations are composed."""
+
+    @classmethod
+    def of(cls, ops: object, threads: int | None = None) -> "Host":
+        """That of a provider, perhaps with another number of threads."""
+        return cls(threads or ops.threads, ops.isa) if isinstance(ops, CpuOps) else cls(1, "")
+
+
+def host_step_bytes(spec: DecoderSpec, weight_bytes: int, dtype: WeightDtype, num_tokens: int, host: Host) -> int:
+    """Buffers of a step of so many tokens; its logits are not among them.
 
     Args:
         weight_bytes: of all weights; those of a layer take their share.
+        dtype: of weights that are not quantised.
     """
     parameters = decoder_parameters(spec, NameMap())
     of_layer = sum(one.size for name, one in parameters.items() if name.startswith("0."))
     num_weights = sum(one.size for one in parameters.values())
     layer_bytes = weight_bytes * of_layer // num_weights
-    # Of 16 bits each, which AMX multiplies: then nothing but what attention gives is rounded on its way into a GEMM.
-    is_amx_bf16 = select_instruction_set(os.environ.get("QUIRE_ISA"))[0] == "amx" and weight_bytes // num_weights == 2
+    # AMX multiplies them as they are: then nothing but what attention gives is rounded on its way into a GEMM.
+    is_amx_bf16 = host.isa == "amx" and dtype == "bfloat16" and round(weight_bytes / num_weights) == 2
     plan, rounded = _plan(spec, is_amx_bf16), [spec.num_heads * spec.head_dim]
     if not is_amx_bf16:
         rounded += spec.hidden_size, spec.intermediate_size
     local = FLOAT_BYTES * plan.local_floats + ROUNDED_BYTES * max(rounded)
-    in_work = tokens_in_work(num_tokens, available_cores()[0], layer_bytes)
+    in_work = tokens_in_work(num_tokens, host.threads, layer_bytes)
     return FLOAT_BYTES * plan.persistent_floats * num_tokens + local * in_work
 
 

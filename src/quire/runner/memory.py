@@ -9,11 +9,11 @@ from quire.config import MemoryBudget, mib
 from quire.errors import ConfigurationError
 from quire.models.model import Model
 from quire.models.spec import DecoderSpec
-from quire.ops.types import Array, AttentionBatch, Opaque, Provider, SampleBatch
+from quire.ops.types import Array, AttentionBatch, Opaque, Provider, SampleBatch, WeightDtype
 from quire.outputs import Decision
 from quire.runner.graphs import BYTES_PER_GRAPH, GraphBuckets
 from quire.runner.host_memory import host_memory_bytes
-from quire.runner.host_step import host_step_bytes
+from quire.runner.host_step import Host, host_step_bytes
 from quire.sampling_params import MAX_LOGPROBS
 
 PROMPT_LOGPROB_ROWS = 64
@@ -46,7 +46,7 @@ def make_budget(model: Model, ops: Provider, shape: StepShape, *, is_shared: boo
         ConfigurationError: a step of that shape does not fit the device beside the weights.
     """
     if ops.memory() is None:
-        return estimated(model.spec, model.weight_bytes, shape)
+        return estimated(model.spec, model.weight_bytes, model.dtype, shape, Host.of(ops))
     try:
         found = _measured(model, ops, shape)
         return replace(found, used_by_others=0) if is_shared else found
@@ -58,12 +58,12 @@ def make_budget(model: Model, ops: Provider, shape: StepShape, *, is_shared: boo
         ) from error
 
 
-def estimated(spec: DecoderSpec, weight_bytes: int, shape: StepShape) -> MemoryBudget:
+def estimated(spec: DecoderSpec, weight_bytes: int, dtype: WeightDtype, shape: StepShape, host: Host) -> MemoryBudget:
     """In the host's memory: the buffers of a step, and two copies of the logits, float32."""
     return MemoryBudget(
         device=host_memory_bytes(),
         weights=weight_bytes,
-        activations=host_step_bytes(spec, weight_bytes, shape.max_num_batched_tokens),
+        activations=host_step_bytes(spec, weight_bytes, dtype, shape.max_num_batched_tokens, host),
         sampler=2 * 4 * spec.vocab_size * shape.max_num_seqs,
     )
 

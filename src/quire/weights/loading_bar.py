@@ -15,13 +15,14 @@ class LoadingBar:
 
     Args:
         lines: where there is no terminal, write how far it is every `LINE_S` seconds at most.
+        is_quiet: write nothing anywhere.
     """
 
-    def __init__(self, text: str = "Loading weights", *, lines: bool = False) -> None:
+    def __init__(self, text: str = "Loading weights", *, lines: bool = False, is_quiet: bool = False) -> None:
         self._text = text
-        self._lines = lines and sys.stderr is not None
+        self._lines = lines and not is_quiet and sys.stderr is not None
         self._bar: Any = None
-        self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._is_terminal = not is_quiet and sys.stderr is not None and sys.stderr.isatty()
         self._start_s = self._line_s = time.monotonic()
 
     def show(self, done_bytes: int, total_bytes: int) -> None:

@@ -12,7 +12,7 @@ from quire.build.calibrate.walk import LINEAR, WalkOps, walk
 from quire.errors import ModelFileError
 from quire.ops.types import Activation, Array, Provider, QuantizedWeight, QuantSpec
 from quire.quant.calibrate.gptq import gptq
-from quire.quant.calibrate.smooth import channel_scales
+from quire.quant.calibrate.smooth import HALF_LIMIT, LIMIT, channel_scales
 from quire.weights.load import Progress
 
 CHUNK, PANEL = 2048, 256
@@ -86,7 +86,8 @@ class Calibrator:
         best, reason = WORTH * self._error(exact, self._product(sample, self._provider.quantize(weight, quant))), ""
         found: Floats | None = None
         of_inputs, of_weights = (_shared(np.abs(one).max(axis=0), link) for one in (x, weight))
-        for alpha, scales in channel_scales(of_inputs, of_weights):
+        limit = HALF_LIMIT if quant.half_scales else LIMIT
+        for alpha, scales in channel_scales(of_inputs, of_weights, limit):
             rounded = self._provider.quantize(weight * scales, quant)
             error = self._error(exact, self._product(sample / scales, rounded))
             if error < best:

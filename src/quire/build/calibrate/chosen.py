@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quire.errors import ModelFileError
 from quire.models.parameters import Concatenated, Parameter
-from quire.ops.types import Provider, QuantizedWeight, QuantSpec
+from quire.ops.types import FORMATS, Provider, QuantizedWeight, QuantSpec
 from quire.outputs import Decision
 from quire.weights.load import WeightPlan
 from quire.weights.source import StoredMatrix, TensorInfo
@@ -80,10 +81,16 @@ class ChosenWeights:
             return self.plan.source.matrix(array)
         quant, inputs, outputs = treatment.quant, treatment.input_scales, treatment.output_scales
         if treatment.is_calibrated and quant is not None:
-            kept = {part: self._kept(name, part) for part in PARTS if part != "minima" or quant.format == "int4_min"}
+            kept = {
+                part: self._kept(name, part) for part in PARTS if part != "minima" or FORMATS[quant.format].has_minima
+            }
             values = kept.pop("values")
             if outputs is not None:
                 kept = {part: (one / outputs[:, None]).astype(one.dtype) for part, one in kept.items()}
+                if not all(np.isfinite(one).all() for one in kept.values()):
+                    raise ModelFileError(
+                        f"{array.tensors[0][0]}: a scale that was folded is larger than float16 can be"
+                    )
             return QuantizedWeight(quant.format, values, group_size=quant.group_size or values.shape[1], **kept)
         weight: Any = self.plan.source.matrix(array)
         if inputs is not None or outputs is not None:

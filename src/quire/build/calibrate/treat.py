@@ -39,6 +39,8 @@ class Treatment:
     """Patterns of tensors that stay in the dtype."""
     group_size: int | None = None
     """That was asked for: with `bits`, the only one then."""
+    is_quiet: bool = False
+    """No word of how far it is."""
 
 
 def treated_plan(plan: WeightPlan, provider: Provider, treatment: Treatment, folder: Path) -> WeightPlan:
@@ -73,7 +75,7 @@ def treated_plan(plan: WeightPlan, provider: Provider, treatment: Treatment, fol
         folder.mkdir()
         if treatment.bits is not None:
             _share_bits(chosen, provider, treatment, scheme.linear)
-        with LoadingBar("Calibrating", lines=True) as bar:
+        with LoadingBar("Calibrating", lines=True, is_quiet=treatment.is_quiet) as bar:
             Calibrator(chosen, provider, bar.show).run(treatment.contexts.token_ids)
     chosen.remarks += _remarks(chosen, treatment)
     source: DecidedSource = chosen
@@ -116,7 +118,7 @@ def _share_bits(chosen: ChosenWeights, provider: Provider, treatment: Treatment,
     sizes = GROUP_SIZES if treatment.group_size is None else (treatment.group_size,)
     formats = [*(replace(base, group_size=size) for size in sizes), INT8]
     assert treatment.contexts is not None and treatment.bits is not None
-    with LoadingBar("Measuring what each matrix costs", lines=True) as bar:
+    with LoadingBar("Measuring what each matrix costs", lines=True, is_quiet=treatment.is_quiet) as bar:
         choices = measured_choices(plan, provider, treatment.contexts.token_ids, free, base, formats, bar.show)
     for name, choice in within_budget(choices, weights, treatment.bits, kept_bytes).items():
         loss = f"KL of {choice.loss:.1e} if rounded alone"

@@ -135,7 +135,10 @@ class CudaOps(ComposedOps):
         return wait
 
     def quantize(self, weight: Any, quant: QuantSpec) -> QuantizedWeight:
-        """On the device, some rows at a time: what it takes besides the weight has a bound."""
+        """On the device, some rows at a time: what it takes besides the weight has a bound. ValueError as in
+        `Ops.quantize`, and for a format that is not multiplied here."""
+        if quant.format not in self.formats:
+            raise ValueError(f"{self.name} does not multiply {quant.format!r}")
         host = np.asarray(weight)
         inputs = host.shape[1]
         count = max(1, ROUNDED_ELEMENTS // max(1, inputs))

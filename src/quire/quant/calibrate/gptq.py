@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from quire.ops.quantize_reference import require_squares
 from quire.ops.types import FORMATS, QuantizedWeight, QuantSpec
 from quire.quant.calibrate.cholesky import BLOCK, Gemm, upper_factor
 
@@ -19,7 +20,7 @@ DAMPING = 0.1
 DIVISORS = (6.0, 6.5, 7.0, 7.25, 7.5, 7.75, 8.0, 8.5, 9.0)
 """Of a group's largest weight, tried in turn: as in `ops/quantize_reference.py`, and finer."""
 SHARES = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
-"""Of a group's range, the same where it has a minimum."""
+"""Of a group's range, where it has a minimum: those of `ops/quantize_reference.py`, and further."""
 SMALLEST = 1e-30
 LARGEST = {4: (-8.0, 7.0), 8: (-127.0, 127.0)}
 
@@ -33,13 +34,15 @@ def gptq(weight: Any, hessian: NDArray[np.float64], quant: QuantSpec, gemm: Gemm
         hessian: `[in, in]`, of the inputs.
 
     Raises:
-        ValueError: a weight or an input was not finite.
+        ValueError: a weight or an input was not finite, or a weight larger than the format's scales can be.
     """
     out, inputs = weight.shape
     if not (np.isfinite(weight).all() and np.isfinite(hessian).all()):
         raise ValueError("a weight or an input of the calibration is not finite")
+    if FORMATS[quant.format].has_minima and weight.size:
+        require_squares(float(np.abs(weight).max()))
     size, stated = quant.group_size or inputs, FORMATS[quant.format]
-    low, high = (0.0, 15.0) if stated.has_minima else LARGEST[stated.bits]
+    low, high = (stated.low, stated.high) if stated.has_minima else LARGEST[stated.bits]
     dtype = np.float16 if quant.half_scales else np.float32
     factor = upper_factor(damped(hessian), gemm)
     diagonal = np.diagonal(factor)
@@ -116,7 +119,7 @@ def group_ranges(group: Floats, importance: Floats, dtype: Any) -> tuple[Floats,
     most, least = group.max(axis=0), group.min(axis=0)
     weights = importance[:, None] / importance.sum()
     mean = (weights * group).sum(axis=0)
-    best_gain, best_scale, best_minimum = np.zeros_like(most), np.zeros_like(most), mean
+    best_gain, best_q, minimum = np.zeros_like(most), np.zeros_like(group), mean
     for share in SHARES:
         span = (most - least) * np.float32(share)
         start = (most + least - span) * np.float32(0.5)
@@ -126,13 +129,21 @@ def group_ranges(group: Floats, importance: Floats, dtype: Any) -> tuple[Floats,
         cross, spread = (weighted * (group - mean)).sum(axis=0), (weighted * (q - of_q)).sum(axis=0)
         scale = cross * _inverse(spread)
         better = cross * scale > best_gain
-        best_gain, best_scale = np.where(better, cross * scale, best_gain), np.where(better, scale, best_scale)
-        best_minimum = np.where(better, mean - scale * of_q, best_minimum)
+        best_gain, best_q = np.where(better, cross * scale, best_gain), np.where(better, q, best_q)
+        minimum = np.where(better, mean - scale * of_q, minimum)
+    minimum = _stored(minimum, dtype)
+    weighted = weights * best_q  # the scale that fits the minimum as it is stored
+    scale = (weighted * (group - minimum)).sum(axis=0) * _inverse((weighted * best_q).sum(axis=0))
+    scale = _stored(scale, dtype)
+    return scale, np.where(scale == 0, _stored(mean, dtype), minimum)
+
+
+def _stored(x: Floats, dtype: Any) -> Floats:
     with np.errstate(over="ignore"):
-        found = [one.astype(dtype).astype(np.float32) for one in (best_scale, best_minimum)]
-    if not all(np.isfinite(one).all() for one in found):
-        raise ValueError("a weight is larger than a scale or minimum of float16 can be")
-    return found[0], found[1]
+        stored: Floats = x.astype(dtype).astype(np.float32)
+    if not np.isfinite(stored).all():
+        raise ValueError(f"a weight is larger than a scale or minimum of {np.dtype(dtype)} can be")
+    return stored
 
 
 def _inverse(x: Floats) -> Floats:

@@ -14,17 +14,20 @@ STRENGTHS = (0.25, 0.5, 0.75)
 """Alpha of SmoothQuant, tried in turn: how much of a channel's size goes from the inputs to the weights."""
 LIMIT = 12
 """The largest power."""
+HALF_LIMIT = 8
+"""The same where scales of weights are float16: divided by more, they would lose bits."""
 SMALLEST = 1e-12
 
 Floats = NDArray[np.float32]
 
 
-def channel_scales(inputs: Floats, weights: Floats) -> Iterator[tuple[float, Floats]]:
+def channel_scales(inputs: Floats, weights: Floats, limit: int = LIMIT) -> Iterator[tuple[float, Floats]]:
     """Alpha and the scales `[channels]` of each candidate: `inputs^alpha / weights^(1 - alpha)`.
 
     Args:
         inputs: the largest magnitude of each channel's inputs, `[channels]`.
         weights: of the weights that read it.
+        limit: the largest power of two.
     """
     alive = (inputs > SMALLEST) & (weights > SMALLEST)
     if not alive.any():
@@ -33,6 +36,6 @@ def channel_scales(inputs: Floats, weights: Floats) -> Iterator[tuple[float, Flo
     for alpha in STRENGTHS:
         powers = alpha * x - (1 - alpha) * w
         centre = np.median(powers[alive])
-        powers = np.where(alive, np.clip(np.rint(powers - centre), -LIMIT, LIMIT), 0)
+        powers = np.where(alive, np.clip(np.rint(powers - centre), -limit, limit), 0)
         if powers.any():
             yield alpha, np.exp2(powers).astype(np.float32)
