@@ -238,7 +238,7 @@ struct FiniteArgs {
     bool* finite;  // [rows]
 };
 
-enum class Rounding { int8, int4, e4m3 };
+enum class Rounding { int8, int4, e4m3, int4_min, int4_min_half };  // the last with scales and minima of float16
 
 // Round to nearest, ops/quantize_reference.py: the numbers of rows of a weight.
 struct QuantizeArgs {
@@ -248,7 +248,9 @@ struct QuantizeArgs {
     Rounding rounding;
 
     int64_t groups() const { return in == 0 ? 0 : (in + group_size - 1) / group_size; }
-    bool whole() const { return rounding != Rounding::int4 && group_size >= in; }
+    bool has_minima() const { return rounding == Rounding::int4_min || rounding == Rounding::int4_min_half; }
+    bool whole() const { return rounding != Rounding::int4 && !has_minima() && group_size >= in; }
+    int64_t scales() const { return groups() * (has_minima() ? 2 : 1); }  // of a row, its minima behind them
     int64_t padded() const { return whole() ? (in + 15) / 16 * 16 : groups() * group_size; }
     size_t scratch_bytes() const { return static_cast<size_t>(padded()) * 5; }
 };

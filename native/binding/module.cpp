@@ -375,7 +375,7 @@ private:
         require(size == 32 || size == 64 || size == 128 || (args.rounding != Rounding::int4 && (size == in || size == 16)),
                 "quantize: group_size is not one of 32, 64, 128, and of 8 bits 16 or all inputs");
         require(values.size(0) == out && values.size(1) == in, "quantize: values has the wrong shape");
-        require(scales.size(0) == out && scales.size(1) == args.groups(), "quantize: scales has the wrong shape");
+        require(scales.size(0) == out && scales.size(1) == args.scales(), "quantize: scales has the wrong shape");
         QuantizeJob job{args, kernels_, &pool_, out, weight.data(), weight.stride() * int64_t{sizeof(Item)},
                         values.data(), values.stride(), scales.data(), scales.stride(), {true}};
         nb::gil_scoped_release unlocked;

@@ -27,7 +27,9 @@ inline Storage storage_or_raise(const std::string& name) {
 inline Rounding rounding_or_raise(const std::string& name) {
     if (name == "int8") return Rounding::int8;
     if (name == "int4") return Rounding::int4;
-    require(name == "fp8", "quantize: rounding is not one of int8, int4, fp8");
+    if (name == "int4_min") return Rounding::int4_min;
+    if (name == "int4_min_half") return Rounding::int4_min_half;
+    require(name == "fp8", "quantize: rounding is not one of int8, int4, int4_min, int4_min_half, fp8");
     return Rounding::e4m3;
 }
 

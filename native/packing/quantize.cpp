@@ -12,6 +12,8 @@ typedef int32_t WideInts __attribute__((vector_size(kWide * 4)));
 typedef int8_t WideBytes __attribute__((vector_size(kWide)));
 
 constexpr float kDivisors[] = {6.5f, 7.0f, 7.5f, 8.0f, 8.5f};
+constexpr float kShares[] = {1.0f, 0.95f, 0.9f, 0.85f, 0.8f};
+constexpr float kLargest = 1e17f;  // squares of more, summed over a group, are beyond float32
 constexpr float kSmallest = 1e-30f;  // weights below are taken for zero: their scale has no reciprocal
 
 inline Wide load_wide(const float* p) {
@@ -127,6 +129,82 @@ void group(const float* x, int8_t* values, float* scale) {
     for (int i = 0; i < N; ++i) store_bytes(four_bits(unit[i], best_divisor), values + i * kWide);
 }
 
+// Which lanes of a group are weights, as 1 and 0, and how many.
+template <int N>
+struct Places {
+    Wide there[N];
+    float count;
+
+    explicit Places(int64_t weights) : count(static_cast<float>(weights)) {
+        for (int i = 0; i < N * kWide; ++i) there[i / kWide][i % kWide] = i < weights ? 1.0f : 0.0f;
+    }
+};
+
+inline Wide above(Wide x, float minimum, float inverse) {
+    return at_most(at_least(rounded((x - wide(minimum)) * wide(inverse)), Wide{}), wide(15.0f));
+}
+
+inline float inverse_of(float step) { return (step < 0.0f ? -step : step) < kSmallest ? 0.0f : 1.0f / step; }
+
+inline float stored(float x, bool half) {
+    if (!half) return x;
+    Float16 y;
+    round_to(x, &y);
+    return to_float(y);
+}
+
+// Shares of the group's range in 15 steps, each with the scale and the minimum of least squares for its numbers; sums are over
+// what a weight has beyond the least one. The minimum is stored first and the scale fitted to it. Infinite where it cannot be.
+template <int N>
+void group_with_minimum(const float* x, const Places<N>& places, bool half, int8_t* values, float* scale, float* minimum) {
+    Wide low = load_wide(x), high = low, beyond[N], totals = {};
+    for (int i = 1; i < N; ++i) {
+        low = at_most(load_wide(x + i * kWide), low);
+        high = at_least(load_wide(x + i * kWide), high);
+    }
+    const float least = -fold<Max>(-low), most = fold<Max>(high), span = most - least, count = places.count;
+    for (int i = 0; i < N; ++i) {
+        beyond[i] = (load_wide(x + i * kWide) - wide(least)) * places.there[i];
+        totals = totals + beyond[i];
+    }
+    const float total = fold<Sum>(totals);
+    float best_gain = 0.0f, best_minimum = total / count, best_cross = 0.0f, best_of_q = 0.0f, best_square = 1.0f;
+    for (const float share : kShares) {
+        const float inverse = inverse_of(span < kSmallest ? 0.0f : span * share / 15.0f);
+        const float start = (span - span * share) * 0.5f;
+        Wide numbers = {}, squares = {}, crosses = {};
+        for (int i = 0; i < N; ++i) {
+            const Wide q = above(beyond[i], start, inverse) * places.there[i];
+            numbers = numbers + q;
+            squares = squares + q * q;
+            crosses = crosses + q * beyond[i];
+        }
+        const float of_q = fold<Sum>(numbers), square = fold<Sum>(squares), cross = fold<Sum>(crosses);
+        const float spread = square * count - of_q * of_q;
+        const float fitted = spread < 0.5f ? 0.0f : (cross * count - of_q * total) / spread;
+        const float gain = fitted * (cross - of_q * total / count);
+        if (!(gain > best_gain)) continue;
+        best_gain = gain;
+        best_minimum = (total - fitted * of_q) / count;
+        best_cross = cross, best_of_q = of_q, best_square = square;
+    }
+    *minimum = stored(least + best_minimum, half);
+    *scale = stored((best_cross - (*minimum - least) * best_of_q) / (best_square > 1.0f ? best_square : 1.0f), half);
+    if (*scale == 0.0f) *minimum = stored(least + total / count, half);
+    if (most > kLargest || least < -kLargest) *scale = __builtin_inff();
+    const float inverse = inverse_of(*scale);
+    for (int i = 0; i < N; ++i) store_bytes(above(load_wide(x + i * kWide), *minimum, inverse), values + i * kWide);
+}
+
+template <int N>
+void row_with_minima(const float* x, int64_t in, bool half, int8_t* values, float* scales, float* minima) {
+    const int64_t size = N * kWide;
+    const Places<N> whole(size), rest((in - 1) % size + 1);
+    for (int64_t first = 0; first < in; first += size, ++scales, ++minima) {
+        group_with_minimum<N>(x + first, first + size <= in ? whole : rest, half, values + first, scales, minima);
+    }
+}
+
 template <class Item>
 void to_floats(const void* weight, int64_t in, float* to) {
     const Item* const from = static_cast<const Item*>(weight);
@@ -146,9 +224,15 @@ bool quantize_row(const QuantizeArgs& args, const void* weight, int8_t* values, 
                          : args.storage == Storage::float16 ? to_floats<Float16>
                                                             : to_floats<float>;
     convert(weight, in, x);
-    for (int64_t i = in; i < padded; ++i) x[i] = 0.0f;
+    for (int64_t i = in; i < padded; ++i) x[i] = args.has_minima() ? x[in - 1] : 0.0f;
     if (!range_of(x, padded).finite) return false;
-    if (args.rounding != Rounding::int4) {
+    if (args.has_minima()) {
+        const auto round_row = args.group_size == 16   ? row_with_minima<1>
+                               : args.group_size == 32 ? row_with_minima<2>
+                               : args.group_size == 64 ? row_with_minima<4>
+                                                       : row_with_minima<8>;
+        round_row(x, in, args.rounding == Rounding::int4_min_half, bytes, scales, scales + args.groups());
+    } else if (args.rounding != Rounding::int4) {
         const int64_t size = args.whole() ? padded : args.group_size;
         for (int64_t first = 0; first < padded; first += size) {
             const Range range = range_of(x + first, size);

@@ -91,11 +91,11 @@ def test_rows_of_impossible_number(cpu: CpuOps) -> None:
 
 
 def test_a_rounding_that_is_none_is_refused(cpu: CpuOps) -> None:
-    with pytest.raises(ValueError, match="rounding is not one of int8, int4, fp8"):
+    with pytest.raises(ValueError, match="rounding is not one of int8, int4, int4_min, int4_min_half, fp8"):
         cpu._native.quantize(zeros(1, 32), "float32", "int2", 32, np.zeros((1, 32), np.int8), zeros(1, 1))
 
 
-@pytest.mark.parametrize("rounding", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("rounding", ["int8", "int4", "int4_min", "int4_min_half", "fp8"])
 def test_rows_without_inputs_have_no_scales(cpu: CpuOps, rounding: str) -> None:
     memory = np.full(6, 7, np.float32)
     scales = memory[2:2].reshape(3, 0)

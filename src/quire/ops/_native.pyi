@@ -111,7 +111,9 @@ class Runtime:
         scales: Any,
         /,
     ) -> bool:
-        """`rounding` is int8, int4 or fp8. False where a weight is not finite."""
+        """`rounding` is int8, int4, int4_min, int4_min_half (scales that float16 has) or fp8; with minima `scales`
+        holds those of a row, then its minima, infinite where a weight is too large. False where a weight is not
+        finite."""
     def pack_integers(
         self,
         values: Any,

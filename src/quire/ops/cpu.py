@@ -20,7 +20,7 @@ from quire.ops.cpu_program import ACTIVATION, NO_WINDOW, CpuProgram
 from quire.ops.graph.fuse import fuse
 from quire.ops.graph.operations import trace
 from quire.ops.packed import Buffer, PackedHeader, PackedState
-from quire.ops.quantize_reference import quantize_by_rows, require_rounding
+from quire.ops.quantize_reference import TOO_LARGE, require_rounding
 from quire.ops.types import (
     E4M3_FORMATS,
     FORMATS,
@@ -88,22 +88,28 @@ class CpuOps(ComposedOps):
     def quantize(self, weight: Any, quant: QuantSpec) -> QuantizedWeight | StoredWeight:
         """See `Ops.quantize`. ValueError as there."""
         require_rounding(quant)
-        if quant.format == "int4_min":
-            return quantize_by_rows(weight, quant, self.threads)
-        if isinstance(weight, StoredWeight):
+        has_minima = FORMATS[quant.format].has_minima
+        if isinstance(weight, StoredWeight) and not has_minima:
             return replace(weight, quant=quant)
-        weight = np.ascontiguousarray(weight)
+        weight = np.ascontiguousarray(np.asarray(weight))
         out, inputs = weight.shape
         dtype = next(name for name, one in _DTYPES.items() if one == weight.dtype)
         size, is_e4m3 = quant.group_size or inputs, quant.format in E4M3_FORMATS
         rounding = "fp8" if is_e4m3 else f"int{FORMATS[quant.format].bits}"
-        values = np.empty((out, inputs), np.int8)
-        scales = np.empty((out, -(-inputs // size) if inputs else 0), _FLOAT32)
+        if has_minima:
+            rounding += "_min_half" if quant.half_scales else "_min"
+        values, groups = np.empty((out, inputs), np.int8), -(-inputs // size) if inputs else 0
+        scales = np.empty((out, groups * (1 + has_minima)), _FLOAT32)  # a row's minima behind its scales
         items = weight if dtype == "float32" else weight.view(np.uint16)
         if not self._native.quantize(items, dtype, rounding, size, values, scales):
             raise ValueError("a weight is not finite")
         whole = values.view(ml_dtypes.float8_e4m3fn) if is_e4m3 else values
-        return QuantizedWeight(quant.format, whole, scales, size)
+        if not has_minima:
+            return QuantizedWeight(quant.format, whole, scales, size)
+        if not np.isfinite(scales).all():
+            raise ValueError(TOO_LARGE)
+        kept = scales.astype(np.float16) if quant.half_scales else scales
+        return QuantizedWeight(quant.format, whole, kept[:, :groups], size, kept[:, groups:])
 
     def pack_linear(self, weight: Any, bias: Any | None, dtype: WeightDtype) -> Opaque:
         return self._pack(weight, bias, dtype, gated=False)

@@ -23,9 +23,8 @@ SHARES = (1.0, 0.95, 0.9, 0.85, 0.8)
 SMALLEST = 1e-30
 """A row or group with no larger weight is taken for zero: its scale would have no reciprocal in float32."""
 LARGEST = 1e17
+TOO_LARGE = "a weight is larger than groups with minima can hold: a scale or minimum is beyond its type"
 LANES = 16
-ROWS_VALUES = 2**18
-"""Of the rows that a thread takes at once."""
 
 
 def quantize(weight: Any, quant: QuantSpec) -> QuantizedWeight:
@@ -42,26 +41,6 @@ def quantize(weight: Any, quant: QuantSpec) -> QuantizedWeight:
     values, scales, minima = rounded(xp, x, quant)
     whole = e4m3(values) if quant.format in E4M3_FORMATS else np.ascontiguousarray(values.astype(np.int8))
     return QuantizedWeight(quant.format, whole, scales, quant.group_size or x.shape[1], minima)
-
-
-def quantize_by_rows(weight: Any, quant: QuantSpec, threads: int) -> QuantizedWeight:
-    """`quantize` of a format with minima, some rows at a time: so it takes little memory beside the weight."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    weight, size = np.asarray(weight), quant.group_size or 1
-    out, inputs = weight.shape
-    rows, tables = max(1, ROWS_VALUES // max(1, inputs)), (out, -(-inputs // size))
-    kind = np.float16 if quant.half_scales else np.float32
-    values, scales, minima = np.empty((out, inputs), np.int8), np.empty(tables, kind), np.empty(tables, kind)
-
-    def fill(first: int) -> None:
-        found = quantize(weight[first : first + rows], quant)
-        for whole, part in ((values, found.values), (scales, found.scales), (minima, found.minima)):
-            whole[first : first + rows] = part
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(fill, range(0, out, rows)))
-    return QuantizedWeight(quant.format, values, scales, size, minima)
 
 
 def require_rounding(quant: QuantSpec) -> None:
@@ -196,13 +175,12 @@ def _with_minima(xp: Any, x: Array, there: Array, dtype: Any) -> tuple[Array, Ar
 def require_squares(largest: float) -> None:
     """ValueError for a weight whose squares, summed over a group, float32 cannot hold."""
     if largest > LARGEST:
-        raise ValueError(f"a weight is larger than {LARGEST:g}: groups with minima have none")
+        raise ValueError(TOO_LARGE)
 
 
 def _stored(xp: Any, x: Array, dtype: Any) -> Array:
     if bool(xp.any(xp.abs(x) > float(xp.finfo(dtype).max))):
-        name = "float16" if dtype == xp.float16 else "float32"
-        raise ValueError(f"a weight is larger than a scale or minimum of {name} can be")
+        raise ValueError(TOO_LARGE)
     return xp.astype(x, dtype)
 
 

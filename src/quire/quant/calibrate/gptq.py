@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.ops.quantize_reference import require_squares
+from quire.ops.quantize_reference import TOO_LARGE, require_squares
 from quire.ops.types import FORMATS, QuantizedWeight, QuantSpec
 from quire.quant.calibrate.cholesky import BLOCK, Gemm, upper_factor
 
@@ -142,7 +142,7 @@ def _stored(x: Floats, dtype: Any) -> Floats:
     with np.errstate(over="ignore"):
         stored: Floats = x.astype(dtype).astype(np.float32)
     if not np.isfinite(stored).all():
-        raise ValueError(f"a weight is larger than a scale or minimum of {np.dtype(dtype)} can be")
+        raise ValueError(TOO_LARGE)
     return stored
 
 
