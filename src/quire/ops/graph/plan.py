@@ -24,7 +24,8 @@ class BufferPlan:
 
 def plan_memory(program: Program) -> BufferPlan:
     """Two local buffers share memory if one is last used before the other is first written; two persistent ones, if
-    one's last segment ends before the other's first begins. The buffer of the result lies outside, at 0."""
+    one's last segment ends before the other's first begins. Those that fusing left unused share one place. The buffer
+    of the result lies outside, at 0."""
     first = dict.fromkeys(range(len(program.buffers)), (0, 0))  # segment and instruction, from 1; 0 where it is unused
     last = first.copy()
     segment = 0
@@ -35,14 +36,15 @@ def plan_memory(program: Program) -> BufferPlan:
                 first[view.buffer] = segment, index
             last[view.buffer] = segment, index
         segment += instruction.ends_segment
-    used = {number for number in first if first[number] != (0, 0)} - {program.result.buffer}  # fusing left some unused
+    used = {number for number in first if first[number] != (0, 0)} - {program.result.buffer}
     is_local = [number != program.result.buffer and first[number][0] == last[number][0] for number in last]
     offsets = [0] * len(is_local)
     floats = [
         _pack(program, {one: (first[one][which], last[one][which]) for one in used if is_local[one] == which}, offsets)
         for which in (False, True)
     ]
-    return BufferPlan(tuple(offsets), tuple(is_local), *floats)
+    unused = [buffer.floats for number, buffer in enumerate(program.buffers) if first.get(number) == (0, 0)]
+    return BufferPlan(tuple(offsets), tuple(is_local), floats[0], max(floats[1], *unused, 0))
 
 
 def _pack(program: Program, spans: dict[int, tuple[int, int]], offsets: list[int]) -> int:
