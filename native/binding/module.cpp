@@ -372,8 +372,8 @@ private:
         Array<int8_t, 2> values(values_, "values", true);
         Floats2 scales(scales_, "scales", true);
         const int64_t out = weight.size(0), in = args.in = weight.size(1), size = args.group_size;
-        require(size == 32 || size == 64 || size == 128 || (args.rounding != Rounding::int4 && (size == in || size == 16)),
-                "quantize: group_size is not one of 32, 64, 128, and of 8 bits 16 or all inputs");
+        require(size == 32 || size == 64 || size == 128 || (args.rounding != Rounding::int4 && (size == 16 || (size == in && !args.has_minima()))),
+                "quantize: group_size is not one of 32, 64, 128, but for int4 16, and of 8 bits all inputs");
         require(values.size(0) == out && values.size(1) == in, "quantize: values has the wrong shape");
         require(scales.size(0) == out && scales.size(1) == args.scales(), "quantize: scales has the wrong shape");
         QuantizeJob job{args, kernels_, &pool_, out, weight.data(), weight.stride() * int64_t{sizeof(Item)},

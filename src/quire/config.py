@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 from quire.errors import ConfigurationError, names_unknown_arguments, unknown_name_message
 from quire.outputs import Decision
@@ -24,7 +24,7 @@ KV_CACHE_DTYPES = {
 BLOCK_SIZES = (8, 16, 32, 64, 128)
 POLICIES = ("fcfs", "priority")
 DEVICES = ("auto", "cpu", "cuda")
-FOUR_BITS = ("int4", "int4_min")
+FOUR_BITS: tuple[Literal["int4", "int4_min"], ...] = ("int4", "int4_min")
 GROUPED = (*FOUR_BITS, "int8")
 """Of `QUANTIZATIONS`, those whose groups have a size to choose."""
 QUANTIZATIONS = ("int8", "int8_w8a8", "int4", "int4_min", "fp8")

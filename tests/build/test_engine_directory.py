@@ -105,6 +105,19 @@ def test_what_was_built_decides_and_says_so(built: Path) -> None:
         assert raised.value.field == name
 
 
+@pytest.mark.parametrize(("quantization", "size"), [("int4_min", 32), ("int8", 64), ("int8", None), ("fp8", None)])
+def test_the_size_of_groups_is_as_built(tiny: Path, tmp_path: Path, quantization: str, size: int | None) -> None:
+    flags = [] if size is None else ["--quantization-group-size", str(size)]
+    engine = build(tiny, tmp_path / "engine", "--quantization", quantization, *flags)
+    with LLM(model=str(engine), max_model_len=64) as llm:
+        said = next(one.reason for one in llm.decisions if one.name == "quantization")
+    groups = f"groups of {128 if quantization == 'fp8' else size}"
+    assert groups in said if groups != "groups of None" else "groups" not in said
+    with pytest.raises(ConfigurationError) as raised:
+        LLM(model=str(engine), quantization=quantization, quantization_group_size=128)
+    assert raised.value.field == "quantization_group_size"
+
+
 def test_verify_asks_again_and_sees_every_changed_byte(engine: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(engine)]) == 0
     assert "the answers to 4 golden prompts" in capsys.readouterr().out

@@ -294,7 +294,8 @@ def test_embedding_and_head_keep_the_error_of_eight_bits(name: str) -> None:
     scheme = select_scheme(name, None)
     assert scheme is not None and scheme.embedding == QuantSpec("int8", None)
     size = 64 if name.startswith("int4") else None
-    assert scheme.linear == QuantSpec(name, size, half_scales=name == "int4_min")  # type: ignore[arg-type]
+    assert (scheme.linear.format, scheme.linear.group_size) == (name, size)
+    assert scheme.linear.half_scales == (name == "int4_min")
 
 
 def test_learned_positions_are_not_rounded(ops: Ops, tiny: Tiny) -> None:

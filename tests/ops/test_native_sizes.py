@@ -95,6 +95,17 @@ def test_a_rounding_that_is_none_is_refused(cpu: CpuOps) -> None:
         cpu._native.quantize(zeros(1, 32), "float32", "int2", 32, np.zeros((1, 32), np.int8), zeros(1, 1))
 
 
+@pytest.mark.parametrize(
+    ("rounding", "size"),
+    [("int4", 16), ("int4", 48), ("int4_min", 48), ("int4_min_half", 48), ("int4_min", 0), ("int8", 24)],
+)
+def test_groups_of_another_size_are_refused(cpu: CpuOps, rounding: str, size: int) -> None:
+    """All inputs too, but where a row may have one scale."""
+    scales = zeros(1, 2 if "min" in rounding else 1)
+    with pytest.raises(ValueError, match="group_size is not one of"):
+        cpu._native.quantize(zeros(1, 48), "float32", rounding, size, np.zeros((1, 48), np.int8), scales)
+
+
 @pytest.mark.parametrize("rounding", ["int8", "int4", "int4_min", "int4_min_half", "fp8"])
 def test_rows_without_inputs_have_no_scales(cpu: CpuOps, rounding: str) -> None:
     memory = np.full(6, 7, np.float32)

@@ -61,6 +61,17 @@ def test_nothing_is_shown_where_no_terminal_is_or_where_loading_is_short(
     assert not bars
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_nothing_is_shown_where_quiet_was_asked_for(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, bars: list[Bar]
+) -> None:
+    written = watch(monkeypatch, is_terminal=is_terminal, patience_s=0.0)
+    monkeypatch.setattr(loading_bar, "LINE_S", 0.0)
+    with LoadingBar("Calibrating", lines=True, is_quiet=True) as bar:
+        bar.show(10, 100)
+    assert not bars and not written.getvalue()
+
+
 @pytest.mark.parametrize(("lines", "is_terminal"), [(True, False), (False, False), (True, True)])
 def test_a_log_gets_a_line_at_a_bounded_rate_where_that_was_asked_for(
     lines: bool, is_terminal: bool, monkeypatch: pytest.MonkeyPatch

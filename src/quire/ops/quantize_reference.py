@@ -163,11 +163,11 @@ def _with_minima(xp: Any, x: Array, there: Array, dtype: Any) -> tuple[Array, Ar
         best_cross = xp.where(better, cross, best_cross)
         best_of_q = xp.where(better, of_q, best_of_q)
         best_square = xp.where(better, square, best_square)
-    minima = _stored(xp, least + best_minimum, dtype)
+    minima = stored(xp, least + best_minimum, dtype)
     found = xp.astype(minima, xp.float32)
     # The scale that fits the minimum as it is stored; without one the minimum is all there is.
-    scales = _stored(xp, (best_cross - (found - least) * best_of_q) / xp.maximum(best_square, one), dtype)
-    minima = xp.where(scales == 0, _stored(xp, least + total / count, dtype), minima)
+    scales = stored(xp, (best_cross - (found - least) * best_of_q) / xp.maximum(best_square, one), dtype)
+    minima = xp.where(scales == 0, stored(xp, least + total / count, dtype), minima)
     found = xp.astype(minima, xp.float32)
     return _nearest(xp, x, xp.astype(scales, xp.float32), found), scales, minima
 
@@ -178,10 +178,11 @@ def require_squares(largest: float) -> None:
         raise ValueError(TOO_LARGE)
 
 
-def _stored(xp: Any, x: Array, dtype: Any) -> Array:
+def stored(xp: Any, x: Array, dtype: Any) -> Any:
+    """Scales or minima of any shape `[...]` as `dtype` has them. ValueError where it has none so large."""
     if bool(xp.any(xp.abs(x) > float(xp.finfo(dtype).max))):
         raise ValueError(TOO_LARGE)
-    return xp.astype(x, dtype)
+    return xp.asarray(x, dtype=dtype)
 
 
 def _nearest(xp: Any, x: Array, scales: Array, minima: Array) -> Array:

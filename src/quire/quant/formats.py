@@ -17,6 +17,8 @@ and one GEMM of many is not where the time goes: with four bits there the diverg
 of all the layers together (docs/design/formats.md has the figures).
 """
 
+from typing import Literal
+
 from quire.ops.types import QuantSpec
 from quire.quant.types import Scheme
 
@@ -33,11 +35,6 @@ def int8(group_size: int) -> Scheme:
     return Scheme("int8", QuantSpec("int8_groups", group_size), QuantSpec("int8_groups", group_size))
 
 
-def int4_min(group_size: int) -> Scheme:
-    """The scheme with a minimum for each group of 32, 64 or 128 inputs. Raises ValueError for another size."""
-    return Scheme("int4_min", QuantSpec("int4_min", group_size, half_scales=True), QuantSpec("int8", None))
-
-
-def int4(group_size: int) -> Scheme:
+def four_bits(name: Literal["int4", "int4_min"], group_size: int) -> Scheme:
     """The scheme with groups of 32, 64 or 128 inputs. Raises ValueError for another size."""
-    return Scheme("int4", QuantSpec("int4", group_size), QuantSpec("int8", None))
+    return Scheme(name, QuantSpec(name, group_size, half_scales=name == "int4_min"), QuantSpec("int8", None))

@@ -3,7 +3,7 @@
 from quire.config import FOUR_BITS, KV_CACHE_DTYPES, QUANTIZATIONS
 from quire.errors import ConfigurationError
 from quire.ops.types import CacheDtype, Ops
-from quire.quant.formats import DEFAULT_GROUP_SIZE, FP8, FP8_WEIGHTS, INT8, INT8_W8A8, int4, int4_min, int8
+from quire.quant.formats import DEFAULT_GROUP_SIZE, FP8, FP8_WEIGHTS, INT8, INT8_W8A8, four_bits, int8
 from quire.quant.types import Scheme
 
 
@@ -13,8 +13,9 @@ def select_scheme(name: str | None, group_size: int | None) -> Scheme | None:
     Raises:
         ConfigurationError: a group size for a scheme that has none.
     """
-    if name in FOUR_BITS:
-        return (int4 if name == "int4" else int4_min)(DEFAULT_GROUP_SIZE if group_size is None else group_size)
+    for one in FOUR_BITS:
+        if name == one:
+            return four_bits(one, DEFAULT_GROUP_SIZE if group_size is None else group_size)
     if name == "int8" and group_size is not None:
         return int8(group_size)
     if group_size is not None:

@@ -1,8 +1,7 @@
 """What a step takes of the host's memory, from the architecture alone: its program, traced without weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +17,8 @@ from quire.ops.graph.operations import trace
 from quire.ops.graph.plan import BufferPlan, plan_memory
 from quire.ops.types import WeightDtype
 
+TRACED_LAYERS = 3
+"""Buffers of later layers lie where those of the first, the middle and the last do."""
 FLOAT_BYTES, ROUNDED_BYTES = 4, 2
 """Of what operations hand on, and of a GEMM's activations as its kernel reads them (bfloat16; integers are smaller)."""
 
@@ -52,24 +53,24 @@ def host_step_bytes(spec: DecoderSpec, weight_bytes: int, dtype: WeightDtype, nu
         weight_bytes: of all weights; those of a layer take their share.
         dtype: of weights that are not quantised.
     """
-    parameters = decoder_parameters(spec, NameMap())
+    few = replace(spec, layers=spec.layers[:TRACED_LAYERS])
+    parameters = decoder_parameters(few, NameMap())
     of_layer = sum(one.size for name, one in parameters.items() if name.startswith("0."))
-    num_weights = sum(one.size for one in parameters.values())
+    num_weights = sum(one.size for one in parameters.values()) + of_layer * (spec.num_layers - few.num_layers)
     layer_bytes = weight_bytes * of_layer // num_weights
     # AMX multiplies them as they are: then nothing but what attention gives is rounded on its way into a GEMM.
     is_amx_bf16 = host.isa == "amx" and dtype == "bfloat16" and round(weight_bytes / num_weights) == 2
-    plan, rounded = _plan(spec, is_amx_bf16), [spec.num_heads * spec.head_dim]
+    plan, rounded = _plan(few, parameters, is_amx_bf16), [spec.num_heads * spec.head_dim]
     if not is_amx_bf16:
         rounded += spec.hidden_size, spec.intermediate_size
     local = FLOAT_BYTES * plan.local_floats + ROUNDED_BYTES * max(rounded)
-    in_work = tokens_in_work(num_tokens, host.threads, layer_bytes)
-    return FLOAT_BYTES * plan.persistent_floats * num_tokens + local * in_work
+    whole = FLOAT_BYTES * plan.persistent_floats * num_tokens
+    return whole + local * tokens_in_work(num_tokens, host.threads, layer_bytes)
 
 
-@cache
-def _plan(spec: DecoderSpec, reads_amx_bf16: bool) -> BufferPlan:
+def _plan(spec: DecoderSpec, parameters: Mapping[str, Parameter], reads_amx_bf16: bool) -> BufferPlan:
     """Of the whole step, as it is compiled for the CPU."""
-    weights = {name: _stand_in(one, reads_amx_bf16) for name, one in decoder_parameters(spec, NameMap()).items()}
+    weights = {name: _stand_in(one, reads_amx_bf16) for name, one in parameters.items()}
     plans: list[BufferPlan] = []
     ops = SimpleNamespace(
         memory=lambda: None,
@@ -83,7 +84,6 @@ def _plan(spec: DecoderSpec, reads_amx_bf16: bool) -> BufferPlan:
 def _stand_in(parameter: Parameter, reads_amx_bf16: bool) -> Any:
     shape = parameter.weight.shape
     if len(shape) == 1:
-        vector = np.zeros(shape, np.float32)
-        return vector, vector
+        return (np.zeros(shape, np.float32),) * 2
     out, inputs = shape
     return _Shape(out, inputs, out // 2 if parameter.kind == "gated_linear" else out, reads_amx_bf16)

@@ -36,14 +36,15 @@ def plan_memory(program: Program) -> BufferPlan:
                 first[view.buffer] = segment, index
             last[view.buffer] = segment, index
         segment += instruction.ends_segment
-    used = {number for number in first if first[number] != (0, 0)} - {program.result.buffer}
-    is_local = [number != program.result.buffer and first[number][0] == last[number][0] for number in last]
+    del first[program.result.buffer]
+    unused = [program.buffers[number].floats for number, span in first.items() if span == (0, 0)]
+    is_local = [number in first and first[number][0] == last[number][0] for number in last]
     offsets = [0] * len(is_local)
+    used = [one for one in first if first[one] != (0, 0)]
     floats = [
         _pack(program, {one: (first[one][which], last[one][which]) for one in used if is_local[one] == which}, offsets)
         for which in (False, True)
     ]
-    unused = [buffer.floats for number, buffer in enumerate(program.buffers) if first.get(number) == (0, 0)]
     return BufferPlan(tuple(offsets), tuple(is_local), floats[0], max(floats[1], *unused, 0))
 
 

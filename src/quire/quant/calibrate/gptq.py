@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quire.ops.quantize_reference import TOO_LARGE, require_squares
+from quire.ops.quantize_reference import require_squares, stored
 from quire.ops.types import FORMATS, QuantizedWeight, QuantSpec
 from quire.quant.calibrate.cholesky import BLOCK, Gemm, upper_factor
 
@@ -72,9 +72,8 @@ def gptq(weight: Any, hessian: NDArray[np.float64], quant: QuantSpec, gemm: Gemm
             carried[k + 1 : last] += ratios[k, k + 1 : last, None] * error
         if last < inputs:
             carried[last:] += gemm(np.ascontiguousarray(ratios[first:last, last:].T), np.ascontiguousarray(errors.T))
-    tables = [np.ascontiguousarray(one.T, dtype) for one in (scales, minima)]
-    found = None if not stated.has_minima else tables[1]
-    return QuantizedWeight(quant.format, np.ascontiguousarray(values.T), tables[0], size, found)
+    whole, *tables = (np.ascontiguousarray(one.T) for one in (values, scales.astype(dtype), minima.astype(dtype)))
+    return QuantizedWeight(quant.format, whole, tables[0], size, tables[1] if stated.has_minima else None)
 
 
 def damped(hessian: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -131,19 +130,11 @@ def group_ranges(group: Floats, importance: Floats, dtype: Any) -> tuple[Floats,
         better = cross * scale > best_gain
         best_gain, best_q = np.where(better, cross * scale, best_gain), np.where(better, q, best_q)
         minimum = np.where(better, mean - scale * of_q, minimum)
-    minimum = _stored(minimum, dtype)
+    minimum = stored(np, minimum, dtype).astype(np.float32)
     weighted = weights * best_q  # the scale that fits the minimum as it is stored
     scale = (weighted * (group - minimum)).sum(axis=0) * _inverse((weighted * best_q).sum(axis=0))
-    scale = _stored(scale, dtype)
-    return scale, np.where(scale == 0, _stored(mean, dtype), minimum)
-
-
-def _stored(x: Floats, dtype: Any) -> Floats:
-    with np.errstate(over="ignore"):
-        stored: Floats = x.astype(dtype).astype(np.float32)
-    if not np.isfinite(stored).all():
-        raise ValueError(TOO_LARGE)
-    return stored
+    scale = stored(np, scale, dtype).astype(np.float32)
+    return scale, np.where(scale == 0, stored(np, mean, dtype), minimum)
 
 
 def _inverse(x: Floats) -> Floats:
